@@ -1,0 +1,1 @@
+"""Thin doors: sweeps, tables, configurations of accelerate."""

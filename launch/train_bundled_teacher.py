@@ -1,0 +1,131 @@
+"""Train the small teacher that ships with the package, on the training part of scikit-learn's digits.
+
+    python launch/train_bundled_teacher.py [--seed 0] [--epochs 60] [--output synq/assets/digits_resnet8.safetensors]
+
+One thread, about a minute. The same seed gives the same weights on the same machine and versions; the last epoch is kept, never
+the best. Accuracy on the held-out third, command and seed are written into the file's metadata.
+"""
+
+import argparse
+import math
+import platform
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from synq.cifar_resnet import cifar_resnet
+from synq.real_data import LabelledSet, load_labelled
+from synq.seeding import make_generator, seed_everything
+
+INPUT_SIZE = (1, 16, 16)
+NUM_CLASSES = 10
+DEPTH = 8
+WIDTH = 8
+BATCH_SIZE = 64
+PEAK_LR = 0.1
+WEIGHT_DECAY = 5e-4
+MAX_SHIFT = 2
+
+
+def shift_images(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift each image (N, C, H, W) by up to MAX_SHIFT pixels both ways; what comes in at the edges repeats the edge."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (MAX_SHIFT,) * 4, mode="replicate")
+    offsets = torch.randint(0, 2 * MAX_SHIFT + 1, (len(images), 2), generator=generator).tolist()
+    crops = [image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, offsets, strict=True)]
+    return torch.stack(crops)
+
+
+def train(data: LabelledSet, seed: int, epochs: int) -> nn.Module:
+    """Train one network with SGD, a one-cycle learning rate and random shifts; returns it after the last epoch."""
+    seed_everything(seed)
+    generator = make_generator(seed, "bundled teacher")
+    model = cifar_resnet(DEPTH, NUM_CLASSES, INPUT_SIZE[0], WIDTH).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=PEAK_LR, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True)
+    steps_per_epoch = len(data) // BATCH_SIZE
+    num_steps = epochs * steps_per_epoch
+    warmup = max(num_steps // 10, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+    )
+    for epoch in range(epochs):
+        order = torch.randperm(len(data), generator=generator)[: steps_per_epoch * BATCH_SIZE]
+        total = 0.0
+        for indices in order.split(BATCH_SIZE):
+            images, labels = data.batch(indices)
+            loss = F.cross_entropy(model(shift_images(images, generator)), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += float(loss.detach())
+        if (epoch + 1) % 10 == 0 or epoch + 1 == epochs:
+            print(f"epoch {epoch + 1}/{epochs} loss {total / steps_per_epoch:.4f}", flush=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def count_correct(model: nn.Module, data: LabelledSet) -> int:
+    """Number of images of ``data`` whose largest logit is their label."""
+    correct = 0
+    for indices in torch.arange(len(data)).split(256):
+        images, labels = data.batch(indices)
+        correct += int((model(images).argmax(1) == labels).sum())
+    return correct
+
+
+def main() -> None:
+    """Train, measure, write."""
+    root = Path(__file__).resolve().parent.parent
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and shifts")
+    parser.add_argument("--epochs", type=int, default=60, help="passes over the training part")
+    parser.add_argument("--output", type=Path, default=root / "synq/assets/digits_resnet8.safetensors", help="file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # the order of summation, and so the last bits, depend on the number of threads
+    torch.use_deterministic_algorithms(True)
+
+    raw = load_labelled("digits:train", INPUT_SIZE, (0.0,), (1.0,), num_classes=NUM_CLASSES)
+    pixels, _ = raw.batch(torch.arange(len(raw)))
+    mean, std = round(float(pixels.mean()), 4), round(float(pixels.std()), 4)
+    training = load_labelled("digits:train", INPUT_SIZE, (mean,), (std,), num_classes=NUM_CLASSES)
+    heldout = load_labelled("digits", INPUT_SIZE, (mean,), (std,), num_classes=NUM_CLASSES)
+
+    model = train(training, args.seed, args.epochs)
+    correct = count_correct(model, heldout)
+    accuracy = f"{100 * correct / len(heldout):.2f}"
+    facts = {
+        "depth": str(DEPTH),
+        "width": str(WIDTH),
+        "num_classes": str(NUM_CLASSES),
+        "classes": ",".join(str(digit) for digit in range(NUM_CLASSES)),
+        "input_size": ",".join(str(size) for size in INPUT_SIZE),
+        "mean": str(mean),
+        "std": str(std),
+        "dataset": "digits",
+        "accuracy": accuracy,
+        "num_eval": str(len(heldout)),
+        "num_train": str(len(training)),
+        "seed": str(args.seed),
+        "command": f"python launch/train_bundled_teacher.py --seed {args.seed} --epochs {args.epochs}",
+        "versions": f"torch {torch.__version__}, python {platform.python_version()}",
+    }
+    # The batch counters are left out: inference never reads them.
+    state = {k: v.contiguous() for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.output.with_name(args.output.name + ".partial")
+    save_file(state, partial, metadata=facts)
+    partial.replace(args.output)
+    print(
+        f"top-1 {accuracy} % ({correct} of {len(heldout)} held-out images), {args.output.stat().st_size} bytes: {args.output}"
+    )
+
+
+if __name__ == "__main__":
+    main()

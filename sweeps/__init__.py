@@ -1,0 +1,1 @@
+"""Many runs, ranked: search spaces, the tuner and the leaderboard."""

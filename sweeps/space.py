@@ -1,0 +1,202 @@
+"""The search space of a sweep: which settings are tried, over which values. Knows neither Ray nor Optuna."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from synq.config_io import between, dotted_keys, nearest, one_of, require
+from synq.configs import RunConfig, config_from_dict, config_to_dict
+
+IDENTITY = ("quant.weight_bits", "quant.act_bits", "quant.first_bits", "quant.last_bits", "quant.act_points")
+"""Settings that say which ranking a run belongs to: never searched over."""
+
+DEFAULT_SPACE: dict[str, dict[str, Any]] = {
+    "finetune.lowpass_cutoff": {"type": "float", "low": 0.4, "high": 1.6, "log": True, "optional": True},
+    "finetune.cam_weight": {"type": "choice", "values": [0.0, 2.0, 20.0, 200.0]},
+    "finetune.ce_weight": {"type": "choice", "values": [0.0, 0.01, 0.1, 0.5]},
+    "finetune.difficulty_threshold": {"type": "float", "low": 0.3, "high": 0.9, "step": 0.1},
+    "finetune.lr": {"type": "float", "low": 5e-4, "high": 2e-2, "log": True},
+}
+"""Searched where the spec has no [space]. The cutoff is a share of the Nyquist frequency, so that it means the same at every size."""
+
+
+class Suggester(Protocol):
+    """The part of an Optuna trial that `sample` needs."""
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float: ...
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int: ...
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dimension:
+    """One searched setting: a range or a list of values."""
+
+    name: str
+    """Dotted name, for example finetune.lr."""
+    type: Literal["float", "int", "choice"]
+    """Kind of values."""
+    low: float | None = None
+    """Smallest value."""
+    high: float | None = None
+    """Largest value."""
+    log: bool = False
+    """Whether the range is searched by its logarithm."""
+    step: float | None = None
+    """Distance of the values tried."""
+    values: tuple[Any, ...] = ()
+    """The choices; "none" stands for None."""
+    optional: bool = False
+    """Whether None (the idea switched off) is tried as well as the range."""
+
+    def __post_init__(self) -> None:
+        where = f"space.{self.name}"
+        one_of(f"{where}.type", self.type, ("float", "int", "choice"))
+        if self.type == "choice":
+            require(f"{where}.values", "hold at least one value", list(self.values), len(self.values) > 0)
+            bounded = (
+                self.low is not None or self.high is not None or self.step is not None or self.log or self.optional
+            )
+            require(
+                f"{where}.type",
+                "be float or int where low, high, step, log or optional is given",
+                self.type,
+                not bounded,
+            )
+            return
+        require(f"{where}.values", "be left out unless type is choice", list(self.values), not self.values)
+        if self.low is None or self.high is None:
+            raise ValueError(f"`{where}` must give low and high, but got low={self.low}, high={self.high}")
+        between(f"{where}.low", self.low, -1e300)
+        between(f"{where}.high", self.high, self.low)
+        require(f"{where}.low", "be > 0 for a logarithmic range", self.low, not self.log or self.low > 0)
+        require(f"{where}.step", "be left out for a logarithmic range", self.step, not self.log or self.step is None)
+        if self.step is not None:
+            between(f"{where}.step", self.step, 0, open_low=True)
+        if self.type == "int":
+            for key in ("low", "high", "step"):
+                value = getattr(self, key)
+                require(f"{where}.{key}", "be a whole number for type int", value, value is None or value % 1 == 0)
+
+    def suggest(self, trial: Suggester) -> Any:
+        """Let the search choose a value; None only where `optional`."""
+        if self.type == "choice":
+            picked = trial.suggest_categorical(self.name, list(self.values))
+            return None if picked == "none" else picked
+        if self.optional and not trial.suggest_categorical(f"{self.name}.on", [True, False]):
+            return None
+        assert self.low is not None and self.high is not None
+        if self.type == "int":
+            return trial.suggest_int(self.name, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
+        value = trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
+        return float(f"{value:.6g}")  # what stands in the record is what was run, readable
+
+    def point(self, value: Any) -> dict[str, Any] | None:
+        """Return the search's parameters that stand for `value`, or None where the dimension cannot take it."""
+        if self.type == "choice":
+            value = "none" if value is None else value
+            return {self.name: value} if value in self.values else None
+        if value is None:
+            return {f"{self.name}.on": False} if self.optional else None
+        assert self.low is not None and self.high is not None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
+            return None
+        if self.step is not None and abs((value - self.low) / self.step - round((value - self.low) / self.step)) > 1e-6:
+            return None
+        return {self.name: value, **({f"{self.name}.on": True} if self.optional else {})}
+
+    def edges(self) -> tuple[Any, ...]:
+        """Values at which the configuration's own range checks must hold."""
+        if self.type == "choice":
+            return tuple(None if value == "none" else value for value in self.values)
+        ends = (self.low, self.high) if self.type == "float" else (int(self.low or 0), int(self.high or 0))
+        return (*ends, None) if self.optional else ends
+
+
+def sample(dimensions: Sequence[Dimension], trial: Suggester) -> dict[str, Any]:
+    """Return one point of the search space as dotted overrides. At module level, because searchers are pickled."""
+    return {"overrides": {dimension.name: dimension.suggest(trial) for dimension in dimensions}}
+
+
+def base_point(dimensions: Sequence[Dimension], config: RunConfig) -> dict[str, Any] | None:
+    """Return the search's parameters of the base run itself, or None where it lies outside the space."""
+    values = config_to_dict(config)
+    point: dict[str, Any] = {}
+    for dimension in dimensions:
+        part, _, key = dimension.name.partition(".")
+        found = dimension.point(values[part][key])
+        if found is None:
+            return None
+        point |= found
+    return point
+
+
+def read_space(mapping: Mapping[str, Any], base: dict[str, Any]) -> tuple[Dimension, ...]:
+    """Read the [space] of a spec, or the default space where there is none.
+
+    Args:
+        mapping: The whole spec.
+        base: Its [base]; gets the cutoff's unit where the default space is used.
+
+    Raises:
+        ValueError: A name, a key or a value is wrong.
+    """
+    if "space" in mapping:
+        tables = read_table(mapping["space"], "space")
+    else:
+        tables = DEFAULT_SPACE
+        unit = base.setdefault("finetune", {}).setdefault("lowpass_unit", "nyquist")
+        rule = "be nyquist with the default search space (or give a [space] of your own)"
+        require("base.finetune.lowpass_unit", rule, unit, unit == "nyquist")
+    flat: dict[str, Any] = {}
+    for name, table in tables.items():  # [space.finetune.lr] is the same as [space."finetune.lr"]
+        nested = "." not in name and isinstance(table, Mapping) and "type" not in table
+        flat |= {f"{name}.{key}": value for key, value in table.items()} if nested else {name: table}
+    return tuple(_dimension(name, table) for name, table in flat.items())
+
+
+def _dimension(name: str, table: Any) -> Dimension:
+    names = [key for key in dotted_keys(RunConfig) if key.startswith(("finetune.", "quant.")) and key not in IDENTITY]
+    if name in IDENTITY:
+        raise ValueError(f"`space` must not hold `{name}`: widths are groups (`bits`), act_points belongs in [base]")
+    if name.startswith("synthesis."):
+        raise ValueError(f"`space` must not hold `{name}`: the synthetic sets are made once, before the trials")
+    if name not in names:
+        raise ValueError(
+            f"`space.{name}` must name a setting of finetune or quant, but got an unknown one{nearest(name, names)}"
+        )
+    values = read_table(table, f"space.{name}")
+    known = tuple(_Range.__dataclass_fields__)
+    for key in values:
+        if key not in (*known, "values"):
+            raise ValueError(
+                f"`space.{name}.{key}` must be a known key, but got an unknown one{nearest(key, (*known, 'values'))}"
+            )
+    choices = values.pop("values", [])
+    require(f"space.{name}.values", "be a list", choices, isinstance(choices, list))
+    require(f"space.{name}.type", "be given (float, int or choice)", values.get("type"), "type" in values)
+    try:
+        parsed = config_from_dict(_Range, values)
+    except ValueError as error:
+        raise ValueError(f"[space.{name}] {error}") from None
+    return Dimension(name=name, values=tuple(choices), **{key: getattr(parsed, key) for key in known})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Range:
+    """The plain values of a [space.*] table, for type checks."""
+
+    type: Literal["float", "int", "choice"]
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    step: float | None = None
+    optional: bool = False
+
+
+def read_table(value: Any, name: str) -> dict[str, Any]:
+    """Return a copy of a mapping, parts included; ValueError where `value` is none."""
+    require(name, "be a table of keys", value, isinstance(value, Mapping))
+    return {key: dict(part) if isinstance(part, Mapping) else part for key, part in value.items()}

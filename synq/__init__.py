@@ -1,0 +1,3 @@
+"""SynQ: zero-shot quantization of image classifiers by synthesis-aware fine-tuning."""
+
+__version__ = "0.1.0"

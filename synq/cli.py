@@ -1,0 +1,59 @@
+"""The console command `synq`: a list of doors. Code of `sweeps/` and `launch/` is loaded only by the door that needs it."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from synq import __version__
+from synq.config_io import nearest
+from synq.train import USER_ERROR, leave, report_error
+from synq.train import main as train
+
+HELP = f"""usage: synq COMMAND ...
+
+SynQ {__version__}: quantizes a pre-trained image classifier without any data.
+
+  synq train [--config FILE] [--KEY VALUE ...]        one run; `synq train --help` explains every key
+  synq synthesize [--config FILE] [--KEY VALUE ...]   only make the synthetic images of that run
+  synq sweep [SPEC] [...]                             many runs and a ranked table; `synq sweep --help`
+  synq leaderboard PATH                               make the tables again from the records of a sweep
+
+Several processes or GPUs: accelerate launch synq/train.py takes the words of `synq train`."""
+
+
+def _elsewhere(module: str, words: Sequence[str]) -> int:
+    """Call `main(words)` of a module that knows more than this package, and return its exit code."""
+    return int(importlib.import_module(module).main(list(words)) or 0)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": partial(train, program="synq train"),
+    "synthesize": partial(train, program="synq synthesize", only_images=True),
+    "sweep": partial(_elsewhere, "launch.sweep"),
+    "leaderboard": partial(_elsewhere, "sweeps.leaderboard"),
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Do what the words say and return the exit code: 0 done, 2 the words were refused."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if argv[0] == "--version":
+        print(f"synq {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        names = ", ".join(COMMANDS)
+        report_error(ValueError(f"`COMMAND` must be one of {names}, but got {argv[0]!r}{nearest(argv[0], COMMANDS)}"))
+        return USER_ERROR
+    return COMMANDS[argv[0]](argv[1:])
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    leave(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Which files a run names, and which of its settings decide its result. Works on dotted keys, so it needs no configuration class."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from synq.config_io import config_to_dict, with_overrides
+
+T = TypeVar("T")
+DIGEST_FORMAT = 1
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt")
+SPECS = (("teacher", "spec"), ("teacher", "weights"), ("evaluation", "dataset"))
+FOLDERS = (("evaluation", "data_dir"), ("runtime", "output_dir"), ("runtime", "store_dir"))
+
+
+def absolute_path(path: str) -> str:
+    """Return `path` seen from the current folder, ~ expanded; an address such as s3://bucket stays as it is."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def map_spec_path(spec: str, function: Callable[[str], str]) -> str:
+    """Apply `function` to the file path inside a spec, where there is one.
+
+    npz:FILE, imagefolder:PATH, FILE.py:FACTORY and the name of a weights file hold a path; bundled:NAME, digits or IMAGENET1K_V1 do not.
+    """
+    source, _, rest = spec.partition(":")
+    if source in ("npz", "imagefolder") and rest:
+        return f"{source}:{function(rest)}"
+    path, _, factory = spec.rpartition(":")
+    if path.endswith(".py"):
+        return f"{function(path)}:{factory}"
+    is_file = spec.endswith(WEIGHT_SUFFIXES) or (os.sep in spec and ":" not in spec)
+    return function(spec) if is_file else spec
+
+
+def _changed(
+    values: dict[str, Any], keys: tuple[tuple[str, str], ...], function: Callable[[str], str]
+) -> dict[str, str]:
+    """New values, by dotted key, of those `keys` that are set."""
+    return {f"{part}.{key}": function(values[part][key]) for part, key in keys if values[part][key]}
+
+
+def make_absolute(config: T) -> T:
+    """Return a copy whose file paths are absolute, seen from the current folder (a trial runs in a folder of its own).
+
+    Covers weights files, FILE.py:FACTORY, npz:FILE, imagefolder:PATH and every folder; addresses (s3://...) are left alone.
+    """
+    values = config_to_dict(config)
+    specs = _changed(values, SPECS, lambda spec: map_spec_path(spec, absolute_path))
+    return with_overrides(config, specs | _changed(values, FOLDERS, absolute_path))
+
+
+def config_digest(config: object, *, with_seeds: bool = True) -> str:
+    """Return 16 hexadecimal digits that name what decides the result of a `RunConfig`.
+
+    Left out: the name, folders, device, threads, progress and the evaluation's batch size. Files count by their name only, so that
+    a checkout may move; the teacher's weights have a digest of their own in the record.
+
+    Args:
+        config: The run.
+        with_seeds: False leaves out `seed` and `data_seed`: the same for all repetitions of one setting.
+    """
+    values = config_to_dict(config)
+    names = _changed(
+        values, SPECS, lambda spec: map_spec_path(spec, lambda path: os.path.basename(os.path.normpath(path)))
+    )
+    values = config_to_dict(with_overrides(config, names))
+    values["runtime"] = {"precision": values["runtime"]["precision"]}
+    left_out = [(values, "name"), (values["finetune"], "log_every")]
+    left_out += [(values["evaluation"], key) for key in ("batch_size", "data_dir")]
+    left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]
+    for table, key in left_out:
+        del table[key]
+    text = json.dumps({"format": DIGEST_FORMAT, **values}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

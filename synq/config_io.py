@@ -1,0 +1,254 @@
+"""Strict traffic between plain mappings (TOML, JSON, dotted overrides) and frozen dataclasses. Knows no field of any of them."""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def require(name: str, rule: str, value: object, holds: bool) -> None:
+    """Raise ValueError "`name` must <rule>, but got <value>" unless `holds`."""
+    if not holds:
+        raise ValueError(f"`{name}` must {rule}, but got {value!r}")
+
+
+def between(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Refuse a number outside [low, high] ((low, high] with `open_low`), NaN and infinities."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if high < math.inf:
+        rule = f"be a number in {'(' if open_low else '['}{low:g}, {high:g}]"
+    else:
+        rule = f"be a finite number {'>' if open_low else '>='} {low:g}"
+    require(name, rule, value, number and (low < value if open_low else low <= value) and value <= high)
+
+
+def one_of(name: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse a value that is not among `choices`, naming the nearest of them."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(choices)}, but got {value!r}{nearest(str(value), choices)}"
+        )
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return "; did you mean `x`?" for the choice most like `word`, or "" where none is alike.
+
+    A dotted choice is also found by its last part: `nearest("lr", ["finetune.lr"])` names `finetune.lr`.
+    """
+    choices = list(choices)
+    by_end = [choice for choice in choices if choice.rpartition(".")[2] == word.rpartition(".")[2]]
+    found = by_end or difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if not found:
+        ends = {choice.rpartition(".")[2]: choice for choice in choices}
+        found = [ends[end] for end in difflib.get_close_matches(word.rpartition(".")[2], ends, n=1, cutoff=0.7)]
+    return "; did you mean " + " or ".join(f"`{choice}`" for choice in found[:3]) + "?" if found else ""
+
+
+def dotted_keys(cls: type) -> list[str]:
+    """Every key of a configuration class as it is written on the command line, for example `finetune.lr`."""
+    return list(_dotted_hints(cls))
+
+
+def config_from_dict(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
+    """Build `cls` from a mapping of plain values, nested parts included; missing keys keep their defaults.
+
+    Lists become tuples and whole numbers become floats where the field asks for it; nothing else is converted. TOML has no null:
+    the word "none" stands for None where None is allowed and a text is not.
+
+    Args:
+        cls: A configuration dataclass.
+        mapping: Keys are field names; parts are mappings themselves.
+        source: Where the mapping was read, for messages.
+
+    Raises:
+        ValueError: For an unknown key (the nearest good one is named), another type, or a value out of range.
+    """
+    try:
+        return _build(cls, mapping, "", cls)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}" if source else str(error)) from None
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {part.name: hints[part.name] for part in dataclasses.fields(cls)}
+
+
+def _build(cls: type[T], mapping: Mapping[str, Any], prefix: str, root: type) -> T:
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"`{prefix[:-1]}` must be a table of keys, but got {mapping!r}")
+    fields = _fields(cls)
+    values = {}
+    for key, value in mapping.items():
+        if key not in fields:
+            hint = nearest(f"{prefix}{key}", dotted_keys(root))
+            raise ValueError(f"`{prefix}{key}` must be a known key, but got an unknown one{hint}")
+        values[key] = _convert(fields[key], value, f"{prefix}{key}", root)
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, f"{name}.", root)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (arg for arg in args if arg is not types.NoneType)
+        if value is None or (value == "none" and inner is not str):
+            return None
+        return _convert(inner, value, name, root)
+    if origin is Literal:
+        one_of(name, value, args)
+        return value
+    if origin is tuple:
+        sized = args[-1] is not Ellipsis
+        if not isinstance(value, list | tuple) or (sized and len(value) != len(args)):
+            raise ValueError(
+                f"`{name}` must be a list of {len(args) if sized else 'any number of'} values, but got {value!r}"
+            )
+        return tuple(_convert(args[0], part, name, root) for part in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        raise ValueError(f"`{name}` must be {words[hint]}, but got {value!r}")
+    return value
+
+
+def config_to_dict(config: object) -> dict[str, Any]:
+    """Return the configuration as plain JSON values: parts become dicts, tuples become lists."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise TypeError(f"a configuration object is needed, but got {config!r}")
+    values = {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
+    return {
+        name: config_to_dict(value)
+        if dataclasses.is_dataclass(value)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for name, value in values.items()
+    }
+
+
+def with_overrides(config: T, overrides: Mapping[str, Any]) -> T:
+    """Return a copy with dotted keys replaced, for example `{"finetune.lr": 1e-4}`.
+
+    Raises:
+        ValueError: As `config_from_dict`.
+    """
+    mapping = config_to_dict(config)
+    for key, value in overrides.items():
+        if key not in dotted_keys(type(config)):
+            hint = nearest(key, dotted_keys(type(config)))
+            raise ValueError(f"`{key}` must be a known key, but got an unknown one{hint}")
+        *parts, last = key.split(".")
+        table = mapping
+        for part in parts:
+            table = table[part]
+        table[last] = value
+    return config_from_dict(type(config), mapping)
+
+
+def parse_overrides(cls: type, words: Sequence[str]) -> dict[str, Any]:
+    """Read command-line words such as `--finetune.lr 1e-4` or `--finetune.lr=1e-4` as dotted overrides.
+
+    A truth value is always written out (true or false), so that no word can mean its opposite. The values are only read here;
+    `with_overrides` checks them, with the same messages as for a file. Of a key given twice the last value counts.
+
+    Raises:
+        ValueError: For an unknown key (the nearest good one is named) or a missing value.
+    """
+    hints = _dotted_hints(cls)
+    overrides: dict[str, Any] = {}
+    position = 0
+    while position < len(words):
+        flag, equals, value = words[position].partition("=")
+        position += 1
+        if not flag.startswith("--"):
+            raise ValueError(f"each setting must read --KEY VALUE, but got {flag!r} where a key was expected")
+        key = flag[2:].replace("-", "_")
+        if key not in hints:
+            raise ValueError(f"`{key}` must be a known key, but got an unknown one{nearest(key, hints)}")
+        values = [value] if equals else []
+        while not equals and position < len(words) and not words[position].startswith("--"):
+            values.append(words[position])
+            position += 1
+        overrides[key] = _read(hints[key], values, key)
+    return overrides
+
+
+def _dotted_hints(cls: Any, prefix: str = "") -> dict[str, Any]:
+    hints: dict[str, Any] = {}
+    for name, hint in _fields(cls).items():
+        hints |= (
+            _dotted_hints(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {f"{prefix}{name}": hint}
+        )
+    return hints
+
+
+def _read(hint: Any, words: list[str], name: str) -> Any:
+    """Words as a value of the kind that `hint` asks for; what does not read so stays text, for the check to refuse by name."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    optional = len(kinds) < len(typing.get_args(hint))
+    kind = kinds[0] if optional else hint
+    if optional and words == ["None"]:
+        return None
+    if typing.get_origin(kind) is tuple:
+        return [_read(typing.get_args(kind)[0], [word], name) for word in words] if words != ["none"] else "none"
+    if len(words) != 1:
+        raise ValueError(f"`{name}` must be given one value, but got {' '.join(words) or 'none'}")
+    word = words[0]
+    readers: dict[Any, Callable[[str], Any]] = {bool: _truth, int: int, float: float}
+    try:
+        return readers[kind](word) if kind in readers else word
+    except ValueError:
+        return word
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise ValueError(word)
+    return word.lower() == "true"
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """Read a TOML or JSON file as a dict; the suffix decides.
+
+    Raises:
+        FileNotFoundError: The file is absent.
+        ValueError: The file is not valid, or of another kind.
+    """
+    path = Path(path)
+    if path.suffix not in (".toml", ".json"):
+        raise ValueError(f"`config` must name a .toml or .json file, but got {str(path)!r}")
+    if not path.is_file():
+        raise FileNotFoundError(f"`config` must name an existing file, but got {str(path)!r}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"`config` must be valid {path.suffix[1:].upper()}, but got {str(path)!r}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"`config` must hold a table of keys, but got {str(path)!r} with a {type(content).__name__}")
+    return content
+
+
+def parse_bits(label: str) -> tuple[int, int]:
+    """Read a bit-width label: "W3A8" is 3-bit weights and 8-bit activations.
+
+    Raises:
+        ValueError: The label reads otherwise, or a width is outside [2, 8].
+    """
+    match = re.fullmatch(r"W([2-8])A([2-8])", label)
+    if match is None:
+        raise ValueError(f"`bits` must read W<2..8>A<2..8>, for example W4A4, but got {label!r}")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,209 @@
+"""Measure a network: exact top-1 and top-5 on labelled images, fidelity to the teacher on synthetic ones.
+
+Counts are summed over processes and divided once, so any number of processes and any batch size give the same figure.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, fx, nn
+
+from synq.configs import EvaluationConfig
+from synq.real_data import LabelledSet, load_labelled
+from synq.teachers import Teacher
+
+Fetch = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Accuracy on labelled images, in percent.
+
+    Attributes:
+        top1: Share of images whose label is the largest logit.
+        top5: Share of images whose label is among the five largest (all, with fewer classes).
+        num_images: Images counted.
+    """
+
+    top1: float
+    top5: float
+    num_images: int
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, fetch: Fetch, indices: Tensor, *, batch_size: int, accelerator: Accelerator) -> Accuracy:
+    """Count correct answers over ``indices``, each image once, whatever the number of processes.
+
+    Args:
+        net: (N, C, H, W) -> logits (N, K), in evaluation mode, on the device of ``accelerator``.
+        fetch: Gives (images (n, C, H, W), labels (n,)) of row numbers.
+        indices: Row numbers to count.
+        batch_size: Images per forward pass over all processes.
+        accelerator: Process group.
+
+    Raises:
+        ValueError: If there is nothing to count.
+    """
+    if len(indices) == 0:
+        raise ValueError("evaluation must see at least one labelled image, but got 0")
+    dtype = _dtype(net)
+    counts = torch.zeros(3, dtype=torch.int64, device=accelerator.device)
+    for rows in _share(indices, batch_size, accelerator):
+        images, labels = fetch(rows)
+        logits = net(images.to(accelerator.device, dtype))
+        labels = labels.to(accelerator.device)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        counts += torch.stack([best[:, 0].sum(), best.any(dim=1).sum(), torch.tensor(len(rows), device=best.device)])
+    first, five, seen = accelerator.reduce(counts, reduction="sum").tolist()
+    return Accuracy(top1=100 * first / seen, top5=100 * five / seen, num_images=seen)
+
+
+@torch.no_grad()
+def fidelity(
+    teacher: nn.Module, student: nn.Module, images: Tensor, *, batch_size: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Measure how closely the student follows the teacher on images without labels.
+
+    Args:
+        teacher, student: (N, C, H, W) -> logits (N, K), in evaluation mode.
+        images: (N, C, H, W) held-out synthetic images, not filtered.
+        batch_size: Images per forward pass over all processes.
+        accelerator: Process group.
+
+    Returns:
+        ``kl``: mean KL(teacher || student) at temperature 1, in nats, lower is better; ``agreement``: share of images
+        with the same largest logit, in percent; ``logit_mse``: mean squared difference of logits without their mean.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    for rows in _share(torch.arange(len(images)), batch_size, accelerator):
+        batch = images[rows.to(images.device)].to(accelerator.device)
+        wanted = teacher(batch.to(_dtype(teacher))).double()
+        got = student(batch.to(_dtype(student))).double()
+        kl = F.kl_div(got.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="sum")
+        difference = (got - got.mean(1, keepdim=True)) - (wanted - wanted.mean(1, keepdim=True))
+        same = (wanted.argmax(1) == got.argmax(1)).sum()
+        sums += torch.stack([kl, same.double(), difference.square().mean(1).sum(), torch.full_like(kl, len(rows))])
+    kl_sum, same_sum, square_sum, seen = accelerator.reduce(sums, reduction="sum").tolist()
+    return {"kl": kl_sum / seen, "agreement": 100 * same_sum / seen, "logit_mse": square_sum / seen}
+
+
+def _share(indices: Tensor, batch_size: int, accelerator: Accelerator) -> list[Tensor]:
+    """Row numbers of this process, in batches; none is repeated to fill up."""
+    mine = indices[accelerator.process_index :: accelerator.num_processes]
+    return list(mine.split(max(1, batch_size // accelerator.num_processes))) if len(mine) else []
+
+
+def _dtype(net: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in net.parameters()), torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What was measured of one network.
+
+    Attributes:
+        objective: Value of the configured objective.
+        fidelity: From `fidelity`, on the held-out synthetic images.
+        top1, top5, num_eval: On the labelled images that are reported on; None without labels.
+    """
+
+    objective: float | None
+    fidelity: dict[str, float | None]
+    top1: float | None
+    top5: float | None
+    num_eval: int | None
+
+
+@dataclass(kw_only=True)
+class Measure:
+    """Measures any network of a run: fidelity on the held-out set, accuracy on labelled images where there are some.
+
+    Attributes:
+        settings: What is measured.
+        teacher: The network that fidelity is measured against.
+        accelerator: Process group.
+        labelled: Labelled images, or None.
+        chosen: Row numbers on which the objective "selection" is measured.
+        reported: The other row numbers, on which accuracy is reported.
+        heldout: (N, C, H, W) held-out synthetic images.
+    """
+
+    settings: EvaluationConfig
+    teacher: Teacher
+    accelerator: Accelerator
+    labelled: LabelledSet | None
+    chosen: Tensor
+    reported: Tensor
+    heldout: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @classmethod
+    def prepare(cls, settings: EvaluationConfig, teacher: Teacher, accelerator: Accelerator) -> "Measure":
+        """Open the labelled images and divide them as the objective asks.
+
+        Raises:
+            ValueError, FileNotFoundError: If the set cannot be read, or does not suit the objective.
+        """
+        spec = settings.dataset or teacher.default_dataset
+        labelled = None
+        if spec is not None and spec != "none":
+            labelled = load_labelled(
+                spec,
+                teacher.input_size,
+                teacher.mean,
+                teacher.std,
+                num_classes=teacher.num_classes,
+                data_dir=settings.data_dir,
+                limit=settings.num_images,
+            )
+        rows = torch.arange(len(labelled) if labelled is not None else 0)
+        mask = torch.zeros(len(rows), dtype=torch.bool)
+        if settings.objective == "selection":
+            if labelled is None:
+                raise ValueError("evaluation.objective must be synthetic without labelled images, but got selection")
+            mask = labelled.selection_mask(settings.selection_fraction)
+            if not mask.any() or mask.all():
+                raise ValueError(
+                    f"evaluation.selection_fraction must leave images on both sides, but got {settings.selection_fraction} "
+                    f"of {len(rows)}"
+                )
+        return cls(
+            settings=settings,
+            teacher=teacher,
+            accelerator=accelerator,
+            labelled=labelled,
+            chosen=rows[mask],
+            reported=rows[~mask],
+        )
+
+    def objective(self, net: fx.GraphModule) -> float:
+        """Return the objective's value: mean KL in nats (lower is better), or top-1 in percent on the chosen part."""
+        if self.settings.objective == "selection":
+            return self._accuracy(net, self.chosen).top1
+        return self._fidelity(net)["kl"]
+
+    def _accuracy(self, net: fx.GraphModule, rows: Tensor) -> Accuracy:
+        assert self.labelled is not None
+        size = self.settings.batch_size
+        return evaluate(net, self.labelled.batch, rows, batch_size=size, accelerator=self.accelerator)
+
+    def _fidelity(self, net: fx.GraphModule) -> dict[str, float]:
+        size = self.settings.batch_size
+        return fidelity(self.teacher.graph, net, self.heldout, batch_size=size, accelerator=self.accelerator)
+
+    def __call__(self, net: fx.GraphModule) -> Measurement:
+        """Measure `net` in full; a collective call when there are several processes."""
+        values = self._fidelity(net)
+        objective = values["kl"] if self.settings.objective == "synthetic" else self.objective(net)
+        if self.labelled is None:
+            return Measurement(objective=objective, fidelity={**values}, top1=None, top5=None, num_eval=None)
+        accuracy = self._accuracy(net, self.reported)
+        return Measurement(
+            objective=objective,
+            fidelity={**values},
+            top1=accuracy.top1,
+            top5=accuracy.top5,
+            num_eval=accuracy.num_images,
+        )

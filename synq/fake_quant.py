@@ -1,0 +1,156 @@
+"""Uniform affine quantization: codes, ranges and the simulated ("fake") form that training uses.
+
+    s = max((beta - alpha) / (quant_max - quant_min), eps)                 alpha = min(min, 0), beta = max(max, 0)
+    zero_point = clamp(round(quant_min - alpha / s), quant_min, quant_max)
+    q = clamp(round(x * (1 / s)) + zero_point, quant_min, quant_max)       x^ = s (q - zero_point)
+
+Rounding is half to even everywhere. Zero lies on the grid always, so zero padding and ReLU's zeros stay exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MIN_BITS = 2
+MAX_BITS = 8
+SCALE_EPS = 1e-8
+"""Smallest step. Only guards the division for a channel that is zero throughout: its codes are all `zero_point`, its values 0."""
+
+
+def quant_bounds(bits: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest integer code.
+
+    ``quant_bounds(4, signed=True)`` is (-8, 7) (weights), ``quant_bounds(4, signed=False)`` is (0, 15) (activations).
+
+    Args:
+        bits: width of a code, 2..8.
+        signed: two's complement codes if True, codes from 0 otherwise.
+
+    Returns:
+        ``(quant_min, quant_max)``, both inclusive.
+
+    Raises:
+        ValueError: if ``bits`` is outside 2..8.
+    """
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"`bits` must lie in {MIN_BITS}..{MAX_BITS}, but got {bits}")
+    if signed:
+        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return 0, 2**bits - 1
+
+
+@torch.no_grad()
+def choose_qparams(
+    min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int, eps: float = SCALE_EPS
+) -> tuple[Tensor, Tensor]:
+    """Step and zero point of a range; the range is first widened to hold zero.
+
+    ``choose_qparams(tensor(-1.0), tensor(2.0), 0, 15)`` gives scale 0.2 and zero_point 5: the codes 0, 5, 15 stand for -1, 0, 2.
+    A NaN in the range gives a NaN scale (and a valid zero point), so that it reaches the loss and is seen there.
+
+    Args:
+        min_val: lower ends, any shape (one per tensor or per channel).
+        max_val: upper ends, same shape.
+        quant_min: smallest code.
+        quant_max: largest code.
+        eps: smallest step, > 0.
+
+    Returns:
+        ``(scale, zero_point)``: float32 > 0 and int32 in [quant_min, quant_max], shape of ``min_val``. Never part of a graph.
+
+    Source: METHOD section 1, "Ours". The paper centres the grid on its range (floor(w/s - z + 1/2)) and may leave zero between two
+    codes; ours keeps zero exact, so that training, PyTorch's fused ops and ONNX Q/DQ compute the same thing.
+    """
+    alpha = min_val.float().clamp(max=0.0)
+    beta = max_val.float().clamp(min=0.0)
+    scale = ((beta - alpha) / (quant_max - quant_min)).clamp(min=eps)
+    zero_point = torch.round(quant_min - alpha / scale).clamp(quant_min, quant_max)
+    return scale, zero_point.nan_to_num(nan=float(quant_min)).to(torch.int32)
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None = None
+) -> Tensor:
+    """Quantize and dequantize in one fused op: ``x^ = s (clamp(round(x / s) + zero_point) - zero_point)``.
+
+    The gradient is straight-through: passed on unchanged where the unclamped code lies in [quant_min, quant_max], zero elsewhere;
+    scale and zero point get none.
+
+    The result has the dtype of ``x``, also under autocast (which leaves these ops alone): float32 stays float32 and the layer behind
+    casts it, bfloat16 in gives bfloat16 out, with the code computed in float32 and ``x^`` rounded to bfloat16 (relative error up to
+    2^-8; codes themselves are exact). The op hides non-finite *inputs* (NaN comes out as some code): look for them before it.
+
+    Args:
+        x: floating point, any shape.
+        scale: float32, one element (``axis`` None) or shape (x.shape[axis],).
+        zero_point: int32, same shape, within [quant_min, quant_max].
+        quant_min: smallest code.
+        quant_max: largest code.
+        axis: channel axis of ``x``, or None for one range for the whole tensor.
+
+    Returns:
+        Tensor like ``x``.
+    """
+    if axis is None:
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+    return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max)
+
+
+def _along(values: Tensor, ndim: int, axis: int | None) -> Tensor:
+    """Per-channel values viewed so that they broadcast along ``axis`` of a tensor with ``ndim`` dimensions."""
+    if axis is None:
+        return values.reshape(())
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+@torch.no_grad()
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None = None
+) -> Tensor:
+    """Integer codes, exactly those inside :func:`fake_quantize`.
+
+    The fused op multiplies by ``1 / scale`` rounded to float32 rather than dividing by ``scale``; the two differ at some ties, so the
+    same is done here.
+
+    Args:
+        x: floating point, any shape, finite.
+        scale: see :func:`fake_quantize`.
+        zero_point: see :func:`fake_quantize`.
+        quant_min: smallest code.
+        quant_max: largest code.
+        axis: see :func:`fake_quantize`.
+
+    Returns:
+        int32 codes, shape of ``x``, in [quant_min, quant_max].
+    """
+    values = x if x.dtype == torch.float64 else x.float()
+    inverse = _along(1.0 / scale, x.ndim, axis).to(values.dtype)
+    offset = _along(zero_point, x.ndim, axis)
+    # Clamp before the cast: a float beyond int32 has no defined integer.
+    steps = torch.round(values * inverse).clamp(quant_min - quant_max, quant_max - quant_min)
+    return (steps.to(torch.int32) + offset).clamp(quant_min, quant_max).to(torch.int32)
+
+
+@torch.no_grad()
+def dequantize(
+    q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Values of integer codes, ``x^ = s (q - zero_point)``, bit for bit those of :func:`fake_quantize` on ``dtype``.
+
+    Args:
+        q: integer codes, any shape.
+        scale: see :func:`fake_quantize`.
+        zero_point: see :func:`fake_quantize`.
+        axis: see :func:`fake_quantize`.
+        dtype: floating dtype of the ``x`` the codes came from.
+
+    Returns:
+        Tensor of ``dtype``, shape of ``q``.
+    """
+    # PyTorch's per-tensor kernel multiplies in float32 even for float64 input, its per-channel kernel in float64.
+    work = torch.float64 if dtype == torch.float64 and axis is not None else torch.float32
+    steps = (q - _along(zero_point, q.ndim, axis)).to(work)
+    return (steps * _along(scale, q.ndim, axis).to(work)).to(dtype)

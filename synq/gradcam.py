@@ -1,0 +1,78 @@
+"""Class activation maps (Grad-CAM) of a classifier: S = ReLU(sum_k alpha_k A^k), alpha_k = mean_{h,w} d y_label / d A^k_{hw}.
+
+Maps are raw: dividing a map by its own range blows up where it is nearly flat. No hook is registered and no second forward pass made:
+the features come out of the very forward pass that made the logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def closed_form_weights(
+    linear_weight: Tensor, labels: Tensor, num_channels: int, pool_cells: int, spatial: int
+) -> Tensor:
+    """Grad-CAM weights of "average pool -> flatten -> one linear layer", without a backward pass.
+
+        alpha_k = sum over cells of W[label, k, cell] / (H W)
+
+    Every pooled cell is a mean, so the derivatives that reach one channel through it add up to W[label, k, cell], whatever the cell's
+    size. Not valid where a non-linearity lies between pool and logits (MobileNetV3): :func:`autograd_weights` there.
+
+    Args:
+        linear_weight: (K, C * cells), columns ordered channel first as ``flatten`` leaves them; the student's is its fake-quantized one.
+        labels: (N,) int64, classes of the maps.
+        num_channels: C.
+        pool_cells: cells the pool leaves per channel (1 for a global pool, 4 for 2 x 2).
+        spatial: H * W of the tensor that enters the pool.
+
+    Returns:
+        alpha (N, C), detached, dtype of ``linear_weight``.
+
+    Raises:
+        ValueError: if the linear layer does not have num_channels * pool_cells inputs.
+    """
+    if linear_weight.shape[1] != num_channels * pool_cells:
+        raise ValueError(
+            f"the classifier's inputs must number num_channels * pool_cells = {num_channels} * {pool_cells}, "
+            f"but got {linear_weight.shape[1]}"
+        )
+    per_class = linear_weight.detach().reshape(-1, num_channels, pool_cells).sum(dim=2) / spatial
+    return per_class[labels]
+
+
+def autograd_weights(logits: Tensor, features: Tensor, labels: Tensor, retain_graph: bool) -> Tensor:
+    """Grad-CAM weights by differentiation, for any head.
+
+    ``torch.autograd.grad`` towards ``features`` alone: no parameter's gradient is touched, so DDP's reducer does not see this pass.
+    One backward pass serves the batch; images must not influence one another (BatchNorm in eval mode). Quantizers behind ``features``
+    pass the gradient straight through (zero where they clip).
+
+    Args:
+        logits: (N, K), computed from ``features`` with gradients enabled.
+        features: (N, C, H, W), in the graph of ``logits``.
+        labels: (N,) int64.
+        retain_graph: True if the loss is differentiated through the same graph afterwards (the student's).
+
+    Returns:
+        alpha (N, C), detached.
+    """
+    chosen = logits.gather(1, labels[:, None]).sum()
+    (gradient,) = torch.autograd.grad(chosen, features, retain_graph=retain_graph)
+    return gradient.mean(dim=(2, 3)).detach()
+
+
+def cam_map(features: Tensor, alpha: Tensor) -> Tensor:
+    """Raw class activation map ReLU(sum_k alpha_k A^k).
+
+    Args:
+        features: A (N, C, H, W).
+        alpha: (N, C).
+
+    Returns:
+        (N, H, W), >= 0, in the wider dtype of the two, also under autocast: the loss squares these sums, bfloat16 is too coarse.
+    """
+    dtype = torch.promote_types(features.dtype, alpha.dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        return torch.einsum("nchw,nc->nhw", features.to(dtype), alpha.to(dtype)).relu()

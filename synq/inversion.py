@@ -1,0 +1,179 @@
+"""Turn a frozen classifier into images: optimise the pixels of one shard until the classifier sees its own training data."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from synq.bn_stats import BatchNormInputs, ChannelStatistics, bns_loss
+from synq.configs import SynthesisConfig
+from synq.losses import inception_loss
+
+SHIFT_PARTS = 8
+"""The random shift reaches up to 1/8 of the image's side: 4 pixels at 32, 28 at 224."""
+PLATEAU_THRESHOLD = 1e-4
+"""A loss counts as an improvement when it is lower than the best by this share of it."""
+TERMS = ("total", "inception", "bns", "centers")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inversion:
+    """The images of one shard and what the teacher says of them. All on the CPU."""
+
+    images: Tensor
+    """Shape (N, C, H, W), float32, in the teacher's normalised space: the last state of the optimisation."""
+    terms: dict[str, float]
+    """Loss terms of exactly these images, without augmentation: total, inception, bns, centers."""
+    num_agree: int
+    """Images whose largest logit is that of the assigned label."""
+    history: Tensor
+    """Shape (iterations,), the loss before each step, of the augmented view."""
+    statistics: dict[str, ChannelStatistics]
+    """Batch-norm input statistics of these images, in order of execution."""
+
+
+class PlateauLr:
+    """A learning rate that falls when the loss stands still, kept on the device: reading it or the loss never waits for the GPU.
+
+    After more than `patience` steps in a row without a loss below best * (1 - 1e-4) the rate is multiplied by `factor`. The same
+    rule as torch.optim.lr_scheduler.ReduceLROnPlateau, which needs the loss as a Python number.
+    """
+
+    def __init__(self, lr: float, patience: int, factor: float, device: torch.device) -> None:
+        self.lr = torch.tensor(lr, device=device)
+        self._best = torch.tensor(torch.inf, device=device)
+        self._num_bad = torch.zeros((), device=device)
+        self._patience = patience
+        self._factor = factor
+
+    def step(self, loss: Tensor) -> None:
+        """Take the loss of one step (a detached scalar; positive or zero) and change `lr` in place."""
+        better = loss < self._best * (1 - PLATEAU_THRESHOLD)
+        self._best = torch.where(better, loss, self._best)
+        self._num_bad = torch.where(better, 0.0, self._num_bad + 1)
+        stuck = self._num_bad > self._patience
+        self.lr.copy_(torch.where(stuck, self.lr * self._factor, self.lr))
+        self._num_bad = torch.where(stuck, 0.0, self._num_bad)
+
+
+def mirror_roll(images: Tensor, flip: bool, shift: tuple[int, int]) -> Tensor:
+    """Mirror all images left to right (when `flip`) and move them in a circle by `shift` = (rows, columns) pixels.
+
+    Circular, so that no pixel is lost and the batch-norm statistics of the first layer do not change.
+    """
+    if flip:
+        images = images.flip(-1)
+    return torch.roll(images, shift, (-2, -1)) if shift != (0, 0) else images
+
+
+def _draw_views(
+    augment: str, iterations: int, height: int, width: int, generator: torch.Generator
+) -> list[tuple[bool, tuple[int, int]]]:
+    """Draw the flips and shifts of all steps at once, as Python numbers: no step waits for the device to learn its shift."""
+    if augment == "none":
+        return [(False, (0, 0))] * iterations
+    flips = torch.randint(0, 2, (iterations,), generator=generator).tolist()
+    limits = (height // SHIFT_PARTS, width // SHIFT_PARTS)
+    shifts = [torch.randint(-most, most + 1, (iterations,), generator=generator).tolist() for most in limits]
+    return [(bool(flip), (down, right)) for flip, down, right in zip(flips, *shifts, strict=True)]
+
+
+def invert(
+    module: nn.Module,
+    labels: Tensor,
+    input_size: tuple[int, int, int],
+    targets: Mapping[str, ChannelStatistics],
+    *,
+    config: SynthesisConfig,
+    generator: torch.Generator,
+    iterations: int | None = None,
+    center_targets: Mapping[str, ChannelStatistics] | None = None,
+    device: torch.device | None = None,
+    on_iteration: Callable[[int, Tensor], None] | None = None,
+) -> Inversion:
+    """Optimise one shard of images, starting from noise N(0, 1), with Adam on the pixels.
+
+    L = inception_weight * mean_i (1 - p_i)^gamma CE_i + bns_weight * BNS(targets) + center_weight * bns_weight * BNS(center_targets)
+
+    The images after the last step are returned, not those of the lowest loss: each step sees another random view, so the lowest
+    loss is mostly a lucky view. Nothing waits for the device inside the loop. Randomness is drawn on the CPU, so that the start does
+    not depend on the device.
+
+    Args:
+        module: The teacher in eval mode, on `device`. Its parameters get no gradient and are not changed.
+        labels: Shape (N,), int64, the class each image is to show.
+        input_size: Channels, height, width in pixels.
+        targets: Batch-norm statistics to reach, on `device`.
+        config: Weights, learning rate, augmentation.
+        generator: CPU generator of the noise and of the views.
+        iterations: Steps; None takes `config.iterations`.
+        center_targets: A second set of statistics to reach, for some of the layers; None for none.
+        device: Where to compute; None is the CPU.
+        on_iteration: Called after each step with the number of steps done and the loss (a tensor on the device).
+
+    Raises:
+        ValueError: If a term or a pixel is not finite at the end, with the term's name.
+
+    Source: SynQ (arXiv 2603.18423), section 3, step 1; hard samples: HAST (CVPR 2023); second target: TexQ (NeurIPS 2023).
+    """
+    assert not any(part.training for part in module.modules()), "the teacher must be in eval mode"
+    device = torch.device("cpu") if device is None else device
+    iterations = config.iterations if iterations is None else iterations
+    num_images = labels.numel()
+    images = torch.randn((num_images, *input_size), generator=generator).to(device, memory_format=torch.channels_last)
+    images.requires_grad_()
+    images.grad = torch.empty_like(images)
+    labels = labels.to(device)
+    views = _draw_views(config.augment, iterations, *input_size[1:], generator)
+    plateau = PlateauLr(config.lr, config.plateau_patience, config.plateau_factor, device)
+    # Fused: one kernel a step, and the only form that takes the learning rate as a device tensor.
+    optimizer = torch.optim.Adam([images], lr=plateau.lr, fused=True)
+    history = torch.zeros(iterations, device=device)
+
+    def terms_of(logits: Tensor, statistics: Mapping[str, ChannelStatistics]) -> dict[str, Tensor]:
+        terms = {
+            "inception": inception_loss(logits, labels, config.hard_sample_gamma).mean(),
+            "bns": bns_loss(statistics, targets, config.bns_form),
+            "centers": torch.zeros((), device=device),
+        }
+        total = config.inception_weight * terms["inception"] + config.bns_weight * terms["bns"]
+        if center_targets:
+            terms["centers"] = bns_loss(statistics, center_targets, config.bns_form)
+            total = total + config.center_weight * config.bns_weight * terms["centers"]
+        return {"total": total, **terms}
+
+    with BatchNormInputs(module) as inputs:
+        for step, (flip, shift) in enumerate(views):
+            logits = module(mirror_roll(images, flip, shift))
+            loss = terms_of(logits, inputs.take())["total"]
+            # grad, not backward: nothing is left in the teacher, whatever its parameters ask for.
+            (gradient,) = torch.autograd.grad(loss, images)
+            # Copied into place, because the fused step wants gradient and pixels in one memory layout.
+            images.grad.copy_(gradient)
+            loss = loss.detach()
+            plateau.step(loss)
+            optimizer.step()
+            history[step] = loss
+            if on_iteration is not None:
+                on_iteration(step + 1, loss)
+        with torch.no_grad():
+            logits = module(images)
+            statistics = inputs.take()
+            terms = {name: value.item() for name, value in terms_of(logits, statistics).items()}
+    result = images.detach().to("cpu", memory_format=torch.contiguous_format)
+    for name, value in [*terms.items(), ("pixels", result.sum().item())]:
+        if value - value != 0:  # NaN or infinite
+            raise ValueError(
+                f"`synthesis.lr` must keep the optimisation finite, but got {name} = {value} with lr {config.lr}; lower it, "
+                "or lower `synthesis.bns_weight`"
+            )
+    return Inversion(
+        images=result,
+        terms=terms,
+        num_agree=int((logits.argmax(1) == labels).sum()),
+        history=history.cpu(),
+        statistics={
+            name: part._replace(mean=part.mean.cpu(), variance=part.variance.cpu()) for name, part in statistics.items()
+        },
+    )

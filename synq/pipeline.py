@@ -1,0 +1,349 @@
+"""One run from a pre-trained classifier and no data to a measured low-bit student: the stages in a row.
+
+    load_teacher -> synthesize -> store -> low-pass filter -> quantize_model -> observe ranges -> finetune -> evaluate -> record
+
+Labelled images enter in `Measure` alone, and only to be counted.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, fx
+
+from synq.artifacts import SetStore
+from synq.configs import QuantConfig, RunConfig, RuntimeConfig, config_digest, config_to_dict, make_absolute
+from synq.evaluation import Measure
+from synq.finetune import CamNetwork, Epoch, NonFiniteLoss, finetune, local_batch_size
+from synq.lowpass import cutoff_in_bins, gaussian_lowpass
+from synq.results import RunRecord, environment, read_record, write_bytes_atomic, write_json_atomic, write_record
+from synq.students import Student, observe_ranges, quantize_model
+from synq.synthesis import ensure_set
+from synq.synthetic_data import SyntheticSet
+from synq.teachers import Teacher, load_teacher
+from synq.tracing import with_features
+
+HELDOUT_SEED = 0
+"""Held-out sets are drawn from a stream of their own ("heldout"); one seed for ever, so that all runs of a teacher share one."""
+
+
+def run(
+    config: RunConfig,
+    *,
+    accelerator: Accelerator | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> RunRecord:
+    """Do one run, or the rest of one that was stopped; a finished one is returned as it stands.
+
+    Files go to `<output_dir>/<name>-<digest>/`: `config.json`, `checkpoint.pt` (last finished epoch), `student.safetensors`,
+    `record.json` (last).
+
+    Args:
+        config: The run.
+        accelerator: Process group; None makes one from `config.runtime`.
+        on_epoch: Called on the main process after every epoch with epoch, epochs, objective_value and the loss terms.
+
+    Returns:
+        The record, on every process.
+
+    Raises:
+        ValueError, OSError: Bad input, before anything is written.
+        NonFiniteLoss: Fine-tuning diverged; a record with status "failed" was written.
+    """
+    config = make_absolute(config)
+    accelerator = accelerator or make_accelerator(config.runtime)
+    local_batch_size(config.finetune.batch_size, accelerator.num_processes)
+    folder = run_folder(config)
+    clock = _Clock()
+
+    with clock("teacher"):
+        teacher = load_teacher(config.teacher)
+    finished = _finished_record(folder, config, teacher)
+    if finished is not None:
+        return finished
+    measure = Measure.prepare(config.evaluation, teacher, accelerator)
+    _check_writable(folder)
+    with clock("synthesis"):
+        train_set, heldout = _synthetic_sets(config, teacher, accelerator)
+    measure.heldout = heldout.images
+
+    with clock("quantize"):
+        images = low_pass(train_set.images, config).to(_dtype(config))
+        teacher_net, student, student_net = _networks(config, teacher, images, accelerator)
+    with clock("measure"):
+        reference = measure(teacher.graph)
+        rounded = measure(student.net)
+
+    def after_epoch(epoch: Epoch) -> None:
+        if on_epoch is None and not config.evaluation.every_epoch:
+            return
+        objective = measure.objective(student.net)
+        if on_epoch is not None and accelerator.is_main_process:
+            on_epoch({**epoch, "epochs": config.finetune.epochs, "objective_value": objective})
+
+    record = _blank_record(config, teacher, student, train_set, heldout, accelerator)
+    if accelerator.is_main_process:
+        write_json_atomic(folder / "config.json", config_to_dict(config))
+    try:
+        history = finetune(
+            student_net,
+            teacher_net,
+            images,
+            train_set.labels,
+            config.finetune,
+            accelerator=accelerator,
+            seed=config.seed,
+            checkpoint=folder / "checkpoint.pt",
+            on_epoch=after_epoch,
+            progress=config.runtime.progress,
+        )
+    except NonFiniteLoss as error:
+        if accelerator.is_main_process:
+            write_record(folder / "record.json", replace(record, status="failed", reason=str(error)))
+        raise
+    clock.seconds["finetune"] = sum(epoch["seconds"] for epoch in history)
+
+    with clock("measure"):
+        final = measure(student.net)
+    record = replace(
+        record,
+        objective_value=final.objective,
+        fidelity=final.fidelity,
+        teacher_top1=reference.top1,
+        rtn_top1=rounded.top1,
+        rtn_fidelity=rounded.fidelity,
+        top1=final.top1,
+        top5=final.top5,
+        drop=None if final.top1 is None or reference.top1 is None else reference.top1 - final.top1,
+        num_eval=final.num_eval,
+        kept_share=history[-1]["kept"] if history else None,
+        loss_history=list(history),
+        warnings=[*record.warnings, *_mask_warnings(config, history)],
+        seconds=clock.seconds,
+        total_seconds=sum(clock.seconds.values()),
+    )
+    if accelerator.is_main_process:
+        write_bytes_atomic(folder / "student.safetensors", safetensors.torch.save(_state(student.net)))
+        write_record(folder / "record.json", record)
+    accelerator.wait_for_everyone()
+    return record
+
+
+def prepare(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple[SyntheticSet, SyntheticSet]:
+    """Make the synthetic sets of a run, training and held-out, where the store does not have them yet."""
+    config = make_absolute(config)
+    accelerator = accelerator or make_accelerator(config.runtime)
+    return _synthetic_sets(config, load_teacher(config.teacher), accelerator)
+
+
+def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
+    """Return the process group and precision of a run.
+
+    Raises:
+        ValueError: If the device is not there, or several processes were started but stand alone.
+    """
+    if runtime.num_threads is not None:
+        torch.set_num_threads(runtime.num_threads)
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("runtime.device must be one that is present, but got cuda and PyTorch sees no GPU")
+    on_cpu = runtime.device == "cpu" or not torch.cuda.is_available()
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started == 1:  # a process may do several runs; Accelerate would keep the first one's device and precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if runtime.precision == "bf16" else "no")
+    if accelerator.num_processes != started:
+        raise ValueError(
+            f"accelerate must join all {started} processes, but this one sees {accelerator.num_processes}; "
+            "on CPU use launch/accelerate_cpu2.yaml"
+        )
+    return accelerator
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Return the folder of a run: its name and the digest of what decides its result."""
+    return Path(config.runtime.output_dir) / f"{config.name}-{config_digest(config)}"
+
+
+def low_pass(images: Tensor, config: RunConfig) -> Tensor:
+    """Filter images (N, C, H, W) once, before everything that sees them; without a cutoff they stay as they are."""
+    settings = config.finetune
+    if settings.lowpass_cutoff is None:
+        return images
+    height, width = images.shape[-2:]
+    return gaussian_lowpass(images, cutoff_in_bins(settings.lowpass_cutoff, settings.lowpass_unit, height, width))
+
+
+def build_student(teacher: Teacher, quant: QuantConfig) -> Student:
+    """Round the teacher to the widths of a configuration; ranges are still to be observed."""
+    return quantize_model(
+        teacher.graph,
+        weight_bits=quant.weight_bits,
+        act_bits=quant.act_bits,
+        act_points=quant.act_points,
+        first_bits=quant.first_bits,
+        last_bits=quant.last_bits,
+        cam_node=teacher.cam.node,
+    )
+
+
+def _networks(
+    config: RunConfig, teacher: Teacher, images: Tensor, accelerator: Accelerator
+) -> tuple[CamNetwork, Student, CamNetwork]:
+    """Place both networks, observe the student's ranges and tap the features of both."""
+    student = build_student(teacher, config.quant)
+    for net in (teacher.graph, student.net):
+        net.to(accelerator.device, _dtype(config))
+    observe_ranges(
+        student.net,
+        images[: config.quant.calib_images].to(accelerator.device),
+        act_range=config.quant.act_range,
+        weight_range=config.quant.weight_range,
+        norm=config.quant.mse_norm,
+    )
+    cam, student_node = teacher.cam, student.cam_node
+    if cam.kind == "none":  # the tap still needs a tensor; the image itself costs nothing and is never read
+        cam, student_node = replace(cam, node=_input_node(teacher.graph)), _input_node(student.net)
+    return (
+        CamNetwork(net=with_features(teacher.graph, cam.node), site=cam),
+        student,
+        CamNetwork(net=with_features(student.net, student_node), site=cam),
+    )
+
+
+def _synthetic_sets(config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> tuple[SyntheticSet, SyntheticSet]:
+    store = SetStore(config.runtime.store_dir or Path(config.runtime.output_dir) / "store")
+    progress = config.runtime.progress
+    heldout_config = replace(config.synthesis, num_images=config.evaluation.heldout_images)
+    train_set = ensure_set(
+        teacher,
+        config.synthesis,
+        config.data_seed,
+        store,
+        accelerator=accelerator,
+        purpose="train",
+        progress=progress,
+    )
+    heldout = ensure_set(
+        teacher, heldout_config, HELDOUT_SEED, store, accelerator=accelerator, purpose="heldout", progress=progress
+    )
+    return train_set, heldout
+
+
+@dataclass
+class _Clock:
+    """Seconds of each stage of this process."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def _finished_record(folder: Path, config: RunConfig, teacher: Teacher) -> RunRecord | None:
+    path = folder / "record.json"
+    if not path.exists():
+        return None
+    record = read_record(path)
+    if record.teacher.get("digest") != teacher.digest:
+        raise ValueError(
+            f"runtime.output_dir must not mix teachers: {path} is a run of other weights of the same file name. "
+            "Choose another output_dir or name"
+        )
+    return record if record.status == "completed" else None
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail before the work, not after it."""
+    probe = folder / ".writable"
+    write_bytes_atomic(probe, b"")
+    probe.unlink(missing_ok=True)
+
+
+def _blank_record(
+    config: RunConfig,
+    teacher: Teacher,
+    student: Student,
+    train_set: SyntheticSet,
+    heldout: SyntheticSet,
+    accelerator: Accelerator,
+) -> RunRecord:
+    """Everything that is known before the fine-tuning."""
+    cam = teacher.cam
+    facts: dict[str, Any] = {
+        "spec": teacher.spec,
+        "digest": teacher.digest,
+        "name": teacher.name,
+        "num_classes": teacher.num_classes,
+        "input_size": list(teacher.input_size),
+        "cam": {"node": cam.node, "kind": cam.kind, "reason": cam.reason},
+    }
+    warnings = []
+    if cam.kind == "none" and config.finetune.cam_weight > 0:
+        warnings.append(f"the CAM term is off: {cam.reason}")
+    return RunRecord(
+        name=config.name,
+        config=config_to_dict(config),
+        config_digest=config_digest(config),
+        seed=config.seed,
+        data_seed=config.data_seed,
+        teacher=facts,
+        model=teacher.name,
+        weight_bits=config.quant.weight_bits,
+        act_bits=config.quant.act_bits,
+        protocol=config.quant.protocol,
+        act_points=config.quant.act_points,
+        objective=config.evaluation.objective,
+        size_bytes=student.size_bytes,
+        bitops=student.bitops,
+        set_digest=train_set.digest,
+        heldout_digest=heldout.digest,
+        layers=[asdict(row) for row in student.rows],
+        warnings=warnings,
+        device=_device_name(accelerator),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        **environment(),
+    )
+
+
+def _mask_warnings(config: RunConfig, history: list[Epoch]) -> list[str]:
+    """Say when the difficulty threshold decides nothing (METHOD: after the inception loss most images are easy)."""
+    tau = config.finetune.difficulty_threshold
+    if not history or config.finetune.ce_weight == 0 or tau >= 1:
+        return []
+    share = history[-1]["kept"]
+    if share > 0.99 or share < 0.01:
+        return [f"difficulty_threshold {tau} keeps {100 * share:.1f} % of the images for the hard labels: it is inert"]
+    return []
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    """Return the dtype of weights and images; bf16 is autocast over float32."""
+    return torch.float64 if config.runtime.precision == "fp64" else torch.float32
+
+
+def _device_name(accelerator: Accelerator) -> str:
+    processes = f" x {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name(accelerator.device) + processes
+    return f"cpu, {torch.get_num_threads()} threads{processes}"
+
+
+def _input_node(net: fx.GraphModule) -> str:
+    return str(next(node.name for node in net.graph.nodes if node.op == "placeholder"))
+
+
+def _state(net: fx.GraphModule) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in net.state_dict().items()}
+

@@ -1,0 +1,369 @@
+"""Build the quantized student from the teacher's graph, observe its activation ranges, and account for every tensor."""
+
+import copy
+import math
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from synq.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
+from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
+from synq.tracing import is_passive, node_module, tensor_inputs
+
+FLOAT_BITS = 32
+
+_NONLINEAR_MODULES = (
+    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus),
+)
+_NONLINEAR_NAMES = frozenset(
+    "relu relu6 hardtanh leaky_relu prelu elu selu celu gelu silu mish hardswish hardsigmoid sigmoid tanh softplus "
+    "clamp clip clamp_min abs square pow sqrt exp".split()
+)
+# Linear or value-preserving operations: what they put out is a sum or a selection of what was quantized before.
+_STRUCTURAL_MODULES = (
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ReflectionPad2d),
+    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Upsample, nn.Sequential),
+)
+_STRUCTURAL_NAMES = frozenset(
+    "add sub neg cat concat stack pad getitem chunk split narrow transpose permute t unsqueeze expand "
+    "adaptive_avg_pool2d avg_pool2d max_pool2d adaptive_max_pool2d mean sum interpolate pixel_shuffle channel_shuffle "
+    "clone detach roll flip unflatten type_as movedim".split()
+)
+_NORM_MODULES = (nn.BatchNorm2d, nn.BatchNorm1d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRow:
+    """One line of the account: a weight or an activation, and its width.
+
+    Attributes:
+        name: Module name of a weight, node name of an activation.
+        role: "weight" or "activation".
+        kind: Layer type or operation.
+        bits: Width; 32 stands for float.
+        numel: Number of values (of one image, for an activation).
+        macs: Multiply-accumulates per image, for a weight.
+        note: Why it is float, where it is.
+    """
+
+    name: str
+    role: Literal["weight", "activation"]
+    kind: str
+    bits: int
+    numel: int
+    macs: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A quantized network and its account.
+
+    Attributes:
+        net: (N, C, H, W) -> logits (N, K); in evaluation mode.
+        cam_node: Node of ``net`` whose output is A, the tensor that enters the pool, after its fake quantization.
+        rows: Every weight and activation with its width.
+        size_bytes: Packed size: weights at their width, scale and zero point per channel, BatchNorm folded to a bias.
+        bitops: Sum over layers of MACs x weight bits x input bits, per image; a float operand counts 32.
+    """
+
+    net: fx.GraphModule
+    cam_node: str
+    rows: tuple[TensorRow, ...]
+    size_bytes: int
+    bitops: int
+
+
+def quantize_model(
+    traced: fx.GraphModule,
+    *,
+    weight_bits: int,
+    act_bits: int,
+    act_points: Literal["relu", "inputs"] = "relu",
+    first_bits: int | None = None,
+    last_bits: int | None = None,
+    cam_node: str = "",
+) -> Student:
+    """Round a traced teacher to a low-bit student; the teacher is not touched.
+
+    Activation ranges are unset afterwards: call :func:`observe_ranges` before the student runs.
+
+    Args:
+        traced: A graph from ``trace_classifier``.
+        weight_bits: Width of all weights, 2..8.
+        act_bits: Width of all quantized activations, 2..8.
+        act_points: "relu": after every non-linearity. "inputs": the input of every convolution and linear layer.
+        first_bits: Width of the first layer's weight (and of its input, under "inputs"); None for ``weight_bits``.
+        last_bits: The same for the last layer.
+        cam_node: Node of ``traced`` whose output is the CAM's feature map; "" for none.
+
+    Returns:
+        The student, in evaluation mode.
+
+    Raises:
+        ValueError: If a tensor that the rule covers would stay float: an operation with weights or a non-linearity
+            that is not known here.
+    """
+    net = copy.deepcopy(traced).eval()
+    layers, nonlinear = _classify(net)
+    widths = _layer_widths(layers, weight_bits, first_bits, last_bits)
+    input_widths = _layer_widths(layers, act_bits, first_bits, last_bits)
+    for node in layers:
+        module = node_module(net, node)
+        if isinstance(module, nn.Conv2d) and not isinstance(module, QuantConv2d):
+            _replace(net, str(node.target), QuantConv2d.from_float(module, widths[node]))
+        elif isinstance(module, nn.Linear) and not isinstance(module, QuantLinear):
+            _replace(net, str(node.target), QuantLinear.from_float(module, widths[node]))
+
+    if act_points == "relu":
+        points = {node: (act_bits, list(node.users)) for node in nonlinear}
+    else:
+        points = {}
+        for node in layers:
+            producer = tensor_inputs(node)[0]
+            bits, users = points.get(producer, (0, []))
+            points[producer] = (max(bits, input_widths[node]), [*users, node])
+    tapped = cam_node
+    for node, (bits, users) in points.items():
+        quantizer = _insert_quantizer(net, node, users, bits)
+        if node.name == cam_node and act_points == "relu":
+            tapped = quantizer.name
+    net.graph.lint()
+    net.recompile()
+    rows = _account(net, layers, points)
+    return Student(net=net, cam_node=tapped, rows=rows, size_bytes=_packed_bytes(net), bitops=_bitops(net, layers))
+
+
+def observe_ranges(
+    net: fx.GraphModule,
+    images: Tensor,
+    *,
+    act_range: Literal["minmax", "mse"],
+    weight_range: Literal["minmax", "mse"] = "minmax",
+    norm: float = 2.4,
+    batch_size: int = 256,
+) -> None:
+    """Set every activation range from ``images`` once; nothing moves it afterwards.
+
+    Activations are observed in float behind the already quantized weights. "minmax" takes the extremes; "mse" the
+    range that minimises the mean |x - quantized x|^norm over a histogram.
+
+    Args:
+        net: Network of a :class:`Student`.
+        images: (N, C, H, W) synthetic images, filtered as those of the fine-tuning, on the device of ``net``.
+        act_range: How activation ranges are chosen.
+        weight_range: "mse" also chooses a shrink factor per output channel, kept relative to the live weights.
+        norm: Exponent p of the error.
+        batch_size: Images per forward pass.
+
+    Raises:
+        ValueError: If there are no images, or an activation is not finite.
+    """
+    if len(images) == 0:
+        raise ValueError("calib_images must be >= 1, but got no image")
+    if weight_range == "mse":
+        for module in net.modules():
+            if isinstance(module, (QuantConv2d, QuantLinear)):
+                quantizer = module.weight_quantizer
+                quantizer.clip_ratio.copy_(mse_weight_ratio(module.weight.detach().float(), quantizer.bits, norm))
+    batches = images.split(batch_size)
+    extremes: dict[str, RangeObserver] = {}
+    _observe(net, batches, lambda name, x: extremes.setdefault(name, RangeObserver()).update(x))
+    try:
+        ranges = {name: observer.range() for name, observer in extremes.items()}
+    except ValueError as error:
+        raise ValueError(f"{error}: the teacher overflows on the synthetic images") from error
+    if act_range == "mse":
+        histograms = {name: HistogramObserver(low, high) for name, (low, high) in ranges.items() if low < high}
+        _observe(net, batches, lambda name, x: histograms[name].update(x) if name in histograms else None)
+        for name, histogram in histograms.items():
+            quantizer = net.get_submodule(name)
+            assert isinstance(quantizer, ActQuantizer)
+            bounds = (quantizer.quant_min, quantizer.quant_max)
+            ranges[name] = mse_range(histogram.counts, *ranges[name], *bounds, norm=norm)
+    for name, (low, high) in ranges.items():
+        quantizer = net.get_submodule(name)
+        assert isinstance(quantizer, ActQuantizer)
+        quantizer.set_range(low, high)
+
+
+class _Observation(fx.Interpreter):
+    """Runs a student with its activation quantizers replaced by a look at what enters them."""
+
+    def __init__(self, net: fx.GraphModule, look: Callable[[str, Tensor], None]) -> None:
+        super().__init__(net)
+        self.look = look
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(self.fetch_attr(target), ActQuantizer):
+            self.look(target, args[0].detach())
+            return args[0]
+        return super().call_module(target, args, kwargs)
+
+
+@torch.no_grad()
+def _observe(net: fx.GraphModule, batches: Iterable[Tensor], look: Callable[[str, Tensor], None]) -> None:
+    interpreter = _Observation(net, look)
+    for batch in batches:
+        interpreter.run(batch)
+
+
+def _operation_name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return str(node.target)
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Sort the nodes into layers with a weight and non-linearities; refuse what is neither and not harmless."""
+    layers: list[fx.Node] = []
+    nonlinear: list[fx.Node] = []
+    for node in net.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        if not tensor_inputs(node) or is_passive(net, node):
+            continue
+        module = node_module(net, node)
+        if module is not None:
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                layers.append(node)
+            elif isinstance(module, _NONLINEAR_MODULES):
+                nonlinear.append(node)
+            elif not isinstance(module, (*_STRUCTURAL_MODULES, *_NORM_MODULES)):
+                raise _refusal(node, type(module).__name__)
+            continue
+        name = _operation_name(node)
+        if name in _NONLINEAR_NAMES:
+            nonlinear.append(node)
+        elif name in ("mul", "truediv", "div", "multiply"):
+            # By a number it is a scale; of two activations it is a non-linearity (a gate, a hand-written swish).
+            if len([n for n in tensor_inputs(node) if n.op != "get_attr"]) > 1 or node.target is operator.pow:
+                nonlinear.append(node)
+        elif name == "batch_norm" or node.meta.get("shape") is None or name in _STRUCTURAL_NAMES:
+            continue
+        else:
+            raise _refusal(node, name)
+    if not layers:
+        raise ValueError("teacher must have a convolution or linear layer to quantize, but none was found in its graph")
+    return layers, nonlinear
+
+
+def _refusal(node: fx.Node, operation: str) -> ValueError:
+    return ValueError(
+        f"teacher must be built of operations whose quantization is known, but node {node.name!r} is {operation}: "
+        "its tensors would stay float. Write it with Conv2d, Linear and standard activations"
+    )
+
+
+def _layer_widths(
+    layers: list[fx.Node], bits: int, first_bits: int | None, last_bits: int | None
+) -> dict[fx.Node, int]:
+    widths = dict.fromkeys(layers, bits)
+    for node in layers:
+        if node.target == layers[-1].target and last_bits is not None:
+            widths[node] = last_bits
+        if node.target == layers[0].target and first_bits is not None:
+            widths[node] = first_bits
+    return widths
+
+
+def _replace(net: fx.GraphModule, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(net.get_submodule(parent) if parent else net, child, module.eval())
+
+
+def _insert_quantizer(net: fx.GraphModule, node: fx.Node, users: list[fx.Node], bits: int) -> fx.Node:
+    target = f"act_quantizers.{node.name}"
+    net.add_submodule(target, ActQuantizer(bits).eval())
+    with net.graph.inserting_after(node):
+        quantized = net.graph.call_module(target, (node,))
+    quantized.meta = dict(node.meta)
+    for user in users:
+        user.replace_input_with(node, quantized)
+    return quantized
+
+
+def _account(
+    net: fx.GraphModule, layers: list[fx.Node], points: dict[fx.Node, tuple[int, list[fx.Node]]]
+) -> tuple[TensorRow, ...]:
+    rows: list[TensorRow] = []
+    macs = _macs(net, layers)
+    seen: set[str] = set()
+    for node in net.graph.nodes:
+        shape = node.meta.get("shape")
+        module = node_module(net, node)
+        if node in macs and str(node.target) not in seen:
+            seen.add(str(node.target))
+            assert isinstance(module, (QuantConv2d, QuantLinear))
+            total = sum(m for n, m in macs.items() if n.target == node.target)
+            kind, bits = type(module).__name__.removeprefix("Quant"), module.weight_quantizer.bits
+            rows.append(
+                TensorRow(
+                    name=str(node.target), role="weight", kind=kind, bits=bits, numel=module.weight.numel(), macs=total
+                )
+            )
+        if shape is None or isinstance(module, ActQuantizer) or node.op in ("output", "get_attr"):
+            continue
+        kind = type(module).__name__ if module is not None else _operation_name(node)
+        bits = points[node][0] if node in points else FLOAT_BITS
+        note = "" if node in points else "not a point of the chosen rule"
+        size = math.prod(shape[1:])
+        rows.append(TensorRow(name=node.name, role="activation", kind=kind, bits=bits, numel=size, note=note))
+    return tuple(rows)
+
+
+def _macs(net: fx.GraphModule, layers: list[fx.Node]) -> dict[fx.Node, int]:
+    result = {}
+    for node in layers:
+        weight = node_module(net, node).weight  # type: ignore[union-attr]
+        assert isinstance(weight, Tensor)
+        result[node] = math.prod(node.meta["shape"][1:]) * (weight.numel() // weight.shape[0])
+    return result
+
+
+def _bitops(net: fx.GraphModule, layers: list[fx.Node]) -> int:
+    total = 0
+    for node, macs in _macs(net, layers).items():
+        module = node_module(net, node)
+        assert isinstance(module, (QuantConv2d, QuantLinear))
+        total += macs * module.weight_quantizer.bits * _width_of(net, tensor_inputs(node)[0])
+    return total
+
+
+def _width_of(net: fx.GraphModule, node: fx.Node) -> int:
+    """Width of an activation: that of the quantizer it comes from, through operations that keep its values."""
+    while True:
+        module = node_module(net, node)
+        if isinstance(module, ActQuantizer):
+            return module.bits
+        selects = isinstance(module, nn.MaxPool2d) or _operation_name(node) in ("max_pool2d", "pad", "chunk", "getitem")
+        if not (is_passive(net, node) or selects):
+            return FLOAT_BITS
+        node = tensor_inputs(node)[0]
+
+
+def _packed_bytes(net: fx.GraphModule) -> int:
+    """Bytes of the packed student: codes, float32 scale and one-byte zero point per channel, float32 biases."""
+    bits = 0
+    for module in net.modules():
+        if isinstance(module, (QuantConv2d, QuantLinear)):
+            width, channels = module.weight_quantizer.bits, module.weight.shape[0]
+            bits += 8 * math.ceil(module.weight.numel() * width / 8) + channels * (32 + 8 + 32)
+        elif isinstance(module, ActQuantizer):
+            bits += 32 + 8
+        elif isinstance(module, nn.PReLU):
+            bits += 32 * module.weight.numel()
+    return bits // 8
+
+
+def float_bytes(module: nn.Module) -> int:
+    """Bytes of the float32 parameters and BatchNorm statistics of ``module``."""
+    tensors = [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]
+    return 4 * sum(t.numel() for t in tensors)
+
+

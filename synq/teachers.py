@@ -1,0 +1,200 @@
+"""The teacher: a frozen, pre-trained classifier with everything the other stages need to know about it."""
+
+import copy
+import hashlib
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from synq.configs import TeacherConfig
+from synq.teacher_sources import RANDOM, SourceModel, build_source
+from synq.tracing import CamSite, locate_cam, trace_classifier
+
+_ATTENTION = re.compile(r"multihead|self_?attention|windowattention|transformer", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Teacher:
+    """A pre-trained classifier, ready to be imitated.
+
+    Attributes:
+        spec: what the user asked for.
+        name: short name of letters, digits and underscores.
+        module: the classifier in eval mode, float32, on the CPU; no parameter requires a gradient.
+        num_classes: number of logits.
+        input_size: (C, H, W).
+        mean, std: per channel; an image in [0, 1] enters the network as (image - mean) / std.
+        digest: see `weight_digest`; two teachers with the same digest share synthetic sets.
+        default_dataset: labelled set to report on where the user names none, or None.
+        graph: `module` traced. A copy: tracing replaces in-place operations, which would change what `module` computes.
+        cam: where the class activation map is taken.
+    """
+
+    spec: str
+    name: str
+    module: nn.Module
+    num_classes: int
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    digest: str
+    default_dataset: str | None
+    graph: fx.GraphModule
+    cam: CamSite
+
+
+def load_teacher(config: TeacherConfig) -> Teacher:
+    """Build, fill and check the teacher that a configuration names.
+
+    What the user gives (`num_classes`, `input_size`, `mean`, `std`) goes before what the source knows. The
+    normalisation is never guessed; the number of classes may be read off a forward pass. With weights "random" the
+    model is untrained, its input size and normalisation those of the source's default weights.
+
+    Raises:
+        ValueError: if the spec is unknown, the model has no BatchNorm, is a transformer, cannot be traced, holds NaN,
+            was never trained, or a fact about it is neither known nor given.
+        FileNotFoundError: if a file does not exist.
+        ConnectionError: if pre-trained weights cannot be fetched.
+    """
+    source = build_source(config)
+    module = source.module.float().cpu().eval().requires_grad_(False)
+    check_architecture(module, source.name)
+    check_finite(module, source.name)
+    if config.weights != RANDOM:
+        _check_trained(module, source.name)
+    input_size, mean, std = _input_facts(config, source)
+    graph = trace_classifier(copy.deepcopy(module), input_size).requires_grad_(False)
+    num_classes = _check_logits(module, graph, input_size, config.num_classes or source.num_classes)
+    return Teacher(
+        spec=config.spec,
+        name=source.name,
+        module=module,
+        num_classes=num_classes,
+        input_size=input_size,
+        mean=mean,
+        std=std,
+        digest=weight_digest(module, input_size),
+        default_dataset=source.default_dataset,
+        graph=graph,
+        cam=locate_cam(graph, config.cam_layer),
+    )
+
+
+def weight_digest(module: nn.Module, input_size: tuple[int, int, int]) -> str:
+    """SHA-256 over the input size and every tensor of the state dict (name, dtype, shape, bytes), in order of names.
+
+    The input size counts because synthetic images made at one size are no images for the same weights at another.
+    BatchNorm's batch counters do not count: many files leave them out, and inference never reads them.
+
+    Returns:
+        64 hexadecimal digits; equal on every machine of the same byte order.
+    """
+    digest = hashlib.sha256(f"input {tuple(input_size)}\n".encode())
+    state = module.state_dict()
+    for name in sorted(state):
+        if name.endswith("num_batches_tracked"):
+            continue
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_architecture(module: nn.Module, name: str) -> None:
+    """Refuse what the method cannot be run on: transformers, and networks without BatchNorm statistics.
+
+    Raises:
+        ValueError: naming what was found and what to bring instead.
+    """
+    modules = list(module.modules())
+    for part in modules:
+        if isinstance(part, nn.MultiheadAttention) or _ATTENTION.search(type(part).__name__) or hasattr(part, "qkv"):
+            raise ValueError(
+                f"teacher must be a convolutional network, but {name} is a transformer (it contains "
+                f"{type(part).__name__}), which is not supported yet; use one such as torchvision:resnet18"
+            )
+    norms = [part for part in modules if isinstance(part, _BatchNorm)]
+    if any(part.running_mean is not None for part in norms if isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm)):
+        return
+    found = "whose BatchNorm layers keep none (track_running_stats=False)" if norms else "without BatchNorm layers"
+    raise ValueError(
+        f"teacher must have BatchNorm2d layers with running statistics, but got {name}, {found}: the images are made from "
+        "these statistics. If BatchNorm was folded into the convolutions, load the model as it was before"
+    )
+
+
+def check_finite(module: nn.Module, name: str) -> None:
+    """Refuse weights and statistics that no forward pass can use.
+
+    Raises:
+        ValueError: if a tensor holds NaN or infinity, or a running variance is negative.
+    """
+    state: dict[str, Tensor] = module.state_dict()
+    bad = [key for key, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(
+            f"teacher weights must be finite, but {name} holds NaN or infinity in {len(bad)} tensors "
+            f"({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}); load another checkpoint"
+        )
+    negative = [key for key, tensor in state.items() if key.endswith("running_var") and bool((tensor < 0).any())]
+    if negative:
+        raise ValueError(f"teacher variances must be >= 0, but {name} holds negative ones in {negative[0]}")
+
+
+def _check_trained(module: nn.Module, name: str) -> None:
+    """A BatchNorm that has seen data has moved; means of 0 and variances of 1 everywhere mean no weights were loaded."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
+    for part in norms:
+        if bool((part.running_mean != 0).any()) or bool((part.running_var != 1).any()):  # type: ignore[union-attr]
+            return
+    raise ValueError(
+        f"teacher must be trained, but the BatchNorm statistics of {name} are untouched; "
+        f'give its weight file as `teacher.weights`, or "{RANDOM}" to work on untrained weights on purpose'
+    )
+
+
+def _input_facts(
+    config: TeacherConfig, source: SourceModel
+) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]]:
+    input_size = config.input_size or source.input_size
+    mean, std = config.mean or source.mean, config.std or source.std
+    if input_size is None:
+        raise ValueError(f"`teacher.input_size` must be given as C,H,W: {config.spec} cannot tell it")
+    if mean is None or std is None:
+        missing = "`teacher.mean` and `teacher.std`" if mean is None and std is None else "both of them"
+        raise ValueError(
+            f"{missing} must be given as the teacher's training used them (per channel, for images in [0, 1]): "
+            f"{config.spec} cannot tell them, and a guess would cost accuracy without a sign"
+        )
+    for field, values in (("mean", mean), ("std", std)):
+        if len(values) != input_size[0]:
+            raise ValueError(f"`teacher.{field}` must have {input_size[0]} values, one per channel, but got {values}")
+    if min(std) <= 0:
+        raise ValueError(f"`teacher.std` must be > 0, but got {std}")
+    return input_size, mean, std
+
+
+def _check_logits(
+    module: nn.Module, graph: fx.GraphModule, input_size: tuple[int, int, int], declared: int | None
+) -> int:
+    """Run module and graph on the same noise: one finite row of logits per image, equal on both. Returns the classes."""
+    noise = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, traced = module(noise), graph(noise)
+    num_classes = int(logits.shape[1])
+    if declared is not None and declared != num_classes:
+        raise ValueError(f"`teacher.num_classes` must be the number of logits, {num_classes}, but got {declared}")
+    if num_classes < 2:
+        raise ValueError(f"teacher must have at least 2 classes, but got {num_classes}")
+    if not torch.isfinite(logits).all():
+        raise ValueError("teacher must give finite logits, but gave NaN or infinity on normalised noise")
+    if not torch.allclose(logits, traced, rtol=1e-4, atol=1e-4 * float(logits.abs().max())):
+        gap = float((logits - traced).abs().max())
+        raise ValueError(
+            f"teacher must compute the same when traced by torch.fx, but its logits differ by {gap:.3g}; "
+            "write in-place operations of its forward pass as x = f(x)"
+        )
+    return num_classes

@@ -1,0 +1,143 @@
+"""One run, any number of processes: `accelerate launch synq/train.py [--config FILE] [--finetune.lr 1e-4 ...]`.
+
+Defines no class: this file runs as `__main__` and would give a class two identities.
+"""
+
+import os
+import sys
+
+if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
+    sys.path[0] = os.path.dirname(
+        os.path.dirname(os.path.abspath(__file__))
+    )  # started by file path: make `synq` importable
+
+import contextlib
+import time
+from collections.abc import Sequence
+
+from synq.config_io import parse_overrides
+from synq.configs import RunConfig, config_from_dict, load_config, make_absolute, with_overrides
+from synq.results import summary_line
+
+PROGRAM = "accelerate launch synq/train.py"
+USER_ERROR = 2
+
+
+def read_command_line(words: Sequence[str]) -> tuple[RunConfig, bool]:
+    """Return the configuration that the words ask for, and whether help was asked for.
+
+    `--config FILE` supplies the starting values; every other word pair replaces one of them.
+
+    Raises:
+        ValueError: For an unknown key, a bad value or a damaged file.
+        OSError: The file cannot be read.
+    """
+    words = list(words)
+    wants_help = any(word in ("-h", "--help") for word in words)
+    words = [word for word in words if word not in ("-h", "--help")]
+    config, rest, path = RunConfig(), [], None
+    while words:
+        word = words.pop(0)
+        if word != "--config" and not word.startswith("--config="):
+            rest.append(word)
+            continue
+        if path is not None or (word == "--config" and not words):
+            raise ValueError(f"`config` must name one file, but got {'two' if path else 'none'}")
+        path = words.pop(0) if word == "--config" else word.removeprefix("--config=")
+        config = config_from_dict(RunConfig, load_config(path), source=path)
+    return with_overrides(config, parse_overrides(RunConfig, rest)), wants_help
+
+
+def print_help(config: RunConfig, program: str = PROGRAM) -> None:
+    """Explain every field with the value it has now (the default, or the one of `--config FILE`)."""
+    import tyro
+
+    description = (
+        "Quantizes a pre-trained classifier without any data: makes images from it, trains a low-bit copy on them and measures it. "
+        "Settings come from --config FILE (TOML or JSON, with the keys below), then from the command line. "
+        "The same command started again resumes a run that was stopped, and returns at once when it is finished."
+    )
+    tyro.cli(
+        RunConfig,
+        prog=f"{program} [--config FILE]",
+        description=description,
+        args=["--help"],
+        default=config,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def report_error(error: BaseException) -> None:
+    """Print one line on standard error; SYNQ_TRACEBACK=1 in the environment shows where it came from."""
+    if os.environ.get("SYNQ_TRACEBACK", "0") not in ("", "0"):
+        import traceback
+
+        traceback.print_exception(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"`{error.filename}` cannot be used: {error.strerror or text}"
+    print(f"synq: error: {text}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM, only_images: bool = False) -> int:
+    """Do one run and return the exit code: 0 done, 1 the run failed, 2 the input was refused, 130 interrupted.
+
+    Args:
+        argv: The words after the program's name; None takes those of the process.
+        program: How the user called it, for the help.
+        only_images: Stop when the synthetic images are in the store.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        config, wants_help = read_command_line(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError) as error:
+        if rank == 0:  # every process has read the same words
+            report_error(error)
+        return USER_ERROR
+    if wants_help:
+        if rank == 0:
+            with contextlib.suppress(SystemExit):  # tyro leaves the process after its help
+                print_help(config, program)
+        return 0
+    return _run(make_absolute(config), rank, only_images)
+
+
+def _run(config: RunConfig, rank: int, only_images: bool) -> int:
+    from synq.finetune import NonFiniteLoss
+    from synq.pipeline import make_accelerator, prepare, run
+
+    try:
+        accelerator = make_accelerator(config.runtime)
+        if only_images:
+            lines = [f"{part.path} | {len(part.labels)} images" for part in prepare(config, accelerator=accelerator)]
+        else:
+            lines = [summary_line(run(config, accelerator=accelerator))]
+        accelerator.end_training()
+    except (ValueError, OSError, NonFiniteLoss) as error:
+        # The launcher ends the other processes soon after one has failed. One that waits thus leaves the message to the main
+        # process, and still speaks when it alone has failed.
+        if rank != 0:
+            time.sleep(5)
+        report_error(error)
+        return 1 if isinstance(error, NonFiniteLoss) else USER_ERROR
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("synq: interrupted; the same command resumes", file=sys.stderr, flush=True)
+        return 130
+    if rank == 0:
+        print(*lines, sep="\n", flush=True)
+    return 0
+
+
+def leave(code: int) -> None:
+    """End the process. With several processes the interpreter's own exit is skipped: gloo aborts in it now and then."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,182 @@
+"""What every test shares: one thread, a quiet Ray on loopback, and small random classifiers. Heavy imports wait for their fixture."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Before anything imports torch or Ray. Ray's own variables: no token file, everything on 127.0.0.1, no usage report.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    RAY_AUTH_MODE="disabled",
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AIR_NEW_OUTPUT="0",
+    TOKENIZERS_PARALLELISM="false",
+)
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "RAY_ADDRESS", "SYNQ_TRACEBACK", "SYNQ_COMMIT"):
+    os.environ.pop(name, None)
+_RAY_FOLDER = tempfile.mkdtemp(prefix="sq")  # short: Ray puts sockets below it, whose paths may have 107 bytes
+os.environ["RAY_TMPDIR"] = _RAY_FOLDER
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_sessionfinish() -> None:
+    """Remove Ray's folder; the session's fixtures, Ray's among them, have ended by now."""
+    shutil.rmtree(_RAY_FOLDER, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's folder."""
+    return ROOT
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """One thread wherever torch is loaded already; tests must not fight over the cores."""
+    import sys
+
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The folder of real images and weights; skips where there is none."""
+    folder = os.environ.get("SYNQ_DATA_DIR")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs SYNQ_DATA_DIR, a folder of real images and weights")
+    return Path(folder).resolve()
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is the working directory of the test."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _random_classifier(channels: int, num_classes: int, seed: int) -> "nn.Module":
+    import torch
+    from torch import nn
+
+    generator = torch.Generator().manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(channels, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, num_classes),
+    )
+    with torch.no_grad():
+        for name, tensor in net.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+            elif tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.3 if tensor.ndim > 1 else 0.1))
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.add_(1.0)
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def make_classifier() -> Callable[..., "nn.Module"]:
+    """Maker of random conv-BN-ReLU classifiers: `make_classifier(channels=3, num_classes=5, seed=0)`; any input of 8 pixels or more."""
+
+    def make(channels: int = 3, num_classes: int = 5, seed: int = 0) -> "nn.Module":
+        return _random_classifier(channels, num_classes, seed)
+
+    return make
+
+
+@pytest.fixture
+def tiny_classifier(make_classifier: Callable[..., "nn.Module"]) -> "nn.Module":
+    """A random conv-BN-ReLU classifier of 3-channel images and 5 classes, in eval mode, frozen."""
+    return make_classifier()
+
+
+@pytest.fixture
+def gray_classifier(make_classifier: Callable[..., "nn.Module"]) -> "nn.Module":
+    """As `tiny_classifier`, for 1-channel images."""
+    return make_classifier(channels=1)
+
+
+@pytest.fixture
+def tiny_settings() -> dict[str, object]:
+    """Dotted overrides that make a run on the bundled teacher a matter of a second or two; add folders and the rest."""
+    return {
+        "synthesis.num_images": 32,
+        "synthesis.shard_size": 16,
+        "synthesis.iterations": 2,
+        "quant.calib_images": 32,
+        "finetune.epochs": 1,
+        "finetune.batch_size": 16,
+        "evaluation.heldout_images": 16,
+        "evaluation.num_images": 64,
+        "runtime.device": "cpu",
+        "runtime.progress": False,
+    }
+
+
+@pytest.fixture
+def as_words() -> Callable[[dict[str, object]], list[str]]:
+    """Turn dotted overrides into command-line words."""
+
+    def words(overrides: dict[str, object]) -> list[str]:
+        pairs = ([f"--{key}", str(value)] for key, value in overrides.items())
+        return [word for pair in pairs for word in pair]
+
+    return words
+
+
+@pytest.fixture(scope="session")
+def run_process() -> Callable[..., "tuple[int, str, str]"]:
+    """Run a command in a process group of its own: `(returncode, stdout, stderr)`; the whole group ends at the time limit."""
+    import signal
+    import subprocess
+
+    def run(words: Sequence[str], *, cwd: Path = ROOT, timeout: float = 120, **variables: str) -> tuple[int, str, str]:
+        process = subprocess.Popen(
+            list(words),
+            cwd=cwd,
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            raise AssertionError(f"{' '.join(words)} took more than {timeout} s\n{out}\n{err}") from None
+        return process.returncode, out, err
+
+    return run
+
+
+@pytest.fixture
+def torch_rng_untouched() -> Iterator[None]:
+    """Fail a test that moves torch's global random state."""
+    import torch
+
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state())

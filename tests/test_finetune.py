@@ -1,0 +1,244 @@
+"""Fine-tuning: the loss of the very images, exact resume, no side effects, faults that name themselves."""
+
+import copy
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from synq.augment import flip_shift
+from synq.configs import FinetuneConfig
+from synq.finetune import (
+    CamNetwork,
+    NonFiniteLoss,
+    epoch_batches,
+    finetune,
+    local_batch_size,
+    lr_at,
+    teacher_view,
+    training_loss,
+)
+from synq.losses import difficulty
+from synq.lowpass import gaussian_lowpass
+from synq.quant_layers import QuantConv2d, QuantLinear
+from synq.seeding import make_generator
+from synq.students import observe_ranges, quantize_model
+from synq.tracing import locate_cam, trace_classifier, with_features
+
+SIZE = (3, 8, 8)
+CONFIG = FinetuneConfig(epochs=3, batch_size=8, lr=1e-2, cam_weight=5.0, ce_weight=0.5, difficulty_threshold=0.7)
+
+
+def networks(net: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[CamNetwork, CamNetwork]:
+    """A teacher and its W4A4 student."""
+    traced = trace_classifier(net, SIZE).to(dtype)
+    site = locate_cam(traced)
+    student = quantize_model(traced, weight_bits=4, act_bits=4, cam_node=site.node)
+    observe_ranges(student.net, images().to(dtype), act_range="minmax")
+    return (
+        CamNetwork(net=with_features(student.net, student.cam_node), site=site),
+        CamNetwork(net=with_features(traced, site.node), site=site),
+    )
+
+
+def images(count: int = 20) -> Tensor:
+    return torch.randn(count, *SIZE, generator=torch.Generator().manual_seed(3))
+
+
+def labels(count: int = 20) -> Tensor:
+    return torch.arange(count) % 5
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def train(net: nn.Module, accelerator: Accelerator, config: FinetuneConfig = CONFIG, **options: object) -> tuple[CamNetwork, list[dict[str, float]]]:
+    student, teacher = networks(net)
+    history = finetune(student, teacher, images(), labels(), config, accelerator=accelerator, seed=1, **options)  # type: ignore[arg-type]
+    return student, history
+
+
+def test_loss_falls_and_weights_move(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
+    config = dataclasses.replace(CONFIG, epochs=15)
+    student, history = train(tiny_classifier, accelerator, config)
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    assert [h["epoch"] for h in history] == list(range(1, 16))
+    moved = [(a - b).abs().max() for a, b in zip(student.net.parameters(), networks(tiny_classifier)[0].net.parameters(), strict=True)]
+    assert min(moved) > 0
+
+
+def test_teacher_statistics_and_ranges_stay(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
+    student, teacher = networks(tiny_classifier)
+    before = {name: copy.deepcopy(n.net.state_dict()) for name, n in (("student", student), ("teacher", teacher))}
+    finetune(student, teacher, images(), labels(), CONFIG, accelerator=accelerator, seed=1)
+    after = teacher.net.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before["teacher"].items())
+    for key, value in student.net.state_dict().items():
+        if "running" in key or "act_quantizers" in key or "clip_ratio" in key:
+            assert torch.equal(value, before["student"][key]), key
+    assert not student.net.training and not [m for m in student.net.modules() if m.training]
+
+
+def test_frozen_batchnorm_scale_and_shift(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
+    student, _ = train(tiny_classifier, accelerator, dataclasses.replace(CONFIG, train_bn=False))
+    before = networks(tiny_classifier)[0].net.state_dict()
+    bns = [name for name, m in student.net.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert bns and all(torch.equal(student.net.state_dict()[f"{b}.weight"], before[f"{b}.weight"]) for b in bns)
+
+
+def test_resume_is_bit_equal(tiny_classifier: nn.Module, accelerator: Accelerator, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, epochs=4, augment="flip_shift", warmup_epochs=0.5)
+    whole, history = train(tiny_classifier, accelerator, config)
+
+    class Killed(Exception):
+        pass
+
+    def kill(epoch: dict[str, float]) -> None:
+        if epoch["epoch"] == 2:
+            raise Killed
+
+    file = tmp_path / "checkpoint.pt"
+    with pytest.raises(Killed):
+        train(tiny_classifier, accelerator, config, checkpoint=file, on_epoch=kill)
+    seen: list[float] = []
+    resumed, rest = train(
+        tiny_classifier, accelerator, config, checkpoint=file, on_epoch=lambda epoch: seen.append(epoch["epoch"])
+    )
+    assert seen == [3, 4], "finished epochs are not repeated"
+    state = resumed.net.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in whole.net.state_dict().items())
+    drop = {"seconds"}
+    assert [{k: v for k, v in h.items() if k not in drop} for h in rest] == [
+        {k: v for k, v in h.items() if k not in drop} for h in history
+    ]
+
+
+def test_damaged_checkpoint_names_itself(tiny_classifier: nn.Module, accelerator: Accelerator, tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.pt"
+    train(tiny_classifier, accelerator, checkpoint=file)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"checkpoint must be readable, but .*checkpoint.pt is not"):
+        train(tiny_classifier, accelerator, checkpoint=file)
+
+
+def test_cached_teacher_equals_live_teacher(tiny_classifier: nn.Module) -> None:
+    student, teacher = networks(tiny_classifier, torch.float64)
+    x, y = images().double(), labels()
+    whole = teacher_view(teacher, x, y, with_cam=True)
+    part = teacher_view(teacher, x[3:7], y[3:7], with_cam=True)
+    torch.testing.assert_close(whole[0][3:7], part[0])
+    assert whole[1] is not None and part[1] is not None
+    torch.testing.assert_close(whole[1][3:7], part[1])
+    assert not whole[0].requires_grad and not whole[1].requires_grad
+
+
+def test_masks_labels_and_maps_are_of_the_filtered_view(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
+    """Trap 10: the difficulty of the unfiltered images gives another mask, and must not be what is used."""
+    student, teacher = networks(tiny_classifier)
+    x, y = images(), labels()
+    filtered = gaussian_lowpass(x, 0.8)
+    with torch.no_grad():
+        deltas = {"raw": difficulty(teacher.net(x)[0], y), "filtered": difficulty(teacher.net(filtered)[0], y)}
+    tau = float(deltas["filtered"].median())
+    kept = {name: float((delta <= tau).float().mean()) for name, delta in deltas.items()}
+    assert kept["raw"] != kept["filtered"], "the two views must differ for this test to say anything"
+    config = dataclasses.replace(CONFIG, epochs=1, batch_size=20, difficulty_threshold=tau)
+    history = finetune(student, teacher, filtered, y, config, accelerator=accelerator, seed=0)
+    assert history[0]["kept"] == pytest.approx(kept["filtered"])
+
+
+def test_student_map_uses_the_quantized_classifier_and_no_gradient_reaches_it_through_the_map(
+    tiny_classifier: nn.Module,
+) -> None:
+    student, teacher = networks(tiny_classifier)
+    x, y = images(), labels()
+    config = dataclasses.replace(CONFIG, kd_weight=0.0, ce_weight=0.0)
+    for parameter in student.net.parameters():
+        parameter.requires_grad_(True)
+    loss, terms = training_loss(student.net, student, teacher_view(teacher, x, y, True), x, y, config)
+    loss.backward()
+    linear = next(m for m in student.net.modules() if isinstance(m, QuantLinear))
+    conv = next(m for m in student.net.modules() if isinstance(m, QuantConv2d))
+    assert linear.weight.grad is None and conv.weight.grad is not None and conv.weight.grad.abs().max() > 0
+    assert float(loss.detach()) == pytest.approx(5.0 * float(terms["cam"]))
+
+
+def test_hooks_do_not_accumulate(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
+    """Trap 5: hooks registered each step and never removed."""
+    student, _ = train(tiny_classifier, accelerator)
+    hooks = [m for m in student.net.modules() if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]
+    assert not hooks and all(not p._backward_hooks for p in student.net.parameters())
+
+
+@pytest.mark.parametrize(("term", "options"), [("kd", {}), ("cam", {"kd_weight": 0.0}), ("gradient norm", {})])
+def test_non_finite_terms_stop_with_their_name(
+    tiny_classifier: nn.Module, accelerator: Accelerator, term: str, options: dict[str, float]
+) -> None:
+    student, teacher = networks(tiny_classifier)
+    linear = next(m for m in teacher.net.modules() if isinstance(m, nn.Linear))
+    with torch.no_grad():
+        if term == "kd":
+            linear.bias.fill_(float("nan"))
+        elif term == "cam":
+            linear.weight.mul_(1e30)
+        else:
+            bias = next(m for m in student.net.modules() if isinstance(m, QuantLinear)).bias
+            bias.requires_grad_(True).register_hook(lambda g: g * math.inf)
+    config = dataclasses.replace(CONFIG, log_every=1, **options)
+    with pytest.raises(NonFiniteLoss, match=rf"^{term} became (nan|inf) in epoch 1, step"):
+        finetune(student, teacher, images(), labels(), config, accelerator=accelerator, seed=0)
+
+
+def test_cam_can_be_off(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
+    _, history = train(tiny_classifier, accelerator, dataclasses.replace(CONFIG, cam_weight=0.0))
+    assert history[0]["cam"] == 0.0
+
+
+def test_batches_are_a_permutation_and_the_rest_is_dropped() -> None:
+    batches = list(epoch_batches(21, 4, seed=5, epoch=2))
+    rows = torch.cat(batches)
+    assert [len(b) for b in batches] == [4] * 5 and len(rows.unique()) == 20
+    assert torch.equal(rows, torch.cat(list(epoch_batches(21, 4, seed=5, epoch=2))))
+    assert not torch.equal(rows, torch.cat(list(epoch_batches(21, 4, seed=5, epoch=3))))
+    assert not torch.equal(rows, torch.cat(list(epoch_batches(21, 4, seed=6, epoch=2))))
+
+
+def test_global_batch_must_divide() -> None:
+    assert local_batch_size(12, 4) == 3
+    with pytest.raises(ValueError, match=r"finetune.batch_size must be divisible by the number of processes \(4\), but got 10"):
+        local_batch_size(10, 4)
+
+
+def test_learning_rates() -> None:
+    cosine = FinetuneConfig(epochs=10, lr=1.0, schedule="cosine", warmup_epochs=1.0)
+    assert lr_at(0, 4, cosine) == pytest.approx(0.2) and lr_at(3, 4, cosine) == pytest.approx(0.8)
+    assert lr_at(4, 4, cosine) == pytest.approx(1.0) and lr_at(22, 4, cosine) == pytest.approx(0.5)
+    assert 0 < lr_at(39, 4, cosine) < 0.01
+    step = FinetuneConfig(epochs=10, lr=1.0, schedule="step", step_epochs=2, step_factor=0.5)
+    assert [lr_at(s, 3, step) for s in (0, 5, 6, 12)] == [1.0, 1.0, 0.5, 0.25]
+    assert lr_at(99, 3, FinetuneConfig(lr=0.3, schedule="constant")) == 0.3
+
+
+def test_augmentation_is_one_draw_for_the_global_batch() -> None:
+    x = images(8)
+    whole = flip_shift(x, make_generator("a"))
+    parts = [flip_shift(x[i : i + 4], make_generator("a"), offset=i, total=8) for i in (0, 4)]
+    assert torch.equal(whole, torch.cat(parts)) and not torch.equal(whole, x)
+
+
+def test_augmentation_moves_and_mirrors_pixels_without_inventing_any() -> None:
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    seen = set()
+    generator = make_generator("b")
+    for _ in range(64):
+        y = flip_shift(x, generator, max_shift=0.25)
+        assert set(y.flatten().tolist()) <= set(x.flatten().tolist())
+        seen.add(tuple(y.flatten().tolist()))
+    assert len(seen) == 2 * 3 * 3
+    assert tuple(x.flatten().tolist()) in seen and tuple(x.flip(-1).flatten().tolist()) in seen

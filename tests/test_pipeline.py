@@ -1,0 +1,192 @@
+"""Whole runs on the bundled teacher: record, resume, refusals, and what a run may not do."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from synq.configs import RunConfig, TeacherConfig, with_overrides
+from synq.finetune import NonFiniteLoss
+from synq.pipeline import build_student, low_pass, prepare, run, run_folder
+from synq.results import read_record
+from synq.teachers import load_teacher
+
+
+@pytest.fixture
+def config(tiny_settings: dict[str, Any], tmp_path: Path) -> RunConfig:
+    return with_overrides(RunConfig(), {**tiny_settings, "runtime.output_dir": str(tmp_path)})
+
+
+def test_a_run_leaves_a_record_and_a_student_that_loads(config: RunConfig) -> None:
+    config = with_overrides(config, {"finetune.epochs": 2, "finetune.lowpass_cutoff": 0.6, "finetune.lowpass_unit": "nyquist"})
+    record = run(config)
+    folder = run_folder(config)
+    assert read_record(folder / "record.json") == record
+    assert record.status == "completed" and record.protocol == "A" and record.num_eval == 64
+    assert record.drop == pytest.approx(record.teacher_top1 - record.top1)  # type: ignore[operator]
+    assert record.objective_value == record.fidelity["kl"] is not None
+    assert len(record.loss_history) == 2 and set(record.seconds) >= {"teacher", "synthesis", "quantize", "finetune", "measure"}
+    student = build_student(load_teacher(config.teacher), config.quant)
+    student.net.load_state_dict(safetensors.torch.load_file(folder / "student.safetensors"))
+    with torch.no_grad():
+        assert torch.isfinite(student.net(torch.randn(2, 1, 16, 16))).all()
+
+
+def test_a_finished_run_is_returned_and_an_equal_one_elsewhere_is_equal(config: RunConfig, tmp_path: Path) -> None:
+    first = run(config)
+    changed = (run_folder(config) / "record.json").stat().st_mtime_ns
+    assert run(config) == first and (run_folder(config) / "record.json").stat().st_mtime_ns == changed
+    other = run(with_overrides(config, {"runtime.output_dir": str(tmp_path / "other"), "name": "other"}))
+    same = ("objective_value", "fidelity", "top1", "rtn_top1", "set_digest", "heldout_digest", "config_digest", "kept_share")
+    assert [getattr(other, key) for key in same] == [getattr(first, key) for key in same]
+
+
+def test_only_labels_move_when_the_labelled_images_change(config: RunConfig, tmp_path: Path) -> None:
+    """Zero-shot: the student is the same without any labelled image."""
+    with_labels = run(config)
+    without = with_overrides(config, {"evaluation.dataset": "none"})
+    assert run(without).top1 is None
+    assert run(without).objective_value == with_labels.objective_value
+    states = [safetensors.torch.load_file(run_folder(c) / "student.safetensors") for c in (config, without)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_seed_and_data_seed_each_matter_and_the_heldout_set_does_not_move(config: RunConfig) -> None:
+    base, seeded, other_data = (run(with_overrides(config, o)) for o in ({}, {"seed": 1}, {"data_seed": 1}))
+    assert base.set_digest == seeded.set_digest != other_data.set_digest
+    assert base.heldout_digest == seeded.heldout_digest == other_data.heldout_digest
+    assert len({r.objective_value for r in (base, seeded, other_data)}) == 3
+
+
+def test_last_epoch_is_reported_not_the_best(config: RunConfig) -> None:
+    """Trap 2: the best epoch picked on the test set."""
+    seen: list[dict[str, float]] = []
+    # A learning rate that grows worse: what counts is where training ended.
+    config = with_overrides(config, {"finetune.epochs": 3, "finetune.lr": 20.0, "finetune.warmup_epochs": 3.0})
+    record = run(config, on_epoch=seen.append)
+    values = [epoch["objective_value"] for epoch in seen]
+    assert record.objective_value == values[-1] and min(values) < values[-1]
+    assert [(e["epoch"], e["epochs"]) for e in seen] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_filter_reaches_ranges_and_training(config: RunConfig) -> None:
+    filtered = with_overrides(config, {"finetune.lowpass_cutoff": 1.5})
+    train_set, _ = prepare(config)
+    assert low_pass(train_set.images, config) is train_set.images
+    assert low_pass(train_set.images, filtered).std() < 0.9 * train_set.images.std()
+    records = [run(config), run(filtered)]
+    assert records[0].set_digest == records[1].set_digest, "one synthetic set serves all cutoffs"
+    scales = [
+        safetensors.torch.load_file(run_folder(c) / "student.safetensors")["act_quantizers.relu.scale"]
+        for c in (config, filtered)
+    ]
+    assert scales[0] != scales[1]
+
+
+def test_inert_threshold_is_said(config: RunConfig) -> None:
+    record = run(with_overrides(config, {"finetune.difficulty_threshold": 0.0}))
+    assert record.kept_share == 0.0 and "is inert" in record.warnings[0]
+    assert run(with_overrides(config, {"finetune.difficulty_threshold": 1.0})).kept_share == 1.0
+
+
+def test_no_epochs_is_round_to_nearest(config: RunConfig) -> None:
+    record = run(with_overrides(config, {"finetune.epochs": 0}))
+    assert record.top1 == record.rtn_top1 and record.fidelity == record.rtn_fidelity and record.kept_share is None
+
+
+def test_divergence_is_a_failed_record_and_an_error(config: RunConfig) -> None:
+    config = with_overrides(config, {"finetune.lr": 1e30, "finetune.grad_clip": None, "finetune.log_every": 1, "finetune.epochs": 4})
+    with pytest.raises(NonFiniteLoss):
+        run(config)
+    record = read_record(run_folder(config) / "record.json")
+    assert record.status == "failed" and "became" in record.reason and record.top1 is None
+
+
+def test_other_weights_of_the_same_name_are_not_mixed_up(config: RunConfig, tmp_path: Path) -> None:
+    factory = tmp_path / "model.py"
+    factory.write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),"
+        " nn.Linear(4, 10))\n"
+    )
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        namespace: dict[str, Any] = {}
+        exec(factory.read_text(), namespace)
+        net = namespace["net"]()
+        net[1].running_mean += 0.1
+        (tmp_path / str(seed)).mkdir()
+        safetensors.torch.save_file(net.state_dict(), tmp_path / str(seed) / "w.safetensors")
+    teacher = {
+        "teacher.spec": f"{factory}:net",
+        "teacher.input_size": (1, 16, 16),
+        "teacher.mean": (0.5,),
+        "teacher.std": (0.5,),
+        "evaluation.dataset": "none",
+    }
+    runs = [with_overrides(config, {**teacher, "teacher.weights": str(tmp_path / str(s) / "w.safetensors")}) for s in (0, 1)]
+    run(runs[0])
+    with pytest.raises(ValueError, match="must not mix teachers"):
+        run(runs[1])
+
+
+def test_refusals_come_before_any_work(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no GPU") if not torch.cuda.is_available() else pytest.raises(ValueError):
+        run(with_overrides(config, {"runtime.device": "cuda"}))
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(OSError):
+        run(with_overrides(config, {"runtime.output_dir": str(blocked)}))
+    with pytest.raises(FileNotFoundError, match=r"absent.npz"):
+        run(with_overrides(config, {"evaluation.dataset": f"npz:{tmp_path}/absent.npz"}))
+    assert not list(tmp_path.glob("store/*")), "no image was made"
+
+
+def test_bf16_and_fp64_run(config: RunConfig) -> None:
+    values = {
+        precision: run(with_overrides(config, {"runtime.precision": precision})).objective_value
+        for precision in ("fp32", "bf16", "fp64")
+    }
+    assert values["fp64"] == pytest.approx(values["fp32"], rel=0.05)
+    assert values["bf16"] == pytest.approx(values["fp32"], rel=0.5) and values["bf16"] != values["fp32"]
+
+
+def test_killed_process_resumes_to_the_same_record(config: RunConfig, root: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle of fine-tuning; the same command goes on and ends where an undisturbed run ends."""
+    config = with_overrides(config, {"finetune.epochs": 60})
+    prepare(config)
+    (tmp_path / "config.json").write_text(json.dumps(_as_dict(config)))
+    command = [sys.executable, str(root / "synq" / "train.py"), "--config", str(tmp_path / "config.json")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    checkpoint = run_folder(config) / "checkpoint.pt"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert checkpoint.exists(), process.communicate()[1]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (run_folder(config) / "record.json").exists(), "the run ended before it could be killed"
+    resumed = run(config)
+    whole = run(with_overrides(config, {"runtime.output_dir": str(tmp_path / "whole")}))
+    assert resumed.objective_value == whole.objective_value and resumed.top1 == whole.top1
+    assert len(resumed.loss_history) == 60
+
+
+def _as_dict(config: RunConfig) -> dict[str, Any]:
+    from synq.configs import config_to_dict
+
+    return config_to_dict(config)
+
+
+def test_teacher_names_its_cam() -> None:
+    teacher = load_teacher(TeacherConfig())
+    assert teacher.cam.kind == "closed_form" and teacher.cam.height == 4

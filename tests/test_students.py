@@ -1,0 +1,257 @@
+"""The quantized student: every tensor that the rule covers is low-bit, and ranges move once."""
+
+import copy
+from typing import Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from synq.fake_quant import dequantize, fake_quantize, quantize
+from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, effective_weight, quantizers_bypassed
+from synq.students import Student, float_bytes, observe_ranges, quantize_model
+from synq.tracing import trace_classifier
+
+SIZE = (3, 16, 16)
+Points = Literal["relu", "inputs"]
+
+
+class Residual(nn.Module):
+    """Functional activations, a shared ReLU, a shortcut and a dense classifier."""
+
+    def __init__(self, activation: object = F.relu) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 5)
+        self.activation = activation
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.bn1(self.conv1(x)))  # type: ignore[operator]
+        y = self.relu(self.bn2(self.conv2(x)))
+        y = self.relu(self.bn3(self.conv3(y)) + x)
+        return self.fc(F.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+def trained(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Give the BatchNorms statistics as after training."""
+    torch.manual_seed(seed)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return net.eval().requires_grad_(False)
+
+
+def make(act_points: Points = "relu", bits: int = 4, net: nn.Module | None = None, **options: int) -> Student:
+    torch.manual_seed(0)
+    traced = trace_classifier(trained(net if net is not None else Residual()), SIZE)
+    node = next(n.name for n in reversed(list(traced.graph.nodes)) if len(n.meta.get("shape") or ()) == 4 and n.meta["shape"][2] > 1)
+    return quantize_model(
+        traced, weight_bits=bits, act_bits=bits, act_points=act_points, cam_node=node, **options
+    )
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [F.relu, torch.relu, lambda x: x.relu_(), lambda x: x.clamp(0, 6), F.relu6, F.hardswish, F.silu, nn.ReLU6(inplace=True)],
+)
+def test_activations_written_in_any_way_are_quantized(activation: object) -> None:
+    """Trap: a tool that only swaps nn.ReLU modules leaves functional activations in float without a word."""
+    student = make(net=Residual(activation))
+    observe_ranges(student.net, torch.randn(8, *SIZE), act_range="minmax")
+    quantizers = [m for m in student.net.modules() if isinstance(m, ActQuantizer)]
+    assert len(quantizers) == 3
+    seen: list[Tensor] = []
+    hooks = [q.register_forward_hook(lambda m, a, out: seen.append(out)) for q in quantizers]
+    with torch.no_grad():
+        student.net(torch.randn(4, *SIZE))
+    for hook in hooks:
+        hook.remove()
+    assert [len(out.unique()) <= 16 for out in seen] == [True] * 3
+
+
+def test_relu_rule_leaves_the_image_and_sums_float_and_says_so() -> None:
+    rows = {row.name: row for row in make("relu").rows if row.role == "activation"}
+    assert rows["x"].bits == 32 and rows["add"].bits == 32 and "not a point" in rows["add"].note
+    assert rows["relu"].bits == 4 and rows["relu_1"].bits == 4 and rows["relu_2"].bits == 4
+
+
+def test_inputs_rule_quantizes_the_input_of_every_layer_once() -> None:
+    student = make("inputs")
+    layers = [n for n in student.net.graph.nodes if n.op == "call_module" and "conv" in str(n.target) or n.target == "fc"]
+    assert len(layers) == 4
+    for node in layers:
+        assert isinstance(student.net.get_submodule(str(node.args[0].target)), ActQuantizer)
+    assert {r.name for r in student.rows if r.role == "activation" and r.bits == 4} == {"x", "relu", "relu_1", "flatten"}
+
+
+@pytest.mark.parametrize("act_points", ["relu", "inputs"])
+def test_bypassed_student_is_the_teacher_bit_for_bit(act_points: Points) -> None:
+    net = trained(Residual())
+    student = quantize_model(trace_classifier(net, SIZE), weight_bits=2, act_bits=2, act_points=act_points)
+    x = torch.randn(4, *SIZE)
+    with torch.no_grad(), quantizers_bypassed(student.net):
+        assert torch.equal(student.net(x), net(x))
+    observe_ranges(student.net, x, act_range="minmax")
+    with torch.no_grad():
+        assert not torch.equal(student.net(x), net(x)), "outside the block the quantizers work again"
+
+
+def test_teacher_is_not_touched() -> None:
+    net = trained(Residual())
+    traced = trace_classifier(net, SIZE)
+    before = copy.deepcopy(traced.state_dict())
+    student = quantize_model(traced, weight_bits=3, act_bits=3)
+    observe_ranges(student.net, torch.randn(8, *SIZE), act_range="mse", weight_range="mse")
+    with torch.no_grad():
+        next(student.net.parameters()).add_(1)
+    assert before.keys() == traced.state_dict().keys()
+    assert all(torch.equal(value, before[key]) for key, value in traced.state_dict().items())
+    assert isinstance(traced.get_submodule("conv1"), nn.Conv2d)
+    assert not isinstance(traced.get_submodule("conv1"), QuantConv2d)
+
+
+def test_eight_bit_student_is_near_the_teacher_and_two_bit_is_not() -> None:
+    net = trained(Residual())
+    x = torch.randn(64, *SIZE)
+    noise = {}
+    for bits in (8, 4, 2):
+        student = quantize_model(trace_classifier(net, SIZE), weight_bits=bits, act_bits=bits)
+        observe_ranges(student.net, x, act_range="minmax")
+        with torch.no_grad():
+            noise[bits] = float((student.net(x) - net(x)).norm() / net(x).norm())
+    assert noise[8] < 0.02 < noise[4] < noise[2]
+
+
+def test_ranges_are_frozen_by_observation_and_survive_evaluation() -> None:
+    """Trap: real images moving the ranges because observers stay on while evaluating."""
+    student = make()
+    observe_ranges(student.net, torch.randn(8, *SIZE), act_range="mse")
+    before = copy.deepcopy(student.net.state_dict())
+    with torch.no_grad():
+        student.net(100 * torch.randn(8, *SIZE))
+    assert all(torch.equal(value, before[key]) for key, value in student.net.state_dict().items())
+
+
+def test_observation_sees_float_activations_and_every_batch() -> None:
+    student = make()
+    x = torch.randn(10, *SIZE)
+    x[9] *= 50  # the largest value stands in the last, incomplete batch
+    observe_ranges(student.net, x, act_range="minmax", batch_size=4)
+    quantizer = student.net.get_submodule("act_quantizers.relu")
+    with torch.no_grad(), quantizers_bypassed(student.net):
+        conv, bn = student.net.get_submodule("conv1"), student.net.get_submodule("bn1")
+        wide = F.relu(bn(F.conv2d(x, effective_weight_of(conv), padding=1)))
+    top = float(quantizer.scale * (15 - quantizer.zero_point))
+    assert top == pytest.approx(float(wide.max()), rel=1e-4)
+
+
+def effective_weight_of(layer: nn.Module) -> Tensor:
+    quantizer = layer.weight_quantizer
+    assert isinstance(layer, QuantConv2d)
+    scale, zero_point = quantizer.qparams(layer.weight)
+    return fake_quantize(layer.weight, scale, zero_point, quantizer.quant_min, quantizer.quant_max, axis=0)
+
+
+def test_unset_ranges_are_refused_and_come_back_with_a_state_dict() -> None:
+    student = make()
+    with pytest.raises(RuntimeError, match="observe_ranges"):
+        student.net(torch.randn(1, *SIZE))
+    x = torch.randn(4, *SIZE)
+    observe_ranges(student.net, x, act_range="minmax")
+    other = make()
+    other.net.load_state_dict(student.net.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other.net(x), student.net(x))
+
+
+def test_first_and_last_width() -> None:
+    student = make("inputs", bits=3, first_bits=8, last_bits=7)
+    widths = {(row.role, row.name): row.bits for row in student.rows}
+    assert [widths["weight", name] for name in ("conv1", "conv2", "conv3", "fc")] == [8, 3, 3, 7]
+    assert [widths["activation", name] for name in ("x", "relu", "flatten")] == [8, 3, 7]
+
+
+def test_account_of_size_and_bitops_by_hand() -> None:
+    student = make("relu", bits=4)
+    weights = {row.name: row for row in student.rows if row.role == "weight"}
+    assert {name: row.macs for name, row in weights.items()} == {
+        "conv1": 8 * 256 * 27,
+        "conv2": 8 * 256 * 18,
+        "conv3": 8 * 256 * 8,
+        "fc": 5 * 8,
+    }
+    # The image and the pooled features are float under this rule.
+    assert student.bitops == 4 * (32 * 8 * 256 * 27 + 4 * 8 * 256 * 18 + 4 * 8 * 256 * 8 + 32 * 40)
+    packed = (8 * 27 + 8 * 18 + 64 + 40) // 2 + (8 + 8 + 8 + 5) * 9 + 3 * 5
+    assert student.size_bytes == packed
+    assert float_bytes(nn.Linear(3, 2)) == 32
+
+
+def test_weight_codes_reproduce_the_forward_weight() -> None:
+    student = make(bits=3)
+    for layer in student.net.modules():
+        if isinstance(layer, (QuantConv2d, QuantLinear)):
+            q = layer.weight_quantizer
+            scale, zero_point = q.qparams(layer.weight)
+            codes = quantize(layer.weight, scale, zero_point, q.quant_min, q.quant_max, axis=0)
+            assert len(codes[0].unique()) <= 8
+            assert torch.equal(dequantize(codes, scale, zero_point, axis=0), effective_weight(layer))
+
+
+def test_clipped_weight_ranges_follow_live_weights() -> None:
+    student = make(bits=3)
+    observe_ranges(student.net, torch.randn(4, *SIZE), act_range="minmax", weight_range="mse")
+    layer = student.net.get_submodule("conv3")
+    assert isinstance(layer, QuantConv2d)
+    assert (layer.weight_quantizer.clip_ratio <= 1).all() and (layer.weight_quantizer.clip_ratio < 1).any()
+    before = layer.weight_quantizer.qparams(layer.weight)[0]
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    torch.testing.assert_close(layer.weight_quantizer.qparams(layer.weight)[0], 2 * before)
+
+
+def test_unknown_operations_are_refused_by_name() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bn(self.conv(x)).flatten(2)
+            y = torch.matmul(y, torch.softmax(y.transpose(1, 2), -1))
+            return self.fc(y.mean(2))
+
+    with pytest.raises(ValueError, match=r"node 'softmax' is softmax: its tensors would stay float"):
+        make(net=Attention())
+
+    class FunctionalConv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 3, 1, 1))
+            self.bn, self.fc = nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.relu(self.bn(F.conv2d(x, self.weight))).mean((2, 3)))
+
+    with pytest.raises(ValueError, match="conv2d: its tensors would stay float"):
+        make(net=FunctionalConv())
+
+
+def test_no_hooks_and_no_images_are_refused() -> None:
+    student = make()
+    with pytest.raises(ValueError, match="calib_images"):
+        observe_ranges(student.net, torch.empty(0, *SIZE), act_range="minmax")
+    observe_ranges(student.net, torch.randn(2, *SIZE), act_range="mse")
+    assert not [m for m in student.net.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+def test_overflowing_activations_are_named() -> None:
+    student = make()
+    with pytest.raises(ValueError, match="finite"):
+        observe_ranges(student.net, torch.full((2, *SIZE), float("inf")), act_range="minmax")

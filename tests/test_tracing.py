@@ -1,0 +1,179 @@
+"""The graph of a classifier, and where its class-activation map is taken."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from synq.gradcam import autograd_weights, cam_map, closed_form_weights
+from synq.tracing import FeatureTap, locate_cam, trace_classifier, with_features
+
+SIZE = (3, 16, 16)
+
+
+class Functional(nn.Module):
+    """Activations as functions, methods and in-place operators; a residual that reads what was overwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x))
+        y = x.relu_()
+        z = self.conv2(y)
+        z += x  # x was overwritten: this adds the rectified tensor
+        return self.fc(F.relu(z).mean((2, 3)))
+
+
+class Head(nn.Module):
+    """A backbone with a head given from outside."""
+
+    def __init__(self, head: nn.Module, channels: int = 6) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 3, stride=2, padding=1)
+        self.bn = nn.BatchNorm2d(channels)
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.bn(self.conv(x))))
+
+
+def heads() -> dict[str, tuple[nn.Module, str, int]]:
+    """Head by name, with the expected kind and number of cells."""
+    flat = nn.Flatten
+    return {
+        "global pool": (nn.Sequential(nn.AdaptiveAvgPool2d(1), flat(), nn.Linear(6, 5)), "closed_form", 1),
+        "2x2 pool": (nn.Sequential(nn.AvgPool2d(4), flat(), nn.Dropout(0.5), nn.Linear(24, 5)), "closed_form", 4),
+        "no pool": (nn.Sequential(flat(), nn.Linear(6 * 64, 5)), "closed_form", 64),
+        "1x1 conv classifier": (
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 5, 1), flat()),
+            "closed_form",
+            1,
+        ),
+        "hidden layer": (
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), flat(), nn.Linear(6, 7), nn.Hardswish(), nn.Linear(7, 5)),
+            "autograd",
+            1,
+        ),
+        "linear after linear": (
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), flat(), nn.Linear(6, 7), nn.Linear(7, 5)),
+            "autograd",
+            1,
+        ),
+        "max pool": (nn.Sequential(nn.AdaptiveMaxPool2d(1), flat(), nn.Linear(6, 5)), "autograd", 1),
+    }
+
+
+def test_traced_graph_computes_the_same_and_shares_parameters() -> None:
+    net = Functional().eval()
+    traced = trace_classifier(net, SIZE)
+    x = torch.randn(3, *SIZE)
+    with torch.no_grad():
+        assert torch.equal(traced(x), net(x.clone()))
+    assert traced.get_parameter("conv1.weight") is net.conv1.weight
+
+
+def test_no_in_place_operation_is_left_and_later_readers_see_the_result() -> None:
+    traced = trace_classifier(Functional(), SIZE)
+    names = [str(node.target) for node in traced.graph.nodes]
+    assert not [name for name in names if name.endswith("_") and not name.endswith("__")]
+    relu = next(node for node in traced.graph.nodes if node.target == "relu")
+    total = next(node for node in traced.graph.nodes if getattr(node.target, "__name__", "") == "add")
+    assert relu in total.all_input_nodes, "the residual must read the rectified tensor"
+
+
+@pytest.mark.parametrize("name", list(heads()))
+def test_cam_site_by_structure(name: str) -> None:
+    head, kind, cells = heads()[name]
+    torch.manual_seed(0)
+    traced = trace_classifier(Head(head), SIZE)
+    site = locate_cam(traced)
+    assert (site.kind, site.node) == (kind, "relu")
+    assert (site.channels, site.height, site.width) == (6, 8, 8)
+    if kind == "closed_form":
+        assert site.cells == cells
+
+
+@pytest.mark.parametrize("name", ["global pool", "2x2 pool", "no pool", "1x1 conv classifier"])
+def test_closed_form_equals_autograd_grad_cam(name: str) -> None:
+    torch.manual_seed(1)
+    net = Head(heads()[name][0]).double()
+    traced = trace_classifier(net, SIZE)
+    site = locate_cam(traced)
+    tapped = with_features(traced, site.node)
+    x, labels = torch.randn(4, *SIZE, dtype=torch.float64), torch.tensor([0, 3, 1, 4])
+    logits, features = tapped(x)
+    slow = cam_map(features, autograd_weights(logits, features, labels, retain_graph=False))
+    weight = traced.get_submodule(site.linear).weight.flatten(1)
+    fast = cam_map(features, closed_form_weights(weight, labels, site.channels, site.cells, 64))
+    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+    assert slow.max() > 0
+
+
+def test_last_convolution_that_is_the_classifier_is_not_the_cam_site() -> None:
+    """Trap: "the last conv" of MobileNetV2 is its 1x1 classifier."""
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 5, 1), nn.Flatten())
+    site = locate_cam(trace_classifier(Head(head), SIZE))
+    assert site.node == "relu" and site.height * site.width == 64
+
+
+def test_no_spatial_feature_means_no_cam() -> None:
+    class Vector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3 * 16 * 16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.flatten(1))
+
+    site = locate_cam(trace_classifier(Vector(), SIZE))
+    assert site.kind == "none" and "no spatial feature" in site.reason
+
+
+def test_override_names_another_layer_and_is_checked() -> None:
+    traced = trace_classifier(Head(heads()["global pool"][0]), SIZE)
+    site = locate_cam(traced, "conv")
+    assert (site.node, site.kind) == ("conv", "autograd")
+    with pytest.raises(ValueError, match=r"teacher.cam_layer must name a node .* got 'layer9'"):
+        locate_cam(traced, "layer9")
+
+
+def test_with_features_gives_both_outputs_without_hooks() -> None:
+    traced = trace_classifier(Head(heads()["global pool"][0]), SIZE)
+    tapped = with_features(traced, "relu")
+    x = torch.randn(2, *SIZE)
+    with torch.no_grad():
+        logits, features = tapped(x)
+        assert torch.equal(logits, traced(x))
+    assert features.shape == (2, 6, 8, 8)
+    assert not [m for m in tapped.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert {id(p) for p in tapped.parameters()} == {id(p) for p in traced.parameters()}
+
+
+def test_feature_tap_opens_a_graph_only_where_none_is() -> None:
+    tap = FeatureTap()
+    frozen = torch.ones(1, 2, 2, 2)
+    assert tap(frozen).requires_grad
+    with torch.no_grad():
+        assert not tap(frozen).requires_grad
+    live = torch.ones(1, 2, 2, 2, requires_grad=True) * 2
+    assert tap(live) is live
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda self, x: x.mean() if x.sum() > 0 else x, "traceable by torch.fx"),
+        (lambda self, x: {"logits": x.flatten(1)}, "one .N, classes. tensor of logits, but Odd returned dict"),
+        (lambda self, x: x, "tensor of logits"),
+        (lambda self, x: x @ torch.ones(3, 3), "failed on them"),
+    ],
+)
+def test_refusals_say_what_is_wrong(forward: object, message: str) -> None:
+    odd = type("Odd", (nn.Module,), {"forward": forward})()
+    with pytest.raises(ValueError, match=message):
+        trace_classifier(odd, SIZE)

@@ -1,0 +1,107 @@
+"""Worker of test_two_processes: ten fine-tuning steps, their losses and what each process kept, as JSON.
+
+Run alone or by `accelerate launch`; the global batch is the same, so the numbers must be.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from synq.configs import FinetuneConfig
+from synq.finetune import CamNetwork, epoch_batches, finetune, local_batch_size, teacher_view
+from synq.losses import difficulty
+from synq.quant_layers import QuantConv2d, QuantLinear
+from synq.seeding import derive_seed
+from synq.students import observe_ranges, quantize_model
+from synq.tracing import locate_cam, trace_classifier, with_features
+
+SIZE = (3, 8, 8)
+BATCH = 64
+SEED = 7
+
+
+def classifier(kind: str) -> nn.Module:
+    """A random classifier whose head is linear ("closed_form") or not ("autograd")."""
+    torch.manual_seed(derive_seed("two processes") % 2**31)
+    hidden = [nn.Linear(12, 9), nn.Hardswish()] if kind == "autograd" else []
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        *hidden,
+        nn.Linear(9 if hidden else 12, 5),
+    )
+    with torch.no_grad():
+        net[-1].weight.mul_(20)  # type: ignore[operator]  # teacher outputs of all degrees of certainty
+    return net.eval().requires_grad_(False)
+
+
+def codes(net: nn.Module) -> list[Tensor]:
+    """Integer weights of every layer."""
+    from synq.fake_quant import quantize
+
+    result = []
+    for layer in net.modules():
+        if isinstance(layer, (QuantConv2d, QuantLinear)):
+            quantizer = layer.weight_quantizer
+            scale, zero_point = quantizer.qparams(layer.weight)
+            result.append(quantize(layer.weight, scale, zero_point, quantizer.quant_min, quantizer.quant_max, axis=0))
+    return result
+
+
+def main(kind: str, out: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
+    traced = trace_classifier(classifier(kind).double(), SIZE)
+    site = locate_cam(traced)
+    assert site.kind == kind
+    student = quantize_model(traced, weight_bits=4, act_bits=8, cam_node=site.node)
+    images = torch.randn(BATCH, *SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(BATCH) % 5
+    observe_ranges(student.net, images, act_range="minmax")
+    teacher = CamNetwork(net=with_features(traced, site.node), site=site)
+    network = CamNetwork(net=with_features(student.net, student.cam_node), site=site)
+    # One step an epoch, so that the history holds every step.
+    config = FinetuneConfig(epochs=10, batch_size=BATCH, lr=1e-6, ce_weight=1.0, cam_weight=3.0, difficulty_threshold=0.8)
+
+    share = local_batch_size(BATCH, accelerator.num_processes)
+    kept = []
+    for epoch in range(config.epochs):
+        rows = next(iter(epoch_batches(BATCH, BATCH, SEED, epoch)))[accelerator.process_index * share :][:share]
+        logits, _ = teacher_view(teacher, images[rows], labels[rows], with_cam=False)
+        kept.append(float((difficulty(logits, labels[rows]) <= config.difficulty_threshold).double().mean()))
+    all_kept = accelerator.gather(torch.tensor([kept], dtype=torch.float64))
+
+    before = codes(student.net)
+    history = finetune(network, teacher, images, labels, config, accelerator=accelerator, seed=SEED)
+    flips = sum(int((a != b).sum()) for a, b in zip(before, codes(student.net), strict=True))
+    weights = torch.cat([p.detach().flatten() for p in student.net.parameters()])
+    everyone = accelerator.gather(weights[None])
+    if accelerator.is_main_process:
+        result = {
+            "processes": accelerator.num_processes,
+            "history": history,
+            "flips": flips,
+            "kept": all_kept.tolist(),
+            "weights": weights.tolist(),
+            "ranks_agree": bool((everyone == everyone[:1]).all()),
+        }
+        out.write_text(json.dumps(result))
+    accelerator.end_training()
+    sys.stdout.flush()
+    os._exit(0)  # gloo aborts now and then in the interpreter's own exit
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], Path(sys.argv[2]))
