@@ -10,7 +10,7 @@ from pathlib import Path
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sweeps.cluster import prepare_environment
+from sweeps.cluster import output_root, prepare_environment
 from sweeps.spec import DEMO_SPEC, load_spec
 
 USER_ERROR = 2
@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parser.parse_args(argv))
     path = arguments.pop("spec")
     try:
-        spec = load_spec(path, {key: value for key, value in arguments.items() if value is not None})
+        given = {key: value for key, value in arguments.items() if value is not None}
+        spec = load_spec(path, given, root=output_root())
         prepare_environment()
         from sweeps.tuner import run_sweep
 

@@ -121,6 +121,7 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     partial = args.output.with_name(args.output.name + ".partial")
     save_file(state, partial, metadata=facts)
+    partial.chmod(0o644)  # safetensors makes files that only their owner may read
     partial.replace(args.output)
     print(
         f"top-1 {accuracy} % ({correct} of {len(heldout)} held-out images), {args.output.stat().st_size} bytes: {args.output}"

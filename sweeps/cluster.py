@@ -38,6 +38,15 @@ def prepare_environment() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(part for part in (str(ROOT), path) if part)
 
 
+def output_root() -> Path:
+    """Return the folder against which a relative output_dir is taken: the current one, or the home folder in an uploaded copy.
+
+    `ray job submit --working-dir` runs in a copy of the project that Ray deletes some time after the job; results must outlive it.
+    """
+    here = Path.cwd()
+    return Path.home() / "synq" if "working_dir_files" in here.parts else here
+
+
 @contextmanager
 def cluster(search: SearchConfig) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names (a job of Ray is told so), or start Ray on this machine alone."""

@@ -155,12 +155,13 @@ def run_config(
     return replace(config, name=group.key, seed=seed, data_seed=data_seed, runtime=runtime)
 
 
-def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SweepSpec:
+def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None, *, root: str | Path = "") -> SweepSpec:
     """Read and check a sweep spec.
 
     Args:
         path: A .toml or .json file.
         overrides: Top-level keys that win over the file, for example {"num_trials": 2}.
+        root: Folder against which a relative output_dir is taken; the current one by default.
 
     Raises:
         FileNotFoundError: The file is absent.
@@ -170,18 +171,20 @@ def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> S
         mapping = load_config(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"`spec` must name an existing file, but got {str(path)!r}") from None
-    return spec_from_dict({**mapping, **(overrides or {})}, source=str(path), default_name=Path(path).stem)
+    return spec_from_dict({**mapping, **(overrides or {})}, source=str(path), default_name=Path(path).stem, root=root)
 
 
-def spec_from_dict(mapping: Mapping[str, Any], *, source: str = "", default_name: str = "sweep") -> SweepSpec:
+def spec_from_dict(
+    mapping: Mapping[str, Any], *, source: str = "", default_name: str = "sweep", root: str | Path = ""
+) -> SweepSpec:
     """Build a `SweepSpec` from plain values. See `load_spec`."""
     try:
-        return _build_spec(mapping, default_name)
+        return _build_spec(mapping, default_name, root)
     except ValueError as error:
         raise ValueError(f"{source}: {error}" if source else str(error)) from None
 
 
-def _build_spec(mapping: Mapping[str, Any], default_name: str) -> SweepSpec:
+def _build_spec(mapping: Mapping[str, Any], default_name: str, root: str | Path) -> SweepSpec:
     known = (*TABLES, *SearchConfig.__dataclass_fields__)
     for key in mapping:
         if key not in known:
@@ -190,7 +193,7 @@ def _build_spec(mapping: Mapping[str, Any], default_name: str) -> SweepSpec:
     slug = re.sub(r"[^A-Za-z0-9._-]+", "_", default_name).lstrip("._-") or "sweep"
     search = config_from_dict(SearchConfig, {"name": slug, **{k: v for k, v in mapping.items() if k not in TABLES}})
     folder = os.path.join("runs", search.name) if search.output_dir == "none" else search.output_dir
-    search = replace(search, output_dir=os.path.abspath(os.path.expanduser(folder)))
+    search = replace(search, output_dir=os.path.abspath(os.path.join(root, os.path.expanduser(folder))))
     base = read_table(mapping.get("base", {}), "base")
     dimensions = read_space(mapping, base)
     groups = []

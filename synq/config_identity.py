@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,8 +17,16 @@ FOLDERS = (("evaluation", "data_dir"), ("runtime", "output_dir"), ("runtime", "s
 
 
 def absolute_path(path: str) -> str:
-    """Return `path` seen from the current folder, ~ expanded; an address such as s3://bucket stays as it is."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+    """Return `path` seen from the current folder, ~ and $VARIABLES expanded; an address such as s3://bucket stays as it is.
+
+    Raises:
+        ValueError: If a variable is not set: a file called "$NAME/..." is never what was meant.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    unset = re.search(r"\$(\w+|\{\w+\})", expanded)
+    if unset is not None:
+        raise ValueError(f"environment variable {unset.group()} must be set, but {path} names it and it is not")
+    return path if "://" in path else os.path.abspath(expanded)
 
 
 def map_spec_path(spec: str, function: Callable[[str], str]) -> str:

@@ -84,6 +84,8 @@ class SynthesisConfig:
     """Optimiser steps per shard."""
     lr: float = 0.5
     """Learning rate of Adam on the pixels (normalised units)."""
+    schedule: Literal["cosine", "plateau"] = "cosine"
+    """How the learning rate falls: by a cosine to 0 over the iterations, or at each plateau of the loss (the paper's; wants 1,000)."""
     plateau_patience: int = 50
     """Steps without improvement after which the learning rate falls."""
     plateau_factor: float = 0.1
@@ -116,6 +118,7 @@ class SynthesisConfig:
         for name in ("bns_weight", "inception_weight", "hard_sample_gamma", "center_weight"):
             _between(f"synthesis.{name}", getattr(self, name), 0)
         _between("synthesis.center_depth", self.center_depth, 0, 1)
+        _one_of("synthesis.schedule", self.schedule, ("cosine", "plateau"))
         _one_of("synthesis.bns_form", self.bns_form, ("std_sum", "var_mean"))
         _one_of("synthesis.augment", self.augment, ("none", "flip_shift"))
 
@@ -182,7 +185,7 @@ class FinetuneConfig:
     lr: float = 0.005
     """Largest learning rate."""
     momentum: float = 0.9
-    """Momentum of sgd; the first beta of adam."""
+    """Nesterov momentum of sgd (0: none); the first beta of adam."""
     weight_decay: float = 1e-4
     """Weight decay (L2)."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"

@@ -19,18 +19,18 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from synq.augment import flip_shift
+from synq.cam_site import CamSite
 from synq.configs import FinetuneConfig
 from synq.gradcam import autograd_weights, cam_map, closed_form_weights
 from synq.losses import synq_loss
 from synq.quant_layers import effective_weight
 from synq.results import write_bytes_atomic
 from synq.seeding import make_generator
-from synq.tracing import CamSite
 
 Epoch = dict[str, float]
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLossError(RuntimeError):
     """A loss term or the gradient stopped being a finite number; the message names it."""
 
 
@@ -138,7 +138,7 @@ def finetune(
 
     Raises:
         ValueError: If the batch size is not divisible by the number of processes or exceeds the images.
-        NonFiniteLoss: If a term or the gradient norm is not finite.
+        NonFiniteLossError: If a term or the gradient norm is not finite.
     """
     share = local_batch_size(config.batch_size, accelerator.num_processes)
     steps_per_epoch = len(images) // config.batch_size
@@ -175,7 +175,9 @@ def finetune(
             norm = accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf)
             meter.add({"loss": loss.detach(), **terms, "gradient norm": torch.as_tensor(norm)})
             if (step + 1) % config.log_every == 0 or step + 1 == steps_per_epoch:
-                bar.set_postfix_str(meter.check())  # before the update is in a checkpoint, and one host sync in log_every
+                bar.set_postfix_str(
+                    meter.check()
+                )  # before the update is in a checkpoint, and one host sync in log_every
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
@@ -250,7 +252,7 @@ class _Meter:
         means = {name: float(value) / self.steps for name, value in self.sums.items()}
         for name, value in sorted(means.items(), key=lambda item: item[0] == "loss"):
             if not math.isfinite(value):
-                raise NonFiniteLoss(
+                raise NonFiniteLossError(
                     f"{name} became {value} in epoch {self.epoch + 1}, step <= {self.steps}. "
                     "Lower finetune.lr, or the weight of this term"
                 )
@@ -301,7 +303,11 @@ def _optimizer(parameters: list[nn.Parameter], config: FinetuneConfig) -> torch.
         betas = (config.momentum, 0.999)
         return torch.optim.Adam(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
     return torch.optim.SGD(
-        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
     )
 
 
@@ -323,4 +329,3 @@ def _load_checkpoint(path: Path | None, net: nn.Module, optimizer: torch.optim.O
     except Exception as error:  # unpickling raises many types; a damaged file must name itself
         raise ValueError(f"checkpoint must be readable, but {path} is not: {error}. Remove it to start over") from error
     return history
-

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from synq.artifacts import SetStore
 from synq.configs import QuantConfig, RunConfig, RuntimeConfig, config_digest, config_to_dict, make_absolute
 from synq.evaluation import Measure
-from synq.finetune import CamNetwork, Epoch, NonFiniteLoss, finetune, local_batch_size
+from synq.finetune import CamNetwork, Epoch, NonFiniteLossError, finetune, local_batch_size
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
 from synq.results import RunRecord, environment, read_record, write_bytes_atomic, write_json_atomic, write_record
 from synq.students import Student, observe_ranges, quantize_model
@@ -57,7 +57,7 @@ def run(
 
     Raises:
         ValueError, OSError: Bad input, before anything is written.
-        NonFiniteLoss: Fine-tuning diverged; a record with status "failed" was written.
+        NonFiniteLossError: Fine-tuning diverged; a record with status "failed" was written.
     """
     config = make_absolute(config)
     accelerator = accelerator or make_accelerator(config.runtime)
@@ -106,7 +106,7 @@ def run(
             on_epoch=after_epoch,
             progress=config.runtime.progress,
         )
-    except NonFiniteLoss as error:
+    except NonFiniteLossError as error:
         if accelerator.is_main_process:
             write_record(folder / "record.json", replace(record, status="failed", reason=str(error)))
         raise
@@ -267,7 +267,11 @@ def _finished_record(folder: Path, config: RunConfig, teacher: Teacher) -> RunRe
 def _check_writable(folder: Path) -> None:
     """Fail before the work, not after it."""
     probe = folder / ".writable"
-    write_bytes_atomic(probe, b"")
+    try:
+        write_bytes_atomic(probe, b"")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"runtime.output_dir must be writable, but got {folder.parent}: {reason}") from error
     probe.unlink(missing_ok=True)
 
 
@@ -346,4 +350,3 @@ def _input_node(net: fx.GraphModule) -> str:
 
 def _state(net: fx.GraphModule) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in net.state_dict().items()}
-

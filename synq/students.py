@@ -1,7 +1,6 @@
 """Build the quantized student from the teacher's graph, observe its activation ranges, and account for every tensor."""
 
 import copy
-import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,19 +9,42 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from synq.accounting import TensorRow, account, bitops, packed_bytes
 from synq.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
-from synq.tracing import is_passive, node_module, tensor_inputs
-
-FLOAT_BITS = 32
+from synq.tracing import is_passive, node_module, operation_name, tensor_inputs
 
 _NONLINEAR_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus),
 )
 _NONLINEAR_NAMES = frozenset(
-    "relu relu6 hardtanh leaky_relu prelu elu selu celu gelu silu mish hardswish hardsigmoid sigmoid tanh softplus "
-    "clamp clip clamp_min abs square pow sqrt exp".split()
+    [
+        "relu",
+        "relu6",
+        "hardtanh",
+        "leaky_relu",
+        "prelu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "hardswish",
+        "hardsigmoid",
+        "sigmoid",
+        "tanh",
+        "softplus",
+        "clamp",
+        "clip",
+        "clamp_min",
+        "abs",
+        "square",
+        "pow",
+        "sqrt",
+        "exp",
+    ]
 )
 # Linear or value-preserving operations: what they put out is a sum or a selection of what was quantized before.
 _STRUCTURAL_MODULES = (
@@ -30,34 +52,42 @@ _STRUCTURAL_MODULES = (
     *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Upsample, nn.Sequential),
 )
 _STRUCTURAL_NAMES = frozenset(
-    "add sub neg cat concat stack pad getitem chunk split narrow transpose permute t unsqueeze expand "
-    "adaptive_avg_pool2d avg_pool2d max_pool2d adaptive_max_pool2d mean sum interpolate pixel_shuffle channel_shuffle "
-    "clone detach roll flip unflatten type_as movedim".split()
+    [
+        "add",
+        "sub",
+        "neg",
+        "cat",
+        "concat",
+        "stack",
+        "pad",
+        "getitem",
+        "chunk",
+        "split",
+        "narrow",
+        "transpose",
+        "permute",
+        "t",
+        "unsqueeze",
+        "expand",
+        "adaptive_avg_pool2d",
+        "avg_pool2d",
+        "max_pool2d",
+        "adaptive_max_pool2d",
+        "mean",
+        "sum",
+        "interpolate",
+        "pixel_shuffle",
+        "channel_shuffle",
+        "clone",
+        "detach",
+        "roll",
+        "flip",
+        "unflatten",
+        "type_as",
+        "movedim",
+    ]
 )
 _NORM_MODULES = (nn.BatchNorm2d, nn.BatchNorm1d)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorRow:
-    """One line of the account: a weight or an activation, and its width.
-
-    Attributes:
-        name: Module name of a weight, node name of an activation.
-        role: "weight" or "activation".
-        kind: Layer type or operation.
-        bits: Width; 32 stands for float.
-        numel: Number of values (of one image, for an activation).
-        macs: Multiply-accumulates per image, for a weight.
-        note: Why it is float, where it is.
-    """
-
-    name: str
-    role: Literal["weight", "activation"]
-    kind: str
-    bits: int
-    numel: int
-    macs: int = 0
-    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +165,8 @@ def quantize_model(
             tapped = quantizer.name
     net.graph.lint()
     net.recompile()
-    rows = _account(net, layers, points)
-    return Student(net=net, cam_node=tapped, rows=rows, size_bytes=_packed_bytes(net), bitops=_bitops(net, layers))
+    rows = account(net, layers, {node: bits for node, (bits, _) in points.items()})
+    return Student(net=net, cam_node=tapped, rows=rows, size_bytes=packed_bytes(net), bitops=bitops(net, layers))
 
 
 def observe_ranges(
@@ -169,8 +199,8 @@ def observe_ranges(
     if weight_range == "mse":
         for module in net.modules():
             if isinstance(module, (QuantConv2d, QuantLinear)):
-                quantizer = module.weight_quantizer
-                quantizer.clip_ratio.copy_(mse_weight_ratio(module.weight.detach().float(), quantizer.bits, norm))
+                weights = module.weight_quantizer
+                weights.clip_ratio.copy_(mse_weight_ratio(module.weight.detach().float(), weights.bits, norm))
     batches = images.split(batch_size)
     extremes: dict[str, RangeObserver] = {}
     _observe(net, batches, lambda name, x: extremes.setdefault(name, RangeObserver()).update(x))
@@ -213,12 +243,6 @@ def _observe(net: fx.GraphModule, batches: Iterable[Tensor], look: Callable[[str
         interpreter.run(batch)
 
 
-def _operation_name(node: fx.Node) -> str:
-    if node.op == "call_method":
-        return str(node.target)
-    return str(getattr(node.target, "__name__", node.target))
-
-
 def _classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
     """Sort the nodes into layers with a weight and non-linearities; refuse what is neither and not harmless."""
     layers: list[fx.Node] = []
@@ -237,7 +261,7 @@ def _classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
             elif not isinstance(module, (*_STRUCTURAL_MODULES, *_NORM_MODULES)):
                 raise _refusal(node, type(module).__name__)
             continue
-        name = _operation_name(node)
+        name = operation_name(node)
         if name in _NONLINEAR_NAMES:
             nonlinear.append(node)
         elif name in ("mul", "truediv", "div", "multiply"):
@@ -286,84 +310,3 @@ def _insert_quantizer(net: fx.GraphModule, node: fx.Node, users: list[fx.Node], 
     for user in users:
         user.replace_input_with(node, quantized)
     return quantized
-
-
-def _account(
-    net: fx.GraphModule, layers: list[fx.Node], points: dict[fx.Node, tuple[int, list[fx.Node]]]
-) -> tuple[TensorRow, ...]:
-    rows: list[TensorRow] = []
-    macs = _macs(net, layers)
-    seen: set[str] = set()
-    for node in net.graph.nodes:
-        shape = node.meta.get("shape")
-        module = node_module(net, node)
-        if node in macs and str(node.target) not in seen:
-            seen.add(str(node.target))
-            assert isinstance(module, (QuantConv2d, QuantLinear))
-            total = sum(m for n, m in macs.items() if n.target == node.target)
-            kind, bits = type(module).__name__.removeprefix("Quant"), module.weight_quantizer.bits
-            rows.append(
-                TensorRow(
-                    name=str(node.target), role="weight", kind=kind, bits=bits, numel=module.weight.numel(), macs=total
-                )
-            )
-        if shape is None or isinstance(module, ActQuantizer) or node.op in ("output", "get_attr"):
-            continue
-        kind = type(module).__name__ if module is not None else _operation_name(node)
-        bits = points[node][0] if node in points else FLOAT_BITS
-        note = "" if node in points else "not a point of the chosen rule"
-        size = math.prod(shape[1:])
-        rows.append(TensorRow(name=node.name, role="activation", kind=kind, bits=bits, numel=size, note=note))
-    return tuple(rows)
-
-
-def _macs(net: fx.GraphModule, layers: list[fx.Node]) -> dict[fx.Node, int]:
-    result = {}
-    for node in layers:
-        weight = node_module(net, node).weight  # type: ignore[union-attr]
-        assert isinstance(weight, Tensor)
-        result[node] = math.prod(node.meta["shape"][1:]) * (weight.numel() // weight.shape[0])
-    return result
-
-
-def _bitops(net: fx.GraphModule, layers: list[fx.Node]) -> int:
-    total = 0
-    for node, macs in _macs(net, layers).items():
-        module = node_module(net, node)
-        assert isinstance(module, (QuantConv2d, QuantLinear))
-        total += macs * module.weight_quantizer.bits * _width_of(net, tensor_inputs(node)[0])
-    return total
-
-
-def _width_of(net: fx.GraphModule, node: fx.Node) -> int:
-    """Width of an activation: that of the quantizer it comes from, through operations that keep its values."""
-    while True:
-        module = node_module(net, node)
-        if isinstance(module, ActQuantizer):
-            return module.bits
-        selects = isinstance(module, nn.MaxPool2d) or _operation_name(node) in ("max_pool2d", "pad", "chunk", "getitem")
-        if not (is_passive(net, node) or selects):
-            return FLOAT_BITS
-        node = tensor_inputs(node)[0]
-
-
-def _packed_bytes(net: fx.GraphModule) -> int:
-    """Bytes of the packed student: codes, float32 scale and one-byte zero point per channel, float32 biases."""
-    bits = 0
-    for module in net.modules():
-        if isinstance(module, (QuantConv2d, QuantLinear)):
-            width, channels = module.weight_quantizer.bits, module.weight.shape[0]
-            bits += 8 * math.ceil(module.weight.numel() * width / 8) + channels * (32 + 8 + 32)
-        elif isinstance(module, ActQuantizer):
-            bits += 32 + 8
-        elif isinstance(module, nn.PReLU):
-            bits += 32 * module.weight.numel()
-    return bits // 8
-
-
-def float_bytes(module: nn.Module) -> int:
-    """Bytes of the float32 parameters and BatchNorm statistics of ``module``."""
-    tensors = [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]
-    return 4 * sum(t.numel() for t in tensors)
-
-

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from synq.cam_site import CamSite, locate_cam
 from synq.configs import TeacherConfig
 from synq.teacher_sources import RANDOM, SourceModel, build_source
-from synq.tracing import CamSite, locate_cam, trace_classifier
+from synq.tracing import trace_classifier
 
 _ATTENTION = re.compile(r"multihead|self_?attention|windowattention|transformer", re.IGNORECASE)
 

@@ -1,4 +1,4 @@
-"""Turn a classifier into a ``torch.fx`` graph and find where its class-activation map is taken.
+"""Turn a classifier into a ``torch.fx`` graph.
 
 Everything that reads or rewrites a network goes through this graph: activations written as functions (``F.relu(x)``,
 ``x.relu_()``) are nodes like any module, so no tensor can escape a rule unseen.
@@ -6,51 +6,28 @@ Everything that reads or rewrites a network goes through this graph: activations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from synq.gradcam import autograd_weights, closed_form_weights
-
 # Operations that only move, drop or keep values: between the last feature and the classifier they change nothing.
 _PASSIVE_MODULES = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.Unflatten)
-_PASSIVE_FUNCTIONS: tuple[Callable[..., Any], ...] = (torch.flatten, torch.squeeze, torch.reshape, F.dropout, F.dropout2d)
+_PASSIVE_FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    torch.flatten,
+    torch.squeeze,
+    torch.reshape,
+    F.dropout,
+    F.dropout2d,
+)
 _PASSIVE_METHODS = ("flatten", "view", "reshape", "squeeze", "contiguous", "to", "float")
-_POOL_MODULES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d)
-_POOL_FUNCTIONS: tuple[Callable[..., Any], ...] = (F.adaptive_avg_pool2d, F.avg_pool2d, torch.mean)
 _INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class CamSite:
-    """Where the class-activation map of a network is taken, and how its channel weights are computed.
-
-    Attributes:
-        node: Name of the graph node whose output is A, the (N, C, H, W) feature map; empty when ``kind`` is "none".
-        kind: "closed_form" where the head is average pooling, flatten and one linear layer; "autograd" where the
-            head is not linear in A; "none" where the network has no spatial feature before its classifier.
-        channels, height, width: Size of A.
-        cells: Number of pooled cells per channel that the classifier reads (1 for a global average pool).
-        linear: Module name of the classifier, for "closed_form".
-        reason: One sentence on why this kind was chosen.
-    """
-
-    node: str
-    kind: Literal["closed_form", "autograd", "none"]
-    channels: int = 0
-    height: int = 0
-    width: int = 0
-    cells: int = 1
-    linear: str | None = None
-    reason: str = ""
 
 
 class FeatureTap(nn.Module):
@@ -126,46 +103,6 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     return traced
 
 
-def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
-    """Find the last spatial feature before the classifier and how its CAM weights are computed.
-
-    The head is read from the structure and then checked by numbers: "closed_form" is only answered when the closed
-    form equals autograd on this very network.
-
-    Args:
-        traced: A graph from :func:`trace_classifier`.
-        override: Node or module name of A chosen by the user; None finds it by structure.
-
-    Returns:
-        The site; ``kind`` is "none" where no spatial feature precedes the classifier.
-
-    Raises:
-        ValueError: If ``override`` names no node with a (N, C, H, W) output.
-    """
-    feature, linear = _walk_head(traced)
-    if override is not None:
-        chosen = _find_node(traced, override)
-        if chosen is not feature:
-            linear = None
-        feature = chosen
-    if feature is None:
-        return CamSite(node="", kind="none", reason="no spatial feature precedes the classifier")
-    _, channels, height, width = feature.meta["shape"]
-    size = {"channels": channels, "height": height, "width": width}
-    if linear is None:
-        return CamSite(node=feature.name, kind="autograd", reason="the head is not one linear layer", **size)
-    weight = _weight_of(traced.get_submodule(linear)).flatten(1)
-    cells, rest = divmod(weight.shape[1], channels)
-    if rest or (height * width) % cells:
-        return CamSite(node=feature.name, kind="autograd", reason="pooled cells do not tile the map", **size)
-    site = CamSite(
-        node=feature.name, kind="closed_form", cells=cells, linear=linear, reason="pool, flatten, linear", **size
-    )
-    if not _closed_form_holds(traced, site):
-        return CamSite(node=feature.name, kind="autograd", reason="the head is not linear in its features", **size)
-    return site
-
-
 def with_features(traced: fx.GraphModule, node_name: str) -> fx.GraphModule:
     """Return a network that gives (logits (N, K), features (N, C, H, W)) in one forward pass.
 
@@ -209,6 +146,13 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     return [source for source in node.all_input_nodes if source.meta.get("shape") is not None]
 
 
+def operation_name(node: fx.Node) -> str:
+    """Return the bare name of the function or method that a node calls."""
+    if node.op == "call_method":
+        return str(node.target)
+    return str(getattr(node.target, "__name__", node.target))
+
+
 def is_passive(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Tell whether ``node`` only reshapes or passes on its one tensor input (in evaluation mode)."""
     if node.op == "call_module":
@@ -216,59 +160,6 @@ def is_passive(traced: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target in _PASSIVE_FUNCTIONS
     return node.op == "call_method" and node.target in _PASSIVE_METHODS
-
-
-def _walk_head(traced: fx.GraphModule) -> tuple[fx.Node | None, str | None]:
-    """Walk from the output back to A. Returns (A or None, classifier name where the head has exactly one layer)."""
-    node: fx.Node = next(n for n in traced.graph.nodes if n.op == "output")
-    linear: str | None = None
-    plain = True
-    while True:
-        sources = tensor_inputs(node)
-        if len(sources) != 1:
-            return None, None
-        node = sources[0]
-        shape = node.meta["shape"]
-        if node.op in ("placeholder", "get_attr"):
-            return None, None
-        if _is_pool(traced, node):
-            source = tensor_inputs(node)[0]
-            if len(source.meta["shape"]) == 4:
-                return source, linear if plain else None
-            return None, None
-        if is_passive(traced, node):
-            continue
-        if len(shape) == 4 and shape[2] * shape[3] > 1:
-            return node, linear if plain else None
-        module = node_module(traced, node)
-        is_classifier = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and shape[2:] == (1, 1))
-        plain = plain and is_classifier and linear is None
-        linear = str(node.target) if is_classifier else linear
-
-
-def _is_pool(traced: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return isinstance(node_module(traced, node), _POOL_MODULES)
-    if node.op == "call_function":
-        return node.target in _POOL_FUNCTIONS
-    return node.op == "call_method" and node.target == "mean"
-
-
-def _closed_form_holds(traced: fx.GraphModule, site: CamSite) -> bool:
-    """Compare both forms of alpha on random images: exact for a linear head, far apart for any other."""
-    network = with_features(traced, site.node)
-    placeholder = next(n for n in traced.graph.nodes if n.op == "placeholder")
-    weight = _weight_of(traced.get_submodule(site.linear or ""))
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4, *placeholder.meta["shape"][1:], generator=generator).to(weight)
-    labels = torch.arange(4, device=weight.device) % weight.shape[0]
-    with torch.enable_grad():
-        logits, features = network(images)
-        by_autograd = autograd_weights(logits, features, labels, retain_graph=False)
-    closed = closed_form_weights(
-        weight.detach().flatten(1), labels, site.channels, site.cells, site.height * site.width
-    )
-    return torch.allclose(closed, by_autograd, rtol=1e-3, atol=1e-6 * float(by_autograd.abs().max() + 1e-12) + 1e-9)
 
 
 def _make_out_of_place(traced: fx.GraphModule) -> None:
@@ -313,21 +204,6 @@ def _nodes_until(graph: fx.Graph, last: fx.Node) -> list[fx.Node]:
         if node is last:
             break
     return nodes
-
-
-def _find_node(traced: fx.GraphModule, name: str) -> fx.Node:
-    spatial = [n for n in traced.graph.nodes if len(n.meta.get("shape") or ()) == 4]
-    for node in spatial:
-        if name in (node.name, str(node.target)):
-            return node
-    last = ", ".join(n.name for n in spatial[-5:])
-    raise ValueError(f"teacher.cam_layer must name a node with a (N, C, H, W) output, but got {name!r} (the last: {last})")
-
-
-def _weight_of(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _first_dtype(module: nn.Module) -> torch.dtype:

@@ -28,7 +28,13 @@ def accelerator() -> Accelerator:
 def test_counts_are_exact(accelerator: Accelerator, batch_size: int) -> None:
     logits = torch.randn(82, 9, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, 9, (82,), generator=torch.Generator().manual_seed(1))
-    got = evaluate(Echo(), lambda rows: (logits[rows], labels[rows]), torch.arange(82), batch_size=batch_size, accelerator=accelerator)
+    got = evaluate(
+        Echo(),
+        lambda rows: (logits[rows], labels[rows]),
+        torch.arange(82),
+        batch_size=batch_size,
+        accelerator=accelerator,
+    )
     order = logits.argsort(1, descending=True)
     first = sum(int(order[i, 0] == labels[i]) for i in range(82))
     five = sum(int(labels[i] in order[i, :5]) for i in range(82))
@@ -37,7 +43,9 @@ def test_counts_are_exact(accelerator: Accelerator, batch_size: int) -> None:
 
 def test_top5_of_three_classes_is_everything(accelerator: Accelerator) -> None:
     labels = torch.tensor([0, 1, 2])
-    got = evaluate(Echo(), lambda rows: (torch.eye(3)[rows], labels[rows]), torch.arange(3), batch_size=2, accelerator=accelerator)
+    got = evaluate(
+        Echo(), lambda rows: (torch.eye(3)[rows], labels[rows]), torch.arange(3), batch_size=2, accelerator=accelerator
+    )
     assert (got.top1, got.top5) == (100.0, 100.0)
 
 
@@ -97,4 +105,6 @@ def test_synthetic_objective_of_the_teacher_itself_is_zero(accelerator: Accelera
 
 def test_selection_without_labels_is_refused(accelerator: Accelerator) -> None:
     with pytest.raises(ValueError, match=r"evaluation.objective.* must be synthetic"):
-        Measure.prepare(EvaluationConfig(dataset="none", objective="selection"), load_teacher(TeacherConfig()), accelerator)
+        Measure.prepare(
+            EvaluationConfig(dataset="none", objective="selection"), load_teacher(TeacherConfig()), accelerator
+        )

@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from synq.augment import flip_shift
+from synq.cam_site import locate_cam
 from synq.configs import FinetuneConfig
 from synq.finetune import (
     CamNetwork,
-    NonFiniteLoss,
+    NonFiniteLossError,
     epoch_batches,
     finetune,
     local_batch_size,
@@ -27,7 +28,7 @@ from synq.lowpass import gaussian_lowpass
 from synq.quant_layers import QuantConv2d, QuantLinear
 from synq.seeding import make_generator
 from synq.students import observe_ranges, quantize_model
-from synq.tracing import locate_cam, trace_classifier, with_features
+from synq.tracing import trace_classifier, with_features
 
 SIZE = (3, 8, 8)
 CONFIG = FinetuneConfig(epochs=3, batch_size=8, lr=1e-2, cam_weight=5.0, ce_weight=0.5, difficulty_threshold=0.7)
@@ -58,7 +59,9 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def train(net: nn.Module, accelerator: Accelerator, config: FinetuneConfig = CONFIG, **options: object) -> tuple[CamNetwork, list[dict[str, float]]]:
+def train(
+    net: nn.Module, accelerator: Accelerator, config: FinetuneConfig = CONFIG, **options: object
+) -> tuple[CamNetwork, list[dict[str, float]]]:
     student, teacher = networks(net)
     history = finetune(student, teacher, images(), labels(), config, accelerator=accelerator, seed=1, **options)  # type: ignore[arg-type]
     return student, history
@@ -69,7 +72,10 @@ def test_loss_falls_and_weights_move(tiny_classifier: nn.Module, accelerator: Ac
     student, history = train(tiny_classifier, accelerator, config)
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     assert [h["epoch"] for h in history] == list(range(1, 16))
-    moved = [(a - b).abs().max() for a, b in zip(student.net.parameters(), networks(tiny_classifier)[0].net.parameters(), strict=True)]
+    moved = [
+        (a - b).abs().max()
+        for a, b in zip(student.net.parameters(), networks(tiny_classifier)[0].net.parameters(), strict=True)
+    ]
     assert min(moved) > 0
 
 
@@ -96,15 +102,15 @@ def test_resume_is_bit_equal(tiny_classifier: nn.Module, accelerator: Accelerato
     config = dataclasses.replace(CONFIG, epochs=4, augment="flip_shift", warmup_epochs=0.5)
     whole, history = train(tiny_classifier, accelerator, config)
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def kill(epoch: dict[str, float]) -> None:
         if epoch["epoch"] == 2:
-            raise Killed
+            raise KilledError
 
     file = tmp_path / "checkpoint.pt"
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(tiny_classifier, accelerator, config, checkpoint=file, on_epoch=kill)
     seen: list[float] = []
     resumed, rest = train(
@@ -128,7 +134,7 @@ def test_damaged_checkpoint_names_itself(tiny_classifier: nn.Module, accelerator
 
 
 def test_cached_teacher_equals_live_teacher(tiny_classifier: nn.Module) -> None:
-    student, teacher = networks(tiny_classifier, torch.float64)
+    _, teacher = networks(tiny_classifier, torch.float64)
     x, y = images().double(), labels()
     whole = teacher_view(teacher, x, y, with_cam=True)
     part = teacher_view(teacher, x[3:7], y[3:7], with_cam=True)
@@ -191,7 +197,7 @@ def test_non_finite_terms_stop_with_their_name(
             bias = next(m for m in student.net.modules() if isinstance(m, QuantLinear)).bias
             bias.requires_grad_(True).register_hook(lambda g: g * math.inf)
     config = dataclasses.replace(CONFIG, log_every=1, **options)
-    with pytest.raises(NonFiniteLoss, match=rf"^{term} became (nan|inf) in epoch 1, step"):
+    with pytest.raises(NonFiniteLossError, match=rf"^{term} became (nan|inf) in epoch 1, step"):
         finetune(student, teacher, images(), labels(), config, accelerator=accelerator, seed=0)
 
 
@@ -211,7 +217,9 @@ def test_batches_are_a_permutation_and_the_rest_is_dropped() -> None:
 
 def test_global_batch_must_divide() -> None:
     assert local_batch_size(12, 4) == 3
-    with pytest.raises(ValueError, match=r"finetune.batch_size must be divisible by the number of processes \(4\), but got 10"):
+    with pytest.raises(
+        ValueError, match=r"finetune.batch_size must be divisible by the number of processes \(4\), but got 10"
+    ):
         local_batch_size(10, 4)
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from synq.bn_stats import BatchNormInputs, bn_targets, bns_loss
 from synq.configs import SynthesisConfig
-from synq.inversion import PlateauLr, _draw_views, invert, mirror_roll
+from synq.inversion import CosineLr, PlateauLr, _draw_views, invert, mirror_roll
 
 SIZE = (2, 8, 6)
 
@@ -44,7 +44,14 @@ def _run(net: nn.Module, size: tuple[int, int, int] = SIZE, seed: int = 0, **set
 def test_follows_a_plain_adam_with_a_plain_plateau() -> None:
     """Fused Adam on channels-last pixels with a device learning rate, against torch's unfused one with its own scheduler."""
     net = Net()
-    settings = {"iterations": 12, "lr": 0.1, "plateau_patience": 2, "bns_weight": 0.7, "inception_weight": 0.3}
+    settings = {
+        "schedule": "plateau",
+        "iterations": 12,
+        "lr": 0.1,
+        "plateau_patience": 2,
+        "bns_weight": 0.7,
+        "inception_weight": 0.3,
+    }
     made = _run(net, augment="flip_shift", **settings)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn((6, *SIZE), generator=generator)
@@ -67,6 +74,18 @@ def test_follows_a_plain_adam_with_a_plain_plateau() -> None:
     torch.testing.assert_close(made.history, torch.tensor(history), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(made.images, images.detach(), rtol=1e-3, atol=1e-3)
     assert made.images.is_contiguous()
+
+
+def test_cosine_is_cosine_annealing() -> None:
+    rate = CosineLr(0.5, 10, torch.device("cpu"))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    slow = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    for _ in range(10):
+        assert rate.lr.item() == pytest.approx(optimizer.param_groups[0]["lr"])
+        rate.step(torch.tensor(1.0))
+        optimizer.step()
+        slow.step()
+    assert rate.lr.item() == pytest.approx(0.0, abs=1e-9)
 
 
 def test_plateau_is_reduce_lr_on_plateau() -> None:

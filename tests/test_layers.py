@@ -18,13 +18,25 @@ ROOT = Path(__file__).resolve().parent.parent
 # Imports point downward or to a neighbour in the same layer; neighbours make no circle.
 LAYERS = (
     {"config_io", "config_identity", "configs", "results"},
-    {"seeding", "fake_quant", "observers", "bn_stats", "lowpass", "gradcam", "losses", "augment", "tracing"},
+    {
+        "seeding",
+        "fake_quant",
+        "observers",
+        "bn_stats",
+        "lowpass",
+        "gradcam",
+        "losses",
+        "augment",
+        "tracing",
+        "cam_site",
+    },
     {
         "cifar_resnet",
         "weight_files",
         "teacher_sources",
         "teachers",
         "quant_layers",
+        "accounting",
         "students",
         "synthetic_data",
         "real_sources",

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from synq.configs import RunConfig, TeacherConfig, with_overrides
-from synq.finetune import NonFiniteLoss
+from synq.finetune import NonFiniteLossError
 from synq.pipeline import build_student, low_pass, prepare, run, run_folder
 from synq.results import read_record
 from synq.teachers import load_teacher
@@ -26,14 +26,22 @@ def config(tiny_settings: dict[str, Any], tmp_path: Path) -> RunConfig:
 
 
 def test_a_run_leaves_a_record_and_a_student_that_loads(config: RunConfig) -> None:
-    config = with_overrides(config, {"finetune.epochs": 2, "finetune.lowpass_cutoff": 0.6, "finetune.lowpass_unit": "nyquist"})
+    config = with_overrides(
+        config, {"finetune.epochs": 2, "finetune.lowpass_cutoff": 0.6, "finetune.lowpass_unit": "nyquist"}
+    )
     record = run(config)
     folder = run_folder(config)
     assert read_record(folder / "record.json") == record
     assert record.status == "completed" and record.protocol == "A" and record.num_eval == 64
     assert record.drop == pytest.approx(record.teacher_top1 - record.top1)  # type: ignore[operator]
     assert record.objective_value == record.fidelity["kl"] is not None
-    assert len(record.loss_history) == 2 and set(record.seconds) >= {"teacher", "synthesis", "quantize", "finetune", "measure"}
+    assert len(record.loss_history) == 2 and set(record.seconds) >= {
+        "teacher",
+        "synthesis",
+        "quantize",
+        "finetune",
+        "measure",
+    }
     student = build_student(load_teacher(config.teacher), config.quant)
     student.net.load_state_dict(safetensors.torch.load_file(folder / "student.safetensors"))
     with torch.no_grad():
@@ -45,7 +53,16 @@ def test_a_finished_run_is_returned_and_an_equal_one_elsewhere_is_equal(config: 
     changed = (run_folder(config) / "record.json").stat().st_mtime_ns
     assert run(config) == first and (run_folder(config) / "record.json").stat().st_mtime_ns == changed
     other = run(with_overrides(config, {"runtime.output_dir": str(tmp_path / "other"), "name": "other"}))
-    same = ("objective_value", "fidelity", "top1", "rtn_top1", "set_digest", "heldout_digest", "config_digest", "kept_share")
+    same = (
+        "objective_value",
+        "fidelity",
+        "top1",
+        "rtn_top1",
+        "set_digest",
+        "heldout_digest",
+        "config_digest",
+        "kept_share",
+    )
     assert [getattr(other, key) for key in same] == [getattr(first, key) for key in same]
 
 
@@ -103,8 +120,10 @@ def test_no_epochs_is_round_to_nearest(config: RunConfig) -> None:
 
 
 def test_divergence_is_a_failed_record_and_an_error(config: RunConfig) -> None:
-    config = with_overrides(config, {"finetune.lr": 1e30, "finetune.grad_clip": None, "finetune.log_every": 1, "finetune.epochs": 4})
-    with pytest.raises(NonFiniteLoss):
+    config = with_overrides(
+        config, {"finetune.lr": 1e30, "finetune.grad_clip": None, "finetune.log_every": 1, "finetune.epochs": 4}
+    )
+    with pytest.raises(NonFiniteLossError):
         run(config)
     record = read_record(run_folder(config) / "record.json")
     assert record.status == "failed" and "became" in record.reason and record.top1 is None
@@ -133,7 +152,9 @@ def test_other_weights_of_the_same_name_are_not_mixed_up(config: RunConfig, tmp_
         "teacher.std": (0.5,),
         "evaluation.dataset": "none",
     }
-    runs = [with_overrides(config, {**teacher, "teacher.weights": str(tmp_path / str(s) / "w.safetensors")}) for s in (0, 1)]
+    runs = [
+        with_overrides(config, {**teacher, "teacher.weights": str(tmp_path / str(s) / "w.safetensors")}) for s in (0, 1)
+    ]
     run(runs[0])
     with pytest.raises(ValueError, match="must not mix teachers"):
         run(runs[1])

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from synq.cam_site import locate_cam
 from synq.gradcam import autograd_weights, cam_map, closed_form_weights
-from synq.tracing import FeatureTap, locate_cam, trace_classifier, with_features
+from synq.tracing import FeatureTap, trace_classifier, with_features
 
 SIZE = (3, 16, 16)
 

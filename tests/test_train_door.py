@@ -153,7 +153,7 @@ def test_failure_and_interrupt_have_their_own_exit_codes(
 
         monkeypatch.setattr(pipeline, "run", run)
 
-    raise_now(finetune.NonFiniteLoss("the term cam is nan"))
+    raise_now(finetune.NonFiniteLossError("the term cam is nan"))
     assert train.main(words) == 1
     raise_now(KeyboardInterrupt())
     assert train.main(words) == 130

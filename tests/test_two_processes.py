@@ -16,7 +16,13 @@ def test_two_processes_train_the_same_loss(
 ) -> None:
     """Traps 6 and 7: a mask's share per rank as denominator, or a second backward pass that is not reduced, would show here."""
     worker, results = str(root / "tests" / "two_processes.py"), {}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(root / "launch" / "accelerate_cpu2.yaml")]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(root / "launch" / "accelerate_cpu2.yaml"),
+    ]
     for name, words in (("one", [sys.executable]), ("two", launch)):
         file = tmp_path / f"{name}.json"
         code, out, err = run_process([*words, worker, kind, str(file)], cwd=root, PYTHONPATH=str(root), timeout=180)

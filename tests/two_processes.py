@@ -12,13 +12,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from synq.cam_site import locate_cam
 from synq.configs import FinetuneConfig
 from synq.finetune import CamNetwork, epoch_batches, finetune, local_batch_size, teacher_view
 from synq.losses import difficulty
 from synq.quant_layers import QuantConv2d, QuantLinear
 from synq.seeding import derive_seed
 from synq.students import observe_ranges, quantize_model
-from synq.tracing import locate_cam, trace_classifier, with_features
+from synq.tracing import trace_classifier, with_features
 
 SIZE = (3, 8, 8)
 BATCH = 64
@@ -72,7 +73,9 @@ def main(kind: str, out: Path) -> None:
     teacher = CamNetwork(net=with_features(traced, site.node), site=site)
     network = CamNetwork(net=with_features(student.net, student.cam_node), site=site)
     # One step an epoch, so that the history holds every step.
-    config = FinetuneConfig(epochs=10, batch_size=BATCH, lr=1e-6, ce_weight=1.0, cam_weight=3.0, difficulty_threshold=0.8)
+    config = FinetuneConfig(
+        epochs=10, batch_size=BATCH, lr=1e-6, ce_weight=1.0, cam_weight=3.0, difficulty_threshold=0.8
+    )
 
     share = local_batch_size(BATCH, accelerator.num_processes)
     kept = []

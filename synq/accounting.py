@@ -1,0 +1,120 @@
+"""What a student costs: the width of every tensor, multiply-accumulates, bit operations, packed size."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, fx, nn
+
+from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
+from synq.tracing import is_passive, node_module, operation_name, tensor_inputs
+
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRow:
+    """One line of the account: a weight or an activation, and its width.
+
+    Attributes:
+        name: Module name of a weight, node name of an activation.
+        role: "weight" or "activation".
+        kind: Layer type or operation.
+        bits: Width; 32 stands for float.
+        numel: Number of values (of one image, for an activation).
+        macs: Multiply-accumulates per image, for a weight.
+        note: Why it is float, where it is.
+    """
+
+    name: str
+    role: Literal["weight", "activation"]
+    kind: str
+    bits: int
+    numel: int
+    macs: int = 0
+    note: str = ""
+
+
+def account(net: fx.GraphModule, layers: list[fx.Node], points: dict[fx.Node, int]) -> tuple[TensorRow, ...]:
+    """List every weight and activation of a student with its width, in order of execution.
+
+    Args:
+        net: The student's graph, shapes recorded.
+        layers: Its nodes with a quantized weight.
+        points: Width of the quantizer behind each quantized activation.
+    """
+    rows: list[TensorRow] = []
+    macs = _macs(net, layers)
+    seen: set[str] = set()
+    for node in net.graph.nodes:
+        shape = node.meta.get("shape")
+        module = node_module(net, node)
+        if node in macs and str(node.target) not in seen:
+            seen.add(str(node.target))
+            assert isinstance(module, (QuantConv2d, QuantLinear))
+            total = sum(m for n, m in macs.items() if n.target == node.target)
+            kind, bits = type(module).__name__.removeprefix("Quant"), module.weight_quantizer.bits
+            rows.append(
+                TensorRow(
+                    name=str(node.target), role="weight", kind=kind, bits=bits, numel=module.weight.numel(), macs=total
+                )
+            )
+        if shape is None or isinstance(module, ActQuantizer) or node.op in ("output", "get_attr"):
+            continue
+        kind = type(module).__name__ if module is not None else operation_name(node)
+        bits = points.get(node, FLOAT_BITS)
+        note = "" if node in points else "not a point of the chosen rule"
+        size = math.prod(shape[1:])
+        rows.append(TensorRow(name=node.name, role="activation", kind=kind, bits=bits, numel=size, note=note))
+    return tuple(rows)
+
+
+def _macs(net: fx.GraphModule, layers: list[fx.Node]) -> dict[fx.Node, int]:
+    result = {}
+    for node in layers:
+        weight = node_module(net, node).weight  # type: ignore[union-attr]
+        assert isinstance(weight, Tensor)
+        result[node] = math.prod(node.meta["shape"][1:]) * (weight.numel() // weight.shape[0])
+    return result
+
+
+def bitops(net: fx.GraphModule, layers: list[fx.Node]) -> int:
+    """Return the sum over layers of MACs x weight bits x input bits, per image; a float operand counts 32."""
+    total = 0
+    for node, macs in _macs(net, layers).items():
+        module = node_module(net, node)
+        assert isinstance(module, (QuantConv2d, QuantLinear))
+        total += macs * module.weight_quantizer.bits * _width_of(net, tensor_inputs(node)[0])
+    return total
+
+
+def _width_of(net: fx.GraphModule, node: fx.Node) -> int:
+    """Width of an activation: that of the quantizer it comes from, through operations that keep its values."""
+    while True:
+        module = node_module(net, node)
+        if isinstance(module, ActQuantizer):
+            return module.bits
+        selects = isinstance(module, nn.MaxPool2d) or operation_name(node) in ("max_pool2d", "pad", "chunk", "getitem")
+        if not (is_passive(net, node) or selects):
+            return FLOAT_BITS
+        node = tensor_inputs(node)[0]
+
+
+def packed_bytes(net: fx.GraphModule) -> int:
+    """Return the bytes of the packed student: codes, float32 scale and one-byte zero point per channel, float32 biases."""
+    bits = 0
+    for module in net.modules():
+        if isinstance(module, (QuantConv2d, QuantLinear)):
+            width, channels = module.weight_quantizer.bits, module.weight.shape[0]
+            bits += 8 * math.ceil(module.weight.numel() * width / 8) + channels * (32 + 8 + 32)
+        elif isinstance(module, ActQuantizer):
+            bits += 32 + 8
+        elif isinstance(module, nn.PReLU):
+            bits += 32 * module.weight.numel()
+    return bits // 8
+
+
+def float_bytes(module: nn.Module) -> int:
+    """Return the bytes of the float32 parameters and BatchNorm statistics of ``module``."""
+    tensors = [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]
+    return 4 * sum(t.numel() for t in tensors)
