@@ -86,9 +86,9 @@ def run(
     def after_epoch(epoch: Epoch) -> None:
         if on_epoch is None and not config.evaluation.every_epoch:
             return
-        objective = measure.objective(student.net)
+        epoch["objective_value"] = measure.objective(student.net)  # stands in the record's loss_history
         if on_epoch is not None and accelerator.is_main_process:
-            on_epoch({**epoch, "epochs": config.finetune.epochs, "objective_value": objective})
+            on_epoch({**epoch, "epochs": config.finetune.epochs})
 
     record = _blank_record(config, teacher, student, train_set, heldout, accelerator)
     if accelerator.is_main_process:

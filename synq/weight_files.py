@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".tar", ".bin")
+from synq.config_identity import WEIGHT_SUFFIXES
+
 # Where training scripts put the weights, in order of preference: averaged weights are what their authors report.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
 # What wrappers (DataParallel, torch.compile, AveragedModel, Lightning) put before every name.

@@ -125,6 +125,8 @@ def test_pruned_and_failed_runs_are_listed_with_reason_but_never_ranked() -> Non
     unmeasured = record(None, overrides={"finetune.lr": 3e-3})
     records = [record(0.1), pruned, failed, unmeasured]
     assert [row["objective_value"] for row in leaderboard_rows(records)] == [0.1]
+    (row,) = leaderboard_rows([record(0.1), record(0.9, seed=5, status="pruned", reason="x")])
+    assert (row["num_seeds"], row["num_failed"]) == (1, 0), "a pruned run is neither a result nor a failure"
     listed = {row["status"]: row["reason"] for row in trial_rows(records)}
     assert (
         listed["pruned"] == "stopped after epoch 2"
