@@ -173,8 +173,8 @@ def invert(
             # Copied into place, because the fused step wants gradient and pixels in one memory layout.
             images.grad.copy_(gradient)
             loss = loss.detach()
-            rate.step(loss)
             optimizer.step()
+            rate.step(loss)
             history[step] = loss
             if on_iteration is not None:
                 on_iteration(step + 1, loss)

@@ -47,7 +47,7 @@ def _made(root: Path) -> tuple[SetStore, str, SyntheticSet]:
     return store, key, loaded
 
 
-OTHER_VALUES = {"bns_form": "var_mean", "augment": "none", "calib_centers": False}
+OTHER_VALUES = {"bns_form": "var_mean", "augment": "none", "calib_centers": False, "schedule": "plateau"}
 
 
 def test_key_covers_every_setting_of_synthesis(tmp_path: Path) -> None:
