@@ -94,8 +94,8 @@ class SynthesisConfig:
     """Weight of the batch-norm-statistics loss; it belongs to `bns_form`."""
     bns_form: Literal["std_sum", "var_mean"] = "std_sum"
     """std_sum: squared distances of means and standard deviations, summed over channels; var_mean: variances, averaged."""
-    inception_weight: float = 1.0
-    """Weight of the cross-entropy to the assigned label; 0 leaves only the batch-norm statistics."""
+    inception_weight: float = 0.05
+    """Weight of the cross-entropy to the assigned label; 0 leaves only the batch-norm statistics. At 1 nearly every image is certain."""
     hard_sample_gamma: float = 0.0
     """Exponent of the hard-sample weight (1 - p)^gamma on the cross-entropy; 0 is the plain cross-entropy."""
     calib_centers: bool = False
@@ -176,13 +176,13 @@ class QuantConfig:
 class FinetuneConfig:
     """How the quantized student is trained on the synthetic images."""
 
-    epochs: int = 20
+    epochs: int = 15
     """Passes over the synthetic images; 0 leaves round-to-nearest."""
     batch_size: int = 64
     """Images per step over all processes together; must divide by the number of processes."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Optimiser of the student's parameters."""
-    lr: float = 0.005
+    lr: float = 0.01
     """Largest learning rate."""
     momentum: float = 0.9
     """Nesterov momentum of sgd (0: none); the first beta of adam."""
@@ -208,10 +208,10 @@ class FinetuneConfig:
     """Weight of the distance between the class activation maps of teacher and student."""
     difficulty_threshold: float = 0.5
     """Largest difficulty (1 - teacher's probability of the label) at which the cross-entropy counts; 1 keeps every image."""
-    lowpass_cutoff: float | None = None
+    lowpass_cutoff: float | None = 1.0
     """Cutoff D0 of the Gaussian low-pass filter on the images, in `lowpass_unit`; None does not filter."""
-    lowpass_unit: Literal["bins", "nyquist"] = "bins"
-    """Unit of the cutoff: DFT bins, or the share of the Nyquist frequency (0.5 at 32 pixels is 8 bins)."""
+    lowpass_unit: Literal["bins", "nyquist"] = "nyquist"
+    """Unit of the cutoff: DFT bins (the paper's), or the share of the Nyquist frequency (1 at 32 pixels is 16 bins)."""
     train_bn: bool = True
     """Whether the batch-norm scale and shift are trained; their running statistics never are."""
     augment: Literal["none", "flip_shift"] = "none"

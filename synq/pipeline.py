@@ -9,10 +9,8 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -25,7 +23,8 @@ from synq.configs import QuantConfig, RunConfig, RuntimeConfig, config_digest, c
 from synq.evaluation import Measure
 from synq.finetune import CamNetwork, Epoch, NonFiniteLossError, finetune, local_batch_size
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
-from synq.results import RunRecord, environment, read_record, write_bytes_atomic, write_json_atomic, write_record
+from synq.records import blank_record, mask_warnings
+from synq.results import RunRecord, read_record, write_bytes_atomic, write_json_atomic, write_record
 from synq.students import Student, observe_ranges, quantize_model
 from synq.synthesis import ensure_set
 from synq.synthetic_data import SyntheticSet
@@ -90,7 +89,7 @@ def run(
         if on_epoch is not None and accelerator.is_main_process:
             on_epoch({**epoch, "epochs": config.finetune.epochs})
 
-    record = _blank_record(config, teacher, student, train_set, heldout, accelerator)
+    record = blank_record(config, teacher, student, train_set, heldout, accelerator)
     if accelerator.is_main_process:
         write_json_atomic(folder / "config.json", config_to_dict(config))
     try:
@@ -127,7 +126,7 @@ def run(
         num_eval=final.num_eval,
         kept_share=history[-1]["kept"] if history else None,
         loss_history=list(history),
-        warnings=[*record.warnings, *_mask_warnings(config, history)],
+        warnings=[*record.warnings, *mask_warnings(config, history)],
         seconds=clock.seconds,
         total_seconds=sum(clock.seconds.values()),
     )
@@ -275,73 +274,9 @@ def _check_writable(folder: Path) -> None:
     probe.unlink(missing_ok=True)
 
 
-def _blank_record(
-    config: RunConfig,
-    teacher: Teacher,
-    student: Student,
-    train_set: SyntheticSet,
-    heldout: SyntheticSet,
-    accelerator: Accelerator,
-) -> RunRecord:
-    """Everything that is known before the fine-tuning."""
-    cam = teacher.cam
-    facts: dict[str, Any] = {
-        "spec": teacher.spec,
-        "digest": teacher.digest,
-        "name": teacher.name,
-        "num_classes": teacher.num_classes,
-        "input_size": list(teacher.input_size),
-        "cam": {"node": cam.node, "kind": cam.kind, "reason": cam.reason},
-    }
-    warnings = []
-    if cam.kind == "none" and config.finetune.cam_weight > 0:
-        warnings.append(f"the CAM term is off: {cam.reason}")
-    return RunRecord(
-        name=config.name,
-        config=config_to_dict(config),
-        config_digest=config_digest(config),
-        seed=config.seed,
-        data_seed=config.data_seed,
-        teacher=facts,
-        model=teacher.name,
-        weight_bits=config.quant.weight_bits,
-        act_bits=config.quant.act_bits,
-        protocol=config.quant.protocol,
-        act_points=config.quant.act_points,
-        objective=config.evaluation.objective,
-        size_bytes=student.size_bytes,
-        bitops=student.bitops,
-        set_digest=train_set.digest,
-        heldout_digest=heldout.digest,
-        layers=[asdict(row) for row in student.rows],
-        warnings=warnings,
-        device=_device_name(accelerator),
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment(),
-    )
-
-
-def _mask_warnings(config: RunConfig, history: list[Epoch]) -> list[str]:
-    """Say when the difficulty threshold decides nothing (METHOD: after the inception loss most images are easy)."""
-    tau = config.finetune.difficulty_threshold
-    if not history or config.finetune.ce_weight == 0 or tau >= 1:
-        return []
-    share = history[-1]["kept"]
-    if share > 0.99 or share < 0.01:
-        return [f"difficulty_threshold {tau} keeps {100 * share:.1f} % of the images for the hard labels: it is inert"]
-    return []
-
-
 def _dtype(config: RunConfig) -> torch.dtype:
     """Return the dtype of weights and images; bf16 is autocast over float32."""
     return torch.float64 if config.runtime.precision == "fp64" else torch.float32
-
-
-def _device_name(accelerator: Accelerator) -> str:
-    processes = f" x {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    if accelerator.device.type == "cuda":
-        return torch.cuda.get_device_name(accelerator.device) + processes
-    return f"cpu, {torch.get_num_threads()} threads{processes}"
 
 
 def _input_node(net: fx.GraphModule) -> str:

@@ -42,7 +42,7 @@ LAYERS = (
         "real_sources",
         "real_data",
     },
-    {"inversion", "calib_centers", "synthesis", "artifacts", "finetune", "evaluation"},
+    {"inversion", "calib_centers", "synthesis", "artifacts", "finetune", "evaluation", "records"},
     {"pipeline"},
     {"train", "cli"},
 )

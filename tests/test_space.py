@@ -52,7 +52,8 @@ def test_demo_spec_has_two_groups_of_four_trials() -> None:
 def test_the_search_opens_with_the_base_of_the_default_space() -> None:
     spec = spec_from_dict({})
     point = base_point(spec.dimensions, spec.groups[0].base)
-    assert point is not None and point["finetune.lowpass_cutoff.on"] is False
+    assert point is not None and point["finetune.lowpass_cutoff.on"] is True
+    assert point["finetune.lowpass_cutoff"] == spec.groups[0].base.finetune.lowpass_cutoff
     assert sample(spec.dimensions, Fixed(point))["overrides"] == {
         "finetune.lowpass_cutoff": None,
         "finetune.cam_weight": 20.0,

@@ -51,7 +51,7 @@ def test_help_explains_every_field_with_its_value(capsys: pytest.CaptureFixture[
     keys = dotted_keys(RunConfig)
     assert [key for key in keys if not re.search(rf"--{re.escape(key)} [^-].*?\(default: ", text)] == []
     assert text.count("(default: ") == len(keys)
-    assert "--config FILE" in text and "Largest learning rate. (default: 0.005)" in text
+    assert "--config FILE" in text and "Largest learning rate. (default: 0.01)" in text
     (in_tmp / "a.toml").write_text("[finetune]\nlr = 0.25\n")
     assert train.main(["--help", "--config", "a.toml"]) == 0
     assert "Largest learning rate. (default: 0.25)" in _plain(capsys.readouterr().out)

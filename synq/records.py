@@ -1,0 +1,79 @@
+"""Fill the record of a run with what is known before and after its fine-tuning."""
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from synq.configs import RunConfig, config_digest, config_to_dict
+from synq.finetune import Epoch
+from synq.results import RunRecord, environment
+from synq.students import Student
+from synq.synthetic_data import SyntheticSet
+from synq.teachers import Teacher
+
+
+def blank_record(
+    config: RunConfig,
+    teacher: Teacher,
+    student: Student,
+    train_set: SyntheticSet,
+    heldout: SyntheticSet,
+    accelerator: Accelerator,
+) -> RunRecord:
+    """Return the record with everything that is known before the fine-tuning."""
+    cam = teacher.cam
+    facts: dict[str, Any] = {
+        "spec": teacher.spec,
+        "digest": teacher.digest,
+        "name": teacher.name,
+        "num_classes": teacher.num_classes,
+        "input_size": list(teacher.input_size),
+        "cam": {"node": cam.node, "kind": cam.kind, "reason": cam.reason},
+    }
+    warnings = []
+    if cam.kind == "none" and config.finetune.cam_weight > 0:
+        warnings.append(f"the CAM term is off: {cam.reason}")
+    return RunRecord(
+        name=config.name,
+        config=config_to_dict(config),
+        config_digest=config_digest(config),
+        seed=config.seed,
+        data_seed=config.data_seed,
+        teacher=facts,
+        model=teacher.name,
+        weight_bits=config.quant.weight_bits,
+        act_bits=config.quant.act_bits,
+        protocol=config.quant.protocol,
+        act_points=config.quant.act_points,
+        objective=config.evaluation.objective,
+        size_bytes=student.size_bytes,
+        bitops=student.bitops,
+        set_digest=train_set.digest,
+        heldout_digest=heldout.digest,
+        layers=[asdict(row) for row in student.rows],
+        warnings=warnings,
+        device=_device_name(accelerator),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        **environment(),
+    )
+
+
+def mask_warnings(config: RunConfig, history: list[Epoch]) -> list[str]:
+    """Say when the difficulty threshold decides nothing (METHOD: after the inception loss most images are easy)."""
+    tau = config.finetune.difficulty_threshold
+    if not history or config.finetune.ce_weight == 0 or tau >= 1:
+        return []
+    share = history[-1]["kept"]
+    if share > 0.99 or share < 0.01:
+        return [f"difficulty_threshold {tau} keeps {100 * share:.1f} % of the images for the hard labels: it is inert"]
+    return []
+
+
+def _device_name(accelerator: Accelerator) -> str:
+    processes = f" x {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name(accelerator.device) + processes
+    return f"cpu, {torch.get_num_threads()} threads{processes}"
