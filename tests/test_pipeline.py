@@ -178,13 +178,13 @@ def test_refusals_come_before_any_work(config: RunConfig, tmp_path: Path) -> Non
 
 
 def test_bf16_and_fp64_run(config: RunConfig) -> None:
-    values = {
-        precision: run(with_overrides(config, {"runtime.precision": precision})).objective_value
-        for precision in ("fp32", "bf16", "fp64")
-    }
-    assert values["fp64"] == pytest.approx(values["fp32"], rel=0.2)
-    # Two steps from round-to-nearest: bfloat16 flips some codes, so the two agree in order only.
-    assert values["bf16"] != values["fp32"] and 0.2 < values["bf16"] / values["fp32"] < 5
+    """What training makes of a rounding difference is chaotic (codes flip); the first losses are not."""
+    config = with_overrides(config, {"finetune.lr": 1e-9})
+    records = {p: run(with_overrides(config, {"runtime.precision": p})) for p in ("fp32", "bf16", "fp64")}
+    losses = {p: record.loss_history[0]["loss"] for p, record in records.items()}
+    assert losses["fp64"] == pytest.approx(losses["fp32"], rel=1e-3) and losses["fp64"] != losses["fp32"]
+    # bfloat16 activations land on a neighbouring 4-bit code now and then, which shows in a loss this small.
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.5) and losses["bf16"] != losses["fp32"]
 
 
 def test_killed_process_resumes_to_the_same_record(config: RunConfig, root: Path, tmp_path: Path) -> None:

@@ -55,11 +55,11 @@ def test_the_search_opens_with_the_base_of_the_default_space() -> None:
     assert point is not None and point["finetune.lowpass_cutoff.on"] is True
     assert point["finetune.lowpass_cutoff"] == spec.groups[0].base.finetune.lowpass_cutoff
     assert sample(spec.dimensions, Fixed(point))["overrides"] == {
-        "finetune.lowpass_cutoff": None,
+        "finetune.lowpass_cutoff": 1.0,
         "finetune.cam_weight": 20.0,
         "finetune.ce_weight": 0.1,
         "finetune.difficulty_threshold": 0.5,
-        "finetune.lr": 0.005,
+        "finetune.lr": 0.01,
     }
 
 
