@@ -73,8 +73,11 @@ class Ledger:
             ValueError: Another sweep runs in the folder, or it holds a different one, or a file in it is damaged.
             OSError: The folder cannot be written.
         """
-        for folder in ("plans", "records"):
-            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        try:
+            for folder in ("plans", "records"):
+                (self.root / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"`output_dir` must be writable, but got {self.root}: {error.strerror}") from error
         try:
             self._lock.acquire(timeout=0)
         except Timeout:

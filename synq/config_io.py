@@ -203,6 +203,7 @@ def _read(hint: Any, words: list[str], name: str) -> Any:
     if optional and words == ["None"]:
         return None
     if typing.get_origin(kind) is tuple:
+        words = [part for word in words for part in word.split(",") if part]  # 3 32 32 and 3,32,32 are the same
         return [_read(typing.get_args(kind)[0], [word], name) for word in words] if words != ["none"] else "none"
     if len(words) != 1:
         raise ValueError(f"`{name}` must be given one value, but got {' '.join(words) or 'none'}")

@@ -148,6 +148,7 @@ def finetune(
     optimizer: torch.optim.Optimizer = _optimizer(parameters, config)
     model, optimizer = accelerator.prepare(student.net, optimizer)
     history = _load_checkpoint(checkpoint, student.net, optimizer)
+    _check_same_epoch(len(history), checkpoint, accelerator)
     with_cam = config.cam_weight > 0 and student.site.kind != "none"
     live = config.augment != "none"
     cached = None if live else _teacher_cache(teacher, images, labels, with_cam, share, accelerator)
@@ -174,10 +175,9 @@ def finetune(
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf)
             meter.add({"loss": loss.detach(), **terms, "gradient norm": torch.as_tensor(norm)})
+            # One host synchronisation in log_every steps; the last step of an epoch is read before its weights are saved.
             if (step + 1) % config.log_every == 0 or step + 1 == steps_per_epoch:
-                bar.set_postfix_str(
-                    meter.check()
-                )  # before the update is in a checkpoint, and one host sync in log_every
+                bar.set_postfix_str(meter.check())
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
@@ -309,6 +309,16 @@ def _optimizer(parameters: list[nn.Parameter], config: FinetuneConfig) -> torch.
         weight_decay=config.weight_decay,
         nesterov=config.momentum > 0,
     )
+
+
+def _check_same_epoch(epoch: int, path: Path | None, accelerator: Accelerator) -> None:
+    """Refuse to resume where only some processes see the checkpoint: they would wait for one another for ever."""
+    epochs = accelerator.gather(torch.tensor([epoch], device=accelerator.device)).tolist()
+    if len(set(epochs)) > 1:
+        raise ValueError(
+            f"runtime.output_dir must be seen by all processes, but they find {path} at epochs {sorted(set(epochs))}: "
+            "use a shared file system"
+        )
 
 
 def _save_checkpoint(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, history: list[Epoch]) -> None:

@@ -142,6 +142,7 @@ def test_words_of_the_command_line() -> None:
         "teacher.input_size": [1, 16, 16],
         "teacher.mean": [-0.5],
     }
+    assert parse_overrides(RunConfig, ["--teacher.mean", "0.5,-0.4", "0.3"]) == {"teacher.mean": [0.5, -0.4, 0.3]}
     assert parse_overrides(RunConfig, ["--seed", "1", "--seed", "2"]) == {"seed": 2}
     assert parse_overrides(RunConfig, ["--finetune.grad_clip", "None", "--evaluation.dataset", "none"]) == {
         "finetune.grad_clip": None,
