@@ -233,6 +233,8 @@ class FinetuneConfig:
         for name in ("grad_clip", "lowpass_cutoff"):
             if getattr(self, name) is not None:
                 _between(f"finetune.{name}", getattr(self, name), 0, open_low=True)
+        weights = (self.kd_weight, self.ce_weight, self.cam_weight)
+        _require("finetune.kd_weight", "be > 0 where ce_weight and cam_weight are 0 too", self.kd_weight, any(weights))
         _one_of("finetune.optimizer", self.optimizer, ("sgd", "adam"))
         _one_of("finetune.schedule", self.schedule, ("cosine", "step", "constant"))
         _one_of("finetune.lowpass_unit", self.lowpass_unit, ("bins", "nyquist"))

@@ -128,6 +128,7 @@ class Measure:
         labelled: Labelled images, or None.
         chosen: Row numbers on which the objective "selection" is measured.
         reported: The other row numbers, on which accuracy is reported.
+        labels_digest: Fingerprint of the labelled images, "" without.
         heldout: (N, C, H, W) held-out synthetic images.
     """
 
@@ -137,6 +138,7 @@ class Measure:
     labelled: LabelledSet | None
     chosen: Tensor
     reported: Tensor
+    labels_digest: str = ""
     heldout: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
@@ -176,6 +178,7 @@ class Measure:
             labelled=labelled,
             chosen=rows[mask],
             reported=rows[~mask],
+            labels_digest="" if labelled is None else labelled.fingerprint(),
         )
 
     def objective(self, net: fx.GraphModule) -> float:

@@ -5,13 +5,12 @@ maps are computed once where the images stay as they are; the class-activation m
 forwards (SynQ, section 4; the closed form of the CAM weights is ours).
 """
 
-import io
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,14 +19,17 @@ from tqdm import tqdm
 
 from synq.augment import flip_shift
 from synq.cam_site import CamSite
+from synq.checkpoints import check_same_epoch, load_checkpoint, save_checkpoint
 from synq.configs import FinetuneConfig
 from synq.gradcam import autograd_weights, cam_map, closed_form_weights
 from synq.losses import synq_loss
 from synq.quant_layers import effective_weight
-from synq.results import write_bytes_atomic
 from synq.seeding import make_generator
+from synq.timetable import epoch_batches, local_batch_size, lr_at
 
 Epoch = dict[str, float]
+CACHE_BATCH = 128
+"""Images per teacher forward when its outputs are computed once; independent of the training batch."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -54,15 +56,16 @@ class CamNetwork:
         else:
             weight = effective_weight(self.net.get_submodule(site.linear or "")).flatten(1)
             alpha = closed_form_weights(weight, labels, site.channels, site.cells, site.height * site.width)
-        return cam_map(features, alpha.to(features.dtype))
+        return cam_map(features, alpha)
 
 
 def teacher_view(teacher: CamNetwork, images: Tensor, labels: Tensor, with_cam: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the frozen teacher's (logits (N, K), maps (N, H, W) or None), detached."""
+    """Return the frozen teacher's (logits (N, K), maps (N, H, W) or None), detached, in float32 or wider."""
     with torch.set_grad_enabled(with_cam and teacher.site.kind == "autograd"):
         logits, features = teacher.net(images)
         cam = teacher.map(logits, features, labels) if with_cam else None
-    return logits.detach(), None if cam is None else cam.detach()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.detach().to(wide), None if cam is None else cam.detach().to(wide)
 
 
 def training_loss(
@@ -89,7 +92,7 @@ def training_loss(
     logits, features = model(images)
     teacher_logits, teacher_map = view
     student_map = None if teacher_map is None else student.map(logits, features, labels)
-    return synq_loss(
+    loss, terms = synq_loss(
         logits,
         student_map,
         teacher_logits,
@@ -101,6 +104,9 @@ def training_loss(
         cam_weight=config.cam_weight,
         difficulty_threshold=config.difficulty_threshold,
     )
+    if config.kd_weight == 0 and config.ce_weight == 0:  # DDP waits for a gradient of every parameter, the head's too
+        loss = loss + 0.0 * logits.sum()
+    return loss, terms
 
 
 def finetune(
@@ -112,7 +118,9 @@ def finetune(
     *,
     accelerator: Accelerator,
     seed: int,
+    bf16: bool = False,
     checkpoint: Path | None = None,
+    identity: str = "",
     on_epoch: Callable[[Epoch], None] | None = None,
     progress: bool = False,
 ) -> list[Epoch]:
@@ -127,17 +135,21 @@ def finetune(
         images: (N, C, H, W) filtered synthetic images, the same on every process.
         labels: (N,) int64 assigned labels.
         config: Epochs, *global* batch size, optimiser, loss.
-        accelerator: Process group and precision.
+        accelerator: Process group.
         seed: Seed of the order of the images and of their augmentation.
+        bf16: Run both networks under autocast to bfloat16; weights, losses and maps stay float32.
         checkpoint: File of the last finished epoch; None keeps none.
-        on_epoch: Called on every process after every epoch with the epoch's mean terms.
+        identity: What the checkpoint belongs to (teacher and images); another one in the file is refused.
+        on_epoch: Called on every process after every epoch, before its checkpoint, with the epoch's mean terms; what it
+            adds to them is kept.
         progress: Whether to show a progress bar (on the main process).
 
     Returns:
         Mean loss terms of each epoch, in order.
 
     Raises:
-        ValueError: If the batch size is not divisible by the number of processes or exceeds the images.
+        ValueError: If the batch size is not divisible by the number of processes or exceeds the images, or the checkpoint
+            is damaged or another run's.
         NonFiniteLossError: If a term or the gradient norm is not finite.
     """
     share = local_batch_size(config.batch_size, accelerator.num_processes)
@@ -147,11 +159,13 @@ def finetune(
     parameters = _trainable(student.net, config.train_bn)
     optimizer: torch.optim.Optimizer = _optimizer(parameters, config)
     model, optimizer = accelerator.prepare(student.net, optimizer)
-    history = _load_checkpoint(checkpoint, student.net, optimizer)
-    _check_same_epoch(len(history), checkpoint, accelerator)
+    history = load_checkpoint(checkpoint, identity, student.net, optimizer)
+    check_same_epoch(len(history), checkpoint, accelerator)
     with_cam = config.cam_weight > 0 and student.site.kind != "none"
     live = config.augment != "none"
-    cached = None if live else _teacher_cache(teacher, images, labels, with_cam, share, accelerator)
+    autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
+    images, labels = _near(images, accelerator.device), _near(labels, accelerator.device)
+    cached = None if live else _teacher_cache(teacher, images, labels, with_cam, accelerator.device, autocast)
 
     bar = tqdm(
         total=config.epochs * steps_per_epoch,
@@ -168,10 +182,11 @@ def finetune(
             x, y = _take(images, rows, accelerator.device), _take(labels, rows, accelerator.device)
             if live:
                 x = flip_shift(x, generator, offset=accelerator.process_index * share, total=config.batch_size)
-            with accelerator.autocast():
+            with autocast():
                 view = cached(rows) if cached is not None else teacher_view(teacher, x, y, with_cam)
                 loss, terms = training_loss(model, student, view, x, y, config)
-            set_lr(optimizer, lr_at(epoch * steps_per_epoch + step, steps_per_epoch, config))
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(epoch * steps_per_epoch + step, steps_per_epoch, config)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf)
             meter.add({"loss": loss.detach(), **terms, "gradient norm": torch.as_tensor(norm)})
@@ -182,55 +197,12 @@ def finetune(
             optimizer.zero_grad()
             bar.update()
         history.append(meter.means(accelerator) | {"epoch": epoch + 1.0, "seconds": time.perf_counter() - started})
-        if checkpoint is not None and accelerator.is_main_process:
-            _save_checkpoint(checkpoint, student.net, optimizer, history)
         if on_epoch is not None:
             on_epoch(history[-1])
+        if checkpoint is not None and accelerator.is_main_process:
+            save_checkpoint(checkpoint, identity, student.net, optimizer, history)
     bar.close()
     return history
-
-
-def epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Yield the row numbers of each global batch of an epoch; the incomplete last batch is dropped.
-
-    Every process draws the same order and takes its slice, so 1 and n processes see the same samples.
-    """
-    order = torch.randperm(num_images, generator=make_generator("order", seed, epoch))
-    for start in range(0, num_images - batch_size + 1, batch_size):
-        yield order[start : start + batch_size]
-
-
-def local_batch_size(batch_size: int, num_processes: int) -> int:
-    """Return the images per process and step.
-
-    Raises:
-        ValueError: If the global batch does not divide evenly: unequal shares would train another loss.
-    """
-    share, rest = divmod(batch_size, num_processes)
-    if rest:
-        raise ValueError(
-            f"finetune.batch_size must be divisible by the number of processes ({num_processes}), but got {batch_size}"
-        )
-    return share
-
-
-def lr_at(step: int, steps_per_epoch: int, config: FinetuneConfig) -> float:
-    """Return the learning rate of a step (counted over all epochs): a pure function, so a resumed run needs no state."""
-    warmup = config.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
-    if config.schedule == "cosine":
-        total = config.epochs * steps_per_epoch - warmup
-        return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / total))
-    if config.schedule == "step":
-        return config.lr * config.step_factor ** (step // (config.step_epochs * steps_per_epoch))
-    return config.lr
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 class _Meter:
@@ -266,14 +238,26 @@ class _Meter:
         return dict(zip(names, values.tolist(), strict=True))
 
 
+def _near(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor`` on the GPU where it takes at most a quarter of the free memory, else as it is (rows travel)."""
+    if device.type != "cuda" or tensor.numel() * tensor.element_size() > torch.cuda.mem_get_info(device)[0] // 4:
+        return tensor
+    return tensor.to(device)
+
+
 def _teacher_cache(
-    teacher: CamNetwork, images: Tensor, labels: Tensor, with_cam: bool, batch_size: int, accelerator: Accelerator
+    teacher: CamNetwork,
+    images: Tensor,
+    labels: Tensor,
+    with_cam: bool,
+    device: torch.device,
+    autocast: Callable[[], torch.autocast],
 ) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
     """Compute the teacher's view of all images once; returns the rows of it that a batch needs."""
     logits, maps = [], []
-    for rows in torch.arange(len(images)).split(batch_size):
-        x, y = _take(images, rows, accelerator.device), _take(labels, rows, accelerator.device)
-        with accelerator.autocast():
+    for rows in torch.arange(len(images)).split(CACHE_BATCH):
+        x, y = _take(images, rows, device), _take(labels, rows, device)
+        with autocast():
             batch_logits, batch_maps = teacher_view(teacher, x, y, with_cam)
         logits.append(batch_logits)
         if batch_maps is not None:
@@ -309,33 +293,3 @@ def _optimizer(parameters: list[nn.Parameter], config: FinetuneConfig) -> torch.
         weight_decay=config.weight_decay,
         nesterov=config.momentum > 0,
     )
-
-
-def _check_same_epoch(epoch: int, path: Path | None, accelerator: Accelerator) -> None:
-    """Refuse to resume where only some processes see the checkpoint: they would wait for one another for ever."""
-    epochs = accelerator.gather(torch.tensor([epoch], device=accelerator.device)).tolist()
-    if len(set(epochs)) > 1:
-        raise ValueError(
-            f"runtime.output_dir must be seen by all processes, but they find {path} at epochs {sorted(set(epochs))}: "
-            "use a shared file system"
-        )
-
-
-def _save_checkpoint(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, history: list[Epoch]) -> None:
-    buffer = io.BytesIO()
-    state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-    torch.save(state, buffer)
-    write_bytes_atomic(path, buffer.getvalue())
-
-
-def _load_checkpoint(path: Path | None, net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Epoch]:
-    if path is None or not path.exists():
-        return []
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        history: list[Epoch] = state["history"]
-    except Exception as error:  # unpickling raises many types; a damaged file must name itself
-        raise ValueError(f"checkpoint must be readable, but {path} is not: {error}. Remove it to start over") from error
-    return history

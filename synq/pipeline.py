@@ -16,12 +16,13 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, fx
 
 from synq.artifacts import SetStore
 from synq.configs import QuantConfig, RunConfig, RuntimeConfig, config_digest, config_to_dict, make_absolute
 from synq.evaluation import Measure
-from synq.finetune import CamNetwork, Epoch, NonFiniteLossError, finetune, local_batch_size
+from synq.finetune import CamNetwork, Epoch, NonFiniteLossError, finetune
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
 from synq.records import blank_record, mask_warnings
 from synq.results import RunRecord, read_record, write_bytes_atomic, write_json_atomic, write_record
@@ -29,6 +30,7 @@ from synq.students import Student, observe_ranges, quantize_model
 from synq.synthesis import ensure_set
 from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher, load_teacher
+from synq.timetable import local_batch_size
 from synq.tracing import with_features
 
 HELDOUT_SEED = 0
@@ -65,11 +67,10 @@ def run(
     clock = _Clock()
 
     with clock("teacher"):
-        teacher = load_teacher(config.teacher)
-    finished = _finished_record(folder, config, teacher)
+        teacher, measure, student = _open(config, accelerator)
+    finished = _finished_record(folder, teacher, measure, accelerator)
     if finished is not None:
         return finished
-    measure = Measure.prepare(config.evaluation, teacher, accelerator)
     _check_writable(folder)
     with clock("synthesis"):
         train_set, heldout = _synthetic_sets(config, teacher, accelerator)
@@ -77,7 +78,7 @@ def run(
 
     with clock("quantize"):
         images = low_pass(train_set.images, config).to(_dtype(config))
-        teacher_net, student, student_net = _networks(config, teacher, images, accelerator)
+        teacher_net, student_net = _networks(config, teacher, student, images, accelerator)
     with clock("measure"):
         reference = measure(teacher.graph)
         rounded = measure(student.net)
@@ -89,7 +90,9 @@ def run(
         if on_epoch is not None and accelerator.is_main_process:
             on_epoch({**epoch, "epochs": config.finetune.epochs})
 
-    record = blank_record(config, teacher, student, train_set, heldout, accelerator)
+    record = replace(
+        blank_record(config, teacher, student, train_set, heldout, accelerator), eval_digest=measure.labels_digest
+    )
     if accelerator.is_main_process:
         write_json_atomic(folder / "config.json", config_to_dict(config))
     try:
@@ -101,7 +104,9 @@ def run(
             config.finetune,
             accelerator=accelerator,
             seed=config.seed,
+            bf16=config.runtime.precision == "bf16",
             checkpoint=folder / "checkpoint.pt",
+            identity=f"{teacher.digest} {train_set.digest}",
             on_epoch=after_epoch,
             progress=config.runtime.progress,
         )
@@ -137,11 +142,25 @@ def run(
     return record
 
 
+def check(config: RunConfig, *, accelerator: Accelerator | None = None) -> Teacher:
+    """Open everything a run needs besides its images, so that what cannot work is said before hours of synthesis.
+
+    Returns:
+        The teacher.
+
+    Raises:
+        ValueError, OSError: As `run`.
+    """
+    config = make_absolute(config)
+    return _open(config, accelerator or make_accelerator(config.runtime))[0]
+
+
 def prepare(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple[SyntheticSet, SyntheticSet]:
     """Make the synthetic sets of a run, training and held-out, where the store does not have them yet."""
     config = make_absolute(config)
     accelerator = accelerator or make_accelerator(config.runtime)
-    return _synthetic_sets(config, load_teacher(config.teacher), accelerator)
+    teacher, _, _ = _open(config, accelerator)
+    return _synthetic_sets(config, teacher, accelerator)
 
 
 def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
@@ -158,7 +177,13 @@ def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == 1:  # a process may do several runs; Accelerate would keep the first one's device and precision
         AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if runtime.precision == "bf16" else "no")
+    # Precision is handled where the networks run: Accelerate's own would cut the CAM's features off the graph of the logits.
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
+    if accelerator.gradient_accumulation_steps != 1:  # from the launcher's configuration; it would rescale every loss
+        raise ValueError(
+            "accelerate's gradient_accumulation_steps must be 1 (finetune.batch_size is the whole batch), "
+            f"but got {accelerator.gradient_accumulation_steps}"
+        )
     if accelerator.num_processes != started:
         raise ValueError(
             f"accelerate must join all {started} processes, but this one sees {accelerator.num_processes}; "
@@ -194,11 +219,17 @@ def build_student(teacher: Teacher, quant: QuantConfig) -> Student:
     )
 
 
+def _open(config: RunConfig, accelerator: Accelerator) -> tuple[Teacher, Measure, Student]:
+    """Load the teacher, open the labelled images, build the student: everything that can be refused before the work."""
+    teacher = load_teacher(config.teacher)
+    measure = Measure.prepare(config.evaluation, teacher, accelerator)
+    return teacher, measure, build_student(teacher, config.quant)
+
+
 def _networks(
-    config: RunConfig, teacher: Teacher, images: Tensor, accelerator: Accelerator
-) -> tuple[CamNetwork, Student, CamNetwork]:
+    config: RunConfig, teacher: Teacher, student: Student, images: Tensor, accelerator: Accelerator
+) -> tuple[CamNetwork, CamNetwork]:
     """Place both networks, observe the student's ranges and tap the features of both."""
-    student = build_student(teacher, config.quant)
     for net in (teacher.graph, student.net):
         net.to(accelerator.device, _dtype(config))
     observe_ranges(
@@ -213,7 +244,6 @@ def _networks(
         cam, student_node = replace(cam, node=_input_node(teacher.graph)), _input_node(student.net)
     return (
         CamNetwork(net=with_features(teacher.graph, cam.node), site=cam),
-        student,
         CamNetwork(net=with_features(student.net, student_node), site=cam),
     )
 
@@ -250,16 +280,22 @@ class _Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
-def _finished_record(folder: Path, config: RunConfig, teacher: Teacher) -> RunRecord | None:
+def _finished_record(folder: Path, teacher: Teacher, measure: Measure, accelerator: Accelerator) -> RunRecord | None:
+    """Return the record of a finished run. The main process looks, so that all go the same way."""
     path = folder / "record.json"
-    if not path.exists():
+    found = [read_record(path) if accelerator.is_main_process and path.exists() else None]
+    record = broadcast_object_list(found)[0]
+    if record is None:
         return None
-    record = read_record(path)
-    if record.teacher.get("digest") != teacher.digest:
-        raise ValueError(
-            f"runtime.output_dir must not mix teachers: {path} is a run of other weights of the same file name. "
-            "Choose another output_dir or name"
-        )
+    for what, then, now in (
+        ("teachers", record.teacher.get("digest"), teacher.digest),
+        ("labelled sets", record.eval_digest, measure.labels_digest),
+    ):
+        if then != now:
+            raise ValueError(
+                f"runtime.output_dir must not mix {what}: {path} is a run on other files of the same name. "
+                "Choose another output_dir or name"
+            )
     return record if record.status == "completed" else None
 
 

@@ -84,6 +84,8 @@ class RunRecord:
     """Digest of the synthetic training set."""
     heldout_digest: str = ""
     """Digest of the held-out synthetic set."""
+    eval_digest: str = ""
+    """Fingerprint of the labelled images, "" without."""
     loss_history: list[dict[str, Any]] = field(default_factory=list)
     """Loss terms of each epoch."""
     warnings: list[str] = field(default_factory=list)

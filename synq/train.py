@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM, only_imag
     rank = int(os.environ.get("RANK", "0"))
     try:
         config, wants_help = read_command_line(sys.argv[1:] if argv is None else argv)
+        config = make_absolute(config)
     except (ValueError, OSError) as error:
         if rank == 0:  # every process has read the same words
             report_error(error)
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM, only_imag
             with contextlib.suppress(SystemExit):  # tyro leaves the process after its help
                 print_help(config, program)
         return 0
-    return _run(make_absolute(config), rank, only_images)
+    return _run(config, rank, only_images)
 
 
 def _run(config: RunConfig, rank: int, only_images: bool) -> int:

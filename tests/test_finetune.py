@@ -16,10 +16,7 @@ from synq.configs import FinetuneConfig
 from synq.finetune import (
     CamNetwork,
     NonFiniteLossError,
-    epoch_batches,
     finetune,
-    local_batch_size,
-    lr_at,
     teacher_view,
     training_loss,
 )
@@ -28,6 +25,7 @@ from synq.lowpass import gaussian_lowpass
 from synq.quant_layers import QuantConv2d, QuantLinear
 from synq.seeding import make_generator
 from synq.students import observe_ranges, quantize_model
+from synq.timetable import epoch_batches, local_batch_size, lr_at
 from synq.tracing import trace_classifier, with_features
 
 SIZE = (3, 8, 8)
@@ -106,7 +104,7 @@ def test_resume_is_bit_equal(tiny_classifier: nn.Module, accelerator: Accelerato
         pass
 
     def kill(epoch: dict[str, float]) -> None:
-        if epoch["epoch"] == 2:
+        if epoch["epoch"] == 3:
             raise KilledError
 
     file = tmp_path / "checkpoint.pt"
@@ -123,6 +121,15 @@ def test_resume_is_bit_equal(tiny_classifier: nn.Module, accelerator: Accelerato
     assert [{k: v for k, v in h.items() if k not in drop} for h in rest] == [
         {k: v for k, v in h.items() if k not in drop} for h in history
     ]
+
+
+def test_a_checkpoint_of_another_teacher_or_set_is_refused(
+    tiny_classifier: nn.Module, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    file = tmp_path / "checkpoint.pt"
+    train(tiny_classifier, accelerator, checkpoint=file, identity="teacher a")
+    with pytest.raises(ValueError, match=r"must not mix runs: .*checkpoint.pt belongs to other"):
+        train(tiny_classifier, accelerator, checkpoint=file, identity="teacher b")
 
 
 def test_damaged_checkpoint_names_itself(tiny_classifier: nn.Module, accelerator: Accelerator, tmp_path: Path) -> None:
@@ -171,7 +178,8 @@ def test_student_map_uses_the_quantized_classifier_and_no_gradient_reaches_it_th
     loss.backward()
     linear = next(m for m in student.net.modules() if isinstance(m, QuantLinear))
     conv = next(m for m in student.net.modules() if isinstance(m, QuantConv2d))
-    assert linear.weight.grad is None and conv.weight.grad is not None and conv.weight.grad.abs().max() > 0
+    assert linear.weight.grad is not None and not linear.weight.grad.any(), "alpha is detached"
+    assert conv.weight.grad is not None and conv.weight.grad.abs().max() > 0
     assert float(loss.detach()) == pytest.approx(5.0 * float(terms["cam"]))
 
 
@@ -199,6 +207,39 @@ def test_non_finite_terms_stop_with_their_name(
     config = dataclasses.replace(CONFIG, log_every=1, **options)
     with pytest.raises(NonFiniteLossError, match=rf"^{term} became (nan|inf) in epoch 1, step"):
         finetune(student, teacher, images(), labels(), config, accelerator=accelerator, seed=0)
+
+
+def test_bf16_with_a_cam_by_autograd(accelerator: Accelerator) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 7), nn.Hardswish(), nn.Linear(7, 5),
+    )  # fmt: skip
+    student, teacher = networks(net.eval().requires_grad_(False))
+    assert student.site.kind == "autograd"
+    history = finetune(student, teacher, images(), labels(), CONFIG, accelerator=accelerator, seed=0, bf16=True)
+    assert history[0]["cam"] > 0
+
+
+def test_under_bf16_maps_and_logits_of_the_teacher_are_float32(tiny_classifier: nn.Module) -> None:
+    """Rounded to bfloat16 on one side only, equal networks would have unequal maps."""
+    _, teacher = networks(tiny_classifier)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, maps = teacher_view(teacher, images(), labels(), with_cam=True)
+        own = teacher.map(*teacher.net(images()), labels())
+    assert logits.dtype == torch.float32 and maps is not None and maps.dtype == torch.float32
+    assert torch.equal(maps, own.detach())
+
+
+def test_the_map_alone_still_gives_every_parameter_a_gradient(tiny_classifier: nn.Module) -> None:
+    """DDP waits for all of them."""
+    student, teacher = networks(tiny_classifier)
+    for parameter in student.net.parameters():
+        parameter.requires_grad_(True)
+    config = dataclasses.replace(CONFIG, kd_weight=0.0, ce_weight=0.0)
+    x, y = images(), labels()
+    training_loss(student.net, student, teacher_view(teacher, x, y, True), x, y, config)[0].backward()
+    assert all(p.grad is not None for p in student.net.parameters())
 
 
 def test_cam_can_be_off(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:

@@ -42,7 +42,17 @@ LAYERS = (
         "real_sources",
         "real_data",
     },
-    {"inversion", "calib_centers", "synthesis", "artifacts", "finetune", "evaluation", "records"},
+    {
+        "inversion",
+        "calib_centers",
+        "synthesis",
+        "artifacts",
+        "finetune",
+        "timetable",
+        "checkpoints",
+        "evaluation",
+        "records",
+    },
     {"pipeline"},
     {"train", "cli"},
 )

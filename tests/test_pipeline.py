@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 from synq.configs import RunConfig, TeacherConfig, with_overrides
 from synq.finetune import NonFiniteLossError
-from synq.pipeline import build_student, low_pass, prepare, run, run_folder
+from synq.pipeline import build_student, check, low_pass, make_accelerator, prepare, run, run_folder
 from synq.results import read_record
 from synq.students import observe_ranges
 from synq.teachers import load_teacher
@@ -163,6 +164,50 @@ def test_other_weights_of_the_same_name_are_not_mixed_up(config: RunConfig, tmp_
     run(runs[0])
     with pytest.raises(ValueError, match="must not mix teachers"):
         run(runs[1])
+    (run_folder(runs[0]) / "record.json").unlink()  # stopped before its end: the checkpoint is another teacher's
+    with pytest.raises(ValueError, match="must not mix runs"):
+        run(runs[1])
+
+
+def test_other_labelled_images_of_the_same_name_are_not_mixed_up(config: RunConfig, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "t.npz", x=rng.integers(0, 255, (20, 16, 16), dtype=np.uint8), y=np.arange(20) % 10)
+    runs = [with_overrides(config, {"evaluation.dataset": f"npz:{tmp_path}/{name}/t.npz"}) for name in ("a", "b")]
+    assert run(runs[0]).eval_digest
+    with pytest.raises(ValueError, match="must not mix labelled sets"):
+        run(runs[1])
+
+
+def test_what_cannot_work_is_said_before_any_image_is_made(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.bn, self.fc = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 10)\n"
+        "    def forward(self, x):\n"
+        "        return self.fc(torch.softmax(self.bn(self.conv(x)), 1).mean((2, 3)))\n"
+    )
+    bad = {
+        "teacher.spec": f"{tmp_path}/model.py:Net",
+        "teacher.weights": "random",
+        "teacher.input_size": (1, 16, 16),
+        "teacher.mean": (0.5,),
+        "teacher.std": (0.5,),
+        "evaluation.dataset": "none",
+    }
+    for act in (run, check, prepare):
+        with pytest.raises(ValueError, match="softmax: its tensors would stay float"):
+            act(with_overrides(config, bad))
+    assert not (tmp_path / "store").exists()
+
+
+def test_gradient_accumulation_of_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, config: RunConfig) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match="gradient_accumulation_steps must be 1"):
+        make_accelerator(config.runtime)
 
 
 def test_refusals_come_before_any_work(config: RunConfig, tmp_path: Path) -> None:

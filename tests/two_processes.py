@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from synq.cam_site import locate_cam
 from synq.configs import FinetuneConfig
-from synq.finetune import CamNetwork, epoch_batches, finetune, local_batch_size, teacher_view
+from synq.finetune import CamNetwork, finetune, teacher_view
 from synq.losses import difficulty
 from synq.quant_layers import QuantConv2d, QuantLinear
 from synq.seeding import derive_seed
 from synq.students import observe_ranges, quantize_model
+from synq.timetable import epoch_batches, local_batch_size
 from synq.tracing import trace_classifier, with_features
 
 SIZE = (3, 8, 8)
