@@ -10,6 +10,18 @@ from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.tracing import is_passive, node_module, operation_name, tensor_inputs
 
 FLOAT_BITS = 32
+# Operations that only select or move values.
+_KEEPING_MODULES = (
+    *(nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ReflectionPad2d),
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+)
+_KEEPING_NAMES = frozenset(
+    ["max_pool2d", "adaptive_max_pool2d", "pad", "chunk", "split", "unbind", "getitem", "narrow", "transpose", "permute"]
+    + ["t", "movedim", "unsqueeze", "expand", "unflatten", "pixel_shuffle", "channel_shuffle", "roll", "flip", "clone"]
+    + ["detach", "type_as"]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +106,14 @@ def _width_of(net: fx.GraphModule, node: fx.Node) -> int:
         module = node_module(net, node)
         if isinstance(module, ActQuantizer):
             return module.bits
-        selects = isinstance(module, nn.MaxPool2d) or operation_name(node) in ("max_pool2d", "pad", "chunk", "getitem")
-        if not (is_passive(net, node) or selects):
+        name = operation_name(node)
+        if module is None and name in ("cat", "concat", "stack"):  # its parts lie on grids of their own
+            return max(_width_of(net, part) for part in node.all_input_nodes)
+        keeps = isinstance(module, _KEEPING_MODULES) if module is not None else name in _KEEPING_NAMES
+        # Not by shapes: what reads one part of a split reads a tuple, which has none.
+        if not node.all_input_nodes or not (is_passive(net, node) or keeps):
             return FLOAT_BITS
-        node = tensor_inputs(node)[0]
+        node = node.all_input_nodes[0]
 
 
 def packed_bytes(net: fx.GraphModule) -> int:

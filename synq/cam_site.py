@@ -11,8 +11,13 @@ from torch import Tensor, fx, nn
 from synq.gradcam import autograd_weights, closed_form_weights
 from synq.tracing import is_passive, node_module, tensor_inputs, with_features
 
-_POOL_MODULES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d)
-_POOL_FUNCTIONS: tuple[Callable[..., Any], ...] = (F.adaptive_avg_pool2d, F.avg_pool2d, torch.mean)
+_POOL_MODULES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool1d)
+_POOL_FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    F.adaptive_avg_pool2d,
+    F.avg_pool2d,
+    F.adaptive_avg_pool1d,
+    torch.mean,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,7 @@ def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
         The site; ``kind`` is "none" where no spatial feature precedes the classifier.
 
     Raises:
-        ValueError: If ``override`` names no node with a (N, C, H, W) output.
+        ValueError: If ``override`` names no node with a (N, C, H, W) output on the way from the image to the logits.
     """
     feature, linear = _walk_head(traced)
     if override is not None:
@@ -96,7 +101,7 @@ def _walk_head(traced: fx.GraphModule) -> tuple[fx.Node | None, str | None]:
             source = tensor_inputs(node)[0]
             if len(source.meta["shape"]) == 4:
                 return source, linear if plain else None
-            return None, None
+            continue  # one axis after another, or pixels in a row: A lies further up
         if is_passive(traced, node):
             continue
         if len(shape) == 4 and shape[2] * shape[3] > 1:
@@ -133,13 +138,20 @@ def _closed_form_holds(traced: fx.GraphModule, site: CamSite) -> bool:
 
 
 def _find_node(traced: fx.GraphModule, name: str) -> fx.Node:
-    spatial = [n for n in traced.graph.nodes if len(n.meta.get("shape") or ()) == 4]
+    used: set[fx.Node] = set()
+    for node in reversed(traced.graph.nodes):
+        if node.op == "output" or node in used:
+            used.update(node.all_input_nodes)
+    spatial = [
+        n for n in traced.graph.nodes if n in used and n.op != "get_attr" and len(n.meta.get("shape") or ()) == 4
+    ]
     for node in spatial:
         if name in (node.name, str(node.target)):
             return node
     last = ", ".join(n.name for n in spatial[-5:])
     raise ValueError(
-        f"teacher.cam_layer must name a node with a (N, C, H, W) output, but got {name!r} (the last: {last})"
+        "teacher.cam_layer must name a node with a (N, C, H, W) output on the way to the logits, "
+        f"but got {name!r} (the last: {last})"
     )
 
 

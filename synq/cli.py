@@ -1,6 +1,7 @@
 """The console command `synq`: a list of doors. Code of `sweeps/` and `launch/` is loaded only by the door that needs it."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -52,7 +53,12 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
-    leave(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if "ray" in sys.modules:  # its threads may hold the process after the work is done
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    leave(code)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,10 @@ def require(name: str, rule: str, value: object, holds: bool) -> None:
 
 def between(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     """Refuse a number outside [low, high] ((low, high] with `open_low`), NaN and infinities."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float can hold
+        number = False
     if high < math.inf:
         rule = f"be a number in {'(' if open_low else '['}{low:g}, {high:g}]"
     else:
@@ -117,7 +120,12 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
             )
         return tuple(_convert(args[0], part, name, root) for part in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(
+                f"`{name}` must be a number below 1e308, but got one of {len(str(abs(value)))} digits"
+            ) from None
     if type(value) is not hint:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
         raise ValueError(f"`{name}` must be {words[hint]}, but got {value!r}")

@@ -24,7 +24,7 @@ from synq.configs import QuantConfig, RunConfig, RuntimeConfig, config_digest, c
 from synq.evaluation import Measure
 from synq.finetune import CamNetwork, Epoch, NonFiniteLossError, finetune
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
-from synq.records import blank_record, mask_warnings
+from synq.records import blank_record, complete_record
 from synq.results import RunRecord, read_record, write_bytes_atomic, write_json_atomic, write_record
 from synq.students import Student, observe_ranges, quantize_model
 from synq.synthesis import ensure_set
@@ -90,9 +90,7 @@ def run(
         if on_epoch is not None and accelerator.is_main_process:
             on_epoch({**epoch, "epochs": config.finetune.epochs})
 
-    record = replace(
-        blank_record(config, teacher, student, train_set, heldout, accelerator), eval_digest=measure.labels_digest
-    )
+    record = blank_record(config, teacher, student, train_set, heldout, measure.labels_digest, accelerator)
     if accelerator.is_main_process:
         write_json_atomic(folder / "config.json", config_to_dict(config))
     try:
@@ -118,23 +116,7 @@ def run(
 
     with clock("measure"):
         final = measure(student.net)
-    record = replace(
-        record,
-        objective_value=final.objective,
-        fidelity=final.fidelity,
-        teacher_top1=reference.top1,
-        rtn_top1=rounded.top1,
-        rtn_fidelity=rounded.fidelity,
-        top1=final.top1,
-        top5=final.top5,
-        drop=None if final.top1 is None or reference.top1 is None else reference.top1 - final.top1,
-        num_eval=final.num_eval,
-        kept_share=history[-1]["kept"] if history else None,
-        loss_history=list(history),
-        warnings=[*record.warnings, *mask_warnings(config, history)],
-        seconds=clock.seconds,
-        total_seconds=sum(clock.seconds.values()),
-    )
+    record = complete_record(record, reference, rounded, final, history, clock.seconds)
     if accelerator.is_main_process:
         write_bytes_atomic(folder / "student.safetensors", safetensors.torch.save(_state(student.net)))
         write_record(folder / "record.json", record)

@@ -1,6 +1,6 @@
 """Fill the record of a run with what is known before and after its fine-tuning."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from synq.configs import RunConfig, config_digest, config_to_dict
+from synq.evaluation import Measurement
 from synq.finetune import Epoch
 from synq.results import RunRecord, environment
 from synq.students import Student
@@ -21,6 +22,7 @@ def blank_record(
     student: Student,
     train_set: SyntheticSet,
     heldout: SyntheticSet,
+    eval_digest: str,
     accelerator: Accelerator,
 ) -> RunRecord:
     """Return the record with everything that is known before the fine-tuning."""
@@ -53,6 +55,7 @@ def blank_record(
         bitops=student.bitops,
         set_digest=train_set.digest,
         heldout_digest=heldout.digest,
+        eval_digest=eval_digest,
         layers=[asdict(row) for row in student.rows],
         warnings=warnings,
         device=_device_name(accelerator),
@@ -61,10 +64,38 @@ def blank_record(
     )
 
 
-def mask_warnings(config: RunConfig, history: list[Epoch]) -> list[str]:
+def complete_record(
+    record: RunRecord,
+    teacher: Measurement,
+    rounded: Measurement,
+    final: Measurement,
+    history: list[Epoch],
+    seconds: dict[str, float],
+) -> RunRecord:
+    """Return ``record`` with what was measured of teacher, rounded student and fine-tuned student (the last epoch)."""
+    return replace(
+        record,
+        objective_value=final.objective,
+        fidelity=final.fidelity,
+        teacher_top1=teacher.top1,
+        rtn_top1=rounded.top1,
+        rtn_fidelity=rounded.fidelity,
+        top1=final.top1,
+        top5=final.top5,
+        drop=None if final.top1 is None or teacher.top1 is None else teacher.top1 - final.top1,
+        num_eval=final.num_eval,
+        kept_share=history[-1]["kept"] if history else None,
+        loss_history=list(history),
+        warnings=[*record.warnings, *_mask_warnings(record.config["finetune"], history)],
+        seconds=seconds,
+        total_seconds=sum(seconds.values()),
+    )
+
+
+def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
     """Say when the difficulty threshold decides nothing (METHOD: after the inception loss most images are easy)."""
-    tau = config.finetune.difficulty_threshold
-    if not history or config.finetune.ce_weight == 0 or tau >= 1:
+    tau = settings["difficulty_threshold"]
+    if not history or settings["ce_weight"] == 0 or tau >= 1:
         return []
     share = history[-1]["kept"]
     if share > 0.99 or share < 0.01:

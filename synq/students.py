@@ -1,7 +1,6 @@
 """Build the quantized student from the teacher's graph, observe its activation ranges, and account for every tensor."""
 
 import copy
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,84 +10,9 @@ from torch import Tensor, fx, nn
 
 from synq.accounting import TensorRow, account, bitops, packed_bytes
 from synq.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
-from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
-from synq.tracing import is_passive, node_module, operation_name, tensor_inputs
-
-_NONLINEAR_MODULES = (
-    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus),
-)
-_NONLINEAR_NAMES = frozenset(
-    [
-        "relu",
-        "relu6",
-        "hardtanh",
-        "leaky_relu",
-        "prelu",
-        "elu",
-        "selu",
-        "celu",
-        "gelu",
-        "silu",
-        "mish",
-        "hardswish",
-        "hardsigmoid",
-        "sigmoid",
-        "tanh",
-        "softplus",
-        "clamp",
-        "clip",
-        "clamp_min",
-        "abs",
-        "square",
-        "pow",
-        "sqrt",
-        "exp",
-    ]
-)
-# Linear or value-preserving operations: what they put out is a sum or a selection of what was quantized before.
-_STRUCTURAL_MODULES = (
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ReflectionPad2d),
-    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Upsample, nn.Sequential),
-)
-_STRUCTURAL_NAMES = frozenset(
-    [
-        "add",
-        "sub",
-        "neg",
-        "cat",
-        "concat",
-        "stack",
-        "pad",
-        "getitem",
-        "chunk",
-        "split",
-        "narrow",
-        "transpose",
-        "permute",
-        "t",
-        "unsqueeze",
-        "expand",
-        "adaptive_avg_pool2d",
-        "avg_pool2d",
-        "max_pool2d",
-        "adaptive_max_pool2d",
-        "mean",
-        "sum",
-        "interpolate",
-        "pixel_shuffle",
-        "channel_shuffle",
-        "clone",
-        "detach",
-        "roll",
-        "flip",
-        "unflatten",
-        "type_as",
-        "movedim",
-    ]
-)
-_NORM_MODULES = (nn.BatchNorm2d, nn.BatchNorm1d)
-
+from synq.operations import classify
+from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, quantizers_bypassed
+from synq.tracing import node_module, tensor_inputs
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
@@ -137,10 +61,10 @@ def quantize_model(
 
     Raises:
         ValueError: If a tensor that the rule covers would stay float: an operation with weights or a non-linearity
-            that is not known here.
+            that is not known here; or if the student without its rounding is not the teacher.
     """
     net = copy.deepcopy(traced).eval()
-    layers, nonlinear = _classify(net)
+    layers, nonlinear = classify(net)
     widths = _layer_widths(layers, weight_bits, first_bits, last_bits)
     input_widths = _layer_widths(layers, act_bits, first_bits, last_bits)
     for node in layers:
@@ -165,6 +89,7 @@ def quantize_model(
             tapped = quantizer.name
     net.graph.lint()
     net.recompile()
+    _check_same(net, traced)
     rows = account(net, layers, {node: bits for node, (bits, _) in points.items()})
     return Student(net=net, cam_node=tapped, rows=rows, size_bytes=packed_bytes(net), bitops=bitops(net, layers))
 
@@ -243,45 +168,22 @@ def _observe(net: fx.GraphModule, batches: Iterable[Tensor], look: Callable[[str
         interpreter.run(batch)
 
 
-def _classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Sort the nodes into layers with a weight and non-linearities; refuse what is neither and not harmless."""
-    layers: list[fx.Node] = []
-    nonlinear: list[fx.Node] = []
-    for node in net.graph.nodes:
-        if node.op in ("placeholder", "output", "get_attr"):
-            continue
-        if not tensor_inputs(node) or is_passive(net, node):
-            continue
-        module = node_module(net, node)
-        if module is not None:
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                layers.append(node)
-            elif isinstance(module, _NONLINEAR_MODULES):
-                nonlinear.append(node)
-            elif not isinstance(module, (*_STRUCTURAL_MODULES, *_NORM_MODULES)):
-                raise _refusal(node, type(module).__name__)
-            continue
-        name = operation_name(node)
-        if name in _NONLINEAR_NAMES:
-            nonlinear.append(node)
-        elif name in ("mul", "truediv", "div", "multiply"):
-            # By a number it is a scale; of two activations it is a non-linearity (a gate, a hand-written swish).
-            if len([n for n in tensor_inputs(node) if n.op != "get_attr"]) > 1 or node.target is operator.pow:
-                nonlinear.append(node)
-        elif name == "batch_norm" or node.meta.get("shape") is None or name in _STRUCTURAL_NAMES:
-            continue
-        else:
-            raise _refusal(node, name)
-    if not layers:
-        raise ValueError("teacher must have a convolution or linear layer to quantize, but none was found in its graph")
-    return layers, nonlinear
-
-
-def _refusal(node: fx.Node, operation: str) -> ValueError:
-    return ValueError(
-        f"teacher must be built of operations whose quantization is known, but node {node.name!r} is {operation}: "
-        "its tensors would stay float. Write it with Conv2d, Linear and standard activations"
-    )
+@torch.no_grad()
+def _check_same(net: fx.GraphModule, traced: fx.GraphModule) -> None:
+    """Refuse a student that, with its quantizers bypassed, computes anything else than the teacher's graph."""
+    like = next(traced.parameters())
+    size = next(node for node in traced.graph.nodes if node.op == "placeholder").meta["shape"]
+    noise = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(like)
+    with quantizers_bypassed(net):
+        found, wanted = net(noise), traced(noise)
+    # The same kernels on the same numbers: equal bit by bit, but for a GPU that may choose another kernel each time.
+    same = torch.equal(found, wanted) if like.device.type == "cpu" else torch.allclose(found, wanted, 1e-3, 1e-3)
+    if not same:
+        raise ValueError(
+            "teacher must be built of layers that compute what their type says, but with all rounding switched off the "
+            f"student's logits differ from the teacher's by {float((found - wanted).abs().max()):.3g}: a layer's own "
+            "forward pass was lost. Write it with plain Conv2d, Linear and standard activations"
+        )
 
 
 def _layer_widths(

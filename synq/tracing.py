@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 # Operations that only move, drop or keep values: between the last feature and the classifier they change nothing.
 _PASSIVE_MODULES = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.Unflatten)
@@ -22,6 +24,7 @@ _PASSIVE_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     F.dropout2d,
 )
 _PASSIVE_METHODS = ("flatten", "view", "reshape", "squeeze", "contiguous", "to", "float")
+_PASSIVE_NAMES = ("stochastic_depth",)  # of torchvision, which is not imported here
 _INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -45,12 +48,17 @@ class FeatureTap(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Keep plain convolutions, linear layers and BatchNorms whole, also when subclassed without a new forward."""
+    """Keep plain convolutions, linear layers and BatchNorms whole, also when subclassed without a new computation."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, nn.Conv2d) and type(m)._conv_forward is not nn.Conv2d._conv_forward:
+            return False  # it does something to its weight: that must stand in the graph
         for kind in (nn.Conv2d, nn.Linear, nn.BatchNorm2d):
             if isinstance(m, kind) and type(m).forward is kind.forward:
                 return True
+        # timm's linear layer has a forward of its own for TorchScript only; it computes what nn.Linear computes.
+        if isinstance(m, nn.Linear) and (type(m).__module__, type(m).__name__) == ("timm.layers.linear", "Linear"):
+            return True
         return super().is_leaf_module(m, module_qualified_name)
 
 
@@ -65,7 +73,9 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     """Trace a classifier in evaluation mode; parameters and buffers are shared with ``module``.
 
     In-place operations become out-of-place ones, and later readers of the overwritten tensor read the result, which
-    is what they saw before. Every node carries the shape of its output for a batch of two in ``meta["shape"]``.
+    is what they saw before. What the logits do not depend on is left out: it costs time, and parameters without a
+    gradient stop a distributed run. Every node carries the shape of its output for a batch of two in
+    ``meta["shape"]``.
 
     Args:
         module: Classifier mapping (N, C, H, W) to logits (N, K). Put into evaluation mode.
@@ -76,10 +86,11 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
 
     Raises:
         ValueError: If the forward pass depends on tensor values, fails on ``input_size``, or does not return one
-            (N, K) tensor.
+            (N, K) tensor; if a weight is computed from others, or a layer carries a hook.
     """
     module.eval()
     name = type(module).__name__
+    check_plain_weights(module)
     try:
         graph = _Tracer().trace(module)
     except Exception as error:  # torch.fx raises many types; all of them mean the same to the user
@@ -99,8 +110,45 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__.removeprefix("immutable_")
         raise ValueError(f"teacher must return one (N, classes) tensor of logits, but {name} returned {got}")
+    _check_no_hooks(traced)
     _make_out_of_place(traced)
+    traced.graph.eliminate_dead_code()
+    traced.delete_all_unused_submodules()
+    traced.recompile()
     return traced
+
+
+def check_plain_weights(module: nn.Module) -> None:
+    """Refuse layers whose weight or bias is computed from other tensors (weight norm, spectral norm, pruning).
+
+    Raises:
+        ValueError: Naming the layer.
+    """
+    for name, part in module.named_modules():
+        if not isinstance(part, (_ConvNd, nn.Linear, _BatchNorm)):
+            continue
+        for field in ("weight", "bias"):
+            tensor = getattr(part, field, None)
+            if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter) and field not in part._buffers:
+                raise ValueError(
+                    f"teacher must have plain weights, but the {field} of layer {name!r} is computed from other tensors "
+                    "(weight norm, spectral norm, pruning): remove the parametrization first, for example by "
+                    "torch.nn.utils.parametrize.remove_parametrizations"
+                )
+
+
+def batchnorm_parameters(traced: fx.GraphModule) -> list[nn.Parameter]:
+    """Return the affine parameters of all batch norms, of layers and of ``F.batch_norm`` calls alike, each once."""
+    found: dict[nn.Parameter, None] = {}
+    for module in traced.modules():
+        if isinstance(module, _BatchNorm):
+            found.update(dict.fromkeys(module.parameters(recurse=False)))
+    parameters = dict(traced.named_parameters())
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and operation_name(node) == "batch_norm":
+            sources = (parameters.get(str(n.target)) for n in node.all_input_nodes if n.op == "get_attr")
+            found.update(dict.fromkeys(p for p in sources if p is not None))
+    return list(found)
 
 
 def with_features(traced: fx.GraphModule, node_name: str) -> fx.GraphModule:
@@ -158,37 +206,53 @@ def is_passive(traced: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(node_module(traced, node), _PASSIVE_MODULES)
     if node.op == "call_function":
-        return node.target in _PASSIVE_FUNCTIONS
+        return node.target in _PASSIVE_FUNCTIONS or operation_name(node) in _PASSIVE_NAMES
     return node.op == "call_method" and node.target in _PASSIVE_METHODS
 
 
+def _check_no_hooks(traced: fx.GraphModule) -> None:
+    for node in traced.graph.nodes:
+        module = node_module(traced, node)
+        if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+            raise ValueError(
+                f"teacher must compute in its forward passes, but layer {node.target!r} ({type(module).__name__}) carries "
+                "a forward hook, which its quantized form would lose: remove the hook or write it into the forward pass"
+            )
+
+
 def _make_out_of_place(traced: fx.GraphModule) -> None:
+    # Collected first: a module that is called twice is in place at both calls.
+    inplace_modules = {module for module in traced.modules() if getattr(module, "inplace", False)}
+    for module in inplace_modules:
+        module.inplace = False  # type: ignore[assignment]
     for node in list(traced.graph.nodes):
         if node.meta.get("shape") is None:  # ``n += 1`` on a Python number rebinds a name, it overwrites nothing
             continue
-        module = node_module(traced, node)
-        inplace = False
-        if module is not None and getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
-            inplace = True
+        name = operation_name(node)
+        ends_in_place = name.endswith("_") and not name.endswith("__")
+        if node.op == "call_module":
+            inplace = node_module(traced, node) in inplace_modules
         elif node.op == "call_function" and node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
             inplace = True
         elif node.op == "call_function" and node.target in _INPLACE_OPERATORS:
             node.target = _INPLACE_OPERATORS[node.target]
             inplace = True
-        elif node.op == "call_function" and getattr(node.target, "__name__", "") in ("relu_", "relu6_", "dropout_"):
-            node.target = getattr(torch, node.target.__name__.rstrip("_"), None) or getattr(
-                F, node.target.__name__.rstrip("_")
-            )
+        elif node.op == "call_function" and ends_in_place:
+            target = getattr(torch, name[:-1], None) or getattr(F, name[:-1], None)
+            if target is None:
+                raise ValueError(f"teacher must use known operations, but {node.name} calls {name}()")
+            node.target = target
             inplace = True
-        elif node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
-            if not hasattr(Tensor, node.target[:-1]):
-                raise ValueError(f"teacher must use known operations, but {node.name} calls .{node.target}()")
-            node.target = node.target[:-1]
+        elif node.op == "call_method" and ends_in_place:
+            if not hasattr(Tensor, name[:-1]):
+                raise ValueError(f"teacher must use known operations, but {node.name} calls .{name}()")
+            node.target = name[:-1]
             inplace = True
-        if inplace:
-            overwritten = node.args[0]
+        else:
+            inplace = False
+        overwritten = node.args[0] if node.args else node.kwargs.get("input")
+        if inplace and isinstance(overwritten, fx.Node):
             before = set(_nodes_until(traced.graph, node))
             overwritten.replace_all_uses_with(
                 node, delete_user_cb=lambda user, seen=before, self=node: user is not self and user not in seen

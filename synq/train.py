@@ -105,6 +105,8 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM, only_imag
 
 
 def _run(config: RunConfig, rank: int, only_images: bool) -> int:
+    import torch
+
     from synq.finetune import NonFiniteLossError
     from synq.pipeline import make_accelerator, prepare, run
 
@@ -115,13 +117,18 @@ def _run(config: RunConfig, rank: int, only_images: bool) -> int:
         else:
             lines = [summary_line(run(config, accelerator=accelerator))]
         accelerator.end_training()
-    except (ValueError, OSError, NonFiniteLossError) as error:
+    except (ValueError, OSError, NonFiniteLossError, torch.OutOfMemoryError) as error:
         # The launcher ends the other processes soon after one has failed. One that waits thus leaves the message to the main
         # process, and still speaks when it alone has failed.
         if rank != 0:
             time.sleep(5)
-        report_error(error)
-        return 1 if isinstance(error, NonFiniteLossError) else USER_ERROR
+        full = isinstance(error, torch.OutOfMemoryError)
+        report_error(
+            RuntimeError(f"GPU memory is full: lower finetune.batch_size or synthesis.shard_size. {error}")
+            if full
+            else error
+        )
+        return 1 if isinstance(error, RuntimeError) else USER_ERROR
     except KeyboardInterrupt:
         if rank == 0:
             print("synq: interrupted; the same command resumes", file=sys.stderr, flush=True)
