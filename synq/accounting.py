@@ -13,14 +13,14 @@ FLOAT_BITS = 32
 # Operations that only select or move values.
 _KEEPING_MODULES = (
     *(nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ReflectionPad2d),
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.ChannelShuffle,
+    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
 )
 _KEEPING_NAMES = frozenset(
-    ["max_pool2d", "adaptive_max_pool2d", "pad", "chunk", "split", "unbind", "getitem", "narrow", "transpose", "permute"]
-    + ["t", "movedim", "unsqueeze", "expand", "unflatten", "pixel_shuffle", "channel_shuffle", "roll", "flip", "clone"]
-    + ["detach", "type_as"]
+    [
+        *("max_pool2d", "adaptive_max_pool2d", "pad", "chunk", "split", "unbind", "getitem", "narrow", "transpose"),
+        *("permute", "t", "movedim", "unsqueeze", "expand", "unflatten", "pixel_shuffle", "channel_shuffle", "roll"),
+        *("flip", "clone", "detach", "type_as"),
+    ]
 )
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,6 +182,18 @@ class SetStore:
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(error.errno, error.strerror, str(self.path(key))) from error
+        self._remove_parts(key)
+
+    def discard_leftovers(self, key: str) -> None:
+        """Remove the shards of a finished set, which a kill right after its completion leaves behind.
+
+        Whoever holds the set's lock removes them itself; a store that cannot be written keeps them.
+        """
+        if self.is_complete(key) and self.partial(key).exists():
+            with suppress(OSError), self.lock(key, "set").acquire(blocking=False):  # Timeout is an OSError, too
+                self._remove_parts(key)
+
+    def _remove_parts(self, key: str) -> None:
         shutil.rmtree(self.partial(key), ignore_errors=True)
         for lock in (self.root / "locks").glob(f"{key}.shard-*.lock"):
             lock.unlink(missing_ok=True)

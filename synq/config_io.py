@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import re
@@ -82,6 +83,7 @@ def config_from_dict(cls: type[T], mapping: Mapping[str, Any], *, source: str = 
         raise ValueError(f"{source}: {error}" if source else str(error)) from None
 
 
+@functools.cache  # reading the hints of a class takes longer than building it
 def _fields(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {part.name: hints[part.name] for part in dataclasses.fields(cls)}
@@ -90,7 +92,7 @@ def _fields(cls: type) -> dict[str, Any]:
 def _build(cls: type[T], mapping: Mapping[str, Any], prefix: str, root: type) -> T:
     if not isinstance(mapping, Mapping):
         raise ValueError(f"`{prefix[:-1]}` must be a table of keys, but got {mapping!r}")
-    fields = _fields(cls)
+    fields = _fields(typing.cast(type, cls))
     values = {}
     for key, value in mapping.items():
         if key not in fields:

@@ -26,6 +26,7 @@ from synq.losses import synq_loss
 from synq.quant_layers import effective_weight
 from synq.seeding import make_generator
 from synq.timetable import epoch_batches, local_batch_size, lr_at
+from synq.tracing import batchnorm_parameters
 
 Epoch = dict[str, float]
 CACHE_BATCH = 128
@@ -275,10 +276,11 @@ def _take(tensor: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     return tensor[rows.to(tensor.device)].to(device, non_blocking=True)
 
 
-def _trainable(net: nn.Module, train_bn: bool) -> list[nn.Parameter]:
-    for module in net.modules():
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(train_bn or not isinstance(module, nn.modules.batchnorm._BatchNorm))
+def _trainable(net: fx.GraphModule, train_bn: bool) -> list[nn.Parameter]:
+    """Set which parameters learn, and return them."""
+    frozen = set() if train_bn else {id(parameter) for parameter in batchnorm_parameters(net)}
+    for parameter in net.parameters():
+        parameter.requires_grad_(id(parameter) not in frozen)
     return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 

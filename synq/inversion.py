@@ -166,7 +166,9 @@ def invert(
 
     with BatchNormInputs(module) as inputs:
         for step, (flip, shift) in enumerate(views):
-            logits = module(mirror_roll(images, flip, shift))
+            view = mirror_roll(images, flip, shift)
+            # Never the pixels themselves: a teacher may normalise its input in place.
+            logits = module(view.clone() if view is images else view)
             loss = terms_of(logits, inputs.take())["total"]
             # grad, not backward: nothing is left in the teacher, whatever its parameters ask for.
             (gradient,) = torch.autograd.grad(loss, images)
@@ -179,7 +181,7 @@ def invert(
             if on_iteration is not None:
                 on_iteration(step + 1, loss)
         with torch.no_grad():
-            logits = module(images)
+            logits = module(images.clone())
             statistics = inputs.take()
             terms = {name: value.item() for name, value in terms_of(logits, statistics).items()}
     result = images.detach().to("cpu", memory_format=torch.contiguous_format)

@@ -83,7 +83,7 @@ _STRUCTURAL_NAMES = frozenset(
 _NORM_MODULES = (nn.BatchNorm2d, nn.BatchNorm1d, nn.SyncBatchNorm)
 # Answers that are no tensor. The plain numbers among them lead to no activation; the tuples hold parts of one.
 _NUMBER_NAMES = frozenset(["getattr", "size", "dim", "ndimension", "numel", "stride", "shape", "_assert"])
-_TUPLE_NAMES = frozenset(["chunk", "split", "unbind"])
+_TUPLE_NAMES = frozenset(["chunk", "split", "unbind", "getitem", "add"])
 
 
 def classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -109,12 +109,13 @@ def classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
         sources = [source for source in node.all_input_nodes if source in activations]
         if node.op == "placeholder" or (sources and not is_number):
             activations.add(node)
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            layers.append(node)
+            continue
         if node.op in ("placeholder", "output") or not sources or is_number or is_passive(net, node):
             continue
         if module is not None:
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                layers.append(node)
-            elif isinstance(module, _NONLINEAR_MODULES):
+            if isinstance(module, _NONLINEAR_MODULES):
                 nonlinear.append(node)
             elif not isinstance(module, (*_STRUCTURAL_MODULES, *_NORM_MODULES)):
                 raise _refusal(node, type(module).__name__)

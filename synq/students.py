@@ -14,6 +14,7 @@ from synq.operations import classify
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, quantizers_bypassed
 from synq.tracing import node_module, tensor_inputs
 
+
 @dataclass(frozen=True, kw_only=True)
 class Student:
     """A quantized network and its account.

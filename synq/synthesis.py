@@ -81,6 +81,7 @@ def ensure_set(
         found = store.load(key)
         if found is None:
             raise FileNotFoundError(f"`{store.path(key)}` must stay in place during the run, but it was removed")
+    store.discard_leftovers(key)
     return found
 
 
@@ -126,7 +127,12 @@ class _Maker:
             self._share(files, make_centers, [len(batch) for batch in batches], f"{self.purpose} centers")
             if self.store.is_complete(self.key):
                 return
-            parts = [unpack_statistics(self.store.read_part(file)[0]) for file in files]
+            try:
+                parts = [unpack_statistics(self.store.read_part(file)[0]) for file in files]
+            except FileNotFoundError:
+                if self.store.is_complete(self.key):  # Another process finished just now and cleared the parts away.
+                    return
+                raise
             deep = {
                 name: part._replace(mean=part.mean.to(self.device), variance=part.variance.to(self.device))
                 for name, part in center_targets(parts, config.center_depth).items()

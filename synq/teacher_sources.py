@@ -187,9 +187,9 @@ def _factory(config: TeacherConfig, sources: list[str]) -> SourceModel:
         raise _unknown(f"a function of {target}", name, names)
     try:
         model = factory()
-    except TypeError as error:
+    except Exception as error:  # the user's code may raise anything
         raise ValueError(
-            f"the factory {config.spec} must be callable without arguments, but failed: {error}"
+            f"the factory {config.spec} must be callable without arguments and return a model, but raised {_one_line(error)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"the factory {config.spec} must return a torch.nn.Module, but got {type(model).__name__}")
@@ -211,8 +211,10 @@ def _load_file(target: str) -> ModuleType:
     sys.path.append(str(path.parent))  # behind everything else: the file may import its neighbours, not shadow us
     try:
         spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise ValueError(f"`teacher.spec` must name a Python file that can be imported, but {path}: {error}") from error
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(
+            f"`teacher.spec` must name a Python file that can be imported, but {path} raised {_one_line(error)}"
+        ) from error
     finally:
         sys.path.remove(str(path.parent))
     return module
@@ -225,6 +227,14 @@ def _import(target: str, sources: list[str]) -> ModuleType:
         near = difflib.get_close_matches(target, sources, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; sources are {', '.join(sources)}, FILE.py and MODULE"
         raise ValueError(f"`teacher.spec` must name a known source, but {target!r}: {error}{hint}") from error
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(
+            f"`teacher.spec` must name a module that can be imported, but {target!r} raised {_one_line(error)}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _file_or_random(source: str, config: TeacherConfig) -> str | None:

@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from synq.cam_site import CamSite, locate_cam
 from synq.configs import TeacherConfig
 from synq.teacher_sources import RANDOM, SourceModel, build_source
-from synq.tracing import trace_classifier
+from synq.tracing import check_plain_weights, node_module, trace_classifier
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _ATTENTION = re.compile(r"multihead|self_?attention|windowattention|transformer", re.IGNORECASE)
 
 
@@ -77,24 +78,37 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         input_size=input_size,
         mean=mean,
         std=std,
-        digest=weight_digest(module, input_size),
+        digest=weight_digest(module, input_size, graph),
         default_dataset=source.default_dataset,
         graph=graph,
         cam=locate_cam(graph, config.cam_layer),
     )
 
 
-def weight_digest(module: nn.Module, input_size: tuple[int, int, int]) -> str:
-    """SHA-256 over the input size and every tensor of the state dict (name, dtype, shape, bytes), in order of names.
+def weight_digest(module: nn.Module, input_size: tuple[int, int, int], graph: fx.GraphModule | None = None) -> str:
+    """SHA-256 over the input size, every tensor of the state dict (name, dtype, shape, bytes) by name, and the forward pass.
 
     The input size counts because synthetic images made at one size are no images for the same weights at another.
-    BatchNorm's batch counters do not count: many files leave them out, and inference never reads them.
+    The forward pass counts, as the graph's code with the settings of its layers: one file of weights fits a network
+    with ReLU and one with Hardswish. BatchNorm's batch counters do not count: many files leave them out, and inference
+    never reads them.
+
+    Args:
+        module: The classifier.
+        input_size: (C, H, W).
+        graph: `module` traced; None leaves the forward pass out.
 
     Returns:
-        64 hexadecimal digits; equal on every machine of the same byte order.
+        64 hexadecimal digits; equal on every machine of the same byte order (and, with `graph`, release of PyTorch).
     """
     digest = hashlib.sha256(f"input {tuple(input_size)}\n".encode())
-    state = module.state_dict()
+    state = dict(module.state_dict())
+    if graph is not None:
+        called = (node_module(graph, node) for node in graph.graph.nodes)
+        settings = [repr(part) for part in called if part is not None]
+        digest.update(_ADDRESS.sub("", "\n".join([graph.code, *settings])).encode())
+        # Constants of the forward pass and buffers that no file keeps stand in no state dict.
+        state = {**dict(graph.named_buffers()), **state}
     for name in sorted(state):
         if name.endswith("num_batches_tracked"):
             continue
@@ -105,11 +119,12 @@ def weight_digest(module: nn.Module, input_size: tuple[int, int, int]) -> str:
 
 
 def check_architecture(module: nn.Module, name: str) -> None:
-    """Refuse what the method cannot be run on: transformers, and networks without BatchNorm statistics.
+    """Refuse what the method cannot be run on: transformers, networks without BatchNorm statistics, computed weights.
 
     Raises:
         ValueError: naming what was found and what to bring instead.
     """
+    check_plain_weights(module)
     modules = list(module.modules())
     for part in modules:
         if isinstance(part, nn.MultiheadAttention) or _ATTENTION.search(type(part).__name__) or hasattr(part, "qkv"):
@@ -184,7 +199,9 @@ def _check_logits(
     """Run module and graph on the same noise: one finite row of logits per image, equal on both. Returns the classes."""
     noise = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits, traced = module(noise), graph(noise)
+        # Clones, because a module may normalise its input in place.
+        logits, again, traced = module(noise.clone()), module(noise.clone()), graph(noise.clone())
+    margin = 1e-4 * float(logits.abs().max())
     num_classes = int(logits.shape[1])
     if declared is not None and declared != num_classes:
         raise ValueError(f"`teacher.num_classes` must be the number of logits, {num_classes}, but got {declared}")
@@ -192,7 +209,12 @@ def _check_logits(
         raise ValueError(f"teacher must have at least 2 classes, but got {num_classes}")
     if not torch.isfinite(logits).all():
         raise ValueError("teacher must give finite logits, but gave NaN or infinity on normalised noise")
-    if not torch.allclose(logits, traced, rtol=1e-4, atol=1e-4 * float(logits.abs().max())):
+    if not torch.allclose(logits, again, rtol=1e-4, atol=margin):
+        raise ValueError(
+            "teacher must be deterministic in evaluation mode, but gave two different answers to the same images; "
+            "pass training=self.training to functional dropout"
+        )
+    if not torch.allclose(logits, traced, rtol=1e-4, atol=margin):
         gap = float((logits - traced).abs().max())
         raise ValueError(
             f"teacher must compute the same when traced by torch.fx, but its logits differ by {gap:.3g}; "

@@ -143,7 +143,7 @@ def batchnorm_parameters(traced: fx.GraphModule) -> list[nn.Parameter]:
     for module in traced.modules():
         if isinstance(module, _BatchNorm):
             found.update(dict.fromkeys(module.parameters(recurse=False)))
-    parameters = dict(traced.named_parameters())
+    parameters = dict(traced.named_parameters(remove_duplicate=False))
     for node in traced.graph.nodes:
         if node.op == "call_function" and operation_name(node) == "batch_norm":
             sources = (parameters.get(str(n.target)) for n in node.all_input_nodes if n.op == "get_attr")
@@ -252,11 +252,11 @@ def _make_out_of_place(traced: fx.GraphModule) -> None:
         else:
             inplace = False
         overwritten = node.args[0] if node.args else node.kwargs.get("input")
-        if inplace and isinstance(overwritten, fx.Node):
+        if inplace and isinstance(overwritten, fx.Node) and overwritten.meta.get("shape") is not None:
             before = set(_nodes_until(traced.graph, node))
-            overwritten.replace_all_uses_with(
-                node, delete_user_cb=lambda user, seen=before, self=node: user is not self and user not in seen
-            )
+            for user in list(overwritten.users):
+                if user not in before:
+                    user.replace_input_with(overwritten, node)
     traced.graph.lint()
     traced.recompile()
 

@@ -115,7 +115,7 @@ def test_plateau_is_reduce_lr_on_plateau() -> None:
 
 def test_losses_fall_and_the_terms_are_those_of_the_images() -> None:
     net = Net(sharpness=10.0)
-    made = _run(net, iterations=60, lr=0.1)
+    made = _run(net, iterations=60, lr=0.1, inception_weight=1.0)
     assert made.history[-5:].mean() < 0.3 * made.history[0]
     assert made.num_agree == 6
     labels = torch.arange(6) % 3
@@ -169,6 +169,29 @@ def test_hard_samples_stay_finite_at_certainty(gamma: float) -> None:  # trap 3
     generator = torch.Generator().manual_seed(0)
     made = invert(net, labels, SIZE, bn_targets(net), config=config, generator=generator)
     assert made.images.isfinite().all() and made.history.isfinite().all()
+
+
+@pytest.mark.parametrize("augment", ["none", "flip_shift"])
+def test_a_teacher_that_normalises_in_place_gets_a_copy(augment: str) -> None:
+    class InPlace(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sub_(0.1).div_(0.5))
+
+    class OutOfPlace(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sub(0.1).div(0.5))
+
+    class Plain(Net):
+        pass
+
+    targets = bn_targets(Plain())
+    made = []
+    for net in (InPlace(), OutOfPlace()):
+        net.load_state_dict(Plain().state_dict())
+        config = SynthesisConfig(iterations=20, augment=augment)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(0)
+        made.append(invert(net, torch.arange(6) % 3, SIZE, targets, config=config, generator=generator))
+    assert torch.equal(made[0].images, made[1].images) and made[0].terms == made[1].terms
 
 
 def test_divergence_is_named() -> None:

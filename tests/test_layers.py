@@ -37,6 +37,7 @@ LAYERS = (
         "teachers",
         "quant_layers",
         "accounting",
+        "operations",
         "students",
         "synthetic_data",
         "real_sources",

@@ -165,6 +165,36 @@ def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert sorted(path.name for path in store.root.iterdir()) == sorted([whole.path.name, "locks"])
 
 
+def test_another_process_finishes_while_this_one_reads_the_centers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ensure_set(tiny_teacher(), CONFIG, 3, SetStore(tmp_path / "whole"), progress=False)
+    read, done = SetStore.read_part, []
+
+    def late(store: SetStore, path: Path) -> Any:
+        if not done and path.name.startswith("centers"):
+            done.append(path)
+            ensure_set(tiny_teacher(), CONFIG, 3, SetStore(tmp_path / "race"), progress=False)  # the other process
+        return read(store, path)
+
+    monkeypatch.setattr(SetStore, "read_part", late)
+    made = ensure_set(tiny_teacher(), CONFIG, 3, SetStore(tmp_path / "race"), progress=False)
+    assert done and made.digest == whole.digest
+
+
+def test_parts_that_outlived_their_set_are_removed(tmp_path: Path) -> None:
+    store = SetStore(tmp_path)
+    made = ensure_set(tiny_teacher(), CONFIG, 3, store, progress=False)
+    left = store.partial(made.path.name)
+    left.mkdir()
+    (left / "shard-00000.safetensors").write_bytes(b"of a kill right after the set appeared")
+    with store.lock(made.path.name, "set"):  # whoever puts the set together cleans up itself
+        ensure_set(tiny_teacher(), CONFIG, 3, store, progress=False)
+        assert left.exists()
+    assert ensure_set(tiny_teacher(), CONFIG, 3, store, progress=False).digest == made.digest
+    assert not left.exists()
+
+
 def test_a_kill_while_putting_together(tmp_path: Path) -> None:
     store = SetStore(tmp_path)
     key = store.key("7e" * 32, CONFIG, 3, input_size=(1, 9, 8))

@@ -2,6 +2,8 @@
 
 import copy
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from synq.cifar_resnet import PadShortcut, cifar_resnet
 from synq.configs import TeacherConfig
 from synq.real_data import load_labelled
 from synq.teachers import check_architecture, load_teacher, weight_digest
+from synq.tracing import trace_classifier
 from synq.weight_files import load_weights, read_weights
 
 SIZE = (3, 12, 12)
@@ -67,6 +70,32 @@ class Ignored(nn.Module):
 
 def reused():
     return Ignored(2)
+
+
+class Drops(nn.Module):
+    """Dropout that no mode switches off."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = tiny()
+
+    def forward(self, x):
+        return self.body(torch.nn.functional.dropout(x))
+
+
+class InPlaceInput(Drops):
+    def forward(self, x):
+        return self.body(x.sub_(0.5))
+
+
+def weight_normed():
+    model = tiny()
+    torch.nn.utils.parametrizations.weight_norm(model[5])
+    return model
+
+
+def divides():
+    return 1 / 0
 '''
 
 
@@ -215,7 +244,10 @@ def test_weight_stem_tells_two_teachers_of_one_factory_apart(
     [
         ("tinny", "must name a function of .*did you mean tiny"),
         ("not_a_module", r"must return a torch.nn.Module, but got int"),
-        ("wants_argument", "must be callable without arguments"),
+        ("wants_argument", "must be callable without arguments .* raised TypeError: .*'width'"),
+        ("divides", "must be callable without arguments .* raised ZeroDivisionError: division by zero"),
+        ("Drops", "must be deterministic in evaluation mode"),
+        ("weight_normed", r"weight of layer '5' is computed .* remove the parametrization first"),
         ("no_norm", r"must have BatchNorm2d layers .*no_norm_random, without BatchNorm"),
     ],
 )
@@ -237,12 +269,20 @@ def test_unknown_sources(spec: str, message: str) -> None:
         load_teacher(TeacherConfig(spec=spec))
 
 
-def test_absent_and_broken_model_files(make_config: Callable[..., TeacherConfig], tmp_path: Path) -> None:
+def test_absent_and_broken_model_files(
+    make_config: Callable[..., TeacherConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(FileNotFoundError, match=r"must name an existing Python file, but got .*nowhere\.py"):
         load_teacher(make_config(spec=f"{tmp_path}/nowhere.py:tiny"))
     (tmp_path / "broken.py").write_text("def (:")
     with pytest.raises(ValueError, match=r"broken\.py"):
         load_teacher(make_config(spec=f"{tmp_path}/broken.py:tiny"))
+    (tmp_path / "raises_on_import.py").write_text("{}['two\\nlines']")
+    for spec in (f"{tmp_path}/raises_on_import.py:tiny", "raises_on_import:tiny"):
+        monkeypatch.syspath_prepend(str(tmp_path))
+        with pytest.raises(ValueError, match=r"raises_on_import.* raised KeyError: ") as caught:
+            load_teacher(make_config(spec=spec))
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("missing", ["input_size", "mean"])
@@ -275,6 +315,12 @@ def test_tracing_leaves_the_module_as_it_was(make_config: Callable[..., TeacherC
     expected = module.body[5](F.relu(hidden).mean((2, 3)))  # type: ignore[index, union-attr, operator]
     assert torch.allclose(teacher.module(x), expected, atol=1e-6)
     assert torch.allclose(teacher.graph(x), expected, atol=1e-6)
+
+
+def test_a_teacher_may_normalise_its_input_in_place(make_config: Callable[..., TeacherConfig]) -> None:
+    teacher = load_teacher(make_config("InPlaceInput", weights="random"))
+    x = torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(teacher.graph(x), teacher.module(x.clone()))
 
 
 def test_module_and_graph_agree_or_are_refused(make_config: Callable[..., TeacherConfig]) -> None:
@@ -322,6 +368,42 @@ def test_digest_sees_every_tensor_and_nothing_else(make_config: Callable[..., Te
         tensor.view(-1)[-1] += 1
         counter = name.endswith("num_batches_tracked")
         assert (weight_digest(changed, SIZE) == digest) == counter, name
+
+
+def test_digest_sees_the_forward_pass(make_config: Callable[..., TeacherConfig], root: Path) -> None:
+    """One file of weights, several networks: another activation, setting, order or constant is another teacher."""
+
+    class Scaled(nn.Module):
+        def __init__(self, net: nn.Module, factor: float) -> None:
+            super().__init__()
+            self.net = net
+            self.register_buffer("factor", torch.tensor(factor), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x) * self.factor
+
+    def digest(net: nn.Module) -> str:
+        return weight_digest(net, SIZE, trace_classifier(copy.deepcopy(net), SIZE))
+
+    def changed(index: int, layer: nn.Module) -> nn.Module:
+        net = copy.deepcopy(module)
+        net[index] = layer  # type: ignore[operator]
+        return net
+
+    teacher = load_teacher(make_config())
+    module = teacher.module
+    assert teacher.digest == digest(module) == digest(copy.deepcopy(module))
+    wide_eps = copy.deepcopy(module)
+    wide_eps[1].eps = 0.1  # type: ignore[index]
+    nets = [module, wide_eps, changed(2, nn.Hardswish()), changed(2, nn.LeakyReLU(0.1)), changed(2, nn.LeakyReLU(0.2))]
+    nets += [changed(3, nn.AdaptiveMaxPool2d(1)), Scaled(module, 1.0), Scaled(module, 2.0)]
+    assert len({digest(net) for net in nets}) == len(nets)
+    code = (
+        "from synq.configs import TeacherConfig; from synq.teachers import load_teacher;"
+        "print(load_teacher(TeacherConfig()).digest)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.strip() == load_teacher(TeacherConfig()).digest, "another process, another hash seed"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """The graph of a classifier, and where its class-activation map is taken."""
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from synq.cam_site import locate_cam
 from synq.gradcam import autograd_weights, cam_map, closed_form_weights
-from synq.tracing import FeatureTap, trace_classifier, with_features
+from synq.tracing import FeatureTap, batchnorm_parameters, trace_classifier, with_features
 
 SIZE = (3, 16, 16)
 
@@ -43,6 +47,17 @@ class Head(nn.Module):
         return self.head(F.relu(self.bn(self.conv(x))))
 
 
+class Pooled(nn.Module):
+    """A head whose pool is written as a function."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.pool, self.fc = pool, nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pool(x))
+
+
 def heads() -> dict[str, tuple[nn.Module, str, int]]:
     """Head by name, with the expected kind and number of cells."""
     flat = nn.Flatten
@@ -66,6 +81,14 @@ def heads() -> dict[str, tuple[nn.Module, str, int]]:
             1,
         ),
         "max pool": (nn.Sequential(nn.AdaptiveMaxPool2d(1), flat(), nn.Linear(6, 5)), "autograd", 1),
+        "mean of mean": (Pooled(lambda x: x.mean(3).mean(2)), "closed_form", 1),
+        "mean of a view": (Pooled(lambda x: x.view(x.size(0), x.size(1), -1).mean(2)), "closed_form", 1),
+        "mean of pixels in a row": (Pooled(lambda x: x.flatten(2).mean(-1)), "closed_form", 1),
+        "pool of pixels in a row": (
+            Pooled(lambda x: F.adaptive_avg_pool1d(x.flatten(2), 1).flatten(1)),
+            "closed_form",
+            1,
+        ),
     }
 
 
@@ -178,3 +201,102 @@ def test_refusals_say_what_is_wrong(forward: object, message: str) -> None:
     odd = type("Odd", (nn.Module,), {"forward": forward})()
     with pytest.raises(ValueError, match=message):
         trace_classifier(odd, SIZE)
+
+
+class Body(nn.Module):
+    """Convolution and BatchNorm, then what `rest` makes of it, a mean and a classifier; `extra` are further modules."""
+
+    def __init__(self, rest: Callable[["Body", Tensor], Tensor], **extra: nn.Module) -> None:
+        super().__init__()
+        self.rest = rest
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 5)
+        for name, module in extra.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.rest(self, self.bn(self.conv(x))).mean((2, 3)))
+
+
+def _ignores_result_twice(net: Body, x: Tensor) -> Tensor:
+    net.act(x)  # type: ignore[operator]
+    y = net.conv2(x)  # type: ignore[operator]
+    net.act(y)  # type: ignore[operator]
+    return x + y
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        _ignores_result_twice,
+        lambda net, x: net.act(input=x) + x,
+        lambda net, x: F.leaky_relu_(x, 0.2) + x,
+        lambda net, x: F.relu(input=x, inplace=True) + x,
+    ],
+    ids=["shared module", "keyword", "function", "function by keyword"],
+)
+def test_readers_of_an_overwritten_tensor_see_the_result(rest: Callable[[Body, Tensor], Tensor]) -> None:
+    net = Body(rest, act=nn.ReLU(inplace=True), conv2=nn.Conv2d(6, 6, 1)).eval()
+    x = torch.randn(3, *SIZE)
+    with torch.no_grad():
+        expected = net(x)
+        assert torch.equal(trace_classifier(copy.deepcopy(net), SIZE)(x), expected)
+
+
+def test_what_the_logits_do_not_read_is_left_out() -> None:
+    class Aux(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.aux(x.flatten(1))  # type: ignore[operator]
+            return y
+
+    traced = trace_classifier(Aux(lambda net, x: x.relu_(), aux=nn.Linear(3 * 256, 2)), SIZE)
+    assert {name.partition(".")[0] for name, _ in traced.named_parameters()} == {"conv", "bn", "fc"}
+    assert not [node for node in traced.graph.nodes if str(node.target) == "aux"]
+
+
+def test_hooks_on_layers_are_refused_by_name() -> None:
+    net = Body(lambda net, x: x)
+    net.conv.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(ValueError, match=r"layer 'conv' \(Conv2d\) carries a forward hook"):
+        trace_classifier(net, SIZE)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.nn.utils.parametrizations.weight_norm,
+        torch.nn.utils.parametrizations.spectral_norm,
+        torch.nn.utils.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+)
+def test_computed_weights_are_refused_by_name(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    net = Body(lambda net, x: x)
+    net.fc = wrap(net.fc)
+    with pytest.raises(ValueError, match=r"the weight of layer 'fc' is computed .* remove the parametrization first"):
+        trace_classifier(net, SIZE)
+
+
+def test_override_off_the_way_to_the_logits_is_refused() -> None:
+    def with_side(net: Body, x: Tensor) -> Tensor:
+        torch._assert(net.side(x).sum() > -1e9, "kept by an assertion only")  # type: ignore[operator]
+        return x.relu()
+
+    traced = trace_classifier(Body(with_side, side=nn.Conv2d(6, 4, 1)), SIZE)
+    assert [node for node in traced.graph.nodes if str(node.target) == "side"], "the case needs a node off the way"
+    with pytest.raises(ValueError, match=r"on the way to the logits, but got 'side' \(the last: .*relu\)"):
+        locate_cam(traced, "side")
+    assert locate_cam(traced, "conv").node == "conv"
+
+
+def test_batchnorm_parameters_of_layers_and_of_calls() -> None:
+    class Normed(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, bias=self.bias).relu()
+
+    net = Body(lambda net, x: net.normed(x), normed=Normed(6))  # type: ignore[operator]
+    traced = trace_classifier(net, SIZE)
+    assert not isinstance(getattr(traced, "normed", None), nn.BatchNorm2d), "the case needs a norm that is no layer"
+    found = batchnorm_parameters(traced)
+    expected = [net.bn.weight, net.bn.bias, *net.normed.parameters()]  # type: ignore[union-attr]
+    assert len(found) == 4 and {id(p) for p in found} == {id(p) for p in expected}
