@@ -4,6 +4,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
@@ -36,15 +37,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = make_absolute(config)
         runs = plan(config, arguments.bits, arguments.seeds, arguments.rows)
         records = run_all(runs, arguments.jobs, _say)
+        lines = table({cell: records[cell] for cell in runs})
+        folder = Path(config.runtime.output_dir)
+        write_tables(folder, lines)
     except (ValueError, OSError) as error:
         report_error(error)
         return USER_ERROR
+    except BrokenProcessPool:
+        report_error(
+            RuntimeError(
+                "a run's process died (too little memory?); the same command goes on, fewer `--jobs` need less"
+            )
+        )
+        return 1
+    except RuntimeError as error:
+        from synq.finetune import NonFiniteLossError  # torch, which a refused command line need not wait for
+
+        if not isinstance(error, NonFiniteLossError):
+            raise
+        report_error(error)
+        return 1
     except KeyboardInterrupt:
         print("synq: interrupted; the same command resumes", file=sys.stderr, flush=True)
         return 130
-    lines = table({cell: records[cell] for cell in runs})
-    folder = Path(config.runtime.output_dir)
-    write_tables(folder, lines)
     print(markdown(lines), end="")
     print(folder / "ablation.csv", flush=True)
     return 0

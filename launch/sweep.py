@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-trials", type=int, help="trials of each (model, bits) group")
     parser.add_argument("--max-concurrent", type=int, help="most trials at one time")
     parser.add_argument("--cpus-per-trial", type=float, help="CPU cores and threads of a trial")
-    parser.add_argument("--gpus-per-trial", type=float, help="GPUs of a trial; parts such as 0.25 share one")
+    parser.add_argument(
+        "--gpus-per-trial", type=float, help="GPUs of a trial; parts such as 0.25 share one, 0 is the CPU"
+    )
     arguments = vars(parser.parse_args(argv))
     path = arguments.pop("spec")
     try:

@@ -1,8 +1,10 @@
 """Records in, tables out: `trials.csv` (every run) and `leaderboard.csv` (settings, ranked). Pure functions; no Ray, no torch.
 
-Ranks start again for everything that must not be compared: model (and its weights), bit-widths, protocol, act_points, objective and
-the images the objective was measured on. Within such a group a row is one setting; its runs differ in their seeds only. Settings
-measured on more seeds come first, because one lucky seed is no evidence; then the better mean objective.
+Ranks start again for everything that must not be compared: model and its weights (`teacher_digest`, first 16 digits), bit-widths (those
+of the first and last layer too; empty: as the rest), protocol, act_points, objective, the images the objective was measured on and the
+labelled images. Within such a group a row is one setting; its runs differ in their seeds only. Settings measured on more seeds come
+first, because one lucky seed is no evidence; then the better mean objective. `num_data_seeds` counts the synthetic sets' seeds behind a
+row: 1 with num_seeds > 1 says that data_seed was fixed, so that top1_std leaves out what the set contributes.
 """
 
 import argparse
@@ -23,6 +25,7 @@ LEADERBOARD_COLUMNS = (
     "rank", "model", "weight_bits", "act_bits", "protocol", "act_points", "objective", "objective_value", "top1_mean", "top1_std",
     "num_seeds", "num_failed", "teacher_top1", "rtn_top1", "drop", "num_eval", "size_bytes", "bitops", "lowpass_cutoff", "cam_weight",
     "ce_weight", "difficulty_threshold", "lr", "set_digest", "config_digest", "commit", "versions", "device", "seconds",
+    "num_data_seeds", "first_bits", "last_bits", "teacher_digest",
 )  # fmt: skip
 """Columns of leaderboard.csv. New ones are appended; none is ever renamed."""
 TRIAL_COLUMNS = (
@@ -58,8 +61,20 @@ def load_records(paths: Iterable[str | Path]) -> list[RunRecord]:
             files = sorted({*path.glob("*/records/*.json"), *path.glob("*/record.json")})
         if not files:
             raise FileNotFoundError(f"`path` must hold run records, but got {str(path)!r}")
-        records += [read_record(file) for file in files]
+        records += [load_record(file) for file in files]
     return records
+
+
+def load_record(path: Path) -> RunRecord:
+    """Read a record whose configuration reads as well.
+
+    Raises:
+        FileNotFoundError: The file is absent.
+        ValueError: The file is damaged.
+    """
+    record = read_record(path)
+    config_from_dict(RunConfig, record.config, source=str(path))
+    return record
 
 
 def trial_rows(records: Iterable[RunRecord]) -> list[Row]:
@@ -123,6 +138,7 @@ def _row(runs: Sequence[RunRecord], failed: set[tuple[int, int]]) -> Row:
     top1 = [record.top1 for record in kept if record.top1 is not None]
     row: Row = {column: getattr(first, column, None) for column in LEADERBOARD_COLUMNS}
     row |= _settings(first)
+    row |= _edge_bits(first)
     row |= {
         "objective_value": _mean(record.objective_value for record in kept),
         "top1_mean": _mean(top1),
@@ -136,22 +152,32 @@ def _row(runs: Sequence[RunRecord], failed: set[tuple[int, int]]) -> Row:
         "versions": _joined(_versions(record.versions) for record in kept),
         "device": _joined(record.device for record in kept),
         "seconds": _mean(record.total_seconds for record in kept),
+        "num_data_seeds": len({record.data_seed for record in kept}),
+        "teacher_digest": str(first.teacher.get("digest", ""))[:16],
     }
     return row
 
 
 def _place(record: RunRecord) -> tuple[Any, ...]:
     """Sort key of a record's group; wide widths first."""
-    return (record.model, -record.weight_bits, -record.act_bits, record.protocol, record.act_points, record.objective)
+    edges = (-(bits or 0) for bits in _edge_bits(record).values())
+    widths = (-record.weight_bits, -record.act_bits)
+    return (record.model, *widths, record.protocol, *edges, record.act_points, record.objective)
+
+
+def _edge_bits(record: RunRecord) -> dict[str, int | None]:
+    """Widths of the first and last layer; None: as the rest."""
+    quant = record.config.get("quant", {})
+    return {key: quant.get(key) for key in ("first_bits", "last_bits")}
 
 
 def _measure(record: RunRecord) -> tuple[str, ...]:
-    """What the objective was measured with: the teacher's weights, and the very images."""
+    """What the figures were measured with: the teacher's weights, and the very images, labelled ones included."""
     evaluation = record.config.get("evaluation", {})
     labelled = [str(evaluation.get(key)) for key in ("dataset", "num_images", "selection_fraction")]
     labelled[0] = Path(labelled[0]).name
     images = [record.heldout_digest] if record.objective == "synthetic" else labelled
-    return (str(record.teacher.get("digest", "")), *images)
+    return (str(record.teacher.get("digest", "")), record.eval_digest, *images)
 
 
 def _merit(row: Row) -> tuple[Any, ...]:

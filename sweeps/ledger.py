@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sweeps.leaderboard import write_tables
+from sweeps.leaderboard import load_record, write_tables
 from sweeps.spec import SweepSpec
 from synq.configs import RunConfig, config_digest, config_from_dict, config_to_dict
 from synq.results import RunRecord, environment, read_json, read_record, write_json_atomic, write_record
@@ -88,7 +88,7 @@ class Ledger:
                 plan = _plan(read_json(path), path)
                 self.plans[plan.trial] = plan
             for path in sorted((self.root / "records").glob("*.json")):
-                self.records[path.stem] = read_record(path)
+                self.records[path.stem] = load_record(path)
         except BaseException:
             self._lock.release()
             raise
@@ -96,6 +96,30 @@ class Ledger:
     def close(self) -> None:
         """Give the folder back."""
         self._lock.release()
+
+    def know(self, group: str, facts: dict[str, Any], eval_digest: str) -> None:
+        """Note what a group's teacher is, and refuse to go on with records of other files of the same name.
+
+        Args:
+            group: Key of the group.
+            facts: name, digest and input_size of the teacher.
+            eval_digest: Fingerprint of the labelled images, "" without.
+
+        Raises:
+            ValueError: A record of the group was made with other weights or measured on other images.
+        """
+        self.teachers[group] = facts
+        for name, record in self.records.items():
+            if name not in self.plans or self.plans[name].group != group:
+                continue
+            then = record.teacher.get("digest") or facts["digest"]
+            labels = record.eval_digest if record.status == "completed" else eval_digest
+            for what, same in (("weights", then == facts["digest"]), ("labelled images", labels == eval_digest)):
+                if not same:
+                    raise ValueError(
+                        f"`output_dir` must hold one sweep, but {name} in {self.root} was made with other {what} of the same "
+                        "file name: put the old file back or choose another output_dir"
+                    )
 
     def record_path(self, trial: str) -> Path:
         """Where the record of a trial stands."""
@@ -109,6 +133,10 @@ class Ledger:
             key: list(value) if isinstance(value, tuple) else value for key, value in plan.params.items()
         }
         write_json_atomic(self.root / "plans" / f"{plan.trial}.json", {"format": FORMAT, **values})
+
+    def note(self, trial: str, history: Mapping[int, float]) -> None:
+        """Write what a running trial has reported: a driver that starts again puts it into the rungs where it belongs."""
+        self.add_plan(replace(self.plans[trial], history=sorted(history.items())))
 
     def group_plans(self, group: str, stage: str = "search") -> list[Plan]:
         """Plans of a group in the order in which they were proposed."""

@@ -91,19 +91,18 @@ class Progress:
         return (time.monotonic() - self.started) / new * max(0, self.total - len(self.records)) if new else 0.0
 
     def _table(self) -> Table:
+        known, running = dict(self.records), dict(self.running)  # drawn in one thread, filled in another
         elapsed, left = time.monotonic() - self.started, self._seconds_left()
-        title = f"{len(self.records)}/{self.total} trials, {elapsed:.0f} s" + (
-            f", about {left:.0f} s left" if left else ""
-        )
+        title = f"{len(known)}/{self.total} trials, {elapsed:.0f} s" + (f", about {left:.0f} s left" if left else "")
         table = Table(title=title, title_justify="left")
         for heading in ("group", "completed", "pruned", "failed", "best objective", "top1"):
             table.add_column(heading)
         groups: dict[tuple[str, int, int], list[RunRecord]] = {}
-        for record in self.records.values():
+        for record in known.values():
             groups.setdefault((record.model, record.weight_bits, record.act_bits), []).append(record)
         best = {
             (row["model"], row["weight_bits"], row["act_bits"]): row
-            for row in reversed(leaderboard_rows(self.records.values()))
+            for row in reversed(leaderboard_rows(known.values()))
         }
         for (model, weight_bits, act_bits), records in groups.items():
             count = {
@@ -112,7 +111,7 @@ class Progress:
             row = best.get((model, weight_bits, act_bits), {})
             figures = (cell(row.get("objective_value"))[:8], cell(row.get("top1_mean"))[:5])
             table.add_row(f"{model} W{weight_bits}A{act_bits}", *count.values(), *figures)
-        for trial, where in self.running.items():
+        for trial, where in running.items():
             table.add_row(trial, where, "", "", "", "")
         return table
 

@@ -6,6 +6,7 @@ both searches and rungs are rebuilt from them when a driver starts again.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from sweeps.spec import Group, SweepSpec, run_config
 from synq.configs import RunConfig, config_digest, config_to_dict
 
 MAX_PROPOSALS = 32
-"""Proposals in a row that repeat a known run, before the space counts as exhausted."""
+"""Proposals in a row that repeat a known run or are not allowed, before the space counts as exhausted."""
 
 
 class SweepSearcher(Searcher):
@@ -44,10 +45,14 @@ class SweepSearcher(Searcher):
         self.groups = {group.key: group for group in spec.groups}
         self.turn = 0
         self.exhausted: set[str] = set()
+        self.invalid: dict[str, str] = {}
+        """By group: why the last proposal that was not allowed was not."""
         self.live: dict[str, str] = {}
         """Name of each running trial by Ray Tune's id."""
         self.interrupted = [
-            plan for plan in ledger.plans.values() if plan.trial not in ledger.records and plan.group in self.groups
+            self._current(plan)
+            for plan in ledger.plans.values()
+            if plan.trial not in ledger.records and plan.group in self.groups
         ]
         for key in self.groups:
             self._replay(key)
@@ -108,8 +113,12 @@ class SweepSearcher(Searcher):
     def _next(self, trial_id: str) -> Plan | None:
         if self.interrupted:
             plan = self.interrupted.pop(0)
+            self.ledger.add_plan(plan)
             if plan.stage == "search":
-                self.searches[plan.group].attach(trial_id, plan.params, plan.trial)
+                search = self.searches[plan.group]
+                search.attach(trial_id, plan.params, plan.trial)
+                for epoch, value in plan.history:
+                    search.on_trial_result(trial_id, {EPOCH: epoch, OBJECTIVE: value})
             return plan
         keys = list(self.groups)
         for step in range(len(keys)):
@@ -139,9 +148,13 @@ class SweepSearcher(Searcher):
             proposal = f"{trial_id}-{attempt}"
             number = index * MAX_PROPOSALS + attempt
             overrides, params = search.propose(proposal, number, blind=attempt >= MAX_PROPOSALS // 4)
-            config = run_config(self.spec, group, overrides)
-            digest = config_digest(config)
-            if digest not in known:
+            try:
+                config = run_config(self.spec, group, overrides)
+            except ValueError as error:  # each setting is allowed alone, not all together
+                self.invalid[group.key] = str(error)
+                search.on_trial_complete(proposal, error=True)
+                continue
+            if config_digest(config) not in known:
                 name = f"{group.key}-t{index:03d}"
                 search.accept(proposal, trial_id, name)
                 return _plan(name, group.key, "search", index, params, config)
@@ -157,12 +170,26 @@ class SweepSearcher(Searcher):
         if not ended or not (len(plans) >= search.num_trials or key in self.exhausted):
             return
         for best in self.ledger.best(key)[: search.final_top_k]:
-            overrides = {dimension.name: _at(best.config, dimension.name) for dimension in self.spec.dimensions}
+            overrides = self._overrides(best)
             for seed in self._further_seeds(key):
                 name = f"{key}-t{best.index:03d}-s{seed}"
                 if name not in self.ledger.plans:
                     config = run_config(self.spec, self.groups[key], overrides, seeds=(seed, seed))
                     yield _plan(name, key, "final", best.index, best.params, config)
+
+    def _overrides(self, plan: Plan) -> dict[str, Any]:
+        return {dimension.name: _at(plan.config, dimension.name) for dimension in self.spec.dimensions}
+
+    def _current(self, plan: Plan) -> Plan:
+        """Return an interrupted plan with the files and folders of today: the sweep, its weights or its data may have moved."""
+        seeds = (plan.config["seed"], plan.config["data_seed"])
+        config = run_config(self.spec, self.groups[plan.group], self._overrides(plan), seeds=seeds)
+        if config_digest(config) != plan.config_digest:
+            raise ValueError(
+                f"`{self.ledger.root / 'plans' / plan.trial}.json` must be a plan of this sweep, but it asks for another run; "
+                "remove it to have the trial proposed again"
+            )
+        return replace(plan, config=config_to_dict(config))
 
     def _further_seeds(self, key: str) -> list[int]:
         """Seeds of a group's re-runs; the one that the search itself ran on is there already."""
@@ -195,6 +222,7 @@ class SweepScheduler(FIFOScheduler):
 
     def __init__(self, spec: SweepSpec, ledger: Ledger) -> None:
         super().__init__()
+        self.ledger = ledger
         self.inner: dict[str, AsyncHyperBandScheduler] = {}
         for group in spec.groups:
             epochs = group.base.finetune.epochs
@@ -224,10 +252,13 @@ class SweepScheduler(FIFOScheduler):
         return True
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Enter a trial into its group's rungs."""
+        """Enter a trial into its group's rungs, an interrupted one with what it had reported; that it went on then is settled."""
         inner = self._of(trial)
         if inner is not None:
             inner.on_trial_add(tune_controller, trial)
+            plan = self.ledger.plans.get(trial.config["trial"])
+            for epoch, value in plan.history if plan is not None else ():
+                inner.on_trial_result(tune_controller, trial, {EPOCH: epoch, OBJECTIVE: value})
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Stop a trial that is weak in its own group."""

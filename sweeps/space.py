@@ -147,7 +147,8 @@ def read_space(mapping: Mapping[str, Any], base: dict[str, Any]) -> tuple[Dimens
         tables = read_table(mapping["space"], "space")
     else:
         tables = DEFAULT_SPACE
-        unit = base.setdefault("finetune", {}).setdefault("lowpass_unit", "nyquist")
+        base["finetune"] = read_table(base.get("finetune", {}), "base.finetune")
+        unit = base["finetune"].setdefault("lowpass_unit", "nyquist")
         rule = "be nyquist with the default search space (or give a [space] of your own)"
         require("base.finetune.lowpass_unit", rule, unit, unit == "nyquist")
     flat: dict[str, Any] = {}

@@ -19,6 +19,12 @@ from synq.configs import RunConfig, config_from_dict, load_config, make_absolute
 DEMO_SPEC = Path(__file__).parent / "specs" / "demo.toml"
 TABLES = ("models", "bits", "base", "space")
 MODEL_KEYS = ("name", "dataset", "base")
+OWN_KEYS = (
+    ("evaluation", "objective", "objective"),
+    ("quant", "weight_bits", "bits"),
+    ("quant", "act_bits", "bits"),
+)
+"""Settings of a run that the spec says at its top: (part, key, where)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +60,7 @@ class SearchConfig:
     cpus_per_trial: float = 1.0
     """CPU cores of one trial; also its number of threads."""
     gpus_per_trial: float = 0.0
-    """GPUs of one trial; parts such as 0.25 share a device."""
+    """GPUs of one trial; parts such as 0.25 share a device, 0 keeps trials on the CPU unless the run names a device."""
     journal: bool = False
     """Whether the searches are also kept as optuna.journal in the sweep's folder, for optuna-dashboard."""
 
@@ -110,6 +116,8 @@ class Group:
     """Short name of the model."""
     base: RunConfig
     """The run before any searched setting is put in; paths absolute."""
+    named: str = ""
+    """The model's name where the spec gives one: it stands in the tables; else the teacher's own does."""
 
     @property
     def key(self) -> str:
@@ -149,8 +157,14 @@ def run_config(
     seed, data_seed = seeds if seeds is not None else (config.seed, config.data_seed)
     threads = max(1, int(spec.search.cpus_per_trial))
     store = config.runtime.store_dir or str(spec.output_dir / "store")
+    device = config.runtime.device
     runtime = replace(
-        config.runtime, output_dir=str(spec.output_dir / "runs"), store_dir=store, num_threads=threads, progress=False
+        config.runtime,
+        output_dir=str(spec.output_dir / "runs"),
+        store_dir=store,
+        num_threads=threads,
+        progress=False,
+        device="cpu" if device == "auto" and not spec.search.gpus_per_trial else device,  # else all trials take one GPU
     )
     return replace(config, name=group.key, seed=seed, data_seed=data_seed, runtime=runtime)
 
@@ -193,6 +207,7 @@ def _build_spec(mapping: Mapping[str, Any], default_name: str, root: str | Path)
     slug = re.sub(r"[^A-Za-z0-9._-]+", "_", default_name).lstrip("._-") or "sweep"
     search = config_from_dict(SearchConfig, {"name": slug, **{k: v for k, v in mapping.items() if k not in TABLES}})
     folder = os.path.join("runs", search.name) if search.output_dir == "none" else search.output_dir
+    _refuse_address("output_dir", folder)
     search = replace(search, output_dir=os.path.abspath(os.path.join(root, os.path.expanduser(folder))))
     base = read_table(mapping.get("base", {}), "base")
     dimensions = read_space(mapping, base)
@@ -227,25 +242,46 @@ def _group(search: SearchConfig, base: dict[str, Any], model: Any, label: Any) -
             raise ValueError(
                 f"`base.{part}` must be left out (the spec's own `{instead}` says it), but got {merged[part]!r}"
             )
+    for part, key, instead in OWN_KEYS:
+        table_there = merged.get(part)
+        if isinstance(table_there, Mapping) and key in table_there:
+            raise ValueError(
+                f"`base.{part}.{key}` must be left out (the spec's own `{instead}` says it), but got {table_there[key]!r}"
+            )
     weight_bits, act_bits = parse_bits(label if isinstance(label, str) else repr(label))
     merged = _merge(merged, {"teacher": table, "quant": {"weight_bits": weight_bits, "act_bits": act_bits}})
     evaluation = {"objective": search.objective, **({"dataset": extra["dataset"]} if "dataset" in extra else {})}
     merged = _merge(merged, {"evaluation": evaluation})
-    config = make_absolute(config_from_dict(RunConfig, merged))
+    config = config_from_dict(RunConfig, merged)
+    if config.runtime.store_dir is not None:
+        _refuse_address("runtime.store_dir", config.runtime.store_dir)
+    if config.evaluation.data_dir is None:  # a trial runs in a scratch folder, where ./data would be another one
+        data_dir = os.environ.get("SYNQ_DATA_DIR") or "data"
+        config = replace(config, evaluation=replace(config.evaluation, data_dir=data_dir))
+    config = make_absolute(config)
     spec = config.teacher.spec
     if ".py:" in spec:
         spec = spec.rpartition(":")[2]
     name = str(extra.get("name", spec.removeprefix("bundled:")))
-    return Group(model=re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_") or "model", base=config)
+    model = re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_") or "model"
+    return Group(model=model, base=config, named=model if "name" in extra else "")
 
 
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     """Return `low` with the values of `high` put over it, parts merged."""
     merged = dict(low)
     for key, value in high.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        tables = {isinstance(part, Mapping) for part in (value, merged.get(key, value))}
+        if len(tables) > 1:
+            raise ValueError(
+                f"`{key}` must be a table of keys or one value everywhere, but got {merged[key]!r} and {value!r}"
+            )
+        merged[key] = _merge(merged.get(key, {}), value) if tables == {True} else value
     return merged
+
+
+def _refuse_address(name: str, folder: str) -> None:
+    require(name, "be a folder path (a shared file system, not an address)", folder, "://" not in folder)
 
 
 def _expand(value: Any, name: str) -> Any:

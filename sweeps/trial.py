@@ -15,8 +15,8 @@ from ray import tune
 from sweeps.ledger import unfinished_record
 from synq import pipeline
 from synq.configs import RunConfig, config_from_dict
+from synq.evaluation import Measure
 from synq.results import RunRecord, environment, read_record, write_record
-from synq.teachers import load_teacher
 
 
 def run_trial(trial: dict[str, Any]) -> None:
@@ -46,20 +46,40 @@ def run_trial(trial: dict[str, Any]) -> None:
     )
 
 
-def make_sets(config: dict[str, Any]) -> dict[str, Any]:
-    """Make the synthetic sets of a run where the store lacks them; a task of Ray.
+def check_run(config: dict[str, Any]) -> dict[str, Any]:
+    """Open everything a run needs besides its images; a task of Ray.
 
     Returns:
-        Facts of the teacher (name, digest, input_size), or error: what the user should mend.
+        teacher (its name, digest and input_size) and eval_digest, or error: what the user should mend.
     """
     _fresh_process()
     try:
         run = config_from_dict(RunConfig, config)
-        teacher = load_teacher(run.teacher)
-        pipeline.prepare(run)
+        accelerator = pipeline.make_accelerator(run.runtime)
+        teacher = pipeline.check(run, accelerator=accelerator)
+        eval_digest = Measure.prepare(run.evaluation, teacher, accelerator).labels_digest
     except (ValueError, OSError, ImportError) as error:
-        return {"error": " ".join(str(error).split()) or type(error).__name__}
-    return {"name": teacher.name, "digest": teacher.digest, "input_size": list(teacher.input_size)}
+        return _refusal(error)
+    facts = {"name": teacher.name, "digest": teacher.digest, "input_size": list(teacher.input_size)}
+    return {"teacher": facts, "eval_digest": eval_digest}
+
+
+def make_sets(config: dict[str, Any]) -> dict[str, Any]:
+    """Make the synthetic sets of a run where the store lacks them; a task of Ray.
+
+    Returns:
+        Nothing, or error: what the user should mend.
+    """
+    _fresh_process()
+    try:
+        pipeline.prepare(config_from_dict(RunConfig, config))
+    except (ValueError, OSError, ImportError) as error:
+        return _refusal(error)
+    return {}
+
+
+def _refusal(error: Exception) -> dict[str, Any]:
+    return {"error": " ".join(str(error).split()) or type(error).__name__}
 
 
 def _run(config: RunConfig, name: str, teacher: dict[str, Any]) -> RunRecord:
@@ -77,7 +97,7 @@ def _run(config: RunConfig, name: str, teacher: dict[str, Any]) -> RunRecord:
         }
         reason = f"{type(error).__name__}: {error}"
         return unfinished_record(config, name, status="failed", reason=reason, teacher=teacher, values=values)
-    return replace(record, name=name)
+    return replace(record, name=name, model=teacher.get("name", record.model))  # the spec may name the model
 
 
 def _report(epoch: dict[str, float]) -> None:

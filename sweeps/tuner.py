@@ -3,7 +3,7 @@
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune.experiment import Trial
 
-from sweeps.cluster import cluster
+from sweeps.cluster import check_shared, cluster
 from sweeps.group_search import EPOCH, OBJECTIVE, STATUS
 from sweeps.leaderboard import leaderboard_rows
 from sweeps.ledger import Ledger
@@ -24,6 +24,7 @@ from sweeps.spec import SweepSpec, run_config
 from synq.configs import RunConfig, config_to_dict
 
 NO_RESULT = 1
+UNSEEN = "its record is not visible here: output_dir must be on a file system that all machines share"
 INTERRUPTED = 130
 
 
@@ -52,13 +53,19 @@ class SweepCallback(tune.Callback):
         name, value = trial.config["trial"], result.get(OBJECTIVE)
         if STATUS not in result and EPOCH in result:
             if value is not None:
-                self.history.setdefault(name, {})[result[EPOCH]] = value
+                history = self.history.setdefault(name, {})
+                history[result[EPOCH]] = value
+                self.ledger.note(name, history)
             self.progress.epoch(name, result[EPOCH], result["epochs"], value)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Settle a trial that ended by itself or was stopped."""
-        epoch = (trial.last_result or {}).get(EPOCH, 0)
-        self._settle(trial, "pruned", f"stopped after epoch {epoch}: weak among the trials of its group")
+        last = trial.last_result or {}
+        if STATUS in last:  # it ended by itself and has written its record; read here only if it can be seen here
+            self._settle(trial, "failed", UNSEEN)
+        else:
+            epoch = last.get(EPOCH, 0)
+            self._settle(trial, "pruned", f"stopped after epoch {epoch}: weak among the trials of its group")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Settle a trial whose worker died too often."""
@@ -105,7 +112,11 @@ def _run(spec: SweepSpec, ledger: Ledger) -> int:
             )
         try:
             if searcher.num_left():
-                with _interruptible(), cluster(spec.search):
+                with _interruptible(), cluster(spec.search) as remark:
+                    if remark:
+                        progress.say(remark)
+                    check_shared(spec.output_dir)
+                    _check_groups(spec, ledger)
                     _make_sets(spec, ledger, progress)
                     _tune(spec, ledger, searcher, progress)
         except KeyboardInterrupt:
@@ -116,11 +127,43 @@ def _run(spec: SweepSpec, ledger: Ledger) -> int:
     print_leaderboard(leaderboard_rows(ledger.records.values()))
     print(f"{spec.output_dir / 'trials.csv'}\n{spec.output_dir / 'leaderboard.csv'}", flush=True)
     for key in sorted(searcher.exhausted):
-        print(f"{key}: the search space holds only {len(ledger.group_plans(key))} different settings", flush=True)
+        found, invalid = len(ledger.group_plans(key)), searcher.invalid.get(key)
+        why = f"; others are not allowed together, for example: {invalid}" if invalid else ""
+        print(f"{key}: the search found only {found} different settings{why}", flush=True)
     empty = [group.key for group in spec.groups if not ledger.best(group.key)]
     if empty:
-        print(f"no trial was completed in {', '.join(empty)}; trials.csv says why", flush=True)
+        print(f"no trial was completed in {', '.join(empty)}; the lines above or trials.csv say why", flush=True)
     return NO_RESULT if empty else 0
+
+
+def _check_groups(spec: SweepSpec, ledger: Ledger) -> None:
+    """Open the teacher, the labelled images and the student of every group: what cannot work is said before hours of synthesis."""
+    from sweeps.trial import check_run
+
+    task = _task(spec, check_run)
+    waiting = {task.remote(config_to_dict(run_config(spec, group, {}))): group for group in spec.groups}
+    for ready, answer in _answers(waiting):
+        group, facts = waiting[ready], answer["teacher"]
+        ledger.know(group.key, {**facts, "name": group.named or facts["name"]}, answer["eval_digest"])
+
+
+def _task(spec: SweepSpec, function: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """A function as a task of Ray with the resources of a trial."""
+    search = spec.search
+    return ray.remote(num_cpus=search.cpus_per_trial, num_gpus=search.gpus_per_trial, max_retries=2)(function)
+
+
+def _answers(tasks: Iterable[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Give tasks with their answers as they come in; an error ends the others and is raised."""
+    waiting = list(tasks)
+    while waiting:
+        (ready, *_), waiting = ray.wait(waiting)
+        answer = ray.get(ready)
+        if "error" in answer:
+            for other in waiting:
+                ray.cancel(other, force=True)
+            raise ValueError(answer["error"])
+        yield ready, answer
 
 
 def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
@@ -136,28 +179,18 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
             key = f"{config.teacher} {config.synthesis} {config.evaluation.heldout_images} {config.data_seed}"
             needed.setdefault(key, config)
             groups.setdefault(key, []).append(group.key)
-    task = ray.remote(num_cpus=spec.search.cpus_per_trial, num_gpus=spec.search.gpus_per_trial, max_retries=2)(
-        make_sets
-    )
+    task = _task(spec, make_sets)
     waiting = {task.remote(config_to_dict(config)): (key, config) for key, config in needed.items()}
     started = time.monotonic()
     for key, config in needed.items():
         progress.running[f"synthetic set {groups[key][0].rpartition('-')[0]} seed {config.data_seed}"] = "being made"
-    while waiting:
-        (ready, *_), _ = ray.wait(list(waiting))
-        key, config = waiting.pop(ready)
-        facts = ray.get(ready)
-        if "error" in facts:
-            for other in waiting:
-                ray.cancel(other, force=True)
-            raise ValueError(facts["error"])
-        ledger.teachers.update(dict.fromkeys(groups[key], facts))
+    for ready, _ in _answers(waiting):
+        key, config = waiting[ready]
         progress.running.pop(f"synthetic set {groups[key][0].rpartition('-')[0]} seed {config.data_seed}", None)
         images = config.synthesis.num_images
         seconds = time.monotonic() - started
-        progress.say(
-            f"synthetic set of {facts['name']}, seed {config.data_seed}: {images} images, ready after {seconds:.0f} s"
-        )
+        name = ledger.teachers[groups[key][0]]["name"]
+        progress.say(f"synthetic set of {name}, seed {config.data_seed}: {images} images, ready after {seconds:.0f} s")
 
 
 def _tune(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Progress) -> None:

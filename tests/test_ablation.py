@@ -1,5 +1,6 @@
 """The ablation: one difference per row, shared seeds, paired gains."""
 
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from launch.ablate import main
 from sweeps.ablation import COLUMNS, REFERENCE, ROWS, plan, table
 from synq.configs import RunConfig, config_to_dict, with_overrides
+from synq.finetune import NonFiniteLossError
 from synq.results import RunRecord, read_json
 
 BASE = with_overrides(RunConfig(), {"finetune.lowpass_cutoff": 8.0})
@@ -62,6 +64,35 @@ def test_the_door_runs_and_resumes(
     assert len(started) == 2
     assert main(words) == 0
     assert {path: read_json(path)["started"] for path in tmp_path.glob("*/record.json")} == started
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (BrokenProcessPool("A process in the process pool was terminated abruptly"), "the same command goes on"),
+        (NonFiniteLossError("the term kd became nan"), "kd became nan"),
+    ],
+)
+def test_a_run_that_dies_is_one_line_and_code_1(
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("launch.ablate.run_all", fail)
+    assert main(["--finetune.lowpass_cutoff", "3"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("synq: error: ") and words in line and line.count("\n") == 1
+
+
+def test_tables_that_cannot_be_written_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ablation.csv").mkdir()
+    monkeypatch.setattr("launch.ablate.run_all", lambda runs, *_: {cell: record(80.0, cell[2]) for cell in runs})
+    assert main(["--finetune.lowpass_cutoff", "3", "--runtime.output_dir", str(tmp_path)]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("synq: error: ") and "ablation.csv" in line and line.count("\n") == 1
 
 
 def test_user_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

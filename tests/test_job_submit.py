@@ -1,5 +1,6 @@
 """`ray job submit` in its three forms against a real head on loopback: all succeed and leave the same columns."""
 
+import csv
 import os
 import shutil
 import signal
@@ -46,6 +47,7 @@ class Head:
     project: Path
     home: Path
     environment: dict[str, str]
+    address: str
 
     def submit(self, *words: str) -> str:
         """Run `ray job submit WORDS` in the project and return what it printed."""
@@ -95,7 +97,7 @@ def head(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[Head]
             while not _answers(f"{url}/api/version"):
                 assert process.poll() is None and time.monotonic() < end, (home / "head.log").read_text()
                 time.sleep(0.3)
-            yield Head(project, home, {**environment, "RAY_ADDRESS": url})
+            yield Head(project, home, {**environment, "RAY_ADDRESS": url}, f"127.0.0.1:{port}")
         finally:
             process.send_signal(
                 signal.SIGTERM
@@ -105,6 +107,15 @@ def head(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[Head]
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def test_a_driver_from_another_folder_tells_the_workers_what_they_run(head: Head, tmp_path: Path) -> None:
+    words = [sys.executable, str(head.project / "launch" / "sweep.py"), "--output-dir", str(tmp_path / "out")]
+    told = {**head.environment, "RAY_ADDRESS": head.address, "SYNQ_COMMIT": "of-the-driver"}
+    done = subprocess.run(words, cwd=tmp_path, env=told, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "out" / "trials.csv").open(newline="") as file:
+        assert {row["commit"] for row in csv.DictReader(file)} == {"of-the-driver"}
 
 
 def check(folder: Path, printed: str) -> None:

@@ -20,13 +20,14 @@ from sweeps.leaderboard import (
     trial_rows,
     write_tables,
 )
+from sweeps.progress import Progress
 from synq.configs import RunConfig, config_digest, config_to_dict, with_overrides
 from synq.results import RunRecord, write_record
 
 COLUMNS = (
     "rank, model, weight_bits, act_bits, protocol, act_points, objective, objective_value, top1_mean, top1_std, num_seeds, num_failed, "
     "teacher_top1, rtn_top1, drop, num_eval, size_bytes, bitops, lowpass_cutoff, cam_weight, ce_weight, difficulty_threshold, lr, "
-    "set_digest, config_digest, commit, versions, device, seconds"
+    "set_digest, config_digest, commit, versions, device, seconds, num_data_seeds, first_bits, last_bits, teacher_digest"
 )
 
 
@@ -111,12 +112,38 @@ def test_more_seeds_come_before_one_lucky_run() -> None:
         record(0.5, model="other"),
         record(0.5, heldout_digest="other"),
         record(0.5, teacher={"digest": "bb", "input_size": [3, 32, 32]}),
+        record(0.5, seed=1, eval_digest="other images of the same file name"),
     ],
-    ids=["weight_bits", "act_bits", "protocol", "act_points", "objective", "model", "heldout", "weights"],
+    ids=["weight_bits", "act_bits", "protocol", "act_points", "objective", "model", "heldout", "weights", "labels"],
 )
 def test_what_must_not_be_compared_has_ranks_of_its_own(other: RunRecord) -> None:
     rows = leaderboard_rows([record(0.1), other])
     assert [row["rank"] for row in rows] == [1, 1]
+
+
+@pytest.mark.parametrize("objective", ["synthetic", "selection"])
+def test_other_labelled_images_are_never_one_row(objective: str) -> None:
+    settings = {"evaluation.objective": objective, "evaluation.dataset": "npz:here/test.npz"}
+    rows = leaderboard_rows(
+        [record(0.5, seed=seed, overrides=settings, eval_digest=f"e{seed}", top1=80.0 - 60.0 * seed) for seed in (0, 1)]
+    )
+    assert [(row["rank"], row["num_seeds"], row["top1_mean"]) for row in rows] == [(1, 1, 80.0), (1, 1, 20.0)]
+
+
+def test_widths_of_first_and_last_layer_split_protocol_b() -> None:
+    edges = [{"quant.first_bits": 8, "quant.last_bits": 8}, {"quant.first_bits": 6}, {"quant.last_bits": 8}]
+    rows = leaderboard_rows([record(0.1 * i + 0.1, overrides=edge) for i, edge in enumerate(edges)])
+    assert {(row["rank"], row["protocol"]) for row in rows} == {(1, "B")} and len(rows) == 3
+    assert {(row["first_bits"], row["last_bits"]) for row in rows} == {(8, 8), (6, None), (None, 8)}
+
+
+def test_a_row_says_how_many_data_seeds_and_which_weights_are_behind_it() -> None:
+    teacher = {"digest": "0123456789abcdef" * 4, "input_size": [3, 32, 32]}
+    runs = [record(0.1, seed=seed, data_seed=seed % 2, teacher=teacher) for seed in range(4)]
+    (row,) = leaderboard_rows(runs)
+    assert (row["num_seeds"], row["num_data_seeds"], row["teacher_digest"]) == (4, 2, "0123456789abcdef")
+    (fixed,) = leaderboard_rows([record(0.1, seed=seed, data_seed=0) for seed in range(3)])
+    assert (fixed["num_seeds"], fixed["num_data_seeds"]) == (3, 1)
 
 
 def test_pruned_and_failed_runs_are_listed_with_reason_but_never_ranked() -> None:
@@ -145,8 +172,9 @@ def test_the_cutoff_stands_in_dft_bins_whatever_its_unit() -> None:
     assert (
         leaderboard_rows([nyquist])[0]["lowpass_cutoff"] == 8.0
     )  # half of 16 bins, the Nyquist frequency of 32 pixels
-    assert leaderboard_rows([record(overrides={"finetune.lowpass_cutoff": 12.0})])[0]["lowpass_cutoff"] == 12.0
-    assert leaderboard_rows([record()])[0]["lowpass_cutoff"] == "None"
+    bins = record(overrides={"finetune.lowpass_cutoff": 12.0, "finetune.lowpass_unit": "bins"})
+    assert leaderboard_rows([bins])[0]["lowpass_cutoff"] == 12.0
+    assert leaderboard_rows([record(overrides={"finetune.lowpass_cutoff": None})])[0]["lowpass_cutoff"] == "None"
 
 
 @pytest.mark.parametrize(
@@ -202,3 +230,35 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, capsys: pytest
         error = capsys.readouterr().err
         assert error.startswith("synq: error: ") and error.count("\n") == 1
     assert not list(tmp_path.glob("*.csv"))
+
+
+def test_a_record_whose_configuration_does_not_read_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = record()
+    for number, config in enumerate(({**good.config, "finetune": "x"}, {**good.config, "seed": "0"})):
+        write_record(tmp_path / "records" / f"bad{number}.json", replace(good, status="pruned", config=config))
+        assert main([str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("synq: error: ") and error.count("\n") == 1 and f"bad{number}.json" in error
+        (tmp_path / "records" / f"bad{number}.json").unlink()
+    assert not list(tmp_path.glob("*.csv"))
+
+
+def test_the_live_table_is_drawn_while_trials_end() -> None:
+    class Growing(dict[str, Any]):
+        """Gets an entry from another thread whenever it is looked through."""
+
+        def values(self) -> Any:
+            for i, value in enumerate(super().values()):
+                self[f"new{len(self)}-{i}"] = value
+                yield value
+
+        def items(self) -> Any:
+            for i, item in enumerate(super().items()):
+                self[f"new{len(self)}-{i}"] = item[1]
+                yield item
+
+    progress = Progress(9, live=False)
+    progress.records, progress.running = Growing(a=record(), b=record(seed=1)), Growing(c="starting")
+    assert progress._table().row_count == 2

@@ -151,6 +151,19 @@ def test_point_of_a_value(dimension: Dimension, value: Any, point: Any) -> None:
         ({"gpus_per_trial": 1.5}, "`gpus_per_trial` must be"),
         ({"seeds": [1, 1]}, "`seeds` must be different numbers"),
         ({"sampler": "tp"}, "did you mean `tpe`?"),
+        ({"base": {"evaluation": {"objective": "selection"}}}, "`base.evaluation.objective` must be left out"),
+        ({"base": {"quant": {"weight_bits": 2}}}, "`base.quant.weight_bits` must be left out (the spec's own `bits`"),
+        (
+            {"models": [{"spec": "bundled:digits_resnet8", "base": {"quant": {"act_bits": 3}}}]},
+            "`base.quant.act_bits` must be left out",
+        ),
+        ({"base": {"quant": 3}}, "`quant` must be a table of keys"),
+        ({"base": {"finetune": 3}}, "`base.finetune` must be a table of keys"),
+        ({"models": [{"spec": "bundled:digits_resnet8", "base": {"evaluation": 5}}]}, "`evaluation` must be a table"),
+        ({"output_dir": "s3://bucket/x"}, "`output_dir` must be a folder path"),
+        ({"base": {"runtime": {"store_dir": "s3://bucket/x"}}}, "`runtime.store_dir` must be a folder path"),
+        ({"base": {"finetune": {"lr": 10**400}}}, "`finetune.lr` must be a number below 1e308"),
+        ({"num_trials": 10**400}, "`num_trials` must be a finite number >= 1"),
     ],
 )
 def test_refusals_name_the_cure(mapping: dict[str, Any], words: str) -> None:
@@ -170,6 +183,34 @@ def test_environment_variables_stand_for_folders(monkeypatch: pytest.MonkeyPatch
     ]
     base = spec_from_dict({"models": models}).groups[0].base
     assert base.teacher.spec == f"{tmp_path}/nets.py:tiny" and base.evaluation.dataset == f"npz:{tmp_path}/a.npz"
+
+
+def test_the_data_folder_is_that_of_the_one_who_starts_the_sweep(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
+    def data_dir(**base: Any) -> str | None:
+        return spec_from_dict({"base": base}).groups[0].base.evaluation.data_dir
+
+    monkeypatch.delenv("SYNQ_DATA_DIR", raising=False)
+    assert data_dir() == str(in_tmp / "data")
+    monkeypatch.setenv("SYNQ_DATA_DIR", "elsewhere")
+    assert data_dir() == str(in_tmp / "elsewhere")
+    assert data_dir(evaluation={"data_dir": "mine"}) == str(in_tmp / "mine")
+
+
+def test_trials_without_a_gpu_stay_off_it() -> None:
+    def device(**keys: Any) -> str:
+        spec = spec_from_dict(keys)
+        return run_config(spec, spec.groups[0], {}).runtime.device
+
+    assert device() == "cpu" and device(gpus_per_trial=0.5) == "auto"
+    assert device(base={"runtime": {"device": "cuda"}}) == "cuda"
+
+
+def test_a_model_that_the_spec_names_has_that_name() -> None:
+    models = [{"spec": "bundled:digits_resnet8", "name": "my net"}, "bundled:digits_resnet8"]
+    assert [(g.model, g.named) for g in spec_from_dict({"models": models}).groups] == [
+        ("my_net", "my_net"),
+        ("digits_resnet8", ""),
+    ]
 
 
 def test_overrides_win_and_the_root_moves_relative_folders(tmp_path: Path) -> None:

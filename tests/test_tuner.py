@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from launch.sweep import main
-from sweeps.cluster import prepare_environment
+from sweeps.cluster import check_shared, cluster, prepare_environment
 from sweeps.leaderboard import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 from sweeps.ledger import Ledger
+from sweeps.progress import Progress
 from sweeps.space import Dimension
 from sweeps.spec import SweepSpec, spec_from_dict
 
@@ -115,7 +116,7 @@ def test_rungs_are_kept_apart_by_group_and_spare_last_epochs_and_reruns(tmp_path
     scheduler = SweepScheduler(spec, Ledger(spec))
 
     def result(name: str, group: str, epoch: int, value: float | None, stage: str = "search", **more: Any) -> str:
-        trial = SimpleNamespace(trial_id=name, config={"group": group, "stage": stage})
+        trial = SimpleNamespace(trial_id=name, config={"trial": name, "group": group, "stage": stage})
         if name not in seen:
             scheduler.on_trial_add(None, trial)
             seen.add(name)
@@ -131,6 +132,166 @@ def test_rungs_are_kept_apart_by_group_and_spare_last_epochs_and_reruns(tmp_path
     assert result("f", narrow, 1, float("nan")) == "CONTINUE" and result("f", narrow, 1, None) == "CONTINUE"
     assert result("g", narrow, 4, 99.0) == "CONTINUE", "stopped in its last epoch: all the work, no result"
     assert result("h", narrow, 1, 99.0, status="completed") == "CONTINUE"
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Callable[..., tuple[Any, Ledger, Any]]]:
+    """Open a sweep's folder as a driver that starts does: `(searcher, ledger, callback)`; ends the one before."""
+    from sweeps.search import SweepSearcher
+    from sweeps.tuner import SweepCallback
+
+    ledgers: list[Ledger] = []
+
+    def start(folder: Path = tmp_path / "sweep", **keys: Any) -> tuple[Any, Ledger, Any]:
+        for ledger in ledgers:
+            ledger.close()
+        spec = tiny(folder, **{"bits": ["W3A3"], "num_trials": 3, **keys})
+        ledgers.append(Ledger(spec))
+        ledgers[-1].open()
+        searcher = SweepSearcher(spec, ledgers[-1])
+        return searcher, ledgers[-1], SweepCallback(ledgers[-1], Progress(searcher.num_total(), live=False))
+
+    yield start
+    for ledger in ledgers:
+        ledger.close()
+
+
+def test_a_completed_trial_whose_record_cannot_be_seen_is_failed_not_weak(opened: Any) -> None:
+    searcher, ledger, callback = opened()
+    config = searcher.suggest("x")
+    last = {"status": "completed", "objective_value": 0.01, "epoch": 2, "epochs": 2}
+    trial = SimpleNamespace(trial_id="x", config=config, last_result=last)
+    callback.on_trial_start(0, [], trial)
+    callback.on_trial_complete(0, [], trial)
+    record = ledger.records[config["trial"]]
+    assert record.status == "failed" and record.reason.startswith("its record is not visible here: output_dir must be")
+
+
+def test_an_interrupted_trial_keeps_its_epochs_and_their_rungs(opened: Any) -> None:
+    from sweeps.search import SweepScheduler
+
+    keys = {
+        "base": {**TINY["base"], "finetune": {"epochs": 8, "batch_size": 16}},
+        "grace_epochs": 2,
+        "reduction_factor": 2,
+    }
+    searcher, _, callback = opened(**keys)
+    config = searcher.suggest("x")
+    trial = SimpleNamespace(trial_id="x", config=config)
+    callback.on_trial_start(0, [], trial)
+    for epoch in (1, 2, 3):
+        callback.on_trial_result(0, [], trial, {"epoch": epoch, "epochs": 8, "objective_value": 1.0 - 0.1 * epoch})
+    searcher, ledger, _ = opened(**keys)  # the driver was killed and started again
+    again = SimpleNamespace(trial_id="y", config=searcher.suggest("y"))
+    assert again.config["trial"] == config["trial"]
+    study = searcher.searches[config["group"]].study
+    assert study.get_trials()[0].intermediate_values == {1: 0.9, 2: 0.8, 3: pytest.approx(0.7)}
+    scheduler = SweepScheduler(ledger.spec, ledger)
+    scheduler.on_trial_add(None, again)
+    scheduler.on_trial_result(None, again, {"epoch": 4, "epochs": 8, "objective_value": 0.1})
+    rungs = dict(scheduler.inner[config["group"]]._brackets[0]._rungs)
+    assert rungs[2] == {"y": -0.8} and rungs[4] == {"y": -0.1}, "a later epoch's value stands in an earlier rung"
+
+
+def test_an_interrupted_trial_uses_the_folders_of_today(opened: Any, tmp_path: Path) -> None:
+    import json
+
+    first = opened()[0].suggest("x")
+    (tmp_path / "sweep").rename(tmp_path / "moved")
+    searcher, _, _ = opened(tmp_path / "moved")
+    again = searcher.suggest("y")
+    assert again["trial"] == first["trial"] and again["config"]["seed"] == first["config"]["seed"]
+    assert again["config"]["finetune"] == first["config"]["finetune"]
+    assert again["config"]["runtime"]["output_dir"] == str(tmp_path / "moved" / "runs")
+    plan = tmp_path / "moved" / "plans" / f"{first['trial']}.json"
+    content = json.loads(plan.read_text())
+    content["config"]["seed"] += 1
+    plan.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{first['trial']}.json. must be a plan of this sweep"):
+        opened(tmp_path / "moved")
+
+
+def test_settings_that_are_not_allowed_together_are_passed_over(opened: Any) -> None:
+    space = {
+        "finetune.epochs": {"type": "int", "low": 2, "high": 20},
+        "finetune.warmup_epochs": {"type": "float", "low": 0, "high": 12},
+    }
+    searcher, _, _ = opened(
+        space=space, num_trials=12, base={**TINY["base"], "finetune": {"epochs": 12, "batch_size": 16}}
+    )
+    found = [searcher.suggest(f"t{number}")["config"]["finetune"] for number in range(12)]
+    assert all(part["warmup_epochs"] <= part["epochs"] for part in found) and searcher.invalid
+    states = [trial.state.name for trial in next(iter(searcher.searches.values())).study.get_trials()]
+    assert states.count("RUNNING") == 12 and states.count("FAIL") == len(states) - 12 > 0
+
+
+def test_a_space_without_any_allowed_point_ends(opened: Any) -> None:
+    space = {
+        "finetune.epochs": {"type": "choice", "values": [2, 3]},
+        "finetune.warmup_epochs": {"type": "choice", "values": [4.0, 5.0]},
+    }
+    base = {**TINY["base"], "finetune": {"epochs": 9, "batch_size": 16}}
+    searcher, ledger, _ = opened(space=space, base=base)
+    assert searcher.suggest("x") == "FINISHED" and searcher.exhausted and not ledger.plans
+    assert "warmup_epochs" in next(iter(searcher.invalid.values()))
+
+
+def test_other_files_of_the_same_name_are_refused(opened: Any) -> None:
+    from dataclasses import replace
+
+    searcher, ledger, _ = opened()
+    config = searcher.suggest("x")
+    teacher = {"name": "net", "digest": "aa", "input_size": [1, 8, 8]}
+    ledger.know(config["group"], teacher, "ee")
+    record = ledger.settle(config["trial"], status="pruned", reason="weak", history=[], seconds=1.0)
+    ledger.know(config["group"], teacher, "other")  # a pruned trial's figures come from no labelled image
+    with pytest.raises(ValueError, match="made with other weights of the same file name: put the old file back"):
+        ledger.know(config["group"], {**teacher, "digest": "bb"}, "ee")
+    ledger.records[config["trial"]] = replace(record, status="completed", eval_digest="ee")
+    ledger.know(config["group"], teacher, "ee")
+    with pytest.raises(ValueError, match="made with other labelled images of the same file name"):
+        ledger.know(config["group"], teacher, "other")
+
+
+def test_the_name_that_the_spec_gives_a_model_stands_in_its_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sweeps.trial as trial
+    from synq.configs import RunConfig
+    from synq.results import RunRecord
+
+    monkeypatch.setattr(trial.pipeline, "run", lambda *_, **__: RunRecord(model="digits_resnet8"))
+    assert trial._run(RunConfig(), "t000", {"name": "my_net", "digest": "aa"}).model == "my_net"
+
+
+def test_a_cluster_reached_through_a_client_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://somewhere:10001")
+    with pytest.raises(ValueError, match="`ray job submit"), cluster(tiny(tmp_path).search):
+        pass
+
+
+def test_unused_gpus_are_remarked_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}])
+    with cluster(tiny(tmp_path).search) as remark:
+        assert "--gpus-per-trial 1" in remark
+    with cluster(tiny(tmp_path, gpus_per_trial=0.5).search) as remark:
+        assert remark == ""
+
+
+def test_the_console_command_does_not_wait_for_threads_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    import synq.cli
+
+    codes: list[int] = []
+    monkeypatch.setattr(synq.cli, "run", lambda argv: 3)
+    monkeypatch.setattr(synq.cli, "leave", lambda code: None)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
+    synq.cli.main()
+    assert codes == [3]
 
 
 # --- whole sweeps ----------------------------------------------------------------------------------------------------------------
@@ -276,6 +437,49 @@ def test_a_folder_in_use_or_of_another_sweep_is_refused(sweep: Path) -> None:
     again = Ledger(tiny(sweep, space=LR, num_trials=9, cpus_per_trial=2))
     again.open()
     again.close()
+
+
+def test_what_cannot_work_is_said_before_any_image_is_made(local_ray: None, tmp_path: Path) -> None:
+    from sweeps.tuner import run_sweep
+
+    absent = {"spec": "bundled:digits_resnet8", "name": "b", "dataset": "npz:absent.npz"}
+    with pytest.raises(ValueError, match=r"absent\.npz"):
+        run_sweep(tiny(tmp_path, models=["bundled:digits_resnet8", absent]))
+    assert not (tmp_path / "store").exists() and not list((tmp_path / "plans").iterdir())
+
+
+def test_a_sweep_is_not_resumed_with_other_weights(local_ray: None, sweep: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    from sweeps.tuner import run_sweep
+
+    shutil.copytree(sweep, tmp_path / "copy")
+    record = next((tmp_path / "copy" / "records").glob("*W3A3-t000.json"))
+    content = json.loads(record.read_text())
+    content["teacher"]["digest"] = "0" * 64
+    record.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"t000 in .* was made with other weights"):
+        run_sweep(tiny(tmp_path / "copy", space=LR, num_trials=4, seeds=[0, 1]))
+    assert len(list((tmp_path / "copy" / "records").iterdir())) == len(list((sweep / "records").iterdir()))
+
+
+def test_a_folder_that_a_machine_does_not_see_is_refused(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    import sweeps.cluster as module
+
+    nodes = ray.nodes()
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, *nodes])
+    check_shared(tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(
+        module, "write_text_atomic", lambda *_: None
+    )  # as a machine sees it that has another disk there
+    with pytest.raises(ValueError, match="`output_dir` must be on a file system that all machines share"):
+        check_shared(tmp_path)
 
 
 def test_too_large_a_trial_is_refused_at_once(local_ray: None, tmp_path: Path) -> None:
