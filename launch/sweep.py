@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -16,9 +17,17 @@ from sweeps.spec import DEMO_SPEC, load_spec
 USER_ERROR = 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Answers a wrong word with one line, as every other door does."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"synq: error: {message}; everything else stands in the spec (--help, README)", file=sys.stderr)
+        raise SystemExit(USER_ERROR)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sweep over models, bit-widths and settings and rank the results. The same command resumes a sweep that was stopped."""
-    parser = argparse.ArgumentParser(prog="sweep", description=main.__doc__)
+    parser = _Parser(prog="sweep", description=main.__doc__)
     parser.add_argument(
         "spec", nargs="?", default=DEMO_SPEC, metavar="SPEC", help="a .toml or .json file (default: a small demo)"
     )

@@ -253,6 +253,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-dir", help="folder for the tables; needed for more than one PATH (default: PATH)")
     arguments = parser.parse_args(argv)
     try:
+        missing = [path for path in arguments.paths if not Path(path).exists()]
+        if missing:
+            raise FileNotFoundError(f"`PATH` must exist, but got {missing[0]}")
         if arguments.output_dir is None and (len(arguments.paths) > 1 or not Path(arguments.paths[0]).is_dir()):
             raise ValueError(
                 f"`output_dir` must be given unless PATH is one folder, but got {' '.join(arguments.paths)}"

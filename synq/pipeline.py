@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import safetensors.torch
@@ -64,7 +65,7 @@ def run(
     accelerator = accelerator or make_accelerator(config.runtime)
     local_batch_size(config.finetune.batch_size, accelerator.num_processes)
     folder = run_folder(config)
-    clock = _Clock()
+    clock, started = _Clock(), datetime.now(UTC)
 
     with clock("teacher"):
         teacher, measure, student = _open(config, accelerator)
@@ -90,7 +91,7 @@ def run(
         if on_epoch is not None and accelerator.is_main_process:
             on_epoch({**epoch, "epochs": config.finetune.epochs})
 
-    record = blank_record(config, teacher, student, train_set, heldout, measure.labels_digest, accelerator)
+    record = blank_record(config, teacher, student, train_set, heldout, measure.labels_digest, accelerator, started)
     if accelerator.is_main_process:
         write_json_atomic(folder / "config.json", config_to_dict(config))
     try:
@@ -204,6 +205,8 @@ def build_student(teacher: Teacher, quant: QuantConfig) -> Student:
 def _open(config: RunConfig, accelerator: Accelerator) -> tuple[Teacher, Measure, Student]:
     """Load the teacher, open the labelled images, build the student: everything that can be refused before the work."""
     teacher = load_teacher(config.teacher)
+    if broadcast_object_list([teacher.digest])[0] != teacher.digest:
+        raise ValueError("teacher.spec must give every process the same network, but its weights differ between them")
     measure = Measure.prepare(config.evaluation, teacher, accelerator)
     return teacher, measure, build_student(teacher, config.quant)
 

@@ -181,7 +181,7 @@ def _npz(path: Path) -> ImageSource:
                 raise ValueError(f"it must hold arrays `x` and `y`, but holds {', '.join(content.files) or 'nothing'}")
             images, labels = content["x"], content["y"]
     except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"npz file {path} must be readable, but: {error}") from error
+        raise ValueError(f"npz file {path} cannot be used: {error}") from error
     return from_arrays(images, labels, str(path))
 
 

@@ -1,7 +1,7 @@
 """Fill the record of a run with what is known before and after its fine-tuning."""
 
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ def blank_record(
     heldout: SyntheticSet,
     eval_digest: str,
     accelerator: Accelerator,
+    started: datetime,
 ) -> RunRecord:
     """Return the record with everything that is known before the fine-tuning."""
     cam = teacher.cam
@@ -59,7 +60,7 @@ def blank_record(
         layers=[asdict(row) for row in student.rows],
         warnings=warnings,
         device=_device_name(accelerator),
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        started=started.isoformat(timespec="seconds"),
         **environment(),
     )
 

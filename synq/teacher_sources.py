@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -57,9 +58,12 @@ def build_source(config: TeacherConfig) -> SourceModel:
     if not rest:
         forms = "bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, FILE.py:FACTORY or MODULE:FACTORY"
         raise ValueError(f"`teacher.spec` must read {forms}, but got {config.spec!r}")
-    if kind in builders:
-        return builders[kind](rest, config)
-    return _factory(config, list(builders))
+    # A factory may draw random weights: every process, and every start of the same command, must get the same ones.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind in builders:
+            return builders[kind](rest, config)
+        return _factory(config, list(builders))
 
 
 def slug(*parts: str) -> str:

@@ -98,8 +98,10 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM, only_imag
         return USER_ERROR
     if wants_help:
         if rank == 0:
-            with contextlib.suppress(SystemExit):  # tyro leaves the process after its help
+            # tyro leaves the process after its help; a reader such as `head` may leave before
+            with contextlib.suppress(SystemExit, BrokenPipeError):
                 print_help(config, program)
+                sys.stdout.flush()
         return 0
     return _run(config, rank, only_images)
 
@@ -108,14 +110,20 @@ def _run(config: RunConfig, rank: int, only_images: bool) -> int:
     import torch
 
     from synq.finetune import NonFiniteLossError
-    from synq.pipeline import make_accelerator, prepare, run
+    from synq.pipeline import make_accelerator, prepare, run, run_folder
 
+    notes: list[str] = []
     try:
         accelerator = make_accelerator(config.runtime)
         if only_images:
             lines = [f"{part.path} | {len(part.labels)} images" for part in prepare(config, accelerator=accelerator)]
         else:
-            lines = [summary_line(run(config, accelerator=accelerator))]
+            file = run_folder(config) / "record.json"
+            before = file.stat().st_mtime_ns if file.exists() else None
+            record = run(config, accelerator=accelerator)
+            done = "finished before, nothing to do: " if before == file.stat().st_mtime_ns else ""
+            notes = [*(f"warning: {text}" for text in record.warnings), f"{done}{file.parent}"]
+            lines = [summary_line(record)]
         accelerator.end_training()
     except (ValueError, OSError, NonFiniteLossError, torch.OutOfMemoryError) as error:
         # The launcher ends the other processes soon after one has failed. One that waits thus leaves the message to the main
@@ -134,13 +142,18 @@ def _run(config: RunConfig, rank: int, only_images: bool) -> int:
             print("synq: interrupted; the same command resumes", file=sys.stderr, flush=True)
         return 130
     if rank == 0:
-        print(*lines, sep="\n", flush=True)
+        for note in notes:
+            print(f"synq: {note}", file=sys.stderr)
+        print(*lines, sep="\n", flush=True)  # standard output is the result alone
     return 0
 
 
 def leave(code: int) -> None:
     """End the process. With several processes the interpreter's own exit is skipped: gloo aborts in it now and then."""
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
     sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)

@@ -74,7 +74,9 @@ def test_a_run_ends_with_a_record_and_one_line_and_is_never_done_twice(
     assert not list(in_tmp.rglob("*.tmp"))
     before = {name: (in_tmp / name).stat().st_mtime_ns for name in _tree(in_tmp)}
     assert train.main(words) == 0
-    assert capsys.readouterr().out.splitlines() == [line]
+    again = capsys.readouterr()
+    assert again.out.splitlines() == [line]
+    assert f"synq: finished before, nothing to do: {path.parent}" in again.err.splitlines()
     assert {name: (in_tmp / name).stat().st_mtime_ns for name in _tree(in_tmp)} == before
 
 
@@ -243,3 +245,24 @@ def test_the_other_doors_open(capsys: pytest.CaptureFixture[str], name: str, wor
     except SystemExit as end:
         code = int(end.code or 0)
     assert code == 0 and word.lower() in capsys.readouterr().out.lower().replace("_", "-")
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback(
+    root: Path, run_process: Callable[..., tuple[int, str, str]]
+) -> None:
+    command = f"{sys.executable} {root / 'synq' / 'train.py'} --help | head -1"
+    code, out, err = run_process(["bash", "-c", command])
+    assert (code, err) == (0, "") and out.startswith("usage")
+
+
+def test_random_weights_are_the_same_in_every_process(words: list[str], in_tmp: Path) -> None:
+    (in_tmp / "model.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),"
+        " nn.Linear(4, 10))\n"
+    )
+    spec = ["--teacher.spec", "model.py:net", "--teacher.weights", "random", "--teacher.input_size", "1,16,16"]
+    facts = ["--teacher.mean", "0.5", "--teacher.std", "0.5", "--evaluation.dataset", "none"]
+    assert train.main([*words, *spec, *facts]) == 0
+    assert train.main([*words, *spec, *facts]) == 0, "other weights would be refused as another teacher's"

@@ -617,3 +617,14 @@ def _is_below(pid: int, ancestor: int) -> bool:
         except OSError:
             return False
     return pid == ancestor
+
+
+def test_a_wrong_word_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from launch.sweep import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["spec.toml", "--seeds", "3"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines() == [
+        "synq: error: unrecognized arguments: --seeds 3; everything else stands in the spec (--help, README)"
+    ]
