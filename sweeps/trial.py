@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from ray import tune
 
 from sweeps.ledger import unfinished_record
 from synq import pipeline
 from synq.configs import RunConfig, config_from_dict
-from synq.evaluation import Measure
 from synq.results import RunRecord, environment, read_record, write_record
 
 
@@ -54,14 +52,11 @@ def check_run(config: dict[str, Any]) -> dict[str, Any]:
     """
     _fresh_process()
     try:
-        run = config_from_dict(RunConfig, config)
-        accelerator = pipeline.make_accelerator(run.runtime)
-        teacher = pipeline.check(run, accelerator=accelerator)
-        eval_digest = Measure.prepare(run.evaluation, teacher, accelerator).labels_digest
+        teacher, measure = pipeline.check(config_from_dict(RunConfig, config))
     except (ValueError, OSError, ImportError) as error:
         return _refusal(error)
     facts = {"name": teacher.name, "digest": teacher.digest, "input_size": list(teacher.input_size)}
-    return {"teacher": facts, "eval_digest": eval_digest}
+    return {"teacher": facts, "eval_digest": measure.labels_digest}
 
 
 def make_sets(config: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +81,7 @@ def _run(config: RunConfig, name: str, teacher: dict[str, Any]) -> RunRecord:
     _fresh_process()
     started, clock = datetime.now(UTC), time.perf_counter()
     try:
-        record = pipeline.run(config, accelerator=pipeline.make_accelerator(config.runtime), on_epoch=_report)
+        record = pipeline.run(config, on_epoch=_report)
     except (
         Exception
     ) as error:  # whatever it was stands in the record; a stop by the scheduler is a SystemExit and passes
@@ -107,11 +102,10 @@ def _report(epoch: dict[str, float]) -> None:
 
 
 def _fresh_process() -> None:
-    """Forget what an earlier trial left in this worker."""
+    """Forget what an earlier trial left in this worker; `pipeline.make_accelerator` renews Accelerate's own state."""
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = (
         "60"  # a stopped trial may finish what it writes before the next one starts
     )
-    AcceleratorState._reset_state(True)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

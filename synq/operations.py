@@ -39,7 +39,7 @@ _NONLINEAR_NAMES = frozenset(
 # Linear or value-preserving operations: what they put out is a sum or a selection of what was quantized before.
 _STRUCTURAL_MODULES = (
     *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ReflectionPad2d),
-    *(nn.AdaptiveAvgPool1d,),
+    nn.AdaptiveAvgPool1d,
     *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Upsample, nn.Sequential),
 )
 _STRUCTURAL_NAMES = frozenset(

@@ -125,17 +125,18 @@ def run(
     return record
 
 
-def check(config: RunConfig, *, accelerator: Accelerator | None = None) -> Teacher:
+def check(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple[Teacher, Measure]:
     """Open everything a run needs besides its images, so that what cannot work is said before hours of synthesis.
 
     Returns:
-        The teacher.
+        The teacher, and what it is measured on.
 
     Raises:
         ValueError, OSError: As `run`.
     """
     config = make_absolute(config)
-    return _open(config, accelerator or make_accelerator(config.runtime))[0]
+    teacher, measure, _ = _open(config, accelerator or make_accelerator(config.runtime))
+    return teacher, measure
 
 
 def prepare(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple[SyntheticSet, SyntheticSet]:
