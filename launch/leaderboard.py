@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Rebuild trials.csv and leaderboard.csv from records: `launch/leaderboard.py PATH...`."""
+"""Tables of sweeps from their records, merged, filtered or compared: `launch/leaderboard.py PATH... [--where weight_bits=4] [--compare]`."""
 
 import sys
 from pathlib import Path

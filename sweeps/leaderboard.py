@@ -1,55 +1,84 @@
-"""Records in, tables out: `trials.csv` (every run) and `leaderboard.csv` (settings, ranked). Pure functions; no Ray, no torch.
+"""Records in, tables out: `trials.csv` (every run) and `leaderboard.csv` (settings, ranked). Knows neither Ray nor torch.
 
-Ranks start again for everything that must not be compared: model and its weights (`teacher_digest`, first 16 digits), bit-widths (those
-of the first and last layer too; empty: as the rest), protocol, act_points, objective, the images the objective was measured on and the
-labelled images. Within such a group a row is one setting; its runs differ in their seeds only. Settings measured on more seeds come
-first, because one lucky seed is no evidence; then the better mean objective. `num_data_seeds` counts the synthetic sets' seeds behind a
-row: 1 with num_seeds > 1 says that data_seed was fixed, so that top1_std leaves out what the set contributes.
+What a row says and what may be ranked against what: ranking.py. One record at a time: tables.py. Rows chosen, paths compared:
+views.py. Rows as text: table_text.py. Here: the files, and the command.
 """
 
 import argparse
-import csv
-import io
-import math
-import statistics
+import os
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-from synq.configs import RunConfig, config_digest, config_from_dict
+from sweeps.ranking import LEADERBOARD_COLUMNS, TRIAL_COLUMNS, read_setting
+from sweeps.table_text import Row, cell, to_csv, to_markdown, to_text
+from sweeps.tables import Tables
+from sweeps.views import (
+    COMPARE_COLUMNS,
+    SHOWN_COLUMNS,
+    check_chosen,
+    check_column,
+    choose,
+    compare,
+    differences,
+    parse_condition,
+    shown,
+    single_ranking,
+)
 from synq.results import RunRecord, read_record, write_text_atomic
 
-LEADERBOARD_COLUMNS = (
+__all__ = [
+    "LEADERBOARD_COLUMNS",
+    "TRIAL_COLUMNS",
+    "Row",
+    "Tables",
+    "cell",
+    "leaderboard_rows",
+    "load_record",
+    "load_records",
+    "main",
+    "read_tables",
+    "record_files",
+    "to_csv",
+    "trial_rows",
+    "write_tables",
+]
+USER_ERROR = 2
+PRINTED_COLUMNS = (
     "rank", "model", "weight_bits", "act_bits", "protocol", "act_points", "objective", "objective_value", "top1_mean", "top1_std",
-    "num_seeds", "num_failed", "teacher_top1", "rtn_top1", "drop", "num_eval", "size_bytes", "bitops", "lowpass_cutoff", "cam_weight",
-    "ce_weight", "difficulty_threshold", "lr", "set_digest", "config_digest", "commit", "versions", "device", "seconds",
-    "num_data_seeds", "first_bits", "last_bits", "teacher_digest",
+    "num_seeds", "num_failed", "drop", "lowpass_cutoff", "cam_weight", "ce_weight", "difficulty_threshold", "lr", "pareto_size",
 )  # fmt: skip
-"""Columns of leaderboard.csv. New ones are appended; none is ever renamed."""
-TRIAL_COLUMNS = (
-    "trial", "status", "reason", "model", "weight_bits", "act_bits", "protocol", "act_points", "objective", "objective_value", "top1",
-    "top5", "teacher_top1", "rtn_top1", "drop", "num_eval", "seed", "data_seed", "size_bytes", "bitops", "lowpass_cutoff", "cam_weight",
-    "ce_weight", "difficulty_threshold", "lr", "kept_share", "set_digest", "heldout_digest", "config_digest", "commit", "versions",
-    "device", "host", "started", "seconds",
-)  # fmt: skip
-"""Columns of trials.csv. New ones are appended; none is ever renamed."""
-SETTINGS = ("lowpass_cutoff", "cam_weight", "ce_weight", "difficulty_threshold", "lr")
-Row = dict[str, Any]
+HEADINGS = {
+    "weight_bits": "W", "act_bits": "A", "act_points": "points", "objective_value": "value", "top1_mean": "top1", "top1_std": "std",
+    "num_seeds": "n", "num_failed": "failed", "lowpass_cutoff": "cutoff", "cam_weight": "cam", "ce_weight": "ce",
+    "difficulty_threshold": "tau", "pareto_size": "pareto",
+}  # fmt: skip
+EXAMPLES = """\
+examples:
+  %(prog)s runs/demo                                     make the tables of a sweep again
+  %(prog)s runs/monday runs/tuesday --output-dir both    one pair of tables from two sweeps; the same run counts once
+  %(prog)s runs/demo --where weight_bits=4 --where "top1_mean>=90"
+  %(prog)s runs/demo --where model=cifar10_resnet20 --where weight_bits=4 --where act_bits=4 --single-ranking
+  %(prog)s runs/demo --print --format markdown --columns rank,model,weight_bits,act_bits,top1_mean,top1_std
+  %(prog)s runs/before runs/after --compare --output-dir comparison
+
+The ranks start again for each model, bit-widths, protocol, act_points, objective and what it was measured with. A chosen row
+keeps the rank that it has among all rows.
+"""
 
 
-def load_records(paths: Iterable[str | Path]) -> list[RunRecord]:
-    """Read the records of sweeps and runs.
+def record_files(paths: Iterable[str | Path]) -> list[Path]:
+    """Find the record files of sweeps and runs.
 
     Args:
         paths: Record files, or folders: a sweep's (records/*.json), a run's (record.json), or one that holds such folders.
 
     Raises:
         FileNotFoundError: A path is absent or holds no record.
-        ValueError: A record is damaged.
     """
-    records = []
+    found: list[Path] = []
     for path in map(Path, paths):
         if path.is_file():
             files = [path]
@@ -61,8 +90,21 @@ def load_records(paths: Iterable[str | Path]) -> list[RunRecord]:
             files = sorted({*path.glob("*/records/*.json"), *path.glob("*/record.json")})
         if not files:
             raise FileNotFoundError(f"`path` must hold run records, but got {str(path)!r}")
-        records += [load_record(file) for file in files]
-    return records
+        found += files
+    return found
+
+
+def load_records(paths: Iterable[str | Path]) -> list[RunRecord]:
+    """Read the records of sweeps and runs.
+
+    Args:
+        paths: As for `record_files`.
+
+    Raises:
+        FileNotFoundError: A path is absent or holds no record.
+        ValueError: A record is damaged.
+    """
+    return [load_record(file) for file in record_files(paths)]
 
 
 def load_record(path: Path) -> RunRecord:
@@ -73,198 +115,182 @@ def load_record(path: Path) -> RunRecord:
         ValueError: The file is damaged.
     """
     record = read_record(path)
-    config_from_dict(RunConfig, record.config, source=str(path))
+    read_setting(record.config, source=str(path))
     return record
+
+
+def read_tables(paths: Iterable[str | Path]) -> Tables:
+    """Read the records of sweeps and runs into tables; as `Tables(load_records(paths))`, but each record is checked once.
+
+    Raises:
+        FileNotFoundError: A path is absent or holds no record.
+        ValueError: A record is damaged.
+    """
+    tables = Tables()
+    for file in record_files(paths):
+        tables.add(read_record(file), source=str(file))
+    return tables
 
 
 def trial_rows(records: Iterable[RunRecord]) -> list[Row]:
     """Return one row per record, sorted by group and name."""
-    rows = []
-    for record in sorted(
-        records, key=lambda record: (_place(record), record.name, record.config_digest, record.started)
-    ):
-        row = {column: getattr(record, column, None) for column in TRIAL_COLUMNS}
-        row |= _settings(record)
-        row |= {"trial": record.name, "seconds": record.total_seconds, "versions": _versions(record.versions)}
-        rows.append(row)
-    return rows
+    return Tables(records).trial_rows()
 
 
 def leaderboard_rows(records: Iterable[RunRecord]) -> list[Row]:
-    """Return one row per setting with at least one completed run, ranked within its group.
+    """Return one row per setting with at least one completed run, ranked within its ranking.
 
-    objective_value, top1_mean, teacher_top1, rtn_top1 and drop are means over the setting's completed seeds (`num_seeds`), top1_std is
-    the sample standard deviation (denominator num_seeds - 1; empty for one seed), seconds is the mean of one run. set_digest and
-    config_digest are those of the completed run with the lowest seeds. num_failed counts failed runs of the setting. A pruned run is
-    no result: it neither ranks nor counts.
+    What the columns mean is said at `standings` of ranking.py.
     """
-    groups: dict[tuple[Any, ...], dict[str, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        if record.status != "pruned":
-            config = config_from_dict(RunConfig, record.config, source=f"record {record.name}")
-            groups[_place(record)][config_digest(config, with_seeds=False)].append(record)
-    rows = []
-    for place in sorted(groups):
-        for ranking in _rankings(groups[place]).values():
-            for rank, row in enumerate(sorted(ranking, key=_merit), start=1):
-                rows.append({**row, "rank": rank})
-    return rows
+    return Tables(records).leaderboard_rows()
 
 
-def _rankings(settings: dict[str, list[RunRecord]]) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows of one place by what they were measured with: rows of different keys are never ranked against each other."""
-    rankings: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for digest in sorted(settings):
-        parts: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
-        failed: set[tuple[int, int]] = set()
-        for record in settings[digest]:
-            if record.status == "completed" and _finite(record.objective_value):
-                parts[_measure(record)].append(record)
-            else:
-                failed.add((record.seed, record.data_seed))
-        for measure in sorted(parts):
-            rankings[measure].append(_row(parts[measure], failed))
-    return {measure: rankings[measure] for measure in sorted(rankings)}
-
-
-def _row(runs: Sequence[RunRecord], failed: set[tuple[int, int]]) -> Row:
-    by_seed: dict[tuple[int, int], RunRecord] = {}
-    for record in sorted(
-        runs, key=lambda record: (record.seed, record.data_seed, record.started, record.host, record.name)
-    ):
-        by_seed.setdefault((record.seed, record.data_seed), record)  # the same run twice (merged sweeps) counts once
-    kept = list(by_seed.values())
-    first = kept[0]
-    top1 = [record.top1 for record in kept if record.top1 is not None]
-    row: Row = {column: getattr(first, column, None) for column in LEADERBOARD_COLUMNS}
-    row |= _settings(first)
-    row |= _edge_bits(first)
-    row |= {
-        "objective_value": _mean(record.objective_value for record in kept),
-        "top1_mean": _mean(top1),
-        "top1_std": statistics.stdev(top1) if len(top1) > 1 else None,
-        "num_seeds": len(kept),
-        "num_failed": len(failed - set(by_seed)),
-        "teacher_top1": _mean(record.teacher_top1 for record in kept),
-        "rtn_top1": _mean(record.rtn_top1 for record in kept),
-        "drop": _mean(record.drop for record in kept),
-        "commit": _joined(record.commit for record in kept),
-        "versions": _joined(_versions(record.versions) for record in kept),
-        "device": _joined(record.device for record in kept),
-        "seconds": _mean(record.total_seconds for record in kept),
-        "num_data_seeds": len({record.data_seed for record in kept}),
-        "teacher_digest": str(first.teacher.get("digest", ""))[:16],
-    }
-    return row
-
-
-def _place(record: RunRecord) -> tuple[Any, ...]:
-    """Sort key of a record's group; wide widths first."""
-    edges = (-(bits or 0) for bits in _edge_bits(record).values())
-    widths = (-record.weight_bits, -record.act_bits)
-    return (record.model, *widths, record.protocol, *edges, record.act_points, record.objective)
-
-
-def _edge_bits(record: RunRecord) -> dict[str, int | None]:
-    """Widths of the first and last layer; None: as the rest."""
-    quant = record.config.get("quant", {})
-    return {key: quant.get(key) for key in ("first_bits", "last_bits")}
-
-
-def _measure(record: RunRecord) -> tuple[str, ...]:
-    """What the figures were measured with: the teacher's weights, and the very images, labelled ones included."""
-    evaluation = record.config.get("evaluation", {})
-    labelled = [str(evaluation.get(key)) for key in ("dataset", "num_images", "selection_fraction")]
-    labelled[0] = Path(labelled[0]).name
-    images = [record.heldout_digest] if record.objective == "synthetic" else labelled
-    return (str(record.teacher.get("digest", "")), record.eval_digest, *images)
-
-
-def _merit(row: Row) -> tuple[Any, ...]:
-    sign = -1 if row["objective"] == "selection" else 1
-    return (-row["num_seeds"], sign * row["objective_value"], row["config_digest"])
-
-
-def _settings(record: RunRecord) -> Row:
-    """The searched settings; the cutoff always in DFT bins, None (no filter) as a word, because an empty cell reads as unknown."""
-    finetune = record.config.get("finetune", {})
-    values = {name: finetune.get(name) for name in SETTINGS}
-    if finetune and values["lowpass_cutoff"] is None:
-        values["lowpass_cutoff"] = "None"
-    elif finetune.get("lowpass_unit") == "nyquist":
-        size = record.teacher.get("input_size")  # unknown where a run failed before its teacher was loaded
-        values["lowpass_cutoff"] = values["lowpass_cutoff"] * min(size[-2:]) / 2 if size else None
-    return values
-
-
-def _versions(versions: dict[str, str]) -> str:
-    return " ".join(f"{name}={version}" for name, version in sorted(versions.items()))
-
-
-def _joined(values: Iterable[str]) -> str:
-    return "; ".join(sorted(set(values)))
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    numbers = [value for value in values if value is not None]
-    return statistics.fmean(numbers) if numbers else None
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def cell(value: Any) -> str:
-    """Return a CSV cell: numbers with up to 8 significant digits, None and NaN empty, texts safe to open in a spreadsheet.
-
-    A text that starts with = + - @ (or a tab or a line end before it) would be run as a formula there; it gets a leading apostrophe.
-    """
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        text = " ".join(str(value).split())
-        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
-    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:.8g}"
-
-
-def to_csv(rows: Iterable[Row], columns: Sequence[str]) -> str:
-    """Return rows as CSV text with a header; the same rows give the same bytes."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([cell(row.get(column)) for column in columns] for row in rows)
-    return buffer.getvalue()
-
-
-def write_tables(records: Sequence[RunRecord], folder: str | Path) -> None:
+def write_tables(records: Iterable[RunRecord], folder: str | Path) -> None:
     """Write trials.csv and leaderboard.csv into `folder`, each by rename.
 
     Raises:
         OSError: The folder or the disk refuses.
     """
-    write_text_atomic(Path(folder) / "trials.csv", to_csv(trial_rows(records), TRIAL_COLUMNS))
-    write_text_atomic(Path(folder) / "leaderboard.csv", to_csv(leaderboard_rows(records), LEADERBOARD_COLUMNS))
+    Tables(records).write(folder)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers a wrong word with one line, as every other door does."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"synq: error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(USER_ERROR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuild the tables of sweeps from their records; several sweeps become one pair of tables."""
-    parser = argparse.ArgumentParser(prog="leaderboard", description=main.__doc__)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="folder of a sweep or a run, or a record file")
-    parser.add_argument("--output-dir", help="folder for the tables; needed for more than one PATH (default: PATH)")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     try:
-        missing = [path for path in arguments.paths if not Path(path).exists()]
-        if missing:
-            raise FileNotFoundError(f"`PATH` must exist, but got {missing[0]}")
-        if arguments.output_dir is None and (len(arguments.paths) > 1 or not Path(arguments.paths[0]).is_dir()):
-            raise ValueError(
-                f"`output_dir` must be given unless PATH is one folder, but got {' '.join(arguments.paths)}"
-            )
-        records = load_records(arguments.paths)
-        folder = Path(arguments.output_dir or arguments.paths[0])
-        write_tables(records, folder)
+        for path in arguments.paths:
+            if not Path(path).exists():
+                raise FileNotFoundError(f"`PATH` must exist, but got {path}")
+        _compare(arguments) if arguments.compare else _rebuild(arguments)
     except (ValueError, OSError) as error:
-        print(f"synq: error: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(records)} records -> {folder / 'trials.csv'}, {folder / 'leaderboard.csv'}")
+        print(f"synq: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="leaderboard",
+        description=main.__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="folder of a sweep or a run, or a record file")
+    parser.add_argument(
+        "--output-dir", metavar="DIR", help="folder for the tables; needed for more than one PATH (default: PATH)"
+    )
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="only rows with COLUMN=VALUE (also != < <= > >=); all of several must hold; printed unless --output-dir is given",
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--single-ranking",
+        action="store_true",
+        help="rank all chosen rows together; refused where they must not be compared",
+    )
+    kind.add_argument(
+        "--compare", action="store_true", help="the best row of each PATH side by side, with differences to the first"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("csv", "markdown"),
+        help="what is printed (default: aligned columns); markdown also writes leaderboard.md beside the CSV",
+    )
+    parser.add_argument("--markdown", action="store_const", const="markdown", dest="format", help="--format markdown")
+    parser.add_argument("--columns", metavar="A,B,...", help="columns that are printed and that leaderboard.md has")
+    parser.add_argument(
+        "--print", action="store_true", help="print the rows; files are then only written to --output-dir"
+    )
+    return parser
+
+
+def _rebuild(arguments: argparse.Namespace) -> None:
+    """One leaderboard of all paths: written as a whole, or chosen rows of it."""
+    paths, conditions = arguments.paths, [parse_condition(text) for text in arguments.where]
+    columns = _columns(arguments.columns)
+    chosen = bool(conditions or arguments.single_ranking)
+    writes = arguments.output_dir is not None or not (chosen or arguments.print)
+    if writes and arguments.output_dir is None and (len(paths) > 1 or not Path(paths[0]).is_dir()):
+        raise ValueError(f"`output_dir` must be given unless PATH is one folder, but got {' '.join(paths)}")
+    folder = Path(arguments.output_dir or paths[0])
+    if writes and chosen and any((folder / name).exists() for name in ("records", "record.json")):
+        raise ValueError(f"`output_dir` must be another folder than a sweep's where rows are chosen, but got {folder}")
+    tables = read_tables(paths)
+    known = tables.standings()
+    standings = choose(known, conditions)
+    check_chosen(standings, known, conditions)
+    rows = single_ranking(standings) if arguments.single_ranking else [standing.row for standing in standings]
+    names = ["leaderboard.csv"] if chosen else ["trials.csv", "leaderboard.csv"]
+    if writes and chosen:
+        write_text_atomic(folder / "leaderboard.csv", to_csv(rows, LEADERBOARD_COLUMNS))
+    elif writes:
+        tables.write(folder)
+    if writes and arguments.format == "markdown":
+        names.append("leaderboard.md")
+        write_text_atomic(folder / "leaderboard.md", to_markdown(rows, columns or LEADERBOARD_COLUMNS))
+    printed = arguments.print or not writes
+    if writes:
+        count = f"{len(rows)} rows of {len(tables)} records" if chosen else f"{len(tables)} records"
+        note = f"{count} -> {', '.join(str(folder / name) for name in names)}"
+        print(note, file=sys.stderr if printed else sys.stdout)  # standard output is the table's
+    if printed and arguments.format is None:
+        _show(to_text(rows, columns or PRINTED_COLUMNS, HEADINGS))
+    elif printed:
+        as_text = to_csv if arguments.format == "csv" else to_markdown
+        _show(as_text(rows, columns or LEADERBOARD_COLUMNS))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    """The best rows of each path, printed; also written where a folder is named."""
+    paths, conditions = arguments.paths, [parse_condition(text) for text in arguments.where]
+    if len({os.path.realpath(path) for path in paths}) < max(2, len(paths)):
+        raise ValueError(f"`compare` must be given two or more different PATHs, but got {' '.join(paths)}")
+    if arguments.columns:
+        raise ValueError(f"`columns` must be left out beside `compare`, but got {arguments.columns}")
+    labels = [os.path.basename(os.path.normpath(path)) for path in paths]
+    if len(set(labels)) < len(labels):
+        labels = paths
+    known = {label: read_tables([path]).standings() for label, path in zip(labels, paths, strict=True)}
+    chosen = {label: choose(rows, conditions) for label, rows in known.items()}
+    check_chosen([*chain(*chosen.values())], [*chain(*known.values())], conditions)
+    lines = compare(chosen)
+    readable = shown(lines)
+    if arguments.output_dir is not None:
+        folder = Path(arguments.output_dir)
+        write_text_atomic(folder / "compare.csv", to_csv(lines, COMPARE_COLUMNS))
+        write_text_atomic(folder / "compare.md", to_markdown(readable, SHOWN_COLUMNS))
+        print(f"{len(lines)} rows -> {folder / 'compare.csv'}, {folder / 'compare.md'}", file=sys.stderr)
+    rankings = {standing.ranking for rows in chosen.values() for standing in rows}
+    if len(rankings) == len(lines) > 1:
+        print(f"synq: no two PATHs have rows that may be compared: {differences(rankings)}", file=sys.stderr)
+    if arguments.format == "csv":
+        _show(to_csv(lines, COMPARE_COLUMNS))
+    else:
+        _show(to_text(readable, SHOWN_COLUMNS) if arguments.format is None else to_markdown(readable, SHOWN_COLUMNS))
+
+
+def _columns(text: str | None) -> list[str]:
+    """The columns that are asked for; none: the usual ones."""
+    return [check_column("columns", name.strip().replace("-", "_")) for name in (text or "").split(",") if name.strip()]
+
+
+def _show(text: str) -> None:
+    """Print a table, also where the terminal lacks a letter of it or a reader such as `head` leaves early."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
