@@ -25,25 +25,48 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(USER_ERROR)
 
 
+def _num_trials(word: str) -> dict[str, int]:
+    """Read N, or +N for N more."""
+    if not word.removeprefix("+").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number N or +N, but got {word!r}")
+    return {"more_trials" if word.startswith("+") else "num_trials": int(word)}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sweep over models, bit-widths and settings and rank the results. The same command resumes a sweep that was stopped."""
     parser = _Parser(prog="sweep", description=main.__doc__)
     parser.add_argument(
         "spec", nargs="?", default=DEMO_SPEC, metavar="SPEC", help="a .toml or .json file (default: a small demo)"
     )
-    parser.add_argument("--output-dir", help="folder of the sweep (default: runs/NAME)")
-    parser.add_argument("--num-trials", type=int, help="trials of each (model, bits) group")
-    parser.add_argument("--max-concurrent", type=int, help="most trials at one time")
-    parser.add_argument("--cpus-per-trial", type=float, help="CPU cores and threads of a trial")
+    parser.add_argument("--output-dir", help="folder of the sweep, or an address (s3://...) (default: runs/NAME)")
     parser.add_argument(
-        "--gpus-per-trial", type=float, help="GPUs of a trial; parts such as 0.25 share one, 0 is the CPU"
+        "--num-trials",
+        metavar="N",
+        type=_num_trials,
+        help="trials of each (model, bits) group; +N: that many more than it has",
+    )
+    parser.add_argument("--max-concurrent", metavar="N", type=int, help="most trials at one time")
+    parser.add_argument("--workers-per-trial", metavar="N", type=int, help="processes that train one student together")
+    parser.add_argument("--cpus-per-worker", metavar="X", type=float, help="CPU cores and threads of each of them")
+    parser.add_argument(
+        "--gpus-per-worker", metavar="X", type=float, help="GPUs of each; parts such as 0.25 share one, 0 is the CPU"
+    )
+    parser.add_argument("--retry-failed", action="store_const", const=True, help="run trials again that failed before")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be run, on what and for how long, and stop"
     )
     arguments = vars(parser.parse_args(argv))
-    path = arguments.pop("spec")
+    path, dry_run = arguments.pop("spec"), arguments.pop("dry_run")
+    arguments |= arguments.pop("num_trials") or {}
     try:
         given = {key: value for key, value in arguments.items() if value is not None}
         spec = load_spec(path, given, root=output_root())
         prepare_environment()
+        if dry_run:
+            from sweeps.preview import print_preview
+
+            print_preview(spec)
+            return 0
         from sweeps.tuner import run_sweep
 
         status = run_sweep(spec)

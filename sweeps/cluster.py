@@ -2,12 +2,13 @@
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sweeps.spec import SearchConfig
+from sweeps.search_config import SearchConfig
 from synq.results import environment, write_text_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,20 +52,32 @@ def output_root() -> Path:
     return Path.home() / "synq" if "working_dir_files" in here.parts else here
 
 
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What a cluster holds."""
+
+    trials: int
+    """Trials that it holds at one time."""
+    words: str
+    """Its machines, CPUs and GPUs, for the user."""
+    remark: str = ""
+    """What the user may have overlooked."""
+
+
 @contextmanager
-def cluster(search: SearchConfig) -> Iterator[str]:
+def cluster(search: SearchConfig) -> Iterator[Capacity]:
     """Join the cluster that RAY_ADDRESS names (a job of Ray is told so), or start Ray on this machine alone.
 
     Yields:
-        A remark for the user, or "".
+        How many trials it holds.
 
     Raises:
-        ValueError: There is no such cluster, or no machine of it can hold a trial.
+        ValueError: There is no such cluster, or it cannot hold a trial.
     """
     import ray
 
     if ray.is_initialized():  # the caller's own Ray, which stays his
-        yield _check_resources(search)
+        yield capacity(search)
         return
     address = os.environ.get("RAY_ADDRESS")
     if address and address.startswith("ray://"):
@@ -79,9 +92,12 @@ def cluster(search: SearchConfig) -> Iterator[str]:
         except (ConnectionError, ValueError) as error:
             raise ValueError(f"`RAY_ADDRESS` must name a running Ray cluster, but got {address!r}: {error}") from None
     else:
-        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        try:
+            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        except Exception as error:  # Ray raises a bare one where its processes do not come up
+            raise OSError(f"Ray must start on this machine, but it did not: {error}") from error
     try:
-        yield _check_resources(search)
+        yield capacity(search)
     finally:
         ray.shutdown()
 
@@ -133,21 +149,50 @@ def check_shared(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def _check_resources(search: SearchConfig) -> str:
-    """Refuse a trial that no machine of the cluster can hold, which would wait for ever; remark on GPUs left unused."""
-    import ray
+def capacity(search: SearchConfig, nodes: Sequence[Mapping[str, float]] | None = None) -> Capacity:
+    """Return how many trials the cluster holds, each of its workers whole on one machine.
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for name, need in (("CPU", search.cpus_per_trial), ("GPU", search.gpus_per_trial)):
-        most = max((node.get(name, 0.0) for node in nodes), default=0.0)
-        if need > most:
+    Args:
+        search: What a trial needs.
+        nodes: CPU and GPU of each machine; None asks Ray.
+
+    Raises:
+        ValueError: It cannot hold one, which would wait for ever.
+    """
+    if nodes is None:
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus, workers = search.cpus_per_worker, search.gpus_per_worker, search.workers_per_trial
+    most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in ("CPU", "GPU")}
+    for name, need in (("CPU", cpus), ("GPU", gpus)):
+        if need > most[name]:
             raise ValueError(
-                f"`{name.lower()}s_per_trial` must be at most {most:g} (the largest machine of the cluster), but got {need:g}"
+                f"`{name.lower()}s_per_worker` must be at most {most[name]:g} (the largest machine of the cluster), but got {need:g}"
             )
-    cpus, gpus = search.cpus_per_trial, search.gpus_per_trial
-    if not any(node.get("CPU", 0.0) >= cpus and node.get("GPU", 0.0) >= gpus for node in nodes):
+    places = sum(_places(node, cpus, gpus) for node in nodes)
+    if places == 0:
         raise ValueError(
-            f"`cpus_per_trial` and `gpus_per_trial` must fit one machine together, but got {cpus:g} and {gpus:g}"
+            f"`cpus_per_worker` and `gpus_per_worker` must fit one machine together, but got {cpus:g} and {gpus:g}"
         )
-    unused = gpus == 0 and any(node.get("GPU", 0.0) > 0 for node in nodes)
-    return "GPUs are present but unused: --gpus-per-trial 1 gives each trial one" if unused else ""
+    if workers > places:
+        raise ValueError(
+            f"`workers_per_trial` must be at most {places} (as many workers of {cpus:g} CPUs and {gpus:g} GPUs does the cluster hold), "
+            f"but got {workers}"
+        )
+    total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+    machines = f"{len(nodes)} machine{'s' if len(nodes) > 1 else ''}"
+    unused = gpus == 0 and total["GPU"] > 0
+    return Capacity(
+        trials=places // workers,
+        words=f"{machines}, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs",
+        remark="GPUs are present but unused: --gpus-per-worker 1 gives each worker one" if unused else "",
+    )
+
+
+def _places(node: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """Workers that one machine holds. A device is shared by whole parts: two halves, but not 0.6 and 0.4 of two devices."""
+    counts = [node.get("CPU", 0.0) / cpus]
+    if gpus:
+        counts.append(node.get("GPU", 0.0) * int(1 / gpus + 1e-9))
+    return int(min(counts) + 1e-9)

@@ -31,6 +31,7 @@ class GroupSearch(OptunaSearch):
         dimensions: tuple[Dimension, ...],
         *,
         minimise: bool,
+        second_objective: str = "none",
         sampler: str,
         seed: str,
         num_startup: int,
@@ -42,19 +43,26 @@ class GroupSearch(OptunaSearch):
         Args:
             dimensions: The search space.
             minimise: Whether a lower objective is better.
-            sampler: tpe or random.
+            second_objective: Field of a trial's result that is minimised at the same time; none for one objective.
+            sampler: tpe, gp, nsga2, or anything else for random ones.
             seed: Text from which every proposal's random numbers follow.
-            num_startup: Trials before tpe begins to learn.
+            num_startup: Trials before tpe and gp begin to learn; also the population of nsga2.
             study_name: Name of the Optuna study.
             storage: Where the study is kept besides; None keeps it in memory.
         """
         self.dimensions = dimensions
         self.sampler_name, self.seed_text, self.num_startup = sampler, seed, num_startup
         self.reported: dict[str, set[int]] = {}
-        mode = "min" if minimise else "max"
-        space = partial(sample, dimensions)
+        self.metrics = [OBJECTIVE, *([second_objective] if second_objective != "none" else [])]
+        modes = ["min" if minimise else "max", "min"][: len(self.metrics)]
+        one = len(self.metrics) == 1
         super().__init__(
-            space, metric=OBJECTIVE, mode=mode, sampler=self._sampler_of(0), study_name=study_name, storage=storage
+            partial(sample, dimensions),
+            metric=self.metrics[0] if one else self.metrics,
+            mode=modes[0] if one else modes,
+            sampler=self._sampler_of(0),
+            study_name=study_name,
+            storage=storage,
         )
 
     @property
@@ -82,6 +90,10 @@ class GroupSearch(OptunaSearch):
 
     def attach(self, trial_id: str, params: dict[str, Any], trial: str) -> None:
         """Put a trial with known parameters into the study, as if it had just been proposed."""
+        if (
+            self.sampler_name != "nsga2"
+        ):  # which notes the generation of each trial as it draws; others would draw for nothing
+            self.study.sampler = optuna.samplers.RandomSampler(seed=0)
         self.study.enqueue_trial(params)
         self.suggest(trial_id)
         self._ot_trials[trial_id].set_user_attr("trial", trial)
@@ -97,6 +109,7 @@ class GroupSearch(OptunaSearch):
             or not is_finite(value)
             or int(epoch) in seen
             or trial_id in self._completed_trials
+            or len(self.metrics) > 1  # Optuna takes no early values of two objectives
         ):
             return
         seen.add(int(epoch))
@@ -107,10 +120,10 @@ class GroupSearch(OptunaSearch):
         if trial_id in self._completed_trials or trial_id not in self._ot_trials:
             return
         result = result or {}
-        value: Any = result.get(OBJECTIVE)
+        values = [result.get(metric) for metric in self.metrics]
         status = "failed" if error or not result else result.get(STATUS, "pruned")
-        if status == "completed" and is_finite(value):
-            self.study.tell(self._ot_trials[trial_id], float(value))
+        if status == "completed" and all(map(is_finite, values)):
+            self.study.tell(self._ot_trials[trial_id], [float(value) for value in values if value is not None])
         elif status == "pruned":
             self.on_trial_result(trial_id, result)
             self.study.tell(self._ot_trials[trial_id], state=TrialState.PRUNED)
@@ -120,10 +133,14 @@ class GroupSearch(OptunaSearch):
 
     def _sampler_of(self, number: int, *, blind: bool = False) -> optuna.samplers.BaseSampler:
         seed = random.Random(f"{self.seed_text}/{number}").getrandbits(31)
-        if blind or self.sampler_name == "random":
+        if blind or self.sampler_name not in ("tpe", "gp", "nsga2"):
             return optuna.samplers.RandomSampler(seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            if self.sampler_name == "gp":
+                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.num_startup)
+            if self.sampler_name == "nsga2":
+                return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, self.num_startup))
             # group: settings that exist only together with another one are learned apart; constant_liar: running trials count as weak
             return optuna.samplers.TPESampler(
                 seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=self.num_startup

@@ -4,50 +4,35 @@ Layout::
 
     sweep.json            what the sweep is; a changed one is refused
     plans/TRIAL.json      written when a trial is proposed: its settings, its run, later its objective per epoch
+    plans/TRIAL.stop      asks a trial of several workers to stop
     records/TRIAL.json    written when a trial has ended: completed, pruned or failed
     runs/, store/         the runs' own folders and the synthetic sets
     trials.csv, leaderboard.csv
 
 Plans and records are the whole state of a sweep: the search is rebuilt from them, so a killed driver loses nothing that counts.
+Where the sweep lies at an address (an object store), the folder is this machine's copy of it: read from there when it is opened, and
+every file that is written goes there as well.
 """
 
 import json
 import math
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from sweeps.leaderboard import load_record, write_tables
+from sweeps.leaderboard import Tables
+from sweeps.plans import FORMAT, Plan, plan_values, read_plan, set_recipe, unfinished_record
+from sweeps.space import BITS, value_at
 from sweeps.spec import SweepSpec
+from sweeps.sweep_folder import SweepFolder
 from synq.configs import RunConfig, config_digest, config_from_dict, config_to_dict
 from synq.results import RunRecord, environment, read_json, read_record, write_json_atomic, write_record
 
-FORMAT = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """One proposed trial."""
-
-    trial: str
-    """Name of the trial; the stem of its files."""
-    group: str
-    """Key of its group."""
-    stage: str
-    """search, or final for a re-run on a further seed."""
-    index: int
-    """Number within the group's search; for a re-run, that of the trial it repeats."""
-    params: dict[str, Any]
-    """The search's own parameters, from which the proposal can be replayed."""
-    config: dict[str, Any]
-    """The run, resolved."""
-    config_digest: str
-    """Digest of the run."""
-    history: list[tuple[int, float]] = field(default_factory=list)
-    """(epoch, objective) as reported while it ran."""
+TABLES = ("trials.csv", "leaderboard.csv")
+TABLE_SHARE = 0.1
+"""Most of the driver's time that goes into rewriting the tables; in a sweep of thousands they then lag a few trials behind."""
 
 
 class Ledger:
@@ -56,12 +41,19 @@ class Ledger:
     def __init__(self, spec: SweepSpec) -> None:
         self.spec = spec
         self.root = spec.output_dir
+        self.folder = SweepFolder(spec.output_dir, spec.address)
         self.plans: dict[str, Plan] = {}
         self.records: dict[str, RunRecord] = {}
         self.teachers: dict[str, dict[str, Any]] = {}
         """What is known of each group's teacher (name, digest, input_size), for records of runs that did not get far."""
+        self.sets: dict[str, list[str]] = {}
+        """Names of the synthetic sets in the store, by what they are made of (`set_recipe`)."""
+        self.earlier: list[RunRecord] | None = None
+        """Records of the sweeps that this one learns from, once read."""
+        self.tables = Tables()
+        self._by_group: dict[tuple[str, str], dict[str, Plan]] = {}
         self._environment: dict[str, Any] | None = None
-        self._lock = FileLock(self.root / "sweep.lock")
+        self._tables_due = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray Tune pickles its parts for a resume of its own, which is not used: the folder is the state
@@ -73,29 +65,29 @@ class Ledger:
             ValueError: Another sweep runs in the folder, or it holds a different one, or a file in it is damaged.
             OSError: The folder cannot be written.
         """
-        try:
-            for folder in ("plans", "records"):
-                (self.root / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"`output_dir` must be writable, but got {self.root}: {error.strerror}") from error
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"`output_dir` must not be in use, but another sweep runs in {self.root}") from None
+        self.folder.take()
         try:
             self._check_identity()
-            for path in sorted((self.root / "plans").glob("*.json")):
-                plan = _plan(read_json(path), path)
-                self.plans[plan.trial] = plan
+            read = [read_plan(path) for path in (self.root / "plans").glob("*.json")]
+            for plan in sorted(read, key=lambda plan: (plan.group, plan.stage, plan.index, plan.trial)):
+                self._keep(plan)
             for path in sorted((self.root / "records").glob("*.json")):
-                self.records[path.stem] = load_record(path)
+                self._read_record(path)
         except BaseException:
-            self._lock.release()
+            self.close()
             raise
 
     def close(self) -> None:
         """Give the folder back."""
-        self._lock.release()
+        self.folder.give_back()
+
+    def _read_record(self, path: Path) -> None:
+        record = read_record(path)
+        if record.status == "failed" and self.spec.search.retry_failed and path.stem in self.plans:
+            self.folder.remove(f"records/{path.name}")
+            return
+        self.records[path.stem] = record
+        self.tables.add(record, path.stem, source=str(path))
 
     def know(self, group: str, facts: dict[str, Any], eval_digest: str) -> None:
         """Note what a group's teacher is, and refuse to go on with records of other files of the same name.
@@ -125,23 +117,57 @@ class Ledger:
         """Where the record of a trial stands."""
         return self.root / "records" / f"{trial}.json"
 
+    def task(self, plan: Plan) -> dict[str, Any]:
+        """Return what a worker is told of a trial, as plain values."""
+        return {
+            "trial": plan.trial,
+            "group": plan.group,
+            "stage": plan.stage,
+            "config": plan.config,
+            "teacher": self.teachers.get(plan.group, {}),
+            "second_objective": self.spec.search.second_objective,
+            "sets": self.sets.get(set_recipe(plan.config), []),
+            "folder": str(self.root),
+            "address": self.spec.address,
+            "gpus": self.spec.search.gpus_per_worker,
+            "workers": self.spec.search.workers_per_trial,
+            "cpus": self.spec.search.cpus_per_worker,
+            "max_failures": self.spec.search.max_failures,
+        }
+
     def add_plan(self, plan: Plan) -> None:
         """Write a plan (again)."""
-        self.plans[plan.trial] = plan
-        values = asdict(plan)
-        values["params"] = {
-            key: list(value) if isinstance(value, tuple) else value for key, value in plan.params.items()
-        }
-        write_json_atomic(self.root / "plans" / f"{plan.trial}.json", {"format": FORMAT, **values})
+        self._keep(plan)
+        self.folder.write(f"plans/{plan.trial}.json", plan_values(plan))
 
     def note(self, trial: str, history: Mapping[int, float]) -> None:
         """Write what a running trial has reported: a driver that starts again puts it into the rungs where it belongs."""
         self.add_plan(replace(self.plans[trial], history=sorted(history.items())))
 
+    def ask_to_stop(self, trial: str) -> None:
+        """Leave a sign that the workers of a trial look for after each epoch."""
+        self.folder.write(f"plans/{trial}.stop", {})
+
     def group_plans(self, group: str, stage: str = "search") -> list[Plan]:
         """Plans of a group in the order in which they were proposed."""
-        found = [plan for plan in self.plans.values() if plan.group == group and plan.stage == stage]
-        return sorted(found, key=lambda plan: (plan.index, plan.trial))
+        return list(self._by_group.get((group, stage), {}).values())
+
+    def num_plans(self, group: str) -> int:
+        """Number of a group's search trials."""
+        return len(self._by_group.get((group, "search"), {}))
+
+    def num_open(self, group: str) -> int:
+        """Number of a group's search trials without a record."""
+        return sum(trial not in self.records for trial in self._by_group.get((group, "search"), {}))
+
+    def next_index(self, group: str) -> int:
+        """Number of a group's next search trial."""
+        plans = self._by_group.get((group, "search"), {})
+        return plans[next(reversed(plans))].index + 1 if plans else 0
+
+    def _keep(self, plan: Plan) -> None:
+        self.plans[plan.trial] = plan
+        self._by_group.setdefault((plan.group, plan.stage), {})[plan.trial] = plan
 
     def settle(
         self, trial: str, *, status: str, reason: str, history: list[tuple[int, float]], seconds: float
@@ -158,7 +184,7 @@ class Ledger:
         path = self.record_path(trial)
         plan = replace(self.plans[trial], history=history)
         self.add_plan(plan)
-        if path.exists():
+        if self.folder.fetch(f"records/{path.name}"):
             record = read_record(path)
         else:
             self._environment = self._environment or environment()
@@ -171,23 +197,38 @@ class Ledger:
             }
             record = unfinished_record(config, trial, status=status, reason=reason, teacher=teacher, values=values)
             write_record(path, record)
+            self.folder.send(f"records/{path.name}")
         self.records[trial] = record
-        self.write_tables()
+        self.tables.add(record, trial)
+        if time.monotonic() >= self._tables_due:
+            self.write_tables()
         return record
 
     def write_tables(self) -> None:
         """Rewrite trials.csv and leaderboard.csv."""
-        write_tables(list(self.records.values()), self.root)
+        self.folder.check_present()
+        started = time.monotonic()
+        self.tables.write(self.root)
+        for name in TABLES:
+            self.folder.send(name)
+        ended = time.monotonic()
+        self._tables_due = ended + (ended - started) / TABLE_SHARE
 
-    def best(self, group: str) -> list[Plan]:
-        """Completed search trials of a group, best first."""
+    def best(self, group: str, top_k: int = 1) -> list[Plan]:
+        """Completed search trials of a group, the `top_k` best first; of each bit-width, where the search goes over them."""
         sign = 1 if self.spec.search.minimise else -1
-        scored = []
+        scored: dict[str, list[tuple[float, int, Plan]]] = {}
         for plan in self.group_plans(group):
             record = self.records.get(plan.trial)
             if record is not None and record.status == "completed" and _finite(record.objective_value):
-                scored.append((sign * float(record.objective_value or 0.0), plan.index, plan))
-        return [plan for _, _, plan in sorted(scored, key=lambda item: item[:2])]
+                place = scored.setdefault(value_at(plan.config, BITS), [])
+                place.append((sign * float(record.objective_value or 0.0), plan.index, plan))
+        return [plan for part in scored.values() for *_, plan in sorted(part, key=lambda item: item[:2])[:top_k]]
+
+    def finish(self) -> None:
+        """Note that the sweep has come to its end: `--num-trials +N` then means N more than it has."""
+        number = self.spec.search.num_trials
+        self.folder.write("sweep.json", {**read_json(self.root / "sweep.json"), "finished": number})
 
     def _check_identity(self) -> None:
         """Refuse a folder that holds another sweep: its trials would be mixed with these."""
@@ -200,11 +241,14 @@ class Ledger:
                 "teacher": values["teacher"]["spec"],
                 "weights": values["teacher"]["weights"],
             }
-        space = [asdict(dimension) for dimension in self.spec.dimensions]
-        mine = json.loads(
-            json.dumps({"format": FORMAT, "objective": self.spec.search.objective, "groups": groups, "space": space})
-        )
+        search = self.spec.search
+        space: list[Any] = [asdict(dimension) for dimension in self.spec.dimensions]
+        if search.sampler == "points":  # further points may widen their ranges
+            space = sorted(dimension.name for dimension in self.spec.dimensions)
+        both = [search.objective, search.second_objective] if search.two_objectives else search.objective
+        mine = json.loads(json.dumps({"format": FORMAT, "objective": both, "groups": groups, "space": space}))
         path = self.root / "sweep.json"
+        there: Any = {}
         if path.exists():
             there = read_json(path)
             for key in ("format", "objective", "groups", "space"):
@@ -216,46 +260,22 @@ class Ledger:
             raise ValueError(
                 f"`output_dir` must be new or hold the same sweep, but {self.root} holds records without sweep.json"
             )
-        write_json_atomic(path, {**mine, "search": {**asdict(self.spec.search), "output_dir": ""}})
+        self._settle_budget(there)
+        finished = {"finished": there["finished"]} if "finished" in there else {}
+        values = {**asdict(self.spec.search), "output_dir": ""}
+        write_json_atomic(path, {**mine, **finished, "search": values})
+        self.folder.send(path.name)
 
-
-def unfinished_record(
-    config: RunConfig,
-    trial: str,
-    *,
-    status: str,
-    reason: str,
-    teacher: Mapping[str, Any],
-    values: Mapping[str, Any] | None = None,
-) -> RunRecord:
-    """Return the record of a run that has no result.
-
-    Args:
-        config: The run.
-        trial: Name of the trial.
-        status: pruned or failed.
-        reason: Why, one line.
-        teacher: What is known of the teacher.
-        values: Further fields of the record that are known.
-    """
-    quant, evaluation = config.quant, config.evaluation
-    known = {
-        "status": status,
-        "reason": " ".join(reason.split())[:500],
-        "name": trial,
-        "config": config_to_dict(config),
-        "config_digest": config_digest(config),
-        "seed": config.seed,
-        "data_seed": config.data_seed,
-        "teacher": {"spec": config.teacher.spec, **teacher},
-        "model": teacher.get("name", config.name),
-        "weight_bits": quant.weight_bits,
-        "act_bits": quant.act_bits,
-        "protocol": quant.protocol,
-        "act_points": quant.act_points,
-        "objective": evaluation.objective,
-    }
-    return RunRecord(**{**known, **(values or {})})
+    def _settle_budget(self, there: Mapping[str, Any]) -> None:
+        """Turn "N more" into a number. An extension that was itself interrupted is finished first, not extended."""
+        search = self.spec.search
+        if not search.more_trials:
+            return
+        before = there.get("search", {}).get("num_trials")
+        if before is None:
+            raise ValueError(f"`num_trials` must be a whole number for a new sweep, but got +{search.more_trials}")
+        number = before + (search.more_trials if there.get("finished") == before else 0)
+        self.spec = replace(self.spec, search=replace(search, num_trials=number, more_trials=0))
 
 
 def _comparable(value: Any) -> Any:
@@ -263,18 +283,6 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _comparable(part) for key, part in value.items()}
     return value.rsplit("/", 1)[-1] if isinstance(value, str) else value
-
-
-def _plan(content: Any, path: Path) -> Plan:
-    if (
-        not isinstance(content, dict)
-        or content.pop("format", None) != FORMAT
-        or set(content) != set(Plan.__dataclass_fields__)
-    ):
-        raise ValueError(
-            f"`{path}` must hold the plan of a trial; remove it and its record to have the trial proposed again"
-        )
-    return Plan(**{**content, "history": [(int(epoch), float(value)) for epoch, value in content["history"]]})
 
 
 def _finite(value: float | None) -> bool:

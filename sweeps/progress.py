@@ -1,15 +1,18 @@
 """What a sweep shows: a live table for a person, one plain line per event for a log. Knows neither Ray nor torch."""
 
+import statistics
 import sys
 import time
+from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from sweeps.leaderboard import Row, cell, leaderboard_rows
+from sweeps.leaderboard import Row, cell
 from synq.results import RunRecord, summary_line
 
 SHOWN = ("rank", "model", "weight_bits", "act_bits", "act_points", "objective_value", "top1_mean", "top1_std", "num_seeds", "num_failed",
@@ -19,6 +22,21 @@ HEADINGS = {
     "num_seeds": "n", "num_failed": "failed", "teacher_top1": "teacher", "rtn_top1": "RTN", "lowpass_cutoff": "cutoff",
     "cam_weight": "cam", "ce_weight": "ce", "difficulty_threshold": "tau", "seconds": "s",
 }  # fmt: skip
+
+ENDS = ("completed", "pruned", "failed")
+
+
+@dataclass
+class GroupState:
+    """How one group stands."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """Ended trials by status."""
+    best: float = 0.0
+    """Best objective so far, of the trial `whose`."""
+    whose: str = ""
+    top1: float | None = None
+    """Its top-1."""
 
 
 class Progress:
@@ -34,7 +52,17 @@ class Progress:
         self.total = total
         self.started = time.monotonic()
         self.done_before = 0
-        self.records: dict[str, RunRecord] = {}
+        self.num_ended = 0
+        self.groups: dict[str, GroupState] = {}
+        self.seconds: deque[float] = deque(maxlen=50)
+        """What the last completed trials took."""
+        self.slots = 1
+        """Trials that run at one time."""
+        self.usage = ""
+        """What is busy, in words."""
+        self.peak_bytes = 0
+        self.work: list[tuple[float, float]] = []
+        """Begin and end of each trial's own work, in seconds since 1970 by its machine's clock."""
         self.running: dict[str, str] = {}
         self.console = Console()
         watched = sys.stdout.isatty() if live is None else live
@@ -65,8 +93,8 @@ class Progress:
 
     def known(self, records: dict[str, RunRecord]) -> None:
         """Count records that were there before."""
-        self.records.update(records)
-        self.done_before = len(records)
+        for trial, record in records.items():
+            self._count(trial, record)
 
     def epoch(self, trial: str, epoch: int, epochs: int, value: float | None) -> None:
         """Note where a running trial is."""
@@ -75,44 +103,76 @@ class Progress:
     def ended(self, trial: str, record: RunRecord) -> None:
         """Note the end of a trial."""
         self.running.pop(trial, None)
-        self.records[trial] = record
+        group = self._count(trial, record)
+        if record.status == "completed" and record.total_seconds:
+            self.seconds.append(record.total_seconds)
         left = self._seconds_left()
-        tail = f" | about {left:.0f} s left" if left else ""
+        tail = f" | best {group.best:.4g} ({group.whose})" if group.whose else ""
+        tail += f" | {self.usage}" if "GPU" in self.usage else ""
+        tail += f" | about {left:.0f} s left" if left else ""
         value = f" | objective {record.objective_value:.4g}" if record.objective_value is not None else ""
         how = (
             summary_line(record).partition(" | ")[2]
             if record.status == "completed"
             else f"{record.status}: {record.reason}"
         )
-        self.say(f"[{len(self.records)}/{self.total}] {trial}{value} | {how}{tail}")
+        self.say(f"[{self.num_ended}/{self.total}] {trial}{value} | {how}{tail}")
+
+    def worked(self, began: float | None, ended: float | None, gpu_bytes: int) -> None:
+        """Note when a trial's own work began and ended, and the most GPU memory it took."""
+        if began is not None and ended is not None:
+            self.work.append((began, ended))
+        self.peak_bytes = max(self.peak_bytes, gpu_bytes)
+
+    def account(self) -> str:
+        """Return how well the time between the first trial's start and the last one's end was used, in one line; "" for one trial."""
+        if len(self.work) < 2:
+            return ""
+        span = max(ended for _, ended in self.work) - min(began for began, _ in self.work)
+        busy = sum(ended - began for began, ended in self.work)
+        slots = min(self.slots, len(self.work))
+        gap = max(0.0, slots * span - busy) / len(self.work)
+        memory = f", at most {self.peak_bytes / 2**30:.2f} GiB of GPU memory each" if self.peak_bytes else ""
+        return (
+            f"{len(self.work)} trials in {span:.1f} s, {slots} at a time: {100 * busy / (slots * span):.0f} % of the time in their own "
+            f"work, {gap:.2f} s a trial around it{memory}"
+        )
+
+    def _count(self, trial: str, record: RunRecord) -> "GroupState":
+        """Count an ended trial in its group."""
+        self.num_ended += 1
+        name = f"{record.model} W{record.weight_bits}A{record.act_bits}"
+        group = self.groups.setdefault(name, GroupState())
+        group.counts[record.status] += 1
+        value = record.objective_value
+        if record.status == "completed" and value is not None:
+            better = value < group.best if record.objective == "synthetic" else value > group.best
+            if better or not group.whose:
+                group.best, group.whose, group.top1 = value, trial, record.top1
+        return group
 
     def _seconds_left(self) -> float:
-        new = len(self.records) - self.done_before
-        return (time.monotonic() - self.started) / new * max(0, self.total - len(self.records)) if new else 0.0
+        """Seconds to the end, by the median of what the last trials took; 0 before the first of them has ended."""
+        took, left = list(self.seconds), max(0, self.total - self.num_ended)
+        return statistics.median(took) * left / min(self.slots, max(1, left)) if took else 0.0
 
     def _table(self) -> Table:
-        known, running = dict(self.records), dict(self.running)  # drawn in one thread, filled in another
+        groups, running = dict(self.groups), dict(self.running)  # drawn in one thread, filled in another
         elapsed, left = time.monotonic() - self.started, self._seconds_left()
-        title = f"{len(known)}/{self.total} trials, {elapsed:.0f} s" + (f", about {left:.0f} s left" if left else "")
+        title = f"{self.num_ended}/{self.total} trials, {elapsed:.0f} s" + (
+            f", about {left:.0f} s left" if left else ""
+        )
+        title += f", {self.usage}" if self.usage else ""
+        title += f", GPU memory peak {self.peak_bytes / 2**30:.2f} GiB" if self.peak_bytes else ""
         table = Table(title=title, title_justify="left")
-        for heading in ("group", "completed", "pruned", "failed", "best objective", "top1"):
+        for heading in ("group", *ENDS, "best objective", "of", "top1"):
             table.add_column(heading)
-        groups: dict[tuple[str, int, int], list[RunRecord]] = {}
-        for record in known.values():
-            groups.setdefault((record.model, record.weight_bits, record.act_bits), []).append(record)
-        best = {
-            (row["model"], row["weight_bits"], row["act_bits"]): row
-            for row in reversed(leaderboard_rows(known.values()))
-        }
-        for (model, weight_bits, act_bits), records in groups.items():
-            count = {
-                status: str(sum(r.status == status for r in records)) for status in ("completed", "pruned", "failed")
-            }
-            row = best.get((model, weight_bits, act_bits), {})
-            figures = (cell(row.get("objective_value"))[:8], cell(row.get("top1_mean"))[:5])
-            table.add_row(f"{model} W{weight_bits}A{act_bits}", *count.values(), *figures)
+        for name, group in groups.items():
+            best = f"{group.best:.4g}" if group.whose else ""
+            counts = [str(group.counts[status]) for status in ENDS]
+            table.add_row(name, *counts, best, group.whose, "" if group.top1 is None else f"{group.top1:.2f}")
         for trial, where in running.items():
-            table.add_row(trial, where, "", "", "", "")
+            table.add_row(trial, where)
         return table
 
 

@@ -1,22 +1,22 @@
-"""The search and the early stopping of a sweep: one of each per group, served in turn, behind the single face Ray Tune wants.
+"""The search of a sweep: one of each group, served in turn, behind the single face Ray Tune wants.
 
 Nothing here has a state of its own that counts: what was proposed stands in the ledger's plans, what came of it in its records, and
-both searches and rungs are rebuilt from them when a driver starts again.
+every search is rebuilt from them when a driver starts again.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
+from itertools import chain
 from typing import Any
 
 from optuna.storages import BaseStorage
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from sweeps.group_search import EPOCH, OBJECTIVE, STATUS, GroupSearch, is_finite
+from sweeps.group_search import EPOCH, OBJECTIVE, STATUS, GroupSearch
 from sweeps.ledger import Ledger, Plan
-from sweeps.space import base_point
+from sweeps.points import Point, grid, point_params, read_earlier, warm_points
+from sweeps.search_config import LISTED
+from sweeps.space import base_values, value_at
 from sweeps.spec import Group, SweepSpec, run_config
 from synq.configs import RunConfig, config_digest, config_to_dict
 
@@ -34,10 +34,11 @@ class SweepSearcher(Searcher):
             group.key: GroupSearch(
                 spec.dimensions,
                 minimise=spec.search.minimise,
+                second_objective=spec.search.second_objective,
                 sampler=spec.search.sampler,
                 seed=f"{spec.search.sampler_seed}/{group.key}",
-                num_startup=min(10, max(2, spec.search.num_trials // 3)),
-                study_name=f"{spec.search.name}-{group.key}",
+                num_startup=min(10, max(2, spec.search.trials // 3)),
+                study_name=study_name(spec, group),
                 storage=storage,
             )
             for group in spec.groups
@@ -47,8 +48,13 @@ class SweepSearcher(Searcher):
         self.exhausted: set[str] = set()
         self.invalid: dict[str, str] = {}
         """By group: why the last proposal that was not allowed was not."""
+        self.limit = spec.search.max_concurrent
+        """Most trials at one time; None: Ray Tune's own account of the resources decides."""
         self.live: dict[str, str] = {}
         """Name of each running trial by Ray Tune's id."""
+        plans = {key: ledger.group_plans(key) for key in self.groups}
+        self.known = {key: {plan.config_digest for plan in plans[key]} for key in self.groups}
+        self.listed = {key: self._list(group, plans[key]) for key, group in self.groups.items()}
         self.interrupted = [
             self._current(plan)
             for plan in ledger.plans.values()
@@ -68,21 +74,13 @@ class SweepSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """Return the configuration of the next trial, None where one must be awaited, FINISHED after the last."""
-        limit = self.spec.search.max_concurrent
-        if limit is not None and len(self.live) >= limit:
+        if self.limit is not None and len(self.live) >= self.limit:
             return None
         plan = self._next(trial_id)
         if plan is None:
             return None if self._waiting() else Searcher.FINISHED
         self.live[trial_id] = plan.trial
-        return {
-            "trial": plan.trial,
-            "group": plan.group,
-            "stage": plan.stage,
-            "config": plan.config,
-            "teacher": self.ledger.teachers.get(plan.group, {}),
-            "record_path": str(self.ledger.record_path(plan.trial)),
-        }
+        return self.ledger.task(plan)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass a result to the search of its group."""
@@ -100,14 +98,15 @@ class SweepSearcher(Searcher):
     def num_total(self) -> int:
         """Most trials that the sweep comes to, those already there included."""
         search = self.spec.search
-        return sum(search.num_trials + search.final_top_k * len(self._further_seeds(key)) for key in self.groups)
+        parts = len(self.spec.dimensions[0].values) if search.two_objectives else 1
+        return sum(search.trials + search.final_top_k * parts * len(self._further_seeds(key)) for key in self.groups)
 
     def num_left(self) -> int:
         """Trials without a record, as far as is known now; 0 when the sweep is done."""
         left = len(self.interrupted) + len(self.live)
         for key in self.groups:
             if key not in self.exhausted:
-                left += max(0, self.spec.search.num_trials - len(self.ledger.group_plans(key)))
+                left += max(0, self.spec.search.trials - self.ledger.num_plans(key))
         return left + sum(1 for key in self.groups for _ in self._finals(key))
 
     def _next(self, trial_id: str) -> Plan | None:
@@ -126,6 +125,7 @@ class SweepSearcher(Searcher):
             new = self._new(trial_id, self.groups[key])
             if new is not None:
                 self.turn = (self.turn + step + 1) % len(keys)
+                self.known[key].add(new.config_digest)
                 self.ledger.add_plan(new)
                 return new
         final = next((plan for key in keys for plan in self._finals(key)), None)
@@ -134,42 +134,62 @@ class SweepSearcher(Searcher):
         return final
 
     def _new(self, trial_id: str, group: Group) -> Plan | None:
-        """Propose a run of a group that was not proposed before, or None: the budget is spent or the space exhausted."""
-        plans = self.ledger.group_plans(group.key)
-        index = plans[-1].index + 1 if plans else 0
-        if len(plans) >= self.spec.search.num_trials or group.key in self.exhausted:
+        """Return a run of a group that was not proposed before, or None: the budget is spent or the space exhausted."""
+        if self.ledger.num_plans(group.key) >= self.spec.search.trials or group.key in self.exhausted:
             return None
-        search = self.searches[group.key]
-        known = {plan.config_digest for plan in plans}
-        first = base_point(self.spec.dimensions, group.base) if not plans else None
-        if first is not None:
-            search.study.enqueue_trial(first)  # the spec's own settings open every search: what is found must beat them
-        for attempt in range(MAX_PROPOSALS):
+        index = self.ledger.next_index(group.key)
+        search, name = self.searches[group.key], f"{group.key}-t{index:03d}"
+        for point in self.listed[group.key]:
+            config = self._allowed(group, point)
+            if config is not None:
+                params = point_params(self.spec.dimensions, point) or {}
+                search.attach(trial_id, params, name)
+                return _plan(name, group.key, "search", index, params, config)
+        for attempt in range(MAX_PROPOSALS if self.spec.search.sampler not in LISTED else 0):
             proposal = f"{trial_id}-{attempt}"
             number = index * MAX_PROPOSALS + attempt
             overrides, params = search.propose(proposal, number, blind=attempt >= MAX_PROPOSALS // 4)
-            try:
-                config = run_config(self.spec, group, overrides)
-            except ValueError as error:  # each setting is allowed alone, not all together
-                self.invalid[group.key] = str(error)
-                search.on_trial_complete(proposal, error=True)
-                continue
-            if config_digest(config) not in known:
-                name = f"{group.key}-t{index:03d}"
+            config = self._allowed(group, overrides)
+            if config is not None:
                 search.accept(proposal, trial_id, name)
                 return _plan(name, group.key, "search", index, params, config)
             search.on_trial_complete(proposal, error=True)
         self.exhausted.add(group.key)
         return None
 
+    def _allowed(self, group: Group, point: Point) -> RunConfig | None:
+        """Return the run of a point, or None where it is known already or its settings do not go together."""
+        try:
+            config = run_config(self.spec, group, point)
+        except ValueError as error:  # each setting is allowed alone, not all together
+            self.invalid[group.key] = str(error)
+            return None
+        return None if config_digest(config) in self.known[group.key] else config
+
+    def _list(self, group: Group, plans: list[Plan]) -> Iterator[Point]:
+        """Points that come before any proposal: the user's, the best of earlier sweeps, the base; for a grid, all of it."""
+        dimensions, search = self.spec.dimensions, self.spec.search
+        base = base_values(dimensions, group.base)
+        own = ({**base, **point} for point in self.spec.points)
+        if search.sampler in LISTED:
+            points = chain(own, grid(dimensions)) if search.sampler == "grid" else own
+        else:
+            earlier = self.ledger.earlier
+            if search.warm_start and earlier is None:
+                earlier = self.ledger.earlier = read_earlier(search.warm_start)
+            warm = warm_points(earlier or [], dimensions, config_to_dict(group.base), search.warm_start_top_k)
+            # The spec's own settings open every search: what is found must beat them.
+            points = chain(own, [base], warm) if point_params(dimensions, base) is not None else chain(own, warm)
+        done = {_frozen(plan.params) for plan in plans}  # passed over without building their runs, which takes longer
+        return (point for point in points if _frozen(point_params(dimensions, point) or {}) not in done)
+
     def _finals(self, key: str) -> Iterator[Plan]:
         """Re-runs of a group's best settings that are still to be started; none before its search has ended."""
         search = self.spec.search
-        plans = self.ledger.group_plans(key)
-        ended = all(plan.trial in self.ledger.records for plan in plans)
-        if not ended or not (len(plans) >= search.num_trials or key in self.exhausted):
+        ended = self.ledger.num_open(key) == 0
+        if not ended or not (self.ledger.num_plans(key) >= search.trials or key in self.exhausted):
             return
-        for best in self.ledger.best(key)[: search.final_top_k]:
+        for best in self.ledger.best(key, search.final_top_k):
             overrides = self._overrides(best)
             for seed in self._further_seeds(key):
                 name = f"{key}-t{best.index:03d}-s{seed}"
@@ -177,8 +197,8 @@ class SweepSearcher(Searcher):
                     config = run_config(self.spec, self.groups[key], overrides, seeds=(seed, seed))
                     yield _plan(name, key, "final", best.index, best.params, config)
 
-    def _overrides(self, plan: Plan) -> dict[str, Any]:
-        return {dimension.name: _at(plan.config, dimension.name) for dimension in self.spec.dimensions}
+    def _overrides(self, plan: Plan) -> Point:
+        return {dimension.name: value_at(plan.config, dimension.name) for dimension in self.spec.dimensions}
 
     def _current(self, plan: Plan) -> Plan:
         """Return an interrupted plan with the files and folders of today: the sweep, its weights or its data may have moved."""
@@ -211,74 +231,18 @@ class SweepSearcher(Searcher):
             search.attach(plan.trial, plan.params, plan.trial)
             for epoch, value in plan.history:
                 search.on_trial_result(plan.trial, {EPOCH: epoch, OBJECTIVE: value})
-            result = {OBJECTIVE: record.objective_value}
+            result = {metric: getattr(record, metric) for metric in search.metrics}
             search.on_trial_complete(
                 plan.trial, result if record.status == "pruned" else {**result, STATUS: record.status}
             )
 
 
-class SweepScheduler(FIFOScheduler):
-    """Successive halving (ASHA) with rungs of its own for every group; re-runs and last epochs are never stopped."""
-
-    def __init__(self, spec: SweepSpec, ledger: Ledger) -> None:
-        super().__init__()
-        self.ledger = ledger
-        self.inner: dict[str, AsyncHyperBandScheduler] = {}
-        for group in spec.groups:
-            epochs = group.base.finetune.epochs
-            if spec.search.scheduler == "asha" and epochs > 1:
-                self.inner[group.key] = AsyncHyperBandScheduler(
-                    time_attr=EPOCH,
-                    metric=OBJECTIVE,
-                    mode="min" if spec.search.minimise else "max",
-                    max_t=epochs,
-                    grace_period=min(spec.search.grace_epochs, epochs),
-                    reduction_factor=spec.search.reduction_factor,
-                    stop_last_trials=False,
-                )
-        nobody: Any = None  # a controller, which these rungs never ask
-        for plan in ledger.plans.values():
-            if plan.stage == "search" and plan.trial in ledger.records and plan.group in self.inner:
-                trial: Any = SimpleNamespace(trial_id=plan.trial)
-                self.inner[plan.group].on_trial_add(nobody, trial)
-                for epoch, value in plan.history:
-                    self.inner[plan.group].on_trial_result(nobody, trial, {EPOCH: epoch, OBJECTIVE: value})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Metric and mode are known already."""
-        return True
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Enter a trial into its group's rungs, an interrupted one with what it had reported; that it went on then is settled."""
-        inner = self._of(trial)
-        if inner is not None:
-            inner.on_trial_add(tune_controller, trial)
-            plan = self.ledger.plans.get(trial.config["trial"])
-            for epoch, value in plan.history if plan is not None else ():
-                inner.on_trial_result(tune_controller, trial, {EPOCH: epoch, OBJECTIVE: value})
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Stop a trial that is weak in its own group."""
-        inner = self._of(trial)
-        last = STATUS in result or EPOCH not in result or result[EPOCH] >= result.get("epochs", math.inf)
-        if inner is None or last or not is_finite(result.get(OBJECTIVE)):
-            return TrialScheduler.CONTINUE
-        return inner.on_trial_result(tune_controller, trial, result)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Nothing: every epoch was counted when it was reported."""
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Nothing to take back."""
-
-    def _of(self, trial: Any) -> AsyncHyperBandScheduler | None:
-        return self.inner.get(trial.config["group"]) if trial.config["stage"] == "search" else None
+def study_name(spec: SweepSpec, group: Group) -> str:
+    """Return the name of a group's Optuna study."""
+    return f"{spec.search.name}-{group.key}"
 
 
-def _plan(trial: str, group: str, stage: str, index: int, params: dict[str, Any], config: RunConfig) -> Plan:
+def _plan(trial: str, group: str, stage: str, index: int, params: Point, config: RunConfig) -> Plan:
     digest = config_digest(config)
     return Plan(
         trial=trial,
@@ -291,6 +255,6 @@ def _plan(trial: str, group: str, stage: str, index: int, params: dict[str, Any]
     )
 
 
-def _at(config: dict[str, Any], name: str) -> Any:
-    part, _, key = name.partition(".")
-    return config[part][key]
+def _frozen(params: Point) -> tuple[tuple[str, str], ...]:
+    """Parameters as something that can be counted; a 20 read back as 20.0 is the same."""
+    return tuple(sorted((name, repr(float(v) if isinstance(v, int) else v)) for name, v in params.items()))

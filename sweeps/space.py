@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from synq.config_io import between, dotted_keys, nearest, one_of, require
-from synq.configs import RunConfig, config_from_dict, config_to_dict
+from synq.configs import RunConfig, config_from_dict, config_to_dict, parse_bits
 
 IDENTITY = ("quant.weight_bits", "quant.act_bits", "quant.first_bits", "quant.last_bits", "quant.act_points")
 """Settings that say which ranking a run belongs to: never searched over."""
@@ -18,6 +18,10 @@ DEFAULT_SPACE: dict[str, dict[str, Any]] = {
     "finetune.lr": {"type": "float", "low": 5e-4, "high": 2e-2, "log": True},
 }
 """Searched where the spec has no [space]. The cutoff is a share of the Nyquist frequency, so that it means the same at every size."""
+
+
+BITS = "bits"
+"""Name of the searched bit-widths, W4A4 and so on, where a search has two objectives."""
 
 
 class Suggester(Protocol):
@@ -114,23 +118,56 @@ class Dimension:
         ends = (self.low, self.high) if self.type == "float" else (int(self.low or 0), int(self.high or 0))
         return (*ends, None) if self.optional else ends
 
+    def listed(self) -> tuple[Any, ...]:
+        """Return every value, in order, for a grid.
+
+        Raises:
+            ValueError: The dimension is a range without steps.
+        """
+        if self.type == "choice":
+            return self.edges()
+        if self.step is None and self.type == "float":
+            raise ValueError(f"`space.{self.name}` must give `step`, or be a choice of `values`, for sampler grid")
+        assert self.low is not None and self.high is not None
+        require(f"space.{self.name}.log", "be false for sampler grid", self.log, not self.log)
+        step = self.step or 1
+        count = int((self.high - self.low) / step + 1e-9) + 1
+        numbers = [float(f"{self.low + step * number:.6g}") for number in range(count)]
+        values = numbers if self.type == "float" else [int(number) for number in numbers]
+        return (*values, None) if self.optional else tuple(values)
+
 
 def sample(dimensions: Sequence[Dimension], trial: Suggester) -> dict[str, Any]:
     """Return one point of the search space as dotted overrides. At module level, because searchers are pickled."""
     return {"overrides": {dimension.name: dimension.suggest(trial) for dimension in dimensions}}
 
 
-def base_point(dimensions: Sequence[Dimension], config: RunConfig) -> dict[str, Any] | None:
-    """Return the search's parameters of the base run itself, or None where it lies outside the space."""
+def value_at(config: Mapping[str, Any], name: str) -> Any:
+    """Return what a run (as plain values) has at a dimension's name."""
+    if name == BITS:
+        return f"W{config['quant']['weight_bits']}A{config['quant']['act_bits']}"
+    part, _, key = name.partition(".")
+    return config[part][key]
+
+
+def base_values(dimensions: Sequence[Dimension], config: RunConfig) -> dict[str, Any]:
+    """Return the point of a run itself."""
     values = config_to_dict(config)
-    point: dict[str, Any] = {}
-    for dimension in dimensions:
-        part, _, key = dimension.name.partition(".")
-        found = dimension.point(values[part][key])
-        if found is None:
-            return None
-        point |= found
-    return point
+    return {dimension.name: value_at(values, dimension.name) for dimension in dimensions}
+
+
+def with_bits(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return overrides with the label of searched bit-widths replaced by the settings it stands for."""
+    if BITS not in overrides:
+        return dict(overrides)
+    weight_bits, act_bits = parse_bits(overrides[BITS])
+    rest = {name: value for name, value in overrides.items() if name != BITS}
+    return {**rest, "quant.weight_bits": weight_bits, "quant.act_bits": act_bits}
+
+
+def setting_names() -> list[str]:
+    """Settings that may be searched."""
+    return [key for key in dotted_keys(RunConfig) if key.startswith(("finetune.", "quant.")) and key not in IDENTITY]
 
 
 def read_space(mapping: Mapping[str, Any], base: dict[str, Any]) -> tuple[Dimension, ...]:
@@ -159,11 +196,11 @@ def read_space(mapping: Mapping[str, Any], base: dict[str, Any]) -> tuple[Dimens
 
 
 def _dimension(name: str, table: Any) -> Dimension:
-    names = [key for key in dotted_keys(RunConfig) if key.startswith(("finetune.", "quant.")) and key not in IDENTITY]
     if name in IDENTITY:
         raise ValueError(f"`space` must not hold `{name}`: widths are groups (`bits`), act_points belongs in [base]")
     if name.startswith("synthesis."):
         raise ValueError(f"`space` must not hold `{name}`: the synthetic sets are made once, before the trials")
+    names = setting_names()
     if name not in names:
         raise ValueError(
             f"`space.{name}` must name a setting of finetune or quant, but got an unknown one{nearest(name, names)}"

@@ -1,7 +1,8 @@
 """What a sweep is: models x bit-widths, a search space, a budget. Read from TOML or JSON and checked before anything starts.
 
 A *group* is one (model, weight bits, activation bits): it has its own search, its own rungs and its own budget of trials, because a
-3-bit student must never be compared with, or stopped on account of, an 8-bit one.
+3-bit student must never be compared with, or stopped on account of, an 8-bit one. Only a search for two objectives at once, which
+stops no trial, goes over the widths of a model: its group is the model.
 """
 
 import itertools
@@ -10,14 +11,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from sweeps.space import Dimension, read_space, read_table
-from synq.config_io import between, nearest, one_of, require
+from sweeps.points import completed, grid_size, listed_dimensions, point_params, read_points
+from sweeps.search_config import DEFAULT_TRIALS, SearchConfig
+from sweeps.space import BITS, Dimension, base_values, read_space, read_table, with_bits
+from sweeps.storage import is_address, local_copy
+from synq.config_identity import absolute_path
+from synq.config_io import nearest, require
 from synq.configs import RunConfig, config_from_dict, load_config, make_absolute, parse_bits, with_overrides
 
 DEMO_SPEC = Path(__file__).parent / "specs" / "demo.toml"
-TABLES = ("models", "bits", "base", "space")
+TABLES = ("models", "bits", "base", "space", "points")
 MODEL_KEYS = ("name", "dataset", "base")
 OWN_KEYS = (
     ("evaluation", "objective", "objective"),
@@ -25,87 +30,6 @@ OWN_KEYS = (
     ("quant", "act_bits", "bits"),
 )
 """Settings of a run that the spec says at its top: (part, key, where)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SearchConfig:
-    """How a sweep spends its time."""
-
-    name: str = "sweep"
-    """Name of the sweep."""
-    output_dir: str = "none"
-    """Folder of the sweep; none is runs/NAME."""
-    num_trials: int = 8
-    """Trials of each group, pruned and failed ones included; re-runs on further seeds come on top."""
-    objective: Literal["synthetic", "selection"] = "synthetic"
-    """What is optimised: synthetic (mean KL to the teacher, lower is better) or selection (top-1 on a part of the labels, higher is better)."""
-    seeds: tuple[int, ...] = ()
-    """Seeds (of fine-tuning and of the synthetic set, together) on which the best settings of each group are run after the search."""
-    final_top_k: int = 1
-    """How many of the best settings of each group are run on `seeds`."""
-    sampler: Literal["tpe", "random"] = "tpe"
-    """How settings are proposed."""
-    sampler_seed: int = 0
-    """Seed of the proposals."""
-    scheduler: Literal["asha", "none"] = "asha"
-    """Whether weak trials are stopped early (successive halving within their group)."""
-    grace_epochs: int = 1
-    """Epochs before which no trial is stopped."""
-    reduction_factor: float = 3.0
-    """About one in this many trials passes each rung."""
-    max_concurrent: int | None = None
-    """Most trials at one time; none is as many as the machines hold."""
-    max_failures: int = 3
-    """How often a trial whose worker died is started again from its last epoch."""
-    cpus_per_trial: float = 1.0
-    """CPU cores of one trial; also its number of threads."""
-    gpus_per_trial: float = 0.0
-    """GPUs of one trial; parts such as 0.25 share a device, 0 keeps trials on the CPU unless the run names a device."""
-    journal: bool = False
-    """Whether the searches are also kept as optuna.journal in the sweep's folder, for optuna-dashboard."""
-
-    def __post_init__(self) -> None:
-        slug = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None
-        require("name", "be letters, digits, dots, dashes and underscores (it names a folder)", self.name, slug)
-        for name, low in (
-            ("num_trials", 1),
-            ("final_top_k", 1),
-            ("grace_epochs", 1),
-            ("max_failures", 0),
-            ("sampler_seed", 0),
-        ):
-            between(name, getattr(self, name), low)
-        if self.max_concurrent is not None:
-            between("max_concurrent", self.max_concurrent, 1)
-        between("reduction_factor", self.reduction_factor, 1, open_low=True)
-        between("cpus_per_trial", self.cpus_per_trial, 0, open_low=True)
-        between("gpus_per_trial", self.gpus_per_trial, 0)
-        require(
-            "gpus_per_trial", "be a part of one GPU or a whole number", self.gpus_per_trial, self.gpus_per_trial <= 1
-        )
-        require(
-            "cpus_per_trial",
-            "be < 1 or a whole number",
-            self.cpus_per_trial,
-            self.cpus_per_trial < 1 or self.cpus_per_trial % 1 == 0,
-        )
-        require(
-            "seeds",
-            "be different numbers >= 0",
-            self.seeds,
-            len(set(self.seeds)) == len(self.seeds) and all(s >= 0 for s in self.seeds),
-        )
-        for name, choices in (
-            ("objective", ("synthetic", "selection")),
-            ("sampler", ("tpe", "random")),
-            ("scheduler", ("asha", "none")),
-        ):
-            one_of(name, getattr(self, name), choices)
-
-    @property
-    def minimise(self) -> bool:
-        """Whether a lower objective is better."""
-        return self.objective == "synthetic"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,11 +42,13 @@ class Group:
     """The run before any searched setting is put in; paths absolute."""
     named: str = ""
     """The model's name where the spec gives one: it stands in the tables; else the teacher's own does."""
+    all_bits: bool = False
+    """Whether the search goes over the bit-widths too (two objectives)."""
 
     @property
     def key(self) -> str:
         """Name of the group, for example digits_resnet8-W4A4."""
-        return f"{self.model}-{self.base.quant.label}"
+        return self.model if self.all_bits else f"{self.model}-{self.base.quant.label}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,11 +61,19 @@ class SweepSpec:
     """In the order of the spec: models outside, bit-widths inside."""
     dimensions: tuple[Dimension, ...]
     """The search space, the same for every group."""
+    points: tuple[dict[str, Any], ...] = ()
+    """Settings that are tried first, in this order, as dotted overrides; what a point does not name is as in the base."""
 
     @property
     def output_dir(self) -> Path:
-        """The sweep's folder, absolute."""
-        return Path(self.search.output_dir)
+        """The sweep's folder on this machine, absolute; for an address, a copy of it."""
+        folder = self.search.output_dir
+        return local_copy(folder) if is_address(folder) else Path(folder)
+
+    @property
+    def address(self) -> str:
+        """Where the sweep lies, when that is not a folder that all machines see; else ""."""
+        return self.search.output_dir if is_address(self.search.output_dir) else ""
 
 
 def run_config(
@@ -153,9 +87,9 @@ def run_config(
         overrides: Dotted names and values, as from `sample`.
         seeds: (seed, data_seed); None keeps the base's own.
     """
-    config = with_overrides(group.base, overrides) if overrides else group.base
+    config = with_overrides(group.base, with_bits(overrides)) if overrides else group.base
     seed, data_seed = seeds if seeds is not None else (config.seed, config.data_seed)
-    threads = max(1, int(spec.search.cpus_per_trial))
+    threads = max(1, int(spec.search.cpus_per_worker))
     store = config.runtime.store_dir or str(spec.output_dir / "store")
     device = config.runtime.device
     runtime = replace(
@@ -164,9 +98,11 @@ def run_config(
         store_dir=store,
         num_threads=threads,
         progress=False,
-        device="cpu" if device == "auto" and not spec.search.gpus_per_trial else device,  # else all trials take one GPU
+        device="cpu"
+        if device == "auto" and not spec.search.gpus_per_worker
+        else device,  # else all trials take one GPU
     )
-    return replace(config, name=group.key, seed=seed, data_seed=data_seed, runtime=runtime)
+    return replace(config, name=f"{group.model}-{config.quant.label}", seed=seed, data_seed=data_seed, runtime=runtime)
 
 
 def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None, *, root: str | Path = "") -> SweepSpec:
@@ -207,17 +143,26 @@ def _build_spec(mapping: Mapping[str, Any], default_name: str, root: str | Path)
     slug = re.sub(r"[^A-Za-z0-9._-]+", "_", default_name).lstrip("._-") or "sweep"
     search = config_from_dict(SearchConfig, {"name": slug, **{k: v for k, v in mapping.items() if k not in TABLES}})
     folder = os.path.join("runs", search.name) if search.output_dir == "none" else search.output_dir
-    _refuse_address("output_dir", folder)
-    search = replace(search, output_dir=os.path.abspath(os.path.join(root, os.path.expanduser(folder))))
+    if not is_address(folder):
+        folder = os.path.abspath(os.path.join(root, os.path.expanduser(folder)))
+    search = replace(search, output_dir=folder, warm_start=tuple(map(absolute_path, search.warm_start)))
     base = read_table(mapping.get("base", {}), "base")
-    dimensions = read_space(mapping, base)
-    groups = []
+    points = read_points(mapping.get("points", []), search)
+    only_points = search.sampler == "points"
+    require("space", "be left out for sampler points", "one", not (only_points and "space" in mapping))
+    dimensions = () if only_points else read_space(mapping, base)
     models = mapping.get("models", ["bundled:digits_resnet8"])
     bits = mapping.get("bits", ["W4A4"])
     for name, value in (("models", models), ("bits", bits)):
         require(name, "be a list with at least one entry", value, isinstance(value, list) and len(value) > 0)
-    for model, label in itertools.product(models, bits):
-        groups.append(_group(search, base, model, label))
+    shown = bits[:1] if search.two_objectives else bits
+    groups = [_group(search, base, model, label) for model, label in itertools.product(models, shown)]
+    if only_points:
+        dimensions = listed_dimensions([point for group in groups for point in completed(points, group.base)])
+    elif search.two_objectives:
+        labels = [_label(label) for label in bits]
+        require("bits", "have no entry twice", bits, len(set(labels)) == len(labels))
+        dimensions = (Dimension(name=BITS, type="choice", values=tuple(labels)), *dimensions)
     keys = [group.key for group in groups]
     double = next((key for key in keys if keys.count(key) > 1), None)
     if double is not None:
@@ -227,10 +172,30 @@ def _build_spec(mapping: Mapping[str, Any], default_name: str, root: str | Path)
     for group, dimension in itertools.product(groups, dimensions):
         for value in dimension.edges():
             try:
-                with_overrides(group.base, {dimension.name: value})
+                with_overrides(group.base, with_bits({dimension.name: value}))
             except ValueError as error:
                 raise ValueError(f"`space.{dimension.name}` must stay where the setting is allowed: {error}") from None
-    return SweepSpec(search=search, groups=tuple(groups), dimensions=dimensions)
+    return _with_points(SweepSpec(search=search, groups=tuple(groups), dimensions=dimensions), points)
+
+
+def _with_points(spec: SweepSpec, points: list[dict[str, Any]]) -> SweepSpec:
+    """Put the listed points into a spec, check that the space holds them, and settle how many trials there are."""
+    for group in spec.groups:
+        base = base_values(spec.dimensions, group.base)
+        for number, point in enumerate(points, start=1):
+            if point_params(spec.dimensions, {**base, **point}) is None:
+                raise ValueError(f"`points` must lie in the search space, but got {point!r} (number {number})")
+    search = spec.search
+    if search.sampler == "grid":
+        whole = grid_size(spec.dimensions)
+    else:
+        whole = len(points) if search.sampler == "points" else max(DEFAULT_TRIALS, len(points))
+    return replace(spec, search=replace(search, num_trials=search.num_trials or whole), points=tuple(points))
+
+
+def _label(label: Any) -> str:
+    weight_bits, act_bits = parse_bits(label if isinstance(label, str) else repr(label))
+    return f"W{weight_bits}A{act_bits}"
 
 
 def _group(search: SearchConfig, base: dict[str, Any], model: Any, label: Any) -> Group:
@@ -248,13 +213,14 @@ def _group(search: SearchConfig, base: dict[str, Any], model: Any, label: Any) -
             raise ValueError(
                 f"`base.{part}.{key}` must be left out (the spec's own `{instead}` says it), but got {table_there[key]!r}"
             )
-    weight_bits, act_bits = parse_bits(label if isinstance(label, str) else repr(label))
+    weight_bits, act_bits = parse_bits(_label(label))
     merged = _merge(merged, {"teacher": table, "quant": {"weight_bits": weight_bits, "act_bits": act_bits}})
     evaluation = {"objective": search.objective, **({"dataset": extra["dataset"]} if "dataset" in extra else {})}
     merged = _merge(merged, {"evaluation": evaluation})
     config = config_from_dict(RunConfig, merged)
     if config.runtime.store_dir is not None:
-        _refuse_address("runtime.store_dir", config.runtime.store_dir)
+        rule = "be a folder path (synthetic sets go with `output_dir`, which may be an address)"
+        require("runtime.store_dir", rule, config.runtime.store_dir, not is_address(config.runtime.store_dir))
     if config.evaluation.data_dir is None:  # a trial runs in a scratch folder, where ./data would be another one
         data_dir = os.environ.get("SYNQ_DATA_DIR") or "data"
         config = replace(config, evaluation=replace(config.evaluation, data_dir=data_dir))
@@ -264,7 +230,7 @@ def _group(search: SearchConfig, base: dict[str, Any], model: Any, label: Any) -
         spec = spec.rpartition(":")[2]
     name = str(extra.get("name", spec.removeprefix("bundled:")))
     model = re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_") or "model"
-    return Group(model=model, base=config, named=model if "name" in extra else "")
+    return Group(model=model, base=config, named=model if "name" in extra else "", all_bits=search.two_objectives)
 
 
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,10 +244,6 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
             )
         merged[key] = _merge(merged.get(key, {}), value) if tables == {True} else value
     return merged
-
-
-def _refuse_address(name: str, folder: str) -> None:
-    require(name, "be a folder path (a shared file system, not an address)", folder, "://" not in folder)
 
 
 def _expand(value: Any, name: str) -> Any:

@@ -18,7 +18,7 @@ SynQ {__version__}: quantizes a pre-trained image classifier without any data.
   synq train [--config FILE] [--KEY VALUE ...]        one run; `synq train --help` explains every key
   synq synthesize [--config FILE] [--KEY VALUE ...]   only make the synthetic images of that run
   synq sweep [SPEC] [...]                             many runs and a ranked table; `synq sweep --help`
-  synq leaderboard PATH                               make the tables again from the records of a sweep
+  synq leaderboard PATH...                            tables from records: merge, filter, compare (--help)
 
 Several processes or GPUs: accelerate launch synq/train.py takes the words of `synq train`."""
 

@@ -75,7 +75,9 @@ def config_digest(config: object, *, with_seeds: bool = True) -> str:
     names = _changed(
         values, SPECS, lambda spec: map_spec_path(spec, lambda path: os.path.basename(os.path.normpath(path)))
     )
-    values = config_to_dict(with_overrides(config, names))
+    for name, text in names.items():
+        part, _, key = name.partition(".")
+        values[part][key] = text
     values["runtime"] = {"precision": values["runtime"]["precision"]}
     left_out = [(values, "name"), (values["finetune"], "log_every")]
     left_out += [(values["evaluation"], key) for key in ("batch_size", "data_dir")]

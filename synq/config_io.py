@@ -196,11 +196,14 @@ def parse_overrides(cls: type, words: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
+@functools.cache
 def _dotted_hints(cls: Any, prefix: str = "") -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for name, hint in _fields(cls).items():
         hints |= (
-            _dotted_hints(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {f"{prefix}{name}": hint}
+            _dotted_hints(typing.cast(Any, hint), f"{prefix}{name}.")
+            if dataclasses.is_dataclass(hint)
+            else {f"{prefix}{name}": hint}
         )
     return hints
 

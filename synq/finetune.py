@@ -123,6 +123,7 @@ def finetune(
     checkpoint: Path | None = None,
     identity: str = "",
     on_epoch: Callable[[Epoch], None] | None = None,
+    on_checkpoint: Callable[[Path], None] | None = None,
     progress: bool = False,
 ) -> list[Epoch]:
     """Train the student's float weights behind its fake quantizers, in place; the last epoch is the result.
@@ -143,6 +144,7 @@ def finetune(
         identity: What the checkpoint belongs to (teacher and images); another one in the file is refused.
         on_epoch: Called on every process after every epoch, before its checkpoint, with the epoch's mean terms; what it
             adds to them is kept.
+        on_checkpoint: Called on the main process with the path of each checkpoint, once it is written.
         progress: Whether to show a progress bar (on the main process).
 
     Returns:
@@ -202,6 +204,8 @@ def finetune(
             on_epoch(history[-1])
         if checkpoint is not None and accelerator.is_main_process:
             save_checkpoint(checkpoint, identity, student.net, optimizer, history)
+            if on_checkpoint is not None:
+                on_checkpoint(checkpoint)
     bar.close()
     return history
 

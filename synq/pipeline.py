@@ -20,8 +20,16 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, fx
 
-from synq.artifacts import SetStore
-from synq.configs import QuantConfig, RunConfig, RuntimeConfig, config_digest, config_to_dict, make_absolute
+from synq.artifacts import Purpose, SetStore
+from synq.configs import (
+    QuantConfig,
+    RunConfig,
+    RuntimeConfig,
+    SynthesisConfig,
+    config_digest,
+    config_to_dict,
+    make_absolute,
+)
 from synq.evaluation import Measure
 from synq.finetune import CamNetwork, Epoch, NonFiniteLossError, finetune
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
@@ -43,6 +51,7 @@ def run(
     *,
     accelerator: Accelerator | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_checkpoint: Callable[[Path], None] | None = None,
 ) -> RunRecord:
     """Do one run, or the rest of one that was stopped; a finished one is returned as it stands.
 
@@ -52,7 +61,8 @@ def run(
     Args:
         config: The run.
         accelerator: Process group; None makes one from `config.runtime`.
-        on_epoch: Called on the main process after every epoch with epoch, epochs, objective_value and the loss terms.
+        on_epoch: Called on every process after every epoch with epoch, epochs, objective_value and the loss terms.
+        on_checkpoint: Called on the main process with the path of every checkpoint that has been written.
 
     Returns:
         The record, on every process.
@@ -75,7 +85,7 @@ def run(
     _check_writable(folder)
     with clock("synthesis"):
         train_set, heldout = _synthetic_sets(config, teacher, accelerator)
-    measure.heldout = heldout.images
+    measure.hold_out(heldout.images, heldout.labels)
 
     with clock("quantize"):
         images = low_pass(train_set.images, config).to(_dtype(config))
@@ -88,7 +98,7 @@ def run(
         if on_epoch is None and not config.evaluation.every_epoch:
             return
         epoch["objective_value"] = measure.objective(student.net)  # stands in the record's loss_history
-        if on_epoch is not None and accelerator.is_main_process:
+        if on_epoch is not None:
             on_epoch({**epoch, "epochs": config.finetune.epochs})
 
     record = blank_record(config, teacher, student, train_set, heldout, measure.labels_digest, accelerator, started)
@@ -107,6 +117,7 @@ def run(
             checkpoint=folder / "checkpoint.pt",
             identity=f"{teacher.digest} {train_set.digest}",
             on_epoch=after_epoch,
+            on_checkpoint=on_checkpoint,
             progress=config.runtime.progress,
         )
     except NonFiniteLossError as error:
@@ -145,6 +156,21 @@ def prepare(config: RunConfig, *, accelerator: Accelerator | None = None) -> tup
     accelerator = accelerator or make_accelerator(config.runtime)
     teacher, _, _ = _open(config, accelerator)
     return _synthetic_sets(config, teacher, accelerator)
+
+
+def set_store(config: RunConfig) -> SetStore:
+    """Return the store of a run's synthetic sets."""
+    return SetStore(config.runtime.store_dir or Path(config.runtime.output_dir) / "store")
+
+
+def set_names(config: RunConfig) -> list[str]:
+    """Return the names that a run's training and held-out set have in the store, made or not."""
+    config = make_absolute(config)
+    teacher = load_teacher(config.teacher)
+    return [
+        set_store(config).key(teacher.digest, settings, seed, input_size=teacher.input_size, purpose=purpose)
+        for settings, seed, purpose in _set_requests(config)
+    ]
 
 
 def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
@@ -235,22 +261,20 @@ def _networks(
 
 
 def _synthetic_sets(config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> tuple[SyntheticSet, SyntheticSet]:
-    store = SetStore(config.runtime.store_dir or Path(config.runtime.output_dir) / "store")
-    progress = config.runtime.progress
-    heldout_config = replace(config.synthesis, num_images=config.evaluation.heldout_images)
-    train_set = ensure_set(
-        teacher,
-        config.synthesis,
-        config.data_seed,
-        store,
-        accelerator=accelerator,
-        purpose="train",
-        progress=progress,
-    )
-    heldout = ensure_set(
-        teacher, heldout_config, HELDOUT_SEED, store, accelerator=accelerator, purpose="heldout", progress=progress
+    store, progress = set_store(config), config.runtime.progress
+    train_set, heldout = (
+        ensure_set(teacher, settings, seed, store, accelerator=accelerator, purpose=purpose, progress=progress)
+        for settings, seed, purpose in _set_requests(config)
     )
     return train_set, heldout
+
+
+def _set_requests(
+    config: RunConfig,
+) -> tuple[tuple[SynthesisConfig, int, Purpose], tuple[SynthesisConfig, int, Purpose]]:
+    """Settings, seed and purpose of a run's training set and of its held-out set."""
+    heldout = replace(config.synthesis, num_images=config.evaluation.heldout_images)
+    return (config.synthesis, config.data_seed, "train"), (heldout, HELDOUT_SEED, "heldout")
 
 
 @dataclass

@@ -5,6 +5,7 @@ a reader, or a run killed at any instant, never meets half of it.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -188,7 +189,7 @@ def read_record(path: str | Path) -> RunRecord:
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         raise ValueError(f"`{path}` must hold a run record of version {SCHEMA_VERSION}, but got version {version!r}")
-    types = typing.get_type_hints(RunRecord)
+    types = _record_types()
     unknown = sorted(set(content) - set(types))
     if unknown:
         raise ValueError(f"`{path}` must hold a run record, but got the unknown key {unknown[0]!r}")
@@ -196,6 +197,11 @@ def read_record(path: str | Path) -> RunRecord:
         if not _fits(types[name], value):
             raise ValueError(f"`{path}` must hold a run record, but got {name} = {value!r:.80}")
     return RunRecord(**content)
+
+
+@functools.cache  # reading the hints takes longer than reading a record
+def _record_types() -> dict[str, Any]:
+    return typing.get_type_hints(RunRecord)
 
 
 def _fits(hint: Any, value: object) -> bool:

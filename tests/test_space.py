@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from sweeps.space import Dimension, base_point, sample
+from sweeps.points import point_params
+from sweeps.space import Dimension, base_values, sample
 from sweeps.spec import DEMO_SPEC, load_spec, run_config, spec_from_dict
 from synq.configs import RunConfig, config_digest, with_overrides
 
@@ -51,7 +52,7 @@ def test_demo_spec_has_two_groups_of_four_trials() -> None:
 
 def test_the_search_opens_with_the_base_of_the_default_space() -> None:
     spec = spec_from_dict({})
-    point = base_point(spec.dimensions, spec.groups[0].base)
+    point = point_params(spec.dimensions, base_values(spec.dimensions, spec.groups[0].base))
     assert point is not None and point["finetune.lowpass_cutoff.on"] is True
     assert point["finetune.lowpass_cutoff"] == spec.groups[0].base.finetune.lowpass_cutoff
     assert sample(spec.dimensions, Fixed(point))["overrides"] == {
@@ -65,7 +66,7 @@ def test_the_search_opens_with_the_base_of_the_default_space() -> None:
 
 def test_base_outside_the_space_gives_no_point() -> None:
     spec = spec_from_dict({"space": {"finetune.lr": {"type": "float", "low": 0.1, "high": 0.2}}})
-    assert base_point(spec.dimensions, spec.groups[0].base) is None
+    assert point_params(spec.dimensions, base_values(spec.dimensions, spec.groups[0].base)) is None
 
 
 def test_groups_are_models_times_bits_with_their_own_settings() -> None:
@@ -87,7 +88,7 @@ def test_groups_are_models_times_bits_with_their_own_settings() -> None:
 
 
 def test_a_trial_is_its_group_with_the_point_put_in() -> None:
-    spec = spec_from_dict({"name": "x", "output_dir": "here", "cpus_per_trial": 2})
+    spec = spec_from_dict({"name": "x", "output_dir": "here", "cpus_per_worker": 2})
     group = spec.groups[0]
     config = run_config(spec, group, {"finetune.lr": 0.02, "finetune.lowpass_cutoff": 1.0}, seeds=(3, 4))
     assert (config.finetune.lr, config.finetune.lowpass_cutoff, config.seed, config.data_seed) == (0.02, 1.0, 3, 4)
@@ -148,7 +149,19 @@ def test_point_of_a_value(dimension: Dimension, value: Any, point: Any) -> None:
         ({"space": {"quant.weight_bits": {"type": "int", "low": 2, "high": 4}}}, "widths are groups"),
         ({"space": {"synthesis.lr": {"type": "float", "low": 0.1, "high": 0.2}}}, "sets are made once"),
         ({"output_dir": "$SYNQ_NO_SUCH_FOLDER/x"}, "set SYNQ_NO_SUCH_FOLDER"),
-        ({"gpus_per_trial": 1.5}, "`gpus_per_trial` must be"),
+        ({"gpus_per_worker": 1.5}, "`gpus_per_worker` must be a part of one GPU"),
+        ({"workers_per_trial": 2, "gpus_per_worker": 0.5}, "must be 0 or 1 where a trial has several workers"),
+        ({"workers_per_trial": 0}, "`workers_per_trial` must be"),
+        ({"gpus_per_trial": 1}, "`gpus_per_trial` must be a known key"),
+        ({"second_objective": "size_bytes"}, "`scheduler` must be none with a `second_objective`"),
+        ({"study_storage": "redis"}, "`study_storage` must be none, journal or the address of a database"),
+        ({"sampler": "points"}, "`points` must hold at least one table"),
+        ({"sampler": "grid"}, "`space.finetune.lowpass_cutoff` must give `step`, or be a choice"),
+        ({"sampler": "points", "points": [{"finetune.lr": 0.1}], "space": {}}, "`space` must be left out for sampler"),
+        ({"points": [{"finetune.lrr": 0.1}]}, "did you mean `finetune.lr`?"),
+        ({"points": [{"finetune.lr": 5.0}]}, "`points` must lie in the search space, but got"),
+        ({"points": [{"bits": "W2A2"}]}, "`points` must name settings of finetune or quant, but got 'bits'"),
+        ({"points": {"finetune.lr": 0.1}}, "`points` must be a list of tables"),
         ({"seeds": [1, 1]}, "`seeds` must be different numbers"),
         ({"sampler": "tp"}, "did you mean `tpe`?"),
         ({"base": {"evaluation": {"objective": "selection"}}}, "`base.evaluation.objective` must be left out"),
@@ -160,7 +173,6 @@ def test_point_of_a_value(dimension: Dimension, value: Any, point: Any) -> None:
         ({"base": {"quant": 3}}, "`quant` must be a table of keys"),
         ({"base": {"finetune": 3}}, "`base.finetune` must be a table of keys"),
         ({"models": [{"spec": "bundled:digits_resnet8", "base": {"evaluation": 5}}]}, "`evaluation` must be a table"),
-        ({"output_dir": "s3://bucket/x"}, "`output_dir` must be a folder path"),
         ({"base": {"runtime": {"store_dir": "s3://bucket/x"}}}, "`runtime.store_dir` must be a folder path"),
         ({"base": {"finetune": {"lr": 10**400}}}, "`finetune.lr` must be a number below 1e308"),
         ({"num_trials": 10**400}, "`num_trials` must be a finite number >= 1"),
@@ -201,7 +213,7 @@ def test_trials_without_a_gpu_stay_off_it() -> None:
         spec = spec_from_dict(keys)
         return run_config(spec, spec.groups[0], {}).runtime.device
 
-    assert device() == "cpu" and device(gpus_per_trial=0.5) == "auto"
+    assert device() == "cpu" and device(gpus_per_worker=0.5) == "auto"
     assert device(base={"runtime": {"device": "cuda"}}) == "cuda"
 
 

@@ -1,300 +1,16 @@
-"""The search, the early stopping and whole sweeps on the bundled teacher: budgets, faults, resume, refusals."""
+"""Whole sweeps on the bundled teacher: budgets, tables, resume, refusals."""
 
-import csv
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sweep_tools import LR, rows, tiny
 
 from launch.sweep import main
-from sweeps.cluster import check_shared, cluster, prepare_environment
+from sweeps.cluster import check_shared, prepare_environment
 from sweeps.leaderboard import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 from sweeps.ledger import Ledger
-from sweeps.progress import Progress
-from sweeps.space import Dimension
-from sweeps.spec import SweepSpec, spec_from_dict
-
-TINY: dict[str, Any] = {
-    "bits": ["W8A8", "W3A3"],
-    "base": {
-        "synthesis": {"num_images": 32, "shard_size": 16, "iterations": 5},
-        "quant": {"calib_images": 32},
-        "finetune": {"epochs": 2, "batch_size": 16},
-        "evaluation": {"heldout_images": 16, "num_images": 64},
-    },
-}
-LR = {"finetune.lr": {"type": "choice", "values": [0.005, 1e-8, 1e20]}}
-
-
-def tiny(folder: Path, **keys: Any) -> SweepSpec:
-    return spec_from_dict({**TINY, "name": "tiny", "output_dir": str(folder), **keys})
-
-
-def write_spec(path: Path, epochs: int) -> Path:
-    """The tiny spec as a file."""
-    lines = [
-        'name = "tiny"',
-        'bits = ["W8A8", "W3A3"]',
-        "num_trials = 2",
-        'scheduler = "none"',
-        "[base.finetune]",
-        f"epochs = {epochs}",
-    ]
-    lines += [
-        "batch_size = 16",
-        "[base.synthesis]",
-        "num_images = 32",
-        "shard_size = 16",
-        "iterations = 5",
-        "[base.quant]",
-    ]
-    lines += [
-        "calib_images = 32",
-        "[base.evaluation]",
-        "heldout_images = 16",
-        "num_images = 64",
-        '[space."finetune.lr"]',
-    ]
-    path.write_text("\n".join([*lines, 'type = "float"', "low = 1e-4", "high = 1e-2", "log = true", ""]))
-    return path
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-# --- the search of one group ---------------------------------------------------------------------------------------------------
-
-
-def group_search(**keys: Any) -> Any:
-    from sweeps.group_search import GroupSearch
-
-    dimensions = (Dimension(name="finetune.lr", type="float", low=1e-4, high=1e-1, log=True),)
-    values = {"minimise": True, "sampler": "tpe", "seed": "s", "num_startup": 2, "study_name": "x", **keys}
-    return GroupSearch(dimensions, **values)
-
-
-def test_optuna_hears_how_each_trial_ended() -> None:
-    search = group_search()
-    for number, name in enumerate(("good", "stopped", "nan", "failed", "lost", "removed")):
-        search.propose(f"p{number}", number)
-        search.accept(f"p{number}", name, f"trial-{name}")
-        search.on_trial_result(name, {"epoch": 1, "objective_value": 0.5})
-    search.on_trial_complete("good", {"epoch": 2, "objective_value": 0.25, "status": "completed"})
-    search.on_trial_complete("stopped", {"epoch": 2, "objective_value": 0.75})
-    search.on_trial_complete("nan", {"epoch": 2, "objective_value": float("nan"), "status": "completed"})
-    search.on_trial_complete("failed", {"epoch": 2, "objective_value": None, "status": "failed"})
-    search.on_trial_complete("lost", {"epoch": 1, "objective_value": 0.5}, error=True)
-    search.on_trial_complete("removed")
-    trials = search.study.get_trials()
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "FAIL", "FAIL"]
-    assert trials[0].value == 0.25 and trials[1].intermediate_values == {1: 0.5, 2: 0.75}
-    assert [trial.user_attrs["trial"] for trial in trials][:2] == ["trial-good", "trial-stopped"]
-    search.on_trial_complete("good", {"objective_value": 9.0, "status": "completed"})  # told twice: heard once
-    assert search.study.get_trials()[0].value == 0.25
-
-
-def test_proposals_follow_from_number_and_history_not_from_the_process() -> None:
-    first = [group_search().propose("p", number)[0]["finetune.lr"] for number in range(4)]
-    assert first == [group_search().propose("p", number)[0]["finetune.lr"] for number in range(4)]
-    assert len(set(first)) == 4, "a restarted driver would draw its first proposal again"
-    assert first != [group_search(seed="other").propose("p", number)[0]["finetune.lr"] for number in range(4)]
-
-
-def test_rungs_are_kept_apart_by_group_and_spare_last_epochs_and_reruns(tmp_path: Path) -> None:
-    from sweeps.search import SweepScheduler
-
-    spec = tiny(tmp_path, reduction_factor=2, base={**TINY["base"], "finetune": {"epochs": 4, "batch_size": 16}})
-    scheduler = SweepScheduler(spec, Ledger(spec))
-
-    def result(name: str, group: str, epoch: int, value: float | None, stage: str = "search", **more: Any) -> str:
-        trial = SimpleNamespace(trial_id=name, config={"trial": name, "group": group, "stage": stage})
-        if name not in seen:
-            scheduler.on_trial_add(None, trial)
-            seen.add(name)
-        return scheduler.on_trial_result(None, trial, {"epoch": epoch, "epochs": 4, "objective_value": value, **more})
-
-    seen: set[str] = set()
-    wide, narrow = "digits_resnet8-W8A8", "digits_resnet8-W3A3"
-    assert result("a", wide, 1, 0.001) == "CONTINUE"
-    assert result("b", narrow, 1, 0.9) == "CONTINUE", "a 3-bit trial was compared with an 8-bit one"
-    assert result("c", narrow, 1, 0.99) == "STOP"
-    assert result("d", narrow, 1, 0.8) == "CONTINUE"
-    assert result("e", narrow, 1, 5.0, stage="final") == "CONTINUE"
-    assert result("f", narrow, 1, float("nan")) == "CONTINUE" and result("f", narrow, 1, None) == "CONTINUE"
-    assert result("g", narrow, 4, 99.0) == "CONTINUE", "stopped in its last epoch: all the work, no result"
-    assert result("h", narrow, 1, 99.0, status="completed") == "CONTINUE"
-
-
-@pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Callable[..., tuple[Any, Ledger, Any]]]:
-    """Open a sweep's folder as a driver that starts does: `(searcher, ledger, callback)`; ends the one before."""
-    from sweeps.search import SweepSearcher
-    from sweeps.tuner import SweepCallback
-
-    ledgers: list[Ledger] = []
-
-    def start(folder: Path = tmp_path / "sweep", **keys: Any) -> tuple[Any, Ledger, Any]:
-        for ledger in ledgers:
-            ledger.close()
-        spec = tiny(folder, **{"bits": ["W3A3"], "num_trials": 3, **keys})
-        ledgers.append(Ledger(spec))
-        ledgers[-1].open()
-        searcher = SweepSearcher(spec, ledgers[-1])
-        return searcher, ledgers[-1], SweepCallback(ledgers[-1], Progress(searcher.num_total(), live=False))
-
-    yield start
-    for ledger in ledgers:
-        ledger.close()
-
-
-def test_a_completed_trial_whose_record_cannot_be_seen_is_failed_not_weak(opened: Any) -> None:
-    searcher, ledger, callback = opened()
-    config = searcher.suggest("x")
-    last = {"status": "completed", "objective_value": 0.01, "epoch": 2, "epochs": 2}
-    trial = SimpleNamespace(trial_id="x", config=config, last_result=last)
-    callback.on_trial_start(0, [], trial)
-    callback.on_trial_complete(0, [], trial)
-    record = ledger.records[config["trial"]]
-    assert record.status == "failed" and record.reason.startswith("its record is not visible here: output_dir must be")
-
-
-def test_an_interrupted_trial_keeps_its_epochs_and_their_rungs(opened: Any) -> None:
-    from sweeps.search import SweepScheduler
-
-    keys = {
-        "base": {**TINY["base"], "finetune": {"epochs": 8, "batch_size": 16}},
-        "grace_epochs": 2,
-        "reduction_factor": 2,
-    }
-    searcher, _, callback = opened(**keys)
-    config = searcher.suggest("x")
-    trial = SimpleNamespace(trial_id="x", config=config)
-    callback.on_trial_start(0, [], trial)
-    for epoch in (1, 2, 3):
-        callback.on_trial_result(0, [], trial, {"epoch": epoch, "epochs": 8, "objective_value": 1.0 - 0.1 * epoch})
-    searcher, ledger, _ = opened(**keys)  # the driver was killed and started again
-    again = SimpleNamespace(trial_id="y", config=searcher.suggest("y"))
-    assert again.config["trial"] == config["trial"]
-    study = searcher.searches[config["group"]].study
-    assert study.get_trials()[0].intermediate_values == {1: 0.9, 2: 0.8, 3: pytest.approx(0.7)}
-    scheduler = SweepScheduler(ledger.spec, ledger)
-    scheduler.on_trial_add(None, again)
-    scheduler.on_trial_result(None, again, {"epoch": 4, "epochs": 8, "objective_value": 0.1})
-    rungs = dict(scheduler.inner[config["group"]]._brackets[0]._rungs)
-    assert rungs[2] == {"y": -0.8} and rungs[4] == {"y": -0.1}, "a later epoch's value stands in an earlier rung"
-
-
-def test_an_interrupted_trial_uses_the_folders_of_today(opened: Any, tmp_path: Path) -> None:
-    import json
-
-    first = opened()[0].suggest("x")
-    (tmp_path / "sweep").rename(tmp_path / "moved")
-    searcher, _, _ = opened(tmp_path / "moved")
-    again = searcher.suggest("y")
-    assert again["trial"] == first["trial"] and again["config"]["seed"] == first["config"]["seed"]
-    assert again["config"]["finetune"] == first["config"]["finetune"]
-    assert again["config"]["runtime"]["output_dir"] == str(tmp_path / "moved" / "runs")
-    plan = tmp_path / "moved" / "plans" / f"{first['trial']}.json"
-    content = json.loads(plan.read_text())
-    content["config"]["seed"] += 1
-    plan.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"{first['trial']}.json. must be a plan of this sweep"):
-        opened(tmp_path / "moved")
-
-
-def test_settings_that_are_not_allowed_together_are_passed_over(opened: Any) -> None:
-    space = {
-        "finetune.epochs": {"type": "int", "low": 2, "high": 20},
-        "finetune.warmup_epochs": {"type": "float", "low": 0, "high": 12},
-    }
-    searcher, _, _ = opened(
-        space=space, num_trials=12, base={**TINY["base"], "finetune": {"epochs": 12, "batch_size": 16}}
-    )
-    found = [searcher.suggest(f"t{number}")["config"]["finetune"] for number in range(12)]
-    assert all(part["warmup_epochs"] <= part["epochs"] for part in found) and searcher.invalid
-    states = [trial.state.name for trial in next(iter(searcher.searches.values())).study.get_trials()]
-    assert states.count("RUNNING") == 12 and states.count("FAIL") == len(states) - 12 > 0
-
-
-def test_a_space_without_any_allowed_point_ends(opened: Any) -> None:
-    space = {
-        "finetune.epochs": {"type": "choice", "values": [2, 3]},
-        "finetune.warmup_epochs": {"type": "choice", "values": [4.0, 5.0]},
-    }
-    base = {**TINY["base"], "finetune": {"epochs": 9, "batch_size": 16}}
-    searcher, ledger, _ = opened(space=space, base=base)
-    assert searcher.suggest("x") == "FINISHED" and searcher.exhausted and not ledger.plans
-    assert "warmup_epochs" in next(iter(searcher.invalid.values()))
-
-
-def test_other_files_of_the_same_name_are_refused(opened: Any) -> None:
-    from dataclasses import replace
-
-    searcher, ledger, _ = opened()
-    config = searcher.suggest("x")
-    teacher = {"name": "net", "digest": "aa", "input_size": [1, 8, 8]}
-    ledger.know(config["group"], teacher, "ee")
-    record = ledger.settle(config["trial"], status="pruned", reason="weak", history=[], seconds=1.0)
-    ledger.know(config["group"], teacher, "other")  # a pruned trial's figures come from no labelled image
-    with pytest.raises(ValueError, match="made with other weights of the same file name: put the old file back"):
-        ledger.know(config["group"], {**teacher, "digest": "bb"}, "ee")
-    ledger.records[config["trial"]] = replace(record, status="completed", eval_digest="ee")
-    ledger.know(config["group"], teacher, "ee")
-    with pytest.raises(ValueError, match="made with other labelled images of the same file name"):
-        ledger.know(config["group"], teacher, "other")
-
-
-def test_the_name_that_the_spec_gives_a_model_stands_in_its_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sweeps.trial as trial
-    from synq.configs import RunConfig
-    from synq.results import RunRecord
-
-    monkeypatch.setattr(trial.pipeline, "run", lambda *_, **__: RunRecord(model="digits_resnet8"))
-    assert trial._run(RunConfig(), "t000", {"name": "my_net", "digest": "aa"}).model == "my_net"
-
-
-def test_a_cluster_reached_through_a_client_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import ray
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setenv("RAY_ADDRESS", "ray://somewhere:10001")
-    with pytest.raises(ValueError, match="`ray job submit"), cluster(tiny(tmp_path).search):
-        pass
-
-
-def test_unused_gpus_are_remarked_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import ray
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}])
-    with cluster(tiny(tmp_path).search) as remark:
-        assert "--gpus-per-trial 1" in remark
-    with cluster(tiny(tmp_path, gpus_per_trial=0.5).search) as remark:
-        assert remark == ""
-
-
-def test_the_console_command_does_not_wait_for_threads_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    import synq.cli
-
-    codes: list[int] = []
-    monkeypatch.setattr(synq.cli, "run", lambda argv: 3)
-    monkeypatch.setattr(synq.cli, "leave", lambda code: None)
-    monkeypatch.setattr(os, "_exit", codes.append)
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
-    synq.cli.main()
-    assert codes == [3]
-
-
-# --- whole sweeps ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -434,7 +150,7 @@ def test_a_folder_in_use_or_of_another_sweep_is_refused(sweep: Path) -> None:
     for change in changes:
         with pytest.raises(ValueError, match="`output_dir` must be new or hold the same sweep"):
             Ledger(tiny(sweep, **change)).open()
-    again = Ledger(tiny(sweep, space=LR, num_trials=9, cpus_per_trial=2))
+    again = Ledger(tiny(sweep, space=LR, num_trials=9, cpus_per_worker=2))
     again.open()
     again.close()
 
@@ -486,8 +202,9 @@ def test_too_large_a_trial_is_refused_at_once(local_ray: None, tmp_path: Path) -
     from sweeps.tuner import run_sweep
 
     for keys, words in (
-        ({"cpus_per_trial": 64.0}, "`cpus_per_trial` must be at most 2"),
-        ({"gpus_per_trial": 1.0}, "`gpus_per_trial` must be"),
+        ({"cpus_per_worker": 64.0}, "`cpus_per_worker` must be at most 2"),
+        ({"gpus_per_worker": 1.0}, "`gpus_per_worker` must be at most 0"),
+        ({"workers_per_trial": 3}, "`workers_per_trial` must be at most 2"),
     ):
         with pytest.raises(ValueError, match=words):
             run_sweep(tiny(tmp_path / "large", **keys))
@@ -530,93 +247,6 @@ def test_an_unwritable_folder_is_one_line(in_tmp: Path, capsys: pytest.CaptureFi
     (in_tmp / "file").write_text("mine")
     assert main(["--output-dir", "file/out"]) == 2
     assert capsys.readouterr().err.startswith("synq: error: ") and (in_tmp / "file").read_text() == "mine"
-
-
-# --- faults, from outside --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def start(root: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start the door as a user would, in a process group of its own that ends with the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def run(*words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(root / "launch" / "sweep.py"), *words]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.1)
-
-
-@pytest.mark.slow
-def test_a_killed_driver_goes_on_and_repeats_nothing(
-    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    words = (str(write_spec(tmp_path / "tiny.toml", epochs=60)), "--output-dir", str(tmp_path / "out"))
-    records = tmp_path / "out" / "records"
-    process = start(*words)
-    until(lambda: records.is_dir() and len(list(records.glob("*.json"))) >= 1, process)
-    process.kill()
-    process.wait()
-    before = {path: path.stat().st_mtime_ns for path in records.glob("*.json")}
-    again = start(*words)
-    out, _ = again.communicate(timeout=200)
-    assert again.returncode == 0, out
-    assert f"{len(before)} trials are there already" in out
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
-    trials = rows(tmp_path / "out" / "trials.csv")
-    assert len(trials) == 4 and {row["status"] for row in trials} == {"completed"}
-    assert len({row["config_digest"] for row in trials}) == 4
-
-
-@pytest.mark.slow
-def test_ctrl_c_writes_the_tables_and_a_lost_worker_is_replaced(
-    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    words = (str(write_spec(tmp_path / "tiny.toml", epochs=150)), "--output-dir", str(tmp_path / "out"))
-    process = start(*words)
-    runs = tmp_path / "out" / "runs"
-    until(lambda: runs.is_dir() and len(list(runs.glob("*/checkpoint.pt"))) >= 1, process)
-    found = subprocess.run(
-        ["pgrep", "-f", "^ray::ImplicitFunc"], capture_output=True, text=True, check=False
-    ).stdout.split()
-    own = [pid for pid in map(int, found) if _is_below(pid, process.pid)]
-    assert own, "no worker of this sweep was found"
-    os.kill(own[0], signal.SIGKILL)
-    until(lambda: len(list((tmp_path / "out" / "records").glob("*.json"))) >= 1, process)
-    refused = start(*words)
-    out, _ = refused.communicate(timeout=60)
-    assert refused.returncode == 2 and "another sweep runs in" in out
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in out
-    trials = rows(tmp_path / "out" / "trials.csv")
-    assert trials and {row["status"] for row in trials} == {"completed"}, "a killed worker's trial was lost"
-
-
-def _is_below(pid: int, ancestor: int) -> bool:
-    """Whether a process descends from another one."""
-    while pid > 1 and pid != ancestor:
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
-        except OSError:
-            return False
-    return pid == ancestor
 
 
 def test_a_wrong_word_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,171 @@
+"""Points of a search space that are known before the search: a grid, a list of the user's, the best settings of earlier sweeps.
+
+A point is a set of dotted overrides, one for every dimension. Knows neither Ray nor torch.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sweeps.leaderboard import leaderboard_rows, load_records
+from sweeps.search_config import SearchConfig
+from sweeps.space import BITS, Dimension, read_table, setting_names, value_at
+from synq.config_io import nearest, require
+from synq.configs import RunConfig, config_to_dict
+from synq.results import RunRecord
+
+CUTOFF, UNIT = "finetune.lowpass_cutoff", "lowpass_unit"
+Point = dict[str, Any]
+
+
+def grid_size(dimensions: Sequence[Dimension]) -> int:
+    """Return the number of points of the grid.
+
+    Raises:
+        ValueError: A dimension is a range without steps.
+    """
+    return math.prod(len(dimension.listed()) for dimension in dimensions)
+
+
+def grid(dimensions: Sequence[Dimension]) -> Iterator[Point]:
+    """Yield every combination, the last dimension changing fastest; nothing is held in memory but the values."""
+    values = [dimension.listed() for dimension in dimensions]
+    for number in range(math.prod(map(len, values))):
+        point: Point = {}
+        for dimension, choices in zip(reversed(dimensions), reversed(values), strict=True):
+            number, digit = divmod(number, len(choices))
+            point[dimension.name] = choices[digit]
+        yield {dimension.name: point[dimension.name] for dimension in dimensions}
+
+
+def point_params(dimensions: Sequence[Dimension], point: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the search's own parameters that stand for a point, or None where it lies outside the space."""
+    params: dict[str, Any] = {}
+    for dimension in dimensions:
+        found = dimension.point(point[dimension.name])
+        if found is None:
+            return None
+        params |= found
+    return params
+
+
+def read_points(entries: Any, search: SearchConfig) -> list[Point]:
+    """Read the [[points]] of a spec.
+
+    Args:
+        entries: A list of tables; {"finetune.lr": 0.01} and {"finetune": {"lr": 0.01}} are the same. "none" stands for None.
+        search: Says whether `bits` may be named, and whether there must be points.
+
+    Raises:
+        ValueError: An entry is no table, or names what is no setting.
+    """
+    require("points", "be a list of tables", entries, isinstance(entries, list))
+    require(
+        "points", "hold at least one table for sampler points", entries, bool(entries) or search.sampler != "points"
+    )
+    names = {*setting_names(), *([BITS] if search.two_objectives else [])}
+    return [_read_point(entry, names) for entry in entries]
+
+
+def _read_point(entry: Any, names: set[str]) -> Point:
+    point: Point = {}
+    for key, value in read_table(entry, "points").items():
+        point |= (
+            {f"{key}.{inner}": part for inner, part in value.items()} if isinstance(value, Mapping) else {key: value}
+        )
+    for name in point:
+        if name not in names:
+            raise ValueError(
+                f"`points` must name settings of finetune or quant, but got {name!r}{nearest(name, names)}"
+            )
+    return {name: None if value == "none" else value for name, value in point.items()}
+
+
+def completed(points: Sequence[Point], base: RunConfig) -> list[Point]:
+    """Return points that all name the same: what only other points name is the base's."""
+    values = config_to_dict(base)
+    names = dict.fromkeys(name for point in points for name in point)
+    rest = {name: value_at(values, name) for name in names}
+    return [{**rest, **point} for point in points]
+
+
+def listed_dimensions(points: Sequence[Point]) -> tuple[Dimension, ...]:
+    """Return a space that is just wide enough for `points` (which all name the same): ranges for numbers, choices for the rest."""
+    names = points[0] if points else ()
+    return tuple(_listed_dimension(name, [point[name] for point in points]) for name in names)
+
+
+def _listed_dimension(name: str, values: list[Any]) -> Dimension:
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    present = [value for value in values if value is not None]
+    if name == BITS or not numbers or len(numbers) < len(present):
+        return Dimension(
+            name=name, type="choice", values=tuple(dict.fromkeys("none" if v is None else v for v in values))
+        )
+    whole = all(isinstance(value, int) for value in numbers)
+    kind: Any = "int" if whole else "float"
+    optional = len(present) < len(values)
+    return Dimension(name=name, type=kind, low=min(numbers), high=max(numbers), optional=optional)
+
+
+def warm_points(
+    records: Sequence[RunRecord], dimensions: Sequence[Dimension], base: Mapping[str, Any], top_k: int
+) -> list[Point]:
+    """Return the best settings of earlier sweeps, as points of this search, best first.
+
+    Settings found on the same teacher come first, then those at the same bit-widths, each in the order of their leaderboard.
+    Those outside the space are passed over. A cutoff in another unit is converted by its own model's size.
+
+    Args:
+        records: Of the earlier sweeps.
+        dimensions: The search space.
+        base: The group's base run, as plain values.
+        top_k: How many at most.
+    """
+    by_digest = {record.config_digest: record for record in records}
+    rows = []
+    for row in leaderboard_rows(records):
+        config = by_digest[row["config_digest"]].config
+        other_teacher = _last_parts(config["teacher"]) != _last_parts(base["teacher"])
+        other_bits = value_at(config, BITS) != value_at(base, BITS)
+        rows.append((other_teacher, other_bits, row["rank"], row["config_digest"]))
+    points: list[Point] = []
+    for *_, digest in sorted(rows):
+        record = by_digest[digest]
+        point = {dimension.name: _converted(record, dimension.name, base) for dimension in dimensions}
+        if point_params(dimensions, point) is not None and point not in points:
+            points.append(point)
+    return points[:top_k]
+
+
+def read_earlier(paths: Sequence[str]) -> list[RunRecord]:
+    """Read the records that stand beside leaderboards.
+
+    Args:
+        paths: Folders of sweeps, or leaderboard.csv files in them.
+
+    Raises:
+        FileNotFoundError: A path is absent or has no records.
+        ValueError: A record is damaged.
+    """
+    folders = [Path(path).parent if path.endswith(".csv") else Path(path) for path in paths]
+    try:
+        return load_records(folders)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"`warm_start` must name folders of earlier sweeps: {error}") from None
+
+
+def _converted(record: RunRecord, name: str, base: Mapping[str, Any]) -> Any:
+    value = value_at(record.config, name)
+    unit, wanted = record.config["finetune"][UNIT], base["finetune"][UNIT]
+    size = record.teacher.get("input_size")
+    if name != CUTOFF or value is None or unit == wanted or not size:
+        return value
+    nyquist = min(size[-2:]) / 2
+    return float(f"{value * nyquist if wanted == 'bins' else value / nyquist:.6g}")
+
+
+def _last_parts(teacher: Mapping[str, Any]) -> list[str]:
+    """A teacher's files by their last part: folders differ between machines."""
+    return [str(teacher.get(key)).rpartition("/")[2] for key in ("spec", "weights")]

@@ -1,0 +1,131 @@
+"""How a sweep spends its time: budget, search, resources. Knows neither Ray nor torch."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from synq.config_io import between, one_of, require
+
+DEFAULT_TRIALS = 8
+SAMPLERS = ("tpe", "random", "gp", "nsga2", "grid", "points")
+LISTED = ("grid", "points")
+"""Samplers whose proposals are known before the first one."""
+OBJECTIVES = ("synthetic", "selection")
+SECOND_OBJECTIVES = ("none", "size_bytes", "bitops")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchConfig:
+    """How a sweep spends its time."""
+
+    name: str = "sweep"
+    """Name of the sweep."""
+    output_dir: str = "none"
+    """Folder of the sweep, or an address such as s3://bucket/path; none is runs/NAME."""
+    num_trials: int | None = None
+    """Trials of each group, pruned and failed ones included; re-runs on further seeds come on top. None: 8, or the whole grid or list."""
+    more_trials: int = 0
+    """Trials of each group beyond those of the finished sweep in the folder (the command line's --num-trials +N)."""
+    objective: Literal["synthetic", "selection"] = "synthetic"
+    """What is optimised: synthetic (fidelity to the teacher, lower is better) or selection (top-1 on a part of the labels, higher is better)."""
+    second_objective: Literal["none", "size_bytes", "bitops"] = "none"
+    """Minimised at the same time, over the bit-widths of `bits`: the search of a model then looks for the Pareto front."""
+    seeds: tuple[int, ...] = ()
+    """Seeds (of fine-tuning and of the synthetic set, together) on which the best settings of each group are run after the search."""
+    final_top_k: int = 1
+    """How many of the best settings of each (model, bits) are run on `seeds`."""
+    sampler: Literal["tpe", "random", "gp", "nsga2", "grid", "points"] = "tpe"
+    """How settings are proposed; grid takes every combination of the space, points the listed [[points]] and nothing else."""
+    sampler_seed: int = 0
+    """Seed of the proposals."""
+    warm_start: tuple[str, ...] = ()
+    """Folders (or leaderboard.csv files) of earlier sweeps whose best settings are tried first."""
+    warm_start_top_k: int = 3
+    """How many settings each group takes from `warm_start`."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """Whether weak trials are stopped early (successive halving within their group)."""
+    grace_epochs: int = 1
+    """Epochs before which no trial is stopped."""
+    reduction_factor: float = 3.0
+    """About one in this many trials passes each rung."""
+    max_concurrent: int | None = None
+    """Most trials at one time; none is as many as the machines hold."""
+    max_failures: int = 3
+    """How often a trial whose worker died is started again from its last epoch."""
+    max_failed_trials: int = 10
+    """Failed trials, since the sweep was started, at which it stops: so many have one cause, and it should be mended first."""
+    retry_failed: bool = False
+    """Whether trials that failed in an earlier start are run again."""
+    workers_per_trial: int = 1
+    """Processes of one trial: more than one train its student together (DDP), on one machine or several."""
+    cpus_per_worker: float = 1.0
+    """CPU cores of each of them; also its number of threads."""
+    gpus_per_worker: float = 0.0
+    """GPUs of each of them: 1, a part such as 0.25 (several trials then share a device), or 0 for the CPU."""
+    study_storage: str = "none"
+    """Where the searches are also kept for optuna-dashboard: journal (optuna.journal in the sweep's folder), or a database such as
+    sqlite:////tmp/studies.db."""
+
+    def __post_init__(self) -> None:
+        slug = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None
+        require("name", "be letters, digits, dots, dashes and underscores (it names a folder)", self.name, slug)
+        for name, low in (
+            ("more_trials", 0),
+            ("final_top_k", 1),
+            ("grace_epochs", 1),
+            ("max_failures", 0),
+            ("max_failed_trials", 1),
+            ("sampler_seed", 0),
+            ("warm_start_top_k", 1),
+            ("workers_per_trial", 1),
+        ):
+            between(name, getattr(self, name), low)
+        for name in ("num_trials", "max_concurrent"):
+            if getattr(self, name) is not None:
+                between(name, getattr(self, name), 1)
+        between("reduction_factor", self.reduction_factor, 1, open_low=True)
+        seeds = len(set(self.seeds)) == len(self.seeds) and all(seed >= 0 for seed in self.seeds)
+        require("seeds", "be different numbers >= 0", self.seeds, seeds)
+        for name, choices in (
+            ("objective", OBJECTIVES),
+            ("second_objective", SECOND_OBJECTIVES),
+            ("sampler", SAMPLERS),
+            ("scheduler", ("asha", "none")),
+        ):
+            one_of(name, getattr(self, name), choices)
+        storage = self.study_storage in ("none", "journal") or "://" in self.study_storage
+        require("study_storage", "be none, journal or the address of a database", self.study_storage, storage)
+        self._check_resources()
+        if self.two_objectives:
+            rule = "be none with a `second_objective`: an early value says nothing about a front"
+            require("scheduler", rule, self.scheduler, self.scheduler == "none")
+
+    def _check_resources(self) -> None:
+        cpus, gpus = self.cpus_per_worker, self.gpus_per_worker
+        between("cpus_per_worker", cpus, 0, open_low=True)
+        between("gpus_per_worker", gpus, 0)
+        require("cpus_per_worker", "be < 1 or a whole number", cpus, cpus < 1 or cpus % 1 == 0)
+        require("gpus_per_worker", "be a part of one GPU, or 1 (a process uses one)", gpus, gpus <= 1)
+        if self.workers_per_trial > 1:  # NCCL refuses two processes of one group on one device
+            rule = "be 0 or 1 where a trial has several workers"
+            require("gpus_per_worker", rule, gpus, gpus in (0, 1))
+
+    @property
+    def minimise(self) -> bool:
+        """Whether a lower objective is better."""
+        return self.objective == "synthetic"
+
+    @property
+    def two_objectives(self) -> bool:
+        """Whether a second objective is minimised beside the first."""
+        return self.second_objective != "none"
+
+    @property
+    def trials(self) -> int:
+        """Trials of each group, resolved.
+
+        Raises:
+            AssertionError: The spec has not been built yet.
+        """
+        assert self.num_trials is not None
+        return self.num_trials

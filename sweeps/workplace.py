@@ -1,0 +1,122 @@
+"""A trial's view of its sweep's folder, on whichever machine it runs: a folder that all machines see, or this machine's copy of an address.
+
+Sent to the address: each epoch's checkpoint, the run's files, its record. Fetched once by each machine: the synthetic sets. Knows
+neither Ray nor torch.
+"""
+
+import errno
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sweeps.storage import Storage, local_copy, open_storage
+from synq.configs import RunConfig, config_from_dict
+from synq.results import RunRecord, read_record, write_record
+from synq.synthetic_data import MANIFEST_FILE
+
+CHECKPOINT = "checkpoint.pt"
+KEPT = ("config.json", "student.safetensors", "record.json")
+"""Files of a run's folder that go to the address at its end."""
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
+"""Errors of the disk or the mount, which the next trial would meet as well."""
+
+
+class Workplace:
+    """Where one trial reads and writes."""
+
+    def __init__(self, task: Mapping[str, Any]) -> None:
+        """Open the place.
+
+        Args:
+            task: What the worker was told of the trial (`Ledger.task`).
+        """
+        address = task["address"]
+        self.storage: Storage | None = open_storage(address) if address else None
+        self.root = local_copy(address) if address else Path(task["folder"])
+        self.name: str = task["trial"]
+
+    def config(self, values: Mapping[str, Any]) -> RunConfig:
+        """Return a run with its folders on this machine."""
+        config = config_from_dict(RunConfig, values)
+        if self.storage is None:
+            return config
+        runs, store = str(self.root / "runs"), str(self.root / "store")
+        return replace(config, runtime=replace(config.runtime, output_dir=runs, store_dir=store))
+
+    def check_present(self) -> None:
+        """Refuse a sweep's folder that has gone, rather than begin a new one in its place (an unmounted disk).
+
+        Raises:
+            OSError: It has gone.
+        """
+        if self.storage is None and not (self.root / "sweep.json").exists():
+            raise OSError(errno.ESTALE, "the sweep's folder has gone", str(self.root))
+
+    def record(self) -> RunRecord | None:
+        """Return the trial's record, if it has one already."""
+        path = self._record_path()
+        if self.storage is not None:
+            self.storage.get(f"records/{path.name}", path)
+        return read_record(path) if path.exists() else None
+
+    def finish(self, record: RunRecord) -> None:
+        """Write the trial's record."""
+        self.check_present()
+        path = self._record_path()
+        write_record(path, record)
+        if self.storage is not None:
+            self.storage.put(path, f"records/{path.name}")
+
+    def fetch(self, folder: Path, sets: Sequence[str]) -> None:
+        """Bring what a run needs here: the synthetic sets, and the last checkpoint where another machine had begun it.
+
+        Args:
+            folder: The run's folder.
+            sets: Names of the sets in the store.
+        """
+        if self.storage is None:
+            return
+        for name in sets:
+            self.storage.get_folder(f"store/{name}", self.root / "store" / name)
+        self.storage.get(f"runs/{folder.name}/{CHECKPOINT}", folder / CHECKPOINT)
+
+    def keep_checkpoint(self, path: Path) -> None:
+        """Send a checkpoint to where another machine would look for it."""
+        if self.storage is not None:
+            self.storage.put(path, f"runs/{path.parent.name}/{path.name}")
+
+    def keep_run(self, folder: Path) -> None:
+        """Send the files of a finished run; its checkpoint is no longer needed there."""
+        if self.storage is None:
+            return
+        for name in KEPT:
+            self.storage.put(folder / name, f"runs/{folder.name}/{name}")
+        self.storage.delete(f"runs/{folder.name}/{CHECKPOINT}")
+
+    def fetch_sets(self, names: Sequence[str]) -> None:
+        """Bring sets here that the address has already."""
+        if self.storage is not None:
+            for name in names:
+                self.storage.get_folder(f"store/{name}", self.root / "store" / name)
+
+    def keep_sets(self, names: Sequence[str]) -> None:
+        """Send sets that were made here to the address."""
+        if self.storage is None:
+            return
+        for name in names:
+            if not self.storage.exists(f"store/{name}/{MANIFEST_FILE}"):
+                self.storage.put_folder(self.root / "store" / name, f"store/{name}", last=MANIFEST_FILE)
+
+    def asked_to_stop(self) -> bool:
+        """Whether the sweep wants the trial to end after this epoch."""
+        name = f"plans/{self.name}.stop"
+        return self.storage.exists(name) if self.storage is not None else (self.root / name).exists()
+
+    def _record_path(self) -> Path:
+        return self.root / "records" / f"{self.name}.json"
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether the disk or the store failed, and not the trial."""
+    return isinstance(error, OSError) and error.errno in STORAGE_ERRORS

@@ -1,0 +1,246 @@
+"""The search of a group, the rungs, and the driver's account of its trials, without a Ray."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sweep_tools import TINY, tiny
+
+from sweeps.cluster import cluster
+from sweeps.ledger import Ledger
+from sweeps.progress import Progress
+from sweeps.space import Dimension
+
+
+def group_search(**keys: Any) -> Any:
+    from sweeps.group_search import GroupSearch
+
+    dimensions = (Dimension(name="finetune.lr", type="float", low=1e-4, high=1e-1, log=True),)
+    values = {"minimise": True, "sampler": "tpe", "seed": "s", "num_startup": 2, "study_name": "x", **keys}
+    return GroupSearch(dimensions, **values)
+
+
+def test_optuna_hears_how_each_trial_ended() -> None:
+    search = group_search()
+    for number, name in enumerate(("good", "stopped", "nan", "failed", "lost", "removed")):
+        search.propose(f"p{number}", number)
+        search.accept(f"p{number}", name, f"trial-{name}")
+        search.on_trial_result(name, {"epoch": 1, "objective_value": 0.5})
+    search.on_trial_complete("good", {"epoch": 2, "objective_value": 0.25, "status": "completed"})
+    search.on_trial_complete("stopped", {"epoch": 2, "objective_value": 0.75})
+    search.on_trial_complete("nan", {"epoch": 2, "objective_value": float("nan"), "status": "completed"})
+    search.on_trial_complete("failed", {"epoch": 2, "objective_value": None, "status": "failed"})
+    search.on_trial_complete("lost", {"epoch": 1, "objective_value": 0.5}, error=True)
+    search.on_trial_complete("removed")
+    trials = search.study.get_trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "FAIL", "FAIL"]
+    assert trials[0].value == 0.25 and trials[1].intermediate_values == {1: 0.5, 2: 0.75}
+    assert [trial.user_attrs["trial"] for trial in trials][:2] == ["trial-good", "trial-stopped"]
+    search.on_trial_complete("good", {"objective_value": 9.0, "status": "completed"})  # told twice: heard once
+    assert search.study.get_trials()[0].value == 0.25
+
+
+def test_proposals_follow_from_number_and_history_not_from_the_process() -> None:
+    first = [group_search().propose("p", number)[0]["finetune.lr"] for number in range(4)]
+    assert first == [group_search().propose("p", number)[0]["finetune.lr"] for number in range(4)]
+    assert len(set(first)) == 4, "a restarted driver would draw its first proposal again"
+    assert first != [group_search(seed="other").propose("p", number)[0]["finetune.lr"] for number in range(4)]
+
+
+def test_rungs_are_kept_apart_by_group_and_spare_last_epochs_and_reruns(tmp_path: Path) -> None:
+    from sweeps.rungs import SweepScheduler
+
+    spec = tiny(tmp_path, reduction_factor=2, base={**TINY["base"], "finetune": {"epochs": 4, "batch_size": 16}})
+    scheduler = SweepScheduler(spec, Ledger(spec))
+
+    def result(name: str, group: str, epoch: int, value: float | None, stage: str = "search", **more: Any) -> str:
+        trial = SimpleNamespace(trial_id=name, config={"trial": name, "group": group, "stage": stage})
+        if name not in seen:
+            scheduler.on_trial_add(None, trial)
+            seen.add(name)
+        return scheduler.on_trial_result(None, trial, {"epoch": epoch, "epochs": 4, "objective_value": value, **more})
+
+    seen: set[str] = set()
+    wide, narrow = "digits_resnet8-W8A8", "digits_resnet8-W3A3"
+    assert result("a", wide, 1, 0.001) == "CONTINUE"
+    assert result("b", narrow, 1, 0.9) == "CONTINUE", "a 3-bit trial was compared with an 8-bit one"
+    assert result("c", narrow, 1, 0.99) == "STOP"
+    assert result("d", narrow, 1, 0.8) == "CONTINUE"
+    assert result("e", narrow, 1, 5.0, stage="final") == "CONTINUE"
+    assert result("f", narrow, 1, float("nan")) == "CONTINUE" and result("f", narrow, 1, None) == "CONTINUE"
+    assert result("g", narrow, 4, 99.0) == "CONTINUE", "stopped in its last epoch: all the work, no result"
+    assert result("h", narrow, 1, 99.0, status="completed") == "CONTINUE"
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Callable[..., tuple[Any, Ledger, Any]]]:
+    """Open a sweep's folder as a driver that starts does: `(searcher, ledger, callback)`; ends the one before."""
+    from sweeps.callback import Halt, SweepCallback
+    from sweeps.search import SweepSearcher
+
+    ledgers: list[Ledger] = []
+
+    def start(folder: Path = tmp_path / "sweep", **keys: Any) -> tuple[Any, Ledger, Any]:
+        for ledger in ledgers:
+            ledger.close()
+        spec = tiny(folder, **{"bits": ["W3A3"], "num_trials": 3, **keys})
+        ledgers.append(Ledger(spec))
+        ledgers[-1].open()
+        searcher = SweepSearcher(spec, ledgers[-1])
+        return searcher, ledgers[-1], SweepCallback(ledgers[-1], Progress(searcher.num_total(), live=False), Halt())
+
+    yield start
+    for ledger in ledgers:
+        ledger.close()
+
+
+def test_a_completed_trial_whose_record_cannot_be_seen_is_failed_not_weak(opened: Any) -> None:
+    searcher, ledger, callback = opened()
+    config = searcher.suggest("x")
+    last = {"status": "completed", "objective_value": 0.01, "epoch": 2, "epochs": 2}
+    trial = SimpleNamespace(trial_id="x", config=config, last_result=last)
+    callback.on_trial_start(0, [], trial)
+    callback.on_trial_complete(0, [], trial)
+    record = ledger.records[config["trial"]]
+    assert record.status == "failed" and record.reason.startswith("its record is not visible here: output_dir must be")
+
+
+def test_an_interrupted_trial_keeps_its_epochs_and_their_rungs(opened: Any) -> None:
+    from sweeps.rungs import SweepScheduler
+
+    keys = {
+        "base": {**TINY["base"], "finetune": {"epochs": 8, "batch_size": 16}},
+        "grace_epochs": 2,
+        "reduction_factor": 2,
+    }
+    searcher, _, callback = opened(**keys)
+    config = searcher.suggest("x")
+    trial = SimpleNamespace(trial_id="x", config=config)
+    callback.on_trial_start(0, [], trial)
+    for epoch in (1, 2, 3):
+        callback.on_trial_result(0, [], trial, {"epoch": epoch, "epochs": 8, "objective_value": 1.0 - 0.1 * epoch})
+    searcher, ledger, _ = opened(**keys)  # the driver was killed and started again
+    again = SimpleNamespace(trial_id="y", config=searcher.suggest("y"))
+    assert again.config["trial"] == config["trial"]
+    study = searcher.searches[config["group"]].study
+    assert study.get_trials()[0].intermediate_values == {1: 0.9, 2: 0.8, 3: pytest.approx(0.7)}
+    scheduler = SweepScheduler(ledger.spec, ledger)
+    scheduler.on_trial_add(None, again)
+    scheduler.on_trial_result(None, again, {"epoch": 4, "epochs": 8, "objective_value": 0.1})
+    rungs = dict(scheduler.inner[config["group"]]._brackets[0]._rungs)
+    assert rungs[2] == {"y": -0.8} and rungs[4] == {"y": -0.1}, "a later epoch's value stands in an earlier rung"
+
+
+def test_an_interrupted_trial_uses_the_folders_of_today(opened: Any, tmp_path: Path) -> None:
+    import json
+
+    first = opened()[0].suggest("x")
+    (tmp_path / "sweep").rename(tmp_path / "moved")
+    searcher, _, _ = opened(tmp_path / "moved")
+    again = searcher.suggest("y")
+    assert again["trial"] == first["trial"] and again["config"]["seed"] == first["config"]["seed"]
+    assert again["config"]["finetune"] == first["config"]["finetune"]
+    assert again["config"]["runtime"]["output_dir"] == str(tmp_path / "moved" / "runs")
+    plan = tmp_path / "moved" / "plans" / f"{first['trial']}.json"
+    content = json.loads(plan.read_text())
+    content["config"]["seed"] += 1
+    plan.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{first['trial']}.json. must be a plan of this sweep"):
+        opened(tmp_path / "moved")
+
+
+def test_settings_that_are_not_allowed_together_are_passed_over(opened: Any) -> None:
+    space = {
+        "finetune.epochs": {"type": "int", "low": 2, "high": 20},
+        "finetune.warmup_epochs": {"type": "float", "low": 0, "high": 12},
+    }
+    searcher, _, _ = opened(
+        space=space, num_trials=12, base={**TINY["base"], "finetune": {"epochs": 12, "batch_size": 16}}
+    )
+    found = [searcher.suggest(f"t{number}")["config"]["finetune"] for number in range(12)]
+    assert all(part["warmup_epochs"] <= part["epochs"] for part in found) and searcher.invalid
+    states = [trial.state.name for trial in next(iter(searcher.searches.values())).study.get_trials()]
+    assert states.count("RUNNING") == 12 and states.count("FAIL") == len(states) - 12 > 0
+
+
+def test_a_space_without_any_allowed_point_ends(opened: Any) -> None:
+    space = {
+        "finetune.epochs": {"type": "choice", "values": [2, 3]},
+        "finetune.warmup_epochs": {"type": "choice", "values": [4.0, 5.0]},
+    }
+    base = {**TINY["base"], "finetune": {"epochs": 9, "batch_size": 16}}
+    searcher, ledger, _ = opened(space=space, base=base)
+    assert searcher.suggest("x") == "FINISHED" and searcher.exhausted and not ledger.plans
+    assert "warmup_epochs" in next(iter(searcher.invalid.values()))
+
+
+def test_other_files_of_the_same_name_are_refused(opened: Any) -> None:
+    from dataclasses import replace
+
+    searcher, ledger, _ = opened()
+    config = searcher.suggest("x")
+    teacher = {"name": "net", "digest": "aa", "input_size": [1, 8, 8]}
+    ledger.know(config["group"], teacher, "ee")
+    record = ledger.settle(config["trial"], status="pruned", reason="weak", history=[], seconds=1.0)
+    ledger.know(config["group"], teacher, "other")  # a pruned trial's figures come from no labelled image
+    with pytest.raises(ValueError, match="made with other weights of the same file name: put the old file back"):
+        ledger.know(config["group"], {**teacher, "digest": "bb"}, "ee")
+    ledger.records[config["trial"]] = replace(record, status="completed", eval_digest="ee")
+    ledger.know(config["group"], teacher, "ee")
+    with pytest.raises(ValueError, match="made with other labelled images of the same file name"):
+        ledger.know(config["group"], teacher, "other")
+
+
+def test_the_name_that_the_spec_gives_a_model_stands_in_its_records(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import sweeps.trial as trial
+    from synq.configs import RunConfig
+    from synq.results import RunRecord
+
+    monkeypatch.setattr(trial.pipeline, "run", lambda *_, **__: RunRecord(model="digits_resnet8"))
+    task = {
+        "trial": "t000",
+        "teacher": {"name": "my_net", "digest": "aa"},
+        "folder": str(tmp_path),
+        "address": "",
+        "sets": [],
+    }
+    place = trial.Workplace(task)
+    assert trial._run(RunConfig(), task, place, print).model == "my_net"
+
+
+def test_a_cluster_reached_through_a_client_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://somewhere:10001")
+    with pytest.raises(ValueError, match="`ray job submit"), cluster(tiny(tmp_path).search):
+        pass
+
+
+def test_unused_gpus_are_remarked_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}])
+    with cluster(tiny(tmp_path).search) as found:
+        assert "--gpus-per-worker 1" in found.remark and found.words == "1 machine, 2 CPUs, 1 GPUs"
+    with cluster(tiny(tmp_path, gpus_per_worker=0.5).search) as found:
+        assert found.remark == "" and found.trials == 2
+
+
+def test_the_console_command_does_not_wait_for_threads_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    import synq.cli
+
+    codes: list[int] = []
+    monkeypatch.setattr(synq.cli, "run", lambda argv: 3)
+    monkeypatch.setattr(synq.cli, "leave", lambda code: None)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
+    synq.cli.main()
+    assert codes == [3]
