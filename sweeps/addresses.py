@@ -67,12 +67,12 @@ def connect(parts: SplitResult) -> tuple[Any, str]:
 
     if parts.scheme == "s3":
         return _connect_s3(parts)
-    if parts.query and parts.scheme not in ("gs", "gcs"):
+    if parts.query and (parts.scheme == "file" or parts.scheme not in ARROW_SCHEMES):
         raise ValueError(f"it takes no options after ?, but got {parts.query!r}")
     if parts.scheme in ARROW_SCHEMES:
         query = dict(parse_qsl(parts.query))
         if parts.scheme in ("gs", "gcs"):
-            query.setdefault("retry_limit_seconds", "30")  # instead of a quarter of an hour
+            query.setdefault("retry_limit_seconds", "10")  # instead of a quarter of an hour for each call
         path = quote(parts.path, safe="/%:@!$&'()*+,;=")
         return FileSystem.from_uri(parts._replace(path=path, query=urlencode(query)).geturl())
     from fsspec.core import url_to_fs

@@ -34,12 +34,17 @@ class Lease:
         stale_after: float = 90.0,
         settle: float = 2.0,
     ) -> None:
-        """Args:
-        storage: The folder.
-        name: Name of the lease in it.
-        every: Seconds from one renewal to the next.
-        stale_after: Seconds without a renewal after which a lease is lost to its holder and free to others; the same for all.
-        settle: Seconds in which two that take it together must both have written.
+        """Name a lease; `acquire` takes it.
+
+        Args:
+            storage: The folder.
+            name: Name of the lease in it.
+            every: Seconds from one renewal to the next.
+            stale_after: Seconds without a renewal after which a lease is lost to its holder and free to others; the same for all.
+            settle: Seconds in which two that take it together must both have written.
+
+        Raises:
+            ValueError: A single renewal that fails would already lose it.
         """
         if not 0 < 2 * every < stale_after:
             raise ValueError(f"`stale_after` must be more than twice `every`, but got {stale_after:g} and {every:g}")
@@ -135,7 +140,7 @@ class Lease:
         """Whether the holder of a lease still runs, as far as can be told from here."""
         holder = _content(there)
         place = _place()
-        if place and holder.get("place") == place and _birth(holder["pid"]) != holder.get("birth"):
+        if place and holder.get("place") == place and _birth(holder["pid"]) not in ("unknown", holder.get("birth")):
             return False
         if abs(_age(holder)) <= self._stale_after:
             return True

@@ -184,6 +184,8 @@ class Ledger:
         path = self.record_path(trial)
         plan = replace(self.plans[trial], history=history)
         self.add_plan(plan)
+        if (self.root / "plans" / f"{trial}.stop").exists():  # heeded; should the trial be run anew, it is to run
+            self.folder.remove(f"plans/{trial}.stop")
         if self.folder.fetch(f"records/{path.name}"):
             record = read_record(path)
         else:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sweeps.addresses import is_address, local_copy
 from sweeps.points import completed, grid_size, listed_dimensions, point_params, read_points
 from sweeps.search_config import DEFAULT_TRIALS, SearchConfig
 from sweeps.space import BITS, Dimension, base_values, read_space, read_table, with_bits
-from sweeps.storage import is_address, local_copy
 from synq.config_identity import absolute_path
 from synq.config_io import nearest, require
 from synq.configs import RunConfig, config_from_dict, load_config, make_absolute, parse_bits, with_overrides

@@ -332,7 +332,8 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno:
         lost = (errno.ESTALE, errno.EHOSTUNREACH, errno.ENETUNREACH)
         return isinstance(error, ConnectionError | TimeoutError) or error.errno in lost
-    return MAY_PASS.search(f"{type(error).__name__} {error}") is not None
+    text = f"{type(error).__name__} {error}"
+    return MAY_PASS.search(text) is not None and not DENIED.search(text)
 
 
 def _failure(error: Exception, *ends: str) -> OSError:

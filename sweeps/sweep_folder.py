@@ -4,7 +4,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sweeps.storage import Lease, Storage, open_storage
+from sweeps.lease import Lease
+from sweeps.storage import Storage, open_storage
 from synq.results import write_json_atomic
 
 PARTS = ("plans", "records")

@@ -134,6 +134,7 @@ def _run(config: RunConfig, task: dict[str, Any], place: Workplace, report: Repo
     folder = pipeline.run_folder(config)
 
     def on_epoch(epoch: dict[str, float]) -> None:
+        place.check_present()  # before a checkpoint begins a new folder where an unmounted one was
         value = epoch["objective_value"]
         report({"epoch": int(epoch["epoch"]), "epochs": int(epoch["epochs"]), "objective_value": value})
 

@@ -5,21 +5,47 @@ neither Ray nor torch.
 """
 
 import errno
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-from sweeps.storage import Storage, local_copy, open_storage
+from sweeps.addresses import local_copy
+from sweeps.storage import Storage, open_storage
 from synq.configs import RunConfig, config_from_dict
 from synq.results import RunRecord, read_record, write_record
 from synq.synthetic_data import MANIFEST_FILE
 
+P = ParamSpec("P")
+T = TypeVar("T")
 CHECKPOINT = "checkpoint.pt"
 KEPT = ("config.json", "student.safetensors", "record.json")
 """Files of a run's folder that go to the address at its end."""
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
 """Errors of the disk or the mount, which the next trial would meet as well."""
+
+
+class StorageError(OSError):
+    """The disk or the store failed, and not the trial."""
+
+
+def _marked(function: Callable[P, T]) -> Callable[P, T]:
+    """Let an error of the system in `function` be known as one of the storage."""
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return function(*arguments, **named)
+        except StorageError:
+            raise
+        except OSError as error:
+            raise StorageError(str(error)) from error
+
+    return call
+
+
+_opened = _marked(open_storage)
 
 
 class Workplace:
@@ -32,7 +58,9 @@ class Workplace:
             task: What the worker was told of the trial (`Ledger.task`).
         """
         address = task["address"]
-        self.storage: Storage | None = open_storage(address) if address else None
+        self.storage: Storage | None = None
+        if address:
+            self.storage = _opened(address)
         self.root = local_copy(address) if address else Path(task["folder"])
         self.name: str = task["trial"]
 
@@ -51,8 +79,9 @@ class Workplace:
             OSError: It has gone.
         """
         if self.storage is None and not (self.root / "sweep.json").exists():
-            raise OSError(errno.ESTALE, "the sweep's folder has gone", str(self.root))
+            raise StorageError(f"`output_dir` must stay in place during a sweep, but {self.root} has gone")
 
+    @_marked
     def record(self) -> RunRecord | None:
         """Return the trial's record, if it has one already."""
         path = self._record_path()
@@ -60,6 +89,7 @@ class Workplace:
             self.storage.get(f"records/{path.name}", path)
         return read_record(path) if path.exists() else None
 
+    @_marked
     def finish(self, record: RunRecord) -> None:
         """Write the trial's record."""
         self.check_present()
@@ -68,6 +98,7 @@ class Workplace:
         if self.storage is not None:
             self.storage.put(path, f"records/{path.name}")
 
+    @_marked
     def fetch(self, folder: Path, sets: Sequence[str]) -> None:
         """Bring what a run needs here: the synthetic sets, and the last checkpoint where another machine had begun it.
 
@@ -77,15 +108,16 @@ class Workplace:
         """
         if self.storage is None:
             return
-        for name in sets:
-            self.storage.get_folder(f"store/{name}", self.root / "store" / name)
+        self.fetch_sets(sets)
         self.storage.get(f"runs/{folder.name}/{CHECKPOINT}", folder / CHECKPOINT)
 
+    @_marked
     def keep_checkpoint(self, path: Path) -> None:
         """Send a checkpoint to where another machine would look for it."""
         if self.storage is not None:
             self.storage.put(path, f"runs/{path.parent.name}/{path.name}")
 
+    @_marked
     def keep_run(self, folder: Path) -> None:
         """Send the files of a finished run; its checkpoint is no longer needed there."""
         if self.storage is None:
@@ -94,12 +126,14 @@ class Workplace:
             self.storage.put(folder / name, f"runs/{folder.name}/{name}")
         self.storage.delete(f"runs/{folder.name}/{CHECKPOINT}")
 
+    @_marked
     def fetch_sets(self, names: Sequence[str]) -> None:
         """Bring sets here that the address has already."""
         if self.storage is not None:
             for name in names:
                 self.storage.get_folder(f"store/{name}", self.root / "store" / name)
 
+    @_marked
     def keep_sets(self, names: Sequence[str]) -> None:
         """Send sets that were made here to the address."""
         if self.storage is None:
@@ -108,6 +142,7 @@ class Workplace:
             if not self.storage.exists(f"store/{name}/{MANIFEST_FILE}"):
                 self.storage.put_folder(self.root / "store" / name, f"store/{name}", last=MANIFEST_FILE)
 
+    @_marked
     def asked_to_stop(self) -> bool:
         """Whether the sweep wants the trial to end after this epoch."""
         name = f"plans/{self.name}.stop"
@@ -119,4 +154,4 @@ class Workplace:
 
 def is_storage_error(error: BaseException) -> bool:
     """Whether the disk or the store failed, and not the trial."""
-    return isinstance(error, OSError) and error.errno in STORAGE_ERRORS
+    return isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in STORAGE_ERRORS)

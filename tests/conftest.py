@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -44,8 +47,6 @@ def root() -> Path:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """One thread wherever torch is loaded already; tests must not fight over the cores."""
-    import sys
-
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)
@@ -148,8 +149,6 @@ def as_words() -> Callable[[dict[str, object]], list[str]]:
 @pytest.fixture(scope="session")
 def run_process() -> Callable[..., "tuple[int, str, str]"]:
     """Run a command in a process group of its own: `(returncode, stdout, stderr)`; the whole group ends at the time limit."""
-    import signal
-    import subprocess
 
     def run(words: Sequence[str], *, cwd: Path = ROOT, timeout: float = 120, **variables: str) -> tuple[int, str, str]:
         process = subprocess.Popen(
@@ -180,3 +179,47 @@ def torch_rng_untouched() -> Iterator[None]:
     before = torch.get_rng_state()
     yield
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.fixture(scope="session")
+def undisturbed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """The leaderboard of the sweep over listed points when nothing happens."""
+    from sweep_tools import board, listed, whole
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    words = [
+        sys.executable,
+        str(root / "launch" / "sweep.py"),
+        str(listed(folder)),
+        "--output-dir",
+        str(folder / "out"),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole(folder / "out")
+    return board(folder / "out")
+
+
+@pytest.fixture
+def start(root: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start the door of a sweep as a user would, in a process group of its own that ends with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*words: str, **variables: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(root / "launch" / "sweep.py"), *words]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **variables},
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

@@ -1,6 +1,10 @@
 """What the tests of sweeps share: a sweep of seconds on the bundled teacher, as keys and as a file, and a look at its tables."""
 
 import csv
+import json
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +58,57 @@ def write_spec(path: Path, epochs: int) -> Path:
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 200) -> str:
+    """Wait for a driver that must end well; returns what it printed."""
+    out, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0, out
+    return out
+
+
+def listed(folder: Path, *, epochs: int = 40, head: str = "") -> Path:
+    """A sweep over four listed points, none of them stopped early, as a file."""
+    points = "".join(f'[[points]]\n"finetune.lr" = {lr}\n' for lr in (0.001, 0.003, 0.01, 0.02))
+    text = write_spec(folder / "base.toml", epochs=epochs).read_text()
+    text = (
+        text[: text.index("[space")]
+        .replace('bits = ["W8A8", "W3A3"]', 'bits = ["W3A3"]')
+        .replace("num_trials = 2\n", head)
+    )
+    path = folder / "listed.toml"
+    path.write_text(f'sampler = "points"\n{text}{points}')
+    return path
+
+
+def board(folder: Path) -> list[dict[str, str]]:
+    """The leaderboard without what time and place put into it."""
+    return [
+        {key: value for key, value in row.items() if key not in ("seconds", "device", "versions", "commit")}
+        for row in rows(folder / "leaderboard.csv")
+    ]
+
+
+def whole(folder: Path) -> None:
+    """Every file of a sweep reads: nothing half written has a name of its own."""
+    for path in [
+        *folder.glob("*.json"),
+        *folder.glob("plans/*"),
+        *folder.glob("records/*"),
+        *folder.glob("runs/*/*.json"),
+    ]:
+        assert isinstance(json.loads(path.read_text()), dict), path
+    for path in folder.glob("*.csv"):
+        assert rows(path), path
+    assert not list(folder.rglob("*.tmp"))

@@ -42,6 +42,7 @@ def test_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     for error, calls, number in (
         (SLOW_DOWN, 3, errno.EIO),
         (OSError("AWS Error ACCESS_DENIED"), 1, errno.EIO),
+        (OSError("UNAVAILABLE: could not authenticate"), 1, errno.EIO),
         (OSError(errno.ENOSPC, "No space left"), 1, errno.ENOSPC),
         (KeyError("bug of a back end"), 1, errno.EIO),
     ):
@@ -77,6 +78,17 @@ def test_names_stay_below_the_folder() -> None:
             open_storage("memory://b/f").put(b"", name)
     with pytest.raises(ValueError, match="none of"):  # fsspec would take it for a pattern, and move another file
         open_storage("memory://b/f").put(b"", "what?")
+
+
+def test_listings_of_fsspec_are_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    dropped: list[None] = []
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda self, path=None: dropped.append(None))
+    store = open_storage("memory://listed")
+    store.names("")
+    store.exists("x")
+    assert len(dropped) == 2
 
 
 def test_where_copies_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

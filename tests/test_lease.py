@@ -113,6 +113,15 @@ def test_a_process_number_that_is_used_again_is_another_process(store: Storage, 
     make(stale_after=90.0).acquire(pytest.fail)
 
 
+def test_a_process_that_is_hidden_from_us_may_run(
+    store: Storage, make: Callable[..., Lease], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "_birth", lambda pid: "unknown")
+    _write(store, place=lease_module._place(), birth="1")
+    with pytest.raises(ValueError, match="must not be in use"):
+        make(stale_after=90.0).acquire()
+
+
 @pytest.mark.parametrize("seconds", [0.0, -0.4, 0.4])
 def test_a_recent_lease_of_another_machine_is_respected(
     store: Storage, make: Callable[..., Lease], seconds: float
