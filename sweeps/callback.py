@@ -8,6 +8,7 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
+from sweeps.cluster import capacity
 from sweeps.group_search import EPOCH, OBJECTIVE, STATUS
 from sweeps.ledger import Ledger
 from sweeps.progress import Progress
@@ -55,6 +56,7 @@ class SweepCallback(tune.Callback):
         self.started: dict[str, float] = {}
         self.failed = 0
         self._looked = 0.0
+        self._waits = ""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -67,6 +69,13 @@ class SweepCallback(tune.Callback):
         self._looked = now
         self.halt.storage = self.halt.storage or self.ledger.folder.lost
         self.progress.usage = usage()
+        try:
+            capacity(self.ledger.spec.search)
+            self._waits = ""
+        except ValueError as error:  # machines have left; Ray waits for others without a word
+            if not self._waits:
+                self.progress.say(f"no trial can be started: the cluster has shrunk ({error}); waiting for machines")
+            self._waits = str(error)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Note when a trial began; a resumed one keeps the epochs it had reported."""

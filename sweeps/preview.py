@@ -14,10 +14,12 @@ from sweeps.leaderboard import load_records
 from sweeps.points import point_params
 from sweeps.space import base_values
 from sweeps.spec import Group, SweepSpec, run_config
+from sweeps.storage import open_storage
 from sweeps.tuner import sets_needed
 from synq import pipeline
 from synq.configs import RunConfig, with_overrides
 from synq.results import RunRecord
+from synq.synthetic_data import MANIFEST_FILE
 
 WARM_UP, CLOSER = (16, 2), (128, 16)
 """Images and steps of synthesis of the runs that are measured: the first, and a second one where the first was quick."""
@@ -75,7 +77,8 @@ def print_preview(spec: SweepSpec) -> None:
     sets = 0.0
     for group, config in sets_needed(spec).values():
         names = pipeline.set_names(config)
-        missing = [name for name in names if not pipeline.set_store(config).is_complete(name)]
+        store = pipeline.set_store(config)
+        missing = [name for name in names if not store.is_complete(name) and not _is_sent(spec, name)]
         seconds = costs[group.key].synthesis * len(missing) / len(names)
         sets += seconds
         state = "there already" if not missing else f"to be made, about {_clock(seconds)} on one worker"
@@ -101,6 +104,11 @@ def _room(spec: SweepSpec) -> Capacity:
 
     here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
     return capacity(spec.search, [here])
+
+
+def _is_sent(spec: SweepSpec, name: str) -> bool:
+    """Whether the address has a synthetic set."""
+    return bool(spec.address) and open_storage(spec.address).exists(f"store/{name}/{MANIFEST_FILE}")
 
 
 def _resources(spec: SweepSpec) -> str:

@@ -86,8 +86,13 @@ def run_config(
         group: The trial's group.
         overrides: Dotted names and values, as from `sample`.
         seeds: (seed, data_seed); None keeps the base's own.
+
+    Raises:
+        ValueError: The settings do not go together.
     """
     config = with_overrides(group.base, with_bits(overrides)) if overrides else group.base
+    workers, size = spec.search.workers_per_trial, config.finetune.batch_size
+    require("finetune.batch_size", f"be divisible by `workers_per_trial` ({workers})", size, size % workers == 0)
     seed, data_seed = seeds if seeds is not None else (config.seed, config.data_seed)
     threads = max(1, int(spec.search.cpus_per_worker))
     store = config.runtime.store_dir or str(spec.output_dir / "store")

@@ -179,7 +179,8 @@ def _tune(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Pr
         search.workers_per_trial > 1
     ):  # the workers have resources of their own; this process only starts them, on the head
         resources = {"cpu": 0, "node:__internal_head__": 0.001}
-    searcher.limit = progress.slots
+    if search.workers_per_trial > 1:  # Ray Tune sees nothing of the workers' resources
+        searcher.limit = progress.slots
     with tempfile.TemporaryDirectory(prefix="synq-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(run_trial, resources),

@@ -244,3 +244,33 @@ def test_the_console_command_does_not_wait_for_threads_of_ray(monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
     synq.cli.main()
     assert codes == [3]
+
+
+def test_a_part_of_a_gpu_is_a_part_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sweeps.trial as trial
+
+    shares: list[float] = []
+    monkeypatch.setattr(trial.torch.cuda, "is_available", lambda: True)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(trial.torch.cuda, name, lambda: None)
+    monkeypatch.setattr(trial.torch.cuda, "set_per_process_memory_fraction", shares.append)
+    for gpus in (0.0, 0.25, 1.0):
+        trial._fresh_process(gpus)
+    assert shares == [0.25]
+
+
+def test_machines_are_filled_by_whole_workers(tmp_path: Path) -> None:
+    from sweeps.cluster import capacity
+
+    def trials(*nodes: tuple[float, float], **keys: Any) -> int:
+        return capacity(tiny(tmp_path, **keys).search, [{"CPU": cpus, "GPU": gpus} for cpus, gpus in nodes]).trials
+
+    assert trials((3, 0), (1.5, 0)) == 4
+    assert trials((8, 2), (8, 2), gpus_per_worker=0.25) == 16
+    assert trials((8, 2), gpus_per_worker=0.4) == 4, "a worker stands on one device"
+    assert trials((8, 2), (8, 2), gpus_per_worker=1, workers_per_trial=2) == 2
+    assert trials((8, 1), (8, 1), gpus_per_worker=1, workers_per_trial=2) == 1
+    with pytest.raises(ValueError, match="`workers_per_trial` must be at most 2"):
+        trials((8, 1), (8, 1), gpus_per_worker=1, workers_per_trial=4)
+    with pytest.raises(ValueError, match="must fit one machine together"):
+        trials((1, 4), (8, 0), gpus_per_worker=1, cpus_per_worker=4)

@@ -217,6 +217,15 @@ def test_trials_without_a_gpu_stay_off_it() -> None:
     assert device(base={"runtime": {"device": "cuda"}}) == "cuda"
 
 
+def test_a_batch_is_divided_between_the_workers() -> None:
+    spec = spec_from_dict({"workers_per_trial": 3, "space": {}})
+    with pytest.raises(
+        ValueError, match=r"`finetune.batch_size` must be divisible by `workers_per_trial` \(3\), but got 64"
+    ):
+        run_config(spec, spec.groups[0], {})
+    assert run_config(spec, spec.groups[0], {"finetune.batch_size": 63}).finetune.batch_size == 63
+
+
 def test_a_model_that_the_spec_names_has_that_name() -> None:
     models = [{"spec": "bundled:digits_resnet8", "name": "my net"}, "bundled:digits_resnet8"]
     assert [(g.model, g.named) for g in spec_from_dict({"models": models}).groups] == [
