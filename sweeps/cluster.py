@@ -1,6 +1,7 @@
 """Where a sweep runs: on the Ray cluster it is given, or on a Ray of its own on this machine. Imports Ray only when called."""
 
 import os
+import socket
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from synq.results import environment, write_text_atomic
 ROOT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 256 * 2**20
 """Size of the object store of a Ray of our own; nothing large passes through it, sets are files."""
+REACH_SECONDS = 10.0
+"""How long the head of a cluster may take to answer."""
 PROBE_SECONDS = 60.0
 """How long a machine may take to look for a file."""
 
@@ -59,7 +62,7 @@ class Capacity:
     trials: int
     """Trials that it holds at one time."""
     words: str
-    """Its machines, CPUs and GPUs, for the user."""
+    """Its nodes, CPUs and GPUs, for the user."""
     remark: str = ""
     """What the user may have overlooked."""
 
@@ -85,6 +88,7 @@ def cluster(search: SearchConfig) -> Iterator[Capacity]:
             f"`RAY_ADDRESS` must be left out or name a cluster that this machine belongs to, but got {address!r}: from outside use "
             "`ray job submit --working-dir . -- python launch/sweep.py`"
         )
+    _check_reachable(address or "")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
         try:
@@ -100,6 +104,22 @@ def cluster(search: SearchConfig) -> Iterator[Capacity]:
         yield capacity(search)
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse the address of a cluster (host:port) that does not answer; Ray itself tries for minutes.
+
+    Raises:
+        ValueError: Nothing answers there.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        why = f"{address!r}: {error} (is its head running, does a firewall stand between?)"
+        raise ValueError(f"`RAY_ADDRESS` must name a running Ray cluster, but got {why}") from None
 
 
 def _for_workers() -> dict[str, Any]:
@@ -181,7 +201,7 @@ def capacity(search: SearchConfig, nodes: Sequence[Mapping[str, float]] | None =
             f"but got {workers}"
         )
     total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
-    machines = f"{len(nodes)} machine{'s' if len(nodes) > 1 else ''}"
+    machines = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}"
     unused = gpus == 0 and total["GPU"] > 0
     return Capacity(
         trials=places // workers,

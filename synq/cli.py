@@ -19,6 +19,7 @@ SynQ {__version__}: quantizes a pre-trained image classifier without any data.
   synq synthesize [--config FILE] [--KEY VALUE ...]   only make the synthetic images of that run
   synq sweep [SPEC] [...]                             many runs and a ranked table; `synq sweep --help`
   synq leaderboard PATH...                            tables from records: merge, filter, compare (--help)
+  synq check-cluster [--output-dir DIR]               what a sweep will need of a cluster: what works, what does not
 
 Several processes or GPUs: accelerate launch synq/train.py takes the words of `synq train`."""
 
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "synthesize": partial(train, program="synq synthesize", only_images=True),
     "sweep": partial(_elsewhere, "launch.sweep"),
     "leaderboard": partial(_elsewhere, "sweeps.leaderboard"),
+    "check-cluster": partial(_elsewhere, "launch.check_cluster"),
 }
 
 

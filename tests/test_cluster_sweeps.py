@@ -60,7 +60,7 @@ def test_a_lost_machine_gives_its_trials_to_the_others(
     until(lambda: len(list(out.glob("runs/*/checkpoint.pt"))) >= 2, process)
     machines.remove_node(next(iter(machines.worker_nodes)), allow_graceful=False)
     text = finish(process, 400)
-    assert "2 machines, 2 CPUs" in text and text.count("ready after") == 1
+    assert "2 nodes, 2 CPUs" in text and text.count("ready after") == 1
     assert board(out) == undisturbed
     whole(out)
     if place == "address":
