@@ -80,7 +80,9 @@ class GroupSearch(OptunaSearch):
             blind: Draw at random, because the sampler only repeats what is known.
         """
         self.study.sampler = self._sampler_of(number, blind=blind)
-        suggestion: Any = self.suggest(trial_id)
+        with warnings.catch_warnings():  # that a proposal took more than a second, as one of a Gaussian process may
+            warnings.filterwarnings("ignore", "Define-by-run function", UserWarning)
+            suggestion: Any = self.suggest(trial_id)
         return suggestion["overrides"], dict(self._ot_trials[trial_id].params)
 
     def accept(self, proposal: str, trial_id: str, trial: str) -> None:

@@ -90,7 +90,7 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., tuple[Any, Ledger, Any]]]:
         spec = tiny(folder, **{"bits": ["W3A3"], "num_trials": 3, **keys})
         ledgers.append(Ledger(spec))
         ledgers[-1].open()
-        searcher = SweepSearcher(spec, ledgers[-1])
+        searcher = SweepSearcher(ledgers[-1].spec, ledgers[-1])
         return searcher, ledgers[-1], SweepCallback(ledgers[-1], Progress(searcher.num_total(), live=False), Halt())
 
     yield start
@@ -274,3 +274,84 @@ def test_machines_are_filled_by_whole_workers(tmp_path: Path) -> None:
         trials((8, 1), (8, 1), gpus_per_worker=1, workers_per_trial=4)
     with pytest.raises(ValueError, match="must fit one machine together"):
         trials((1, 4), (8, 0), gpus_per_worker=1, cpus_per_worker=4)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "random"])
+def test_every_sampler_is_seeded_by_the_number_of_the_proposal(sampler: str) -> None:
+    def run(seed: str) -> list[float]:
+        search = group_search(sampler=sampler, seed=seed, num_startup=2)
+        values = []
+        for number in range(6):
+            point, _ = search.propose(f"p{number}", number)
+            values.append(point["finetune.lr"])
+            search.accept(f"p{number}", f"t{number}", f"trial-{number}")
+            search.on_trial_complete(f"t{number}", {"objective_value": values[-1], "status": "completed"})
+        return values
+
+    first = run("a")
+    assert first == run("a") != run("b") and len(set(first)) > 3
+    assert all(1e-4 <= value <= 1e-1 for value in first)
+
+
+def test_two_objectives_are_told_and_searched_together() -> None:
+    search = group_search(second_objective="size_bytes", sampler="nsga2", num_startup=2)
+    for number, size in enumerate((100.0, 50.0, None)):
+        search.propose(f"p{number}", number)
+        search.accept(f"p{number}", f"t{number}", f"trial-{number}")
+        search.on_trial_result(f"t{number}", {"epoch": 1, "objective_value": 0.5})
+        search.on_trial_complete(
+            f"t{number}", {"objective_value": 0.1 + number, "size_bytes": size, "status": "completed"}
+        )
+    trials = search.study.get_trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "FAIL"], (
+        "a trial without a size has no place"
+    )
+    assert [trial.values for trial in trials[:2]] == [[0.1, 100.0], [1.1, 50.0]]
+    assert len(search.study.best_trials) == 2
+
+
+def test_studies_of_another_sweep_are_not_overwritten(tmp_path: Path) -> None:
+    import optuna
+
+    from sweeps.study import study_storage
+
+    address = f"sqlite:///{tmp_path}/studies.db"
+    mine, other = tiny(tmp_path / "a", study_storage=address), tiny(tmp_path / "b", study_storage=address)
+    for _ in range(2):  # drawn anew at every start
+        storage = study_storage(mine)
+        assert storage is not None
+        study = optuna.load_study(study_name="tiny-digits_resnet8-W8A8", storage=storage)
+        assert not study.trials
+        study.add_trial(optuna.trial.create_trial(value=1.0))
+    with pytest.raises(ValueError, match="`study_storage` must have no other study of the same name"):
+        study_storage(other)
+    with pytest.raises(ValueError, match="`study_storage` must be a database that can be opened"):
+        study_storage(tiny(tmp_path / "c", study_storage="nosuch://x"))
+
+
+def test_an_extension_adds_to_a_finished_sweep_and_finishes_an_interrupted_one(opened: Any) -> None:
+    _, ledger, _ = opened(num_trials=2)
+    ledger.finish()
+    assert opened(num_trials=2, more_trials=3)[1].spec.search.num_trials == 5
+    assert opened(num_trials=2, more_trials=3)[1].spec.search.num_trials == 5, (
+        "the first extension has not come to its end"
+    )
+    _, ledger, _ = opened(num_trials=2, more_trials=3)
+    ledger.finish()
+    assert opened(num_trials=2, more_trials=1)[0].num_left() == 6
+    assert opened(num_trials=4)[0].num_left() == 4
+
+
+def test_an_extension_of_nothing_is_refused(opened: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`num_trials` must be a whole number for a new sweep, but got \+3"):
+        opened(tmp_path / "new", more_trials=3)
+
+
+def test_listed_points_come_in_order_and_each_once(opened: Any) -> None:
+    points = [{"finetune.lr": lr} for lr in (0.01, 0.02, 0.01, 0.03)]
+    searcher, _, _ = opened(points=points, sampler="points", num_trials=None, bits=["W3A3"])
+    found = [searcher.suggest(f"t{number}") for number in range(4)]
+    assert [task["config"]["finetune"]["lr"] for task in found[:3]] == [0.01, 0.02, 0.03] and found[3] == "FINISHED"
+    assert searcher.exhausted
+    again, _, _ = opened(points=points, sampler="points", num_trials=None, bits=["W3A3"])
+    assert again.num_left() == 4 and again.suggest("x")["trial"] == found[0]["trial"]
