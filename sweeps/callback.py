@@ -99,10 +99,10 @@ class SweepCallback(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Settle a trial that ended by itself or was stopped."""
         last = trial.last_result or {}
+        self.progress.worked(last.get("began"), last.get("ended"), last.get("gpu_bytes", 0))
         if last.get(STATUS) == STORAGE:
             self.halt.storage = self.halt.storage or last["reason"]
         elif STATUS in last:  # it ended by itself and has written its record; read here only if it can be seen here
-            self.progress.worked(last.get("began"), last.get("ended"), last.get("gpu_bytes", 0))
             self._settle(trial, "failed", UNSEEN)
         elif not self.halt:  # else it was not judged: it goes on when the sweep does
             epoch = last.get(EPOCH, 0)

@@ -56,6 +56,10 @@ def do_trial(task: dict[str, Any], report: Report, *, rank: int = 0) -> None:
     """
     wide = task["workers"] > 1
     began = time.time()
+
+    def say(metrics: dict[str, Any]) -> None:
+        report({**metrics, "began": began, "ended": time.time()})  # should it be stopped here, this was its work
+
     _fresh_process(task["gpus"])
     place = Workplace(task)
     try:
@@ -63,7 +67,7 @@ def do_trial(task: dict[str, Any], report: Report, *, rank: int = 0) -> None:
         config = place.config(task["config"])
         record = place.record()
         if record is None:
-            record = _run(config, task, place, report)
+            record = _run(config, task, place, say)
             if rank == 0 or record.status == "failed":
                 place.finish(record)
             if wide and record.status == "failed":
@@ -79,13 +83,11 @@ def do_trial(task: dict[str, Any], report: Report, *, rank: int = 0) -> None:
         "objective_value": record.objective_value,
         "epoch": config.finetune.epochs,
         "epochs": config.finetune.epochs,
-        "began": began,
-        "ended": time.time(),
         "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
     }
     if task["second_objective"] != "none":
         metrics[task["second_objective"]] = getattr(record, task["second_objective"])
-    report(metrics)
+    say(metrics)
 
 
 def check_run(config: dict[str, Any]) -> dict[str, Any]:

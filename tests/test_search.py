@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,3 +356,16 @@ def test_listed_points_come_in_order_and_each_once(opened: Any) -> None:
     assert searcher.exhausted
     again, _, _ = opened(points=points, sampler="points", num_trials=None, bits=["W3A3"])
     assert again.num_left() == 4 and again.suggest("x")["trial"] == found[0]["trial"]
+
+
+def test_a_sweep_of_ten_thousand_points_starts_and_goes_on_without_stalling(opened: Any) -> None:
+    points = [{"finetune.lr": 1e-4 + 1e-6 * number} for number in range(10_000)]
+    clock = time.process_time()
+    searcher, ledger, _ = opened(points=points, sampler="points", num_trials=None)
+    assert searcher.suggest("first")["config"]["finetune"]["lr"] == 1e-4 and searcher.num_left() == 10_000
+    started = time.process_time() - clock
+    clock = time.process_time()
+    for number in range(200):
+        searcher.suggest(f"t{number}")
+    assert started < 5 and (time.process_time() - clock) / 200 < 0.05
+    assert ledger.num_plans("digits_resnet8-W3A3") == 201
