@@ -241,6 +241,9 @@ class FinetuneConfig:
         _one_of("finetune.augment", self.augment, ("none", "flip_shift"))
 
 
+FIDELITY_MEASURES = ("kl", "kl_t4", "jensen_shannon", "disagreement", "logit_mse")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
     """What the result is measured on. Nothing here changes the student."""
@@ -256,7 +259,9 @@ class EvaluationConfig:
     heldout_images: int = 256
     """Synthetic images of other seeds on which the fidelity to the teacher is measured."""
     objective: Literal["synthetic", "selection"] = "synthetic"
-    """What a sweep optimises: synthetic (KL to the teacher on held-out synthetic images) or selection (top-1 on a part of the labelled set)."""
+    """What a sweep optimises: synthetic (fidelity to the teacher on held-out synthetic images) or selection (top-1 on a part of the labelled set)."""
+    fidelity_measure: Literal["kl", "kl_t4", "jensen_shannon", "disagreement", "logit_mse"] = "kl"
+    """Measure of objective synthetic, lower is better: KL at temperature 1 or 4, Jensen-Shannon (nats), disagreement (percent), logit_mse."""
     selection_fraction: float = 0.2
     """Part of the labelled set used for objective selection; the reported top-1 is measured on the rest."""
     every_epoch: bool = False
@@ -269,6 +274,7 @@ class EvaluationConfig:
             _between("evaluation.num_images", self.num_images, 1)
         _between("evaluation.selection_fraction", self.selection_fraction, 0.01, 0.99)
         _one_of("evaluation.objective", self.objective, ("synthetic", "selection"))
+        _one_of("evaluation.fidelity_measure", self.fidelity_measure, FIDELITY_MEASURES)
         labelled = self.objective == "synthetic" or self.dataset != "none"
         _require("evaluation.objective", "be synthetic where `evaluation.dataset` is none", self.objective, labelled)
 

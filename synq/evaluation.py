@@ -3,14 +3,14 @@
 Counts are summed over processes and divided once, so any number of processes and any batch size give the same figure.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, fx, nn
 
+from synq import fidelity as measures
 from synq.configs import EvaluationConfig
 from synq.real_data import LabelledSet, load_labelled
 from synq.teachers import Teacher
@@ -61,33 +61,62 @@ def evaluate(net: nn.Module, fetch: Fetch, indices: Tensor, *, batch_size: int, 
     return Accuracy(top1=100 * first / seen, top5=100 * five / seen, num_images=seen)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A teacher's answers to fixed images, computed once for all students: this process's share, in batches.
+
+    Attributes:
+        images: (N, C, H, W), all of them.
+        rows: Row numbers of each batch, (n,).
+        logits: The teacher's logits of each batch, (n, K), on the device.
+    """
+
+    images: Tensor
+    rows: Sequence[Tensor]
+    logits: Sequence[Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, teacher: nn.Module, images: Tensor, *, batch_size: int, accelerator: Accelerator) -> "Reference":
+        """Let the teacher answer.
+
+        Args:
+            teacher: (N, C, H, W) -> logits (N, K), in evaluation mode, on the device of ``accelerator``.
+            images: (N, C, H, W).
+            batch_size: Images per forward pass over all processes.
+            accelerator: Process group.
+        """
+        rows = _share(torch.arange(len(images)), batch_size, accelerator)
+        logits = [teacher(_batch(images, part, teacher, accelerator)) for part in rows]
+        return cls(images=images, rows=rows, logits=logits)
+
+
 @torch.no_grad()
 def fidelity(
-    teacher: nn.Module, student: nn.Module, images: Tensor, *, batch_size: int, accelerator: Accelerator
+    reference: Reference, student: nn.Module, functions: Mapping[str, measures.Measure], *, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Measure how closely the student follows the teacher on images without labels.
+    """Measure how closely the student follows the teacher on images without labels: means over all images.
 
     Args:
-        teacher, student: (N, C, H, W) -> logits (N, K), in evaluation mode.
-        images: (N, C, H, W) held-out synthetic images, not filtered.
-        batch_size: Images per forward pass over all processes.
+        reference: Images and the teacher's answers.
+        student: (N, C, H, W) -> logits (N, K), in evaluation mode, on the device of ``accelerator``.
+        functions: Measures by name.
         accelerator: Process group.
 
     Returns:
-        ``kl``: mean KL(teacher || student) at temperature 1, in nats, lower is better; ``agreement``: share of images
-        with the same largest logit, in percent; ``logit_mse``: mean squared difference of logits without their mean.
+        The mean of each measure over the images of all processes, by name.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    for rows in _share(torch.arange(len(images)), batch_size, accelerator):
-        batch = images[rows.to(images.device)].to(accelerator.device)
-        wanted = teacher(batch.to(_dtype(teacher))).double()
-        got = student(batch.to(_dtype(student))).double()
-        kl = F.kl_div(got.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="sum")
-        difference = (got - got.mean(1, keepdim=True)) - (wanted - wanted.mean(1, keepdim=True))
-        same = (wanted.argmax(1) == got.argmax(1)).sum()
-        sums += torch.stack([kl, same.double(), difference.square().mean(1).sum(), torch.full_like(kl, len(rows))])
-    kl_sum, same_sum, square_sum, seen = accelerator.reduce(sums, reduction="sum").tolist()
-    return {"kl": kl_sum / seen, "agreement": 100 * same_sum / seen, "logit_mse": square_sum / seen}
+    sums = torch.zeros(len(functions) + 1, dtype=torch.float64, device=accelerator.device)
+    for rows, wanted in zip(reference.rows, reference.logits, strict=True):
+        got = student(_batch(reference.images, rows, student, accelerator))
+        values = [function(wanted, got).double().sum() for function in functions.values()]
+        sums += torch.stack([*values, torch.full_like(values[0], len(rows))])
+    *totals, seen = accelerator.reduce(sums, reduction="sum").tolist()
+    return {name: total / seen for name, total in zip(functions, totals, strict=True)}
+
+
+def _batch(images: Tensor, rows: Tensor, net: nn.Module, accelerator: Accelerator) -> Tensor:
+    return images[rows.to(images.device)].to(accelerator.device, _dtype(net))
 
 
 def _share(indices: Tensor, batch_size: int, accelerator: Accelerator) -> list[Tensor]:
@@ -140,6 +169,8 @@ class Measure:
     reported: Tensor
     labels_digest: str = ""
     heldout: Tensor = field(default_factory=lambda: torch.empty(0))
+    _reference: Reference | None = field(default=None, init=False, repr=False)
+    """Made when the first network is measured: by then the teacher stands on its device."""
 
     @classmethod
     def prepare(cls, settings: EvaluationConfig, teacher: Teacher, accelerator: Accelerator) -> "Measure":
@@ -181,11 +212,16 @@ class Measure:
             labels_digest="" if labelled is None else labelled.fingerprint(),
         )
 
+    def hold_out(self, images: Tensor) -> None:
+        """Take the held-out images (N, C, H, W)."""
+        self.heldout, self._reference = images, None
+
     def objective(self, net: fx.GraphModule) -> float:
-        """Return the objective's value: mean KL in nats (lower is better), or top-1 in percent on the chosen part."""
+        """Return the objective's value: the fidelity measure (lower is better), or top-1 in percent on the chosen part."""
         if self.settings.objective == "selection":
             return self._accuracy(net, self.chosen).top1
-        return self._fidelity(net)["kl"]
+        name = self.settings.fidelity_measure
+        return self._means(net, {name: measures.OBJECTIVES[name]})[name]
 
     def _accuracy(self, net: fx.GraphModule, rows: Tensor) -> Accuracy:
         assert self.labelled is not None
@@ -193,13 +229,26 @@ class Measure:
         return evaluate(net, self.labelled.batch, rows, batch_size=size, accelerator=self.accelerator)
 
     def _fidelity(self, net: fx.GraphModule) -> dict[str, float]:
-        size = self.settings.batch_size
-        return fidelity(self.teacher.graph, net, self.heldout, batch_size=size, accelerator=self.accelerator)
+        """Return kl, agreement, logit_mse and the chosen measure under its name."""
+        functions: dict[str, measures.Measure] = {"kl": measures.kl, "agreement": measures.disagreement}
+        functions["logit_mse"] = measures.logit_mse
+        name = self.settings.fidelity_measure
+        values = self._means(net, {**functions, name: measures.OBJECTIVES[name]})
+        return {**values, "agreement": 100 - values["agreement"]}
+
+    def _means(self, net: fx.GraphModule, functions: Mapping[str, measures.Measure]) -> dict[str, float]:
+        if self._reference is None:
+            size = self.settings.batch_size
+            self._reference = Reference.of(
+                self.teacher.graph, self.heldout, batch_size=size, accelerator=self.accelerator
+            )
+        return fidelity(self._reference, net, functions, accelerator=self.accelerator)
 
     def __call__(self, net: fx.GraphModule) -> Measurement:
         """Measure `net` in full; a collective call when there are several processes."""
         values = self._fidelity(net)
-        objective = values["kl"] if self.settings.objective == "synthetic" else self.objective(net)
+        chosen = values[self.settings.fidelity_measure]
+        objective = chosen if self.settings.objective == "synthetic" else self.objective(net)
         if self.labelled is None:
             return Measurement(objective=objective, fidelity={**values}, top1=None, top5=None, num_eval=None)
         accuracy = self._accuracy(net, self.reported)

@@ -85,7 +85,7 @@ def run(
     _check_writable(folder)
     with clock("synthesis"):
         train_set, heldout = _synthetic_sets(config, teacher, accelerator)
-    measure.hold_out(heldout.images, heldout.labels)
+    measure.hold_out(heldout.images)
 
     with clock("quantize"):
         images = low_pass(train_set.images, config).to(_dtype(config))

@@ -58,7 +58,8 @@ class RunRecord:
     objective: str = ""
     """What a sweep optimises: synthetic or selection."""
     objective_value: float | None = None
-    """Value of the objective after the last epoch; synthetic: mean KL in nats, lower is better; selection: top-1, higher is better."""
+    """Value of the objective after the last epoch; synthetic: the configured fidelity measure, lower is better; selection: top-1,
+    higher is better."""
     fidelity: dict[str, float | None] = field(default_factory=dict)
     """Nearness of the student to the teacher on the held-out synthetic images, by name."""
     teacher_top1: float | None = None

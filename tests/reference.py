@@ -176,3 +176,45 @@ def synq_loss(
 def inception_loss(logits: Sequence[float], label: int, gamma: float) -> float:
     """Hard-sample weighted cross-entropy of one image."""
     return one_minus_p(logits, label) ** gamma * cross_entropy(logits, label)
+
+
+def fidelity_measures(teacher: Sequence[float], student: Sequence[float]) -> dict[str, float]:
+    """Every measure of one image, from the logits of both networks."""
+    p, q = softmax(teacher), softmax(student)
+    middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    classes = range(len(p))
+    best = max(classes, key=lambda k: teacher[k])
+    a = [x - math.fsum(teacher) / len(p) for x in teacher]
+    b = [x - math.fsum(student) / len(p) for x in student]
+
+    def divergence(one: Sequence[float], other: Sequence[float]) -> float:
+        return math.fsum(x * math.log(x / y) for x, y in zip(one, other, strict=True))
+
+    def margin(z: Sequence[float]) -> float:
+        return z[best] - max(z[k] for k in classes if k != best)
+
+    return {
+        "kl": divergence(p, q),
+        "kl_t4": kd_kl(student, teacher, 4.0),
+        "reverse_kl": divergence(q, p),
+        "jensen_shannon": (divergence(p, middle) + divergence(q, middle)) / 2,
+        "total_variation": math.fsum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2,
+        "disagreement": 0.0 if max(classes, key=lambda k: student[k]) == best else 100.0,
+        "logit_mse": math.fsum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / len(p),
+        "logit_angle": 1 - math.fsum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b)),
+        "margin_mse": (margin(teacher) - margin(student)) ** 2,
+        "hard_cross_entropy": cross_entropy(student, best),
+        "doubtful_kl": -math.fsum(x * math.log(x) for x in p) * divergence(p, q),
+    }
+
+
+def spearman(scores: Sequence[float], values: Sequence[float]) -> float:
+    """Rank correlation; a tie shares the mean of its places."""
+
+    def ranks(x: Sequence[float]) -> list[float]:
+        return [sum(other < own for other in x) + (sum(other == own for other in x) + 1) / 2 for own in x]
+
+    a, b = ranks(scores), ranks(values)
+    middle = (len(a) + 1) / 2
+    top = sum((x - middle) * (y - middle) for x, y in zip(a, b, strict=True))
+    return top / math.sqrt(sum((x - middle) ** 2 for x in a) * sum((y - middle) ** 2 for y in b))

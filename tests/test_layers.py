@@ -26,6 +26,7 @@ LAYERS = (
         "lowpass",
         "gradcam",
         "losses",
+        "fidelity",
         "augment",
         "tracing",
         "cam_site",

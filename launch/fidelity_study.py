@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Which label-free measure ranks settings as top-1 does: `launch/fidelity_study.py SWEEP_DIR [--bits W3A3 ...] [--output-dir D]`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from synq.train import USER_ERROR, report_error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare every measure on every view with the top-1 of a sweep's finished trials. The labels serve this comparison alone."""
+    parser = argparse.ArgumentParser(prog="fidelity_study", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "sweep", metavar="SWEEP_DIR", type=Path, help="folder of a sweep whose teacher has labelled images"
+    )
+    parser.add_argument("--bits", nargs="+", default=[], help="bit-widths, such as W3A3 (default: all)")
+    parser.add_argument("--output-dir", type=Path, help="folder of the tables (default: SWEEP_DIR/fidelity_study)")
+    parser.add_argument("--views", nargs="+", help="views to look at, for a quick study (default: all)")
+    parser.add_argument(
+        "--bn-only", action="store_true", help="also make held-out images without class loss and study them"
+    )
+    parser.add_argument("--best", type=int, default=15, help="rows of each group that are printed (default: 15)")
+    arguments = parser.parse_args(argv)
+    from sweeps.fidelity_study import VIEWS, study  # torch, which a refused command line need not wait for
+    from sweeps.rank_table import markdown, write_tables
+
+    folder = arguments.output_dir or arguments.sweep / "fidelity_study"
+    try:
+        views = arguments.views or tuple(VIEWS)
+        rows = study(arguments.sweep, folder, bits=arguments.bits, views=views, bn_only=arguments.bn_only)
+        write_tables(folder, rows, arguments.best)
+    except (ValueError, OSError) as error:
+        report_error(error)
+        return USER_ERROR
+    print(markdown(rows, arguments.best), end="")
+    print(folder / "fidelity_study.csv", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
