@@ -1,5 +1,7 @@
 """Where a sweep's files lie: a folder that all machines see, or an address of which this machine has a copy. Takes it for one driver."""
 
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -9,6 +11,8 @@ from sweeps.storage import Storage, open_storage
 from synq.results import write_json_atomic
 
 PARTS = ("plans", "records")
+LEFTOVER_SECONDS = 60.0
+"""Age at which a temporary file belongs to nobody."""
 
 
 class SweepFolder:
@@ -45,6 +49,7 @@ class SweepFolder:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"`output_dir` must not be in use, but another sweep runs in {self.root}") from None
+        self._clear_leftovers()
         if self.storage is None:
             return
         try:
@@ -56,6 +61,14 @@ class SweepFolder:
         except BaseException:
             self.give_back()
             raise
+
+    def _clear_leftovers(self) -> None:
+        """Remove what processes that were killed had begun to write; not what a worker of theirs may be writing still."""
+        for folder in (self.root, *(self.root / part for part in PARTS)):
+            for path in folder.glob(".*.tmp"):
+                with suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                        path.unlink()
 
     def give_back(self) -> None:
         """Release the locks."""

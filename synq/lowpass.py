@@ -92,6 +92,8 @@ def gaussian_lowpass(x: Tensor, cutoff_bins: float, batch: int = 512) -> Tensor:
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     gain = gaussian_gain(height, width, cutoff_bins, device=x.device, dtype=work)
     out = torch.empty_like(x)
+    if len(x) == 0:  # some FFT libraries refuse an empty batch
+        return out
     for source, target in zip(x.split(batch), out.split(batch), strict=True):
         spectrum = torch.fft.rfft2(source.to(work)) * gain
         target.copy_(torch.fft.irfft2(spectrum, s=(height, width)))

@@ -62,7 +62,7 @@ def test_a_lost_machine_gives_its_trials_to_the_others(
     text = finish(process, 400)
     assert "2 nodes, 2 CPUs" in text and text.count("ready after") == 1
     assert board(out) == undisturbed
-    whole(out)
+    whole(out, killed=True)
     if place == "address":
         sets = {path.name for path in (out / "store").iterdir()}
         for number in (0, 1):

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,16 +33,17 @@ def test_a_killed_worker_and_a_killed_driver_change_no_figure(
     until(lambda: bool(list(out.glob("records/*.json"))), process)
     process.kill()
     process.wait()
-    whole(out)
+    whole(out, killed=True)
     before = {path: path.stat().st_mtime_ns for path in out.glob("records/*.json")}
     again = finish(start(*words))
     assert f"{len(before)} trials are there already" in again
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items()), "a finished trial was run again"
     assert board(out) == undisturbed and len(undisturbed) == 4
     assert {row["status"] for row in rows(out / "trials.csv")} == {"completed"}, "a killed worker's trial was lost"
-    whole(out)
+    whole(out, killed=True)
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_the_tables_and_a_second_driver_is_refused(
     start: Start, tmp_path: Path, undisturbed: list[dict[str, str]]
 ) -> None:
@@ -115,6 +117,7 @@ def test_trials_that_die_or_ask_for_too_much_are_recorded_and_the_sweep_goes_on(
     assert "memory" in ended["glutton"]["reason"]
 
 
+@pytest.mark.slow
 def test_too_many_failures_end_the_sweep_and_can_be_tried_again(start: Start, tmp_path: Path) -> None:
     spec = listed(tmp_path, epochs=2, head="max_failed_trials = 2\nmax_concurrent = 1\n")
     text = spec.read_text()
@@ -133,6 +136,7 @@ def test_too_many_failures_end_the_sweep_and_can_be_tried_again(start: Start, tm
     assert sorted(path.stem for path in (tmp_path / "out" / "records").glob("*.json")) == failed
 
 
+@pytest.mark.slow
 def test_a_folder_that_vanishes_ends_the_sweep_and_comes_back(
     start: Start, tmp_path: Path, undisturbed: list[dict[str, str]]
 ) -> None:
@@ -165,6 +169,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_what_killed_processes_left_is_cleared_when_it_is_old(tmp_path: Path) -> None:
+    from sweeps.sweep_folder import LEFTOVER_SECONDS, SweepFolder
+
+    old, new = tmp_path / "plans" / ".a.json.x.tmp", tmp_path / "records" / ".b.json.y.tmp"
+    for path in (old, new):
+        path.parent.mkdir()
+        path.touch()
+    os.utime(old, (0, time.time() - LEFTOVER_SECONDS - 1))
+    folder = SweepFolder(tmp_path)
+    folder.take()
+    folder.give_back()
+    assert not old.exists() and new.exists()
 
 
 def test_a_full_disk_ends_the_sweep_and_leaves_no_half_file(

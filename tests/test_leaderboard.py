@@ -261,5 +261,6 @@ def test_the_live_table_is_drawn_while_trials_end() -> None:
                 yield item
 
     progress = Progress(9, live=False)
-    progress.records, progress.running = Growing(a=record(), b=record(seed=1)), Growing(c="starting")
-    assert progress._table().row_count == 2
+    progress.known({"a": record(), "b": record(seed=1)})
+    progress.groups, progress.running = Growing(progress.groups), Growing(c="starting")
+    assert progress._table().row_count == 2, "one group and one running trial"
