@@ -185,6 +185,7 @@ def test_what_killed_processes_left_is_cleared_when_it_is_old(tmp_path: Path) ->
     assert not old.exists() and new.exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_sweep_and_leaves_no_half_file(
     start: Start, tmp_path: Path, small_disk: Path, undisturbed: list[dict[str, str]]
 ) -> None:
