@@ -94,6 +94,7 @@ def glutton():
 """
 
 
+@pytest.mark.slow
 def test_trials_that_die_or_ask_for_too_much_are_recorded_and_the_sweep_goes_on(start: Start, tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
     model = (
