@@ -1,7 +1,6 @@
 """What the driver does as trials report: settles ended ones in the ledger, shows them, and ends a sweep that cannot go on."""
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -9,7 +8,8 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from sweeps.cluster import capacity
-from sweeps.group_search import EPOCH, OBJECTIVE, STATUS
+from sweeps.group_search import EPOCH, OBJECTIVE, STATUS, is_finite
+from sweeps.halt import Halt
 from sweeps.ledger import Ledger
 from sweeps.progress import Progress
 from sweeps.trial import STORAGE
@@ -17,19 +17,6 @@ from sweeps.trial import STORAGE
 UNSEEN = "its record is not visible here: output_dir must be on a file system that all machines share"
 LOOK_SECONDS = 5.0
 """Seconds between two looks at what the cluster has free, and at whether the sweep's address is still ours."""
-
-
-@dataclass
-class Halt:
-    """Why a sweep must end before its trials do; asked by Ray Tune after every result."""
-
-    failed: str = ""
-    """Too many trials failed: how many, and the last one's reason."""
-    storage: str = ""
-    """The disk or the store refused."""
-
-    def __bool__(self) -> bool:
-        return bool(self.failed or self.storage)
 
 
 class HaltStopper(tune.Stopper):
@@ -90,9 +77,9 @@ class SweepCallback(tune.Callback):
         """Note an epoch."""
         name, value = trial.config["trial"], result.get(OBJECTIVE)
         if STATUS not in result and EPOCH in result:
-            if value is not None:
+            if value is not None and is_finite(value):
                 history = self.history.setdefault(name, {})
-                history[result[EPOCH]] = value
+                history[result[EPOCH]] = float(value)
                 self._or_halt(lambda: self.ledger.note(name, history))
             self.progress.epoch(name, result[EPOCH], result["epochs"], value)
 

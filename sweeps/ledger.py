@@ -24,6 +24,7 @@ from typing import Any
 
 from sweeps.leaderboard import Tables
 from sweeps.plans import FORMAT, Plan, plan_values, read_plan, set_recipe, unfinished_record
+from sweeps.search_config import SearchConfig
 from sweeps.space import BITS, value_at
 from sweeps.spec import SweepSpec
 from sweeps.sweep_folder import SweepFolder
@@ -124,6 +125,7 @@ class Ledger:
             "group": plan.group,
             "stage": plan.stage,
             "config": plan.config,
+            "config_digest": plan.config_digest,
             "teacher": self.teachers.get(plan.group, {}),
             "second_objective": self.spec.search.second_objective,
             "sets": self.sets.get(set_recipe(plan.config), []),
@@ -229,8 +231,9 @@ class Ledger:
 
     def finish(self) -> None:
         """Note that the sweep has come to its end: `--num-trials +N` then means N more than it has."""
-        number = self.spec.search.num_trials
-        self.folder.write("sweep.json", {**read_json(self.root / "sweep.json"), "finished": number})
+        there = read_json(self.root / "sweep.json")
+        number = max(self.spec.search.trials, there.get("finished", 0))
+        self.folder.write("sweep.json", {**there, "finished": number})
 
     def _check_identity(self) -> None:
         """Refuse a folder that holds another sweep: its trials would be mixed with these."""
@@ -262,22 +265,36 @@ class Ledger:
             raise ValueError(
                 f"`output_dir` must be new or hold the same sweep, but {self.root} holds records without sweep.json"
             )
-        self._settle_budget(there)
+        self.spec = replace(self.spec, search=settled_budget(self.spec.search, there))
         finished = {"finished": there["finished"]} if "finished" in there else {}
-        values = {**asdict(self.spec.search), "output_dir": ""}
+        number = max(self.spec.search.trials, there.get("search", {}).get("num_trials") or 0)
+        values = {
+            **asdict(self.spec.search),
+            "num_trials": number,
+            "output_dir": "",
+            "study_storage": "",
+        }  # may hold a password
         write_json_atomic(path, {**mine, **finished, "search": values})
         self.folder.send(path.name)
 
-    def _settle_budget(self, there: Mapping[str, Any]) -> None:
-        """Turn "N more" into a number. An extension that was itself interrupted is finished first, not extended."""
-        search = self.spec.search
-        if not search.more_trials:
-            return
-        before = there.get("search", {}).get("num_trials")
-        if before is None:
-            raise ValueError(f"`num_trials` must be a whole number for a new sweep, but got +{search.more_trials}")
-        number = before + (search.more_trials if there.get("finished") == before else 0)
-        self.spec = replace(self.spec, search=replace(search, num_trials=number, more_trials=0))
+
+def settled_budget(search: SearchConfig, there: Mapping[str, Any]) -> SearchConfig:
+    """Turn "N more" into a number. An extension that was itself interrupted is finished first, not extended.
+
+    Args:
+        search: As asked for.
+        there: Content of the folder's sweep.json, {} for a new sweep.
+
+    Raises:
+        ValueError: More is asked of a sweep that is not there.
+    """
+    if not search.more_trials:
+        return search
+    before = there.get("search", {}).get("num_trials")
+    if before is None:
+        raise ValueError(f"`num_trials` must be a whole number for a new sweep, but got +{search.more_trials}")
+    number = before + (search.more_trials if there.get("finished") == before else 0)
+    return replace(search, num_trials=number, more_trials=0)
 
 
 def _comparable(value: Any) -> Any:

@@ -50,7 +50,12 @@ def read_plan(path: Path) -> Plan:
         raise ValueError(
             f"`{path}` must hold the plan of a trial; remove it and its record to have the trial proposed again"
         )
-    return Plan(**{**content, "history": [(int(epoch), float(value)) for epoch, value in content["history"]]})
+    return Plan(
+        **{
+            **content,
+            "history": [(int(epoch), float(value)) for epoch, value in content["history"] if value is not None],
+        }
+    )
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def warm_points(
     """Return the best settings of earlier sweeps, as points of this search, best first.
 
     Settings found on the same teacher come first, then those at the same bit-widths, each in the order of their leaderboard.
-    Those outside the space are passed over. A cutoff in another unit is converted by its own model's size.
+    Those outside the space, or found by another objective, are passed over. A cutoff in another unit is converted by its own model's size.
 
     Args:
         records: Of the earlier sweeps.
@@ -123,6 +123,8 @@ def warm_points(
         base: The group's base run, as plain values.
         top_k: How many at most.
     """
+    objective = base["evaluation"]["objective"]  # what was chosen by labels must not open a search without them
+    records = [record for record in records if record.objective == objective]
     by_digest = {record.config_digest: record for record in records}
     rows = []
     for row in leaderboard_rows(records):

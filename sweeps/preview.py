@@ -7,18 +7,20 @@ is linear in both), or the records that the sweep's folder already has.
 import os
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sweeps.cluster import Capacity, capacity, cluster
 from sweeps.leaderboard import load_records
+from sweeps.ledger import settled_budget
 from sweeps.points import point_params
+from sweeps.search_config import LISTED
 from sweeps.space import base_values
 from sweeps.spec import Group, SweepSpec, run_config
 from sweeps.storage import open_storage
 from sweeps.tuner import sets_needed
 from synq import pipeline
 from synq.configs import RunConfig, with_overrides
-from synq.results import RunRecord
+from synq.results import RunRecord, read_json
 from synq.synthetic_data import MANIFEST_FILE
 
 WARM_UP, CLOSER = (16, 2), (128, 16)
@@ -46,6 +48,8 @@ def print_preview(spec: SweepSpec) -> None:
     Raises:
         ValueError, OSError: What `run_sweep` would refuse at once.
     """
+    notes = spec.output_dir / "sweep.json"
+    spec = replace(spec, search=settled_budget(spec.search, read_json(notes) if notes.exists() else {}))
     search = spec.search
     place = spec.address or str(spec.output_dir)
     print(f"sweep {search.name} in {place}")
@@ -60,7 +64,7 @@ def print_preview(spec: SweepSpec) -> None:
     costs = {group.key: _cost(spec, group, records) for group in spec.groups}
     print("\ntrials")
     for group in spec.groups:
-        first = "the base settings first" if _has_base(spec, group) else f"{len(spec.points)} listed points first"
+        first = _first(spec, group)
         print(
             f"  {group.key}: {search.trials} by {search.sampler} ({first}), {_early(spec, group)}, about {_clock(costs[group.key].trial)} each"
         )
@@ -124,13 +128,19 @@ def _early(spec: SweepSpec, group: Group) -> str:
     return f"{epochs} epochs, weak ones stopped from epoch {min(spec.search.grace_epochs, epochs)} on"
 
 
-def _has_base(spec: SweepSpec, group: Group) -> bool:
-    base = base_values(spec.dimensions, group.base)
-    return not spec.points and point_params(spec.dimensions, base) is not None
+def _first(spec: SweepSpec, group: Group) -> str:
+    """What comes before any proposal, in words."""
+    if spec.search.sampler in LISTED:
+        return "in order"
+    points = [f"{len(spec.points)} listed points"] if spec.points else []
+    if point_params(spec.dimensions, base_values(spec.dimensions, group.base)) is not None:
+        points.append("the base settings")
+    points += [f"up to {spec.search.warm_start_top_k} of earlier sweeps"] if spec.search.warm_start else []
+    return f"first {', '.join(points)}" if points else "none given"
 
 
 def _reruns(spec: SweepSpec) -> int:
-    searches = len(spec.groups) * (len(spec.dimensions[0].values) if spec.search.two_objectives else 1)
+    searches = len(spec.groups) * spec.num_widths
     base = spec.groups[0].base
     further = sum((seed, seed) != (base.seed, base.data_seed) for seed in spec.search.seeds)
     return searches * spec.search.final_top_k * further

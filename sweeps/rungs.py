@@ -7,6 +7,7 @@ from typing import Any
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from sweeps.group_search import EPOCH, OBJECTIVE, STATUS, is_finite
+from sweeps.halt import Halt
 from sweeps.ledger import Ledger
 from sweeps.spec import SweepSpec
 
@@ -18,9 +19,9 @@ class SweepScheduler(FIFOScheduler):
     their resources behind: it is asked to stop, by a sign in the sweep's folder that its workers look for after each epoch.
     """
 
-    def __init__(self, spec: SweepSpec, ledger: Ledger) -> None:
+    def __init__(self, spec: SweepSpec, ledger: Ledger, halt: Halt | None = None) -> None:
         super().__init__()
-        self.ledger = ledger
+        self.ledger, self.halt = ledger, halt or Halt()
         self.wide = spec.search.workers_per_trial > 1
         self.asked: set[str] = set()
         """Trials that were asked to stop."""
@@ -71,7 +72,10 @@ class SweepScheduler(FIFOScheduler):
         if decision != TrialScheduler.STOP or not self.wide:
             return decision
         self.asked.add(trial.config["trial"])
-        self.ledger.ask_to_stop(trial.config["trial"])
+        try:
+            self.ledger.ask_to_stop(trial.config["trial"])
+        except OSError as error:
+            self.halt.storage = self.halt.storage or f"`output_dir` must be writable, but got {error}"
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:

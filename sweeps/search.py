@@ -98,8 +98,8 @@ class SweepSearcher(Searcher):
     def num_total(self) -> int:
         """Most trials that the sweep comes to, those already there included."""
         search = self.spec.search
-        parts = len(self.spec.dimensions[0].values) if search.two_objectives else 1
-        return sum(search.trials + search.final_top_k * parts * len(self._further_seeds(key)) for key in self.groups)
+        finals = search.final_top_k * self.spec.num_widths
+        return sum(search.trials + finals * len(self._further_seeds(key)) for key in self.groups)
 
     def num_left(self) -> int:
         """Trials without a record, as far as is known now; 0 when the sweep is done."""
@@ -176,7 +176,11 @@ class SweepSearcher(Searcher):
         else:
             earlier = self.ledger.earlier
             if search.warm_start and earlier is None:
-                earlier = self.ledger.earlier = read_earlier(search.warm_start)
+                try:
+                    earlier = self.ledger.earlier = read_earlier(search.warm_start)
+                except FileNotFoundError:
+                    if not plans:  # a sweep that goes on has learnt from them, and does not stop because they are gone
+                        raise
             warm = warm_points(earlier or [], dimensions, config_to_dict(group.base), search.warm_start_top_k)
             # The spec's own settings open every search: what is found must beat them.
             points = chain(own, [base], warm) if point_params(dimensions, base) is not None else chain(own, warm)
@@ -225,8 +229,8 @@ class SweepSearcher(Searcher):
         """Tell a group's search everything that stands in the ledger."""
         for plan in self.ledger.group_plans(key):
             record = self.ledger.records.get(plan.trial)
-            if record is None:
-                continue
+            if record is None or point_params(self.spec.dimensions, self._overrides(plan)) is None:
+                continue  # not ended; or of a list that was longer then
             search = self.searches[key]
             search.attach(plan.trial, plan.params, plan.trial)
             for epoch, value in plan.history:

@@ -15,7 +15,7 @@ from typing import Any
 
 from sweeps.addresses import is_address, local_copy
 from sweeps.points import completed, grid_size, listed_dimensions, point_params, read_points
-from sweeps.search_config import DEFAULT_TRIALS, SearchConfig
+from sweeps.search_config import DEFAULT_TRIALS, LISTED, SearchConfig
 from sweeps.space import BITS, Dimension, base_values, read_space, read_table, with_bits
 from synq.config_identity import absolute_path
 from synq.config_io import nearest, require
@@ -69,6 +69,11 @@ class SweepSpec:
         """The sweep's folder on this machine, absolute; for an address, a copy of it."""
         folder = self.search.output_dir
         return local_copy(folder) if is_address(folder) else Path(folder)
+
+    @property
+    def num_widths(self) -> int:
+        """Bit-widths that each search goes over: one, unless it has two objectives."""
+        return next((len(dimension.values) for dimension in self.dimensions if dimension.name == BITS), 1)
 
     @property
     def address(self) -> str:
@@ -155,6 +160,10 @@ def _build_spec(mapping: Mapping[str, Any], default_name: str, root: str | Path)
     points = read_points(mapping.get("points", []), search)
     only_points = search.sampler == "points"
     require("space", "be left out for sampler points", "one", not (only_points and "space" in mapping))
+    rule = "be left out for sampler grid or points, whose trials are known"
+    require("warm_start", rule, list(search.warm_start), not search.warm_start or search.sampler not in LISTED)
+    named = all(BITS in point for point in points) or not (only_points and search.two_objectives)
+    require("points", "name `bits` in every entry, where there is a second_objective", points, named)
     dimensions = () if only_points else read_space(mapping, base)
     models = mapping.get("models", ["bundled:digits_resnet8"])
     bits = mapping.get("bits", ["W4A4"])

@@ -1,5 +1,7 @@
 """Where the searches are kept besides, for optuna-dashboard: a picture of the ledger, drawn anew at every start of the sweep."""
 
+import re
+
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -29,6 +31,7 @@ def study_storage(spec: SweepSpec) -> BaseStorage | None:
         try:
             storage = RDBStorage(wanted)
         except Exception as error:  # SQLAlchemy and its drivers raise many types
+            wanted = _shown(wanted)
             line = str(error).strip().partition("\n")[0]
             raise ValueError(
                 f"`study_storage` must be a database that can be opened, but got {wanted}: {line}"
@@ -39,7 +42,7 @@ def study_storage(spec: SweepSpec) -> BaseStorage | None:
             continue
         if study.user_attrs.get(OWNER) != owner:
             raise ValueError(
-                f"`study_storage` must have no other study of the same name, but got {study.study_name} in {wanted}; choose another `name`"
+                f"`study_storage` must have no other study of the same name, but got {study.study_name} in {_shown(wanted)}; choose another `name`"
             )
         optuna.delete_study(study_name=study.study_name, storage=storage)
     first = StudyDirection.MINIMIZE if spec.search.minimise else StudyDirection.MAXIMIZE
@@ -47,3 +50,8 @@ def study_storage(spec: SweepSpec) -> BaseStorage | None:
     for name in sorted(names):
         optuna.create_study(study_name=name, storage=storage, directions=modes).set_user_attr(OWNER, owner)
     return storage
+
+
+def _shown(address: str) -> str:
+    """The address of a database without its password."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:...@", address)

@@ -54,7 +54,7 @@ class SweepFolder:
             return
         try:
             self._lease = Lease(self.storage)
-            self._lease.acquire()
+            self._lease.acquire(lambda text: print(text, flush=True))
             self.storage.get_all(PARTS, self.root)
             if not self.storage.get("sweep.json", self.root / "sweep.json"):
                 (self.root / "sweep.json").unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from sweeps.plans import unfinished_record
 from sweeps.workplace import Workplace, is_storage_error
 from synq import pipeline
 from synq.configs import RunConfig, config_from_dict
+from synq.finetune import NonFiniteLossError
 from synq.results import RunRecord, environment
 
 Report = Callable[[dict[str, Any]], None]
@@ -67,7 +68,7 @@ def do_trial(task: dict[str, Any], report: Report, *, rank: int = 0) -> None:
         config = place.config(task["config"])
         record = place.record()
         if record is None:
-            record = _run(config, task, place, say)
+            record = _run(config, task, place, say, rank)
             if rank == 0 or record.status == "failed":
                 place.finish(record)
             if wide and record.status == "failed":
@@ -130,7 +131,7 @@ def _refusal(error: Exception) -> dict[str, Any]:
     return {"error": " ".join(str(error).split()) or type(error).__name__}
 
 
-def _run(config: RunConfig, task: dict[str, Any], place: Workplace, report: Report) -> RunRecord:
+def _run(config: RunConfig, task: dict[str, Any], place: Workplace, report: Report, rank: int = 0) -> RunRecord:
     name, teacher = task["trial"], task["teacher"]
     started, clock = datetime.now(UTC), time.perf_counter()
     folder = pipeline.run_folder(config)
@@ -143,11 +144,12 @@ def _run(config: RunConfig, task: dict[str, Any], place: Workplace, report: Repo
     try:
         place.fetch(folder, task["sets"])
         record = pipeline.run(config, on_epoch=on_epoch, on_checkpoint=place.keep_checkpoint)
-        place.keep_run(folder)
+        if rank == 0:
+            place.keep_run(folder)
     except (
         Exception
     ) as error:  # whatever it was stands in the record; a stop by the scheduler is a SystemExit and passes
-        if is_storage_error(error):
+        if is_storage_error(error) or (task["workers"] > 1 and _may_be_anothers(error)):
             raise
         values = {
             **environment(),
@@ -157,6 +159,15 @@ def _run(config: RunConfig, task: dict[str, Any], place: Workplace, report: Repo
         reason = f"{type(error).__name__}: {error}"
         return unfinished_record(config, name, status="failed", reason=reason, teacher=teacher, values=values)
     return replace(record, name=name, model=teacher.get("name", record.model))  # the spec may name the model
+
+
+def _may_be_anothers(error: Exception) -> bool:
+    """Whether another worker's death may be behind an error: the process group tells of it by a RuntimeError of many words.
+
+    Ray Train then starts all of them again; a run that diverged or asked for too much memory would only do so again.
+    """
+    own = (NonFiniteLossError, torch.OutOfMemoryError)
+    return isinstance(error, RuntimeError) and not isinstance(error, own)
 
 
 def _fresh_process(gpus: float = 0.0) -> None:

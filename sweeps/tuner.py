@@ -13,13 +13,15 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
-from sweeps.callback import Halt, HaltStopper, SweepCallback
+from sweeps.callback import HaltStopper, SweepCallback
 from sweeps.cluster import check_shared, cluster
+from sweeps.halt import Halt
 from sweeps.ledger import Ledger
 from sweeps.plans import set_recipe
 from sweeps.progress import Progress, print_leaderboard
 from sweeps.rungs import SweepScheduler
 from sweeps.search import SweepSearcher
+from sweeps.search_config import LISTED
 from sweeps.spec import Group, SweepSpec, run_config
 from sweeps.study import study_storage
 from synq.configs import RunConfig, config_to_dict
@@ -90,7 +92,7 @@ def _conclude(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress
     print(f"{where}/trials.csv\n{where}/leaderboard.csv", flush=True)
     if progress.account():
         print(progress.account(), flush=True)
-    listed = spec.search.sampler in ("grid", "points")
+    listed = spec.search.sampler in LISTED
     for key in sorted(searcher.exhausted):
         found, invalid = ledger.num_plans(key), searcher.invalid.get(key)
         why = f"; others are not allowed together, for example: {invalid}" if invalid else ""
@@ -150,22 +152,40 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
     names = {
         recipe: f"synthetic set {group.model} seed {config.data_seed}" for recipe, (group, config) in needed.items()
     }
-    places = {"trial": "", "address": spec.address, "folder": str(spec.output_dir)}
+    places = {"trial": "", "config_digest": "", "address": spec.address, "folder": str(spec.output_dir)}
     task = _task(spec, make_sets)
-    waiting = {
-        task.remote({**places, "config": config_to_dict(config)}): recipe for recipe, (_, config) in needed.items()
-    }
     started = time.monotonic()
     for name in names.values():
         progress.running[name] = "being made"
-    for ready, answer in _answers(waiting):
-        recipe = waiting[ready]
+    for _, answer, recipe in _made(task, places, needed, spec.address != ""):
         progress.running.pop(names[recipe], None)
         ledger.sets[recipe] = answer["sets"]
         group, config = needed[recipe]
         model, seed = ledger.teachers[group.key]["name"], config.data_seed
         what = f"ready after {time.monotonic() - started:.0f} s" if answer["made"] else "there already"
         progress.say(f"synthetic set of {model}, seed {seed}: {config.synthesis.num_images} images, {what}")
+
+
+def _made(
+    task: Any, places: dict[str, str], needed: dict[str, tuple[Group, RunConfig]], apart: bool
+) -> Iterator[tuple[Any, dict[str, Any], str]]:
+    """Give the answers of the tasks that make sets, with their recipes.
+
+    Args:
+        task: Makes the sets of a run.
+        places: Where they go.
+        needed: Runs by recipe.
+        apart: Whether machines share no folder, and so no lock: the held-out set, which all data seeds of a model have in common,
+            is then made with the first of them, before the others are begun.
+    """
+    first: dict[str, str] = {}
+    for recipe, (group, _) in needed.items():
+        first.setdefault(group.model, recipe)
+    rest = [recipe for recipe in needed if recipe not in first.values()]
+    for recipes in [list(first.values()), rest] if apart else [list(needed)]:
+        waiting = {task.remote({**places, "config": config_to_dict(needed[recipe][1])}): recipe for recipe in recipes}
+        for ready, answer in _answers(waiting):
+            yield ready, answer, waiting[ready]
 
 
 def _tune(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Progress, halt: Halt) -> None:
@@ -175,18 +195,15 @@ def _tune(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Pr
     progress.start_clock()
     search = spec.search
     resources = {"cpu": search.cpus_per_worker, **({"gpu": search.gpus_per_worker} if search.gpus_per_worker else {})}
-    if (
-        search.workers_per_trial > 1
-    ):  # the workers have resources of their own; this process only starts them, on the head
+    if search.workers_per_trial > 1:  # they have resources of their own; this process only starts them, on the head
         resources = {"cpu": 0, "node:__internal_head__": 0.001}
-    if search.workers_per_trial > 1:  # Ray Tune sees nothing of the workers' resources
-        searcher.limit = progress.slots
+        searcher.limit = progress.slots  # Ray Tune sees nothing of the workers' resources
     with tempfile.TemporaryDirectory(prefix="synq-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(run_trial, resources),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=SweepScheduler(spec, ledger),
+                scheduler=SweepScheduler(spec, ledger, halt),
                 num_samples=searcher.num_total() + len(ledger.plans),
                 reuse_actors=True,
                 trial_name_creator=_trial_name,

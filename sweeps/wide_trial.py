@@ -56,8 +56,9 @@ def _give_up(task: dict[str, Any], place: Workplace, error: ray.train.TrainingFa
         return {"status": STORAGE, "reason": str(stored), "epochs": 0}
     record = place.record()
     if record is None:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = f"its workers died {task['max_failures'] + 1} times: {lines[0]}"
+        cause = causes[0] if causes else error
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        reason = f"its workers failed {task['max_failures'] + 1} times: {lines[-1]}"
         config = config_from_dict(RunConfig, task["config"])
         values, teacher = environment(), task["teacher"]
         record = unfinished_record(

@@ -63,6 +63,7 @@ class Workplace:
             self.storage = _opened(address)
         self.root = local_copy(address) if address else Path(task["folder"])
         self.name: str = task["trial"]
+        self.digest: str = task["config_digest"]
 
     def config(self, values: Mapping[str, Any]) -> RunConfig:
         """Return a run with its folders on this machine."""
@@ -83,11 +84,12 @@ class Workplace:
 
     @_marked
     def record(self) -> RunRecord | None:
-        """Return the trial's record, if it has one already."""
+        """Return the trial's record, if it has one already; what this machine keeps of an earlier sweep at the address is none."""
         path = self._record_path()
-        if self.storage is not None:
-            self.storage.get(f"records/{path.name}", path)
-        return read_record(path) if path.exists() else None
+        if self.storage is not None and not self.storage.get(f"records/{path.name}", path):
+            path.unlink(missing_ok=True)
+        record = read_record(path) if path.exists() else None
+        return record if record is not None and record.config_digest == self.digest else None
 
     @_marked
     def finish(self, record: RunRecord) -> None:

@@ -80,7 +80,8 @@ def test_rungs_are_kept_apart_by_group_and_spare_last_epochs_and_reruns(tmp_path
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Callable[..., tuple[Any, Ledger, Any]]]:
     """Open a sweep's folder as a driver that starts does: `(searcher, ledger, callback)`; ends the one before."""
-    from sweeps.callback import Halt, SweepCallback
+    from sweeps.callback import SweepCallback
+    from sweeps.halt import Halt
     from sweeps.search import SweepSearcher
 
     ledgers: list[Ledger] = []
@@ -210,6 +211,8 @@ def test_the_name_that_the_spec_gives_a_model_stands_in_its_records(
         "folder": str(tmp_path),
         "address": "",
         "sets": [],
+        "config_digest": "",
+        "workers": 1,
     }
     place = trial.Workplace(task)
     assert trial._run(RunConfig(), task, place, print).model == "my_net"
