@@ -1,8 +1,10 @@
 """Sweeps on simulated clusters: a lost machine, wide trials, packing on logical GPUs, sweeps at an address, a killed search."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -185,6 +187,24 @@ def test_a_weak_wide_trial_is_asked_to_stop_and_the_next_one_starts(
     assert all(
         re.fullmatch(r"stopped after epoch [1-5]?\d: weak among the trials of its group", reason) for reason in pruned
     )
+
+
+def test_a_killed_rank_of_a_wide_trial_is_started_again(
+    cluster: Callable[..., Any], start: Start, tmp_path: Path
+) -> None:
+    machines = cluster({"num_cpus": 2})
+    spec = listed(tmp_path, epochs=150, head="num_trials = 1\nworkers_per_trial = 2\n")
+    out = tmp_path / "out"
+    process = start(str(spec), "--output-dir", str(out), RAY_ADDRESS=machines.address)
+    until(lambda: bool(list(out.glob("runs/*/checkpoint.pt"))), process, 300)
+    ranks = subprocess.run(
+        ["pgrep", "-f", "^ray::RayTrainWorker"], capture_output=True, text=True, check=False
+    ).stdout.split()
+    assert len(ranks) >= 2
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    finish(process, 500)
+    (row,) = rows(out / "trials.csv")
+    assert row["status"] == "completed" and row["device"].endswith("x 2 processes")
 
 
 DEVICES = """

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ def test_two_objectives_search_the_widths_of_a_model_as_one_group() -> None:
     config = run_config(spec, spec.groups[0], {BITS: "W3A4", "finetune.lr": 0.02})
     assert (config.quant.weight_bits, config.quant.act_bits, config.finetune.lr) == (3, 4, 0.02)
     assert config.name == "digits_resnet8-W3A4"
+    only = spec_from_dict(
+        {**keys, "sampler": "points", "points": [{"finetune.lr": 0.01, BITS: "W3A4"}, {BITS: "W8A8"}]}
+    )
+    assert only.num_widths == 2 and only.dimensions[0].name != BITS
+    with pytest.raises(ValueError, match="`points` must name `bits` in every entry"):
+        spec_from_dict({**keys, "sampler": "points", "points": [{"finetune.lr": 0.01}]})
     with pytest.raises(ValueError, match="`bits` must have no entry twice"):
         spec_from_dict({**keys, "bits": ["W8A8", "W8A8"]})
 
@@ -103,6 +110,8 @@ def test_a_warm_start_takes_the_best_of_the_same_teacher_and_width_first(tmp_pat
     assert [point["finetune.lr"] for point in found] == [0.002, 0.005, 0.003, 0.001, 0.004]
     assert found[1]["finetune.lowpass_cutoff"] == 0.75, "12 bins at 32 pixels are 0.75 of the Nyquist frequency"
     assert warm_points(records, spec.dimensions, base, 2) == found[:2]
+    chosen_by_labels = [replace(record, objective="selection") for record in records]
+    assert warm_points(chosen_by_labels, spec.dimensions, base, 9) == [], "labels would open a search without them"
     write_record(tmp_path / "old" / "records" / "t.json", records[1])
     assert (
         read_earlier([str(tmp_path / "old" / "leaderboard.csv")])

@@ -344,6 +344,9 @@ def test_an_extension_adds_to_a_finished_sweep_and_finishes_an_interrupted_one(o
     ledger.finish()
     assert opened(num_trials=2, more_trials=1)[0].num_left() == 6
     assert opened(num_trials=4)[0].num_left() == 4
+    ledger = opened(num_trials=2)[1]
+    ledger.finish()  # the plain command in between takes nothing back
+    assert opened(num_trials=2, more_trials=1)[1].spec.search.num_trials == 6
 
 
 def test_an_extension_of_nothing_is_refused(opened: Any, tmp_path: Path) -> None:
@@ -372,3 +375,46 @@ def test_a_sweep_of_ten_thousand_points_starts_and_goes_on_without_stalling(open
         searcher.suggest(f"t{number}")
     assert started < 5 and (time.process_time() - clock) / 200 < 0.05
     assert ledger.num_plans("digits_resnet8-W3A3") == 201
+
+
+def test_a_diverged_epoch_does_not_keep_a_sweep_from_going_on(opened: Any) -> None:
+    searcher, ledger, callback = opened()
+    config = searcher.suggest("x")
+    trial = SimpleNamespace(trial_id="x", config=config)
+    callback.on_trial_start(0, [], trial)
+    for epoch, value in ((1, 0.5), (2, float("nan")), (3, None)):
+        callback.on_trial_result(0, [], trial, {"epoch": epoch, "epochs": 9, "objective_value": value})
+    assert ledger.plans[config["trial"]].history == [(1, 0.5)]
+    assert opened()[0].suggest("y")["trial"] == config["trial"]
+
+
+def test_a_record_of_another_run_is_no_record(opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may keep its copy of what was at an address before; trials of other sweeps have the same names."""
+    from sweeps.plans import unfinished_record
+    from sweeps.workplace import Workplace
+    from synq.configs import RunConfig, config_from_dict
+
+    monkeypatch.setenv("SYNQ_CACHE_DIR", str(tmp_path / "cache"))
+    searcher, _, _ = opened()
+    task = searcher.suggest("x")
+    config = config_from_dict(RunConfig, task["config"])
+    record = unfinished_record(config, task["trial"], status="failed", reason="then", teacher={})
+    here = Workplace(task)
+    here.finish(record)
+    assert here.record() == record
+    assert Workplace({**task, "config_digest": "other"}).record() is None
+    (tmp_path / "bucket").mkdir()
+    there = Workplace({**task, "address": f"file://{tmp_path}/bucket"})
+    there.finish(record)
+    assert there.record() == record
+    (tmp_path / "bucket" / "records" / f"{task['trial']}.json").unlink()
+    assert there.record() is None, "what the address no longer has is no record"
+
+
+def test_a_password_stays_out_of_files_and_messages(opened: Any, tmp_path: Path) -> None:
+    from sweeps.study import _shown
+
+    address = "postgresql://me:secret@host/db"
+    ledger = opened(tmp_path / "other", study_storage=address)[1]
+    assert "secret" not in (ledger.root / "sweep.json").read_text()
+    assert _shown(address) == "postgresql://me:...@host/db" and _shown("sqlite:////tmp/a.db") == "sqlite:////tmp/a.db"
