@@ -61,7 +61,7 @@ def _run(spec: SweepSpec, ledger: Ledger) -> int:
             )
         try:
             if searcher.num_left():
-                with _interruptible(), cluster(spec.search) as capacity:
+                with cluster(spec.search) as capacity, _interruptible():  # Ray sets a handler of its own
                     if capacity.remark:
                         progress.say(capacity.remark)
                     progress.say(f"{capacity.words}; at most {capacity.trials} trials at a time")
