@@ -90,7 +90,7 @@ def test_one_ranking_is_given_where_all_rows_may_be_compared(
             {"overrides": {"evaluation.objective": "selection", "evaluation.dataset": "digits"}},
             "objective selection and",
         ),
-        ({"overrides": {"evaluation.fidelity_measure": "mixup_kl"}}, "fidelity_measure kl and mixup_kl"),
+        ({"overrides": {"evaluation.fidelity_measure": "logit_mse"}}, "fidelity_measure kl and logit_mse"),
         ({"heldout_digest": "gg"}, "heldout_digest gg and hh"),
         ({"eval_digest": "ee"}, "eval_digest ee and none"),
         ({"teacher": {"digest": "bb", "input_size": [3, 32, 32]}}, "teacher_digest aa and bb"),
