@@ -80,7 +80,7 @@ class SweepCallback(tune.Callback):
             if value is not None and is_finite(value):
                 history = self.history.setdefault(name, {})
                 history[result[EPOCH]] = float(value)
-                self._or_halt(lambda: self.ledger.note(name, history))
+                self.halt.guard(lambda: self.ledger.note(name, history))
             self.progress.epoch(name, result[EPOCH], result["epochs"], value)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -114,14 +114,7 @@ class SweepCallback(tune.Callback):
                 if self.failed >= self.ledger.spec.search.max_failed_trials:
                     self.halt.failed = f"{self.failed} trials failed, the last one, {name}, by: {record.reason}"
 
-        self._or_halt(settle)
-
-    def _or_halt(self, write: Any) -> None:
-        """Write; an error of the disk ends the sweep in order, rather than Ray Tune's loop with its traceback."""
-        try:
-            write()
-        except OSError as error:
-            self.halt.storage = self.halt.storage or f"`output_dir` must be writable, but got {error}"
+        self.halt.guard(settle)
 
 
 def usage() -> str:

@@ -72,10 +72,7 @@ class SweepScheduler(FIFOScheduler):
         if decision != TrialScheduler.STOP or not self.wide:
             return decision
         self.asked.add(trial.config["trial"])
-        try:
-            self.ledger.ask_to_stop(trial.config["trial"])
-        except OSError as error:
-            self.halt.storage = self.halt.storage or f"`output_dir` must be writable, but got {error}"
+        self.halt.guard(lambda: self.ledger.ask_to_stop(trial.config["trial"]))
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
