@@ -291,6 +291,10 @@ class RuntimeConfig:
     """Device; auto takes a GPU where there is one."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Arithmetic of fine-tuning: fp32, bf16 (autocast) or fp64 (for checks)."""
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """Layout of weights and activations; auto is channels_last on CPU and under bf16, the faster one there."""
+    compile: bool = False
+    """Whether torch.compile builds the student's step (minutes once; slower on CPU, see launch/BENCHMARKS.md)."""
     num_threads: int | None = None
     """CPU threads of each process; None leaves the choice to the machine."""
     progress: bool = True
@@ -300,6 +304,7 @@ class RuntimeConfig:
         _require("runtime.output_dir", "name a folder", self.output_dir, bool(self.output_dir.strip()))
         _one_of("runtime.device", self.device, ("auto", "cpu", "cuda"))
         _one_of("runtime.precision", self.precision, ("fp32", "bf16", "fp64"))
+        _one_of("runtime.memory_format", self.memory_format, ("auto", "channels_last", "contiguous"))
         if self.num_threads is not None:
             _between("runtime.num_threads", self.num_threads, 1)
 

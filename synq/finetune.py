@@ -120,6 +120,7 @@ def finetune(
     accelerator: Accelerator,
     seed: int,
     bf16: bool = False,
+    compiled: bool = False,
     checkpoint: Path | None = None,
     identity: str = "",
     on_epoch: Callable[[Epoch], None] | None = None,
@@ -140,6 +141,7 @@ def finetune(
         accelerator: Process group.
         seed: Seed of the order of the images and of their augmentation.
         bf16: Run both networks under autocast to bfloat16; weights, losses and maps stay float32.
+        compiled: Let torch.compile build the student's passes; not where its map is taken by "autograd".
         checkpoint: File of the last finished epoch; None keeps none.
         identity: What the checkpoint belongs to (teacher and images); another one in the file is refused.
         on_epoch: Called on every process after every epoch, before its checkpoint, with the epoch's mean terms; what it
@@ -162,6 +164,8 @@ def finetune(
     parameters = _trainable(student.net, config.train_bn)
     optimizer: torch.optim.Optimizer = _optimizer(parameters, config)
     model, optimizer = accelerator.prepare(student.net, optimizer)
+    if compiled:
+        model.compile()
     history = load_checkpoint(checkpoint, identity, student.net, optimizer)
     check_same_epoch(len(history), checkpoint, accelerator)
     with_cam = config.cam_weight > 0 and student.site.kind != "none"
@@ -277,7 +281,10 @@ def _teacher_cache(
 
 
 def _take(tensor: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-    return tensor[rows.to(tensor.device)].to(device, non_blocking=True)
+    taken = tensor[rows.to(tensor.device)]
+    if device.type == "cuda" and taken.device.type == "cpu":
+        taken = taken.pin_memory()  # only from pinned memory does a copy run beside the device's work
+    return taken.to(device, non_blocking=True)
 
 
 def _trainable(net: fx.GraphModule, train_bn: bool) -> list[nn.Parameter]:

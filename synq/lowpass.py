@@ -74,16 +74,17 @@ def gaussian_gain(
 
 
 @torch.no_grad()
-def gaussian_lowpass(x: Tensor, cutoff_bins: float, batch: int = 512) -> Tensor:
+def gaussian_lowpass(x: Tensor, cutoff_bins: float, batch: int = 512, out: Tensor | None = None) -> Tensor:
     """Images without their high frequencies; the mean of every channel stays.
 
     Args:
         x: images (N, C, H, W), floating point.
         cutoff_bins: D0 in DFT bins, > 0.
         batch: images filtered at a time; bounds the memory for the spectrum.
+        out: where the result goes; None makes a new tensor.
 
     Returns:
-        New tensor like ``x`` (same dtype and device). Half-precision images are filtered in float32.
+        ``out``, or a new tensor like ``x`` (same dtype and device). Half-precision images are filtered in float32.
 
     Raises:
         ValueError: if ``cutoff_bins`` is not positive.
@@ -91,7 +92,7 @@ def gaussian_lowpass(x: Tensor, cutoff_bins: float, batch: int = 512) -> Tensor:
     height, width = x.shape[-2:]
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     gain = gaussian_gain(height, width, cutoff_bins, device=x.device, dtype=work)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     if len(x) == 0:  # some FFT libraries refuse an empty batch
         return out
     for source, target in zip(x.split(batch), out.split(batch), strict=True):

@@ -31,7 +31,9 @@ def _net() -> nn.Sequential:
 
 
 def _num_hooks(module: nn.Module) -> int:
-    return sum(len(part._forward_pre_hooks) + len(part._forward_hooks) for part in module.modules())
+    """Hooks, and forwards that were put in place of a layer's own."""
+    hooks = sum(len(part._forward_pre_hooks) + len(part._forward_hooks) for part in module.modules())
+    return hooks + sum("forward" in vars(part) for part in module.modules())
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (4, 3, 7), (4, 1, 5, 3), (2, 3, 2, 3, 2)])
@@ -43,6 +45,65 @@ def test_moments_are_those_of_numpy(shape: tuple[int, ...], offset: float) -> No
     np.testing.assert_allclose(mean.numpy(), x.double().numpy().mean(axes), rtol=1e-6, atol=1e-6)
     # The mean of the squares less the square of the mean would have no digit left at offset 1000.
     np.testing.assert_allclose(variance.numpy(), x.double().numpy().var(axes), rtol=1e-3)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_moments_of_many_values_in_either_layout(offset: float) -> None:
+    x = torch.randn(64, 5, 32, 32, generator=torch.Generator().manual_seed(1)) + offset
+    wanted = x.double().numpy()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        mean, variance = channel_moments(x.contiguous(memory_format=layout))
+        np.testing.assert_allclose(mean.numpy(), wanted.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(variance.numpy(), wanted.var((0, 2, 3)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("used", ["all", "output", "statistics"])
+def test_fused_layer_has_the_gradient_of_layer_and_statistics_apart(
+    layout: torch.memory_format, affine: bool, used: str
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    layer = nn.BatchNorm2d(5, affine=affine, eps=1e-3).double().eval().requires_grad_(False)
+    assert layer.running_mean is not None and layer.running_var is not None
+    for part in (layer.running_mean, layer.running_var, *layer.parameters()):
+        part.copy_(torch.rand(5, generator=generator) + 0.5)
+    x = torch.randn(3, 5, 6, 4, dtype=torch.float64, generator=generator).contiguous(memory_format=layout)
+    x.requires_grad_()
+    pull = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    target = {"": ChannelStatistics(torch.ones(5).double(), torch.ones(5).double(), 1e-3, 0)}
+
+    def loss(out: torch.Tensor, statistics: dict[str, ChannelStatistics]) -> torch.Tensor:
+        by_output = (out * pull).square().sum() if used != "statistics" else 0.0
+        return by_output + (bns_loss(statistics, target, "std_sum") if used != "output" else 0.0)
+
+    with BatchNormInputs(layer) as inputs:
+        out = layer(input=x)
+        (fused,) = torch.autograd.grad(loss(out, inputs.take()), x)
+    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    apart = layer(x)
+    (wanted,) = torch.autograd.grad(loss(apart, {"": ChannelStatistics(mean, variance, 1e-3, 0)}), x)
+    torch.testing.assert_close(out, apart)
+    torch.testing.assert_close(fused, wanted)
+
+
+def test_layers_that_learn_or_compute_their_own_way_keep_their_forward() -> None:
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    net = nn.Sequential(Doubled(2), nn.BatchNorm2d(2), nn.BatchNorm2d(2)).eval()
+    net[0].requires_grad_(False)
+    net[2].requires_grad_(False)
+    x = torch.randn(3, 2, 4, 4)
+    wanted = net(x)
+    with BatchNormInputs(net) as inputs:
+        assert ["forward" in vars(layer) for layer in net] == [False, False, True]
+        out = net(x)
+        assert len(inputs.take()) == 3
+    torch.testing.assert_close(out, wanted)
+    out.sum().backward()
+    assert net[1].weight.grad is not None and net[0].weight.grad is None
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

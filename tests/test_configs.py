@@ -217,6 +217,8 @@ DECIDES_NOTHING = {
     "runtime.output_dir",
     "runtime.store_dir",
     "runtime.device",
+    "runtime.memory_format",
+    "runtime.compile",
     "runtime.num_threads",
     "runtime.progress",
 }
@@ -249,6 +251,7 @@ def _another_value(key: str, value: object) -> object:
         "evaluation.fidelity_measure": "kl_t4",
         "runtime.device": "cpu",
         "runtime.precision": "fp64",
+        "runtime.memory_format": "contiguous",
         "finetune.grad_clip": None,
         "finetune.warmup_epochs": 1.0,
     }

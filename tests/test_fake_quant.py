@@ -1,11 +1,20 @@
+import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from synq.fake_quant import SCALE_EPS, choose_qparams, dequantize, fake_quantize, quant_bounds, quantize
+from synq.fake_quant import (
+    SCALE_EPS,
+    _pass_band,
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    quant_bounds,
+    quantize,
+)
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -156,3 +165,56 @@ def test_qparams_carry_no_gradient_and_let_nan_through() -> None:
     scale, zero_point = choose_qparams(torch.tensor([float("nan"), -1.0]), torch.tensor([float("nan"), 1.0]), -8, 7)
     out = fake_quantize(torch.ones(2, 2), scale, zero_point, -8, 7, axis=0)
     assert bool(out[0].isnan().all()) and bool(out[1].isfinite().all())
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("signed", [True, False])
+def test_gradient_is_that_of_the_fused_op_at_every_tie_and_edge(bits: int, signed: bool) -> None:
+    bounds = quant_bounds(bits, signed)
+    scale, zero_point = ranges(bits, signed, 12, bits)
+    x = inputs(scale, 2**bits, torch.float32, bits)
+    pull = torch.randn(x.shape, generator=torch.Generator().manual_seed(bits))
+
+    def gradient(out: torch.Tensor, leaf: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(out, leaf, pull)[0]
+
+    leaf = x.clone().requires_grad_()
+    got = gradient(fake_quantize(leaf, scale, zero_point, *bounds, axis=0), leaf, pull)
+    oracle = torch.fake_quantize_per_channel_affine(leaf, scale, zero_point, 0, *bounds)
+    assert torch.equal(got, gradient(oracle, leaf, pull)) and not torch.equal(got, pull)
+    for row, s, z, p in zip(x, scale, zero_point, pull, strict=True):
+        # Neighbours of every edge of the grid, where one wrong digit of the pass band would show.
+        edges = (torch.arange(bounds[0] - 1, bounds[1] + 1) - z + 0.5) * s
+        near = [edges.nextafter(torch.full_like(edges, end)) for end in (-torch.inf, torch.inf)]
+        leaf = torch.cat([row, edges, *near]).requires_grad_()
+        pull_here = torch.cat([p, torch.ones(3 * len(edges))])
+        got = gradient(fake_quantize(leaf, s, z, *bounds), leaf, pull_here)
+        oracle = torch.fake_quantize_per_tensor_affine(leaf, s, z, *bounds)
+        assert torch.equal(got, gradient(oracle, leaf, pull_here))
+
+
+@given(st.floats(2.0**-26, 2.0**99, width=32), st.integers(2, 8), st.integers(0, 255))
+@settings(max_examples=200, deadline=None)
+def test_pass_band_is_exact_for_any_step(step: float, bits: int, offset: int) -> None:
+    low, high = 0 - offset % 2**bits, 2**bits - 1 - offset % 2**bits
+    inverse = float(np.float32(1) / np.float32(step))
+    below, above = (np.float32(edge) for edge in _pass_band(inverse, low, high))
+    factor = np.float32(inverse)
+    assert np.rint(below * factor) < low <= np.rint(np.nextafter(below, np.float32(np.inf)) * factor)
+    assert np.rint(np.nextafter(above, -np.float32(np.inf)) * factor) <= high < np.rint(above * factor)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_compiled_form_is_the_eager_one(axis: int | None) -> None:
+    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 3
+    low, high = (x.amin(), x.amax()) if axis is None else (x.amin(1), x.amax(1))
+    scale, zero_point = choose_qparams(low / 2, high / 2, -8, 7)
+
+    def run(compiled: bool) -> list[torch.Tensor]:
+        leaf = x.clone().requires_grad_()
+        function = torch.compile(fake_quantize, backend="aot_eager", fullgraph=True) if compiled else fake_quantize
+        out = function(leaf, scale, zero_point, -8, 7, axis)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), leaf)]
+
+    for got, wanted in zip(run(True), run(False), strict=True):
+        assert torch.equal(got, wanted)

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -291,3 +293,34 @@ def test_augmentation_moves_and_mirrors_pixels_without_inventing_any() -> None:
         seen.add(tuple(y.flatten().tolist()))
     assert len(seen) == 2 * 3 * 3
     assert tuple(x.flatten().tolist()) in seen and tuple(x.flip(-1).flatten().tolist()) in seen
+
+
+@pytest.mark.slow  # some 20 seconds of a C++ compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_step_trains_what_an_eager_one_does(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
+    """Rounding apart, in the first epoch; later a weight that crosses a rounding boundary sends the runs apart."""
+    eager, before = train(copy.deepcopy(tiny_classifier), accelerator)
+    compiled, after = train(copy.deepcopy(tiny_classifier), accelerator, compiled=True)
+    assert not torch.equal(next(eager.net.parameters()), next(networks(tiny_classifier)[0].net.parameters()))
+    for term in ("loss", "kd", "ce", "cam", "gradient norm"):
+        assert after[0][term] == pytest.approx(before[0][term], rel=1e-3)
+    for name, value in eager.net.named_parameters():
+        torch.testing.assert_close(compiled.net.get_parameter(name), value, atol=1e-2, rtol=1e-2)
+
+
+def test_memory_does_not_grow_with_epochs(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
+    """Trap 5 in bytes: tensors that live on after one epoch are those that live on after ten."""
+
+    def alive(epochs: int) -> int:
+        counts: list[int] = []
+        config = dataclasses.replace(CONFIG, epochs=epochs)
+        train(
+            copy.deepcopy(tiny_classifier),
+            accelerator,
+            config,
+            on_epoch=lambda epoch: counts.append(sum(issubclass(type(part), Tensor) for part in gc.get_objects())),
+        )
+        return counts[-1]
+
+    alive(1)
+    assert alive(10) <= alive(1) + 2

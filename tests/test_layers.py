@@ -43,6 +43,7 @@ LAYERS = (
         "synthetic_data",
         "real_sources",
         "real_data",
+        "scratch",
     },
     {
         "inversion",
@@ -53,6 +54,7 @@ LAYERS = (
         "timetable",
         "checkpoints",
         "evaluation",
+        "placement",
         "records",
     },
     {"pipeline"},

@@ -15,9 +15,11 @@ import safetensors.torch
 import torch
 
 from synq.configs import RunConfig, TeacherConfig, with_overrides
+from synq.evaluation import Accuracy, evaluate
 from synq.finetune import NonFiniteLossError
 from synq.pipeline import build_student, check, low_pass, make_accelerator, prepare, run, run_folder
 from synq.results import read_record
+from synq.scratch import scratch_tensor
 from synq.students import observe_ranges
 from synq.teachers import load_teacher
 
@@ -262,3 +264,58 @@ def _as_dict(config: RunConfig) -> dict[str, Any]:
 def test_teacher_names_its_cam() -> None:
     teacher = load_teacher(TeacherConfig())
     assert teacher.cam.kind == "closed_form" and teacher.cam.height == 4
+
+
+def test_large_sets_are_filtered_onto_disk_and_give_the_same_run(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_overrides(config, {"finetune.lowpass_cutoff": 0.6})
+    in_memory = run(config)
+    made: list[tuple[int, ...]] = []
+
+    def watched(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> torch.Tensor:
+        made.append(shape)
+        return scratch_tensor(shape, dtype, folder)
+
+    monkeypatch.setattr("synq.pipeline.LARGE_SET_BYTES", 1)
+    monkeypatch.setattr("synq.pipeline.scratch_tensor", watched)
+    on_disk = run(with_overrides(config, {"runtime.output_dir": str(tmp_path / "disk")}))
+    assert made == [(32, 1, 16, 16)]
+    assert (
+        on_disk.fidelity == in_memory.fidelity and on_disk.loss_history[0]["loss"] == in_memory.loss_history[0]["loss"]
+    )
+    assert not list((tmp_path / "disk").rglob(".scratch-*"))
+
+
+def test_the_layout_changes_rounding_alone(config: RunConfig, tmp_path: Path) -> None:
+    config = with_overrides(config, {"runtime.precision": "fp64", "finetune.lr": 1e-9})
+    losses = []
+    for layout in ("channels_last", "contiguous"):
+        folder = str(tmp_path / layout)
+        record = run(with_overrides(config, {"runtime.memory_format": layout, "runtime.output_dir": folder}))
+        losses.append(record.loss_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_compiled_run_is_refused_before_the_work_where_the_map_is_differentiated(config: RunConfig) -> None:
+    words = {"teacher.spec": "torchvision:mobilenet_v3_small", "teacher.weights": "random", "runtime.compile": True}
+    words |= {"evaluation.dataset": "none", "finetune.cam_weight": 1.0}
+    with pytest.raises(ValueError, match=r"runtime\.compile must be false for this teacher.*finetune\.cam_weight to 0"):
+        check(with_overrides(config, words))
+    check(with_overrides(config, {**words, "finetune.cam_weight": 0.0}))
+
+
+def test_the_teacher_of_many_runs_is_counted_once(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[bool] = []
+
+    def counting(net: torch.nn.Module, *rest: Any, **options: Any) -> Accuracy:
+        counted.append(any("scale" in name for name, _ in net.named_buffers()))
+        return evaluate(net, *rest, **options)
+
+    monkeypatch.setattr("synq.evaluation.evaluate", counting)
+    monkeypatch.setattr("synq.evaluation._TEACHERS", {})
+    records = [run(with_overrides(config, {"seed": seed})) for seed in (1, 2)]
+    assert counted == [False, True, True, True, True]
+    assert records[0].teacher_top1 == records[1].teacher_top1
+    run(with_overrides(config, {"seed": 1, "evaluation.num_images": 32}))  # other images: counted anew
+    assert counted[5:] == [False, True, True]

@@ -1,0 +1,75 @@
+"""Where and how the networks of a run stand: process group, device, number format, memory layout, compilation."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from synq.configs import RunConfig, RuntimeConfig
+
+
+def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
+    """Return the process group and precision of a run.
+
+    Raises:
+        ValueError: If the device is not there, or several processes were started but stand alone.
+    """
+    if runtime.num_threads is not None:
+        torch.set_num_threads(runtime.num_threads)
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("runtime.device must be one that is present, but got cuda and PyTorch sees no GPU")
+    on_cpu = runtime.device == "cpu" or not torch.cuda.is_available()
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started == 1:  # a process may do several runs; Accelerate would keep the first one's device and precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+    # Precision is handled where the networks run: Accelerate's own would cut the CAM's features off the graph of the logits.
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
+    if accelerator.gradient_accumulation_steps != 1:  # from the launcher's configuration; it would rescale every loss
+        raise ValueError(
+            "accelerate's gradient_accumulation_steps must be 1 (finetune.batch_size is the whole batch), "
+            f"but got {accelerator.gradient_accumulation_steps}"
+        )
+    if accelerator.num_processes != started:
+        raise ValueError(
+            f"accelerate must join all {started} processes, but this one sees {accelerator.num_processes}; "
+            "on CPU use launch/accelerate_cpu2.yaml"
+        )
+    return accelerator
+
+
+def dtype_of(runtime: RuntimeConfig) -> torch.dtype:
+    """Return the dtype of weights and images; bf16 is autocast over float32."""
+    return torch.float64 if runtime.precision == "fp64" else torch.float32
+
+
+def layout_of(runtime: RuntimeConfig, device: torch.device) -> torch.memory_format:
+    """Return the layout of weights; convolutions pass it on to every activation behind them.
+
+    "auto": channels_last on CPU, where it was measured to win (launch/BENCHMARKS.md), and under bf16, for which the GPU's kernels
+    are written; contiguous for float32 on a GPU.
+    """
+    chosen = runtime.memory_format
+    if chosen == "auto":
+        chosen = "channels_last" if device.type == "cpu" or runtime.precision == "bf16" else "contiguous"
+    return torch.channels_last if chosen == "channels_last" else torch.contiguous_format
+
+
+def place(net: nn.Module, runtime: RuntimeConfig, device: torch.device) -> None:
+    """Move a network, in place, to the device, number format and layout of a run."""
+    net.to(device, dtype_of(runtime))
+    net.to(memory_format=layout_of(runtime, device))  # type: ignore[call-overload]
+
+
+def check_compilable(config: RunConfig, cam_kind: str) -> None:
+    """Refuse what torch.compile would answer with an error in the first step.
+
+    Raises:
+        ValueError: If the student's map needs the graph between its features and logits, which compilation hides.
+    """
+    if config.runtime.compile and cam_kind == "autograd" and config.finetune.cam_weight > 0:
+        raise ValueError(
+            "runtime.compile must be false for this teacher: its class-activation map is taken by differentiation inside the "
+            "network, which a compiled network hides. Switch it off, or set finetune.cam_weight to 0"
+        )

@@ -1,0 +1,39 @@
+"""Tensors too large to hold in memory: backed by a file without a name, which disappears with the last process that uses it."""
+
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
+    """Return an uninitialised tensor whose bytes lie in a file on the disk of ``folder``.
+
+    The system keeps in memory what fits and writes the rest out; the file has no name, so that nothing is left behind by any end
+    of the process. All of its space is reserved at once: a disk that fills up later would end the process by a signal.
+
+    Args:
+        shape: Of the tensor, at least one element.
+        dtype: Of the tensor.
+        folder: An existing folder.
+
+    Raises:
+        OSError: The folder cannot be written, or its disk has not that much space; names the folder.
+    """
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    try:
+        descriptor, path = tempfile.mkstemp(prefix=".scratch-", dir=folder)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            tensor = torch.from_file(path, shared=True, size=count, dtype=dtype)
+        finally:
+            os.close(descriptor)
+            os.unlink(path)
+    except OSError as error:
+        reason = f"{error.strerror}, while {size / 2**20:.0f} MiB were to be reserved for the filtered images"
+        raise OSError(error.errno, reason, str(folder)) from error
+    return tensor.view(shape)
