@@ -112,6 +112,23 @@ def fake_quantize(
     return rounded
 
 
+def fake_quantize_rectified(x: Tensor, scale: Tensor, quant_max: int) -> Tensor:
+    """``fake_quantize(relu(x), scale, 0, 0, quant_max)`` in the passes of the second alone, values and gradients the same.
+
+    With a zero point of 0 the clamp at code 0 is the ReLU; the gradient passes where x > 0 and the code is at most ``quant_max``.
+
+    Args:
+        x: float32 on the CPU, any shape.
+        scale: float32, one element.
+        quant_max: largest code.
+
+    Returns:
+        Tensor like ``x``.
+    """
+    rounded: Tensor = _RoundedOnCpu.apply(x, float(scale), 0, quant_max, True)
+    return rounded
+
+
 class _Rounded(torch.autograd.Function):
     """``s clamp(round(x / s), low, high)`` for any broadcastable ``scale``, ``low`` and ``high``, in operations that a compiler can fuse."""
 
@@ -133,17 +150,21 @@ class _RoundedOnCpu(torch.autograd.Function):
     """The same for one range: nothing is saved but the input, which the operation before keeps anyhow, and no mask is written."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int, rectified: bool = False) -> Tensor:
         inverse = float(np.float32(1) / np.float32(scale))
         ctx.save_for_backward(x)
-        ctx.band = _pass_band(inverse, low, high)
+        below, above = _pass_band(inverse, low, high)
+        ctx.band = (0.0, above) if rectified else (below, above)
         return torch.mul(x, inverse).round_().clamp_(low, high).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x,) = ctx.saved_tensors
-        # The derivative of hardtanh: the gradient where band[0] < x < band[1], else 0. One vectorised pass.
-        return torch.ops.aten.hardtanh_backward(gradient, x, *ctx.band), None, None, None
+        # The derivative of hardtanh: the gradient where band[0] < x < band[1], else 0. One vectorised pass, which also leaves the result
+        # in the layout of x: the gradient of a padded shortcut comes in another, and the layers behind would be slow on it.
+        passed = torch.empty_like(x)
+        torch.ops.aten.hardtanh_backward.grad_input(gradient, x, *ctx.band, grad_input=passed)
+        return passed, None, None, None, None
 
 
 @lru_cache(maxsize=4096)

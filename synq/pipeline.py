@@ -28,6 +28,7 @@ from synq.configs import (
 )
 from synq.evaluation import Measure
 from synq.finetune import CamNetwork, Epoch, NonFiniteLossError, finetune
+from synq.fusion import fuse_rectified
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
 from synq.placement import check_compilable, dtype_of, make_accelerator, place
 from synq.records import blank_record, complete_record
@@ -235,10 +236,9 @@ def _networks(
     cam, student_node = teacher.cam, student.cam_node
     if cam.kind == "none":  # the tap still needs a tensor; the image itself costs nothing and is never read
         cam, student_node = replace(cam, node=_input_node(teacher.graph)), _input_node(student.net)
-    return (
-        CamNetwork(net=with_features(teacher.graph, cam.node), site=cam),
-        CamNetwork(net=with_features(student.net, student_node), site=cam),
-    )
+    teacher_net, student_net = with_features(teacher.graph, cam.node), with_features(student.net, student_node)
+    fuse_rectified(student_net)
+    return CamNetwork(net=teacher_net, site=cam), CamNetwork(net=student_net, site=cam)
 
 
 def _synthetic_sets(config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> tuple[SyntheticSet, SyntheticSet]:

@@ -313,13 +313,12 @@ def test_memory_does_not_grow_with_epochs(tiny_classifier: nn.Module, accelerato
 
     def alive(epochs: int) -> int:
         counts: list[int] = []
-        config = dataclasses.replace(CONFIG, epochs=epochs)
-        train(
-            copy.deepcopy(tiny_classifier),
-            accelerator,
-            config,
-            on_epoch=lambda epoch: counts.append(sum(issubclass(type(part), Tensor) for part in gc.get_objects())),
-        )
+
+        def count(epoch: dict[str, float]) -> None:
+            gc.collect()
+            counts.append(sum(issubclass(type(part), Tensor) for part in gc.get_objects()))
+
+        train(copy.deepcopy(tiny_classifier), accelerator, dataclasses.replace(CONFIG, epochs=epochs), on_epoch=count)
         return counts[-1]
 
     alive(1)

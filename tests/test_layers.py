@@ -40,6 +40,7 @@ LAYERS = (
         "accounting",
         "operations",
         "students",
+        "fusion",
         "synthetic_data",
         "real_sources",
         "real_data",
