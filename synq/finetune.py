@@ -172,7 +172,9 @@ def finetune(
     live = config.augment != "none"
     autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
     images, labels = _near(images, accelerator.device), _near(labels, accelerator.device)
-    cached = None if live else _teacher_cache(teacher, images, labels, with_cam, accelerator.device, autocast)
+    cached = None
+    if not live and len(history) < config.epochs:
+        cached = _teacher_cache(teacher, images, labels, with_cam, accelerator.device, autocast)
 
     bar = tqdm(
         total=config.epochs * steps_per_epoch,
@@ -263,17 +265,23 @@ def _teacher_cache(
     autocast: Callable[[], torch.autocast],
 ) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
     """Compute the teacher's view of all images once; returns the rows of it that a batch needs."""
-    logits, maps = [], []
+    all_logits, all_maps = None, None
     for rows in torch.arange(len(images)).split(CACHE_BATCH):
         x, y = _take(images, rows, device), _take(labels, rows, device)
         with autocast():
-            batch_logits, batch_maps = teacher_view(teacher, x, y, with_cam)
-        logits.append(batch_logits)
-        if batch_maps is not None:
-            maps.append(batch_maps)
-    all_logits, all_maps = torch.cat(logits), torch.cat(maps) if maps else None
+            logits, maps = teacher_view(teacher, x, y, with_cam)
+        if (
+            all_logits is None
+        ):  # at once in full size: small pieces between large passing ones would keep the heap from shrinking
+            all_logits = logits.new_empty(len(images), *logits.shape[1:])
+            all_maps = None if maps is None else maps.new_empty(len(images), *maps.shape[1:])
+        all_logits[rows[0] : rows[-1] + 1] = logits
+        if all_maps is not None:
+            all_maps[rows[0] : rows[-1] + 1] = maps
+    assert all_logits is not None
 
     def view(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert all_logits is not None
         rows = rows.to(all_logits.device, non_blocking=True)
         return all_logits[rows], None if all_maps is None else all_maps[rows]
 
