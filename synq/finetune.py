@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
@@ -163,6 +164,8 @@ def finetune(
         raise ValueError(f"finetune.batch_size must be <= the {len(images)} images, but got {config.batch_size}")
     parameters = _trainable(student.net, config.train_bn)
     optimizer: torch.optim.Optimizer = _optimizer(parameters, config)
+    for buffer in student.net.buffers():
+        broadcast(buffer)  # ranges that a GPU summed in another order on each process would differ for the whole run
     model, optimizer = accelerator.prepare(student.net, optimizer)
     if compiled:
         model.compile()
@@ -276,7 +279,7 @@ def _teacher_cache(
             all_logits = logits.new_empty(len(images), *logits.shape[1:])
             all_maps = None if maps is None else maps.new_empty(len(images), *maps.shape[1:])
         all_logits[rows[0] : rows[-1] + 1] = logits
-        if all_maps is not None:
+        if all_maps is not None and maps is not None:
             all_maps[rows[0] : rows[-1] + 1] = maps
     assert all_logits is not None
 

@@ -5,6 +5,7 @@ import os
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from synq.configs import RunConfig, RuntimeConfig
@@ -25,7 +26,9 @@ def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
     if started == 1:  # a process may do several runs; Accelerate would keep the first one's device and precision
         AcceleratorState._reset_state(reset_partial_state=True)
     # Precision is handled where the networks run: Accelerate's own would cut the CAM's features off the graph of the logits.
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
+    # Buffers (ranges, running statistics) are made equal once, by the fine-tuning, and never change: no broadcast in every step.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[ddp])
     if accelerator.gradient_accumulation_steps != 1:  # from the launcher's configuration; it would rescale every loss
         raise ValueError(
             "accelerate's gradient_accumulation_steps must be 1 (finetune.batch_size is the whole batch), "
