@@ -39,20 +39,22 @@ def subject(monkeypatch: pytest.MonkeyPatch) -> Subject:
 
 
 def test_the_textbook_twin_computes_the_loss_and_the_gradient_of_the_fast_step(subject: Subject) -> None:
-    student, teacher, images, labels = subject.student, subject.teacher, subject.images, subject.labels
+    student, teacher, images, labels = subject.student, subject.teacher, subject.images.double(), subject.labels
+    for net in (student.net, teacher.net):
+        net.double()  # student and teacher nearly agree: in float32 their difference has few digits
     config = replace(steps.CONFIG, difficulty_threshold=0.9, ce_weight=0.5)
     filtered = gaussian_lowpass(images, 5.0)
     view = teacher_view(teacher, filtered, labels, True)
     fast, terms = training_loss(student.net, student, view, filtered, labels, config)
     slow = textbook_loss(student, teacher, images, labels, config, 5.0)
-    torch.testing.assert_close(slow, fast, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(slow, fast, rtol=1e-9, atol=0)
     assert 0 < float(terms["kept"]) < 1 and float(terms["cam"]) > 0
 
     def gradients(loss: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(loss, list(student.net.parameters())))
 
-    for a, b in zip(gradients(slow), gradients(fast), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    slow_gradient, fast_gradient = (torch.cat([part.flatten() for part in gradients(loss)]) for loss in (slow, fast))
+    assert float((slow_gradient - fast_gradient).norm() / fast_gradient.norm()) < 1e-9
 
 
 def test_every_round_runs_every_call_once_in_turning_order() -> None:
@@ -117,7 +119,7 @@ def test_a_worker_trains_on_disk_and_reports(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_worker_that_fails_says_why() -> None:
-    with pytest.raises(ValueError, match=r"worker of the benchmark must end well.*batch_size"):
+    with pytest.raises(ValueError, match=r"(?s)worker of the benchmark must end well.*batch_size"):
         result(start([*SOLO, "--tiny", "--images", "4", "--batch", "8", "--device", "cpu"]))
 
 

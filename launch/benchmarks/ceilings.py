@@ -82,12 +82,15 @@ def kernels(device: torch.device, batch: int, channels: int = 16, side: int = 32
     return [
         Kernel("convolution 3 x 3, forward", lambda: F.conv2d(x, weight, padding=1), convolve, 2 * values),
         Kernel(
-            "its backward", backward(F.conv2d(x, weight, padding=1), (x, weight), gradient), 2 * convolve, 3 * values
+            "convolution 3 x 3, backward",
+            backward(F.conv2d(x, weight, padding=1), (x, weight), gradient),
+            2 * convolve,
+            3 * values,
         ),
         Kernel("batch norm, forward", normalise, 2 * count, 2 * values),
-        Kernel("its backward", backward(normalise(), (x, gamma, beta), gradient), 5 * count, 3 * values),
+        Kernel("batch norm, backward", backward(normalise(), (x, gamma, beta), gradient), 5 * count, 3 * values),
         Kernel("ReLU and fake quantization, forward", quantize, 4 * count, 2 * values),
-        Kernel("its backward", backward(quantize(), (x,), gradient), 2 * count, 3 * values),
+        Kernel("ReLU and fake quantization, backward", backward(quantize(), (x,), gradient), 2 * count, 3 * values),
         Kernel(
             "PyTorch's own ReLU and fake quantization, forward",
             lambda: torch.fake_quantize_per_tensor_affine(F.relu(x), scale, zero, 0, 15),
@@ -104,7 +107,7 @@ def kernels(device: torch.device, batch: int, channels: int = 16, side: int = 32
             "low-pass filter of a batch", lambda: gaussian_lowpass(images, 16.0), 2 * fft, 2 * FLOAT * images.numel()
         ),
         Kernel("moments for synthesis, forward", moments, 4 * count, values),
-        Kernel("their backward", backward(moments(), (x,)), 2 * count, 2 * values),
+        Kernel("moments for synthesis, backward", backward(moments(), (x,)), 2 * count, 2 * values),
     ]
 
 

@@ -49,7 +49,7 @@ class Watch(threading.Thread):
         """Return the highest reading."""
         self._end.set()
         self.join()
-        return self.peak
+        return max(self.peak, own_memory())
 
 
 def stored_images(count: int, size: tuple[int, ...], folder: Path) -> Tensor:
@@ -87,6 +87,7 @@ def main() -> None:
 
         def after_epoch(_: Epoch) -> None:
             stamps.append((time.time(), own_memory()))
+            watch.peak = max(watch.peak, stamps[-1][1])
 
         config = FinetuneConfig(epochs=words.epochs, batch_size=words.batch, lr=1e-6, augment="none")
         started = time.time()
