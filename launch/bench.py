@@ -2,21 +2,26 @@
 """Measure the speed of this machine and of SynQ on it: `launch/bench.py [--only GROUP ...] [--output-dir DIR] ...`."""
 
 import argparse
+import importlib
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from synq.train import USER_ERROR, report_error
 
+if TYPE_CHECKING:
+    from launch.benchmarks.table import Context, Row
+
 GROUPS = {
     "ceilings": "What the machine can do: matrix product, memory, and each kernel's share of it",
     "steps": "A fine-tuning step",
-    "compiled": "torch.compile",
+    "options": "Layout, number format, compilation",
     "synthesis": "Synthesis",
     "curves": "Cost curves and memory",
     "population": "Several students in one process",
@@ -38,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
-    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per core)")
+    parser.add_argument(
+        "--threads", metavar="N", type=int, help="CPU threads (default: what PyTorch takes, one per core)"
+    )
     parser.add_argument("--rounds", metavar="N", type=int, default=9, help="rounds of each comparison (default: 9)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of weights and images (default: 0)")
     parser.add_argument(
@@ -68,9 +75,8 @@ def measure(chosen: Iterable[str], words: argparse.Namespace) -> None:
     from synq.placement import make_accelerator
     from synq.results import write_bytes_atomic, write_json_atomic
 
-    threads = words.threads or len(os.sched_getaffinity(0))
-    device = make_accelerator(RuntimeConfig(device=words.device, num_threads=threads)).device
-    context = Context(device=device, threads=threads, rounds=words.rounds, seed=words.seed)
+    device = make_accelerator(RuntimeConfig(device=words.device, num_threads=words.threads)).device
+    context = Context(device=device, threads=torch.get_num_threads(), rounds=words.rounds, seed=words.seed)
     folder = Path(words.output_dir)
     facts, done = machine(context), []
     write_json_atomic(
@@ -97,14 +103,9 @@ def measure(chosen: Iterable[str], words: argparse.Namespace) -> None:
     )
 
 
-def _rows_of(name: str) -> Callable[..., Iterable]:
+def _rows_of(name: str) -> "Callable[[Context], Iterable[Row]]":
     """Return the function that measures one group; only what is asked for is imported."""
-    from importlib import import_module
-
-    module = "steps" if name == "compiled" else name
-    function: Callable[..., Iterable] = getattr(
-        import_module(f"launch.benchmarks.{module}"), "compiled_rows" if name == "compiled" else "rows"
-    )
+    function: Callable[[Context], Iterable[Row]] = importlib.import_module(f"launch.benchmarks.{name}").rows
     return function
 
 

@@ -20,6 +20,7 @@ SynQ {__version__}: quantizes a pre-trained image classifier without any data.
   synq sweep [SPEC] [...]                             many runs and a ranked table; `synq sweep --help`
   synq leaderboard PATH...                            tables from records: merge, filter, compare (--help)
   synq check-cluster [--output-dir DIR]               what a sweep will need of a cluster: what works, what does not
+  synq bench [--only GROUP ...]                       the speed of this machine and of SynQ on it (--help)
 
 Several processes or GPUs: accelerate launch synq/train.py takes the words of `synq train`."""
 
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sweep": partial(_elsewhere, "launch.sweep"),
     "leaderboard": partial(_elsewhere, "sweeps.leaderboard"),
     "check-cluster": partial(_elsewhere, "launch.check_cluster"),
+    "bench": partial(_elsewhere, "launch.bench"),
 }
 
 

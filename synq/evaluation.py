@@ -234,10 +234,12 @@ class Measure:
         assert self.labelled is not None
         size, teacher = self.settings.batch_size, self.teacher
         key = (teacher.digest, teacher.mean, teacher.std, self.labels_digest, tuple(rows.tolist()), _kind(net), size)
-        if net is teacher.graph and (known := _TEACHERS.get(key)) is not None:
+        # Counting is a collective call: with several processes all of them count, whatever one of them remembers.
+        remembers = net is teacher.graph and self.accelerator.num_processes == 1
+        if remembers and (known := _TEACHERS.get(key)) is not None:
             return known
         found = evaluate(net, self.labelled.batch, rows, batch_size=size, accelerator=self.accelerator)
-        if net is teacher.graph:
+        if remembers:
             _TEACHERS[key] = found
         return found
 

@@ -13,7 +13,8 @@ def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> 
     """Return an uninitialised tensor whose bytes lie in a file on the disk of ``folder``.
 
     The system keeps in memory what fits and writes the rest out; the file has no name, so that nothing is left behind by any end
-    of the process. All of its space is reserved at once: a disk that fills up later would end the process by a signal.
+    of the process. Where the system can, all of its space is reserved at once: a disk that fills up later would end the process by a
+    signal.
 
     Args:
         shape: Of the tensor, at least one element.
@@ -28,7 +29,10 @@ def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> 
     try:
         descriptor, path = tempfile.mkstemp(prefix=".scratch-", dir=folder)
         try:
-            os.posix_fallocate(descriptor, 0, size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS, where a full disk is met later
+                os.posix_fallocate(descriptor, 0, size)
+            else:
+                os.ftruncate(descriptor, size)
             tensor = torch.from_file(path, shared=True, size=count, dtype=dtype)
         finally:
             os.close(descriptor)

@@ -126,7 +126,6 @@ def test_a_worker_that_fails_says_why() -> None:
 def test_the_door_writes_what_it_prints(
     subject: Subject, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     assert main(["--only", "steps", "--rounds", "1", "--device", "cpu", "--output-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "bench.json").read_text())

@@ -1,6 +1,5 @@
 """Rows a and b: what a fine-tuning step costs beside plain distillation, beside the textbook and beside float training."""
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -40,7 +39,7 @@ def calls(subject: Subject, student: nn.Module | None = None) -> dict[str, Calla
         student: What runs the student's forward pass, such as a compiled form; None is the student itself.
     """
     net, images, labels = subject.student.net, subject.images, subject.labels
-    runs = student or net
+    runs = net if student is None else student
     height, width = images.shape[-2:]
     assert CONFIG.lowpass_cutoff is not None
     bins = cutoff_in_bins(CONFIG.lowpass_cutoff, CONFIG.lowpass_unit, height, width)
@@ -138,7 +137,7 @@ def _rows_of(subject: Subject, times: Times, context: Context) -> Iterator[Row]:
         "filter in every step, share of a full step", value=Spread.of(filtered), unit="%", note="a run filters once"
     )
     at_most = 1.35 if context.device.type == "cpu" else 1.25
-    note = "" if context.device.type == "cpu" else "eager; the target is for the compiled step (group compiled)"
+    note = "" if context.device.type == "cpu" else "eager; the target is for the compiled step (group options)"
     yield row(
         "quantized step over float step",
         value=times.ratio("quantized", "float"),
@@ -146,41 +145,3 @@ def _rows_of(subject: Subject, times: Times, context: Context) -> Iterator[Row]:
         target=Target(at_most=at_most),
         note=note,
     )
-
-
-def compiled_rows(context: Context) -> Iterator[Row]:
-    """Compare compiled and eager steps of the ResNet-20: minutes of compilation."""
-    subject = build_subject("resnet20", context.device, context.seed)
-    eager = calls(subject)
-    student, plain = torch.compile(subject.student.net), torch.compile(copy.deepcopy(subject.plain))
-    fast = calls(subject, student)  # type: ignore[arg-type]
-    wanted = teacher_view(subject.teacher, subject.images, subject.labels, False)[0]
-    compiled_float = updated(plain, lambda: kd_kl(plain(subject.images), wanted, CONFIG.kd_temperature).mean())  # type: ignore[arg-type]
-    times = alternate(
-        {
-            "eager": eager["full"],
-            "compiled": fast["full"],
-            "compiled quantized": fast["quantized"],
-            "compiled float": compiled_float,
-            "eager quantized": eager["quantized"],
-            "eager float": eager["float"],
-        },
-        rounds=context.rounds,
-        device=context.device,
-    )
-    on_cpu = context.device.type == "cpu"
-
-    def row(what: str, a: str, b: str, target: Target | None = None, note: str = "") -> Row:
-        return Row(
-            group="compiled",
-            what=f"{subject.name}: {what}",
-            value=times.ratio(a, b),
-            unit="x",
-            target=target,
-            note=note,
-        )
-
-    yield row("compiled full step over eager full step", "compiled", "eager", note="below 1: compilation wins")
-    yield row("compiled float step over eager float step", "compiled float", "eager float")
-    target = None if on_cpu else Target(at_most=1.25)
-    yield row("quantized step over float step, both compiled", "compiled quantized", "compiled float", target)

@@ -78,9 +78,16 @@ def classifier(kind: Kind, seed: int) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def build_subject(key: str | Kind, device: torch.device, seed: int, batch: int | None = None) -> Subject:
-    """Build a kind, or one of `KINDS`, on a device, W4A4, with the layout that a run would choose."""
-    kind, runtime = KINDS[key] if isinstance(key, str) else key, RuntimeConfig()
+def build_subject(
+    key: str | Kind,
+    device: torch.device,
+    seed: int,
+    batch: int | None = None,
+    *,
+    runtime: RuntimeConfig | None = None,
+) -> Subject:
+    """Build a kind, or one of `KINDS`, on a device, W4A4, placed as a run with these settings (or its defaults) would."""
+    kind, runtime = KINDS[key] if isinstance(key, str) else key, runtime or RuntimeConfig()
     module = classifier(kind, seed)
     images = torch.randn(batch or kind.batch[device.type], *kind.size)
     labels = torch.arange(len(images)) % kind.classes
