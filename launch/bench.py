@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from launch.benchmarks.launcher import WorkerError
 from synq.train import USER_ERROR, report_error
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure ratios side by side in one process, alternating, and print and write a table with their spread.
 
     Random weights and images: nothing is downloaded. All groups take about half an hour on two CPU cores. Exit code 0: measured (a missed
-    target is a figure, not an error), 2: the words were refused.
+    target is a figure, not an error), 1: a process of it failed, 2: the words were refused.
     """
     listing = "; ".join(f"{name}: {title.lower()}" for name, title in GROUPS.items())
     parser = argparse.ArgumentParser(prog="bench", description=main.__doc__, epilog=listing, allow_abbrev=False)
@@ -61,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         report_error(error)
         return USER_ERROR
+    except WorkerError as error:
+        report_error(error)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -93,6 +97,8 @@ def measure(chosen: Iterable[str], words: argparse.Namespace) -> None:
                 f"  {what}: {value}" + (f" ({spread})" if spread else "") + (f"   [{target}]" if target else ""),
                 flush=True,
             )
+        if not rows:
+            print("  nothing to measure on this device")
         print(f"  {time.perf_counter() - started:.0f} s", flush=True)
         done.append((GROUPS[name], rows))
         write_json_atomic(folder / "bench.json", as_json(done, facts))

@@ -20,6 +20,7 @@ from sweeps.storage import open_storage
 from sweeps.tuner import sets_needed
 from synq import pipeline
 from synq.configs import RunConfig, with_overrides
+from synq.evaluation import forget_teachers
 from synq.results import RunRecord, read_json
 from synq.synthetic_data import MANIFEST_FILE
 
@@ -198,6 +199,7 @@ def _measured(config: RunConfig, most: tuple[int, int]) -> dict[str, float]:
             "runtime.output_dir": scratch,
             "runtime.store_dir": f"{scratch}/store",
         }
+        forget_teachers()  # a run in a fresh worker counts the teacher's answers, too
         return pipeline.run(with_overrides(config, changes)).seconds
 
 

@@ -64,7 +64,7 @@ def make_absolute(config: T) -> T:
 def config_digest(config: object, *, with_seeds: bool = True) -> str:
     """Return 16 hexadecimal digits that name what decides the result of a `RunConfig`.
 
-    Left out: the name, folders, device, threads, progress and the evaluation's batch size. Files count by their name only, so that
+    Left out: the name, folders, device, layout, compilation, threads, progress and the evaluation's batch size. Files count by their name only, so that
     a checkout may move; the teacher's weights have a digest of their own in the record.
 
     Args:

@@ -35,6 +35,11 @@ class Accuracy:
     num_images: int
 
 
+def forget_teachers() -> None:
+    """Let every teacher be counted anew, as in a fresh process."""
+    _TEACHERS.clear()
+
+
 @torch.no_grad()
 def evaluate(net: nn.Module, fetch: Fetch, indices: Tensor, *, batch_size: int, accelerator: Accelerator) -> Accuracy:
     """Count correct answers over ``indices``, each image once, whatever the number of processes.
@@ -233,7 +238,8 @@ class Measure:
     def _accuracy(self, net: fx.GraphModule, rows: Tensor) -> Accuracy:
         assert self.labelled is not None
         size, teacher = self.settings.batch_size, self.teacher
-        key = (teacher.digest, teacher.mean, teacher.std, self.labels_digest, tuple(rows.tolist()), _kind(net), size)
+        source = (self.settings.dataset, self.settings.data_dir, self.labels_digest, tuple(rows.tolist()))
+        key = (teacher.digest, teacher.mean, teacher.std, *source, _kind(net), size)
         # Counting is a collective call: with several processes all of them count, whatever one of them remembers.
         remembers = net is teacher.graph and self.accelerator.num_processes == 1
         if remembers and (known := _TEACHERS.get(key)) is not None:

@@ -8,7 +8,7 @@ Rounding is half to even everywhere. Zero lies on the grid always, so zero paddi
 
 PyTorch has fused ops for the simulated form. On CPU they convert value by value and take three times as long as the same arithmetic in
 four vectorised passes; on CUDA the one per channel waits twice for the device, to check its zero points. Each is used where it is the
-fastest, and all give the same numbers (launch/BENCHMARKS.md).
+fastest, and all give the same finite numbers (launch/BENCHMARKS.md).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class _Rounded(torch.autograd.Function):
 
 
 class _RoundedOnCpu(torch.autograd.Function):
-    """The same for one range: nothing is saved but the input, which the operation before keeps anyhow, and no mask is written."""
+    """The same for one range: the input is saved, and no mask is written."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int, rectified: bool = False) -> Tensor:
@@ -175,15 +175,21 @@ def _pass_band(inverse: float, low: int, high: int) -> tuple[float, float]:
     """
     factor = np.float32(inverse)
     ends = []
-    for bound, outwards in ((low, -np.float32(np.inf)), (high, np.float32(np.inf))):
-        sign = 1 if outwards > 0 else -1
-        edge = np.float32((bound + sign / 2) / inverse)
-        while sign * np.rint(edge * factor) > sign * bound:  # outside: come in
-            edge = np.nextafter(edge, -outwards)
-        while sign * np.rint(edge * factor) <= sign * bound:  # inside: the first one that is out
-            edge = np.nextafter(edge, outwards)
-        ends.append(float(edge))
+    with np.errstate(over="ignore"):  # a range up to the largest float has its edge at infinity
+        for bound, outwards in ((low, -np.float32(np.inf)), (high, np.float32(np.inf))):
+            ends.append(float(_edge(factor, inverse, bound, outwards)))
     return ends[0], ends[1]
+
+
+def _edge(factor: np.float32, inverse: float, bound: int, outwards: np.float32) -> np.float32:
+    """Return the first float32 on the way outwards whose code is beyond ``bound``."""
+    sign = 1 if outwards > 0 else -1
+    edge = np.float32((bound + sign / 2) / inverse)
+    while sign * np.rint(edge * factor) > sign * bound:  # outside: come in
+        edge = np.nextafter(edge, -outwards)
+    while sign * np.rint(edge * factor) <= sign * bound:  # inside: the first one that is out
+        edge = np.nextafter(edge, outwards)
+    return edge
 
 
 def _along(values: Tensor, ndim: int, axis: int | None) -> Tensor:

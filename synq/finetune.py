@@ -7,6 +7,7 @@ forwards (SynQ, section 4; the closed form of the CAM weights is ours).
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -166,7 +167,9 @@ def finetune(
     optimizer: torch.optim.Optimizer = _optimizer(parameters, config)
     for buffer in student.net.buffers():
         broadcast(buffer)  # ranges that a GPU summed in another order on each process would differ for the whole run
-    model, optimizer = accelerator.prepare(student.net, optimizer)
+    with warnings.catch_warnings():  # of PyTorch 2.14, whose new word for this Accelerate does not know yet
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        model, optimizer = accelerator.prepare(student.net, optimizer)
     if compiled:
         model.compile()
     history = load_checkpoint(checkpoint, identity, student.net, optimizer)

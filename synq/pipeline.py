@@ -5,6 +5,9 @@
 Labelled images enter in `Measure` alone, and only to be counted.
 """
 
+import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,6 +89,7 @@ def run(
     if finished is not None:
         return finished
     _check_writable(folder)
+    _check_space(folder, config, teacher, accelerator)
     with clock("synthesis"):
         train_set, heldout = _synthetic_sets(config, teacher, accelerator)
     measure.hold_out(heldout.images)
@@ -215,7 +219,7 @@ def _open(config: RunConfig, accelerator: Accelerator) -> tuple[Teacher, Measure
     teacher = load_teacher(config.teacher)
     if broadcast_object_list([teacher.digest])[0] != teacher.digest:
         raise ValueError("teacher.spec must give every process the same network, but its weights differ between them")
-    check_compilable(config, teacher.cam.kind)
+    check_compilable(config, teacher.cam.kind, accelerator.device)
     measure = Measure.prepare(config.evaluation, teacher, accelerator)
     return teacher, measure, build_student(teacher, config.quant)
 
@@ -225,7 +229,7 @@ def _networks(
 ) -> tuple[CamNetwork, CamNetwork]:
     """Place both networks, observe the student's ranges and tap the features of both."""
     for net in (teacher.graph, student.net):
-        place(net, config.runtime, accelerator.device)
+        place(net, config.runtime, accelerator.device, teacher.input_size)
     observe_ranges(
         student.net,
         images[: config.quant.calib_images].to(accelerator.device),
@@ -288,6 +292,20 @@ def _finished_record(folder: Path, teacher: Teacher, measure: Measure, accelerat
                 "Choose another output_dir or name"
             )
     return record if record.status == "completed" else None
+
+
+def _check_space(folder: Path, config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:
+    """Refuse, before the synthesis, a disk that cannot take the filtered images of this machine's processes."""
+    size = 4 * config.synthesis.num_images * math.prod(teacher.input_size)
+    if config.finetune.lowpass_cutoff is None or size < LARGE_SET_BYTES:
+        return
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    free = shutil.disk_usage(folder).free
+    if free < local * size:
+        raise OSError(
+            f"runtime.output_dir must have {local * size / 2**20:.0f} MiB free for the filtered images of {local} processes, "
+            f"but {folder} has {free / 2**20:.0f}; set finetune.lowpass_cutoff to none, or choose another disk"
+        )
 
 
 def _check_writable(folder: Path) -> None:

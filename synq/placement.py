@@ -9,6 +9,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from synq.configs import RunConfig, RuntimeConfig
+from synq.quant_layers import quantizers_bypassed
 
 
 def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
@@ -59,20 +60,48 @@ def layout_of(runtime: RuntimeConfig, device: torch.device) -> torch.memory_form
     return torch.channels_last if chosen == "channels_last" else torch.contiguous_format
 
 
-def place(net: nn.Module, runtime: RuntimeConfig, device: torch.device) -> None:
+def place(net: nn.Module, runtime: RuntimeConfig, device: torch.device, input_size: tuple[int, int, int]) -> None:
     """Move a network, in place, to the device, number format and layout of a run."""
     net.to(device, dtype_of(runtime))
-    net.to(memory_format=layout_of(runtime, device))  # type: ignore[call-overload]
+    to_layout(net, layout_of(runtime, device), input_size)
 
 
-def check_compilable(config: RunConfig, cam_kind: str) -> None:
-    """Refuse what torch.compile would answer with an error in the first step.
+@torch.no_grad()
+def to_layout(net: nn.Module, layout: torch.memory_format, input_size: tuple[int, int, int]) -> torch.memory_format:
+    """Give a network's weights a layout, in place, or leave it contiguous where it cannot run otherwise; returns which.
+
+    A network that flattens a map of several cells by ``x.view(n, -1)`` fails in channels_last.
+    """
+    net.to(memory_format=layout)  # type: ignore[call-overload]
+    if layout is torch.channels_last:
+        like = next(net.parameters())
+        try:
+            with quantizers_bypassed(net):
+                net(torch.zeros(2, *input_size, device=like.device, dtype=like.dtype))
+        except RuntimeError:
+            layout = torch.contiguous_format
+            net.to(memory_format=layout)  # type: ignore[call-overload]
+    return layout
+
+
+def check_compilable(config: RunConfig, cam_kind: str, device: torch.device) -> None:
+    """Refuse what torch.compile would answer with an error in the first step, hours later.
 
     Raises:
-        ValueError: If the student's map needs the graph between its features and logits, which compilation hides.
+        ValueError: If the student's map needs the graph between its features and logits, which compilation hides, or there is no
+            compiler for the device.
     """
-    if config.runtime.compile and cam_kind == "autograd" and config.finetune.cam_weight > 0:
+    if not config.runtime.compile:
+        return
+    if cam_kind == "autograd" and config.finetune.cam_weight > 0:
         raise ValueError(
             "runtime.compile must be false for this teacher: its class-activation map is taken by differentiation inside the "
             "network, which a compiled network hides. Switch it off, or set finetune.cam_weight to 0"
         )
+    try:
+        torch.compile(lambda x: (x * 2).relu())(torch.ones(4, device=device))
+    except Exception as error:  # whatever a compiler's absence looks like; a CPU wants g++, a GPU wants Triton and gcc
+        text = str(error).strip().splitlines()
+        raise ValueError(
+            f"runtime.compile must be false here, because torch.compile fails: {text[0] if text else error!r}"
+        ) from error

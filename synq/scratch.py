@@ -1,5 +1,6 @@
 """Tensors too large to hold in memory: backed by a file without a name, which disappears with the last process that uses it."""
 
+import errno
 import math
 import os
 import tempfile
@@ -27,7 +28,7 @@ def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> 
     count = math.prod(shape)
     size = count * dtype.itemsize
     try:
-        descriptor, path = tempfile.mkstemp(prefix=".scratch-", dir=folder)
+        descriptor, path = _nameless(folder)
         try:
             if hasattr(os, "posix_fallocate"):  # not on macOS, where a full disk is met later
                 os.posix_fallocate(descriptor, 0, size)
@@ -36,8 +37,23 @@ def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> 
             tensor = torch.from_file(path, shared=True, size=count, dtype=dtype)
         finally:
             os.close(descriptor)
-            os.unlink(path)
-    except OSError as error:
-        reason = f"{error.strerror}, while {size / 2**20:.0f} MiB were to be reserved for the filtered images"
-        raise OSError(error.errno, reason, str(folder)) from error
+            if not path.startswith("/proc/"):
+                os.unlink(path)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError where the file cannot be mapped
+        number, text = (error.errno, error.strerror) if isinstance(error, OSError) else (errno.ENOMEM, str(error))
+        reason = f"{text}, while {size / 2**20:.0f} MiB were to be reserved for the filtered images"
+        raise OSError(number, reason, str(folder)) from error
     return tensor.view(shape)
+
+
+def _nameless(folder: Path) -> tuple[int, str]:
+    """Return an open file in ``folder`` and a path by which it can be mapped; nameless from the start where the system can do that."""
+    if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
+        try:
+            descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                raise
+        else:
+            return descriptor, f"/proc/self/fd/{descriptor}"
+    return tempfile.mkstemp(prefix=".scratch-", dir=folder)

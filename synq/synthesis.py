@@ -18,6 +18,7 @@ from synq.bn_stats import ChannelStatistics, bn_targets
 from synq.calib_centers import center_targets, pack_statistics, split_evenly, unpack_statistics
 from synq.configs import SynthesisConfig
 from synq.inversion import TERMS, Inversion, invert
+from synq.placement import to_layout
 from synq.seeding import make_generator
 from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher
@@ -109,7 +110,8 @@ class _Maker:
         self.hide_bar = None if is_shown else True  # None: tqdm shows itself on a terminal only
         # A copy, because the teacher stays where it is; channels_last is the faster layout of convolutions on CPU and GPU.
         module: nn.Module = copy.deepcopy(teacher.module)
-        self.module = module.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module = module.eval().requires_grad_(False).to(self.device)
+        to_layout(self.module, torch.channels_last, teacher.input_size)
         self.targets = bn_targets(self.module)
 
     def make(self) -> None:

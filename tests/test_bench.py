@@ -12,7 +12,7 @@ from torch import Tensor
 
 from launch.bench import GROUPS, main
 from launch.benchmarks import ceilings, curves, population, steps, synthesis
-from launch.benchmarks.launcher import SOLO, result, start
+from launch.benchmarks.launcher import SOLO, WorkerError, result, start
 from launch.benchmarks.subjects import TINY, Subject, build_subject
 from launch.benchmarks.table import Context, Row, Target, as_json, machine, markdown
 from launch.benchmarks.textbook import textbook_loss
@@ -119,7 +119,7 @@ def test_a_worker_trains_on_disk_and_reports(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_worker_that_fails_says_why() -> None:
-    with pytest.raises(ValueError, match=r"(?s)worker of the benchmark must end well.*batch_size"):
+    with pytest.raises(WorkerError, match=r"(?s)process of the benchmark must end well.*batch_size"):
         result(start([*SOLO, "--tiny", "--images", "4", "--batch", "8", "--device", "cpu"]))
 
 

@@ -49,3 +49,17 @@ def test_fake_quantization_and_codes_agree_on_the_gpu(bits: int) -> None:
     assert torch.equal(
         dequantize(quantize(weight, scale, zero_point, *bounds, axis=0), scale, zero_point, axis=0), fused
     )
+
+
+def test_gradients_per_channel_are_those_of_the_fused_op_on_the_gpu() -> None:
+    weight = torch.randn(16, 3, 3, 3, generator=torch.Generator().manual_seed(0)).cuda().requires_grad_()
+    low, high = (part / 2 for part in weight.detach().flatten(1).aminmax(dim=1))
+    scale, zero_point = choose_qparams(low, high, -8, 7)
+    pull = torch.randn_like(weight)
+    outs = (
+        fake_quantize(weight, scale, zero_point, -8, 7, axis=0),
+        torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -8, 7),
+    )
+    assert torch.equal(*outs)
+    got, wanted = (torch.autograd.grad(out, weight, pull)[0] for out in outs)
+    assert torch.equal(got, wanted) and not torch.equal(got, pull)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -297,9 +298,38 @@ def test_the_layout_changes_rounding_alone(config: RunConfig, tmp_path: Path) ->
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_compiled_run_is_refused_before_the_work_where_the_map_is_differentiated(config: RunConfig) -> None:
+def test_a_small_disk_is_refused_before_the_images_are_made(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_overrides(config, {"finetune.lowpass_cutoff": 0.6})
+    monkeypatch.setattr("synq.pipeline.LARGE_SET_BYTES", 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(
+        OSError, match=r"runtime\.output_dir must have .* MiB free for the filtered images of 1 processes"
+    ):
+        run(config)
+    assert not list(Path(config.runtime.output_dir).rglob("*.safetensors"))
+    run(with_overrides(config, {"finetune.lowpass_cutoff": None}))
+
+
+def test_a_compiled_run_without_a_compiler_is_refused_before(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(function: object) -> object:
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr("torch.compile", no_compiler)
+    with pytest.raises(ValueError, match=r"runtime\.compile must be false here.*no working C\+\+ compiler"):
+        check(with_overrides(config, {"runtime.compile": True}))
+    check(config)
+
+
+def test_a_compiled_run_is_refused_before_the_work_where_the_map_is_differentiated(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = {"teacher.spec": "torchvision:mobilenet_v3_small", "teacher.weights": "random", "runtime.compile": True}
     words |= {"evaluation.dataset": "none", "finetune.cam_weight": 1.0}
+    monkeypatch.setattr(
+        "torch.compile", lambda function: function
+    )  # whether there is a compiler is another test's matter
     with pytest.raises(ValueError, match=r"runtime\.compile must be false for this teacher.*finetune\.cam_weight to 0"):
         check(with_overrides(config, words))
     check(with_overrides(config, {**words, "finetune.cam_weight": 0.0}))

@@ -35,6 +35,23 @@ def test_a_disk_that_is_too_small_is_named(tmp_path: Path) -> None:
     assert caught.value.errno is not None and list(tmp_path.iterdir()) == []
 
 
+def test_without_nameless_files_one_is_made_and_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.O_TMPFILE", raising=False)
+    tensor = scratch_tensor((3, 4), torch.float32, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(tensor.fill_(2.0), torch.full((3, 4), 2.0))
+
+
+def test_a_file_that_cannot_be_mapped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("unable to mmap 48 bytes")
+
+    monkeypatch.setattr("torch.from_file", refused)
+    with pytest.raises(OSError, match=r"unable to mmap.*reserved"):
+        scratch_tensor((3, 4), torch.float32, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing"):
         scratch_tensor((4,), torch.float32, tmp_path / "missing")

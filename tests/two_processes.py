@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from synq.cam_site import locate_cam
-from synq.configs import FinetuneConfig
+from synq.configs import FinetuneConfig, RuntimeConfig
 from synq.finetune import CamNetwork, finetune, teacher_view
 from synq.losses import difficulty
+from synq.placement import make_accelerator
 from synq.quant_layers import QuantConv2d, QuantLinear
 from synq.seeding import derive_seed
 from synq.students import observe_ranges, quantize_model
@@ -62,7 +62,7 @@ def codes(net: nn.Module) -> list[Tensor]:
 
 
 def main(kind: str, out: Path) -> None:
-    accelerator = Accelerator(cpu=True)
+    accelerator = make_accelerator(RuntimeConfig(device="cpu"))
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
     traced = trace_classifier(classifier(kind).double(), SIZE)
     site = locate_cam(traced)
@@ -86,11 +86,15 @@ def main(kind: str, out: Path) -> None:
         kept.append(float((difficulty(logits, labels[rows]) <= config.difficulty_threshold).double().mean()))
     all_kept = accelerator.gather(torch.tensor([kept], dtype=torch.float64))
 
+    if accelerator.process_index == 1:  # as if another device had summed its histogram in another order
+        for buffer in student.net.buffers():
+            buffer.mul_(1.5) if buffer.is_floating_point() else buffer.add_(1)
     before = codes(student.net)
     history = finetune(network, teacher, images, labels, config, accelerator=accelerator, seed=SEED)
     flips = sum(int((a != b).sum()) for a, b in zip(before, codes(student.net), strict=True))
     weights = torch.cat([p.detach().flatten() for p in student.net.parameters()])
     everyone = accelerator.gather(weights[None])
+    ranges = accelerator.gather(torch.cat([b.detach().flatten().double() for b in student.net.buffers()])[None])
     if accelerator.is_main_process:
         result = {
             "processes": accelerator.num_processes,
@@ -98,7 +102,7 @@ def main(kind: str, out: Path) -> None:
             "flips": flips,
             "kept": all_kept.tolist(),
             "weights": weights.tolist(),
-            "ranks_agree": bool((everyone == everyone[:1]).all()),
+            "ranks_agree": bool((everyone == everyone[:1]).all()) and bool((ranges == ranges[:1]).all()),
         }
         out.write_text(json.dumps(result))
     accelerator.end_training()

@@ -1,5 +1,6 @@
 """Row g: the machine's limits, and the share of them that each kernel and a whole step reach."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -78,7 +79,7 @@ def kernels(device: torch.device, batch: int, channels: int = 16, side: int = 32
         return partial(torch.autograd.grad, out, inputs, pull, retain_graph=True)
 
     convolve = 2 * count * channels * 9
-    fft = 5 * images.numel() * (side * side).bit_length()
+    fft = 2.5 * images.numel() * math.log2(side * side)  # of real values
     return [
         Kernel("convolution 3 x 3, forward", lambda: F.conv2d(x, weight, padding=1), convolve, 2 * values),
         Kernel(

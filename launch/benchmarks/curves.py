@@ -30,7 +30,7 @@ def rows(context: Context) -> Iterator[Row]:
         slope, misfit = fit_through_zero(xs, ys)
         yield Row(
             group="curves",
-            what=f"synthesis, time against {name}: largest departure from a line through 0",
+            what=f"synthesis of shards one by one, time against {name}: largest departure from a line through 0",
             value=Spread.of([100 * misfit]),
             unit="%",
             note=f"{', '.join(f'{x * unit}: {y:.2f} s' for x, y in zip(xs, ys, strict=True))}; {1e3 * slope / unit:.3g} ms each",

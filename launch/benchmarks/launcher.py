@@ -2,10 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+
+class WorkerError(RuntimeError):
+    """A process of the benchmark failed."""
+
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TIMEOUT = 1800
@@ -20,27 +27,40 @@ def two_processes(device: str) -> list[str]:
 
 
 def start(command: list[str], threads: int = 1) -> "subprocess.Popen[str]":
-    """Start a worker with its own number of threads."""
+    """Start a process with its own number of threads, in a session of its own, so that all it starts can be ended with it."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
 
 
-def result(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    """Wait for a worker and return what it reports.
+def stop(process: "subprocess.Popen[str]") -> None:
+    """End a process with everything it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    """Wait for a process and return what it wrote.
 
     Raises:
-        ValueError: It failed; the message holds the end of what it said.
+        WorkerError: It failed or took too long; the message holds the end of what it said.
     """
     try:
         out, err = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
+        raise WorkerError(f"a process of the benchmark must end within {TIMEOUT} s, but was stopped") from None
+    finally:
+        stop(process)
     if process.returncode != 0:
-        raise ValueError(
-            f"a worker of the benchmark must end well, but ended with {process.returncode}: {err.strip()[-500:]}"
-        )
-    found: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+        code, said = process.returncode, err.strip()[-500:]
+        raise WorkerError(f"a process of the benchmark must end well, but ended with {code}: {said}")
+    return out, err
+
+
+def result(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    """Wait for a worker and return what it reports; raises as `finish`."""
+    found: dict[str, Any] = json.loads(finish(process)[0].strip().splitlines()[-1])
     return found

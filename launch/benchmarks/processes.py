@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from launch.benchmarks.launcher import SOLO, result, start, two_processes
+from launch.benchmarks.launcher import SOLO, result, start, stop, two_processes
 from launch.benchmarks.table import Context, Row, Target
 from launch.benchmarks.timing import Spread
 
@@ -35,7 +35,11 @@ def rows(context: Context) -> Iterator[Row]:
         seconds["two"].append(_epoch(result(start([*two_processes(device), *words]))))
         if device == "cpu":
             side_by_side = [start([*SOLO, *words]) for _ in range(2)]
-            seconds["apart"].append(statistics.mean(_epoch(result(process)) for process in side_by_side))
+            try:
+                seconds["apart"].append(statistics.mean([_epoch(result(process)) for process in side_by_side]))
+            finally:
+                for process in side_by_side:
+                    stop(process)
     efficiency = [one / two / 2 for one, two in zip(seconds["one"], seconds["two"], strict=True)]
     each = "1 thread" if device == "cpu" else "1 GPU"
     yield Row(

@@ -96,7 +96,7 @@ def build_subject(
     student = quantize_model(traced, weight_bits=BITS, act_bits=BITS, cam_node=site.node)
     plain = copy.deepcopy(traced)
     for net in (traced, student.net, plain):
-        place(net, runtime, device)
+        place(net, runtime, device, kind.size)
     images, labels = images.to(device), labels.to(device)
     observe_ranges(student.net, images[:16], act_range="mse")
     trained = with_features(student.net, student.cam_node)

@@ -1,14 +1,14 @@
 """Row e: trials per hour, one, two and four at a time on this machine or GPU, and what lies around a trial."""
 
 import json
+import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.benchmarks.launcher import ROOT, TIMEOUT
+from launch.benchmarks.launcher import ROOT, WorkerError, finish, start
 from launch.benchmarks.table import Context, Row
 from launch.benchmarks.timing import Spread
 
@@ -49,29 +49,28 @@ def rows(context: Context) -> Iterator[Row]:
         _run(file, folder / "warm", 1, device, trials=2)
         first = 0.0
         for number in CONCURRENT:
-            span, share, around = _run(file, folder / f"at-{number}", number, device, trials=TRIALS)
+            span, share, around, real = _run(file, folder / f"at-{number}", number, device, trials=TRIALS)
             rate = 3600 * TRIALS / span
             first = first or rate
             yield Row(
                 group="sweep",
-                what=f"{TRIALS} trials of the demo, {number} at a time: trials per hour",
+                what=f"{TRIALS} trials of the demo, one thread each, {real} at a time ({number} asked for): trials per hour",
                 value=Spread.of([rate]),
                 unit="/h",
                 note=f"{rate / first:.2f} times one at a time; {share:.0f} % in their own work, {around:.2f} s a trial around it",
             )
 
 
-def _run(file: Path, output: Path, concurrent: int, device: str, *, trials: int) -> tuple[float, float, float]:
-    """Run the sweep; return (seconds from the first start to the last end, percent in own work, seconds around a trial).
+def _run(file: Path, output: Path, concurrent: int, device: str, *, trials: int) -> tuple[float, float, float, int]:
+    """Run the sweep; return (seconds from the first start to the last end, percent in own work, seconds around a trial, at a time).
 
     Raises:
-        ValueError: It failed; the message holds the end of what it said.
+        WorkerError: It failed; the message holds the end of what it said.
     """
-    part = (
-        ["--gpus-per-worker", str(1 / concurrent)]
-        if device == "cuda"
-        else ["--cpus-per-worker", str(min(1, 2 / concurrent))]
-    )
+    cores = os.cpu_count() or 1
+    part = ["--cpus-per-worker", str(min(1, cores / concurrent))]
+    if device == "cuda":
+        part += ["--gpus-per-worker", str(1 / concurrent)]
     words = [
         str(file),
         "--output-dir",
@@ -82,11 +81,9 @@ def _run(file: Path, output: Path, concurrent: int, device: str, *, trials: int)
         str(trials),
         *part,
     ]
-    command = [sys.executable, str(ROOT / "launch" / "sweep.py"), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    found = ACCOUNT.search(done.stdout + done.stderr)
-    if done.returncode != 0 or found is None:
-        raise ValueError(
-            f"the sweep of the benchmark must end well, but ended with {done.returncode}: {done.stderr.strip()[-500:]}"
-        )
-    return float(found[2]), float(found[4]), float(found[5])
+    process = start([sys.executable, str(ROOT / "launch" / "sweep.py"), *words])
+    out, err = finish(process)
+    found = ACCOUNT.search(out + err)
+    if found is None:
+        raise WorkerError(f"the sweep of the benchmark must say how its time was used, but said {err.strip()[-500:]}")
+    return float(found[2]), float(found[4]), float(found[5]), int(found[3])

@@ -27,10 +27,10 @@ SAMPLE_SECONDS = 0.05
 
 
 def own_memory() -> int:
-    """Return the bytes that only this process holds, without the pages of files, which the system can take back."""
+    """Return the bytes that this process holds, without the pages of files on a disk, which the system can take back."""
     with open("/proc/self/status", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)
-    return int(fields["RssAnon"].split()[0]) * 1024
+    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
 
 
 class Watch(threading.Thread):
