@@ -136,7 +136,7 @@ class _Rounded(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         work = torch.promote_types(x.dtype, torch.float32)
         steps = (x.to(work) * (1.0 / scale).to(work)).round_()
-        kept = torch.minimum(torch.maximum(steps, low), high)
+        kept = torch.clamp(steps, low, high)
         ctx.save_for_backward(kept == steps)
         return kept.mul_(scale).to(x.dtype)
 
