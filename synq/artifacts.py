@@ -30,6 +30,9 @@ from synq.synthetic_data import (
 
 Purpose = Literal["train", "heldout"]
 CENTER_FIELDS = ("center_iterations", "center_weight", "center_depth")
+GENERATOR_FIELDS = ("generator_lr", "latent_dim")
+NEW_FIELDS = {"method": "inversion", "swing_conv": False}
+"""Settings that came after the first sets were made, with the value that those sets have: so they keep their names."""
 
 
 def set_identity(
@@ -38,11 +41,15 @@ def set_identity(
     """Return what decides a set, as plain JSON values, and nothing else: above all nothing of quantization and fine-tuning.
 
     Device, number of processes and of threads are absent: they change a set by rounding at most. The input size is present: many
-    classifiers take any. Settings of calibration centers count only where centers are made.
+    classifiers take any. Settings of what a method does not have (calibration centers, a generator) do not count.
     """
-    settings = config_to_dict(config)
-    if not config.calib_centers:
-        settings = {name: value for name, value in settings.items() if name not in CENTER_FIELDS}
+    settings = config_to_dict(config) | {"swing_conv": config.swings}
+    unused = {name for name, value in NEW_FIELDS.items() if settings[name] == value}
+    unused |= set() if config.calib_centers else set(CENTER_FIELDS)
+    unused |= set() if config.method in ("gdfq", "genie") else set(GENERATOR_FIELDS)
+    if config.method == "gaussian":
+        unused = set(settings) - {"method", "num_images", "shard_size"}
+    settings = {name: value for name, value in settings.items() if name not in unused}
     return {
         "format_version": FORMAT_VERSION,
         "teacher_digest": teacher_digest,

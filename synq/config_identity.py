@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from synq.config_io import config_to_dict, with_overrides
 
 T = TypeVar("T")
-DIGEST_FORMAT = 2
+DIGEST_FORMAT = 3
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin")
 SPECS = (("teacher", "spec"), ("teacher", "weights"), ("evaluation", "dataset"))
 FOLDERS = (("evaluation", "data_dir"), ("runtime", "output_dir"), ("runtime", "store_dir"))

@@ -5,7 +5,7 @@ Everything that reads or rewrites a network goes through this graph: activations
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -151,14 +151,15 @@ def batchnorm_parameters(traced: fx.GraphModule) -> list[nn.Parameter]:
     return list(found)
 
 
-def with_features(traced: fx.GraphModule, node_name: str) -> fx.GraphModule:
-    """Return a network that gives (logits (N, K), features (N, C, H, W)) in one forward pass.
+def with_features(traced: fx.GraphModule, node_name: str, others: Sequence[str] = ()) -> fx.GraphModule:
+    """Return a network that gives (logits (N, K), features (N, C, H, W), outputs of ``others``...) in one forward pass.
 
     Parameters and submodules are shared with ``traced``; no hook is installed.
 
     Args:
         traced: A graph of a teacher or a student.
         node_name: Node whose output are the features.
+        others: Further nodes whose outputs are given too.
 
     Raises:
         ValueError: If there is no such node.
@@ -166,13 +167,18 @@ def with_features(traced: fx.GraphModule, node_name: str) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     logits = graph.graph_copy(traced.graph, copies)
-    tapped = next((copy for node, copy in copies.items() if node.name == node_name), None)
-    if tapped is None:
-        raise ValueError(f"features must come from a node of the graph, but there is none called {node_name!r}")
+    by_name = {node.name: copy for node, copy in copies.items()}
+    missing = [name for name in (node_name, *others) if name not in by_name]
+    if missing:
+        raise ValueError(f"features must come from a node of the graph, but there is none called {missing[0]!r}")
+    tapped = by_name[node_name]
     with graph.inserting_after(tapped):
         tap = graph.call_module("feature_tap", (tapped,))
     tapped.replace_all_uses_with(tap, delete_user_cb=lambda user: user is not tap)
-    graph.output((logits if logits is not tapped else tap, tap))
+    outputs = (logits, *(by_name[name] for name in others))
+    graph.output(
+        (outputs[0] if outputs[0] is not tapped else tap, tap, *(tap if o is tapped else o for o in outputs[1:]))
+    )
     root = nn.Module()
     for name, child in traced.named_children():
         root.add_module(name, child)
