@@ -1,7 +1,57 @@
-"""Random views of images that keep their class: flips and shifts, drawn image by image in one batched operation."""
+"""Random views of training images, drawn for a whole global batch at once, so that 1 and n processes see the same.
+
+Flips and shifts keep an image's class; a blend or a collage of two images keeps that of the larger part.
+"""
+
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+
+def random_views(
+    images: Tensor,
+    batch: Tensor,
+    own: slice,
+    take: Callable[[Tensor], tuple[Tensor, Tensor]],
+    kind: Literal["none", "flip_shift", "mixup", "cutmix"],
+    generator: torch.Generator,
+) -> Tensor:
+    """Return one random view of every image of this process.
+
+    Args:
+        images: (N, C, H, W), the images ``batch[own]``.
+        batch: (B,) row numbers of the global batch.
+        own: The part of it that this process has.
+        take: Gives images and labels of some rows: partners may be any of the global batch.
+        kind: Which views.
+        generator: CPU generator, in the same state on every process.
+    """
+    if kind == "none":
+        return images
+    if kind == "flip_shift":
+        return flip_shift(images, generator, offset=own.start, total=len(batch))
+    partners, _ = take(batch[torch.randperm(len(batch), generator=generator)][own])
+    shares = 0.5 + 0.5 * torch.rand(len(batch), generator=generator)
+    if kind == "mixup":
+        return torch.lerp(partners, images, shares[own].to(images)[:, None, None, None])
+    corners = torch.rand(len(batch), 2, generator=generator)
+    return _collage(images, partners, shares[own], corners[own])
+
+
+def _collage(images: Tensor, partners: Tensor, shares: Tensor, corners: Tensor) -> Tensor:
+    """Put a rectangle of each partner, of the image's proportions and 1 - share of its area, at a random place of the image."""
+    height, width = images.shape[-2:]
+    side = (1 - shares).sqrt()
+    rows, columns = torch.arange(height)[None, :], torch.arange(width)[None, :]
+    inside = []
+    for place, size, corner in ((rows, height, corners[:, :1]), (columns, width, corners[:, 1:])):
+        length = (side * size).round()[:, None]
+        start = (corner * (size - length + 1)).floor()
+        inside.append((place >= start) & (place < start + length))
+    pasted = (inside[0][:, :, None] & inside[1][:, None, :])[:, None].to(images.device)
+    return torch.where(pasted, partners, images)
 
 
 def flip_shift(

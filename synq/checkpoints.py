@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from synq.averaging import WeightAverage
 from synq.results import write_bytes_atomic
 
 
@@ -22,19 +23,30 @@ def check_same_epoch(epoch: int, path: Path | None, accelerator: Accelerator) ->
 
 
 def save_checkpoint(
-    path: Path, identity: str, net: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, float]]
+    path: Path,
+    identity: str,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage,
+    history: list[dict[str, float]],
 ) -> None:
     """Write the state after an epoch to ``path``, by rename."""
     buffer = io.BytesIO()
-    state = {"identity": identity, "model": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+    state = {
+        "identity": identity,
+        "model": net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "average": average.state_dict(),
+        "history": history,
+    }
     torch.save(state, buffer)
     write_bytes_atomic(path, buffer.getvalue())
 
 
 def load_checkpoint(
-    path: Path | None, identity: str, net: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path | None, identity: str, net: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage
 ) -> list[dict[str, float]]:
-    """Put the state in ``path`` into network and optimizer; returns the epochs done, none where there is no file.
+    """Put the state in ``path`` into network, optimizer and average; returns the epochs done, none where there is no file.
 
     Raises:
         ValueError: If the file is damaged, or its identity is not ``identity``.
@@ -54,6 +66,7 @@ def load_checkpoint(
     try:
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        average.load_state_dict(state["average"])
         history: list[dict[str, float]] = state["history"]
     except Exception as error:  # as above
         raise _unreadable(path, error) from error

@@ -9,7 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,102 +19,96 @@ from accelerate.utils import broadcast
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from synq.augment import flip_shift
-from synq.cam_site import CamSite
+from synq.augment import random_views
+from synq.averaging import WeightAverage
 from synq.checkpoints import check_same_epoch, load_checkpoint, save_checkpoint
 from synq.configs import FinetuneConfig
-from synq.gradcam import autograd_weights, cam_map, closed_form_weights
-from synq.losses import synq_loss
-from synq.quant_layers import effective_weight
+from synq.losses import kd_kl, synq_loss
+from synq.responses import Response, TappedNetwork, cached_responses, teacher_response
 from synq.seeding import make_generator
 from synq.timetable import epoch_batches, local_batch_size, lr_at
 from synq.tracing import batchnorm_parameters
 
 Epoch = dict[str, float]
-CACHE_BATCH = 128
-"""Images per teacher forward when its outputs are computed once; independent of the training batch."""
 
 
 class NonFiniteLossError(RuntimeError):
     """A loss term or the gradient stopped being a finite number; the message names it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CamNetwork:
-    """A network that gives (logits, features) in one pass, and what its class-activation map needs.
-
-    Attributes:
-        net: From ``with_features``; the features are A of ``site``.
-        site: Where and how the map is taken.
-    """
-
-    net: fx.GraphModule
-    site: CamSite
-
-    def map(self, logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        """Return the class-activation maps (N, H, W) of ``labels``; the channel weights are detached."""
-        site = self.site
-        if site.kind == "autograd":
-            alpha = autograd_weights(logits, features, labels, retain_graph=True)
-        else:
-            weight = effective_weight(self.net.get_submodule(site.linear or "")).flatten(1)
-            alpha = closed_form_weights(weight, labels, site.channels, site.cells, site.height * site.width)
-        return cam_map(features, alpha)
-
-
-def teacher_view(teacher: CamNetwork, images: Tensor, labels: Tensor, with_cam: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the frozen teacher's (logits (N, K), maps (N, H, W) or None), detached, in float32 or wider."""
-    with torch.set_grad_enabled(with_cam and teacher.site.kind == "autograd"):
-        logits, features = teacher.net(images)
-        cam = teacher.map(logits, features, labels) if with_cam else None
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return logits.detach().to(wide), None if cam is None else cam.detach().to(wide)
-
-
 def training_loss(
     model: nn.Module,
-    student: CamNetwork,
-    view: tuple[Tensor, Tensor | None],
+    student: TappedNetwork,
+    goal: Response,
     images: Tensor,
     labels: Tensor,
     config: FinetuneConfig,
+    harder: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One forward pass of the student and the loss of SynQ on it.
 
     Args:
         model: ``student.net`` as prepared for this process group: its forward is the one that is reduced.
         student: Gives the maps.
-        view: The teacher's logits and maps of these very images.
+        goal: The teacher's answer to these very images.
         images: (N, C, H, W), filtered; N is the share of this process.
         labels: (N,) assigned labels.
         config: Weights, temperature and threshold.
+        harder: From ``harder_images``, where `perturb_weight` is above 0.
 
     Returns:
         (mean over the N images, terms by name). All shares being equal, the mean over processes is the global one.
     """
-    logits, features = model(images)
-    teacher_logits, teacher_map = view
-    student_map = None if teacher_map is None else student.map(logits, features, labels)
+    count = len(images)
+    # One forward pass for both, or DDP would reduce half of the gradient.
+    outputs = model(images if harder is None else torch.cat([images, harder[0]]))
+    own = outputs if harder is None else tuple(output[:count] for output in outputs)
+    answer = student.response(own, labels)
     loss, terms = synq_loss(
-        logits,
-        student_map,
-        teacher_logits,
-        teacher_map,
+        answer.logits,
+        answer.cam,
+        goal.logits,
+        goal.cam,
         labels,
         temperature=config.kd_temperature,
         kd_weight=config.kd_weight,
         ce_weight=config.ce_weight,
         cam_weight=config.cam_weight,
         difficulty_threshold=config.difficulty_threshold,
+        student_blocks=answer.blocks,
+        teacher_blocks=goal.blocks,
+        feature_weight=config.feature_weight,
+        top2=config.hard_labels == "top2",
     )
+    if harder is not None:
+        perturbed = kd_kl(outputs[0][count:], harder[1], config.kd_temperature).mean()
+        loss, terms["perturbed"] = loss + config.perturb_weight * perturbed, perturbed.detach()
     if config.kd_weight == 0 and config.ce_weight == 0:  # DDP waits for a gradient of every parameter, the head's too
-        loss = loss + 0.0 * logits.sum()
+        loss = loss + 0.0 * outputs[0].sum()
     return loss, terms
 
 
+def harder_images(
+    student: TappedNetwork, teacher: TappedNetwork, images: Tensor, labels: Tensor, size: float
+) -> tuple[Tensor, Tensor]:
+    """Return images (N, C, H, W) that are more difficult for the student, and the teacher's logits (N, K) of them.
+
+    x + size * sign(d CE(student(x), label) / d x); the gradient is taken beside DDP's reducer and reaches no parameter.
+
+    Source: sample difficulty promotion of HAST (CVPR 2023); the difficulty 1 - p_label rises where the cross-entropy does.
+    """
+    with torch.enable_grad():
+        seen = images.detach().requires_grad_()
+        loss = nn.functional.cross_entropy(student.net(seen)[0], labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, seen)
+    harder = (images + size * gradient.sign()).detach()
+    with torch.no_grad():
+        return harder, teacher.net(harder)[0]
+
+
 def finetune(
-    student: CamNetwork,
-    teacher: CamNetwork,
+    student: TappedNetwork,
+    teacher: TappedNetwork,
     images: Tensor,
     labels: Tensor,
     config: FinetuneConfig,
@@ -163,6 +157,8 @@ def finetune(
     steps_per_epoch = len(images) // config.batch_size
     if steps_per_epoch == 0 and config.epochs > 0:
         raise ValueError(f"finetune.batch_size must be <= the {len(images)} images, but got {config.batch_size}")
+    with_cam = config.cam_weight > 0 and student.site.kind != "none"
+    student, teacher = (replace(part, method=config.cam_method, with_cam=with_cam) for part in (student, teacher))
     parameters = _trainable(student.net, config.train_bn)
     optimizer: torch.optim.Optimizer = _optimizer(parameters, config)
     for buffer in student.net.buffers():
@@ -172,15 +168,18 @@ def finetune(
         model, optimizer = accelerator.prepare(student.net, optimizer)
     if compiled:
         model.compile()
-    history = load_checkpoint(checkpoint, identity, student.net, optimizer)
+    average = WeightAverage(parameters, config.ema_decay)
+    history = load_checkpoint(checkpoint, identity, student.net, optimizer, average)
     check_same_epoch(len(history), checkpoint, accelerator)
-    with_cam = config.cam_weight > 0 and student.site.kind != "none"
-    live = config.augment != "none"
     autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
     images, labels = _near(images, accelerator.device), _near(labels, accelerator.device)
+
+    def take(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return _take(images, rows, accelerator.device), _take(labels, rows, accelerator.device)
+
     cached = None
-    if not live and len(history) < config.epochs:
-        cached = _teacher_cache(teacher, images, labels, with_cam, accelerator.device, autocast)
+    if config.augment == "none" and len(history) < config.epochs:
+        cached = cached_responses(teacher, take, len(images), autocast)
 
     bar = tqdm(
         total=config.epochs * steps_per_epoch,
@@ -193,13 +192,15 @@ def finetune(
         meter, started = _Meter(epoch), time.perf_counter()
         generator = make_generator("augment", seed, epoch)
         for step, batch in enumerate(epoch_batches(len(images), config.batch_size, seed, epoch)):
-            rows = batch[accelerator.process_index * share :][:share]
-            x, y = _take(images, rows, accelerator.device), _take(labels, rows, accelerator.device)
-            if live:
-                x = flip_shift(x, generator, offset=accelerator.process_index * share, total=config.batch_size)
+            own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+            x, y = take(batch[own])
+            x = random_views(x, batch, own, take, config.augment, generator)
             with autocast():
-                view = cached(rows) if cached is not None else teacher_view(teacher, x, y, with_cam)
-                loss, terms = training_loss(model, student, view, x, y, config)
+                goal = cached(batch[own]) if cached is not None else teacher_response(teacher, x, y)
+                harder = (
+                    harder_images(student, teacher, x, y, config.perturb_size) if config.perturb_weight > 0 else None
+                )
+                loss, terms = training_loss(model, student, goal, x, y, config, harder)
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(epoch * steps_per_epoch + step, steps_per_epoch, config)
             accelerator.backward(loss)
@@ -210,12 +211,14 @@ def finetune(
                 bar.set_postfix_str(meter.check())
             optimizer.step()
             optimizer.zero_grad()
+            average.update()
             bar.update()
         history.append(meter.means(accelerator) | {"epoch": epoch + 1.0, "seconds": time.perf_counter() - started})
-        if on_epoch is not None:
-            on_epoch(history[-1])
+        with average.in_place(for_good=epoch + 1 == config.epochs):
+            if on_epoch is not None:
+                on_epoch(history[-1])
         if checkpoint is not None and accelerator.is_main_process:
-            save_checkpoint(checkpoint, identity, student.net, optimizer, history)
+            save_checkpoint(checkpoint, identity, student.net, optimizer, average, history)
             if on_checkpoint is not None:
                 on_checkpoint(checkpoint)
     bar.close()
@@ -245,7 +248,11 @@ class _Meter:
                     f"{name} became {value} in epoch {self.epoch + 1}, step <= {self.steps}. "
                     "Lower finetune.lr, or the weight of this term"
                 )
-        return " ".join(f"{name} {means[name]:.4g}" for name in ("loss", "kd", "ce", "cam", "kept") if name in means)
+        return " ".join(
+            f"{name} {means[name]:.4g}"
+            for name in ("loss", "kd", "ce", "cam", "features", "perturbed", "kept")
+            if name in means
+        )
 
     def means(self, accelerator: Accelerator) -> Epoch:
         """Return the means over steps and processes."""
@@ -260,38 +267,6 @@ def _near(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.numel() * tensor.element_size() > torch.cuda.mem_get_info(device)[0] // 4:
         return tensor
     return tensor.to(device)
-
-
-def _teacher_cache(
-    teacher: CamNetwork,
-    images: Tensor,
-    labels: Tensor,
-    with_cam: bool,
-    device: torch.device,
-    autocast: Callable[[], torch.autocast],
-) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
-    """Compute the teacher's view of all images once; returns the rows of it that a batch needs."""
-    all_logits, all_maps = None, None
-    for rows in torch.arange(len(images)).split(CACHE_BATCH):
-        x, y = _take(images, rows, device), _take(labels, rows, device)
-        with autocast():
-            logits, maps = teacher_view(teacher, x, y, with_cam)
-        if (
-            all_logits is None
-        ):  # at once in full size: small pieces between large passing ones would keep the heap from shrinking
-            all_logits = logits.new_empty(len(images), *logits.shape[1:])
-            all_maps = None if maps is None else maps.new_empty(len(images), *maps.shape[1:])
-        all_logits[rows[0] : rows[-1] + 1] = logits
-        if all_maps is not None and maps is not None:
-            all_maps[rows[0] : rows[-1] + 1] = maps
-    assert all_logits is not None
-
-    def view(rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        assert all_logits is not None
-        rows = rows.to(all_logits.device, non_blocking=True)
-        return all_logits[rows], None if all_maps is None else all_maps[rows]
-
-    return view
 
 
 def _take(tensor: Tensor, rows: Tensor, device: torch.device) -> Tensor:

@@ -43,7 +43,7 @@ class FinetuneConfig:
     cam_weight: float = 20.0
     """Weight of the distance between the class activation maps of teacher and student; it belongs to `cam_method`."""
     cam_method: Literal["gradcam", "gradcam++", "cam"] = "gradcam"
-    """How the maps are made: gradcam (the paper's), gradcam++, or cam (the classifier's own weights, no ReLU; linear heads only)."""
+    """How the maps are made: gradcam (the paper's), gradcam++, or cam (the classifier's own weights, no ReLU)."""
     feature_weight: float = 0.0
     """Weight of the relative squared distance between the outputs of each block of teacher and student."""
     perturb_weight: float = 0.0

@@ -1,4 +1,4 @@
-"""Class activation maps (Grad-CAM) of a classifier: S = ReLU(sum_k alpha_k A^k), alpha_k = mean_{h,w} d y_label / d A^k_{hw}.
+"""Class activation maps of a classifier: S = ReLU(sum_k alpha_k A^k); in Grad-CAM alpha_k = mean_{h,w} d y_label / d A^k_{hw}.
 
 Maps are raw: dividing a map by its own range blows up where it is nearly flat. No hook is registered and no second forward pass made:
 the features come out of the very forward pass that made the logits.
@@ -6,8 +6,12 @@ the features come out of the very forward pass that made the logits.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+CamMethod = Literal["gradcam", "gradcam++", "cam"]
 
 
 def closed_form_weights(
@@ -42,8 +46,8 @@ def closed_form_weights(
     return per_class[labels]
 
 
-def autograd_weights(logits: Tensor, features: Tensor, labels: Tensor, retain_graph: bool) -> Tensor:
-    """Grad-CAM weights by differentiation, for any head.
+def logit_gradient(logits: Tensor, features: Tensor, labels: Tensor, retain_graph: bool) -> Tensor:
+    """d logit_label / d A by differentiation, for any head.
 
     ``torch.autograd.grad`` towards ``features`` alone: no parameter's gradient is touched, so DDP's reducer does not see this pass.
     One backward pass serves the batch; images must not influence one another (BatchNorm in eval mode). Quantizers behind ``features``
@@ -56,23 +60,63 @@ def autograd_weights(logits: Tensor, features: Tensor, labels: Tensor, retain_gr
         retain_graph: True if the loss is differentiated through the same graph afterwards (the student's).
 
     Returns:
-        alpha (N, C), detached.
+        (N, C, H, W), detached.
     """
     chosen = logits.gather(1, labels[:, None]).sum()
     (gradient,) = torch.autograd.grad(chosen, features, retain_graph=retain_graph)
-    return gradient.mean(dim=(2, 3)).detach()
+    return gradient.detach()
 
 
-def cam_map(features: Tensor, alpha: Tensor) -> Tensor:
+def autograd_weights(logits: Tensor, features: Tensor, labels: Tensor, retain_graph: bool) -> Tensor:
+    """Grad-CAM weights alpha (N, C), detached, by differentiation, for any head: see :func:`logit_gradient`."""
+    return logit_gradient(logits, features, labels, retain_graph).mean(dim=(2, 3))
+
+
+def cam_weights(features: Tensor, gradient: Tensor, method: CamMethod) -> Tensor:
+    """Weight of every channel in the map of each image.
+
+    With g = d logit / d A and sums and means over positions of a channel:
+
+    gradcam:    mean g                                             (Selvaraju et al., ICCV 2017)
+    gradcam++:  sum of g^2 / (2 g^2 + g^3 sum A) * ReLU(g)         (Chattopadhay et al., WACV 2018; the score is exp(logit))
+    cam:        sum g, the classifier's own weight where the head is a global average pool and one linear layer (Zhou et al., CVPR 2016)
+
+    So one channel of 4 positions with A = 1 and g = 0.5 everywhere weighs 0.5, 0.5 and 2. A weight of the loss suits one method
+    only: their maps differ in size.
+
+    Args:
+        features: A (N, C, H, W); gradcam++ takes it as a constant.
+        gradient: g (N, C, H, W), or (N, C, 1, 1) where it is the same at every position.
+        method: Which of the three.
+
+    Returns:
+        (N, C), detached.
+    """
+    count = features.shape[2] * features.shape[3]
+    repeats = count // (gradient.shape[2] * gradient.shape[3])
+    if method == "gradcam":
+        return gradient.mean(dim=(2, 3)).detach()
+    if method == "cam":
+        return repeats * gradient.sum(dim=(2, 3)).detach()
+    square = gradient.square()
+    total = features.detach().to(gradient.dtype).sum(dim=(2, 3), keepdim=True)
+    denominator = 2 * square + square * gradient * total
+    share = square / denominator.where(denominator != 0, torch.ones_like(denominator))
+    return repeats * (share * gradient.relu()).sum(dim=(2, 3)).detach()
+
+
+def cam_map(features: Tensor, alpha: Tensor, rectified: bool = True) -> Tensor:
     """Raw class activation map ReLU(sum_k alpha_k A^k).
 
     Args:
         features: A (N, C, H, W).
         alpha: (N, C).
+        rectified: False leaves out the ReLU, as CAM has none.
 
     Returns:
-        (N, H, W), >= 0, in the wider dtype of the two, also under autocast: the loss squares these sums, bfloat16 is too coarse.
+        (N, H, W), in the wider dtype of the two, also under autocast: the loss squares these sums, bfloat16 is too coarse.
     """
     dtype = torch.promote_types(features.dtype, alpha.dtype)
     with torch.autocast(features.device.type, enabled=False):
-        return torch.einsum("nchw,nc->nhw", features.to(dtype), alpha.to(dtype)).relu()
+        total = torch.einsum("nchw,nc->nhw", features.to(dtype), alpha.to(dtype))
+    return total.relu() if rectified else total

@@ -5,6 +5,8 @@ Everything is computed in float32 at least, whatever the dtype of the logits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -92,6 +94,53 @@ def cam_loss(teacher_map: Tensor, student_map: Tensor) -> Tensor:
     return (_wide(teacher_map.detach()) - _wide(student_map)).square().sum(dim=(1, 2))
 
 
+def top2_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Cross-entropy of each image to the teacher's two likeliest classes, their probabilities scaled to a sum of 1.
+
+    Teacher probabilities (0.6, 0.3, 0.1) make the target (2/3, 1/3, 0).
+
+    Args:
+        student_logits: (N, K), K >= 2.
+        teacher_logits: (N, K), detached here.
+
+    Returns:
+        (N,) >= 0.
+    """
+    values, classes = _wide(teacher_logits.detach()).topk(2, dim=1)
+    log_probabilities = F.log_softmax(_wide(student_logits), dim=1).gather(1, classes)
+    return -(F.softmax(values, dim=1) * log_probabilities).sum(dim=1)
+
+
+def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]) -> Tensor:
+    """Relative squared distance ||F_student - F_teacher||^2 / ||F_teacher||^2 of each image's block outputs, the mean over blocks.
+
+    Relative, so that a weight means the same for every network and no block counts more because its activations are large.
+
+    Args:
+        student_blocks: (N, C, H, W) each.
+        teacher_blocks: The same shapes, detached here.
+
+    Returns:
+        (N,) >= 0.
+
+    Raises:
+        ValueError: If there is no block, or their numbers differ.
+
+    Source: feature alignment of HAST (CVPR 2023); the relative form is ours.
+    """
+    if not teacher_blocks or len(student_blocks) != len(teacher_blocks):
+        raise ValueError(
+            f"feature alignment needs as many blocks of the student as of the teacher, at least one, but got "
+            f"{len(student_blocks)} and {len(teacher_blocks)}"
+        )
+    parts = []
+    for student, teacher in zip(student_blocks, teacher_blocks, strict=True):
+        goal = _wide(teacher.detach()).flatten(1)
+        size = goal.square().sum(dim=1).clamp(min=torch.finfo(goal.dtype).tiny)
+        parts.append((_wide(student).flatten(1) - goal).square().sum(dim=1) / size)
+    return torch.stack(parts).mean(dim=0)
+
+
 def synq_loss(
     student_logits: Tensor,
     student_map: Tensor | None,
@@ -104,10 +153,14 @@ def synq_loss(
     ce_weight: float,
     cam_weight: float,
     difficulty_threshold: float,
+    student_blocks: Sequence[Tensor] = (),
+    teacher_blocks: Sequence[Tensor] = (),
+    feature_weight: float = 0.0,
+    top2: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of synthesis-aware fine-tuning, a mean over all N images.
 
-        L = 1/N sum_i [ kd_weight KD_i + ce_weight 1{delta_i <= tau} CE_i + cam_weight CAM_i ]
+        L = 1/N sum_i [ kd_weight KD_i + ce_weight 1{delta_i <= tau} CE_i + cam_weight CAM_i + feature_weight FA_i ]
 
     N counts every image, kept or not, so the average over equal parts of a batch is the loss of the batch (DDP averages gradients
     this way). A term of weight 0 is reported but stays out of the sum.
@@ -123,10 +176,14 @@ def synq_loss(
         ce_weight: lambda_CE.
         cam_weight: lambda_CAM.
         difficulty_threshold: tau in [0, 1]; 1 keeps all images.
+        student_blocks: block outputs for feature alignment, or none.
+        teacher_blocks: the same of the teacher.
+        feature_weight: weight of the feature alignment.
+        top2: give difficult images the teacher's two likeliest classes in place of no label.
 
     Returns:
-        ``(loss, terms)``: the scalar to differentiate, and detached scalars "kd", "ce", "cam" (unweighted means over N) and "kept"
-        (share of images with delta <= tau).
+        ``(loss, terms)``: the scalar to differentiate, and detached scalars "kd", "ce", "cam", "features" (unweighted means over N)
+        and "kept" (share of images with delta <= tau).
 
     Raises:
         ValueError: if only one of the maps is given.
@@ -137,16 +194,20 @@ def synq_loss(
         raise ValueError("`student_map` and `teacher_map` must both be given or both be None, but got one of the two")
     keep = difficulty(teacher_logits, labels) <= difficulty_threshold
     kd = kd_kl(student_logits, teacher_logits, temperature).mean()
-    ce = masked_cross_entropy(student_logits, labels, keep).mean()
-    cam = torch.zeros_like(kd)
+    ce = masked_cross_entropy(student_logits, labels, keep)
+    if top2:
+        ce = ce + top2_cross_entropy(student_logits, teacher_logits).where(~keep, 0.0)
+    terms = {"kd": kd, "ce": ce.mean(), "cam": torch.zeros_like(kd)}
     if student_map is not None and teacher_map is not None:
-        cam = cam_loss(teacher_map, student_map).mean()
+        terms["cam"] = cam_loss(teacher_map, student_map).mean()
+    if teacher_blocks:
+        terms["features"] = feature_loss(student_blocks, teacher_blocks).mean()
     loss = torch.zeros_like(kd)
-    for weight, term in ((kd_weight, kd), (ce_weight, ce), (cam_weight, cam)):
-        if weight != 0:
-            loss = loss + weight * term
-    terms = {"kd": kd.detach(), "ce": ce.detach(), "cam": cam.detach(), "kept": keep.to(kd.dtype).mean()}
-    return loss, terms
+    for name, weight in (("kd", kd_weight), ("ce", ce_weight), ("cam", cam_weight), ("features", feature_weight)):
+        if weight != 0 and name in terms:
+            loss = loss + weight * terms[name]
+    detached = {name: term.detach() for name, term in terms.items()}
+    return loss, {**detached, "kept": keep.to(kd.dtype).mean()}
 
 
 def inception_loss(logits: Tensor, labels: Tensor, hard_sample_gamma: float = 0.0) -> Tensor:

@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, fx
 
 from synq.artifacts import Purpose, SetStore
+from synq.blocks import block_ends
 from synq.configs import (
     QuantConfig,
     RunConfig,
@@ -30,14 +31,15 @@ from synq.configs import (
     make_absolute,
 )
 from synq.evaluation import Measure
-from synq.finetune import CamNetwork, Epoch, NonFiniteLossError, finetune
+from synq.finetune import Epoch, NonFiniteLossError, finetune
 from synq.fusion import fuse_rectified
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
 from synq.placement import check_compilable, dtype_of, make_accelerator, place
 from synq.records import blank_record, complete_record
+from synq.responses import TappedNetwork
 from synq.results import RunRecord, read_record, write_bytes_atomic, write_json_atomic, write_record
 from synq.scratch import scratch_tensor
-from synq.students import Student, observe_ranges, quantize_model
+from synq.students import Student, observe_ranges, quantize_model, share_changed, weight_codes
 from synq.synthesis import ensure_set
 from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher, load_teacher
@@ -108,6 +110,7 @@ def run(
         if on_epoch is not None:
             on_epoch({**epoch, "epochs": config.finetune.epochs})
 
+    codes = weight_codes(student.net)
     record = blank_record(config, teacher, student, train_set, heldout, measure.labels_digest, accelerator, started)
     if accelerator.is_main_process:
         write_json_atomic(folder / "config.json", config_to_dict(config))
@@ -136,7 +139,8 @@ def run(
 
     with clock("measure"):
         final = measure(student.net)
-    record = complete_record(record, reference, rounded, final, history, clock.seconds)
+    changed = share_changed(codes, weight_codes(student.net))
+    record = complete_record(record, reference, rounded, final, history, clock.seconds, changed)
     if accelerator.is_main_process:
         write_bytes_atomic(folder / "student.safetensors", safetensors.torch.save(_state(student.net)))
         write_record(folder / "record.json", record)
@@ -226,7 +230,7 @@ def _open(config: RunConfig, accelerator: Accelerator) -> tuple[Teacher, Measure
 
 def _networks(
     config: RunConfig, teacher: Teacher, student: Student, images: Tensor, accelerator: Accelerator
-) -> tuple[CamNetwork, CamNetwork]:
+) -> tuple[TappedNetwork, TappedNetwork]:
     """Place both networks, observe the student's ranges and tap the features of both."""
     for net in (teacher.graph, student.net):
         place(net, config.runtime, accelerator.device, teacher.input_size)
@@ -240,9 +244,11 @@ def _networks(
     cam, student_node = teacher.cam, student.cam_node
     if cam.kind == "none":  # the tap still needs a tensor; the image itself costs nothing and is never read
         cam, student_node = replace(cam, node=_input_node(teacher.graph)), _input_node(student.net)
-    teacher_net, student_net = with_features(teacher.graph, cam.node), with_features(student.net, student_node)
+    blocks = [node.name for node in block_ends(teacher.graph)[:-1]] if config.finetune.feature_weight > 0 else []
+    teacher_net = with_features(teacher.graph, cam.node, blocks)
+    student_net = with_features(student.net, student_node, [student.taps.get(name, name) for name in blocks])
     fuse_rectified(student_net)
-    return CamNetwork(net=teacher_net, site=cam), CamNetwork(net=student_net, site=cam)
+    return TappedNetwork(net=teacher_net, site=cam), TappedNetwork(net=student_net, site=cam)
 
 
 def _synthetic_sets(config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> tuple[SyntheticSet, SyntheticSet]:

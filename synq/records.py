@@ -72,6 +72,7 @@ def complete_record(
     final: Measurement,
     history: list[Epoch],
     seconds: dict[str, float],
+    codes_changed: float,
 ) -> RunRecord:
     """Return ``record`` with what was measured of teacher, rounded student and fine-tuned student (the last epoch)."""
     return replace(
@@ -90,6 +91,7 @@ def complete_record(
         warnings=[*record.warnings, *_mask_warnings(record.config["finetune"], history)],
         seconds=seconds,
         total_seconds=sum(seconds.values()),
+        codes_changed=codes_changed,
     )
 
 

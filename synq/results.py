@@ -108,6 +108,8 @@ class RunRecord:
     """Seconds of each stage."""
     total_seconds: float | None = None
     """Seconds of the whole run, earlier parts of a resumed one included."""
+    codes_changed: float | None = None
+    """Share (0..1) of the integer weights that fine-tuning changed."""
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:

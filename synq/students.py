@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from synq.accounting import TensorRow, account, bitops, packed_bytes
+from synq.fake_quant import quantize
 from synq.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
 from synq.operations import classify
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, quantizers_bypassed
@@ -22,6 +23,8 @@ class Student:
     Attributes:
         net: (N, C, H, W) -> logits (N, K); in evaluation mode.
         cam_node: Node of ``net`` whose output is A, the tensor that enters the pool, after its fake quantization.
+        taps: Node of ``net`` whose output is that of a node of the teacher's graph after its fake quantization, by the latter's name;
+            a name that is not there stands for itself.
         rows: Every weight and activation with its width.
         size_bytes: Packed size: weights at their width, scale and zero point per channel, BatchNorm folded to a bias.
         bitops: Sum over layers of MACs x weight bits x input bits, per image; a float operand counts 32.
@@ -29,6 +32,7 @@ class Student:
 
     net: fx.GraphModule
     cam_node: str
+    taps: dict[str, str]
     rows: tuple[TensorRow, ...]
     size_bytes: int
     bitops: int
@@ -83,16 +87,23 @@ def quantize_model(
             producer = tensor_inputs(node)[0]
             bits, users = points.get(producer, (0, []))
             points[producer] = (max(bits, input_widths[node]), [*users, node])
-    tapped = cam_node
+    taps = {}
     for node, (bits, users) in points.items():
         quantizer = _insert_quantizer(net, node, users, bits)
-        if node.name == cam_node and act_points == "relu":
-            tapped = quantizer.name
+        if act_points == "relu":
+            taps[node.name] = quantizer.name
     net.graph.lint()
     net.recompile()
     _check_same(net, traced)
     rows = account(net, layers, {node: bits for node, (bits, _) in points.items()})
-    return Student(net=net, cam_node=tapped, rows=rows, size_bytes=packed_bytes(net), bitops=bitops(net, layers))
+    return Student(
+        net=net,
+        cam_node=taps.get(cam_node, cam_node),
+        taps=taps,
+        rows=rows,
+        size_bytes=packed_bytes(net),
+        bitops=bitops(net, layers),
+    )
 
 
 def observe_ranges(
@@ -146,6 +157,25 @@ def observe_ranges(
         quantizer = net.get_submodule(name)
         assert isinstance(quantizer, ActQuantizer)
         quantizer.set_range(low, high)
+
+
+@torch.no_grad()
+def weight_codes(net: fx.GraphModule) -> dict[str, Tensor]:
+    """Return the integer weights of every quantized layer as int8 on the CPU, by the layer's name."""
+    codes = {}
+    for name, layer in net.named_modules():
+        if isinstance(layer, (QuantConv2d, QuantLinear)):
+            quantizer = layer.weight_quantizer
+            bounds = (quantizer.quant_min, quantizer.quant_max)
+            scale, zero_point = quantizer.qparams(layer.weight)
+            codes[name] = quantize(layer.weight, scale, zero_point, *bounds, axis=0).to("cpu", torch.int8)
+    return codes
+
+
+def share_changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    """Return the share (0..1) of integer weights that differ between two calls of ``weight_codes`` on one network."""
+    changed = sum(int((codes != after[name]).sum()) for name, codes in before.items())
+    return changed / sum(codes.numel() for codes in before.values())
 
 
 class _Observation(fx.Interpreter):

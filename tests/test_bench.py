@@ -17,8 +17,9 @@ from launch.benchmarks.subjects import TINY, Subject, build_subject
 from launch.benchmarks.table import Context, Row, Target, as_json, machine, markdown
 from launch.benchmarks.textbook import textbook_loss
 from launch.benchmarks.timing import Spread, Times, alternate
-from synq.finetune import teacher_view, training_loss
+from synq.finetune import training_loss
 from synq.lowpass import gaussian_lowpass
+from synq.responses import teacher_response
 
 CPU = torch.device("cpu")
 CONTEXT = Context(device=CPU, threads=1, rounds=2)
@@ -44,7 +45,7 @@ def test_the_textbook_twin_computes_the_loss_and_the_gradient_of_the_fast_step(s
         net.double()  # student and teacher nearly agree: in float32 their difference has few digits
     config = replace(steps.CONFIG, difficulty_threshold=0.9, ce_weight=0.5)
     filtered = gaussian_lowpass(images, 5.0)
-    view = teacher_view(teacher, filtered, labels, True)
+    view = teacher_response(teacher, filtered, labels)
     fast, terms = training_loss(student.net, student, view, filtered, labels, config)
     slow = textbook_loss(student, teacher, images, labels, config, 5.0)
     torch.testing.assert_close(slow, fast, rtol=1e-9, atol=0)

@@ -6,25 +6,27 @@ import gc
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from synq.augment import flip_shift
+from synq.augment import flip_shift, random_views
+from synq.blocks import block_ends
 from synq.cam_site import locate_cam
 from synq.configs import FinetuneConfig
 from synq.finetune import (
-    CamNetwork,
     NonFiniteLossError,
     finetune,
-    teacher_view,
+    harder_images,
     training_loss,
 )
-from synq.losses import difficulty
+from synq.losses import difficulty, feature_loss
 from synq.lowpass import gaussian_lowpass
 from synq.quant_layers import QuantConv2d, QuantLinear
+from synq.responses import TappedNetwork, teacher_response
 from synq.seeding import make_generator
 from synq.students import observe_ranges, quantize_model
 from synq.timetable import epoch_batches, local_batch_size, lr_at
@@ -34,15 +36,15 @@ SIZE = (3, 8, 8)
 CONFIG = FinetuneConfig(epochs=3, batch_size=8, lr=1e-2, cam_weight=5.0, ce_weight=0.5, difficulty_threshold=0.7)
 
 
-def networks(net: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[CamNetwork, CamNetwork]:
+def networks(net: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[TappedNetwork, TappedNetwork]:
     """A teacher and its W4A4 student."""
     traced = trace_classifier(net, SIZE).to(dtype)
     site = locate_cam(traced)
     student = quantize_model(traced, weight_bits=4, act_bits=4, cam_node=site.node)
     observe_ranges(student.net, images().to(dtype), act_range="minmax")
     return (
-        CamNetwork(net=with_features(student.net, student.cam_node), site=site),
-        CamNetwork(net=with_features(traced, site.node), site=site),
+        TappedNetwork(net=with_features(student.net, student.cam_node), site=site),
+        TappedNetwork(net=with_features(traced, site.node), site=site),
     )
 
 
@@ -61,7 +63,7 @@ def accelerator() -> Accelerator:
 
 def train(
     net: nn.Module, accelerator: Accelerator, config: FinetuneConfig = CONFIG, **options: object
-) -> tuple[CamNetwork, list[dict[str, float]]]:
+) -> tuple[TappedNetwork, list[dict[str, float]]]:
     student, teacher = networks(net)
     history = finetune(student, teacher, images(), labels(), config, accelerator=accelerator, seed=1, **options)  # type: ignore[arg-type]
     return student, history
@@ -145,8 +147,8 @@ def test_damaged_checkpoint_names_itself(tiny_classifier: nn.Module, accelerator
 def test_cached_teacher_equals_live_teacher(tiny_classifier: nn.Module) -> None:
     _, teacher = networks(tiny_classifier, torch.float64)
     x, y = images().double(), labels()
-    whole = teacher_view(teacher, x, y, with_cam=True)
-    part = teacher_view(teacher, x[3:7], y[3:7], with_cam=True)
+    whole = teacher_response(teacher, x, y)
+    part = teacher_response(teacher, x[3:7], y[3:7])
     torch.testing.assert_close(whole[0][3:7], part[0])
     assert whole[1] is not None and part[1] is not None
     torch.testing.assert_close(whole[1][3:7], part[1])
@@ -176,7 +178,7 @@ def test_student_map_uses_the_quantized_classifier_and_no_gradient_reaches_it_th
     config = dataclasses.replace(CONFIG, kd_weight=0.0, ce_weight=0.0)
     for parameter in student.net.parameters():
         parameter.requires_grad_(True)
-    loss, terms = training_loss(student.net, student, teacher_view(teacher, x, y, True), x, y, config)
+    loss, terms = training_loss(student.net, student, teacher_response(teacher, x, y), x, y, config)
     loss.backward()
     linear = next(m for m in student.net.modules() if isinstance(m, QuantLinear))
     conv = next(m for m in student.net.modules() if isinstance(m, QuantConv2d))
@@ -227,8 +229,8 @@ def test_under_bf16_maps_and_logits_of_the_teacher_are_float32(tiny_classifier: 
     """Rounded to bfloat16 on one side only, equal networks would have unequal maps."""
     _, teacher = networks(tiny_classifier)
     with torch.autocast("cpu", torch.bfloat16):
-        logits, maps = teacher_view(teacher, images(), labels(), with_cam=True)
-        own = teacher.map(*teacher.net(images()), labels())
+        logits, maps, _ = teacher_response(teacher, images(), labels())
+        own = teacher.response(teacher.net(images()), labels()).cam
     assert logits.dtype == torch.float32 and maps is not None and maps.dtype == torch.float32
     assert torch.equal(maps, own.detach())
 
@@ -240,7 +242,7 @@ def test_the_map_alone_still_gives_every_parameter_a_gradient(tiny_classifier: n
         parameter.requires_grad_(True)
     config = dataclasses.replace(CONFIG, kd_weight=0.0, ce_weight=0.0)
     x, y = images(), labels()
-    training_loss(student.net, student, teacher_view(teacher, x, y, True), x, y, config)[0].backward()
+    training_loss(student.net, student, teacher_response(teacher, x, y), x, y, config)[0].backward()
     assert all(p.grad is not None for p in student.net.parameters())
 
 
@@ -323,3 +325,131 @@ def test_memory_does_not_grow_with_epochs(tiny_classifier: nn.Module, accelerato
 
     alive(1)
     assert alive(10) <= alive(1) + 2
+
+
+def taps(net: nn.Module, weight_bits: int = 4) -> tuple[TappedNetwork, TappedNetwork]:
+    """Student and teacher with the outputs of their blocks."""
+    traced = trace_classifier(net, SIZE)
+    site = locate_cam(traced)
+    student = quantize_model(traced, weight_bits=weight_bits, act_bits=8, cam_node=site.node)
+    observe_ranges(student.net, images(), act_range="minmax")
+    names = [node.name for node in block_ends(traced)[:-1]]
+    behind = [student.taps.get(name, name) for name in names]
+    assert behind != names, "the student's blocks are taken after their quantizers"
+    return (
+        TappedNetwork(net=with_features(student.net, student.cam_node, behind), site=site),
+        TappedNetwork(net=with_features(traced, site.node, names), site=site),
+    )
+
+
+def test_feature_alignment_brings_the_blocks_nearer(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
+    """Alone, so that no other term can have done it."""
+    student, teacher = taps(tiny_classifier, weight_bits=2)
+    config = dataclasses.replace(CONFIG, epochs=15, kd_weight=0.0, ce_weight=0.0, cam_weight=0.0, feature_weight=1.0)
+    history = finetune(student, teacher, images(), labels(), config, accelerator=accelerator, seed=1)
+    with torch.no_grad():
+        goal = teacher_response(teacher, images(), labels())
+        found = student.response(student.net(images()), labels())
+    assert history[-1]["features"] < 0.8 * history[0]["features"]
+    assert history[-1]["loss"] == pytest.approx(history[-1]["features"])
+    assert float(feature_loss(found.blocks, goal.blocks).mean()) < 0.8 * history[0]["features"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"feature_weight": 2.0},
+        {"ema_decay": 0.9},
+        {"perturb_weight": 0.5},
+        {"augment": "mixup", "ema_decay": 0.5},
+        {"augment": "cutmix"},
+        {"cam_method": "gradcam++"},
+        {"cam_method": "cam"},
+        {"hard_labels": "top2", "difficulty_threshold": 0.3},
+    ],
+    ids=str,
+)
+def test_every_option_resumes_bit_equal(
+    tiny_classifier: nn.Module, accelerator: Accelerator, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(CONFIG, epochs=3, **options)
+    plain = dataclasses.replace(CONFIG, epochs=3)
+
+    def run(config: FinetuneConfig, **extra: Any) -> dict[str, Tensor]:
+        student, teacher = taps(copy.deepcopy(tiny_classifier))
+        finetune(student, teacher, images(), labels(), config, accelerator=accelerator, seed=1, **extra)
+        return student.net.state_dict()
+
+    class KilledError(Exception):
+        pass
+
+    def kill(epoch: dict[str, float]) -> None:
+        if epoch["epoch"] == 2:
+            raise KilledError
+
+    whole = run(config)
+    file = tmp_path / "checkpoint.pt"
+    with pytest.raises(KilledError):
+        run(config, checkpoint=file, on_epoch=kill)
+    resumed = run(config, checkpoint=file)
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    assert any(not torch.equal(value, whole[key]) for key, value in run(plain).items()), "the option does something"
+
+
+def test_the_average_is_what_is_measured_and_kept(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
+    """Against an average counted by hand over the weights of a run without one: averaging must not change the training."""
+    config = dataclasses.replace(CONFIG, epochs=5, batch_size=20, ema_decay=0.6)  # one step an epoch
+    trail: list[Tensor] = []
+    student, teacher = networks(copy.deepcopy(tiny_classifier))
+    weight = next(student.net.parameters())
+    start = weight.detach().clone()
+    plain = dataclasses.replace(config, ema_decay=None)
+    finetune(
+        student, teacher, images(), labels(), plain, accelerator=accelerator, seed=1,
+        on_epoch=lambda epoch: trail.append(weight.detach().clone()),
+    )  # fmt: skip
+    average, wanted = start, []
+    for step, value in enumerate(trail):
+        decay = min(0.6, (step + 1) / (step + 10))
+        average = decay * average + (1 - decay) * value
+        wanted.append(average)
+    seen: list[Tensor] = []
+    student, teacher = networks(copy.deepcopy(tiny_classifier))
+    weight = next(student.net.parameters())
+    finetune(
+        student, teacher, images(), labels(), config, accelerator=accelerator, seed=1,
+        on_epoch=lambda epoch: seen.append(weight.detach().clone()),
+    )  # fmt: skip
+    for found, expected in zip(seen, wanted, strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(weight.detach(), wanted[-1])
+
+
+def test_harder_images_are_harder_and_leave_no_gradient(tiny_classifier: nn.Module) -> None:
+    student, teacher = networks(tiny_classifier)
+    x, y = images(), labels()
+    for parameter in student.net.parameters():
+        parameter.requires_grad_(True)
+    harder, logits = harder_images(student, teacher, x, y, 0.05)
+    assert float((harder - x).abs().max()) == pytest.approx(0.05, rel=1e-4)
+    with torch.no_grad():
+        assert difficulty(student.net(harder)[0], y).mean() > difficulty(student.net(x)[0], y).mean()
+        torch.testing.assert_close(logits, teacher.net(harder)[0])
+    assert all(parameter.grad is None for parameter in student.net.parameters())
+
+
+def test_mixed_views_keep_the_larger_part_and_are_one_draw_for_the_global_batch() -> None:
+    x = torch.arange(8.0)[:, None, None, None].expand(8, 1, 8, 8).clone()  # image i is i everywhere
+    batch = torch.arange(8)
+
+    def take(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return x[rows], rows
+
+    for kind in ("mixup", "cutmix"):
+        whole = random_views(x, batch, slice(0, 8), take, kind, make_generator("a"))
+        parts = [random_views(x[i : i + 4], batch, slice(i, i + 4), take, kind, make_generator("a")) for i in (0, 4)]
+        assert torch.equal(whole, torch.cat(parts)) and not torch.equal(whole, x)
+        assert whole.min() >= 0 and whole.max() <= 7
+        if kind == "cutmix":
+            own = (whole == x).float().mean(dim=(1, 2, 3))
+            assert own.min() >= 0.4 and set(whole.unique().tolist()) <= set(range(8))

@@ -1,10 +1,12 @@
+from typing import Literal
+
 import pytest
 import reference
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from synq.gradcam import autograd_weights, cam_map, closed_form_weights
+from synq.gradcam import autograd_weights, cam_map, cam_weights, closed_form_weights
 from synq.losses import cam_loss
 
 
@@ -114,3 +116,51 @@ def test_gradient_flows_to_the_features_and_not_to_the_classifier() -> None:
     maps.sum().backward()
     assert features.grad is not None and float(features.grad.abs().sum()) > 0
     assert weight.grad is None
+
+
+def test_the_three_methods_by_hand() -> None:
+    features = torch.ones(1, 2, 2, 2)
+    gradient = torch.tensor([0.5, -1.0])[None, :, None, None].expand(1, 2, 2, 2)
+    assert cam_weights(features, gradient, "gradcam").tolist() == [[0.5, -1.0]]
+    assert cam_weights(features, gradient, "cam").tolist() == [[2.0, -4.0]]
+    # 4 positions of 0.25 / (0.5 + 0.125 * 4) * 0.5; the negative gradient counts nothing
+    assert cam_weights(features, gradient, "gradcam++").tolist() == [[0.5, 0.0]]
+
+
+@pytest.mark.parametrize("method", ["gradcam", "gradcam++", "cam"])
+def test_one_number_a_channel_stands_for_a_constant_gradient(method: Literal["gradcam", "gradcam++", "cam"]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(3, 5, 4, 6, generator=generator)
+    gradient = torch.randn(3, 5, 1, 1, generator=generator)
+    whole = cam_weights(features, gradient.expand(3, 5, 4, 6), method)
+    torch.testing.assert_close(cam_weights(features, gradient, method), whole)
+
+
+def test_gradcam_plus_plus_is_the_share_that_higher_derivatives_of_exp_give() -> None:
+    """alpha_ij = d2/dA2 / (2 d2/dA2 + sum A d3/dA3) of exp(logit), the derivatives taken by autograd."""
+    generator = torch.Generator().manual_seed(1)
+    features = torch.rand(1, 1, 2, 2, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(2, 2, generator=generator, dtype=torch.float64)
+
+    def score(a: Tensor) -> Tensor:
+        return (a * weight).sum().exp()
+
+    total = 0.0
+    for position in range(4):
+        derivatives = []
+        value = score(features)
+        for _ in range(3):
+            (slope,) = torch.autograd.grad(value, features, create_graph=True)
+            value = slope.flatten()[position]
+            derivatives.append(value)
+        first, second, third = derivatives
+        share = second / (2 * second + features.sum() * third)
+        total = total + share * (first / score(features)).relu()
+    found = cam_weights(features, weight[None, None], "gradcam++")
+    torch.testing.assert_close(found[0, 0], total.detach())
+
+
+def test_a_cam_has_no_relu() -> None:
+    features, alpha = torch.ones(1, 1, 2, 2), torch.tensor([[-2.0]])
+    assert cam_map(features, alpha).unique().tolist() == [0.0]
+    assert cam_map(features, alpha, rectified=False).unique().tolist() == [-2.0]

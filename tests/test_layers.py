@@ -52,6 +52,8 @@ LAYERS = (
         "calib_centers",
         "synthesis",
         "artifacts",
+        "responses",
+        "averaging",
         "finetune",
         "timetable",
         "checkpoints",

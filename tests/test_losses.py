@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from synq.losses import cam_loss, difficulty, inception_loss, kd_kl, masked_cross_entropy, synq_loss
+from synq.losses import (
+    cam_loss,
+    difficulty,
+    feature_loss,
+    inception_loss,
+    kd_kl,
+    masked_cross_entropy,
+    synq_loss,
+    top2_cross_entropy,
+)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -219,3 +229,48 @@ def test_inception_gradient_against_float64() -> None:
 def test_inception_refuses_negative_gamma() -> None:
     with pytest.raises(ValueError, match="`hard_sample_gamma` must be >= 0"):
         inception_loss(torch.zeros(1, 2), torch.tensor([0]), -1.0)
+
+
+def test_feature_loss_is_relative_and_averages_blocks() -> None:
+    teacher = [torch.tensor([[[[3.0, 4.0]]], [[[0.0, 2.0]]]]), torch.ones(2, 1, 1, 4)]
+    student = [torch.tensor([[[[3.0, 0.0]]], [[[0.0, 3.0]]]]), torch.zeros(2, 1, 1, 4)]
+    torch.testing.assert_close(feature_loss(student, teacher), torch.tensor([(16 / 25 + 1) / 2, (1 / 4 + 1) / 2]))
+    scaled = feature_loss([10 * part for part in student], [10 * part for part in teacher])
+    torch.testing.assert_close(scaled, feature_loss(student, teacher))
+    dead = feature_loss([torch.zeros(1, 1, 1, 2)], [torch.zeros(1, 1, 1, 2)])
+    assert float(dead) == 0.0
+    with pytest.raises(
+        ValueError, match="as many blocks of the student as of the teacher, at least one, but got 1 and 2"
+    ):
+        feature_loss(student[:1], teacher)
+
+
+def test_top2_takes_the_teachers_two_likeliest_classes() -> None:
+    teacher = torch.tensor([[0.6, 0.3, 0.1]]).log()
+    student = torch.tensor([[0.2, 0.5, 0.3]]).log()
+    want = -(2 / 3 * math.log(0.2) + 1 / 3 * math.log(0.5))
+    assert float(top2_cross_entropy(student, teacher)) == pytest.approx(want, rel=1e-5)
+
+
+def test_difficult_images_get_two_labels_in_place_of_none() -> None:
+    x = {
+        "student_logits": torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]]),
+        "student_map": None,
+        "teacher_logits": torch.tensor([[5.0, 0.0, 0.0], [1.0, 2.0, 0.5]]),
+        "teacher_map": None,
+        "labels": torch.tensor([0, 0]),  # easy for the teacher, difficult for it
+    }
+    settings = dict(SETTINGS, difficulty_threshold=0.5)
+    dropped, two = (synq_loss(**x, **settings, top2=top2)[1]["ce"] for top2 in (False, True))
+    extra = top2_cross_entropy(x["student_logits"], x["teacher_logits"])[1] / 2
+    torch.testing.assert_close(two - dropped, extra)
+
+
+def test_block_terms_enter_the_loss_by_their_weight() -> None:
+    blocks = ([torch.zeros(4, 1, 2, 2)], [torch.ones(4, 1, 2, 2)])
+    x = {"student_logits": torch.randn(4, 3), "teacher_logits": torch.randn(4, 3), "labels": torch.zeros(4).long()}
+    x |= {"student_map": None, "teacher_map": None}
+    plain = synq_loss(**x, **SETTINGS)[0]
+    loss, terms = synq_loss(**x, **SETTINGS, student_blocks=blocks[0], teacher_blocks=blocks[1], feature_weight=3.0)
+    assert float(terms["features"]) == 1.0
+    torch.testing.assert_close(loss - plain, torch.tensor(3.0))

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from synq.cam_site import locate_cam
 from synq.configs import FinetuneConfig, RuntimeConfig
-from synq.finetune import CamNetwork, finetune, teacher_view
+from synq.finetune import finetune
 from synq.losses import difficulty
 from synq.placement import make_accelerator
 from synq.quant_layers import QuantConv2d, QuantLinear
+from synq.responses import TappedNetwork, teacher_response
 from synq.seeding import derive_seed
 from synq.students import observe_ranges, quantize_model
 from synq.timetable import epoch_batches, local_batch_size
@@ -71,8 +72,8 @@ def main(kind: str, out: Path) -> None:
     images = torch.randn(BATCH, *SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(BATCH) % 5
     observe_ranges(student.net, images, act_range="minmax")
-    teacher = CamNetwork(net=with_features(traced, site.node), site=site)
-    network = CamNetwork(net=with_features(student.net, student.cam_node), site=site)
+    teacher = TappedNetwork(net=with_features(traced, site.node), site=site)
+    network = TappedNetwork(net=with_features(student.net, student.cam_node), site=site)
     # One step an epoch, so that the history holds every step.
     config = FinetuneConfig(
         epochs=10, batch_size=BATCH, lr=1e-6, ce_weight=1.0, cam_weight=3.0, difficulty_threshold=0.8
@@ -82,7 +83,7 @@ def main(kind: str, out: Path) -> None:
     kept = []
     for epoch in range(config.epochs):
         rows = next(iter(epoch_batches(BATCH, BATCH, SEED, epoch)))[accelerator.process_index * share :][:share]
-        logits, _ = teacher_view(teacher, images[rows], labels[rows], with_cam=False)
+        logits = teacher_response(teacher, images[rows], labels[rows]).logits
         kept.append(float((difficulty(logits, labels[rows]) <= config.difficulty_threshold).double().mean()))
     all_kept = accelerator.gather(torch.tensor([kept], dtype=torch.float64))
 

@@ -15,9 +15,10 @@ from launch.benchmarks.table import Context, Row
 from launch.benchmarks.timing import Spread, alternate
 from synq.bn_stats import channel_moments
 from synq.fake_quant import choose_qparams, fake_quantize, fake_quantize_rectified
-from synq.finetune import teacher_view, training_loss
+from synq.finetune import training_loss
 from synq.gradcam import cam_map
 from synq.lowpass import gaussian_lowpass
+from synq.responses import teacher_response
 
 FLOAT = 4
 MATRIX = {"cpu": 1024, "cuda": 8192}
@@ -149,7 +150,7 @@ def _whole_step(key: str, context: Context, flops: float) -> Row:
     from torch.utils.flop_counter import FlopCounterMode
 
     subject = build_subject(key, context.device, context.seed)
-    view = teacher_view(subject.teacher, subject.images, subject.labels, True)
+    view = teacher_response(subject.teacher, subject.images, subject.labels)
     net, student = subject.student.net, subject.student
     step = updated(net, lambda: training_loss(net, student, view, subject.images, subject.labels, CONFIG)[0])
     with FlopCounterMode(display=False) as counter:

@@ -12,8 +12,9 @@ from launch.benchmarks.subjects import KINDS, build_subject
 from launch.benchmarks.table import Context, Row, Target
 from launch.benchmarks.timing import Times, alternate
 from synq.configs import RuntimeConfig
-from synq.finetune import teacher_view, training_loss
+from synq.finetune import training_loss
 from synq.losses import kd_kl
+from synq.responses import teacher_response
 
 
 def rows(context: Context) -> Iterator[Row]:
@@ -27,7 +28,7 @@ def _placed_step(key: str, runtime: RuntimeConfig, context: Context) -> Callable
     """Return a full step of a network that stands as `runtime` says, the teacher's outputs stored."""
     subject = build_subject(key, context.device, context.seed, runtime=runtime)
     autocast = partial(torch.autocast, context.device.type, torch.bfloat16, enabled=runtime.precision == "bf16")
-    view = teacher_view(subject.teacher, subject.images, subject.labels, True)
+    view = teacher_response(subject.teacher, subject.images, subject.labels)
 
     def loss() -> Tensor:
         with autocast():
@@ -56,7 +57,7 @@ def _compiled_rows(context: Context) -> Iterator[Row]:
     eager = calls(subject)
     student, plain = torch.compile(subject.student.net), torch.compile(copy.deepcopy(subject.plain))
     fast = calls(subject, student)  # type: ignore[arg-type]
-    wanted = teacher_view(subject.teacher, subject.images, subject.labels, False)[0]
+    wanted = teacher_response(subject.teacher, subject.images, subject.labels)[0]
     compiled_float = updated(plain, lambda: kd_kl(plain(subject.images), wanted, CONFIG.kd_temperature).mean())  # type: ignore[arg-type]
     times = alternate(
         {

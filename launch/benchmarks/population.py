@@ -10,7 +10,8 @@ from launch.benchmarks.steps import CONFIG, updated
 from launch.benchmarks.subjects import Subject, build_subject
 from launch.benchmarks.table import Context, Row
 from launch.benchmarks.timing import alternate
-from synq.finetune import teacher_view, training_loss
+from synq.finetune import training_loss
+from synq.responses import Response, teacher_response
 
 STUDENTS = {"cpu": 4, "cuda": 8}
 LAYERS = ((16, 32), (32, 16), (64, 8))
@@ -58,11 +59,11 @@ def _steps(subjects: list[Subject]) -> dict[str, Callable[[], None]]:
 
     def solo() -> None:
         for subject in subjects:
-            view = teacher_view(first.teacher, first.images, first.labels, True)
+            view = teacher_response(first.teacher, first.images, first.labels)
             _step(subject, first, view)
 
     def shared() -> None:
-        view = teacher_view(first.teacher, first.images, first.labels, True)
+        view = teacher_response(first.teacher, first.images, first.labels)
         for subject in subjects:
             _step(subject, first, view)
 
@@ -71,7 +72,7 @@ def _steps(subjects: list[Subject]) -> dict[str, Callable[[], None]]:
 
 def _stream_steps(subjects: list[Subject], device: torch.device) -> dict[str, Callable[[], None]]:
     first = subjects[0]
-    view = teacher_view(first.teacher, first.images, first.labels, True)
+    view = teacher_response(first.teacher, first.images, first.labels)
 
     def apart() -> None:
         for subject in subjects:
@@ -90,7 +91,7 @@ def _stream_steps(subjects: list[Subject], device: torch.device) -> dict[str, Ca
     return {"one after another": apart, "streams": on_streams}
 
 
-def _step(subject: Subject, data: Subject, view: tuple[Tensor, Tensor | None]) -> None:
+def _step(subject: Subject, data: Subject, view: Response) -> None:
     net, student = subject.student.net, subject.student
     updated(net, lambda: training_loss(net, student, view, data.images, data.labels, CONFIG)[0])()
 

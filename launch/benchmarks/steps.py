@@ -10,9 +10,10 @@ from launch.benchmarks.table import Context, Row, Target
 from launch.benchmarks.textbook import PASSES, textbook_loss
 from launch.benchmarks.timing import Spread, Times, alternate
 from synq.configs import FinetuneConfig
-from synq.finetune import teacher_view, training_loss
+from synq.finetune import training_loss
 from synq.losses import kd_kl
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
+from synq.responses import teacher_response
 
 CONFIG = FinetuneConfig()
 
@@ -43,7 +44,7 @@ def calls(subject: Subject, student: nn.Module | None = None) -> dict[str, Calla
     height, width = images.shape[-2:]
     assert CONFIG.lowpass_cutoff is not None
     bins = cutoff_in_bins(CONFIG.lowpass_cutoff, CONFIG.lowpass_unit, height, width)
-    cached = teacher_view(subject.teacher, images, labels, True)
+    cached = teacher_response(subject.teacher, images, labels)
 
     def plain_loss() -> Tensor:
         with torch.no_grad():
@@ -51,7 +52,7 @@ def calls(subject: Subject, student: nn.Module | None = None) -> dict[str, Calla
         return kd_kl(runs(images)[0], wanted, CONFIG.kd_temperature).mean()
 
     def live_loss() -> Tensor:
-        view = teacher_view(subject.teacher, images, labels, True)
+        view = teacher_response(subject.teacher, images, labels)
         return training_loss(runs, subject.student, view, images, labels, CONFIG)[0]
 
     def cached_loss() -> Tensor:

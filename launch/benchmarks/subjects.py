@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 from synq.cam_site import locate_cam
 from synq.cifar_resnet import cifar_resnet
 from synq.configs import RuntimeConfig
-from synq.finetune import CamNetwork
 from synq.fusion import fuse_rectified
 from synq.placement import place
+from synq.responses import TappedNetwork
 from synq.students import observe_ranges, quantize_model
 from synq.tracing import trace_classifier, with_features
 
@@ -33,8 +33,8 @@ class Subject:
 
     name: str
     module: nn.Module
-    teacher: CamNetwork
-    student: CamNetwork
+    teacher: TappedNetwork
+    student: TappedNetwork
     plain: fx.GraphModule
     images: Tensor
     labels: Tensor
@@ -106,8 +106,8 @@ def build_subject(
     return Subject(
         name=f"{kind.name}, batch {len(images)}",
         module=module.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
-        teacher=CamNetwork(net=with_features(traced.requires_grad_(False), site.node), site=site),
-        student=CamNetwork(net=trained, site=site),
+        teacher=TappedNetwork(net=with_features(traced.requires_grad_(False), site.node), site=site),
+        student=TappedNetwork(net=trained, site=site),
         plain=plain,
         images=images,
         labels=labels,

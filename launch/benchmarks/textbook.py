@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from synq.configs import FinetuneConfig
-from synq.finetune import CamNetwork
 from synq.gradcam import autograd_weights, cam_map
 from synq.losses import cam_loss, difficulty, kd_kl, masked_cross_entropy
 from synq.lowpass import gaussian_lowpass
+from synq.responses import TappedNetwork
 
 PASSES = "teacher 2 F + B to A, student 2 F + 2 B + B to A"
 
 
-def grad_cam(network: CamNetwork, images: Tensor, labels: Tensor, *, learns: bool) -> Tensor:
+def grad_cam(network: TappedNetwork, images: Tensor, labels: Tensor, *, learns: bool) -> Tensor:
     """Return the maps (N, H, W) of `labels`, by a forward pass of their own and a derivative."""
     with torch.enable_grad():
         logits, features = network.net(images)
@@ -26,8 +26,8 @@ def grad_cam(network: CamNetwork, images: Tensor, labels: Tensor, *, learns: boo
 
 
 def textbook_loss(
-    student: CamNetwork,
-    teacher: CamNetwork,
+    student: TappedNetwork,
+    teacher: TappedNetwork,
     images: Tensor,
     labels: Tensor,
     config: FinetuneConfig,

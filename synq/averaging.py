@@ -1,0 +1,70 @@
+"""An exponential moving average of a student's parameters over the steps of its fine-tuning."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """Averages parameters: after step t, average = d_t average + (1 - d_t) parameter, d_t = min(decay, (t + 1) / (t + 10)).
+
+    The decay rises with the steps, so that the weights from before the training are soon forgotten. Parameters are equal on all
+    processes, and so are their averages.
+
+    Args:
+        parameters: What is averaged, in place on its device.
+        decay: Decay in [0, 1); None averages nothing and costs nothing.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float | None) -> None:
+        self._parameters = [parameter for parameter in parameters if decay is not None]
+        self._decay = 0.0 if decay is None else decay
+        self._steps = 0
+        self._averages = [parameter.detach().clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the parameters after one step."""
+        if not self._parameters:
+            return
+        decay = min(self._decay, (self._steps + 1) / (self._steps + 10))
+        self._steps += 1
+        torch._foreach_lerp_(self._averages, [p.detach() for p in self._parameters], 1 - decay)
+
+    @contextmanager
+    def in_place(self, for_good: bool = False) -> Iterator[None]:
+        """Let the parameters be their averages inside the ``with`` block, or from it on."""
+        if not self._parameters:
+            yield
+            return
+        own = [parameter.detach().clone() for parameter in self._parameters]
+        self._put(self._averages)
+        try:
+            yield
+        finally:
+            if not for_good:
+                self._put(own)
+
+    @torch.no_grad()
+    def _put(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what ``load_state_dict`` takes."""
+        return {"steps": self._steps, "averages": self._averages}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; an average of other parameters is refused.
+
+        Raises:
+            ValueError: If the numbers of tensors differ.
+        """
+        if len(state["averages"]) != len(self._averages):
+            raise ValueError(f"the average holds {len(state['averages'])} tensors in place of {len(self._averages)}")
+        self._steps = state["steps"]
+        for own, saved in zip(self._averages, state["averages"], strict=True):
+            own.copy_(saved)
