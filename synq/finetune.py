@@ -24,7 +24,7 @@ from synq.averaging import WeightAverage
 from synq.checkpoints import check_same_epoch, load_checkpoint, save_checkpoint
 from synq.configs import FinetuneConfig
 from synq.losses import kd_kl, synq_loss
-from synq.responses import Response, TappedNetwork, cached_responses, teacher_response
+from synq.network_outputs import Response, TappedNetwork, cached_responses, teacher_response
 from synq.seeding import make_generator
 from synq.timetable import epoch_batches, local_batch_size, lr_at
 from synq.tracing import batchnorm_parameters

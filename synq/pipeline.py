@@ -34,9 +34,9 @@ from synq.evaluation import Measure
 from synq.finetune import Epoch, NonFiniteLossError, finetune
 from synq.fusion import fuse_rectified
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
+from synq.network_outputs import TappedNetwork
 from synq.placement import check_compilable, dtype_of, make_accelerator, place
 from synq.records import blank_record, complete_record
-from synq.responses import TappedNetwork
 from synq.results import RunRecord, read_record, write_bytes_atomic, write_json_atomic, write_record
 from synq.scratch import scratch_tensor
 from synq.students import Student, observe_ranges, quantize_model, share_changed, weight_codes

@@ -19,7 +19,7 @@ from launch.benchmarks.textbook import textbook_loss
 from launch.benchmarks.timing import Spread, Times, alternate
 from synq.finetune import training_loss
 from synq.lowpass import gaussian_lowpass
-from synq.responses import teacher_response
+from synq.network_outputs import teacher_response
 
 CPU = torch.device("cpu")
 CONTEXT = Context(device=CPU, threads=1, rounds=2)

@@ -14,6 +14,7 @@ from synq.configs import (
     EvaluationConfig,
     FinetuneConfig,
     QuantConfig,
+    ReconstructionConfig,
     RunConfig,
     RuntimeConfig,
     SynthesisConfig,
@@ -182,6 +183,8 @@ def test_labels_and_protocols() -> None:
     assert QuantConfig(weight_bits=3, act_bits=3, first_bits=8).protocol == "B"
     assert QuantConfig(weight_bits=3, act_bits=3, last_bits=3).protocol == "A"
     assert QuantConfig(weight_bits=3, act_bits=4, last_bits=3).protocol == "B"
+    assert QuantConfig(learned_steps="activations").protocol == QuantConfig(rounding="adaround").protocol == "B"
+    assert QuantConfig(equalization=True, bn_correction=True, weight_range="mse").protocol == "A"
     assert parse_bits("W3A8") == (3, 8)
     for label in ("W1A4", "W4A9", "w4a4", "W4", "W4A4 "):
         with pytest.raises(ValueError, match="`bits` must read"):
@@ -254,6 +257,13 @@ def _another_value(key: str, value: object) -> object:
         "runtime.memory_format": "contiguous",
         "finetune.grad_clip": None,
         "finetune.warmup_epochs": 1.0,
+        "finetune.hard_labels": "top2",
+        "finetune.cam_method": "cam",
+        "finetune.ema_decay": 0.9,
+        "synthesis.method": "zeroq",
+        "synthesis.swing_conv": True,
+        "quant.learned_steps": "all",
+        "quant.rounding": "adaround",
     }
     if key in special:
         return special[key]
@@ -298,7 +308,17 @@ def test_a_moved_checkout_keeps_its_digests() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [TeacherConfig, SynthesisConfig, QuantConfig, FinetuneConfig, EvaluationConfig, RuntimeConfig, RunConfig]
+    "part",
+    [
+        TeacherConfig,
+        SynthesisConfig,
+        QuantConfig,
+        ReconstructionConfig,
+        FinetuneConfig,
+        EvaluationConfig,
+        RuntimeConfig,
+        RunConfig,
+    ],
 )
 def test_parts_are_frozen_keyword_only_and_explained(part: type, root: Path) -> None:
     assert part.__doc__ and not part.__doc__.startswith(part.__name__)
@@ -307,7 +327,7 @@ def test_parts_are_frozen_keyword_only_and_explained(part: type, root: Path) -> 
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(part(), fields[0].name, 1)
     source = (
-        (root / "synq" / "configs.py")
+        (root / f"{part.__module__.replace('.', '/')}.py")
         .read_text()
         .split(f"class {part.__name__}:")[1]
         .split("\n@dataclass")[0]

@@ -25,8 +25,8 @@ from synq.finetune import (
 )
 from synq.losses import difficulty, feature_loss
 from synq.lowpass import gaussian_lowpass
+from synq.network_outputs import TappedNetwork, teacher_response
 from synq.quant_layers import QuantConv2d, QuantLinear
-from synq.responses import TappedNetwork, teacher_response
 from synq.seeding import make_generator
 from synq.students import observe_ranges, quantize_model
 from synq.timetable import epoch_batches, local_batch_size, lr_at

@@ -52,7 +52,7 @@ LAYERS = (
         "calib_centers",
         "synthesis",
         "artifacts",
-        "responses",
+        "network_outputs",
         "averaging",
         "finetune",
         "timetable",

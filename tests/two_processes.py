@@ -15,9 +15,9 @@ from synq.cam_site import locate_cam
 from synq.configs import FinetuneConfig, RuntimeConfig
 from synq.finetune import finetune
 from synq.losses import difficulty
+from synq.network_outputs import TappedNetwork, teacher_response
 from synq.placement import make_accelerator
 from synq.quant_layers import QuantConv2d, QuantLinear
-from synq.responses import TappedNetwork, teacher_response
 from synq.seeding import derive_seed
 from synq.students import observe_ranges, quantize_model
 from synq.timetable import epoch_batches, local_batch_size

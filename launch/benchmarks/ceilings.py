@@ -18,7 +18,7 @@ from synq.fake_quant import choose_qparams, fake_quantize, fake_quantize_rectifi
 from synq.finetune import training_loss
 from synq.gradcam import cam_map
 from synq.lowpass import gaussian_lowpass
-from synq.responses import teacher_response
+from synq.network_outputs import teacher_response
 
 FLOAT = 4
 MATRIX = {"cpu": 1024, "cuda": 8192}

@@ -14,7 +14,7 @@ from launch.benchmarks.timing import Times, alternate
 from synq.configs import RuntimeConfig
 from synq.finetune import training_loss
 from synq.losses import kd_kl
-from synq.responses import teacher_response
+from synq.network_outputs import teacher_response
 
 
 def rows(context: Context) -> Iterator[Row]:

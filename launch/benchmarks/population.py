@@ -11,7 +11,7 @@ from launch.benchmarks.subjects import Subject, build_subject
 from launch.benchmarks.table import Context, Row
 from launch.benchmarks.timing import alternate
 from synq.finetune import training_loss
-from synq.responses import Response, teacher_response
+from synq.network_outputs import Response, teacher_response
 
 STUDENTS = {"cpu": 4, "cuda": 8}
 LAYERS = ((16, 32), (32, 16), (64, 8))

@@ -13,7 +13,7 @@ from synq.configs import FinetuneConfig
 from synq.finetune import training_loss
 from synq.losses import kd_kl
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
-from synq.responses import teacher_response
+from synq.network_outputs import teacher_response
 
 CONFIG = FinetuneConfig()
 

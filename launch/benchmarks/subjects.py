@@ -11,8 +11,8 @@ from synq.cam_site import locate_cam
 from synq.cifar_resnet import cifar_resnet
 from synq.configs import RuntimeConfig
 from synq.fusion import fuse_rectified
+from synq.network_outputs import TappedNetwork
 from synq.placement import place
-from synq.responses import TappedNetwork
 from synq.students import observe_ranges, quantize_model
 from synq.tracing import trace_classifier, with_features
 

@@ -12,7 +12,7 @@ from synq.configs import FinetuneConfig
 from synq.gradcam import autograd_weights, cam_map
 from synq.losses import cam_loss, difficulty, kd_kl, masked_cross_entropy
 from synq.lowpass import gaussian_lowpass
-from synq.responses import TappedNetwork
+from synq.network_outputs import TappedNetwork
 
 PASSES = "teacher 2 F + B to A, student 2 F + 2 B + B to A"
 
