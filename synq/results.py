@@ -108,6 +108,10 @@ class RunRecord:
     """Seconds of each stage."""
     total_seconds: float | None = None
     """Seconds of the whole run, earlier parts of a resumed one included."""
+    lost: int | None = None
+    """Labelled images that the teacher has right and the student wrong, after the last epoch."""
+    gained: int | None = None
+    """Labelled images that the teacher has wrong and the student right; drop = 100 (lost - gained) / num_eval."""
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:
