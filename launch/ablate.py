@@ -1,68 +1,73 @@
 #!/usr/bin/env python3
-"""What each idea buys on one teacher: `launch/ablate.py --config FILE [--bits W4A4 W3A3] [--seeds 0 1 2] [--finetune.lr 0.01 ...]`."""
+"""What each idea buys on one teacher: `launch/ablate.py [SPEC | --config FILE] [--bits W4A4 W3A3] [--seeds 0 1 2] [--finetune.lr 0.01 ...]`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sweeps.ablation import ROWS, Cell, markdown, plan, run_all, table, write_tables
-from synq.configs import make_absolute
+from sweeps.ablation import ROWS, AblationSpec, Cell, load_ablation, markdown, plan, table, write_tables
+from sweeps.pool import exit_code, run_all
+from sweeps.settings_file import read_overrides
+from synq.configs import RunConfig, config_from_dict, load_config, make_absolute, with_overrides
 from synq.results import RunRecord, summary_line
-from synq.train import USER_ERROR, read_command_line, report_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one configuration with filter, CAM and masking switched off in turn, on shared seeds, and print the paired table.
+    """Run one configuration with every combination of filter, CAM and soft labels, on shared seeds, and print the paired table.
 
-    The configuration must have all three on. Every other word is a setting of the run, as for synq/train.py. The same command
-    resumes an ablation that was stopped.
+    The configuration must have all three on. It comes from SPEC, a file that holds the whole ablation (tables go to
+    <output_dir>/<name>), or from --config, a file of one run (tables go to <output_dir>). Every other word is a setting of the run,
+    as for synq/train.py. The same command resumes an ablation that was stopped.
     """
-    parser = argparse.ArgumentParser(prog="ablate", description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("--bits", nargs="+", default=["W4A4", "W3A3"], help="bit-widths (default: W4A4 W3A3)")
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of data and training (default: 0 1 2)"
+    words = list(sys.argv[1:] if argv is None else argv)
+    first = ["--spec", words.pop(0)] if words and not words[0].startswith("-") else []
+    parser = argparse.ArgumentParser(
+        prog="ablate", usage="%(prog)s [SPEC] [options]", description=main.__doc__, allow_abbrev=False
     )
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), help=f"some of: {', '.join(ROWS)}")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--spec", metavar="SPEC", help="file of an ablation; as the first word it needs no --spec")
+    source.add_argument("--config", metavar="FILE", help="file of one run, as for synq/train.py")
+    parser.add_argument("--bits", nargs="+", help="bit-widths (default: those of SPEC, or W4A4 W3A3)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, help="seeds of data and training (default: those of SPEC, or 0 1 2)"
+    )
+    parser.add_argument(
+        "--rows", nargs="+", metavar="ROW", help=f"some of: {', '.join(ROWS)} (default: those of SPEC, or all)"
+    )
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, the cores divided between them (default: 1)"
     )
-    arguments, words = parser.parse_known_args(argv)
-    try:
-        config, _ = read_command_line(words)
-        config = make_absolute(config)
-        runs = plan(config, arguments.bits, arguments.seeds, arguments.rows)
-        records = run_all(runs, arguments.jobs, _say)
-        lines = table({cell: records[cell] for cell in runs})
-        folder = Path(config.runtime.output_dir)
-        write_tables(folder, lines)
-    except (ValueError, OSError) as error:
-        report_error(error)
-        return USER_ERROR
-    except BrokenProcessPool:
-        report_error(
-            RuntimeError(
-                "a run's process died (too little memory?); the same command goes on, fewer `--jobs` need less"
-            )
-        )
-        return 1
-    except RuntimeError as error:
-        from synq.finetune import NonFiniteLossError  # torch, which a refused command line need not wait for
+    arguments, rest = parser.parse_known_args([*first, *words])
+    return exit_code(lambda: _ablate(arguments, rest))
 
-        if not isinstance(error, NonFiniteLossError):
-            raise
-        report_error(error)
-        return 1
-    except KeyboardInterrupt:
-        print("synq: interrupted; the same command resumes", file=sys.stderr, flush=True)
-        return 130
+
+def _ablate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
+    spec, folder = _read(arguments, words)
+    bits, seeds, rows = (getattr(arguments, key) or getattr(spec, key) for key in ("bits", "seeds", "rows"))
+    runs = plan(spec.base, bits, seeds, rows)
+    records = run_all(runs, arguments.jobs, _say)
+    lines = table({cell: records[cell] for cell in runs})
+    write_tables(folder, lines)
     print(markdown(lines), end="")
     print(folder / "ablation.csv", flush=True)
-    return 0
+
+
+def _read(arguments: argparse.Namespace, words: Sequence[str]) -> tuple[AblationSpec, Path]:
+    """Return the ablation with absolute paths, and the folder of its tables."""
+    overrides, path = read_overrides(words), arguments.config
+    if arguments.spec is not None:
+        spec = load_ablation(arguments.spec)
+    else:
+        config = config_from_dict(RunConfig, load_config(path), source=path) if path else RunConfig()
+        spec = AblationSpec(name=config.name, bits=("W4A4", "W3A3"), seeds=(0, 1, 2), base=config)
+    base = make_absolute(with_overrides(spec.base, overrides))
+    folder = Path(base.runtime.output_dir)
+    return replace(spec, base=base), folder if arguments.spec is None else folder / base.name
 
 
 def _say(cell: Cell, record: RunRecord) -> None:

@@ -28,11 +28,13 @@ class Accuracy:
         top1: Share of images whose label is the largest logit.
         top5: Share of images whose label is among the five largest (all, with fewer classes).
         num_images: Images counted.
+        hits: (n,) bool on the CPU, whether the largest logit of each image of *this process* is its label, in the order of its row numbers.
     """
 
     top1: float
     top5: float
     num_images: int
+    hits: Tensor = field(repr=False, compare=False)
 
 
 def forget_teachers() -> None:
@@ -58,14 +60,33 @@ def evaluate(net: nn.Module, fetch: Fetch, indices: Tensor, *, batch_size: int, 
         raise ValueError("evaluation must see at least one labelled image, but got 0")
     dtype = _dtype(net)
     counts = torch.zeros(3, dtype=torch.int64, device=accelerator.device)
+    hits = [torch.zeros(0, dtype=torch.bool, device=accelerator.device)]  # a process may have no image at all
     for rows in _share(indices, batch_size, accelerator):
         images, labels = fetch(rows)
         logits = net(images.to(accelerator.device, dtype))
         labels = labels.to(accelerator.device)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        hits.append(best[:, 0])
         counts += torch.stack([best[:, 0].sum(), best.any(dim=1).sum(), torch.tensor(len(rows), device=best.device)])
     first, five, seen = accelerator.reduce(counts, reduction="sum").tolist()
-    return Accuracy(top1=100 * first / seen, top5=100 * five / seen, num_images=seen)
+    return Accuracy(top1=100 * first / seen, top5=100 * five / seen, num_images=seen, hits=torch.cat(hits).cpu())
+
+
+def lost_and_gained(before: Accuracy, after: Accuracy, *, accelerator: Accelerator) -> tuple[int, int]:
+    """Compare two networks image by image, over all processes.
+
+    The difference of their top-1 is 100 (lost - gained) / num_images; how sure it is depends on lost + gained.
+
+    Args:
+        before, after: From `evaluate` with the same row numbers and process group.
+        accelerator: Process group.
+
+    Returns:
+        Images that only ``before`` has right (lost), and images that only ``after`` has right (gained).
+    """
+    counts = torch.stack([(before.hits & ~after.hits).sum(), (after.hits & ~before.hits).sum()])
+    lost, gained = accelerator.reduce(counts.to(accelerator.device), reduction="sum").tolist()
+    return lost, gained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +170,7 @@ class Measurement:
         objective: Value of the configured objective.
         fidelity: From `fidelity`, on the held-out synthetic images.
         top1, top5, num_eval: On the labelled images that are reported on; None without labels.
+        lost, gained: Those of them that only the teacher, or only the network has right; None without labels.
     """
 
     objective: float | None
@@ -156,6 +178,8 @@ class Measurement:
     top1: float | None
     top5: float | None
     num_eval: int | None
+    lost: int | None = None
+    gained: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -183,6 +207,8 @@ class Measure:
     heldout: Tensor = field(default_factory=lambda: torch.empty(0))
     _reference: Reference | None = field(default=None, init=False, repr=False)
     """Made when the first network is measured: by then the teacher stands on its device."""
+    _teacher: Accuracy | None = field(default=None, init=False, repr=False)
+    """The teacher on the reported images, counted at the same time."""
 
     @classmethod
     def prepare(cls, settings: EvaluationConfig, teacher: Teacher, accelerator: Accelerator) -> "Measure":
@@ -272,11 +298,16 @@ class Measure:
         objective = chosen if self.settings.objective == "synthetic" else self.objective(net)
         if self.labelled is None:
             return Measurement(objective=objective, fidelity={**values}, top1=None, top5=None, num_eval=None)
-        accuracy = self._accuracy(net, self.reported)
+        if self._teacher is None:
+            self._teacher = self._accuracy(self.teacher.graph, self.reported)
+        accuracy = self._teacher if net is self.teacher.graph else self._accuracy(net, self.reported)
+        lost, gained = lost_and_gained(self._teacher, accuracy, accelerator=self.accelerator)
         return Measurement(
             objective=objective,
             fidelity={**values},
             top1=accuracy.top1,
             top5=accuracy.top5,
             num_eval=accuracy.num_images,
+            lost=lost,
+            gained=gained,
         )

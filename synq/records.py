@@ -86,6 +86,8 @@ def complete_record(
         top5=final.top5,
         drop=None if final.top1 is None or teacher.top1 is None else teacher.top1 - final.top1,
         num_eval=final.num_eval,
+        lost=final.lost,
+        gained=final.gained,
         kept_share=history[-1]["kept"] if history else None,
         loss_history=list(history),
         warnings=[*record.warnings, *_mask_warnings(record.config["finetune"], history)],

@@ -110,6 +110,10 @@ class RunRecord:
     """Seconds of the whole run, earlier parts of a resumed one included."""
     codes_changed: float | None = None
     """Share (0..1) of the integer weights that fine-tuning changed."""
+    lost: int | None = None
+    """Labelled images that the teacher has right and the student wrong, after the last epoch."""
+    gained: int | None = None
+    """Labelled images that the teacher has wrong and the student right; drop = 100 (lost - gained) / num_eval."""
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:

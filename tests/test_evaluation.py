@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, fx, nn
 
 from synq.configs import FIDELITY_MEASURES, EvaluationConfig, TeacherConfig
-from synq.evaluation import Measure, Reference, evaluate, fidelity
+from synq.evaluation import Accuracy, Measure, Reference, evaluate, fidelity, lost_and_gained
 from synq.fidelity import OBJECTIVES, kl, logit_mse
 from synq.students import observe_ranges, quantize_model
 from synq.teachers import Teacher, load_teacher
@@ -220,3 +220,54 @@ def test_several_processes_share_the_images_and_sum(
         assert rank.mine is not None and rank.mine[-1] == 30 / count
         others = [*others, rank.mine]
     assert got == pytest.approx(whole, rel=1e-5), "the last process has everybody's sums"
+
+
+def _answers(logits: Tensor, labels: Tensor, rows: Tensor, rank: object, batch_size: int = 7) -> Accuracy:
+    return evaluate(
+        Echo(),
+        lambda part: (logits[part], labels[part]),
+        rows,
+        batch_size=batch_size,
+        accelerator=rank,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(("num_images", "count"), [(82, 1), (82, 2), (82, 3), (2, 3)])
+def test_lost_and_gained_are_exact_on_any_number_of_processes(num_images: int, count: int) -> None:
+    """Brute force, image by image; 82 does not divide by 3, and of 2 images the third process has none."""
+    generator = torch.Generator().manual_seed(3)
+    before, after = torch.randn(2, 200, 4, generator=generator)
+    labels = torch.randint(0, 4, (200,), generator=generator)
+    rows = torch.arange(200)[5 : 5 + num_images]  # row numbers are not positions
+    pairs = [(int(before[i].argmax() == labels[i]), int(after[i].argmax() == labels[i])) for i in rows.tolist()]
+    others: list[Tensor] = []
+    for index in range(count):
+        rank = Rank(index, count)
+        rank.others = [torch.tensor([0, 0, 1])]  # the share of the others, who have seen something
+        first, second = (_answers(logits, labels, rows, rank) for logits in (before, after))
+        rank.others = others
+        found = lost_and_gained(first, second, accelerator=rank)  # type: ignore[arg-type]
+        assert rank.mine is not None
+        others = [*others, rank.mine]
+    assert found == (pairs.count((1, 0)), pairs.count((0, 1)))
+    assert num_images < 10 or min(found) > 0
+
+
+def test_a_measurement_is_compared_with_the_teacher_image_by_image(
+    measured: tuple[Measure, fx.GraphModule], accelerator: Accelerator
+) -> None:
+    teacher, student = measured[0].teacher, measured[1]
+    measure = Measure.prepare(EvaluationConfig(dataset="digits", batch_size=50), teacher, accelerator)
+    measure.hold_out(measured[0].heldout)
+    result, own = measure(student), measure(teacher.graph)
+    assert measure.labelled is not None
+    images, labels = measure.labelled.batch(measure.reported)
+    with torch.no_grad():
+        right = [net(images).argmax(1) == labels for net in (teacher.graph, student)]
+    pairs = list(zip(*(part.tolist() for part in right), strict=True))
+    assert (result.lost, result.gained) == (pairs.count((True, False)), pairs.count((False, True)))
+    assert result.lost is not None and result.gained is not None and result.lost > 0
+    assert own.top1 is not None and result.top1 is not None and result.num_eval == len(pairs)
+    assert own.top1 - result.top1 == pytest.approx(100 * (result.lost - result.gained) / len(pairs))
+    assert (own.lost, own.gained) == (0, 0)
+    assert (measured[0](student).lost, measured[0](student).gained) == (None, None), "without labels"

@@ -148,8 +148,9 @@ def test_engines_stay_outside_the_package() -> None:
             assert not known & {"sweeps", "launch"}, f"{_name(path)} imports {known & {'sweeps', 'launch'}}"
 
 
-def test_space_and_leaderboard_need_neither_ray_nor_torch() -> None:
-    code = "import sys, sweeps.space, sweeps.leaderboard; print(sorted({'torch', 'ray', 'optuna'} & set(sys.modules)))"
+def test_spaces_tables_and_plans_need_neither_ray_nor_torch() -> None:
+    modules = "sweeps.space, sweeps.leaderboard, sweeps.recipes, sweeps.ablation, sweeps.pool"
+    code = f"import sys, {modules}; print(sorted({{'torch', 'ray', 'optuna'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 

@@ -39,6 +39,8 @@ def test_a_run_leaves_a_record_and_a_student_that_loads(config: RunConfig) -> No
     assert read_record(folder / "record.json") == record
     assert record.status == "completed" and record.protocol == "A" and record.num_eval == 64
     assert record.drop == pytest.approx(record.teacher_top1 - record.top1)  # type: ignore[operator]
+    assert record.lost is not None and record.gained is not None
+    assert record.drop == pytest.approx(100 * (record.lost - record.gained) / 64)
     assert record.objective_value == record.fidelity["kl"] is not None
     assert len(record.loss_history) == 2 and set(record.seconds) >= {
         "teacher",

@@ -1,0 +1,105 @@
+"""Several runs side by side on one machine, without Ray, and how the doors that do so answer a failure."""
+
+import os
+import sys
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import TypeVar
+
+from synq.configs import RunConfig
+from synq.results import RunRecord
+from synq.train import USER_ERROR, report_error
+
+Cell = TypeVar("Cell", bound=Hashable)
+
+
+def run_all(
+    runs: Mapping[Cell, RunConfig], jobs: int, on_done: Callable[[Cell, RunRecord], None]
+) -> dict[Cell, RunRecord]:
+    """Do all runs, finished ones are only read: one after the other in this process, or in `jobs` processes at a time.
+
+    Side by side the cores are divided between the processes, unless the runs say their threads.
+
+    Args:
+        runs: The runs, by whatever names them.
+        jobs: Runs at a time.
+        on_done: Called with each run as it ends, in this process.
+
+    Returns:
+        The records, by the same names, in the order in which the runs ended.
+
+    Raises:
+        ValueError: If `jobs` is below 1.
+        Exception: The first error of a run, after the runs under way have ended.
+    """
+    if jobs < 1:
+        raise ValueError(f"`jobs` must be >= 1, but got {jobs}")
+    quiet = {cell: replace(run, runtime=replace(run.runtime, progress=False)) for cell, run in runs.items()}
+    if jobs > 1:
+        return _side_by_side(quiet, jobs, on_done)
+    from synq.pipeline import run  # torch, which a refused command line need not wait for
+
+    done: dict[Cell, RunRecord] = {}
+    for cell, config in quiet.items():
+        done[cell] = run(config)
+        on_done(cell, done[cell])
+    return done
+
+
+def _side_by_side(
+    runs: Mapping[Cell, RunConfig], jobs: int, on_done: Callable[[Cell, RunRecord], None]
+) -> dict[Cell, RunRecord]:
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    done: dict[Cell, RunRecord] = {}
+    # Fresh interpreters: a forked torch may hang on the locks of threads that are gone.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting: dict[Future[RunRecord], Cell] = {}
+        for cell, config in runs.items():
+            runtime = replace(config.runtime, num_threads=config.runtime.num_threads or threads)
+            waiting[pool.submit(_run_one, replace(config, runtime=runtime))] = cell
+        try:
+            for future in as_completed(waiting):
+                done[waiting[future]] = future.result()
+                on_done(waiting[future], future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return done
+
+
+def _run_one(config: RunConfig) -> RunRecord:
+    os.environ["OMP_NUM_THREADS"] = str(config.runtime.num_threads)
+    from synq.pipeline import run
+
+    return run(config)
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do the work of a door and return its exit code; whatever goes wrong is one line on standard error.
+
+    Returns:
+        0 done, 1 a run failed, 2 the input was refused, 130 interrupted.
+    """
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        report_error(error)
+        return USER_ERROR
+    except BrokenProcessPool:
+        reason = "a run's process died (too little memory?); the same command goes on, fewer `--jobs` need less"
+        report_error(RuntimeError(reason))
+        return 1
+    except RuntimeError as error:
+        from synq.finetune import NonFiniteLossError  # torch, which a refused command line need not wait for
+
+        if not isinstance(error, NonFiniteLossError):
+            raise
+        report_error(error)
+        return 1
+    except KeyboardInterrupt:
+        print("synq: interrupted; the same command resumes", file=sys.stderr, flush=True)
+        return 130
+    return 0
