@@ -108,6 +108,8 @@ class RunRecord:
     """Seconds of each stage."""
     total_seconds: float | None = None
     """Seconds of the whole run, earlier parts of a resumed one included."""
+    rounding: dict[str, Any] = field(default_factory=dict)
+    """What equalisation and correction did before fine-tuning."""
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:
