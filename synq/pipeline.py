@@ -1,6 +1,7 @@
 """One run from a pre-trained classifier and no data to a measured low-bit student: the stages in a row.
 
-    load_teacher -> synthesize -> store -> low-pass filter -> quantize_model -> observe ranges -> finetune -> evaluate -> record
+    load_teacher -> synthesize -> store -> low-pass filter -> quantize_model [-> equalize] -> observe ranges [-> correct statistics]
+                 -> finetune -> evaluate -> record
 
 Labelled images enter in `Measure` alone, and only to be counted.
 """
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from accelerate import Accelerator
@@ -38,8 +40,9 @@ from synq.network_outputs import TappedNetwork
 from synq.placement import check_compilable, dtype_of, make_accelerator, place
 from synq.records import blank_record, complete_record
 from synq.results import RunRecord, read_record, write_bytes_atomic, write_json_atomic, write_record
+from synq.rounding import prepare_student
 from synq.scratch import scratch_tensor
-from synq.students import Student, observe_ranges, quantize_model, share_changed, weight_codes
+from synq.students import Student, quantize_model, share_changed, weight_codes
 from synq.synthesis import ensure_set
 from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher, load_teacher
@@ -98,7 +101,7 @@ def run(
 
     with clock("quantize"):
         images = low_pass(train_set.images, config, folder).to(dtype_of(config.runtime))
-        teacher_net, student_net = _networks(config, teacher, student, images, accelerator)
+        teacher_net, student_net, rounding = _networks(config, teacher, student, images, accelerator)
     with clock("measure"):
         reference = measure(teacher.graph)
         rounded = measure(student.net)
@@ -112,6 +115,7 @@ def run(
 
     codes = weight_codes(student.net)
     record = blank_record(config, teacher, student, train_set, heldout, measure.labels_digest, accelerator, started)
+    record = replace(record, rounding=rounding)
     if accelerator.is_main_process:
         write_json_atomic(folder / "config.json", config_to_dict(config))
     try:
@@ -230,25 +234,25 @@ def _open(config: RunConfig, accelerator: Accelerator) -> tuple[Teacher, Measure
 
 def _networks(
     config: RunConfig, teacher: Teacher, student: Student, images: Tensor, accelerator: Accelerator
-) -> tuple[TappedNetwork, TappedNetwork]:
-    """Place both networks, observe the student's ranges and tap the features of both."""
+) -> tuple[TappedNetwork, TappedNetwork, dict[str, Any]]:
+    """Place both networks, set the student's ranges, tap the features of both; also returns what was done besides."""
     for net in (teacher.graph, student.net):
         place(net, config.runtime, accelerator.device, teacher.input_size)
-    observe_ranges(
-        student.net,
-        images[: config.quant.calib_images].to(accelerator.device),
-        act_range=config.quant.act_range,
-        weight_range=config.quant.weight_range,
-        norm=config.quant.mse_norm,
-    )
+    calib = images[: config.quant.calib_images].to(accelerator.device)
+    reference, rounding = prepare_student(student.net, teacher.graph, calib, config.quant, _same_figures)
     cam, student_node = teacher.cam, student.cam_node
     if cam.kind == "none":  # the tap still needs a tensor; the image itself costs nothing and is never read
         cam, student_node = replace(cam, node=_input_node(teacher.graph)), _input_node(student.net)
     blocks = [node.name for node in block_ends(teacher.graph)[:-1]] if config.finetune.feature_weight > 0 else []
-    teacher_net = with_features(teacher.graph, cam.node, blocks)
+    teacher_net = with_features(reference, cam.node, blocks)
     student_net = with_features(student.net, student_node, [student.taps.get(name, name) for name in blocks])
     fuse_rectified(student_net)
-    return TappedNetwork(net=teacher_net, site=cam), TappedNetwork(net=student_net, site=cam)
+    return TappedNetwork(net=teacher_net, site=cam), TappedNetwork(net=student_net, site=cam), rounding
+
+
+def _same_figures(figures: dict[str, float]) -> dict[str, float]:
+    """Those of the main process, on all processes: what is chosen by them must be the same everywhere."""
+    return dict(broadcast_object_list([figures])[0])
 
 
 def _synthetic_sets(config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> tuple[SyntheticSet, SyntheticSet]:

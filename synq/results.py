@@ -114,6 +114,8 @@ class RunRecord:
     """Labelled images that the teacher has right and the student wrong, after the last epoch."""
     gained: int | None = None
     """Labelled images that the teacher has wrong and the student right; drop = 100 (lost - gained) / num_eval."""
+    rounding: dict[str, Any] = field(default_factory=dict)
+    """What equalisation and correction did before fine-tuning."""
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:

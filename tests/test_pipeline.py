@@ -351,3 +351,29 @@ def test_the_teacher_of_many_runs_is_counted_once(config: RunConfig, monkeypatch
     assert records[0].teacher_top1 == records[1].teacher_top1
     run(with_overrides(config, {"seed": 1, "evaluation.num_images": 32}))  # other images: counted anew
     assert counted[5:] == [False, True, True]
+
+
+def test_equalisation_and_correction_are_recorded_and_a_stopped_run_goes_on(config: RunConfig, tmp_path: Path) -> None:
+    config = with_overrides(config, {"quant.equalization": True, "quant.bn_correction": True, "finetune.epochs": 2})
+    whole = run(config)
+    assert run(config) == whole == read_record(run_folder(config) / "record.json")
+    equalization, correction = whole.rounding["equalization"], whole.rounding["bn_correction"]
+    assert equalization["pairs"] and correction["batch_norms"] > 0
+    for report in (equalization, correction):
+        assert report["kl"][report["kept"]] == min(report["kl"].values())
+    assert "none" not in (equalization["kept"], correction["kept"]), "they do something here"
+
+    def stop(epoch: dict[str, float]) -> None:
+        if epoch["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    config = with_overrides(config, {"runtime.output_dir": str(tmp_path / "stopped")})
+    with pytest.raises(KeyboardInterrupt):
+        run(config, on_epoch=stop)
+    assert not (run_folder(config) / "record.json").exists()
+    resumed = run(config)
+    assert resumed.objective_value == whole.objective_value and resumed.rounding == whole.rounding
+    off = {"quant.equalization": False, "quant.bn_correction": False}
+    other = run(with_overrides(config, off))
+    assert other.rounding == {} and other.rtn_fidelity != whole.rtn_fidelity
+    assert other.protocol == whole.protocol == "A"
