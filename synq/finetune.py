@@ -25,6 +25,7 @@ from synq.checkpoints import check_same_epoch, load_checkpoint, save_checkpoint
 from synq.configs import FinetuneConfig
 from synq.gradcam import autograd_weights, cam_map, closed_form_weights
 from synq.losses import synq_loss
+from synq.optimizers import make_optimizer
 from synq.quant_layers import effective_weight
 from synq.seeding import make_generator
 from synq.timetable import epoch_batches, local_batch_size, lr_at
@@ -164,7 +165,7 @@ def finetune(
     if steps_per_epoch == 0 and config.epochs > 0:
         raise ValueError(f"finetune.batch_size must be <= the {len(images)} images, but got {config.batch_size}")
     parameters = _trainable(student.net, config.train_bn)
-    optimizer: torch.optim.Optimizer = _optimizer(parameters, config)
+    optimizer: torch.optim.Optimizer = make_optimizer(student.net, config)
     for buffer in student.net.buffers():
         broadcast(buffer)  # ranges that a GPU summed in another order on each process would differ for the whole run
     with warnings.catch_warnings():  # of PyTorch 2.14, whose new word for this Accelerate does not know yet
@@ -201,7 +202,7 @@ def finetune(
                 view = cached(rows) if cached is not None else teacher_view(teacher, x, y, with_cam)
                 loss, terms = training_loss(model, student, view, x, y, config)
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(epoch * steps_per_epoch + step, steps_per_epoch, config)
+                group["lr"] = group["lr_factor"] * lr_at(epoch * steps_per_epoch + step, steps_per_epoch, config)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf)
             meter.add({"loss": loss.detach(), **terms, "gradient norm": torch.as_tensor(norm)})
@@ -307,16 +308,3 @@ def _trainable(net: fx.GraphModule, train_bn: bool) -> list[nn.Parameter]:
     for parameter in net.parameters():
         parameter.requires_grad_(id(parameter) not in frozen)
     return [parameter for parameter in net.parameters() if parameter.requires_grad]
-
-
-def _optimizer(parameters: list[nn.Parameter], config: FinetuneConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "adam":
-        betas = (config.momentum, 0.999)
-        return torch.optim.Adam(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
-    )

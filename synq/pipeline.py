@@ -211,6 +211,8 @@ def build_student(teacher: Teacher, quant: QuantConfig) -> Student:
         first_bits=quant.first_bits,
         last_bits=quant.last_bits,
         cam_node=teacher.cam.node,
+        learned_steps=quant.learned_steps,
+        rounding=quant.rounding,
     )
 
 

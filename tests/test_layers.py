@@ -21,6 +21,7 @@ LAYERS = (
     {
         "seeding",
         "fake_quant",
+        "learned_steps",
         "observers",
         "bn_stats",
         "lowpass",
@@ -53,6 +54,7 @@ LAYERS = (
         "synthesis",
         "artifacts",
         "finetune",
+        "optimizers",
         "timetable",
         "checkpoints",
         "evaluation",
