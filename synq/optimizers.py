@@ -1,9 +1,10 @@
 """The optimiser of a fine-tuning: weights and learned quantization steps in groups of their own."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from synq.configs import FinetuneConfig
 from synq.fake_quant import SCALE_EPS
@@ -41,7 +42,7 @@ def make_optimizer(net: nn.Module, config: FinetuneConfig) -> torch.optim.Optimi
     return optimizer
 
 
-def keep_positive(optimizer: torch.optim.Optimizer, steps: list[nn.Parameter]) -> None:
+def keep_positive(optimizer: torch.optim.Optimizer, steps: Sequence[Tensor]) -> None:
     """After every step of ``optimizer``, lift each of the learned ``steps`` to ``SMALLEST_STEP`` of its present value at least.
 
     The steps themselves are trained, not their logarithms: LSQ's factor makes the update of s itself commensurate with that of a

@@ -1,6 +1,7 @@
 """One run from a pre-trained classifier and no data to a measured low-bit student: the stages in a row.
 
-    load_teacher -> synthesize -> store -> low-pass filter -> quantize_model -> observe ranges -> finetune -> evaluate -> record
+    load_teacher -> synthesize -> store -> low-pass filter -> quantize_model -> observe ranges [-> reconstruct]
+                 -> finetune -> evaluate -> record
 
 Labelled images enter in `Measure` alone, and only to be counted.
 """
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from accelerate import Accelerator
@@ -34,6 +36,7 @@ from synq.finetune import CamNetwork, Epoch, NonFiniteLossError, finetune
 from synq.fusion import fuse_rectified
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
 from synq.placement import check_compilable, dtype_of, make_accelerator, place
+from synq.reconstruct import reconstruct
 from synq.records import blank_record, complete_record
 from synq.results import RunRecord, read_record, write_bytes_atomic, write_json_atomic, write_record
 from synq.scratch import scratch_tensor
@@ -96,7 +99,7 @@ def run(
 
     with clock("quantize"):
         images = low_pass(train_set.images, config, folder).to(dtype_of(config.runtime))
-        teacher_net, student_net = _networks(config, teacher, student, images, accelerator)
+        teacher_net, student_net, blocks = _networks(config, teacher, student, images, accelerator)
     with clock("measure"):
         reference = measure(teacher.graph)
         rounded = measure(student.net)
@@ -109,6 +112,7 @@ def run(
             on_epoch({**epoch, "epochs": config.finetune.epochs})
 
     record = blank_record(config, teacher, student, train_set, heldout, measure.labels_digest, accelerator, started)
+    record = replace(record, reconstruction=blocks)
     if accelerator.is_main_process:
         write_json_atomic(folder / "config.json", config_to_dict(config))
     try:
@@ -228,8 +232,8 @@ def _open(config: RunConfig, accelerator: Accelerator) -> tuple[Teacher, Measure
 
 def _networks(
     config: RunConfig, teacher: Teacher, student: Student, images: Tensor, accelerator: Accelerator
-) -> tuple[CamNetwork, CamNetwork]:
-    """Place both networks, observe the student's ranges and tap the features of both."""
+) -> tuple[CamNetwork, CamNetwork, list[dict[str, Any]]]:
+    """Place both networks, observe the student's ranges, learn its rounding where asked to, and tap the features of both."""
     for net in (teacher.graph, student.net):
         place(net, config.runtime, accelerator.device, teacher.input_size)
     observe_ranges(
@@ -239,12 +243,17 @@ def _networks(
         weight_range=config.quant.weight_range,
         norm=config.quant.mse_norm,
     )
+    blocks: list[dict[str, Any]] = []
+    if config.quant.rounding == "adaround":
+        settings, progress = config.reconstruction, config.runtime.progress and accelerator.is_main_process
+        common = {"seed": config.seed, "device": accelerator.device, "progress": progress}
+        blocks = reconstruct(student.net, teacher.graph, images, settings, **common).rows()
     cam, student_node = teacher.cam, student.cam_node
     if cam.kind == "none":  # the tap still needs a tensor; the image itself costs nothing and is never read
         cam, student_node = replace(cam, node=_input_node(teacher.graph)), _input_node(student.net)
     teacher_net, student_net = with_features(teacher.graph, cam.node), with_features(student.net, student_node)
     fuse_rectified(student_net)
-    return CamNetwork(net=teacher_net, site=cam), CamNetwork(net=student_net, site=cam)
+    return CamNetwork(net=teacher_net, site=cam), CamNetwork(net=student_net, site=cam), blocks
 
 
 def _synthetic_sets(config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> tuple[SyntheticSet, SyntheticSet]:

@@ -65,7 +65,7 @@ class RunRecord:
     teacher_top1: float | None = None
     """Top-1 of the teacher on the labelled images."""
     rtn_top1: float | None = None
-    """Top-1 of the student before fine-tuning (round-to-nearest)."""
+    """Top-1 of the student before fine-tuning (round-to-nearest, or the learned rounding)."""
     top1: float | None = None
     """Top-1 of the student after the last epoch."""
     top5: float | None = None
@@ -108,6 +108,8 @@ class RunRecord:
     """Seconds of each stage."""
     total_seconds: float | None = None
     """Seconds of the whole run, earlier parts of a resumed one included."""
+    reconstruction: list[dict[str, Any]] = field(default_factory=list)
+    """Of each block whose rounding was learned: its last node, the error before and after, the share of codes changed, whether kept."""
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:

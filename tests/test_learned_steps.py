@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -243,7 +244,9 @@ def test_every_step_gets_a_gradient_and_a_saved_student_loads_bit_equal(
         assert torch.equal(other.net(images()), made.net(images()))
 
 
-def train(net: nn.Module, steps: Steps, fused: bool = True, **options: Any) -> tuple[Student, nn.Module]:
+def train(
+    net: nn.Module, steps: Steps, fused: bool = True, run: dict[str, Any] | None = None, **options: Any
+) -> tuple[Student, nn.Module]:
     """The student after a short fine-tuning, and what it was before."""
     traced = trace_classifier(net, SIZE)
     site, made = locate_cam(traced), student_of(net, steps)
@@ -254,7 +257,16 @@ def train(net: nn.Module, steps: Steps, fused: bool = True, **options: Any) -> t
     student = CamNetwork(net=net_with, site=site)
     teacher = CamNetwork(net=with_features(traced, site.node), site=site)
     config = dataclasses.replace(FinetuneConfig(epochs=4, batch_size=8, lr=1e-2, cam_weight=1.0), **options)
-    finetune(student, teacher, images(), torch.arange(24) % 5, config, accelerator=Accelerator(cpu=True), seed=1)
+    finetune(
+        student,
+        teacher,
+        images(),
+        torch.arange(24) % 5,
+        config,
+        accelerator=Accelerator(cpu=True),
+        seed=1,
+        **(run or {}),
+    )
     return made, before
 
 
@@ -269,6 +281,22 @@ def test_steps_move_in_a_fine_tuning_and_zero_points_stay(
     state = made.net.state_dict()
     zero_points = [name for name in state if name.endswith("zero_point")]
     assert zero_points and all(torch.equal(state[name], before.state_dict()[name]) for name in zero_points)
+
+
+def test_a_killed_fine_tuning_of_steps_resumes_bit_equal(tiny_classifier: nn.Module, tmp_path: Path) -> None:
+    whole = train(tiny_classifier, "all")[0].net.state_dict()
+
+    class KilledError(Exception):
+        pass
+
+    def kill(epoch: dict[str, float]) -> None:
+        if epoch["epoch"] == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(tiny_classifier, "all", run={"checkpoint": tmp_path / "c.pt", "on_epoch": kill})
+    resumed = train(tiny_classifier, "all", run={"checkpoint": tmp_path / "c.pt"})[0].net.state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_a_factor_of_zero_leaves_the_steps_and_the_weights_still_learn(tiny_classifier: nn.Module) -> None:
