@@ -65,3 +65,32 @@ def _only_moves(traced: fx.GraphModule, node: fx.Node) -> bool:
     module = node_module(traced, node)
     name = operation_name(node) if module is None else type(module).__name__
     return is_passive(traced, node) or any(word in name.lower() for word in _POOLS)
+
+
+def segment(traced: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.GraphModule:
+    """Return the part of a network that computes the output of ``end`` from that of ``start``; submodules are shared.
+
+    Args:
+        traced: A graph of a teacher or a student.
+        start: One of its ``cut_nodes``, or the quantizer right behind one.
+        end: A later one.
+
+    Raises:
+        ValueError: If ``end`` needs more than ``start`` and parameters.
+    """
+    needed: set[fx.Node] = set()
+    waiting = [end]
+    while waiting:
+        node = waiting.pop()
+        if node is not start and node not in needed:
+            needed.add(node)
+            waiting.extend(node.all_input_nodes)
+    graph = fx.Graph()
+    copies = {start: graph.placeholder("x")}
+    for node in traced.graph.nodes:
+        if node in needed:
+            if node.op == "placeholder":
+                raise ValueError(f"`start` must be all that {end.name} is computed from, but got {start.name}")
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[end])
+    return fx.GraphModule(traced, graph, class_name=f"{type(traced).__name__}Segment").eval()

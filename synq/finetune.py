@@ -25,6 +25,7 @@ from synq.checkpoints import check_same_epoch, load_checkpoint, save_checkpoint
 from synq.configs import FinetuneConfig
 from synq.losses import kd_kl, synq_loss
 from synq.network_outputs import Response, TappedNetwork, cached_responses, teacher_response
+from synq.optimizers import make_optimizer
 from synq.seeding import make_generator
 from synq.timetable import epoch_batches, local_batch_size, lr_at
 from synq.tracing import batchnorm_parameters
@@ -160,7 +161,7 @@ def finetune(
     with_cam = config.cam_weight > 0 and student.site.kind != "none"
     student, teacher = (replace(part, method=config.cam_method, with_cam=with_cam) for part in (student, teacher))
     parameters = _trainable(student.net, config.train_bn)
-    optimizer: torch.optim.Optimizer = _optimizer(parameters, config)
+    optimizer: torch.optim.Optimizer = make_optimizer(student.net, config)
     for buffer in student.net.buffers():
         broadcast(buffer)  # ranges that a GPU summed in another order on each process would differ for the whole run
     with warnings.catch_warnings():  # of PyTorch 2.14, whose new word for this Accelerate does not know yet
@@ -202,7 +203,7 @@ def finetune(
                 )
                 loss, terms = training_loss(model, student, goal, x, y, config, harder)
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(epoch * steps_per_epoch + step, steps_per_epoch, config)
+                group["lr"] = group["lr_factor"] * lr_at(epoch * steps_per_epoch + step, steps_per_epoch, config)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf)
             meter.add({"loss": loss.detach(), **terms, "gradient norm": torch.as_tensor(norm)})
@@ -282,16 +283,3 @@ def _trainable(net: fx.GraphModule, train_bn: bool) -> list[nn.Parameter]:
     for parameter in net.parameters():
         parameter.requires_grad_(id(parameter) not in frozen)
     return [parameter for parameter in net.parameters() if parameter.requires_grad]
-
-
-def _optimizer(parameters: list[nn.Parameter], config: FinetuneConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "adam":
-        betas = (config.momentum, 0.999)
-        return torch.optim.Adam(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
-    )

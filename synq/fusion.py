@@ -27,6 +27,8 @@ class RectifiedQuantizer(nn.Module):
         (inner,) = self._quantizer
         if not inner.enabled or torch.compiler.is_compiling() or x.dtype != torch.float32:
             return inner(F.relu(x))
+        if inner.learned:
+            return inner.learned_forward(x, rectified=True)
         return fake_quantize_rectified(x, inner.scale, inner.quant_max)
 
 

@@ -1,7 +1,7 @@
 """One run from a pre-trained classifier and no data to a measured low-bit student: the stages in a row.
 
-    load_teacher -> synthesize -> store -> low-pass filter -> quantize_model [-> equalize] -> observe ranges [-> correct statistics]
-                 -> finetune -> evaluate -> record
+    load_teacher -> synthesize -> store -> low-pass filter -> quantize_model -> prepare_student (ranges; rounding, where it is more than
+                 to the nearest) -> finetune -> evaluate -> record
 
 Labelled images enter in `Measure` alone, and only to be counted.
 """
@@ -219,6 +219,8 @@ def build_student(teacher: Teacher, quant: QuantConfig) -> Student:
         first_bits=quant.first_bits,
         last_bits=quant.last_bits,
         cam_node=teacher.cam.node,
+        learned_steps=quant.learned_steps,
+        rounding=quant.rounding,
     )
 
 
@@ -235,11 +237,13 @@ def _open(config: RunConfig, accelerator: Accelerator) -> tuple[Teacher, Measure
 def _networks(
     config: RunConfig, teacher: Teacher, student: Student, images: Tensor, accelerator: Accelerator
 ) -> tuple[TappedNetwork, TappedNetwork, dict[str, Any]]:
-    """Place both networks, set the student's ranges, tap the features of both; also returns what was done besides."""
+    """Place both networks, set the student's ranges and rounding, tap the features of both; also returns what was done."""
     for net in (teacher.graph, student.net):
         place(net, config.runtime, accelerator.device, teacher.input_size)
-    calib = images[: config.quant.calib_images].to(accelerator.device)
-    reference, rounding = prepare_student(student.net, teacher.graph, calib, config.quant, _same_figures)
+    progress = config.runtime.progress and accelerator.is_main_process
+    reference, rounding = prepare_student(
+        student.net, teacher.graph, images, config, accelerator.device, agree=_same_figures, progress=progress
+    )
     cam, student_node = teacher.cam, student.cam_node
     if cam.kind == "none":  # the tap still needs a tensor; the image itself costs nothing and is never read
         cam, student_node = replace(cam, node=_input_node(teacher.graph)), _input_node(student.net)

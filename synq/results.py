@@ -65,7 +65,7 @@ class RunRecord:
     teacher_top1: float | None = None
     """Top-1 of the teacher on the labelled images."""
     rtn_top1: float | None = None
-    """Top-1 of the student before fine-tuning (round-to-nearest)."""
+    """Top-1 of the student before fine-tuning (round-to-nearest, or the learned rounding)."""
     top1: float | None = None
     """Top-1 of the student after the last epoch."""
     top5: float | None = None
@@ -115,7 +115,7 @@ class RunRecord:
     gained: int | None = None
     """Labelled images that the teacher has wrong and the student right; drop = 100 (lost - gained) / num_eval."""
     rounding: dict[str, Any] = field(default_factory=dict)
-    """What equalisation and correction did before fine-tuning."""
+    """What equalisation, correction and the learning of the rounding did before fine-tuning, each with its figures."""
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:

@@ -1,27 +1,41 @@
-"""From a student rounded to nearest to the one that fine-tuning starts from: equalised channels, ranges, corrected statistics."""
+"""From a student rounded to nearest to the one that fine-tuning starts from: equalised channels, ranges, corrected statistics, rounding."""
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from synq.bn_correction import correct_statistics
-from synq.configs import QuantConfig
+from synq.configs import RunConfig
 from synq.equalization import equalize
 from synq.guard import Agree
+from synq.reconstruct import reconstruct
 from synq.students import observe_ranges
 
 
 def prepare_student(
-    net: fx.GraphModule, teacher: fx.GraphModule, images: Tensor, quant: QuantConfig, agree: Agree = dict
+    net: fx.GraphModule,
+    teacher: fx.GraphModule,
+    images: Tensor,
+    config: RunConfig,
+    device: torch.device,
+    *,
+    agree: Agree = dict,
+    progress: bool = False,
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
-    """Set the ranges of a student, in place, after equalisation and before correction where the configuration asks for them.
+    """Set the ranges of a student, in place, and do what else the configuration asks for before fine-tuning.
+
+    quantize_model [-> equalize] -> observe ranges [-> correct statistics] [-> learn the rounding]
 
     Args:
-        net: Network of a student from ``quantize_model(teacher, ...)``.
-        teacher: Its teacher's graph; not changed.
-        images: (N, C, H, W) synthetic images on the device of both, filtered as those of the fine-tuning.
-        quant: ``equalization``, ``bn_correction``, and how ranges are chosen.
+        net: Network of a student from ``quantize_model(teacher, ...)``, on ``device``.
+        teacher: Its teacher's graph, there too; not changed.
+        images: (N, C, H, W) synthetic images, filtered as those of the fine-tuning. Ranges and statistics come from the first
+            ``quant.calib_images``.
+        config: Its parts ``quant`` and ``reconstruction``, and the seed.
+        device: Where to compute.
         agree: Makes figures, by which something is kept or not, the same on all processes.
+        progress: Whether a terminal shows a progress bar.
 
     Returns:
         The float network that the student imitates tensor by tensor: the teacher, or a copy whose channels are scaled as the
@@ -30,15 +44,23 @@ def prepare_student(
     Raises:
         ValueError: As ``observe_ranges``.
     """
+    quant = config.quant
+    calib = images[: quant.calib_images].to(device)
 
     def observe(student: fx.GraphModule) -> None:
-        observe_ranges(student, images, act_range=quant.act_range, weight_range=quant.weight_range, norm=quant.mse_norm)
+        observe_ranges(student, calib, act_range=quant.act_range, weight_range=quant.weight_range, norm=quant.mse_norm)
 
-    reference, report = teacher, {}
+    reference: fx.GraphModule = teacher
+    report: dict[str, Any] = {}
     if quant.equalization:
-        reference, report["equalization"] = equalize(net, teacher, images, observe, agree)
+        reference, report["equalization"] = equalize(net, teacher, calib, observe, agree)
     else:
         observe(net)
     if quant.bn_correction:
-        report["bn_correction"] = correct_statistics(net, reference, images, agree=agree)
+        report["bn_correction"] = correct_statistics(net, reference, calib, agree=agree)
+    if quant.rounding == "adaround":
+        learned = reconstruct(
+            net, reference, images, config.reconstruction, seed=config.seed, device=device, progress=progress
+        )
+        report["reconstruction"] = learned.rows()
     return reference, report

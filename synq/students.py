@@ -12,7 +12,7 @@ from synq.accounting import TensorRow, account, bitops, packed_bytes
 from synq.fake_quant import quantize
 from synq.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
 from synq.operations import classify
-from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, quantizers_bypassed
+from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
 from synq.tracing import node_module, tensor_inputs
 
 
@@ -47,6 +47,8 @@ def quantize_model(
     first_bits: int | None = None,
     last_bits: int | None = None,
     cam_node: str = "",
+    learned_steps: Literal["none", "activations", "all"] = "none",
+    rounding: Literal["nearest", "adaround"] = "nearest",
 ) -> Student:
     """Round a traced teacher to a low-bit student; the teacher is not touched.
 
@@ -60,6 +62,8 @@ def quantize_model(
         first_bits: Width of the first layer's weight (and of its input, under "inputs"); None for ``weight_bits``.
         last_bits: The same for the last layer.
         cam_node: Node of ``traced`` whose output is the CAM's feature map; "" for none.
+        learned_steps: Whose scales are parameters: "activations" or "all" (the weights' too, which then no longer follow the weights).
+        rounding: "adaround": the weights' scales are stored, because a learned rounding holds on the grid it was learned on.
 
     Returns:
         The student, in evaluation mode.
@@ -72,12 +76,13 @@ def quantize_model(
     layers, nonlinear = classify(net)
     widths = _layer_widths(layers, weight_bits, first_bits, last_bits)
     input_widths = _layer_widths(layers, act_bits, first_bits, last_bits)
+    steps: WeightSteps = "learned" if learned_steps == "all" else "stored" if rounding == "adaround" else "live"
     for node in layers:
         module = node_module(net, node)
         if isinstance(module, nn.Conv2d) and not isinstance(module, QuantConv2d):
-            _replace(net, str(node.target), QuantConv2d.from_float(module, widths[node]))
+            _replace(net, str(node.target), QuantConv2d.from_float(module, widths[node], steps))
         elif isinstance(module, nn.Linear) and not isinstance(module, QuantLinear):
-            _replace(net, str(node.target), QuantLinear.from_float(module, widths[node]))
+            _replace(net, str(node.target), QuantLinear.from_float(module, widths[node], steps))
 
     if act_points == "relu":
         points = {node: (act_bits, list(node.users)) for node in nonlinear}
@@ -89,7 +94,7 @@ def quantize_model(
             points[producer] = (max(bits, input_widths[node]), [*users, node])
     taps = {}
     for node, (bits, users) in points.items():
-        quantizer = _insert_quantizer(net, node, users, bits)
+        quantizer = _insert_quantizer(net, node, users, ActQuantizer(bits, learned_steps != "none"))
         if act_points == "relu":
             taps[node.name] = quantizer.name
     net.graph.lint()
@@ -115,7 +120,7 @@ def observe_ranges(
     norm: float = 2.4,
     batch_size: int = 256,
 ) -> None:
-    """Set every activation range from ``images`` once; nothing moves it afterwards.
+    """Set every activation range from ``images``, and the weights' stored scales, once; only learned scales move afterwards.
 
     Activations are observed in float behind the already quantized weights. "minmax" takes the extremes; "mse" the
     range that minimises the mean |x - quantized x|^norm over a histogram.
@@ -133,11 +138,12 @@ def observe_ranges(
     """
     if len(images) == 0:
         raise ValueError("calib_images must be >= 1, but got no image")
-    if weight_range == "mse":
-        for module in net.modules():
-            if isinstance(module, (QuantConv2d, QuantLinear)):
-                weights = module.weight_quantizer
+    for module in net.modules():
+        if isinstance(module, (QuantConv2d, QuantLinear)):
+            weights = module.weight_quantizer
+            if weight_range == "mse":
                 weights.clip_ratio.copy_(mse_weight_ratio(module.weight.detach().float(), weights.bits, norm))
+            weights.freeze(module.weight)
     batches = images.split(batch_size)
     extremes: dict[str, RangeObserver] = {}
     _observe(net, batches, lambda name, x: extremes.setdefault(name, RangeObserver()).update(x))
@@ -234,9 +240,9 @@ def _replace(net: fx.GraphModule, name: str, module: nn.Module) -> None:
     setattr(net.get_submodule(parent) if parent else net, child, module.eval())
 
 
-def _insert_quantizer(net: fx.GraphModule, node: fx.Node, users: list[fx.Node], bits: int) -> fx.Node:
+def _insert_quantizer(net: fx.GraphModule, node: fx.Node, users: list[fx.Node], quantizer: ActQuantizer) -> fx.Node:
     target = f"act_quantizers.{node.name}"
-    net.add_submodule(target, ActQuantizer(bits).eval())
+    net.add_submodule(target, quantizer.eval())
     with net.graph.inserting_after(node):
         quantized = net.graph.call_module(target, (node,))
     quantized.meta = dict(node.meta)

@@ -21,6 +21,7 @@ LAYERS = (
     {
         "seeding",
         "fake_quant",
+        "learned_steps",
         "observers",
         "bn_stats",
         "lowpass",
@@ -58,6 +59,8 @@ LAYERS = (
         "network_outputs",
         "averaging",
         "finetune",
+        "optimizers",
+        "reconstruct",
         "timetable",
         "checkpoints",
         "evaluation",
@@ -243,13 +246,17 @@ def test_keys_of_one_name_in_several_parts_are_all_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_settings: dict[str, object], spy: Callable[[type], set[str]]
 ) -> None:
     """`lr` of the synthesis and `lr` of the fine-tuning look alike to the test above: watch a run read them."""
-    from synq.configs import EvaluationConfig, FinetuneConfig, SynthesisConfig, with_overrides
+    from synq.configs import EvaluationConfig, FinetuneConfig, ReconstructionConfig, SynthesisConfig, with_overrides
     from synq.pipeline import run
 
-    parts = {"synthesis": SynthesisConfig, "finetune": FinetuneConfig, "evaluation": EvaluationConfig}
+    parts: dict[str, type] = {"synthesis": SynthesisConfig, "finetune": FinetuneConfig, "evaluation": EvaluationConfig}
+    parts["reconstruction"] = ReconstructionConfig
     shared = {key for key in dotted_keys(RunConfig) if len(_parts_of(key.rpartition(".")[2])) > 1}
     assert {"synthesis.lr", "finetune.lr"} <= shared and {key.partition(".")[0] for key in shared} <= set(parts)
-    config = with_overrides(RunConfig(), {**tiny_settings, "runtime.output_dir": str(tmp_path)})
+    config = with_overrides(
+        RunConfig(), {**tiny_settings, "runtime.output_dir": str(tmp_path), "quant.rounding": "adaround"}
+    )
+    config = with_overrides(config, {"reconstruction.iterations": 2})
     seen = {part: spy(cls) for part, cls in parts.items()}
     run(config)
     assert shared <= {f"{part}.{name}" for part, names in seen.items() for name in names}

@@ -73,6 +73,26 @@ def test_a_finished_run_is_returned_and_an_equal_one_elsewhere_is_equal(config: 
     assert [getattr(other, key) for key in same] == [getattr(first, key) for key in same]
 
 
+def test_learned_rounding_and_steps_are_recorded_and_repeatable(config: RunConfig, tmp_path: Path) -> None:
+    words = {"quant.rounding": "adaround", "quant.learned_steps": "all", "quant.weight_bits": 3, "quant.first_bits": 8}
+    words |= {"reconstruction.iterations": 5, "reconstruction.images": 16, "reconstruction.rounding_lr": 0.05}
+    config = with_overrides(config, words)
+    other = with_overrides(config, {"runtime.output_dir": str(tmp_path / "other")})
+    first, second = run(config), run(other)
+    assert first.protocol == "B" and [block["block"] for block in first.rounding["reconstruction"]][-1] == "linear"
+    for key in ("reconstruction", "fidelity", "rtn_fidelity", "top1", "rtn_top1"):
+        assert getattr(first, key) == getattr(second, key)
+    assert read_record(run_folder(config) / "record.json") == first
+    states = [safetensors.torch.load_file(run_folder(c) / "student.safetensors") for c in (config, other)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    student = build_student(load_teacher(config.teacher), config.quant)
+    student.net.load_state_dict(states[0])
+    with torch.no_grad():
+        assert torch.isfinite(student.net(torch.randn(2, 1, 16, 16))).all()
+    plain = run(with_overrides(config, {"quant.rounding": "nearest"}))
+    assert "reconstruction" not in plain.rounding and plain.rtn_fidelity != first.rtn_fidelity
+
+
 def test_only_labels_move_when_the_labelled_images_change(config: RunConfig, tmp_path: Path) -> None:
     """Zero-shot: the student is the same without any labelled image."""
     with_labels = run(config)

@@ -195,6 +195,40 @@ def test_first_and_last_width() -> None:
     assert [widths["activation", name] for name in ("x", "relu", "flatten")] == [8, 3, 7]
 
 
+def test_first_and_last_width_where_activations_are_quantized_behind_non_linearities() -> None:
+    """Protocol B: weights of both ends at 8 bits; the image and the pooled features, their inputs, are float under this rule."""
+    student = make("relu", bits=3, first_bits=8, last_bits=8)
+    widths = {(row.role, row.name): row.bits for row in student.rows}
+    assert [widths["weight", name] for name in ("conv1", "conv2", "conv3", "fc")] == [8, 3, 3, 8]
+    assert [widths["activation", name] for name in ("x", "relu", "relu_1", "relu_2", "flatten")] == [32, 3, 3, 3, 32]
+    observe_ranges(student.net, torch.randn(8, *SIZE), act_range="minmax")
+    codes = {
+        name: len(effective_weight(student.net.get_submodule(name))[0].unique()) for name in ("conv1", "conv2", "fc")
+    }
+    assert codes["conv1"] > 8 >= codes["conv2"], "eight levels a channel are three bits"
+    assert student.bitops == 8 * 32 * 8 * 256 * 27 + 3 * 3 * (8 * 256 * 18 + 8 * 256 * 8) + 8 * 32 * 40
+
+
+@pytest.mark.parametrize("options", [{"learned_steps": "all"}, {"rounding": "adaround"}])
+def test_a_stored_weight_scale_is_that_of_the_observation(options: dict[str, str]) -> None:
+    student = make(bits=3, **options)  # type: ignore[arg-type]
+    layer = student.net.get_submodule("conv3")
+    assert isinstance(layer, QuantConv2d)
+    live, _ = layer.weight_quantizer.qparams(layer.weight)
+    observe_ranges(student.net, torch.randn(4, *SIZE), act_range="minmax", weight_range="mse")
+    stored, _ = layer.weight_quantizer.qparams(layer.weight)
+    torch.testing.assert_close(stored, live * layer.weight_quantizer.clip_ratio)
+    assert (stored < live).any()
+    with torch.no_grad():
+        layer.weight.mul_(3)
+    assert torch.equal(layer.weight_quantizer.qparams(layer.weight)[0], stored)
+    other = make(bits=3, **options)  # type: ignore[arg-type]
+    other.net.load_state_dict(student.net.state_dict())
+    x = torch.randn(2, *SIZE)
+    with torch.no_grad():
+        assert torch.equal(other.net(x), student.net(x))
+
+
 def test_account_of_size_and_bitops_by_hand() -> None:
     student = make("relu", bits=4)
     weights = {row.name: row for row in student.rows if row.role == "weight"}
