@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from synq.cam_site import locate_cam
 from synq.configs import FinetuneConfig
 from synq.fake_quant import SCALE_EPS, choose_qparams, dequantize, fake_quantize, quant_bounds, quantize
-from synq.finetune import CamNetwork, finetune
+from synq.finetune import finetune
 from synq.fusion import fuse_rectified
 from synq.learned_steps import fake_quantize_learned, gradient_factor
+from synq.network_outputs import TappedNetwork
 from synq.optimizers import SMALLEST_STEP, make_optimizer
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, WeightQuantizer, effective_weight, step_parameters
 from synq.students import Student, observe_ranges, quantize_model
@@ -254,8 +255,8 @@ def train(
     net_with = with_features(made.net, made.cam_node)
     if fused:
         assert fuse_rectified(net_with) == 2
-    student = CamNetwork(net=net_with, site=site)
-    teacher = CamNetwork(net=with_features(traced, site.node), site=site)
+    student = TappedNetwork(net=net_with, site=site)
+    teacher = TappedNetwork(net=with_features(traced, site.node), site=site)
     config = dataclasses.replace(FinetuneConfig(epochs=4, batch_size=8, lr=1e-2, cam_weight=1.0), **options)
     finetune(
         student,

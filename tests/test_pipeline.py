@@ -80,7 +80,7 @@ def test_learned_rounding_and_steps_are_recorded_and_repeatable(config: RunConfi
     other = with_overrides(config, {"runtime.output_dir": str(tmp_path / "other")})
     first, second = run(config), run(other)
     assert first.protocol == "B" and [block["block"] for block in first.rounding["reconstruction"]][-1] == "linear"
-    for key in ("reconstruction", "fidelity", "rtn_fidelity", "top1", "rtn_top1"):
+    for key in ("rounding", "fidelity", "rtn_fidelity", "top1", "rtn_top1"):
         assert getattr(first, key) == getattr(second, key)
     assert read_record(run_folder(config) / "record.json") == first
     states = [safetensors.torch.load_file(run_folder(c) / "student.safetensors") for c in (config, other)]
