@@ -26,7 +26,7 @@ from synq.configs import FinetuneConfig
 from synq.gradcam import autograd_weights, cam_map, closed_form_weights
 from synq.losses import synq_loss
 from synq.optimizers import make_optimizer
-from synq.quant_layers import effective_weight
+from synq.quant_layers import effective_weight, step_parameters
 from synq.seeding import make_generator
 from synq.timetable import epoch_batches, local_batch_size, lr_at
 from synq.tracing import batchnorm_parameters
@@ -165,9 +165,9 @@ def finetune(
     if steps_per_epoch == 0 and config.epochs > 0:
         raise ValueError(f"finetune.batch_size must be <= the {len(images)} images, but got {config.batch_size}")
     parameters = _trainable(student.net, config.train_bn)
+    for ranges in (*student.net.buffers(), *step_parameters(student.net)):
+        broadcast(ranges.detach())  # what a GPU summed in another order on each process would differ for the whole run
     optimizer: torch.optim.Optimizer = make_optimizer(student.net, config)
-    for buffer in student.net.buffers():
-        broadcast(buffer)  # ranges that a GPU summed in another order on each process would differ for the whole run
     with warnings.catch_warnings():  # of PyTorch 2.14, whose new word for this Accelerate does not know yet
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         model, optimizer = accelerator.prepare(student.net, optimizer)
