@@ -76,7 +76,7 @@ class ReconstructionConfig:
     """Images per step."""
     images: int = 1024
     """Synthetic images used, at most."""
-    rounding_lr: float = 1e-3
+    rounding_lr: float = 1e-2
     """Learning rate of Adam on the rounding of the weights."""
     step_lr: float = 4e-5
     """Learning rate of Adam on the activations' steps; 0 leaves them as observed."""

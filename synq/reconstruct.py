@@ -252,7 +252,8 @@ def _learn(
     for step in range(config.iterations):
         rows = torch.randperm(len(target), generator=order)[: config.batch_size].to(target.device)
         with torch.enable_grad():
-            output = runner.run(drop(teacher_in[rows], student_in[rows]))
+            same = teacher_in is student_in  # the images: nothing to mix
+            output = runner.run(student_in[rows] if same else drop(teacher_in[rows], student_in[rows]))
             loss = _distance(output, target[rows])
             beta = _beta(step, config)
             if beta is not None:

@@ -52,7 +52,7 @@ class RunRecord:
     act_bits: int = 0
     """Bits of the activations."""
     protocol: str = ""
-    """A: all layers low-bit; B: first or last layer at another width."""
+    """A: all layers low-bit, static; B: first or last layer at another width, or learned steps or rounding."""
     act_points: str = ""
     """Which activations are low-bit: relu or inputs."""
     objective: str = ""

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from synq.finetune import finetune
 from synq.losses import difficulty
 from synq.network_outputs import TappedNetwork, teacher_response
 from synq.placement import make_accelerator
-from synq.quant_layers import QuantConv2d, QuantLinear
+from synq.quant_layers import QuantConv2d, QuantLinear, step_parameters
 from synq.seeding import derive_seed
 from synq.students import observe_ranges, quantize_model
 from synq.timetable import epoch_batches, local_batch_size
@@ -62,13 +63,13 @@ def codes(net: nn.Module) -> list[Tensor]:
     return result
 
 
-def main(kind: str, out: Path) -> None:
+def main(kind: str, steps: Literal["none", "all"], out: Path) -> None:
     accelerator = make_accelerator(RuntimeConfig(device="cpu"))
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
     traced = trace_classifier(classifier(kind).double(), SIZE)
     site = locate_cam(traced)
     assert site.kind == kind
-    student = quantize_model(traced, weight_bits=4, act_bits=8, cam_node=site.node)
+    student = quantize_model(traced, weight_bits=4, act_bits=8, cam_node=site.node, learned_steps=steps)
     images = torch.randn(BATCH, *SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(BATCH) % 5
     observe_ranges(student.net, images, act_range="minmax")
@@ -88,8 +89,8 @@ def main(kind: str, out: Path) -> None:
     all_kept = accelerator.gather(torch.tensor([kept], dtype=torch.float64))
 
     if accelerator.process_index == 1:  # as if another device had summed its histogram in another order
-        for buffer in student.net.buffers():
-            buffer.mul_(1.5) if buffer.is_floating_point() else buffer.add_(1)
+        for ranges in (*student.net.buffers(), *step_parameters(student.net)):
+            ranges.detach().mul_(1.5) if ranges.is_floating_point() else ranges.add_(1)
     before = codes(student.net)
     history = finetune(network, teacher, images, labels, config, accelerator=accelerator, seed=SEED)
     flips = sum(int((a != b).sum()) for a, b in zip(before, codes(student.net), strict=True))
@@ -113,4 +114,4 @@ def main(kind: str, out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))  # type: ignore[arg-type]
