@@ -1,6 +1,7 @@
 """Corrected statistics: what was planted is taken out, layer by layer in one pass, and nothing is kept that does not help."""
 
 import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -176,7 +177,6 @@ def test_each_layer_runs_once_for_each_batch_and_values_are_dropped() -> None:
     calls: list[int] = []
     alive: list[int] = []
     tensors: list[object] = []
-    import weakref
 
     def look(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         calls.append(1)
