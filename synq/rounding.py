@@ -25,7 +25,9 @@ def prepare_student(
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
     """Set the ranges of a student, in place, and do what else the configuration asks for before fine-tuning.
 
-    quantize_model [-> equalize] -> observe ranges [-> correct statistics] [-> learn the rounding]
+    quantize_model [-> equalize] -> observe ranges [-> learn the rounding] [-> correct statistics]
+
+    Statistics last: what they make up for is what the rounding has left.
 
     Args:
         net: Network of a student from ``quantize_model(teacher, ...)``, on ``device``.
@@ -56,11 +58,11 @@ def prepare_student(
         reference, report["equalization"] = equalize(net, teacher, calib, observe, agree)
     else:
         observe(net)
-    if quant.bn_correction:
-        report["bn_correction"] = correct_statistics(net, reference, calib, agree=agree)
     if quant.rounding == "adaround":
         learned = reconstruct(
             net, reference, images, config.reconstruction, seed=config.seed, device=device, progress=progress
         )
         report["reconstruction"] = learned.rows()
+    if quant.bn_correction:
+        report["bn_correction"] = correct_statistics(net, reference, calib, agree=agree)
     return reference, report
