@@ -31,6 +31,7 @@ from synq.synthetic_data import (
 Purpose = Literal["train", "heldout"]
 CENTER_FIELDS = ("center_iterations", "center_weight", "center_depth")
 GENERATOR_FIELDS = ("generator_lr", "latent_dim")
+LABEL_FIELDS = ("inception_weight", "hard_sample_gamma")
 NEW_FIELDS = {"method": "inversion", "swing_conv": False}
 """Settings that came after the first sets were made, with the value that those sets have: so they keep their names."""
 
@@ -41,12 +42,16 @@ def set_identity(
     """Return what decides a set, as plain JSON values, and nothing else: above all nothing of quantization and fine-tuning.
 
     Device, number of processes and of threads are absent: they change a set by rounding at most. The input size is present: many
-    classifiers take any. Settings of what a method does not have (calibration centers, a generator) do not count.
+    classifiers take any. Settings of what a method does not have (calibration centers, a generator, pixels, assigned labels) do not
+    count. Calibration centers are pixels with labels, whatever the method.
     """
     settings = config_to_dict(config) | {"swing_conv": config.swings}
     unused = {name for name, value in NEW_FIELDS.items() if settings[name] == value}
-    unused |= set() if config.calib_centers else set(CENTER_FIELDS)
     unused |= set() if config.method in ("gdfq", "genie") else set(GENERATOR_FIELDS)
+    if not config.calib_centers:
+        unused |= set(CENTER_FIELDS)
+        unused |= set() if config.assigns_labels else set(LABEL_FIELDS)
+        unused |= {"lr"} if config.method == "gdfq" else set()
     if config.method == "gaussian":
         unused = set(settings) - {"method", "num_images", "shard_size"}
     settings = {name: value for name, value in settings.items() if name not in unused}

@@ -1,4 +1,4 @@
-"""Turn a frozen classifier into images: optimise the pixels of one shard until the classifier sees its own training data."""
+"""Turn a frozen classifier into images: optimise one shard, by any method, until the classifier sees its own training data."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from synq.bn_stats import BatchNormInputs, ChannelStatistics, bns_loss
 from synq.configs import SynthesisConfig
+from synq.image_sources import Group, make_source
 from synq.losses import inception_loss
+from synq.swing import SwingConvolutions, draw_swings
 
 SHIFT_PARTS = 8
 """The random shift reaches up to 1/8 of the image's side: 4 pixels at 32, 28 at 224."""
@@ -24,10 +26,12 @@ class Inversion:
 
     images: Tensor
     """Shape (N, C, H, W), float32, in the teacher's normalised space: the last state of the optimisation."""
+    labels: Tensor
+    """Shape (N,), int64: the labels assigned before, or, where the method uses none, the teacher's answers to these images."""
     terms: dict[str, float]
     """Loss terms of exactly these images, without augmentation: total, inception, bns, centers."""
     num_agree: int
-    """Images whose largest logit is that of the assigned label."""
+    """Images whose largest logit is that of their label."""
     history: Tensor
     """Shape (iterations,), the loss before each step, of the augmented view."""
     statistics: dict[str, ChannelStatistics]
@@ -95,6 +99,12 @@ def _draw_views(
     return [(bool(flip), (down, right)) for flip, down, right in zip(flips, *shifts, strict=True)]
 
 
+def _make_rate(lr: float, config: SynthesisConfig, iterations: int, device: torch.device) -> "CosineLr | PlateauLr":
+    if config.schedule == "plateau":
+        return PlateauLr(lr, config.plateau_patience, config.plateau_factor, device)
+    return CosineLr(lr, iterations, device)
+
+
 def invert(
     module: nn.Module,
     labels: Tensor,
@@ -108,95 +118,119 @@ def invert(
     device: torch.device | None = None,
     on_iteration: Callable[[int, Tensor], None] | None = None,
 ) -> Inversion:
-    """Optimise one shard of images, starting from noise N(0, 1), with Adam on the pixels.
+    """Optimise one shard of images with Adam on whatever `config.method` makes them from.
 
     The cosine is ours: over a few hundred iterations the paper's plateau rule fires too late (the noise of lr 0.5 hides the plateau)
     or too early, and shards end 5 to 30 times further from the statistics (sweeps/LOG.md).
 
     L = inception_weight * mean_i (1 - p_i)^gamma CE_i + bns_weight * BNS(targets) + center_weight * bns_weight * BNS(center_targets)
 
-    The images after the last step are returned, not those of the lowest loss: each step sees another random view, so the lowest
-    loss is mostly a lucky view. Nothing waits for the device inside the loop. Randomness is drawn on the CPU, so that the start does
-    not depend on the device.
+    The first term is absent for zeroq and gaussian, which assign no labels; gaussian takes no step at all. Every rate of a method
+    follows the schedule. The images after the last step are returned, not those of the lowest loss: each step sees another random
+    view, so the lowest loss is mostly a lucky view. Nothing waits for the device inside the loop. Randomness is drawn on the CPU, so
+    that the start does not depend on the device.
 
     Args:
         module: The teacher in eval mode, on `device`. Its parameters get no gradient and are not changed.
         labels: Shape (N,), int64, the class each image is to show.
         input_size: Channels, height, width in pixels.
         targets: Batch-norm statistics to reach, on `device`.
-        config: Weights, learning rate, augmentation.
-        generator: CPU generator of the noise and of the views.
+        config: Method, weights, learning rates, augmentation.
+        generator: CPU generator of the start, the views and the swings, and of a generator's noise.
         iterations: Steps; None takes `config.iterations`.
         center_targets: A second set of statistics to reach, for some of the layers; None for none.
         device: Where to compute; None is the CPU.
         on_iteration: Called after each step with the number of steps done and the loss (a tensor on the device).
 
     Raises:
-        ValueError: If a term or a pixel is not finite at the end, with the term's name.
+        ValueError: If a term or a pixel is not finite at the end, with the term's name and the learning rates of the method.
 
-    Source: SynQ (arXiv 2603.18423), section 3, step 1; hard samples: HAST (CVPR 2023); second target: TexQ (NeurIPS 2023).
+    Source: SynQ (arXiv 2603.18423), section 3, step 1; hard samples: HAST (CVPR 2023); second target: TexQ (NeurIPS 2023); statistics
+    alone: ZeroQ (CVPR 2020); the generators: `synq.image_sources`.
     """
     assert not any(part.training for part in module.modules()), "the teacher must be in eval mode"
     device = torch.device("cpu") if device is None else device
     iterations = config.iterations if iterations is None else iterations
-    num_images = labels.numel()
-    images = torch.randn((num_images, *input_size), generator=generator).to(device, memory_format=torch.channels_last)
-    images.requires_grad_()
-    images.grad = torch.empty_like(images)
+    iterations = 0 if config.method == "gaussian" else iterations
+    source = make_source(labels, input_size, config=config, generator=generator, device=device)
     labels = labels.to(device)
     views = _draw_views(config.augment, iterations, *input_size[1:], generator)
-    rate: CosineLr | PlateauLr = CosineLr(config.lr, iterations, device)
-    if config.schedule == "plateau":
-        rate = PlateauLr(config.lr, config.plateau_patience, config.plateau_factor, device)
+    swings = draw_swings(module, iterations, generator) if config.swings else []
+    rates = [_make_rate(group.lr, config, iterations, device) for group in source.groups]
+    groups = [{"params": group.parameters, "lr": rate.lr} for group, rate in zip(source.groups, rates, strict=True)]
     # Fused: one kernel a step, and the only form that takes the learning rate as a device tensor.
-    optimizer = torch.optim.Adam([images], lr=rate.lr, fused=True)
+    optimizer = torch.optim.Adam(groups, fused=True)
+    parameters = [parameter for group in source.groups for parameter in group.parameters]
+    gradients = [torch.empty_like(parameter) for parameter in parameters]
+    for parameter, place in zip(parameters, gradients, strict=True):
+        parameter.grad = place
     history = torch.zeros(iterations, device=device)
 
     def terms_of(logits: Tensor, statistics: Mapping[str, ChannelStatistics]) -> dict[str, Tensor]:
+        gamma = config.hard_sample_gamma if config.assigns_labels else 0.0
         terms = {
-            "inception": inception_loss(logits, labels, config.hard_sample_gamma).mean(),
+            "inception": inception_loss(logits, labels, gamma).mean(),
             "bns": bns_loss(statistics, targets, config.bns_form),
             "centers": torch.zeros((), device=device),
         }
-        total = config.inception_weight * terms["inception"] + config.bns_weight * terms["bns"]
+        total = config.bns_weight * terms["bns"]
+        if config.assigns_labels:
+            total = config.inception_weight * terms["inception"] + total
         if center_targets:
             terms["centers"] = bns_loss(statistics, center_targets, config.bns_form)
             total = total + config.center_weight * config.bns_weight * terms["centers"]
         return {"total": total, **terms}
 
     with BatchNormInputs(module) as inputs:
-        for step, (flip, shift) in enumerate(views):
-            view = mirror_roll(images, flip, shift)
-            # Never the pixels themselves: a teacher may normalise its input in place.
-            logits = module(view.clone() if view is images else view)
-            loss = terms_of(logits, inputs.take())["total"]
-            # grad, not backward: nothing is left in the teacher, whatever its parameters ask for.
-            (gradient,) = torch.autograd.grad(loss, images)
-            # Copied into place, because the fused step wants gradient and pixels in one memory layout.
-            images.grad.copy_(gradient)
-            loss = loss.detach()
-            optimizer.step()
-            rate.step(loss)
-            history[step] = loss
-            if on_iteration is not None:
-                on_iteration(step + 1, loss)
+        with SwingConvolutions(module, swings) as swing:
+            for step, (flip, shift) in enumerate(views):
+                swing.turn(step)
+                images = source.images()
+                view = mirror_roll(images, flip, shift)
+                # Never the pixels themselves: a teacher may normalise its input in place.
+                logits = module(view.clone() if view is images else view)
+                loss = terms_of(logits, inputs.take())["total"]
+                # grad, not backward: nothing is left in the teacher, whatever its parameters ask for. Copied into place, because
+                # the fused step wants gradient and parameter in one memory layout.
+                for place, gradient in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
+                    place.copy_(gradient)
+                loss = loss.detach()
+                optimizer.step()
+                for rate in rates:
+                    rate.step(loss)
+                history[step] = loss
+                if on_iteration is not None:
+                    on_iteration(step + 1, loss)
         with torch.no_grad():
+            images = source.images()
             logits = module(images.clone())
             statistics = inputs.take()
+            labels = labels if config.assigns_labels else logits.argmax(1)
             terms = {name: value.item() for name, value in terms_of(logits, statistics).items()}
     result = images.detach().to("cpu", memory_format=torch.contiguous_format)
-    for name, value in [*terms.items(), ("pixels", result.sum().item())]:
-        if value - value != 0:  # NaN or infinite
-            raise ValueError(
-                f"`synthesis.lr` must keep the optimisation finite, but got {name} = {value} with lr {config.lr}; lower it, "
-                "or lower `synthesis.bns_weight`"
-            )
+    _check_finite({**terms, "pixels": result.sum().item()}, source.groups if iterations else [])
     return Inversion(
         images=result,
+        labels=labels.cpu(),
         terms=terms,
         num_agree=int((logits.argmax(1) == labels).sum()),
         history=history.cpu(),
         statistics={
             name: part._replace(mean=part.mean.cpu(), variance=part.variance.cpu()) for name, part in statistics.items()
         },
+    )
+
+
+def _check_finite(values: Mapping[str, float], groups: list[Group]) -> None:
+    broken = [(name, value) for name, value in values.items() if not math.isfinite(value)]
+    if not broken:
+        return
+    name, value = broken[0]
+    if not groups:
+        raise ValueError(f"`teacher` must give finite values on noise N(0, 1), but got {name} = {value}")
+    fields = " and ".join(f"`synthesis.{group.setting}`" for group in groups)
+    rates = ", ".join(f"{group.setting} {group.lr}" for group in groups)
+    raise ValueError(
+        f"{fields} must keep the optimisation finite, but got {name} = {value} with {rates}; lower "
+        f"{'it' if len(groups) == 1 else 'them'}, or lower `synthesis.bns_weight`"
     )

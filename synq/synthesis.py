@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +54,15 @@ def ensure_set(
     device: torch.device | None = None,
     progress: bool = True,
 ) -> SyntheticSet:
-    """Return the synthetic set of these settings; make it first if the store has it not.
+    """Return the synthetic set of these settings; make it first if the store has it not. Every method makes it this way.
 
     Every process that wants the set calls this: the processes of one run, and other runs too. Each takes a shard that nobody is
     making (a lock tells), makes it, writes it by rename and looks for the next one; so the work is divided without a message between
     processes, what a killed process leaves is taken over, and a finished shard is never made again. Shard i is seeded by (seed,
     purpose, i): the set does not depend on who makes it. On one kind of device it is equal bit by bit.
+
+    Calibration centers are pixels optimised for statistics and labels, whatever method makes the images behind them: a center has to
+    show its class, which statistics alone and noise do not ask for, and one image a class is too little to train a generator.
 
     Args:
         teacher: The classifier, on the CPU; it is not changed.
@@ -101,6 +105,10 @@ class _Maker:
         device: torch.device | None,
         progress: bool,
     ) -> None:
+        if (
+            config.method == "gaussian"
+        ):  # the rest is not in the set's name, so it must not show in the manifest's terms
+            config = SynthesisConfig(method="gaussian", num_images=config.num_images, shard_size=config.shard_size)
         self.teacher, self.config, self.seed, self.purpose = teacher, config, seed, purpose
         self.store, self.key = store, key
         self.rank: int = accelerator.process_index if accelerator else 0
@@ -119,11 +127,14 @@ class _Maker:
         deep: dict[str, ChannelStatistics] | None = None
         if config.calib_centers:
             batches = split_evenly(classes, config.shard_size)
+            by_pixels = replace(
+                config, method="inversion", swing_conv=config.swings, iterations=config.center_iterations
+            )
             files = self._files("centers", len(batches))
 
             def make_centers(index: int, bar: tqdm) -> None:
                 labels = torch.arange(batches[index].start, batches[index].stop)
-                made, info = self._invert("centers", index, labels, config.center_iterations, None, bar)
+                made, info = self._invert("centers", index, labels, by_pixels, None, bar)
                 self.store.write_part(files[index], pack_statistics(made.statistics), info)
 
             self._share(files, make_centers, [len(batch) for batch in batches], f"{self.purpose} centers")
@@ -146,8 +157,8 @@ class _Maker:
 
         def make_shard(index: int, bar: tqdm) -> None:
             part = labels[shards[index].start : shards[index].stop]
-            made, info = self._invert("shard", index, part, config.iterations, deep, bar)
-            self.store.write_part(files[index], {"images": made.images, "labels": part}, info)
+            made, info = self._invert("shard", index, part, config, deep, bar)
+            self.store.write_part(files[index], {"images": made.images, "labels": made.labels}, info)
 
         self._share(files, make_shard, [len(shard) for shard in shards], f"{self.purpose} images")
         with self.store.lock(self.key, "set"):
@@ -162,7 +173,7 @@ class _Maker:
         kind: str,
         index: int,
         labels: Tensor,
-        iterations: int,
+        config: SynthesisConfig,
         deep: dict[str, ChannelStatistics] | None,
         bar: tqdm,
     ) -> tuple[Inversion, dict[str, Any]]:
@@ -170,9 +181,9 @@ class _Maker:
 
         def show(done: int, loss: Tensor) -> None:
             nonlocal shown
-            if done % SHOW_EVERY == 0 or done == iterations:
+            if done % SHOW_EVERY == 0 or done == config.iterations:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-                bar.update((done - shown) * len(labels) / iterations)
+                bar.update((done - shown) * len(labels) / config.iterations)
                 shown = done
 
         started = time.perf_counter()
@@ -182,9 +193,8 @@ class _Maker:
                 labels,
                 self.teacher.input_size,
                 self.targets,
-                config=self.config,
+                config=config,
                 generator=make_generator("synthesis", self.seed, self.purpose, kind, index),
-                iterations=iterations,
                 center_targets=deep,
                 device=self.device,
                 on_iteration=None if bar.disable else show,

@@ -22,7 +22,7 @@ class SynthesisConfig:
     iterations: int = 200
     """Optimiser steps per shard."""
     lr: float = 0.5
-    """Learning rate of Adam on the pixels (normalised units) or the latents; of gdfq, which has neither, nothing."""
+    """Learning rate of Adam on the pixels (normalised units) or the latents; of gdfq, which has neither, on its centers' pixels."""
     generator_lr: float = 0.01
     """Learning rate of Adam on the weights of a generator (gdfq, genie)."""
     latent_dim: int = 128
@@ -74,6 +74,11 @@ class SynthesisConfig:
         one_of("synthesis.schedule", self.schedule, ("cosine", "plateau"))
         one_of("synthesis.bns_form", self.bns_form, ("std_sum", "var_mean"))
         one_of("synthesis.augment", self.augment, ("none", "flip_shift"))
+
+    @property
+    def assigns_labels(self) -> bool:
+        """Whether labels are assigned before and their loss counts; otherwise they are the teacher's answers to the images."""
+        return self.method not in ("zeroq", "gaussian")
 
     @property
     def swings(self) -> bool:

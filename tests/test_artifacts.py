@@ -47,12 +47,20 @@ def _made(root: Path) -> tuple[SetStore, str, SyntheticSet]:
     return store, key, loaded
 
 
-OTHER_VALUES = {"bns_form": "var_mean", "augment": "none", "calib_centers": False, "schedule": "plateau"}
+OTHER_VALUES = {
+    "method": "gdfq",
+    "bns_form": "var_mean",
+    "augment": "none",
+    "calib_centers": False,
+    "schedule": "plateau",
+    "swing_conv": False,
+}
 
 
 def test_key_covers_every_setting_of_synthesis(tmp_path: Path) -> None:
+    """Of the method that has them all; what does not count for another is in test_image_sources.py."""
     store = SetStore(tmp_path)
-    base = dataclasses.replace(CONFIG, calib_centers=True)
+    base = dataclasses.replace(CONFIG, method="genie", calib_centers=True)
     keys = {_key(store, config=base)}
     for field in dataclasses.fields(SynthesisConfig):
         value = getattr(base, field.name)
@@ -83,7 +91,16 @@ def test_key_covers_nothing_else() -> None:
     identity = set_identity(TEACHER, SIZE, CONFIG, 0, "train")
     assert set(identity) == {"format_version", "teacher_digest", "input_size", "synthesis", "seed", "purpose"}
     fields = {field.name for field in dataclasses.fields(SynthesisConfig)}
-    assert fields - set(identity["synthesis"]) == {"center_iterations", "center_weight", "center_depth"}
+    unused = {
+        "method",
+        "swing_conv",
+        "generator_lr",
+        "latent_dim",
+        "center_iterations",
+        "center_weight",
+        "center_depth",
+    }
+    assert fields - set(identity["synthesis"]) == unused
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -31,9 +31,11 @@ LAYERS = (
         "augment",
         "tracing",
         "cam_site",
+        "swing",
     },
     {
         "cifar_resnet",
+        "generators",
         "weight_files",
         "teacher_sources",
         "teachers",
@@ -53,6 +55,7 @@ LAYERS = (
     },
     {
         "inversion",
+        "image_sources",
         "calib_centers",
         "synthesis",
         "artifacts",
@@ -230,14 +233,27 @@ def _parts_of(leaf: str) -> list[str]:
     return [key for key in dotted_keys(RunConfig) if key.rpartition(".")[2] == leaf]
 
 
+def _properties_that_read(leaf: str) -> set[str]:
+    """Properties of the configuration that put a default in for a key: who reads them, reads the key."""
+    return {
+        node.name
+        for path in _files("synq")
+        if path.stem.endswith(("configs", "_config"))
+        for node in ast.walk(_tree(path))
+        if isinstance(node, ast.FunctionDef) and "property" in {ast.unparse(part) for part in node.decorator_list}
+        if {f"self.{leaf}"} & {ast.unparse(part) for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+    }
+
+
 @pytest.mark.parametrize("leaf", sorted({key.rpartition(".")[2] for key in dotted_keys(RunConfig)}))
 def test_every_key_of_the_configuration_is_read(leaf: str) -> None:
     readers = [path for path in _files("synq") if LAYER_OF.get(path.stem, 0) > 0]
+    names = {leaf} | _properties_that_read(leaf)
     reads = [
         f"{path.stem}:{node.lineno}"
         for path in readers
         for node in ast.walk(_tree(path))
-        if isinstance(node, ast.Attribute) and node.attr == leaf and isinstance(node.ctx, ast.Load)
+        if isinstance(node, ast.Attribute) and node.attr in names and isinstance(node.ctx, ast.Load)
     ]
     assert reads, f"nothing reads {_parts_of(leaf)}"
 
