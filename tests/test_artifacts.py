@@ -58,7 +58,7 @@ OTHER_VALUES = {
 
 
 def test_key_covers_every_setting_of_synthesis(tmp_path: Path) -> None:
-    """Of the method that has them all; what does not count for another is in test_image_sources.py."""
+    """Of the method that has them all; what does not count for another is in test_synthesis_methods.py."""
     store = SetStore(tmp_path)
     base = dataclasses.replace(CONFIG, method="genie", calib_centers=True)
     keys = {_key(store, config=base)}

@@ -1,25 +1,19 @@
 """The methods of synthesis: each runs, falls, is decided by its seed, labels its images, and leaves the teacher as it was."""
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from synq.artifacts import SetStore, set_identity
 from synq.bn_stats import BatchNormInputs, bn_targets, bns_loss
 from synq.configs import SynthesisConfig
 from synq.image_sources import LatentSource, make_source
 from synq.inversion import Inversion, _draw_views, invert, mirror_roll
 from synq.losses import inception_loss
-from synq.synthesis import ensure_set
+from synq.swing import draw_swings
 from synq.synthesis_config import SYNTHESIS_METHODS
-from synq.teachers import Teacher
 
 SIZE = (3, 12, 9)
 LABELS = torch.arange(15) % 5
@@ -180,6 +174,38 @@ def test_genie_follows_a_plain_loop_with_one_schedule_for_both_rates(tiny_classi
     torch.testing.assert_close(made.history, torch.tensor(history), rtol=1e-2, atol=1e-3)
 
 
+def test_each_step_swings_anew_as_a_plain_loop_with_padding_and_cropping(tiny_classifier: nn.Module) -> None:
+    settings = {"method": "zeroq", "augment": "none", "lr": 0.05}
+    made = _run(tiny_classifier, swing_conv=True, **settings)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn((15, *SIZE), generator=generator).requires_grad_()
+    shifts = [step[0] for step in draw_swings(tiny_classifier, 6, generator)]
+    assert len(set(shifts)) > 3, "the case needs shifts that differ"
+    optimizer = torch.optim.Adam([pixels], lr=0.05)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+    history = []
+    for down, right in shifts:
+
+        def moved(layer: nn.Module, args: tuple[Tensor], down: int = down, right: int = right) -> tuple[Tensor]:
+            padded = nn.functional.pad(args[0], (1, 1, 1, 1), mode="reflect")
+            return (padded[:, :, 1 + down : 13 + down, 1 + right : 10 + right],)
+
+        hook = cast(nn.Sequential, tiny_classifier)[3].register_forward_pre_hook(moved)
+        with BatchNormInputs(tiny_classifier) as inputs:
+            tiny_classifier(pixels)
+            loss = bns_loss(inputs.take(), bn_targets(tiny_classifier), "std_sum")
+        hook.remove()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        cosine.step()
+        history.append(loss.item())
+    torch.testing.assert_close(made.history, torch.tensor(history), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(made.images, pixels.detach(), rtol=1e-3, atol=1e-3)
+    still = _run(tiny_classifier, swing_conv=False, **settings)
+    assert (still.history - made.history).abs().max() > 0.01, "the case needs a swing that shows"
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_inversion_is_bit_for_bit_the_plain_loop_on_pixels(tiny_classifier: nn.Module, seed: int) -> None:
     """The order of the draws and of every operation: sets of an earlier version keep their names, so they must keep their images."""
@@ -223,106 +249,3 @@ def test_divergence_names_the_rates_of_the_method(tiny_classifier: nn.Module, me
     cast(nn.Sequential, tiny_classifier)[0].weight.mul_(float("nan"))
     with pytest.raises(ValueError, match=words):
         _run(tiny_classifier, method=method, iterations=2)
-
-
-@pytest.fixture
-def tiny_teacher(make_classifier: Callable[..., nn.Module]) -> Teacher:
-    facts = SimpleNamespace(
-        name="tiny", module=make_classifier(), num_classes=5, input_size=(3, 9, 8), digest="5c" * 32
-    )
-    return cast(Teacher, facts)
-
-
-@pytest.mark.parametrize("method", SYNTHESIS_METHODS)
-@pytest.mark.parametrize("calib_centers", [False, True])
-def test_whole_sets(tmp_path: Path, tiny_teacher: Teacher, method: str, calib_centers: bool) -> None:
-    config = SynthesisConfig(
-        method=method,  # type: ignore[arg-type]
-        num_images=14,
-        shard_size=5,
-        iterations=3,
-        latent_dim=8,
-        calib_centers=calib_centers,
-        center_iterations=2,
-    )
-    module = tiny_teacher.module
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    made = ensure_set(tiny_teacher, config, 0, SetStore(tmp_path), progress=False)
-    assert made.images.shape == (14, 3, 9, 8)
-    with torch.no_grad():
-        answers = module(made.images).argmax(1)
-    assert made.manifest["agreement"] == pytest.approx((answers == made.labels).double().mean().item())
-    if config.assigns_labels:
-        assert torch.bincount(made.labels, minlength=5).max() <= 3
-    else:
-        assert torch.equal(answers, made.labels)
-    assert (made.manifest["terms"]["centers"] > 0) == (calib_centers and method != "gaussian")
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert not any(part._forward_pre_hooks for part in module.modules())
-
-
-IDENTITY_CASES = [
-    # method, centers, a setting, another value, whether it makes another set
-    ("inversion", False, "generator_lr", 0.5, False),
-    ("inversion", False, "latent_dim", 7, False),
-    ("inversion", False, "lr", 0.1, True),
-    ("inversion", False, "swing_conv", True, True),
-    ("zeroq", False, "inception_weight", 0.7, False),
-    ("zeroq", False, "hard_sample_gamma", 1.0, False),
-    ("zeroq", True, "inception_weight", 0.7, True),
-    ("zeroq", True, "hard_sample_gamma", 1.0, True),
-    ("zeroq", False, "bns_weight", 0.5, True),
-    ("zeroq", False, "lr", 0.1, True),
-    ("gdfq", False, "lr", 0.1, False),
-    ("gdfq", True, "lr", 0.1, True),
-    ("gdfq", False, "generator_lr", 0.1, True),
-    ("gdfq", False, "latent_dim", 7, True),
-    ("gdfq", False, "hard_sample_gamma", 1.0, True),
-    ("genie", False, "lr", 0.1, True),
-    ("genie", False, "generator_lr", 0.1, True),
-    ("genie", False, "swing_conv", False, True),
-    ("genie", False, "swing_conv", True, False),
-    ("gaussian", False, "iterations", 7, False),
-    ("gaussian", False, "bns_form", "var_mean", False),
-    ("gaussian", False, "calib_centers", True, False),
-    ("gaussian", False, "shard_size", 5, True),
-]
-
-
-@pytest.mark.parametrize(("method", "centers", "name", "value", "counts"), IDENTITY_CASES)
-def test_the_name_of_a_set_covers_what_decides_its_images(
-    tmp_path: Path, tiny_teacher: Teacher, method: str, centers: bool, name: str, value: object, counts: bool
-) -> None:
-    """Against what is really made, in two stores: names differ exactly where images or terms do."""
-    base = SynthesisConfig(
-        method=method,  # type: ignore[arg-type]
-        calib_centers=centers,
-        num_images=8,
-        shard_size=8,
-        iterations=2,
-        latent_dim=8,
-        center_iterations=2,
-    )
-    other = replace(base, **{name: value})  # type: ignore[arg-type]
-    identities = [set_identity("5c" * 32, (3, 9, 8), config, 0, "train") for config in (base, other)]
-    assert (identities[0] != identities[1]) == counts
-    sets = [
-        ensure_set(tiny_teacher, config, 0, SetStore(tmp_path / str(index)), progress=False)
-        for index, config in enumerate((base, other))
-    ]
-    assert (sets[0].digest != sets[1].digest) == counts
-    assert (sets[0].manifest["terms"] != sets[1].manifest["terms"]) == counts
-
-
-def test_old_sets_keep_their_names() -> None:
-    """The settings that sets were named by before there were other methods."""
-    old = {
-        *("num_images", "shard_size", "iterations", "lr", "schedule", "plateau_patience", "plateau_factor"),
-        *("bns_weight", "bns_form", "inception_weight", "hard_sample_gamma", "calib_centers", "augment"),
-    }
-    assert set(set_identity("5c" * 32, SIZE, SynthesisConfig(), 0, "train")["synthesis"]) == old
-    centers = {"center_iterations", "center_weight", "center_depth"}
-    config = SynthesisConfig(calib_centers=True)
-    assert set(set_identity("5c" * 32, SIZE, config, 0, "train")["synthesis"]) == old | centers
-    key = SetStore("/nowhere").key("7e" * 32, replace(config, num_images=14, shard_size=4, iterations=6, center_iterations=4), 3, input_size=(1, 9, 8))  # fmt: skip
-    assert key == "fb36238ad790f2b8a7aaef0367761541"
