@@ -39,8 +39,8 @@ def block_ends(traced: fx.GraphModule) -> list[fx.Node]:
     A block holds at least one convolution or linear layer; two blocks share nothing but one tensor. Of several nodes between the last
     layer of a block and the first of the next, the non-linearity is taken, else the last that is neither a pool nor a reshaping.
 
-    ResNet-20: the stem's ReLU, the ReLU of every residual block, the logits: 11. VGG: every ReLU. MobileNetV2: every bottleneck's sum
-    or batch norm.
+    ResNet-20: the stem's ReLU, the ReLU of every residual block, the logits: 11. VGG: every ReLU. MobileNetV2: every sum, and every
+    layer of a bottleneck without a shortcut.
 
     Args:
         traced: A graph from ``trace_classifier``, shapes recorded.

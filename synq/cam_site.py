@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from synq.gradcam import autograd_weights, closed_form_weights
+from synq.gradcam import CamMethod, autograd_weights, closed_form_weights
 from synq.tracing import is_passive, node_module, tensor_inputs, with_features
 
 _POOL_MODULES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool1d)
@@ -42,6 +42,10 @@ class CamSite:
     cells: int = 1
     linear: str | None = None
     reason: str = ""
+
+    def differentiates(self, method: CamMethod) -> bool:
+        """Tell whether a map of ``method`` costs a backward pass through the head: Grad-CAM++ asks each position, not the mean."""
+        return self.kind == "autograd" or (self.kind == "closed_form" and method == "gradcam++" and self.cells > 1)
 
 
 def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:

@@ -64,7 +64,8 @@ def make_absolute(config: T) -> T:
 def config_digest(config: object, *, with_seeds: bool = True) -> str:
     """Return 16 hexadecimal digits that name what decides the result of a `RunConfig`.
 
-    Left out: the name, folders, device, layout, compilation, threads, progress and the evaluation's batch size. Files count by their name only, so that
+    Left out: the name, folders, device, layout, compilation, threads, progress, the evaluation's batch size, and settings of what is
+    switched off. Files count by their name only, so that
     a checkout may move; the teacher's weights have a digest of their own in the record.
 
     Args:
@@ -80,6 +81,15 @@ def config_digest(config: object, *, with_seeds: bool = True) -> str:
         values[part][key] = text
     values["runtime"] = {"precision": values["runtime"]["precision"]}
     left_out = [(values, "name"), (values["finetune"], "log_every")]
+    tuning = values["finetune"]
+    idle = {  # settings of what is switched off
+        "perturb_size": tuning["perturb_weight"] == 0,
+        "cam_method": tuning["cam_weight"] == 0,
+        "hard_labels": tuning["ce_weight"] == 0,
+        "step_lr_factor": values["quant"]["learned_steps"] == "none",
+    }
+    left_out += [(tuning, key) for key, is_idle in idle.items() if is_idle]
+    left_out += [(values, "reconstruction")] if values["quant"]["rounding"] == "nearest" else []
     left_out += [(values["evaluation"], key) for key in ("batch_size", "data_dir")]
     left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]
     for table, key in left_out:

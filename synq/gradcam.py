@@ -99,7 +99,8 @@ def cam_weights(features: Tensor, gradient: Tensor, method: CamMethod) -> Tensor
     if method == "cam":
         return repeats * gradient.sum(dim=(2, 3)).detach()
     square = gradient.square()
-    total = features.detach().to(gradient.dtype).sum(dim=(2, 3), keepdim=True)
+    # The formula presumes A >= 0; a signed A could bring the denominator near 0 at a positive g, and the weight to any size.
+    total = features.detach().relu().to(gradient.dtype).sum(dim=(2, 3), keepdim=True)
     denominator = 2 * square + square * gradient * total
     share = square / denominator.where(denominator != 0, torch.ones_like(denominator))
     return repeats * (share * gradient.relu()).sum(dim=(2, 3)).detach()

@@ -114,7 +114,8 @@ def top2_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor
 def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]) -> Tensor:
     """Relative squared distance ||F_student - F_teacher||^2 / ||F_teacher||^2 of each image's block outputs, the mean over blocks.
 
-    Relative, so that a weight means the same for every network and no block counts more because its activations are large.
+    Relative, so that a weight means the same for every network and no block counts more because its activations are large. A block
+    whose teacher output is zero throughout has no measure and counts nothing.
 
     Args:
         student_blocks: (N, C, H, W) each.
@@ -136,8 +137,9 @@ def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tens
     parts = []
     for student, teacher in zip(student_blocks, teacher_blocks, strict=True):
         goal = _wide(teacher.detach()).flatten(1)
-        size = goal.square().sum(dim=1).clamp(min=torch.finfo(goal.dtype).tiny)
-        parts.append((_wide(student).flatten(1) - goal).square().sum(dim=1) / size)
+        size = goal.square().sum(dim=1)
+        gap = (_wide(student).flatten(1) - goal).square().sum(dim=1)
+        parts.append(torch.where(size > 0, gap / size.where(size > 0, torch.ones_like(size)), torch.zeros_like(gap)))
     return torch.stack(parts).mean(dim=0)
 
 

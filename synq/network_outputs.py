@@ -61,8 +61,7 @@ class TappedNetwork:
     @property
     def differentiates(self) -> bool:
         """Whether a map costs a backward pass through the head."""
-        linear = self.site.kind == "closed_form" and (self.method != "gradcam++" or self.site.cells == 1)
-        return self.with_cam and not linear
+        return self.with_cam and self.site.differentiates(self.method)
 
     def response(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Response:
         """Return what ``net`` put out, with the maps (N, H, W) of ``labels`` (N,) in place of the features they come from."""
@@ -105,25 +104,20 @@ def cached_responses(
     Returns:
         A function from row numbers to the answers to these images.
     """
-    kept: list[Tensor] = []
-    first: Response | None = None
+    with autocast():
+        one = teacher_response(teacher, *take(torch.arange(1)))
+    if num_images * sum(t.numel() * t.element_size() for t in one.tensors()) > CACHE_BYTES:
+        return None
+    # At once in full size: small pieces between large passing ones would keep the heap from shrinking.
+    kept = [t.new_empty(num_images, *t.shape[1:]) for t in one.tensors()]
     for rows in torch.arange(num_images).split(CACHE_BATCH):
         with autocast():
             found = teacher_response(teacher, *take(rows))
-        if first is None:
-            first = found
-            size = sum(t.numel() * t.element_size() for t in found.tensors()) / len(rows) * num_images
-            if size > CACHE_BYTES:
-                return None
-            # At once in full size: small pieces between large passing ones would keep the heap from shrinking.
-            kept = [t.new_empty(num_images, *t.shape[1:]) for t in found.tensors()]
         for whole, part in zip(kept, found.tensors(), strict=True):
             whole[rows[0] : rows[-1] + 1] = part
-    shape = first
-    assert shape is not None
 
     def look_up(rows: Tensor) -> Response:
         rows = rows.to(kept[0].device, non_blocking=True)
-        return shape.rebuilt([whole[rows] for whole in kept])
+        return one.rebuilt([whole[rows] for whole in kept])
 
     return look_up

@@ -8,7 +8,6 @@ Labelled images enter in `Measure` alone, and only to be counted.
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import Any
 
 import safetensors.torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, fx
 
 from synq.artifacts import Purpose, SetStore
@@ -41,7 +40,7 @@ from synq.placement import check_compilable, dtype_of, make_accelerator, place
 from synq.records import blank_record, complete_record
 from synq.results import RunRecord, read_record, write_bytes_atomic, write_json_atomic, write_record
 from synq.rounding import prepare_student
-from synq.scratch import scratch_tensor
+from synq.scratch import check_space, scratch_tensor
 from synq.students import Student, quantize_model, share_changed, weight_codes
 from synq.synthesis import ensure_set
 from synq.synthetic_data import SyntheticSet
@@ -229,7 +228,8 @@ def _open(config: RunConfig, accelerator: Accelerator) -> tuple[Teacher, Measure
     teacher = load_teacher(config.teacher)
     if broadcast_object_list([teacher.digest])[0] != teacher.digest:
         raise ValueError("teacher.spec must give every process the same network, but its weights differ between them")
-    check_compilable(config, teacher.cam.kind, accelerator.device)
+    check_compilable(config, teacher.cam, accelerator.device)
+    _aligned_blocks(config, teacher)
     measure = Measure.prepare(config.evaluation, teacher, accelerator)
     return teacher, measure, build_student(teacher, config.quant)
 
@@ -244,14 +244,25 @@ def _networks(
     reference, rounding = prepare_student(
         student.net, teacher.graph, images, config, accelerator.device, agree=_same_figures, progress=progress
     )
+    for tensor in (*student.net.parameters(), *student.net.buffers()):
+        broadcast(tensor.detach())  # GPUs sum in orders of their own: what is measured from here on is one student
     cam, student_node = teacher.cam, student.cam_node
     if cam.kind == "none":  # the tap still needs a tensor; the image itself costs nothing and is never read
         cam, student_node = replace(cam, node=_input_node(teacher.graph)), _input_node(student.net)
-    blocks = [node.name for node in block_ends(teacher.graph)[:-1]] if config.finetune.feature_weight > 0 else []
+    blocks = _aligned_blocks(config, teacher)
     teacher_net = with_features(reference, cam.node, blocks)
     student_net = with_features(student.net, student_node, [student.taps.get(name, name) for name in blocks])
     fuse_rectified(student_net)
     return TappedNetwork(net=teacher_net, site=cam), TappedNetwork(net=student_net, site=cam), rounding
+
+
+def _aligned_blocks(config: RunConfig, teacher: Teacher) -> list[str]:
+    """Return the nodes whose outputs are aligned; the logits have a loss of their own."""
+    wanted = config.finetune.feature_weight > 0
+    blocks = [node.name for node in block_ends(teacher.graph)[:-1]] if wanted else []
+    if wanted and not blocks:
+        raise ValueError("finetune.feature_weight must be 0 for this teacher, which has no block before its logits")
+    return blocks
 
 
 def _same_figures(figures: dict[str, float]) -> dict[str, float]:
@@ -271,8 +282,12 @@ def _synthetic_sets(config: RunConfig, teacher: Teacher, accelerator: Accelerato
 def _set_requests(
     config: RunConfig,
 ) -> tuple[tuple[SynthesisConfig, int, Purpose], tuple[SynthesisConfig, int, Purpose]]:
-    """Settings, seed and purpose of a run's training set and of its held-out set."""
-    heldout = replace(config.synthesis, num_images=config.evaluation.heldout_images)
+    """Settings, seed and purpose of a run's training set and of its held-out set.
+
+    The latter is made of optimised pixels whatever makes the former, so that methods, and noise, are measured on the same images.
+    """
+    number = config.evaluation.heldout_images
+    heldout = replace(config.synthesis, num_images=number, method="inversion", swing_conv=None)
     return (config.synthesis, config.data_seed, "train"), (heldout, HELDOUT_SEED, "heldout")
 
 
@@ -311,15 +326,8 @@ def _finished_record(folder: Path, teacher: Teacher, measure: Measure, accelerat
 def _check_space(folder: Path, config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:
     """Refuse, before the synthesis, a disk that cannot take the filtered images of this machine's processes."""
     size = 4 * config.synthesis.num_images * math.prod(teacher.input_size)
-    if config.finetune.lowpass_cutoff is None or size < LARGE_SET_BYTES:
-        return
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    free = shutil.disk_usage(folder).free
-    if free < local * size:
-        raise OSError(
-            f"runtime.output_dir must have {local * size / 2**20:.0f} MiB free for the filtered images of {local} processes, "
-            f"but {folder} has {free / 2**20:.0f}; set finetune.lowpass_cutoff to none, or choose another disk"
-        )
+    if config.finetune.lowpass_cutoff is not None and size >= LARGE_SET_BYTES:
+        check_space(folder, size, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
 
 
 def _check_writable(folder: Path) -> None:

@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
+from synq.cam_site import CamSite
 from synq.configs import RunConfig, RuntimeConfig
 from synq.quant_layers import quantizers_bypassed
 
@@ -84,7 +85,7 @@ def to_layout(net: nn.Module, layout: torch.memory_format, input_size: tuple[int
     return layout
 
 
-def check_compilable(config: RunConfig, cam_kind: str, device: torch.device) -> None:
+def check_compilable(config: RunConfig, cam: CamSite, device: torch.device) -> None:
     """Refuse what torch.compile would answer with an error in the first step, hours later.
 
     Raises:
@@ -93,9 +94,9 @@ def check_compilable(config: RunConfig, cam_kind: str, device: torch.device) -> 
     """
     if not config.runtime.compile:
         return
-    if cam_kind == "autograd" and config.finetune.cam_weight > 0:
+    if cam.differentiates(config.finetune.cam_method) and config.finetune.cam_weight > 0:
         raise ValueError(
-            "runtime.compile must be false for this teacher: its class-activation map is taken by differentiation inside the "
+            "runtime.compile must be false for this teacher and finetune.cam_method: its class-activation map is taken by differentiation inside the "
             "network, which a compiled network hides. Switch it off, or set finetune.cam_weight to 0"
         )
     try:

@@ -121,7 +121,8 @@ def reconstruct(
         generators = (make_generator("rounding", seed, number), make_generator("drop", seed, number, device=device))
         results.append(_learn(end.name, block, teacher_in, student_in, target, config, generators, bar.update))
         done.update(block.roundings)
-        student_in, teacher_in = _outputs(part, student_in), target
+        teacher_in = target  # first, so that its predecessor is free before the next is made
+        student_in = _outputs(part, student_in)
     bar.close()
     return ReconstructionReport(blocks=tuple(results))
 
@@ -270,7 +271,7 @@ def _learn(
     kept = after < before
     if not kept:
         take_back()
-    return BlockResult(block=name, error_before=before, error_after=after, changed=changed, kept=kept)
+    return BlockResult(block=name, error_before=before, error_after=after, changed=changed if kept else 0.0, kept=kept)
 
 
 def drop_back(whole: Tensor, quantized: Tensor, probability: float, generator: torch.Generator) -> Tensor:
@@ -307,7 +308,21 @@ def _error(part: nn.Module, inputs: Tensor, target: Tensor) -> float:
 
 @torch.no_grad()
 def _outputs(part: nn.Module, inputs: Tensor) -> Tensor:
-    return torch.cat([part(x) for x in inputs.split(CACHE_BATCH)])
+    """Return what ``part`` makes of ``inputs`` (N, ...), in its own layout and without a second copy in pieces."""
+    whole = None
+    for rows in torch.arange(len(inputs)).split(CACHE_BATCH):
+        found = part(inputs[rows[0] : rows[-1] + 1])
+        if whole is None:
+            like = found[:1].expand(len(inputs), *found.shape[1:])
+            last = (
+                found.dim() == 4
+                and not found.is_contiguous()
+                and found.is_contiguous(memory_format=torch.channels_last)
+            )
+            whole = torch.empty_like(like, memory_format=torch.channels_last if last else torch.contiguous_format)
+        whole[rows[0] : rows[-1] + 1] = found
+    assert whole is not None
+    return whole
 
 
 def student_cuts(student_net: fx.GraphModule, ends: list[fx.Node]) -> list[fx.Node]:

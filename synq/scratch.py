@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -57,3 +58,17 @@ def _nameless(folder: Path) -> tuple[int, str]:
         else:
             return descriptor, f"/proc/self/fd/{descriptor}"
     return tempfile.mkstemp(prefix=".scratch-", dir=folder)
+
+
+def check_space(folder: Path, size: int, copies: int) -> None:
+    """Refuse a disk that cannot take ``copies`` files of ``size`` bytes in ``folder``.
+
+    Raises:
+        OSError: Naming the folder, what is needed and what is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < copies * size:
+        raise OSError(
+            f"runtime.output_dir must have {copies * size / 2**20:.0f} MiB free for the filtered images of {copies} processes, "
+            f"but {folder} has {free / 2**20:.0f}; set finetune.lowpass_cutoff to none, or choose another disk"
+        )

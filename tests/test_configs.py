@@ -227,6 +227,11 @@ DECIDES_NOTHING = {
 }
 
 
+EVERYTHING_ON = with_overrides(
+    RunConfig(), {"quant.rounding": "adaround", "quant.learned_steps": "all", "finetune.perturb_weight": 0.5}
+)
+
+
 def _another_value(key: str, value: object) -> object:
     """A valid value other than the default, for any key."""
     special = {
@@ -262,8 +267,8 @@ def _another_value(key: str, value: object) -> object:
         "finetune.ema_decay": 0.9,
         "synthesis.method": "zeroq",
         "synthesis.swing_conv": True,
-        "quant.learned_steps": "all",
-        "quant.rounding": "adaround",
+        "quant.learned_steps": "activations",
+        "quant.rounding": "nearest",
     }
     if key in special:
         return special[key]
@@ -278,18 +283,36 @@ def _another_value(key: str, value: object) -> object:
 
 @pytest.mark.parametrize("key", [key for key in dotted_keys(RunConfig) if key not in ("teacher.mean", "teacher.std")])
 def test_the_digest_counts_exactly_what_decides_the_result(key: str) -> None:
-    value = config_to_dict(RunConfig())
+    base = EVERYTHING_ON
+    value = config_to_dict(base)
     for part in key.split("."):
         value = value[part]
-    changed = with_overrides(RunConfig(), {key: _another_value(key, value)})
-    assert changed != RunConfig()
-    assert (config_digest(changed) == config_digest(RunConfig())) == (key in DECIDES_NOTHING)
+    changed = with_overrides(base, {key: _another_value(key, value)})
+    assert changed != base
+    assert (config_digest(changed) == config_digest(base)) == (key in DECIDES_NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("off", "idle"),
+    [
+        ({"quant.rounding": "nearest"}, {"reconstruction.iterations": 7, "reconstruction.drop_prob": 0.1}),
+        ({"quant.learned_steps": "none"}, {"finetune.step_lr_factor": 3.0}),
+        ({"finetune.perturb_weight": 0.0}, {"finetune.perturb_size": 0.5}),
+        ({"finetune.cam_weight": 0.0}, {"finetune.cam_method": "cam"}),
+        ({"finetune.ce_weight": 0.0}, {"finetune.hard_labels": "top2"}),
+    ],
+    ids=str,
+)
+def test_settings_of_what_is_off_do_not_count(off: dict[str, object], idle: dict[str, object]) -> None:
+    without = with_overrides(EVERYTHING_ON, off)
+    assert config_digest(with_overrides(without, idle)) == config_digest(without)
+    assert config_digest(with_overrides(EVERYTHING_ON, idle)) != config_digest(EVERYTHING_ON)
 
 
 def test_the_digest_is_fixed_for_ever_and_knows_repetitions() -> None:
     # A change here orphans every finished run of every user: raise DIGEST_FORMAT knowingly.
     plain = RunConfig()
-    assert config_digest(plain) == "034e0a34c660fc0b"
+    assert config_digest(plain) == "5542101fb872ec25"
     repeated = with_overrides(plain, {"seed": 5, "data_seed": 6})
     assert config_digest(repeated) != config_digest(plain)
     assert config_digest(repeated, with_seeds=False) == config_digest(plain, with_seeds=False) != config_digest(plain)

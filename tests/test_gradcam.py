@@ -160,6 +160,14 @@ def test_gradcam_plus_plus_is_the_share_that_higher_derivatives_of_exp_give() ->
     torch.testing.assert_close(found[0, 0], total.detach())
 
 
+def test_gradcam_plus_plus_stays_bounded_where_features_are_signed() -> None:
+    """At g sum A = -2 the formula has a pole, which SiLU's negative values could meet."""
+    features = torch.full((1, 1, 7, 7), -0.25)
+    for slope in (0.16, 0.163, 0.1633, 0.17):
+        weight = cam_weights(features, torch.full((1, 1, 1, 1), slope), "gradcam++")
+        assert float(weight) == pytest.approx(49 * slope / 2)
+
+
 def test_a_cam_has_no_relu() -> None:
     features, alpha = torch.ones(1, 1, 2, 2), torch.tensor([[-2.0]])
     assert cam_map(features, alpha).unique().tolist() == [0.0]

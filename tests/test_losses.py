@@ -237,8 +237,10 @@ def test_feature_loss_is_relative_and_averages_blocks() -> None:
     torch.testing.assert_close(feature_loss(student, teacher), torch.tensor([(16 / 25 + 1) / 2, (1 / 4 + 1) / 2]))
     scaled = feature_loss([10 * part for part in student], [10 * part for part in teacher])
     torch.testing.assert_close(scaled, feature_loss(student, teacher))
-    dead = feature_loss([torch.zeros(1, 1, 1, 2)], [torch.zeros(1, 1, 1, 2)])
-    assert float(dead) == 0.0
+    dead = torch.ones(1, 1, 1, 2).requires_grad_()  # where the teacher is silent there is no measure, and no infinity
+    loss = feature_loss([dead], [torch.zeros(1, 1, 1, 2)])
+    (slope,) = torch.autograd.grad(loss.sum(), dead)
+    assert float(loss.detach()) == 0.0 and not slope.any()
     with pytest.raises(
         ValueError, match="as many blocks of the student as of the teacher, at least one, but got 1 and 2"
     ):

@@ -18,10 +18,11 @@ import torch
 from synq.configs import RunConfig, TeacherConfig, with_overrides
 from synq.evaluation import Accuracy, evaluate
 from synq.finetune import NonFiniteLossError
-from synq.pipeline import build_student, check, low_pass, make_accelerator, prepare, run, run_folder
+from synq.pipeline import build_student, check, low_pass, make_accelerator, prepare, run, run_folder, set_names
 from synq.results import read_record
 from synq.scratch import scratch_tensor
 from synq.students import observe_ranges
+from synq.synthesis_config import SYNTHESIS_METHODS
 from synq.teachers import load_teacher
 
 
@@ -397,3 +398,9 @@ def test_equalisation_and_correction_are_recorded_and_a_stopped_run_goes_on(conf
     other = run(with_overrides(config, off))
     assert other.rounding == {} and other.rtn_fidelity != whole.rtn_fidelity
     assert other.protocol == whole.protocol == "A"
+
+
+def test_every_method_of_synthesis_is_measured_on_the_same_images(config: RunConfig) -> None:
+    names = {method: set_names(with_overrides(config, {"synthesis.method": method})) for method in SYNTHESIS_METHODS}
+    assert len({train for train, _ in names.values()}) == len(names)
+    assert len({heldout for _, heldout in names.values()}) == 1

@@ -8,7 +8,7 @@ import pytest
 from sweeps.points import point_params
 from sweeps.space import Dimension, base_values, sample
 from sweeps.spec import DEMO_SPEC, load_spec, run_config, spec_from_dict
-from synq.configs import RunConfig, config_digest, with_overrides
+from synq.configs import config_digest, with_overrides
 
 
 class Fixed:
@@ -241,12 +241,3 @@ def test_overrides_win_and_the_root_moves_relative_folders(tmp_path: Path) -> No
     assert spec.search.num_trials == 5 and spec.output_dir == tmp_path / "home" / "runs" / "mine"
     with pytest.raises(FileNotFoundError, match="`spec` must name an existing file"):
         load_spec(tmp_path / "absent.toml")
-
-
-def test_every_shipped_spec_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SYNQ_DATA_DIR", str(tmp_path))
-    files = sorted(DEMO_SPEC.parent.glob("*.toml"))
-    assert {file.stem for file in files} >= {"demo", "cifar10_resnet20"}
-    for file in files:
-        spec = load_spec(file)
-        assert isinstance(spec.groups[0].base, RunConfig) and spec.search.name == file.stem
