@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from synq.artifacts import Purpose, SetStore
 from synq.blocks import block_ends
+from synq.checkpoints import load_prepared, save_prepared
 from synq.configs import (
     QuantConfig,
     RunConfig,
@@ -37,8 +38,8 @@ from synq.fusion import fuse_rectified
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
 from synq.network_outputs import TappedNetwork
 from synq.placement import check_compilable, dtype_of, make_accelerator, place
-from synq.records import blank_record, complete_record
-from synq.results import RunRecord, read_record, write_bytes_atomic, write_json_atomic, write_record
+from synq.records import blank_record, complete_record, finished_record
+from synq.results import RunRecord, write_bytes_atomic, write_json_atomic, write_record
 from synq.rounding import prepare_student
 from synq.scratch import check_space, scratch_tensor
 from synq.students import Student, quantize_model, share_changed, weight_codes
@@ -89,7 +90,7 @@ def run(
 
     with clock("teacher"):
         teacher, measure, student = _open(config, accelerator)
-    finished = _finished_record(folder, teacher, measure, accelerator)
+    finished = finished_record(folder / "record.json", teacher, measure.labels_digest, accelerator)
     if finished is not None:
         return finished
     _check_writable(folder)
@@ -98,9 +99,12 @@ def run(
         train_set, heldout = _synthetic_sets(config, teacher, accelerator)
     measure.hold_out(heldout.images)
 
+    identity = f"{teacher.digest} {train_set.digest}"
     with clock("quantize"):
         images = low_pass(train_set.images, config, folder).to(dtype_of(config.runtime))
-        teacher_net, student_net, rounding = _networks(config, teacher, student, images, accelerator)
+        teacher_net, student_net, rounding = _networks(
+            config, teacher, student, images, accelerator, folder / "prepared.pt", identity
+        )
     with clock("measure"):
         reference = measure(teacher.graph)
         rounded = measure(student.net)
@@ -113,8 +117,8 @@ def run(
             on_epoch({**epoch, "epochs": config.finetune.epochs})
 
     codes = weight_codes(student.net)
-    record = blank_record(config, teacher, student, train_set, heldout, measure.labels_digest, accelerator, started)
-    record = replace(record, rounding=rounding)
+    blank = blank_record(config, teacher, student, train_set, heldout, measure.labels_digest, accelerator, started)
+    record = replace(blank, rounding=rounding)
     if accelerator.is_main_process:
         write_json_atomic(folder / "config.json", config_to_dict(config))
     try:
@@ -129,7 +133,7 @@ def run(
             bf16=config.runtime.precision == "bf16",
             compiled=config.runtime.compile,
             checkpoint=folder / "checkpoint.pt",
-            identity=f"{teacher.digest} {train_set.digest}",
+            identity=identity,
             on_epoch=after_epoch,
             on_checkpoint=on_checkpoint,
             progress=config.runtime.progress,
@@ -235,15 +239,26 @@ def _open(config: RunConfig, accelerator: Accelerator) -> tuple[Teacher, Measure
 
 
 def _networks(
-    config: RunConfig, teacher: Teacher, student: Student, images: Tensor, accelerator: Accelerator
+    config: RunConfig,
+    teacher: Teacher,
+    student: Student,
+    images: Tensor,
+    accelerator: Accelerator,
+    prepared: Path,
+    identity: str,
 ) -> tuple[TappedNetwork, TappedNetwork, dict[str, Any]]:
     """Place both networks, set the student's ranges and rounding, tap the features of both; also returns what was done."""
     for net in (teacher.graph, student.net):
         place(net, config.runtime, accelerator.device, teacher.input_size)
-    progress = config.runtime.progress and accelerator.is_main_process
-    reference, rounding = prepare_student(
-        student.net, teacher.graph, images, config, accelerator.device, agree=_same_figures, progress=progress
-    )
+    if _main_sees(prepared):
+        reference, rounding = load_prepared(prepared, identity, student.net, teacher.graph)
+    else:
+        shown = config.runtime.progress and accelerator.is_main_process
+        reference, rounding = prepare_student(
+            student.net, teacher.graph, images, config, accelerator.device, agree=_same_figures, progress=shown
+        )
+        if rounding and accelerator.is_main_process:
+            save_prepared(prepared, identity, student.net, None if reference is teacher.graph else reference, rounding)
     for tensor in (*student.net.parameters(), *student.net.buffers()):
         broadcast(tensor.detach())  # GPUs sum in orders of their own: what is measured from here on is one student
     cam, student_node = teacher.cam, student.cam_node
@@ -263,6 +278,11 @@ def _aligned_blocks(config: RunConfig, teacher: Teacher) -> list[str]:
     if wanted and not blocks:
         raise ValueError("finetune.feature_weight must be 0 for this teacher, which has no block before its logits")
     return blocks
+
+
+def _main_sees(path: Path) -> bool:
+    """Whether the main process finds a file: one answer for all, or they would wait for one another for ever."""
+    return bool(broadcast_object_list([path.exists()])[0])
 
 
 def _same_figures(figures: dict[str, float]) -> dict[str, float]:
@@ -302,25 +322,6 @@ class _Clock:
         started = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-
-
-def _finished_record(folder: Path, teacher: Teacher, measure: Measure, accelerator: Accelerator) -> RunRecord | None:
-    """Return the record of a finished run. The main process looks, so that all go the same way."""
-    path = folder / "record.json"
-    found = [read_record(path) if accelerator.is_main_process and path.exists() else None]
-    record = broadcast_object_list(found)[0]
-    if record is None:
-        return None
-    for what, then, now in (
-        ("teachers", record.teacher.get("digest"), teacher.digest),
-        ("labelled sets", record.eval_digest, measure.labels_digest),
-    ):
-        if then != now:
-            raise ValueError(
-                f"runtime.output_dir must not mix {what}: {path} is a run on other files of the same name. "
-                "Choose another output_dir or name"
-            )
-    return record if record.status == "completed" else None
 
 
 def _check_space(folder: Path, config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:

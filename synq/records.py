@@ -2,15 +2,17 @@
 
 from dataclasses import asdict, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from synq.configs import RunConfig, config_digest, config_to_dict
 from synq.evaluation import Measurement
 from synq.finetune import Epoch
-from synq.results import RunRecord, environment
+from synq.results import RunRecord, environment, read_record
 from synq.students import Student
 from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher
@@ -113,3 +115,25 @@ def _device_name(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_name(accelerator.device) + processes
     return f"cpu, {torch.get_num_threads()} threads{processes}"
+
+
+def finished_record(path: Path, teacher: Teacher, labels_digest: str, accelerator: Accelerator) -> RunRecord | None:
+    """Return the record of a finished run. The main process looks, so that all go the same way.
+
+    Raises:
+        ValueError: If it is a run on another teacher or other labelled images.
+    """
+    found = [read_record(path) if accelerator.is_main_process and path.exists() else None]
+    record = broadcast_object_list(found)[0]
+    if record is None:
+        return None
+    for what, then, now in (
+        ("teachers", record.teacher.get("digest"), teacher.digest),
+        ("labelled sets", record.eval_digest, labels_digest),
+    ):
+        if then != now:
+            raise ValueError(
+                f"runtime.output_dir must not mix {what}: {path} is a run on other files of the same name. "
+                "Choose another output_dir or name"
+            )
+    return record if record.status == "completed" else None

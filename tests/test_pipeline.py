@@ -404,3 +404,40 @@ def test_every_method_of_synthesis_is_measured_on_the_same_images(config: RunCon
     names = {method: set_names(with_overrides(config, {"synthesis.method": method})) for method in SYNTHESIS_METHODS}
     assert len({train for train, _ in names.values()}) == len(names)
     assert len({heldout for _, heldout in names.values()}) == 1
+
+
+def test_a_stopped_run_is_not_rounded_a_second_time(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Learning the rounding may take longer than an epoch: what was prepared outlives a kill, and a damaged file names itself."""
+    levers = {
+        "quant.rounding": "adaround", "reconstruction.iterations": 20, "quant.equalization": True, "quant.bn_correction": True,
+        "quant.act_points": "inputs", "quant.learned_steps": "all", "quant.weight_bits": 3, "finetune.epochs": 2,
+    }  # fmt: skip
+    config = with_overrides(config, levers)
+    whole = run(config)
+    again = with_overrides(config, {"runtime.output_dir": str(tmp_path / "again")})
+
+    def stop(epoch: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(again, on_epoch=stop)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("rounded again")
+
+    monkeypatch.setattr("synq.pipeline.prepare_student", refuse)
+    resumed = run(again)
+    assert resumed.rounding == whole.rounding and set(whole.rounding) == {
+        "equalization", "bn_correction", "reconstruction"
+    }  # fmt: skip
+    for name in ("top1", "rtn_top1", "fidelity", "rtn_fidelity", "codes_changed"):
+        assert getattr(resumed, name) == getattr(whole, name), name
+    states = [safetensors.torch.load_file(run_folder(c) / "student.safetensors") for c in (config, again)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    (run_folder(again) / "record.json").unlink()
+    file = run_folder(again) / "prepared.pt"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"checkpoint must be readable, but .*prepared.pt is not"):
+        run(again)
