@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sweeps.table_text import Row, csv_line
+from synq.config_identity import idle_keys
 from synq.configs import FinetuneConfig, RunConfig, config_digest, config_from_dict
 from synq.results import RunRecord
 
@@ -119,7 +120,9 @@ def read_setting(config: Mapping[str, Any], source: str = "") -> tuple[RunConfig
     except (ValueError, TypeError):
         config_from_dict(RunConfig, config, source=source)  # the same refusal, with the key's full name
         raise
-    return whole, Setting(digest, tuple(getattr(finetune, name) for name in TRAINING))
+    values = {name: getattr(finetune, name) for name in TRAINING}
+    idle = idle_keys(values, whole.quant.learned_steps)
+    return whole, Setting(digest, tuple(None if name in idle else value for name, value in values.items()))
 
 
 @functools.lru_cache(maxsize=4096)

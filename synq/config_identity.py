@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from synq.config_io import config_to_dict, with_overrides
@@ -61,6 +61,17 @@ def make_absolute(config: T) -> T:
     return with_overrides(config, specs | _changed(values, FOLDERS, absolute_path))
 
 
+def idle_keys(finetune: Mapping[str, Any], learned_steps: str) -> set[str]:
+    """Return the keys of `finetune` that decide nothing, because what they belong to is switched off."""
+    switches = {
+        "perturb_size": finetune["perturb_weight"] != 0,
+        "cam_method": finetune["cam_weight"] != 0,
+        "hard_labels": finetune["ce_weight"] != 0,
+        "step_lr_factor": learned_steps != "none",
+    }
+    return {key for key, is_on in switches.items() if not is_on}
+
+
 def config_digest(config: object, *, with_seeds: bool = True) -> str:
     """Return 16 hexadecimal digits that name what decides the result of a `RunConfig`.
 
@@ -81,14 +92,7 @@ def config_digest(config: object, *, with_seeds: bool = True) -> str:
         values[part][key] = text
     values["runtime"] = {"precision": values["runtime"]["precision"]}
     left_out = [(values, "name"), (values["finetune"], "log_every")]
-    tuning = values["finetune"]
-    idle = {  # settings of what is switched off
-        "perturb_size": tuning["perturb_weight"] == 0,
-        "cam_method": tuning["cam_weight"] == 0,
-        "hard_labels": tuning["ce_weight"] == 0,
-        "step_lr_factor": values["quant"]["learned_steps"] == "none",
-    }
-    left_out += [(tuning, key) for key, is_idle in idle.items() if is_idle]
+    left_out += [(values["finetune"], key) for key in idle_keys(values["finetune"], values["quant"]["learned_steps"])]
     left_out += [(values, "reconstruction")] if values["quant"]["rounding"] == "nearest" else []
     left_out += [(values["evaluation"], key) for key in ("batch_size", "data_dir")]
     left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]
