@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
@@ -26,7 +25,7 @@ from synq.configs import FinetuneConfig
 from synq.losses import kd_kl, synq_loss
 from synq.network_outputs import Response, TappedNetwork, cached_responses, teacher_response
 from synq.optimizers import make_optimizer
-from synq.quant_layers import step_parameters
+from synq.placement import make_equal
 from synq.seeding import make_generator
 from synq.timetable import epoch_batches, local_batch_size, lr_at
 from synq.tracing import batchnorm_parameters
@@ -162,8 +161,7 @@ def finetune(
     with_cam = config.cam_weight > 0 and student.site.kind != "none"
     student, teacher = (replace(part, method=config.cam_method, with_cam=with_cam) for part in (student, teacher))
     parameters = _trainable(student.net, config.train_bn)
-    for ranges in (*student.net.buffers(), *step_parameters(student.net)):
-        broadcast(ranges.detach())  # what a GPU summed in another order on each process would differ for the whole run
+    make_equal(student.net)
     optimizer: torch.optim.Optimizer = make_optimizer(student.net, config)
     with warnings.catch_warnings():  # of PyTorch 2.14, whose new word for this Accelerate does not know yet
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)

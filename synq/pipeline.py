@@ -18,7 +18,7 @@ from typing import Any
 
 import safetensors.torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, fx
 
 from synq.artifacts import Purpose, SetStore
@@ -37,7 +37,7 @@ from synq.finetune import Epoch, NonFiniteLossError, finetune
 from synq.fusion import fuse_rectified
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
 from synq.network_outputs import TappedNetwork
-from synq.placement import check_compilable, dtype_of, make_accelerator, place
+from synq.placement import check_compilable, dtype_of, make_accelerator, make_equal, place
 from synq.records import blank_record, complete_record, finished_record
 from synq.results import RunRecord, write_bytes_atomic, write_json_atomic, write_record
 from synq.rounding import prepare_student
@@ -66,8 +66,8 @@ def run(
 ) -> RunRecord:
     """Do one run, or the rest of one that was stopped; a finished one is returned as it stands.
 
-    Files go to `<output_dir>/<name>-<digest>/`: `config.json`, `checkpoint.pt` (last finished epoch), `student.safetensors`,
-    `record.json` (last).
+    Files go to `<output_dir>/<name>-<digest>/`: `config.json`, `prepared.pt` (where more was done than rounding to nearest),
+    `checkpoint.pt` (last finished epoch), `student.safetensors`, `record.json` (last).
 
     Args:
         config: The run.
@@ -259,8 +259,7 @@ def _networks(
         )
         if rounding and accelerator.is_main_process:
             save_prepared(prepared, identity, student.net, None if reference is teacher.graph else reference, rounding)
-    for tensor in (*student.net.parameters(), *student.net.buffers()):
-        broadcast(tensor.detach())  # GPUs sum in orders of their own: what is measured from here on is one student
+    make_equal(student.net)  # what is measured from here on is one student
     cam, student_node = teacher.cam, student.cam_node
     if cam.kind == "none":  # the tap still needs a tensor; the image itself costs nothing and is never read
         cam, student_node = replace(cam, node=_input_node(teacher.graph)), _input_node(student.net)

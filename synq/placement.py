@@ -5,7 +5,7 @@ import os
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from torch import nn
 
 from synq.cam_site import CamSite
@@ -106,3 +106,12 @@ def check_compilable(config: RunConfig, cam: CamSite, device: torch.device) -> N
         raise ValueError(
             f"runtime.compile must be false here, because torch.compile fails: {text[0] if text else error!r}"
         ) from error
+
+
+def make_equal(net: nn.Module) -> None:
+    """Give every process the main one's parameters and buffers, steps and ranges among them.
+
+    What GPUs sum in orders of their own, and what follows from it, would otherwise differ between them for the whole run.
+    """
+    for tensor in (*net.parameters(), *net.buffers()):
+        broadcast(tensor.detach())
