@@ -2,7 +2,7 @@
 
 The rows of its table use the same teacher, labelled images and seeds:
 
-    ptq        the same synthetic images and ranges, but no fine-tuning
+    ptq        the students of the recipe's own runs before their fine-tuning; costs no run
     noise      everything the same, but Gaussian noise in place of the synthetic images
     recipe     the setting itself
     published  a figure of somebody else, from the recipe's file; never measured here
@@ -36,13 +36,12 @@ from synq.configs import (
 from synq.results import RunRecord, write_text_atomic
 
 Cell = tuple[str, int]
-RECIPE = "recipe"
+PTQ, RECIPE = "ptq", "recipe"
 ROWS: dict[str, Mapping[str, Any]] = {
-    "ptq": {"finetune.epochs": 0, "finetune.warmup_epochs": 0.0},
     "noise": {"synthesis.method": "gaussian"},
     RECIPE: {},
 }
-"""Rows by name, and what each changes of the recipe."""
+"""Rows that are runs, and what each changes of the recipe."""
 COLUMNS = (
     "row", "model", "protocol", "act_points", "bits", "num_seeds", "seeds", "teacher_top1", "top1_mean", "top1_std", "drop_mean",
     "drop_stderr", "num_eval", "seconds_mean", "commit", "device", "source",
@@ -180,9 +179,6 @@ def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] = tuple(ROWS
     """
     check_seeds(seeds)
     check_rows(rows, ROWS)
-    if "ptq" in rows:
-        rule = "be > 0 where there is a row ptq (choose other `rows`)"
-        require("finetune.epochs", rule, base.finetune.epochs, base.finetune.epochs > 0)
     if "noise" in rows:
         rule = "make images where there is a row noise (choose other `rows`)"
         require("synthesis.method", rule, base.synthesis.method, base.synthesis.method != "gaussian")
@@ -195,7 +191,7 @@ def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] = tuple(ROWS
 
 
 def table(records: Mapping[Cell, RunRecord], published: Published | None = None) -> list[dict[str, Any]]:
-    """Return one line per row, in the order given, and the published figure last.
+    """Return one line per row, in the order given after ptq, and the published figure last.
 
     drop_stderr is the mean of the seeds' standard errors (`drop_stderr`): the seeds share their images, so more seeds do not make it
     smaller; it bounds that of the mean drop from above. seconds_mean counts the synthesis of each set for every row that uses it,
@@ -205,6 +201,10 @@ def table(records: Mapping[Cell, RunRecord], published: Published | None = None)
     for record in records.values():
         made[record.set_digest] = max(made.get(record.set_digest, 0.0), record.seconds.get("synthesis", 0.0))
     lines: list[dict[str, Any]] = []
+    before = {
+        (PTQ, seed): _before_finetuning(r) for (row, seed), r in records.items() if row == RECIPE and r.loss_history
+    }
+    records = {**before, **records}
     for row in dict.fromkeys(row for row, _ in records):
         runs = {seed: record for (name, seed), record in records.items() if name == row}
         first = next(iter(runs.values()))
@@ -238,6 +238,20 @@ def table(records: Mapping[Cell, RunRecord], published: Published | None = None)
         bits = lines[0]["bits"] if lines else ""
         lines.append({"row": "published", "bits": bits, **figures, "source": published.source})
     return [{column: line.get(column) for column in COLUMNS} for line in lines]
+
+
+def _before_finetuning(record: RunRecord) -> RunRecord:
+    """The record of a run as if it had ended before its fine-tuning."""
+    measured = record.rtn_top1 is not None and record.teacher_top1 is not None
+    total = record.total_seconds
+    return replace(
+        record,
+        top1=record.rtn_top1,
+        drop=record.teacher_top1 - record.rtn_top1 if measured else None,  # type: ignore[operator]
+        lost=record.rtn_lost,
+        gained=record.rtn_gained,
+        total_seconds=None if total is None else total - record.seconds.get("finetune", 0.0),
+    )
 
 
 def _drop_stderr(record: RunRecord) -> float | None:

@@ -88,6 +88,8 @@ def complete_record(
         top5=final.top5,
         drop=None if final.top1 is None or teacher.top1 is None else teacher.top1 - final.top1,
         num_eval=final.num_eval,
+        rtn_lost=rounded.lost,
+        rtn_gained=rounded.gained,
         lost=final.lost,
         gained=final.gained,
         kept_share=history[-1]["kept"] if history else None,

@@ -114,6 +114,10 @@ class RunRecord:
     """Labelled images that the teacher has right and the student wrong, after the last epoch."""
     gained: int | None = None
     """Labelled images that the teacher has wrong and the student right; drop = 100 (lost - gained) / num_eval."""
+    rtn_lost: int | None = None
+    """As `lost`, before fine-tuning."""
+    rtn_gained: int | None = None
+    """As `gained`, before fine-tuning."""
     rounding: dict[str, Any] = field(default_factory=dict)
     """What equalisation, correction and the learning of the rounding did before fine-tuning, each with its figures."""
 

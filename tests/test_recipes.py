@@ -68,11 +68,9 @@ def test_a_recipe_is_the_whole_setting_and_its_rows_differ_in_one_thing(file: Pa
     base = recipe.base()
     assert (base.quant.weight_bits, base.quant.act_bits, base.quant.act_points) == (*parse_bits("W3A3"), "inputs")
     runs = plan(base, recipe.seeds)
-    assert list(runs) == [(row, seed) for row in ("ptq", "noise", "recipe") for seed in (0, 4)]
-    own, ptq, noise = (config_to_dict(runs[row, 4]) for row in ("recipe", "ptq", "noise"))
+    assert list(runs) == [(row, seed) for row in ("noise", "recipe") for seed in (0, 4)]
+    own, noise = (config_to_dict(runs[row, 4]) for row in ("recipe", "noise"))
     assert own == {**config_to_dict(base), "seed": 4, "data_seed": 4}
-    assert {**ptq, "finetune": own["finetune"]} == own, "the same synthetic set"
-    assert ptq["finetune"] == {**own["finetune"], "epochs": 0, "warmup_epochs": 0.0}
     assert noise == {**own, "synthesis": {**own["synthesis"], "method": "gaussian"}}
 
 
@@ -123,10 +121,7 @@ def test_an_expected_figure_comes_with_everything_that_belongs_to_it(file: Path,
 
 def test_rows_that_would_be_the_recipe_itself_are_refused(file: Path) -> None:
     base = load_recipe(file).base()
-    rounded = with_overrides(base, {"finetune.epochs": 0, "finetune.warmup_epochs": 0.0})
-    with pytest.raises(ValueError, match=r"finetune\.epochs` must be > 0 where there is a row ptq"):
-        plan(rounded, [0])
-    assert list(plan(rounded, [0], ["recipe", "noise"])) == [("noise", 0), ("recipe", 0)]
+    assert list(plan(base, [0], ["recipe", "noise"])) == [("noise", 0), ("recipe", 0)]
     with pytest.raises(ValueError, match=r"synthesis\.method` must make images where there is a row noise"):
         plan(with_overrides(base, {"synthesis.method": "gaussian"}), [0])
 
@@ -143,6 +138,10 @@ def record(top1: float, **changes: Any) -> RunRecord:
         "num_eval": 1000,
         "lost": 60,
         "gained": 20,
+        "rtn_top1": 70.0,
+        "rtn_lost": 230,
+        "rtn_gained": 10,
+        "loss_history": [{"loss": 1.0}],
         "set_digest": "s0",
         "seconds": {"synthesis": 0.0, "finetune": 9.0},
         "total_seconds": 10.0,
@@ -154,17 +153,21 @@ def record(top1: float, **changes: Any) -> RunRecord:
 
 def test_the_table_by_hand() -> None:
     records = {
-        ("ptq", 0): record(70.0, seconds={"synthesis": 50.0}, total_seconds=52.0),
-        ("ptq", 1): record(72.0, set_digest="s1", seconds={"synthesis": 60.0}, total_seconds=62.0),
-        ("recipe", 0): record(88.0),
+        ("other", 0): record(70.0, seconds={"synthesis": 50.0}, total_seconds=52.0),
+        ("other", 1): record(72.0, set_digest="s1", seconds={"synthesis": 60.0}, total_seconds=62.0),
+        ("recipe", 0): record(88.0, rtn_top1=74.0, rtn_lost=190),
         ("recipe", 1): record(89.0, set_digest="s1", lost=40, gained=10),
     }
-    ptq, own, paper = table(records, Published(top1=88.11, teacher_top1=93.89, source="a | b"))
+    ptq, other, own, paper = table(records, Published(top1=88.11, teacher_top1=93.89, source="a | b"))
     assert tuple(own) == COLUMNS and (own["row"], own["bits"], own["seeds"]) == ("recipe", "W3A3", "0 1")
     assert own["top1_mean"] == 88.5 and own["top1_std"] == pytest.approx(math.sqrt(0.5)) and own["drop_mean"] == 3.5
     errors = [100 * math.sqrt(80 - 1.6) / 1000, 100 * math.sqrt(50 - 0.9) / 1000]
     assert own["drop_stderr"] == pytest.approx(statistics.fmean(errors))
-    assert ptq["seconds_mean"] == 57.0
+    assert other["seconds_mean"] == 57.0
+    assert ptq["seconds_mean"] == 56.0, "the same runs, less their 9 s of fine-tuning"
+    assert (ptq["row"], ptq["top1_mean"], ptq["drop_mean"]) == ("ptq", 72.0, 20.0)
+    errors = [100 * math.sqrt(200 - 32.4) / 1000, 100 * math.sqrt(240 - 48.4) / 1000]
+    assert ptq["drop_stderr"] == pytest.approx(statistics.fmean(errors))
     assert own["seconds_mean"] == 65.0, "10 s each, and the 50 and 60 s of its sets, which another row made"
     assert paper["drop_mean"] == pytest.approx(5.78) and paper["num_seeds"] is None and paper["source"] == "a | b"
     text = markdown([ptq, own, paper], "expected ...")
@@ -174,8 +177,8 @@ def test_the_table_by_hand() -> None:
 
 
 def test_a_teacher_without_labels_has_a_table_too() -> None:
-    blind = record(0.0, num_eval=None, teacher_top1=None, drop=None, lost=None, gained=None)
-    (line,) = table({("recipe", 0): RunRecord(**{**config_to_dict(blind), "top1": None})})
+    blind = record(0.0, num_eval=None, teacher_top1=None, drop=None, lost=None, gained=None, rtn_top1=None)
+    _, line = table({("recipe", 0): RunRecord(**{**config_to_dict(blind), "top1": None})})
     assert (line["top1_mean"], line["drop_mean"], line["drop_stderr"]) == (None, None, None)
     assert "| 1 | - | - | - | 10 |" in markdown([line]) and "no labelled images" in markdown([line])
 
@@ -216,7 +219,7 @@ def test_what_must_not_be_compared_is_said() -> None:
     assert "not compared, on 64 images and not on 1000" in compare(PROMISE, fewer)
     other = {("recipe", 0): record(88.0, teacher_top1=91.9)}
     assert "not compared, the teacher has 91.90 and not 92.00" in compare(PROMISE, other)
-    assert compare(PROMISE, {("ptq", 0): record(70.0)}).endswith("not measured")
+    assert compare(PROMISE, {("noise", 0): record(70.0)}).endswith("not measured")
     single = Expected(**{**config_to_dict(PROMISE), "seeds": (0,)})
     assert "one seed each has no standard error" in compare(single, one)
 
@@ -226,32 +229,31 @@ def test_the_door_runs_resumes_and_only_reads_what_is_finished(
 ) -> None:
     file.write_text(FILE + EXPECTED)
     words = [str(file), "--runtime.output_dir", str(tmp_path / "out"), *ONE_THREAD, "--seeds", "3"]
-    assert main([*words, "--rows", "recipe", "ptq"]) == 0
+    assert main([*words, "--rows", "recipe"]) == 0
     out = capsys.readouterr().out
     assert "not compared, the teacher has" in out, "64 images never give 98.90"
     assert out.splitlines()[-1] == str(tmp_path / "out" / "mine" / "recipe.csv")
-    paths = {read_record(path).config["finetune"]["epochs"]: path for path in tmp_path.glob("out/mine-*/record.json")}
-    assert set(paths) == {0, 1}
-    before = {path: read_json(path) for path in paths.values()}
+    (path,) = tmp_path.glob("out/mine-*/record.json")
+    before, done = read_json(path), read_record(path)
+    assert (done.seed, done.data_seed, done.act_points, done.num_eval) == (3, 3, "inputs", 64)
     with (tmp_path / "out" / "mine" / "recipe.csv").open(newline="") as table_file:
         ptq, own, paper = csv.DictReader(table_file)
-    for line, epochs in ((ptq, 0), (own, 1)):
-        done = read_record(paths[epochs])
-        assert done.lost is not None and done.gained is not None and done.top1 is not None
-        assert (done.seed, done.data_seed, done.act_points, done.num_eval) == (3, 3, "inputs", 64)
-        assert float(line["top1_mean"]) == pytest.approx(done.top1) and line["top1_std"] == ""
-        b, c = done.lost, done.gained
+    for line, top1, b, c in (
+        (ptq, done.rtn_top1, done.rtn_lost, done.rtn_gained),
+        (own, done.top1, done.lost, done.gained),
+    ):
+        assert b is not None and c is not None and top1 is not None
+        assert float(line["top1_mean"]) == pytest.approx(top1) and line["top1_std"] == ""
         assert float(line["drop_mean"]) == pytest.approx(100 * (b - c) / 64, abs=1e-5)
         assert float(line["drop_stderr"]) == pytest.approx(100 * math.sqrt(b + c - (b - c) ** 2 / 64) / 64, abs=1e-5)
-    digests = {epochs: before[path]["set_digest"] for epochs, path in paths.items()}
-    assert digests[0] == digests[1] and before[paths[0]]["top1"] == before[paths[0]]["rtn_top1"]
+    assert ptq["seconds_mean"] < own["seconds_mean"]
     assert (paper["row"], paper["top1_mean"], paper["seconds_mean"]) == ("published", "88.11", "")
     assert (tmp_path / "out" / "mine" / "recipe.md").read_text() in out
-    # Once more with the row of noise: the finished runs stay as they are, one is added.
+    # Once more with the row of noise: the finished run stays as it is, one is added.
     assert main(words) == 0
     after = {path: read_json(path) for path in tmp_path.glob("out/mine-*/record.json")}
-    assert len(after) == 3 and {path: after[path] for path in before} == before
-    (noise,) = (content for path, content in after.items() if path not in before)
+    assert len(after) == 2 and after[path] == before
+    (noise,) = (content for other, content in after.items() if other != path)
     assert noise["config"]["synthesis"]["method"] == "gaussian" and noise["config"]["finetune"]["epochs"] == 1
     text = (tmp_path / "out" / "mine" / "recipe.md").read_text()
     assert [line.split(" | ")[0] for line in text.splitlines()[2:6]] == ["| ptq", "| noise", "| recipe", "| published"]
@@ -272,7 +274,6 @@ def test_words_that_change_the_result_are_told_from_those_that_do_not(file: Path
         (["FILE", "--seed", "3"], "`seed` must be left out (`seeds` says it)"),
         (["FILE", "--finetune.lrr", "3"], "`finetune.lrr` must be a known key"),
         (["FILE", "--jobs", "0"], "`jobs` must be >= 1"),
-        (["FILE", "--finetune.epochs", "0", "--finetune.warmup_epochs", "0"], "must be > 0 where there is a row ptq"),
     ],
 )
 def test_user_errors_are_one_line(
