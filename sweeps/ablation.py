@@ -12,9 +12,9 @@ from typing import Any
 
 from sweeps.paired import Gain, mean, paired_gain, std
 from sweeps.settings_file import check_bits, check_rows, check_seeds, read_settings
-from sweeps.table_text import to_csv, to_markdown
 from synq.configs import RunConfig, parse_bits, with_overrides
 from synq.results import RunRecord, write_text_atomic
+from synq.table_text import to_csv, to_markdown
 
 Overrides = Mapping[str, Any]
 Cell = tuple[str, str, int]

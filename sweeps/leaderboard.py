@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from sweeps.ranking import LEADERBOARD_COLUMNS, TRIAL_COLUMNS, read_setting
-from sweeps.table_text import Row, cell, to_csv, to_markdown, to_text
 from sweeps.tables import Tables
 from sweeps.views import (
     COMPARE_COLUMNS,
@@ -28,6 +27,7 @@ from sweeps.views import (
     single_ranking,
 )
 from synq.results import RunRecord, read_record, write_text_atomic
+from synq.table_text import Row, cell, to_csv, to_markdown, to_text
 
 __all__ = [
     "LEADERBOARD_COLUMNS",

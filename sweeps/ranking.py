@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sweeps.table_text import Row, csv_line
 from synq.config_identity import idle_keys
 from synq.configs import FinetuneConfig, RunConfig, config_digest, config_from_dict
 from synq.results import RunRecord
+from synq.table_text import Row, csv_line
 
 LEADERBOARD_COLUMNS = (
     "rank", "model", "weight_bits", "act_bits", "protocol", "act_points", "objective", "objective_value", "top1_mean", "top1_std",

@@ -18,7 +18,6 @@ from typing import Any
 from sweeps.ablation import figure
 from sweeps.paired import drop_stderr, mean, pooled_stderr, std
 from sweeps.settings_file import check_rows, check_seeds, read_part, read_settings
-from sweeps.table_text import to_csv, to_markdown
 from synq.config_io import between, require
 from synq.configs import (
     EvaluationConfig,
@@ -34,6 +33,7 @@ from synq.configs import (
     with_overrides,
 )
 from synq.results import RunRecord, write_text_atomic
+from synq.table_text import to_csv, to_markdown
 
 Cell = tuple[str, int]
 PTQ, RECIPE = "ptq", "recipe"

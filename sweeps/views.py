@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sweeps.ranking import LEADERBOARD_COLUMNS, SETTINGS, TEXT_COLUMNS, Ranking, Standing
-from sweeps.table_text import Row, cell, plain
 from synq.config_io import nearest
+from synq.table_text import Row, cell, plain
 
 OPERATORS: dict[str, Callable[[int, int], bool]] = {
     "<=": operator.le,

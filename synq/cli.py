@@ -19,6 +19,7 @@ SynQ {__version__}: quantizes a pre-trained image classifier without any data.
   synq synthesize [--config FILE] [--KEY VALUE ...]   only make the synthetic images of that run
   synq sweep [SPEC] [...]                             many runs and a ranked table; `synq sweep --help`
   synq recipe SPEC [...]                              chosen settings on several seeds, beside their baselines (--help)
+  synq export RUN [...]                               ONNX, packed weights and torch.export of a finished run, verified (--help)
   synq leaderboard PATH...                            tables from records: merge, filter, compare (--help)
   synq check-cluster [--output-dir DIR]               what a sweep will need of a cluster: what works, what does not
   synq bench [--only GROUP ...]                       the speed of this machine and of SynQ on it (--help)
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "synthesize": partial(train, program="synq synthesize", only_images=True),
     "sweep": partial(_elsewhere, "launch.sweep"),
     "recipe": partial(_elsewhere, "launch.recipe"),
+    "export": partial(_elsewhere, "launch.export"),
     "leaderboard": partial(_elsewhere, "sweeps.leaderboard"),
     "check-cluster": partial(_elsewhere, "launch.check_cluster"),
     "bench": partial(_elsewhere, "launch.bench"),

@@ -36,6 +36,8 @@ def blank_record(
         "name": teacher.name,
         "num_classes": teacher.num_classes,
         "input_size": list(teacher.input_size),
+        "mean": list(teacher.mean),
+        "std": list(teacher.std),
         "cam": {"node": cam.node, "kind": cam.kind, "reason": cam.reason},
     }
     warnings = []

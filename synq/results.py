@@ -120,6 +120,8 @@ class RunRecord:
     """As `gained`, before fine-tuning."""
     rounding: dict[str, Any] = field(default_factory=dict)
     """What equalisation, correction and the learning of the rounding did before fine-tuning, each with its figures."""
+    deployment: dict[str, Any] = field(default_factory=dict)
+    """Of the exported files: sizes in bytes, milliseconds of one image on a CPU, comparisons with the student; empty before an export."""
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:

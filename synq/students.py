@@ -13,7 +13,7 @@ from synq.fake_quant import quantize
 from synq.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
 from synq.operations import classify
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
-from synq.tracing import node_module, tensor_inputs
+from synq.tracing import node_module, set_module, tensor_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +80,9 @@ def quantize_model(
     for node in layers:
         module = node_module(net, node)
         if isinstance(module, nn.Conv2d) and not isinstance(module, QuantConv2d):
-            _replace(net, str(node.target), QuantConv2d.from_float(module, widths[node], steps))
+            set_module(net, str(node.target), QuantConv2d.from_float(module, widths[node], steps))
         elif isinstance(module, nn.Linear) and not isinstance(module, QuantLinear):
-            _replace(net, str(node.target), QuantLinear.from_float(module, widths[node], steps))
+            set_module(net, str(node.target), QuantLinear.from_float(module, widths[node], steps))
 
     if act_points == "relu":
         points = {node: (act_bits, list(node.users)) for node in nonlinear}
@@ -233,11 +233,6 @@ def _layer_widths(
         if node.target == layers[0].target and first_bits is not None:
             widths[node] = first_bits
     return widths
-
-
-def _replace(net: fx.GraphModule, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(net.get_submodule(parent) if parent else net, child, module.eval())
 
 
 def _insert_quantizer(net: fx.GraphModule, node: fx.Node, users: list[fx.Node], quantizer: ActQuantizer) -> fx.Node:

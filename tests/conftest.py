@@ -118,7 +118,7 @@ def gray_classifier(make_classifier: Callable[..., "nn.Module"]) -> "nn.Module":
     return make_classifier(channels=1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_settings() -> dict[str, object]:
     """Dotted overrides that make a run on the bundled teacher a matter of a second or two; add folders and the rest."""
     return {

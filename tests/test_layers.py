@@ -17,7 +17,16 @@ from synq.configs import RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 # Imports point downward or to a neighbour in the same layer; neighbours make no circle.
 LAYERS = (
-    {"config_io", "config_identity", "synthesis_config", "quant_config", "finetune_config", "configs", "results"},
+    {
+        "config_io",
+        "config_identity",
+        "synthesis_config",
+        "quant_config",
+        "finetune_config",
+        "configs",
+        "results",
+        "table_text",
+    },
     {
         "seeding",
         "fake_quant",
@@ -29,6 +38,7 @@ LAYERS = (
         "losses",
         "fidelity",
         "augment",
+        "packing",
         "tracing",
         "cam_site",
         "swing",
@@ -48,6 +58,7 @@ LAYERS = (
         "equalization",
         "bn_correction",
         "fusion",
+        "integer_form",
         "synthetic_data",
         "real_sources",
         "real_data",
@@ -70,8 +81,13 @@ LAYERS = (
         "placement",
         "rounding",
         "records",
+        "packed_file",
+        "onnx_file",
+        "verification",
+        "exported_files",
+        "model_card",
     },
-    {"pipeline"},
+    {"pipeline", "export"},
     {"train", "cli"},
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -4,7 +4,7 @@ from test_conditions import table
 from test_leaderboard import record
 
 from sweeps.leaderboard import LEADERBOARD_COLUMNS, leaderboard_rows
-from sweeps.table_text import to_csv, to_markdown, to_text
+from synq.table_text import to_csv, to_markdown, to_text
 
 NASTY = '=1|2 <b>`x`</b>\r\n"q", \\| [a](b) \x1b[2J'
 

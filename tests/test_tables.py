@@ -14,8 +14,8 @@ from test_conditions import bits, table
 from test_leaderboard import record
 
 from sweeps.leaderboard import LEADERBOARD_COLUMNS, Tables, leaderboard_rows, main, write_tables
-from sweeps.table_text import to_csv
 from synq.results import RunRecord
+from synq.table_text import to_csv
 
 
 def read_tables_of(folder: Path) -> tuple[bytes, bytes]:

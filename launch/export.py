@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Files that an engine runs, from a finished run: `launch/export.py RUN [--out DIR] [--formats onnx packed torch] [--container int4 int8]`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from sweeps.pool import exit_code
+from synq.train import USER_ERROR, report_error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the student of a finished run as ONNX (QuantizeLinear/DequantizeLinear), packed safetensors and a torch.export program.
+
+    Every file is run on the run's synthetic images, and on its labelled ones where it has some, beside the student; one that differs by
+    more than the tolerance is refused. Sizes, BitOps and the latency in ONNX Runtime beside the float teacher's go into the run's record,
+    and with everything else into a model card (README.md and card.json) beside the files.
+    """
+    parser = argparse.ArgumentParser(prog="synq export", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run, or its record.json")
+    parser.add_argument("--out", metavar="DIR", help="where the files go (default: RUN/export)")
+    parser.add_argument(
+        "--formats", nargs="+", default=["onnx", "packed", "torch"], help="some of: onnx packed torch (default: all)"
+    )
+    parser.add_argument(
+        "--container", nargs="+", default=[], metavar="TYPE",
+        help="what holds codes of at most 4 bits in ONNX: int4 (smallest), int8, or both (default: int4 where a width is at most 4)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--agreement", type=float, default=99.9, help="least percent of images with the student's class (default: 99.9)"
+    )
+    parser.add_argument(
+        "--margin", type=float, default=0.0,
+        help="count only images on which the student's two largest logits differ by more (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mean-difference", type=float, default=0.05,
+        help="largest mean difference of the logits, as a share of their standard deviation (default: 0.05)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of ONNX Runtime when it is timed (default: its own)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=30, help="timed runs of each model; 0 times nothing (default: 30)"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        return exit_code(lambda: _export(arguments))
+    except RuntimeError as error:
+        from synq.exported_files import ExportRefusedError  # torch, as in `exit_code`
+
+        if not isinstance(error, ExportRefusedError):
+            raise
+        report_error(error)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnxruntime", "onnxscript", "ml_dtypes"):
+            raise
+        report_error(ValueError(f"the package {error.name} is missing: pip install 'synq[export]'"))
+        return USER_ERROR
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from synq.export import ExportOptions, export_run
+    from synq.model_card import FILE_COLUMNS, file_rows
+    from synq.table_text import to_text
+    from synq.verification import Tolerance
+
+    tolerance = Tolerance(
+        agreement=arguments.agreement, margin=arguments.margin, mean_difference=arguments.mean_difference
+    )
+    options = ExportOptions(
+        formats=arguments.formats,
+        containers=arguments.container,
+        tolerance=tolerance,
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+    )
+    folder, record = export_run(arguments.run, arguments.out, options)
+    print(to_text(file_rows(record.deployment), FILE_COLUMNS), end="")
+    print(folder, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""The three kinds of files of an export, each written only after it has answered as the student does."""
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from synq.evaluation import Measure
+from synq.onnx_file import Container, write_onnx
+from synq.packed_file import load_packed, save_packed
+from synq.results import write_bytes_atomic
+from synq.verification import Comparison, Engine, Tolerance, compare, count_kernels, engine_of, open_session
+
+BATCH = 64
+"""Images per forward pass of a comparison."""
+
+
+class ExportRefusedError(RuntimeError):
+    """An exported file does not compute what its student computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedFile:
+    """One file and what is known of it.
+
+    Attributes:
+        name: File name.
+        format: onnx, packed or torch.
+        bytes: Size.
+        sha256: Digest of the content.
+        container: int4 or int8, of an ONNX file.
+        comparisons: What it was compared on.
+        integer_kernels, float_kernels: Convolutions and matrix products that ONNX Runtime runs in integers and in float, on this machine.
+        latency_ms: Median of one image on this machine's CPU.
+    """
+
+    name: str
+    format: str
+    bytes: int
+    sha256: str
+    container: str = ""
+    comparisons: Sequence[Comparison] = ()
+    integer_kernels: int | None = None
+    float_kernels: int | None = None
+    latency_ms: float | None = None
+
+
+@dataclass
+class Checker:
+    """Compares files with one student, which is run once on each set of images.
+
+    Attributes:
+        student: The student's network, on the CPU.
+        synthetic: (N, C, H, W) all synthetic images of the run.
+        measure: Opens the labelled images, where there are some.
+        tolerance: What a file may differ by.
+    """
+
+    student: nn.Module
+    synthetic: Tensor
+    measure: Measure
+    tolerance: Tolerance
+    wanted: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
+
+    @torch.no_grad()
+    def __call__(self, name: str, engine: Engine) -> tuple[Comparison, ...]:
+        """Compare a file with the student on every set of images.
+
+        Raises:
+            ExportRefusedError: It differs by more than the tolerance.
+        """
+        found = []
+        for source, number, read in self._sources():
+            parts = [(start, min(start + BATCH, number)) for start in range(0, number, BATCH)]
+            if source not in self.wanted:
+                self.wanted[source] = [self.student(read(*part)[0]).float() for part in parts]
+            batches = ((wanted, *read(*part)) for wanted, part in zip(self.wanted[source], parts, strict=True))
+            found.append(compare(engine, batches, source=source, margin=self.tolerance.margin))
+            complaint = self.tolerance.complaint(found[-1])
+            if complaint:
+                raise ExportRefusedError(f"{name} was not written: {complaint}")
+        return tuple(found)
+
+    def _sources(self) -> Iterator[tuple[str, int, Callable[[int, int], tuple[Tensor, Tensor | None]]]]:
+        """Give each set's name, its size, and what reads images and labels of a part of it."""
+        yield "synthetic", len(self.synthetic), lambda start, stop: (self.synthetic[start:stop], None)
+        labelled, rows = self.measure.labelled, self.measure.reported
+        if labelled is not None:
+            yield "labelled", len(rows), lambda start, stop: labelled.batch(rows[start:stop])
+
+
+def export_onnx(
+    path: Path, container: Container, form: fx.GraphModule, input_size: tuple[int, int, int], check: Checker
+) -> tuple[ExportedFile, bytes]:
+    """Write an integer form as ONNX; returns what is known of the file, and its content.
+
+    Raises:
+        ExportRefusedError: As `Checker`.
+        ValueError, OSError: It cannot be written.
+    """
+    content = write_onnx(form, input_size, container)
+    comparisons = check(path.name, engine_of(open_session(content)))
+    integers, floats = count_kernels(content)
+    write_bytes_atomic(path, content)
+    kernels = {"integer_kernels": integers, "float_kernels": floats}
+    return _described(path, "onnx", content, comparisons, container=container, **kernels), content
+
+
+def export_packed(
+    path: Path, form: fx.GraphModule, student: fx.GraphModule, about: dict[str, Any], check: Checker
+) -> ExportedFile:
+    """Write an integer form packed: under another name first, from which it is read back and compared.
+
+    Raises:
+        ExportRefusedError: As `Checker`.
+        OSError: The disk refuses.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        save_packed(draft, form, about)
+        comparisons = check(path.name, load_packed(draft, student))
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return _described(path, "packed", path.read_bytes(), comparisons)
+
+
+def export_program(path: Path, form: fx.GraphModule, input_size: tuple[int, int, int], check: Checker) -> ExportedFile:
+    """Write an integer form as a program of ``torch.export``, any number of images; what is compared is what a reader gets.
+
+    Raises:
+        ExportRefusedError: As `Checker`.
+        OSError: The disk refuses.
+    """
+    shapes = ({0: torch.export.Dim("N", min=1)},)
+    program = torch.export.export(form, (torch.zeros(2, *input_size),), dynamic_shapes=shapes)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    content = buffer.getvalue()
+    comparisons = check(path.name, torch.export.load(io.BytesIO(content)).module())
+    write_bytes_atomic(path, content)
+    return _described(path, "torch", content, comparisons)
+
+
+def _described(
+    path: Path, kind: str, content: bytes, comparisons: tuple[Comparison, ...], **facts: Any
+) -> ExportedFile:
+    digest = hashlib.sha256(content).hexdigest()
+    return ExportedFile(
+        name=path.name, format=kind, bytes=len(content), sha256=digest, comparisons=comparisons, **facts
+    )

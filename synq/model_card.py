@@ -1,0 +1,231 @@
+"""What a person must know who meets an exported student without us: card.json for programs, README.md for people."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from synq import __version__
+from synq.configs import RunConfig, config_digest, config_from_dict
+from synq.results import RunRecord, read_record, write_json_atomic, write_text_atomic
+from synq.table_text import markdown_cell, to_markdown
+
+CARD_VERSION = 1
+FILE_COLUMNS = (
+    "file",
+    "format",
+    "KiB",
+    "of float weights",
+    "images",
+    "agreement %",
+    "top-1 %",
+    "integer kernels",
+    "ms",
+)
+STATEMENT = """\
+No image that a camera took was used to make this model: the training images were synthesized from the float classifier, and its weights,
+ranges and settings rest on them alone. Labelled images, where figures name them, served the measurement and nothing else."""
+SELECTED = """\
+No image that a camera took moved a weight or a range of this model. Labelled images did help to choose its settings (objective selection);
+the figures below are of the other labelled images."""
+SLOW = """\
+Low widths buy size here, not speed: in this file the engine runs its float kernels. Engines with 4-bit kernels may differ."""
+
+
+def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, Any]:
+    """Return the content of card.json.
+
+    Args:
+        record: The run's record, with its deployment figures.
+        siblings: Completed runs of the same settings under all seeds, this one among them.
+    """
+    tops = [run.top1 for run in siblings if run.top1 is not None]
+    floats = [row for row in record.layers if row["bits"] == 32]
+    return {
+        "card_version": CARD_VERSION,
+        "synq": __version__,
+        "name": record.name,
+        "teacher": record.teacher,
+        "weight_bits": record.weight_bits,
+        "act_bits": record.act_bits,
+        "protocol": record.protocol,
+        "act_points": record.act_points,
+        "data_free": record.objective == "synthetic",
+        "accuracy": {
+            "teacher_top1": record.teacher_top1,
+            "rtn_top1": record.rtn_top1,
+            "top1": record.top1,
+            "drop": record.drop,
+            "num_eval": record.num_eval,
+            "seeds": [[run.seed, run.data_seed] for run in siblings],
+            "top1_mean": mean(tops) if tops else None,
+            "top1_std": stdev(tops) if len(tops) > 1 else None,
+        },
+        "fidelity": record.fidelity,
+        "deployment": record.deployment,
+        "float_tensors": [{"name": row["name"], "kind": row["kind"], "role": row["role"]} for row in floats],
+        "digests": {"config": record.config_digest, "set": record.set_digest, "labels": record.eval_digest},
+        "config": record.config,
+        "commit": record.commit,
+        "versions": record.versions,
+        "device": record.device,
+        "started": record.started,
+    }
+
+
+def siblings_of(record: RunRecord, folder: Path) -> list[RunRecord]:
+    """Return the completed runs beside a run's folder that share its settings and its teacher, by seed; itself among them."""
+    own = _settings_digest(record)
+    found = {(record.seed, record.data_seed): record}
+    for path in sorted(folder.parent.glob(f"{record.name}-*/record.json")):
+        other = read_record(path)
+        same = other.status == "completed" and other.teacher.get("digest") == record.teacher.get("digest")
+        if same and other.eval_digest == record.eval_digest and _settings_digest(other) == own:
+            found.setdefault((other.seed, other.data_seed), other)
+    return [found[seeds] for seeds in sorted(found)]
+
+
+def card_markdown(values: Mapping[str, Any]) -> str:
+    """Return the card for people."""
+    accuracy, teacher, figures = values["accuracy"], values["teacher"], values["deployment"]
+    bits = f"W{values['weight_bits']}A{values['act_bits']}"
+    lines = [f"# {markdown_cell(teacher['name'])}, {bits}", ""]
+    lines += [STATEMENT if values["data_free"] else SELECTED, ""]
+    facts = {
+        "teacher": f"{teacher['spec']} (digest {teacher['digest'][:16]})",
+        "input": f"(N, {', '.join(map(str, teacher['input_size']))}) float32, normalised: {_normalisation(values)}",
+        "output": f"(N, {teacher['num_classes']}) logits",
+        "widths": f"{bits}, protocol {values['protocol']}, act_points {values['act_points']}",
+        "accuracy": _accuracy(accuracy),
+        "size": _size(figures),
+        "speed": _speed(figures),
+        "stays float": _stays_float(values["float_tensors"]),
+        "made by": f"SynQ {values['synq']}, commit {values['commit'][:12]}, {values['device']}, {values['started']}",
+        "digests": f"settings {values['digests']['config']}, synthetic set {values['digests']['set'][:16]}",
+    }
+    lines += [f"- **{name}**: {text}" for name, text in facts.items()]
+    lines += ["", "## Files", "", to_markdown(file_rows(figures), FILE_COLUMNS)]
+    lines += [
+        "Agreement: images on which file and student choose the same class; see card.json for logits and digests.",
+        "",
+    ]
+    lines += ["## How to run it", "", "```python", _example(figures, teacher), "```", ""]
+    lines += ["## Settings", "", "```json", json.dumps(_settings(values["config"]), indent=1), "```", ""]
+    versions = ", ".join(f"{name} {version}" for name, version in values["versions"].items())
+    return "\n".join([*lines, f"Versions: {versions}.", ""])
+
+
+def file_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one row per exported file and set of images, the float model last."""
+    rows = []
+    for file in figures["files"]:
+        kernels = None
+        if file["integer_kernels"] is not None:
+            kernels = f"{file['integer_kernels']} of {file['integer_kernels'] + file['float_kernels']}"
+        for number, found in enumerate(file["comparisons"]):
+            first = number == 0
+            rows.append(
+                {
+                    "file": file["name"],
+                    "format": f"{file['format']} {file['container']}".strip(),
+                    "KiB": round(file["bytes"] / 1024, 1) if first else None,
+                    "of float weights": round(file["bytes"] / figures["float_bytes"], 3) if first else None,
+                    "images": f"{found['images']} {found['source']}",
+                    "agreement %": round(found["agreement_all"], 2),
+                    "top-1 %": None if found["file_top1"] is None else round(found["file_top1"], 2),
+                    "integer kernels": kernels if first else None,
+                    "ms": round(file["latency_ms"], 2) if first and file["latency_ms"] is not None else None,
+                }
+            )
+    if "float_onnx_bytes" in figures:
+        size, time = figures["float_onnx_bytes"], figures.get("float_latency_ms")
+        rows.append({"file": "(float teacher)", "format": "onnx float", "KiB": round(size / 1024, 1)})
+        rows[-1] |= {"of float weights": round(size / figures["float_bytes"], 3), "ms": time and round(time, 2)}
+    return rows
+
+
+def write_card(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write card.json and README.md, by rename.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    write_json_atomic(folder / "card.json", dict(values))
+    write_text_atomic(folder / "README.md", card_markdown(values))
+
+
+def _settings_digest(record: RunRecord) -> str:
+    return config_digest(config_from_dict(RunConfig, record.config), with_seeds=False)
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {part: config[part] for part in ("synthesis", "quant", "reconstruction", "finetune", "seed", "data_seed")}
+
+
+def _normalisation(values: Mapping[str, Any]) -> str:
+    mean_, std = values["teacher"].get("mean"), values["teacher"].get("std")
+    return "as the teacher's" if mean_ is None else f"(image in [0, 1] - {mean_}) / {std} per channel"
+
+
+def _accuracy(accuracy: Mapping[str, Any]) -> str:
+    if accuracy["top1"] is None:
+        return "not measured: the run had no labelled images"
+    text = (
+        f"top-1 {accuracy['top1']:.2f} on {accuracy['num_eval']} labelled images (teacher {accuracy['teacher_top1']:.2f}, before "
+        f"fine-tuning {accuracy['rtn_top1']:.2f})"
+    )
+    if accuracy["top1_std"] is not None:
+        text += f"; {accuracy['top1_mean']:.2f} ± {accuracy['top1_std']:.2f} over {len(accuracy['seeds'])} seeds"
+    return text
+
+
+def _size(figures: Mapping[str, Any]) -> str:
+    parts = [f"float weights {figures['float_bytes'] / 1024:.0f} KiB"]
+    for key, name in (("packed_bytes", "packed"), ("onnx_bytes", "ONNX")):
+        if figures.get(key):
+            parts.append(f"{name} {figures[key] / 1024:.0f} KiB ({figures[key] / figures['float_bytes']:.3f} of them)")
+    return ", ".join(parts) + f"; {figures['bitops'] / 1e9:.2f} G bit operations an image"
+
+
+def _speed(figures: Mapping[str, Any]) -> str:
+    if figures.get("latency_ms") is None:
+        return "not measured"
+    ratio = figures["float_latency_ms"] / figures["latency_ms"]
+    words = f"{figures['latency_ms']:.2f} ms an image in ONNX Runtime on the CPU, float {figures['float_latency_ms']:.2f} ms"
+    words += f" ({ratio:.2f} times as fast)"
+    slow = any(file["integer_kernels"] == 0 for file in figures["files"] if file["format"] == "onnx")
+    return f"{words}. {SLOW}" if slow else words
+
+
+def _stays_float(rows: Sequence[Mapping[str, Any]]) -> str:
+    kinds: dict[str, int] = {}
+    for row in rows:
+        if row["kind"] not in ("BatchNorm2d", "BatchNorm1d", "batch_norm"):
+            kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
+    listed = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+    return f"results of {listed}; biases; batch norms are folded" if listed else "biases"
+
+
+def _example(figures: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
+    files = {file["format"]: file["name"] for file in reversed(figures["files"])}
+    size = ", ".join(map(str, teacher["input_size"]))
+    if "onnx" in files:
+        return (
+            "import numpy as np, onnxruntime\n\n"
+            f'session = onnxruntime.InferenceSession("{files["onnx"]}")\n'
+            f"images = np.zeros((1, {size}), np.float32)  # your images, normalised as above\n"
+            '(logits,) = session.run(None, {"images": images})\n'
+            "print(logits.argmax(1))"
+        )
+    if "torch" in files:
+        return (
+            "import torch\nimport torch.ao.quantization.fx._decomposed  # registers the operations\n\n"
+            f'model = torch.export.load("{files["torch"]}").module()\n'
+            f"print(model(torch.zeros(1, {size})).argmax(1))  # your images, normalised as above"
+        )
+    return (
+        "import torch\nfrom synq.export import load_student\n\n"
+        f'model = load_student("{files["packed"]}")\n'
+        f"print(model(torch.zeros(1, {size})).argmax(1))  # your images, normalised as above"
+    )

@@ -1,0 +1,164 @@
+"""Write the integer form of a student as ONNX with QuantizeLinear and DequantizeLinear.
+
+The graph comes from ``torch.onnx``; ours is what it cannot know: which integer type holds which code.
+
+    container   weights of at most 4 bits    what ONNX Runtime does with them on a CPU
+    int4        INT4                         float kernels; the smallest file
+    int8        INT8                         integer kernels where a convolution's result is quantized at once
+
+Weights of 5 to 7 bits are INT8 in both, those of 8 bits UINT8, their codes raised by 128: on x86 processors without VNNI ONNX Runtime adds two
+products of UINT8 and INT8 in 16 bits, which full-range codes overflow. Activations, which no file stores, are UINT8 in both: behind a UINT4 activation ONNX Runtime 1.32 moves a pooling
+into the integers and then has no kernel for it. A code narrower than its container is kept in its range by a ``Min`` before
+QuantizeLinear, which saturates at the container's end alone; the lower end, code 0, is the container's own.
+
+Biases: ONNX Runtime rounds the bias of a convolution between Q/DQ pairs to int32 at scale s_x s_w. At 8 bits that grid is fine enough; below, the
+step is as coarse as the products and answers change, so the bias is added behind the layer (``bias_place`` of ``integer_form``).
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxscript
+import torch
+from onnx import numpy_helper
+from torch import fx
+
+from synq.integer_form import IntegerWeight
+
+Container = Literal["int4", "int8"]
+OPSET = 21
+"""The first operator set in which DequantizeLinear reads 4-bit integers."""
+IMAGES, LOGITS = "images", "logits"
+"""Names of the model's input (N, C, H, W) and output (N, K)."""
+NARROW = 4
+"""Largest width that a 4-bit container holds."""
+FULL = 8
+"""Width that fills its container."""
+CONTAINER_MAX = 255
+"""Largest code of UINT8."""
+
+
+def write_onnx(form: fx.GraphModule, input_size: tuple[int, int, int], container: Container = "int8") -> bytes:
+    """Return the ONNX model of an integer form, checked by ``onnx.checker``.
+
+    Args:
+        form: A network of ``integer_form``.
+        input_size: (C, H, W) of one image.
+        container: What holds weights of at most 4 bits.
+
+    Returns:
+        A model ``images`` float32 (N, C, H, W) -> ``logits`` float32 (N, K), N free.
+
+    Raises:
+        ValueError: If PyTorch cannot express the network in ONNX; the message says which part.
+    """
+    sample = torch.zeros(2, *input_size)
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                form,
+                (sample,),
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=True,
+                dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
+                input_names=[IMAGES],
+                output_names=[LOGITS],
+                custom_translation_table=_translations(),
+                verbose=False,
+            )
+        except Exception as error:  # torch.onnx raises many types; all of them mean the same to the user
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"the student cannot be written as ONNX: {lines[0]}") from error
+    assert program is not None
+    model = program.model_proto
+    _strip(model)
+    _set_containers(model, form, container)
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString())
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """How ``torch.onnx`` writes the three operations of an integer form."""
+    op: Any = onnxscript.opset21
+    ops = torch.ops.quantized_decomposed
+
+    def constants(scale: float, zero_point: int) -> tuple[Any, Any]:
+        return op.Constant(value_float=scale), op.Constant(value=onnxscript.ir.tensor(np.array(zero_point, np.uint8)))
+
+    def quantize(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
+        if quant_max < CONTAINER_MAX:
+            x = op.Min(x, op.Constant(value_float=float(np.float32(scale) * np.float32(quant_max - zero_point))))
+        return op.QuantizeLinear(x, *constants(scale, zero_point))
+
+    def dequantize(
+        codes: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int, out_dtype: Any = None
+    ) -> Any:
+        return op.DequantizeLinear(codes, *constants(scale, zero_point))
+
+    def weight(
+        codes: Any,
+        scale: Any,
+        zero_point: Any,
+        axis: int,
+        quant_min: int,
+        quant_max: int,
+        dtype: int,
+        out_dtype: Any = None,
+    ) -> Any:
+        return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
+
+    return {
+        ops.quantize_per_tensor.default: quantize,
+        ops.dequantize_per_tensor.default: dequantize,
+        ops.dequantize_per_channel.default: weight,
+    }
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove what an engine never reads: stack traces, and shapes that it infers itself."""
+    for holder in (
+        model,
+        model.graph,
+        *model.graph.node,
+        *model.graph.initializer,
+        *model.graph.input,
+        *model.graph.output,
+    ):
+        del holder.metadata_props[:]
+        holder.doc_string = ""
+    del model.graph.value_info[:]
+
+
+def _set_containers(model: onnx.ModelProto, form: fx.GraphModule, container: Container) -> None:
+    """Give codes and zero points of the weights the integer type that holds them."""
+    weights = {name: module for name, module in form.named_modules() if isinstance(module, IntegerWeight)}
+    for tensor in model.graph.initializer:
+        owner, _, field = tensor.name.rpartition(".")
+        if owner in weights and field in ("codes", "zero_point"):
+            bits, values = weights[owner].bits, numpy_helper.to_array(tensor)
+            if bits == FULL:
+                values = (values.astype(np.int16) + 128).astype(np.uint8)
+            else:
+                values = values.astype(ml_dtypes.int4 if container == "int4" and bits <= NARROW else np.int8)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks of the exporter about itself."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,172 @@
+"""The integer form of a student in one safetensors file, every code at its real width.
+
+    <layer>.codes   uint8, the codes minus their smallest possible value, packed side by side (`packing.py`)
+    scale           float32, the scales of all layers' channels, one behind the other in the order of `layers`
+    zero_point      int8, the zero points, likewise
+    bias            float32, the biases of the layers that have one, likewise
+    <name>          float32, whatever else the network holds: batch norms that were not folded, PReLU slopes
+
+and in the header's metadata: `format` and `version`, `layers` and `activations` (JSON: widths, shapes, scales), `about` (JSON: free), `digest`
+(SHA-256 over tensors and metadata). What computes with these numbers is not in the file: `load_packed` wants the network.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, fx
+
+from synq.integer_form import Codes, IntegerActivation, IntegerLayer, integer_form
+from synq.packing import pack, packed_size, unpack
+from synq.results import write_bytes_atomic
+
+FORMAT, VERSION = "synq packed student", "1"
+
+
+def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any] | None = None) -> int:
+    """Write an integer form, by rename, and return the size of the file in bytes.
+
+    Args:
+        path: The file.
+        form: A network of ``integer_form``.
+        about: What else the file should say of itself, as plain JSON values.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    layers, activations = integer_parts(form)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        weight = layer.integer_weight
+        raised = weight.codes.to(torch.int16) - weight.quant_min
+        tensors[f"{name}.codes"] = torch.from_numpy(pack(raised.numpy(), weight.bits))
+    weights = [layer.integer_weight for layer in layers.values()]
+    tensors["scale"] = torch.cat([weight.scale for weight in weights])
+    tensors["zero_point"] = torch.cat([weight.zero_point for weight in weights]).to(torch.int8)
+    tensors["bias"] = torch.cat([torch.zeros(0), *(layer.bias for layer in layers.values() if layer.bias is not None)])
+    tensors |= _others(form)
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "layers": _to_json(
+            [
+                [name, layer.integer_weight.bits, list(layer.integer_weight.codes.shape), layer.bias is not None]
+                for name, layer in layers.items()
+            ]
+        ),
+        "activations": _to_json([[name, part.bits, part.scale, part.zero_point] for name, part in activations.items()]),
+        "about": _to_json(dict(about or {})),
+    }
+    metadata["digest"] = _digest(tensors, metadata)
+    content = to_safetensors(tensors, metadata)
+    write_bytes_atomic(path, content)
+    return len(content)
+
+
+def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and metadata (`layers`, `activations`, `about` as values) of a packed file, checked against its digest.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, of another kind or version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"a packed student must be a file, but there is no {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"a packed student must be a safetensors file, but {path} is damaged: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"a packed student must say that it is one, but {path} is some other safetensors file")
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"a packed student must be of version {VERSION}, but {path} is of version {metadata.get('version')}: "
+            "read it with the SynQ that wrote it"
+        )
+    if metadata.pop("digest", None) != _digest(tensors, metadata):
+        raise ValueError(f"a packed student must match its digest, but {path} does not: its content was changed")
+    facts = {name: json.loads(metadata[name]) for name in ("layers", "activations", "about")}
+    return tensors, facts
+
+
+def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
+    """Return the integer form that a packed file holds, bit by bit the one that was written.
+
+    Args:
+        path: The file.
+        student: The network of a ``Student`` of the same teacher and widths; only its structure counts, its numbers are not used and
+            its ranges need not be observed.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, of another version, or of another network.
+    """
+    tensors, facts = read_packed(path)
+    form = integer_form(student, empty=True)
+    layers, activations = integer_parts(form)
+    found = [(name, bits, tuple(shape)) for name, bits, shape, _ in facts["layers"]]
+    wanted = [(n, x.integer_weight.bits, tuple(x.integer_weight.codes.shape)) for n, x in layers.items()]
+    quantizers = [(name, bits) for name, bits, *_ in facts["activations"]]
+    if found != wanted or quantizers != [(name, part.bits) for name, part in activations.items()]:
+        odd = next((pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]), (len(found), len(wanted)))
+        raise ValueError(f"a packed student must fit its network, but {path} holds {odd[0]} where {odd[1]} is wanted")
+    scales = tensors["scale"].split([shape[0] for _, _, shape in found])
+    zero_points = tensors["zero_point"].split([shape[0] for _, _, shape in found])
+    has_bias = [bias for *_, bias in facts["layers"]]
+    biases = iter(tensors["bias"].split([shape[0] for (_, _, shape), b in zip(found, has_bias, strict=True) if b]))
+    for (name, bits, shape), scale, zero_point, biased in zip(found, scales, zero_points, has_bias, strict=True):
+        raised = unpack(tensors[f"{name}.codes"].numpy(), bits, math.prod(shape))
+        codes = torch.from_numpy(raised.astype(np.int16) - 2 ** (bits - 1)).to(torch.int8).reshape(shape)
+        filled = Codes(codes=codes, scale=scale.clone(), zero_point=zero_point.to(torch.int32), bits=bits)
+        layers[name].fill(filled, next(biases).clone() if biased else None)
+    for name, _, scale, zero_point in facts["activations"]:
+        activations[name].scale, activations[name].zero_point = float(scale), int(zero_point)
+    others = _others(form)
+    missing = [name for name in others if name not in tensors]
+    if missing:
+        raise ValueError(f"a packed student must fit its network, but {path} has no {missing[0]}")
+    form.load_state_dict({**form.state_dict(), **{name: tensors[name] for name in others}})
+    return form
+
+
+def integer_parts(form: fx.GraphModule) -> tuple[dict[str, IntegerLayer], dict[str, IntegerActivation]]:
+    """Return the integer layers and the integer activations of an integer form, by name."""
+    modules = dict(form.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, IntegerLayer)}
+    return layers, {name: module for name, module in modules.items() if isinstance(module, IntegerActivation)}
+
+
+def packed_bytes_of(form: fx.GraphModule) -> int:
+    """Return the bytes of the codes alone."""
+    layers, _ = integer_parts(form)
+    return sum(packed_size(x.integer_weight.codes.numel(), x.integer_weight.bits) for x in layers.values())
+
+
+def _others(form: fx.GraphModule) -> dict[str, Tensor]:
+    """What the network holds besides its integer layers."""
+    layers, _ = integer_parts(form)
+    own = tuple(f"{name}." for name in layers)
+    return {name: tensor.contiguous() for name, tensor in form.state_dict().items() if not name.startswith(own)}
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(_to_json(dict(sorted(metadata.items()))).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(_to_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _to_json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)

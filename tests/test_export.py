@@ -1,0 +1,179 @@
+"""From a run's folder to files that answer as its student does, and a card that says what they are."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+from launch.export import main
+from synq.configs import RunConfig, with_overrides
+from synq.export import ExportOptions, load_student, open_run
+from synq.exported_files import Checker, ExportRefusedError, export_onnx
+from synq.integer_form import integer_form
+from synq.model_card import SELECTED, STATEMENT, card_markdown, card_values, siblings_of
+from synq.pipeline import run, run_folder
+from synq.results import read_record, write_record
+from synq.verification import Tolerance
+
+ANY = ["--agreement", "0", "--mean-difference", "9"]
+"""Of an untrained tiny student nearly every logit is a tie."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, Any]) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    config = with_overrides(
+        RunConfig(),
+        {**tiny_settings, "runtime.output_dir": str(folder), "quant.weight_bits": 4, "quant.act_points": "inputs"},
+    )
+    run(config)
+    return run_folder(config)
+
+
+@pytest.fixture(scope="module")
+def exported(finished: Path) -> Path:
+    assert main([str(finished), "--container", "int8", "int4", "--rounds", "3", "--threads", "1", *ANY]) == 0
+    return finished / "export"
+
+
+def test_every_file_is_there_and_described(finished: Path, exported: Path) -> None:
+    names = {"model_int8.onnx", "model_int4.onnx", "model.safetensors", "model.pt2", "README.md", "card.json"}
+    assert {path.name for path in exported.iterdir()} == names
+    record = read_record(finished / "record.json")
+    figures = record.deployment
+    files = {file["name"]: file for file in figures["files"]}
+    assert files.keys() == names - {"README.md", "card.json"}
+    for name, file in files.items():
+        assert file["bytes"] == (exported / name).stat().st_size
+        synthetic, labelled = file["comparisons"]
+        assert (synthetic["source"], labelled["source"], labelled["images"]) == (
+            "synthetic",
+            "labelled",
+            record.num_eval,
+        )
+        assert synthetic["images"] == sum(record.config[a][b] for a, b in (("synthesis", "num_images"), ("evaluation", "heldout_images")))  # fmt: skip
+        assert labelled["student_top1"] == pytest.approx(record.top1), "the student is the run's"
+        assert labelled["agreement_all"] > 90
+    assert figures["packed_bytes"] == files["model.safetensors"]["bytes"] < 0.3 * figures["float_bytes"]
+    assert figures["onnx_bytes"] == files["model_int8.onnx"]["bytes"] > files["model_int4.onnx"]["bytes"]
+    assert figures["latency_ms"] == files["model_int8.onnx"]["latency_ms"] > 0 < figures["float_latency_ms"]
+    assert figures["bitops"] == record.bitops and figures["float_onnx_bytes"] > figures["onnx_bytes"]
+
+
+def test_the_packed_file_alone_gives_the_model(finished: Path, exported: Path) -> None:
+    _, _, _, student = open_run(finished)
+    sample = torch.randn(4, 1, 16, 16)
+    assert torch.equal(load_student(exported / "model.safetensors")(sample), integer_form(student.net, bias_place="apart")(sample))  # fmt: skip
+    program = torch.export.load(exported / "model.pt2").module()
+    assert torch.allclose(program(sample), integer_form(student.net, bias_place="apart")(sample), atol=1e-4)
+
+
+def test_the_cards_example_runs(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (exported / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) <= 10
+    monkeypatch.chdir(exported)
+    exec(code, {})
+    assert capsys.readouterr().out.strip().startswith("[")
+    card = json.loads((exported / "card.json").read_text())
+    assert card["weight_bits"] == 4 and card["data_free"] and STATEMENT in text
+    for fact in (card["teacher"]["digest"][:16], "protocol A", "act_points inputs", "model_int4.onnx", "SynQ"):
+        assert fact in text
+    assert json.loads(text.split("```json\n")[1].split("```")[0])["finetune"] == card["config"]["finetune"]
+
+
+def test_the_card_knows_the_other_seeds_of_its_settings(finished: Path, tmp_path: Path) -> None:
+    record = read_record(finished / "record.json")
+    for seed, top1, changes in ((1, 50.0, {}), (2, 60.0, {}), (3, 0.0, {"quant.calib_images": 8})):
+        other = {**record.config, "seed": seed, "data_seed": seed}
+        for key, value in changes.items():
+            part, name = key.split(".")
+            other[part] = {**other[part], name: value}
+        write_record(tmp_path / f"run-{seed}" / "record.json", replace(record, config=other, seed=seed, data_seed=seed, top1=top1))  # fmt: skip
+    own = tmp_path / "run-own"
+    own.mkdir()
+    found = siblings_of(replace(record, top1=40.0), own)
+    assert [run.top1 for run in found] == [40.0, 50.0, 60.0]
+    accuracy = card_values(replace(record, deployment=record.deployment or {}), found)["accuracy"]
+    assert (accuracy["top1_mean"], accuracy["top1_std"], len(accuracy["seeds"])) == (50.0, 10.0, 3)
+
+
+def test_a_selected_student_does_not_claim_to_be_free_of_data(finished: Path, exported: Path) -> None:
+    record = replace(read_record(finished / "record.json"), objective="selection")
+    text = card_markdown(card_values(record, [record]))
+    assert SELECTED in text and STATEMENT not in text
+
+
+def test_a_file_that_answers_otherwise_is_refused_and_not_left_behind(finished: Path, tmp_path: Path) -> None:
+    _, _, teacher, student = open_run(finished)
+    form = integer_form(student.net)
+    layer = form.get_submodule("linear.integer_weight")
+    layer.codes.copy_(-layer.codes.clamp(min=-7))  # type: ignore[union-attr, operator]
+    images = torch.randn(40, 1, 16, 16)
+
+    class NoLabels:
+        labelled, reported = None, torch.arange(0)
+
+    check = Checker(student.net, images, NoLabels(), Tolerance())  # type: ignore[arg-type]
+    with pytest.raises(
+        ExportRefusedError, match=r"model\.onnx was not written: it chooses another class than the student"
+    ):
+        export_onnx(tmp_path / "model.onnx", "int8", form, teacher.input_size, check)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_door_says_refusals_in_one_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(finished), "--formats", "packed", "--mean-difference", "-1", "--out", str(tmp_path / "x")]) == 1
+    line = capsys.readouterr().err
+    assert (
+        line.startswith("synq: error: model.safetensors was not written: its logits differ") and line.count("\n") == 1
+    )
+    assert not list(tmp_path.glob("x/*"))
+
+
+def damaged(change: Callable[[Path], None]) -> Callable[[Path, Path], Path]:
+    def copy(finished: Path, tmp_path: Path) -> Path:
+        shutil.copytree(finished, tmp_path / "copy", ignore=shutil.ignore_patterns("export"))
+        change(tmp_path / "copy")
+        return tmp_path / "copy"
+
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda finished, tmp: tmp, "`RUN` must hold record.json, but"),
+        (damaged(lambda f: (f / "record.json").unlink()), "it is not finished, start its command again"),
+        (damaged(lambda f: (f / "student.safetensors").unlink()), "must hold student.safetensors"),
+        (damaged(lambda f: (f / "student.safetensors").write_bytes(b"\0" * 64)), "student.safetensors"),
+        (damaged(lambda f: write_record(f / "record.json", replace(read_record(f / "record.json"), status="failed", reason="NaN"))), "is failed: NaN"),
+        (damaged(lambda f: write_record(f / "record.json", replace(read_record(f / "record.json"), teacher={"digest": "0"}))), "of other weights"),
+    ],
+)  # fmt: skip
+def test_what_is_no_finished_run_is_refused(
+    make: Callable[[Path, Path], Path], message: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(make(finished, tmp_path))]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("synq: error: ") and message in line and line.count("\n") == 1
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"`formats` must be one of onnx, packed, torch, but got 'onxx'; did you mean"):
+        ExportOptions(formats=["onxx"])
+    with pytest.raises(ValueError, match="`container` must be one of int4, int8"):
+        ExportOptions(containers=["int2"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="`formats` must be some of"):
+        ExportOptions(formats=[])

@@ -1,0 +1,96 @@
+"""ONNX files answer in ONNX Runtime as the student does, and hold integers of the width they say."""
+
+import numpy as np
+import pytest
+import torch
+from small_nets import SIZE, Residual, plain
+from test_integer_form import images, student
+from torch import nn
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from onnx import TensorProto, numpy_helper  # noqa: E402
+
+from synq.integer_form import IntegerConv2d, IntegerLinear, integer_form  # noqa: E402
+from synq.onnx_file import Container, write_onnx  # noqa: E402
+from synq.verification import compare, count_kernels, engine_of, latencies, open_session  # noqa: E402
+
+
+def types(model: bytes) -> tuple[set[int], set[int]]:
+    """Integer types of the weights' codes and of the activations' zero points."""
+    graph = onnx.load_from_string(model).graph
+    known = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    weights = {known[n.input[0]] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in known}
+    return weights, {known[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"}
+
+
+@pytest.mark.parametrize(
+    ("bits", "container", "act_points", "make"),
+    [(4, "int4", "inputs", Residual), (3, "int4", "relu", plain), (3, "int8", "inputs", plain), (8, "int8", "inputs", Residual)],
+)  # fmt: skip
+def test_onnx_runtime_answers_as_the_student(
+    bits: int, container: Container, act_points: str, make: type[nn.Module]
+) -> None:
+    made = student(make(), bits, act_points)  # type: ignore[arg-type]
+    form = integer_form(made.net, bias_place="apart")
+    model = write_onnx(form, SIZE, container)
+    sample = images(60)
+    with torch.no_grad():
+        wanted = made.net(sample)
+    # A free number of images, and the default session.
+    found = compare(engine_of(open_session(model)), [(wanted[:59], sample[:59], None), (wanted[59:], sample[59:], None)], source="x")  # fmt: skip
+    assert found.agreement >= 100 * 59 / 60 and found.mean_difference < 0.02
+    kind = TensorProto.INT4 if container == "int4" else TensorProto.UINT8 if bits == 8 else TensorProto.INT8
+    assert types(model) == ({kind}, {TensorProto.UINT8})
+    # The codes in the file are those of the integer form.
+    stored = {t.name: numpy_helper.to_array(t).astype(int) for t in onnx.load_from_string(model).graph.initializer}
+    layers = {n: m for n, m in form.named_modules() if isinstance(m, IntegerConv2d | IntegerLinear)}
+    for name, layer in layers.items():
+        codes = stored[f"{name}.integer_weight.codes"] - (128 if bits == 8 else 0)
+        assert np.array_equal(codes, layer.integer_weight.codes.numpy()), name
+    integers, floats = count_kernels(model)
+    assert integers + floats == len(layers)
+
+
+def test_a_narrow_code_stays_in_its_range() -> None:
+    """Activations far beyond the range: a container is wider than three bits, and must not be used beyond them."""
+    made = student(Residual(), 3, "inputs")
+    model = write_onnx(integer_form(made.net, bias_place="apart"), SIZE, "int8")
+    sample = 50 * images(16)
+    with torch.no_grad():
+        wanted = made.net(sample)
+    found = compare(engine_of(open_session(model)), [(wanted, sample, None)], source="x")
+    assert found.mean_difference < 0.02
+
+
+def test_what_an_engine_does_not_need_is_not_in_the_file() -> None:
+    made = student(Residual(), 4)
+    model = onnx.load_from_string(write_onnx(integer_form(made.net), SIZE, "int4"))
+    assert not model.graph.value_info and not any(node.metadata_props for node in model.graph.node)
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    sizes = {tensor.name: len(tensor.raw_data) for tensor in model.graph.initializer if "codes" in tensor.name}
+    assert sizes["conv2.integer_weight.codes"] == 8 * 2 * 9 // 2, "two codes a byte"
+
+
+def test_latencies_are_measured_in_turns() -> None:
+    model = write_onnx(integer_form(student(plain(), 8).net), SIZE)
+    times = latencies({"one": model, "two": model}, images(1), threads=1, rounds=5)
+    assert times.keys() == {"one", "two"} and all(0 < time < 1000 for time in times.values())
+
+
+class Erfinv(nn.Module):
+    """An operation that ONNX does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.relu(self.conv(x)).sort(dim=1)[0].unfold(2, 2, 2).erfinv().mean((2, 3, 4)))
+
+
+def test_what_onnx_cannot_say_is_refused() -> None:
+    with pytest.raises(ValueError, match="the student cannot be written as ONNX"):
+        write_onnx(torch.fx.symbolic_trace(Erfinv().eval()), SIZE)
