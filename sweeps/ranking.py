@@ -24,18 +24,21 @@ from synq.configs import FinetuneConfig, RunConfig, config_digest, config_from_d
 from synq.results import RunRecord
 from synq.table_text import Row, csv_line
 
+DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms")
+"""Columns that are filled where a student was exported, from `deployment` of its record."""
 LEADERBOARD_COLUMNS = (
     "rank", "model", "weight_bits", "act_bits", "protocol", "act_points", "objective", "objective_value", "top1_mean", "top1_std",
     "num_seeds", "num_failed", "teacher_top1", "rtn_top1", "drop", "num_eval", "size_bytes", "bitops", "lowpass_cutoff", "cam_weight",
     "ce_weight", "difficulty_threshold", "lr", "set_digest", "config_digest", "commit", "versions", "device", "seconds",
     "num_data_seeds", "first_bits", "last_bits", "teacher_digest", "best", "pareto_size", "pareto_bitops", "fidelity_measure",
+    *DEPLOYED,
 )  # fmt: skip
 """Columns of leaderboard.csv. New ones are appended; none is ever renamed."""
 TRIAL_COLUMNS = (
     "trial", "status", "reason", "model", "weight_bits", "act_bits", "protocol", "act_points", "objective", "objective_value", "top1",
     "top5", "teacher_top1", "rtn_top1", "drop", "num_eval", "seed", "data_seed", "size_bytes", "bitops", "lowpass_cutoff", "cam_weight",
     "ce_weight", "difficulty_threshold", "lr", "kept_share", "set_digest", "heldout_digest", "config_digest", "commit", "versions",
-    "device", "host", "started", "seconds",
+    "device", "host", "started", "seconds", *DEPLOYED,
 )  # fmt: skip
 """Columns of trials.csv. New ones are appended; none is ever renamed."""
 TEXT_COLUMNS = frozenset(
@@ -173,6 +176,7 @@ def read_run(record: RunRecord, source: str = "") -> Run:
     row |= _settings(record, config)
     versions = " ".join(f"{name}={version}" for name, version in sorted(record.versions.items()))
     row |= {"trial": record.name, "seconds": record.total_seconds, "versions": versions}
+    row |= {column: record.deployment.get(column) for column in DEPLOYED}
     ranking, line = _ranking(record, config), csv_line(row.values())
     return Run(
         ranking, setting, row, line, (ranking.order()[:8], record.name, record.config_digest, record.started, line)
@@ -283,7 +287,8 @@ def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int) -> Standin
     kept = list(by_seed.values())
     row: Row = {column: kept[0].get(column) for column in LEADERBOARD_COLUMNS}
     row |= {
-        column: _mean(kept, column) for column in ("objective_value", "teacher_top1", "rtn_top1", "drop", "seconds")
+        column: _mean(kept, column)
+        for column in ("objective_value", "teacher_top1", "rtn_top1", "drop", "seconds", *DEPLOYED)
     }
     row |= {column: "; ".join(sorted({run[column] for run in kept})) for column in ("commit", "versions", "device")}
     row |= {

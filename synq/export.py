@@ -67,14 +67,13 @@ def open_run(folder: str | Path) -> tuple[Path, RunRecord, Teacher, Student]:
     """Return folder, record, teacher and student of a finished run.
 
     Args:
-        folder: The run's folder, or the record in it.
+        folder: The run's folder, the record in it, or a sweep's record of it (records/TRIAL.json).
 
     Raises:
         FileNotFoundError: It is no run, or not a finished one.
         ValueError: A file is damaged, or the teacher is another one than then.
     """
-    path = Path(folder)
-    path = path.parent if path.name == "record.json" else path
+    path = _run_folder(Path(folder))
     if not (path / "record.json").is_file():
         started = (path / "checkpoint.pt").exists() or (path / "config.json").exists()
         hint = (
@@ -159,7 +158,8 @@ def export_run(
             figures |= {"latency_ms": times[next(iter(models))], "float_latency_ms": times[""]}
     figures["files"] = [asdict(file) for file in files]
     record = replace(record, deployment=figures)
-    write_record(run / "record.json", record)
+    for path in (run / "record.json", *_sweep_records(run, record)):
+        write_record(path, replace(read_record(path), deployment=figures))
     write_card(target, card_values(record, siblings_of(record, run)))
     return target, record
 
@@ -187,6 +187,21 @@ def load_student(path: str | Path, spec: str | None = None) -> fx.GraphModule:
         num_classes=about["num_classes"],
     )
     return load_packed(path, build_student(load_teacher(architecture), config.quant).net)
+
+
+def _run_folder(path: Path) -> Path:
+    if path.name == "record.json":
+        return path.parent
+    if path.suffix == ".json" and path.parent.name == "records" and path.is_file():
+        record = read_record(path)
+        return path.parent.parent / "runs" / f"{record.config['name']}-{record.config_digest}"
+    return path
+
+
+def _sweep_records(run: Path, record: RunRecord) -> list[Path]:
+    """Return the records that a sweep keeps of this run, where it lies in one."""
+    found = sorted((run.parent.parent / "records").glob("*.json")) if run.parent.name == "runs" else []
+    return [path for path in found if read_record(path).config_digest == record.config_digest]
 
 
 def _containers(student: Student, options: ExportOptions) -> Sequence[Container]:

@@ -1,6 +1,7 @@
 """Make the synthetic set of a teacher, or find it in the store: shards, divided over whoever takes part, resumed where a run stopped."""
 
 import copy
+import io
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from filelock import Timeout
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from synq.calib_centers import center_targets, pack_statistics, split_evenly, un
 from synq.configs import SynthesisConfig
 from synq.inversion import TERMS, Inversion, invert
 from synq.placement import to_layout
+from synq.results import write_bytes_atomic
 from synq.seeding import make_generator
 from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher
@@ -275,3 +278,16 @@ def _try_lock(store: SetStore, key: str, part: str) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
+
+
+def write_npz(path: str | Path, made: SyntheticSet, teacher: Teacher) -> None:
+    """Write a synthetic set for other tools, by rename: `images` (N, C, H, W) float32, normalised as the network takes them, `labels` (N,)
+    int64, and the `mean` and `std` of the normalisation.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    buffer = io.BytesIO()
+    mean, std = (np.asarray(values, np.float32) for values in (teacher.mean, teacher.std))
+    np.savez(buffer, images=made.images.float().numpy(), labels=made.labels.numpy(), mean=mean, std=std)
+    write_bytes_atomic(path, buffer.getvalue())

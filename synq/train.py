@@ -21,6 +21,8 @@ from synq.results import summary_line
 
 PROGRAM = "accelerate launch synq/train.py"
 USER_ERROR = 2
+NPZ_HELP = """--npz FILE.npz   also write the training images for other tools' calibration: arrays `images` (N, C, H, W) float32, normalised as the
+                 network takes them, `labels` (N,), `mean` and `std` per channel"""
 
 
 def read_command_line(words: Sequence[str]) -> tuple[RunConfig, bool]:
@@ -90,7 +92,9 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM, only_imag
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
-        config, wants_help = read_command_line(sys.argv[1:] if argv is None else argv)
+        words = list(sys.argv[1:] if argv is None else argv)
+        npz = _take_npz(words) if only_images else None
+        config, wants_help = read_command_line(words)
         config = make_absolute(config)
     except (ValueError, OSError) as error:
         if rank == 0:  # every process has read the same words
@@ -99,24 +103,49 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM, only_imag
     if wants_help:
         if rank == 0:
             # tyro leaves the process after its help; a reader such as `head` may leave before
-            with contextlib.suppress(SystemExit, BrokenPipeError):
-                print_help(config, program)
+            with contextlib.suppress(BrokenPipeError):
+                with contextlib.suppress(SystemExit):
+                    print_help(config, program)
+                if only_images:
+                    print(NPZ_HELP)
                 sys.stdout.flush()
         return 0
-    return _run(config, rank, only_images)
+    return _run(config, rank, only_images, npz)
 
 
-def _run(config: RunConfig, rank: int, only_images: bool) -> int:
+def _take_npz(words: list[str]) -> str | None:
+    """Take `--npz FILE` out of the words.
+
+    Raises:
+        ValueError: The file's name is missing or of another kind.
+    """
+    if "--npz" not in words:
+        return None
+    place = words.index("--npz")
+    path = words[place + 1] if place + 1 < len(words) else ""
+    if not path.endswith(".npz"):
+        raise ValueError(f"`npz` must name a file that ends in .npz, but got {path!r}")
+    del words[place : place + 2]
+    return path
+
+
+def _run(config: RunConfig, rank: int, only_images: bool, npz: str | None = None) -> int:
     import torch
 
     from synq.finetune import NonFiniteLossError
     from synq.pipeline import make_accelerator, prepare, run, run_folder
+    from synq.synthesis import write_npz
+    from synq.teachers import load_teacher
 
     notes: list[str] = []
     try:
         accelerator = make_accelerator(config.runtime)
         if only_images:
-            lines = [f"{part.path} | {len(part.labels)} images" for part in prepare(config, accelerator=accelerator)]
+            sets = prepare(config, accelerator=accelerator)
+            lines = [f"{part.path} | {len(part.labels)} images" for part in sets]
+            if npz is not None and accelerator.is_main_process:
+                write_npz(npz, sets[0], load_teacher(config.teacher))
+                lines.append(f"{npz} | {len(sets[0].labels)} images")
         else:
             file = run_folder(config) / "record.json"
             before = file.stat().st_mtime_ns if file.exists() else None

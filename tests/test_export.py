@@ -151,6 +151,24 @@ def damaged(change: Callable[[Path], None]) -> Callable[[Path, Path], Path]:
     return copy
 
 
+def test_a_trial_of_a_sweep_is_exported_by_its_record_and_the_sweep_knows(finished: Path, tmp_path: Path) -> None:
+    record = read_record(finished / "record.json")
+    folder = tmp_path / "runs" / finished.name
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("export"))
+    write_record(folder / "record.json", replace(record, deployment={}))
+    write_record(tmp_path / "records" / "t1.json", replace(record, name="t1", deployment={}))
+    write_record(tmp_path / "records" / "t2.json", replace(record, name="t2", config_digest="0" * 16, deployment={}))
+    words = ["--formats", "packed", "--rounds", "0", "--out", str(tmp_path / "out"), *ANY]
+    assert main([str(tmp_path / "records" / "t1.json"), *words]) == 0
+    own, first, other = (
+        read_record(path)
+        for path in (folder / "record.json", tmp_path / "records" / "t1.json", tmp_path / "records" / "t2.json")
+    )
+    assert own.deployment == first.deployment and first.name == "t1" and other.deployment == {}
+    assert own.deployment["packed_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert own.deployment["onnx_bytes"] is None
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -28,7 +28,7 @@ COLUMNS = (
     "rank, model, weight_bits, act_bits, protocol, act_points, objective, objective_value, top1_mean, top1_std, num_seeds, num_failed, "
     "teacher_top1, rtn_top1, drop, num_eval, size_bytes, bitops, lowpass_cutoff, cam_weight, ce_weight, difficulty_threshold, lr, "
     "set_digest, config_digest, commit, versions, device, seconds, num_data_seeds, first_bits, last_bits, teacher_digest, "
-    "best, pareto_size, pareto_bitops, fidelity_measure"
+    "best, pareto_size, pareto_bitops, fidelity_measure, onnx_bytes, packed_bytes, latency_ms, float_latency_ms"
 )
 
 
@@ -60,6 +60,18 @@ def record(
         "total_seconds": 10.0,
     }
     return RunRecord(**{**values, **fields})
+
+
+def test_figures_of_exported_students_stand_in_both_tables() -> None:
+    figures = {"onnx_bytes": 300, "packed_bytes": 100, "latency_ms": 2.0, "float_latency_ms": 4.0}
+    runs = [
+        record(deployment=figures),
+        record(seed=1),
+        record(seed=2, deployment={**figures, "latency_ms": 3.0, "packed_bytes": None}),
+    ]
+    (row,) = leaderboard_rows(runs)
+    assert (row["onnx_bytes"], row["packed_bytes"], row["latency_ms"], row["float_latency_ms"]) == (300, 100, 2.5, 4.0)
+    assert {line["seed"]: line["latency_ms"] for line in trial_rows(runs)} == {0: 2.0, 1: None, 2: 3.0}
 
 
 def test_columns_are_the_agreed_ones() -> None:

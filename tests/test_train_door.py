@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 
 from synq import cli, train
 from synq.config_io import dotted_keys
@@ -238,7 +240,30 @@ def test_the_console_command_trains_and_synthesizes(
     assert _tree(in_tmp / "out" / "store") == sets
 
 
-@pytest.mark.parametrize(("name", "word"), [("sweep", "--num-trials"), ("leaderboard", "PATH")])
+def test_images_for_other_tools(capsys: pytest.CaptureFixture[str], words: list[str], in_tmp: Path) -> None:
+    assert cli.run(["synthesize", *words, "--npz", "images.npz"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "images.npz | 32 images"
+    with np.load(in_tmp / "images.npz") as made:
+        assert {name: (array.dtype.str[1:], array.shape) for name, array in made.items()} == {
+            "images": ("f4", (32, 1, 16, 16)),
+            "labels": ("i8", (32,)),
+            "mean": ("f4", (1,)),
+            "std": ("f4", (1,)),
+        }
+        (stored,) = (
+            safetensors.torch.load_file(path) for path in in_tmp.glob("out/store/*/images.safetensors")
+            if len(safetensors.torch.load_file(path)["labels"]) == 32
+        )  # fmt: skip
+        assert np.array_equal(made["images"], stored["images"].numpy())
+        assert np.array_equal(made["labels"], stored["labels"].numpy())
+    for bad in (["--npz"], ["--npz", "images.npy"]):
+        assert cli.run(["synthesize", *words, *bad]) == 2
+        assert "`npz` must name a file that ends in .npz" in capsys.readouterr().err
+    assert cli.run(["synthesize", "--help"]) == 0 and "--npz FILE.npz" in capsys.readouterr().out
+    assert cli.run(["train", *words, "--npz", "images.npz"]) == 2, "of synthesize alone"
+
+
+@pytest.mark.parametrize(("name", "word"), [("sweep", "--num-trials"), ("leaderboard", "PATH"), ("export", "RUN")])
 def test_the_other_doors_open(capsys: pytest.CaptureFixture[str], name: str, word: str) -> None:
     try:
         code = cli.run([name, "--help"])
