@@ -17,6 +17,9 @@ from synq.students import Student
 from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher
 
+FEW = 0.5
+"""Share of synthetic images with the assigned class below which the images cannot stand for the classes."""
+
 
 def blank_record(
     config: RunConfig,
@@ -43,6 +46,12 @@ def blank_record(
     warnings = []
     if cam.kind == "none" and config.finetune.cam_weight > 0:
         warnings.append(f"the CAM term is off: {cam.reason}")
+    agreement = train_set.manifest["agreement"]
+    if agreement < FEW and config.synthesis.assigns_labels:
+        warnings.append(
+            f"the teacher gives only {100 * agreement:.0f} % of the synthetic images the class that they should show: the images are "
+            "not finished; raise `synthesis.iterations`, or try another `synthesis.lr`"
+        )
     return RunRecord(
         name=config.name,
         config=config_to_dict(config),

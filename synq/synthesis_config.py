@@ -51,8 +51,8 @@ class SynthesisConfig:
     """Weight of the second statistics target."""
     center_depth: float = 0.5
     """Share of the batch-norm layers, deepest first, that get the second target."""
-    augment: Literal["none", "flip_shift"] = "flip_shift"
-    """Random flip and shift of the images before each step of synthesis."""
+    augment: Literal["none", "flip_shift"] = "none"
+    """Whether each step sees the images flipped and shifted at random; it then takes several times as many steps to the same statistics."""
 
     def __post_init__(self) -> None:
         for name, low in (

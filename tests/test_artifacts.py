@@ -50,7 +50,7 @@ def _made(root: Path) -> tuple[SetStore, str, SyntheticSet]:
 OTHER_VALUES = {
     "method": "gdfq",
     "bns_form": "var_mean",
-    "augment": "none",
+    "augment": "flip_shift",
     "calib_centers": False,
     "schedule": "plateau",
     "swing_conv": False,

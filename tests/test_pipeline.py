@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,8 +143,17 @@ def test_filter_reaches_ranges_and_training(config: RunConfig) -> None:
 
 def test_inert_threshold_is_said(config: RunConfig) -> None:
     record = run(with_overrides(config, {"finetune.difficulty_threshold": 0.0}))
-    assert record.kept_share == 0.0 and "is inert" in record.warnings[0]
+    assert record.kept_share == 0.0 and "is inert" in record.warnings[-1]
     assert run(with_overrides(config, {"finetune.difficulty_threshold": 1.0})).kept_share == 1.0
+
+
+def test_images_that_do_not_show_their_class_are_said(config: RunConfig) -> None:
+    told = run(with_overrides(config, {"synthesis.iterations": 0})).warnings
+    assert any(re.search(r"the teacher gives only \d+ % of the synthetic images the class", text) for text in told)
+    done = run(with_overrides(config, {"synthesis.iterations": 60, "synthesis.inception_weight": 1.0})).warnings
+    assert not any("the teacher gives only" in text for text in done)
+    noise = run(with_overrides(config, {"synthesis.method": "gaussian"})).warnings
+    assert not any("the teacher gives only" in text for text in noise), "noise takes the teacher's answers for labels"
 
 
 def test_no_epochs_is_round_to_nearest(config: RunConfig) -> None:

@@ -116,5 +116,5 @@ def test_old_sets_keep_their_names() -> None:
     centers = {"center_iterations", "center_weight", "center_depth"}
     config = SynthesisConfig(calib_centers=True)
     assert set(set_identity("5c" * 32, SIZE, config, 0, "train")["synthesis"]) == old | centers
-    key = SetStore("/nowhere").key("7e" * 32, replace(config, num_images=14, shard_size=4, iterations=6, center_iterations=4), 3, input_size=(1, 9, 8))  # fmt: skip
+    key = SetStore("/nowhere").key("7e" * 32, replace(config, num_images=14, shard_size=4, iterations=6, center_iterations=4, augment="flip_shift"), 3, input_size=(1, 9, 8))  # fmt: skip
     assert key == "fb36238ad790f2b8a7aaef0367761541"
