@@ -13,22 +13,25 @@ from synq.integer_form import integer_form
 from synq.onnx_file import Container, write_onnx
 from synq.students import observe_ranges, quantize_model
 from synq.teachers import Teacher, load_teacher
-from synq.verification import compare, engine_of, latencies, open_session
+from synq.verification import compare, engine_of, open_session
 
 SIDE = 64
 MARGIN = 0.02
 """Images count whose two largest logits differ by more than this share of the logits' deviation: with random weights most are ties."""
 
 
-def random_teacher(spec: str, side: int = SIDE) -> Teacher:
-    facts = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-    return load_teacher(TeacherConfig(spec=spec, weights="random", input_size=(3, side, side), **facts))  # type: ignore[arg-type]
+def random_teacher(spec: str) -> Teacher:
+    return load_teacher(
+        TeacherConfig(
+            spec=spec, weights="random", input_size=(3, SIDE, SIDE), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
+        )
+    )
 
 
-def noise(count: int, side: int = SIDE) -> Tensor:
+def noise(count: int) -> Tensor:
     """Blobs rather than pixels, so that random weights answer differently."""
     small = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return torch.nn.functional.interpolate(small, (side, side), mode="bilinear")
+    return torch.nn.functional.interpolate(small, (SIDE, SIDE), mode="bilinear")
 
 
 @pytest.mark.slow
@@ -47,18 +50,3 @@ def test_decided_images_get_the_students_class(spec: str, bits: int, container: 
     print(f"{spec} W{bits}A{bits}: {found}")
     assert found.decided >= 20, "enough to speak of"
     assert found.agreement >= 99.9 or round(found.decided * (100 - found.agreement) / 100) <= 1, found
-
-
-@pytest.mark.slow
-def test_eight_bits_are_faster_than_float_where_there_are_integer_kernels() -> None:
-    teacher = random_teacher("torchvision:resnet18", 224)
-    sample = noise(4, 224)
-    student = quantize_model(teacher.graph, weight_bits=8, act_bits=8, act_points="inputs")
-    observe_ranges(student.net, sample, act_range="minmax")
-    models = {
-        "int8": write_onnx(integer_form(student.net), teacher.input_size),
-        "float": write_onnx(integer_form(teacher.graph), teacher.input_size),
-    }
-    times = latencies(models, sample[:1], threads=1, rounds=15)
-    print(f"ResNet-18, 224 px, one thread: {times}, ratio {times['float'] / times['int8']:.2f}")
-    assert times["int8"] < times["float"]
