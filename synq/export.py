@@ -6,34 +6,43 @@
 A file under its final name has passed its comparison.
 """
 
-from collections.abc import Sequence
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import fx
+from torch import Tensor, fx
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.accounting import float_bytes
 from synq.config_io import one_of
 from synq.configs import RunConfig, config_from_dict
 from synq.evaluation import Measure
 from synq.exported_files import Checker, ExportedFile, export_onnx, export_packed, export_program
-from synq.integer_form import BiasPlace, integer_form
-from synq.model_card import card_values, siblings_of, write_card
+from synq.integer_form import integer_form
+from synq.model_card import card_values, readable_record, siblings_of, write_card
 from synq.onnx_file import NARROW, Container, write_onnx
-from synq.packed_file import load_packed, read_packed
-from synq.pipeline import build_student, prepare
+from synq.pipeline import build_student, set_names, set_store
 from synq.results import RunRecord, read_record, write_record
 from synq.students import Student
-from synq.teacher_sources import RANDOM
 from synq.teachers import Teacher, load_teacher
+from synq.tracing import node_module, operation_name
 from synq.verification import Tolerance, latencies
 from synq.weight_files import read_weights
 
 FORMATS = ("onnx", "packed", "torch")
 CONTAINERS = ("int4", "int8")
+MANAGED = (
+    *("model.onnx", "model_int4.onnx", "model_int8.onnx", "model.safetensors", "model.pt2"),
+    *("README.md", "card.json"),
+)
+"""Names that an export may write, and removes when a later one does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +82,7 @@ def open_run(folder: str | Path) -> tuple[Path, RunRecord, Teacher, Student]:
         FileNotFoundError: It is no run, or not a finished one.
         ValueError: A file is damaged, or the teacher is another one than then.
     """
-    path = _run_folder(Path(folder))
+    path = _run_folder(Path(folder).resolve())
     if not (path / "record.json").is_file():
         started = (path / "checkpoint.pt").exists() or (path / "config.json").exists()
         hint = (
@@ -126,16 +135,34 @@ def export_run(
     """
     options, accelerator = options or ExportOptions(), accelerator or Accelerator(cpu=True)
     run, record, teacher, student = open_run(folder)
-    target = Path(out) if out is not None else run / "export"
+    target = (Path(out) if out is not None else run / "export").resolve()
     config = config_from_dict(RunConfig, record.config)
-    train_set, heldout = prepare(config, accelerator=accelerator)
+    siblings, copies = siblings_of(record, run), _sweep_records(run, record)
     check = Checker(
         student=student.net,
-        synthetic=torch.cat([heldout.images, train_set.images]),
+        synthetic=_synthetic_images(config, record),
         measure=Measure.prepare(config.evaluation, teacher, accelerator),
         tolerance=options.tolerance,
     )
-    form, size = integer_form(student.net, bias_place=_bias_place(student)), teacher.input_size
+    if check.measure.labels_digest != record.eval_digest:
+        raise ValueError(
+            "`RUN` must find its labelled images as they were, but they have changed since, or were not there"
+        )
+    with _draft_of(target) as draft:
+        files, figures = _write_files(draft, record, teacher, student, check, options)
+        record = replace(record, deployment=figures)
+        write_card(draft, card_values(record, siblings))
+        _publish(draft, target, [*MANAGED, *(file.name for file in files)])
+    for path in (run / "record.json", *copies):
+        write_record(path, replace(read_record(path), deployment=record.deployment))
+    return target, record
+
+
+def _write_files(
+    target: Path, record: RunRecord, teacher: Teacher, student: Student, check: Checker, options: ExportOptions
+) -> tuple[list[ExportedFile], dict[str, Any]]:
+    """Write and check what the options ask for; returns the files, and the deployment figures."""
+    form, size = integer_form(student.net, bias_place="apart"), teacher.input_size
     files: list[ExportedFile] = []
     models: dict[str, bytes] = {}
     for container in _containers(student, options):
@@ -153,40 +180,73 @@ def export_run(
         figures["float_onnx_bytes"] = len(floating)
         if options.rounds:
             timed = {**models, "": floating}
-            times = latencies(timed, heldout.images[:1], threads=options.threads, rounds=options.rounds)
+            times = latencies(timed, check.synthetic[:1], threads=options.threads, rounds=options.rounds)
             files = [replace(file, latency_ms=times.get(file.name)) for file in files]
             figures |= {"latency_ms": times[next(iter(models))], "float_latency_ms": times[""]}
     figures["files"] = [asdict(file) for file in files]
-    record = replace(record, deployment=figures)
-    for path in (run / "record.json", *_sweep_records(run, record)):
-        write_record(path, replace(read_record(path), deployment=figures))
-    write_card(target, card_values(record, siblings_of(record, run)))
-    return target, record
+    figures["tolerance"] = asdict(options.tolerance)
+    figures["float_norms"] = sum(_is_norm(form, node) for node in form.graph.nodes)
+    figures["machine"] = {"cpu": _cpu(), "threads": options.threads or None, "versions": _versions()}
+    return files, figures
 
 
-def load_student(path: str | Path, spec: str | None = None) -> fx.GraphModule:
-    """Return the network in a packed file, ready to run: images as the teacher takes them -> logits. No weights but the file's are read.
-
-    Args:
-        path: A file `model.safetensors` of an export.
-        spec: Where the teacher's architecture comes from; None is the spec that the file names.
+def _synthetic_images(config: RunConfig, record: RunRecord) -> Tensor:
+    """Return the held-out and the training images of a run, from its store; they are never made anew.
 
     Raises:
-        FileNotFoundError, ValueError: As `read_packed`; or the architecture cannot be built, or is another one.
+        FileNotFoundError: The store has them no longer.
+        ValueError: They are others than those of the record.
     """
-    _, facts = read_packed(path)
-    about = facts["about"]
-    if "config" not in about:
-        raise ValueError(f"a packed student must name its teacher, but {path} does not")
-    config = config_from_dict(RunConfig, about["config"], source=str(path))
-    architecture = replace(
-        config.teacher,
-        spec=spec or config.teacher.spec,
-        weights=RANDOM,
-        input_size=tuple(about["input_size"]),
-        num_classes=about["num_classes"],
-    )
-    return load_packed(path, build_student(load_teacher(architecture), config.quant).net)
+    store = set_store(config)
+    images = []
+    for name, digest in zip(reversed(set_names(config)), (record.heldout_digest, record.set_digest), strict=True):
+        found = store.load(name)
+        if found is None:
+            hint = "`synq synthesize` with the run's settings makes it again"
+            raise FileNotFoundError(
+                f"`RUN` must find its synthetic images, but {store.path(name)} is not there: {hint}"
+            )
+        if found.digest != digest:
+            raise ValueError(f"`RUN` must find its synthetic images, but those in {found.path} are others")
+        images.append(found.images)
+    return torch.cat(images)
+
+
+@contextmanager
+def _draft_of(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` to write in, gone afterwards: an export is there as a whole or not at all."""
+    draft = target.with_name(f".{target.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _publish(draft: Path, target: Path, names: Sequence[str]) -> None:
+    """Put the files of a draft in the place of an earlier export's; other files of the folder stay."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys(names):
+        (target / name).unlink(missing_ok=True)
+    for path in sorted(draft.iterdir()):
+        path.replace(target / path.name)
+
+
+def _is_norm(form: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(node_module(form, node), _BatchNorm) or operation_name(node) == "batch_norm"
+
+
+def _cpu() -> str:
+    """Name of the processor, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("torch", "onnx", "onnxruntime")}
 
 
 def _run_folder(path: Path) -> Path:
@@ -201,7 +261,8 @@ def _run_folder(path: Path) -> Path:
 def _sweep_records(run: Path, record: RunRecord) -> list[Path]:
     """Return the records that a sweep keeps of this run, where it lies in one."""
     found = sorted((run.parent.parent / "records").glob("*.json")) if run.parent.name == "runs" else []
-    return [path for path in found if read_record(path).config_digest == record.config_digest]
+    readable = [(path, readable_record(path)) for path in found]  # what lies beside a run need not be ours
+    return [path for path, other in readable if other is not None and other.config_digest == record.config_digest]
 
 
 def _containers(student: Student, options: ExportOptions) -> Sequence[Container]:
@@ -209,11 +270,6 @@ def _containers(student: Student, options: ExportOptions) -> Sequence[Container]
         return ()
     narrow = min(row.bits for row in student.rows) <= NARROW
     return tuple(dict.fromkeys(options.containers)) or (("int4",) if narrow else ("int8",))
-
-
-def _bias_place(student: Student) -> BiasPlace:
-    """Engines round a layer's own bias to the grid of its products, which only 8-bit operands make fine enough."""
-    return "layer" if min(row.bits for row in student.rows) == 8 else "apart"
 
 
 def _sizes(student: Student, teacher: Teacher, files: Sequence[ExportedFile]) -> dict[str, Any]:

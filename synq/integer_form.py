@@ -173,6 +173,9 @@ class IntegerConv2d(IntegerLayer):
             x, padding = F.pad(x, self.outer_padding, mode=self.padding_mode), 0
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
 
+    def extra_repr(self) -> str:
+        return f"{self.stride}, {self.padding}, {self.dilation}, {self.groups}, {self.padding_mode}"
+
     def bias_shape(self) -> tuple[int, ...]:
         """Return (C_out, 1, 1)."""
         return (-1, 1, 1)

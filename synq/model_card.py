@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from synq import __version__
-from synq.configs import RunConfig, config_digest, config_from_dict
+from synq.configs import RunConfig, config_digest, config_from_dict, config_to_dict
 from synq.results import RunRecord, read_record, write_json_atomic, write_text_atomic
 from synq.table_text import markdown_cell, to_markdown
 
@@ -29,8 +29,10 @@ ranges and settings rest on them alone. Labelled images, where figures name them
 SELECTED = """\
 No image that a camera took moved a weight or a range of this model. Labelled images did help to choose its settings (objective selection);
 the figures below are of the other labelled images."""
+NOISE = """\
+Made with Gaussian noise in the place of synthetic images, to compare with: nothing that a camera took was used, and nothing of the classifier's."""
 SLOW = """\
-Low widths buy size here, not speed: in this file the engine runs its float kernels. Engines with 4-bit kernels may differ."""
+Low widths buy size here, not speed: of {total} products ONNX Runtime runs {integers} in integers. Engines with kernels for these widths may differ."""
 
 
 def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, A
         record: The run's record, with its deployment figures.
         siblings: Completed runs of the same settings under all seeds, this one among them.
     """
+    config = config_from_dict(RunConfig, record.config)  # an older record may lack what has come since
     tops = [run.top1 for run in siblings if run.top1 is not None]
     floats = [row for row in record.layers if row["bits"] == 32]
     return {
@@ -52,6 +55,7 @@ def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, A
         "protocol": record.protocol,
         "act_points": record.act_points,
         "data_free": record.objective == "synthetic",
+        "images": config.synthesis.method,
         "accuracy": {
             "teacher_top1": record.teacher_top1,
             "rtn_top1": record.rtn_top1,
@@ -66,7 +70,7 @@ def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, A
         "deployment": record.deployment,
         "float_tensors": [{"name": row["name"], "kind": row["kind"], "role": row["role"]} for row in floats],
         "digests": {"config": record.config_digest, "set": record.set_digest, "labels": record.eval_digest},
-        "config": record.config,
+        "config": config_to_dict(config),
         "commit": record.commit,
         "versions": record.versions,
         "device": record.device,
@@ -79,11 +83,23 @@ def siblings_of(record: RunRecord, folder: Path) -> list[RunRecord]:
     own = _settings_digest(record)
     found = {(record.seed, record.data_seed): record}
     for path in sorted(folder.parent.glob(f"{record.name}-*/record.json")):
-        other = read_record(path)
+        other = readable_record(path)
+        if other is None:
+            continue
         same = other.status == "completed" and other.teacher.get("digest") == record.teacher.get("digest")
         if same and other.eval_digest == record.eval_digest and _settings_digest(other) == own:
             found.setdefault((other.seed, other.data_seed), other)
     return [found[seeds] for seeds in sorted(found)]
+
+
+def readable_record(path: Path) -> RunRecord | None:
+    """Return a record with a configuration that reads, or None: what lies beside a run may be damaged, or another version's."""
+    try:
+        record = read_record(path)
+        config_from_dict(RunConfig, record.config)
+    except (ValueError, OSError):
+        return None
+    return record
 
 
 def card_markdown(values: Mapping[str, Any]) -> str:
@@ -91,7 +107,8 @@ def card_markdown(values: Mapping[str, Any]) -> str:
     accuracy, teacher, figures = values["accuracy"], values["teacher"], values["deployment"]
     bits = f"W{values['weight_bits']}A{values['act_bits']}"
     lines = [f"# {markdown_cell(teacher['name'])}, {bits}", ""]
-    lines += [STATEMENT if values["data_free"] else SELECTED, ""]
+    statement = NOISE if values["images"] == "gaussian" else STATEMENT
+    lines += [statement if values["data_free"] else SELECTED, ""]
     facts = {
         "teacher": f"{teacher['spec']} (digest {teacher['digest'][:16]})",
         "input": f"(N, {', '.join(map(str, teacher['input_size']))}) float32, normalised: {_normalisation(values)}",
@@ -100,7 +117,8 @@ def card_markdown(values: Mapping[str, Any]) -> str:
         "accuracy": _accuracy(accuracy),
         "size": _size(figures),
         "speed": _speed(figures),
-        "stays float": _stays_float(values["float_tensors"]),
+        "stays float": _stays_float(values["float_tensors"], figures["float_norms"]),
+        "checked": _checked(figures),
         "made by": f"SynQ {values['synq']}, commit {values['commit'][:12]}, {values['device']}, {values['started']}",
         "digests": f"settings {values['digests']['config']}, synthetic set {values['digests']['set'][:16]}",
     }
@@ -194,17 +212,31 @@ def _speed(figures: Mapping[str, Any]) -> str:
     ratio = figures["float_latency_ms"] / figures["latency_ms"]
     words = f"{figures['latency_ms']:.2f} ms an image in ONNX Runtime on the CPU, float {figures['float_latency_ms']:.2f} ms"
     words += f" ({ratio:.2f} times as fast)"
-    slow = any(file["integer_kernels"] == 0 for file in figures["files"] if file["format"] == "onnx")
-    return f"{words}. {SLOW}" if slow else words
+    first = next(file for file in figures["files"] if file["format"] == "onnx")
+    integers, floats = first["integer_kernels"], first["float_kernels"]
+    return f"{words}. {SLOW.format(integers=integers, total=integers + floats)}" if floats > integers else words
 
 
-def _stays_float(rows: Sequence[Mapping[str, Any]]) -> str:
+def _checked(figures: Mapping[str, Any]) -> str:
+    tolerance, machine = figures["tolerance"], figures["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"at least {tolerance['agreement']} % of the images in the student's class (two largest logits more than {tolerance['margin']} "
+        f"apart), logits within {tolerance['mean_difference']} of their standard deviation on average; on {markdown_cell(machine['cpu'])}, "
+        f"{machine['threads'] or 'all'} threads, {versions}"
+    )
+
+
+def _stays_float(rows: Sequence[Mapping[str, Any]], norms: int) -> str:
     kinds: dict[str, int] = {}
     for row in rows:
         if row["kind"] not in ("BatchNorm2d", "BatchNorm1d", "batch_norm"):
             kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
     listed = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-    return f"results of {listed}; biases; batch norms are folded" if listed else "biases"
+    kept = (
+        f"; {norms} batch norms that do not stand behind a layer of their own" if norms else "; batch norms are folded"
+    )
+    return f"results of {listed}; biases{kept}" if listed else f"biases{kept}"
 
 
 def _example(figures: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
@@ -225,7 +257,7 @@ def _example(figures: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
             f"print(model(torch.zeros(1, {size})).argmax(1))  # your images, normalised as above"
         )
     return (
-        "import torch\nfrom synq.export import load_student\n\n"
+        "import torch\nfrom synq.packed_student import load_student\n\n"
         f'model = load_student("{files["packed"]}")\n'
         f"print(model(torch.zeros(1, {size})).argmax(1))  # your images, normalised as above"
     )

@@ -6,8 +6,8 @@
     bias            float32, the biases of the layers that have one, likewise
     <name>          float32, whatever else the network holds: batch norms that were not folded, PReLU slopes
 
-and in the header's metadata: `format` and `version`, `layers` and `activations` (JSON: widths, shapes, scales), `about` (JSON: free), `digest`
-(SHA-256 over tensors and metadata). What computes with these numbers is not in the file: `load_packed` wants the network.
+and in the header's metadata: `format` and `version`, `layers` and `activations` (JSON: widths, shapes, scales), `bias_place`, `structure` (SHA-256 of
+the graph), `about` (JSON: free), `digest` (SHA-256 over tensors and metadata). What computes with these numbers is not in the file: `load_packed` wants the network.
 """
 
 import hashlib
@@ -63,6 +63,8 @@ def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any]
         ),
         "activations": _to_json([[name, part.bits, part.scale, part.zero_point] for name, part in activations.items()]),
         "about": _to_json(dict(about or {})),
+        "bias_place": next(iter(layers.values())).bias_place,
+        "structure": _structure(form),
     }
     metadata["digest"] = _digest(tensors, metadata)
     content = to_safetensors(tensors, metadata)
@@ -96,7 +98,7 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.pop("digest", None) != _digest(tensors, metadata):
         raise ValueError(f"a packed student must match its digest, but {path} does not: its content was changed")
     facts = {name: json.loads(metadata[name]) for name in ("layers", "activations", "about")}
-    return tensors, facts
+    return tensors, {**facts, "bias_place": metadata["bias_place"], "structure": metadata["structure"]}
 
 
 def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
@@ -112,7 +114,7 @@ def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
         ValueError: The file is damaged, of another version, or of another network.
     """
     tensors, facts = read_packed(path)
-    form = integer_form(student, empty=True)
+    form = integer_form(student, bias_place=facts["bias_place"], empty=True)
     layers, activations = integer_parts(form)
     found = [(name, bits, tuple(shape)) for name, bits, shape, _ in facts["layers"]]
     wanted = [(n, x.integer_weight.bits, tuple(x.integer_weight.codes.shape)) for n, x in layers.items()]
@@ -122,6 +124,10 @@ def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
         raise ValueError(f"a packed student must fit its network, but {path} holds {odd[0]} where {odd[1]} is wanted")
     scales = tensors["scale"].split([shape[0] for _, _, shape in found])
     zero_points = tensors["zero_point"].split([shape[0] for _, _, shape in found])
+    if facts["structure"] != _structure(form):
+        raise ValueError(
+            f"a packed student must fit its network, but that of {path} computes something else than this one"
+        )
     has_bias = [bias for *_, bias in facts["layers"]]
     biases = iter(tensors["bias"].split([shape[0] for (_, _, shape), b in zip(found, has_bias, strict=True) if b]))
     for (name, bits, shape), scale, zero_point, biased in zip(found, scales, zero_points, has_bias, strict=True):
@@ -157,6 +163,16 @@ def _others(form: fx.GraphModule) -> dict[str, Tensor]:
     layers, _ = integer_parts(form)
     own = tuple(f"{name}." for name in layers)
     return {name: tensor.contiguous() for name, tensor in form.state_dict().items() if not name.startswith(own)}
+
+
+def _structure(form: fx.GraphModule) -> str:
+    """Return 64 hexadecimal digits of what the network computes, its numbers apart: the graph, and the settings of its layers."""
+    called = [form.get_submodule(str(node.target)) for node in form.graph.nodes if node.op == "call_module"]
+    settings = [part.extra_repr() if isinstance(part, IntegerLayer) else repr(part) for part in called]
+    settings = [
+        "" if isinstance(part, IntegerActivation) else text for part, text in zip(called, settings, strict=True)
+    ]
+    return hashlib.sha256("\n".join([form.code, *settings]).encode()).hexdigest()
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -16,10 +16,11 @@ pytest.importorskip("onnxruntime")
 
 from launch.export import main
 from synq.configs import RunConfig, with_overrides
-from synq.export import ExportOptions, load_student, open_run
+from synq.export import ExportOptions, open_run
 from synq.exported_files import Checker, ExportRefusedError, export_onnx
 from synq.integer_form import integer_form
-from synq.model_card import SELECTED, STATEMENT, card_markdown, card_values, siblings_of
+from synq.model_card import NOISE, SELECTED, STATEMENT, card_markdown, card_values, siblings_of
+from synq.packed_student import load_student
 from synq.pipeline import run, run_folder
 from synq.results import read_record, write_record
 from synq.verification import Tolerance
@@ -113,6 +114,9 @@ def test_a_selected_student_does_not_claim_to_be_free_of_data(finished: Path, ex
     record = replace(read_record(finished / "record.json"), objective="selection")
     text = card_markdown(card_values(record, [record]))
     assert SELECTED in text and STATEMENT not in text
+    noise = {**record.config, "synthesis": {**record.config["synthesis"], "method": "gaussian"}}
+    text = card_markdown(card_values(replace(record, objective="synthetic", config=noise), [record]))
+    assert NOISE in text and STATEMENT not in text
 
 
 def test_a_file_that_answers_otherwise_is_refused_and_not_left_behind(finished: Path, tmp_path: Path) -> None:
@@ -167,6 +171,47 @@ def test_a_trial_of_a_sweep_is_exported_by_its_record_and_the_sweep_knows(finish
     assert own.deployment == first.deployment and first.name == "t1" and other.deployment == {}
     assert own.deployment["packed_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert own.deployment["onnx_bytes"] is None
+
+
+def test_an_export_is_whole_whatever_lies_around(
+    finished: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs" / finished.name
+    shutil.copytree(finished, folder)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "x.json").write_text("{")
+    (tmp_path / "runs" / "run-other").mkdir()
+    (tmp_path / "runs" / "run-other" / "record.json").write_text("[]")
+    (folder / "export" / "mine.txt").write_text("mine")
+    record = read_record(folder / "record.json")
+    older = {part: values for part, values in record.config.items() if part != "reconstruction"}
+    write_record(folder / "record.json", replace(record, config=older))
+    before = {path.name: path.read_bytes() for path in (folder / "export").iterdir()}
+    # Refused: what was there stays, the card included.
+    assert main([str(folder), "--formats", "packed", "--mean-difference", "-1"]) == 1
+    assert {path.name: path.read_bytes() for path in (folder / "export").iterdir()} == before
+    # Done: files of the export before are gone, those of others are not.
+    assert main([str(folder), "--formats", "packed", "--rounds", "0", *ANY]) == 0
+    assert {p.name for p in (folder / "export").iterdir()} == {
+        "model.safetensors",
+        "README.md",
+        "card.json",
+        "mine.txt",
+    }
+    capsys.readouterr()
+    assert not list(folder.glob(".*draft"))
+
+
+def test_images_that_are_gone_are_not_made_anew(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / finished.name, ignore=shutil.ignore_patterns("export"))
+    path = tmp_path / finished.name / "record.json"
+    record = read_record(path)
+    runtime = {**record.config["runtime"], "store_dir": str(tmp_path / "store")}
+    write_record(path, replace(record, config={**record.config, "runtime": runtime}))
+    assert main([str(path.parent)]) == 2
+    assert "must find its synthetic images, but" in capsys.readouterr().err and not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize(

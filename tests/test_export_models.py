@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -12,20 +12,26 @@ from synq.configs import TeacherConfig
 from synq.integer_form import integer_form
 from synq.onnx_file import Container, write_onnx
 from synq.students import observe_ranges, quantize_model
-from synq.teachers import Teacher, load_teacher
+from synq.teacher_sources import build_source
+from synq.tracing import trace_classifier
 from synq.verification import compare, engine_of, open_session
 
 SIDE = 64
-MARGIN = 0.02
+MARGIN = 0.3
 """Images count whose two largest logits differ by more than this share of the logits' deviation: with random weights most are ties."""
 
 
-def random_teacher(spec: str) -> Teacher:
-    return load_teacher(
-        TeacherConfig(
-            spec=spec, weights="random", input_size=(3, SIDE, SIDE), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
-        )
-    )
+def network(spec: str) -> fx.GraphModule:
+    """Random weights, with batch-norm statistics of what really flows: untouched ones let a deep network fade to a constant."""
+    net = build_source(TeacherConfig(spec=spec, weights="random")).module
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        net.train()(noise(64))
+    return trace_classifier(net.eval().requires_grad_(False), (3, SIDE, SIDE))
 
 
 def noise(count: int) -> Tensor:
@@ -35,16 +41,16 @@ def noise(count: int) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["torchvision:resnet18", "torchvision:mobilenet_v2", "timm:regnety_002"])
+@pytest.mark.parametrize("spec", ["torchvision:resnet18", "timm:regnety_002"])
 @pytest.mark.parametrize(("bits", "container"), [(8, "int8"), (4, "int4"), (3, "int4")])
 def test_decided_images_get_the_students_class(spec: str, bits: int, container: Container) -> None:
-    teacher, sample = random_teacher(spec), noise(200)
-    student = quantize_model(teacher.graph, weight_bits=bits, act_bits=bits, act_points="inputs")
+    sample = noise(200)
+    student = quantize_model(network(spec), weight_bits=bits, act_bits=bits, act_points="inputs")
     observe_ranges(student.net, sample[:64], act_range="mse")
-    form = integer_form(student.net, bias_place="layer" if bits == 8 else "apart")
+    form = integer_form(student.net, bias_place="apart")
     with torch.no_grad():
         wanted = torch.cat([student.net(part) for part in sample.split(50)])
-    engine = engine_of(open_session(write_onnx(form, teacher.input_size, container)))
+    engine = engine_of(open_session(write_onnx(form, (3, SIDE, SIDE), container)))
     batches = zip(wanted.split(50), sample.split(50), [None] * 4, strict=True)
     found = compare(engine, batches, source="noise", margin=MARGIN * float(wanted.std()))
     print(f"{spec} W{bits}A{bits}: {found}")

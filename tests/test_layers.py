@@ -87,7 +87,7 @@ LAYERS = (
         "exported_files",
         "model_card",
     },
-    {"pipeline", "export"},
+    {"pipeline", "export", "packed_student"},
     {"train", "cli"},
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -15,6 +15,8 @@ from onnx import TensorProto, numpy_helper  # noqa: E402
 
 from synq.integer_form import IntegerConv2d, IntegerLinear, integer_form  # noqa: E402
 from synq.onnx_file import Container, write_onnx  # noqa: E402
+from synq.students import observe_ranges, quantize_model  # noqa: E402
+from synq.tracing import trace_classifier  # noqa: E402
 from synq.verification import compare, count_kernels, engine_of, latencies, open_session  # noqa: E402
 
 
@@ -48,10 +50,34 @@ def test_onnx_runtime_answers_as_the_student(
     stored = {t.name: numpy_helper.to_array(t).astype(int) for t in onnx.load_from_string(model).graph.initializer}
     layers = {n: m for n, m in form.named_modules() if isinstance(m, IntegerConv2d | IntegerLinear)}
     for name, layer in layers.items():
-        codes = stored[f"{name}.integer_weight.codes"] - (128 if bits == 8 else 0)
+        (found,) = (values for key, values in stored.items() if key.startswith(f"{name}.integer_weight.codes."))
+        codes = found - (128 if bits == 8 else 0)
         assert np.array_equal(codes, layer.integer_weight.codes.numpy()), name
     integers, floats = count_kernels(model)
     assert integers + floats == len(layers)
+
+
+class Narrow(nn.Module):
+    """Layers whose zero points are alike at different widths: ``torch.onnx`` makes one tensor of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fc = nn.Conv2d(3, 1, 1), nn.Conv2d(1, 1, 1), nn.Linear(1, 5)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.tensor([1.0, -1.0, 0.5]).reshape(1, 3, 1, 1))
+            self.second.weight.fill_(0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))
+
+
+def test_tensors_that_are_alike_at_different_widths_keep_their_types() -> None:
+    traced = trace_classifier(Narrow().eval().requires_grad_(False), SIZE)
+    made = quantize_model(traced, weight_bits=4, act_bits=4, first_bits=8)
+    observe_ranges(made.net, images(), act_range="minmax")
+    for container in ("int4", "int8"):
+        session = open_session(write_onnx(integer_form(made.net, bias_place="apart"), SIZE, container))
+        assert torch.allclose(engine_of(session)(images(4)), made.net(images(4)), atol=1e-4)
 
 
 def test_a_narrow_code_stays_in_its_range() -> None:
@@ -71,7 +97,7 @@ def test_what_an_engine_does_not_need_is_not_in_the_file() -> None:
     assert not model.graph.value_info and not any(node.metadata_props for node in model.graph.node)
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     sizes = {tensor.name: len(tensor.raw_data) for tensor in model.graph.initializer if "codes" in tensor.name}
-    assert sizes["conv2.integer_weight.codes"] == 8 * 2 * 9 // 2, "two codes a byte"
+    assert sizes["conv2.integer_weight.codes.int4"] == 8 * 2 * 9 // 2, "two codes a byte"
 
 
 def test_latencies_are_measured_in_turns() -> None:

@@ -79,6 +79,33 @@ def test_codes_take_their_real_width(tmp_path: Path) -> None:
     }
 
 
+def test_it_is_bit_by_bit_where_the_place_of_the_bias_matters(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.AdaptiveAvgPool2d(1)),
+        *(nn.Flatten(), nn.Linear(64, 5)),
+    )
+    made = student(net)
+    for place in ("apart", "layer"):
+        form = integer_form(made.net, bias_place=place)  # type: ignore[arg-type]
+        save_packed(tmp_path / "x.safetensors", form)
+        assert torch.equal(load_packed(tmp_path / "x.safetensors", made.net)(images()), form(images()))
+    other = integer_form(made.net, bias_place="apart")(images())
+    assert not torch.equal(other, form(images())), "the case needs a network in which the place shows"
+
+
+@pytest.mark.parametrize("change", ["stride", "activation"])
+def test_a_network_that_computes_something_else_is_refused(change: str, tmp_path: Path) -> None:
+    def net(stride: int, activation: type[nn.Module]) -> nn.Module:
+        parts = (nn.Conv2d(3, 4, 3, stride), activation(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+        return nn.Sequential(*parts)
+
+    save_packed(tmp_path / "x.safetensors", integer_form(student(net(1, nn.ReLU)).net))
+    other = student(net(2, nn.ReLU) if change == "stride" else net(1, nn.Hardswish))
+    with pytest.raises(ValueError, match="computes something else than this one"):
+        load_packed(tmp_path / "x.safetensors", other.net)
+
+
 def rewritten(path: Path, metadata: dict[str, str] | None = None, name: str = "") -> None:
     """The file once more, with other metadata, or one tensor changed."""
     with safe_open(path, framework="pt") as file:
