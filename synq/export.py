@@ -140,7 +140,7 @@ def export_run(
     siblings, copies = siblings_of(record, run), _sweep_records(run, record)
     check = Checker(
         student=student.net,
-        synthetic=_synthetic_images(config, record),
+        synthetic=_synthetic_images(config, teacher, record),
         measure=Measure.prepare(config.evaluation, teacher, accelerator),
         tolerance=options.tolerance,
     )
@@ -149,10 +149,9 @@ def export_run(
             "`RUN` must find its labelled images as they were, but they have changed since, or were not there"
         )
     with _draft_of(target) as draft:
-        files, figures = _write_files(draft, record, teacher, student, check, options)
-        record = replace(record, deployment=figures)
+        record = replace(record, deployment=_write_files(draft, record, teacher, student, check, options))
         write_card(draft, card_values(record, siblings))
-        _publish(draft, target, [*MANAGED, *(file.name for file in files)])
+        _publish(draft, target)
     for path in (run / "record.json", *copies):
         write_record(path, replace(read_record(path), deployment=record.deployment))
     return target, record
@@ -160,8 +159,8 @@ def export_run(
 
 def _write_files(
     target: Path, record: RunRecord, teacher: Teacher, student: Student, check: Checker, options: ExportOptions
-) -> tuple[list[ExportedFile], dict[str, Any]]:
-    """Write and check what the options ask for; returns the files, and the deployment figures."""
+) -> dict[str, Any]:
+    """Write and check what the options ask for; returns the deployment figures."""
     form, size = integer_form(student.net, bias_place="apart"), teacher.input_size
     files: list[ExportedFile] = []
     models: dict[str, bytes] = {}
@@ -187,10 +186,10 @@ def _write_files(
     figures["tolerance"] = asdict(options.tolerance)
     figures["float_norms"] = sum(_is_norm(form, node) for node in form.graph.nodes)
     figures["machine"] = {"cpu": _cpu(), "threads": options.threads or None, "versions": _versions()}
-    return files, figures
+    return figures
 
 
-def _synthetic_images(config: RunConfig, record: RunRecord) -> Tensor:
+def _synthetic_images(config: RunConfig, teacher: Teacher, record: RunRecord) -> Tensor:
     """Return the held-out and the training images of a run, from its store; they are never made anew.
 
     Raises:
@@ -199,7 +198,8 @@ def _synthetic_images(config: RunConfig, record: RunRecord) -> Tensor:
     """
     store = set_store(config)
     images = []
-    for name, digest in zip(reversed(set_names(config)), (record.heldout_digest, record.set_digest), strict=True):
+    names = reversed(set_names(config, teacher))
+    for name, digest in zip(names, (record.heldout_digest, record.set_digest), strict=True):
         found = store.load(name)
         if found is None:
             hint = "`synq synthesize` with the run's settings makes it again"
@@ -224,10 +224,10 @@ def _draft_of(target: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _publish(draft: Path, target: Path, names: Sequence[str]) -> None:
+def _publish(draft: Path, target: Path) -> None:
     """Put the files of a draft in the place of an earlier export's; other files of the folder stay."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in dict.fromkeys(names):
+    for name in MANAGED:
         (target / name).unlink(missing_ok=True)
     for path in sorted(draft.iterdir()):
         path.replace(target / path.name)

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from synq.fake_quant import SCALE_EPS, quantize
+from synq.fake_quant import SCALE_EPS
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
-from synq.tracing import node_module, set_module
+from synq.tracing import node_module
 
 BiasPlace = Literal["layer", "apart"]
 """Who adds a bias: the layer, or an operation behind it. Engines round the bias of a layer to the grid of its products."""
@@ -70,9 +70,8 @@ def codes_of(layer: QuantConv2d | QuantLinear) -> Codes:
     """Return the integer weight of a student's layer, on the CPU."""
     quantizer = layer.weight_quantizer
     scale, zero_point = quantizer.qparams(layer.weight)
-    codes = quantize(layer.weight, scale, zero_point, quantizer.quant_min, quantizer.quant_max, axis=0)
     return Codes(
-        codes=codes.to("cpu", torch.int8),
+        codes=quantizer.codes(layer.weight).to("cpu", torch.int8),
         scale=scale.to("cpu", torch.float32).clone(),
         zero_point=zero_point.to("cpu", torch.int32).clone(),
         bits=quantizer.bits,
@@ -219,7 +218,7 @@ def integer_form(
         if isinstance(module, ActQuantizer):
             if not module.has_range and not empty:
                 raise RuntimeError("activation ranges must be observed before the student becomes integers")
-            set_module(form, str(node.target), IntegerActivation(module))
+            form.set_submodule(str(node.target), IntegerActivation(module))
         elif isinstance(module, QuantConv2d | QuantLinear):
             codes, bias = codes_of(module), None if module.bias is None else module.bias.detach().float().clone()
             norm = _norm_behind(form, node, calls) if fold else None
@@ -232,7 +231,7 @@ def integer_form(
                 layer = IntegerConv2d(module, codes, bias, bias_place)
             else:
                 layer = IntegerLinear(codes, bias, bias_place)
-            set_module(form, str(node.target), layer)
+            form.set_submodule(str(node.target), layer)
     form.delete_all_unused_submodules()
     form.graph.lint()
     form.recompile()

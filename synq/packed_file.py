@@ -24,7 +24,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, fx
 
 from synq.integer_form import Codes, IntegerActivation, IntegerLayer, integer_form
-from synq.packing import pack, packed_size, unpack
+from synq.packing import pack, unpack
 from synq.results import write_bytes_atomic
 
 FORMAT, VERSION = "synq packed student", "1"
@@ -150,12 +150,6 @@ def integer_parts(form: fx.GraphModule) -> tuple[dict[str, IntegerLayer], dict[s
     modules = dict(form.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, IntegerLayer)}
     return layers, {name: module for name, module in modules.items() if isinstance(module, IntegerActivation)}
-
-
-def packed_bytes_of(form: fx.GraphModule) -> int:
-    """Return the bytes of the codes alone."""
-    layers, _ = integer_parts(form)
-    return sum(packed_size(x.integer_weight.codes.numel(), x.integer_weight.bits) for x in layers.values())
 
 
 def _others(form: fx.GraphModule) -> dict[str, Tensor]:

@@ -182,10 +182,10 @@ def set_store(config: RunConfig) -> SetStore:
     return SetStore(config.runtime.store_dir or Path(config.runtime.output_dir) / "store")
 
 
-def set_names(config: RunConfig) -> list[str]:
+def set_names(config: RunConfig, teacher: Teacher | None = None) -> list[str]:
     """Return the names that a run's training and held-out set have in the store, made or not."""
     config = make_absolute(config)
-    teacher = load_teacher(config.teacher)
+    teacher = teacher or load_teacher(config.teacher)
     return [
         set_store(config).key(teacher.digest, settings, seed, input_size=teacher.input_size, purpose=purpose)
         for settings, seed, purpose in _set_requests(config)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synq.fake_quant import SCALE_EPS, choose_qparams, fake_quantize, quant_bounds
+from synq.fake_quant import SCALE_EPS, choose_qparams, fake_quantize, quant_bounds, quantize
 from synq.learned_steps import fake_quantize_learned, gradient_factor
 from synq.observers import minmax_per_channel
 
@@ -65,6 +65,11 @@ class WeightQuantizer(nn.Module):
         if self.has_range:
             return self.scale.detach().float().clamp(min=SCALE_EPS), self.zero_point
         return self._live_qparams(weight)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return the integers that ``weight`` (C, ...) is rounded to, same shape, int32."""
+        return quantize(weight, *self.qparams(weight), self.quant_min, self.quant_max, axis=0)
 
     def _live_qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         low, high = minmax_per_channel(weight.detach())

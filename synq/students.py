@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from synq.accounting import TensorRow, account, bitops, packed_bytes
-from synq.fake_quant import quantize
 from synq.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
 from synq.operations import classify
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
-from synq.tracing import node_module, set_module, tensor_inputs
+from synq.tracing import node_module, tensor_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +79,9 @@ def quantize_model(
     for node in layers:
         module = node_module(net, node)
         if isinstance(module, nn.Conv2d) and not isinstance(module, QuantConv2d):
-            set_module(net, str(node.target), QuantConv2d.from_float(module, widths[node], steps))
+            net.set_submodule(str(node.target), QuantConv2d.from_float(module, widths[node], steps).eval())
         elif isinstance(module, nn.Linear) and not isinstance(module, QuantLinear):
-            set_module(net, str(node.target), QuantLinear.from_float(module, widths[node], steps))
+            net.set_submodule(str(node.target), QuantLinear.from_float(module, widths[node], steps).eval())
 
     if act_points == "relu":
         points = {node: (act_bits, list(node.users)) for node in nonlinear}
@@ -171,10 +170,7 @@ def weight_codes(net: fx.GraphModule) -> dict[str, Tensor]:
     codes = {}
     for name, layer in net.named_modules():
         if isinstance(layer, (QuantConv2d, QuantLinear)):
-            quantizer = layer.weight_quantizer
-            bounds = (quantizer.quant_min, quantizer.quant_max)
-            scale, zero_point = quantizer.qparams(layer.weight)
-            codes[name] = quantize(layer.weight, scale, zero_point, *bounds, axis=0).to("cpu", torch.int8)
+            codes[name] = layer.weight_quantizer.codes(layer.weight).to("cpu", torch.int8)
     return codes
 
 

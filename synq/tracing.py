@@ -195,12 +195,6 @@ def node_module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def set_module(traced: fx.GraphModule, name: str, module: nn.Module) -> None:
-    """Put ``module``, in evaluation mode, in the place of the submodule ``name``."""
-    parent, _, child = name.rpartition(".")
-    setattr(traced.get_submodule(parent) if parent else traced, child, module.eval())
-
-
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """Return the input nodes of ``node`` whose values are tensors, in order."""
     return [source for source in node.all_input_nodes if source.meta.get("shape") is not None]
