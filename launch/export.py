@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Files that an engine runs, from a finished run: `launch/export.py RUN [--out DIR] [--formats onnx packed torch] [--container int4 int8]`."""
+"""Files that an engine runs, from a finished run: `launch/export.py RUN [--out DIR] [--formats onnx packed torch] [--container int4 int8 matmul]`."""
 
 import argparse
 import sys
@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--container", nargs="+", default=[], metavar="TYPE",
-        help="what holds codes of at most 4 bits in ONNX: int4 (smallest), int8, or both (default: int4 where a width is at most 4)",
+        help="how ONNX holds integers: int4 (codes of at most 4 bits in half a byte, the smallest), int8 (in bytes), matmul (in bytes, and "
+        "convolutions as products of integer matrices, the fastest on a CPU); or several (default: int4 where a width is at most 4, else int8)",
     )  # fmt: skip
     parser.add_argument(
         "--agreement", type=float, default=99.9, help="least percent of images with the student's class (default: 99.9)"

@@ -32,7 +32,7 @@ Purpose = Literal["train", "heldout"]
 CENTER_FIELDS = ("center_iterations", "center_weight", "center_depth")
 GENERATOR_FIELDS = ("generator_lr", "latent_dim")
 LABEL_FIELDS = ("inception_weight", "hard_sample_gamma")
-NEW_FIELDS = {"method": "inversion", "swing_conv": False}
+NEW_FIELDS = {"method": "inversion", "swing_conv": False, "start": "white"}
 """Settings that came after the first sets were made, with the value that those sets have: so they keep their names."""
 
 
@@ -52,6 +52,7 @@ def set_identity(
         unused |= set(CENTER_FIELDS)
         unused |= set() if config.assigns_labels else set(LABEL_FIELDS)
         unused |= {"lr"} if config.method == "gdfq" else set()
+        unused |= set() if config.method in ("inversion", "zeroq") else {"start"}
     if config.method == "gaussian":
         unused = set(settings) - {"method", "num_images", "shard_size"}
     settings = {name: value for name, value in settings.items() if name not in unused}

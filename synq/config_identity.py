@@ -72,6 +72,12 @@ def idle_keys(finetune: Mapping[str, Any], learned_steps: str) -> set[str]:
     return {key for key, is_on in switches.items() if not is_on}
 
 
+def _counts_start(synthesis: Mapping[str, Any]) -> bool:
+    """Whether `start` decides something; white noise is what every image began as before there was a choice, so it has no name."""
+    has_pixels = synthesis["method"] in ("inversion", "zeroq") or synthesis["calib_centers"]
+    return has_pixels and synthesis["start"] != "white"
+
+
 def config_digest(config: object, *, with_seeds: bool = True) -> str:
     """Return 16 hexadecimal digits that name what decides the result of a `RunConfig`.
 
@@ -93,6 +99,7 @@ def config_digest(config: object, *, with_seeds: bool = True) -> str:
     values["runtime"] = {"precision": values["runtime"]["precision"]}
     left_out = [(values, "name"), (values["finetune"], "log_every")]
     left_out += [(values["finetune"], key) for key in idle_keys(values["finetune"], values["quant"]["learned_steps"])]
+    left_out += [] if _counts_start(values["synthesis"]) else [(values["synthesis"], "start")]
     left_out += [(values, "reconstruction")] if values["quant"]["rounding"] == "nearest" else []
     left_out += [(values["evaluation"], key) for key in ("batch_size", "data_dir")]
     left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]

@@ -37,9 +37,9 @@ from synq.verification import Tolerance, latencies
 from synq.weight_files import read_weights
 
 FORMATS = ("onnx", "packed", "torch")
-CONTAINERS = ("int4", "int8")
+CONTAINERS = ("int4", "int8", "matmul")
 MANAGED = (
-    *("model.onnx", "model_int4.onnx", "model_int8.onnx", "model.safetensors", "model.pt2"),
+    *("model.onnx", "model_int4.onnx", "model_int8.onnx", "model_matmul.onnx", "model.safetensors", "model.pt2"),
     *("README.md", "card.json"),
 )
 """Names that an export may write, and removes when a later one does not."""

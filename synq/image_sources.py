@@ -8,6 +8,7 @@ from torch import Tensor
 
 from synq.configs import SynthesisConfig
 from synq.generators import ImageGenerator
+from synq.start_noise import WHITE, StartNoise
 
 
 class Group(NamedTuple):
@@ -39,7 +40,7 @@ class ImageSource(Protocol):
 
 
 class PixelSource:
-    """The pixels themselves, which begin as noise N(0, 1)."""
+    """The pixels themselves, which begin as the noise that `start` makes of N(0, 1)."""
 
     def __init__(
         self,
@@ -49,8 +50,9 @@ class PixelSource:
         config: SynthesisConfig,
         generator: torch.Generator,
         device: torch.device,
+        start: StartNoise,
     ) -> None:
-        pixels = torch.randn((num_images, *input_size), generator=generator)
+        pixels = start.shape(torch.randn((num_images, *input_size), generator=generator))
         self._pixels = pixels.to(device, memory_format=torch.channels_last).requires_grad_()
         self.groups = [Group("lr", config.lr, [self._pixels])]
 
@@ -135,6 +137,7 @@ def make_source(
     config: SynthesisConfig,
     generator: torch.Generator,
     device: torch.device,
+    start: StartNoise = WHITE,
 ) -> ImageSource:
     """Return where the images of one shard come from, by `config.method`.
 
@@ -144,8 +147,10 @@ def make_source(
         config: Method, learning rates, size of the latents.
         generator: CPU generator: of the start, and of the noise of each step.
         device: Where the images are to be.
+        start: The noise that pixels begin as; a generator has none.
     """
     if config.method == "gdfq":
         return GeneratorSource(labels, input_size, config=config, generator=generator, device=device)
-    kind = LatentSource if config.method == "genie" else PixelSource
-    return kind(labels.numel(), input_size, config=config, generator=generator, device=device)
+    if config.method == "genie":
+        return LatentSource(labels.numel(), input_size, config=config, generator=generator, device=device)
+    return PixelSource(labels.numel(), input_size, config=config, generator=generator, device=device, start=start)

@@ -11,6 +11,7 @@ from synq.bn_stats import BatchNormInputs, ChannelStatistics, bns_loss
 from synq.configs import SynthesisConfig
 from synq.image_sources import Group, make_source
 from synq.losses import inception_loss
+from synq.start_noise import WHITE, StartNoise
 from synq.swing import SwingConvolutions, draw_swings
 
 SHIFT_PARTS = 8
@@ -115,6 +116,7 @@ def invert(
     generator: torch.Generator,
     iterations: int | None = None,
     center_targets: Mapping[str, ChannelStatistics] | None = None,
+    start: StartNoise = WHITE,
     device: torch.device | None = None,
     on_iteration: Callable[[int, Tensor], None] | None = None,
 ) -> Inversion:
@@ -139,6 +141,7 @@ def invert(
         generator: CPU generator of the start, the views and the swings, and of a generator's noise.
         iterations: Steps; None takes `config.iterations`.
         center_targets: A second set of statistics to reach, for some of the layers; None for none.
+        start: The noise that pixels begin as: what `fit_start` found, or white. A generator has none.
         device: Where to compute; None is the CPU.
         on_iteration: Called after each step with the number of steps done and the loss (a tensor on the device).
 
@@ -152,7 +155,7 @@ def invert(
     device = torch.device("cpu") if device is None else device
     iterations = config.iterations if iterations is None else iterations
     iterations = 0 if config.method == "gaussian" else iterations
-    source = make_source(labels, input_size, config=config, generator=generator, device=device)
+    source = make_source(labels, input_size, config=config, generator=generator, device=device, start=start)
     labels = labels.to(device)
     views = _draw_views(config.augment, iterations, *input_size[1:], generator)
     swings = draw_swings(module, iterations, generator) if config.swings else []

@@ -5,6 +5,7 @@ The graph comes from ``torch.onnx``; ours is what it cannot know: which integer 
     container   weights of at most 4 bits    what ONNX Runtime does with them on a CPU
     int4        INT4                         float kernels; the smallest file
     int8        INT8                         integer kernels where a layer's result is quantized at once and its bias is its own
+    matmul      INT8                         integer kernels: convolutions are written as products of integer matrices (`integer_products.py`)
 
 Weights of 5 to 7 bits are INT8 in both, those of 8 bits UINT8, their codes raised by 128: on x86 processors without VNNI ONNX Runtime adds
 two products of UINT8 and INT8 in 16 bits, which full-range codes overflow. Activations, which no file stores, are UINT8 in both: behind a
@@ -31,7 +32,9 @@ import torch
 from onnx import numpy_helper
 from torch import fx
 
-Container = Literal["int4", "int8"]
+from synq.integer_products import use_integer_products
+
+Container = Literal["int4", "int8", "matmul"]
 OPSET = 21
 """The first operator set in which DequantizeLinear reads 4-bit integers."""
 IMAGES, LOGITS = "images", "logits"
@@ -81,6 +84,9 @@ def write_onnx(form: fx.GraphModule, input_size: tuple[int, int, int], container
     assert program is not None
     model = program.model_proto
     _set_containers(model, container)
+    if container == "matmul":
+        use_integer_products(model)
+    _drop_unused(model.graph)
     _strip(model)
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -162,10 +168,14 @@ def _set_containers(model: onnx.ModelProto, container: Container) -> None:
                 made[name, kind] = f"{name}.{np.dtype(kind).name}"
                 model.graph.initializer.append(numpy_helper.from_array(values.astype(kind), made[name, kind]))
             node.input[place] = made[name, kind]
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove the constants that nothing reads any more."""
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 @contextmanager

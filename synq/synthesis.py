@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from synq.inversion import TERMS, Inversion, invert
 from synq.placement import to_layout
 from synq.results import write_bytes_atomic
 from synq.seeding import make_generator
+from synq.start_noise import WHITE, StartNoise, fit_start
 from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher
 
@@ -124,6 +125,7 @@ class _Maker:
         self.module = module.eval().requires_grad_(False).to(self.device)
         to_layout(self.module, torch.channels_last, teacher.input_size)
         self.targets = bn_targets(self.module)
+        self._fitted: StartNoise | None = None
 
     def make(self) -> None:
         config, classes = self.config, self.teacher.num_classes
@@ -168,6 +170,16 @@ class _Maker:
             if not self.store.is_complete(self.key):
                 self.store.assemble(self.key, files, self._describe)
 
+    def _start(self, config: SynthesisConfig) -> StartNoise:
+        """Return the noise that pixels begin as: fitted once, by the first shard that needs it, and by every process to the same."""
+        if not config.fits_start:
+            return WHITE
+        if self._fitted is None:
+            probes = make_generator("synthesis", self.seed, self.purpose, "start")
+            size, form = self.teacher.input_size, config.bns_form
+            self._fitted = fit_start(self.module, size, self.targets, form, generator=probes, device=self.device)
+        return self._fitted
+
     def _files(self, kind: str, count: int) -> list[Path]:
         return [self.store.partial(self.key) / f"{kind}-{index:05d}.safetensors" for index in range(count)]
 
@@ -191,6 +203,7 @@ class _Maker:
 
         started = time.perf_counter()
         try:
+            start = self._start(config)
             made = invert(
                 self.module,
                 labels,
@@ -199,6 +212,7 @@ class _Maker:
                 config=config,
                 generator=make_generator("synthesis", self.seed, self.purpose, kind, index),
                 center_targets=deep,
+                start=start,
                 device=self.device,
                 on_iteration=None if bar.disable else show,
             )
@@ -209,6 +223,7 @@ class _Maker:
         info = {
             "terms": made.terms,
             "agreement": made.num_agree / len(labels),
+            "start_noise": asdict(start),
             "seconds": round(time.perf_counter() - started, 3),
             "device": str(self.device),
             "torch": torch.__version__,
@@ -261,6 +276,7 @@ class _Maker:
             "num_classes": self.teacher.num_classes,
             "terms": {name: mean_of([entry["terms"][name] for entry in entries]) for name in TERMS},
             "agreement": mean_of([entry["agreement"] for entry in entries]),
+            "start_noise": entries[0]["start_noise"],
             "seconds": round(sum(entry["seconds"] for entry in entries), 3),
         }
 

@@ -19,9 +19,9 @@ class SynthesisConfig:
     """Number of training images to make."""
     shard_size: int = 256
     """Images optimised together; batch-norm statistics are matched over one shard, so larger is better until memory ends."""
-    iterations: int = 200
+    iterations: int = 100
     """Optimiser steps per shard."""
-    lr: float = 0.5
+    lr: float = 0.1
     """Learning rate of Adam on the pixels (normalised units) or the latents; of gdfq, which has neither, on its centers' pixels."""
     generator_lr: float = 0.01
     """Learning rate of Adam on the weights of a generator (gdfq, genie)."""
@@ -29,6 +29,9 @@ class SynthesisConfig:
     """Numbers behind each image of a generator (gdfq, genie)."""
     swing_conv: bool | None = None
     """Whether strided convolutions of the teacher see randomly shifted inputs during synthesis; None: for genie alone."""
+    start: Literal["fitted", "white"] = "fitted"
+    """What optimised pixels begin as: noise whose falloff over frequency, colours and contrast fit the teacher's statistics, or white noise
+    N(0, 1), the paper's, from which it takes several times as many steps to the same statistics. Generators and gaussian have no choice."""
     schedule: Literal["cosine", "plateau"] = "cosine"
     """How the learning rate falls: by a cosine to 0 over the iterations, or at each plateau of the loss (the paper's; wants 1,000)."""
     plateau_patience: int = 50
@@ -71,6 +74,7 @@ class SynthesisConfig:
             between(f"synthesis.{name}", getattr(self, name), 0)
         between("synthesis.center_depth", self.center_depth, 0, 1)
         one_of("synthesis.method", self.method, SYNTHESIS_METHODS)
+        one_of("synthesis.start", self.start, ("fitted", "white"))
         one_of("synthesis.schedule", self.schedule, ("cosine", "plateau"))
         one_of("synthesis.bns_form", self.bns_form, ("std_sum", "var_mean"))
         one_of("synthesis.augment", self.augment, ("none", "flip_shift"))
@@ -79,6 +83,11 @@ class SynthesisConfig:
     def assigns_labels(self) -> bool:
         """Whether labels are assigned before and their loss counts; otherwise they are the teacher's answers to the images."""
         return self.method not in ("zeroq", "gaussian")
+
+    @property
+    def fits_start(self) -> bool:
+        """Whether the noise that pixels begin as is fitted to the teacher first."""
+        return self.start == "fitted" and self.method in ("inversion", "zeroq")
 
     @property
     def swings(self) -> bool:

@@ -54,6 +54,7 @@ OTHER_VALUES = {
     "calib_centers": False,
     "schedule": "plateau",
     "swing_conv": False,
+    "start": "white",
 }
 
 

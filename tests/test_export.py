@@ -236,7 +236,7 @@ def test_what_is_no_finished_run_is_refused(
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match=r"`formats` must be one of onnx, packed, torch, but got 'onxx'; did you mean"):
         ExportOptions(formats=["onxx"])
-    with pytest.raises(ValueError, match="`container` must be one of int4, int8"):
+    with pytest.raises(ValueError, match="`container` must be one of int4, int8, matmul"):
         ExportOptions(containers=["int2"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="`formats` must be some of"):
         ExportOptions(formats=[])

@@ -46,6 +46,7 @@ LAYERS = (
     {
         "cifar_resnet",
         "generators",
+        "start_noise",
         "weight_files",
         "teacher_sources",
         "teachers",
@@ -59,6 +60,7 @@ LAYERS = (
         "bn_correction",
         "fusion",
         "integer_form",
+        "integer_products",
         "synthetic_data",
         "real_sources",
         "real_data",

@@ -76,7 +76,7 @@ def test_the_ablation_of_the_real_network_is_the_single_run_at_its_budget() -> N
     assert make_absolute(base).teacher == make_absolute(single).teacher
     assert make_absolute(base).evaluation == make_absolute(single).evaluation
     assert base.finetune == RunConfig().finetune
-    assert (base.synthesis.num_images, base.synthesis.iterations) == (1024, 200)
+    assert (base.synthesis.num_images, base.synthesis.iterations) == (1024, 100)
 
 
 @pytest.mark.parametrize("path", _files("recipes"), ids=lambda path: path.stem)

@@ -12,6 +12,8 @@ from torch import nn
 
 from synq.artifacts import SetStore, set_identity
 from synq.configs import SynthesisConfig
+from synq.seeding import make_generator
+from synq.start_noise import WHITE, StartNoise
 from synq.synthesis import ensure_set
 from synq.synthesis_config import SYNTHESIS_METHODS
 from synq.teachers import Teacher
@@ -59,6 +61,12 @@ IDENTITY_CASES = [
     ("inversion", False, "latent_dim", 7, False),
     ("inversion", False, "lr", 0.1, True),
     ("inversion", False, "swing_conv", True, True),
+    ("inversion", False, "start", "white", True),
+    ("zeroq", False, "start", "white", True),
+    ("gdfq", False, "start", "white", False),
+    ("gdfq", True, "start", "white", True),
+    ("genie", False, "start", "white", False),
+    ("gaussian", False, "start", "white", False),
     ("zeroq", False, "inception_weight", 0.7, False),
     ("zeroq", False, "hard_sample_gamma", 1.0, False),
     ("zeroq", True, "inception_weight", 0.7, True),
@@ -112,9 +120,26 @@ def test_old_sets_keep_their_names() -> None:
         *("num_images", "shard_size", "iterations", "lr", "schedule", "plateau_patience", "plateau_factor"),
         *("bns_weight", "bns_form", "inception_weight", "hard_sample_gamma", "calib_centers", "augment"),
     }
-    assert set(set_identity("5c" * 32, SIZE, SynthesisConfig(), 0, "train")["synthesis"]) == old
+    assert set(set_identity("5c" * 32, SIZE, SynthesisConfig(start="white"), 0, "train")["synthesis"]) == old
     centers = {"center_iterations", "center_weight", "center_depth"}
-    config = SynthesisConfig(calib_centers=True)
+    config = SynthesisConfig(calib_centers=True, start="white")
     assert set(set_identity("5c" * 32, SIZE, config, 0, "train")["synthesis"]) == old | centers
     key = SetStore("/nowhere").key("7e" * 32, replace(config, num_images=14, shard_size=4, iterations=6, center_iterations=4, augment="flip_shift"), 3, input_size=(1, 9, 8))  # fmt: skip
     assert key == "fb36238ad790f2b8a7aaef0367761541"
+
+
+def test_a_set_tells_the_noise_it_began_as_and_every_shard_began_so(tmp_path: Path, tiny_teacher: Teacher) -> None:
+    config = SynthesisConfig(num_images=8, shard_size=4, iterations=0)
+    made = ensure_set(tiny_teacher, config, 0, SetStore(tmp_path), progress=False)
+    fitted = made.manifest["start_noise"]
+    noise = StartNoise(**fitted | {name: tuple(fitted[name]) for name in ("contrast", "mean")})
+    assert noise != WHITE and [shard["start_noise"] for shard in made.manifest["shards"]] == [fitted] * 2
+    for index in range(2):
+        generator = make_generator("synthesis", 0, "train", "shard", index)
+        white = torch.randn((4, *tiny_teacher.input_size), generator=generator)
+        torch.testing.assert_close(made.images[4 * index : 4 * index + 4], noise.shape(white))
+    white_set = ensure_set(tiny_teacher, replace(config, start="white"), 0, SetStore(tmp_path), progress=False)
+    assert white_set.manifest["start_noise"] == {"exponent": 0.0, "correlation": 0.0, "contrast": [1.0], "mean": [0.0]}
+    assert made.manifest["terms"]["bns"] < white_set.manifest["terms"]["bns"]
+    other_seed = ensure_set(tiny_teacher, config, 1, SetStore(tmp_path), progress=False)
+    assert other_seed.manifest["start_noise"] != fitted, "the probes are of the set's own seed"

@@ -1,0 +1,86 @@
+"""Convolutions written as products of integer matrices answer as the student does, whatever their strides, paddings and zero points."""
+
+import pytest
+import torch
+from small_nets import SIZE, Residual, depthwise, plain
+from test_integer_form import images, student
+from torch import nn
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+from synq.integer_form import integer_form  # noqa: E402
+from synq.integer_products import MIN_CHANNELS  # noqa: E402
+from synq.onnx_file import write_onnx  # noqa: E402
+from synq.verification import count_kernels, engine_of, open_session  # noqa: E402
+
+
+def written(net: nn.Module, bits: int, act_points: str) -> tuple[bytes, bytes, object]:
+    """The student's network as products and as convolutions, and the student."""
+    made = student(net, bits, act_points)  # type: ignore[arg-type]
+    form = integer_form(made.net, bias_place="apart")
+    return write_onnx(form, SIZE, "matmul"), write_onnx(form, SIZE, "int8"), made
+
+
+def kinds(model: bytes) -> list[str]:
+    return [node.op_type for node in onnx.load_from_string(model).graph.node]
+
+
+def one(channels: int = MIN_CHANNELS, **settings: object) -> nn.Module:
+    """One convolution, of negative and positive activations, between two others."""
+    conv = nn.Conv2d(channels, 6, **settings)  # type: ignore[arg-type]
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1), conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)
+    )
+
+
+@pytest.mark.parametrize("bits", [3, 7, 8])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": (3, 5), "padding": (2, 1), "stride": (1, 3), "bias": False},
+        {"kernel_size": 3, "dilation": 2, "padding": 2},
+    ],
+    ids=str,
+)
+def test_every_shape_of_convolution_is_the_same_function(settings: dict[str, object], bits: int) -> None:
+    products, plain_model, made = written(one(**settings), bits, "inputs")
+    assert kinds(products).count("MatMulInteger") == 1 and kinds(products).count("Conv") == 1
+    sample = 2 * images(9)
+    found, wanted = (engine_of(open_session(model))(sample) for model in (products, plain_model))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.std()))
+    # The codes of the student itself: one that falls upon an edge may round the other way, so not every logit.
+    with torch.no_grad():
+        exact = made.net(sample)  # type: ignore[attr-defined]
+    assert float((found - exact).abs().median()) < 1e-3 * float(exact.std())
+
+
+@pytest.mark.parametrize("make", [Residual, plain, depthwise])
+@pytest.mark.parametrize("act_points", ["relu", "inputs"])
+def test_what_is_not_rewritten_stays_and_the_rest_runs_in_integers(make: type[nn.Module], act_points: str) -> None:
+    products, plain_model, _ = written(make(), 8, act_points)
+    before, after = kinds(plain_model), kinds(products)
+    assert after.count("Conv") + after.count("MatMulInteger") == before.count("Conv")
+    convolutions = [node for node in onnx.load_from_string(products).graph.node if node.op_type == "Conv"]
+    read = [node for node in onnx.load_from_string(products).graph.node if node.op_type == "DequantizeLinear"]
+    weights = {node.output[0]: node.input[0] for node in read}
+    shapes = {tensor.name: tensor.dims for tensor in onnx.load_from_string(products).graph.initializer}
+    for node in convolutions:
+        groups = next((entry.i for entry in node.attribute if entry.name == "group"), 1)
+        assert groups > 1 or shapes[weights[node.input[1]]][1] < MIN_CHANNELS or node.input[0] not in weights
+    assert count_kernels(products)[0] >= after.count("MatMulInteger") > 0
+    sample = images(20)
+    found, wanted = (engine_of(open_session(model))(sample) for model in (products, plain_model))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.std()))
+
+
+def test_a_file_of_products_holds_every_weight_once() -> None:
+    products, plain_model, _ = written(Residual(), 4, "inputs")
+    assert len(products) < len(plain_model) + 4000, "the convolutions' own weights are gone"
+    graph = onnx.load_from_string(products).graph
+    read = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= read
