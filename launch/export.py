@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--container", nargs="+", default=[], metavar="TYPE",
         help="how ONNX holds integers: int4 (codes of at most 4 bits in half a byte, the smallest), int8 (in bytes), matmul (in bytes, and "
-        "convolutions as products of integer matrices, the fastest on a CPU); or several (default: int4 where a width is at most 4, else int8)",
+        "convolutions as products of integer matrices, the fastest on a CPU but for convolutions in groups); or several (default: int4 where a width is at most 4, else int8)",
     )  # fmt: skip
     parser.add_argument(
         "--agreement", type=float, default=99.9, help="least percent of images with the student's class (default: 99.9)"

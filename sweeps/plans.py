@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from synq.config_identity import settings_of_its_day
 from synq.configs import RunConfig, config_digest, config_to_dict
 from synq.results import RunRecord, read_json
 
@@ -53,6 +54,7 @@ def read_plan(path: Path) -> Plan:
     return Plan(
         **{
             **content,
+            "config": settings_of_its_day(content["config"]),
             "history": [(int(epoch), float(value)) for epoch, value in content["history"] if value is not None],
         }
     )

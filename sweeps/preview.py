@@ -1,7 +1,7 @@
 """What a sweep would do, before it does anything: trials, synthetic sets, resources, and an estimate of the time.
 
 The estimate is measured, not guessed: one very small run of each model in a scratch folder, scaled by images and iterations (the cost
-is linear in both), or the records that the sweep's folder already has.
+is linear in both, but for the noise that a set begins as), or the records that the sweep's folder already has.
 """
 
 import os
@@ -22,6 +22,7 @@ from synq import pipeline
 from synq.configs import RunConfig, with_overrides
 from synq.evaluation import forget_teachers
 from synq.results import RunRecord, read_json
+from synq.start_noise import MAX_PROBES, USUAL_EVALUATIONS
 from synq.synthetic_data import MANIFEST_FILE
 
 WARM_UP, CLOSER = (16, 2), (128, 16)
@@ -157,7 +158,10 @@ def _cost(spec: SweepSpec, group: Group, records: list[RunRecord]) -> Cost:
     images, iterations = _size(config, size)
     centers = config.synthesis.center_iterations if config.synthesis.calib_centers else 0
     all_images = config.synthesis.num_images + config.evaluation.heldout_images
-    synthesis = seconds["synthesis"] * all_images * (config.synthesis.iterations + centers) / (2 * images * iterations)
+    passes = all_images * (config.synthesis.iterations + centers)
+    if config.synthesis.fits_start:  # once for either set, whatever its size; the small run is spared it
+        passes += 2 * USUAL_EVALUATIONS * min(MAX_PROBES, config.synthesis.shard_size)
+    synthesis = seconds["synthesis"] * passes / (2 * images * iterations)
     timed = [record for record in records if record.status == "completed" and record.name.startswith(f"{group.key}-t")]
     if timed:
         own = [sum(part for stage, part in record.seconds.items() if stage != "synthesis") for record in timed]
@@ -190,6 +194,7 @@ def _measured(config: RunConfig, most: tuple[int, int]) -> dict[str, float]:
             "synthesis.shard_size": max(2, min(config.synthesis.shard_size, images)),
             "synthesis.iterations": iterations,
             "synthesis.center_iterations": iterations,
+            "synthesis.start": "white",
             "finetune.epochs": 1,
             "finetune.batch_size": min(config.finetune.batch_size, images),
             "finetune.warmup_epochs": 0.0,

@@ -208,8 +208,9 @@ class SetStore:
 
     def _remove_parts(self, key: str) -> None:
         shutil.rmtree(self.partial(key), ignore_errors=True)
-        for lock in (self.root / "locks").glob(f"{key}.shard-*.lock"):
-            lock.unlink(missing_ok=True)
+        for name in ("shard-*", "start"):
+            for lock in (self.root / "locks").glob(f"{key}.{name}.lock"):
+                lock.unlink(missing_ok=True)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

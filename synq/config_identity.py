@@ -11,6 +11,7 @@ from synq.config_io import config_to_dict, with_overrides
 
 T = TypeVar("T")
 DIGEST_FORMAT = 3
+LATER_SETTINGS: dict[str, dict[str, Any]] = {"synthesis": {"start": "white"}}
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin")
 SPECS = (("teacher", "spec"), ("teacher", "weights"), ("evaluation", "dataset"))
 FOLDERS = (("evaluation", "data_dir"), ("runtime", "output_dir"), ("runtime", "store_dir"))
@@ -72,10 +73,13 @@ def idle_keys(finetune: Mapping[str, Any], learned_steps: str) -> set[str]:
     return {key for key, is_on in switches.items() if not is_on}
 
 
-def _counts_start(synthesis: Mapping[str, Any]) -> bool:
-    """Whether `start` decides something; white noise is what every image began as before there was a choice, so it has no name."""
-    has_pixels = synthesis["method"] in ("inversion", "zeroq") or synthesis["calib_centers"]
-    return has_pixels and synthesis["start"] != "white"
+def settings_of_its_day(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a stored run; those that came later, and whose default is not what was done before, are filled in."""
+    filled = dict(config)
+    for part, later in LATER_SETTINGS.items():
+        if isinstance(filled.get(part), Mapping):
+            filled[part] = {**later, **filled[part]}
+    return filled
 
 
 def config_digest(config: object, *, with_seeds: bool = True) -> str:
@@ -99,7 +103,8 @@ def config_digest(config: object, *, with_seeds: bool = True) -> str:
     values["runtime"] = {"precision": values["runtime"]["precision"]}
     left_out = [(values, "name"), (values["finetune"], "log_every")]
     left_out += [(values["finetune"], key) for key in idle_keys(values["finetune"], values["quant"]["learned_steps"])]
-    left_out += [] if _counts_start(values["synthesis"]) else [(values["synthesis"], "start")]
+    # As before there was a choice, so that the runs of that time keep their names. The held-out images have it, whatever the method.
+    left_out += [(values["synthesis"], "start")] if values["synthesis"]["start"] == "white" else []
     left_out += [(values, "reconstruction")] if values["quant"]["rounding"] == "nearest" else []
     left_out += [(values["evaluation"], key) for key in ("batch_size", "data_dir")]
     left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]

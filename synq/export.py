@@ -51,7 +51,7 @@ class ExportOptions:
 
     Attributes:
         formats: Some of onnx, packed, torch.
-        containers: ONNX files to write, int4 and int8; empty: int4 where a width is at most 4, else int8.
+        containers: ONNX files to write, some of CONTAINERS; empty: int4 where a width is at most 4, else int8.
         tolerance: What a file may differ by.
         rounds: Runs of each model for its latency; 0 measures none.
         threads: Threads of ONNX Runtime when it is timed; 0: its default.

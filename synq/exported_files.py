@@ -33,7 +33,7 @@ class ExportedFile:
         format: onnx, packed or torch.
         bytes: Size.
         sha256: Digest of the content.
-        container: int4 or int8, of an ONNX file.
+        container: How an ONNX file holds integers, see `onnx_file.py`.
         comparisons: What it was compared on.
         integer_kernels, float_kernels: Convolutions and matrix products that ONNX Runtime runs in integers and in float, on this machine.
         latency_ms: Median of one image on this machine's CPU.

@@ -22,12 +22,15 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 MIN_CHANNELS = 8
 """Least input channels of a convolution that is rewritten: of fewer, as of an image, the patches are made byte by byte."""
+MAX_PATCHES = 49
+"""Largest kernel that is rewritten, in pixels: 7 x 7."""
 
 
 def use_integer_products(model: onnx.ModelProto) -> None:
     """Rewrite, in place, each convolution of a quantized activation with an integer weight.
 
-    What stays a convolution: one in groups, one of few channels, and one whose size in pixels is not fixed.
+    What stays a convolution: one whose input is not quantized right before it; one in groups, of few channels, or of a very large kernel;
+    one with a bias of its own; one whose size in pixels is not fixed.
 
     Args:
         model: A model of `write_onnx` whose codes are in whole bytes.
@@ -62,13 +65,15 @@ def use_integer_products(model: onnx.ModelProto) -> None:
 
 
 def _is_rewritten(node: NodeProto, codes: TensorProto, size: tuple[int, ...]) -> bool:
-    no_bias = len(node.input) == 2  # the integer form of an export adds it behind
+    attributes = _attributes(node)
     return (
-        no_bias
+        len(node.input) == 2  # no bias: the integer form of an export adds it behind
         and len(size) == 2
         and all(size)
         and codes.dims[1] >= MIN_CHANNELS
-        and _attributes(node).get("group", 1) == 1
+        and int(np.prod(codes.dims[2:])) <= MAX_PATCHES
+        and attributes.get("group", 1) == 1
+        and attributes.get("auto_pad", b"NOTSET") == b"NOTSET"
     )
 
 
@@ -93,7 +98,7 @@ class _Nodes:
         """Add whole numbers, as the indices of an operation."""
         return self.constant(np.array(values, np.int64))
 
-    def then(self, kind: str, *inputs: str, name: str = "", **attributes: object) -> str:
+    def then(self, kind: str, *inputs: str, name: str = "", **attributes: Any) -> str:
         """Add a node; returns the name of its output."""
         self.nodes.append(helper.make_node(kind, inputs, [name or f"{self.name}.{len(self.nodes)}"], **attributes))
         return str(self.nodes[-1].output[0])

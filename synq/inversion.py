@@ -230,7 +230,7 @@ def _check_finite(values: Mapping[str, float], groups: list[Group]) -> None:
         return
     name, value = broken[0]
     if not groups:
-        raise ValueError(f"`teacher` must give finite values on noise N(0, 1), but got {name} = {value}")
+        raise ValueError(f"`teacher` must give finite values on noise, but got {name} = {value}")
     fields = " and ".join(f"`synthesis.{group.setting}`" for group in groups)
     rates = ", ".join(f"{group.setting} {group.lr}" for group in groups)
     raise ValueError(

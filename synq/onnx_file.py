@@ -7,15 +7,15 @@ The graph comes from ``torch.onnx``; ours is what it cannot know: which integer 
     int8        INT8                         integer kernels where a layer's result is quantized at once and its bias is its own
     matmul      INT8                         integer kernels: convolutions are written as products of integer matrices (`integer_products.py`)
 
-Weights of 5 to 7 bits are INT8 in both, those of 8 bits UINT8, their codes raised by 128: on x86 processors without VNNI ONNX Runtime adds
-two products of UINT8 and INT8 in 16 bits, which full-range codes overflow. Activations, which no file stores, are UINT8 in both: behind a
+Weights of 5 to 7 bits are INT8 in all, those of 8 bits UINT8, their codes raised by 128: on x86 processors without VNNI ONNX Runtime adds
+two products of UINT8 and INT8 in 16 bits, which full-range codes overflow. Activations, which no file stores, are UINT8 in all: behind a
 UINT4 activation ONNX Runtime 1.32 moves a pooling into the integers and then has no kernel for it. A code narrower than its container is
 kept in its range by a ``Min`` before QuantizeLinear, which saturates at the container's end alone; the lower end, code 0, is the container's.
 
 Biases: ONNX Runtime rounds the bias of a convolution between Q/DQ pairs to int32 at scale s_x s_w. Below 8 bits that step is as coarse as
 the products, and answers change; at 8 bits it is fine enough for most channels, but where a folded batch norm has made s_w tiny the integer
 overflows (MobileNetV2 with random weights: 42 % of the answers stay). A bias added behind the layer (``bias_place`` of ``integer_form``) is
-exact at every width, and keeps ONNX Runtime from its integer kernels for convolutions.
+exact at every width, and keeps ONNX Runtime from its integer kernels for convolutions; ``matmul`` has both.
 """
 
 import logging
@@ -55,7 +55,7 @@ def write_onnx(form: fx.GraphModule, input_size: tuple[int, int, int], container
     Args:
         form: A network of ``integer_form``.
         input_size: (C, H, W) of one image.
-        container: What holds weights of at most 4 bits.
+        container: How integers are held, see above.
 
     Returns:
         A model ``images`` float32 (N, C, H, W) -> ``logits`` float32 (N, K), N free.

@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from synq.config_identity import settings_of_its_day
+
 SCHEMA_VERSION = 1
 PACKAGES = ("synq", "torch", "torchvision", "accelerate", "ray", "optuna", "numpy")
 
@@ -211,7 +213,7 @@ def read_record(path: str | Path) -> RunRecord:
     for name, value in content.items():
         if not _fits(types[name], value):
             raise ValueError(f"`{path}` must hold a run record, but got {name} = {value!r:.80}")
-    return RunRecord(**content)
+    return RunRecord(**content | {"config": settings_of_its_day(content["config"])})
 
 
 @functools.cache  # reading the hints takes longer than reading a record

@@ -12,17 +12,21 @@ al., Feature Visualization (Distill, 2017).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from synq.bn_stats import BatchNormInputs, ChannelStatistics, bns_loss
 
-NUM_PROBES = 64
-"""Images behind each measurement of the statistics."""
-MAX_STEPS = 20
-"""Steps of L-BFGS; it mostly ends by itself after about 12 evaluations."""
+MAX_PROBES = 64
+"""Images behind each measurement of the statistics, at most."""
+MAX_STEPS, USUAL_EVALUATIONS = 20, 24
+"""Steps of L-BFGS, and the forward and backward passes that they take."""
+TOLERANCE = 1e-8
+"""Change of the distance, as a share of the first one, below which it ends before."""
+LIMITS = {"exponent": (0.0, 4.0), "logit": (-6.0, 6.0), "log": (-4.0, 4.0)}
+"""Where the numbers stay: beyond, float32 has no digits left, and no photograph is there."""
 DECIMALS = 3
 FIRST_EXPONENT, FIRST_CORRELATION = 1.5, 0.7
 """Where the fit begins: near photographs, because from white noise the distance can rise before it falls."""
@@ -48,6 +52,12 @@ class StartNoise:
         numbers = [torch.tensor(value, device=white.device) for value in (self.exponent, self.correlation)]
         channels = [torch.tensor(values, device=white.device) for values in (self.contrast, self.mean)]
         return _shape(white, *numbers, *channels)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "StartNoise":
+        """Read what `dataclasses.asdict` and JSON have made of one."""
+        channels = {name: tuple(values[name]) for name in ("contrast", "mean")}
+        return cls(exponent=values["exponent"], correlation=values["correlation"], **channels)
 
 
 WHITE = StartNoise()
@@ -79,11 +89,13 @@ def fit_start(
     form: Literal["std_sum", "var_mean"],
     *,
     generator: torch.Generator,
+    num_probes: int = MAX_PROBES,
     device: torch.device,
 ) -> StartNoise:
     """Return the noise whose batch-norm statistics are nearest to the teacher's, found by L-BFGS on its few numbers.
 
-    White noise comes back where nothing nearer was found, or where the teacher gives nothing finite.
+    Of all numbers that the search has tried the best are taken, so a search that diverges loses nothing. White noise comes back where
+    nothing nearer was found. The result is rounded to DECIMALS; on another device or with other threads it may be another one all the same.
 
     Args:
         module: The teacher in eval mode, on `device`; not changed.
@@ -91,16 +103,24 @@ def fit_start(
         targets: Batch-norm statistics to come near, on `device`.
         form: How their distance is taken, `synthesis.bns_form`.
         generator: CPU generator of the probes.
+        num_probes: Images behind each measurement, at most MAX_PROBES.
         device: Where to compute.
     """
     channels = input_size[0]
-    white = torch.randn((NUM_PROBES, *input_size), generator=generator).to(device)
+    white = torch.randn((min(num_probes, MAX_PROBES), *input_size), generator=generator).to(device)
     first = [FIRST_EXPONENT, math.log(FIRST_CORRELATION / (1 - FIRST_CORRELATION)), *[0.0] * (2 * channels)]
     numbers = torch.tensor(first, device=device, requires_grad=True)
+    best = (math.inf, numbers.detach().clone())
+    unit = 1.0
 
-    def parts() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def parts(numbers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         exponent, logit, logs, mean = numbers.split([1, 1, channels, channels])
-        return exponent, logit.sigmoid(), logs.exp(), mean
+        return (
+            exponent.clamp(*LIMITS["exponent"]),
+            logit.clamp(*LIMITS["logit"]).sigmoid(),
+            logs.clamp(*LIMITS["log"]).exp(),
+            mean,
+        )
 
     with BatchNormInputs(module) as inputs:
 
@@ -109,23 +129,32 @@ def fit_start(
             return bns_loss(inputs.take(), targets, form)
 
         def closure() -> Tensor:
+            nonlocal best, unit
             with torch.enable_grad():
-                loss = distance(_shape(white, *parts()))
-                (numbers.grad,) = torch.autograd.grad(loss, numbers)
-            return loss.detach()
+                found = distance(_shape(white, *parts(numbers)))
+                (numbers.grad,) = torch.autograd.grad(found / unit, numbers)
+            value = found.item()
+            if best[0] == math.inf and math.isfinite(value) and value > 0:
+                numbers.grad /= value
+                unit = value  # so that the search does not depend on the form and the number of layers
+            if value < best[0]:
+                best = value, numbers.detach().clone()
+            return found.detach() / unit
 
         optimizer = torch.optim.LBFGS(
-            [numbers], max_iter=MAX_STEPS, tolerance_change=1e-3, line_search_fn="strong_wolfe"
+            [numbers], max_iter=MAX_STEPS, tolerance_change=TOLERANCE, line_search_fn="strong_wolfe"
         )
         optimizer.step(closure)
-        # Rounded, so that the last bits of a device or of a number of threads do not make another set.
-        rounded = ([round(value, DECIMALS) for value in part.tolist()] for part in parts())
-        (exponent,), (correlation,), contrast, mean = rounded
-        found = StartNoise(
-            exponent=exponent,
-            correlation=correlation if channels > 1 else 0.0,
-            contrast=tuple(contrast),
-            mean=tuple(mean),
-        )
         with torch.no_grad():
-            return found if distance(found.shape(white)) < distance(white) else WHITE
+            white_distance = distance(white).item()
+    if not best[0] < white_distance:
+        return WHITE
+    (exponent,), (correlation,), contrast, mean = (
+        [round(value, DECIMALS) for value in part.tolist()] for part in parts(best[1])
+    )
+    return StartNoise(
+        exponent=exponent,
+        correlation=correlation if channels > 1 else 0.0,
+        contrast=tuple(contrast),
+        mean=tuple(mean),
+    )

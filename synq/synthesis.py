@@ -22,7 +22,7 @@ from synq.calib_centers import center_targets, pack_statistics, split_evenly, un
 from synq.configs import SynthesisConfig
 from synq.inversion import TERMS, Inversion, invert
 from synq.placement import to_layout
-from synq.results import write_bytes_atomic
+from synq.results import read_json, write_bytes_atomic, write_json_atomic
 from synq.seeding import make_generator
 from synq.start_noise import WHITE, StartNoise, fit_start
 from synq.synthetic_data import SyntheticSet
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 POLL_SECONDS = 0.2
+START_FILE = "start.json"
+"""The noise that the shards of an unfinished set begin as."""
 SHOW_EVERY = 5
 """Steps between two readings of the loss for the progress bar; each reading waits for the device."""
 
@@ -171,13 +173,24 @@ class _Maker:
                 self.store.assemble(self.key, files, self._describe)
 
     def _start(self, config: SynthesisConfig) -> StartNoise:
-        """Return the noise that pixels begin as: fitted once, by the first shard that needs it, and by every process to the same."""
+        """Return the noise that pixels begin as: fitted by whoever comes first, read by everybody else, so that a set has one."""
         if not config.fits_start:
             return WHITE
         if self._fitted is None:
-            probes = make_generator("synthesis", self.seed, self.purpose, "start")
-            size, form = self.teacher.input_size, config.bns_form
-            self._fitted = fit_start(self.module, size, self.targets, form, generator=probes, device=self.device)
+            path = self.store.partial(self.key) / START_FILE
+            with self.store.lock(self.key, "start"):
+                if not path.exists():
+                    fitted = fit_start(
+                        self.module,
+                        self.teacher.input_size,
+                        self.targets,
+                        config.bns_form,
+                        generator=make_generator("synthesis", self.seed, self.purpose, "start"),
+                        num_probes=config.shard_size,
+                        device=self.device,
+                    )
+                    write_json_atomic(path, asdict(fitted))
+                self._fitted = StartNoise.from_values(read_json(path))
         return self._fitted
 
     def _files(self, kind: str, count: int) -> list[Path]:
@@ -223,7 +236,7 @@ class _Maker:
         info = {
             "terms": made.terms,
             "agreement": made.num_agree / len(labels),
-            "start_noise": asdict(start),
+            **({"start_noise": asdict(start)} if config.fits_start else {}),
             "seconds": round(time.perf_counter() - started, 3),
             "device": str(self.device),
             "torch": torch.__version__,
@@ -276,7 +289,7 @@ class _Maker:
             "num_classes": self.teacher.num_classes,
             "terms": {name: mean_of([entry["terms"][name] for entry in entries]) for name in TERMS},
             "agreement": mean_of([entry["agreement"] for entry in entries]),
-            "start_noise": entries[0]["start_noise"],
+            **({"start_noise": entries[0]["start_noise"]} if self.config.fits_start else {}),
             "seconds": round(sum(entry["seconds"] for entry in entries), 3),
         }
 

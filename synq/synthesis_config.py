@@ -30,8 +30,9 @@ class SynthesisConfig:
     swing_conv: bool | None = None
     """Whether strided convolutions of the teacher see randomly shifted inputs during synthesis; None: for genie alone."""
     start: Literal["fitted", "white"] = "fitted"
-    """What optimised pixels begin as: noise whose falloff over frequency, colours and contrast fit the teacher's statistics, or white noise
-    N(0, 1), the paper's, from which it takes several times as many steps to the same statistics. Generators and gaussian have no choice."""
+    """What optimised pixels begin as: noise whose falloff over frequency, colours, contrast and mean fit the teacher's statistics, or white
+    noise N(0, 1), the paper's, which wants several times as many steps, at `lr` 0.2 to 0.5. Where generators or gaussian make the images it
+    counts for centers and for the held-out images."""
     schedule: Literal["cosine", "plateau"] = "cosine"
     """How the learning rate falls: by a cosine to 0 over the iterations, or at each plateau of the loss (the paper's; wants 1,000)."""
     plateau_patience: int = 50

@@ -319,6 +319,13 @@ def test_the_digest_is_fixed_for_ever_and_knows_repetitions() -> None:
     assert config_digest(repeated, with_seeds=False) == config_digest(plain, with_seeds=False) != config_digest(plain)
 
 
+@pytest.mark.parametrize("method", ["inversion", "zeroq", "gdfq", "genie", "gaussian"])
+def test_the_start_counts_for_every_method(method: str) -> None:
+    """The held-out images are optimised pixels whatever makes the training images, and the objective is measured on them."""
+    base = with_overrides(RunConfig(), {"synthesis.method": method})
+    assert config_digest(base) != config_digest(with_overrides(base, {"synthesis.start": "white"}))
+
+
 def test_a_moved_checkout_keeps_its_digests() -> None:
     def config(folder: str) -> RunConfig:
         return RunConfig(

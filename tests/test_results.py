@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from synq import results
+from synq.configs import RunConfig, config_from_dict, config_to_dict
 from synq.results import (
     RunRecord,
     environment,
@@ -107,6 +108,20 @@ def test_a_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_record_from_before_a_setting_says_what_was_done_then(tmp_path: Path) -> None:
+    """Images began as white noise before there was a choice: an old run must not count as a repetition of a new one."""
+    config = config_to_dict(RunConfig())
+    del config["synthesis"]["start"]
+    write_record(tmp_path / "old.json", RunRecord(config=config))
+    read = config_from_dict(RunConfig, read_record(tmp_path / "old.json").config)
+    assert read.synthesis.start == "white" != RunConfig().synthesis.start
+    write_record(tmp_path / "new.json", RunRecord(config=config_to_dict(RunConfig())))
+    assert config_from_dict(RunConfig, read_record(tmp_path / "new.json").config) == RunConfig()
+    write_record(tmp_path / "bare.json", RunRecord())
+    write_record(tmp_path / "bare.json", RunRecord())
+    assert read_record(tmp_path / "bare.json").config == {}
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
