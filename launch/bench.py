@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     target is a figure, not an error), 1: a process of it failed, 2: the words were refused.
     """
     listing = "; ".join(f"{name}: {title.lower()}" for name, title in GROUPS.items())
-    parser = argparse.ArgumentParser(prog="bench", description=main.__doc__, epilog=listing, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="synq bench", description=main.__doc__, epilog=listing, allow_abbrev=False)
     parser.add_argument("--only", metavar="GROUP", nargs="+", choices=GROUPS, help="groups to measure (default: all)")
     parser.add_argument("--skip", metavar="GROUP", nargs="+", choices=GROUPS, default=[], help="groups to leave out")
     parser.add_argument(

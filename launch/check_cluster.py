@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Exit code 0: nothing failed, 1: something did, 2: the words were refused or there is no cluster.
     """
-    parser = argparse.ArgumentParser(prog="check_cluster", description=main.__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="synq check-cluster", description=main.__doc__, allow_abbrev=False)
     parser.add_argument(
         "--output-dir", metavar="DIR_OR_ADDRESS", help="where results will lie: a folder or s3://... (default: runs)"
     )

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        prog="recipe", usage="%(prog)s SPEC [options]", description=main.__doc__, allow_abbrev=False
+        prog="synq recipe", usage="%(prog)s SPEC [options]", description=main.__doc__, allow_abbrev=False
     )
     parser.add_argument(
         "--spec", metavar="SPEC", required=True, help="file of a recipe; as the first word it needs no --spec"

@@ -34,7 +34,7 @@ def _num_trials(word: str) -> dict[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sweep over models, bit-widths and settings and rank the results. The same command resumes a sweep that was stopped."""
-    parser = _Parser(prog="sweep", description=main.__doc__)
+    parser = _Parser(prog="synq sweep", description=main.__doc__)
     parser.add_argument(
         "spec", nargs="?", default=DEMO_SPEC, metavar="SPEC", help="a .toml or .json file (default: a small demo)"
     )
