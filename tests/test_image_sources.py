@@ -18,7 +18,7 @@ from synq.synthesis_config import SYNTHESIS_METHODS
 SIZE = (3, 12, 9)
 LABELS = torch.arange(15) % 5
 OPTIMISING = tuple(method for method in SYNTHESIS_METHODS if method != "gaussian")
-QUICK = {"iterations": 6, "latent_dim": 16}
+QUICK = {"iterations": 6, "latent_dim": 16, "lr": 0.5}
 
 
 def _run(net: nn.Module, size: tuple[int, int, int] = SIZE, labels: Tensor = LABELS, seed: int = 0, **settings: object):
