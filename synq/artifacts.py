@@ -13,8 +13,10 @@ from filelock import FileLock
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from synq.config_identity import LATER_SETTINGS
 from synq.configs import SynthesisConfig, config_to_dict
 from synq.results import write_bytes_atomic, write_json_atomic
+from synq.synthesis_config import PIXEL_METHODS
 from synq.synthetic_data import (
     DATA_FILE,
     FORMAT_VERSION,
@@ -32,7 +34,7 @@ Purpose = Literal["train", "heldout"]
 CENTER_FIELDS = ("center_iterations", "center_weight", "center_depth")
 GENERATOR_FIELDS = ("generator_lr", "latent_dim")
 LABEL_FIELDS = ("inception_weight", "hard_sample_gamma")
-NEW_FIELDS = {"method": "inversion", "swing_conv": False, "start": "white"}
+NEW_FIELDS = {"method": "inversion", "swing_conv": False, **LATER_SETTINGS["synthesis"]}
 """Settings that came after the first sets were made, with the value that those sets have: so they keep their names."""
 
 
@@ -52,7 +54,7 @@ def set_identity(
         unused |= set(CENTER_FIELDS)
         unused |= set() if config.assigns_labels else set(LABEL_FIELDS)
         unused |= {"lr"} if config.method == "gdfq" else set()
-        unused |= set() if config.method in ("inversion", "zeroq") else {"start"}
+        unused |= set() if config.method in PIXEL_METHODS else {"start"}
     if config.method == "gaussian":
         unused = set(settings) - {"method", "num_images", "shard_size"}
     settings = {name: value for name, value in settings.items() if name not in unused}

@@ -12,6 +12,7 @@ from synq.config_io import config_to_dict, with_overrides
 T = TypeVar("T")
 DIGEST_FORMAT = 3
 LATER_SETTINGS: dict[str, dict[str, Any]] = {"synthesis": {"start": "white"}}
+"""Settings whose default changed what had been done before they came, with the value that names it: old runs keep their digests by it."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin")
 SPECS = (("teacher", "spec"), ("teacher", "weights"), ("evaluation", "dataset"))
 FOLDERS = (("evaluation", "data_dir"), ("runtime", "output_dir"), ("runtime", "store_dir"))
@@ -103,8 +104,12 @@ def config_digest(config: object, *, with_seeds: bool = True) -> str:
     values["runtime"] = {"precision": values["runtime"]["precision"]}
     left_out = [(values, "name"), (values["finetune"], "log_every")]
     left_out += [(values["finetune"], key) for key in idle_keys(values["finetune"], values["quant"]["learned_steps"])]
-    # As before there was a choice, so that the runs of that time keep their names. The held-out images have it, whatever the method.
-    left_out += [(values["synthesis"], "start")] if values["synthesis"]["start"] == "white" else []
+    left_out += [
+        (values[part], key)
+        for part, later in LATER_SETTINGS.items()
+        for key, value in later.items()
+        if values[part][key] == value
+    ]
     left_out += [(values, "reconstruction")] if values["quant"]["rounding"] == "nearest" else []
     left_out += [(values["evaluation"], key) for key in ("batch_size", "data_dir")]
     left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]

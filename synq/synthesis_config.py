@@ -5,6 +5,8 @@ from typing import Literal
 
 from synq.config_io import between, one_of
 
+PIXEL_METHODS = ("inversion", "zeroq")
+"""Those that optimise pixels, which begin as noise."""
 SYNTHESIS_METHODS = ("inversion", "zeroq", "gdfq", "genie", "gaussian")
 
 
@@ -88,7 +90,7 @@ class SynthesisConfig:
     @property
     def fits_start(self) -> bool:
         """Whether the noise that pixels begin as is fitted to the teacher first."""
-        return self.start == "fitted" and self.method in ("inversion", "zeroq")
+        return self.start == "fitted" and self.method in PIXEL_METHODS
 
     @property
     def swings(self) -> bool:
