@@ -4,6 +4,7 @@ Everything that reads or rewrites a network goes through this graph: activations
 ``x.relu_()``) are nodes like any module, so no tensor can escape a rule unseen.
 """
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,7 +74,8 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     """Trace a classifier in evaluation mode; parameters and buffers are shared with ``module``.
 
     In-place operations become out-of-place ones, and later readers of the overwritten tensor read the result, which
-    is what they saw before. What the logits do not depend on is left out: it costs time, and parameters without a
+    is what they saw before. A batch norm that is called as a function on the tensors of one module (timm's layers, which
+    add an activation) becomes that layer again. What the logits do not depend on is left out: it costs time, and parameters without a
     gradient stop a distributed run. Every node carries the shape of its output for a batch of two in
     ``meta["shape"]``.
 
@@ -112,6 +114,7 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
         raise ValueError(f"teacher must return one (N, classes) tensor of logits, but {name} returned {got}")
     _check_no_hooks(traced)
     _make_out_of_place(traced)
+    _norms_as_layers(traced)
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
     traced.recompile()
@@ -265,6 +268,46 @@ def _make_out_of_place(traced: fx.GraphModule) -> None:
                     user.replace_input_with(overwritten, node)
     traced.graph.lint()
     traced.recompile()
+
+
+def _norms_as_layers(traced: fx.GraphModule) -> None:
+    """Turn ``F.batch_norm`` on the statistics of one module into a BatchNorm2d of that name, which every rule knows.
+
+    It holds the same tensors under the same names, so files of weights fit as before. Calls on anything else stay as they are.
+    """
+    signature = inspect.signature(F.batch_norm)
+    for node in list(traced.graph.nodes):
+        if node.op != "call_function" or node.target is not F.batch_norm or len(node.meta.get("shape") or ()) != 4:
+            continue
+        bound = signature.bind(*node.args, **node.kwargs)
+        bound.apply_defaults()
+        call = bound.arguments
+        fields = ("running_mean", "running_var", "weight", "bias")
+        sources = {field: call[field] for field in fields if isinstance(call[field], fx.Node)}
+        owners = {str(source.target).rpartition(".")[0] for source in sources.values()}
+        whole = all(n.op == "get_attr" and str(n.target).rpartition(".")[2] == field for field, n in sources.items())
+        if call["training"] or not whole or "running_var" not in sources or len(owners) != 1 or owners == {""}:
+            continue
+        (name,) = owners
+        holder = traced.get_submodule(name)
+        if type(holder) is nn.Module:  # of torch.fx: a bare holder of tensors and of what is called below it
+            traced.set_submodule(name, _batch_norm_of(holder, call["eps"]))
+        elif not isinstance(holder, nn.BatchNorm2d) or holder.eps != call["eps"]:
+            continue
+        node.op, node.target, node.args, node.kwargs = "call_module", name, (call["input"],), {}
+
+
+def _batch_norm_of(holder: nn.Module, eps: float) -> nn.BatchNorm2d:
+    """Return a BatchNorm2d with the very tensors and submodules of ``holder``."""
+    variance = holder.get_buffer("running_var")
+    norm = nn.BatchNorm2d(len(variance), eps=eps, affine=False, device=variance.device, dtype=variance.dtype).eval()
+    norm.affine = holder._parameters.get("weight") is not None
+    norm.num_batches_tracked = None
+    for name, tensor in (*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)):
+        setattr(norm, name, tensor)
+    for name, child in holder.named_children():
+        norm.add_module(name, child)
+    return norm
 
 
 def _nodes_until(graph: fx.Graph, last: fx.Node) -> list[fx.Node]:
