@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--margin", type=float, default=0.0,
-        help="count only images on which the student's two largest logits differ by more (default: 0)",
+        help="count only images on which the student's two largest logits differ by more (default and least: by what the student in float64 "
+        "differs from it)",
     )  # fmt: skip
     parser.add_argument(
         "--mean-difference", type=float, default=0.05,

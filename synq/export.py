@@ -184,6 +184,7 @@ def _write_files(
             figures |= {"latency_ms": times[next(iter(models))], "float_latency_ms": times[""]}
     figures["files"] = [asdict(file) for file in files]
     figures["tolerance"] = asdict(options.tolerance)
+    figures["own_rounding"] = [asdict(own) for own in check.own.values()]
     figures["float_norms"] = sum(_is_norm(form, node) for node in form.graph.nodes)
     figures["machine"] = {"cpu": _cpu(), "threads": options.threads or None, "versions": _versions()}
     return figures

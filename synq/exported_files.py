@@ -1,5 +1,6 @@
 """The three kinds of files of an export, each written only after it has answered as the student does."""
 
+import copy
 import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,10 @@ from synq.verification import Comparison, Engine, Tolerance, compare, count_kern
 
 BATCH = 64
 """Images per forward pass of a comparison."""
+Reader = Callable[[int, int], tuple[Tensor, Tensor | None]]
+"""Gives images and labels from a first to a last row of a set."""
+OWN_BATCHES = 4
+"""Batches of each set on which the student is compared with itself in float64."""
 
 
 class ExportRefusedError(RuntimeError):
@@ -59,6 +64,8 @@ class Checker:
         synthetic: (N, C, H, W) all synthetic images of the run.
         measure: Opens the labelled images, where there are some.
         tolerance: What a file may differ by.
+        wanted: The student's logits on each set of images, in batches.
+        own: The student beside itself in float64 on the first of them: what differs there no file can be held to.
     """
 
     student: nn.Module
@@ -66,6 +73,7 @@ class Checker:
     measure: Measure
     tolerance: Tolerance
     wanted: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
+    own: dict[str, Comparison] = field(default_factory=dict, init=False)
 
     @torch.no_grad()
     def __call__(self, name: str, engine: Engine) -> tuple[Comparison, ...]:
@@ -79,14 +87,27 @@ class Checker:
             parts = [(start, min(start + BATCH, number)) for start in range(0, number, BATCH)]
             if source not in self.wanted:
                 self.wanted[source] = [self.student(read(*part)[0]).float() for part in parts]
-            batches = ((wanted, *read(*part)) for wanted, part in zip(self.wanted[source], parts, strict=True))
-            found.append(compare(engine, batches, source=source, margin=self.tolerance.margin))
-            complaint = self.tolerance.complaint(found[-1])
+                self.own[source] = self._against_itself(source, parts[:OWN_BATCHES], read)
+            tolerance = self.tolerance.beside(self.own[source])
+            answered = self._answered(source, parts, read)
+            found.append(compare(engine, answered, source=source, margin=tolerance.margin))
+            complaint = tolerance.complaint(found[-1])
             if complaint:
                 raise ExportRefusedError(f"{name} was not written: {complaint}")
         return tuple(found)
 
-    def _sources(self) -> Iterator[tuple[str, int, Callable[[int, int], tuple[Tensor, Tensor | None]]]]:
+    def _against_itself(self, source: str, parts: Sequence[tuple[int, int]], read: Reader) -> Comparison:
+        exact = copy.deepcopy(self.student).double()
+        answered = self._answered(source, parts, read)
+        return compare(lambda images: exact(images.double()).float(), answered, source=source)
+
+    def _answered(
+        self, source: str, parts: Sequence[tuple[int, int]], read: Reader
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Give the student's logits, images and labels of each of the first ``parts`` of a set."""
+        return ((wanted, *read(*part)) for wanted, part in zip(self.wanted[source], parts, strict=False))
+
+    def _sources(self) -> Iterator[tuple[str, int, Reader]]:
         """Give each set's name, its size, and what reads images and labels of a part of it."""
         yield "synthetic", len(self.synthetic), lambda start, stop: (self.synthetic[start:stop], None)
         labelled, rows = self.measure.labelled, self.measure.reported

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -137,12 +138,33 @@ def test_a_file_that_answers_otherwise_is_refused_and_not_left_behind(finished: 
     assert list(tmp_path.iterdir()) == []
 
 
+class Unsure(nn.Module):
+    """Gives what it is given, two logits, but in float64 the second one is larger by 0.5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tensor([0.0, 0.5]) if x.dtype == torch.float64 else x
+
+
+def test_no_file_is_held_to_what_the_student_itself_leaves_open() -> None:
+    class NoLabels:
+        labelled, reported = None, torch.arange(0)
+
+    images = torch.tensor([[0.3, 0.0], [9.0, 0.0]]).repeat(100, 1)  # half of them nearer than 0.5
+    check = Checker(Unsure(), images, NoLabels(), Tolerance())  # type: ignore[arg-type]
+    moved = torch.tensor([0.0, 0.4])
+    (found,) = check("file", lambda x: x + moved)
+    assert (found.images, found.decided, found.agreement, found.agreement_all) == (200, 100, 100.0, 50.0)
+    (own,) = check.own.values()
+    assert (own.images, own.agreement_all, own.max_difference) == (200, 50.0, 0.5)
+    with pytest.raises(ExportRefusedError, match="another class than the student on 100 of 100 synthetic images"):
+        check("file", lambda x: x + 25 * moved)
+
+
 def test_the_door_says_refusals_in_one_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(finished), "--formats", "packed", "--mean-difference", "-1", "--out", str(tmp_path / "x")]) == 1
+    assert main([str(finished), "--formats", "packed", "--margin", "1e9", "--out", str(tmp_path / "x")]) == 1
     line = capsys.readouterr().err
-    assert (
-        line.startswith("synq: error: model.safetensors was not written: its logits differ") and line.count("\n") == 1
-    )
+    assert line.startswith("synq: error: model.safetensors was not written: it cannot be checked: on only 0 of")
+    assert line.count("\n") == 1
     assert not list(tmp_path.glob("x/*"))
 
 
@@ -188,7 +210,7 @@ def test_an_export_is_whole_whatever_lies_around(
     write_record(folder / "record.json", replace(record, config=older))
     before = {path.name: path.read_bytes() for path in (folder / "export").iterdir()}
     # Refused: what was there stays, the card included.
-    assert main([str(folder), "--formats", "packed", "--mean-difference", "-1"]) == 1
+    assert main([str(folder), "--formats", "packed", "--margin", "1e9"]) == 1
     assert {path.name: path.read_bytes() for path in (folder / "export").iterdir()} == before
     # Done: files of the export before are gone, those of others are not.
     assert main([str(folder), "--formats", "packed", "--rounds", "0", *ANY]) == 0

@@ -1,6 +1,7 @@
 """Comparisons by hand, and what is refused."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,3 +62,16 @@ def test_logits_must_be_near_and_finite() -> None:
     assert Tolerance().complaint(result(0, 10, 0.05)) == ""
     assert "logits differ from the student's by 0.06" in Tolerance().complaint(result(0, 10, 0.06))
     assert "by nan" in Tolerance().complaint(result(0, 10, math.nan))
+
+
+def test_a_student_that_is_not_sure_of_itself_asks_less_of_its_file() -> None:
+    own = result(0, 100, 0.04)  # its logits differ by 1.0 at most
+    beside = Tolerance().beside(own)
+    assert beside == Tolerance(margin=1.0, mean_difference=0.08)
+    assert Tolerance(margin=2.0, mean_difference=0.5).beside(own) == Tolerance(margin=2.0, mean_difference=0.5)
+
+
+def test_a_tenth_must_be_decided() -> None:
+    few = replace(result(0, 100), images=1001)
+    assert "cannot be checked: on only 100 of 1001 labelled images" in Tolerance().complaint(few)
+    assert Tolerance().complaint(replace(few, images=1000)) == ""
