@@ -8,7 +8,7 @@ A file under its final name has passed its comparison.
 
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.accounting import float_bytes
 from synq.config_io import one_of
-from synq.configs import RunConfig, config_from_dict
+from synq.configs import RunConfig, config_from_dict, make_absolute, with_overrides
 from synq.evaluation import Measure
 from synq.exported_files import Checker, ExportedFile, export_onnx, export_packed, export_program
 from synq.integer_form import integer_form
@@ -43,6 +43,8 @@ MANAGED = (
     *("README.md", "card.json"),
 )
 """Names that an export may write, and removes when a later one does not."""
+PLACES = ("teacher.spec", "teacher.weights", "evaluation.dataset", "evaluation.data_dir", "runtime.store_dir")
+"""Settings that say where something lies. It may have been moved since: digests tell whether it is the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ class ExportOptions:
         tolerance: What a file may differ by.
         rounds: Runs of each model for its latency; 0 measures none.
         threads: Threads of ONNX Runtime when it is timed; 0: its default.
+        places: Where the run's teacher, images and labels lie now, by the names in PLACES, where they have been moved since.
     """
 
     formats: Sequence[str] = FORMATS
@@ -62,8 +65,11 @@ class ExportOptions:
     tolerance: Tolerance = field(default_factory=Tolerance)
     rounds: int = 30
     threads: int = 0
+    places: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for word in self.places:
+            one_of("KEY", word, PLACES)
         for word in self.formats:
             one_of("formats", word, FORMATS)
         for word in self.containers:
@@ -72,11 +78,14 @@ class ExportOptions:
             raise ValueError(f"`formats` must be some of {', '.join(FORMATS)}, but got none")
 
 
-def open_run(folder: str | Path) -> tuple[Path, RunRecord, Teacher, Student]:
-    """Return folder, record, teacher and student of a finished run.
+def open_run(
+    folder: str | Path, places: Mapping[str, Any] | None = None
+) -> tuple[Path, RunRecord, RunConfig, Teacher, Student]:
+    """Return folder, record, settings, teacher and student of a finished run.
 
     Args:
         folder: The run's folder, the record in it, or a sweep's record of it (records/TRIAL.json).
+        places: Settings of PLACES that differ from the record's; they are in the returned settings, not in the record.
 
     Raises:
         FileNotFoundError: It is no run, or not a finished one.
@@ -93,6 +102,7 @@ def open_run(folder: str | Path) -> tuple[Path, RunRecord, Teacher, Student]:
     if record.status != "completed":
         raise ValueError(f"`RUN` must be a completed run, but {path} is {record.status}: {record.reason}")
     config = config_from_dict(RunConfig, record.config, source=str(path / "record.json"))
+    config = make_absolute(with_overrides(config, places or {}))
     teacher = load_teacher(config.teacher)
     if teacher.digest != record.teacher.get("digest"):
         raise ValueError(
@@ -109,7 +119,7 @@ def open_run(folder: str | Path) -> tuple[Path, RunRecord, Teacher, Student]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"`RUN` must hold a student of its teacher, but {weights} is none: {reason}") from error
-    return path, record, teacher, student
+    return path, record, config, teacher, student
 
 
 def export_run(
@@ -134,9 +144,8 @@ def export_run(
         FileNotFoundError, ValueError, OSError: As `open_run`; or the disk refuses.
     """
     options, accelerator = options or ExportOptions(), accelerator or Accelerator(cpu=True)
-    run, record, teacher, student = open_run(folder)
+    run, record, config, teacher, student = open_run(folder, options.places)
     target = (Path(out) if out is not None else run / "export").resolve()
-    config = config_from_dict(RunConfig, record.config)
     siblings, copies = siblings_of(record, run), _sweep_records(run, record)
     check = Checker(
         student=student.net,
@@ -146,7 +155,8 @@ def export_run(
     )
     if check.measure.labels_digest != record.eval_digest:
         raise ValueError(
-            "`RUN` must find its labelled images as they were, but they have changed since, or were not there"
+            "`RUN` must find its labelled images as they were, but they have changed since, or were not there: "
+            "`--evaluation.dataset` says where they are now"
         )
     with _draft_of(target) as draft:
         record = replace(record, deployment=_write_files(draft, record, teacher, student, check, options))
@@ -203,7 +213,9 @@ def _synthetic_images(config: RunConfig, teacher: Teacher, record: RunRecord) ->
     for name, digest in zip(names, (record.heldout_digest, record.set_digest), strict=True):
         found = store.load(name)
         if found is None:
-            hint = "`synq synthesize` with the run's settings makes it again"
+            hint = (
+                "`--runtime.store_dir` says where it is now, `synq synthesize` with the run's settings makes it again"
+            )
             raise FileNotFoundError(
                 f"`RUN` must find its synthetic images, but {store.path(name)} is not there: {hint}"
             )

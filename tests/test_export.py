@@ -72,7 +72,7 @@ def test_every_file_is_there_and_described(finished: Path, exported: Path) -> No
 
 
 def test_the_packed_file_alone_gives_the_model(finished: Path, exported: Path) -> None:
-    _, _, _, student = open_run(finished)
+    *_, student = open_run(finished)
     sample = torch.randn(4, 1, 16, 16)
     assert torch.equal(load_student(exported / "model.safetensors")(sample), integer_form(student.net, bias_place="apart")(sample))  # fmt: skip
     program = torch.export.load(exported / "model.pt2").module()
@@ -121,7 +121,7 @@ def test_a_selected_student_does_not_claim_to_be_free_of_data(finished: Path, ex
 
 
 def test_a_file_that_answers_otherwise_is_refused_and_not_left_behind(finished: Path, tmp_path: Path) -> None:
-    _, _, teacher, student = open_run(finished)
+    *_, teacher, student = open_run(finished)
     form = integer_form(student.net)
     layer = form.get_submodule("linear.integer_weight")
     layer.codes.copy_(-layer.codes.clamp(min=-7))  # type: ignore[union-attr, operator]
@@ -136,6 +136,23 @@ def test_a_file_that_answers_otherwise_is_refused_and_not_left_behind(finished: 
     ):
         export_onnx(tmp_path / "model.onnx", "int8", form, teacher.input_size, check)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_moved_is_told_where_its_images_lie(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("export"))
+    record = read_record(folder / "record.json")
+    there = {**record.config, "runtime": {**record.config["runtime"], "store_dir": str(tmp_path / "gone")}}
+    write_record(folder / "record.json", replace(record, config=there))
+    words = [str(folder), "--formats", "packed", "--rounds", "0", *ANY]
+    assert main(words) == 2
+    assert "`--runtime.store_dir` says where it is now" in capsys.readouterr().err
+    shutil.copytree(finished.parent / "store", tmp_path / "images")
+    assert main([*words, "--runtime.store_dir", str(tmp_path / "images")]) == 0
+    after = read_record(folder / "record.json")
+    assert after.deployment["packed_bytes"] and after.config == there, "the record stays that of its run"
+    assert main([*words, "--quant.act_bits", "8"]) == 2
+    assert "must be one of teacher.spec" in capsys.readouterr().err
 
 
 class Unsure(nn.Module):
