@@ -6,8 +6,9 @@ For a block with weights w, steps s and codes round(w / s) + zero_point, every r
     loss  = mean over images and positions of sum over channels (y_student - y_teacher)^2 + rounding_weight sum (1 - |2 h - 1|^beta)
 
 V starts where h is the fraction cut off by floor, so that w^ starts as w. The second term begins after ``warmup``; beta falls linearly,
-which drives each h to 0 or 1. Then h is rounded and the weight is replaced by w^, the middle of its rounding cell: rounding it to nearest
-gives the learned code, as long as its scale is a stored one (``quant_layers.py``).
+which drives each h to 0 or 1. Then h is rounded and the weight moves into the cell of its learned code, to where it was or to the nearest
+place at most ``REACH`` steps from the middle: rounding it to nearest gives the learned code, as long as its scale is a stored one
+(``quant_layers.py``), and fine-tuning can still carry it over an edge. In the middles hardly any weight would change its code any more.
 
 While a block is learned, each activation inside it is left unquantized, and each value of its input is the teacher's, with probability
 ``drop_prob``, element by element (QDrop): the rounding then does not lean on one pattern of activation errors. Batch norms belong to the
@@ -36,6 +37,8 @@ from synq.seeding import make_generator
 
 ZETA, GAMMA = 1.1, -0.1
 """Ends to which the sigmoid is stretched, so that 0 and 1 are reached at finite V."""
+REACH = 0.4
+"""Largest distance of a weight from the middle of its cell, in steps; its edges are at 0.5."""
 CACHE_BATCH = 128
 """Images per pass where nothing is learned."""
 
@@ -140,7 +143,7 @@ class SoftRounding:
         scale, zero_point = (part.reshape(shape) for part in quantizer.qparams(weight))
         self.low, self.high = quantizer.quant_min - zero_point, quantizer.quant_max - zero_point
         ratio = weight * (1.0 / scale).to(weight.dtype)
-        self.scale = scale.to(weight.dtype)
+        self.scale, self.ratio = scale.to(weight.dtype), ratio
         self.floor, self.nearest = ratio.floor(), ratio.round().clamp(self.low, self.high)
         self.logits = torch.logit((ratio - self.floor - GAMMA) / (ZETA - GAMMA)).requires_grad_()
 
@@ -156,6 +159,12 @@ class SoftRounding:
     def codes(self) -> Tensor:
         """Return the learned codes, less the zero point, as floating numbers."""
         return (self.floor + (self.share() >= 0.5)).clamp(self.low, self.high)
+
+    @torch.no_grad()
+    def settled(self) -> Tensor:
+        """Return the weight within reach of the middles of its learned cells."""
+        codes = self.codes()
+        return (codes + (self.ratio - codes).clamp(-REACH, REACH)) * self.scale
 
 
 class _Block:
@@ -184,7 +193,7 @@ class _Block:
     @torch.no_grad()
     def settle(self) -> Callable[[], None]:
         """Write hard-rounded weights and steps into the student; returns what takes it back."""
-        written: list[tuple[Tensor, Tensor]] = [(w, r.codes() * r.scale) for w, r in self.roundings.items()]
+        written: list[tuple[Tensor, Tensor]] = [(w, r.settled()) for w, r in self.roundings.items()]
         written += [(self.quantizers[name].scale, step) for name, step in self.steps.items()]
         before = [(place, place.detach().clone()) for place, _ in written]
 

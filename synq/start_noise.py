@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from synq.bn_stats import BatchNormInputs, ChannelStatistics, bns_loss
 
-MAX_PROBES = 64
-"""Images behind each measurement of the statistics, at most."""
+MAX_PROBES, MIN_PROBES = 64, 16
+"""Images behind each measurement of the statistics: at most, and enough where they are large (64 pixels a side and more)."""
 MAX_STEPS, USUAL_EVALUATIONS = 20, 24
 """Steps of L-BFGS, and the forward and backward passes that they take."""
 TOLERANCE = 1e-8
@@ -103,11 +103,12 @@ def fit_start(
         targets: Batch-norm statistics to come near, on `device`.
         form: How their distance is taken, `synthesis.bns_form`.
         generator: CPU generator of the probes.
-        num_probes: Images behind each measurement, at most MAX_PROBES.
+        num_probes: Images behind each measurement, at most; as many as MAX_PROBES of 32 pixels have positions, or MIN_PROBES.
         device: Where to compute.
     """
-    channels = input_size[0]
-    white = torch.randn((min(num_probes, MAX_PROBES), *input_size), generator=generator).to(device)
+    channels, height, width = input_size
+    enough = min(MAX_PROBES, max(MIN_PROBES, MAX_PROBES * 32 * 32 // (height * width)))
+    white = torch.randn((min(num_probes, enough), *input_size), generator=generator).to(device)
     first = [FIRST_EXPONENT, math.log(FIRST_CORRELATION / (1 - FIRST_CORRELATION)), *[0.0] * (2 * channels)]
     numbers = torch.tensor(first, device=device, requires_grad=True)
     best = (math.inf, numbers.detach().clone())
