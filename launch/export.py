@@ -10,8 +10,7 @@ if __name__ == "__main__":  # as a file, launch/ comes first on the path, not th
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from sweeps.pool import exit_code
-from synq.config_io import parse_overrides
-from synq.configs import RunConfig
+from synq.configs import PLACES
 from synq.train import USER_ERROR, report_error
 
 
@@ -20,12 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Every file is run on the run's synthetic images, and on its labelled ones where it has some, beside the student; one that differs by
     more than the tolerance is refused. Sizes, BitOps and the latency in ONNX Runtime beside the float teacher's go into the run's record,
-    and with everything else into a model card (README.md and card.json) beside the files. Where a run was moved, --runtime.store_dir,
-    --teacher.spec, --teacher.weights, --evaluation.dataset and --evaluation.data_dir say where its images, network and labels lie now.
+    and with everything else into a model card (README.md and card.json) beside the files.
     """
-    parser = argparse.ArgumentParser(
-        prog="synq export", usage="%(prog)s RUN [options]", description=main.__doc__, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="synq export", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="folder of a finished run, or its record.json")
     parser.add_argument("--out", metavar="DIR", help="where the files go (default: RUN/export)")
     parser.add_argument(
@@ -41,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--margin", type=float, default=0.0,
-        help="count only images on which the student's two largest logits differ by more (default and least: by what the student in float64 "
-        "differs from it)",
+        help="count only images on which the student's two largest logits differ by more (default and least: by twice what its logits "
+        "in float64 differ)",
     )  # fmt: skip
     parser.add_argument(
         "--mean-difference", type=float, default=0.05,
@@ -54,9 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rounds", type=int, default=30, help="timed runs of each model; 0 times nothing (default: 30)"
     )
-    arguments, words = parser.parse_known_args(argv)
+    for name in PLACES:
+        parser.add_argument(f"--{name}", metavar="PLACE", help="where it lies now, if it was moved since the run")
+    arguments = parser.parse_args(argv)
     try:
-        return exit_code(lambda: _export(arguments, words))
+        return exit_code(lambda: _export(arguments))
     except RuntimeError as error:
         from synq.exported_files import ExportRefusedError  # torch, as in `exit_code`
 
@@ -71,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
 
 
-def _export(arguments: argparse.Namespace, words: Sequence[str]) -> None:
+def _export(arguments: argparse.Namespace) -> None:
     from synq.export import ExportOptions, export_run
     from synq.model_card import FILE_COLUMNS, file_rows
     from synq.table_text import to_text
@@ -86,7 +84,7 @@ def _export(arguments: argparse.Namespace, words: Sequence[str]) -> None:
         tolerance=tolerance,
         rounds=arguments.rounds,
         threads=arguments.threads,
-        places=parse_overrides(RunConfig, words),
+        places={name: place for name in PLACES if (place := getattr(arguments, name)) is not None},
     )
     folder, record = export_run(arguments.run, arguments.out, options)
     print(to_text(file_rows(record.deployment), FILE_COLUMNS), end="")

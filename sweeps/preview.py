@@ -22,7 +22,7 @@ from synq import pipeline
 from synq.configs import RunConfig, with_overrides
 from synq.evaluation import forget_teachers
 from synq.results import RunRecord, read_json
-from synq.start_noise import MAX_PROBES, USUAL_EVALUATIONS
+from synq.start_noise import USUAL_EVALUATIONS, enough_probes
 from synq.synthetic_data import MANIFEST_FILE
 
 WARM_UP, CLOSER = (16, 2), (128, 16)
@@ -151,7 +151,7 @@ def _reruns(spec: SweepSpec) -> int:
 def _cost(spec: SweepSpec, group: Group, records: list[RunRecord]) -> Cost:
     """Estimate from records of this very group where there are some, else from a small run alone."""
     config = run_config(spec, group, {})
-    _, measure = pipeline.check(config)
+    teacher, measure = pipeline.check(config)
     size, seconds = WARM_UP, _measured(config, WARM_UP)
     if sum(seconds.values()) < WORTH_MORE_SECONDS:  # mostly warming up: look again, more closely
         size, seconds = CLOSER, _measured(config, CLOSER)
@@ -160,7 +160,7 @@ def _cost(spec: SweepSpec, group: Group, records: list[RunRecord]) -> Cost:
     all_images = config.synthesis.num_images + config.evaluation.heldout_images
     passes = all_images * (config.synthesis.iterations + centers)
     if config.synthesis.fits_start:  # once for either set, whatever its size; the small run is spared it
-        passes += 2 * USUAL_EVALUATIONS * min(MAX_PROBES, config.synthesis.shard_size)
+        passes += 2 * USUAL_EVALUATIONS * min(enough_probes(teacher.input_size), config.synthesis.shard_size)
     synthesis = seconds["synthesis"] * passes / (2 * images * iterations)
     timed = [record for record in records if record.status == "completed" and record.name.startswith(f"{group.key}-t")]
     if timed:

@@ -144,6 +144,10 @@ class RuntimeConfig:
             _between("runtime.num_threads", self.num_threads, 1)
 
 
+PLACES = ("teacher.spec", "teacher.weights", "evaluation.dataset", "evaluation.data_dir", "runtime.store_dir")
+"""Settings of a run that say where something lies. It may be moved afterwards: digests tell whether it is the same."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """One run: from a pre-trained classifier to a measured low-bit student."""

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.accounting import float_bytes
 from synq.config_io import one_of
-from synq.configs import RunConfig, config_from_dict, make_absolute, with_overrides
+from synq.configs import PLACES, RunConfig, config_from_dict, make_absolute, with_overrides
 from synq.evaluation import Measure
 from synq.exported_files import Checker, ExportedFile, export_onnx, export_packed, export_program
 from synq.integer_form import integer_form
@@ -43,8 +43,6 @@ MANAGED = (
     *("README.md", "card.json"),
 )
 """Names that an export may write, and removes when a later one does not."""
-PLACES = ("teacher.spec", "teacher.weights", "evaluation.dataset", "evaluation.data_dir", "runtime.store_dir")
-"""Settings that say where something lies. It may have been moved since: digests tell whether it is the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +67,7 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         for word in self.places:
-            one_of("KEY", word, PLACES)
+            one_of("places", word, PLACES)
         for word in self.formats:
             one_of("formats", word, FORMATS)
         for word in self.containers:
@@ -106,7 +104,8 @@ def open_run(
     teacher = load_teacher(config.teacher)
     if teacher.digest != record.teacher.get("digest"):
         raise ValueError(
-            f"`RUN` must be of the teacher {config.teacher.spec} as it is now, but {path} is of other weights"
+            f"`RUN` must be of the teacher {config.teacher.spec} as it is now, but {path} is of other weights, or of a version of SynQ or "
+            "PyTorch that traced them otherwise"
         )
     student = build_student(teacher, config.quant)
     weights = path / "student.safetensors"

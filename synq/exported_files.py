@@ -97,8 +97,7 @@ class Checker:
         return tuple(found)
 
     def _against_itself(self, source: str, parts: Sequence[tuple[int, int]], read: Reader) -> Comparison:
-        exact = copy.deepcopy(self.student).double()
-        answered = self._answered(source, parts, read)
+        exact, answered = in_float64(self.student), self._answered(source, parts, read)
         return compare(lambda images: exact(images.double()).float(), answered, source=source)
 
     def _answered(
@@ -113,6 +112,22 @@ class Checker:
         labelled, rows = self.measure.labelled, self.measure.reported
         if labelled is not None:
             yield "labelled", len(rows), lambda start, stop: labelled.batch(rows[start:stop])
+
+
+def in_float64(student: nn.Module) -> nn.Module:
+    """Return a copy of a network that computes in float64, its own conversions to float32 included."""
+    exact = copy.deepcopy(student).double()
+    if isinstance(exact, fx.GraphModule):
+        for node in exact.graph.nodes:
+            if node.op == "call_method" and node.target == "float":
+                node.target = "double"
+            node.args, node.kwargs = (fx.node.map_aggregate(part, _doubled) for part in (node.args, node.kwargs))
+        exact.recompile()
+    return exact
+
+
+def _doubled(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 def export_onnx(

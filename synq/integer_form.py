@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.fake_quant import SCALE_EPS
+from synq.functional_norms import bare_holder
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.tracing import node_module
 
@@ -223,7 +224,10 @@ def integer_form(
             codes, bias = codes_of(module), None if module.bias is None else module.bias.detach().float().clone()
             norm = _norm_behind(form, node, calls) if fold else None
             if norm is not None:
-                codes, bias = _folded(codes, bias, node_module(form, norm))
+                folded = node_module(form, norm)
+                assert folded is not None
+                codes, bias = _folded(codes, bias, folded)
+                form.set_submodule(str(norm.target), bare_holder(folded))
                 norm.replace_all_uses_with(node)
                 form.graph.erase_node(norm)
             layer: nn.Module
@@ -251,7 +255,7 @@ def _norm_behind(net: fx.GraphModule, node: fx.Node, calls: list[str]) -> fx.Nod
     return user if on_channels else None
 
 
-def _folded(codes: Codes, bias: Tensor | None, norm: nn.Module | None) -> tuple[Codes, Tensor]:
+def _folded(codes: Codes, bias: Tensor | None, norm: nn.Module) -> tuple[Codes, Tensor]:
     """Fold ``norm`` behind a layer into its codes and its bias; in float64, rounded once."""
     assert isinstance(norm, _BatchNorm) and norm.running_var is not None and norm.running_mean is not None
     factor = 1.0 / (norm.running_var.double() + norm.eps).sqrt()

@@ -128,7 +128,7 @@ def card_markdown(values: Mapping[str, Any]) -> str:
     lines += ["", "## Files", "", to_markdown(file_rows(figures), FILE_COLUMNS)]
     lines += [
         "Agreement: images on which file and student choose the same class. Decided: images whose two largest logits are farther apart than",
-        "the student is from itself in float64; on the others no class is the right one. See card.json for logits and digests.",
+        "both may move by rounding (twice what the student's logits in float64 differ). See card.json for margins, logits and digests.",
         "",
     ]
     lines += ["## How to run it", "", "```python", _example(figures, teacher), "```", ""]
@@ -150,7 +150,7 @@ def file_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
                 {
                     "file": file["name"],
                     "format": f"{file['format']} {file['container']}".strip(),
-                    "KiB": round(file["bytes"] / 1024, 1) if first else None,
+                    "KiB": _kib(file["bytes"]) if first else None,
                     "of float weights": round(file["bytes"] / figures["float_bytes"], 3) if first else None,
                     "images": f"{found['images']} {found['source']}",
                     "agreement %": round(found["agreement_all"], 2),
@@ -166,9 +166,13 @@ def file_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows[-1] |= {"agreement %": round(found["agreement_all"], 2)}
     if "float_onnx_bytes" in figures:
         size, time = figures["float_onnx_bytes"], figures.get("float_latency_ms")
-        rows.append({"file": "(float teacher)", "format": "onnx float", "KiB": round(size / 1024, 1)})
+        rows.append({"file": "(float teacher)", "format": "onnx float", "KiB": _kib(size)})
         rows[-1] |= {"of float weights": round(size / figures["float_bytes"], 3), "ms": time and round(time, 2)}
     return rows
+
+
+def _kib(size: int) -> float:
+    return round(size / 1024) if size >= 1024**2 else round(size / 1024, 1)
 
 
 def write_card(folder: Path, values: Mapping[str, Any]) -> None:
@@ -229,7 +233,7 @@ def _checked(figures: Mapping[str, Any]) -> str:
     tolerance, machine = figures["tolerance"], figures["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"at least {tolerance['agreement']} % of the decided images in the student's class, logits within {tolerance['mean_difference']} of "
+        f"at least {tolerance['agreement']} % of all or of the decided images in the student's class, logits within {tolerance['mean_difference']} of "
         f"their standard deviation (or twice the student's own rounding) on average; on {markdown_cell(machine['cpu'])}, "
         f"{machine['threads'] or 'all'} threads, {versions}"
     )

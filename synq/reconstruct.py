@@ -7,7 +7,7 @@ For a block with weights w, steps s and codes round(w / s) + zero_point, every r
 
 V starts where h is the fraction cut off by floor, so that w^ starts as w. The second term begins after ``warmup``; beta falls linearly,
 which drives each h to 0 or 1. Then h is rounded and the weight moves into the cell of its learned code, to where it was or to the nearest
-place at most ``REACH`` steps from the middle: rounding it to nearest gives the learned code, as long as its scale is a stored one
+place near the middle (``soft_rounding.py``): rounding it to nearest gives the learned code, as long as its scale is a stored one
 (``quant_layers.py``), and fine-tuning can still carry it over an edge. In the middles hardly any weight would change its code any more.
 
 While a block is learned, each activation inside it is left unquantized, and each value of its input is the teacher's, with probability
@@ -34,11 +34,8 @@ from synq.learned_steps import fake_quantize_learned
 from synq.optimizers import keep_positive
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.seeding import make_generator
+from synq.soft_rounding import SoftRounding
 
-ZETA, GAMMA = 1.1, -0.1
-"""Ends to which the sigmoid is stretched, so that 0 and 1 are reached at finite V."""
-REACH = 0.4
-"""Largest distance of a weight from the middle of its cell, in steps; its edges are at 0.5."""
 CACHE_BATCH = 128
 """Images per pass where nothing is learned."""
 
@@ -128,43 +125,6 @@ def reconstruct(
         student_in = _outputs(part, student_in)
     bar.close()
     return ReconstructionReport(blocks=tuple(results))
-
-
-class SoftRounding:
-    """One weight on its grid with a rounding that can be learned.
-
-    Args:
-        layer: A quantized layer with a stored scale.
-    """
-
-    def __init__(self, layer: QuantConv2d | QuantLinear) -> None:
-        quantizer, weight = layer.weight_quantizer, layer.weight.detach()
-        shape = (-1, *[1] * (weight.ndim - 1))
-        scale, zero_point = (part.reshape(shape) for part in quantizer.qparams(weight))
-        self.low, self.high = quantizer.quant_min - zero_point, quantizer.quant_max - zero_point
-        ratio = weight * (1.0 / scale).to(weight.dtype)
-        self.scale, self.ratio = scale.to(weight.dtype), ratio
-        self.floor, self.nearest = ratio.floor(), ratio.round().clamp(self.low, self.high)
-        self.logits = torch.logit((ratio - self.floor - GAMMA) / (ZETA - GAMMA)).requires_grad_()
-
-    def share(self) -> Tensor:
-        """Return h(V), shape of the weight, in [0, 1]."""
-        return (torch.sigmoid(self.logits) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
-
-    def weight(self) -> Tensor:
-        """Return w^(V)."""
-        return (self.floor + self.share()).clamp(self.low, self.high) * self.scale
-
-    @torch.no_grad()
-    def codes(self) -> Tensor:
-        """Return the learned codes, less the zero point, as floating numbers."""
-        return (self.floor + (self.share() >= 0.5)).clamp(self.low, self.high)
-
-    @torch.no_grad()
-    def settled(self) -> Tensor:
-        """Return the weight within reach of the middles of its learned cells."""
-        codes = self.codes()
-        return (codes + (self.ratio - codes).clamp(-REACH, REACH)) * self.scale
 
 
 class _Block:

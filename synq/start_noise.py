@@ -82,6 +82,12 @@ def _shape(white: Tensor, exponent: Tensor, correlation: Tensor, contrast: Tenso
     return mixed * contrast.view(-1, 1, 1) + mean.view(-1, 1, 1)
 
 
+def enough_probes(input_size: tuple[int, int, int]) -> int:
+    """Return the images behind a measurement: MAX_PROBES up to 32 pixels a side, as many positions where they are larger, or MIN_PROBES."""
+    _, height, width = input_size
+    return min(MAX_PROBES, max(MIN_PROBES, MAX_PROBES * 32 * 32 // (height * width)))
+
+
 def fit_start(
     module: nn.Module,
     input_size: tuple[int, int, int],
@@ -103,12 +109,11 @@ def fit_start(
         targets: Batch-norm statistics to come near, on `device`.
         form: How their distance is taken, `synthesis.bns_form`.
         generator: CPU generator of the probes.
-        num_probes: Images behind each measurement, at most; as many as MAX_PROBES of 32 pixels have positions, or MIN_PROBES.
+        num_probes: Images behind each measurement, at most; no more than `enough_probes`.
         device: Where to compute.
     """
-    channels, height, width = input_size
-    enough = min(MAX_PROBES, max(MIN_PROBES, MAX_PROBES * 32 * 32 // (height * width)))
-    white = torch.randn((min(num_probes, enough), *input_size), generator=generator).to(device)
+    channels = input_size[0]
+    white = torch.randn((min(num_probes, enough_probes(input_size)), *input_size), generator=generator).to(device)
     first = [FIRST_EXPONENT, math.log(FIRST_CORRELATION / (1 - FIRST_CORRELATION)), *[0.0] * (2 * channels)]
     numbers = torch.tensor(first, device=device, requires_grad=True)
     best = (math.inf, numbers.detach().clone())

@@ -4,7 +4,6 @@ Everything that reads or rewrites a network goes through this graph: activations
 ``x.relu_()``) are nodes like any module, so no tensor can escape a rule unseen.
 """
 
-import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+
+from synq.functional_norms import norms_as_layers
 
 # Operations that only move, drop or keep values: between the last feature and the classifier they change nothing.
 _PASSIVE_MODULES = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.Unflatten)
@@ -114,7 +115,8 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
         raise ValueError(f"teacher must return one (N, classes) tensor of logits, but {name} returned {got}")
     _check_no_hooks(traced)
     _make_out_of_place(traced)
-    _norms_as_layers(traced)
+    norms_as_layers(traced)
+    _drop_shape_assertions(traced)
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
     traced.recompile()
@@ -270,44 +272,13 @@ def _make_out_of_place(traced: fx.GraphModule) -> None:
     traced.recompile()
 
 
-def _norms_as_layers(traced: fx.GraphModule) -> None:
-    """Turn ``F.batch_norm`` on the statistics of one module into a BatchNorm2d of that name, which every rule knows.
-
-    It holds the same tensors under the same names, so files of weights fit as before. Calls on anything else stay as they are.
-    """
-    signature = inspect.signature(F.batch_norm)
+def _drop_shape_assertions(traced: fx.GraphModule) -> None:
+    """Drop assertions about shapes: they held for images of this size, and each would count as a reader of its tensor."""
     for node in list(traced.graph.nodes):
-        if node.op != "call_function" or node.target is not F.batch_norm or len(node.meta.get("shape") or ()) != 4:
-            continue
-        bound = signature.bind(*node.args, **node.kwargs)
-        bound.apply_defaults()
-        call = bound.arguments
-        fields = ("running_mean", "running_var", "weight", "bias")
-        sources = {field: call[field] for field in fields if isinstance(call[field], fx.Node)}
-        owners = {str(source.target).rpartition(".")[0] for source in sources.values()}
-        whole = all(n.op == "get_attr" and str(n.target).rpartition(".")[2] == field for field, n in sources.items())
-        if call["training"] or not whole or "running_var" not in sources or len(owners) != 1 or owners == {""}:
-            continue
-        (name,) = owners
-        holder = traced.get_submodule(name)
-        if type(holder) is nn.Module:  # of torch.fx: a bare holder of tensors and of what is called below it
-            traced.set_submodule(name, _batch_norm_of(holder, call["eps"]))
-        elif not isinstance(holder, nn.BatchNorm2d) or holder.eps != call["eps"]:
-            continue
-        node.op, node.target, node.args, node.kwargs = "call_module", name, (call["input"],), {}
-
-
-def _batch_norm_of(holder: nn.Module, eps: float) -> nn.BatchNorm2d:
-    """Return a BatchNorm2d with the very tensors and submodules of ``holder``."""
-    variance = holder.get_buffer("running_var")
-    norm = nn.BatchNorm2d(len(variance), eps=eps, affine=False, device=variance.device, dtype=variance.dtype).eval()
-    norm.affine = holder._parameters.get("weight") is not None
-    norm.num_batches_tracked = None
-    for name, tensor in (*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)):
-        setattr(norm, name, tensor)
-    for name, child in holder.named_children():
-        norm.add_module(name, child)
-    return norm
+        if node.op == "call_function" and node.target is torch._assert:
+            condition = node.args[0] if node.args else None
+            if not isinstance(condition, fx.Node) or condition.meta.get("shape") is None:
+                traced.graph.erase_node(node)
 
 
 def _nodes_until(graph: fx.Graph, last: fx.Node) -> list[fx.Node]:

@@ -27,7 +27,8 @@ class Comparison:
     Attributes:
         source: Which images: synthetic or labelled.
         images: Their number.
-        decided: Those on which the student's two largest logits differ by more than the margin; the rest is undecided to rounding.
+        margin: Difference of the student's two largest logits above which an image counts as decided.
+        decided: Number of those; on the others rounding decides.
         agreement: Percent of the decided images on which both choose the same class.
         agreement_all: The same of all images.
         mean_difference: Mean absolute difference of the logits, as a share of their standard deviation in the student.
@@ -37,6 +38,7 @@ class Comparison:
 
     source: str
     images: int
+    margin: float
     decided: int
     agreement: float
     agreement_all: float
@@ -51,8 +53,8 @@ class Tolerance:
     """What an exported file may differ by before it is refused.
 
     Attributes:
-        agreement: Least percent of decided images with the same class; of fewer than 1,000 one image may differ all the same. A tenth
-            of the images must be decided, or there is nothing to say.
+        agreement: Least percent of images with the same class, of all or of the decided ones; of fewer than 1,000 one image may differ
+            all the same. Where it is missed on all, a tenth of them must be decided, or there is nothing to say.
         margin: Difference of the two largest logits from which an image counts as decided.
         mean_difference: Largest mean difference, see `Comparison`.
     """
@@ -65,23 +67,24 @@ class Tolerance:
         """Return what may be asked of the file of a student whose logits ``own`` compares with themselves in float64.
 
         Rounding in another order moves an activation across the edge of its step now and then, and a deep low-bit network carries that
-        on. Where two logits are nearer to one another than the student is to itself, no class is the right one.
+        on. Where two logits are nearer than both may move, no class is the right one.
         """
         return replace(
             self,
-            margin=max(self.margin, own.max_difference),
+            margin=max(self.margin, 2 * own.max_difference),
             mean_difference=max(self.mean_difference, 2 * own.mean_difference),
         )
 
     def complaint(self, found: Comparison) -> str:
         """Return what is wrong with a comparison, "" where it is good enough."""
-        if found.decided * 10 < found.images:
+        missed = self._missed(found.images, found.agreement_all)
+        if missed and found.decided * 10 < found.images:
             return (
-                f"it cannot be checked: on only {found.decided} of {found.images} {found.source} images do the student's two largest "
-                f"logits differ by more than {self.margin:.3g}"
+                f"it cannot be checked: it chooses another class than the student on {missed} of {found.images} {found.source} images, and "
+                f"on only {found.decided} of them do the student's two largest logits differ by more than {found.margin:.3g}"
             )
-        differing = round(found.decided * (100 - found.agreement) / 100)
-        if differing > max(1, int(found.decided * (100 - self.agreement) / 100 + 1e-9)):
+        differing = self._missed(found.decided, found.agreement) if missed else 0
+        if differing:
             return (
                 f"it chooses another class than the student on {differing} of {found.decided} {found.source} images "
                 f"({found.agreement:.2f} % agree, {self.agreement} % are asked for)"
@@ -89,9 +92,14 @@ class Tolerance:
         if not found.mean_difference <= self.mean_difference:  # also a NaN
             return (
                 f"its logits differ from the student's by {found.mean_difference:.3g} of their standard deviation on "
-                f"{found.images} {found.source} images (at most {self.mean_difference} is asked for)"
+                f"{found.images} {found.source} images (at most {self.mean_difference:.3g} is asked for)"
             )
         return ""
+
+    def _missed(self, images: int, agreement: float) -> int:
+        """Return on how many images the class differs, or 0 where that is allowed."""
+        differing = round(images * (100 - agreement) / 100)
+        return differing if differing > max(1, int(images * (100 - self.agreement) / 100 + 1e-9)) else 0
 
 
 @torch.no_grad()
@@ -130,6 +138,7 @@ def compare(
     return Comparison(
         source=source,
         images=len(same),
+        margin=margin,
         decided=int(decided.sum()),
         agreement=100 * float(same[decided].float().mean()) if bool(decided.any()) else 100.0,
         agreement_all=100 * float(same.float().mean()),

@@ -151,8 +151,11 @@ def test_a_run_that_was_moved_is_told_where_its_images_lie(finished: Path, tmp_p
     assert main([*words, "--runtime.store_dir", str(tmp_path / "images")]) == 0
     after = read_record(folder / "record.json")
     assert after.deployment["packed_bytes"] and after.config == there, "the record stays that of its run"
-    assert main([*words, "--quant.act_bits", "8"]) == 2
-    assert "must be one of teacher.spec" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--quant.act_bits", "8"])
+    assert "unrecognized arguments: --quant.act_bits 8" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"`places` must be one of teacher\.spec"):
+        ExportOptions(places={"quant.act_bits": 8})
 
 
 class Unsure(nn.Module):
@@ -166,22 +169,24 @@ def test_no_file_is_held_to_what_the_student_itself_leaves_open() -> None:
     class NoLabels:
         labelled, reported = None, torch.arange(0)
 
-    images = torch.tensor([[0.3, 0.0], [9.0, 0.0]]).repeat(100, 1)  # half of them nearer than 0.5
+    images = torch.tensor([[0.3, 0.0], [9.0, 0.0]]).repeat(100, 1)  # half of them nearer than twice 0.5
     check = Checker(Unsure(), images, NoLabels(), Tolerance())  # type: ignore[arg-type]
     moved = torch.tensor([0.0, 0.4])
     (found,) = check("file", lambda x: x + moved)
     assert (found.images, found.decided, found.agreement, found.agreement_all) == (200, 100, 100.0, 50.0)
     (own,) = check.own.values()
-    assert (own.images, own.agreement_all, own.max_difference) == (200, 50.0, 0.5)
+    assert (own.images, own.agreement_all, own.max_difference, found.margin) == (200, 50.0, 0.5, 1.0)
     with pytest.raises(ExportRefusedError, match="another class than the student on 100 of 100 synthetic images"):
         check("file", lambda x: x + 25 * moved)
 
 
 def test_the_door_says_refusals_in_one_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(finished), "--formats", "packed", "--margin", "1e9", "--out", str(tmp_path / "x")]) == 1
+    words = ["--formats", "packed", "--mean-difference", "nan", "--out", str(tmp_path / "x")]
+    assert main([str(finished), *words]) == 1
     line = capsys.readouterr().err
-    assert line.startswith("synq: error: model.safetensors was not written: it cannot be checked: on only 0 of")
-    assert line.count("\n") == 1
+    assert (
+        line.startswith("synq: error: model.safetensors was not written: its logits differ") and line.count("\n") == 1
+    )
     assert not list(tmp_path.glob("x/*"))
 
 
@@ -227,7 +232,7 @@ def test_an_export_is_whole_whatever_lies_around(
     write_record(folder / "record.json", replace(record, config=older))
     before = {path.name: path.read_bytes() for path in (folder / "export").iterdir()}
     # Refused: what was there stays, the card included.
-    assert main([str(folder), "--formats", "packed", "--margin", "1e9"]) == 1
+    assert main([str(folder), "--formats", "packed", "--mean-difference", "nan"]) == 1
     assert {path.name: path.read_bytes() for path in (folder / "export").iterdir()} == before
     # Done: files of the export before are gone, those of others are not.
     assert main([str(folder), "--formats", "packed", "--rounds", "0", *ANY]) == 0

@@ -16,9 +16,7 @@ from synq.configs import ReconstructionConfig, TeacherConfig
 from synq.fake_quant import quantize
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, effective_weight
 from synq.reconstruct import (
-    REACH,
     ReconstructionReport,
-    SoftRounding,
     _beta,
     _Block,
     _distance,
@@ -28,6 +26,7 @@ from synq.reconstruct import (
     student_cuts,
 )
 from synq.seeding import make_generator
+from synq.soft_rounding import REACH, SoftRounding
 from synq.students import observe_ranges, quantize_model
 from synq.teachers import load_teacher
 from synq.tracing import trace_classifier

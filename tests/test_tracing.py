@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,14 +11,7 @@ from torch.nn.utils import prune
 
 from synq.cam_site import locate_cam
 from synq.gradcam import autograd_weights, cam_map, closed_form_weights
-from synq.tracing import (
-    FeatureTap,
-    batchnorm_parameters,
-    node_module,
-    operation_name,
-    trace_classifier,
-    with_features,
-)
+from synq.tracing import FeatureTap, batchnorm_parameters, trace_classifier, with_features
 
 SIZE = (3, 16, 16)
 
@@ -297,59 +289,8 @@ def test_override_off_the_way_to_the_logits_is_refused() -> None:
     assert locate_cam(traced, "conv").node == "conv"
 
 
-class Normed(nn.BatchNorm2d):
-    """As timm writes it: normalisation as a function, with an activation inside the layer."""
-
-    def __init__(self, channels: int, **options: Any) -> None:
-        super().__init__(channels, **options)
-        self.act = nn.ReLU()
-        with torch.no_grad():
-            for tensor in (*self.parameters(), self.running_mean, self.running_var):
-                tensor.uniform_(0.5, 2.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(F.batch_norm(x, self.running_mean, self.running_var, self.weight, bias=self.bias, eps=self.eps))
-
-
-@pytest.mark.parametrize("options", [{}, {"eps": 0.1}, {"affine": False}])
-def test_functional_norm_becomes_the_layer_that_it_is(options: dict[str, Any]) -> None:
-    net = Body(lambda net, x: net.normed(net.normed(x)), normed=Normed(6, **options))  # type: ignore[operator]
-    traced = trace_classifier(net, SIZE)
-    layer = traced.get_submodule("normed")
-    assert type(layer) is nn.BatchNorm2d and layer.eps == options.get("eps", 1e-5) and not layer.training
-    assert [str(n.target) for n in traced.graph.nodes if node_module(traced, n) is layer] == ["normed"] * 2
-    assert not any(operation_name(n) == "batch_norm" or n.op == "get_attr" for n in traced.graph.nodes)
-    own, theirs = traced.state_dict(keep_vars=True), net.state_dict(keep_vars=True)
-    assert {name for name in theirs if name.startswith("normed") and "batches" not in name} <= set(own) <= set(theirs)
-    assert all(own[name] is theirs[name] for name in own), "shared, under the names that files use"
-    x = torch.randn(2, *SIZE)
-    assert torch.equal(traced(x), net(x))
-    assert len(batchnorm_parameters(traced)) == (2 if options.get("affine") is False else 4)
-
-
-@pytest.mark.parametrize("how", ["own statistics", "two modules", "other eps", "flat"])
-def test_norm_that_is_no_layer_stays_a_call(how: str) -> None:
-    normed, other = Normed(6), Normed(6)
-
-    def extra(net: Body, x: Tensor) -> Tensor:
-        statistics = (normed.running_mean, normed.running_var)
-        if how == "own statistics":
-            return F.batch_norm(x, normed.running_mean, x.detach().mean((0, 2, 3)).abs() + 1, normed.weight)
-        if how == "two modules":
-            return F.batch_norm(x, *statistics, other.weight, other.bias)
-        if how == "flat":
-            return F.batch_norm(x.flatten(2), *statistics, normed.weight, normed.bias).reshape(x.shape)
-        return F.batch_norm(normed(x), *statistics, normed.weight, normed.bias, eps=0.1)
-
-    net = Body(extra, normed=normed, other=other)
-    traced = trace_classifier(net, SIZE)
-    assert sum(operation_name(n) == "batch_norm" for n in traced.graph.nodes) == 1
-    x = torch.randn(2, *SIZE)
-    assert torch.equal(traced(x), net(x))
-
-
 def test_batchnorm_parameters_of_layers_and_of_calls() -> None:
-    normed = Normed(6)
+    normed = nn.BatchNorm2d(6)
 
     def flat(net: Body, x: Tensor) -> Tensor:
         y = F.batch_norm(x.flatten(2), normed.running_mean, normed.running_var, normed.weight, bias=normed.bias)
@@ -361,3 +302,16 @@ def test_batchnorm_parameters_of_layers_and_of_calls() -> None:
     found = batchnorm_parameters(traced)
     expected = [net.bn.weight, net.bn.bias, *normed.parameters()]  # type: ignore[union-attr]
     assert len(found) == 4 and {id(p) for p in found} == {id(p) for p in expected}
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_an_assertion_about_a_shape_reads_nothing(value: bool) -> None:
+    """It would count as a second reader of its tensor, and no layer could be folded into the one before it."""
+
+    def asserted(net: Body, x: Tensor) -> Tensor:
+        torch._assert(x.sum() > -1e9 if value else x.ndim == 4, "kept where it looks at values")  # type: ignore[no-untyped-call]
+        return x.relu()
+
+    traced = trace_classifier(Body(asserted), SIZE)
+    (norm,) = (node for node in traced.graph.nodes if str(node.target) == "bn")
+    assert len(norm.users) == (2 if value else 1)
