@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="synq export", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="folder of a finished run, or its record.json")
-    parser.add_argument("--out", metavar="DIR", help="where the files go (default: RUN/export)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where the files go, in the place of an earlier export (default: RUN/export)"
+    )
     parser.add_argument(
         "--formats", nargs="+", default=["onnx", "packed", "torch"], help="some of: onnx packed torch (default: all)"
     )
@@ -33,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "convolutions as products of integer matrices, the fastest on a CPU but for convolutions in groups); or several (default: int4 where a width is at most 4, else int8)",
     )  # fmt: skip
     parser.add_argument(
-        "--agreement", type=float, default=99.9, help="least percent of images with the student's class (default: 99.9)"
-    )
+        "--agreement", type=float, default=99.9,
+        help="least percent of images, or of decided ones, with the student's class; one image may always differ (default: 99.9)",
+    )  # fmt: skip
     parser.add_argument(
         "--margin", type=float, default=0.0,
         help="count only images on which the student's two largest logits differ by more (default and least: by twice what its logits "

@@ -9,7 +9,7 @@ A file under its final name has passed its comparison.
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -21,12 +21,12 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.accounting import float_bytes
-from synq.config_io import one_of
+from synq.config_io import between, one_of
 from synq.configs import PLACES, RunConfig, config_from_dict, make_absolute, with_overrides
 from synq.evaluation import Measure
 from synq.exported_files import Checker, ExportedFile, export_onnx, export_packed, export_program
 from synq.integer_form import integer_form
-from synq.model_card import card_values, readable_record, siblings_of, write_card
+from synq.model_card import card_values, is_card, readable_record, siblings_of, write_card
 from synq.onnx_file import NARROW, Container, write_onnx
 from synq.pipeline import build_student, set_names, set_store
 from synq.results import RunRecord, read_record, write_record
@@ -43,6 +43,10 @@ MANAGED = (
     *("README.md", "card.json"),
 )
 """Names that an export may write, and removes when a later one does not."""
+DRAFT = ".draft"
+"""Folder in that of the export in which its files are made."""
+COLUMNS = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms")
+"""Figures of the tables: a narrower export leaves those that it did not measure as they were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,10 @@ class ExportOptions:
             one_of("container", word, CONTAINERS)
         if not self.formats:
             raise ValueError(f"`formats` must be some of {', '.join(FORMATS)}, but got none")
+        if self.containers and "onnx" not in self.formats:
+            raise ValueError("`container` must be left out where `formats` has no onnx: the other files have none")
+        between("rounds", self.rounds, 0)
+        between("threads", self.threads, 0)
 
 
 def open_run(
@@ -145,6 +153,7 @@ def export_run(
     options, accelerator = options or ExportOptions(), accelerator or Accelerator(cpu=True)
     run, record, config, teacher, student = open_run(folder, options.places)
     target = (Path(out) if out is not None else run / "export").resolve()
+    _check_target(target)
     siblings, copies = siblings_of(record, run), _sweep_records(run, record)
     check = Checker(
         student=student.net,
@@ -162,8 +171,28 @@ def export_run(
         write_card(draft, card_values(record, siblings))
         _publish(draft, target)
     for path in (run / "record.json", *copies):
-        write_record(path, replace(read_record(path), deployment=record.deployment))
+        there = read_record(path)
+        kept = {key: there.deployment.get(key) for key in COLUMNS if record.deployment.get(key) is None}
+        write_record(path, replace(there, deployment={**record.deployment, **kept}))
     return target, record
+
+
+def _check_target(target: Path) -> None:
+    """Refuse a place where an export would overwrite what is none of its own, before anything is made.
+
+    Raises:
+        ValueError: It is a file, or holds a file of a name that an export writes, without being an export.
+        OSError: It cannot be made.
+    """
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"`out` must be a folder, but {target} is a file")
+    foreign = [name for name in MANAGED if (target / name).exists()]
+    killed = (target / DRAFT).exists()  # while it put its files in place
+    if foreign and not killed and not is_card(target / "card.json"):
+        raise ValueError(
+            f"`out` must be a new folder or one of an earlier export, but {target} holds {foreign[0]} and no card.json of ours"
+        )
+    target.mkdir(parents=True, exist_ok=True)
 
 
 def _write_files(
@@ -226,19 +255,20 @@ def _synthetic_images(config: RunConfig, teacher: Teacher, record: RunRecord) ->
 
 @contextmanager
 def _draft_of(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` to write in, gone afterwards: an export is there as a whole or not at all."""
-    draft = target.with_name(f".{target.name}.draft")
+    """A folder in ``target`` to write in, gone afterwards: an export is there as a whole or not at all."""
+    draft = target / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         yield draft
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):  # not empty: what we wish for
+            target.rmdir()
 
 
 def _publish(draft: Path, target: Path) -> None:
     """Put the files of a draft in the place of an earlier export's; other files of the folder stay."""
-    target.mkdir(parents=True, exist_ok=True)
     for name in MANAGED:
         (target / name).unlink(missing_ok=True)
     for path in sorted(draft.iterdir()):

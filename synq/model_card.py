@@ -131,7 +131,9 @@ def card_markdown(values: Mapping[str, Any]) -> str:
         "both may move by rounding (twice what the student's logits in float64 differ). See card.json for margins, logits and digests.",
         "",
     ]
-    lines += ["## How to run it", "", "```python", _example(figures, teacher), "```", ""]
+    lines += ["## How to run it", ""]
+    for example in _examples(figures, teacher):
+        lines += ["```python", example, "```", ""]
     lines += ["## Settings", "", "```json", json.dumps(_settings(values["config"]), indent=1), "```", ""]
     versions = ", ".join(f"{name} {version}" for name, version in values["versions"].items())
     return "\n".join([*lines, f"Versions: {versions}.", ""])
@@ -185,6 +187,14 @@ def write_card(folder: Path, values: Mapping[str, Any]) -> None:
     write_text_atomic(folder / "README.md", card_markdown(values))
 
 
+def is_card(path: Path) -> bool:
+    """Tell whether a file is a card that was written here."""
+    try:
+        return "card_version" in json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def _settings_digest(record: RunRecord) -> str:
     return config_digest(config_from_dict(RunConfig, record.config), with_seeds=False)
 
@@ -222,9 +232,9 @@ def _speed(figures: Mapping[str, Any]) -> str:
     if figures.get("latency_ms") is None:
         return "not measured"
     ratio = figures["float_latency_ms"] / figures["latency_ms"]
-    words = f"{figures['latency_ms']:.2f} ms an image in ONNX Runtime on the CPU, float {figures['float_latency_ms']:.2f} ms"
-    words += f" ({ratio:.2f} times as fast)"
     first = next(file for file in figures["files"] if file["format"] == "onnx")
+    words = f"{first['name']}: {figures['latency_ms']:.2f} ms an image in ONNX Runtime on the CPU, float {figures['float_latency_ms']:.2f} ms"
+    words += f" ({ratio:.2f} times as fast)"
     integers, floats = first["integer_kernels"], first["float_kernels"]
     return f"{words}. {SLOW.format(integers=integers, total=integers + floats)}" if floats > integers else words
 
@@ -251,25 +261,27 @@ def _stays_float(rows: Sequence[Mapping[str, Any]], norms: int) -> str:
     return f"results of {listed}; biases{kept}" if listed else f"biases{kept}"
 
 
-def _example(figures: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
+def _examples(figures: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
+    """Return a few lines of Python that run each kind of file, images normalised as above."""
     files = {file["format"]: file["name"] for file in reversed(figures["files"])}
     size = ", ".join(map(str, teacher["input_size"]))
-    if "onnx" in files:
-        return (
+    lines = {
+        "onnx": (
             "import numpy as np, onnxruntime\n\n"
-            f'session = onnxruntime.InferenceSession("{files["onnx"]}")\n'
+            f'session = onnxruntime.InferenceSession("{files.get("onnx")}")\n'
             f"images = np.zeros((1, {size}), np.float32)  # your images, normalised as above\n"
             '(logits,) = session.run(None, {"images": images})\n'
             "print(logits.argmax(1))"
-        )
-    if "torch" in files:
-        return (
+        ),
+        "torch": (
             "import torch\nimport torch.ao.quantization.fx._decomposed  # registers the operations\n\n"
-            f'model = torch.export.load("{files["torch"]}").module()\n'
+            f'model = torch.export.load("{files.get("torch")}").module()\n'
             f"print(model(torch.zeros(1, {size})).argmax(1))  # your images, normalised as above"
-        )
-    return (
-        "import torch\nfrom synq.packed_student import load_student\n\n"
-        f'model = load_student("{files["packed"]}")\n'
-        f"print(model(torch.zeros(1, {size})).argmax(1))  # your images, normalised as above"
-    )
+        ),
+        "packed": (
+            "import torch\nfrom synq.packed_student import load_student\n\n"
+            f'model = load_student("{files.get("packed")}")\n'
+            f"print(model(torch.zeros(1, {size})).argmax(1))  # your images, normalised as above"
+        ),
+    }
+    return [text for kind, text in lines.items() if kind in files]

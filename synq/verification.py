@@ -12,6 +12,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from synq.config_io import between
 from synq.onnx_file import IMAGES
 
 INTEGER_CONVOLUTIONS = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm")
@@ -62,6 +63,11 @@ class Tolerance:
     agreement: float = 99.9
     margin: float = 0.0
     mean_difference: float = 0.05
+
+    def __post_init__(self) -> None:
+        between("agreement", self.agreement, 0, 100)
+        between("margin", self.margin, 0)
+        between("mean_difference", self.mean_difference, 0)
 
     def beside(self, own: Comparison) -> "Tolerance":
         """Return what may be asked of the file of a student whose logits ``own`` compares with themselves in float64.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -17,10 +17,11 @@ pytest.importorskip("onnxruntime")
 
 from launch.export import main
 from synq.configs import RunConfig, with_overrides
-from synq.export import ExportOptions, open_run
+from synq.export import COLUMNS, DRAFT, ExportOptions, open_run
 from synq.exported_files import Checker, ExportRefusedError, export_onnx
 from synq.integer_form import integer_form
 from synq.model_card import NOISE, SELECTED, STATEMENT, card_markdown, card_values, siblings_of
+from synq.packed_file import load_packed
 from synq.packed_student import load_student
 from synq.pipeline import run, run_folder
 from synq.results import read_record, write_record
@@ -83,11 +84,12 @@ def test_the_cards_example_runs(
     exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (exported / "README.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
-    assert len(code.strip().splitlines()) <= 10
+    examples = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     monkeypatch.chdir(exported)
-    exec(code, {})
-    assert capsys.readouterr().out.strip().startswith("[")
+    for code, kind in zip(examples, ("onnxruntime", "torch.export", "load_student"), strict=True):
+        assert len(code.strip().splitlines()) <= 10 and kind in code
+        exec(code, {})
+        assert "[" in capsys.readouterr().out
     card = json.loads((exported / "card.json").read_text())
     assert card["weight_bits"] == 4 and card["data_free"] and STATEMENT in text
     for fact in (card["teacher"]["digest"][:16], "protocol A", "act_points inputs", "model_int4.onnx", "SynQ"):
@@ -180,14 +182,74 @@ def test_no_file_is_held_to_what_the_student_itself_leaves_open() -> None:
         check("file", lambda x: x + 25 * moved)
 
 
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed files come back with their logits turned around."""
+
+    def load(path: Path, student: fx.GraphModule) -> nn.Module:
+        return nn.Sequential(load_packed(path, student), Turned())
+
+    monkeypatch.setattr("synq.exported_files.load_packed", load)
+
+
+class Turned(nn.Module):
+    def forward(self, logits: Tensor) -> Tensor:
+        return -logits
+
+
+@pytest.mark.usefixtures("broken")
 def test_the_door_says_refusals_in_one_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--formats", "packed", "--mean-difference", "nan", "--out", str(tmp_path / "x")]
-    assert main([str(finished), *words]) == 1
+    assert main([str(finished), "--formats", "packed", "--out", str(tmp_path / "x")]) == 1
     line = capsys.readouterr().err
-    assert (
-        line.startswith("synq: error: model.safetensors was not written: its logits differ") and line.count("\n") == 1
+    assert line.startswith("synq: error: model.safetensors was not written: it chooses another class")
+    assert line.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--agreement", "101"], "`agreement` must be a number in [0, 100], but got 101"),
+        (["--mean-difference", "nan"], "`mean_difference` must be a finite number >= 0"),
+        (["--margin", "-1"], "`margin` must be"),
+        (["--rounds", "-1"], "`rounds` must be"),
+        (["--threads", "-1"], "`threads` must be"),
+        (["--formats", "packed", "--container", "int4"], "`container` must be left out"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(finished: Path, words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    assert main([str(finished), *words]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_nothing_of_others_is_overwritten(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "README.md").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    words = [str(finished), "--formats", "packed", "--rounds", "0", *ANY, "--out"]
+    for place, complaint in ((mine, "holds README.md and no card.json of ours"), (tmp_path / "file", "is a file")):
+        assert main([*words, str(place)]) == 2
+        assert complaint in capsys.readouterr().err
+    (mine / "card.json").write_text('{"cards": 52}')
+    assert main([*words, str(mine)]) == 2
+    assert (mine / "README.md").read_text() == "precious" and len(list(mine.iterdir())) == 2
+    (mine / DRAFT).mkdir()  # killed while it put its files in place
+    assert main([*words, str(mine)]) == 0
+    assert "card_version" in (mine / "card.json").read_text() and not (mine / DRAFT).exists()
+
+
+def test_a_narrower_export_leaves_the_figures_of_the_tables(finished: Path, exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("export"))
+    figures = dict.fromkeys(COLUMNS, 3)
+    write_record(
+        folder / "record.json", replace(read_record(folder / "record.json"), deployment={**figures, "files": []})
     )
-    assert not list(tmp_path.glob("x/*"))
+    assert main([str(folder), "--formats", "packed", "--rounds", "0", "--out", str(tmp_path / "side"), *ANY]) == 0
+    after = read_record(folder / "record.json").deployment
+    size = (tmp_path / "side" / "model.safetensors").stat().st_size
+    assert [file["format"] for file in after["files"]] == ["packed"]
+    assert {name: after[name] for name in COLUMNS} == {**figures, "packed_bytes": size}
 
 
 def damaged(change: Callable[[Path], None]) -> Callable[[Path, Path], Path]:
@@ -218,7 +280,12 @@ def test_a_trial_of_a_sweep_is_exported_by_its_record_and_the_sweep_knows(finish
 
 
 def test_an_export_is_whole_whatever_lies_around(
-    finished: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path,
+    exported: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "runs" / finished.name
     shutil.copytree(finished, folder)
@@ -232,7 +299,9 @@ def test_an_export_is_whole_whatever_lies_around(
     write_record(folder / "record.json", replace(record, config=older))
     before = {path.name: path.read_bytes() for path in (folder / "export").iterdir()}
     # Refused: what was there stays, the card included.
-    assert main([str(folder), "--formats", "packed", "--mean-difference", "nan"]) == 1
+    request.getfixturevalue("broken")
+    assert main([str(folder), "--formats", "packed"]) == 1
+    monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in (folder / "export").iterdir()} == before
     # Done: files of the export before are gone, those of others are not.
     assert main([str(folder), "--formats", "packed", "--rounds", "0", *ANY]) == 0
