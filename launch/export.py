@@ -36,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--agreement", type=float, default=99.9,
-        help="least percent of images, or of decided ones, with the student's class; one image may always differ (default: 99.9)",
+        help="least percent of images with the student's class; one image may always differ, and twice as many as on which the student in "
+        "float64 differs from itself (default: 99.9)",
     )  # fmt: skip
     parser.add_argument(
         "--margin", type=float, default=0.0,
-        help="count only images on which the student's two largest logits differ by more (default and least: by twice what its logits "
-        "in float64 differ)",
+        help="count only images on which the student's two largest logits differ by more (default: 0)",
     )  # fmt: skip
     parser.add_argument(
         "--mean-difference", type=float, default=0.05,

@@ -21,8 +21,6 @@ BATCH = 64
 """Images per forward pass of a comparison."""
 Reader = Callable[[int, int], tuple[Tensor, Tensor | None]]
 """Gives images and labels from a first to a last row of a set."""
-OWN_BATCHES = 4
-"""Batches of each set on which the student is compared with itself in float64."""
 
 
 class ExportRefusedError(RuntimeError):
@@ -65,7 +63,7 @@ class Checker:
         measure: Opens the labelled images, where there are some.
         tolerance: What a file may differ by.
         wanted: The student's logits on each set of images, in batches.
-        own: The student beside itself in float64 on the first of them: what differs there no file can be held to.
+        own: The student in float64 beside itself: no file can be held to more.
     """
 
     student: nn.Module
@@ -87,24 +85,16 @@ class Checker:
             parts = [(start, min(start + BATCH, number)) for start in range(0, number, BATCH)]
             if source not in self.wanted:
                 self.wanted[source] = [self.student(read(*part)[0]).float() for part in parts]
-                self.own[source] = self._against_itself(source, parts[:OWN_BATCHES], read)
-            tolerance = self.tolerance.beside(self.own[source])
-            answered = self._answered(source, parts, read)
-            found.append(compare(engine, answered, source=source, margin=tolerance.margin))
-            complaint = tolerance.complaint(found[-1])
+                self.own[source] = self._compared(in_float64(self.student), source, parts, read)
+            found.append(self._compared(engine, source, parts, read))
+            complaint = self.tolerance.complaint(found[-1], self.own[source])
             if complaint:
                 raise ExportRefusedError(f"{name} was not written: {complaint}")
         return tuple(found)
 
-    def _against_itself(self, source: str, parts: Sequence[tuple[int, int]], read: Reader) -> Comparison:
-        exact, answered = in_float64(self.student), self._answered(source, parts, read)
-        return compare(lambda images: exact(images.double()).float(), answered, source=source)
-
-    def _answered(
-        self, source: str, parts: Sequence[tuple[int, int]], read: Reader
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Give the student's logits, images and labels of each of the first ``parts`` of a set."""
-        return ((wanted, *read(*part)) for wanted, part in zip(self.wanted[source], parts, strict=False))
+    def _compared(self, engine: Engine, source: str, parts: Sequence[tuple[int, int]], read: Reader) -> Comparison:
+        answered = ((wanted, *read(*part)) for wanted, part in zip(self.wanted[source], parts, strict=True))
+        return compare(engine, answered, source=source, margin=self.tolerance.margin)
 
     def _sources(self) -> Iterator[tuple[str, int, Reader]]:
         """Give each set's name, its size, and what reads images and labels of a part of it."""
@@ -114,8 +104,8 @@ class Checker:
             yield "labelled", len(rows), lambda start, stop: labelled.batch(rows[start:stop])
 
 
-def in_float64(student: nn.Module) -> nn.Module:
-    """Return a copy of a network that computes in float64, its own conversions to float32 included."""
+def in_float64(student: nn.Module) -> Engine:
+    """Return what runs a copy of a network in float64, its own conversions to float32 included."""
     exact = copy.deepcopy(student).double()
     if isinstance(exact, fx.GraphModule):
         for node in exact.graph.nodes:
@@ -123,7 +113,12 @@ def in_float64(student: nn.Module) -> nn.Module:
                 node.target = "double"
             node.args, node.kwargs = (fx.node.map_aggregate(part, _doubled) for part in (node.args, node.kwargs))
         exact.recompile()
-    return exact
+
+    def run(images: Tensor) -> Tensor:
+        logits: Tensor = exact(images.double())
+        return logits.float()
+
+    return run
 
 
 def _doubled(value: Any) -> Any:

@@ -18,7 +18,7 @@ pytest.importorskip("onnxruntime")
 from launch.export import main
 from synq.configs import RunConfig, with_overrides
 from synq.export import COLUMNS, DRAFT, ExportOptions, open_run
-from synq.exported_files import Checker, ExportRefusedError, export_onnx
+from synq.exported_files import Checker, ExportRefusedError, export_onnx, in_float64
 from synq.integer_form import integer_form
 from synq.model_card import NOISE, SELECTED, STATEMENT, card_markdown, card_values, siblings_of
 from synq.packed_file import load_packed
@@ -167,19 +167,39 @@ class Unsure(nn.Module):
         return x + torch.tensor([0.0, 0.5]) if x.dtype == torch.float64 else x
 
 
-def test_no_file_is_held_to_what_the_student_itself_leaves_open() -> None:
+@pytest.mark.parametrize("unsure", [5, 50])
+def test_no_file_is_held_to_more_than_the_student_itself(unsure: int) -> None:
     class NoLabels:
         labelled, reported = None, torch.arange(0)
 
-    images = torch.tensor([[0.3, 0.0], [9.0, 0.0]]).repeat(100, 1)  # half of them nearer than twice 0.5
+    images = torch.tensor([[0.3, 0.0], [9.0, 0.0]]).repeat_interleave(torch.tensor([unsure, 100 - unsure]), dim=0)
     check = Checker(Unsure(), images, NoLabels(), Tolerance())  # type: ignore[arg-type]
     moved = torch.tensor([0.0, 0.4])
+    if unsure > 10:
+        with pytest.raises(
+            ExportRefusedError, match=r"cannot be checked: the student in float64 .* 50 of 100 synthetic"
+        ):
+            check("file", lambda x: x + moved)
+        return
     (found,) = check("file", lambda x: x + moved)
-    assert (found.images, found.decided, found.agreement, found.agreement_all) == (200, 100, 100.0, 50.0)
     (own,) = check.own.values()
-    assert (own.images, own.agreement_all, own.max_difference, found.margin) == (200, 50.0, 0.5, 1.0)
-    with pytest.raises(ExportRefusedError, match="another class than the student on 100 of 100 synthetic images"):
+    assert (found.differing, own.differing, own.max_difference) == (5, 5, 0.5)
+    wrong = r"100 of 100 synthetic images \(0.00 % agree, 99.9 % are asked for; the student in float64 on 5\)"
+    with pytest.raises(ExportRefusedError, match=wrong):
         check("file", lambda x: x + 25 * moved)
+
+
+def test_a_conversion_to_float32_in_the_graph_becomes_one_to_float64() -> None:
+    class Converting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.float().to(torch.float32).to(dtype=torch.float32))
+
+    net, x = fx.symbolic_trace(Converting()), torch.randn(4, 3)
+    assert torch.allclose(in_float64(net)(x), net(x), atol=1e-6) and net.fc.weight.dtype == torch.float32
 
 
 @pytest.fixture

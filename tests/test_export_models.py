@@ -1,7 +1,5 @@
 """Exports of networks that people use, at the widths that they ask for, in ONNX Runtime with its default options."""
 
-import copy
-
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -12,12 +10,13 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 from synq.configs import TeacherConfig
+from synq.exported_files import in_float64
 from synq.integer_form import integer_form
 from synq.onnx_file import Container, write_onnx
 from synq.students import observe_ranges, quantize_model
 from synq.teacher_sources import build_source
 from synq.tracing import trace_classifier
-from synq.verification import Engine, Tolerance, compare, engine_of, open_session
+from synq.verification import Comparison, Engine, Tolerance, compare, engine_of, open_session
 
 SIDE = 64
 MARGIN = 0.3
@@ -95,14 +94,12 @@ def test_a_trained_mobilenet_v2_and_what_it_leaves_open(digits: tuple[fx.GraphMo
     """52 layers carry every rounding on: the student in float64 is not wholly of its own opinion."""
     net, sample = digits
     wanted, engine, student = exported(net, sample, bits, container)
-    exact = copy.deepcopy(student).double()
 
-    def batches(number: int) -> list[tuple[Tensor, Tensor, None]]:
-        return [(a, x, None) for a, x in zip(wanted.split(50), sample.split(50), strict=True)][:number]
+    def compared(engine: Engine) -> Comparison:
+        batches = ((a, x, None) for a, x in zip(wanted.split(50), sample.split(50), strict=True))
+        return compare(engine, batches, source="digits")
 
-    own = compare(lambda x: exact(x.double()).float(), batches(6), source="digits")
-    tolerance = Tolerance().beside(own)
-    found = compare(engine, batches(99), source="digits", margin=tolerance.margin)
+    found, own = compared(engine), compared(in_float64(student))
     print(f"W{bits}A{bits}: {found}; itself: {own}")
-    assert not tolerance.complaint(found)
-    assert found.decided > 0.5 * found.images
+    assert not Tolerance().complaint(found, own)
+    assert found.agreement > 99
