@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from synq.evaluation import Measure
 from synq.onnx_file import Container, write_onnx
 from synq.packed_file import load_packed, save_packed
+from synq.quant_layers import QuantConv2d, QuantLinear, effective_weight
 from synq.results import write_bytes_atomic
 from synq.verification import Comparison, Engine, Tolerance, compare, count_kernels, engine_of, open_session
 
@@ -105,8 +106,16 @@ class Checker:
 
 
 def in_float64(student: nn.Module) -> Engine:
-    """Return what runs a copy of a network in float64, its own conversions to float32 included."""
-    exact = copy.deepcopy(student).double()
+    """Return what runs a copy of a network in float64, its own conversions to float32 included.
+
+    The weights keep their codes, as in a file: one that lies on the edge of its cell would round to another code.
+    """
+    exact = copy.deepcopy(student)
+    for layer in exact.modules():
+        if isinstance(layer, QuantConv2d | QuantLinear):
+            layer.weight = nn.Parameter(effective_weight(layer), requires_grad=False)
+            layer.weight_quantizer.enabled = False
+    exact = exact.double()
     if isinstance(exact, fx.GraphModule):
         for node in exact.graph.nodes:
             if node.op == "call_method" and node.target == "float":

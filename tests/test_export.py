@@ -1,5 +1,6 @@
 """From a run's folder to files that answer as its student does, and a card that says what they are."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from synq.model_card import NOISE, SELECTED, STATEMENT, card_markdown, card_valu
 from synq.packed_file import load_packed
 from synq.packed_student import load_student
 from synq.pipeline import run, run_folder
+from synq.quant_layers import QuantLinear
 from synq.results import read_record, write_record
 from synq.verification import Tolerance
 
@@ -200,6 +202,18 @@ def test_a_conversion_to_float32_in_the_graph_becomes_one_to_float64() -> None:
 
     net, x = fx.symbolic_trace(Converting()), torch.randn(4, 3)
     assert torch.allclose(in_float64(net)(x), net(x), atol=1e-6) and net.fc.weight.dtype == torch.float32
+
+
+def test_a_weight_on_the_edge_of_its_cell_keeps_its_code_in_float64() -> None:
+    torch.manual_seed(0)
+    layer = QuantLinear.from_float(nn.Linear(3, 200), bits=2)
+    with torch.no_grad():
+        largest = torch.rand(200) + 0.1
+        layer.weight.copy_(torch.stack([torch.zeros(200), largest, 1.5 * (largest / 3)], dim=1))
+        naive, x = copy.deepcopy(layer).double(), torch.randn(8, 3)
+        wanted = layer(x)
+        assert (naive(x.double()) - wanted).abs().max() > 0.05, "the case needs a weight that changes its code"
+        assert torch.allclose(in_float64(layer)(x), wanted, atol=1e-5)
 
 
 @pytest.fixture
