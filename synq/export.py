@@ -155,18 +155,18 @@ def export_run(
     target = (Path(out) if out is not None else run / "export").resolve()
     _check_target(target)
     siblings, copies = siblings_of(record, run), _sweep_records(run, record)
-    check = Checker(
-        student=student.net,
-        synthetic=_synthetic_images(config, teacher, record),
-        measure=Measure.prepare(config.evaluation, teacher, accelerator),
-        tolerance=options.tolerance,
-    )
-    if check.measure.labels_digest != record.eval_digest:
-        raise ValueError(
-            "`RUN` must find its labelled images as they were, but they have changed since, or were not there: "
-            "`--evaluation.dataset` says where they are now"
+    with _draft_of(target) as draft:  # first, so that a place that cannot be written to costs no work
+        check = Checker(
+            student=student.net,
+            synthetic=_synthetic_images(config, teacher, record),
+            measure=Measure.prepare(config.evaluation, teacher, accelerator),
+            tolerance=options.tolerance,
         )
-    with _draft_of(target) as draft:
+        if check.measure.labels_digest != record.eval_digest:
+            raise ValueError(
+                "`RUN` must find its labelled images as they were, but they have changed since, or were not there: "
+                "`--evaluation.dataset` says where they are now"
+            )
         record = replace(record, deployment=_write_files(draft, record, teacher, student, check, options))
         write_card(draft, card_values(record, siblings))
         _publish(draft, target)
@@ -182,7 +182,6 @@ def _check_target(target: Path) -> None:
 
     Raises:
         ValueError: It is a file, or holds a file of a name that an export writes, without being an export.
-        OSError: It cannot be made.
     """
     if target.exists() and not target.is_dir():
         raise ValueError(f"`out` must be a folder, but {target} is a file")
@@ -192,7 +191,6 @@ def _check_target(target: Path) -> None:
         raise ValueError(
             f"`out` must be a new folder or one of an earlier export, but {target} holds {foreign[0]} and no card.json of ours"
         )
-    target.mkdir(parents=True, exist_ok=True)
 
 
 def _write_files(

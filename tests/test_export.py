@@ -33,6 +33,12 @@ ANY = ["--agreement", "0", "--mean-difference", "9"]
 """Of an untrained tiny student nearly every logit is a tie."""
 
 
+class NoLabels:
+    """A measurement without labelled images, for a `Checker`."""
+
+    labelled, reported = None, torch.arange(0)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, Any]) -> Path:
     folder = tmp_path_factory.mktemp("runs")
@@ -131,9 +137,6 @@ def test_a_file_that_answers_otherwise_is_refused_and_not_left_behind(finished: 
     layer.codes.copy_(-layer.codes.clamp(min=-7))  # type: ignore[union-attr, operator]
     images = torch.randn(40, 1, 16, 16)
 
-    class NoLabels:
-        labelled, reported = None, torch.arange(0)
-
     check = Checker(student.net, images, NoLabels(), Tolerance())  # type: ignore[arg-type]
     with pytest.raises(
         ExportRefusedError, match=r"model\.onnx was not written: it chooses another class than the student"
@@ -171,9 +174,6 @@ class Unsure(nn.Module):
 
 @pytest.mark.parametrize("unsure", [5, 50])
 def test_no_file_is_held_to_more_than_the_student_itself(unsure: int) -> None:
-    class NoLabels:
-        labelled, reported = None, torch.arange(0)
-
     images = torch.tensor([[0.3, 0.0], [9.0, 0.0]]).repeat_interleave(torch.tensor([unsure, 100 - unsure]), dim=0)
     check = Checker(Unsure(), images, NoLabels(), Tolerance())  # type: ignore[arg-type]
     moved = torch.tensor([0.0, 0.4])
