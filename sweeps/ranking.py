@@ -21,11 +21,9 @@ from typing import Any, NamedTuple
 
 from synq.config_identity import idle_keys
 from synq.configs import FinetuneConfig, RunConfig, config_digest, config_from_dict
-from synq.results import RunRecord
+from synq.results import DEPLOYED, RunRecord
 from synq.table_text import Row, csv_line
 
-DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms")
-"""Columns that are filled where a student was exported, from `deployment` of its record."""
 LEADERBOARD_COLUMNS = (
     "rank", "model", "weight_bits", "act_bits", "protocol", "act_points", "objective", "objective_value", "top1_mean", "top1_std",
     "num_seeds", "num_failed", "teacher_top1", "rtn_top1", "drop", "num_eval", "size_bytes", "bitops", "lowpass_cutoff", "cam_weight",

@@ -29,7 +29,7 @@ from synq.integer_form import integer_form
 from synq.model_card import card_values, is_card, readable_record, siblings_of, write_card
 from synq.onnx_file import NARROW, Container, write_onnx
 from synq.pipeline import build_student, set_names, set_store
-from synq.results import RunRecord, read_record, write_record
+from synq.results import DEPLOYED, RunRecord, read_record, write_record
 from synq.students import Student
 from synq.teachers import Teacher, load_teacher
 from synq.tracing import node_module, operation_name
@@ -45,8 +45,6 @@ MANAGED = (
 """Names that an export may write, and removes when a later one does not."""
 DRAFT = ".draft"
 """Folder in that of the export in which its files are made."""
-COLUMNS = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms")
-"""Figures of the tables: a narrower export leaves those that it did not measure as they were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +170,8 @@ def export_run(
         _publish(draft, target)
     for path in (run / "record.json", *copies):
         there = read_record(path)
-        kept = {key: there.deployment.get(key) for key in COLUMNS if record.deployment.get(key) is None}
+        # A narrower export leaves the columns that it did not measure as they were.
+        kept = {key: there.deployment.get(key) for key in DEPLOYED if record.deployment.get(key) is None}
         write_record(path, replace(there, deployment={**record.deployment, **kept}))
     return target, record
 

@@ -23,6 +23,8 @@ from synq.config_identity import settings_of_its_day
 
 SCHEMA_VERSION = 1
 PACKAGES = ("synq", "torch", "torchvision", "accelerate", "ray", "optuna", "numpy")
+DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms")
+"""Figures of `deployment` that are columns of the tables, filled where a student was exported."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ pytest.importorskip("onnxruntime")
 
 from launch.export import main
 from synq.configs import RunConfig, with_overrides
-from synq.export import COLUMNS, DRAFT, ExportOptions, open_run
+from synq.export import DRAFT, ExportOptions, open_run
 from synq.exported_files import Checker, ExportRefusedError, export_onnx, in_float64
 from synq.integer_form import integer_form
 from synq.model_card import NOISE, SELECTED, STATEMENT, card_markdown, card_values, siblings_of
@@ -26,7 +26,7 @@ from synq.packed_file import load_packed
 from synq.packed_student import load_student
 from synq.pipeline import run, run_folder
 from synq.quant_layers import QuantLinear
-from synq.results import read_record, write_record
+from synq.results import DEPLOYED, read_record, write_record
 from synq.verification import Tolerance
 
 ANY = ["--agreement", "0", "--mean-difference", "9"]
@@ -275,7 +275,7 @@ def test_nothing_of_others_is_overwritten(finished: Path, tmp_path: Path, capsys
 def test_a_narrower_export_leaves_the_figures_of_the_tables(finished: Path, exported: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("export"))
-    figures = dict.fromkeys(COLUMNS, 3)
+    figures = dict.fromkeys(DEPLOYED, 3)
     write_record(
         folder / "record.json", replace(read_record(folder / "record.json"), deployment={**figures, "files": []})
     )
@@ -283,7 +283,7 @@ def test_a_narrower_export_leaves_the_figures_of_the_tables(finished: Path, expo
     after = read_record(folder / "record.json").deployment
     size = (tmp_path / "side" / "model.safetensors").stat().st_size
     assert [file["format"] for file in after["files"]] == ["packed"]
-    assert {name: after[name] for name in COLUMNS} == {**figures, "packed_bytes": size}
+    assert {name: after[name] for name in DEPLOYED} == {**figures, "packed_bytes": size}
 
 
 def damaged(change: Callable[[Path], None]) -> Callable[[Path, Path], Path]:
