@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.tracing import is_passive, node_module, operation_name, tensor_inputs
@@ -117,12 +118,18 @@ def _width_of(net: fx.GraphModule, node: fx.Node) -> int:
 
 
 def packed_bytes(net: fx.GraphModule) -> int:
-    """Return the bytes of the packed student: codes, float32 scale and one-byte zero point per channel, float32 biases."""
+    """Return the bytes of the packed student, its file's header apart.
+
+    Codes, float32 scale and one-byte zero point per channel, float32 biases, gain and shift per channel of a batch norm.
+    """
     bits = 0
     for module in net.modules():
         if isinstance(module, (QuantConv2d, QuantLinear)):
             width, channels = module.weight_quantizer.bits, module.weight.shape[0]
-            bits += 8 * math.ceil(module.weight.numel() * width / 8) + channels * (32 + 8 + 32)
+            bits += 8 * math.ceil(module.weight.numel() * width / 8) + channels * (32 + 8)
+            bits += 0 if module.bias is None else 32 * channels
+        elif isinstance(module, _BatchNorm):
+            bits += 2 * 32 * module.num_features
         elif isinstance(module, ActQuantizer):
             bits += 32 + 8
         elif isinstance(module, nn.PReLU):

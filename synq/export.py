@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, fx
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from synq.accounting import float_bytes
 from synq.config_io import between, one_of
@@ -28,11 +27,11 @@ from synq.exported_files import Checker, ExportedFile, export_onnx, export_packe
 from synq.integer_form import integer_form
 from synq.model_card import card_values, is_card, readable_record, siblings_of, write_card
 from synq.onnx_file import NARROW, Container, write_onnx
+from synq.packed_file import channel_affines
 from synq.pipeline import build_student, set_names, set_store
 from synq.results import DEPLOYED, RunRecord, read_record, write_record
 from synq.students import Student
 from synq.teachers import Teacher, load_teacher
-from synq.tracing import node_module, operation_name
 from synq.verification import Tolerance, latencies
 from synq.weight_files import read_weights
 
@@ -196,12 +195,13 @@ def _write_files(
     target: Path, record: RunRecord, teacher: Teacher, student: Student, check: Checker, options: ExportOptions
 ) -> dict[str, Any]:
     """Write and check what the options ask for; returns the deployment figures."""
-    form, size = integer_form(student.net, bias_place="apart"), teacher.input_size
+    form, size = integer_form(student.net), teacher.input_size
+    apart = integer_form(student.net, bias_place="apart")
     files: list[ExportedFile] = []
     models: dict[str, bytes] = {}
     for container in _containers(student, options):
         name = f"model_{container}.onnx" if len(options.containers) > 1 else "model.onnx"
-        file, models[name] = export_onnx(target / name, container, form, size, check)
+        file, models[name] = export_onnx(target / name, container, apart, size, check)
         files.append(file)
     if "packed" in options.formats:
         about = {"config": record.config, "input_size": list(size), "num_classes": teacher.num_classes}
@@ -220,7 +220,7 @@ def _write_files(
     figures["files"] = [asdict(file) for file in files]
     figures["tolerance"] = asdict(options.tolerance)
     figures["own_rounding"] = [asdict(own) for own in check.own.values()]
-    figures["float_norms"] = sum(_is_norm(form, node) for node in form.graph.nodes)
+    figures["float_norms"] = len(channel_affines(form))
     figures["machine"] = {"cpu": _cpu(), "threads": options.threads or None, "versions": _versions()}
     return figures
 
@@ -270,10 +270,6 @@ def _publish(draft: Path, target: Path) -> None:
         (target / name).unlink(missing_ok=True)
     for path in sorted(draft.iterdir()):
         path.replace(target / path.name)
-
-
-def _is_norm(form: fx.GraphModule, node: fx.Node) -> bool:
-    return isinstance(node_module(form, node), _BatchNorm) or operation_name(node) == "batch_norm"
 
 
 def _cpu() -> str:

@@ -252,9 +252,7 @@ def _stays_float(rows: Sequence[Mapping[str, Any]], norms: int) -> str:
         if row["kind"] not in ("BatchNorm2d", "BatchNorm1d", "batch_norm"):
             kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
     listed = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-    kept = (
-        f"; {norms} batch norms that do not stand behind a layer of their own" if norms else "; batch norms are folded"
-    )
+    kept = f"; {norms} batch norms, as a gain and a shift of each channel" if norms else ""
     return f"results of {listed}; biases{kept}" if listed else f"biases{kept}"
 
 

@@ -4,7 +4,7 @@ The graph comes from ``torch.onnx``; ours is what it cannot know: which integer 
 
     container   weights of at most 4 bits    what ONNX Runtime does with them on a CPU
     int4        INT4                         float kernels; the smallest file
-    int8        INT8                         integer kernels where a layer's result is quantized at once and its bias is its own
+    int8        INT8                         integer kernels where a layer's result is quantized at once, no batch norm or bias between
     matmul      INT8                         integer kernels: convolutions are written as products of integer matrices (`integer_products.py`)
 
 Weights of 5 to 7 bits are INT8 in all, those of 8 bits UINT8, their codes raised by 128: on x86 processors without VNNI ONNX Runtime adds
@@ -13,9 +13,9 @@ UINT4 activation ONNX Runtime 1.32 moves a pooling into the integers and then ha
 kept in its range by a ``Min`` before QuantizeLinear, which saturates at the container's end alone; the lower end, code 0, is the container's.
 
 Biases: ONNX Runtime rounds the bias of a convolution between Q/DQ pairs to int32 at scale s_x s_w. Below 8 bits that step is as coarse as
-the products, and answers change; at 8 bits it is fine enough for most channels, but where a folded batch norm has made s_w tiny the integer
-overflows (MobileNetV2 with random weights: 42 % of the answers stay). A bias added behind the layer (``bias_place`` of ``integer_form``) is
-exact at every width, and keeps ONNX Runtime from its integer kernels for convolutions; ``matmul`` has both.
+the products, and answers change; at 8 bits it is fine enough for most channels, but where s_w is tiny the integer overflows. A bias added
+behind the layer (``bias_place`` of ``integer_form``) is exact at every width, and keeps ONNX Runtime, as a batch norm does, from its
+integer kernels for convolutions; ``matmul`` has both.
 """
 
 import logging

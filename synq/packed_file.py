@@ -4,9 +4,10 @@
     scale           float32, the scales of all layers' channels, one behind the other in the order of `layers`
     zero_point      int8, the zero points, likewise
     bias            float32, the biases of the layers that have one, likewise
-    <name>          float32, whatever else the network holds: batch norms that were not folded, PReLU slopes
+    gain, shift     float32, those of the batch norms' channels, one behind the other in the order of `norms`
+    <name>          float32, whatever else the network holds, as PReLU slopes
 
-and in the header's metadata: `format` and `version`, `layers` and `activations` (JSON: widths, shapes, scales), `bias_place`, `structure` (SHA-256 of
+and in the header's metadata: `format` and `version`, `layers`, `activations` and `norms` (JSON: names, widths, shapes, scales), `bias_place`, `structure` (SHA-256 of
 the graph), `about` (JSON: free), `digest` (SHA-256 over tensors and metadata). What computes with these numbers is not in the file: `load_packed` wants the network.
 """
 
@@ -23,11 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, fx
 
-from synq.integer_form import Codes, IntegerActivation, IntegerLayer, integer_form
+from synq.integer_form import ChannelAffine, Codes, IntegerActivation, IntegerLayer, integer_form
 from synq.packing import pack, unpack
 from synq.results import write_bytes_atomic
 
-FORMAT, VERSION = "synq packed student", "1"
+FORMAT, VERSION = "synq packed student", "2"
 
 
 def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any] | None = None) -> int:
@@ -51,6 +52,9 @@ def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any]
     tensors["scale"] = torch.cat([weight.scale for weight in weights])
     tensors["zero_point"] = torch.cat([weight.zero_point for weight in weights]).to(torch.int8)
     tensors["bias"] = torch.cat([torch.zeros(0), *(layer.bias for layer in layers.values() if layer.bias is not None)])
+    norms = channel_affines(form)
+    for part in ("gain", "shift"):
+        tensors[part] = torch.cat([torch.zeros(0), *(getattr(norm, part) for norm in norms.values())])
     tensors |= _others(form)
     metadata = {
         "format": FORMAT,
@@ -62,6 +66,7 @@ def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any]
             ]
         ),
         "activations": _to_json([[name, part.bits, part.scale, part.zero_point] for name, part in activations.items()]),
+        "norms": _to_json([[name, len(norm.gain)] for name, norm in norms.items()]),
         "about": _to_json(dict(about or {})),
         "bias_place": next(iter(layers.values())).bias_place,
         "structure": _structure(form),
@@ -73,7 +78,7 @@ def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any]
 
 
 def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and metadata (`layers`, `activations`, `about` as values) of a packed file, checked against its digest.
+    """Return tensors and metadata (`layers`, `activations`, `norms`, `about` as values) of a packed file, checked against its digest.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -97,7 +102,7 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     if metadata.pop("digest", None) != _digest(tensors, metadata):
         raise ValueError(f"a packed student must match its digest, but {path} does not: its content was changed")
-    facts = {name: json.loads(metadata[name]) for name in ("layers", "activations", "about")}
+    facts = {name: json.loads(metadata[name]) for name in ("layers", "activations", "norms", "about")}
     return tensors, {**facts, "bias_place": metadata["bias_place"], "structure": metadata["structure"]}
 
 
@@ -137,6 +142,13 @@ def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
         layers[name].fill(filled, next(biases).clone() if biased else None)
     for name, _, scale, zero_point in facts["activations"]:
         activations[name].scale, activations[name].zero_point = float(scale), int(zero_point)
+    norms = channel_affines(form)
+    if facts["norms"] != [[name, len(norm.gain)] for name, norm in norms.items()]:
+        raise ValueError(f"a packed student must fit its network, but {path} holds other batch norms")
+    for part in ("gain", "shift"):
+        values = tensors[part].split([len(norm.gain) for norm in norms.values()])
+        for norm, value in zip(norms.values(), values, strict=True):
+            norm.register_buffer(part, value.clone())
     others = _others(form)
     missing = [name for name in others if name not in tensors]
     if missing:
@@ -152,10 +164,18 @@ def integer_parts(form: fx.GraphModule) -> tuple[dict[str, IntegerLayer], dict[s
     return layers, {name: module for name, module in modules.items() if isinstance(module, IntegerActivation)}
 
 
+def channel_affines(form: fx.GraphModule) -> dict[str, ChannelAffine]:
+    """Return the batch norms of an integer form, by name."""
+    return {name: module for name, module in form.named_modules() if isinstance(module, ChannelAffine)}
+
+
 def _others(form: fx.GraphModule) -> dict[str, Tensor]:
-    """What the network holds besides its integer layers."""
+    """What the network holds besides its integer layers and its batch norms."""
     layers, _ = integer_parts(form)
-    own = tuple(f"{name}." for name in layers)
+    own = tuple(
+        [f"{name}." for name in layers]
+        + [f"{name}.{part}" for name in channel_affines(form) for part in ("gain", "shift")]
+    )
     return {name: tensor.contiguous() for name, tensor in form.state_dict().items() if not name.startswith(own)}
 
 

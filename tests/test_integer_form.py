@@ -5,10 +5,12 @@ from typing import Literal
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_nets import SIZE, Dense, Residual, depthwise, plain
 from torch import Tensor, nn
 
-from synq.integer_form import Codes, IntegerActivation, IntegerConv2d, IntegerLinear, codes_of, integer_form
+from synq.integer_form import ChannelAffine, IntegerActivation, IntegerConv2d, IntegerLinear, codes_of, integer_form
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, effective_weight
 from synq.students import Student, observe_ranges, quantize_model
 from synq.tracing import trace_classifier
@@ -41,28 +43,22 @@ def student(
 @pytest.mark.parametrize("make", NETS)
 @pytest.mark.parametrize("act_points", ["relu", "inputs"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_without_folding_every_logit_is_the_students(
+def test_every_logit_is_the_students(
     make: Callable[[], nn.Module], act_points: Literal["relu", "inputs"], bits: int
 ) -> None:
     made = student(make(), bits, act_points)
-    form = integer_form(made.net, fold=False)
+    form = integer_form(made.net)
     assert torch.equal(form(images()), made.net(images()))
-    assert not any(isinstance(m, QuantConv2d | QuantLinear | ActQuantizer) for m in form.modules())
+    assert not any(isinstance(m, QuantConv2d | QuantLinear | ActQuantizer | nn.BatchNorm2d) for m in form.modules())
     assert all(b.dtype in (torch.int8, torch.int32) for n, b in form.named_buffers() if n.endswith((".codes", "point")))
     layers = [m for m in form.modules() if isinstance(m, IntegerConv2d | IntegerLinear)]
     assert layers and all(int(m.integer_weight.codes.max()) < 2 ** (bits - 1) for m in layers)
 
 
 @pytest.mark.parametrize("make", NETS)
-@pytest.mark.parametrize("place", ["layer", "apart"])
-def test_folding_changes_logits_by_rounding_alone(
-    make: Callable[[], nn.Module], place: Literal["layer", "apart"]
-) -> None:
+def test_biases_apart_change_logits_by_rounding_alone(make: Callable[[], nn.Module]) -> None:
     made = student(make(), 4)
-    form = integer_form(made.net, bias_place=place)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in form.modules()) == (2 if make is Dense else 0), (
-        "Dense: norms before layers"
-    )
+    form = integer_form(made.net, bias_place="apart")
     # Without rounding of activations no tie can flip a code: what is left is the rounding of float32.
     for net in (form, made.net):
         for name, module in list(net.named_modules()):
@@ -72,14 +68,33 @@ def test_folding_changes_logits_by_rounding_alone(
     assert torch.allclose(form(images()), wanted, atol=1e-5 * float(wanted.abs().max()))
 
 
-def test_a_negative_factor_mirrors_and_a_zero_one_is_dead() -> None:
-    codes = torch.tensor([[-8, 7, 3], [-8, 7, 3], [-8, 7, 3]], dtype=torch.int8)
-    whole = Codes(codes=codes, scale=torch.tensor([0.5, 0.5, 0.5]), zero_point=torch.tensor([-2, -2, -2]), bits=4)
-    half = whole.scaled(torch.tensor([2.0, -2.0, 0.0]))
-    assert half.codes.tolist() == [[-8, 7, 3], [7, -8, -4], [-2, -2, -2]]
-    assert half.zero_point.tolist() == [-2, 1, -2] and half.scale.tolist() == [1.0, 1.0, 1.0]
-    values = half.scale[:, None] * (half.codes - half.zero_point[:, None])
-    assert values.tolist() == [[-6.0, 9.0, 5.0], [6.0, -9.0, -5.0], [0.0, 0.0, 0.0]]
+@settings(max_examples=40)
+@given(
+    channels=st.integers(1, 40),
+    dimensions=st.integers(0, 2),
+    affine=st.booleans(),
+    eps=st.floats(1e-6, 0.1),
+    seed=st.integers(0, 10**6),
+)
+def test_a_batch_norm_is_its_gain_and_its_shift(
+    channels: int, dimensions: int, affine: bool, eps: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    make = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d)[dimensions]
+    norm = make(channels, eps=eps, affine=affine).eval().requires_grad_(False)
+    for tensor in norm.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(channels).exp())
+    norm.running_mean.neg_()  # type: ignore[union-attr]
+    if affine:
+        norm.weight.sub_(1.0)
+        norm.weight[0] = 0.0
+    x = 3 * torch.randn(5, channels, *[7] * dimensions)
+    apart = ChannelAffine(norm)
+    assert torch.equal(apart(x), norm(x))
+    shape = (-1, *[1] * dimensions)
+    assert torch.allclose(apart.gain.reshape(shape) * x + apart.shift.reshape(shape), norm(x), rtol=1e-4, atol=1e-4)
+    assert set(apart.state_dict()) == {"gain", "shift"}
 
 
 def test_codes_are_those_of_the_fine_tuning() -> None:
@@ -92,24 +107,34 @@ def test_codes_are_those_of_the_fine_tuning() -> None:
 
 
 class Shared(nn.Module):
-    """A convolution called twice, and one whose result two operations read: neither batch norm may be folded."""
+    """A convolution and its batch norm called twice, and a convolution whose result two operations read."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.first, self.second = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-        self.other, self.third, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)
+        self.conv, self.first = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.other, self.second, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.second(self.conv(torch.relu(self.first(self.conv(x))))))
+        x = torch.relu(self.first(self.conv(torch.relu(self.first(self.conv(x))))))
         y = self.other(x)
-        return self.fc((self.third(y) + y).mean((2, 3)))
+        return self.fc((self.second(y) + y).mean((2, 3)))
 
 
-def test_a_norm_that_cannot_be_folded_is_kept() -> None:
+def test_parts_that_are_called_twice_stay_shared() -> None:
     made = student(Shared())
     form = integer_form(made.net)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in form.modules()) == 3
+    assert sum(isinstance(m, ChannelAffine) for m in form.modules()) == 2
     assert torch.equal(form(images()), made.net(images()))
+
+
+def test_a_batch_norm_without_statistics_stays() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.AdaptiveAvgPool2d(1))
+    net.extend([nn.Flatten(), nn.Linear(4, 5)])
+    traced = trace_classifier(net.eval().requires_grad_(False), SIZE)
+    made = quantize_model(traced, weight_bits=4, act_bits=4)
+    observe_ranges(made.net, images(), act_range="minmax")
+    form = integer_form(made.net)
+    assert isinstance(form.get_submodule("1"), nn.BatchNorm2d) and torch.equal(form(images()), made.net(images()))
 
 
 def test_ranges_must_be_known() -> None:

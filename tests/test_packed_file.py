@@ -135,8 +135,8 @@ def test_what_is_no_packed_student_of_this_network_is_refused(tmp_path: Path) ->
     layers[0][1] = 3
     rewritten(path, {"layers": json.dumps(layers)})
     refused("must match its digest")
-    rewritten(path, {"version": "2"})
-    refused("must be of version 1, but .* is of version 2: read it with the SynQ that wrote it")
+    rewritten(path, {"version": "1"})
+    refused("must be of version 2, but .* is of version 1: read it with the SynQ that wrote it")
     rewritten(path, {"format": "something"})
     refused("some other safetensors file")
     whole = path.read_bytes()
