@@ -16,7 +16,7 @@ FILE_COLUMNS = (
     "file",
     "format",
     "KiB",
-    "of float weights",
+    "ratio to float",
     "images",
     "agreement %",
     "top-1 %",
@@ -33,6 +33,9 @@ NOISE = """\
 Made with Gaussian noise in the place of synthetic images, to compare with: nothing that a camera took was used, and nothing of the classifier's."""
 SLOW = """\
 Low widths buy size here, not speed: of {total} products ONNX Runtime runs {integers} in integers. Engines with kernels for these widths may differ."""
+
+PLAIN_NAMES = {"QuantConv2d": "convolutions", "QuantLinear": "linear layers"}
+"""What people call the layers of a student."""
 
 
 def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, Any]:
@@ -151,7 +154,7 @@ def file_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "file": file["name"],
                     "format": f"{file['format']} {file['container']}".strip(),
                     "KiB": _kib(file["bytes"]) if first else None,
-                    "of float weights": round(file["bytes"] / figures["float_bytes"], 3) if first else None,
+                    "ratio to float": round(file["bytes"] / figures["float_bytes"], 3) if first else None,
                     "images": f"{found['images']} {found['source']}",
                     "agreement %": round(found["agreement_all"], 2),
                     "top-1 %": None if found["file_top1"] is None else round(found["file_top1"], 2),
@@ -165,7 +168,7 @@ def file_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "float_onnx_bytes" in figures:
         size, time = figures["float_onnx_bytes"], figures.get("float_latency_ms")
         rows.append({"file": "(float teacher)", "format": "onnx float", "KiB": _kib(size)})
-        rows[-1] |= {"of float weights": round(size / figures["float_bytes"], 3), "ms": time and round(time, 2)}
+        rows[-1] |= {"ratio to float": round(size / figures["float_bytes"], 3), "ms": time and round(time, 2)}
     return rows
 
 
@@ -251,7 +254,7 @@ def _stays_float(rows: Sequence[Mapping[str, Any]], norms: int) -> str:
     for row in rows:
         if row["kind"] not in ("BatchNorm2d", "BatchNorm1d", "batch_norm"):
             kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
-    listed = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+    listed = ", ".join(f"{number} {PLAIN_NAMES.get(kind, kind)}" for kind, number in kinds.items())
     kept = f"; {norms} batch norms, as a gain and a shift of each channel" if norms else ""
     return f"results of {listed}; biases{kept}" if listed else f"biases{kept}"
 

@@ -86,7 +86,8 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"a packed student must be a file, but there is no {path}")
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"a packed student must be a file, but {path} {kind}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
