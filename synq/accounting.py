@@ -36,6 +36,7 @@ class TensorRow:
         bits: Width; 32 stands for float.
         numel: Number of values (of one image, for an activation).
         macs: Multiply-accumulates per image, for a weight.
+        bitops: MACs x weight bits x input bits per image, for a weight; a float operand counts 32.
         note: Why it is float, where it is.
     """
 
@@ -45,6 +46,7 @@ class TensorRow:
     bits: int
     numel: int
     macs: int = 0
+    bitops: int = 0
     note: str = ""
 
 
@@ -57,24 +59,29 @@ def account(net: fx.GraphModule, layers: list[fx.Node], points: dict[fx.Node, in
         points: Width of the quantizer behind each quantized activation.
     """
     rows: list[TensorRow] = []
-    macs = _macs(net, layers)
-    seen: set[str] = set()
+    calls: dict[str, list[fx.Node]] = {}
+    for node in layers:
+        calls.setdefault(str(node.target), []).append(node)
     for node in net.graph.nodes:
         shape = node.meta.get("shape")
         module = node_module(net, node)
-        if node in macs and str(node.target) not in seen:
-            seen.add(str(node.target))
-            assert isinstance(module, (QuantConv2d, QuantLinear))
-            total = sum(m for n, m in macs.items() if n.target == node.target)
-            kind, bits = type(module).__name__.removeprefix("Quant"), module.weight_quantizer.bits
+        if isinstance(module, (QuantConv2d, QuantLinear)) and (called := calls.pop(str(node.target), None)):
+            bits, macs = module.weight_quantizer.bits, [_macs(net, call) for call in called]
+            inputs = [_width_of(net, tensor_inputs(call)[0]) for call in called]
             rows.append(
                 TensorRow(
-                    name=str(node.target), role="weight", kind=kind, bits=bits, numel=module.weight.numel(), macs=total
+                    name=str(node.target),
+                    role="weight",
+                    kind=type(module).__name__.removeprefix("Quant"),
+                    bits=bits,
+                    numel=module.weight.numel(),
+                    macs=sum(macs),
+                    bitops=sum(number * bits * width for number, width in zip(macs, inputs, strict=True)),
                 )
             )
         if shape is None or isinstance(module, ActQuantizer) or node.op in ("output", "get_attr"):
             continue
-        kind = type(module).__name__ if module is not None else operation_name(node)
+        kind = type(module).__name__.removeprefix("Quant") if module is not None else operation_name(node)
         bits = points.get(node, FLOAT_BITS)
         note = "" if node in points else "not a point of the chosen rule"
         size = math.prod(shape[1:])
@@ -82,23 +89,11 @@ def account(net: fx.GraphModule, layers: list[fx.Node], points: dict[fx.Node, in
     return tuple(rows)
 
 
-def _macs(net: fx.GraphModule, layers: list[fx.Node]) -> dict[fx.Node, int]:
-    result = {}
-    for node in layers:
-        weight = node_module(net, node).weight  # type: ignore[union-attr]
-        assert isinstance(weight, Tensor)
-        result[node] = math.prod(node.meta["shape"][1:]) * (weight.numel() // weight.shape[0])
-    return result
-
-
-def bitops(net: fx.GraphModule, layers: list[fx.Node]) -> int:
-    """Return the sum over layers of MACs x weight bits x input bits, per image; a float operand counts 32."""
-    total = 0
-    for node, macs in _macs(net, layers).items():
-        module = node_module(net, node)
-        assert isinstance(module, (QuantConv2d, QuantLinear))
-        total += macs * module.weight_quantizer.bits * _width_of(net, tensor_inputs(node)[0])
-    return total
+def _macs(net: fx.GraphModule, node: fx.Node) -> int:
+    """Return the multiply-accumulates of one call of a layer."""
+    weight = node_module(net, node).weight  # type: ignore[union-attr]
+    assert isinstance(weight, Tensor)
+    return math.prod(node.meta["shape"][1:]) * (weight.numel() // weight.shape[0])
 
 
 def _width_of(net: fx.GraphModule, node: fx.Node) -> int:

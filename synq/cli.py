@@ -15,6 +15,7 @@ HELP = f"""usage: synq COMMAND ...
 
 SynQ {__version__}: quantizes a pre-trained image classifier without any data.
 
+  synq inspect [TEACHER] [--json] [--KEY VALUE ...]   what would be done with a classifier, layer by layer (--help)
   synq train [--config FILE] [--KEY VALUE ...]        one run; `synq train --help` explains every key
   synq synthesize [--config FILE] [--KEY VALUE ...]   only make the synthetic images of that run
   synq sweep [SPEC] [...]                             many runs and a ranked table; `synq sweep --help`
@@ -33,6 +34,7 @@ def _elsewhere(module: str, words: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "inspect": partial(_elsewhere, "launch.inspection"),
     "train": partial(train, program="synq train"),
     "synthesize": partial(train, program="synq synthesize", only_images=True),
     "sweep": partial(_elsewhere, "launch.sweep"),

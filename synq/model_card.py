@@ -34,7 +34,7 @@ Made with Gaussian noise in the place of synthetic images, to compare with: noth
 SLOW = """\
 Low widths buy size here, not speed: of {total} products ONNX Runtime runs {integers} in integers. Engines with kernels for these widths may differ."""
 
-PLAIN_NAMES = {"QuantConv2d": "convolutions", "QuantLinear": "linear layers"}
+PLAIN_NAMES = {"Conv2d": "convolutions", "Linear": "linear layers"}
 """What people call the layers of a student."""
 
 
@@ -253,7 +253,8 @@ def _stays_float(rows: Sequence[Mapping[str, Any]], norms: int) -> str:
     kinds: dict[str, int] = {}
     for row in rows:
         if row["kind"] not in ("BatchNorm2d", "BatchNorm1d", "batch_norm"):
-            kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
+            kind = row["kind"].removeprefix("Quant")  # older records have it
+            kinds[kind] = kinds.get(kind, 0) + 1
     listed = ", ".join(f"{number} {PLAIN_NAMES.get(kind, kind)}" for kind, number in kinds.items())
     kept = f"; {norms} batch norms, as a gain and a shift of each channel" if norms else ""
     return f"results of {listed}; biases{kept}" if listed else f"biases{kept}"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from synq.accounting import TensorRow, account, bitops, packed_bytes
+from synq.accounting import TensorRow, account, packed_bytes
 from synq.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
 from synq.operations import classify
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
@@ -106,7 +106,7 @@ def quantize_model(
         taps=taps,
         rows=rows,
         size_bytes=packed_bytes(net),
-        bitops=bitops(net, layers),
+        bitops=sum(row.bitops for row in rows),
     )
 
 

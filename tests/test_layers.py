@@ -61,6 +61,7 @@ LAYERS = (
         "equalization",
         "bn_correction",
         "fusion",
+        "inspection",
         "integer_form",
         "integer_products",
         "synthetic_data",
