@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--agreement", type=float, default=99.9,
-        help="least percent of images with the student's class; one image may always differ, and twice as many as on which the student in "
-        "float64 differs from itself (default: 99.9)",
+        help="least percent of images with the student's class; one image may always differ, and twice as many as on which the student "
+        "differs when it adds floats (default: 99.9)",
     )  # fmt: skip
     parser.add_argument(
         "--margin", type=float, default=0.0,

@@ -23,6 +23,7 @@ from synq import fidelity
 from synq.artifacts import SetStore
 from synq.augment import flip_shift
 from synq.configs import RunConfig, config_from_dict
+from synq.integer_form import integer_form
 from synq.pipeline import HELDOUT_SEED, build_student
 from synq.results import RunRecord, write_bytes_atomic
 from synq.seeding import make_generator
@@ -201,10 +202,11 @@ class Bench:
         if missing:
             student = build_student(self.teacher, trial.config.quant)
             student.net.load_state_dict(safetensors.torch.load(weights))
-            net = self._tapped(student.net, student.cam_node)
+            net, form = self._tapped(student.net, student.cam_node), integer_form(student.net)
             for name in missing:
-                logits, features = _answers(net, self.images[name])
-                known[f"{self.digests[name]}.logits"] = logits
+                _, features = _answers(net, self.images[name])
+                # As the record's own figures: those of the integer form, whose features are codes.
+                known[f"{self.digests[name]}.logits"], _ = _answers(form, self.images[name])
                 wanted = self.wanted[name][1]
                 if features is not None and wanted is not None:
                     known[f"{self.digests[name]}.features"] = fidelity.feature_distance(wanted, features)

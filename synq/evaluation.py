@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from synq import fidelity as measures
 from synq.configs import EvaluationConfig
+from synq.integer_form import integer_form
 from synq.real_data import LabelledSet, load_labelled
 from synq.teachers import Teacher
 
@@ -256,6 +257,19 @@ class Measure:
 
     def objective(self, net: fx.GraphModule) -> float:
         """Return the objective's value: the fidelity measure (lower is better), or top-1 in percent on the chosen part."""
+        return self._objective(self._measured(net))
+
+    def _measured(self, net: fx.GraphModule) -> fx.GraphModule:
+        """Return what is measured: the teacher itself; of a student its integer form, so that a figure is that of what an engine runs.
+
+        A student in float64 was asked for by its user, and one that is no longer finite has no codes: both are measured as they are.
+        """
+        finite = all(bool(p.isfinite().all()) for p in net.parameters())
+        if net is self.teacher.graph or _dtype(net) is torch.float64 or not finite:
+            return net
+        return integer_form(net).to(self.accelerator.device)
+
+    def _objective(self, net: fx.GraphModule) -> float:
         if self.settings.objective == "selection":
             return self._accuracy(net, self.chosen).top1
         name = self.settings.fidelity_measure
@@ -292,10 +306,11 @@ class Measure:
         return fidelity(self._reference, net, functions, accelerator=self.accelerator)
 
     def __call__(self, net: fx.GraphModule) -> Measurement:
-        """Measure `net` in full; a collective call when there are several processes."""
+        """Measure the teacher, or a student in its integer form, in full; a collective call when there are several processes."""
+        net = self._measured(net)
         values = self._fidelity(net)
         chosen = values[self.settings.fidelity_measure]
-        objective = chosen if self.settings.objective == "synthetic" else self.objective(net)
+        objective = chosen if self.settings.objective == "synthetic" else self._objective(net)
         if self.labelled is None:
             return Measurement(objective=objective, fidelity={**values}, top1=None, top5=None, num_eval=None)
         if self._teacher is None:

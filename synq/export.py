@@ -154,7 +154,8 @@ def export_run(
     siblings, copies = siblings_of(record, run), _sweep_records(run, record)
     with _draft_of(target) as draft:  # first, so that a place that cannot be written to costs no work
         check = Checker(
-            student=student.net,
+            form=integer_form(student.net),
+            simulated=student.net,
             synthetic=_synthetic_images(config, teacher, record),
             measure=Measure.prepare(config.evaluation, teacher, accelerator),
             tolerance=options.tolerance,
@@ -195,19 +196,18 @@ def _write_files(
     target: Path, record: RunRecord, teacher: Teacher, student: Student, check: Checker, options: ExportOptions
 ) -> dict[str, Any]:
     """Write and check what the options ask for; returns the deployment figures."""
-    form, size = integer_form(student.net), teacher.input_size
-    apart = integer_form(student.net, bias_place="apart")
+    form, size = check.form, teacher.input_size
     files: list[ExportedFile] = []
     models: dict[str, bytes] = {}
     for container in _containers(student, options):
         name = f"model_{container}.onnx" if len(options.containers) > 1 else "model.onnx"
-        file, models[name] = export_onnx(target / name, container, apart, size, check)
+        file, models[name] = export_onnx(target / name, container, form, size, check)
         files.append(file)
     if "packed" in options.formats:
         about = {"config": record.config, "input_size": list(size), "num_classes": teacher.num_classes}
         files.append(export_packed(target / "model.safetensors", form, student.net, about, check))
     if "torch" in options.formats:
-        files.append(export_program(target / "model.pt2", form, size, check))
+        files.append(export_program(target / "model.pt2", integer_form(student.net, divides=False), size, check))
     figures = _sizes(student, teacher, files)
     if models:
         floating = write_onnx(integer_form(teacher.graph), size)

@@ -1,6 +1,5 @@
 """The three kinds of files of an export, each written only after it has answered as the student does."""
 
-import copy
 import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,6 @@ from torch import Tensor, fx, nn
 from synq.evaluation import Measure
 from synq.onnx_file import Container, write_onnx
 from synq.packed_file import load_packed, save_packed
-from synq.quant_layers import QuantConv2d, QuantLinear, effective_weight
 from synq.results import write_bytes_atomic
 from synq.verification import Comparison, Engine, Tolerance, compare, count_kernels, engine_of, open_session
 
@@ -56,18 +54,20 @@ class ExportedFile:
 
 @dataclass
 class Checker:
-    """Compares files with one student, which is run once on each set of images.
+    """Compares files with the integer form of one student, which is run once on each set of images.
 
     Attributes:
-        student: The student's network, on the CPU.
+        form: The integer form of the student.
+        simulated: The student of the fine-tuning, on the CPU, which rounds floats.
         synthetic: (N, C, H, W) all synthetic images of the run.
         measure: Opens the labelled images, where there are some.
         tolerance: What a file may differ by.
-        wanted: The student's logits on each set of images, in batches.
-        own: The student in float64 beside itself: no file can be held to more.
+        wanted: The logits of the integer form on each set of images, in batches.
+        own: The student of the fine-tuning beside its integer form.
     """
 
-    student: nn.Module
+    form: fx.GraphModule
+    simulated: nn.Module
     synthetic: Tensor
     measure: Measure
     tolerance: Tolerance
@@ -85,8 +85,8 @@ class Checker:
         for source, number, read in self._sources():
             parts = [(start, min(start + BATCH, number)) for start in range(0, number, BATCH)]
             if source not in self.wanted:
-                self.wanted[source] = [self.student(read(*part)[0]).float() for part in parts]
-                self.own[source] = self._compared(in_float64(self.student), source, parts, read)
+                self.wanted[source] = [self.form(read(*part)[0]) for part in parts]
+                self.own[source] = self._compared(self.simulated, source, parts, read)
             found.append(self._compared(engine, source, parts, read))
             complaint = self.tolerance.complaint(found[-1], self.own[source])
             if complaint:
@@ -103,35 +103,6 @@ class Checker:
         labelled, rows = self.measure.labelled, self.measure.reported
         if labelled is not None:
             yield "labelled", len(rows), lambda start, stop: labelled.batch(rows[start:stop])
-
-
-def in_float64(student: nn.Module) -> Engine:
-    """Return what runs a copy of a network in float64, its own conversions to float32 included.
-
-    The weights keep their codes, as in a file: one that lies on the edge of its cell would round to another code.
-    """
-    exact = copy.deepcopy(student)
-    for layer in exact.modules():
-        if isinstance(layer, QuantConv2d | QuantLinear):
-            layer.weight = nn.Parameter(effective_weight(layer), requires_grad=False)
-            layer.weight_quantizer.enabled = False
-    exact = exact.double()
-    if isinstance(exact, fx.GraphModule):
-        for node in exact.graph.nodes:
-            if node.op == "call_method" and node.target == "float":
-                node.target = "double"
-            node.args, node.kwargs = (fx.node.map_aggregate(part, _doubled) for part in (node.args, node.kwargs))
-        exact.recompile()
-
-    def run(images: Tensor) -> Tensor:
-        logits: Tensor = exact(images.double())
-        return logits.float()
-
-    return run
-
-
-def _doubled(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
 
 
 def export_onnx(

@@ -44,6 +44,14 @@ def norms_as_layers(traced: fx.GraphModule) -> None:
         node.op, node.target, node.args, node.kwargs = "call_module", name, (call["input"],), {}
 
 
+def bare_holder(module: nn.Module) -> nn.Module:
+    """Return a module with the submodules of ``module`` and none of its tensors."""
+    holder = nn.Module()
+    for name, child in module.named_children():
+        holder.add_module(name, child)
+    return holder
+
+
 def _owner(fields: dict[str, object]) -> str | None:
     """Return the name of the one module whose tensors these are, each under its own name."""
     owners = set()

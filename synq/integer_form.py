@@ -1,56 +1,38 @@
-"""The student as an engine runs it: integer weights with their scales, activations that pass through integers.
+"""The student as an engine runs it: convolutions of integers, and two numbers per channel behind each.
 
-The student of the fine-tuning keeps float weights and rounds them in every forward pass. Its integer form is another network with the
-same logits, to float rounding: its layers hold the codes, and its quantizers are two operations that every exchange format has,
+The student of the fine-tuning keeps float weights, rounds them in every forward pass, and convolves numbers of its grids. Summed in another
+order, such a convolution differs in its last digit; now and then that moves an activation across the edge of its step, the layers
+behind carry it on, and one image in a thousand gets another class. The integer form is the same network without that: with the codes x of
+an activation, its scale s_x and zero point z_x, and the codes q of a weight, their scales s_c and zero points z_c per output channel,
 
-    quantize     code = clamp(round(x / s) + z, quant_min, quant_max)
-    dequantize   x^ = s (code - z)
+    quantize     x = clamp(round(a / s_x) + z_x, 0, quant_max)
+    layer        y_c = g_c sum (x - z_x) (q_c - z_c) + b_c
 
-written as ``quantized_decomposed`` operations of PyTorch, so that ``torch.export`` and ``torch.onnx`` know them.
+The sum is one of integers. Floats hold it exactly below 2^24, in any order and on any engine, so that all of them give the same codes. Gain and
+shift hold what follows the sum and is linear: g_c = s_x s_c f_c with a batch norm of factor f_c behind the layer, b_c what bias and norm add;
+they are computed in float64, rounded once, and applied as a multiplication and an addition.
 
-A batch norm is a gain and a shift of each channel behind its layer. Folded into the layer's scale it would cost nothing, but a scale that is rounded
-anew moves a whole channel by the same last digit, and where few codes are many products lie on an edge between two: of 512 images the logits
-of a W3A3 ResNet-20 moved by more than 0.001 on 18, on none with the gain apart. So the integer form is the student to the last bit.
+What stays outside: a layer whose input is no activation straight from its quantizer (an image left float, say) reads floats, and s_x is not
+in its gain; a batch norm that something else reads too, or that stands behind no layer of its own, keeps a gain and a shift of its own.
 """
 
 import copy
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from synq.fake_quant import SCALE_EPS
+from synq.functional_norms import bare_holder
+from synq.integer_layers import (
+    ActivationValues,
+    ChannelAffine,
+    Codes,
+    IntegerActivation,
+    IntegerConv2d,
+    IntegerLinear,
+)
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.tracing import node_module
-
-BiasPlace = Literal["layer", "apart"]
-"""Who adds a bias: the layer, or an operation behind it. Engines round the bias of a layer to the grid of its products."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Codes:
-    """An integer weight: ``scale[c] (codes[c] - zero_point[c])``.
-
-    Attributes:
-        codes: (C_out, ...) int8, in [-2^(bits-1), 2^(bits-1) - 1].
-        scale: (C_out,) float32, > 0.
-        zero_point: (C_out,) int32, in the range of the codes.
-        bits: Width, 2..8.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    bits: int
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """Smallest and largest code."""
-        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
 
 @torch.no_grad()
@@ -66,190 +48,106 @@ def codes_of(layer: QuantConv2d | QuantLinear) -> Codes:
     )
 
 
-class IntegerWeight(nn.Module):
-    """Holds an integer weight and gives its values."""
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, codes: Codes) -> None:
-        super().__init__()
-        self.bits, (self.quant_min, self.quant_max) = codes.bits, codes.bounds
-        for name in ("codes", "scale", "zero_point"):
-            self.register_buffer(name, getattr(codes, name).contiguous())
-
-    def forward(self) -> Tensor:
-        """Return the weight (C_out, ...) in float32."""
-        weight: Tensor = torch.ops.quantized_decomposed.dequantize_per_channel(
-            self.codes, self.scale, self.zero_point, 0, self.quant_min, self.quant_max, torch.int8
-        )
-        return weight
-
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}"
-
-
-class IntegerActivation(nn.Module):
-    """Takes an activation through unsigned codes and back.
-
-    Args:
-        quantizer: An activation quantizer with its range.
-    """
-
-    def __init__(self, quantizer: ActQuantizer) -> None:
-        super().__init__()
-        self.bits, self.quant_max = quantizer.bits, quantizer.quant_max
-        self.scale = max(float(quantizer.scale), SCALE_EPS) if quantizer.has_range else 1.0
-        self.zero_point = int(quantizer.zero_point)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` on its grid, same shape, float32."""
-        grid = (self.scale, self.zero_point, 0, self.quant_max, torch.uint8)
-        codes = torch.ops.quantized_decomposed.quantize_per_tensor(x, *grid)
-        values: Tensor = torch.ops.quantized_decomposed.dequantize_per_tensor(codes, *grid)
-        return values
-
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}, scale={self.scale:.6g}, zero_point={self.zero_point}"
-
-
-class IntegerLayer(nn.Module):
-    """A layer with an integer weight; subclasses say what it does with it."""
-
-    bias: Tensor | None
-
-    def __init__(self, codes: Codes, bias: Tensor | None, bias_place: BiasPlace) -> None:
-        super().__init__()
-        self.bias_place = bias_place
-        self.fill(codes, bias)
-
-    def fill(self, codes: Codes, bias: Tensor | None) -> None:
-        """Set the weight and the bias (C_out,), both held as they are."""
-        self.integer_weight = IntegerWeight(codes)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output in float32; the arithmetic is that of integers times two scales."""
-        if self.bias is None or self.bias_place == "layer":
-            return self.apply_weight(x, self.integer_weight(), self.bias)
-        return self.apply_weight(x, self.integer_weight(), None) + self.bias.reshape(self.bias_shape())
-
-    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Do what the layer does, with this weight and bias."""
-        raise NotImplementedError
-
-    def bias_shape(self) -> tuple[int, ...]:
-        """Return the shape in which the bias broadcasts over the output."""
-        raise NotImplementedError
-
-
-class IntegerConv2d(IntegerLayer):
-    """Convolution (N, C_in, H, W) -> (N, C_out, H', W') with an integer weight."""
-
-    def __init__(self, layer: nn.Conv2d, codes: Codes, bias: Tensor | None, bias_place: BiasPlace) -> None:
-        super().__init__(codes, bias, bias_place)
-        self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
-        self.padding, self.padding_mode = layer.padding, layer.padding_mode
-        self.outer_padding = list(layer._reversed_padding_repeated_twice)
-
-    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Convolve ``x`` with ``weight``."""
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self.outer_padding, mode=self.padding_mode), 0
-        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
-
-    def extra_repr(self) -> str:
-        return f"{self.stride}, {self.padding}, {self.dilation}, {self.groups}, {self.padding_mode}"
-
-    def bias_shape(self) -> tuple[int, ...]:
-        """Return (C_out, 1, 1)."""
-        return (-1, 1, 1)
-
-
-class IntegerLinear(IntegerLayer):
-    """Linear layer (..., C_in) -> (..., C_out) with an integer weight."""
-
-    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply ``x`` by ``weight``."""
-        return F.linear(x, weight, bias)
-
-    def bias_shape(self) -> tuple[int, ...]:
-        """Return (C_out,)."""
-        return (-1,)
-
-
-class ChannelAffine(nn.Module):
-    """A batch norm in evaluation mode as what it computes, ``gain[c] x + shift[c]``, with two numbers a channel instead of four.
-
-    Args:
-        norm: A batch norm with running statistics; what it has below it stays below.
-
-    Attributes:
-        gain: (C,) float32.
-        shift: (C,) float32.
-    """
-
-    gain: Tensor
-    shift: Tensor
-    zeros: Tensor
-    ones: Tensor
-
-    def __init__(self, norm: _BatchNorm) -> None:
-        super().__init__()
-        assert norm.running_mean is not None and norm.running_var is not None
-        zeros, ones = torch.zeros_like(norm.running_var), torch.ones_like(norm.running_var)
-        # By the norm's own kernel: its answers to one and to zero are the two numbers to the last bit, however it multiplies and adds.
-        gain = F.batch_norm(ones[None, :, None], zeros, norm.running_var, norm.weight, zeros, eps=norm.eps)
-        shift = F.batch_norm(
-            zeros[None, :, None], norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
-        )
-        self.register_buffer("gain", gain.flatten())
-        self.register_buffer("shift", shift.flatten())
-        self.register_buffer("zeros", zeros, persistent=False)
-        self.register_buffer("ones", ones, persistent=False)
-        for name, child in norm.named_children():
-            self.add_module(name, child)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``gain x + shift`` for ``x`` (N, C, ...), by the kernel of the batch norm, in one pass."""
-        return F.batch_norm(x, self.zeros, self.ones, self.gain, self.shift, training=False, eps=0.0)
-
-
 @torch.no_grad()
-def integer_form(net: fx.GraphModule, *, bias_place: BiasPlace = "layer", empty: bool = False) -> fx.GraphModule:
+def integer_form(net: fx.GraphModule, *, divides: bool = True, empty: bool = False) -> fx.GraphModule:
     """Return the integer form of a student's network; the student is not touched.
 
     Args:
         net: The network of a ``Student``, its ranges observed.
-        bias_place: Who adds the biases; by the layers, as in the student, its logits are the student's on this machine to the last bit.
+        divides: See `IntegerActivation`.
         empty: Whether ranges may be missing: what comes back is to be filled.
 
     Returns:
-        (N, C, H, W) -> logits (N, K), float32, on the CPU, in evaluation mode, without gradients. Every node keeps its name.
+        (N, C, H, W) -> logits (N, K), float32, on the CPU, in evaluation mode, without gradients. Every node keeps its name; batch norms that
+        stand in a layer's gain are gone.
 
     Raises:
         RuntimeError: If an activation has no range yet.
     """
     form = copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
+    calls = [str(node.target) for node in form.graph.nodes if node.op == "call_module"]
     for node in list(form.graph.nodes):
-        module = node_module(form, node)
+        module, name = node_module(form, node), str(node.target)
         if isinstance(module, ActQuantizer):
             if not module.has_range and not empty:
                 raise RuntimeError("activation ranges must be observed before the student becomes integers")
-            form.set_submodule(str(node.target), IntegerActivation(module))
-        elif isinstance(module, _BatchNorm) and module.running_var is not None:
-            form.set_submodule(str(node.target), ChannelAffine(module))
+            activation = IntegerActivation(module, divides)
+            form.set_submodule(name, activation)
+            _give_values(form, node, activation, calls)
         elif isinstance(module, QuantConv2d | QuantLinear):
-            codes, bias = codes_of(module), None if module.bias is None else module.bias.detach().float().clone()
-            layer: nn.Module
-            if isinstance(module, QuantConv2d):
-                layer = IntegerConv2d(module, codes, bias, bias_place)
-            else:
-                layer = IntegerLinear(codes, bias, bias_place)
-            form.set_submodule(str(node.target), layer)
+            norm = _norm_behind(form, node, calls)
+            batch_norm = None if norm is None else node_module(form, norm)
+            codes = codes_of(module)
+            source = node_module(form, node.all_input_nodes[0])
+            scale = source.scale if isinstance(source, IntegerActivation) else 1.0
+            affine = _affine(codes, scale, module.bias, batch_norm)
+            layer = (
+                IntegerConv2d(module, codes, *affine)
+                if isinstance(module, QuantConv2d)
+                else IntegerLinear(codes, *affine)
+            )
+            form.set_submodule(name, layer)
+            if norm is not None and batch_norm is not None:
+                form.set_submodule(str(norm.target), bare_holder(batch_norm))
+                norm.replace_all_uses_with(node)
+                form.graph.erase_node(norm)
+        elif isinstance(module, _BatchNorm) and module.running_var is not None:
+            factor, offset = _factor_and_offset(module)
+            form.set_submodule(name, ChannelAffine(factor.float(), offset.float(), module))
     form.delete_all_unused_submodules()
     form.graph.lint()
     form.recompile()
     return form.eval()
+
+
+def _give_values(form: fx.GraphModule, node: fx.Node, activation: IntegerActivation, calls: list[str]) -> None:
+    """Let what reads codes and is no layer called once read values: a layer that is called twice has one gain for two scales."""
+    others = [
+        user
+        for user in node.users
+        if not isinstance(node_module(form, user), QuantConv2d | QuantLinear) or calls.count(str(user.target)) > 1
+    ]
+    if not others:
+        return
+    target = f"activation_values.{node.name}"
+    form.add_submodule(target, ActivationValues(activation))
+    with form.graph.inserting_after(node):
+        values = form.graph.call_module(target, (node,))
+    values.meta = dict(node.meta)
+    for user in others:
+        user.replace_input_with(node, values)
+
+
+def _norm_behind(net: fx.GraphModule, node: fx.Node, calls: list[str]) -> fx.Node | None:
+    """Return the batch norm that may be folded into the layer ``node``: both called once, nothing else reading between them."""
+    if len(node.users) != 1 or calls.count(str(node.target)) > 1:
+        return None
+    (user,) = node.users
+    module = node_module(net, user)
+    if not isinstance(module, _BatchNorm) or module.running_var is None or calls.count(str(user.target)) > 1:
+        return None
+    # A linear layer's channels are its last axis, a batch norm's the second.
+    on_channels = isinstance(node_module(net, node), nn.Conv2d) or len(node.meta["shape"]) == 2
+    return user if on_channels else None
+
+
+def _affine(
+    codes: Codes, input_scale: float, bias: Tensor | None, norm: nn.Module | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return gain and shift (C_out,) behind a layer's sum of integers; None adds nothing. In float64, rounded once."""
+    gain = codes.scale.double() * input_scale
+    shift = None if bias is None else bias.detach().double()
+    if isinstance(norm, _BatchNorm):
+        factor, offset = _factor_and_offset(norm)
+        gain, shift = gain * factor, offset if shift is None else shift * factor + offset
+    return gain.float(), None if shift is None else shift.float()
+
+
+def _factor_and_offset(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return f and b (C,) float64 of a batch norm in evaluation mode, f x + b."""
+    assert norm.running_var is not None and norm.running_mean is not None
+    factor = 1.0 / (norm.running_var.double() + norm.eps).sqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.detach().double()
+    offset = -norm.running_mean.double() * factor
+    return factor, offset if norm.bias is None else offset + norm.bias.detach().double()

@@ -2,14 +2,14 @@
 
 ONNX Runtime turns a convolution between Q/DQ pairs into an integer one only where its result is quantized at once, and then rounds its
 bias to the grid of the products; its ConvInteger is no faster than float. A product of matrices is its best integer kernel, and needs
-neither. With codes x of the activation, its zero point z_x, codes q of the weight, zero points z_c, scales s_x and s_c, and the k x k patches
-of the image side by side:
+neither. With codes x of the activation, its zero point z_x, codes q of the weight, zero points z_c, and the k x k patches of the image side
+by side:
 
     codes (N, C, H, W) -> (N, H, W, C) -> pad with z_x -> k^2 slices, stacked: (N, H', W', k^2 C)
-    y_c = s_x s_c sum (x - z_x) (q_c - z_c)        MatMulInteger with (k^2 C, C_out), Cast, Mul
+    y_c = sum (x - z_x) (q_c - z_c)                MatMulInteger with (k^2 C, C_out), Cast
     -> (N, C_out, H', W')
 
-This is exact; biases stay float. The patches are bytes, k^2 times the activation. ONNX Runtime moves the transpositions to where they meet
+This is what the convolution of whole numbers gives (`onnx_file.py`). The patches are bytes, k^2 times the activation. ONNX Runtime moves the transpositions to where they meet
 and cancel.
 """
 
@@ -50,9 +50,9 @@ def use_integer_products(model: onnx.ModelProto) -> None:
             nodes.append(node)
             continue
         made = _Nodes(node.output[0])
-        codes, w_scales, zero_points = (numpy_helper.to_array(constants[name]) for name in weight.input)
-        scales = numpy_helper.to_array(constants[activation.input[1]]) * w_scales
-        _write_product(made, node, activation, [codes, scales, zero_points], size)
+        codes, scales, zero_points = (numpy_helper.to_array(constants[name]) for name in weight.input)
+        assert (scales == 1).all() and numpy_helper.to_array(constants[activation.input[1]]) == 1, "whole numbers"
+        _write_product(made, node, activation, codes, zero_points, size)
         nodes += made.nodes
         graph.initializer.extend(made.constants)
     wanted, kept = {output.name for output in graph.output}, []
@@ -67,7 +67,7 @@ def use_integer_products(model: onnx.ModelProto) -> None:
 def _is_rewritten(node: NodeProto, codes: TensorProto, size: tuple[int, ...]) -> bool:
     attributes = _attributes(node)
     return (
-        len(node.input) == 2  # no bias: the integer form of an export adds it behind
+        len(node.input) == 2  # no bias: the integer form adds it behind
         and len(size) == 2
         and all(size)
         and codes.dims[1] >= MIN_CHANNELS
@@ -105,7 +105,12 @@ class _Nodes:
 
 
 def _write_product(
-    made: _Nodes, node: NodeProto, activation: NodeProto, weight: list[NDArray[Any]], size: tuple[int, ...]
+    made: _Nodes,
+    node: NodeProto,
+    activation: NodeProto,
+    codes: NDArray[Any],
+    zero_points: NDArray[Any],
+    size: tuple[int, ...],
 ) -> None:
     """Write the convolution ``node`` as a product of matrices.
 
@@ -113,10 +118,10 @@ def _write_product(
         made: Where the nodes go.
         node: The convolution.
         activation: What dequantizes its input.
-        weight: Codes (C_out, C_in, k, k), scales (C_out,) of the products, and zero points (C_out,).
+        codes: (C_out, C_in, k, k), those of the weight.
+        zero_points: (C_out,).
         size: (H', W') of its output.
     """
-    codes, scales, zero_points = weight
     attributes = _attributes(node)
     top, left, bottom, right = attributes.get("pads", [0] * 4)
     strides, dilations = attributes.get("strides", [1, 1]), attributes.get("dilations", [1, 1])
@@ -138,5 +143,4 @@ def _write_product(
     columns = made.constant(zero_points[0] if same else zero_points)
     sums = made.then("MatMulInteger", x, made.constant(np.ascontiguousarray(matrix)), x_zero_point, columns)
     values = made.then("Cast", sums, to=TensorProto.FLOAT)
-    values = made.then("Mul", values, made.constant(scales))
     made.then("Transpose", values, name=node.output[0], perm=[0, 3, 1, 2])

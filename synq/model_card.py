@@ -128,7 +128,8 @@ def card_markdown(values: Mapping[str, Any]) -> str:
     lines += [f"- **{name}**: {text}" for name, text in facts.items()]
     lines += ["", "## Files", "", to_markdown(file_rows(figures), FILE_COLUMNS)]
     lines += [
-        "Agreement: images on which file and student choose the same class; the row of the student: on which it chooses the same in float64.",
+        "Agreement: images on which file and student choose the same class. The simulation is the student as it was fine-tuned: it rounds floats, "
+        "and sums them in float.",
         "See card.json for logits and digests.",
         "",
     ]
@@ -163,7 +164,7 @@ def file_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     for found in figures.get("own_rounding", ()):
-        rows.append({"file": "(student)", "format": "float64", "images": f"{found['images']} {found['source']}"})
+        rows.append({"file": "(simulation)", "format": "float", "images": f"{found['images']} {found['source']}"})
         rows[-1] |= {"agreement %": round(found["agreement_all"], 2)}
     if "float_onnx_bytes" in figures:
         size, time = figures["float_onnx_bytes"], figures.get("float_latency_ms")
@@ -244,7 +245,7 @@ def _checked(figures: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
         f"at least {tolerance['agreement']} % of the images in the student's class{beyond}, logits within {tolerance['mean_difference']} of "
-        f"their standard deviation on average, or what differs no more than twice as much as the student from itself in float64; on {markdown_cell(machine['cpu'])}, "
+        f"their standard deviation on average, or what differs no more than twice as much as the simulation; on {markdown_cell(machine['cpu'])}, "
         f"{machine['threads'] or 'all'} threads, {versions}"
     )
 

@@ -4,7 +4,7 @@ The graph comes from ``torch.onnx``; ours is what it cannot know: which integer 
 
     container   weights of at most 4 bits    what ONNX Runtime does with them on a CPU
     int4        INT4                         float kernels; the smallest file
-    int8        INT8                         integer kernels where a layer's result is quantized at once, no batch norm or bias between
+    int8        INT8                         float kernels
     matmul      INT8                         integer kernels: convolutions are written as products of integer matrices (`integer_products.py`)
 
 Weights of 5 to 7 bits are INT8 in all, those of 8 bits UINT8, their codes raised by 128: on x86 processors without VNNI ONNX Runtime adds
@@ -12,10 +12,10 @@ two products of UINT8 and INT8 in 16 bits, which full-range codes overflow. Acti
 UINT4 activation ONNX Runtime 1.32 moves a pooling into the integers and then has no kernel for it. A code narrower than its container is
 kept in its range by a ``Min`` before QuantizeLinear, which saturates at the container's end alone; the lower end, code 0, is the container's.
 
-Biases: ONNX Runtime rounds the bias of a convolution between Q/DQ pairs to int32 at scale s_x s_w. Below 8 bits that step is as coarse as
-the products, and answers change; at 8 bits it is fine enough for most channels, but where s_w is tiny the integer overflows. A bias added
-behind the layer (``bias_place`` of ``integer_form``) is exact at every width, and keeps ONNX Runtime, as a batch norm does, from its
-integer kernels for convolutions; ``matmul`` has both.
+Both DequantizeLinear in front of a layer have scale 1: the layer adds whole numbers, exactly in float as in integers, and a Mul and an Add
+behind it do the rest, as `integer_form.py` says. So every engine, every container and PyTorch get the same codes. With the scales in
+DequantizeLinear and bias and batch norm in the layer, sums differ in their last digit between engines, and ONNX Runtime rounds the bias to
+int32 at scale s_x s_w where it quantizes the result: below 8 bits that step is as coarse as the products, and answers change.
 """
 
 import logging
@@ -103,7 +103,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def constants(scale: float, zero_point: int) -> tuple[Any, Any]:
         return op.Constant(value_float=scale), op.Constant(value=onnxscript.ir.tensor(np.array(zero_point, np.uint8)))
 
-    def quantize(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
+    def quantize(x: Any, scale: float, zero_point: int, quant_max: int) -> Any:
         if quant_max < CONTAINER_MAX:
             x = op.Min(x, op.Constant(value_float=float(np.float32(scale) * np.float32(quant_max - zero_point))))
         return op.QuantizeLinear(x, *constants(scale, zero_point))
@@ -128,7 +128,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return values
 
     return {
-        ops.quantize_per_tensor.default: quantize,
+        torch.ops.synq.quantize_per_tensor.default: quantize,
         ops.dequantize_per_tensor.default: dequantize,
         ops.dequantize_per_channel.default: weight,
     }

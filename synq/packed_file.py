@@ -1,13 +1,12 @@
 """The integer form of a student in one safetensors file, every code at its real width.
 
     <layer>.codes   uint8, the codes minus their smallest possible value, packed side by side (`packing.py`)
-    scale           float32, the scales of all layers' channels, one behind the other in the order of `layers`
-    zero_point      int8, the zero points, likewise
-    bias            float32, the biases of the layers that have one, likewise
-    gain, shift     float32, those of the batch norms' channels, one behind the other in the order of `norms`
+    zero_point      int8, the zero points of all layers' channels, one behind the other in the order of `layers`
+    gain            float32, what follows the sum of a layer's channel (`integer_form.py`), likewise; those of batch norms behind them
+    shift           float32, likewise, of the layers that have one, and of batch norms
     <name>          float32, whatever else the network holds, as PReLU slopes
 
-and in the header's metadata: `format` and `version`, `layers`, `activations` and `norms` (JSON: names, widths, shapes, scales), `bias_place`, `structure` (SHA-256 of
+and in the header's metadata: `format` and `version`, `layers`, `activations` and `norms` (JSON: names, widths, shapes, scales), `structure` (SHA-256 of
 the graph), `about` (JSON: free), `digest` (SHA-256 over tensors and metadata). What computes with these numbers is not in the file: `load_packed` wants the network.
 """
 
@@ -24,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, fx
 
-from synq.integer_form import ChannelAffine, Codes, IntegerActivation, IntegerLayer, integer_form
+from synq.integer_form import integer_form
+from synq.integer_layers import ChannelAffine, Codes, IntegerActivation, IntegerLayer
 from synq.packing import pack, unpack
 from synq.results import write_bytes_atomic
 
@@ -48,27 +48,24 @@ def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any]
         weight = layer.integer_weight
         raised = weight.codes.to(torch.int16) - weight.quant_min
         tensors[f"{name}.codes"] = torch.from_numpy(pack(raised.numpy(), weight.bits))
-    weights = [layer.integer_weight for layer in layers.values()]
-    tensors["scale"] = torch.cat([weight.scale for weight in weights])
-    tensors["zero_point"] = torch.cat([weight.zero_point for weight in weights]).to(torch.int8)
-    tensors["bias"] = torch.cat([torch.zeros(0), *(layer.bias for layer in layers.values() if layer.bias is not None)])
     norms = channel_affines(form)
-    for part in ("gain", "shift"):
-        tensors[part] = torch.cat([torch.zeros(0), *(getattr(norm, part) for norm in norms.values())])
+    affine: list[IntegerLayer | ChannelAffine] = [*layers.values(), *norms.values()]
+    tensors["zero_point"] = torch.cat([layer.integer_weight.zero_point for layer in layers.values()]).to(torch.int8)
+    tensors["gain"] = torch.cat([part.gain for part in affine])
+    tensors["shift"] = torch.cat([torch.zeros(0), *(part.shift for part in affine if part.shift is not None)])
     tensors |= _others(form)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
         "layers": _to_json(
             [
-                [name, layer.integer_weight.bits, list(layer.integer_weight.codes.shape), layer.bias is not None]
+                [name, layer.integer_weight.bits, list(layer.integer_weight.codes.shape), layer.shift is not None]
                 for name, layer in layers.items()
             ]
         ),
         "activations": _to_json([[name, part.bits, part.scale, part.zero_point] for name, part in activations.items()]),
         "norms": _to_json([[name, len(norm.gain)] for name, norm in norms.items()]),
         "about": _to_json(dict(about or {})),
-        "bias_place": next(iter(layers.values())).bias_place,
         "structure": _structure(form),
     }
     metadata["digest"] = _digest(tensors, metadata)
@@ -104,7 +101,7 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.pop("digest", None) != _digest(tensors, metadata):
         raise ValueError(f"a packed student must match its digest, but {path} does not: its content was changed")
     facts = {name: json.loads(metadata[name]) for name in ("layers", "activations", "norms", "about")}
-    return tensors, {**facts, "bias_place": metadata["bias_place"], "structure": metadata["structure"]}
+    return tensors, {**facts, "structure": metadata["structure"]}
 
 
 def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
@@ -120,7 +117,7 @@ def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
         ValueError: The file is damaged, of another version, or of another network.
     """
     tensors, facts = read_packed(path)
-    form = integer_form(student, bias_place=facts["bias_place"], empty=True)
+    form = integer_form(student, empty=True)
     layers, activations = integer_parts(form)
     found = [(name, bits, tuple(shape)) for name, bits, shape, _ in facts["layers"]]
     wanted = [(n, x.integer_weight.bits, tuple(x.integer_weight.codes.shape)) for n, x in layers.items()]
@@ -128,28 +125,32 @@ def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
     if found != wanted or quantizers != [(name, part.bits) for name, part in activations.items()]:
         odd = next((pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]), (len(found), len(wanted)))
         raise ValueError(f"a packed student must fit its network, but {path} holds {odd[0]} where {odd[1]} is wanted")
-    scales = tensors["scale"].split([shape[0] for _, _, shape in found])
-    zero_points = tensors["zero_point"].split([shape[0] for _, _, shape in found])
-    if facts["structure"] != _structure(form):
+    norms = channel_affines(form)
+    if facts["norms"] != [[name, len(norm.gain)] for name, norm in norms.items()] or facts["structure"] != _structure(
+        form
+    ):
         raise ValueError(
             f"a packed student must fit its network, but that of {path} computes something else than this one"
         )
-    has_bias = [bias for *_, bias in facts["layers"]]
-    biases = iter(tensors["bias"].split([shape[0] for (_, _, shape), b in zip(found, has_bias, strict=True) if b]))
-    for (name, bits, shape), scale, zero_point, biased in zip(found, scales, zero_points, has_bias, strict=True):
+    widths = [shape[0] for _, _, shape in found]
+    zero_points = iter(tensors["zero_point"].split(widths))
+    channels = [*widths, *(len(norm.gain) for norm in norms.values())]
+    shifted = [*(has_shift for *_, has_shift in facts["layers"]), *(True for _ in norms)]
+    gains = iter(tensors["gain"].split(channels))
+    shifts = iter(tensors["shift"].split([number for number, has in zip(channels, shifted, strict=True) if has]))
+    for (name, bits, shape), has_shift in zip(found, shifted, strict=False):
         raised = unpack(tensors[f"{name}.codes"].numpy(), bits, math.prod(shape))
         codes = torch.from_numpy(raised.astype(np.int16) - 2 ** (bits - 1)).to(torch.int8).reshape(shape)
-        filled = Codes(codes=codes, scale=scale.clone(), zero_point=zero_point.to(torch.int32), bits=bits)
-        layers[name].fill(filled, next(biases).clone() if biased else None)
+        layers[name].fill(
+            Codes(codes=codes, scale=torch.ones(shape[0]), zero_point=next(zero_points).to(torch.int32), bits=bits),
+            next(gains).clone(),
+            next(shifts).clone() if has_shift else None,
+        )
+    for norm in norms.values():
+        norm.gain.copy_(next(gains))
+        norm.shift.copy_(next(shifts))
     for name, _, scale, zero_point in facts["activations"]:
         activations[name].scale, activations[name].zero_point = float(scale), int(zero_point)
-    norms = channel_affines(form)
-    if facts["norms"] != [[name, len(norm.gain)] for name, norm in norms.items()]:
-        raise ValueError(f"a packed student must fit its network, but {path} holds other batch norms")
-    for part in ("gain", "shift"):
-        values = tensors[part].split([len(norm.gain) for norm in norms.values()])
-        for norm, value in zip(norms.values(), values, strict=True):
-            norm.register_buffer(part, value.clone())
     others = _others(form)
     missing = [name for name in others if name not in tensors]
     if missing:

@@ -76,20 +76,21 @@ class Tolerance:
     def complaint(self, found: Comparison, own: Comparison | None = None) -> str:
         """Return what is wrong with a comparison, "" where it is good enough.
 
-        Rounding in another order moves an activation across the edge of its step now and then, and a deep low-bit network carries that
-        on: on a few images the student in float64 does not choose the class that it chooses in float32. No file can be held to more. It
-        may differ twice as often and as far, which is where two roundings of the same network lie apart.
+        An integer form gives the same codes on every engine where nothing but sums of integers, multiplications and additions stands
+        between two quantizers. Where an exponential does, say, engines differ in its last digit, that moves an activation across the edge of
+        its step now and then, and a deep low-bit network carries it on. How much it does so shows in the student of the fine-tuning, whose sums
+        are those of floats: a file may differ twice as often and as far.
 
         Args:
-            found: The file beside the student.
-            own: The student in float64 beside itself, on the same images.
+            found: The file beside the student's integer form.
+            own: The student of the fine-tuning beside its integer form, on the same images.
         """
         allowed = max(1, int(found.decided * (100 - self.agreement) / 100 + 1e-9))
         mean = self.mean_difference
         if own is not None:
             if found.differing > allowed and own.differing * 10 > own.decided:
                 return (
-                    f"it cannot be checked: the student in float64 chooses another class than itself on {own.differing} of {own.decided} "
+                    f"it cannot be checked: with sums in float the student chooses another class on {own.differing} of {own.decided} "
                     f"{own.source} images"
                 )
             allowed, mean = max(allowed, 2 * own.differing), max(mean, 2 * own.mean_difference)
@@ -99,7 +100,7 @@ class Tolerance:
                 f"more than {found.margin:g}"
             )
         if found.differing > allowed:
-            itself = f"; the student in float64 on {own.differing}" if own is not None and own.differing else ""
+            itself = f"; with sums in float the student on {own.differing}" if own is not None and own.differing else ""
             return (
                 f"it chooses another class than the student on {found.differing} of {found.decided} {found.source} images "
                 f"({found.agreement:.2f} % agree, {self.agreement} % are asked for{itself})"

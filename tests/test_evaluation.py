@@ -1,5 +1,6 @@
 """Counts are exact under any batch size; fidelity is what its formulas say; nothing moves while measuring."""
 
+import copy
 import math
 import typing
 
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 from synq.configs import FIDELITY_MEASURES, EvaluationConfig, TeacherConfig
 from synq.evaluation import Accuracy, Measure, Reference, evaluate, fidelity, lost_and_gained
 from synq.fidelity import OBJECTIVES, kl, logit_mse
+from synq.integer_form import integer_form
 from synq.students import observe_ranges, quantize_model
 from synq.teachers import Teacher, load_teacher
 
@@ -142,13 +144,26 @@ def test_every_objective_is_the_mean_of_its_measure(
     teacher, images, student = measured[0].teacher, measured[0].heldout, measured[1]
     measure = _measure(accelerator, teacher, images, fidelity_measure=name)
     with torch.no_grad():
-        expected = float(OBJECTIVES[name](teacher.graph(images), student(images)).mean())
+        expected = float(OBJECTIVES[name](teacher.graph(images), integer_form(student)(images)).mean())
     value = measure.objective(student)
     assert value == pytest.approx(expected, rel=1e-5) and value > 0
     result = measure(student)
     assert result.objective == result.fidelity[name] == value
     assert set(result.fidelity) == {"kl", "agreement", "logit_mse", name}
     assert measure(teacher.graph).objective == pytest.approx(0.0, abs=1e-9), "a lossless student"
+
+
+def test_a_student_in_float64_or_of_nan_is_measured_as_it_is(
+    measured: tuple[Measure, fx.GraphModule], accelerator: Accelerator
+) -> None:
+    measure, student = measured
+    exact, broken = copy.deepcopy(student), copy.deepcopy(student)
+    next(broken.parameters()).data.fill_(float("nan"))
+    assert math.isnan(measure.objective(broken))
+    seen: list[torch.dtype] = []
+    exact.double().register_forward_hook(lambda net, inputs, logits: seen.append(logits.dtype))
+    measure.objective(exact)
+    assert set(seen) == {torch.float64}
 
 
 def test_objective_is_the_same_for_every_trial_and_batch_size(

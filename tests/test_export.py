@@ -1,6 +1,5 @@
 """From a run's folder to files that answer as its student does, and a card that says what they are."""
 
-import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -19,13 +18,12 @@ pytest.importorskip("onnxruntime")
 from launch.export import main
 from synq.configs import RunConfig, with_overrides
 from synq.export import DRAFT, ExportOptions, open_run
-from synq.exported_files import Checker, ExportRefusedError, export_onnx, in_float64
+from synq.exported_files import Checker, ExportRefusedError, export_onnx
 from synq.integer_form import integer_form
 from synq.model_card import NOISE, SELECTED, STATEMENT, card_markdown, card_values, siblings_of
 from synq.packed_file import load_packed
 from synq.packed_student import load_student
 from synq.pipeline import run, run_folder
-from synq.quant_layers import QuantLinear
 from synq.results import DEPLOYED, read_record, write_record
 from synq.verification import Tolerance
 
@@ -72,8 +70,9 @@ def test_every_file_is_there_and_described(finished: Path, exported: Path) -> No
             record.num_eval,
         )
         assert synthetic["images"] == sum(record.config[a][b] for a, b in (("synthesis", "num_images"), ("evaluation", "heldout_images")))  # fmt: skip
-        assert labelled["student_top1"] == pytest.approx(record.top1), "the student is the run's"
-        assert labelled["agreement_all"] > 90
+        assert labelled["student_top1"] == record.top1 == labelled["file_top1"], "what the run promised"
+        assert labelled["agreement_all"] == 100 if name != "model.pt2" else labelled["agreement_all"] > 99
+        assert labelled["max_difference"] == 0 or name == "model.pt2", "the very logits"
     assert figures["packed_bytes"] == files["model.safetensors"]["bytes"] < 0.3 * figures["float_bytes"]
     assert figures["onnx_bytes"] == files["model_int8.onnx"]["bytes"] > files["model_int4.onnx"]["bytes"]
     assert figures["latency_ms"] == files["model_int8.onnx"]["latency_ms"] > 0 < figures["float_latency_ms"]
@@ -83,9 +82,9 @@ def test_every_file_is_there_and_described(finished: Path, exported: Path) -> No
 def test_the_packed_file_alone_gives_the_model(finished: Path, exported: Path) -> None:
     *_, student = open_run(finished)
     sample = torch.randn(4, 1, 16, 16)
-    assert torch.equal(load_student(exported / "model.safetensors")(sample), integer_form(student.net, bias_place="apart")(sample))  # fmt: skip
+    assert torch.equal(load_student(exported / "model.safetensors")(sample), integer_form(student.net)(sample))  # fmt: skip
     program = torch.export.load(exported / "model.pt2").module()
-    assert torch.allclose(program(sample), integer_form(student.net, bias_place="apart")(sample), atol=1e-4)
+    assert torch.allclose(program(sample), integer_form(student.net)(sample), atol=1e-4)
 
 
 def test_the_cards_example_runs(
@@ -137,7 +136,7 @@ def test_a_file_that_answers_otherwise_is_refused_and_not_left_behind(finished: 
     layer.codes.copy_(-layer.codes.clamp(min=-7))  # type: ignore[union-attr, operator]
     images = torch.randn(40, 1, 16, 16)
 
-    check = Checker(student.net, images, NoLabels(), Tolerance())  # type: ignore[arg-type]
+    check = Checker(integer_form(student.net), student.net, images, NoLabels(), Tolerance())  # type: ignore[arg-type]
     with pytest.raises(
         ExportRefusedError, match=r"model\.onnx was not written: it chooses another class than the student"
     ):
@@ -165,55 +164,30 @@ def test_a_run_that_was_moved_is_told_where_its_images_lie(finished: Path, tmp_p
         ExportOptions(places={"quant.act_bits": 8})
 
 
-class Unsure(nn.Module):
-    """Gives what it is given, two logits, but in float64 the second one is larger by 0.5."""
+class Shifted(nn.Module):
+    """Gives what it is given, two logits, the second one larger by 0.5."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tensor([0.0, 0.5]) if x.dtype == torch.float64 else x
+        return x + torch.tensor([0.0, 0.5])
 
 
 @pytest.mark.parametrize("unsure", [5, 50])
-def test_no_file_is_held_to_more_than_the_student_itself(unsure: int) -> None:
+def test_no_file_is_held_to_more_than_the_simulation(unsure: int) -> None:
     images = torch.tensor([[0.3, 0.0], [9.0, 0.0]]).repeat_interleave(torch.tensor([unsure, 100 - unsure]), dim=0)
-    check = Checker(Unsure(), images, NoLabels(), Tolerance())  # type: ignore[arg-type]
+    check = Checker(nn.Identity(), Shifted(), images, NoLabels(), Tolerance())  # type: ignore[arg-type]
     moved = torch.tensor([0.0, 0.4])
     if unsure > 10:
         with pytest.raises(
-            ExportRefusedError, match=r"cannot be checked: the student in float64 .* 50 of 100 synthetic"
+            ExportRefusedError, match=r"cannot be checked: with sums in float the student .* 50 of 100 synthetic"
         ):
             check("file", lambda x: x + moved)
         return
     (found,) = check("file", lambda x: x + moved)
     (own,) = check.own.values()
     assert (found.differing, own.differing, own.max_difference) == (5, 5, 0.5)
-    wrong = r"100 of 100 synthetic images \(0.00 % agree, 99.9 % are asked for; the student in float64 on 5\)"
+    wrong = r"100 of 100 synthetic images \(0.00 % agree, 99.9 % are asked for; with sums in float the student on 5\)"
     with pytest.raises(ExportRefusedError, match=wrong):
         check("file", lambda x: x + 25 * moved)
-
-
-def test_a_conversion_to_float32_in_the_graph_becomes_one_to_float64() -> None:
-    class Converting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x.float().to(torch.float32).to(dtype=torch.float32))
-
-    net, x = fx.symbolic_trace(Converting()), torch.randn(4, 3)
-    assert torch.allclose(in_float64(net)(x), net(x), atol=1e-6) and net.fc.weight.dtype == torch.float32
-
-
-def test_a_weight_on_the_edge_of_its_cell_keeps_its_code_in_float64() -> None:
-    torch.manual_seed(0)
-    layer = QuantLinear.from_float(nn.Linear(3, 200), bits=2)
-    with torch.no_grad():
-        largest = torch.rand(200) + 0.1
-        layer.weight.copy_(torch.stack([torch.zeros(200), largest, 1.5 * (largest / 3)], dim=1))
-        naive, x = copy.deepcopy(layer).double(), torch.randn(8, 3)
-        wanted = layer(x)
-        assert (naive(x.double()) - wanted).abs().max() > 0.05, "the case needs a weight that changes its code"
-        assert torch.allclose(in_float64(layer)(x), wanted, atol=1e-5)
 
 
 @pytest.fixture

@@ -63,6 +63,7 @@ LAYERS = (
         "fusion",
         "inspection",
         "integer_form",
+        "integer_layers",
         "integer_products",
         "synthetic_data",
         "real_sources",

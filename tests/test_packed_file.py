@@ -14,7 +14,8 @@ from small_nets import Residual, plain
 from test_integer_form import images, student
 from torch import nn
 
-from synq.integer_form import IntegerActivation, integer_form
+from synq.integer_form import integer_form
+from synq.integer_layers import IntegerActivation
 from synq.packed_file import load_packed, read_packed, save_packed
 from synq.students import observe_ranges, quantize_model
 from synq.tracing import trace_classifier
@@ -77,21 +78,6 @@ def test_codes_take_their_real_width(tmp_path: Path) -> None:
         "7": 3 * 960 // 8,
         "10": -(-3 * 50 // 8),
     }
-
-
-def test_it_is_bit_by_bit_where_the_place_of_the_bias_matters(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        *(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.AdaptiveAvgPool2d(1)),
-        *(nn.Flatten(), nn.Linear(64, 5)),
-    )
-    made = student(net)
-    for place in ("apart", "layer"):
-        form = integer_form(made.net, bias_place=place)  # type: ignore[arg-type]
-        save_packed(tmp_path / "x.safetensors", form)
-        assert torch.equal(load_packed(tmp_path / "x.safetensors", made.net)(images()), form(images()))
-    other = integer_form(made.net, bias_place="apart")(images())
-    assert not torch.equal(other, form(images())), "the case needs a network in which the place shows"
 
 
 @pytest.mark.parametrize("change", ["stride", "activation"])

@@ -372,7 +372,7 @@ def test_the_teacher_of_many_runs_is_counted_once(config: RunConfig, monkeypatch
     counted: list[bool] = []
 
     def counting(net: torch.nn.Module, *rest: Any, **options: Any) -> Accuracy:
-        counted.append(any("scale" in name for name, _ in net.named_buffers()))
+        counted.append(any("codes" in name for name, _ in net.named_buffers()))
         return evaluate(net, *rest, **options)
 
     monkeypatch.setattr("synq.evaluation.evaluate", counting)

@@ -71,11 +71,11 @@ def test_logits_must_be_near_and_finite() -> None:
     assert "by nan" in Tolerance().complaint(result(0, 10, math.nan))
 
 
-def test_a_file_may_differ_twice_as_much_as_its_student_from_itself() -> None:
+def test_a_file_may_differ_twice_as_much_as_the_simulation() -> None:
     own = result(3, 1000, 0.04)
     assert Tolerance().complaint(result(6, 1000, 0.08), own) == ""
     complaint = Tolerance().complaint(result(7, 1000), own)
-    assert "on 7 of 1000" in complaint and "the student in float64 on 3)" in complaint
+    assert "on 7 of 1000" in complaint and "with sums in float the student on 3)" in complaint
     assert "(at most 0.08 is asked for)" in Tolerance().complaint(result(0, 1000, 0.09), own)
     sure = result(0, 1000)
     assert Tolerance().complaint(result(1, 1000), sure) == "" and Tolerance().complaint(result(2, 1000), sure)
@@ -83,7 +83,7 @@ def test_a_file_may_differ_twice_as_much_as_its_student_from_itself() -> None:
 
 def test_what_cannot_be_checked() -> None:
     shaky = result(101, 1000)
-    assert "cannot be checked: the student in float64" in Tolerance().complaint(result(50, 1000), shaky)
+    assert "cannot be checked: with sums in float the student" in Tolerance().complaint(result(50, 1000), shaky)
     assert Tolerance().complaint(result(50, 1000), result(100, 1000)) == "", "a tenth is not too much"
     assert Tolerance().complaint(result(1, 1000), shaky) == "", "it agrees all the same"
     nothing = replace(result(0, 100), decided=0, margin=7.0)
