@@ -196,7 +196,7 @@ class Bench:
             ValueError: If the rebuilt student does not reproduce the KL of its record.
         """
         weights = (trial.folder / "student.safetensors").read_bytes()
-        kept = self.kept / f"{trial.record.name}-{hashlib.sha256(weights).hexdigest()[:16]}.safetensors"
+        kept = self.kept / f"{trial.record.name}-{hashlib.sha256(weights).hexdigest()[:16]}-integers.safetensors"
         known = _read_kept(kept)
         missing = [name for name, digest in self.digests.items() if f"{digest}.logits" not in known]
         if missing:

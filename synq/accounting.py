@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from synq.integer_form import norm_behind
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.tracing import is_passive, node_module, operation_name, tensor_inputs
 
@@ -113,23 +114,31 @@ def _width_of(net: fx.GraphModule, node: fx.Node) -> int:
 
 
 def packed_bytes(net: fx.GraphModule) -> int:
-    """Return the bytes of the packed student, its file's header apart.
+    """Return the bytes of the tensors of the packed student (`packed_file.py`).
 
-    Codes, float32 scale and one-byte zero point per channel, float32 biases, gain and shift per channel of a batch norm.
+    Codes, one-byte zero point and float32 gain per channel, float32 shift where a layer has a bias or a batch norm in its gain; gain and shift of
+    the other batch norms; what else the network holds.
     """
-    bits = 0
-    for module in net.modules():
+    calls = [str(node.target) for node in net.graph.nodes if node.op == "call_module"]
+    merged: set[nn.Module | None] = set()
+    size, counted = 0, set[nn.Module]()
+    for node in net.graph.nodes:
+        module = node_module(net, node)
+        if module is None or module in counted:
+            continue
+        counted.add(module)
         if isinstance(module, (QuantConv2d, QuantLinear)):
-            width, channels = module.weight_quantizer.bits, module.weight.shape[0]
-            bits += 8 * math.ceil(module.weight.numel() * width / 8) + channels * (32 + 8)
-            bits += 0 if module.bias is None else 32 * channels
-        elif isinstance(module, _BatchNorm):
-            bits += 2 * 32 * module.num_features
-        elif isinstance(module, ActQuantizer):
-            bits += 32 + 8
-        elif isinstance(module, nn.PReLU):
-            bits += 32 * module.weight.numel()
-    return bits // 8
+            norm = norm_behind(net, node, calls)
+            merged.add(None if norm is None else node_module(net, norm))
+            shifted = module.bias is not None or norm is not None
+            channels = module.weight.shape[0]
+            size += math.ceil(module.weight.numel() * module.weight_quantizer.bits / 8)
+            size += channels * (1 + 4 + (4 if shifted else 0))
+        elif isinstance(module, _BatchNorm) and module.running_var is not None:
+            size += 0 if module in merged else 8 * module.num_features
+        elif not isinstance(module, ActQuantizer):
+            size += float_bytes(module)
+    return size
 
 
 def float_bytes(module: nn.Module) -> int:

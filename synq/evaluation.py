@@ -264,7 +264,8 @@ class Measure:
 
         A student in float64 was asked for by its user, and one that is no longer finite has no codes: both are measured as they are.
         """
-        finite = all(bool(p.isfinite().all()) for p in net.parameters())
+        statistics = (tensor for name, tensor in net.named_buffers() if "running_" in name)
+        finite = all(bool(tensor.isfinite().all()) for tensor in (*net.parameters(), *statistics))
         if net is self.teacher.graph or _dtype(net) is torch.float64 or not finite:
             return net
         return integer_form(net).to(self.accelerator.device)

@@ -196,7 +196,7 @@ def _write_files(
     target: Path, record: RunRecord, teacher: Teacher, student: Student, check: Checker, options: ExportOptions
 ) -> dict[str, Any]:
     """Write and check what the options ask for; returns the deployment figures."""
-    form, size = check.form, teacher.input_size
+    form, size = integer_form(student.net, operations="onnx"), teacher.input_size
     files: list[ExportedFile] = []
     models: dict[str, bytes] = {}
     for container in _containers(student, options):
@@ -205,12 +205,12 @@ def _write_files(
         files.append(file)
     if "packed" in options.formats:
         about = {"config": record.config, "input_size": list(size), "num_classes": teacher.num_classes}
-        files.append(export_packed(target / "model.safetensors", form, student.net, about, check))
+        files.append(export_packed(target / "model.safetensors", check.form, student.net, about, check))
     if "torch" in options.formats:
-        files.append(export_program(target / "model.pt2", integer_form(student.net, divides=False), size, check))
+        files.append(export_program(target / "model.pt2", integer_form(student.net, operations="torch"), size, check))
     figures = _sizes(student, teacher, files)
     if models:
-        floating = write_onnx(integer_form(teacher.graph), size)
+        floating = write_onnx(integer_form(teacher.graph, operations="onnx"), size)
         figures["float_onnx_bytes"] = len(floating)
         if options.rounds:
             timed = {**models, "": floating}
@@ -220,7 +220,7 @@ def _write_files(
     figures["files"] = [asdict(file) for file in files]
     figures["tolerance"] = asdict(options.tolerance)
     figures["own_rounding"] = [asdict(own) for own in check.own.values()]
-    figures["float_norms"] = len(channel_affines(form))
+    figures["float_norms"] = len(channel_affines(check.form))
     figures["machine"] = {"cpu": _cpu(), "threads": options.threads or None, "versions": _versions()}
     return figures
 

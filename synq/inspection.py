@@ -35,7 +35,7 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str,
     """
     guides, cam = bn_targets(teacher.graph), teacher.cam
     weights = [row for row in student.rows if row.role == "weight"]
-    macs, float_size = sum(row.macs for row in weights), float_bytes(teacher.module)
+    macs, float_size = sum(row.macs for row in weights), float_bytes(teacher.graph)
     return {
         "teacher": {
             "spec": teacher.spec,
@@ -45,7 +45,7 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str,
             "mean": list(teacher.mean),
             "std": list(teacher.std),
             "classes": teacher.num_classes,
-            "parameters": sum(parameter.numel() for parameter in teacher.module.parameters()),
+            "parameters": sum(parameter.numel() for parameter in teacher.graph.parameters()),
             "bytes": float_size,
         },
         "synthesis": {
@@ -122,8 +122,9 @@ def _row(
     """Return one line; what a module holds and computes stands at its first call."""
     module, target = node_module(teacher.graph, node), str(node.target)
     first = module is not None and target not in counted
-    counted.add(target)
-    weight = weights.get(target) if first and node.op == "call_module" else None
+    if module is not None:
+        counted.add(target)
+    weight = weights.get(target) if first else None
     notes = [GUIDES] if node.op == "call_module" and target in guides else []
     notes += [HERE] if node.name == teacher.cam.node else []
     return {
@@ -140,12 +141,14 @@ def _row(
 
 
 def _mib(size: int) -> str:
-    return f"{size / 1024:.0f} KiB" if size < 1024**2 else f"{size / 1024**2:.1f} MiB"
+    return f"{size / 1024:.3g} KiB" if size < 1024**2 else f"{size / 1024**2:.1f} MiB"
 
 
 def _amount(number: float) -> str:
     """Return a count with three digits and its unit: 1820000000 is 1.82 G."""
-    power = min((len(str(int(number))) - 1) // 3, len(UNITS) - 1)
+    power = 0
+    while number / 1000**power >= 999.5 and power < len(UNITS) - 1:
+        power += 1
     return f"{number / 1000**power:.3g} {UNITS[power]}".strip()
 
 

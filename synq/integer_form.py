@@ -8,7 +8,8 @@ an activation, its scale s_x and zero point z_x, and the codes q of a weight, th
     quantize     x = clamp(round(a / s_x) + z_x, 0, quant_max)
     layer        y_c = g_c sum (x - z_x) (q_c - z_c) + b_c
 
-The sum is one of integers. Floats hold it exactly below 2^24, in any order and on any engine, so that all of them give the same codes. Gain and
+The sum is one of integers. Floats hold it exactly below 2^24, in any order and on any engine that adds products (a Winograd or Fourier convolution
+does not), so that all of them give the same codes. Larger sums, which full 8-bit ranges can reach, are rounded as any float. Gain and
 shift hold what follows the sum and is linear: g_c = s_x s_c f_c with a batch norm of factor f_c behind the layer, b_c what bias and norm add;
 they are computed in float64, rounded once, and applied as a multiplication and an addition.
 
@@ -30,6 +31,7 @@ from synq.integer_layers import (
     IntegerActivation,
     IntegerConv2d,
     IntegerLinear,
+    Operations,
 )
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.tracing import node_module
@@ -49,12 +51,12 @@ def codes_of(layer: QuantConv2d | QuantLinear) -> Codes:
 
 
 @torch.no_grad()
-def integer_form(net: fx.GraphModule, *, divides: bool = True, empty: bool = False) -> fx.GraphModule:
+def integer_form(net: fx.GraphModule, *, operations: Operations = "plain", empty: bool = False) -> fx.GraphModule:
     """Return the integer form of a student's network; the student is not touched.
 
     Args:
         net: The network of a ``Student``, its ranges observed.
-        divides: See `IntegerActivation`.
+        operations: What it is for, see `integer_layers.py`.
         empty: Whether ranges may be missing: what comes back is to be filled.
 
     Returns:
@@ -65,28 +67,29 @@ def integer_form(net: fx.GraphModule, *, divides: bool = True, empty: bool = Fal
         RuntimeError: If an activation has no range yet.
     """
     form = copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
+    tensors = {
+        str(node.target): _tensor_of(form, str(node.target)) for node in form.graph.nodes if node.op == "get_attr"
+    }
     calls = [str(node.target) for node in form.graph.nodes if node.op == "call_module"]
     for node in list(form.graph.nodes):
         module, name = node_module(form, node), str(node.target)
         if isinstance(module, ActQuantizer):
             if not module.has_range and not empty:
                 raise RuntimeError("activation ranges must be observed before the student becomes integers")
-            activation = IntegerActivation(module, divides)
+            activation = IntegerActivation(module, operations)
             form.set_submodule(name, activation)
             _give_values(form, node, activation, calls)
         elif isinstance(module, QuantConv2d | QuantLinear):
-            norm = _norm_behind(form, node, calls)
+            norm = norm_behind(form, node, calls)
             batch_norm = None if norm is None else node_module(form, norm)
             codes = codes_of(module)
             source = node_module(form, node.all_input_nodes[0])
             scale = source.scale if isinstance(source, IntegerActivation) else 1.0
             affine = _affine(codes, scale, module.bias, batch_norm)
-            layer = (
-                IntegerConv2d(module, codes, *affine)
-                if isinstance(module, QuantConv2d)
-                else IntegerLinear(codes, *affine)
-            )
-            form.set_submodule(name, layer)
+            if isinstance(module, QuantConv2d):
+                form.set_submodule(name, IntegerConv2d(module, codes, *affine, operations))
+            else:
+                form.set_submodule(name, IntegerLinear(codes, *affine, operations))
             if norm is not None and batch_norm is not None:
                 form.set_submodule(str(norm.target), bare_holder(batch_norm))
                 norm.replace_all_uses_with(node)
@@ -94,10 +97,21 @@ def integer_form(net: fx.GraphModule, *, divides: bool = True, empty: bool = Fal
         elif isinstance(module, _BatchNorm) and module.running_var is not None:
             factor, offset = _factor_and_offset(module)
             form.set_submodule(name, ChannelAffine(factor.float(), offset.float(), module))
+    for name, tensor in tensors.items():  # also where the layer that held it is another one now
+        owner, _, attribute = name.rpartition(".")
+        if not hasattr(form.get_submodule(owner), attribute):
+            form.get_submodule(owner).register_buffer(attribute, tensor)
     form.delete_all_unused_submodules()
     form.graph.lint()
     form.recompile()
     return form.eval()
+
+
+def _tensor_of(net: fx.GraphModule, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    tensor = getattr(net.get_submodule(owner), attribute)
+    assert isinstance(tensor, Tensor)
+    return tensor.detach()
 
 
 def _give_values(form: fx.GraphModule, node: fx.Node, activation: IntegerActivation, calls: list[str]) -> None:
@@ -118,7 +132,7 @@ def _give_values(form: fx.GraphModule, node: fx.Node, activation: IntegerActivat
         user.replace_input_with(node, values)
 
 
-def _norm_behind(net: fx.GraphModule, node: fx.Node, calls: list[str]) -> fx.Node | None:
+def norm_behind(net: fx.GraphModule, node: fx.Node, calls: list[str]) -> fx.Node | None:
     """Return the batch norm that may be folded into the layer ``node``: both called once, nothing else reading between them."""
     if len(node.users) != 1 or calls.count(str(node.target)) > 1:
         return None

@@ -1,7 +1,7 @@
 """The parts of an integer form (`integer_form.py`): layers that hold codes, activations that become codes."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from synq.fake_quant import SCALE_EPS
 from synq.quant_layers import ActQuantizer
+
+Operations = Literal["plain", "onnx", "torch"]
+"""What an integer form is written in: arithmetic, to run; or operations that a file's format knows, to be exported. "torch" rounds otherwise."""
 
 
 @torch.library.custom_op("synq::quantize_per_tensor", mutates_args=())
@@ -22,13 +25,17 @@ def quantize_per_tensor(x: Tensor, scale: float, zero_point: int, quant_max: int
         zero_point: Code of zero, in [0, quant_max].
         quant_max: Largest code, at most 255.
     """
-    step = x.new_tensor(scale)  # a plain number would become a factor 1 / scale on a GPU
-    return (x / step).round_().add_(zero_point).clamp_(0, quant_max).to(torch.uint8)
+    return _codes(x, scale, zero_point, quant_max).to(torch.uint8)
 
 
 @quantize_per_tensor.register_fake
 def _(x: Tensor, scale: float, zero_point: int, quant_max: int) -> Tensor:
     return torch.empty_like(x, dtype=torch.uint8)
+
+
+def _codes(x: Tensor, scale: float, zero_point: int, quant_max: int) -> Tensor:
+    step = x.new_tensor(scale)  # a plain number would become a factor 1 / scale on a GPU
+    return (x / step).round_().add_(zero_point).clamp_(0, quant_max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +65,25 @@ class IntegerWeight(nn.Module):
 
     codes: Tensor
     zero_point: Tensor
+    integers: Tensor
     ones: Tensor
 
-    def __init__(self, codes: Codes) -> None:
+    def __init__(self, codes: Codes, operations: Operations) -> None:
         super().__init__()
         self.bits, (self.quant_min, self.quant_max) = codes.bits, codes.bounds
-        self.register_buffer("codes", codes.codes.contiguous())
-        self.register_buffer("zero_point", codes.zero_point.contiguous())
-        self.register_buffer("ones", torch.ones_like(codes.scale), persistent=False)
+        self.operations = operations
+        self.register_buffer("codes", codes.codes)
+        self.register_buffer("zero_point", codes.zero_point)
+        if operations == "plain":  # made once, not in every forward pass
+            zero_point = codes.zero_point.reshape(-1, *[1] * (codes.codes.ndim - 1))
+            self.register_buffer("integers", (codes.codes - zero_point).float(), persistent=False)
+        else:
+            self.register_buffer("ones", torch.ones_like(codes.scale), persistent=False)
 
     def forward(self) -> Tensor:
         """Return ``codes - zero_point`` (C_out, ...) in float32: whole numbers."""
+        if self.operations == "plain":
+            return self.integers
         weight: Tensor = torch.ops.quantized_decomposed.dequantize_per_channel(
             self.codes, self.ones, self.zero_point, 0, self.quant_min, self.quant_max, torch.int8
         )
@@ -83,19 +98,21 @@ class IntegerActivation(nn.Module):
 
     Args:
         quantizer: An activation quantizer with its range.
-        divides: Whether it divides by the scale, as ONNX does, or is PyTorch's own operation, which other PyTorch programs know.
+        operations: "plain" and "onnx" divide by the scale, "torch" multiplies by its inverse, as PyTorch's own operation does.
     """
 
-    def __init__(self, quantizer: ActQuantizer, divides: bool = True) -> None:
+    def __init__(self, quantizer: ActQuantizer, operations: Operations) -> None:
         super().__init__()
-        self.bits, self.quant_max, self.divides = quantizer.bits, quantizer.quant_max, divides
+        self.bits, self.quant_max, self.operations = quantizer.bits, quantizer.quant_max, operations
         self.scale = max(float(quantizer.scale), SCALE_EPS) if quantizer.has_range else 1.0
         self.zero_point = int(quantizer.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``codes - zero_point`` of ``x``, same shape, float32: whole numbers."""
         limits = (0, self.quant_max, torch.uint8)
-        if self.divides:
+        if self.operations == "plain":
+            return _codes(x, self.scale, self.zero_point, self.quant_max).sub_(self.zero_point)
+        if self.operations == "onnx":
             codes = torch.ops.synq.quantize_per_tensor(x, self.scale, self.zero_point, self.quant_max)
         else:
             codes = torch.ops.quantized_decomposed.quantize_per_tensor(x, self.scale, self.zero_point, *limits)
@@ -124,13 +141,14 @@ class IntegerLayer(nn.Module):
     gain: Tensor
     shift: Tensor | None
 
-    def __init__(self, codes: Codes, gain: Tensor, shift: Tensor | None) -> None:
+    def __init__(self, codes: Codes, gain: Tensor, shift: Tensor | None, operations: Operations) -> None:
         super().__init__()
+        self.operations = operations
         self.fill(codes, gain, shift)
 
     def fill(self, codes: Codes, gain: Tensor, shift: Tensor | None) -> None:
         """Set the codes of the weight, the gain and the shift."""
-        self.integer_weight = IntegerWeight(codes)
+        self.integer_weight = IntegerWeight(codes, self.operations)
         self.register_buffer("gain", gain)
         self.register_buffer("shift", shift)
 
@@ -151,8 +169,10 @@ class IntegerLayer(nn.Module):
 class IntegerConv2d(IntegerLayer):
     """Convolution (N, C_in, H, W) -> (N, C_out, H', W') with an integer weight."""
 
-    def __init__(self, layer: nn.Conv2d, codes: Codes, gain: Tensor, shift: Tensor | None) -> None:
-        super().__init__(codes, gain, shift)
+    def __init__(
+        self, layer: nn.Conv2d, codes: Codes, gain: Tensor, shift: Tensor | None, operations: Operations
+    ) -> None:
+        super().__init__(codes, gain, shift, operations)
         self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
         self.padding, self.padding_mode = layer.padding, layer.padding_mode
         self.outer_padding = list(layer._reversed_padding_repeated_twice)

@@ -53,7 +53,7 @@ def write_onnx(form: fx.GraphModule, input_size: tuple[int, int, int], container
     """Return the ONNX model of an integer form, checked by ``onnx.checker``.
 
     Args:
-        form: A network of ``integer_form``.
+        form: A network of ``integer_form`` of the operations "onnx".
         input_size: (C, H, W) of one image.
         container: How integers are held, see above.
 

@@ -1,9 +1,9 @@
 """The integer form of a student in one safetensors file, every code at its real width.
 
     <layer>.codes   uint8, the codes minus their smallest possible value, packed side by side (`packing.py`)
-    zero_point      int8, the zero points of all layers' channels, one behind the other in the order of `layers`
-    gain            float32, what follows the sum of a layer's channel (`integer_form.py`), likewise; those of batch norms behind them
-    shift           float32, likewise, of the layers that have one, and of batch norms
+    *.zero_point    int8, the zero points of all layers' channels, one behind the other in the order of `layers`
+    *.gain          float32, what follows the sum of a layer's channel (`integer_form.py`), likewise; those of batch norms behind them
+    *.shift         float32, likewise, of the layers that have one, and of batch norms
     <name>          float32, whatever else the network holds, as PReLU slopes
 
 and in the header's metadata: `format` and `version`, `layers`, `activations` and `norms` (JSON: names, widths, shapes, scales), `structure` (SHA-256 of
@@ -50,9 +50,9 @@ def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any]
         tensors[f"{name}.codes"] = torch.from_numpy(pack(raised.numpy(), weight.bits))
     norms = channel_affines(form)
     affine: list[IntegerLayer | ChannelAffine] = [*layers.values(), *norms.values()]
-    tensors["zero_point"] = torch.cat([layer.integer_weight.zero_point for layer in layers.values()]).to(torch.int8)
-    tensors["gain"] = torch.cat([part.gain for part in affine])
-    tensors["shift"] = torch.cat([torch.zeros(0), *(part.shift for part in affine if part.shift is not None)])
+    tensors["*.zero_point"] = torch.cat([layer.integer_weight.zero_point for layer in layers.values()]).to(torch.int8)
+    tensors["*.gain"] = torch.cat([part.gain for part in affine])
+    tensors["*.shift"] = torch.cat([torch.zeros(0), *(part.shift for part in affine if part.shift is not None)])
     tensors |= _others(form)
     metadata = {
         "format": FORMAT,
@@ -133,11 +133,11 @@ def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
             f"a packed student must fit its network, but that of {path} computes something else than this one"
         )
     widths = [shape[0] for _, _, shape in found]
-    zero_points = iter(tensors["zero_point"].split(widths))
+    zero_points = iter(tensors["*.zero_point"].split(widths))
     channels = [*widths, *(len(norm.gain) for norm in norms.values())]
     shifted = [*(has_shift for *_, has_shift in facts["layers"]), *(True for _ in norms)]
-    gains = iter(tensors["gain"].split(channels))
-    shifts = iter(tensors["shift"].split([number for number, has in zip(channels, shifted, strict=True) if has]))
+    gains = iter(tensors["*.gain"].split(channels))
+    shifts = iter(tensors["*.shift"].split([number for number, has in zip(channels, shifted, strict=True) if has]))
     for (name, bits, shape), has_shift in zip(found, shifted, strict=False):
         raised = unpack(tensors[f"{name}.codes"].numpy(), bits, math.prod(shape))
         codes = torch.from_numpy(raised.astype(np.int16) - 2 ** (bits - 1)).to(torch.int8).reshape(shape)
@@ -174,11 +174,9 @@ def channel_affines(form: fx.GraphModule) -> dict[str, ChannelAffine]:
 def _others(form: fx.GraphModule) -> dict[str, Tensor]:
     """What the network holds besides its integer layers and its batch norms."""
     layers, _ = integer_parts(form)
-    own = tuple(
-        [f"{name}." for name in layers]
-        + [f"{name}.{part}" for name in channel_affines(form) for part in ("gain", "shift")]
-    )
-    return {name: tensor.contiguous() for name, tensor in form.state_dict().items() if not name.startswith(own)}
+    parts = {"integer_weight.codes", "integer_weight.zero_point", "gain", "shift"}
+    own = {f"{name}.{part}" for name in (*layers, *channel_affines(form)) for part in parts}
+    return {name: tensor.contiguous() for name, tensor in form.state_dict().items() if name not in own}
 
 
 def _structure(form: fx.GraphModule) -> str:

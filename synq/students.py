@@ -25,7 +25,7 @@ class Student:
         taps: Node of ``net`` whose output is that of a node of the teacher's graph after its fake quantization, by the latter's name;
             a name that is not there stands for itself.
         rows: Every weight and activation with its width.
-        size_bytes: Packed size: weights at their width, scale and zero point per channel, gain and shift of batch norms.
+        size_bytes: Packed size: weights at their width, zero point, gain and shift per channel.
         bitops: Sum over layers of MACs x weight bits x input bits, per image; a float operand counts 32.
     """
 

@@ -51,7 +51,7 @@ def exported(net: fx.GraphModule, sample: Tensor, bits: int, container: Containe
     with torch.no_grad():
         form = integer_form(student.net)
         wanted = torch.cat([form(part) for part in sample.split(50)])
-    content = write_onnx(form, tuple(sample.shape[1:]), container)
+    content = write_onnx(integer_form(student.net, operations="onnx"), tuple(sample.shape[1:]), container)
     return wanted, engine_of(open_session(content)), student.net
 
 

@@ -1,6 +1,7 @@
 """The integer form computes what the student computes, and holds nothing but codes and scales."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from synq.integer_form import codes_of, integer_form
 from synq.integer_layers import ChannelAffine, IntegerConv2d, IntegerLinear
+from synq.packed_file import load_packed, read_packed, save_packed
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, effective_weight
 from synq.students import Student, observe_ranges, quantize_model
 from synq.tracing import trace_classifier
@@ -54,7 +56,8 @@ def test_logits_are_the_students_but_for_rounding(
     made = student(make(), bits, act_points)
     form = integer_form(made.net)
     assert near(form(images()), made.net(images()))
-    assert near(integer_form(made.net, divides=False)(images()), made.net(images()))
+    assert torch.equal(integer_form(made.net, operations="onnx")(images()), form(images()))
+    assert near(integer_form(made.net, operations="torch")(images()), made.net(images()))
     assert not any(isinstance(m, QuantConv2d | QuantLinear | ActQuantizer | nn.BatchNorm2d) for m in form.modules())
     assert sum(isinstance(m, ChannelAffine) for m in form.modules()) == (2 if make is Dense else 0), (
         "norms before layers"
@@ -116,6 +119,41 @@ def test_parts_that_are_called_twice_stay_shared(act_points: Literal["relu", "in
     form = integer_form(made.net)
     assert sum(isinstance(m, ChannelAffine) for m in form.modules()) == 2
     assert near(form(images()), made.net(images()))
+
+
+class Peeking(nn.Module):
+    """Reads a batch norm's and a layer's own tensors beside calling them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)
+        self.gain = nn.Parameter(torch.full((1, 4, 1, 1), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.conv(x))) * self.norm.weight.view(1, -1, 1, 1) + self.conv.bias.view(1, -1, 1, 1)
+        return self.fc((x * self.gain).mean((2, 3)))
+
+
+def test_tensors_that_are_read_directly_stay(tmp_path: Path) -> None:
+    made = student(Peeking())
+    form = integer_form(made.net)
+    assert near(form(images()), made.net(images()))
+    size = save_packed(tmp_path / "x.safetensors", form)
+    again = load_packed(tmp_path / "x.safetensors", made.net)
+    assert size and torch.equal(again(images()), form(images()))
+
+
+@pytest.mark.parametrize("make", [*NETS, Peeking, Shared])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_the_account_of_the_size_is_that_of_the_files_tensors(
+    make: Callable[[], nn.Module], bits: int, tmp_path: Path
+) -> None:
+    made = student(make(), bits, "inputs")
+    save_packed(tmp_path / "x.safetensors", integer_form(made.net))
+    tensors, _ = read_packed(tmp_path / "x.safetensors")
+    read = {str(node.target) for node in made.net.graph.nodes if node.op == "get_attr"}
+    stored = sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if name not in read)
+    assert made.size_bytes == stored
 
 
 def test_a_batch_norm_without_statistics_stays() -> None:

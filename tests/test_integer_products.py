@@ -19,8 +19,8 @@ from synq.verification import count_kernels, engine_of, open_session  # noqa: E4
 def written(net: nn.Module, bits: int, act_points: str) -> tuple[bytes, bytes, nn.Module]:
     """The student's network as products and as convolutions, and its integer form."""
     made = student(net, bits, act_points)  # type: ignore[arg-type]
-    form = integer_form(made.net)
-    return write_onnx(form, SIZE, "matmul"), write_onnx(form, SIZE, "int8"), form
+    form = integer_form(made.net, operations="onnx")
+    return write_onnx(form, SIZE, "matmul"), write_onnx(form, SIZE, "int8"), integer_form(made.net)
 
 
 def kinds(model: bytes) -> list[str]:

@@ -38,7 +38,7 @@ def test_onnx_runtime_answers_as_the_student(
 ) -> None:
     made = student(make(), bits, act_points)  # type: ignore[arg-type]
     form = integer_form(made.net)
-    model = write_onnx(form, SIZE, container)
+    model = write_onnx(integer_form(made.net, operations="onnx"), SIZE, container)
     sample = images(60)
     with torch.no_grad():
         wanted = form(sample)
@@ -77,7 +77,7 @@ def test_tensors_that_are_alike_at_different_widths_keep_their_types() -> None:
     made = quantize_model(traced, weight_bits=4, act_bits=4, first_bits=8)
     observe_ranges(made.net, images(), act_range="minmax")
     for container in ("int4", "int8"):
-        session = open_session(write_onnx(integer_form(made.net), SIZE, container))
+        session = open_session(write_onnx(integer_form(made.net, operations="onnx"), SIZE, container))
         assert torch.allclose(engine_of(session)(images(4)), made.net(images(4)), atol=1e-4)
 
 
@@ -85,7 +85,7 @@ def test_a_narrow_code_stays_in_its_range() -> None:
     """Activations far beyond the range: a container is wider than three bits, and must not be used beyond them."""
     made = student(Residual(), 3, "inputs")
     form = integer_form(made.net)
-    model = write_onnx(form, SIZE, "int8")
+    model = write_onnx(integer_form(made.net, operations="onnx"), SIZE, "int8")
     sample = 50 * images(16)
     with torch.no_grad():
         wanted = form(sample)
@@ -95,7 +95,7 @@ def test_a_narrow_code_stays_in_its_range() -> None:
 
 def test_what_an_engine_does_not_need_is_not_in_the_file() -> None:
     made = student(Residual(), 4)
-    model = onnx.load_from_string(write_onnx(integer_form(made.net), SIZE, "int4"))
+    model = onnx.load_from_string(write_onnx(integer_form(made.net, operations="onnx"), SIZE, "int4"))
     assert not model.graph.value_info and not any(node.metadata_props for node in model.graph.node)
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     sizes = {tensor.name: len(tensor.raw_data) for tensor in model.graph.initializer if "codes" in tensor.name}
@@ -103,7 +103,7 @@ def test_what_an_engine_does_not_need_is_not_in_the_file() -> None:
 
 
 def test_latencies_are_measured_in_turns() -> None:
-    model = write_onnx(integer_form(student(plain(), 8).net), SIZE)
+    model = write_onnx(integer_form(student(plain(), 8).net, operations="onnx"), SIZE)
     times = latencies({"one": model, "two": model}, images(1), threads=1, rounds=5)
     assert times.keys() == {"one", "two"} and all(0 < time < 1000 for time in times.values())
 

@@ -240,8 +240,8 @@ def test_account_of_size_and_bitops_by_hand() -> None:
     }
     # The image and the pooled features are float under this rule.
     assert student.bitops == 4 * (32 * 8 * 256 * 27 + 4 * 8 * 256 * 18 + 4 * 8 * 256 * 8 + 32 * 40)
-    codes, scales, biases, norms = (8 * 27 + 8 * 18 + 64 + 40) // 2, (8 + 8 + 8 + 5) * 5, (8 + 8 + 5) * 4, 3 * 8 * 8
-    packed = codes + scales + biases + norms + 3 * 5
+    codes, channels = (8 * 27 + 8 * 18 + 64 + 40) // 2, 8 + 8 + 8 + 5
+    packed = codes + channels * (1 + 4 + 4)  # each has a bias or a batch norm behind it
     assert student.size_bytes == packed
     assert float_bytes(nn.Linear(3, 2)) == 32
 
