@@ -17,10 +17,11 @@ HELP = """\
 usage: synq inspect [TEACHER] [--json] [--config FILE] [--KEY VALUE ...]
 
 Shows what would be done with a classifier, and makes nothing: every operation of its forward pass with the width that weight (W) and output
-(A) would get, 32 for float; the batch norms that guide the synthesis; where class activation maps are taken, and how; parameters,
+(out) would get, 32 for float (BitOps count the width of the input); the batch norms that guide the synthesis; where class activation maps are taken, and how; parameters,
 multiply-accumulates (MACs), bit operations (BitOps), sizes. A classifier that cannot be quantized is refused as a run would refuse it.
 
-  TEACHER        as `--teacher.spec`: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME or FILE.py:FUNCTION (default: the bundled one)
+  TEACHER        as `--teacher.spec`: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME or FILE.py:FUNCTION (default: the bundled one);
+                 the first word, before any key
   --json         one JSON object instead of tables
   --KEY VALUE    as for `synq train`; those of `teacher` and `quant` count, for example --teacher.weights random, --quant.weight_bits 3"""
 

@@ -85,6 +85,8 @@ def exit_code(work: Callable[[], None]) -> int:
     """
     try:
         work()
+    except BrokenPipeError:  # who read what was printed, as `head` does, has read enough
+        return 0
     except (ValueError, OSError) as error:
         report_error(error)
         return USER_ERROR

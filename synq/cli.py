@@ -1,5 +1,6 @@
 """The console command `synq`: a list of doors. Code of `sweeps/` and `launch/` is loaded only by the door that needs it."""
 
+import contextlib
 import importlib
 import os
 import sys
@@ -63,9 +64,13 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
-    code = run(sys.argv[1:])
+    try:
+        code = run(sys.argv[1:])
+    except BrokenPipeError:  # who read what was printed, as `head` does, has read enough
+        code = 0
     if "ray" in sys.modules:  # its threads may hold the process after the work is done
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     leave(code)

@@ -13,8 +13,8 @@ from synq.teachers import Teacher
 from synq.tracing import node_module
 
 COLUMNS = ("node", "kind", "output", "parameters", "macs", "weight_bits", "output_bits", "bitops", "note")
-HEADINGS = {"macs": "MACs", "weight_bits": "W", "output_bits": "A", "bitops": "BitOps"}
-"""Shorter words of the table; W and A are the bits of the weight and of the output, 32 stands for float."""
+HEADINGS = {"macs": "MACs", "weight_bits": "W", "output_bits": "out", "bitops": "BitOps"}
+"""Shorter words of the table; W and out are the bits of the weight and of the output, 32 stands for float."""
 WAYS = {"closed_form": "in closed form", "autograd": "by a backward pass through the head"}
 """How the weights of a map come about."""
 UNITS = ("", "k", "M", "G", "T")

@@ -19,6 +19,7 @@ FILE_COLUMNS = (
     "ratio to float",
     "images",
     "agreement %",
+    "largest difference",
     "top-1 %",
     "integer kernels",
     "ms",
@@ -128,7 +129,8 @@ def card_markdown(values: Mapping[str, Any]) -> str:
     lines += [f"- **{name}**: {text}" for name, text in facts.items()]
     lines += ["", "## Files", "", to_markdown(file_rows(figures), FILE_COLUMNS)]
     lines += [
-        "Agreement: images on which file and student choose the same class. The simulation is the student as it was fine-tuned: it rounds floats, "
+        "Agreement: images on which file and student choose the same class; largest difference: of any two logits, 0 where they are the same to the "
+        "last bit. The simulation is the student as it was fine-tuned: it rounds floats, "
         "and sums them in float.",
         "See card.json for logits and digests.",
         "",
@@ -158,6 +160,7 @@ def file_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "ratio to float": round(file["bytes"] / figures["float_bytes"], 3) if first else None,
                     "images": f"{found['images']} {found['source']}",
                     "agreement %": round(found["agreement_all"], 2),
+                    "largest difference": float(f"{found['max_difference']:.2g}"),
                     "top-1 %": None if found["file_top1"] is None else round(found["file_top1"], 2),
                     "integer kernels": kernels if first else None,
                     "ms": round(file["latency_ms"], 2) if first and file["latency_ms"] is not None else None,
@@ -166,6 +169,7 @@ def file_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     for found in figures.get("own_rounding", ()):
         rows.append({"file": "(simulation)", "format": "float", "images": f"{found['images']} {found['source']}"})
         rows[-1] |= {"agreement %": round(found["agreement_all"], 2)}
+        rows[-1] |= {"largest difference": float(f"{found['max_difference']:.2g}")}
     if "float_onnx_bytes" in figures:
         size, time = figures["float_onnx_bytes"], figures.get("float_latency_ms")
         rows.append({"file": "(float teacher)", "format": "onnx float", "KiB": _kib(size)})

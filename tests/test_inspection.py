@@ -1,6 +1,8 @@
 """What `synq inspect` says of a classifier is what a run would do with it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,7 +85,17 @@ def test_the_summary_names_what_counts(teacher: Teacher) -> None:
 def test_the_command_prints_tables_or_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", "--quant.weight_bits", "2"]) == 0
     table = capsys.readouterr().out
-    assert table.splitlines()[0].split() == ["node", "kind", "output", "parameters", "MACs", "W", "A", "BitOps", "note"]
+    assert table.splitlines()[0].split() == [
+        "node",
+        "kind",
+        "output",
+        "parameters",
+        "MACs",
+        "W",
+        "out",
+        "BitOps",
+        "note",
+    ]
     assert "W2A4" in table
     assert run(["inspect", "bundled:digits_resnet8", "--json", "--quant.act_points", "inputs"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -102,3 +114,15 @@ def test_the_command_prints_tables_or_json(capsys: pytest.CaptureFixture[str]) -
 def test_what_a_run_refuses_is_refused_here(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["inspect"]])
+def test_a_reader_who_leaves_early_is_no_error(words: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "synq.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(), errors) == (0, "")
