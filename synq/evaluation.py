@@ -264,11 +264,11 @@ class Measure:
 
         A student in float64 was asked for by its user, and one that is no longer finite has no codes: both are measured as they are.
         """
+        if net is self.teacher.graph or _dtype(net) is torch.float64:
+            return net
         statistics = (tensor for name, tensor in net.named_buffers() if "running_" in name)
         finite = all(bool(tensor.isfinite().all()) for tensor in (*net.parameters(), *statistics))
-        if net is self.teacher.graph or _dtype(net) is torch.float64 or not finite:
-            return net
-        return integer_form(net).to(self.accelerator.device)
+        return integer_form(net).to(self.accelerator.device) if finite else net
 
     def _objective(self, net: fx.GraphModule) -> float:
         if self.settings.objective == "selection":

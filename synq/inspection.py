@@ -104,11 +104,8 @@ def _layers(teacher: Teacher, student: Student, guides: set[str]) -> list[Row]:
     weights = {row.name: row for row in student.rows if row.role == "weight"}
     outputs = {row.name: row for row in student.rows if row.role == "activation"}
     counted: set[str] = set()
-    found = []
-    for node in teacher.graph.graph.nodes:
-        if node.name in outputs:
-            found.append(_row(teacher, node, outputs[node.name], weights, guides, counted))
-    return found
+    nodes = [node for node in teacher.graph.graph.nodes if node.name in outputs]
+    return [_row(teacher, node, outputs[node.name], weights, guides, counted) for node in nodes]
 
 
 def _row(
@@ -125,7 +122,7 @@ def _row(
     if module is not None:
         counted.add(target)
     weight = weights.get(target) if first else None
-    notes = [GUIDES] if node.op == "call_module" and target in guides else []
+    notes = [GUIDES] if module is not None and target in guides else []
     notes += [HERE] if node.name == teacher.cam.node else []
     return {
         "node": node.name,

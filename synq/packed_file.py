@@ -126,9 +126,8 @@ def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
         odd = next((pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]), (len(found), len(wanted)))
         raise ValueError(f"a packed student must fit its network, but {path} holds {odd[0]} where {odd[1]} is wanted")
     norms = channel_affines(form)
-    if facts["norms"] != [[name, len(norm.gain)] for name, norm in norms.items()] or facts["structure"] != _structure(
-        form
-    ):
+    channels_of = [[name, len(norm.gain)] for name, norm in norms.items()]
+    if facts["norms"] != channels_of or facts["structure"] != _structure(form):
         raise ValueError(
             f"a packed student must fit its network, but that of {path} computes something else than this one"
         )
