@@ -11,8 +11,8 @@ from synq.config_io import config_to_dict, with_overrides
 
 T = TypeVar("T")
 DIGEST_FORMAT = 3
-LATER_SETTINGS: dict[str, dict[str, Any]] = {"synthesis": {"start": "white"}}
-"""Settings whose default changed what had been done before they came, with the value that names it: old runs keep their digests by it."""
+LATER_SETTINGS: dict[str, dict[str, Any]] = {"synthesis": {"start": "white"}, "teacher": {"output": None}}
+"""Settings that came later, with the value that names what had been done before: old runs keep their digests by it."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin")
 SPECS = (("teacher", "spec"), ("teacher", "weights"), ("evaluation", "dataset"))
 FOLDERS = (("evaluation", "data_dir"), ("runtime", "output_dir"), ("runtime", "store_dir"))

@@ -55,6 +55,8 @@ class TeacherConfig:
     """Standard deviation per channel, on the scale 0..1, by which the teacher's training images were divided. Never guessed."""
     cam_layer: str | None = None
     """Module or graph node whose output the class activation map is taken from; None finds it by the model's structure."""
+    output: str | None = None
+    """Where the logits are in what the model returns: key, position or attribute; None where it returns just them."""
 
     def __post_init__(self) -> None:
         _require("teacher.spec", "read SOURCE:NAME, for example torchvision:resnet18", self.spec, ":" in self.spec)

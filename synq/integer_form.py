@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from synq.functional_norms import bare_holder
+from synq.functional_layers import bare_holder, replace_layer
 from synq.integer_layers import (
     ActivationValues,
     ChannelAffine,
@@ -87,16 +87,16 @@ def integer_form(net: fx.GraphModule, *, operations: Operations = "plain", empty
             scale = source.scale if isinstance(source, IntegerActivation) else 1.0
             affine = _affine(codes, scale, module.bias, batch_norm)
             if isinstance(module, QuantConv2d):
-                form.set_submodule(name, IntegerConv2d(module, codes, *affine, operations))
+                replace_layer(form, name, IntegerConv2d(module, codes, *affine, operations), "weight_quantizer")
             else:
-                form.set_submodule(name, IntegerLinear(codes, *affine, operations))
+                replace_layer(form, name, IntegerLinear(codes, *affine, operations), "weight_quantizer")
             if norm is not None and batch_norm is not None:
                 form.set_submodule(str(norm.target), bare_holder(batch_norm))
                 norm.replace_all_uses_with(node)
                 form.graph.erase_node(norm)
         elif isinstance(module, _BatchNorm) and module.running_var is not None:
             factor, offset = _factor_and_offset(module)
-            form.set_submodule(name, ChannelAffine(factor.float(), offset.float(), module))
+            replace_layer(form, name, ChannelAffine(factor.float(), offset.float()))
     for name, tensor in tensors.items():  # also where the layer that held it is another one now
         owner, _, attribute = name.rpartition(".")
         if not hasattr(form.get_submodule(owner), attribute):

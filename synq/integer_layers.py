@@ -209,18 +209,15 @@ class ChannelAffine(nn.Module):
 
     Args:
         gain, shift: (C,) float32.
-        norm: The batch norm; what it has below it stays below.
     """
 
     gain: Tensor
     shift: Tensor
 
-    def __init__(self, gain: Tensor, shift: Tensor, norm: nn.Module) -> None:
+    def __init__(self, gain: Tensor, shift: Tensor) -> None:
         super().__init__()
         self.register_buffer("gain", gain)
         self.register_buffer("shift", shift)
-        for name, child in norm.named_children():
-            self.add_module(name, child)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``gain x + shift`` for ``x`` (N, C, ...)."""

@@ -6,7 +6,7 @@ from synq.tracing import is_passive, node_module, operation_name
 
 _NONLINEAR_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softmax),
 )
 _NONLINEAR_NAMES = frozenset(
     [
@@ -26,6 +26,7 @@ _NONLINEAR_NAMES = frozenset(
         "sigmoid",
         "tanh",
         "softplus",
+        "softmax",
         "clamp",
         "clip",
         "clamp_min",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from synq.accounting import TensorRow, account, packed_bytes
+from synq.functional_layers import replace_layer
 from synq.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
 from synq.operations import classify
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
@@ -79,9 +80,9 @@ def quantize_model(
     for node in layers:
         module = node_module(net, node)
         if isinstance(module, nn.Conv2d) and not isinstance(module, QuantConv2d):
-            net.set_submodule(str(node.target), QuantConv2d.from_float(module, widths[node], steps).eval())
+            replace_layer(net, str(node.target), QuantConv2d.from_float(module, widths[node], steps).eval())
         elif isinstance(module, nn.Linear) and not isinstance(module, QuantLinear):
-            net.set_submodule(str(node.target), QuantLinear.from_float(module, widths[node], steps).eval())
+            replace_layer(net, str(node.target), QuantLinear.from_float(module, widths[node], steps).eval())
 
     if act_points == "relu":
         points = {node: (act_bits, list(node.users)) for node in nonlinear}

@@ -3,7 +3,9 @@
 import copy
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from synq.cam_site import CamSite, locate_cam
 from synq.configs import TeacherConfig
 from synq.teacher_sources import RANDOM, SourceModel, build_source
-from synq.tracing import check_plain_weights, node_module, trace_classifier
+from synq.tracing import accepting, check_plain_weights, node_module, output_places, trace_classifier
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _ATTENTION = re.compile(r"multihead|self_?attention|windowattention|transformer", re.IGNORECASE)
@@ -68,6 +70,8 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     if config.weights != RANDOM:
         _check_trained(module, source.name)
     input_size, mean, std = _input_facts(config, source)
+    if config.output is not None:
+        select_output(module, config.output, input_size)
     graph = trace_classifier(copy.deepcopy(module), input_size).requires_grad_(False)
     num_classes = _check_logits(module, graph, input_size, config.num_classes or source.num_classes)
     return Teacher(
@@ -83,6 +87,36 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         graph=graph,
         cam=locate_cam(graph, config.cam_layer),
     )
+
+
+def select_output(module: nn.Module, place: str, input_size: tuple[int, int, int]) -> None:
+    """Let a classifier that returns several values return one of them, in place.
+
+    Its class becomes a subclass of its own, so that its layers keep their names, which a module around it would change.
+
+    Args:
+        module: The classifier.
+        place: Key of a mapping, position in a sequence, or attribute.
+        input_size: (C, H, W).
+
+    Raises:
+        ValueError: If nothing is there.
+    """
+    kind = type(module)
+    with accepting(kind.__name__, input_size):
+        returned = module(torch.zeros(2, *input_size))
+    places = output_places(returned)
+    if place not in places:
+        choices = f"be one of {', '.join(places)}" if places else "be left out: the model returns one value"
+        raise ValueError(f"`teacher.output` must {choices}, but got {place!r}")
+    # Names, where a tuple has some, come before positions.
+    key = places.index(place) % len(returned) if isinstance(returned, Sequence) else place
+
+    def forward(self: nn.Module, x: Tensor) -> Any:
+        return kind.forward(self, x)[key]
+
+    forward.__annotations__ = {}  # torch.fx would write them into the code, and the digest is of the code
+    module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
 
 def weight_digest(module: nn.Module, input_size: tuple[int, int, int], graph: fx.GraphModule | None = None) -> str:
@@ -133,11 +167,11 @@ def check_architecture(module: nn.Module, name: str) -> None:
                 f"{type(part).__name__}), which is not supported yet; use one such as torchvision:resnet18"
             )
     norms = [part for part in modules if isinstance(part, _BatchNorm)]
-    if any(part.running_mean is not None for part in norms if isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm)):
+    if any(part.running_mean is not None for part in norms):
         return
     found = "whose BatchNorm layers keep none (track_running_stats=False)" if norms else "without BatchNorm layers"
     raise ValueError(
-        f"teacher must have BatchNorm2d layers with running statistics, but got {name}, {found}: the images are made from "
+        f"teacher must have BatchNorm layers with running statistics, but got {name}, {found}: the images are made from "
         "these statistics. If BatchNorm was folded into the convolutions, load the model as it was before"
     )
 

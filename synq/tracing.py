@@ -5,7 +5,8 @@ Everything that reads or rewrites a network goes through this graph: activations
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from synq.functional_norms import norms_as_layers
+from synq.functional_layers import functions_as_layers
+from synq.tracers import LayerTracer, SizedTracer
 
 # Operations that only move, drop or keep values: between the last feature and the classifier they change nothing.
 _PASSIVE_MODULES = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.Unflatten)
@@ -49,21 +51,6 @@ class FeatureTap(nn.Module):
         return features
 
 
-class _Tracer(fx.Tracer):
-    """Keep plain convolutions, linear layers and BatchNorms whole, also when subclassed without a new computation."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, nn.Conv2d) and type(m)._conv_forward is not nn.Conv2d._conv_forward:
-            return False  # it does something to its weight: that must stand in the graph
-        for kind in (nn.Conv2d, nn.Linear, nn.BatchNorm2d):
-            if isinstance(m, kind) and type(m).forward is kind.forward:
-                return True
-        # timm's linear layer has a forward of its own for TorchScript only; it computes what nn.Linear computes.
-        if isinstance(m, nn.Linear) and (type(m).__module__, type(m).__name__) == ("timm.layers.linear", "Linear"):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
-
-
 class _ShapeRecorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -75,8 +62,8 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     """Trace a classifier in evaluation mode; parameters and buffers are shared with ``module``.
 
     In-place operations become out-of-place ones, and later readers of the overwritten tensor read the result, which
-    is what they saw before. A batch norm that is called as a function on the tensors of one module (timm's layers, which
-    add an activation) becomes that layer again. What the logits do not depend on is left out: it costs time, and parameters without a
+    is what they saw before. A batch norm or convolution that is called as a function on the tensors of one module (timm's layers, which
+    add an activation or a padding) becomes that layer again. What the logits do not depend on is left out: it costs time, and parameters without a
     gradient stop a distributed run. Every node carries the shape of its output for a batch of two in
     ``meta["shape"]``.
 
@@ -94,33 +81,37 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     module.eval()
     name = type(module).__name__
     check_plain_weights(module)
-    try:
-        graph = _Tracer().trace(module)
-    except Exception as error:  # torch.fx raises many types; all of them mean the same to the user
-        raise ValueError(
-            f"teacher must be traceable by torch.fx, but {name} is not: {_first_line(error)}. "
-            "Remove control flow that depends on tensor values from its forward pass"
-        ) from error
-    traced = fx.GraphModule(module, graph, class_name=name).eval()
     sample = torch.zeros(2, *input_size, dtype=_first_dtype(module), device=_first_device(module))
-    try:
-        with torch.no_grad():
-            logits = _ShapeRecorder(traced).run(sample)
-    except Exception as error:
-        raise ValueError(
-            f"teacher must accept images of size {tuple(input_size)}, but {name} failed on them: {_first_line(error)}"
-        ) from error
+    graph = _trace(module, sample)
+    traced = fx.GraphModule(module, graph, class_name=name).eval()
+    with accepting(name, input_size):
+        logits = _ShapeRecorder(traced).run(sample)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 2:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__.removeprefix("immutable_")
-        raise ValueError(f"teacher must return one (N, classes) tensor of logits, but {name} returned {got}")
+        raise ValueError(
+            f"teacher must return one (N, classes) tensor of logits, but {name} returned {_in_words(logits)}"
+        )
     _check_no_hooks(traced)
     _make_out_of_place(traced)
-    norms_as_layers(traced)
+    functions_as_layers(traced)
     _drop_shape_assertions(traced)
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
+
+
+def _trace(module: nn.Module, sample: Tensor) -> fx.Graph:
+    """Trace by names alone, or, where the code asks for sizes, for images of the size of ``sample``."""
+    try:
+        return LayerTracer().trace(module)
+    except Exception as error:  # torch.fx raises many types; all of them mean the same to the user
+        try:
+            return SizedTracer(sample).trace(module)
+        except Exception:  # the same trouble in other words: the first are the plainer ones
+            raise ValueError(
+                f"teacher must be traceable by torch.fx, but {type(module).__name__} is not: {_first_line(error)}. "
+                "Remove control flow that depends on tensor values from its forward pass"
+            ) from error
 
 
 def check_plain_weights(module: nn.Module) -> None:
@@ -288,6 +279,34 @@ def _nodes_until(graph: fx.Graph, last: fx.Node) -> list[fx.Node]:
         if node is last:
             break
     return nodes
+
+
+@contextmanager
+def accepting(name: str, input_size: tuple[int, int, int]) -> Iterator[None]:
+    """Say it as the user's error where a forward pass on images of ``input_size`` inside the ``with`` block fails."""
+    try:
+        with torch.no_grad():
+            yield
+    except Exception as error:  # a forward pass may raise anything
+        raise ValueError(
+            f"teacher must accept images of size {tuple(input_size)}, but {name} failed on them: {_first_line(error)}"
+        ) from error
+
+
+def output_places(returned: object) -> list[str]:
+    """Return the words for the values that a forward pass returned: keys, names and positions; none for a single one."""
+    if isinstance(returned, Mapping):
+        return [str(key) for key in returned]
+    if isinstance(returned, Sequence):
+        return [*getattr(returned, "_fields", ()), *map(str, range(len(returned)))]
+    return []
+
+
+def _in_words(returned: object) -> str:
+    if isinstance(returned, Tensor):
+        return f"one of shape {tuple(returned.shape)}"
+    kind, places = type(returned).__name__.removeprefix("immutable_"), output_places(returned)
+    return f"a {kind}" + (f"; name the one in it by `teacher.output`: {', '.join(places)}" if places else "")
 
 
 def _first_dtype(module: nn.Module) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Batch norms that are called as functions: which become layers, and what holds for them then."""
+"""Layers that are called as functions: which become layers, and what holds for them then."""
 
 from collections.abc import Callable
 from typing import Any
@@ -167,3 +167,67 @@ def test_they_are_corrected_equalized_and_exported_like_any_other(
         assert not any(isinstance(module, nn.BatchNorm2d) for module in form.modules()), "in the layers' gains"
         assert not any("running" in name for name in form.state_dict())
         torch.testing.assert_close(form(images), wanted, rtol=1e-3, atol=1e-3 * float(wanted.std()))
+
+
+class Scaled(nn.Conv2d):
+    """A convolution as a function, behind a padding of its own."""
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.static_padding = nn.ZeroPad2d((0, 1, 0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.static_padding(x)
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding=self.padding, groups=self.groups)
+
+
+class Product(nn.Module):
+    """A linear layer written by hand, over channels that stand last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("made", "kind"),
+    [
+        (lambda: Scaled(6, 6, 3), nn.Conv2d),
+        (lambda: Scaled(6, 6, 3, stride=2, groups=3, bias=False), nn.Conv2d),
+        (Product, nn.Linear),
+    ],
+)
+def test_a_product_as_a_function_is_a_layer_and_goes_all_the_way(made: Callable[[], nn.Module], kind: type) -> None:
+    torch.manual_seed(0)
+    net = Body(lambda net, x: F.relu(net.normed(net.part(x))), part=made(), normed=Normed(6))  # type: ignore[operator]
+    traced, images = trace_classifier(net.requires_grad_(False), SIZE), torch.randn(16, *SIZE)
+    assert type(traced.get_submodule("part")) is kind and torch.equal(traced(images), net(images))
+    assert traced.state_dict().keys() == net.state_dict().keys()
+    student = quantize_model(traced, weight_bits=4, act_bits=4, act_points="inputs")
+    observe_ranges(student.net, images, act_range="mse")
+    assert [row.name for row in student.rows if row.role == "weight"] == ["conv", "part", "fc"]
+    with torch.no_grad():
+        torch.testing.assert_close(integer_form(student.net)(images), student.net(images), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("how", ["computed", "fixed", "twice"])
+def test_what_is_no_plain_product_stays_a_call_and_is_refused(how: str) -> None:
+    def rest(net: Body, x: Tensor) -> Tensor:
+        part: Any = net.part
+        if how == "computed":
+            return F.conv2d(x, part.weight * 2, part.bias)
+        if how == "fixed":
+            return F.conv2d(x, part.blur, groups=6)
+        return F.conv2d(part(x), part.weight, part.bias, dilation=2)
+
+    part = Scaled(6, 6, 3)
+    part.register_buffer("blur", torch.ones(6, 1, 3, 3))
+    net = Body(rest, part=part)
+    traced = trace_classifier(net.requires_grad_(False), SIZE)
+    x = torch.randn(2, *SIZE)
+    assert torch.equal(traced(x), net(x))
+    with pytest.raises(ValueError, match=r"node 'conv2d(_1)?' is conv2d: its tensors would stay float"):
+        quantize_model(traced, weight_bits=4, act_bits=4)

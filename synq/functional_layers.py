@@ -1,0 +1,156 @@
+"""Layers that are called as functions on the tensors of one module, turned into layers that every rule knows.
+
+timm writes its batch norms so, with the activation inside the module, and everybody their convolutions with TensorFlow's padding:
+
+    bn: weight, bias, running_mean, running_var, act       F.batch_norm(x, bn.running_mean, ...), then bn.act
+ -> bn: nn.BatchNorm2d with the same tensors, and act      bn(x), then bn.act
+    conv: weight, bias, static_padding                     conv.static_padding(x), then F.conv2d(x, conv.weight, ...)
+ -> conv: nn.Conv2d with the same tensors, static_padding  conv.static_padding(x), then conv(x)
+"""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+STATISTICS, AFFINE = ("running_mean", "running_var"), ("weight", "bias")
+_SIGNATURES = {F.batch_norm: inspect.signature(F.batch_norm)}
+_CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONV_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+
+
+def functions_as_layers(traced: fx.GraphModule) -> None:
+    """Turn ``F.batch_norm``, ``F.conv2d`` and ``F.linear`` on the tensors of one module into a layer of that name, in place.
+
+    It holds the same tensors under the same names, so files of weights fit as before. Calls that leave one of them out, or take them
+    from elsewhere, stay as they are.
+
+    Args:
+        traced: A graph in evaluation mode whose nodes carry shapes in ``meta["shape"]``.
+    """
+    for node in list(traced.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is F.batch_norm:
+            _norm_as_layer(traced, node)
+        elif node.target in (F.conv2d, F.linear):
+            _product_as_layer(traced, node)
+
+
+def replace_layer(net: nn.Module, name: str, layer: nn.Module, drop: str = "") -> None:
+    """Put ``layer`` in the place of the submodule ``name``, with what lies below that one, which may be called on its own, but for ``drop``."""
+    for child_name, child in net.get_submodule(name).named_children():
+        if child_name != drop:
+            layer.add_module(child_name, child)
+    net.set_submodule(name, layer)
+
+
+def bare_holder(module: nn.Module) -> nn.Module:
+    """Return a module with the submodules of ``module`` and none of its tensors."""
+    holder = nn.Module()
+    for name, child in module.named_children():
+        holder.add_module(name, child)
+    return holder
+
+
+def _norm_as_layer(traced: fx.GraphModule, node: fx.Node) -> None:
+    if len(node.meta.get("shape") or ()) != 4:
+        return
+    bound = _SIGNATURES[F.batch_norm].bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    call = bound.arguments
+    name = _owner({field: call[field] for field in (*STATISTICS, *AFFINE)})
+    if call["training"] or name is None:
+        return
+    holder = traced.get_submodule(name)
+    if not _holds(holder, _given(call), STATISTICS):
+        return
+    if type(holder) is nn.Module:  # of torch.fx: a bare holder of tensors and of what is called below it
+        variance = holder.get_buffer("running_var")
+        norm = nn.BatchNorm2d(
+            len(variance), eps=call["eps"], affine=False, device=variance.device, dtype=variance.dtype
+        )
+        norm.affine = bool(holder._parameters)
+        replace_layer(traced, name, _filled(norm, holder))
+    elif not isinstance(holder, nn.BatchNorm2d) or holder.eps != call["eps"]:
+        return
+    _call_layer(node, name, call["input"])
+
+
+def _product_as_layer(traced: fx.GraphModule, node: fx.Node) -> None:
+    """Convolutions and products with a weight that is no parameter of a module (computed, fixed) stay as they are."""
+    call: dict[str, Any] = {**_CONV_DEFAULTS, **dict(zip(_CONV_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+    name = _owner({field: call[field] for field in AFFINE})
+    if name is None:
+        return
+    holder = traced.get_submodule(name)
+    settings = [call[key] for key in ("stride", "padding", "dilation", "groups")]
+    if not _holds(holder, _given(call), ()) or any(isinstance(value, fx.Node) for value in settings):
+        return
+    made = _conv_of(holder, call) if node.target is F.conv2d else _linear_of(holder)
+    if type(holder) is nn.Module:
+        replace_layer(traced, name, _filled(made, holder))
+    elif repr(holder) != repr(made):  # called before, with other settings
+        return
+    _call_layer(node, name, call["input"])
+
+
+def _conv_of(holder: nn.Module, call: dict[str, Any]) -> nn.Conv2d:
+    weight, groups = holder.get_parameter("weight"), call["groups"]
+    return nn.Conv2d(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        tuple(weight.shape[2:]),  # type: ignore[arg-type]
+        stride=call["stride"],
+        padding=call["padding"],
+        dilation=call["dilation"],
+        groups=groups,
+        bias=holder._parameters.get("bias") is not None,
+        device="meta",
+    )
+
+
+def _linear_of(holder: nn.Module) -> nn.Linear:
+    outputs, inputs = holder.get_parameter("weight").shape
+    return nn.Linear(inputs, outputs, bias=holder._parameters.get("bias") is not None, device="meta")
+
+
+def _call_layer(node: fx.Node, name: str, x: fx.Node) -> None:
+    node.op, node.target, node.args, node.kwargs = "call_module", name, (x,), {}
+
+
+def _given(call: dict[str, Any]) -> set[str]:
+    return {field for field in AFFINE if call[field] is not None}
+
+
+def _owner(fields: dict[str, object]) -> str | None:
+    """Return the name of the one module whose tensors these are, each under its own name."""
+    owners = set()
+    for field, source in fields.items():
+        if source is None and field in AFFINE:
+            continue
+        if not isinstance(source, fx.Node) or source.op != "get_attr":
+            return None
+        owner, _, attribute = str(source.target).rpartition(".")
+        if attribute != field:
+            return None
+        owners.add(owner)
+    return owners.pop() if len(owners) == 1 and "" not in owners else None
+
+
+def _holds(holder: nn.Module, used: set[str], statistics: Iterable[str]) -> bool:
+    """Tell whether a module holds statistics as buffers, and as parameters just the affine tensors that are used."""
+    buffers, parameters = dict(holder.named_buffers(recurse=False)), dict(holder.named_parameters(recurse=False))
+    held = {field for field in AFFINE if isinstance(getattr(holder, field, None), Tensor)}
+    return set(statistics) <= buffers.keys() and held == used and used <= parameters.keys()
+
+
+def _filled(layer: nn.Module, holder: nn.Module) -> nn.Module:
+    """Give a new layer the very tensors of ``holder``, and return it in evaluation mode."""
+    for name, parameter in holder.named_parameters(recurse=False):
+        layer.register_parameter(name, parameter)
+    for name, buffer in holder.named_buffers(recurse=False):
+        layer.register_buffer(name, buffer)
+    return layer.eval()

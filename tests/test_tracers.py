@@ -1,0 +1,82 @@
+"""Networks whose code asks how large a feature is: traced beside real tensors, and only where names alone do not do."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from synq.students import observe_ranges, quantize_model
+from synq.tracers import LayerTracer, SizedTracer
+from synq.tracing import trace_classifier
+
+SIZE = (3, 15, 12)
+
+
+class SamePadded(nn.Conv2d):
+    """TensorFlow's padding: as much as the size needs, more on the right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads = []
+        for size, kernel, stride in zip(x.shape[-2:], self.kernel_size, self.stride, strict=True):
+            pads.append(max((math.ceil(size / stride) - 1) * stride + kernel - size, 0))
+        if any(pads):
+            down, right = pads
+            x = F.pad(x, [right // 2, right - right // 2, down // 2, down - down // 2])
+        return F.conv2d(x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
+class Net(nn.Module):
+    def __init__(self, rest: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.stem, self.bn = SamePadded(3, 6, 3, stride=2), nn.BatchNorm2d(6)
+        self.fc, self.rest = nn.Linear(6, 5), rest
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.rest(F.relu(self.bn(self.stem(x)))).mean((2, 3)))
+
+
+def shuffled(x: Tensor) -> Tensor:
+    count, channels, *area = x.size()
+    assert x.dim() == x.ndim == 4 and x.size(-1) == area[-1]
+    return x.view(count, 2, channels // 2, *area).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("rest", [lambda x: x, shuffled])
+def test_sizes_are_numbers_and_the_number_of_images_stays_open(rest: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    net = Net(rest).eval()
+    with pytest.raises(Exception, match=r"control flow|Proxy object"):
+        LayerTracer().trace(net)
+    traced = trace_classifier(net, SIZE)
+    assert type(traced.get_submodule("stem")) is nn.Conv2d, "the function is a layer again"
+    for count in (1, 2, 7):
+        x = torch.randn(count, *SIZE)
+        assert torch.equal(traced(x), net(x))
+    student = quantize_model(traced, weight_bits=8, act_bits=8).net
+    x = torch.randn(16, *SIZE)
+    observe_ranges(student, x, act_range="minmax")
+    with torch.no_grad():
+        torch.testing.assert_close(student(x), net(x), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        lambda x: x if x.sum() > 0 else -x,
+        lambda x: x if x.size(0) > 1 else -x,
+        lambda x: x * float(x.mean()),
+    ],
+)
+def test_what_hangs_on_values_or_the_number_of_images_is_refused(rest: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"traceable by torch.fx"):
+        trace_classifier(Net(rest).eval(), SIZE)
+
+
+def test_modules_compute_as_ever_afterwards() -> None:
+    before = nn.Module.__call__, nn.Module.__getattr__
+    with pytest.raises(Exception, match="control flow"):
+        SizedTracer(torch.zeros(2, *SIZE)).trace(Net(lambda x: x if x.sum() > 0 else -x))
+    assert (nn.Module.__call__, nn.Module.__getattr__) == before
