@@ -29,7 +29,7 @@ LEADERBOARD_COLUMNS = (
     "num_seeds", "num_failed", "teacher_top1", "rtn_top1", "drop", "num_eval", "size_bytes", "bitops", "lowpass_cutoff", "cam_weight",
     "ce_weight", "difficulty_threshold", "lr", "set_digest", "config_digest", "commit", "versions", "device", "seconds",
     "num_data_seeds", "first_bits", "last_bits", "teacher_digest", "best", "pareto_size", "pareto_bitops", "fidelity_measure",
-    *DEPLOYED,
+    *DEPLOYED, "layer_bits",
 )  # fmt: skip
 """Columns of leaderboard.csv. New ones are appended; none is ever renamed."""
 TRIAL_COLUMNS = (
@@ -41,7 +41,7 @@ TRIAL_COLUMNS = (
 """Columns of trials.csv. New ones are appended; none is ever renamed."""
 TEXT_COLUMNS = frozenset(
     ("model", "protocol", "act_points", "objective", "set_digest", "config_digest", "commit", "versions", "device",
-     "teacher_digest", "fidelity_measure")
+     "teacher_digest", "fidelity_measure", "layer_bits")
 )  # fmt: skip
 """Columns of leaderboard.csv that hold texts; the others hold numbers."""
 SETTINGS = ("lowpass_cutoff", "cam_weight", "ce_weight", "difficulty_threshold", "lr")
@@ -60,6 +60,7 @@ class Ranking(NamedTuple):
     protocol: str
     first_bits: int | None
     last_bits: int | None
+    layer_bits: str
     act_points: str
     objective: str
     teacher_digest: str
@@ -78,15 +79,15 @@ class Ranking(NamedTuple):
 
     def group(self) -> tuple[Any, ...]:
         """What is known of a run before anything is measured, its teacher apart."""
-        return self[:8]
+        return self[:9]
 
     def measure(self) -> tuple[str, ...]:
         """What the figures were measured with: the teacher's weights, the very images, labelled ones included, and the measure."""
-        return self[8:]
+        return self[9:]
 
     def family(self) -> "Ranking":
         """The same at any width: rows that a Pareto front may hold together."""
-        return self._replace(weight_bits=0, act_bits=0, first_bits=None, last_bits=None)
+        return self._replace(weight_bits=0, act_bits=0, first_bits=None, last_bits=None, layer_bits="")
 
 
 class Setting(NamedTuple):
@@ -177,7 +178,7 @@ def read_run(record: RunRecord, source: str = "") -> Run:
     row |= {column: record.deployment.get(column) for column in DEPLOYED}
     ranking, line = _ranking(record, config), csv_line(row.values())
     return Run(
-        ranking, setting, row, line, (ranking.order()[:8], record.name, record.config_digest, record.started, line)
+        ranking, setting, row, line, (ranking.order()[:9], record.name, record.config_digest, record.started, line)
     )
 
 
@@ -190,6 +191,7 @@ def _ranking(record: RunRecord, config: RunConfig) -> Ranking:
         protocol=record.protocol,
         first_bits=config.quant.first_bits,
         last_bits=config.quant.last_bits,
+        layer_bits=config.quant.layer_label,
         act_points=record.act_points,
         objective=record.objective,
         teacher_digest=str(record.teacher.get("digest", "")),
@@ -297,6 +299,7 @@ def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int) -> Standin
         "num_data_seeds": len({data_seed for _, data_seed in by_seed}),
         "first_bits": ranking.first_bits,
         "last_bits": ranking.last_bits,
+        "layer_bits": ranking.layer_bits or None,
         "teacher_digest": ranking.teacher_digest[:16],
         "fidelity_measure": ranking.fidelity_measure,
     }

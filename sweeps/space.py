@@ -7,7 +7,10 @@ from typing import Any, Literal, Protocol
 from synq.config_io import between, dotted_keys, nearest, one_of, require
 from synq.configs import RunConfig, config_from_dict, config_to_dict, parse_bits
 
-IDENTITY = ("quant.weight_bits", "quant.act_bits", "quant.first_bits", "quant.last_bits", "quant.act_points")
+IDENTITY = (
+    *("quant.weight_bits", "quant.act_bits", "quant.first_bits", "quant.last_bits"),
+    *("quant.layer_weight_bits", "quant.layer_act_bits", "quant.act_points"),
+)
 """Settings that say which ranking a run belongs to: never searched over."""
 
 DEFAULT_SPACE: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ OPERATORS: dict[str, Callable[[int, int], bool]] = {
 COMPARE_COLUMNS = (
     "model", "weight_bits", "act_bits", "protocol", "first_bits", "last_bits", "act_points", "objective", "fidelity_measure", "measure",
     "path", "objective_value", "objective_diff", "objective_stderr", "top1_mean", "top1_std", "num_seeds", "drop", "top1_diff",
-    "top1_stderr", *SETTINGS, "teacher_digest", "config_digest",
+    "top1_stderr", *SETTINGS, "teacher_digest", "config_digest", "layer_bits",
 )  # fmt: skip
 """Columns of compare.csv. `measure` is the same for rows that were measured on the same images, with the same teacher and measure."""
 SHOWN_COLUMNS = ("model", "W", "A", "protocol", "points", "objective", "measure", "path", "value", "value diff", "top1", "n", "drop", "top1 diff")  # fmt: skip
@@ -209,7 +209,9 @@ def shown(lines: Iterable[Row]) -> list[Row]:
 
 def _protocol(line: Row) -> str:
     edges = (line["first_bits"], line["last_bits"])
-    return line["protocol"] + (f" ({'/'.join(plain(bits) or '-' for bits in edges)})" if any(edges) else "")
+    words = ["/".join(plain(bits) or "-" for bits in edges)] if any(edges) else []
+    words += ["mixed"] if line["layer_bits"] else []
+    return line["protocol"] + (f" ({', '.join(words)})" if words else "")
 
 
 def _spread(mean: float | None, spread: float | None, form: str) -> str:

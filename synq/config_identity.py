@@ -11,7 +11,11 @@ from synq.config_io import config_to_dict, with_overrides
 
 T = TypeVar("T")
 DIGEST_FORMAT = 3
-LATER_SETTINGS: dict[str, dict[str, Any]] = {"synthesis": {"start": "white"}, "teacher": {"output": None}}
+LATER_SETTINGS: dict[str, dict[str, Any]] = {
+    "synthesis": {"start": "white"},
+    "teacher": {"output": None},
+    "quant": {"layer_weight_bits": {}, "layer_act_bits": {}},
+}
 """Settings that came later, with the value that names what had been done before: old runs keep their digests by it."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin")
 SPECS = (("teacher", "spec"), ("teacher", "weights"), ("evaluation", "dataset"))

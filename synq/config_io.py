@@ -121,6 +121,10 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
                 f"`{name}` must be a list of {len(args) if sized else 'any number of'} values, but got {value!r}"
             )
         return tuple(_convert(args[0], part, name, root) for part in value)
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise ValueError(f"`{name}` must be a table of names and values, but got {value!r}")
+        return {key: _convert(args[1], part, f"{name}.{key}", root) for key, part in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
@@ -135,7 +139,7 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
 
 
 def config_to_dict(config: object) -> dict[str, Any]:
-    """Return the configuration as plain JSON values: parts become dicts, tuples become lists."""
+    """Return the configuration as plain JSON values: parts become dicts, tuples become lists; nothing is shared with it."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"a configuration object is needed, but got {config!r}")
     values = {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
@@ -144,6 +148,8 @@ def config_to_dict(config: object) -> dict[str, Any]:
         if dataclasses.is_dataclass(value)
         else list(value)
         if isinstance(value, tuple)
+        else dict(value)
+        if isinstance(value, dict)
         else value
         for name, value in values.items()
     }
@@ -218,6 +224,11 @@ def _read(hint: Any, words: list[str], name: str) -> Any:
     if typing.get_origin(kind) is tuple:
         words = [part for word in words for part in word.split(",") if part]  # 3 32 32 and 3,32,32 are the same
         return [_read(typing.get_args(kind)[0], [word], name) for word in words] if words != ["none"] else "none"
+    if typing.get_origin(kind) is dict:  # conv1=8,fc=8 and conv1=8 fc=8 are the same
+        pairs = [part.rpartition("=") for word in words for part in word.split(",") if part]
+        if not all(key and value for key, _, value in pairs):
+            raise ValueError(f"`{name}` must be given as NAME=VALUE NAME=VALUE, but got {' '.join(words)}")
+        return {key: _read(typing.get_args(kind)[1], [value], f"{name}.{key}") for key, _, value in pairs}
     if len(words) != 1:
         raise ValueError(f"`{name}` must be given one value, but got {' '.join(words) or 'none'}")
     word = words[0]

@@ -24,14 +24,7 @@ from torch import Tensor, fx
 from synq.artifacts import Purpose, SetStore
 from synq.blocks import block_ends
 from synq.checkpoints import load_prepared, save_prepared
-from synq.configs import (
-    QuantConfig,
-    RunConfig,
-    SynthesisConfig,
-    config_digest,
-    config_to_dict,
-    make_absolute,
-)
+from synq.configs import QuantConfig, RunConfig, SynthesisConfig, config_digest, config_to_dict, make_absolute
 from synq.evaluation import Measure
 from synq.finetune import Epoch, NonFiniteLossError, finetune
 from synq.fusion import fuse_rectified
@@ -221,6 +214,8 @@ def build_student(teacher: Teacher, quant: QuantConfig) -> Student:
         act_points=quant.act_points,
         first_bits=quant.first_bits,
         last_bits=quant.last_bits,
+        layer_weight_bits=quant.layer_weight_bits,
+        layer_act_bits=quant.layer_act_bits,
         cam_node=teacher.cam.node,
         learned_steps=quant.learned_steps,
         rounding=quant.rounding,

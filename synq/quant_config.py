@@ -1,6 +1,6 @@
 """Which numbers become low-bit and how they are rounded, as frozen values. Standard library only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from synq.config_io import between, one_of, require
@@ -18,6 +18,10 @@ class QuantConfig:
     """Bits of the first layer's weights and input; None is the same as the rest (protocol A)."""
     last_bits: int | None = None
     """Bits of the last layer's weights and input; None is the same as the rest (protocol A)."""
+    layer_weight_bits: dict[str, int] = field(default_factory=dict)
+    """Bits of the weights of single layers by name or pattern, before all of the above: "features.0" = 8, "head*" = 8 (as words: features.0=8 head*=8)."""
+    layer_act_bits: dict[str, int] = field(default_factory=dict)
+    """The same for activations: those of a layer's input under `act_points` inputs, of a non-linearity as `synq inspect` names it under relu."""
     act_points: Literal["relu", "inputs"] = "relu"
     """Which activations are low-bit: relu (after every non-linearity) or inputs (the input of every convolution and linear layer)."""
     weight_range: Literal["minmax", "mse"] = "minmax"
@@ -38,10 +42,11 @@ class QuantConfig:
     """How weights become integers before fine-tuning: nearest (protocol A), or learned block by block (adaround)."""
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "act_bits", "first_bits", "last_bits"):
-            bits = getattr(self, name)
-            if bits is None and name in ("first_bits", "last_bits"):
-                continue
+        widths: dict[str, object] = {name: getattr(self, name) for name in ("weight_bits", "act_bits")}
+        widths |= {name: bits for name in ("first_bits", "last_bits") if (bits := getattr(self, name)) is not None}
+        for name in ("layer_weight_bits", "layer_act_bits"):
+            widths |= {f"{name}.{pattern}": bits for pattern, bits in getattr(self, name).items()}
+        for name, bits in widths.items():
             good = isinstance(bits, int) and not isinstance(bits, bool) and 2 <= bits <= 8
             require(f"quant.{name}", "be a whole number in [2, 8]", bits, good)
         one_of("quant.act_points", self.act_points, ("relu", "inputs"))
@@ -59,11 +64,20 @@ class QuantConfig:
 
     @property
     def protocol(self) -> str:
-        """A: every layer has the low width, ranges are static; B: another width in the first or last layer, or learned steps or rounding."""
+        """A: every layer has the low width, ranges are static; B: another width in a layer, or learned steps or rounding."""
         first = self.first_bits in (None, self.weight_bits) and self.first_bits in (None, self.act_bits)
         last = self.last_bits in (None, self.weight_bits) and self.last_bits in (None, self.act_bits)
         static = self.learned_steps == "none" and self.rounding == "nearest"
-        return "A" if first and last and static else "B"
+        single = {*self.layer_weight_bits.values()} <= {self.weight_bits} and {*self.layer_act_bits.values()} <= {
+            self.act_bits
+        }
+        return "A" if first and last and single and static else "B"
+
+    @property
+    def layer_label(self) -> str:
+        """The widths of single layers in words, for example "conv1=W8 head*=W8 relu=A8"; empty where none is named."""
+        named = [(self.layer_weight_bits, "W"), (self.layer_act_bits, "A")]
+        return " ".join(f"{pattern}={role}{widths[pattern]}" for widths, role in named for pattern in sorted(widths))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

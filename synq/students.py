@@ -1,7 +1,7 @@
 """Build the quantized student from the teacher's graph, observe its activation ranges, and account for every tensor."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from synq.observers import HistogramObserver, RangeObserver, mse_range, mse_weig
 from synq.operations import classify
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
 from synq.tracing import node_module, tensor_inputs
+from synq.width_patterns import WidthPatterns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ def quantize_model(
     act_points: Literal["relu", "inputs"] = "relu",
     first_bits: int | None = None,
     last_bits: int | None = None,
+    layer_weight_bits: Mapping[str, int] | None = None,
+    layer_act_bits: Mapping[str, int] | None = None,
     cam_node: str = "",
     learned_steps: Literal["none", "activations", "all"] = "none",
     rounding: Literal["nearest", "adaround"] = "nearest",
@@ -61,6 +64,9 @@ def quantize_model(
         act_points: "relu": after every non-linearity. "inputs": the input of every convolution and linear layer.
         first_bits: Width of the first layer's weight (and of its input, under "inputs"); None for ``weight_bits``.
         last_bits: The same for the last layer.
+        layer_weight_bits: Width of the weights of single layers, by the layer's name or a pattern of names; goes before the above.
+        layer_act_bits: Width of single activations, by the name of the layer that reads it under "inputs", by that of the non-linearity
+            (its node or its module) under "relu".
         cam_node: Node of ``traced`` whose output is the CAM's feature map; "" for none.
         learned_steps: Whose scales are parameters: "activations" or "all" (the weights' too, which then no longer follow the weights).
         rounding: "adaround": the weights' scales are stored, because a learned rounding holds on the grid it was learned on.
@@ -70,12 +76,13 @@ def quantize_model(
 
     Raises:
         ValueError: If a tensor that the rule covers would stay float: an operation with weights or a non-linearity
-            that is not known here; or if the student without its rounding is not the teacher.
+            that is not known here; if the student without its rounding is not the teacher; or if a name or pattern fits nothing.
     """
     net = copy.deepcopy(traced).eval()
     layers, nonlinear = classify(net)
-    widths = _layer_widths(layers, weight_bits, first_bits, last_bits)
-    input_widths = _layer_widths(layers, act_bits, first_bits, last_bits)
+    by_name = WidthPatterns(layer_weight_bits or {}, "quant.layer_weight_bits")
+    widths = _layer_widths(layers, weight_bits, first_bits, last_bits, by_name)
+    act_names = WidthPatterns(layer_act_bits or {}, "quant.layer_act_bits")
     steps: WeightSteps = "learned" if learned_steps == "all" else "stored" if rounding == "adaround" else "live"
     for node in layers:
         module = node_module(net, node)
@@ -85,13 +92,17 @@ def quantize_model(
             replace_layer(net, str(node.target), QuantLinear.from_float(module, widths[node], steps).eval())
 
     if act_points == "relu":
-        points = {node: (act_bits, list(node.users)) for node in nonlinear}
+        widths_behind = {node: act_names.width(node.name, str(node.target)) or act_bits for node in nonlinear}
+        points = {node: (widths_behind[node], list(node.users)) for node in nonlinear}
     else:
+        input_widths = _layer_widths(layers, act_bits, first_bits, last_bits, act_names)
         points = {}
         for node in layers:
             producer = tensor_inputs(node)[0]
             bits, users = points.get(producer, (0, []))
             points[producer] = (max(bits, input_widths[node]), [*users, node])
+    by_name.check_all_fit()
+    act_names.check_all_fit()
     taps = {}
     for node, (bits, users) in points.items():
         quantizer = _insert_quantizer(net, node, users, ActQuantizer(bits, learned_steps != "none"))
@@ -221,7 +232,7 @@ def _check_same(net: fx.GraphModule, traced: fx.GraphModule) -> None:
 
 
 def _layer_widths(
-    layers: list[fx.Node], bits: int, first_bits: int | None, last_bits: int | None
+    layers: list[fx.Node], bits: int, first_bits: int | None, last_bits: int | None, by_name: WidthPatterns
 ) -> dict[fx.Node, int]:
     widths = dict.fromkeys(layers, bits)
     for node in layers:
@@ -229,6 +240,7 @@ def _layer_widths(
             widths[node] = last_bits
         if node.target == layers[0].target and first_bits is not None:
             widths[node] = first_bits
+        widths[node] = by_name.width(str(node.target)) or widths[node]
     return widths
 
 

@@ -241,6 +241,8 @@ def _another_value(key: str, value: object) -> object:
         "teacher.input_size": [3, 8, 8],
         "quant.first_bits": 8,
         "quant.last_bits": 8,
+        "quant.layer_weight_bits": {"conv1": 8},
+        "quant.layer_act_bits": {"relu": 8},
         "finetune.lowpass_cutoff": 4.0,
         "evaluation.num_images": 9,
         "evaluation.dataset": "digits",

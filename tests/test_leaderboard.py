@@ -28,7 +28,7 @@ COLUMNS = (
     "rank, model, weight_bits, act_bits, protocol, act_points, objective, objective_value, top1_mean, top1_std, num_seeds, num_failed, "
     "teacher_top1, rtn_top1, drop, num_eval, size_bytes, bitops, lowpass_cutoff, cam_weight, ce_weight, difficulty_threshold, lr, "
     "set_digest, config_digest, commit, versions, device, seconds, num_data_seeds, first_bits, last_bits, teacher_digest, "
-    "best, pareto_size, pareto_bitops, fidelity_measure, onnx_bytes, packed_bytes, latency_ms, float_latency_ms"
+    "best, pareto_size, pareto_bitops, fidelity_measure, onnx_bytes, packed_bytes, latency_ms, float_latency_ms, layer_bits"
 )
 
 

@@ -135,7 +135,7 @@ def test_a_record_from_before_the_fidelity_measure_was_measured_by_the_kl() -> N
 
 def _others(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Values that the keys of a configuration may take, whatever their kind."""
-    plain = [True, False, 1, 2, 3, 5, 8, 2048, 0.25, 0.75, None, "other", "source:other", "digits", [3, 8, 8]]
+    plain = [True, False, 1, 2, 3, 5, 8, 2048, 0.25, 0.75, None, "other", "source:other", "digits", [3, 8, 8], {"a": 8}]
     for name, hint in get_type_hints(cls).items():
         if is_dataclass(hint):
             yield from _others(hint, f"{prefix}{name}.")

@@ -280,7 +280,7 @@ def test_unknown_operations_are_refused_by_name() -> None:
             y = torch.matmul(y, torch.softmax(y.transpose(1, 2), -1))
             return self.fc(y.mean(2))
 
-    with pytest.raises(ValueError, match=r"node 'softmax' is softmax: its tensors would stay float"):
+    with pytest.raises(ValueError, match=r"node 'matmul' is matmul: its tensors would stay float"):
         make(net=Attention())
 
     class FunctionalConv(nn.Module):
