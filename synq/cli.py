@@ -17,6 +17,7 @@ HELP = f"""usage: synq COMMAND ...
 SynQ {__version__}: quantizes a pre-trained image classifier without any data.
 
   synq inspect [TEACHER] [--json] [--KEY VALUE ...]   what would be done with a classifier, layer by layer (--help)
+  synq rehearse [TEACHER] [--KEY VALUE ...]           everything once in miniature: does it work on this classifier? (--help)
   synq widths [TEACHER] [--budget N] [--KEY VALUE ...]  bits of single layers under a size or BitOps budget, without data (--help)
   synq train [--config FILE] [--KEY VALUE ...]        one run; `synq train --help` explains every key
   synq synthesize [--config FILE] [--KEY VALUE ...]   only make the synthetic images of that run
@@ -37,6 +38,7 @@ def _elsewhere(module: str, words: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "inspect": partial(_elsewhere, "launch.inspection"),
+    "rehearse": partial(_elsewhere, "launch.rehearsal"),
     "widths": partial(_elsewhere, "launch.widths"),
     "train": partial(train, program="synq train"),
     "synthesize": partial(train, program="synq synthesize", only_images=True),

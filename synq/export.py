@@ -56,6 +56,7 @@ class ExportOptions:
         tolerance: What a file may differ by.
         rounds: Runs of each model for its latency; 0 measures none.
         threads: Threads of ONNX Runtime when it is timed; 0: its default.
+        beside_float: Whether the teacher itself is written as ONNX, too, for its size and latency; it is not kept.
         places: Where the run's teacher, images and labels lie now, by the names in PLACES, where they have been moved since.
     """
 
@@ -64,6 +65,7 @@ class ExportOptions:
     tolerance: Tolerance = field(default_factory=Tolerance)
     rounds: int = 30
     threads: int = 0
+    beside_float: bool = True
     places: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -209,7 +211,7 @@ def _write_files(
     if "torch" in options.formats:
         files.append(export_program(target / "model.pt2", integer_form(student.net, operations="torch"), size, check))
     figures = _sizes(student, teacher, files)
-    if models:
+    if models and options.beside_float:
         floating = write_onnx(integer_form(teacher.graph, operations="onnx"), size)
         figures["float_onnx_bytes"] = len(floating)
         if options.rounds:

@@ -1,0 +1,224 @@
+#!/usr/bin/env python3
+"""Does everything work on a classifier? `launch/rehearsal.py [TEACHER] [--KEY VALUE ...]`, or `--all [--jobs N] [--only WORD ...] [--page FILE]`."""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from sweeps.pool import exit_code
+from synq.config_io import between
+from synq.configs import RunConfig, RuntimeConfig, TeacherConfig, config_from_dict, load_config, make_absolute
+from synq.results import environment, write_text_atomic
+from synq.table_text import Row, to_markdown, to_text
+from synq.train import read_command_line
+
+LIST = Path(__file__).resolve().parent / "architectures.toml"
+PAGE_COLUMNS = (
+    "teacher",
+    "input",
+    "result",
+    "parameters",
+    "layers",
+    "batch norms",
+    "map",
+    "exact",
+    "SQNR W8A8",
+    "export",
+    "s",
+    "note",
+)
+SHOWN_COLUMNS = ("teacher", "input", "result", "map", "exact", "SQNR W8A8", "s")
+HALF = 0.5
+"""Mean and standard deviation of images that no weights say anything about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One network of the list.
+
+    Attributes:
+        teacher: Where it comes from.
+        group: Title of its group.
+        refused: Part of the message with which it is to be refused; "" where it is to work.
+    """
+
+    teacher: TeacherConfig
+    group: str
+    refused: str = ""
+
+    def config(self) -> RunConfig:
+        """Return the run that is rehearsed."""
+        return RunConfig(teacher=self.teacher, runtime=RuntimeConfig(device="cpu"))
+
+    def agrees(self, row: Row) -> bool:
+        """Whether what happened is what the list says."""
+        if self.refused:
+            return row["status"] == "refused" and self.refused in row["reason"]
+        return bool(row["status"] == "works")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do a run in miniature on TEACHER, from eight synthetic images to verified ONNX and packed files: a minute, before hours are spent.
+
+    Its figures only say that everything works: whether the student without its rounding is the teacher bit for bit, and how many dB the logits
+    keep at W8A8. Every other word is a setting of `teacher`, `quant` or `runtime`, as for `synq train`. With --all it is done with the networks
+    of launch/architectures.toml, untrained; exit code 1 if one of them does otherwise than the list says.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="synq rehearse", usage="%(prog)s [TEACHER] [options]", description=main.__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--all", action="store_true", help="try the networks of the list instead of TEACHER")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="of these, those with a WORD in their name"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="networks at a time, the cores divided between them (default: 1)"
+    )
+    parser.add_argument("--page", metavar="FILE", help="write the table of --all as Markdown")
+    first = ["--teacher.spec", words.pop(0)] if words and not words[0].startswith("-") else []
+    arguments, rest = parser.parse_known_args(words)
+    if not arguments.all:
+        return exit_code(lambda: _one([*rest, *first]))
+    wrong: list[str] = []
+    code = exit_code(lambda: wrong.extend(_all(arguments, [*rest, *first])))
+    return code or int(bool(wrong))
+
+
+def read_list(only: Sequence[str] = ()) -> list[Entry]:
+    """Return the networks of the list, or those with one of the words in their name.
+
+    Raises:
+        ValueError: If none is left, or the file is damaged.
+    """
+    content = load_config(LIST)
+    entries = []
+    for group in content["groups"]:
+        for network in group["networks"]:
+            given = {"spec": network} if isinstance(network, str) else dict(network)
+            refused = given.pop("refused", "")
+            size = given.setdefault("input_size", group.get("input_size", content["input_size"]))
+            given |= {"weights": "random", "mean": [HALF] * size[0], "std": [HALF] * size[0]}
+            if not given["spec"].startswith("launch."):
+                given["num_classes"] = content["num_classes"]
+            teacher = config_from_dict(TeacherConfig, given, source=str(LIST))
+            entries.append(Entry(teacher=teacher, group=group["title"], refused=refused))
+    kept = [entry for entry in entries if not only or any(word in entry.teacher.spec for word in only)]
+    if not kept:
+        raise ValueError(f"`only` must be part of a name in {LIST.name}, but got {' '.join(only)}")
+    return kept
+
+
+def rehearse_entry(entry: Entry, threads: int | None = None) -> Row:
+    """Rehearse one network of the list in a folder of its own, gone afterwards."""
+    from synq.rehearsal import rehearse
+
+    config = entry.config()
+    with tempfile.TemporaryDirectory(prefix="synq-rehearsal-") as folder:
+        row = rehearse(replace(config, runtime=replace(config.runtime, num_threads=threads)), Path(folder))
+    return {**row, "group": entry.group, "as_listed": entry.agrees(row)}
+
+
+def _one(words: Sequence[str]) -> None:
+    from synq.rehearsal import OK, rehearse
+
+    config = make_absolute(read_command_line(words)[0])
+    with tempfile.TemporaryDirectory(prefix="synq-rehearsal-") as folder:
+        row = rehearse(config, Path(folder), lambda stage: print(f"  {stage}", flush=True))
+    if row["status"] != OK:
+        raise ValueError(row["reason"] or "the student without its rounding differs from the teacher")
+    for name, value in _shown(row).items():
+        if value not in (None, ""):
+            print(f"{name:<12} {value}")
+
+
+def _all(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
+    between("jobs", arguments.jobs, 1)
+    if words:
+        raise ValueError(f"`--all` must stand without settings and TEACHER, but got {' '.join(words)}")
+    entries = read_list(arguments.only)
+    rows: dict[int, Row] = {}
+    for number, row in _in_turn(entries, arguments.jobs):
+        rows[number] = row
+        print(f"{row['teacher']} ({entries[number].teacher.input_size}): {row['status']}"
+              f"{'' if row['as_listed'] else ', OTHERWISE THAN LISTED'} {row['reason']}", flush=True)  # fmt: skip
+    ordered = [rows[number] for number in range(len(entries))]
+    print(to_text([_shown(row) for row in ordered], SHOWN_COLUMNS))
+    wrong = [row["teacher"] for row in ordered if not row["as_listed"]]
+    print(f"{len(ordered)} networks, {sum(row['status'] == 'works' for row in ordered)} work, "
+          f"{len(wrong)} otherwise than listed{': ' + ', '.join(wrong) if wrong else ''}", flush=True)  # fmt: skip
+    if arguments.page:
+        write_text_atomic(arguments.page, page(ordered))
+    return wrong
+
+
+def _in_turn(entries: Sequence[Entry], jobs: int) -> Iterator[tuple[int, Row]]:
+    """Give every row as it is done: one after the other in this process, or in `jobs` fresh ones."""
+    if jobs == 1:
+        yield from ((number, rehearse_entry(entry)) for number, entry in enumerate(entries))
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(_in_process, entry, threads): number for number, entry in enumerate(entries)}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+
+
+def _in_process(entry: Entry, threads: int) -> Row:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    return rehearse_entry(entry, threads)
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Return the table of all networks as a Markdown page, group by group."""
+    about = environment()
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(about["versions"].items()))
+    lines = [
+        "# Networks that were tried",
+        "",
+        "Made by `synq rehearse --all --jobs 2 --page launch/COMPATIBILITY.md`: each network, untrained and with batch-norm statistics of noise, goes",
+        "through synthesis, W4A4 quantization, two fine-tuning steps, evaluation and a verified export (ONNX and packed); or it is refused at once.",
+        "`exact`: with its quantizers bypassed the student gives the teacher's logits bit for bit. `SQNR W8A8`: power of the teacher's logits over",
+        "that of their error at 8 bits, in dB; where it is below 20 the note names the tensor that costs most by itself. Figures of untrained networks",
+        "say that everything works, not how well. `synq rehearse TEACHER` does the same with yours.",
+        "",
+        f"Commit {about['commit']}, {versions}.",
+    ]  # fmt: skip
+    for group in dict.fromkeys(row["group"] for row in rows):
+        shown = [_shown(row) for row in rows if row["group"] == group]
+        lines += ["", f"## {group}", "", to_markdown(shown, PAGE_COLUMNS).rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(row: Row) -> dict[str, Any]:
+    """Return a row in the words of the table."""
+    sqnr = row.get("sqnr_db")
+    parameters = row.get("parameters")
+    return {
+        "teacher": row["teacher"].removeprefix("launch.example_networks:"),
+        "input": row.get("input", ""),
+        "result": row["status"],
+        "parameters": "" if parameters is None else f"{parameters / 1e6:.2f} M",
+        "layers": row.get("layers"),
+        "batch norms": row.get("batch_norms"),
+        "map": row.get("cam", ""),
+        "exact": {True: "yes", False: "no"}.get(row.get("exact"), ""),  # type: ignore[arg-type]
+        "SQNR W8A8": "" if sqnr is None else f"{sqnr:.1f}",
+        "export": row.get("export", ""),
+        "s": f"{row['seconds']:.0f}",
+        "note": row["reason"] or row.get("note", ""),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
