@@ -17,7 +17,7 @@ from synq.results import RunRecord, summary_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the recipe in SPEC on its seeds, with plain rounding and with noise for images beside it, and print the table.
+    """Run the recipe in SPEC on its seeds, with plain rounding, noise for images and low-bit inputs beside it, and print the table.
 
     Every other word is a setting of the run, as for synq/train.py: folders, device, or a change of the recipe (then it is no longer
     compared with the figures that the file expects). Tables go to <output_dir>/<name>. The same command resumes a recipe that was
@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--spec", metavar="SPEC", required=True, help="file of a recipe; as the first word it needs no --spec"
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds of data and training (default: those of the file)")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", default=list(ROWS), help=f"some of: {' '.join(ROWS)}")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="ROW", help=f"some of: {' '.join(ROWS)} (default: all that differ from the recipe)"
+    )
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, the cores divided between them (default: 1)"
     )

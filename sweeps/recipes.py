@@ -4,6 +4,7 @@ The rows of its table use the same teacher, labelled images and seeds:
 
     ptq        the students of the recipe's own runs before their fine-tuning; costs no run
     noise      everything the same, but Gaussian noise in place of the synthetic images
+    inputs     everything the same, but low-bit inputs of every layer, the image included, in place of low-bit non-linearities
     recipe     the setting itself
     published  a figure of somebody else, from the recipe's file; never measured here
 
@@ -39,6 +40,7 @@ Cell = tuple[str, int]
 PTQ, RECIPE = "ptq", "recipe"
 ROWS: dict[str, Mapping[str, Any]] = {
     "noise": {"synthesis.method": "gaussian"},
+    "inputs": {"quant.act_points": "inputs"},
     RECIPE: {},
 }
 """Rows that are runs, and what each changes of the recipe."""
@@ -171,18 +173,29 @@ def load_recipe(path: str | Path) -> Recipe:
     return recipe
 
 
-def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] = tuple(ROWS)) -> dict[Cell, RunConfig]:
+def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] | None = None) -> dict[Cell, RunConfig]:
     """Return the run of every (row, seed); a seed drives both the synthetic set and the fine-tuning.
 
+    Args:
+        base: The recipe's own run.
+        seeds: The seeds.
+        rows: Some of ROWS; None is all but those that would be the recipe itself.
+
     Raises:
-        ValueError: If a row would be the recipe itself, or a list is empty or names what there is not.
+        ValueError: If a row that is named would be the recipe itself, or a list is empty or names what there is not.
     """
     check_seeds(seeds)
-    check_rows(rows, ROWS)
-    if "noise" in rows:
-        rule = "make images where there is a row noise (choose other `rows`)"
-        require("synthesis.method", rule, base.synthesis.method, base.synthesis.method != "gaussian")
-    order = [row for row in ROWS if row in rows]
+    check_rows(list(ROWS) if rows is None else rows, ROWS)
+    itself = [row for row in ROWS if row != RECIPE and with_overrides(base, ROWS[row]) == base]
+    for row in itself:
+        for key, value in ROWS[row].items():
+            require(
+                key,
+                f"be another one where there is a row {row} (choose other `rows`)",
+                value,
+                rows is None or row not in rows,
+            )
+    order = [row for row in ROWS if (row not in itself if rows is None else row in rows)]
     return {
         (row, seed): with_overrides(base, {**ROWS[row], "seed": seed, "data_seed": seed})
         for row in order

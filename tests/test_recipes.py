@@ -122,8 +122,13 @@ def test_an_expected_figure_comes_with_everything_that_belongs_to_it(file: Path,
 def test_rows_that_would_be_the_recipe_itself_are_refused(file: Path) -> None:
     base = load_recipe(file).base()
     assert list(plan(base, [0], ["recipe", "noise"])) == [("noise", 0), ("recipe", 0)]
-    with pytest.raises(ValueError, match=r"synthesis\.method` must make images where there is a row noise"):
-        plan(with_overrides(base, {"synthesis.method": "gaussian"}), [0])
+    with pytest.raises(ValueError, match=r"quant\.act_points` must be another one where there is a row inputs"):
+        plan(base, [0], ["recipe", "inputs"])
+    noise = with_overrides(base, {"synthesis.method": "gaussian", "quant.act_points": "relu"})
+    with pytest.raises(ValueError, match=r"synthesis\.method` must be another one where there is a row noise"):
+        plan(noise, [0], ["noise"])
+    assert list(plan(noise, [0])) == [("inputs", 0), ("recipe", 0)], "unasked they are left out"
+    assert plan(noise, [0])["inputs", 0].quant.act_points == "inputs"
 
 
 def record(top1: float, **changes: Any) -> RunRecord:
