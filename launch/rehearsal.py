@@ -150,8 +150,8 @@ def _all(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
     rows: dict[int, Row] = {}
     for number, row in _in_turn(entries, arguments.jobs):
         rows[number] = row
-        print(f"{row['teacher']} ({entries[number].teacher.input_size}): {row['status']}"
-              f"{'' if row['as_listed'] else ', OTHERWISE THAN LISTED'} {row['reason']}", flush=True)  # fmt: skip
+        otherwise = "" if row["as_listed"] else ", OTHERWISE THAN LISTED"
+        print(f"{row['teacher']}: {row['status']}{otherwise}, {row['seconds']:.0f} s {row['reason']}", flush=True)
     ordered = [rows[number] for number in range(len(entries))]
     print(to_text([_shown(row) for row in ordered], SHOWN_COLUMNS))
     wrong = [row["teacher"] for row in ordered if not row["as_listed"]]
