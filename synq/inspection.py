@@ -61,6 +61,7 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str,
         "student": {
             "bits": quant.label,
             "protocol": quant.protocol,
+            "layer_bits": quant.layer_label,
             "act_points": quant.act_points,
             "bytes": student.size_bytes,
             "macs": macs,
@@ -81,6 +82,7 @@ def summary(found: dict[str, Any]) -> str:
         if cam["node"]
         else "none, the CAM term is off"
     )
+    named = f" ({student['layer_bits']})" if student["layer_bits"] else ""
     floats: dict[str, int] = {}
     for row in rows:
         if row["output_bits"] == FLOAT_BITS:
@@ -91,7 +93,7 @@ def summary(found: dict[str, Any]) -> str:
         "synthesis": f"guided by {len(norms['batch_norms'])} batch norms of {norms['channels']:,} channels",
         "map": f"{at}; {cam['reason']}",
         "student": (
-            f"{student['bits']}, protocol {student['protocol']}, act_points {student['act_points']}: {_mib(student['bytes'])} "
+            f"{student['bits']}{named}, protocol {student['protocol']}, act_points {student['act_points']}: {_mib(student['bytes'])} "
             f"({student['bytes'] / teacher['bytes']:.3f} of float), {_amount(student['macs'])} MACs, {_amount(student['bitops'])} bit operations "
             f"({student['bitops'] / student['float_bitops']:.3f} of float)"
         ),

@@ -57,6 +57,7 @@ def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, A
         "weight_bits": record.weight_bits,
         "act_bits": record.act_bits,
         "protocol": record.protocol,
+        "layer_bits": config.quant.layer_label,
         "act_points": record.act_points,
         "data_free": record.objective == "synthetic",
         "images": config.synthesis.method,
@@ -117,7 +118,7 @@ def card_markdown(values: Mapping[str, Any]) -> str:
         "teacher": f"{teacher['spec']} (digest {teacher['digest'][:16]})",
         "input": f"(N, {', '.join(map(str, teacher['input_size']))}) float32, normalised: {_normalisation(values)}",
         "output": f"(N, {teacher['num_classes']}) logits",
-        "widths": f"{bits}, protocol {values['protocol']}, act_points {values['act_points']}",
+        "widths": f"{bits}, protocol {values['protocol']}, act_points {values['act_points']}{_single(values['layer_bits'])}",
         "accuracy": _accuracy(accuracy),
         "size": _size(figures),
         "speed": _speed(figures),
@@ -141,6 +142,10 @@ def card_markdown(values: Mapping[str, Any]) -> str:
     lines += ["## Settings", "", "```json", json.dumps(_settings(values["config"]), indent=1), "```", ""]
     versions = ", ".join(f"{name} {version}" for name, version in values["versions"].items())
     return "\n".join([*lines, f"Versions: {versions}.", ""])
+
+
+def _single(widths: str) -> str:
+    return f"; single layers: {markdown_cell(widths)}" if widths else ""
 
 
 def file_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
