@@ -224,7 +224,9 @@ def _read(hint: Any, words: list[str], name: str) -> Any:
     if typing.get_origin(kind) is tuple:
         words = [part for word in words for part in word.split(",") if part]  # 3 32 32 and 3,32,32 are the same
         return [_read(typing.get_args(kind)[0], [word], name) for word in words] if words != ["none"] else "none"
-    if typing.get_origin(kind) is dict:  # conv1=8,fc=8 and conv1=8 fc=8 are the same
+    if typing.get_origin(kind) is dict:  # conv1=8,fc=8 and conv1=8 fc=8 are the same; none is no entry
+        if words == ["none"]:
+            return {}
         pairs = [part.rpartition("=") for word in words for part in word.split(",") if part]
         if not all(key and value for key, _, value in pairs):
             raise ValueError(f"`{name}` must be given as NAME=VALUE NAME=VALUE, but got {' '.join(words)}")

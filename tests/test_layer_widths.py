@@ -116,6 +116,7 @@ def test_words_tables_and_records_say_the_same() -> None:
     assert config_from_dict(RunConfig, stored) == from_table and stored["quant"]["layer_weight_bits"] == widths
     stored["quant"]["layer_weight_bits"].clear()
     assert from_table.quant.layer_weight_bits == widths, "nothing is shared"
+    assert read_command_line(["--quant.layer_weight_bits", "none"])[0] == RunConfig()
     with pytest.raises(ValueError, match="must be given as NAME=VALUE"):
         read_command_line(["--quant.layer_weight_bits", "conv1"])
 
