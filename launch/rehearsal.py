@@ -2,25 +2,23 @@
 """Does everything work on a classifier? `launch/rehearsal.py [TEACHER] [--KEY VALUE ...]`, or `--all [--jobs N] [--only WORD ...] [--page FILE]`."""
 
 import argparse
-import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sweeps.pool import exit_code
-from synq.config_io import between
+from sweeps.pool import exit_code, in_processes, threads_each
+from synq.config_io import between, require
 from synq.configs import RunConfig, RuntimeConfig, TeacherConfig, config_from_dict, load_config, make_absolute
 from synq.results import environment, write_text_atomic
 from synq.table_text import Row, to_markdown, to_text
-from synq.train import read_command_line
+from synq.train import read_command_line, report_error
 
 LIST = Path(__file__).resolve().parent / "architectures.toml"
 PAGE_COLUMNS = (
@@ -56,10 +54,6 @@ class Entry:
     group: str
     refused: str = ""
 
-    def config(self) -> RunConfig:
-        """Return the run that is rehearsed."""
-        return RunConfig(teacher=self.teacher, runtime=RuntimeConfig(device="cpu"))
-
     def agrees(self, row: Row) -> bool:
         """Whether what happened is what the list says."""
         if self.refused:
@@ -88,11 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", metavar="FILE", help="write the table of --all as Markdown")
     first = ["--teacher.spec", words.pop(0)] if words and not words[0].startswith("-") else []
     arguments, rest = parser.parse_known_args(words)
-    if not arguments.all:
-        return exit_code(lambda: _one([*rest, *first]))
-    wrong: list[str] = []
-    code = exit_code(lambda: wrong.extend(_all(arguments, [*rest, *first])))
-    return code or int(bool(wrong))
+    failed: list[str] = []
+    work = _all if arguments.all else _one
+    return exit_code(lambda: failed.extend(work(arguments, [*rest, *first]))) or int(bool(failed))
 
 
 def read_list(only: Sequence[str] = ()) -> list[Entry]:
@@ -121,25 +113,41 @@ def read_list(only: Sequence[str] = ()) -> list[Entry]:
 
 def rehearse_entry(entry: Entry, threads: int | None = None) -> Row:
     """Rehearse one network of the list in a folder of its own, gone afterwards."""
-    from synq.rehearsal import rehearse
-
-    config = entry.config()
-    with tempfile.TemporaryDirectory(prefix="synq-rehearsal-") as folder:
-        row = rehearse(replace(config, runtime=replace(config.runtime, num_threads=threads)), Path(folder))
+    config = RunConfig(teacher=entry.teacher, runtime=RuntimeConfig(device="cpu", num_threads=threads))
+    row = _rehearse(config, lambda stage: None)
+    row.pop("error", None)  # an exception need not survive the way between processes
     return {**row, "group": entry.group, "as_listed": entry.agrees(row)}
 
 
-def _one(words: Sequence[str]) -> None:
-    from synq.rehearsal import OK, rehearse
+def _rehearse(config: RunConfig, say: Callable[[str], None]) -> Row:
+    from synq.rehearsal import rehearse
 
-    config = make_absolute(read_command_line(words)[0])
     with tempfile.TemporaryDirectory(prefix="synq-rehearsal-") as folder:
-        row = rehearse(config, Path(folder), lambda stage: print(f"  {stage}", flush=True))
-    if row["status"] != OK:
-        raise ValueError(row["reason"] or "the student without its rounding differs from the teacher")
+        return rehearse(config, Path(folder), say)
+
+
+def _one(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
+    for name in ("only", "page"):
+        require(name, "be left out without `--all`", getattr(arguments, name), not getattr(arguments, name))
+    config = make_absolute(read_command_line(words)[0])
+    for part in ("synthesis", "finetune", "evaluation", "reconstruction"):
+        if any(word.startswith(f"--{part}.") for word in words):
+            raise ValueError(
+                f"`{part}` must be left out: a rehearsal has its own, only teacher, quant and runtime count"
+            )
+    row = _rehearse(config, lambda stage: print(f"  {stage}", flush=True))
+    error = row.get("error")
+    if row["status"] == "refused":
+        raise ValueError(row["reason"]) from error
     for name, value in _shown(row).items():
         if value not in (None, ""):
-            print(f"{name:<12} {value}")
+            print(f"{name:<12} {value}", flush=True)
+    if row["status"] == "works":
+        return []
+    failure = RuntimeError(row["reason"])
+    failure.__cause__ = error
+    report_error(failure)
+    return [row["teacher"]]
 
 
 def _all(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
@@ -165,18 +173,8 @@ def _all(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
 def _in_turn(entries: Sequence[Entry], jobs: int) -> Iterator[tuple[int, Row]]:
     """Give every row as it is done: one after the other in this process, or in `jobs` fresh ones."""
     if jobs == 1:
-        yield from ((number, rehearse_entry(entry)) for number, entry in enumerate(entries))
-        return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(_in_process, entry, threads): number for number, entry in enumerate(entries)}
-        for future in as_completed(waiting):
-            yield waiting[future], future.result()
-
-
-def _in_process(entry: Entry, threads: int) -> Row:
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    return rehearse_entry(entry, threads)
+        return ((number, rehearse_entry(entry)) for number, entry in enumerate(entries))
+    return in_processes(partial(rehearse_entry, threads=threads_each(jobs)), dict(enumerate(entries)), jobs)
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -208,12 +206,12 @@ def _shown(row: Row) -> dict[str, Any]:
         "teacher": row["teacher"].removeprefix("launch.example_networks:"),
         "input": row.get("input", ""),
         "result": row["status"],
-        "parameters": "" if parameters is None else f"{parameters / 1e6:.2f} M",
+        "parameters": "" if parameters is None else f"{parameters:,}",
         "layers": row.get("layers"),
         "batch norms": row.get("batch_norms"),
         "map": row.get("cam", ""),
         "exact": {True: "yes", False: "no"}.get(row.get("exact"), ""),  # type: ignore[arg-type]
-        "SQNR W8A8": "" if sqnr is None else f"{sqnr:.1f}",
+        "SQNR W8A8": "" if sqnr is None else f"{sqnr:.1f} dB",
         "export": row.get("export", ""),
         "s": f"{row['seconds']:.0f}",
         "note": row["reason"] or row.get("note", ""),

@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_context
@@ -14,6 +14,8 @@ from synq.results import RunRecord
 from synq.train import USER_ERROR, report_error
 
 Cell = TypeVar("Cell", bound=Hashable)
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 def run_all(
@@ -52,22 +54,39 @@ def run_all(
 def _side_by_side(
     runs: Mapping[Cell, RunConfig], jobs: int, on_done: Callable[[Cell, RunRecord], None]
 ) -> dict[Cell, RunRecord]:
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = threads_each(jobs)
     done: dict[Cell, RunRecord] = {}
+    shared = {
+        cell: replace(run, runtime=replace(run.runtime, num_threads=run.runtime.num_threads or threads))
+        for cell, run in runs.items()
+    }
+    for cell, record in in_processes(_run_one, shared, jobs):
+        done[cell] = record
+        on_done(cell, record)
+    return done
+
+
+def threads_each(jobs: int) -> int:
+    """Return the threads of each of `jobs` processes that share this machine's cores."""
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
+def in_processes(
+    work: Callable[[Task], Result], tasks: Mapping[Cell, Task], jobs: int
+) -> Iterator[tuple[Cell, Result]]:
+    """Give (name, `work(task)`) of every task as it is done, `jobs` at a time in fresh processes.
+
+    Whoever stops listening, by an error or by leaving, stops the tasks that have not begun.
+    """
     # Fresh interpreters: a forked torch may hang on the locks of threads that are gone.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        waiting: dict[Future[RunRecord], Cell] = {}
-        for cell, config in runs.items():
-            runtime = replace(config.runtime, num_threads=config.runtime.num_threads or threads)
-            waiting[pool.submit(_run_one, replace(config, runtime=runtime))] = cell
+        waiting = {pool.submit(work, task): cell for cell, task in tasks.items()}
         try:
             for future in as_completed(waiting):
-                done[waiting[future]] = future.result()
-                on_done(waiting[future], future.result())
+                yield waiting[future], future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return done
 
 
 def _run_one(config: RunConfig) -> RunRecord:

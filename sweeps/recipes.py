@@ -174,12 +174,9 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] | None = None) -> dict[Cell, RunConfig]:
-    """Return the run of every (row, seed); a seed drives both the synthetic set and the fine-tuning.
+    """Return the run of every (row, seed), without `rows` of all but those that would be the recipe itself.
 
-    Args:
-        base: The recipe's own run.
-        seeds: The seeds.
-        rows: Some of ROWS; None is all but those that would be the recipe itself.
+    A seed drives both the synthetic set and the fine-tuning.
 
     Raises:
         ValueError: If a row that is named would be the recipe itself, or a list is empty or names what there is not.
@@ -187,15 +184,12 @@ def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] | None = Non
     check_seeds(seeds)
     check_rows(list(ROWS) if rows is None else rows, ROWS)
     itself = [row for row in ROWS if row != RECIPE and with_overrides(base, ROWS[row]) == base]
-    for row in itself:
+    for row in set(itself).intersection(rows or ()):
         for key, value in ROWS[row].items():
-            require(
-                key,
-                f"be another one where there is a row {row} (choose other `rows`)",
-                value,
-                rows is None or row not in rows,
-            )
-    order = [row for row in ROWS if (row not in itself if rows is None else row in rows)]
+            require(key, f"be another one where there is a row {row} (choose other `rows`)", value, False)
+    # Activations that are named are those of the recipe's own rule.
+    unfit = ["inputs"] if base.quant.layer_act_bits else []
+    order = [row for row in ROWS if row in (rows or set(ROWS).difference(itself, unfit))]
     return {
         (row, seed): with_overrides(base, {**ROWS[row], "seed": seed, "data_seed": seed})
         for row in order

@@ -124,6 +124,9 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise ValueError(f"`{name}` must be a table of names and values, but got {value!r}")
+        for key, part in value.items():
+            rule = "be one value (in TOML, a name with dots stands in quotes)"
+            require(f"{name}.{key}", rule, part, not isinstance(part, Mapping))
         return {key: _convert(args[1], part, f"{name}.{key}", root) for key, part in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
@@ -229,7 +232,11 @@ def _read(hint: Any, words: list[str], name: str) -> Any:
             return {}
         pairs = [part.rpartition("=") for word in words for part in word.split(",") if part]
         if not all(key and value for key, _, value in pairs):
-            raise ValueError(f"`{name}` must be given as NAME=VALUE NAME=VALUE, but got {' '.join(words)}")
+            raise ValueError(
+                f"`{name}` must be given as NAME=VALUE NAME=VALUE, such as conv1=8, but got {' '.join(words)}"
+            )
+        if len({key for key, _, _ in pairs}) < len(pairs):
+            raise ValueError(f"`{name}` must have no name twice, but got {' '.join(words)}")
         return {key: _read(typing.get_args(kind)[1], [value], f"{name}.{key}") for key, _, value in pairs}
     if len(words) != 1:
         raise ValueError(f"`{name}` must be given one value, but got {' '.join(words) or 'none'}")

@@ -70,6 +70,8 @@ class TeacherConfig:
         if mean is not None and std is not None:
             channels = size[0] if size is not None else len(mean)
             _require("teacher.mean", f"hold one finite number per channel ({channels})", mean, _finite(mean, channels))
+            rule = "be of images in [0, 1] (divide by 255 what is of pixels in 0..255)"
+            _require("teacher.mean", rule, mean, all(abs(part) <= 1 for part in mean))
             positive = _finite(std, channels) and all(part > 0 for part in std)
             _require("teacher.std", f"hold one number > 0 per channel ({channels})", std, positive)
 

@@ -30,8 +30,11 @@ def functions_as_layers(traced: fx.GraphModule) -> None:
     Args:
         traced: A graph in evaluation mode whose nodes carry shapes in ``meta["shape"]``.
     """
+    of_images: set[fx.Node] = set()
     for node in list(traced.graph.nodes):
-        if node.op != "call_function":
+        if node.op == "placeholder" or any(source in of_images for source in node.all_input_nodes):
+            of_images.add(node)
+        if node.op != "call_function" or node not in of_images:
             continue
         if node.target is F.batch_norm:
             _norm_as_layer(traced, node)
@@ -39,10 +42,11 @@ def functions_as_layers(traced: fx.GraphModule) -> None:
             _product_as_layer(traced, node)
 
 
-def replace_layer(net: nn.Module, name: str, layer: nn.Module, drop: str = "") -> None:
-    """Put ``layer`` in the place of the submodule ``name``, with what lies below that one, which may be called on its own, but for ``drop``."""
+def replace_layer(net: fx.GraphModule, name: str, layer: nn.Module) -> None:
+    """Put ``layer`` in the place of the submodule ``name``, with those modules below that one that the graph calls on their own."""
+    called = [f"{node.target}." for node in net.graph.nodes if node.op in ("call_module", "get_attr")]
     for child_name, child in net.get_submodule(name).named_children():
-        if child_name != drop:
+        if any(target.startswith(f"{name}.{child_name}.") for target in called):
             layer.add_module(child_name, child)
     net.set_submodule(name, layer)
 
@@ -80,14 +84,18 @@ def _norm_as_layer(traced: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _product_as_layer(traced: fx.GraphModule, node: fx.Node) -> None:
-    """Convolutions and products with a weight that is no parameter of a module (computed, fixed) stay as they are."""
+    """Convolutions and products with a weight that is no parameter (computed, fixed), or not the only one of its module, stay as they are."""
     call: dict[str, Any] = {**_CONV_DEFAULTS, **dict(zip(_CONV_ARGUMENTS, node.args, strict=False)), **node.kwargs}
     name = _owner({field: call[field] for field in AFFINE})
     if name is None:
         return
     holder = traced.get_submodule(name)
     settings = [call[key] for key in ("stride", "padding", "dilation", "groups")]
-    if not _holds(holder, _given(call), ()) or any(isinstance(value, fx.Node) for value in settings):
+    own = {field for field, _ in (*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False))}
+    plain = (
+        _holds(holder, _given(call), ()) and own == _given(call) and not any(isinstance(v, fx.Node) for v in settings)
+    )
+    if not plain or holder.get_parameter("weight").dim() != (4 if node.target is F.conv2d else 2):
         return
     made = _conv_of(holder, call) if node.target is F.conv2d else _linear_of(holder)
     if type(holder) is nn.Module:

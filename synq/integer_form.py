@@ -87,9 +87,9 @@ def integer_form(net: fx.GraphModule, *, operations: Operations = "plain", empty
             scale = source.scale if isinstance(source, IntegerActivation) else 1.0
             affine = _affine(codes, scale, module.bias, batch_norm)
             if isinstance(module, QuantConv2d):
-                replace_layer(form, name, IntegerConv2d(module, codes, *affine, operations), "weight_quantizer")
+                replace_layer(form, name, IntegerConv2d(module, codes, *affine, operations))
             else:
-                replace_layer(form, name, IntegerLinear(codes, *affine, operations), "weight_quantizer")
+                replace_layer(form, name, IntegerLinear(codes, *affine, operations))
             if norm is not None and batch_norm is not None:
                 form.set_submodule(str(norm.target), bare_holder(batch_norm))
                 norm.replace_all_uses_with(node)

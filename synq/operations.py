@@ -99,7 +99,7 @@ def classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
         Convolutions and linear layers; operations whose output is a new set of values.
 
     Raises:
-        ValueError: If an operation is neither and not known to be harmless, or if there is no layer.
+        ValueError: If an operation is neither and not known to be harmless, if there is no layer, or if the network ends in a softmax.
     """
     layers: list[fx.Node] = []
     nonlinear: list[fx.Node] = []
@@ -130,6 +130,13 @@ def classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
                 nonlinear.append(node)
         elif name != "batch_norm" and name not in _STRUCTURAL_NAMES:
             raise _refusal(node, name)
+    last = next(node for node in reversed(net.graph.nodes) if node.op == "output").all_input_nodes[0]
+    while is_passive(net, last):
+        last = last.all_input_nodes[0]
+    if operation_name(last) == "softmax" or isinstance(node_module(net, last), nn.Softmax):
+        raise ValueError(
+            f"teacher must return logits, but its last operation, {last.name!r}, is a softmax: return what enters it"
+        )
     if not layers:
         raise ValueError("teacher must have a convolution or linear layer to quantize, but none was found in its graph")
     return layers, nonlinear

@@ -19,9 +19,9 @@ class QuantConfig:
     last_bits: int | None = None
     """Bits of the last layer's weights and input; None is the same as the rest (protocol A)."""
     layer_weight_bits: dict[str, int] = field(default_factory=dict)
-    """Bits of the weights of single layers by name or pattern, before all of the above: "features.0" = 8, "head*" = 8 (as words: features.0=8 head*=8)."""
+    """Bits of the weights of single layers, by name or pattern, whatever weight_bits, first_bits and last_bits say; as words: conv1=8 'stage1*=6'."""
     layer_act_bits: dict[str, int] = field(default_factory=dict)
-    """The same for activations: those of a layer's input under `act_points` inputs, of a non-linearity as `synq inspect` names it under relu."""
+    """Bits of single activations: under act_points inputs by the layer that reads it, under relu by the node of the non-linearity (`synq inspect`)."""
     act_points: Literal["relu", "inputs"] = "relu"
     """Which activations are low-bit: relu (after every non-linearity) or inputs (the input of every convolution and linear layer)."""
     weight_range: Literal["minmax", "mse"] = "minmax"
@@ -75,7 +75,9 @@ class QuantConfig:
 
     @property
     def layer_label(self) -> str:
-        """The widths of single layers in words, for example "conv1=W8 head*=W8 relu=A8"; empty where none is named."""
+        """The widths of single layers in words, for example "conv1=W8 head*=W8 relu=A8"; empty where none is another one (protocol A)."""
+        if self.protocol == "A":
+            return ""
         named = [(self.layer_weight_bits, "W"), (self.layer_act_bits, "A")]
         return " ".join(f"{pattern}={role}{widths[pattern]}" for widths, role in named for pattern in sorted(widths))
 

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.bn_stats import bn_targets
-from synq.configs import EvaluationConfig, FinetuneConfig, QuantConfig, RunConfig, SynthesisConfig, TeacherConfig
+from synq.configs import (
+    EvaluationConfig,
+    FinetuneConfig,
+    QuantConfig,
+    ReconstructionConfig,
+    RunConfig,
+    SynthesisConfig,
+    TeacherConfig,
+)
 from synq.export import ExportOptions, export_run
 from synq.pipeline import build_student, run, run_folder, set_names, set_store
 from synq.quant_layers import quantizers_bypassed
@@ -49,10 +57,12 @@ def rehearse(config: RunConfig, folder: Path, say: Callable[[str], None] = lambd
     Returns:
         teacher, status ("works", "refused" before any work, "fails" later), reason; as far as it came: input, classes, parameters, layers,
         batch_norms, cam, exact (the student without rounding is the teacher, bit for bit), sqnr_db and agreement (percent) at W8A8, loss, bits,
-        export, seconds, note.
+        export, seconds, note; error, the exception behind the reason, where there is one.
     """
     started = time.perf_counter()
     row: dict[str, Any] = {"teacher": config.teacher.spec, "status": REFUSED, "reason": ""}
+    if config.runtime.num_threads is not None:
+        torch.set_num_threads(config.runtime.num_threads)
     try:
         say("load")
         teacher = load_teacher(config.teacher)
@@ -75,9 +85,13 @@ def rehearse(config: RunConfig, folder: Path, say: Callable[[str], None] = lambd
         options = ExportOptions(formats=("onnx", "packed"), rounds=0, beside_float=False)
         _, exported = export_run(run_folder(small), options=options)
         row["export"] = ", ".join(file["container"] or file["format"] for file in exported.deployment["files"])
-        row["status"] = OK if row["exact"] and math.isfinite(row["loss"]) else FAILED
+        if not row["exact"]:
+            row["reason"] = "the student without its rounding differs from the teacher"
+        elif not math.isfinite(row["loss"]):
+            row["reason"] = "the loss of the fine-tuning is not finite"
+        row["status"] = FAILED if row["reason"] else OK
     except Exception as error:  # whatever goes wrong with somebody's network is what is asked for
-        row["reason"] = " ".join(str(error).split()) or type(error).__name__
+        row |= {"reason": " ".join(str(error).split()) or type(error).__name__, "error": error}
     row["seconds"] = time.perf_counter() - started
     return row
 
@@ -129,6 +143,7 @@ def _small(config: RunConfig, folder: Path) -> RunConfig:
         config,
         name="rehearsal",
         synthesis=SynthesisConfig(num_images=IMAGES, shard_size=IMAGES, iterations=ITERATIONS, start="white"),
+        reconstruction=ReconstructionConfig(iterations=STEPS, images=IMAGES, batch_size=IMAGES // STEPS),
         finetune=FinetuneConfig(epochs=1, batch_size=IMAGES // STEPS),
         evaluation=EvaluationConfig(dataset="none", heldout_images=IMAGES),
         runtime=replace(config.runtime, output_dir=str(folder), store_dir=None, progress=False),

@@ -240,7 +240,10 @@ def _fits(hint: Any, value: object) -> bool:
 
 def summary_line(record: RunRecord) -> str:
     """One line for a person, for example "resnet20 W4A4 A relu | teacher 91.48 | RTN 80.90 | final 90.40 | drop 1.08 | 132 s"."""
-    head = f"{record.model or record.name} W{record.weight_bits}A{record.act_bits} {record.protocol} {record.act_points}".rstrip()
+    quant = record.config.get("quant", {})
+    mixed = " mixed" if quant.get("layer_weight_bits") or quant.get("layer_act_bits") else ""
+    bits = f"W{record.weight_bits}A{record.act_bits}{mixed}"
+    head = f"{record.model or record.name} {bits} {record.protocol} {record.act_points}".rstrip()
     parts = [head]
     if record.status != "completed":
         parts.append(f"{record.status}: {record.reason}" if record.reason else record.status)

@@ -20,9 +20,11 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from synq.accounting import TensorRow
+from synq.configs import QuantConfig
 from synq.fidelity import kl
 from synq.observers import mse_weight_ratio
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, WeightQuantizer, quantizers_bypassed
+from synq.width_patterns import WidthPatterns, layer_names
 
 Cost = Literal["bytes", "bitops"]
 
@@ -121,6 +123,14 @@ def width_costs(rows: Sequence[TensorRow], candidates: Sequence[int], cost: Cost
     return {row.name: {bits: row.bitops // row.bits * bits for bits in candidates} for row in weights}
 
 
+def named_layers(layers: Sequence[str], quant: QuantConfig) -> set[str]:
+    """Return those of ``layers``, in order of execution, whose width a configuration gives by name or by their place."""
+    patterns = WidthPatterns(quant.layer_weight_bits, "quant.layer_weight_bits")
+    named = {name for name in layers if patterns.width(*layer_names(name)) is not None}
+    ends = ((quant.first_bits, layers[0]), (quant.last_bits, layers[-1]))
+    return named | {name for bits, name in ends if bits is not None}
+
+
 def choose_widths(
     losses: Mapping[str, Mapping[int, float]], costs: Mapping[str, Mapping[int, int]], budget: float
 ) -> dict[str, int]:
@@ -140,19 +150,27 @@ def choose_widths(
         raise ValueError(f"`budget` must be at least {least}, what the least widths cost, but got {budget:g}")
     one_each = np.array([[float(name == layer) for name, _ in choices] for layer in losses])
     price = np.array([costs[name][bits] for name, bits in choices], dtype=float)
-    found = optimize.milp(
-        [losses[name][bits] for name, bits in choices],
-        integrality=np.ones(len(choices)),
-        bounds=optimize.Bounds(0, 1),
-        constraints=[
-            optimize.LinearConstraint(one_each, 1, 1),
-            # In shares of the budget: the solver's tolerances are absolute.
-            optimize.LinearConstraint(price[None] / budget, -np.inf, 1),
-        ],
-    )
-    if found.x is None:
-        raise RuntimeError(f"no widths were found: {found.message}")
-    return {name: bits for (name, bits), taken in zip(choices, found.x, strict=True) if taken > 0.5}
+    loss = np.array([losses[name][bits] for name, bits in choices])
+    limit = 1.0
+    while True:
+        # In shares of the largest loss and of the budget: the solver's tolerances are absolute.
+        found = optimize.milp(
+            loss / (loss.max() or 1.0),
+            integrality=np.ones(len(choices)),
+            bounds=optimize.Bounds(0, 1),
+            constraints=[
+                optimize.LinearConstraint(one_each, 1, 1),
+                optimize.LinearConstraint(price[None] / budget, -np.inf, limit),
+            ],
+            options={"mip_rel_gap": 0},
+        )
+        if found.x is None:
+            raise RuntimeError(f"no widths were found: {found.message}")
+        chosen = {name: bits for (name, bits), taken in zip(choices, found.x, strict=True) if taken > 0.5}
+        over = sum(costs[name][bits] for name, bits in chosen.items()) - budget
+        if over <= 0:
+            return chosen
+        limit -= 2 * over / budget  # within the solver's tolerance of the budget, but above it
 
 
 def _score(

@@ -14,7 +14,7 @@ from synq.observers import HistogramObserver, RangeObserver, mse_range, mse_weig
 from synq.operations import classify
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
 from synq.tracing import node_module, tensor_inputs
-from synq.width_patterns import WidthPatterns
+from synq.width_patterns import WidthPatterns, layer_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ def quantize_model(
         first_bits: Width of the first layer's weight (and of its input, under "inputs"); None for ``weight_bits``.
         last_bits: The same for the last layer.
         layer_weight_bits: Width of the weights of single layers, by the layer's name or a pattern of names; goes before the above.
-        layer_act_bits: Width of single activations, by the name of the layer that reads it under "inputs", by that of the non-linearity
-            (its node or its module) under "relu".
+        layer_act_bits: Width of single activations, by the name of the layer that reads it under "inputs", by the node of
+            the non-linearity under "relu".
         cam_node: Node of ``traced`` whose output is the CAM's feature map; "" for none.
         learned_steps: Whose scales are parameters: "activations" or "all" (the weights' too, which then no longer follow the weights).
         rounding: "adaround": the weights' scales are stored, because a learned rounding holds on the grid it was learned on.
@@ -92,7 +92,7 @@ def quantize_model(
             replace_layer(net, str(node.target), QuantLinear.from_float(module, widths[node], steps).eval())
 
     if act_points == "relu":
-        widths_behind = {node: act_names.width(node.name, str(node.target)) or act_bits for node in nonlinear}
+        widths_behind = {node: act_names.width(node.name) or act_bits for node in nonlinear}
         points = {node: (widths_behind[node], list(node.users)) for node in nonlinear}
     else:
         input_widths = _layer_widths(layers, act_bits, first_bits, last_bits, act_names)
@@ -101,6 +101,14 @@ def quantize_model(
             producer = tensor_inputs(node)[0]
             bits, users = points.get(producer, (0, []))
             points[producer] = (max(bits, input_widths[node]), [*users, node])
+        for node in layers:
+            asked, (bits, readers) = act_names.width(*layer_names(str(node.target))), points[tensor_inputs(node)[0]]
+            if asked not in (None, bits):
+                others = ", ".join(str(reader.target) for reader in readers if reader is not node)
+                raise ValueError(
+                    f"`quant.layer_act_bits` must say one width for layers that read the same tensor, but got {asked} for {node.target} and "
+                    f"{bits} for {others}"
+                )
     by_name.check_all_fit()
     act_names.check_all_fit()
     taps = {}
@@ -240,7 +248,7 @@ def _layer_widths(
             widths[node] = last_bits
         if node.target == layers[0].target and first_bits is not None:
             widths[node] = first_bits
-        widths[node] = by_name.width(str(node.target)) or widths[node]
+        widths[node] = by_name.width(*layer_names(str(node.target))) or widths[node]
     return widths
 
 

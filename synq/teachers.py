@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from synq.cam_site import CamSite, locate_cam
 from synq.configs import TeacherConfig
 from synq.teacher_sources import RANDOM, SourceModel, build_source
-from synq.tracing import accepting, check_plain_weights, node_module, output_places, trace_classifier
+from synq.tracing import accepting, check_plain_weights, node_module, output_getters, trace_classifier
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _ATTENTION = re.compile(r"multihead|self_?attention|windowattention|transformer", re.IGNORECASE)
@@ -105,15 +104,14 @@ def select_output(module: nn.Module, place: str, input_size: tuple[int, int, int
     kind = type(module)
     with accepting(kind.__name__, input_size):
         returned = module(torch.zeros(2, *input_size))
-    places = output_places(returned)
-    if place not in places:
-        choices = f"be one of {', '.join(places)}" if places else "be left out: the model returns one value"
+    getters = output_getters(returned)
+    if place not in getters:
+        choices = f"be one of {', '.join(getters)}" if getters else "be left out: the model returns one value"
         raise ValueError(f"`teacher.output` must {choices}, but got {place!r}")
-    # Names, where a tuple has some, come before positions.
-    key = places.index(place) % len(returned) if isinstance(returned, Sequence) else place
+    get = getters[place]
 
     def forward(self: nn.Module, x: Tensor) -> Any:
-        return kind.forward(self, x)[key]
+        return get(kind.forward(self, x))
 
     forward.__annotations__ = {}  # torch.fx would write them into the code, and the digest is of the code
     module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
@@ -231,10 +229,19 @@ def _check_logits(
     module: nn.Module, graph: fx.GraphModule, input_size: tuple[int, int, int], declared: int | None
 ) -> int:
     """Run module and graph on the same noise: one finite row of logits per image, equal on both. Returns the classes."""
-    noise = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
+    # Three, where the tracing saw two: a number of images that got into the graph as a constant shows.
+    noise = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
+    with accepting(type(module).__name__, input_size):
         # Clones, because a module may normalise its input in place.
-        logits, again, traced = module(noise.clone()), module(noise.clone()), graph(noise.clone())
+        logits, again = module(noise.clone()), module(noise.clone())
+    try:
+        with torch.no_grad():
+            traced = graph(noise.clone())
+    except RuntimeError as error:
+        raise ValueError(
+            "teacher must compute any number of images alike, but its forward pass, traced for 2, fails on 3: "
+            "write shapes with x.size(0) or -1 for the number of images"
+        ) from error
     margin = 1e-4 * float(logits.abs().max())
     num_classes = int(logits.shape[1])
     if declared is not None and declared != num_classes:

@@ -89,6 +89,8 @@ class _SizedProxy(fx.Proxy):
             raise AttributeError(f"{type(value).__name__} has no shape")
         if value.dim() == 0:
             return ()
+        if self.node.op == "get_attr":  # a weight has no images
+            return tuple(value.shape)
         count = self.tracer.create_proxy("call_method", "size", (self, 0), {})
         return (count, *value.shape[1:])
 

@@ -4,6 +4,7 @@ Everything that reads or rewrites a network goes through this graph: activations
 ``x.relu_()``) are nodes like any module, so no tensor can escape a rule unseen.
 """
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,9 @@ def _trace(module: nn.Module, sample: Tensor) -> fx.Graph:
     try:
         return LayerTracer().trace(module)
     except Exception as error:  # torch.fx raises many types; all of them mean the same to the user
+        channels, height, width = sample.shape[1:]
+        with accepting(type(module).__name__, (channels, height, width)):
+            module(sample.clone())
         try:
             return SizedTracer(sample).trace(module)
         except Exception:  # the same trouble in other words: the first are the plainer ones
@@ -293,19 +297,23 @@ def accepting(name: str, input_size: tuple[int, int, int]) -> Iterator[None]:
         ) from error
 
 
-def output_places(returned: object) -> list[str]:
-    """Return the words for the values that a forward pass returned: keys, names and positions; none for a single one."""
+def output_getters(returned: object) -> dict[str, Callable[[Any], Any]]:
+    """Return how to take each value that a forward pass returned, by key, name or position in words; nothing for a single value."""
     if isinstance(returned, Mapping):
-        return [str(key) for key in returned]
-    if isinstance(returned, Sequence):
-        return [*getattr(returned, "_fields", ()), *map(str, range(len(returned)))]
-    return []
+        return {str(key): operator.itemgetter(key) for key in returned}
+    if dataclasses.is_dataclass(returned):
+        return {field.name: operator.attrgetter(field.name) for field in dataclasses.fields(returned)}
+    if not isinstance(returned, Sequence):
+        return {}
+    positions = {str(place): operator.itemgetter(place) for place in range(len(returned))}
+    names = {name: operator.itemgetter(place) for place, name in enumerate(getattr(returned, "_fields", ()))}
+    return {**names, **positions}
 
 
 def _in_words(returned: object) -> str:
     if isinstance(returned, Tensor):
         return f"one of shape {tuple(returned.shape)}"
-    kind, places = type(returned).__name__.removeprefix("immutable_"), output_places(returned)
+    kind, places = type(returned).__name__.removeprefix("immutable_"), list(output_getters(returned))
     return f"a {kind}" + (f"; name the one in it by `teacher.output`: {', '.join(places)}" if places else "")
 
 

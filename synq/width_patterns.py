@@ -59,9 +59,14 @@ class WidthPatterns:
                 )
 
 
+def layer_names(target: str) -> tuple[str, str]:
+    """Return the names that a layer goes by: its module's, and the same as the graph and `synq inspect` write it."""
+    return target, target.replace(".", "_")
+
+
 def _fits(pattern: str, names: Collection[str]) -> bool:
     return pattern in names or any(fnmatchcase(name, pattern) for name in names)
 
 
 def _plain(pattern: str) -> int:
-    return len(re.sub(r"\[[^\]]*\]|[*?]", "", pattern))
+    return len(re.sub(r"[*?]", "", re.sub(r"\[[^\]]*\]", "x", pattern)))

@@ -213,7 +213,7 @@ def test_a_product_as_a_function_is_a_layer_and_goes_all_the_way(made: Callable[
         torch.testing.assert_close(integer_form(student.net)(images), student.net(images), rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("how", ["computed", "fixed", "twice"])
+@pytest.mark.parametrize("how", ["computed", "fixed", "twice", "scaled"])
 def test_what_is_no_plain_product_stays_a_call_and_is_refused(how: str) -> None:
     def rest(net: Body, x: Tensor) -> Tensor:
         part: Any = net.part
@@ -221,13 +221,46 @@ def test_what_is_no_plain_product_stays_a_call_and_is_refused(how: str) -> None:
             return F.conv2d(x, part.weight * 2, part.bias)
         if how == "fixed":
             return F.conv2d(x, part.blur, groups=6)
+        if how == "scaled":
+            return part(x) * part.gain
         return F.conv2d(part(x), part.weight, part.bias, dilation=2)
 
     part = Scaled(6, 6, 3)
-    part.register_buffer("blur", torch.ones(6, 1, 3, 3))
+    if how in ("fixed", "scaled"):
+        part.register_buffer("blur", torch.ones(6, 1, 3, 3))
+        part.register_buffer("gain", torch.tensor(2.0))
     net = Body(rest, part=part)
     traced = trace_classifier(net.requires_grad_(False), SIZE)
     x = torch.randn(2, *SIZE)
     assert torch.equal(traced(x), net(x))
     with pytest.raises(ValueError, match=r"node 'conv2d(_1)?' is conv2d: its tensors would stay float"):
         quantize_model(traced, weight_bits=4, act_bits=4)
+
+
+def test_a_product_of_weights_alone_is_no_layer() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.table = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + F.linear(self.table, self.weight).sum(1).reshape(1, 6, 1, 1)
+
+    net = Body(lambda net, x: net.part(x), part=Table())  # type: ignore[operator]
+    traced, x = trace_classifier(net.requires_grad_(False), SIZE), torch.randn(3, *SIZE)
+    assert torch.equal(traced(x), net(x)) and any(node.target is F.linear for node in traced.graph.nodes)
+    assert [row.name for row in quantize_model(traced, weight_bits=4, act_bits=4).rows if row.role == "weight"] == [
+        "conv",
+        "fc",
+    ]
+
+
+def test_modules_below_a_layer_stay_only_where_they_are_called() -> None:
+    class Spare(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(6, 6, 3)
+            self.spare = nn.Linear(3, 3)
+
+    net = Body(lambda net, x: net.part(x), part=Spare())  # type: ignore[operator]
+    student = quantize_model(trace_classifier(net.requires_grad_(False), SIZE), weight_bits=4, act_bits=4)
+    assert not any("spare" in name for name in student.net.state_dict())

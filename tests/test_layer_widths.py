@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from synq.configs import QuantConfig, RunConfig, TeacherConfig, config_digest, config_from_dict, config_to_dict
 from synq.pipeline import build_student
-from synq.students import Student
+from synq.students import Student, quantize_model
 from synq.teachers import Teacher, load_teacher
+from synq.tracing import trace_classifier
 from synq.train import read_command_line
 from synq.width_patterns import WidthPatterns
 
@@ -33,6 +36,7 @@ def bits_of(student: Student, role: str) -> dict[str, int]:
         ({"a": 5}, "b", None),
         ({"A": 5}, "a", None),
         ({"a*": 5, "*b": 5}, "ab", 5),
+        ({"layer[12]*": 5, "layer*": 6}, "layer1.0", 5),
     ],
 )
 def test_the_nearest_pattern_decides_whatever_the_order(
@@ -66,6 +70,27 @@ def test_under_inputs_the_name_is_that_of_the_layer_that_reads(teacher: Teacher)
     assert found == {"x": 8, **others, "relu_3": 3, "flatten": 6}
 
 
+def test_layers_that_read_one_tensor_have_one_width_for_it() -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.a, self.b, self.fc = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.bn(self.stem(x)))
+            return self.fc((self.a(x) + self.b(x)).mean((2, 3)))
+
+    traced = trace_classifier(Fork(), (3, 8, 8))
+    widths = {"weight_bits": 4, "act_bits": 4, "act_points": "inputs"}
+    same = quantize_model(traced, **widths, layer_act_bits={"a": 8, "b": 8})  # type: ignore[arg-type]
+    assert bits_of(same, "activation")["relu"] == 8
+    with pytest.raises(
+        ValueError, match="must say one width for layers that read the same tensor, but got 2 for b and 4 for a"
+    ):
+        quantize_model(traced, **widths, layer_act_bits={"b": 2})  # type: ignore[arg-type]
+
+
 def test_a_name_goes_before_first_and_last_bits(teacher: Teacher) -> None:
     quant = QuantConfig(first_bits=8, last_bits=8, layer_weight_bits={"conv1": 5, "*": 3})
     weights = bits_of(build_student(teacher, quant), "weight")
@@ -77,7 +102,12 @@ def test_a_name_goes_before_first_and_last_bits(teacher: Teacher) -> None:
     [
         ("layer_weight_bits", {"conv9": 8}, r"'conv9', which fits nothing; did you mean `conv1`\?"),
         ("layer_weight_bits", {"zzz*": 8}, r"'zzz\*', which fits nothing; there are conv1, "),
-        ("layer_act_bits", {"conv1": 8}, r"`quant.layer_act_bits` must name what is quantized"),
+        (
+            "layer_act_bits",
+            {"conv1": 8},
+            r"`quant.layer_act_bits` must name what is quantized, .*there are relu, relu_1, relu_2",
+        ),
+        ("layer_act_bits", {"*function*": 8}, r"which fits nothing"),
     ],
 )
 def test_a_name_that_fits_nothing_is_refused(
@@ -94,6 +124,10 @@ def test_a_name_that_fits_nothing_is_refused(
         ({"conv1": "x"}, r"`quant.layer_weight_bits.conv1` must be a whole number, but got 'x'"),
         ({"conv1": True}, r"must be a whole number, but got True"),
         (["conv1"], r"must be a table of names and values, but got \['conv1'\]"),
+        (
+            {"stage1": {"0": 8}},
+            r"`quant.layer_weight_bits.stage1` must be one value \(in TOML, a name with dots stands in quotes\)",
+        ),
     ],
 )
 def test_widths_are_checked_where_they_are_written(value: object, message: str) -> None:
@@ -117,12 +151,14 @@ def test_words_tables_and_records_say_the_same() -> None:
     stored["quant"]["layer_weight_bits"].clear()
     assert from_table.quant.layer_weight_bits == widths, "nothing is shared"
     assert read_command_line(["--quant.layer_weight_bits", "none"])[0] == RunConfig()
-    with pytest.raises(ValueError, match="must be given as NAME=VALUE"):
-        read_command_line(["--quant.layer_weight_bits", "conv1"])
+    for words, message in ((["conv1"], "must be given as NAME=VALUE"), (["a=3", "a=4"], "must have no name twice")):
+        with pytest.raises(ValueError, match=message):
+            read_command_line(["--quant.layer_weight_bits", *words])
 
 
 def test_runs_without_them_keep_their_digest_and_mixed_ones_are_protocol_b(tmp_path: Path) -> None:
     assert config_digest(RunConfig()) != config_digest(RunConfig(quant=QuantConfig(layer_weight_bits={"conv1": 8})))
-    assert QuantConfig(layer_weight_bits={"*": 4}, layer_act_bits={"*": 4}).protocol == "A"
+    uniform = QuantConfig(layer_weight_bits={"*": 4}, layer_act_bits={"*": 4})
+    assert (uniform.protocol, uniform.layer_label) == ("A", "")
     mixed = QuantConfig(layer_weight_bits={"conv1": 8, "a": 3}, layer_act_bits={"relu": 8})
     assert mixed.protocol == "B" and mixed.layer_label == "a=W3 conv1=W8 relu=A8"

@@ -129,6 +129,8 @@ def test_rows_that_would_be_the_recipe_itself_are_refused(file: Path) -> None:
         plan(noise, [0], ["noise"])
     assert list(plan(noise, [0])) == [("inputs", 0), ("recipe", 0)], "unasked they are left out"
     assert plan(noise, [0])["inputs", 0].quant.act_points == "inputs"
+    named = with_overrides(noise, {"quant.layer_act_bits": {"relu_1": 8}})
+    assert list(plan(named, [0])) == [("recipe", 0)], "non-linearities have no name under inputs"
 
 
 def record(top1: float, **changes: Any) -> RunRecord:

@@ -106,6 +106,8 @@ def test_otherwise_than_listed_is_exit_code_one(monkeypatch: pytest.MonkeyPatch,
         (["nosuch"], "`teacher.spec` must read SOURCE:NAME"),
         (["torchvision:vit_b_16", "--teacher.weights", "random"], "is a transformer"),
         (["--all", "--quant.weight_bits", "3"], "`--all` must stand without settings"),
+        (["--only", "resnet"], "`only` must be left out without `--all`"),
+        (["--finetune.lr", "5"], "`finetune` must be left out: a rehearsal has its own"),
         (["--all", "--jobs", "0"], "`jobs` must be a finite number >= 1"),
     ],
 )

@@ -9,6 +9,7 @@ from synq.teachers import Teacher, load_teacher
 
 SOURCE = """
 from collections import namedtuple
+from dataclasses import dataclass
 import torch
 from torch import nn
 Named = namedtuple("Named", "features logits")
@@ -22,6 +23,13 @@ class Net(nn.Module):
         features = torch.relu(self.bn(self.conv(x)))
         return self.give(features, self.fc(features.mean((2, 3))))
 
+@dataclass
+class Values:
+    features: torch.Tensor
+    logits: torch.Tensor
+
+def numbered(): return Net(lambda features, logits: {0: features, 1: logits})
+def record(): return Net(lambda features, logits: Values(features, logits))
 def one(): return Net(lambda features, logits: logits)
 def mapping(): return Net(lambda features, logits: {"features": features, "logits": logits})
 def pair(): return Net(lambda features, logits: (features, logits))
@@ -37,7 +45,15 @@ def load(folder: Path, factory: str, output: str | None) -> Teacher:
 
 
 @pytest.mark.parametrize(
-    ("factory", "output"), [("mapping", "logits"), ("pair", "1"), ("named", "logits"), ("named", "1")]
+    ("factory", "output"),
+    [
+        ("mapping", "logits"),
+        ("pair", "1"),
+        ("named", "logits"),
+        ("named", "1"),
+        ("numbered", "1"),
+        ("record", "logits"),
+    ],
 )
 def test_the_named_value_is_the_logits_and_layers_keep_their_names(tmp_path: Path, factory: str, output: str) -> None:
     teacher, plain = load(tmp_path, factory, output), load(tmp_path, "one", None)

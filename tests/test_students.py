@@ -269,6 +269,26 @@ def test_clipped_weight_ranges_follow_live_weights() -> None:
     torch.testing.assert_close(layer.weight_quantizer.qparams(layer.weight)[0], 2 * before)
 
 
+@pytest.mark.parametrize("how", ["module", "function"])
+def test_a_softmax_at_the_end_is_refused(how: str) -> None:
+    class Probabilities(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.fc, self.last = (
+                nn.Conv2d(3, 8, 1),
+                nn.BatchNorm2d(8),
+                nn.Linear(8, 5),
+                nn.Softmax(1),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
+            return self.last(y) if how == "module" else torch.softmax(y, 1).flatten(1)
+
+    with pytest.raises(ValueError, match=r"must return logits, but its last operation, '(last|softmax)', is a softmax"):
+        make(net=Probabilities())
+
+
 def test_unknown_operations_are_refused_by_name() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from synq.configs import TeacherConfig
 from synq.students import observe_ranges, quantize_model
+from synq.teachers import load_teacher
 from synq.tracers import LayerTracer, SizedTracer
 from synq.tracing import trace_classifier
 
@@ -73,6 +76,38 @@ def test_sizes_are_numbers_and_the_number_of_images_stays_open(rest: Callable[[T
 def test_what_hangs_on_values_or_the_number_of_images_is_refused(rest: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(ValueError, match=r"traceable by torch.fx"):
         trace_classifier(Net(rest).eval(), SIZE)
+
+
+def test_a_number_of_images_that_got_into_the_graph_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "moved.py"
+    path.write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Moved(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)\n"
+        "    def forward(self, x):\n        y = torch.relu(self.bn(self.conv(x))).flatten(2).permute(2, 0, 1)\n"
+        "        length, count, channels = y.shape\n        if channels > 1:\n            y = y.reshape(length, count, channels)\n        y = y.mean(0)\n        return self.fc(y)\n"
+    )
+    facts = {"weights": "random", "input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with pytest.raises(ValueError, match="must compute any number of images alike"):
+        load_teacher(TeacherConfig(spec=f"{path}:Moved", **facts))  # type: ignore[arg-type]
+
+
+def test_a_wrong_size_is_said_before_what_cannot_be_traced() -> None:
+    with pytest.raises(ValueError, match=r"must accept images of size \(5, 15, 12\)"):
+        trace_classifier(Net().eval(), (5, 15, 12))
+
+
+def test_sizes_of_weights_are_numbers() -> None:
+    class Grouped(SamePadded):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(F.pad(x, [1, 1, 1, 1]), self.weight, self.bias, groups=self.weight.shape[0])
+
+    net = Net()
+    net.rest = Grouped(6, 6, 3, groups=6)
+    traced = trace_classifier(net.eval(), SIZE)
+    x = torch.randn(3, *SIZE)
+    assert torch.equal(traced(x), net(x)) and type(traced.get_submodule("rest")) is nn.Conv2d
 
 
 def test_modules_compute_as_ever_afterwards() -> None:
