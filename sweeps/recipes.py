@@ -174,9 +174,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] | None = None) -> dict[Cell, RunConfig]:
-    """Return the run of every (row, seed), without `rows` of all but those that would be the recipe itself.
-
-    A seed drives both the synthetic set and the fine-tuning.
+    """Return the run of every (row, seed), without `rows` of all but those that would be the recipe; a seed drives images and training.
 
     Raises:
         ValueError: If a row that is named would be the recipe itself, or a list is empty or names what there is not.
