@@ -248,9 +248,15 @@ def _networks(
     if _main_sees(prepared):
         reference, rounding = load_prepared(prepared, identity, student.net, teacher.graph)
     else:
-        shown = config.runtime.progress and accelerator.is_main_process
         reference, rounding = prepare_student(
-            student.net, teacher.graph, images, config, accelerator.device, agree=_same_figures, progress=shown
+            student.net,
+            teacher.graph,
+            images,
+            config,
+            accelerator.device,
+            image_range=teacher.pixel_range(),
+            agree=_same_figures,
+            progress=config.runtime.progress and accelerator.is_main_process,
         )
         if rounding and accelerator.is_main_process:
             save_prepared(prepared, identity, student.net, None if reference is teacher.graph else reference, rounding)

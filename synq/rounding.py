@@ -20,6 +20,7 @@ def prepare_student(
     config: RunConfig,
     device: torch.device,
     *,
+    image_range: tuple[Tensor, Tensor] | None = None,
     agree: Agree = dict,
     progress: bool = False,
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
@@ -36,6 +37,7 @@ def prepare_student(
             ``quant.calib_images``.
         config: Its parts ``quant`` and ``reconstruction``, and the seed.
         device: Where to compute.
+        image_range: As for ``observe_ranges``.
         agree: Makes figures, by which something is kept or not, the same on all processes.
         progress: Whether a terminal shows a progress bar.
 
@@ -50,7 +52,14 @@ def prepare_student(
     calib = images[: quant.calib_images].to(device)
 
     def observe(student: fx.GraphModule) -> None:
-        observe_ranges(student, calib, act_range=quant.act_range, weight_range=quant.weight_range, norm=quant.mse_norm)
+        observe_ranges(
+            student,
+            calib,
+            act_range=quant.act_range,
+            weight_range=quant.weight_range,
+            norm=quant.mse_norm,
+            image_range=image_range,
+        )
 
     reference: fx.GraphModule = teacher
     report: dict[str, Any] = {}

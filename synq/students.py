@@ -137,6 +137,7 @@ def observe_ranges(
     act_range: Literal["minmax", "mse"],
     weight_range: Literal["minmax", "mse"] = "minmax",
     norm: float = 2.4,
+    image_range: tuple[Tensor, Tensor] | None = None,
     batch_size: int = 256,
 ) -> None:
     """Set every activation range from ``images``, and the weights' stored scales, once; only learned scales move afterwards.
@@ -150,6 +151,8 @@ def observe_ranges(
         act_range: How activation ranges are chosen.
         weight_range: "mse" also chooses a shrink factor per output channel, kept relative to the live weights.
         norm: Exponent p of the error.
+        image_range: Least and largest value of a pixel, normalised, each (1, C, 1, 1): what is beyond does not count for the quantizer of the image
+            itself, because no image has it. Synthetic ones do: their pixels are optimised without bounds.
         batch_size: Images per forward pass.
 
     Raises:
@@ -164,15 +167,25 @@ def observe_ranges(
                 weights.clip_ratio.copy_(mse_weight_ratio(module.weight.detach().float(), weights.bits, norm))
             weights.freeze(module.weight)
     batches = images.split(batch_size)
+    of_image = {
+        str(node.target) for node in net.graph.nodes if any(s.op == "placeholder" for s in node.all_input_nodes)
+    }
+
+    def seen(name: str, x: Tensor) -> Tensor:
+        if image_range is None or name not in of_image:
+            return x
+        low, high = (bound.to(x) for bound in image_range)
+        return x.clamp(low, high)
+
     extremes: dict[str, RangeObserver] = {}
-    _observe(net, batches, lambda name, x: extremes.setdefault(name, RangeObserver()).update(x))
+    _observe(net, batches, lambda name, x: extremes.setdefault(name, RangeObserver()).update(seen(name, x)))
     try:
         ranges = {name: observer.range() for name, observer in extremes.items()}
     except ValueError as error:
         raise ValueError(f"{error}: the teacher overflows on the synthetic images") from error
     if act_range == "mse":
         histograms = {name: HistogramObserver(low, high) for name, (low, high) in ranges.items() if low < high}
-        _observe(net, batches, lambda name, x: histograms[name].update(x) if name in histograms else None)
+        _observe(net, batches, lambda name, x: histograms[name].update(seen(name, x)) if name in histograms else None)
         for name, histogram in histograms.items():
             quantizer = net.get_submodule(name)
             assert isinstance(quantizer, ActQuantizer)

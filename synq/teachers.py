@@ -48,6 +48,11 @@ class Teacher:
     graph: fx.GraphModule
     cam: CamSite
 
+    def pixel_range(self) -> tuple[Tensor, Tensor]:
+        """Return what a black and a white pixel are after normalisation, each (1, C, 1, 1)."""
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return -mean / std, (1 - mean) / std
+
 
 def load_teacher(config: TeacherConfig) -> Teacher:
     """Build, fill and check the teacher that a configuration names.

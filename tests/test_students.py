@@ -454,3 +454,21 @@ def test_overflowing_activations_are_named() -> None:
     student = make()
     with pytest.raises(ValueError, match="finite"):
         observe_ranges(student.net, torch.full((2, *SIZE), float("inf")), act_range="minmax")
+
+
+def test_the_image_is_rounded_within_the_range_of_pixels() -> None:
+    """Optimised pixels go beyond black and white, images do not: only the image's own quantizer knows of it."""
+    images = 3 * torch.randn(16, *SIZE, generator=torch.Generator().manual_seed(0))
+    bounds = (torch.tensor([-1.0, -0.5, -2.0]).view(1, 3, 1, 1), torch.tensor([1.0, 1.5, 0.5]).view(1, 3, 1, 1))
+    free, bounded = make("inputs", bits=4), make("inputs", bits=4)
+    observe_ranges(free.net, images, act_range="minmax")
+    observe_ranges(bounded.net, images, act_range="minmax", image_range=bounds)
+    for name, module in free.net.named_modules():
+        if isinstance(module, ActQuantizer):
+            other = bounded.net.get_submodule(name)
+            same = torch.equal(module.scale, other.scale)  # type: ignore[arg-type]
+            assert same == (name != "act_quantizers.x"), name
+    quantizer = bounded.net.get_submodule("act_quantizers.x")
+    assert float(quantizer.scale) == pytest.approx((1.5 + 2.0) / 15)  # type: ignore[arg-type]
+    observe_ranges(bounded.net, images, act_range="mse", image_range=bounds)
+    assert float(quantizer.scale) <= 3.5 / 15 + 1e-6  # type: ignore[arg-type]
