@@ -79,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", type=int, default=1, help="networks at a time, the cores divided between them (default: 1)"
     )
+    parser.add_argument(
+        "--formats", nargs="+", metavar="FORMAT",
+        help="what is exported, some of: onnx packed torch (default: onnx packed; with --all packed, because ONNX takes longer than all the rest)",
+    )  # fmt: skip
     parser.add_argument("--page", metavar="FILE", help="write the table of --all as Markdown")
     first = ["--teacher.spec", words.pop(0)] if words and not words[0].startswith("-") else []
     arguments, rest = parser.parse_known_args(words)
@@ -111,19 +115,19 @@ def read_list(only: Sequence[str] = ()) -> list[Entry]:
     return kept
 
 
-def rehearse_entry(entry: Entry, threads: int | None = None) -> Row:
+def rehearse_entry(entry: Entry, threads: int | None = None, formats: Sequence[str] = ("packed",)) -> Row:
     """Rehearse one network of the list in a folder of its own, gone afterwards."""
     config = RunConfig(teacher=entry.teacher, runtime=RuntimeConfig(device="cpu", num_threads=threads))
-    row = _rehearse(config, lambda stage: None)
+    row = _rehearse(config, lambda stage: None, formats)
     row.pop("error", None)  # an exception need not survive the way between processes
     return {**row, "group": entry.group, "as_listed": entry.agrees(row)}
 
 
-def _rehearse(config: RunConfig, say: Callable[[str], None]) -> Row:
+def _rehearse(config: RunConfig, say: Callable[[str], None], formats: Sequence[str]) -> Row:
     from synq.rehearsal import rehearse
 
     with tempfile.TemporaryDirectory(prefix="synq-rehearsal-") as folder:
-        return rehearse(config, Path(folder), say)
+        return rehearse(config, Path(folder), say, formats)
 
 
 def _one(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
@@ -135,7 +139,8 @@ def _one(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
             raise ValueError(
                 f"`{part}` must be left out: a rehearsal has its own, only teacher, quant and runtime count"
             )
-    row = _rehearse(config, lambda stage: print(f"  {stage}", flush=True))
+    formats = arguments.formats or ("onnx", "packed")
+    row = _rehearse(config, lambda stage: print(f"  {stage}", flush=True), formats)
     error = row.get("error")
     if row["status"] == "refused":
         raise ValueError(row["reason"]) from error
@@ -156,7 +161,7 @@ def _all(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
         raise ValueError(f"`--all` must stand without settings and TEACHER, but got {' '.join(words)}")
     entries = read_list(arguments.only)
     rows: dict[int, Row] = {}
-    for number, row in _in_turn(entries, arguments.jobs):
+    for number, row in _in_turn(entries, arguments.jobs, arguments.formats or ("packed",)):
         rows[number] = row
         otherwise = "" if row["as_listed"] else ", OTHERWISE THAN LISTED"
         print(f"{row['teacher']}: {row['status']}{otherwise}, {row['seconds']:.0f} s {row['reason']}", flush=True)
@@ -170,11 +175,13 @@ def _all(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
     return wrong
 
 
-def _in_turn(entries: Sequence[Entry], jobs: int) -> Iterator[tuple[int, Row]]:
+def _in_turn(entries: Sequence[Entry], jobs: int, formats: Sequence[str]) -> Iterator[tuple[int, Row]]:
     """Give every row as it is done: one after the other in this process, or in `jobs` fresh ones."""
     if jobs == 1:
-        return ((number, rehearse_entry(entry)) for number, entry in enumerate(entries))
-    return in_processes(partial(rehearse_entry, threads=threads_each(jobs)), dict(enumerate(entries)), jobs)
+        return ((number, rehearse_entry(entry, None, formats)) for number, entry in enumerate(entries))
+    return in_processes(
+        partial(rehearse_entry, threads=threads_each(jobs), formats=formats), dict(enumerate(entries)), jobs
+    )
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -185,7 +192,7 @@ def page(rows: Sequence[Row]) -> str:
         "# Networks that were tried",
         "",
         "Made by `synq rehearse --all --jobs 2 --page launch/COMPATIBILITY.md`: each network, untrained and with batch-norm statistics of noise, goes",
-        "through synthesis, W4A4 quantization, two fine-tuning steps, evaluation and a verified export (ONNX and packed); or it is refused at once.",
+        "through synthesis, W4A4 quantization, two fine-tuning steps, evaluation and a verified export (packed; `--formats onnx packed` adds ONNX, which takes longer than all the rest); or it is refused at once.",
         "`exact`: with its quantizers bypassed the student gives the teacher's logits bit for bit. `SQNR W8A8`: power of the teacher's logits over",
         "that of their error at 8 bits, in dB; where it is below 20 the note names the tensor that costs most by itself. Figures of untrained networks",
         "say that everything works, not how well. `synq rehearse TEACHER` does the same with yours.",

@@ -8,7 +8,7 @@ without them the signal of a deep network dies out or explodes on the way, and n
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,19 @@ SCANNED = 2
 OK, REFUSED, FAILED = "works", "refused", "fails"
 
 
-def rehearse(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
+def rehearse(
+    config: RunConfig,
+    folder: Path,
+    say: Callable[[str], None] = lambda stage: None,
+    formats: Sequence[str] = ("onnx", "packed"),
+) -> dict[str, Any]:
     """Do a run in miniature and export it.
 
     Args:
         config: Its `teacher`, `quant` and `runtime` count; widths of `quant` are those of the run.
         folder: An empty folder for its files.
         say: Told each stage as it begins.
+        formats: What is exported; writing and checking ONNX takes longer than all the rest.
 
     Returns:
         teacher, status ("works", "refused" before any work, "fails" later), reason; as far as it came: input, classes, parameters, layers,
@@ -82,7 +88,7 @@ def rehearse(config: RunConfig, folder: Path, say: Callable[[str], None] = lambd
         say("W8A8")
         row |= _at_eight_bits(teacher, config.quant, _images(small, teacher))
         say("export")
-        options = ExportOptions(formats=("onnx", "packed"), rounds=0, beside_float=False)
+        options = ExportOptions(formats=formats, rounds=0, beside_float=False)
         _, exported = export_run(run_folder(small), options=options)
         row["export"] = ", ".join(file["container"] or file["format"] for file in exported.deployment["files"])
         if not row["exact"]:
