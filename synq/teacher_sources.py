@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -264,8 +265,15 @@ def _package(module: str, package: str) -> Any:
 
 def _build(spec: str, build: Callable[[], nn.Module], fetch: bool) -> nn.Module:
     """Build a model; where its weights come over the network, every failure to get them reads the same."""
-    if not fetch:
-        return build()
+    with warnings.catch_warnings():
+        # GoogLeNet and Inception announce another way to draw weights, and then get them from a file.
+        warnings.filterwarnings("ignore", "The default weight initialization", FutureWarning)
+        if not fetch:
+            return build()
+        return _fetched(spec, build)
+
+
+def _fetched(spec: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
     except Exception as error:  # urllib, httpx, huggingface_hub and hash checks have no common base class

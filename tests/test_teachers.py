@@ -670,3 +670,23 @@ def test_real_teachers(
             images, labels = data.batch(rows)
             correct += int((teacher.module(images).argmax(1) == labels).sum())
     assert round(100 * correct / len(data), 2) == top1
+
+
+def test_a_network_that_asks_for_the_versions_of_its_layers(tmp_path: Path) -> None:
+    """MNASNet of torchvision refuses tensors without a version, which no safetensors file has."""
+    config = TeacherConfig(spec="torchvision:mnasnet0_5", weights="random", num_classes=7)
+    module = teacher_sources.build_source(config).module
+    path = tmp_path / "mnasnet.safetensors"
+    save_file({name: tensor.clone() for name, tensor in module.state_dict().items()}, path)
+    other = teacher_sources.build_source(config).module
+    with torch.no_grad():
+        other.layers[0].weight.zero_()  # type: ignore[union-attr,operator]
+    load_weights(other, path)
+    assert torch.equal(other.layers[0].weight, module.layers[0].weight)  # type: ignore[union-attr,arg-type]
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_no_warning_about_weights_that_are_not_kept(name: str) -> None:
+    teacher_sources.build_source(
+        TeacherConfig(spec=f"torchvision:{name}", weights="random")
+    )  # warnings are errors here
