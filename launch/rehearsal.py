@@ -5,6 +5,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -161,7 +162,7 @@ def _all(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
         raise ValueError(f"`--all` must stand without settings and TEACHER, but got {' '.join(words)}")
     entries = read_list(arguments.only)
     rows: dict[int, Row] = {}
-    for number, row in _in_turn(entries, arguments.jobs, arguments.formats or ("packed",)):
+    for number, row in in_turn(entries, arguments.jobs, arguments.formats or ("packed",)):
         rows[number] = row
         otherwise = "" if row["as_listed"] else ", OTHERWISE THAN LISTED"
         print(f"{row['teacher']}: {row['status']}{otherwise}, {row['seconds']:.0f} s {row['reason']}", flush=True)
@@ -175,13 +176,38 @@ def _all(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
     return wrong
 
 
-def _in_turn(entries: Sequence[Entry], jobs: int, formats: Sequence[str]) -> Iterator[tuple[int, Row]]:
-    """Give every row as it is done: one after the other in this process, or in `jobs` fresh ones."""
+def in_turn(entries: Sequence[Entry], jobs: int, formats: Sequence[str]) -> Iterator[tuple[int, Row]]:
+    """Give every row as it is done: one after the other in this process, or in `jobs` fresh ones, whatever becomes of those."""
     if jobs == 1:
-        return ((number, rehearse_entry(entry, None, formats)) for number, entry in enumerate(entries))
-    return in_processes(
-        partial(rehearse_entry, threads=threads_each(jobs), formats=formats), dict(enumerate(entries)), jobs
-    )
+        yield from ((number, rehearse_entry(entry, None, formats)) for number, entry in enumerate(entries))
+        return
+    work = partial(rehearse_entry, threads=threads_each(jobs), formats=formats)
+    waiting = dict(enumerate(entries))
+    while waiting:
+        try:
+            for number, row in in_processes(work, dict(waiting), jobs):
+                del waiting[number]
+                yield number, row
+        except BrokenProcessPool:  # by one of those that were under way: each of them once more, alone
+            for number in list(waiting)[:jobs]:
+                yield number, _alone(work, waiting.pop(number))
+
+
+def _alone(work: Callable[[Entry], Row], entry: Entry) -> Row:
+    try:
+        ((_, row),) = in_processes(work, {0: entry}, 1)
+    except BrokenProcessPool:
+        reason = "its process died: a crash in compiled code, or too little memory"
+        spec = entry.teacher.spec
+        return {
+            "teacher": spec,
+            "status": "fails",
+            "reason": reason,
+            "seconds": 0.0,
+            "group": entry.group,
+            "as_listed": False,
+        }
+    return row
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -191,7 +217,7 @@ def page(rows: Sequence[Row]) -> str:
     lines = [
         "# Networks that were tried",
         "",
-        "Made by `synq rehearse --all --jobs 2 --page launch/COMPATIBILITY.md`: each network, untrained and with batch-norm statistics of noise, goes",
+        "Made by `synq rehearse --all --jobs 2 --page FILE`: each network, untrained and with batch-norm statistics of noise, goes",
         "through synthesis, W4A4 quantization, two fine-tuning steps, evaluation and a verified export (packed; `--formats onnx packed` adds ONNX, which takes longer than all the rest); or it is refused at once.",
         "`exact`: with its quantizers bypassed the student gives the teacher's logits bit for bit. `SQNR W8A8`: power of the teacher's logits over",
         "that of their error at 8 bits, in dB; where it is below 20 the note names the tensor that costs most by itself. Figures of untrained networks",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.rehearsal import Entry, page, read_list, rehearse_entry
+from launch.rehearsal import Entry, in_turn, page, read_list, rehearse_entry
 from synq.cli import run
 from synq.configs import RunConfig, RuntimeConfig, TeacherConfig
 from synq.rehearsal import GOOD_DB, rehearse
@@ -98,6 +98,18 @@ def test_otherwise_than_listed_is_exit_code_one(monkeypatch: pytest.MonkeyPatch,
     )
     monkeypatch.setattr("launch.rehearsal.LIST", listed)
     assert run(["rehearse", "--all"]) == 1
+
+
+def test_a_process_that_dies_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "dies.py"
+    path.write_text("import os\ndef die():\n    os.abort()\n")
+    facts = {"weights": "random", "input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    specs = [f"{path}:die", "launch.example_networks:no_norm", "launch.example_networks:no_norm"]
+    entries = [Entry(teacher=TeacherConfig(spec=spec, **facts), group="T") for spec in specs]  # type: ignore[arg-type]
+    rows = dict(in_turn(entries, 2, ["packed"]))
+    assert [rows[number]["status"] for number in range(3)] == ["fails", "refused", "refused"]
+    assert "its process died" in rows[0]["reason"]
+    assert "| fails |" in page(list(rows.values()))
 
 
 @pytest.mark.parametrize(
