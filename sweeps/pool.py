@@ -2,9 +2,10 @@
 
 import os
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import replace
 from multiprocessing import get_context
 from typing import TypeVar
@@ -60,9 +61,10 @@ def _side_by_side(
         cell: replace(run, runtime=replace(run.runtime, num_threads=run.runtime.num_threads or threads))
         for cell, run in runs.items()
     }
-    for cell, record in in_processes(_run_one, shared, jobs):
-        done[cell] = record
-        on_done(cell, record)
+    with closing(in_processes(_run_one, shared, jobs)) as finished:  # an error in on_done stops the others at once
+        for cell, record in finished:
+            done[cell] = record
+            on_done(cell, record)
     return done
 
 
@@ -73,7 +75,7 @@ def threads_each(jobs: int) -> int:
 
 def in_processes(
     work: Callable[[Task], Result], tasks: Mapping[Cell, Task], jobs: int
-) -> Iterator[tuple[Cell, Result]]:
+) -> Generator[tuple[Cell, Result], None, None]:
     """Give (name, `work(task)`) of every task as it is done, `jobs` at a time in fresh processes.
 
     Whoever stops listening, by an error or by leaving, stops the tasks that have not begun.
