@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--retry-failed", action="store_const", const=True, help="run trials again that failed before")
     parser.add_argument(
+        "--no-report", dest="report", action="store_const", const=False, help="end without making report.html"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print what would be run, on what and for how long, and stop"
     )
     arguments = vars(parser.parse_args(argv))

@@ -105,9 +105,11 @@ class SweepCallback(tune.Callback):
         name = trial.config["trial"]
         history = sorted(self.history.pop(name, {}).items())
         seconds = time.monotonic() - self.started.pop(name, time.monotonic())
+        last = trial.last_result or {}
+        place = {"began": last.get("began"), "host": last.get("host", "")}
 
         def settle() -> None:
-            record = self.ledger.settle(name, status=status, reason=reason, history=history, seconds=seconds)
+            record = self.ledger.settle(name, status=status, reason=reason, history=history, seconds=seconds, **place)
             self.progress.ended(name, record)
             if record.status == "failed":
                 self.failed += 1

@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,15 @@ class Ledger:
         self._by_group.setdefault((plan.group, plan.stage), {})[plan.trial] = plan
 
     def settle(
-        self, trial: str, *, status: str, reason: str, history: list[tuple[int, float]], seconds: float
+        self,
+        trial: str,
+        *,
+        status: str,
+        reason: str,
+        history: list[tuple[int, float]],
+        seconds: float,
+        began: float | None = None,
+        host: str = "",
     ) -> RunRecord:
         """Make the record of an ended trial final: its own where it wrote one, else a pruned or failed one. Rewrites the tables.
 
@@ -182,6 +191,8 @@ class Ledger:
             reason: Why.
             history: (epoch, objective) as reported.
             seconds: Seconds it ran.
+            began: When its work began, in seconds since 1970; None where it reported nothing.
+            host: The machine it ran on, as far as it reported.
         """
         path = self.record_path(trial)
         plan = replace(self.plans[trial], history=history)
@@ -196,6 +207,8 @@ class Ledger:
             teacher = self.teachers.get(plan.group, {})
             values = {
                 **self._environment,
+                "host": host,
+                "started": "" if began is None else datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
                 "total_seconds": seconds,
                 "objective_value": history[-1][1] if history else None,
             }

@@ -65,6 +65,8 @@ class SearchConfig:
     study_storage: str = "none"
     """Where the searches are also kept for optuna-dashboard: journal (optuna.journal in the sweep's folder), or a database such as
     sqlite:////tmp/studies.db."""
+    report: bool = True
+    """Whether the sweep ends with a page, report.html in its folder; `synq report` makes it at any time."""
 
     def __post_init__(self) -> None:
         slug = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None

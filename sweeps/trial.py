@@ -2,6 +2,7 @@
 
 import gc
 import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,7 +60,9 @@ def do_trial(task: dict[str, Any], report: Report, *, rank: int = 0) -> None:
     began = time.time()
 
     def say(metrics: dict[str, Any]) -> None:
-        report({**metrics, "began": began, "ended": time.time()})  # should it be stopped here, this was its work
+        report(
+            {**metrics, "began": began, "ended": time.time(), "host": platform.node()}
+        )  # should it be stopped here, this was its work
 
     _fresh_process(task["gpus"])
     place = Workplace(task)

@@ -90,6 +90,8 @@ def _conclude(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress
     print_leaderboard(ledger.tables.leaderboard_rows())
     where = spec.address or spec.output_dir
     print(f"{where}/trials.csv\n{where}/leaderboard.csv", flush=True)
+    if spec.search.report and ledger.records:
+        print(_report(spec, ledger), flush=True)
     if progress.account():
         print(progress.account(), flush=True)
     listed = spec.search.sampler in LISTED
@@ -101,6 +103,18 @@ def _conclude(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress
     if empty:
         print(f"no trial was completed in {', '.join(empty)}; the lines above or trials.csv say why", flush=True)
     return NO_RESULT if empty or halt.failed else 0
+
+
+def _report(spec: SweepSpec, ledger: Ledger) -> str:
+    """Make the sweep's page and return where it is; what keeps it from being made does not undo the sweep."""
+    from sweeps.reports.make import PAGE, make_report
+
+    try:
+        make_report([spec.output_dir])
+        ledger.folder.send(PAGE)
+    except (ValueError, OSError, RuntimeError) as error:
+        return f"no {PAGE}: {' '.join(str(error).split())}; `synq report {spec.output_dir}` tries again"
+    return f"{spec.address or spec.output_dir}/{PAGE}"
 
 
 def _check_groups(spec: SweepSpec, ledger: Ledger) -> None:

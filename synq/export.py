@@ -17,23 +17,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from synq.accounting import float_bytes
 from synq.config_io import between, one_of
-from synq.configs import PLACES, RunConfig, config_from_dict, make_absolute, with_overrides
+from synq.configs import PLACES
 from synq.evaluation import Measure
 from synq.exported_files import Checker, ExportedFile, export_onnx, export_packed, export_program
+from synq.finished_runs import open_run, synthetic_sets
 from synq.integer_form import integer_form
 from synq.model_card import card_values, is_card, readable_record, siblings_of, write_card
 from synq.onnx_file import NARROW, Container, write_onnx
 from synq.packed_file import channel_affines
-from synq.pipeline import build_student, set_names, set_store
 from synq.results import DEPLOYED, RunRecord, read_record, write_record
 from synq.students import Student
-from synq.teachers import Teacher, load_teacher
+from synq.teachers import Teacher
 from synq.verification import Tolerance, latencies
-from synq.weight_files import read_weights
 
 FORMATS = ("onnx", "packed", "torch")
 CONTAINERS = ("int4", "int8", "matmul")
@@ -83,51 +81,6 @@ class ExportOptions:
         between("threads", self.threads, 0)
 
 
-def open_run(
-    folder: str | Path, places: Mapping[str, Any] | None = None
-) -> tuple[Path, RunRecord, RunConfig, Teacher, Student]:
-    """Return folder, record, settings, teacher and student of a finished run.
-
-    Args:
-        folder: The run's folder, the record in it, or a sweep's record of it (records/TRIAL.json).
-        places: Settings of PLACES that differ from the record's; they are in the returned settings, not in the record.
-
-    Raises:
-        FileNotFoundError: It is no run, or not a finished one.
-        ValueError: A file is damaged, or the teacher is another one than then.
-    """
-    path = _run_folder(Path(folder).resolve())
-    if not (path / "record.json").is_file():
-        started = (path / "checkpoint.pt").exists() or (path / "config.json").exists()
-        hint = (
-            "it is not finished, start its command again" if started else "give the folder of one run, runs/NAME-DIGEST"
-        )
-        raise FileNotFoundError(f"`RUN` must hold record.json, but {path} does not: {hint}")
-    record = read_record(path / "record.json")
-    if record.status != "completed":
-        raise ValueError(f"`RUN` must be a completed run, but {path} is {record.status}: {record.reason}")
-    config = config_from_dict(RunConfig, record.config, source=str(path / "record.json"))
-    config = make_absolute(with_overrides(config, places or {}))
-    teacher = load_teacher(config.teacher)
-    if teacher.digest != record.teacher.get("digest"):
-        raise ValueError(
-            f"`RUN` must be of the teacher {config.teacher.spec} as it is now, but {path} is of other weights, or of a version of SynQ or "
-            "PyTorch that traced them otherwise"
-        )
-    student = build_student(teacher, config.quant)
-    weights = path / "student.safetensors"
-    if not weights.is_file():
-        raise FileNotFoundError(
-            f"`RUN` must hold student.safetensors, but {path} does not: run it again in another folder"
-        )
-    try:
-        student.net.load_state_dict(read_weights(weights))
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"`RUN` must hold a student of its teacher, but {weights} is none: {reason}") from error
-    return path, record, config, teacher, student
-
-
 def export_run(
     folder: str | Path,
     out: str | Path | None = None,
@@ -158,7 +111,7 @@ def export_run(
         check = Checker(
             form=integer_form(student.net),
             simulated=student.net,
-            synthetic=_synthetic_images(config, teacher, record),
+            synthetic=torch.cat([part.images for part in synthetic_sets(config, teacher, record)]),
             measure=Measure.prepare(config.evaluation, teacher, accelerator),
             tolerance=options.tolerance,
         )
@@ -227,31 +180,6 @@ def _write_files(
     return figures
 
 
-def _synthetic_images(config: RunConfig, teacher: Teacher, record: RunRecord) -> Tensor:
-    """Return the held-out and the training images of a run, from its store; they are never made anew.
-
-    Raises:
-        FileNotFoundError: The store has them no longer.
-        ValueError: They are others than those of the record.
-    """
-    store = set_store(config)
-    images = []
-    names = reversed(set_names(config, teacher))
-    for name, digest in zip(names, (record.heldout_digest, record.set_digest), strict=True):
-        found = store.load(name)
-        if found is None:
-            hint = (
-                "`--runtime.store_dir` says where it is now, `synq synthesize` with the run's settings makes it again"
-            )
-            raise FileNotFoundError(
-                f"`RUN` must find its synthetic images, but {store.path(name)} is not there: {hint}"
-            )
-        if found.digest != digest:
-            raise ValueError(f"`RUN` must find its synthetic images, but those in {found.path} are others")
-        images.append(found.images)
-    return torch.cat(images)
-
-
 @contextmanager
 def _draft_of(target: Path) -> Iterator[Path]:
     """A folder in ``target`` to write in, gone afterwards: an export is there as a whole or not at all."""
@@ -284,15 +212,6 @@ def _cpu() -> str:
 
 def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("torch", "onnx", "onnxruntime")}
-
-
-def _run_folder(path: Path) -> Path:
-    if path.name == "record.json":
-        return path.parent
-    if path.suffix == ".json" and path.parent.name == "records" and path.is_file():
-        record = read_record(path)
-        return path.parent.parent / "runs" / f"{record.config['name']}-{record.config_digest}"
-    return path
 
 
 def _sweep_records(run: Path, record: RunRecord) -> list[Path]:

@@ -12,6 +12,7 @@ from sweeps.spec import SweepSpec, spec_from_dict
 
 TINY: dict[str, Any] = {
     "bits": ["W8A8", "W3A3"],
+    "report": False,  # a page takes seconds; one test makes it
     "base": {
         "synthesis": {"num_images": 32, "shard_size": 16, "iterations": 5},
         "quant": {"calib_images": 32},
@@ -33,6 +34,7 @@ def write_spec(path: Path, epochs: int) -> Path:
         'bits = ["W8A8", "W3A3"]',
         "num_trials = 2",
         'scheduler = "none"',
+        "report = false",
         "[base.finetune]",
         f"epochs = {epochs}",
     ]

@@ -17,8 +17,9 @@ pytest.importorskip("onnxruntime")
 
 from launch.export import main
 from synq.configs import RunConfig, with_overrides
-from synq.export import DRAFT, ExportOptions, open_run
+from synq.export import DRAFT, ExportOptions
 from synq.exported_files import Checker, ExportRefusedError, export_onnx
+from synq.finished_runs import open_run
 from synq.integer_form import integer_form
 from synq.model_card import NOISE, SELECTED, STATEMENT, card_markdown, card_values, siblings_of
 from synq.packed_file import load_packed

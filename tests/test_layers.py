@@ -96,7 +96,7 @@ LAYERS = (
         "exported_files",
         "model_card",
     },
-    {"pipeline", "export", "packed_student", "rehearsal"},
+    {"pipeline", "finished_runs", "export", "packed_student", "rehearsal", "probe_parts", "probe"},
     {"train", "cli"},
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,89 @@
+"use strict";
+// Tabs, sorting and filtering of what the page already holds. Without scripts everything is there, one part after another.
+(() => {
+  const tabs = [...document.querySelectorAll("[role=tab]")];
+  const show = (tab) => {
+    for (const other of tabs) {
+      const chosen = other === tab;
+      other.setAttribute("aria-selected", String(chosen));
+      other.tabIndex = chosen ? 0 : -1;
+      document.getElementById(other.getAttribute("aria-controls")).hidden = !chosen;
+    }
+  };
+  const fromAddress = () => tabs.find((tab) => `#${tab.id}` === location.hash) || tabs[0];
+  tabs.forEach((tab, i) => {
+    tab.addEventListener("click", () => {
+      history.replaceState(null, "", `#${tab.id}`);
+      show(tab);
+    });
+    tab.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step) return;
+      const next = tabs[(i + step + tabs.length) % tabs.length];
+      next.focus();
+      next.click();
+    });
+  });
+  if (tabs.length > 1) {
+    document.querySelector("nav[role=tablist]").hidden = false;
+    show(fromAddress());
+    addEventListener("hashchange", () => show(fromAddress()));
+  }
+
+  const valueOf = (cell) => (cell.dataset.number === undefined ? cell.textContent : Number(cell.dataset.number));
+  const isEmpty = (value) => value === "" || Number.isNaN(value);
+  // Numbers before texts; what is empty comes last, whichever way the others are sorted.
+  const compare = (a, b, sign) => {
+    if (isEmpty(a) || isEmpty(b)) return isEmpty(a) - isEmpty(b);
+    if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
+    return sign * (typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true }));
+  };
+  const holds = { ">": (a, b) => a > b, "<": (a, b) => a < b, ">=": (a, b) => a >= b, "<=": (a, b) => a <= b, "=": (a, b) => a === b };
+
+  for (const block of document.querySelectorAll(".table")) {
+    const body = block.querySelector("tbody");
+    const heads = [...block.querySelectorAll("th")];
+    const rows = [...body.rows];
+    const texts = new Map(rows.map((row) => [row, [...row.cells].map((cell) => cell.textContent).join(" ").toLowerCase()]));
+    heads.forEach((head, column) => {
+      head.querySelector("button").addEventListener("click", () => {
+        const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+        heads.forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+        const keyed = rows.map((row) => [valueOf(row.cells[column]), row]);
+        keyed.sort((one, two) => compare(one[0], two[0], sign));
+        body.append(...keyed.map(([, row]) => row));
+      });
+    });
+
+    const input = block.querySelector("input");
+    const count = block.querySelector("output");
+    const columnOf = (name) =>
+      heads.findIndex((head) => head.dataset.column.toLowerCase() === name || head.textContent.trim().toLowerCase() === name);
+    const test = (word) => {
+      const [, name, sign, text] = /^([^<>=]+)(<=|>=|<|>|=)(.*)$/.exec(word) || [];
+      const column = name === undefined ? -1 : columnOf(name);
+      if (column < 0) return (row) => texts.get(row).includes(word);
+      const number = Number(text);
+      return (row) => {
+        const value = valueOf(row.cells[column]);
+        if (typeof value === "number" && text !== "") return holds[sign](value, number);
+        return sign === "=" && String(value).toLowerCase() === text;
+      };
+    };
+    const filter = () => {
+      const tests = input.value.toLowerCase().split(/\s+/).filter(Boolean).map(test);
+      let shown = 0;
+      for (const row of rows) {
+        row.hidden = !tests.every((holdsFor) => holdsFor(row));
+        shown += !row.hidden;
+      }
+      count.textContent = `${shown} of ${rows.length}`;
+    };
+    if (rows.length > 1) {
+      block.querySelector(".filter").hidden = false;
+      input.addEventListener("input", filter);
+      filter();
+    }
+  }
+})();

@@ -1,0 +1,176 @@
+"""Several sweeps side by side: the best of each in every ranking, with what papers report, protocol by protocol."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure as Canvas
+
+from sweeps.ranking import Ranking, Standing
+from sweeps.reports.drawing import COLORS, draw
+from sweeps.reports.page import Block, Figure, Gap, Page, Tab, Table, slug
+from sweeps.reports.published import Reference, references
+from sweeps.reports.run_page import foot
+from sweeps.reports.sweep_figures import pareto, trust
+from sweeps.reports.sweep_page import BOARD_COLUMNS, BOARD_HEADINGS, DECIMALS, by_group, label
+from sweeps.reports.sweep_view import SweepView
+from sweeps.views import SHOWN_COLUMNS, compare, shown
+
+PROTOCOLS = {
+    "A": "Protocol A: every layer low-bit, static ranges",
+    "B": "Protocol B: some layers wider, learned steps or learned rounding",
+}
+REFERENCE = "SynQ"
+"""Method whose figure is drawn; the table has all."""
+
+
+def comparison_page(sweeps: Sequence[SweepView]) -> Page:
+    """Return the page that compares two or more sweeps or folders of runs."""
+    names = _names(sweeps)
+    tables = {name: sweep.standings() for name, sweep in zip(names, sweeps, strict=True)}
+    best = _best(tables)
+    tabs = [
+        Tab(title=f"Protocol {protocol}", blocks=_protocol(protocol, best))
+        for protocol in sorted({ranking.protocol for ranking in best})
+    ]
+    lines = shown(compare(tables))
+    if lines:
+        caption = (
+            f"The best row of each in every ranking; differences are to {names[0]}, ± their standard error over seeds."
+        )
+        side = Table(name="compare", title="Side by side", caption=caption, columns=SHOWN_COLUMNS, rows=lines)
+        tabs.insert(0, Tab(title="Side by side", blocks=[side]))
+    tabs += [Tab(title=name, blocks=_one(name, sweep)) for name, sweep in zip(names, sweeps, strict=True)]
+    records = [record for sweep in sweeps for record in sweep.records.values()]
+    return Page(
+        title=" against ".join(names),
+        verdict=_verdict(tables, best),
+        facts=[(name, f"{len(sweep.records)} records") for name, sweep in zip(names, sweeps, strict=True)],
+        tabs=tabs,
+        foot=foot(records) if records else "No record yet.",
+    )
+
+
+def _names(sweeps: Sequence[SweepView]) -> list[str]:
+    """Names of the sweeps; their folders where two have one name."""
+    names = [sweep.name for sweep in sweeps]
+    return [name if names.count(name) == 1 else str(sweep.root) for name, sweep in zip(names, sweeps, strict=True)]
+
+
+def _best(tables: Mapping[str, Sequence[Standing]]) -> dict[Ranking, dict[str, Standing]]:
+    """The first row of each sweep in each ranking."""
+    best: dict[Ranking, dict[str, Standing]] = {}
+    for name, rows in tables.items():
+        for standing in rows:
+            best.setdefault(standing.ranking, {}).setdefault(name, standing)
+    return dict(sorted(best.items(), key=lambda item: item[0].order()))
+
+
+def _verdict(tables: Mapping[str, Sequence[Standing]], best: Mapping[Ranking, Mapping[str, Standing]]) -> list[str]:
+    shared = sum(len(rows) > 1 for rows in best.values())
+    lines = [
+        f"{len(tables)} sweeps with {len(best)} rankings in all; {shared} of them are in more than one and can be compared."
+    ]
+    if not shared:
+        lines.append(
+            "No ranking is in two of them: rows are compared only with the same teacher, widths, protocol, act_points and the same images behind "
+            "the figures."
+        )
+    return lines
+
+
+def _protocol(protocol: str, best: Mapping[Ranking, Mapping[str, Standing]]) -> list[Block]:
+    part = {ranking: rows for ranking, rows in best.items() if ranking.protocol == protocol}
+    title = PROTOCOLS.get(protocol, f"Protocol {protocol}")
+    found = {
+        ranking: references(ranking.model, f"W{ranking.weight_bits}A{ranking.act_bits}", protocol) for ranking in part
+    }
+    return [_drops(title, protocol, part, found), _published(protocol, found)]
+
+
+def _drops(
+    title: str,
+    protocol: str,
+    part: Mapping[Ranking, Mapping[str, Standing]],
+    found: Mapping[Ranking, Sequence[Reference]],
+) -> Figure | Gap:
+    measured = {
+        ranking: {name: one.row for name, one in rows.items() if one.row["drop"] is not None}
+        for ranking, rows in part.items()
+    }
+    measured = {ranking: rows for ranking, rows in measured.items() if rows}
+    if not measured:
+        return Gap(title=title, reason="no run of it was measured on labelled images")
+    names = list(dict.fromkeys(name for rows in measured.values() for name in rows))
+
+    def plot(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        for place, (ranking, rows) in enumerate(measured.items()):
+            for name, row in rows.items():
+                i = names.index(name)
+                shift = (i - (len(names) - 1) / 2) * 0.6 / len(names)
+                axes.errorbar(
+                    row["drop"], place + shift, xerr=row["top1_std"], fmt="o", color=COLORS[i % len(COLORS)], capsize=2
+                )
+            for one in found[ranking]:
+                if REFERENCE in one.method and ranking.act_points == "relu":
+                    axes.vlines(one.drop, place - 0.4, place + 0.4, color="#4f5d73", linestyle="--")
+                    axes.annotate(
+                        one.method,
+                        (one.drop, place - 0.4),
+                        (2, 0),
+                        textcoords="offset points",
+                        fontsize=7,
+                        color="#4f5d73",
+                        va="top",
+                    )
+        for i, name in enumerate(names):
+            axes.plot([], [], "o", color=COLORS[i % len(COLORS)], label=name)
+        axes.set_yticks(range(len(measured)), [label(next(iter(part[ranking].values()))) for ranking in measured])
+        axes.set(xlabel="drop in top-1 from the teacher [points], less is better", ylim=(len(measured) - 0.4, -0.6))
+        canvas.legend(loc="outside lower center", ncols=2)
+
+    caption = (
+        f"A dot for the best setting of each sweep, n = {sum(map(len, measured.values()))}; bars: standard deviation over seeds. Dashed: the published drop of "
+        f"{REFERENCE} for a network of that name with the paper's own weights (act_points relu alone), so the drop is compared, not the top-1."
+    )
+    return draw(f"drops-{slug(protocol)}", title, caption, plot, (8.0, 1.6 + 0.5 * len(measured)))
+
+
+def _published(protocol: str, found: Mapping[Ranking, Sequence[Reference]]) -> Table | Gap:
+    title = f"Published figures, protocol {protocol}"
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for ranking, parts in found.items():
+        bits = f"W{ranking.weight_bits}A{ranking.act_bits}"
+        for one in parts:
+            rows[one.network, bits, one.method] = {
+                "network": one.network, "bits": bits, "method": one.method, "top-1": one.top1, "teacher": one.teacher_top1, "drop": one.drop
+            }  # fmt: skip
+    if not rows:
+        return Gap(title=title, reason="none is known for networks of these names at these widths")
+    columns = ("network", "bits", "method", "top-1", "teacher", "drop")
+    caption = "As the papers report them, on their own weights and images; never measured here."
+    return Table(
+        name=f"published-{slug(protocol)}",
+        title=title,
+        caption=caption,
+        columns=columns,
+        rows=list(rows.values()),
+        decimals=dict.fromkeys(columns[3:], 2),
+    )
+
+
+def _one(name: str, sweep: SweepView) -> list[Block]:
+    standings = sweep.standings()
+    completed = {key: record for key, record in sweep.records.items() if record.status == "completed"}
+    place = slug(name)
+    board = Table(
+        name=f"leaderboard-{place}",
+        title=f"Leaderboard of {name}",
+        caption=f"{len(standings)} settings of {sweep.root}.",
+        columns=BOARD_COLUMNS,
+        rows=[standing.row for standing in standings],
+        headings=BOARD_HEADINGS,
+        decimals=DECIMALS,
+        bold=[standing.row["rank"] == 1 for standing in standings],
+    )
+    return [board, *(block.named(place) for block in (trust(by_group(sweep, completed))[0], *pareto(standings)))]

@@ -1,0 +1,126 @@
+"""Drawings of a run's images: synthetic ones and their spectra, class-activation maps. Each takes plain arrays and gives a figure, or says why not."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from sweeps.reports.drawing import draw, panels
+from sweeps.reports.page import Figure, Gap
+from synq.probe_parts import ImageGrid, Maps, Spectra
+
+
+def image_grid(grid: ImageGrid | str, cutoff: str) -> Figure | Gap:
+    """Synthetic images by class, before and after the filter (paper, Fig. 1)."""
+    title = "Synthetic images before and after the low-pass filter"
+    if isinstance(grid, str):
+        return Gap(title=title, reason=grid)
+    classes, each = grid.before.shape[:2]
+
+    def plot(canvas: Canvas) -> None:
+        for axes, images, name in zip(
+            panels(canvas, 2), (grid.before, grid.after), ("as synthesised", "filtered"), strict=True
+        ):
+            _show_tiles(axes, images)
+            axes.set_title(f"{name}: a row a class")
+            height = images.shape[2]
+            axes.set_yticks([(i + 0.5) * height for i in range(classes)], [str(c) for c in grid.classes])
+            axes.set_ylabel("class")
+
+    caption = (
+        f"{each} images of each of {classes} classes, of {grid.num_images} in the set. Filter: {cutoff}. Brightness from black to "
+        f"white; {100 * grid.clipped:.0f} % of the pixels shown lie beyond and are clipped here, not in the run."
+        + ("" if grid.before.shape[-1] in (1, 3) else " First channel only.")
+    )
+    tile = 3.8 / each  # inches of an image's width, of two grids side by side
+    height = 0.5 + classes * tile * grid.before.shape[2] / grid.before.shape[3]
+    return draw("images", title, caption, plot, (8.8, min(10.0, max(1.6, height))))
+
+
+def _show_tiles(axes: Axes, images: np.ndarray) -> None:
+    rows, columns, height, width, channels = images.shape
+    tiles = images.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+    axes.imshow(
+        _pixels(tiles),
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+        extent=(0, columns * width, rows * height, 0),
+    )
+    axes.set_xticks([])
+    axes.grid(False)
+
+
+def _pixels(image: np.ndarray) -> np.ndarray:
+    return image if image.shape[-1] == 3 else image[..., 0]
+
+
+def spectra(found: Spectra | str) -> list[Figure | Gap]:
+    """Amplitude spectra and their radial profiles (paper, Figs. 1 and 5)."""
+    title = "Amplitude spectra"
+    if isinstance(found, str):
+        return [Gap(title=title, reason=found)]
+    counts = ", ".join(f"{name} n = {count}" for name, count in found.counts.items())
+    levels = {name: np.log10(np.maximum(part, 1e-12)) for name, part in found.amplitudes.items()}
+    low, high = min(map(np.min, levels.values())), max(map(np.max, levels.values()))
+
+    def plot_maps(canvas: Canvas) -> None:
+        places = panels(canvas, len(levels), columns=3)
+        for axes, (name, level) in zip(places, levels.items(), strict=True):
+            height, width = level.shape
+            edges = (-width / 2, width / 2, height / 2, -height / 2)
+            shown = axes.imshow(level, vmin=low, vmax=high, cmap="viridis", extent=edges)
+            axes.set(title=name.partition(" (")[0], xlabel="DFT bins across")
+            axes.grid(False)
+        places[0].set_ylabel("DFT bins down")
+        canvas.colorbar(shown, ax=places, label="log10 mean amplitude", shrink=0.8)
+
+    def plot_profiles(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        for name, profile in found.profiles.items():
+            axes.plot(profile, label=name)
+        if found.cutoff is not None and found.cutoff < len(next(iter(found.profiles.values()))):
+            axes.axvline(found.cutoff, color="#4f5d73", linestyle="--", label=f"cutoff D0 = {found.cutoff:.3g} bins")
+        axes.set(yscale="log", xlabel="distance from zero frequency [DFT bins]", ylabel="mean amplitude")
+        axes.legend()
+
+    what = "Magnitude of the two-dimensional Fourier transform, averaged over images and channels, zero frequency in the middle"
+    rings = "The same as means over rings; a filter lowers what lies to the right."
+    return [
+        draw("spectra", title, f"{what} ({counts}).", plot_maps, (2.6 * len(levels) + 0.6, 2.9)),
+        draw("spectrum-profile", "Radial profile of the spectra", f"{rings} {counts}.", plot_profiles),
+    ]
+
+
+def cam_overlays(found: Maps | str) -> Figure | Gap:
+    """Class-activation maps of teacher, rounded network and student on the same images (paper, Fig. 2)."""
+    title = "Where the networks look"
+    if isinstance(found, str):
+        return Gap(title=title, reason=found)
+    number, names = len(found.images), list(found.maps)
+    top = np.maximum(np.max([found.maps[name].max(axis=(1, 2)) for name in names], axis=0), 1e-12)
+
+    def plot(canvas: Canvas) -> None:
+        grid = canvas.subplots(len(names) + 1, number, squeeze=False)
+        for row, name in enumerate(["image", *names]):
+            for column in range(number):
+                axes = grid[row, column]
+                image = found.images[column]
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.grid(False)
+                edges = (0, image.shape[1], image.shape[0], 0)
+                axes.imshow(_pixels(image), cmap="gray", vmin=0, vmax=1, extent=edges, interpolation="nearest")
+                if row:
+                    heat = found.maps[name][column] / top[column]
+                    axes.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.6, extent=edges, interpolation="bilinear")
+                else:
+                    axes.set_title(f"class {found.labels[column]}")
+                if column == 0:
+                    axes.set_ylabel(name.replace(" to ", " to\n"))
+
+    caption = (
+        f"Grad-CAM of the image's class on {number} {found.source}, raw, bright where they are large, one scale for an image's column. "
+        "A student that has learned the teacher's maps looks like the first row of them, not like the second."
+    )
+    return draw("cam", title, caption, plot, (0.6 + 1.05 * number, 0.3 + 1.05 * (len(names) + 1)))

@@ -1,0 +1,65 @@
+"""From paths to the page that suits them: of one run, of one sweep, or of several side by side."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sweeps.reports.comparison_page import comparison_page
+from sweeps.reports.page import Page, write_page
+from sweeps.reports.run_page import run_page
+from sweeps.reports.sweep_page import MOST_RUNS, sweep_page
+from sweeps.reports.sweep_view import read_sweep
+from synq.config_io import between
+
+PAGE = "report.html"
+
+
+def make_report(
+    paths: Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    runs: int = MOST_RUNS,
+    places: Mapping[str, Any] | None = None,
+    num_images: int | None = None,
+) -> list[Path]:
+    """Write the page of some paths.
+
+    Args:
+        paths: One run or sweep; or several, for a comparison.
+        output: The page's file; None: report.html in the path's own folder, comparison.html here for several.
+        runs: As for ``sweep_page``.
+        places, num_images: As for ``run_page``.
+
+    Returns:
+        The page's path, then those of its drawings.
+
+    Raises:
+        FileNotFoundError, ValueError: A path is absent, holds no record, or is damaged.
+        OSError: The folder or the disk refuses.
+    """
+    between("runs", runs, 0)
+    if num_images is not None:
+        between("images", num_images, 1)
+    found = [Path(path) for path in paths]
+    for path in found:
+        if not path.exists():
+            raise FileNotFoundError(f"`PATH` must exist, but got {path}")
+    if len({path.resolve() for path in found}) < len(found):
+        raise ValueError(f"`PATH` must be different ones for a comparison, but got {' '.join(map(str, paths))}")
+    page, default = _page(found, runs, places, num_images)
+    return write_page(page, output or default)
+
+
+def _page(
+    paths: Sequence[Path], runs: int, places: Mapping[str, Any] | None, num_images: int | None
+) -> tuple[Page, Path]:
+    """Return the page, and where it goes by default."""
+    if len(paths) > 1:
+        return comparison_page([read_sweep(path) for path in paths]), Path("comparison.html")
+    path = paths[0]
+    if path.is_file() and path.name != "record.json":  # a sweep's record: its run lies elsewhere, or at another address
+        return run_page(path, places, num_images), path.parent.parent / f"{path.stem}.html"
+    if path.is_file() or ((path / "record.json").is_file() and not (path / "records").is_dir()):
+        folder = path.parent if path.is_file() else path
+        return run_page(folder, places, num_images), folder / PAGE
+    return sweep_page(read_sweep(path), runs=runs, places=places, num_images=num_images), path / PAGE

@@ -1,0 +1,205 @@
+"""Drawings of a sweep from its records: can the objective be trusted, what accuracy costs, which trial ran where and when."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+
+from sweeps.rank_table import rank_correlation
+from sweeps.ranking import Standing
+from sweeps.reports.drawing import COLORS, draw, panels
+from sweeps.reports.page import Figure, Gap
+from synq.results import RunRecord
+
+LEAST_TRIALS = 5
+"""Trials from which a rank correlation is worth a number."""
+NUM_BOOTSTRAP = 2000
+MOST_LANES = 40
+"""Lanes of a timeline that are drawn."""
+UNITS = {"size_bytes": ("size of the parameters [KiB]", 1024.0), "bitops": ("BitOps of an image [G]", 1e9)}
+STATUS_COLORS = {"completed": COLORS[0], "pruned": "#b9c3cf", "failed": COLORS[1]}
+MARKERS = "osD^vPX*"
+
+
+def rank_agreement(trials: Sequence[tuple[float, float]], *, minimise: bool) -> tuple[float, float, float] | None:
+    """Return Spearman's correlation of (objective, top-1) pairs and its 95 % bootstrap interval; +1: the objective ranks as top-1 does.
+
+    None for fewer than LEAST_TRIALS, or where one of the two is the same for all.
+    """
+    if len(trials) < LEAST_TRIALS:
+        return None
+    scores, top1 = np.array(trials, dtype=float).T
+    scores = -scores if minimise else scores
+    if np.ptp(scores) == 0 or np.ptp(top1) == 0:
+        return None
+    drawn = np.random.default_rng(0).integers(0, len(top1), (NUM_BOOTSTRAP, len(top1)))
+    low, high = np.quantile(rank_correlation(scores[drawn], top1[drawn]), [0.025, 0.975])
+    return float(rank_correlation(scores[None], top1[None])[0]), float(low), float(high)
+
+
+def trust(groups: Mapping[str, Sequence[RunRecord]]) -> tuple[Figure | Gap, list[str]]:
+    """Objective against top-1 of each group's completed trials, and what it says in sentences."""
+    title = "Can the objective be trusted?"
+    labelled = {
+        name: [
+            (float(r.objective_value), float(r.top1))
+            for r in records
+            if r.objective_value is not None and r.top1 is not None
+        ]
+        for name, records in groups.items()
+    }
+    labelled = {name: pairs for name, pairs in labelled.items() if pairs}
+    if not labelled:
+        return Gap(title=title, reason="no completed trial was measured on labelled images"), []
+    kinds = {name: next(iter(groups[name])).objective for name in labelled}
+    words, notes = {}, []
+    for name, pairs in labelled.items():
+        found = rank_agreement(pairs, minimise=kinds[name] == "synthetic")
+        spread = max(top1 for _, top1 in pairs) - min(top1 for _, top1 in pairs)
+        if found is None:
+            words[name] = f"{name}: n = {len(pairs)}"
+            continue
+        words[name] = f"{name}: rho = {found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}], n = {len(pairs)}"
+        notes.append(
+            f"{name}: the objective ranks {len(pairs)} trials with Spearman's rho = {found[0]:.2f} "
+            f"(95 % {found[1]:.2f} to {found[2]:.2f}) to top-1, which varies by {spread:.2f} points: {_trust_word(found)}."
+        )
+
+    def plot(canvas: Canvas) -> None:
+        for axes, (name, pairs) in zip(panels(canvas, len(labelled), columns=3), labelled.items(), strict=True):
+            axes.scatter([value for value, _ in pairs], [top1 for _, top1 in pairs], s=16, alpha=0.7)
+            axes.set_title(words[name], fontsize=8)
+            axes.set(xlabel=f"{kinds[name]} objective", ylabel="top-1 [%]")
+            axes.locator_params(axis="x", nbins=4)
+
+    columns, rows = min(3, len(labelled)), -(-len(labelled) // 3)
+    caption = (
+        "A dot for each completed trial of the search (one seed); rho is Spearman's rank correlation with its 95 % bootstrap interval, "
+        f"from {LEAST_TRIALS} trials on; +1 says that the objective, which needs no labels, ranks settings as the labelled images do. A low rho "
+        "where top-1 hardly varies says only that the settings are equally good."
+    )
+    return draw("trust", title, caption, plot, (max(4.6, 3.4 * columns), 0.3 + 2.9 * rows)), notes
+
+
+def _trust_word(found: tuple[float, float, float]) -> str:
+    if found[1] > 0.5:
+        return "it can be trusted here"
+    if found[1] > 0:
+        return "it helps, but does not decide between close settings"
+    return "it was not shown to rank them"
+
+
+def pareto(standings: Sequence[Standing]) -> list[Figure | Gap]:
+    """Accuracy (or the objective, without labels) against size and BitOps, the front marked."""
+    title = "What accuracy costs"
+    rows = [standing.row for standing in standings]
+    if not rows:
+        return [Gap(title=title, reason="no trial was completed")]
+    by_top1 = all(row["top1_mean"] is not None for row in rows)
+    value, label = ("top1_mean", "top-1 [%]") if by_top1 else ("objective_value", "objective")
+
+    def plot(canvas: Canvas) -> None:
+        series = defaultdict(list)
+        for row in rows:
+            series[f"{row['model']} {row['protocol']} {row['act_points']}"].append(row)
+        for axes, (column, mark) in zip(
+            panels(canvas, 2), (("size_bytes", "pareto_size"), ("bitops", "pareto_bitops")), strict=True
+        ):
+            words, unit = UNITS[column]
+            for i, (name, part) in enumerate(series.items()):
+                known = [row for row in part if row[column] is not None]
+                color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+                axes.scatter(
+                    [row[column] / unit for row in known], [row[value] for row in known], s=14, alpha=0.45, color=color, marker=marker,
+                    label=f"{name} (n = {len(known)})" if column == "size_bytes" else None,
+                )  # fmt: skip
+                front = (
+                    sorted(
+                        (row[column] / unit, row[value], row) for row in known if row[mark] == 1 and row["rank"] == 1
+                    )
+                    if known
+                    else []
+                )
+                axes.plot([x for x, _, _ in front], [y for _, y, _ in front], color=color, linewidth=1)
+                for x, y, row in front:
+                    axes.annotate(
+                        f"W{row['weight_bits']}A{row['act_bits']}",
+                        (x, y),
+                        (4, 4),
+                        textcoords="offset points",
+                        fontsize=7,
+                        color=color,
+                    )
+            axes.set(xlabel=words, ylabel=label)
+        canvas.legend(loc="outside lower center", ncols=min(2, len(series)))
+
+    caption = (
+        f"A mark for each of {len(rows)} settings of the leaderboard ({'mean over its seeds' if by_top1 else 'no labels: the objective in place of accuracy'}); "
+        "lines join the best settings that no other of the same kind beats in both the objective and the cost."
+    )
+    return [draw("pareto", title, caption, plot, (8.4, 3.8))]
+
+
+def timeline(records: Iterable[RunRecord]) -> Figure | Gap:
+    """Which trial ran when on which machine."""
+    title = "Trials in time"
+    spans: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    missing = 0
+    for record in records:
+        if not record.started or not record.total_seconds:
+            missing += 1
+            continue
+        begun = datetime.fromisoformat(record.started).timestamp()
+        place = " ".join(word for word in (record.host, record.device) if word) or "unknown"
+        spans[place].append((begun, begun + record.total_seconds, record.status))
+    if not spans:
+        return Gap(title=title, reason="no record says when its trial ran")
+    first = min(begun for part in spans.values() for begun, _, _ in part)
+    lanes = [(place, lane) for place, part in sorted(spans.items()) for lane in _lanes(part)]
+
+    def plot(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        for i, (_, lane) in enumerate(lanes[:MOST_LANES]):
+            for begun, ended, status in lane:
+                axes.barh(
+                    i,
+                    (ended - begun) / 60,
+                    left=(begun - first) / 60,
+                    height=0.7,
+                    color=STATUS_COLORS[status],
+                    edgecolor="white",
+                    linewidth=0.4,
+                )
+        starts = [i for i in range(len(lanes[:MOST_LANES])) if i == 0 or lanes[i][0] != lanes[i - 1][0]]
+        axes.set_yticks(starts, [lanes[i][0] for i in starts])
+        axes.invert_yaxis()
+        axes.set_xlabel("minutes since the first trial began")
+        shown = {status for _, lane in lanes for *_, status in lane}
+        for status in [word for word in STATUS_COLORS if word in shown]:
+            axes.barh([0], [0], color=STATUS_COLORS[status], label=status)
+        axes.grid(axis="y", visible=False)
+        canvas.legend(loc="outside right upper")
+
+    number = sum(map(len, spans.values()))
+    caption = f"A bar for each of {number} trials, in as many lanes of a machine as ran there at one time."
+    caption += (
+        f" {missing} trials were stopped before they wrote when they began, and are not shown." if missing else ""
+    )
+    caption += f" The first {MOST_LANES} of {len(lanes)} lanes." if len(lanes) > MOST_LANES else ""
+    caption += " A trial that was resumed is drawn from its last start, with all its time."
+    return draw("timeline", title, caption, plot, (8.4, 1.1 + 0.22 * min(len(lanes), MOST_LANES)))
+
+
+def _lanes(spans: Iterable[tuple[float, float, str]]) -> list[list[tuple[float, float, str]]]:
+    """Divide spans into as few rows as hold no two at one time."""
+    lanes: list[list[tuple[float, float, str]]] = []
+    for span in sorted(spans):
+        free: Any = next((lane for lane in lanes if lane[-1][1] <= span[0] + 1e-6), None)
+        if free is None:
+            free = []
+            lanes.append(free)
+        free.append(span)
+    return lanes

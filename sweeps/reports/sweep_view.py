@@ -1,0 +1,120 @@
+"""A sweep, or a folder of runs, read for its page: records, plans, tables. Knows neither Ray, Optuna nor torch, and locks nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sweeps.leaderboard import load_record, record_files
+from sweeps.plans import Plan, read_plan
+from sweeps.ranking import Standing
+from sweeps.space import Dimension
+from sweeps.tables import Tables
+from synq.results import RunRecord, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepView:
+    """What a page needs of a sweep.
+
+    Attributes:
+        name: Its name.
+        root: Its folder.
+        about: What sweep.json says; empty for a folder of runs.
+        dimensions: The search space.
+        plans: Proposed trials by name.
+        records: Ended trials by name.
+        tables: Their tables.
+        paths: File of each record.
+        unread: Records that could not be read, each with the reason: one that is damaged does not hide the others.
+    """
+
+    name: str
+    root: Path
+    about: dict[str, Any]
+    dimensions: tuple[Dimension, ...]
+    plans: dict[str, Plan]
+    records: dict[str, RunRecord]
+    tables: Tables
+    paths: dict[str, Path]
+    unread: list[str] = field(default_factory=list)
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it has a search: not so for a folder of single runs."""
+        return bool(self.about)
+
+    @property
+    def running(self) -> list[str]:
+        """Trials without a record: they run, wait, or were interrupted."""
+        return [trial for trial in self.plans if trial not in self.records]
+
+    def standings(self) -> list[Standing]:
+        """Return the rows of the leaderboard."""
+        return self.tables.standings()
+
+    def search_trials(self, group: str) -> list[tuple[Plan, RunRecord]]:
+        """Return the ended trials of a group's search, in the order in which they were proposed; not the re-runs on other seeds."""
+        found = [plan for plan in self.plans.values() if plan.group == group and plan.stage == "search"]
+        ended = [(plan, self.records[plan.trial]) for plan in found if plan.trial in self.records]
+        return sorted(ended, key=lambda pair: pair[0].index)
+
+    @property
+    def groups(self) -> list[str]:
+        """Keys of the groups, in the order of the spec."""
+        return list(self.about.get("groups", {}))
+
+
+def read_sweep(path: str | Path) -> SweepView:
+    """Read a sweep, or a folder of runs; while it runs, too.
+
+    Raises:
+        FileNotFoundError: There is no record and no plan.
+        ValueError: sweep.json is damaged.
+    """
+    root = Path(path)
+    about = read_json(root / "sweep.json") if (root / "sweep.json").is_file() else {}
+    unread: list[str] = []
+    records, paths, tables = {}, {}, Tables()
+    for file in _record_files(root, begun=bool(about)):
+        name = file.stem if file.parent.name == "records" else file.parent.name
+        try:
+            records[name] = load_record(file)
+            tables.add(records[name], name, source=str(file))
+            paths[name] = file
+        except (ValueError, FileNotFoundError) as error:
+            unread.append(" ".join(str(error).split()))
+    plans = {}
+    for file in sorted((root / "plans").glob("*.json")) if about else []:
+        try:
+            plan = read_plan(file)
+            plans[plan.trial] = plan
+        except (ValueError, FileNotFoundError) as error:
+            unread.append(" ".join(str(error).split()))
+    space = tuple(Dimension(**{**one, "values": tuple(one["values"])}) for one in _dimensions(about))
+    name = about.get("search", {}).get("name") or root.resolve().name
+    return SweepView(
+        name=name,
+        root=root,
+        about=about,
+        dimensions=space,
+        plans=plans,
+        records=records,
+        tables=tables,
+        paths=paths,
+        unread=unread,
+    )
+
+
+def _record_files(root: Path, *, begun: bool) -> Sequence[Path]:
+    try:
+        return record_files([root])
+    except FileNotFoundError:
+        if not begun:
+            raise
+        return []
+
+
+def _dimensions(about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The space as sweep.json has it; a list of points has names alone."""
+    return [one for one in about.get("space", []) if isinstance(one, dict)]
