@@ -25,6 +25,7 @@ SynQ {__version__}: quantizes a pre-trained image classifier without any data.
   synq recipe SPEC [...]                              chosen settings on several seeds, beside their baselines (--help)
   synq export RUN [...]                               ONNX, packed weights and torch.export of a finished run, verified (--help)
   synq leaderboard PATH...                            tables from records: merge, filter, compare (--help)
+  synq show PATH...                                   the essentials of runs and sweeps, in the terminal
   synq report PATH...                                 one page of a run, a sweep, or several side by side, and its drawings (--help)
   synq check-cluster [--output-dir DIR]               what a sweep will need of a cluster: what works, what does not
   synq bench [--only GROUP ...]                       the speed of this machine and of SynQ on it (--help)
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "recipe": partial(_elsewhere, "launch.recipe"),
     "export": partial(_elsewhere, "launch.export"),
     "leaderboard": partial(_elsewhere, "sweeps.leaderboard"),
+    "show": partial(_elsewhere, "launch.show"),
     "report": partial(_elsewhere, "launch.report"),
     "check-cluster": partial(_elsewhere, "launch.check_cluster"),
     "bench": partial(_elsewhere, "launch.bench"),

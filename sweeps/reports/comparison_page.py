@@ -9,9 +9,9 @@ from sweeps.ranking import Ranking, Standing
 from sweeps.reports.drawing import COLORS, draw
 from sweeps.reports.page import Block, Figure, Gap, Page, Tab, Table, slug
 from sweeps.reports.published import Reference, references
-from sweeps.reports.run_page import foot
+from sweeps.reports.summary import BOARD_COLUMNS, BOARD_HEADINGS, DECIMALS, foot, label
 from sweeps.reports.sweep_figures import pareto, trust
-from sweeps.reports.sweep_page import BOARD_COLUMNS, BOARD_HEADINGS, DECIMALS, by_group, label
+from sweeps.reports.sweep_page import by_group
 from sweeps.reports.sweep_view import SweepView
 from sweeps.views import SHOWN_COLUMNS, compare, shown
 

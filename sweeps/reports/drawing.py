@@ -11,7 +11,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from sweeps.reports.page import Figure
 
@@ -64,15 +64,21 @@ def finish(canvas: Canvas, name: str, title: str, caption: str, *, tight: bool =
     """Turn a canvas that has been drawn on into a figure of a page; tight: cut to what is drawn, for a layout that is not ours."""
     for axes in canvas.axes:
         _plain_numbers(axes)
+    if tight:
+        canvas.draw_without_rendering()
+        cut = canvas.get_tightbbox().padded(0.05)
+    else:
+        cut = None
     files = {}
     for ending, options in (
         ("svg", {"metadata": {"Date": None, "Creator": None}}),
         ("png", {"dpi": 2 * PIXELS_PER_INCH}),
     ):
         buffer = io.BytesIO()
-        canvas.savefig(buffer, format=ending, bbox_inches="tight" if tight else None, **options)  # type: ignore[arg-type]
+        canvas.savefig(buffer, format=ending, bbox_inches=cut, **options)  # type: ignore[arg-type]
         files[ending] = buffer.getvalue()
-    width = int(canvas.get_figwidth() * PIXELS_PER_INCH)
+        canvas.set_layout_engine("none")  # what has been laid out once need not be a second time
+    width = int((canvas.get_figwidth() if cut is None else cut.width) * PIXELS_PER_INCH)
     return Figure(name=name, title=title, caption=caption, svg=files["svg"], png=files["png"], width=width)
 
 
@@ -83,7 +89,7 @@ def _plain_numbers(axes: Axes) -> None:
             low, high = sorted(axis.get_view_interval())
             narrow = 0 < high < 10 * low  # powers of ten alone would leave hardly a number on it
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(FuncFormatter(lambda value, _, few=narrow: f"{value:g}" if few else ""))
+            axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}") if narrow else NullFormatter())
 
 
 def panels(canvas: Canvas, number: int, columns: int = 2, **options: Any) -> list[Axes]:

@@ -8,7 +8,7 @@ from sweeps.reports.comparison_page import comparison_page
 from sweeps.reports.page import Page, write_page
 from sweeps.reports.run_page import run_page
 from sweeps.reports.sweep_page import MOST_RUNS, sweep_page
-from sweeps.reports.sweep_view import read_sweep
+from sweeps.reports.sweep_view import is_run, read_sweep
 from synq.config_io import between
 
 PAGE = "report.html"
@@ -59,7 +59,7 @@ def _page(
     path = paths[0]
     if path.is_file() and path.name != "record.json":  # a sweep's record: its run lies elsewhere, or at another address
         return run_page(path, places, num_images), path.parent.parent / f"{path.stem}.html"
-    if path.is_file() or ((path / "record.json").is_file() and not (path / "records").is_dir()):
+    if is_run(path):
         folder = path.parent if path.is_file() else path
         return run_page(folder, places, num_images), folder / PAGE
     return sweep_page(read_sweep(path), runs=runs, places=places, num_images=num_images), path / PAGE

@@ -1,14 +1,13 @@
 """The page of one run: did it work, what was it made of, where does it lose."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sweeps.paired import drop_stderr
 from sweeps.reports.image_figures import cam_overlays, image_grid, spectra
 from sweeps.reports.page import Block, Gap, Page, Tab, Table, Words
 from sweeps.reports.run_figures import confusion, error_by_difficulty, layer_errors, losses, range_strips
+from sweeps.reports.summary import foot, run_facts, run_label, run_verdict
 from synq.probe import probe_run
 from synq.probe_parts import Probe
 from synq.results import RunRecord, read_record
@@ -30,9 +29,9 @@ def run_page(path: str | Path, places: Mapping[str, Any] | None = None, num_imag
     path = Path(path)
     record = read_record(path / "record.json" if path.is_dir() else path)
     return Page(
-        title=f"Run {record.name}: {_label(record)}",
-        verdict=verdict(record),
-        facts=facts(record),
+        title=f"Run {record.name}: {run_label(record)}",
+        verdict=run_verdict(record),
+        facts=run_facts(record),
         tabs=[*run_tabs(path, record, places, num_images), Tab(title="Settings", blocks=_settings(record))],
         foot=foot([record]),
     )
@@ -78,69 +77,6 @@ def run_tabs(
         Tab(title=title, blocks=[block.named(prefix) if prefix else block for block in blocks])
         for title, blocks in seen.items()
     ]
-
-
-def verdict(record: RunRecord) -> list[str]:
-    """Say in sentences how a run went."""
-    if record.status != "completed":
-        return [
-            f"The run {'was stopped early' if record.status == 'pruned' else 'failed'}: {record.reason or 'no reason is recorded'}."
-        ]
-    lines = []
-    if record.top1 is not None and record.teacher_top1 is not None and record.num_eval:
-        error = None
-        if record.lost is not None and record.gained is not None:
-            error = drop_stderr(record.lost, record.gained, record.num_eval)
-        spread = "" if error is None else f" ± {error:.2f} (standard error, paired by image)"
-        before = "" if record.rtn_top1 is None else f" Before fine-tuning it had {record.rtn_top1:.2f} %."
-        lines.append(
-            f"Top-1 {record.top1:.2f} % on {record.num_eval} labelled images; the teacher has {record.teacher_top1:.2f} %: "
-            f"a drop of {record.drop:.2f} points{spread}.{before}"
-        )
-    else:
-        agreement = record.fidelity.get("agreement")
-        what = (
-            ""
-            if agreement is None
-            else f" On the held-out synthetic images it agrees with its teacher on {agreement:.1f} %."
-        )
-        lines.append(f"No labelled images were given, so the accuracy is not known.{what}")
-    kl, before_kl = record.fidelity.get("kl"), record.rtn_fidelity.get("kl")
-    if kl is not None and before_kl is not None:
-        word = "nearer to" if kl < before_kl else "farther from"
-        lines.append(
-            f"Fine-tuning brought the student {word} its teacher on held-out synthetic images: KL {before_kl:.4g} before, {kl:.4g} after."
-        )
-    return lines + [f"Note: {text}" for text in record.warnings]
-
-
-def facts(record: RunRecord) -> list[tuple[str, str]]:
-    """Return the figures that stand at the head of a run's page."""
-    known: list[tuple[str, str | None]] = [
-        ("model", record.model or record.name),
-        ("bits", f"W{record.weight_bits}A{record.act_bits}"),
-        ("protocol", f"{record.protocol}, {record.act_points}"),
-        ("seeds", f"{record.seed} / data {record.data_seed}"),
-        ("size", None if record.size_bytes is None else f"{record.size_bytes / 1024:,.0f} KiB"),
-        ("BitOps", None if record.bitops is None else f"{record.bitops / 1e9:.3g} G an image"),
-        ("codes changed", None if record.codes_changed is None else f"{100 * record.codes_changed:.1f} %"),
-        ("images kept for hard labels", None if record.kept_share is None else f"{100 * record.kept_share:.0f} %"),
-        ("time", None if record.total_seconds is None else f"{record.total_seconds:.0f} s"),
-        ("device", record.device or None),
-    ]
-    return [(name, value) for name, value in known if value]
-
-
-def foot(records: Sequence[RunRecord]) -> str:
-    """Say by which code and packages, and when, what a page shows was made."""
-    commits = sorted({record.commit for record in records})
-    versions = sorted({f"torch {record.versions['torch']}" for record in records if "torch" in record.versions})
-    now = datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
-    return f"{len(records)} record{'' if len(records) == 1 else 's'} of commit {', '.join(commits)}; {', '.join(versions) or 'versions unknown'}. Page made {now}."
-
-
-def _label(record: RunRecord) -> str:
-    return f"{record.model} W{record.weight_bits}A{record.act_bits} {record.protocol} {record.act_points}"
 
 
 def _filter_words(settings: Mapping[str, Any]) -> str:

@@ -3,26 +3,25 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sweeps.ranking import SETTINGS, TRIAL_COLUMNS, Standing
+from sweeps.ranking import TRIAL_COLUMNS, Standing
 from sweeps.reports.page import Block, Gap, Page, Tab, Table, Words
-from sweeps.reports.run_page import foot, run_tabs
+from sweeps.reports.run_page import run_tabs
 from sweeps.reports.study_figures import study_figures
+from sweeps.reports.summary import (
+    BEST_COLUMNS,
+    BOARD_COLUMNS,
+    BOARD_HEADINGS,
+    DECIMALS,
+    best_rows,
+    foot,
+    label,
+    sweep_facts,
+    sweep_verdict,
+)
 from sweeps.reports.sweep_figures import pareto, timeline, trust
 from sweeps.reports.sweep_view import SweepView
 from synq.results import RunRecord
 
-BOARD_COLUMNS = (
-    "rank", "model", "weight_bits", "act_bits", "protocol", "act_points", "objective_value", "top1_mean", "top1_std", "num_seeds",
-    "num_failed", "teacher_top1", "rtn_top1", "drop", "num_eval", "size_bytes", "bitops", *SETTINGS, "layer_bits", "first_bits",
-    "last_bits", "objective", "fidelity_measure", "seconds",
-)  # fmt: skip
-BOARD_HEADINGS = {
-    "weight_bits": "W", "act_bits": "A", "act_points": "points", "objective_value": "value", "top1_mean": "top-1", "top1_std": "std",
-    "num_seeds": "n", "num_failed": "failed", "teacher_top1": "teacher", "rtn_top1": "before", "num_eval": "images",
-    "lowpass_cutoff": "cutoff [bins]", "difficulty_threshold": "tau", "size_bytes": "bytes",
-}  # fmt: skip
-PERCENTS = ("top1", "top5", "top1_mean", "top1_std", "teacher_top1", "rtn_top1", "drop")
-DECIMALS = {**dict.fromkeys(PERCENTS, 2), "size_bytes": 0, "bitops": 0, "seconds": 0}
 LONG = ("versions", "commit", "host", "heldout_digest", "set_digest")
 """Columns of trials.csv that say the same for nearly all rows; the CSV has them."""
 MOST_RUNS = 4
@@ -53,7 +52,7 @@ def sweep_page(
         bold=[standing.row["rank"] == 1 for standing in standings],
     )
     tabs = [
-        Tab(title="Overview", blocks=[*_best(standings), trusted, *pareto(standings)]),
+        Tab(title="Overview", blocks=[*best_table(standings), trusted, *pareto(standings)]),
         Tab(
             title="Leaderboard",
             blocks=[board if standings else Gap(title="Leaderboard", reason="no trial was completed yet")],
@@ -64,82 +63,11 @@ def sweep_page(
     ]
     return Page(
         title=f"Sweep {sweep.name}",
-        verdict=[*_verdict(sweep, standings), *notes],
-        facts=_facts(sweep),
+        verdict=[*sweep_verdict(sweep, standings), *notes],
+        facts=sweep_facts(sweep),
         tabs=tabs,
         foot=foot(list(sweep.records.values())) if sweep.records else "No record yet.",
     )
-
-
-def label(standing: Standing) -> str:
-    """Name a ranking in words, for example "resnet20 W4A4 A relu"."""
-    row = standing.row
-    edges = (
-        "/".join(str(row[name] or "-") for name in ("first_bits", "last_bits"))
-        if row["first_bits"] or row["last_bits"]
-        else ""
-    )
-    words = (
-        f"{row['model']} W{row['weight_bits']}A{row['act_bits']}",
-        row["protocol"],
-        row["act_points"],
-        edges,
-        row["layer_bits"] or "",
-    )
-    return " ".join(word for word in words if word)
-
-
-def _verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
-    lines = []
-    for standing in [one for one in standings if one.row["rank"] == 1]:
-        row = standing.row
-        if row["top1_mean"] is None:
-            lines.append(
-                f"{label(standing)}: best {row['objective']} objective {row['objective_value']:.4g} (no labelled images)."
-            )
-            continue
-        spread = "" if row["top1_std"] is None else f" ± {row['top1_std']:.2f}"
-        seeds = f"{row['num_seeds']} seed{'' if row['num_seeds'] == 1 else 's'}"
-        lines.append(
-            f"{label(standing)}: top-1 {row['top1_mean']:.2f}{spread} ({seeds}, {row['num_eval']} images), a drop of {row['drop']:.2f} from the "
-            f"teacher's {row['teacher_top1']:.2f}; {_before(row)}."
-        )
-    if not lines:
-        lines.append("No trial was completed yet.")
-    failed = sum(record.status == "failed" for record in sweep.records.values())
-    if failed:
-        lines.append(f"{failed} trials failed; the part Trials says why.")
-    if sweep.running:
-        lines.append(
-            f"{len(sweep.running)} trials are not finished: the sweep runs, or was interrupted and goes on by the same command."
-        )
-    return lines + [f"Not read: {text}" for text in sweep.unread]
-
-
-def _before(row: Mapping[str, Any]) -> str:
-    return (
-        "before fine-tuning it is not known" if row["rtn_top1"] is None else f"{row['rtn_top1']:.2f} before fine-tuning"
-    )
-
-
-def _facts(sweep: SweepView) -> list[tuple[str, str]]:
-    counts = {
-        status: sum(record.status == status for record in sweep.records.values())
-        for status in ("completed", "pruned", "failed")
-    }
-    hours = sum(record.total_seconds or 0.0 for record in sweep.records.values()) / 3600
-    machines = {record.host for record in sweep.records.values() if record.host}
-    search = sweep.about.get("search", {})
-    known = [
-        *((status, str(count)) for status, count in counts.items()),
-        ("groups", str(len(sweep.groups)) if sweep.is_sweep else ""),
-        ("objective", str(search.get("objective", ""))),
-        ("sampler", str(search.get("sampler", ""))),
-        ("scheduler", str(search.get("scheduler", ""))),
-        ("time of all trials", f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"),
-        ("machines", str(len(machines))),
-    ]
-    return [(name, value) for name, value in known if value]
 
 
 def _said(standings: Sequence[Standing], column: str) -> bool:
@@ -147,45 +75,20 @@ def _said(standings: Sequence[Standing], column: str) -> bool:
     return any(standing.row.get(column) not in (None, "") for standing in standings)
 
 
-def _best(standings: Sequence[Standing]) -> list[Block]:
-    best = [standing.row | {"setting": _setting(standing.row)} for standing in standings if standing.row["rank"] == 1]
-    columns = (
-        "model",
-        "weight_bits",
-        "act_bits",
-        "protocol",
-        "act_points",
-        "top1_mean",
-        "top1_std",
-        "num_seeds",
-        "drop",
-        "objective_value",
-        "setting",
-    )
+def best_table(standings: Sequence[Standing]) -> list[Table]:
+    """The best setting of each ranking; nothing where there is none."""
     caption = "The first row of each ranking: most seeds, then the best mean objective."
-    return (
-        [
-            Table(
-                name="best",
-                title="Best settings",
-                caption=caption,
-                columns=columns,
-                rows=best,
-                headings=BOARD_HEADINGS,
-                decimals=DECIMALS,
-            )
-        ]
-        if best
-        else []
+    rows = best_rows(standings)
+    table = Table(
+        name="best",
+        title="Best settings",
+        caption=caption,
+        columns=BEST_COLUMNS,
+        rows=rows,
+        headings=BOARD_HEADINGS,
+        decimals=DECIMALS,
     )
-
-
-def _setting(row: Mapping[str, Any]) -> str:
-    parts = []
-    for name in SETTINGS:
-        if row[name] is not None:
-            parts.append(f"{name} {row[name]:.4g}" if isinstance(row[name], int | float) else f"{name} {row[name]}")
-    return ", ".join(parts)
+    return [table] if rows else []
 
 
 def by_group(sweep: SweepView, completed: Mapping[str, RunRecord]) -> dict[str, list[RunRecord]]:

@@ -65,6 +65,11 @@ class SweepView:
         return list(self.about.get("groups", {}))
 
 
+def is_run(path: Path) -> bool:
+    """Whether a path is one run, or a record of one, rather than a folder of several."""
+    return path.is_file() or ((path / "record.json").is_file() and not (path / "records").is_dir())
+
+
 def read_sweep(path: str | Path) -> SweepView:
     """Read a sweep, or a folder of runs; while it runs, too.
 

@@ -1,0 +1,175 @@
+"""What came of a run or a sweep, in sentences and short figures: the head of its page, and what `synq show` prints. No torch, no drawings."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from sweeps.paired import drop_stderr
+from sweeps.ranking import SETTINGS, Standing
+from sweeps.reports.sweep_view import SweepView
+from synq.results import RunRecord
+from synq.table_text import Row
+
+BOARD_COLUMNS = (
+    "rank", "model", "weight_bits", "act_bits", "protocol", "act_points", "objective_value", "top1_mean", "top1_std", "num_seeds",
+    "num_failed", "teacher_top1", "rtn_top1", "drop", "num_eval", "size_bytes", "bitops", *SETTINGS, "layer_bits", "first_bits",
+    "last_bits", "objective", "fidelity_measure", "seconds",
+)  # fmt: skip
+BOARD_HEADINGS = {
+    "weight_bits": "W", "act_bits": "A", "act_points": "points", "objective_value": "value", "top1_mean": "top-1", "top1_std": "std",
+    "num_seeds": "n", "num_failed": "failed", "teacher_top1": "teacher", "rtn_top1": "before", "num_eval": "images",
+    "lowpass_cutoff": "cutoff [bins]", "difficulty_threshold": "tau", "size_bytes": "bytes",
+}  # fmt: skip
+PERCENTS = ("top1", "top5", "top1_mean", "top1_std", "teacher_top1", "rtn_top1", "drop")
+DECIMALS = {**dict.fromkeys(PERCENTS, 2), "size_bytes": 0, "bitops": 0, "seconds": 0}
+BEST_COLUMNS = (
+    "model", "weight_bits", "act_bits", "protocol", "act_points", "top1_mean", "top1_std", "num_seeds", "drop", "objective_value", "setting"
+)  # fmt: skip
+
+
+def run_label(record: RunRecord) -> str:
+    """Name a run's model, widths, protocol and points in one line."""
+    return f"{record.model} W{record.weight_bits}A{record.act_bits} {record.protocol} {record.act_points}"
+
+
+def run_verdict(record: RunRecord) -> list[str]:
+    """Say in sentences how a run went."""
+    if record.status != "completed":
+        return [
+            f"The run {'was stopped early' if record.status == 'pruned' else 'failed'}: {record.reason or 'no reason is recorded'}."
+        ]
+    lines = []
+    if record.top1 is not None and record.teacher_top1 is not None and record.num_eval:
+        error = None
+        if record.lost is not None and record.gained is not None:
+            error = drop_stderr(record.lost, record.gained, record.num_eval)
+        spread = "" if error is None else f" ± {error:.2f} (standard error, paired by image)"
+        before = "" if record.rtn_top1 is None else f" Before fine-tuning it had {record.rtn_top1:.2f} %."
+        lines.append(
+            f"Top-1 {record.top1:.2f} % on {record.num_eval} labelled images; the teacher has {record.teacher_top1:.2f} %: "
+            f"a drop of {record.drop:.2f} points{spread}.{before}"
+        )
+    else:
+        agreement = record.fidelity.get("agreement")
+        what = (
+            ""
+            if agreement is None
+            else f" On the held-out synthetic images it agrees with its teacher on {agreement:.1f} %."
+        )
+        lines.append(f"No labelled images were given, so the accuracy is not known.{what}")
+    kl, before_kl = record.fidelity.get("kl"), record.rtn_fidelity.get("kl")
+    if kl is not None and before_kl is not None:
+        word = "nearer to" if kl < before_kl else "farther from"
+        lines.append(
+            f"Fine-tuning brought the student {word} its teacher on held-out synthetic images: KL {before_kl:.4g} before, {kl:.4g} after."
+        )
+    return lines + [f"Note: {text}" for text in record.warnings]
+
+
+def run_facts(record: RunRecord) -> list[tuple[str, str]]:
+    """Return the figures that stand at the head of a run's page."""
+    known: list[tuple[str, str | None]] = [
+        ("model", record.model or record.name),
+        ("bits", f"W{record.weight_bits}A{record.act_bits}"),
+        ("protocol", f"{record.protocol}, {record.act_points}"),
+        ("seeds", f"{record.seed} / data {record.data_seed}"),
+        ("size", None if record.size_bytes is None else f"{record.size_bytes / 1024:,.0f} KiB"),
+        ("BitOps", None if record.bitops is None else f"{record.bitops / 1e9:.3g} G an image"),
+        ("codes changed", None if record.codes_changed is None else f"{100 * record.codes_changed:.1f} %"),
+        ("images kept for hard labels", None if record.kept_share is None else f"{100 * record.kept_share:.0f} %"),
+        ("time", None if record.total_seconds is None else f"{record.total_seconds:.0f} s"),
+        ("device", record.device or None),
+    ]
+    return [(name, value) for name, value in known if value]
+
+
+def foot(records: Sequence[RunRecord]) -> str:
+    """Say by which code and packages, and when, what a page shows was made."""
+    commits = sorted({record.commit for record in records})
+    versions = sorted({f"torch {record.versions['torch']}" for record in records if "torch" in record.versions})
+    now = datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
+    return f"{len(records)} record{'' if len(records) == 1 else 's'} of commit {', '.join(commits)}; {', '.join(versions) or 'versions unknown'}. Page made {now}."
+
+
+def label(standing: Standing) -> str:
+    """Name a ranking in words, for example "resnet20 W4A4 A relu"."""
+    row = standing.row
+    edges = (
+        "/".join(str(row[name] or "-") for name in ("first_bits", "last_bits"))
+        if row["first_bits"] or row["last_bits"]
+        else ""
+    )
+    words = (
+        f"{row['model']} W{row['weight_bits']}A{row['act_bits']}",
+        row["protocol"],
+        row["act_points"],
+        edges,
+        row["layer_bits"] or "",
+    )
+    return " ".join(word for word in words if word)
+
+
+def sweep_verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
+    lines = []
+    for standing in [one for one in standings if one.row["rank"] == 1]:
+        row = standing.row
+        if row["top1_mean"] is None:
+            lines.append(
+                f"{label(standing)}: best {row['objective']} objective {row['objective_value']:.4g} (no labelled images)."
+            )
+            continue
+        spread = "" if row["top1_std"] is None else f" ± {row['top1_std']:.2f}"
+        seeds = f"{row['num_seeds']} seed{'' if row['num_seeds'] == 1 else 's'}"
+        lines.append(
+            f"{label(standing)}: top-1 {row['top1_mean']:.2f}{spread} ({seeds}, {row['num_eval']} images), a drop of {row['drop']:.2f} from the "
+            f"teacher's {row['teacher_top1']:.2f}; {_before(row)}."
+        )
+    if not lines:
+        lines.append("No trial was completed yet.")
+    failed = sum(record.status == "failed" for record in sweep.records.values())
+    if failed:
+        lines.append(f"{failed} trials failed; the part Trials says why.")
+    if sweep.running:
+        lines.append(
+            f"{len(sweep.running)} trials are not finished: the sweep runs, or was interrupted and goes on by the same command."
+        )
+    return lines + [f"Not read: {text}" for text in sweep.unread]
+
+
+def _before(row: Mapping[str, Any]) -> str:
+    return (
+        "before fine-tuning it is not known" if row["rtn_top1"] is None else f"{row['rtn_top1']:.2f} before fine-tuning"
+    )
+
+
+def sweep_facts(sweep: SweepView) -> list[tuple[str, str]]:
+    counts = {
+        status: sum(record.status == status for record in sweep.records.values())
+        for status in ("completed", "pruned", "failed")
+    }
+    hours = sum(record.total_seconds or 0.0 for record in sweep.records.values()) / 3600
+    machines = {record.host for record in sweep.records.values() if record.host}
+    search = sweep.about.get("search", {})
+    known = [
+        *((status, str(count)) for status, count in counts.items()),
+        ("groups", str(len(sweep.groups)) if sweep.is_sweep else ""),
+        ("objective", str(search.get("objective", ""))),
+        ("sampler", str(search.get("sampler", ""))),
+        ("scheduler", str(search.get("scheduler", ""))),
+        ("time of all trials", f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"),
+        ("machines", str(len(machines))),
+    ]
+    return [(name, value) for name, value in known if value]
+
+
+def best_rows(standings: Sequence[Standing]) -> list[Row]:
+    """Return the first row of each ranking, its searched settings in one cell."""
+    return [one.row | {"setting": _setting(one.row)} for one in standings if one.row["rank"] == 1]
+
+
+def _setting(row: Mapping[str, Any]) -> str:
+    parts = []
+    for name in SETTINGS:
+        if row[name] is not None:
+            parts.append(f"{name} {row[name]:.4g}" if isinstance(row[name], int | float) else f"{name} {row[name]}")
+    return ", ".join(parts)
