@@ -26,7 +26,7 @@ from synq.exported_files import Checker, ExportedFile, export_onnx, export_packe
 from synq.finished_runs import open_run, synthetic_sets
 from synq.integer_form import integer_form
 from synq.model_card import card_values, is_card, readable_record, siblings_of, write_card
-from synq.onnx_file import NARROW, Container, write_onnx
+from synq.onnx_file import NARROW, Container, onnx_graph, write_onnx
 from synq.packed_file import channel_affines
 from synq.results import DEPLOYED, RunRecord, read_record, write_record
 from synq.students import Student
@@ -154,9 +154,12 @@ def _write_files(
     form, size = integer_form(student.net, operations="onnx"), teacher.input_size
     files: list[ExportedFile] = []
     models: dict[str, bytes] = {}
-    for container in _containers(student, options):
+    containers = _containers(student, options)
+    if containers:
+        graph = onnx_graph(form, size)
+    for container in containers:
         name = f"model_{container}.onnx" if len(options.containers) > 1 else "model.onnx"
-        file, models[name] = export_onnx(target / name, container, form, size, check)
+        file, models[name] = export_onnx(target / name, container, graph, check)
         files.append(file)
     if "packed" in options.formats:
         about = {"config": record.config, "input_size": list(size), "num_classes": teacher.num_classes}

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, fx, nn
 
 from synq.evaluation import Measure
-from synq.onnx_file import Container, write_onnx
+from synq.onnx_file import Container, write_container
 from synq.packed_file import load_packed, save_packed
 from synq.results import write_bytes_atomic
 from synq.verification import Comparison, Engine, Tolerance, compare, count_kernels, engine_of, open_session
@@ -105,16 +106,14 @@ class Checker:
             yield "labelled", len(rows), lambda start, stop: labelled.batch(rows[start:stop])
 
 
-def export_onnx(
-    path: Path, container: Container, form: fx.GraphModule, input_size: tuple[int, int, int], check: Checker
-) -> tuple[ExportedFile, bytes]:
-    """Write an integer form as ONNX; returns what is known of the file, and its content.
+def export_onnx(path: Path, container: Container, graph: onnx.ModelProto, check: Checker) -> tuple[ExportedFile, bytes]:
+    """Write the graph of an integer form (`onnx_graph`) as a file; returns what is known of it, and its content.
 
     Raises:
         ExportRefusedError: As `Checker`.
         ValueError, OSError: It cannot be written.
     """
-    content = write_onnx(form, input_size, container)
+    content = write_container(graph, container)
     comparisons = check(path.name, engine_of(open_session(content)))
     integers, floats = count_kernels(content)
     write_bytes_atomic(path, content)

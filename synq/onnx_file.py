@@ -63,6 +63,22 @@ def write_onnx(form: fx.GraphModule, input_size: tuple[int, int, int], container
     Raises:
         ValueError: If PyTorch cannot express the network in ONNX; the message says which part.
     """
+    return write_container(onnx_graph(form, input_size), container)
+
+
+def onnx_graph(form: fx.GraphModule, input_size: tuple[int, int, int]) -> onnx.ModelProto:
+    """Return the network as ``torch.onnx`` writes it, the slow part, which all containers have in common.
+
+    Args:
+        form: A network of ``integer_form`` of the operations "onnx".
+        input_size: (C, H, W) of one image.
+
+    Returns:
+        What `write_container` makes files of.
+
+    Raises:
+        ValueError: As `write_onnx`.
+    """
     sample = torch.zeros(2, *input_size)
     with _quiet():
         try:
@@ -82,7 +98,21 @@ def write_onnx(form: fx.GraphModule, input_size: tuple[int, int, int], container
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(f"the student cannot be written as ONNX: {lines[0]}") from error
     assert program is not None
-    model = program.model_proto
+    return program.model_proto
+
+
+def write_container(graph: onnx.ModelProto, container: Container) -> bytes:
+    """Return the model of one container, as `write_onnx`.
+
+    Args:
+        graph: Of `onnx_graph`; it stays as it is.
+        container: How integers are held.
+
+    Raises:
+        ValueError: As `write_onnx`.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
     _set_containers(model, container)
     if container == "matmul":
         use_integer_products(model)

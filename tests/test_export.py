@@ -22,6 +22,7 @@ from synq.exported_files import Checker, ExportRefusedError, export_onnx
 from synq.finished_runs import open_run
 from synq.integer_form import integer_form
 from synq.model_card import NOISE, SELECTED, STATEMENT, card_markdown, card_values, siblings_of
+from synq.onnx_file import onnx_graph
 from synq.packed_file import load_packed
 from synq.packed_student import load_student
 from synq.pipeline import run, run_folder
@@ -141,7 +142,7 @@ def test_a_file_that_answers_otherwise_is_refused_and_not_left_behind(finished: 
     with pytest.raises(
         ExportRefusedError, match=r"model\.onnx was not written: it chooses another class than the student"
     ):
-        export_onnx(tmp_path / "model.onnx", "int8", form, teacher.input_size, check)
+        export_onnx(tmp_path / "model.onnx", "int8", onnx_graph(form, teacher.input_size), check)
     assert list(tmp_path.iterdir()) == []
 
 

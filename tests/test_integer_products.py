@@ -1,66 +1,83 @@
 """Convolutions written as products of integer matrices answer as the student does, whatever their strides, paddings and zero points."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
-from small_nets import SIZE, Residual, depthwise, plain
-from test_integer_form import images, student
-from torch import nn
+from small_nets import Residual, depthwise, plain
+from test_integer_form import images
+from torch import Tensor, nn
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from synq.integer_form import integer_form  # noqa: E402
+from test_onnx_file import graph_of  # noqa: E402
+
 from synq.integer_products import MIN_CHANNELS  # noqa: E402
-from synq.onnx_file import write_onnx  # noqa: E402
+from synq.onnx_file import write_container  # noqa: E402
 from synq.verification import count_kernels, engine_of, open_session  # noqa: E402
 
 
-def written(net: nn.Module, bits: int, act_points: str) -> tuple[bytes, bytes, nn.Module]:
+def written(make: Callable[[], nn.Module], bits: int, act_points: str) -> tuple[bytes, bytes, nn.Module]:
     """The student's network as products and as convolutions, and its integer form."""
-    made = student(net, bits, act_points)  # type: ignore[arg-type]
-    form = integer_form(made.net, operations="onnx")
-    return write_onnx(form, SIZE, "matmul"), write_onnx(form, SIZE, "int8"), integer_form(made.net)
+    form, graph = graph_of(make, bits, act_points)  # type: ignore[arg-type]
+    return write_container(graph, "matmul"), write_container(graph, "int8"), form
 
 
 def kinds(model: bytes) -> list[str]:
     return [node.op_type for node in onnx.load_from_string(model).graph.node]
 
 
-def one(channels: int = MIN_CHANNELS, **settings: object) -> nn.Module:
-    """One convolution, of negative and positive activations, between two others."""
-    conv = nn.Conv2d(channels, 6, **settings)  # type: ignore[arg-type]
-    return nn.Sequential(
-        nn.Conv2d(3, channels, 3, padding=1), conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)
-    )
+class SideBySide(nn.Module):
+    """Convolutions that read the same negative and positive activations, each with logits of its own. A graph costs seconds, not its size."""
+
+    def __init__(self, *settings: dict[str, Any], channels: int = MIN_CHANNELS) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.convolutions = nn.ModuleList(nn.Conv2d(channels, 6, **setting) for setting in settings)
+        self.heads = nn.ModuleList(nn.Linear(6, 5) for _ in settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        read = zip(self.convolutions, self.heads, strict=True)
+        return torch.cat([head(torch.relu(conv(x)).mean((2, 3))) for conv, head in read], 1)
 
 
-@pytest.mark.parametrize("bits", [3, 7, 8])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"kernel_size": 1},
-        {"kernel_size": 3, "padding": 1},
-        {"kernel_size": 3, "padding": 1, "stride": 2},
-        {"kernel_size": (3, 5), "padding": (2, 1), "stride": (1, 3), "bias": False},
-        {"kernel_size": 3, "dilation": 2, "padding": 2},
-    ],
-    ids=str,
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"kernel_size": 1},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "padding": 1, "stride": 2},
+    {"kernel_size": (3, 5), "padding": (2, 1), "stride": (1, 3), "bias": False},
+    {"kernel_size": 3, "dilation": 2, "padding": 2},
 )
-def test_every_shape_of_convolution_is_the_same_function(settings: dict[str, object], bits: int) -> None:
-    products, plain_model, form = written(one(**settings), bits, "inputs")
-    assert kinds(products).count("MatMulInteger") == 1 and kinds(products).count("Conv") == 1
+
+
+@pytest.mark.parametrize("bits", [3, pytest.param(7, marks=pytest.mark.slow), 8])
+def test_every_shape_of_convolution_is_the_same_function(bits: int) -> None:
+    products, plain_model, form = written(partial(SideBySide, *SHAPES), bits, "inputs")
+    assert kinds(products).count("MatMulInteger") == len(SHAPES) and kinds(products).count("Conv") == 1
     sample = 2 * images(9)
     found, wanted = (engine_of(open_session(model))(sample) for model in (products, plain_model))
-    assert torch.equal(found, wanted) and torch.equal(found, form(sample))
+    for setting, *logits in zip(SHAPES, *(x.split(5, 1) for x in (found, wanted, form(sample))), strict=True):
+        assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2]), setting
+        assert len(logits[0].unique(dim=0)) > 1, "its logits tell images apart"
 
 
 @pytest.mark.parametrize(
     ("make", "act_points"),
-    [(Residual, "relu"), (Residual, "inputs"), (plain, "inputs"), (depthwise, "relu"), (depthwise, "inputs")],
+    [
+        (Residual, "inputs"),
+        pytest.param(depthwise, "relu", marks=pytest.mark.slow),
+        pytest.param(Residual, "relu", marks=pytest.mark.slow),
+        pytest.param(plain, "inputs", marks=pytest.mark.slow),
+        pytest.param(depthwise, "inputs", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_not_rewritten_stays_and_the_rest_runs_in_integers(make: type[nn.Module], act_points: str) -> None:
-    products, plain_model, _ = written(make(), 8, act_points)
+    products, plain_model, _ = written(make, 8, act_points)
     before, after = kinds(plain_model), kinds(products)
     assert after.count("Conv") + after.count("MatMulInteger") == before.count("Conv")
     convolutions = [node for node in onnx.load_from_string(products).graph.node if node.op_type == "Conv"]
@@ -77,7 +94,7 @@ def test_what_is_not_rewritten_stays_and_the_rest_runs_in_integers(make: type[nn
 
 
 def test_a_file_of_products_holds_every_weight_once() -> None:
-    products, plain_model, _ = written(one(64, kernel_size=3, padding=1), 4, "inputs")
+    products, plain_model, _ = written(partial(SideBySide, SHAPES[1], channels=64), 4, "inputs")
     graph = onnx.load_from_string(products).graph
     read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
     assert {tensor.name for tensor in graph.initializer} <= read

@@ -1,11 +1,15 @@
 """ONNX files answer in ONNX Runtime as the student does, and hold integers of the width they say."""
 
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
 from small_nets import SIZE, Residual, plain
 from test_integer_form import images, student
-from torch import nn
+from torch import fx, nn
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -15,10 +19,19 @@ from onnx import TensorProto, numpy_helper  # noqa: E402
 
 from synq.integer_form import integer_form  # noqa: E402
 from synq.integer_layers import IntegerConv2d, IntegerLinear  # noqa: E402
-from synq.onnx_file import Container, write_onnx  # noqa: E402
+from synq.onnx_file import Container, onnx_graph, write_container, write_onnx  # noqa: E402
 from synq.students import observe_ranges, quantize_model  # noqa: E402
 from synq.tracing import trace_classifier  # noqa: E402
 from synq.verification import compare, count_kernels, engine_of, latencies, open_session  # noqa: E402
+
+
+@cache
+def graph_of(
+    make: Callable[[], nn.Module], bits: int, act_points: Literal["relu", "inputs"]
+) -> tuple[fx.GraphModule, onnx.ModelProto]:
+    """The integer form of a student and its graph, which takes seconds: made once, for tests that only read them."""
+    made = student(make(), bits, act_points)
+    return integer_form(made.net), onnx_graph(integer_form(made.net, operations="onnx"), SIZE)
 
 
 def types(model: bytes) -> tuple[set[int], set[int]]:
@@ -36,9 +49,10 @@ def types(model: bytes) -> tuple[set[int], set[int]]:
 def test_onnx_runtime_answers_as_the_student(
     bits: int, container: Container, act_points: str, make: type[nn.Module]
 ) -> None:
-    made = student(make(), bits, act_points)  # type: ignore[arg-type]
-    form = integer_form(made.net)
-    model = write_onnx(integer_form(made.net, operations="onnx"), SIZE, container)
+    form, graph = graph_of(make, bits, act_points)  # type: ignore[arg-type]
+    before = graph.SerializeToString(deterministic=True)
+    model = write_container(graph, container)
+    assert graph.SerializeToString(deterministic=True) == before, "other containers are made of it, too"
     sample = images(60)
     with torch.no_grad():
         wanted = form(sample)
@@ -76,16 +90,16 @@ def test_tensors_that_are_alike_at_different_widths_keep_their_types() -> None:
     traced = trace_classifier(Narrow().eval().requires_grad_(False), SIZE)
     made = quantize_model(traced, weight_bits=4, act_bits=4, first_bits=8)
     observe_ranges(made.net, images(), act_range="minmax")
+    graph = onnx_graph(integer_form(made.net, operations="onnx"), SIZE)
     for container in ("int4", "int8"):
-        session = open_session(write_onnx(integer_form(made.net, operations="onnx"), SIZE, container))
+        session = open_session(write_container(graph, container))
         assert torch.allclose(engine_of(session)(images(4)), made.net(images(4)), atol=1e-4)
 
 
 def test_a_narrow_code_stays_in_its_range() -> None:
     """Activations far beyond the range: a container is wider than three bits, and must not be used beyond them."""
-    made = student(Residual(), 3, "inputs")
-    form = integer_form(made.net)
-    model = write_onnx(integer_form(made.net, operations="onnx"), SIZE, "int8")
+    form, graph = graph_of(plain, 3, "inputs")
+    model = write_container(graph, "int8")
     sample = 50 * images(16)
     with torch.no_grad():
         wanted = form(sample)
@@ -94,8 +108,7 @@ def test_a_narrow_code_stays_in_its_range() -> None:
 
 
 def test_what_an_engine_does_not_need_is_not_in_the_file() -> None:
-    made = student(Residual(), 4)
-    model = onnx.load_from_string(write_onnx(integer_form(made.net, operations="onnx"), SIZE, "int4"))
+    model = onnx.load_from_string(write_container(graph_of(Residual, 4, "inputs")[1], "int4"))
     assert not model.graph.value_info and not any(node.metadata_props for node in model.graph.node)
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     sizes = {tensor.name: len(tensor.raw_data) for tensor in model.graph.initializer if "codes" in tensor.name}
@@ -103,7 +116,7 @@ def test_what_an_engine_does_not_need_is_not_in_the_file() -> None:
 
 
 def test_latencies_are_measured_in_turns() -> None:
-    model = write_onnx(integer_form(student(plain(), 8).net, operations="onnx"), SIZE)
+    model = write_container(graph_of(plain, 3, "inputs")[1], "int8")
     times = latencies({"one": model, "two": model}, images(1), threads=1, rounds=5)
     assert times.keys() == {"one", "two"} and all(0 < time < 1000 for time in times.values())
 
