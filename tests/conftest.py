@@ -1,5 +1,6 @@
 """What every test shares: one thread, a quiet Ray on loopback, and small random classifiers. Heavy imports wait for their fixture."""
 
+import gc
 import os
 import shutil
 import signal
@@ -31,6 +32,12 @@ _RAY_FOLDER = tempfile.mkdtemp(prefix="sq")  # short: Ray puts sockets below it,
 os.environ["RAY_TMPDIR"] = _RAY_FOLDER
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """What the imports of all tests made stays until the end: a full collection need not look at it again, a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish() -> None:
@@ -120,8 +127,12 @@ def gray_classifier(make_classifier: Callable[..., "nn.Module"]) -> "nn.Module":
 
 @pytest.fixture(scope="session")
 def tiny_settings() -> dict[str, object]:
-    """Dotted overrides that make a run on the bundled teacher a matter of a second or two; add folders and the rest."""
+    """Dotted overrides that make a run on the bundled teacher a matter of a second or less; add folders and the rest.
+
+    Images begin as white noise: fitting it first is half the time of so small a run. `test_pipeline.py` holds one run with the fit.
+    """
     return {
+        "synthesis.start": "white",
         "synthesis.num_images": 32,
         "synthesis.shard_size": 16,
         "synthesis.iterations": 2,

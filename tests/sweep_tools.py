@@ -14,7 +14,7 @@ TINY: dict[str, Any] = {
     "bits": ["W8A8", "W3A3"],
     "report": False,  # a page takes seconds; one test makes it
     "base": {
-        "synthesis": {"num_images": 32, "shard_size": 16, "iterations": 5},
+        "synthesis": {"num_images": 32, "shard_size": 16, "iterations": 5, "start": "white"},
         "quant": {"calib_images": 32},
         "finetune": {"epochs": 2, "batch_size": 16},
         "evaluation": {"heldout_images": 16, "num_images": 64},
@@ -44,6 +44,7 @@ def write_spec(path: Path, epochs: int) -> Path:
         "num_images = 32",
         "shard_size = 16",
         "iterations = 5",
+        'start = "white"',
         "[base.quant]",
     ]
     lines += [

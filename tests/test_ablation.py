@@ -109,6 +109,7 @@ rows = ["none", "soft labels"]
 num_images = 32
 shard_size = 16
 iterations = 2
+start = "white"
 [base.quant]
 calib_images = 32
 [base.finetune]

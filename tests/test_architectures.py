@@ -32,14 +32,14 @@ def _pytorchcv(name: str) -> nn.Module:
     ("build", "name", "cam"),
     [
         (_torchvision, "shufflenet_v2_x0_5", "closed_form"),
-        (_torchvision, "efficientnet_b0", "closed_form"),
+        pytest.param(_torchvision, "efficientnet_b0", "closed_form", marks=pytest.mark.slow),
         (_torchvision, "mobilenet_v3_small", "autograd"),
         (_timm, "mobilenetv3_small_050", "autograd"),
         (_timm, "lcnet_050", "autograd"),
         (_timm, "ghostnet_100", "autograd"),
-        (_timm, "cspresnet50", "closed_form"),
+        pytest.param(_timm, "cspresnet50", "closed_form", marks=pytest.mark.slow),
         (_pytorchcv, "resnet20_cifar10", "closed_form"),
-        (_pytorchcv, "shufflenetv2_wd2", "closed_form"),
+        pytest.param(_pytorchcv, "shufflenetv2_wd2", "closed_form", marks=pytest.mark.slow),
     ],
 )
 def test_family(build: Callable[[str], Any], name: str, cam: str) -> None:

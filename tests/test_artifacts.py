@@ -227,6 +227,7 @@ for attempt in (lambda: store.assemble(key, shards, lambda entries: {{}}), lambd
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_broken(tmp_path: Path) -> None:
     code = FULL_DISK.format(root=str(ROOT), store=str(tmp_path / "store"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

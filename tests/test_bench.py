@@ -95,7 +95,7 @@ def test_steps_leave_the_student_as_it_was(subject: Subject) -> None:
 
 @pytest.mark.parametrize(
     ("group", "count"),
-    [(steps, 7), (ceilings, 15), (synthesis, 3), (population, 4)],
+    [(steps, 7), (ceilings, 15), (synthesis, 3), pytest.param(population, 4, marks=pytest.mark.slow)],
     ids=["steps", "ceilings", "synthesis", "population"],
 )
 def test_groups_give_their_rows(subject: Subject, monkeypatch: pytest.MonkeyPatch, group: object, count: int) -> None:
@@ -112,6 +112,7 @@ def test_fit_through_zero() -> None:
     assert slope == 1.5 and misfit == pytest.approx(1 / 3)
 
 
+@pytest.mark.slow
 def test_a_worker_trains_on_disk_and_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--tiny", "--images", "24", "--batch", "8", "--epochs", "3", "--device", "cpu"]
     found = result(start([*SOLO, *words]))
@@ -119,6 +120,7 @@ def test_a_worker_trains_on_disk_and_reports(monkeypatch: pytest.MonkeyPatch) ->
     assert found["processes"] == 1 and found["peak"] >= max(found["memory_after_epoch"]) > 2**20
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_says_why() -> None:
     with pytest.raises(WorkerError, match=r"(?s)process of the benchmark must end well.*batch_size"):
         result(start([*SOLO, "--tiny", "--images", "4", "--batch", "8", "--device", "cpu"]))

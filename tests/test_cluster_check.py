@@ -285,6 +285,7 @@ DOOR = [sys.executable, "launch/check_cluster.py"]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_whole_check_on_two_nodes(address: str, tmp_path: Path, run_process: RUN) -> None:
     folder, report = tmp_path / "new" / "out", tmp_path / "report.json"
@@ -311,6 +312,7 @@ def test_the_whole_check_on_two_nodes(address: str, tmp_path: Path, run_process:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_an_address_is_left_as_it_was(address: str, tmp_path: Path, run_process: RUN) -> None:
     far, skip = tmp_path / "far", [name for name in CHECKS if name not in ("nodes", "output", "disk", "sweep")]
@@ -346,6 +348,7 @@ with cluster(SearchConfig()):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_group_that_is_late_is_ended_and_gives_its_places_back(
     address: str, tmp_path: Path, run_process: RUN

@@ -18,7 +18,7 @@ from sweep_tools import Start, board, finish, listed, rows, until, whole, write_
 
 from synq.results import read_record
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

@@ -131,6 +131,7 @@ def test_a_selected_student_does_not_claim_to_be_free_of_data(finished: Path, ex
     assert NOISE in text and STATEMENT not in text
 
 
+@pytest.mark.slow
 def test_a_file_that_answers_otherwise_is_refused_and_not_left_behind(finished: Path, tmp_path: Path) -> None:
     *_, teacher, student = open_run(finished)
     form = integer_form(student.net, operations="onnx")

@@ -56,6 +56,7 @@ def exported(net: fx.GraphModule, sample: Tensor, bits: int, container: Containe
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("spec", ["torchvision:resnet18", "timm:regnety_002"])
 @WIDTHS
 def test_decided_images_get_the_students_class(spec: str, bits: int, container: Container) -> None:
@@ -89,6 +90,7 @@ def digits() -> tuple[fx.GraphModule, Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @WIDTHS
 def test_a_trained_mobilenet_v2_and_what_it_leaves_open(digits: tuple[fx.GraphModule, Tensor], bits: int, container: Container) -> None:  # fmt: skip
     """52 layers carry every rounding on: where sums are those of floats, a student is not wholly of its own opinion."""

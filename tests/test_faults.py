@@ -22,6 +22,7 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
     return [pid for pid in map(int, found) if _is_below(pid, process.pid)]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_change_no_figure(
     start: Start, tmp_path: Path, undisturbed: list[dict[str, str]]
 ) -> None:
@@ -95,6 +96,7 @@ def glutton():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_trials_that_die_or_ask_for_too_much_are_recorded_and_the_sweep_goes_on(start: Start, tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
     model = (
@@ -119,6 +121,7 @@ def test_trials_that_die_or_ask_for_too_much_are_recorded_and_the_sweep_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_too_many_failures_end_the_sweep_and_can_be_tried_again(start: Start, tmp_path: Path) -> None:
     spec = listed(tmp_path, epochs=2, head="max_failed_trials = 2\nmax_concurrent = 1\n")
     text = spec.read_text()
@@ -138,6 +141,7 @@ def test_too_many_failures_end_the_sweep_and_can_be_tried_again(start: Start, tm
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_folder_that_vanishes_ends_the_sweep_and_comes_back(
     start: Start, tmp_path: Path, undisturbed: list[dict[str, str]]
 ) -> None:
@@ -187,6 +191,7 @@ def test_what_killed_processes_left_is_cleared_when_it_is_old(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_ends_the_sweep_and_leaves_no_half_file(
     start: Start, tmp_path: Path, small_disk: Path, undisturbed: list[dict[str, str]]
 ) -> None:

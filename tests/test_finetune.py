@@ -315,6 +315,8 @@ def test_memory_does_not_grow_with_epochs(tiny_classifier: nn.Module, accelerato
 
     def alive(epochs: int) -> int:
         counts: list[int] = []
+        gc.collect()
+        gc.freeze()  # what is there before takes no part in it, and no time
 
         def count(epoch: dict[str, float]) -> None:
             gc.collect()
@@ -324,7 +326,8 @@ def test_memory_does_not_grow_with_epochs(tiny_classifier: nn.Module, accelerato
         return counts[-1]
 
     alive(1)
-    assert alive(10) <= alive(1) + 2
+    few = alive(1)
+    assert few > 0 and alive(10) <= few + 2
 
 
 def taps(net: nn.Module, weight_bits: int = 4) -> tuple[TappedNetwork, TappedNetwork]:

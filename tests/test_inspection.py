@@ -116,7 +116,7 @@ def test_what_a_run_refuses_is_refused_here(words: list[str], message: str, caps
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["inspect"]])
+@pytest.mark.parametrize("words", [["--help"], pytest.param(["inspect"], marks=pytest.mark.slow)])
 def test_a_reader_who_leaves_early_is_no_error(words: list[str]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "synq.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -109,6 +109,7 @@ def head(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[Head]
                 process.wait()
 
 
+@pytest.mark.long
 def test_a_driver_from_another_folder_tells_the_workers_what_they_run(head: Head, tmp_path: Path) -> None:
     words = [sys.executable, str(head.project / "launch" / "sweep.py"), "--output-dir", str(tmp_path / "out")]
     told = {**head.environment, "RAY_ADDRESS": head.address, "SYNQ_COMMIT": "of-the-driver"}
@@ -128,11 +129,13 @@ def check(folder: Path, printed: str) -> None:
     assert "Traceback" not in printed and "\x1b[2K" not in printed, "a live display in a job's log"
 
 
+@pytest.mark.long
 def test_python_with_working_dir(head: Head) -> None:
     printed = head.submit("--working-dir", ".", "--", "python", "launch/sweep.py")
     check(head.home / "synq" / "runs" / "demo", printed)  # not into the uploaded copy, which Ray deletes
 
 
+@pytest.mark.long
 def test_executable_with_working_dir(head: Head) -> None:
     folder = head.home / "second"
     check(folder, head.submit("--working-dir", ".", "--", "launch/sweep.py", "--output-dir", str(folder)))

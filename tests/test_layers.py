@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -260,17 +261,17 @@ def _parts_of(leaf: str) -> list[str]:
     return [key for key in dotted_keys(RunConfig) if key.rpartition(".")[2] == leaf]
 
 
+@cache
+def _attributes_read() -> set[str]:
+    """Names of all attributes that the package reads, its configuration apart."""
+    readers = [path for path in _files("synq") if LAYER_OF.get(path.stem, 0) > 0]
+    nodes = (node for path in readers for node in ast.walk(_tree(path)))
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+
+
 @pytest.mark.parametrize("leaf", sorted({key.rpartition(".")[2] for key in dotted_keys(RunConfig)}))
 def test_every_key_of_the_configuration_is_read(leaf: str) -> None:
-    readers = [path for path in _files("synq") if LAYER_OF.get(path.stem, 0) > 0]
-    names = {leaf, READ_THROUGH.get(leaf, leaf)}
-    reads = [
-        f"{path.stem}:{node.lineno}"
-        for path in readers
-        for node in ast.walk(_tree(path))
-        if isinstance(node, ast.Attribute) and node.attr in names and isinstance(node.ctx, ast.Load)
-    ]
-    assert reads, f"nothing reads {_parts_of(leaf)}"
+    assert {leaf, READ_THROUGH.get(leaf, leaf)} & _attributes_read(), f"nothing reads {_parts_of(leaf)}"
 
 
 def test_keys_of_one_name_in_several_parts_are_all_read(

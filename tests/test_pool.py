@@ -18,6 +18,16 @@ def runs(tiny_settings: dict[str, Any], tmp_path: Path) -> dict[str, RunConfig]:
     return {"a": base, "b": with_overrides(base, {"seed": 1})}
 
 
+def test_one_after_the_other_and_what_is_finished_is_only_read(runs: dict[str, RunConfig]) -> None:
+    first = run(runs["a"])
+    written = (run_folder(runs["a"]) / "record.json").stat().st_mtime_ns
+    seen: dict[str, RunRecord] = {}
+    done = run_all(runs, 1, seen.__setitem__)
+    assert done == seen and list(done) == ["a", "b"] and done["a"] == first != done["b"]
+    assert (run_folder(runs["a"]) / "record.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
 def test_side_by_side_is_the_same_as_one_after_the_other(runs: dict[str, RunConfig], tmp_path: Path) -> None:
     first = run(runs["a"])
     written = (run_folder(runs["a"]) / "record.json").stat().st_mtime_ns

@@ -28,6 +28,7 @@ num_images = 64
 num_images = 32
 shard_size = 16
 iterations = 2
+start = "white"
 [quant]
 calib_images = 32
 act_points = "inputs"

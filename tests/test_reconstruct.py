@@ -59,7 +59,9 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
 
 
-@pytest.fixture(scope="module", params=[(3, 3), (2, 4)], ids=["W3A3", "W2A4"])
+@pytest.fixture(
+    scope="module", params=[pytest.param((3, 3), id="W3A3"), pytest.param((2, 4), id="W2A4", marks=pytest.mark.slow)]
+)
 def learned(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The bundled teacher, its student to nearest and with learned rounding, and the report."""
     teacher = load_teacher(TeacherConfig()).graph
@@ -225,7 +227,7 @@ def traced_of(kind: type[nn.Module]) -> fx.GraphModule:
         return trace_classifier(net.eval().requires_grad_(False), SIZE)
 
 
-@pytest.mark.parametrize("act_points", ["relu", "inputs"])
+@pytest.mark.parametrize("act_points", [pytest.param("relu", marks=pytest.mark.slow), "inputs"])
 @pytest.mark.parametrize(
     ("net", "ends"),
     [

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from launch.rehearsal import Entry, in_turn, page, read_list, rehearse_entry
 from synq.cli import run
@@ -12,11 +13,10 @@ from synq.configs import RunConfig, RuntimeConfig, TeacherConfig
 from synq.rehearsal import GOOD_DB, rehearse
 from synq.table_text import Row
 
-SAMPLE = (
-    *("timm:lcnet_050", "pytorchcv:preresnet20_cifar10", "functional", "one_channel", "five_channels", "linear_only"),
-    *("two_heads", "convolutional_head"),
-)
-"""Gates and hardswish, norms before convolutions; then networks written by hand. Small ones: the whole list is a slow test."""
+SAMPLE = ("functional", "gated", "one_channel", "five_channels", "linear_only", "two_heads", "convolutional_head")
+"""Networks written by hand, the small ones: the whole list is a slow test."""
+OF_LIBRARIES = ("timm:lcnet_050", "pytorchcv:preresnet20_cifar10")
+"""Hardswish and gates, norms before convolutions."""
 
 
 def name_of(entry: Entry) -> str:
@@ -33,17 +33,24 @@ def check(row: Row, entry: Entry) -> None:
     assert row["sqnr_db"] >= GOOD_DB or row["note"].startswith("worst alone at W8A8: "), row
 
 
-@pytest.mark.parametrize("entry", read_list(SAMPLE), ids=name_of)
+def marked(entry: Entry) -> ParameterSet:
+    """The entry, slow where a library makes it: that takes seconds."""
+    own = entry.teacher.spec.startswith("launch.")
+    return pytest.param(entry, id=name_of(entry), marks=() if own else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("entry", [marked(entry) for entry in read_list((*SAMPLE, *OF_LIBRARIES))])
 def test_a_sample_of_the_list(entry: Entry) -> None:
     check(rehearse_entry(entry, 1), entry)
 
 
-@pytest.mark.parametrize("entry", [entry for entry in read_list() if entry.refused], ids=name_of)
+@pytest.mark.parametrize("entry", [marked(entry) for entry in read_list() if entry.refused])
 def test_what_is_listed_as_refused_is_refused_at_once(entry: Entry) -> None:
     check(rehearse_entry(entry, 1), entry)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("entry", [entry for entry in read_list() if not entry.refused], ids=name_of)
 def test_the_whole_list(entry: Entry) -> None:
     check(rehearse_entry(entry, 2, ("onnx", "packed")), entry)
@@ -100,6 +107,7 @@ def test_otherwise_than_listed_is_exit_code_one(monkeypatch: pytest.MonkeyPatch,
     assert run(["rehearse", "--all"]) == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
     path = tmp_path / "dies.py"
     path.write_text("import os\ndef die():\n    os.abort()\n")

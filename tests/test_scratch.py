@@ -57,6 +57,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
         scratch_tensor((4,), torch.float32, tmp_path / "missing")
 
 
+@pytest.mark.slow
 def test_its_bytes_are_not_the_process_own(tmp_path: Path) -> None:
     """A process that may have no more than 64 MiB of memory of its own writes 256 MiB."""
     code = f"""

@@ -20,6 +20,7 @@ def test_parts_do_not_run_together() -> None:
     assert len(set(seeds)) == len(seeds)
 
 
+@pytest.mark.slow
 def test_same_seed_in_another_process() -> None:
     source = "from synq.seeding import derive_seed; print(derive_seed('set', 7))"
     out = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)

@@ -95,7 +95,7 @@ def _distance(net: nn.Module, noise: StartNoise, white: Tensor) -> float:
         StartNoise(exponent=1.0, correlation=0.8, contrast=(0.25, 0.25, 0.25), mean=(0.48, 0.45, 0.4)),
     ],
 )
-@pytest.mark.parametrize("form", ["std_sum", "var_mean"])
+@pytest.mark.parametrize("form", ["std_sum", pytest.param("var_mean", marks=pytest.mark.slow)])
 def test_the_fit_finds_noise_near_what_a_network_was_shown(
     truth: StartNoise, form: Literal["std_sum", "var_mean"]
 ) -> None:

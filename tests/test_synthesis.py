@@ -127,6 +127,7 @@ def test_labels_are_balanced(num_images: int, num_classes: int) -> None:
         assert sorted(labels[start : start + num_classes].tolist()) == list(range(num_classes))
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_set(tmp_path: Path) -> None:
     alone = ensure_set(tiny_teacher(), CONFIG, 3, SetStore(tmp_path / "one"), progress=False)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -142,6 +143,29 @@ def test_two_processes_make_the_same_set(tmp_path: Path) -> None:
     assert _bytes(tmp_path / "two") == _bytes(tmp_path / "one")
 
 
+def test_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the third image shard; a kill, which nothing can answer, is the next test."""
+    whole = ensure_set(tiny_teacher(), CONFIG, 3, SetStore(tmp_path / "whole"), progress=False)
+    store, made, original = SetStore(tmp_path / "stopped"), [], synthesis.invert
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        if len(made) == 3:  # one batch of centers, two shards
+            raise KeyboardInterrupt
+        made.append(len(args[1]))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(synthesis, "invert", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ensure_set(tiny_teacher(), CONFIG, 3, store, progress=False)
+    assert not store.is_complete(whole.path.name)
+    again: list[int] = []
+    monkeypatch.setattr(synthesis, "invert", lambda *a, **k: again.append(len(a[1])) or original(*a, **k))
+    resumed = ensure_set(tiny_teacher(), CONFIG, 3, store, progress=False)
+    assert again == [3, 4]  # only the two shards that were missing
+    assert resumed.digest == whole.digest and _bytes(store.root) == _bytes(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ensure_set(tiny_teacher(), CONFIG, 3, SetStore(tmp_path / "whole"), progress=False)
     store = SetStore(tmp_path / "killed")

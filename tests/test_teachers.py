@@ -370,7 +370,7 @@ def test_digest_sees_every_tensor_and_nothing_else(make_config: Callable[..., Te
         assert (weight_digest(changed, SIZE) == digest) == counter, name
 
 
-def test_digest_sees_the_forward_pass(make_config: Callable[..., TeacherConfig], root: Path) -> None:
+def test_digest_sees_the_forward_pass(make_config: Callable[..., TeacherConfig]) -> None:
     """One file of weights, several networks: another activation, setting, order or constant is another teacher."""
 
     class Scaled(nn.Module):
@@ -398,6 +398,10 @@ def test_digest_sees_the_forward_pass(make_config: Callable[..., TeacherConfig],
     nets = [module, wide_eps, changed(2, nn.Hardswish()), changed(2, nn.LeakyReLU(0.1)), changed(2, nn.LeakyReLU(0.2))]
     nets += [changed(3, nn.AdaptiveMaxPool2d(1)), Scaled(module, 1.0), Scaled(module, 2.0)]
     assert len({digest(net) for net in nets}) == len(nets)
+
+
+@pytest.mark.slow
+def test_digest_is_the_same_in_another_process(root: Path) -> None:
     code = (
         "from synq.configs import TeacherConfig; from synq.teachers import load_teacher;"
         "print(load_teacher(TeacherConfig()).digest)"

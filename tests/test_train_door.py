@@ -187,6 +187,7 @@ def _launch(root: Path, processes: int) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *config, *port, str(root / "synq" / "train.py")]
 
 
+@pytest.mark.slow
 def test_two_processes_speak_with_one_voice(
     root: Path, words: list[str], in_tmp: Path, run_process: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -204,6 +205,7 @@ def test_two_processes_speak_with_one_voice(
     assert _tree(in_tmp / "out") == before
 
 
+@pytest.mark.slow
 def test_accelerate_launch_starts_the_file(
     root: Path, words: list[str], in_tmp: Path, run_process: Callable[..., tuple[int, str, str]]
 ) -> None:

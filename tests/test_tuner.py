@@ -164,6 +164,22 @@ def test_what_cannot_work_is_said_before_any_image_is_made(local_ray: None, tmp_
     assert not (tmp_path / "store").exists() and not list((tmp_path / "plans").iterdir())
 
 
+def test_records_of_other_weights_or_images_are_refused(sweep: Path) -> None:
+    ledger = Ledger(tiny(sweep, space=LR, num_trials=4, seeds=[0, 1]))
+    ledger.open()
+    try:
+        trial, record = next((t, r) for t, r in ledger.records.items() if r.status == "completed")
+        group, facts = ledger.plans[trial].group, dict(record.teacher)
+        ledger.know(group, facts, record.eval_digest)
+        with pytest.raises(ValueError, match=r"was made with other weights of the same"):
+            ledger.know(group, {**facts, "digest": "0" * 64}, record.eval_digest)
+        with pytest.raises(ValueError, match=r"was made with other labelled images"):
+            ledger.know(group, facts, "0" * 64)
+    finally:
+        ledger.close()
+
+
+@pytest.mark.slow
 def test_a_sweep_is_not_resumed_with_other_weights(local_ray: None, sweep: Path, tmp_path: Path) -> None:
     import json
     import shutil

@@ -1,13 +1,14 @@
-"""Worker of test_two_processes: ten fine-tuning steps, their losses and what each process kept, as JSON.
+"""Worker of test_two_processes: ten fine-tuning steps, their losses and what each process kept.
 
-Run alone or by `accelerate launch`; the global batch is the same, so the numbers must be.
+Called by the test, or run by `accelerate launch` with the file for its JSON and the names of the cases; the global batch is the same, so
+the numbers must be.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,8 @@ def codes(net: nn.Module) -> list[Tensor]:
     return result
 
 
-def main(kind: str, steps: Literal["none", "all"], out: Path) -> None:
+def train_case(kind: str, steps: Literal["none", "all"]) -> dict[str, Any]:
+    """Train one case; every process returns what it found."""
     accelerator = make_accelerator(RuntimeConfig(device="cpu"))
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
     traced = trace_classifier(classifier(kind).double(), SIZE)
@@ -97,16 +99,22 @@ def main(kind: str, steps: Literal["none", "all"], out: Path) -> None:
     weights = torch.cat([p.detach().flatten() for p in student.net.parameters()])
     everyone = accelerator.gather(weights[None])
     ranges = accelerator.gather(torch.cat([b.detach().flatten().double() for b in student.net.buffers()])[None])
+    return {
+        "processes": accelerator.num_processes,
+        "history": history,
+        "flips": flips,
+        "kept": all_kept.tolist(),
+        "weights": weights.tolist(),
+        "ranks_agree": bool((everyone == everyone[:1]).all()) and bool((ranges == ranges[:1]).all()),
+    }
+
+
+def main(out: Path, names: list[str]) -> None:
+    found = {name: train_case(*name.split("-")) for name in names}  # type: ignore[arg-type]
+    accelerator = make_accelerator(RuntimeConfig(device="cpu"))
     if accelerator.is_main_process:
-        result = {
-            "processes": accelerator.num_processes,
-            "history": history,
-            "flips": flips,
-            "kept": all_kept.tolist(),
-            "weights": weights.tolist(),
-            "ranks_agree": bool((everyone == everyone[:1]).all()) and bool((ranges == ranges[:1]).all()),
-        }
-        out.write_text(json.dumps(result))
+        out.write_text(json.dumps(found))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     sys.stdout.flush()
     os._exit(0)  # gloo aborts now and then in the interpreter's own exit
@@ -114,4 +122,4 @@ def main(kind: str, steps: Literal["none", "all"], out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))  # type: ignore[arg-type]
+    main(Path(sys.argv[1]), sys.argv[2:])
