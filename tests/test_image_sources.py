@@ -51,7 +51,7 @@ def test_terms_are_those_of_the_images(tiny_classifier: nn.Module, method: str, 
 
 
 @pytest.mark.parametrize("method", OPTIMISING)
-@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+@pytest.mark.parametrize("schedule", ["cosine", pytest.param("plateau", marks=pytest.mark.slow)])
 def test_the_loss_falls(tiny_classifier: nn.Module, method: str, schedule: str) -> None:
     made = _run(tiny_classifier, method=method, schedule=schedule, iterations=60, inception_weight=0.5)
     assert made.history[-5:].mean() < 0.5 * made.history[0]

@@ -55,7 +55,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("bits", [3, pytest.param(7, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("bits", [3, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (7, 8))])
 def test_every_shape_of_convolution_is_the_same_function(bits: int) -> None:
     products, plain_model, form = written(partial(SideBySide, *SHAPES), bits, "inputs")
     assert kinds(products).count("MatMulInteger") == len(SHAPES) and kinds(products).count("Conv") == 1

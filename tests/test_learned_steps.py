@@ -155,7 +155,7 @@ def test_a_step_of_zero_or_below_is_used_as_the_smallest_and_can_return(dtype: t
         assert float(slope) == pytest.approx(45.0)
 
 
-@pytest.mark.parametrize("axis", [None, 1])
+@pytest.mark.parametrize("axis", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_compiled_form_is_the_eager_one(axis: int | None) -> None:
     x, scale, zero_point, bounds, pull = case(axis, True, torch.float32)
     compiled = torch.compile(fake_quantize_learned, backend="aot_eager", fullgraph=True)

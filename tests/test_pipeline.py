@@ -147,6 +147,7 @@ def test_inert_threshold_is_said(config: RunConfig) -> None:
     assert run(with_overrides(config, {"finetune.difficulty_threshold": 1.0})).kept_share == 1.0
 
 
+@pytest.mark.slow
 def test_images_that_do_not_show_their_class_are_said(config: RunConfig) -> None:
     told = run(with_overrides(config, {"synthesis.iterations": 0})).warnings
     assert any(re.search(r"the teacher gives only \d+ % of the synthetic images the class", text) for text in told)
@@ -258,6 +259,7 @@ def test_refusals_come_before_any_work(config: RunConfig, tmp_path: Path) -> Non
     assert not list(tmp_path.glob("store/*")), "no image was made"
 
 
+@pytest.mark.slow
 def test_bf16_and_fp64_run(config: RunConfig) -> None:
     """What training makes of a rounding difference is chaotic (codes flip); the first losses are not."""
     config = with_overrides(config, {"finetune.lr": 1e-9})
@@ -417,6 +419,7 @@ def test_every_method_of_synthesis_is_measured_on_the_same_images(config: RunCon
     assert len({heldout for _, heldout in names.values()}) == 1
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_not_rounded_a_second_time(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -340,6 +340,7 @@ def reconstructed(seed: int = 0, **options: Any) -> tuple[fx.GraphModule, Recons
     return student, report
 
 
+@pytest.mark.slow
 def test_seed_and_settings_decide_the_result(torch_rng_untouched: None) -> None:
     base, report = reconstructed()
     again, report_again = reconstructed()

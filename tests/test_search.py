@@ -364,6 +364,7 @@ def test_listed_points_come_in_order_and_each_once(opened: Any) -> None:
     assert again.num_left() == 4 and again.suggest("x")["trial"] == found[0]["trial"]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_ten_thousand_points_starts_and_goes_on_without_stalling(opened: Any) -> None:
     points = [{"finetune.lr": 1e-4 + 1e-6 * number} for number in range(10_000)]
     clock = time.process_time()

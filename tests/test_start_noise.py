@@ -90,8 +90,8 @@ def _distance(net: nn.Module, noise: StartNoise, white: Tensor) -> float:
     "truth",
     [
         StartNoise(exponent=1.5, correlation=0.9),
-        StartNoise(exponent=0.5, correlation=0.5, contrast=(0.5, 0.5, 0.5)),
-        StartNoise(exponent=2.0, contrast=(0.7, 1.0, 1.3)),
+        pytest.param(StartNoise(exponent=0.5, correlation=0.5, contrast=(0.5, 0.5, 0.5)), marks=pytest.mark.slow),
+        pytest.param(StartNoise(exponent=2.0, contrast=(0.7, 1.0, 1.3)), marks=pytest.mark.slow),
         StartNoise(exponent=1.0, correlation=0.8, contrast=(0.25, 0.25, 0.25), mean=(0.48, 0.45, 0.4)),
     ],
 )

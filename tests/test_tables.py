@@ -127,6 +127,7 @@ def is_done_within(seconds: float, function: Callable[[], object], tries: int = 
     return False
 
 
+@pytest.mark.slow
 def test_a_thousand_records_are_two_tables_in_two_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "records").mkdir()
     for item in many(1000):
