@@ -16,7 +16,10 @@ HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script> $x^2$"
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian package chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian package chromium)"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +160,6 @@ def test_an_address_opens_its_tab_and_arrows_go_on(browser: Any, path: Path) -> 
     page.close()
 
 
-@pytest.mark.slow
 def test_a_thousand_trials_are_a_page_that_opens_at_once(browser: Any, tmp_path: Path) -> None:
     made_sweep(tmp_path, trials=500)
     path = write_page(sweep_page(read_sweep(tmp_path), runs=0), tmp_path / "report.html")[0]

@@ -102,6 +102,7 @@ def test_names_that_hold_html_or_formulas_are_shown_as_text(tmp_path: Path) -> N
     assert {figure.name for figure in page.figures()} == {"trust", "pareto", "timeline"}
 
 
+@pytest.mark.slow
 def test_the_same_sweep_gives_the_same_drawings(sweep: SweepView, page: Page) -> None:
     before = {figure.name: figure.svg for figure in page.figures()}
     (pair,) = pareto(sweep.standings())
@@ -175,6 +176,7 @@ def test_wrong_words_are_one_line(tmp_path: Path, folder: Path, capsys: pytest.C
     assert show([str(tmp_path / "nosuch")]) == 2
 
 
+@pytest.mark.slow
 def test_two_sweeps_side_by_side(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = made_sweep(tmp_path / "other", trials=8, name="other", bits=("W3A3",))
     page = comparison_page([read_sweep(folder), read_sweep(other)])

@@ -96,6 +96,7 @@ def test_maps_of_three_networks_on_the_same_images(probe: Probe) -> None:
     assert not np.array_equal(maps["student"], maps["rounded to nearest"])
 
 
+@pytest.mark.slow
 def test_without_labels_the_synthetic_images_are_asked(finished: Path) -> None:
     probe = probe_run(finished, {"evaluation.dataset": "none"})
     assert not isinstance(probe.answers, str) and not probe.answers.labelled
