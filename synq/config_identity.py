@@ -90,8 +90,8 @@ def settings_of_its_day(config: Mapping[str, Any]) -> dict[str, Any]:
 def config_digest(config: object, *, with_seeds: bool = True) -> str:
     """Return 16 hexadecimal digits that name what decides the result of a `RunConfig`.
 
-    Left out: the name, folders, device, layout, compilation, threads, progress, the evaluation's batch size, and settings of what is
-    switched off. Files count by their name only, so that
+    Left out: the name, folders, device, layout, compilation, threads, progress, tracker, the evaluation's batch size, and settings of
+    what is switched off. Files count by their name only, so that
     a checkout may move; the teacher's weights have a digest of their own in the record.
 
     Args:

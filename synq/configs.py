@@ -138,11 +138,14 @@ class RuntimeConfig:
     """CPU threads of each process; None leaves the choice to the machine."""
     progress: bool = True
     """Whether progress is shown."""
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
+    """Where the loss terms of every epoch and the result are logged, too; each but none needs its package."""
 
     def __post_init__(self) -> None:
         _require("runtime.output_dir", "name a folder", self.output_dir, bool(self.output_dir.strip()))
         _one_of("runtime.device", self.device, ("auto", "cpu", "cuda"))
         _one_of("runtime.precision", self.precision, ("fp32", "bf16", "fp64"))
+        _one_of("runtime.tracker", self.tracker, ("none", "tensorboard", "wandb", "mlflow"))
         _one_of("runtime.memory_format", self.memory_format, ("auto", "channels_last", "contiguous"))
         if self.num_threads is not None:
             _between("runtime.num_threads", self.num_threads, 1)

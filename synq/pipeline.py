@@ -30,9 +30,9 @@ from synq.finetune import Epoch, NonFiniteLossError, finetune
 from synq.fusion import fuse_rectified
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
 from synq.network_outputs import TappedNetwork
-from synq.placement import check_compilable, dtype_of, make_accelerator, make_equal, place
+from synq.placement import check_compilable, dtype_of, main_sees, make_accelerator, make_equal, place, same_figures
 from synq.records import blank_record, complete_record, finished_record
-from synq.results import RunRecord, write_bytes_atomic, write_json_atomic, write_record
+from synq.results import RunRecord, check_writable, write_bytes_atomic, write_json_atomic, write_record
 from synq.rounding import prepare_student
 from synq.scratch import check_space, scratch_tensor
 from synq.students import Student, quantize_model, share_changed, weight_codes
@@ -41,6 +41,7 @@ from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher, load_teacher
 from synq.timetable import local_batch_size
 from synq.tracing import with_features
+from synq.tracking import RunLog
 
 LARGE_SET_BYTES = 2**28
 """Size from which filtered images are kept on disk: 21,845 images of 32 pixels, 446 of 224."""
@@ -77,6 +78,17 @@ def run(
     """
     config = make_absolute(config)
     accelerator = accelerator or make_accelerator(config.runtime)
+    with RunLog(config, run_folder(config), accelerator) as log:
+        return _run(config, accelerator, log, on_epoch, on_checkpoint)
+
+
+def _run(
+    config: RunConfig,
+    accelerator: Accelerator,
+    log: RunLog,
+    on_epoch: Callable[[dict[str, float]], None] | None,
+    on_checkpoint: Callable[[Path], None] | None,
+) -> RunRecord:
     local_batch_size(config.finetune.batch_size, accelerator.num_processes)
     folder = run_folder(config)
     clock, started = _Clock(), datetime.now(UTC)
@@ -86,8 +98,9 @@ def run(
     finished = finished_record(folder / "record.json", teacher, measure.labels_digest, accelerator)
     if finished is not None:
         return finished
-    _check_writable(folder)
+    check_writable(folder)
     _check_space(folder, config, teacher, accelerator)
+    log.start()
     with clock("synthesis"):
         train_set, heldout = _synthetic_sets(config, teacher, accelerator)
     measure.hold_out(heldout.images)
@@ -103,9 +116,9 @@ def run(
         rounded = measure(student.net)
 
     def after_epoch(epoch: Epoch) -> None:
-        if on_epoch is None and not config.evaluation.every_epoch:
-            return
-        epoch["objective_value"] = measure.objective(student.net)  # stands in the record's loss_history
+        if on_epoch is not None or config.evaluation.every_epoch:
+            epoch["objective_value"] = measure.objective(student.net)  # stands in the record's loss_history
+        log.epoch(epoch)
         if on_epoch is not None:
             on_epoch({**epoch, "epochs": config.finetune.epochs})
 
@@ -144,6 +157,7 @@ def run(
     if accelerator.is_main_process:
         write_bytes_atomic(folder / "student.safetensors", safetensors.torch.save(_state(student.net)))
         write_record(folder / "record.json", record)
+    log.end(record)
     accelerator.wait_for_everyone()
     return record
 
@@ -245,7 +259,7 @@ def _networks(
     """Place both networks, set the student's ranges and rounding, tap the features of both; also returns what was done."""
     for net in (teacher.graph, student.net):
         place(net, config.runtime, accelerator.device, teacher.input_size)
-    if _main_sees(prepared):
+    if main_sees(prepared):
         reference, rounding = load_prepared(prepared, identity, student.net, teacher.graph)
     else:
         reference, rounding = prepare_student(
@@ -255,7 +269,7 @@ def _networks(
             config,
             accelerator.device,
             image_range=teacher.pixel_range(),
-            agree=_same_figures,
+            agree=same_figures,
             progress=config.runtime.progress and accelerator.is_main_process,
         )
         if rounding and accelerator.is_main_process:
@@ -278,16 +292,6 @@ def _aligned_blocks(config: RunConfig, teacher: Teacher) -> list[str]:
     if wanted and not blocks:
         raise ValueError("finetune.feature_weight must be 0 for this teacher, which has no block before its logits")
     return blocks
-
-
-def _main_sees(path: Path) -> bool:
-    """Whether the main process finds a file: one answer for all, or they would wait for one another for ever."""
-    return bool(broadcast_object_list([path.exists()])[0])
-
-
-def _same_figures(figures: dict[str, float]) -> dict[str, float]:
-    """Those of the main process, on all processes: what is chosen by them must be the same everywhere."""
-    return dict(broadcast_object_list([figures])[0])
 
 
 def _synthetic_sets(config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> tuple[SyntheticSet, SyntheticSet]:
@@ -329,17 +333,6 @@ def _check_space(folder: Path, config: RunConfig, teacher: Teacher, accelerator:
     size = 4 * config.synthesis.num_images * math.prod(teacher.input_size)
     if config.finetune.lowpass_cutoff is not None and size >= LARGE_SET_BYTES:
         check_space(folder, size, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
-
-
-def _check_writable(folder: Path) -> None:
-    """Fail before the work, not after it."""
-    probe = folder / ".writable"
-    try:
-        write_bytes_atomic(probe, b"")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"runtime.output_dir must be writable, but got {folder.parent}: {reason}") from error
-    probe.unlink(missing_ok=True)
 
 
 def _input_node(net: fx.GraphModule) -> str:

@@ -1,24 +1,27 @@
 """Where and how the networks of a run stand: process group, device, number format, memory layout, compilation."""
 
 import os
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list
 from torch import nn
 
 from synq.cam_site import CamSite
 from synq.configs import RunConfig, RuntimeConfig
 from synq.quant_layers import quantizers_bypassed
+from synq.tracking import check_tracker
 
 
 def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
     """Return the process group and precision of a run.
 
     Raises:
-        ValueError: If the device is not there, or several processes were started but stand alone.
+        ValueError: If the device or the tracker's package is not there, or several processes were started but stand alone.
     """
+    check_tracker(runtime.tracker)
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
     if runtime.device == "cuda" and not torch.cuda.is_available():
@@ -30,7 +33,13 @@ def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
     # Precision is handled where the networks run: Accelerate's own would cut the CAM's features off the graph of the logits.
     # Buffers (ranges, running statistics) are made equal once, by the fine-tuning, and never change: no broadcast in every step.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[ddp])
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="no",
+        kwargs_handlers=[ddp],
+        log_with=None if runtime.tracker == "none" else runtime.tracker,
+        project_dir=runtime.output_dir,
+    )
     if accelerator.gradient_accumulation_steps != 1:  # from the launcher's configuration; it would rescale every loss
         raise ValueError(
             "accelerate's gradient_accumulation_steps must be 1 (finetune.batch_size is the whole batch), "
@@ -115,3 +124,13 @@ def make_equal(net: nn.Module) -> None:
     """
     for tensor in (*net.parameters(), *net.buffers()):
         broadcast(tensor.detach())
+
+
+def main_sees(path: Path) -> bool:
+    """Whether the main process finds a file: one answer for all, or they would wait for one another for ever."""
+    return bool(broadcast_object_list([path.exists()])[0])
+
+
+def same_figures(figures: dict[str, float]) -> dict[str, float]:
+    """Return those of the main process, on all processes: what is chosen by them must be the same everywhere."""
+    return dict(broadcast_object_list([figures])[0])

@@ -155,6 +155,21 @@ def write_bytes_atomic(path: str | Path, content: bytes) -> None:
         raise
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a run's folder that cannot be written, before the work and not after it.
+
+    Raises:
+        OSError: Naming the folder above it and the reason.
+    """
+    probe = folder / ".writable"
+    try:
+        write_bytes_atomic(probe, b"")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"runtime.output_dir must be writable, but got {folder.parent}: {reason}") from error
+    probe.unlink(missing_ok=True)
+
+
 def write_text_atomic(path: str | Path, text: str) -> None:
     """As `write_bytes_atomic`, for UTF-8 text."""
     write_bytes_atomic(path, text.encode("utf-8"))

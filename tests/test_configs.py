@@ -224,6 +224,7 @@ DECIDES_NOTHING = {
     "runtime.compile",
     "runtime.num_threads",
     "runtime.progress",
+    "runtime.tracker",
 }
 
 
@@ -262,6 +263,7 @@ def _another_value(key: str, value: object) -> object:
         "runtime.device": "cpu",
         "runtime.precision": "fp64",
         "runtime.memory_format": "contiguous",
+        "runtime.tracker": "wandb",
         "finetune.grad_clip": None,
         "finetune.warmup_epochs": 1.0,
         "finetune.hard_labels": "top2",

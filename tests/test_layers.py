@@ -86,6 +86,7 @@ LAYERS = (
         "optimizers",
         "reconstruct",
         "timetable",
+        "tracking",
         "checkpoints",
         "evaluation",
         "placement",
