@@ -88,6 +88,7 @@ def _export(arguments: argparse.Namespace) -> None:
         rounds=arguments.rounds,
         threads=arguments.threads,
         places={name: place for name in PLACES if (place := getattr(arguments, name)) is not None},
+        progress=True,
     )
     folder, record = export_run(arguments.run, arguments.out, options)
     print(to_text(file_rows(record.deployment), FILE_COLUMNS), end="")

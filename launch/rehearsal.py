@@ -15,6 +15,7 @@ if __name__ == "__main__":  # as a file, launch/ comes first on the path, not th
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from sweeps.pool import exit_code, in_processes, threads_each
+from synq.bars import passing_bar
 from synq.config_io import between, require
 from synq.configs import RunConfig, RuntimeConfig, TeacherConfig, config_from_dict, load_config, make_absolute
 from synq.results import environment, write_text_atomic
@@ -162,10 +163,13 @@ def _all(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
         raise ValueError(f"`--all` must stand without settings and TEACHER, but got {' '.join(words)}")
     entries = read_list(arguments.only)
     rows: dict[int, Row] = {}
-    for number, row in in_turn(entries, arguments.jobs, arguments.formats or ("packed",)):
-        rows[number] = row
-        otherwise = "" if row["as_listed"] else ", OTHERWISE THAN LISTED"
-        print(f"{row['teacher']}: {row['status']}{otherwise}, {row['seconds']:.0f} s {row['reason']}", flush=True)
+    with passing_bar(len(entries), "networks", "network", is_shown=True) as bar:
+        for number, row in in_turn(entries, arguments.jobs, arguments.formats or ("packed",)):
+            rows[number] = row
+            otherwise = "" if row["as_listed"] else ", OTHERWISE THAN LISTED"
+            bar.clear()  # the line takes its place, and it is drawn again below
+            print(f"{row['teacher']}: {row['status']}{otherwise}, {row['seconds']:.0f} s {row['reason']}", flush=True)
+            bar.update()
     ordered = [rows[number] for number in range(len(entries))]
     print(to_text([_shown(row) for row in ordered], SHOWN_COLUMNS))
     wrong = [row["teacher"] for row in ordered if not row["as_listed"]]

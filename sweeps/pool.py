@@ -10,6 +10,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from typing import TypeVar
 
+from synq.bars import passing_bar
 from synq.configs import RunConfig
 from synq.results import RunRecord
 from synq.train import USER_ERROR, report_error
@@ -24,7 +25,8 @@ def run_all(
 ) -> dict[Cell, RunRecord]:
     """Do all runs, finished ones are only read: one after the other in this process, or in `jobs` processes at a time.
 
-    Side by side the cores are divided between the processes, unless the runs say their threads.
+    Side by side the cores are divided between the processes, unless the runs say their threads. A terminal shows how many runs are
+    done and, where there is one at a time, how far it is.
 
     Args:
         runs: The runs, by whatever names them.
@@ -40,32 +42,36 @@ def run_all(
     """
     if jobs < 1:
         raise ValueError(f"`jobs` must be >= 1, but got {jobs}")
-    quiet = {cell: replace(run, runtime=replace(run.runtime, progress=False)) for cell, run in runs.items()}
-    if jobs > 1:
-        return _side_by_side(quiet, jobs, on_done)
-    from synq.pipeline import run  # torch, which a refused command line need not wait for
-
+    is_shown = all(run.runtime.progress for run in runs.values())
     done: dict[Cell, RunRecord] = {}
-    for cell, config in quiet.items():
-        done[cell] = run(config)
-        on_done(cell, done[cell])
-    return done
-
-
-def _side_by_side(
-    runs: Mapping[Cell, RunConfig], jobs: int, on_done: Callable[[Cell, RunRecord], None]
-) -> dict[Cell, RunRecord]:
-    threads = threads_each(jobs)
-    done: dict[Cell, RunRecord] = {}
-    shared = {
-        cell: replace(run, runtime=replace(run.runtime, num_threads=run.runtime.num_threads or threads))
-        for cell, run in runs.items()
-    }
-    with closing(in_processes(_run_one, shared, jobs)) as finished:  # an error in on_done stops the others at once
+    with (
+        passing_bar(len(runs), "runs", "run", is_shown=is_shown) as bar,
+        closing(
+            _side_by_side(runs, jobs) if jobs > 1 else _in_turn(runs)
+        ) as finished,  # an error stops the others at once
+    ):
         for cell, record in finished:
             done[cell] = record
+            bar.clear()  # what is printed takes its place, and it is drawn again below
             on_done(cell, record)
+            bar.update()
     return done
+
+
+def _in_turn(runs: Mapping[Cell, RunConfig]) -> Generator[tuple[Cell, RunRecord], None, None]:
+    from synq.pipeline import run  # torch, which a refused command line need not wait for
+
+    for cell, config in runs.items():
+        yield cell, run(config)
+
+
+def _side_by_side(runs: Mapping[Cell, RunConfig], jobs: int) -> Generator[tuple[Cell, RunRecord], None, None]:
+    threads = threads_each(jobs)
+    shared = {
+        cell: replace(run, runtime=replace(run.runtime, progress=False, num_threads=run.runtime.num_threads or threads))
+        for cell, run in runs.items()
+    }
+    return in_processes(_run_one, shared, jobs)
 
 
 def threads_each(jobs: int) -> int:

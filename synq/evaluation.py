@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, fx, nn
 
 from synq import fidelity as measures
+from synq.bars import passing_bar
 from synq.configs import EvaluationConfig
 from synq.integer_form import integer_form
 from synq.real_data import LabelledSet, load_labelled
@@ -44,7 +45,9 @@ def forget_teachers() -> None:
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, fetch: Fetch, indices: Tensor, *, batch_size: int, accelerator: Accelerator) -> Accuracy:
+def evaluate(
+    net: nn.Module, fetch: Fetch, indices: Tensor, *, batch_size: int, accelerator: Accelerator, progress: bool = False
+) -> Accuracy:
     """Count correct answers over ``indices``, each image once, whatever the number of processes.
 
     Args:
@@ -53,6 +56,7 @@ def evaluate(net: nn.Module, fetch: Fetch, indices: Tensor, *, batch_size: int, 
         indices: Row numbers to count.
         batch_size: Images per forward pass over all processes.
         accelerator: Process group.
+        progress: Whether a terminal shows a progress bar (of the main process).
 
     Raises:
         ValueError: If there is nothing to count.
@@ -62,15 +66,20 @@ def evaluate(net: nn.Module, fetch: Fetch, indices: Tensor, *, batch_size: int, 
     dtype = _dtype(net)
     counts = torch.zeros(3, dtype=torch.int64, device=accelerator.device)
     hits = [torch.zeros(0, dtype=torch.bool, device=accelerator.device)]  # a process may have no image at all
-    for rows in _share(indices, batch_size, accelerator):
-        images, labels = fetch(rows)
-        logits = net(images.to(accelerator.device, dtype))
-        labels = labels.to(accelerator.device)
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        hits.append(best[:, 0])
-        counts += torch.stack([best[:, 0].sum(), best.any(dim=1).sum(), torch.tensor(len(rows), device=best.device)])
-    first, five, seen = accelerator.reduce(counts, reduction="sum").tolist()
-    return Accuracy(top1=100 * first / seen, top5=100 * five / seen, num_images=seen, hits=torch.cat(hits).cpu())
+    parts = _share(indices, batch_size, accelerator)
+    is_shown = progress and accelerator.is_main_process
+    with passing_bar(sum(map(len, parts)), "labelled images", "image", is_shown=is_shown) as bar:
+        for rows in parts:
+            images, labels = fetch(rows)
+            logits = net(images.to(accelerator.device, dtype))
+            labels = labels.to(accelerator.device)
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            hits.append(best[:, 0])
+            seen = torch.tensor(len(rows), device=best.device)
+            counts += torch.stack([best[:, 0].sum(), best.any(dim=1).sum(), seen])
+            bar.update(len(rows))
+    first, five, number = accelerator.reduce(counts, reduction="sum").tolist()
+    return Accuracy(top1=100 * first / number, top5=100 * five / number, num_images=number, hits=torch.cat(hits).cpu())
 
 
 def lost_and_gained(before: Accuracy, after: Accuracy, *, accelerator: Accelerator) -> tuple[int, int]:
@@ -195,6 +204,7 @@ class Measure:
         chosen: Row numbers on which the objective "selection" is measured.
         reported: The other row numbers, on which accuracy is reported.
         labels_digest: Fingerprint of the labelled images, "" without.
+        progress: Whether a terminal shows a progress bar over labelled images.
         heldout: (N, C, H, W) held-out synthetic images.
     """
 
@@ -205,6 +215,7 @@ class Measure:
     chosen: Tensor
     reported: Tensor
     labels_digest: str = ""
+    progress: bool = False
     heldout: Tensor = field(default_factory=lambda: torch.empty(0))
     _reference: Reference | None = field(default=None, init=False, repr=False)
     """Made when the first network is measured: by then the teacher stands on its device."""
@@ -212,7 +223,9 @@ class Measure:
     """The teacher on the reported images, counted at the same time."""
 
     @classmethod
-    def prepare(cls, settings: EvaluationConfig, teacher: Teacher, accelerator: Accelerator) -> "Measure":
+    def prepare(
+        cls, settings: EvaluationConfig, teacher: Teacher, accelerator: Accelerator, *, progress: bool = False
+    ) -> "Measure":
         """Open the labelled images and divide them as the objective asks.
 
         Raises:
@@ -249,6 +262,7 @@ class Measure:
             chosen=rows[mask],
             reported=rows[~mask],
             labels_digest="" if labelled is None else labelled.fingerprint(),
+            progress=progress,
         )
 
     def hold_out(self, images: Tensor) -> None:
@@ -285,7 +299,9 @@ class Measure:
         remembers = net is teacher.graph and self.accelerator.num_processes == 1
         if remembers and (known := _TEACHERS.get(key)) is not None:
             return known
-        found = evaluate(net, self.labelled.batch, rows, batch_size=size, accelerator=self.accelerator)
+        found = evaluate(
+            net, self.labelled.batch, rows, batch_size=size, accelerator=self.accelerator, progress=self.progress
+        )
         if remembers:
             _TEACHERS[key] = found
         return found

@@ -56,6 +56,7 @@ class ExportOptions:
         threads: Threads of ONNX Runtime when it is timed; 0: its default.
         beside_float: Whether the teacher itself is written as ONNX, too, for its size and latency; it is not kept.
         places: Where the run's teacher, images and labels lie now, by the names in PLACES, where they have been moved since.
+        progress: Whether a terminal shows progress bars.
     """
 
     formats: Sequence[str] = FORMATS
@@ -65,6 +66,7 @@ class ExportOptions:
     threads: int = 0
     beside_float: bool = True
     places: Mapping[str, Any] = field(default_factory=dict)
+    progress: bool = False
 
     def __post_init__(self) -> None:
         for word in self.places:
@@ -114,6 +116,7 @@ def export_run(
             synthetic=torch.cat([part.images for part in synthetic_sets(config, teacher, record)]),
             measure=Measure.prepare(config.evaluation, teacher, accelerator),
             tolerance=options.tolerance,
+            progress=options.progress,
         )
         if check.measure.labels_digest != record.eval_digest:
             raise ValueError(

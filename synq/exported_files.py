@@ -10,7 +10,9 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, fx, nn
+from tqdm import tqdm
 
+from synq.bars import passing_bar
 from synq.evaluation import Measure
 from synq.onnx_file import Container, write_container
 from synq.packed_file import load_packed, save_packed
@@ -63,6 +65,7 @@ class Checker:
         synthetic: (N, C, H, W) all synthetic images of the run.
         measure: Opens the labelled images, where there are some.
         tolerance: What a file may differ by.
+        progress: Whether a terminal shows a progress bar.
         wanted: The logits of the integer form on each set of images, in batches.
         own: The student of the fine-tuning beside its integer form.
     """
@@ -72,6 +75,7 @@ class Checker:
     synthetic: Tensor
     measure: Measure
     tolerance: Tolerance
+    progress: bool = False
     wanted: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
     own: dict[str, Comparison] = field(default_factory=dict, init=False)
 
@@ -82,21 +86,34 @@ class Checker:
         Raises:
             ExportRefusedError: It differs by more than the tolerance.
         """
-        found = []
-        for source, number, read in self._sources():
-            parts = [(start, min(start + BATCH, number)) for start in range(0, number, BATCH)]
-            if source not in self.wanted:
-                self.wanted[source] = [self.form(read(*part)[0]) for part in parts]
-                self.own[source] = self._compared(self.simulated, source, parts, read)
-            found.append(self._compared(engine, source, parts, read))
-            complaint = self.tolerance.complaint(found[-1], self.own[source])
-            if complaint:
-                raise ExportRefusedError(f"{name} was not written: {complaint}")
+        found, sources = [], list(self._sources())
+        passes = 1 if self.wanted else 3  # the first time the student answers, too, in both of its forms
+        total = passes * sum(number for _, number, _ in sources)
+        with passing_bar(total, f"check {name}", "image", is_shown=self.progress) as bar:
+            for source, number, read in sources:
+                parts = [(start, min(start + BATCH, number)) for start in range(0, number, BATCH)]
+                if source not in self.wanted:
+                    self.wanted[source] = [self._answer(read(*part)[0], bar) for part in parts]
+                    self.own[source] = self._compared(self.simulated, source, parts, read, bar)
+                found.append(self._compared(engine, source, parts, read, bar))
+                complaint = self.tolerance.complaint(found[-1], self.own[source])
+                if complaint:
+                    raise ExportRefusedError(f"{name} was not written: {complaint}")
         return tuple(found)
 
-    def _compared(self, engine: Engine, source: str, parts: Sequence[tuple[int, int]], read: Reader) -> Comparison:
-        answered = ((wanted, *read(*part)) for wanted, part in zip(self.wanted[source], parts, strict=True))
-        return compare(engine, answered, source=source, margin=self.tolerance.margin)
+    def _answer(self, images: Tensor, bar: tqdm) -> Tensor:
+        bar.update(len(images))
+        return self.form(images)
+
+    def _compared(
+        self, engine: Engine, source: str, parts: Sequence[tuple[int, int]], read: Reader, bar: tqdm
+    ) -> Comparison:
+        def answered() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+            for wanted, (start, stop) in zip(self.wanted[source], parts, strict=True):
+                yield wanted, *read(start, stop)
+                bar.update(stop - start)
+
+        return compare(engine, answered(), source=source, margin=self.tolerance.margin)
 
     def _sources(self) -> Iterator[tuple[str, int, Reader]]:
         """Give each set's name, its size, and what reads images and labels of a part of it."""

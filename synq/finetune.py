@@ -177,16 +177,17 @@ def finetune(
     def take(rows: Tensor) -> tuple[Tensor, Tensor]:
         return _take(images, rows, accelerator.device), _take(labels, rows, accelerator.device)
 
-    cached = None
+    cached, is_shown = None, progress and accelerator.is_main_process
     if config.augment == "none" and len(history) < config.epochs:
-        cached = cached_responses(teacher, take, len(images), autocast)
+        cached = cached_responses(teacher, take, len(images), autocast, progress=is_shown)
 
     bar = tqdm(
         total=config.epochs * steps_per_epoch,
         initial=len(history) * steps_per_epoch,
         desc="fine-tune",
         unit="step",
-        disable=None if progress and accelerator.is_main_process else True,
+        leave=None,  # it stays where it is a run's own, not below a bar over runs
+        disable=None if is_shown else True,
     )
     for epoch in range(len(history), config.epochs):
         meter, started = _Meter(epoch), time.perf_counter()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
+from synq.bars import passing_bar
 from synq.cam_site import CamSite
 from synq.gradcam import CamMethod, cam_map, cam_weights, closed_form_weights, logit_gradient
 from synq.quant_layers import effective_weight
@@ -92,6 +93,8 @@ def cached_responses(
     take: Callable[[Tensor], tuple[Tensor, Tensor]],
     num_images: int,
     autocast: Callable[[], AbstractContextManager[None]],
+    *,
+    progress: bool = False,
 ) -> Callable[[Tensor], Response] | None:
     """Compute the teacher's answers to all images once; None where keeping them takes more than `CACHE_BYTES`.
 
@@ -100,6 +103,7 @@ def cached_responses(
         take: Gives images and labels of some rows, on the teacher's device.
         num_images: How many there are.
         autocast: Makes the context of the forward passes.
+        progress: Whether a terminal shows a progress bar.
 
     Returns:
         A function from row numbers to the answers to these images.
@@ -110,11 +114,13 @@ def cached_responses(
         return None
     # At once in full size: small pieces between large passing ones would keep the heap from shrinking.
     kept = [t.new_empty(num_images, *t.shape[1:]) for t in one.tensors()]
-    for rows in torch.arange(num_images).split(CACHE_BATCH):
-        with autocast():
-            found = teacher_response(teacher, *take(rows))
-        for whole, part in zip(kept, found.tensors(), strict=True):
-            whole[rows[0] : rows[-1] + 1] = part
+    with passing_bar(num_images, "teacher's answers", "image", is_shown=progress) as bar:
+        for rows in torch.arange(num_images).split(CACHE_BATCH):
+            with autocast():
+                found = teacher_response(teacher, *take(rows))
+            for whole, part in zip(kept, found.tensors(), strict=True):
+                whole[rows[0] : rows[-1] + 1] = part
+            bar.update(len(rows))
 
     def look_up(rows: Tensor) -> Response:
         rows = rows.to(kept[0].device, non_blocking=True)

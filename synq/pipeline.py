@@ -243,7 +243,7 @@ def _open(config: RunConfig, accelerator: Accelerator) -> tuple[Teacher, Measure
         raise ValueError("teacher.spec must give every process the same network, but its weights differ between them")
     check_compilable(config, teacher.cam, accelerator.device)
     _aligned_blocks(config, teacher)
-    measure = Measure.prepare(config.evaluation, teacher, accelerator)
+    measure = Measure.prepare(config.evaluation, teacher, accelerator, progress=config.runtime.progress)
     return teacher, measure, build_student(teacher, config.quant)
 
 

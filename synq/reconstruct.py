@@ -113,7 +113,8 @@ def reconstruct(
     teacher_in = student_in = images[: config.images].to(device)
     results: list[BlockResult] = []
     done: set[Tensor] = set()
-    bar = tqdm(total=len(ends) * config.iterations, desc="rounding", unit="step", disable=None if progress else True)
+    total, hide_bar = len(ends) * config.iterations, None if progress else True
+    bar = tqdm(total=total, desc="rounding", unit="step", leave=None, disable=hide_bar)
     for number, end in enumerate(ends):
         part = segment(student_net, cuts[number], cuts[number + 1])
         target = _outputs(segment(teacher_graph, starts[number], end), teacher_in)

@@ -216,6 +216,8 @@ class _Maker:
 
         started = time.perf_counter()
         try:
+            if config.fits_start and self._fitted is None:
+                bar.set_postfix_str("fitting the noise that they begin as")
             start = self._start(config)
             made = invert(
                 self.module,
@@ -251,6 +253,7 @@ class _Maker:
             total=sum(sizes),
             desc=title,
             unit="image",
+            leave=None,
             disable=self.hide_bar,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]",
         )

@@ -31,6 +31,7 @@ LAYERS = (
     },
     {
         "seeding",
+        "bars",
         "fake_quant",
         "learned_steps",
         "observers",
