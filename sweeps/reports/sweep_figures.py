@@ -17,6 +17,8 @@ from synq.results import RunRecord
 LEAST_TRIALS = 5
 """Trials from which a rank correlation is worth a number."""
 NUM_BOOTSTRAP = 2000
+MOST_NAMED = 4
+"""Kinds of students up to which the ends of a front bear their widths: with more of them names lie upon names."""
 MOST_LANES = 40
 """Lanes of a timeline that are drawn."""
 UNITS = {"size_bytes": ("size of the parameters [KiB]", 1024.0), "bitops": ("BitOps of an image [G]", 1e9)}
@@ -51,18 +53,21 @@ def trust(groups: Mapping[str, Sequence[RunRecord]]) -> tuple[Figure | Gap, list
         ]
         for name, records in groups.items()
     }
-    labelled = {name: pairs for name, pairs in labelled.items() if pairs}
-    if not labelled:
+    few = [name for name, pairs in labelled.items() if len(pairs) < 2]
+    if not any(labelled.values()):
         return Gap(title=title, reason="no completed trial was measured on labelled images"), []
+    labelled = {name: pairs for name, pairs in labelled.items() if len(pairs) > 1}
+    if not labelled:
+        return Gap(title=title, reason="no group has two completed trials with labels"), []
     kinds = {name: next(iter(groups[name])).objective for name in labelled}
     words, notes = {}, []
     for name, pairs in labelled.items():
         found = rank_agreement(pairs, minimise=kinds[name] == "synthetic")
         spread = max(top1 for _, top1 in pairs) - min(top1 for _, top1 in pairs)
         if found is None:
-            words[name] = f"{name}: n = {len(pairs)}"
+            words[name] = f"{name}\nn = {len(pairs)}"
             continue
-        words[name] = f"{name}: rho = {found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}], n = {len(pairs)}"
+        words[name] = f"{name}\nrho = {found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}], n = {len(pairs)}"
         notes.append(
             f"{name}: the objective ranks {len(pairs)} trials with Spearman's rho = {found[0]:.2f} "
             f"(95 % {found[1]:.2f} to {found[2]:.2f}) to top-1, which varies by {spread:.2f} points: {_trust_word(found)}."
@@ -76,11 +81,11 @@ def trust(groups: Mapping[str, Sequence[RunRecord]]) -> tuple[Figure | Gap, list
             axes.locator_params(axis="x", nbins=4)
 
     columns, rows = min(3, len(labelled)), -(-len(labelled) // 3)
-    caption = (
+    caption: str = (
         "A dot for each completed trial of the search (one seed); rho is Spearman's rank correlation with its 95 % bootstrap interval, "
         f"from {LEAST_TRIALS} trials on; +1 says that the objective, which needs no labels, ranks settings as the labelled images do. A low rho "
         "where top-1 hardly varies says only that the settings are equally good."
-    )
+    ) + (f" Groups with fewer than two such trials are left out: {len(few)}." if few else "")
     return draw("trust", title, caption, plot, (max(4.6, 3.4 * columns), 0.3 + 2.9 * rows)), notes
 
 
@@ -124,7 +129,7 @@ def pareto(standings: Sequence[Standing]) -> list[Figure | Gap]:
                     else []
                 )
                 axes.plot([x for x, _, _ in front], [y for _, y, _ in front], color=color, linewidth=1)
-                for x, y, row in front:
+                for x, y, row in front if len(series) <= MOST_NAMED else ():
                     axes.annotate(
                         f"W{row['weight_bits']}A{row['act_bits']}",
                         (x, y),
