@@ -89,7 +89,7 @@ def test_a_timeline_puts_no_two_trials_of_one_time_into_a_lane(sweep: SweepView)
 
 
 def test_names_that_hold_html_or_formulas_are_shown_as_text(tmp_path: Path) -> None:
-    folder = made_sweep(tmp_path, trials=2, bits=("W4A4",), model=HOSTILE)
+    folder = made_sweep(tmp_path, trials=3, bits=("W4A4",), model=HOSTILE)
     for path in sorted((folder / "records").glob("*.json"))[:1]:
         record = read_record(path)
         values = {name: getattr(record, name) for name in RunRecord.__dataclass_fields__}
