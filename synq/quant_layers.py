@@ -18,6 +18,8 @@ from synq.observers import minmax_per_channel
 
 WeightSteps = Literal["live", "stored", "learned"]
 """Where the scale of a weight comes from: its own range at every call, a buffer, or a parameter."""
+VECTOR_WIDTH = 16
+"""Most float32 values that an instruction of a CPU takes (AVX-512; 8 with AVX2)."""
 
 
 class WeightQuantizer(nn.Module):
@@ -193,7 +195,30 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W')."""
-        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
+        return self.convolve(x, self.weight_quantizer(self.weight))
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Convolve ``x`` (N, C_in, H, W) with ``weight`` in place of the layer's own, shaped as that.
+
+        A 1 x 1 kernel with a stride reads every stride-th pixel alone. Where a gradient of ``weight`` will be asked for on a CPU and there are
+        few channels, those pixels are taken out before: oneDNN's own way of doing so (`jit_1x1` on NHWC, up to 3.12 at least) writes past its
+        workspace if C_in is below a vector's width, in the backward pass; what follows is a crash, an endless loop or a wrong gradient.
+
+        Source: oneDNN issue 6035; RepVGG has such a layer on its images.
+        """
+        if (
+            self._is_thin_strided_point()
+            and x.device.type == "cpu"
+            and torch.is_grad_enabled()
+            and weight.requires_grad
+        ):
+            down, right = self.stride
+            return F.conv2d(x[:, :, ::down, ::right], weight, self.bias)
+        return self._conv_forward(x, weight, self.bias)
+
+    def _is_thin_strided_point(self) -> bool:
+        point = self.kernel_size == (1, 1) and self.padding in ((0, 0), "valid") and self.groups == 1
+        return point and self.stride != (1, 1) and self.in_channels < VECTOR_WIDTH
 
 
 class QuantLinear(nn.Linear):

@@ -181,7 +181,7 @@ class _Learning(fx.Interpreter):
         if isinstance(module, (QuantConv2d, QuantLinear)) and module.weight in self.block.roundings:
             weight = self.block.roundings[module.weight].weight()
             if isinstance(module, QuantConv2d):
-                return module._conv_forward(args[0], weight, module.bias)
+                return module.convolve(args[0], weight)
             return F.linear(args[0], weight, module.bias)
         return super().call_module(target, args, kwargs)
 

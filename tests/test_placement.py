@@ -1,11 +1,15 @@
 """Where networks stand: layouts that are asked for, and those that a network cannot take."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from synq.configs import RuntimeConfig
 from synq.placement import layout_of, place, to_layout
+from synq.quant_layers import QuantConv2d
 from synq.students import quantize_model
 from synq.tracing import trace_classifier
 
@@ -51,3 +55,55 @@ def test_a_network_that_cannot_take_channels_last_stays_contiguous() -> None:
     net = Viewed()
     assert to_layout(net, torch.channels_last, (3, 8, 8)) is torch.contiguous_format
     assert net(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("conv", "taken_before"),
+    [
+        (nn.Conv2d(3, 8, 1, stride=2), True),
+        (nn.Conv2d(1, 8, 1, stride=(1, 3)), True),
+        (nn.Conv2d(3, 8, 1, stride=2, padding="valid"), True),
+        (nn.Conv2d(3, 8, 1, stride=2, padding=1), False),
+        (nn.Conv2d(3, 8, 1), False),
+        (nn.Conv2d(3, 8, 3, stride=2), False),
+        (nn.Conv2d(4, 8, 1, stride=2, groups=2), False),
+        (nn.Conv2d(16, 8, 1, stride=2), False),
+    ],
+)
+def test_the_pixels_of_a_thin_strided_point_are_taken_out_before(conv: nn.Conv2d, taken_before: bool) -> None:
+    """oneDNN writes past its memory in the backward pass of such a layer: its own strides must not get there."""
+    layer = QuantConv2d.from_float(conv, bits=4).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for side in (12, 13):
+        images = torch.randn(2, conv.in_channels, side, side).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            plain = layer(images)
+            assert torch.equal(plain, layer._conv_forward(images, layer.weight_quantizer(layer.weight), layer.bias))
+        learning = layer(images)
+        assert learning.grad_fn._saved_stride == ((1, 1) if taken_before else conv.stride)
+        torch.testing.assert_close(learning, plain)
+
+
+THIN_POINT = """
+import torch
+from torch import nn
+from synq.quant_layers import QuantConv2d
+
+torch.manual_seed(0)
+layer = QuantConv2d.from_float(nn.Conv2d(3, 48, 1, stride=2), bits=4).to(memory_format=torch.channels_last)
+images = torch.randn(4, 3, 64, 64).to(memory_format=torch.channels_last)
+for _ in range(5):
+    layer.zero_grad()
+    layer(images).square().sum().backward()
+weight = layer.weight_quantizer(layer.weight).detach().double().requires_grad_()
+nn.functional.conv2d(images.double(), weight, layer.bias.detach().double(), 2).square().sum().backward()
+torch.testing.assert_close(layer.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-3 * weight.grad.abs().max().item())
+print("right")
+"""
+"""RepVGG's first layer. Its range is that of its weights, so that no gradient is masked."""
+
+
+@pytest.mark.slow
+def test_a_thin_strided_point_learns() -> None:
+    """In a process of its own, because what it is about ends the process."""
+    done = subprocess.run([sys.executable, "-c", THIN_POINT], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "right", (done.returncode, done.stderr[-2000:])
