@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from scipy import optimize
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from synq.accounting import TensorRow
@@ -24,9 +24,11 @@ from synq.configs import QuantConfig
 from synq.fidelity import kl
 from synq.observers import mse_weight_ratio
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, WeightQuantizer, quantizers_bypassed
+from synq.tracing import node_module
 from synq.width_patterns import WidthPatterns, layer_names
 
 Cost = Literal["bytes", "bitops"]
+Quantizer = WeightQuantizer | ActQuantizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,17 +66,22 @@ def logits_of(net: fx.GraphModule, images: Tensor, batch_size: int = 64) -> Tens
 def scan_quantizers(net: fx.GraphModule, images: Tensor, reference: Tensor) -> list[Score]:
     """Measure every quantizer of a student alone, as it is, in the order of its modules.
 
+    What stands before a quantizer is as in the float network, which is computed once: half of the work.
+
     Args:
         net: Network of a student, its ranges observed; unchanged afterwards.
-        images: (N, C, H, W).
+        images: (N, C, H, W), few, because every tensor between layers is kept.
         reference: The teacher's logits (N, K) on them.
     """
+    behind = _Behind(net, images)
     scores = []
     for name, module in net.named_modules():
         if isinstance(module, (QuantConv2d, QuantLinear)):
-            scores.append(_score(net, name, "weight", module.weight_quantizer, images, reference))
+            with _alone(net, module.weight_quantizer) as quantizer:
+                scores.append(_score(name, "weight", quantizer, behind(module), reference))
         elif isinstance(module, ActQuantizer):
-            scores.append(_score(net, name, "activation", module, images, reference))
+            with _alone(net, module) as quantizer:
+                scores.append(_score(name, "activation", quantizer, behind(module), reference))
     return scores
 
 
@@ -109,7 +116,8 @@ def scan_widths(
                 if weight_range == "mse":
                     quantizer.clip_ratio.copy_(mse_weight_ratio(layer.weight.detach().float(), bits, norm))
                 layer.weight_quantizer = quantizer
-                scores.append(_score(net, name, "weight", quantizer, images, reference))
+                with _alone(net, quantizer):
+                    scores.append(_score(name, "weight", quantizer, logits_of(net, images), reference))
         finally:
             layer.weight_quantizer = own
     return scores
@@ -173,16 +181,42 @@ def choose_widths(
         limit -= 2 * over / budget  # within the solver's tolerance of the budget, but above it
 
 
+class _Behind:
+    """Computes anew what stands behind one module of a network, the rest is as it was in a pass in float.
+
+    Args:
+        net: Network of a student.
+        images: (N, C, H, W).
+    """
+
+    @torch.no_grad()
+    def __init__(self, net: fx.GraphModule, images: Tensor) -> None:
+        self.net, self.images = net, images.to(next(net.parameters()))
+        kept = fx.Interpreter(net, garbage_collect_values=False)
+        with quantizers_bypassed(net):
+            kept.run(self.images)
+        self.values = kept.env
+        self.again = fx.Interpreter(net)
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module) -> Tensor:
+        """Return the logits (N, K) with ``module`` as it is now."""
+        before: dict[fx.Node, Any] = {}
+        for node in self.net.graph.nodes:
+            if node_module(self.net, node) is module:
+                break
+            before[node] = self.values[node]
+        logits: Tensor = self.again.run(self.images, initial_env=before)
+        return logits
+
+
 def _score(
-    net: fx.GraphModule,
     name: str,
     role: Literal["weight", "activation"],
-    quantizer: WeightQuantizer | ActQuantizer,
-    images: Tensor,
+    quantizer: Quantizer,
+    found: Tensor,
     reference: Tensor,
 ) -> Score:
-    with _alone(net, quantizer):
-        found = logits_of(net, images)
     return Score(
         name=name.removeprefix("act_quantizers."),
         role=role,
@@ -193,7 +227,7 @@ def _score(
 
 
 @contextmanager
-def _alone(net: fx.GraphModule, quantizer: WeightQuantizer | ActQuantizer) -> Iterator[None]:
+def _alone(net: fx.GraphModule, quantizer: Quantizer) -> Iterator[Quantizer]:
     with quantizers_bypassed(net):
         quantizer.enabled = True
-        yield
+        yield quantizer

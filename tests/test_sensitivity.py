@@ -62,6 +62,12 @@ def test_every_quantizer_of_a_student_has_its_line(scanned: Scanned) -> None:
     ]
     assert [s.name for s in scores if s.role == "activation"] == ["relu", "relu_1", "relu_2"]
     assert all(s.sqnr_db < 60 for s in scores), "each does something"
+    for score in scores:  # the same as a whole pass with all other rounding switched off
+        name = score.name if score.role == "weight" else f"act_quantizers.{score.name}"
+        module = net.get_submodule(name)
+        with quantizers_bypassed(net), torch.no_grad():
+            getattr(module, "weight_quantizer", module).enabled = True
+            assert score.sqnr_db == sqnr_db(reference, net(batch))
 
 
 def test_more_bits_cost_less_fidelity_and_more_bytes(scanned: Scanned) -> None:
