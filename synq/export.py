@@ -88,6 +88,7 @@ def export_run(
     out: str | Path | None = None,
     options: ExportOptions | None = None,
     accelerator: Accelerator | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[Path, RunRecord]:
     """Export a finished run, compare every file with the student, and write the deployment figures into the run's record.
 
@@ -96,6 +97,7 @@ def export_run(
         out: Where the files go; None is the folder `export` in the run's own.
         options: What to write and how to check it.
         accelerator: Process group; None makes one for the CPU.
+        teacher: As for `open_run`; on the CPU, in float32.
 
     Returns:
         The folder, and the record with its deployment figures.
@@ -105,7 +107,7 @@ def export_run(
         FileNotFoundError, ValueError, OSError: As `open_run`; or the disk refuses.
     """
     options, accelerator = options or ExportOptions(), accelerator or Accelerator(cpu=True)
-    run, record, config, teacher, student = open_run(folder, options.places)
+    run, record, config, teacher, student = open_run(folder, options.places, teacher)
     target = (Path(out) if out is not None else run / "export").resolve()
     _check_target(target)
     siblings, copies = siblings_of(record, run), _sweep_records(run, record)
@@ -154,12 +156,11 @@ def _write_files(
     target: Path, record: RunRecord, teacher: Teacher, student: Student, check: Checker, options: ExportOptions
 ) -> dict[str, Any]:
     """Write and check what the options ask for; returns the deployment figures."""
-    form, size = integer_form(student.net, operations="onnx"), teacher.input_size
+    containers, size = _containers(student, options), teacher.input_size
     files: list[ExportedFile] = []
     models: dict[str, bytes] = {}
-    containers = _containers(student, options)
     if containers:
-        graph = onnx_graph(form, size)
+        graph = onnx_graph(integer_form(student.net, operations="onnx"), size)
     for container in containers:
         name = f"model_{container}.onnx" if len(options.containers) > 1 else "model.onnx"
         file, models[name] = export_onnx(target / name, container, graph, check)

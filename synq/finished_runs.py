@@ -14,13 +14,14 @@ from synq.weight_files import read_weights
 
 
 def open_run(
-    folder: str | Path, places: Mapping[str, Any] | None = None
+    folder: str | Path, places: Mapping[str, Any] | None = None, teacher: Teacher | None = None
 ) -> tuple[Path, RunRecord, RunConfig, Teacher, Student]:
     """Return folder, record, settings, teacher and student of a finished run.
 
     Args:
         folder: The run's folder, the record in it, or a sweep's record of it (records/TRIAL.json).
         places: Settings of PLACES that differ from the record's; they are in the returned settings, not in the record.
+        teacher: The run's teacher, where it is there already; None loads it.
 
     Raises:
         FileNotFoundError: It is no run, or not a finished one.
@@ -38,7 +39,7 @@ def open_run(
         raise ValueError(f"`RUN` must be a completed run, but {path} is {record.status}: {record.reason}")
     config = config_from_dict(RunConfig, record.config, source=str(path / "record.json"))
     config = make_absolute(with_overrides(config, places or {}))
-    teacher = load_teacher(config.teacher)
+    teacher = teacher or load_teacher(config.teacher)
     if teacher.digest != record.teacher.get("digest"):
         raise ValueError(
             f"`RUN` must be of the teacher {config.teacher.spec} as it is now, but {path} is of other weights, or of a version of SynQ or "

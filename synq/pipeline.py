@@ -57,6 +57,7 @@ def run(
     accelerator: Accelerator | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_checkpoint: Callable[[Path], None] | None = None,
+    teacher: Teacher | None = None,
 ) -> RunRecord:
     """Do one run, or the rest of one that was stopped; a finished one is returned as it stands.
 
@@ -68,6 +69,7 @@ def run(
         accelerator: Process group; None makes one from `config.runtime`.
         on_epoch: Called on every process after every epoch with epoch, epochs, objective_value and the loss terms.
         on_checkpoint: Called on the main process with the path of every checkpoint that has been written.
+        teacher: What `load_teacher(config.teacher)` gives, where it is there already; its graph is placed on the run's device. None loads it.
 
     Returns:
         The record, on every process.
@@ -94,7 +96,7 @@ def _run(
     clock, started = _Clock(), datetime.now(UTC)
 
     with clock("teacher"):
-        teacher, measure, student = _open(config, accelerator)
+        teacher, measure, student = _open(config, accelerator, teacher)
     finished = finished_record(folder / "record.json", teacher, measure.labels_digest, accelerator)
     if finished is not None:
         return finished
@@ -172,16 +174,14 @@ def check(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple
         ValueError, OSError: As `run`.
     """
     config = make_absolute(config)
-    teacher, measure, _ = _open(config, accelerator or make_accelerator(config.runtime))
-    return teacher, measure
+    return _open(config, accelerator or make_accelerator(config.runtime), None)[:2]
 
 
 def prepare(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple[SyntheticSet, SyntheticSet]:
     """Make the synthetic sets of a run, training and held-out, where the store does not have them yet."""
     config = make_absolute(config)
     accelerator = accelerator or make_accelerator(config.runtime)
-    teacher, _, _ = _open(config, accelerator)
-    return _synthetic_sets(config, teacher, accelerator)
+    return _synthetic_sets(config, _open(config, accelerator, None)[0], accelerator)
 
 
 def set_store(config: RunConfig) -> SetStore:
@@ -236,9 +236,9 @@ def build_student(teacher: Teacher, quant: QuantConfig) -> Student:
     )
 
 
-def _open(config: RunConfig, accelerator: Accelerator) -> tuple[Teacher, Measure, Student]:
+def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) -> tuple[Teacher, Measure, Student]:
     """Load the teacher, open the labelled images, build the student: everything that can be refused before the work."""
-    teacher = load_teacher(config.teacher)
+    teacher = teacher or load_teacher(config.teacher)
     if broadcast_object_list([teacher.digest])[0] != teacher.digest:
         raise ValueError("teacher.spec must give every process the same network, but its weights differ between them")
     check_compilable(config, teacher.cam, accelerator.device)

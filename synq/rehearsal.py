@@ -6,6 +6,7 @@ Its figures say that something works, not how well: eight images, two iterations
 without them the signal of a deep network dies out or explodes on the way, and nothing could be compared.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -41,8 +42,8 @@ NOISE_IMAGES = 16
 """Images behind the statistics that random weights get."""
 GOOD_DB = 20.0
 """Ratio of signal to quantization noise of the logits at W8A8 below which the worst tensor is named."""
-SCANNED = 2
-"""Images on which every tensor is measured alone, for that."""
+SCANNED = 1
+"""Images on which every tensor is measured alone, for that: it is done a hundred times and more, and names the tensor, no figure of a table."""
 OK, REFUSED, FAILED = "works", "refused", "fails"
 
 
@@ -83,13 +84,14 @@ def rehearse(
         row["exact"] = _is_exact(teacher, config.quant)
         say("synthesis, fine-tuning, evaluation")
         small = _small(config, folder)
-        record = run(small)
+        placed = replace(teacher, graph=copy.deepcopy(teacher.graph))  # on the run's device; ours stays for the rest
+        record = run(small, teacher=placed)
         row |= {"bits": config.quant.label, "loss": record.loss_history[-1]["loss"]}
         say("W8A8")
         row |= _at_eight_bits(teacher, config.quant, _images(small, teacher))
         say("export")
         options = ExportOptions(formats=formats, rounds=0, beside_float=False)
-        _, exported = export_run(run_folder(small), options=options)
+        _, exported = export_run(run_folder(small), options=options, teacher=teacher)
         row["export"] = ", ".join(file["container"] or file["format"] for file in exported.deployment["files"])
         if not row["exact"]:
             row["reason"] = "the student without its rounding differs from the teacher"
