@@ -12,6 +12,7 @@ from synq.cli import run
 from synq.configs import RunConfig, RuntimeConfig, TeacherConfig
 from synq.rehearsal import GOOD_DB, rehearse
 from synq.table_text import Row
+from synq.teachers import Teacher, load_teacher
 
 SAMPLE = ("functional", "gated", "one_channel", "five_channels", "linear_only", "two_heads", "convolutional_head")
 """Networks written by hand, the small ones: the whole list is a slow test."""
@@ -84,6 +85,20 @@ def test_a_network_that_fails_on_the_way_says_where(tmp_path: Path) -> None:
     row = rehearse(RunConfig(teacher=teacher, runtime=RuntimeConfig(device="cpu")), tmp_path, said.append)
     assert row["status"] == "fails" and "modified by an inplace operation" in row["reason"]
     assert said[-1] == "synthesis, fine-tuning, evaluation" and row["exact"] is True
+
+
+def test_the_teacher_is_loaded_as_it_is_and_with_its_statistics_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[TeacherConfig] = []
+
+    def counted(config: TeacherConfig) -> Teacher:
+        loaded.append(config)
+        return load_teacher(config)
+
+    for module in ("rehearsal", "pipeline", "export"):
+        monkeypatch.setattr(f"synq.{module}.load_teacher", counted)
+    (entry,) = read_list(["convolutional_head"])
+    check(rehearse_entry(entry, 1), entry)
+    assert [Path(config.weights or "").name for config in loaded] == ["random", "weights.safetensors"]
 
 
 def test_the_page_is_markdown_with_every_row(tmp_path: Path) -> None:
