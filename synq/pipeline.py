@@ -81,13 +81,14 @@ def run(
     config = make_absolute(config)
     accelerator = accelerator or make_accelerator(config.runtime)
     with RunLog(config, run_folder(config), accelerator) as log:
-        return _run(config, accelerator, log, on_epoch, on_checkpoint)
+        return _run(config, accelerator, log, teacher, on_epoch, on_checkpoint)
 
 
 def _run(
     config: RunConfig,
     accelerator: Accelerator,
     log: RunLog,
+    teacher: Teacher | None,
     on_epoch: Callable[[dict[str, float]], None] | None,
     on_checkpoint: Callable[[Path], None] | None,
 ) -> RunRecord:
