@@ -66,6 +66,7 @@ def _on_a_terminal(command: list[str], cwd: Path) -> str:
     return written.decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_sees_every_bar_and_a_pipe_none(config: RunConfig, root: Path, tmp_path: Path) -> None:
     shown = _on_a_terminal(_command(config, tmp_path, 0.0), root)
     assert [title for title in TITLES if title not in shown] == []

@@ -181,6 +181,7 @@ def test_a_tracker_that_cannot_be_opened_is_one_line(config: RunConfig) -> None:
     assert len(curves(folder)["train/loss"]) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_log_every_value_once(
     root: Path,
     tiny_settings: dict[str, object],
