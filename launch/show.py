@@ -2,6 +2,7 @@
 """The essentials of runs and sweeps in a terminal: `launch/show.py PATH...`."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ if __name__ == "__main__":  # as a file, launch/ comes first on the path, not th
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from sweeps.pool import exit_code
+from synq.table_text import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +37,10 @@ def _show(paths: Sequence[str]) -> None:
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"`PATH` must exist, but got {path}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a terminal without such letters gets question marks, not half of the text
     # A pipe has no width of its own: a table that is cut off would be of no use to who reads it there.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
     for path in map(Path, paths):
@@ -42,13 +48,15 @@ def _show(paths: Sequence[str]) -> None:
 
 
 def _show_run(path: Path, console: "Console") -> None:
+    from rich.text import Text
+
     from sweeps.reports.summary import run_facts, run_label, run_verdict
     from synq.results import read_record
 
     record = read_record(path / "record.json" if path.is_dir() else path)
-    console.rule(f"run {record.name}: {run_label(record)}", align="left")
+    console.rule(Text(plain(f"run {record.name}: {run_label(record)}")), align="left")
     for line in run_verdict(record):
-        console.print(line)
+        console.print(plain(line))
     _table(console, ("", ""), run_facts(record))
     if record.loss_history:
         terms = [name for name in record.loss_history[-1] if name not in ("epoch", "seconds")]
@@ -59,14 +67,16 @@ def _show_run(path: Path, console: "Console") -> None:
 
 
 def _show_sweep(path: Path, console: "Console") -> None:
+    from rich.text import Text
+
     from sweeps.reports.summary import BEST_COLUMNS, BOARD_HEADINGS, DECIMALS, best_rows, sweep_facts, sweep_verdict
     from sweeps.reports.sweep_view import read_sweep
 
     sweep = read_sweep(path)
     standings = sweep.standings()
-    console.rule(f"sweep {sweep.name}", align="left")
+    console.rule(Text(plain(f"sweep {sweep.name}")), align="left")
     for line in sweep_verdict(sweep, standings):
-        console.print(line)
+        console.print(plain(line))
     _table(console, ("", ""), sweep_facts(sweep))
     rows = [
         tuple(_number(row[column], DECIMALS.get(column)) for column in BEST_COLUMNS) for row in best_rows(standings)
@@ -87,13 +97,13 @@ def _table(console: "Console", heads: Sequence[str], rows: Sequence[Sequence[str
 
     table = Table(*heads, show_header=any(heads))
     for row in rows:
-        table.add_row(*map(Text, row))  # a name that reads as markup is a name
+        table.add_row(
+            *(Text(plain(cell)) for cell in row)
+        )  # a name that reads as markup, or steers a terminal, is a name
     console.print(table)
 
 
 def _number(value: Any, decimals: int | None = None) -> str:
-    from synq.table_text import plain
-
     if isinstance(value, int | float) and decimals is not None:
         return f"{value:.{decimals}f}"
     return f"{value:.4g}" if isinstance(value, float) else plain(value)

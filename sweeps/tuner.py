@@ -106,15 +106,21 @@ def _conclude(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress
 
 
 def _report(spec: SweepSpec, ledger: Ledger) -> str:
-    """Make the sweep's page and return where it is; what keeps it from being made does not undo the sweep."""
-    from sweeps.reports.make import PAGE, make_report
-
+    """Make the sweep's page and return where it is; nothing that keeps it from being made undoes the sweep."""
     try:
-        make_report([spec.output_dir])
-        ledger.folder.send(PAGE)
-    except (ValueError, OSError, RuntimeError) as error:
-        return f"no {PAGE}: {' '.join(str(error).split())}; `synq report {spec.output_dir}` tries again"
-    return f"{spec.address or spec.output_dir}/{PAGE}"
+        from sweeps.reports.make import make_report
+
+        written = make_report([spec.output_dir])
+        for path in written if spec.address else ():
+            ledger.folder.send(str(path.relative_to(spec.output_dir)))
+    except (
+        Exception,
+        SystemExit,
+        KeyboardInterrupt,
+    ) as error:  # a teacher's own code runs here, too, and Ctrl-C is "enough"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"no report.html: {reason}; `synq report {spec.output_dir}` makes it"
+    return f"{spec.address or spec.output_dir}/{written[0].name}"
 
 
 def _check_groups(spec: SweepSpec, ledger: Ledger) -> None:

@@ -7,7 +7,7 @@ Nothing here changes a file or a figure of the record. A part that cannot be had
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from synq.configs import RunConfig
 from synq.evaluation import Measure
@@ -41,8 +41,8 @@ GRID_CLASSES, GRID_IMAGES = 10, 8
 NUM_MAPS = 6
 """Images whose class-activation maps are shown."""
 LAYER_IMAGES = 64
-"""Images behind the errors and ranges of single layers."""
-BATCH = 64
+"""Images behind the errors and ranges of single layers, at most."""
+BATCH, LAYER_BATCH = 64, 4
 T = TypeVar("T")
 
 
@@ -74,7 +74,7 @@ def probe_run(folder: str | Path, places: Mapping[str, Any] | None = None, num_i
 def _or_why(part: Callable[[], T]) -> T | str:
     try:
         return part()
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:  # one part that cannot be had must not cost the others
         return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -104,6 +104,9 @@ class _Seen:
             return None
         if measure.labelled is None:
             return None
+        if measure.labels_digest != self.record.eval_digest:
+            self.no_labels = " (the labelled ones are others than the run was measured on)"
+            return None
         rows = _spread(measure.reported, self.num_images)
         return measure.labelled.batch(rows)
 
@@ -131,6 +134,7 @@ class _Seen:
             after=after.clip(0, 1).reshape(*shape, -1),
             classes=tuple(classes),
             num_images=len(images),
+            channels=images.shape[1],
             clipped=float(((before < 0) | (before > 1)).mean()),
         )
 
@@ -189,20 +193,33 @@ class _Seen:
         )
         config = replace(self.config, quant=plain)
         student = build_student(self.teacher, plain)
-        images = low_pass(self._sets[1][0][: plain.calib_images], config, Path())
+        images = low_pass(self._sets[1][0][: plain.calib_images], config, None)
         pixels = self.teacher.pixel_range()
         prepare_student(student.net, self.teacher.graph, images, config, torch.device("cpu"), image_range=pixels)
         return student
+
+    def _layer_images(self) -> Iterator[Tensor]:
+        """Images that single layers are looked at on, in small batches: every tensor of a batch is held at one time."""
+        _, _, images, _ = self._questions
+        number = max(LAYER_BATCH, min(LAYER_IMAGES, NUM_PIXELS // 4 // math.prod(self.teacher.input_size)))
+        yield from images[:number].split(LAYER_BATCH)
 
     def layers(self) -> list[LayerError]:
         if self.config.quant.equalization:
             raise ValueError(
                 "the channels of this student are scaled otherwise than the teacher's (quant.equalization)"
             )
-        _, _, images, _ = self._questions
-        wanted, found = (_layer_outputs(net, images[:LAYER_IMAGES]) for net in (self.teacher.graph, self.student.net))
+        kinds = (nn.Conv2d, nn.Linear)
+        teacher, student = _Look(self.teacher.graph, kinds), _Look(self.student.net, kinds)
+        powers: dict[str, Tensor] = {}
+        for images in self._layer_images():
+            wanted = teacher(images)
+            for name, output in student(images).items():
+                goal = wanted[name].double()
+                sums = torch.stack([goal.square().sum(), (goal - output.double()).square().sum()])
+                powers[name] = powers.get(name, 0) + sums
         errors = []
-        for name, output in found.items():
+        for name, (signal, noise) in powers.items():
             layer, like = self.student.net.get_submodule(name), self.teacher.graph.get_submodule(name)
             assert isinstance(layer, QuantConv2d | QuantLinear) and isinstance(like.weight, Tensor)
             rounded = layer.weight_quantizer(layer.weight)
@@ -211,35 +228,40 @@ class _Seen:
                     name=name,
                     bits=layer.weight_quantizer.bits,
                     weight_db=sqnr_db(like.weight, rounded.detach()),
-                    output_db=sqnr_db(wanted[name], output),
+                    output_db=math.inf if noise == 0 else float(10 * torch.log10(signal / noise)),
                 )
             )
         return errors
 
     def ranges(self) -> list[RangeCount]:
-        _, _, images, _ = self._questions
         look = _Look(self.student.net, ActQuantizer, inputs=True)
-        counts = []
-        for name, values in look(images[:LAYER_IMAGES]).items():
-            quantizer = self.student.net.get_submodule(name)
-            assert isinstance(quantizer, ActQuantizer)
-            scale, zero = float(quantizer.scale), int(quantizer.zero_point)
-            low, high = scale * (quantizer.quant_min - zero), scale * (quantizer.quant_max - zero)
-            reach = REACH * max(-low, high)
-            shares = torch.histc(values.double().clamp(-reach, reach), NUM_BINS, -reach, reach) / values.numel()
-            # Half a step beyond the last code rounds to it without loss of range.
-            beyond = (values < low - scale / 2) | (values > high + scale / 2)
-            counts.append(
-                RangeCount(
-                    name=name,
-                    bits=quantizer.bits,
-                    low=low,
-                    high=high,
-                    shares=shares.numpy(),
-                    clipped=float(beyond.double().mean()),
-                )
-            )
-        return counts
+        found: dict[str, tuple[Tensor, int, int]] = {}
+        for images in self._layer_images():
+            for name, values in look(images).items():
+                low, high = self._range(name)
+                reach, step = REACH * max(-low, high), (high - low) / (2 ** self._quantizer(name).bits - 1)
+                # Half a step beyond the last code rounds to it without loss of range.
+                beyond = int(((values < low - step / 2) | (values > high + step / 2)).sum())
+                counts = torch.histc(values.double().clamp(-reach, reach), NUM_BINS, -reach, reach)
+                before = found.get(name, (torch.zeros_like(counts), 0, 0))
+                found[name] = (before[0] + counts, before[1] + beyond, before[2] + values.numel())
+        ranges = []
+        for name, (counts, beyond, number) in found.items():
+            low, high = self._range(name)
+            bits, shares = self._quantizer(name).bits, (counts / number).numpy()
+            ranges.append(RangeCount(name=name, bits=bits, low=low, high=high, shares=shares, clipped=beyond / number))
+        return ranges
+
+    def _quantizer(self, name: str) -> ActQuantizer:
+        quantizer = self.student.net.get_submodule(name)
+        assert isinstance(quantizer, ActQuantizer)
+        return quantizer
+
+    def _range(self, name: str) -> tuple[float, float]:
+        """Return the lowest and the highest value that a quantizer gives."""
+        quantizer = self._quantizer(name)
+        scale, zero = float(quantizer.scale), int(quantizer.zero_point)
+        return scale * (quantizer.quant_min - zero), scale * (quantizer.quant_max - zero)
 
     def _bright(self, images: Tensor) -> np.ndarray:
         """Normalised images (N, C, H, W) as brightness, black 0 and white 1: (N, H, W, 3), or 1 for other numbers of channels."""
@@ -265,13 +287,10 @@ class _Look(fx.Interpreter):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        for part in images.split(BATCH):
-            self.run(part)
+        """Return what was kept of one pass, flat."""
+        self.kept = {}
+        self.run(images)
         return {name: torch.cat([part.flatten() for part in parts]) for name, parts in self.kept.items()}
-
-
-def _layer_outputs(net: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
-    return _Look(net, (torch.nn.Conv2d, torch.nn.Linear))(images)
 
 
 def _spread(rows: Tensor, number: int) -> Tensor:

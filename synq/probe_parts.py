@@ -19,6 +19,7 @@ class ImageGrid:
         before, after: (classes, images, H, W, 1 or 3) in [0, 1], brightness of pixels; beyond black and white they are clipped.
         classes: The class of each row.
         num_images: Images of the whole set.
+        channels: Channels of the images; of another number than 1 or 3 the first is shown.
         clipped: Share (0..1) of the pixels shown that lie beyond black or white.
     """
 
@@ -26,6 +27,7 @@ class ImageGrid:
     after: np.ndarray
     classes: tuple[int, ...]
     num_images: int
+    channels: int
     clipped: float
 
 

@@ -224,6 +224,8 @@ def read_record(path: str | Path) -> RunRecord:
     if version != SCHEMA_VERSION:
         raise ValueError(f"`{path}` must hold a run record of version {SCHEMA_VERSION}, but got version {version!r}")
     types = _record_types()
+    if "config" not in content:
+        raise ValueError(f"`{path}` must hold a run record, but it has no config")
     unknown = sorted(set(content) - set(types))
     if unknown:
         raise ValueError(f"`{path}` must hold a run record, but got the unknown key {unknown[0]!r}")

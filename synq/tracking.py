@@ -2,6 +2,8 @@
 
 import json
 import os
+import warnings
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ class RunLog:
         # Not `end_training`, which would end the process group of the caller, too.
         if self.tracker != "none":
             for tracker in self.accelerator.trackers if self.is_on else ():
-                tracker.finish()
+                self._try(tracker.finish)
             self.accelerator.trackers.clear()
         if self._set_mlflow:
             import mlflow
@@ -127,7 +129,16 @@ class RunLog:
 
     def _log(self, group: str, values: dict[str, Any], step: int) -> None:
         known = {name.replace(" ", "_"): value for name, value in values.items() if value is not None}
-        self.accelerator.log({f"{group}/{name}": value for name, value in known.items()}, step=step)
+        self._try(lambda: self.accelerator.log({f"{group}/{name}": value for name, value in known.items()}, step=step))
+
+    def _try(self, work: Callable[[], None]) -> None:
+        """Do something with the tracker; the run does not hang on who watches it, so what goes wrong there is said and ends the watching."""
+        try:
+            work()
+        except Exception as error:  # whatever the packages raise: a server that has gone, say
+            self.is_on = False
+            lines = str(error).strip().splitlines() or [repr(error)]
+            warnings.warn(f"{self.tracker} failed, the run goes on without it: {lines[0]}", stacklevel=3)
 
     def _project(self) -> str:
         if self.tracker == "tensorboard":  # its files go to this folder; an absolute path wins over `project_dir`

@@ -14,8 +14,8 @@ from sweeps.reports.page import Figure, Gap, Page, Tab, Table, Words, render, wr
 from sweeps.reports.published import references
 from sweeps.reports.study_figures import study_figures
 from sweeps.reports.summary import sweep_verdict
-from sweeps.reports.sweep_figures import pareto, rank_agreement, timeline, trust
-from sweeps.reports.sweep_page import sweep_page
+from sweeps.reports.sweep_figures import front, pareto, rank_agreement, timeline, trust
+from sweeps.reports.sweep_page import by_ranking, sweep_page
 from sweeps.reports.sweep_view import SweepView, read_sweep
 from synq.results import RunRecord, read_record, write_record
 
@@ -71,10 +71,11 @@ def test_figures_on_a_page_are_those_of_the_records(page: Page, sweep: SweepView
 
 def test_importance_and_trust_find_what_was_put_in(sweep: SweepView) -> None:
     """The made objective hangs on the learning rate, and top-1 on the objective."""
-    groups = {group: [r for _, r in sweep.search_trials(group) if r.status == "completed"] for group in sweep.groups}
-    figure, notes = trust(groups)
+    groups = by_ranking(sweep)
+    assert [len(part) for part in groups.values()] == [21, 21]
+    figure, notes = trust(groups, searched=True)
     assert isinstance(figure, Figure) and len(notes) == 2 and all("can be trusted" in note for note in notes)
-    upside_down = [(-float(r.objective_value or 0), float(r.top1 or 0)) for r in groups["group-W4A4"]]
+    upside_down = [(-float(r.objective_value or 0), float(r.top1 or 0)) for r in groups["net W4A4 A relu"]]
     found = rank_agreement(upside_down, minimise=True)
     assert found is not None and found[0] < -0.8 and found[1] <= found[0] <= found[2]
     assert rank_agreement(upside_down[:4], minimise=True) is None
@@ -190,11 +191,13 @@ def test_two_sweeps_side_by_side(folder: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_published_figures_are_those_of_the_network(tmp_path: Path) -> None:
-    (best, *others) = references("cifar10_resnet20", "W4A4", "A")
+    (best, *others) = references("cifar10_resnet20", "W4A4", "A", 10)
     assert (best.method, best.top1, round(best.drop, 2)) == ("SynQ", 92.76, 1.13) and len(others) == 6
-    assert references("CIFAR100-ResNet-20", "W3A3", "A")[0].top1 == 57.28
-    assert [one.method for one in references("resnet18", "W2A2", "B")] == ["Genie + SynQ", "Genie"]
-    assert not references("resnet18", "W2A2", "A") and not references("cifar_resnet18", "W4A4", "A")
+    assert references("CIFAR100-ResNet-20", "W3A3", "A", 100)[0].top1 == 57.28
+    assert [one.method for one in references("resnet18", "W2A2", "B", 1000)] == ["Genie + SynQ", "Genie"]
+    others = [("resnet18", "W2A2", 1000), ("svhn_resnet18", "W4A4", 10), ("wide_resnet50_2", "W4A4", 1000)]
+    others += [("seresnet18", "W4A4", 1000), ("cifar10_resnet200", "W4A4", 10), ("mobilenetv2_050", "W4A4", 1000)]
+    assert not any(references(name, bits, "A", classes) for name, bits, classes in others)
     folder = made_sweep(tmp_path, trials=2, model="cifar10_resnet20")
     page = comparison_page([read_sweep(folder)])
     assert {row["method"] for row in _table(page, "published-a").rows} >= {"SynQ", "GDFQ"}
@@ -210,6 +213,77 @@ def test_a_folder_of_runs_has_a_page_without_a_search(folder: Path, tmp_path: Pa
     assert "no sweep has proposed" in next(gap.reason for gap in _blocks(page, Gap) if gap.title == "The search")
 
 
+def test_the_front_is_of_rank_one_alone_and_ties_do_not_matter(sweep: SweepView) -> None:
+    rows = [
+        {"rank": 1, "cost": 1, "top": 90.0},
+        {"rank": 1, "cost": 1, "top": 90.0},
+        {"rank": 1, "cost": 2, "top": 89.0},
+    ]
+    rows += [{"rank": 2, "cost": 1, "top": 99.0}, {"rank": 1, "cost": 3, "top": 91.0}]
+    assert [row["top"] for row in front(rows, "cost", "top", higher=True)] == [90.0, 91.0]
+    assert [row["top"] for row in front(rows, "cost", "top", higher=False)] == [90.0, 89.0]
+
+
+def test_what_cannot_be_drawn_is_a_gap(tmp_path: Path) -> None:
+    folder = made_sweep(tmp_path, trials=3, bits=("W4A4",))
+    for i, path in enumerate(sorted((folder / "records").glob("*.json"))):
+        record = read_record(path)
+        values = {name: getattr(record, name) for name in RunRecord.__dataclass_fields__}
+        write_record(path, RunRecord(**{**values, "objective_value": (-1) ** i * 1e308}))
+    page = sweep_page(read_sweep(folder), runs=0)
+    assert "could not be drawn" in next(
+        gap.reason for gap in _blocks(page, Gap) if gap.title == "Can the objective be trusted?"
+    )
+
+
+def test_names_of_tabs_tables_and_files_are_their_own(tmp_path: Path) -> None:
+    table = Table(name="t", title="T", caption="C", columns=("a",), rows=[{"a": 1}])
+    page = Page(
+        title="P",
+        verdict=[],
+        facts=[],
+        foot="f",
+        tabs=[Tab(title=title, blocks=[table]) for title in ("模型", "数据", "a b", "a-b")],
+    )
+    assert [tab.name for tab in page.tabs] == ["tab-part", "tab-part-2", "tab-a-b", "tab-a-b-2"]
+    assert [block.name for block in _blocks(page, Table)] == ["t", "t-2", "t-3", "t-4"]
+
+
+def test_a_folder_of_two_sweeps_keeps_the_trials_of_both(tmp_path: Path) -> None:
+    for name in ("monday", "tuesday"):
+        made_sweep(tmp_path / name, trials=4, bits=("W4A4",), model=f"net_{name}")
+    view = read_sweep(tmp_path)
+    assert len(view.records) == 8 and {record.model for record in view.records.values()} == {
+        "net_monday",
+        "net_tuesday",
+    }
+    assert len(view.tables.trial_rows()) == 8
+
+
+def test_a_sweep_file_of_something_else_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sweep.json").write_text("{}")
+    assert show([str(tmp_path)]) == 2 and report([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("must hold a sweep's search and groups") == 2
+
+
+def test_a_report_that_fails_does_not_undo_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    import sweeps.reports.make
+    from sweeps.tuner import _report
+
+    folder = made_sweep(tmp_path, trials=1, bits=("W4A4",))
+    spec = SimpleNamespace(output_dir=folder, address="")
+    assert _report(spec, None) == f"{folder}/report.html"  # type: ignore[arg-type]
+    for error in (SystemExit(3), KeyboardInterrupt(), KeyError("x"), OSError(28, "No space left on device")):
+
+        def fail(*_: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(sweeps.reports.make, "make_report", fail)
+        assert _report(spec, None).startswith("no report.html: ")  # type: ignore[arg-type]
+
+
 def test_show_prints_the_essentials(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert show([str(folder)]) == 0
     text = capsys.readouterr().out
@@ -217,6 +291,11 @@ def test_show_prints_the_essentials(folder: Path, tmp_path: Path, capsys: pytest
         assert " ".join(line.split()) in " ".join(text.split())
     assert "and 1 more, in trials.csv" in text and "\x1b" not in text
     record = sorted((folder / "records").glob("*.json"))[0]
+    (tmp_path / "t.json").write_text(
+        record.read_text().replace('"reason": ""', '"reason": "\\u001b[2J"').replace("completed", "failed", 1)
+    )
+    assert show([str(tmp_path / "t.json")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
     assert show([str(record)]) == 0
     text = capsys.readouterr().out
     assert "a drop of" in text and "± 0.63 (standard error, paired by image)" in " ".join(text.split())

@@ -101,6 +101,9 @@ def test_without_labels_the_synthetic_images_are_asked(finished: Path) -> None:
     probe = probe_run(finished, {"evaluation.dataset": "none"})
     assert not isinstance(probe.answers, str) and not probe.answers.labelled
     assert probe.answers.source == "held-out synthetic images" and len(probe.answers.labels) == 16
+    np.savez(finished.parent / "other.npz", x=np.zeros((9, 16, 16), np.uint8), y=np.zeros(9, np.int64))
+    other = probe_run(finished, {"evaluation.dataset": f"npz:{finished.parent / 'other.npz'}"})
+    assert not isinstance(other.answers, str) and "others than the run was measured on" in other.answers.source
     lost = probe_run(finished, {"evaluation.dataset": "npz:nosuch.npz"})
     assert not isinstance(lost.answers, str) and "cannot be read" in lost.answers.source
     page = run_page(finished, {"evaluation.dataset": "none"})

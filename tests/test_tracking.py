@@ -229,3 +229,16 @@ def test_the_trials_of_a_sweep_log_into_their_own_folders(
 def test_an_unknown_tracker_is_refused_in_a_spec(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`runtime.tracker` must be one of none, tensorboard, wandb, mlflow"):
         tiny(tmp_path, base={"runtime": {"tracker": "tensorbord"}})
+
+
+def test_a_tracker_that_fails_on_the_way_costs_no_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def gone(self: Accelerator, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        calls.append(step or 0)
+        raise ConnectionError("the server has gone")
+
+    monkeypatch.setattr(Accelerator, "log", gone)
+    with pytest.warns(UserWarning, match="tensorboard failed, the run goes on without it: the server has gone"):
+        record = run(config)
+    assert record.status == "completed" and calls == [1]  # it is asked no more

@@ -11,7 +11,7 @@ from sweeps.reports.page import Block, Figure, Gap, Page, Tab, Table, slug
 from sweeps.reports.published import Reference, references
 from sweeps.reports.summary import BOARD_COLUMNS, BOARD_HEADINGS, DECIMALS, foot, label
 from sweeps.reports.sweep_figures import pareto, trust
-from sweeps.reports.sweep_page import by_group
+from sweeps.reports.sweep_page import by_ranking
 from sweeps.reports.sweep_view import SweepView
 from sweeps.views import SHOWN_COLUMNS, compare, shown
 
@@ -29,7 +29,7 @@ def comparison_page(sweeps: Sequence[SweepView]) -> Page:
     tables = {name: sweep.standings() for name, sweep in zip(names, sweeps, strict=True)}
     best = _best(tables)
     tabs = [
-        Tab(title=f"Protocol {protocol}", blocks=_protocol(protocol, best))
+        Tab(title=f"Protocol {protocol}", blocks=_protocol(protocol, best, _classes(sweeps)))
         for protocol in sorted({ranking.protocol for ranking in best})
     ]
     lines = shown(compare(tables))
@@ -78,11 +78,21 @@ def _verdict(tables: Mapping[str, Sequence[Standing]], best: Mapping[Ranking, Ma
     return lines
 
 
-def _protocol(protocol: str, best: Mapping[Ranking, Mapping[str, Standing]]) -> list[Block]:
+def _classes(sweeps: Sequence[SweepView]) -> dict[str, int]:
+    """Number of classes of each model, as far as a record says it."""
+    records = [record for sweep in sweeps for record in sweep.records.values()]
+    return {record.model: int(record.teacher["num_classes"]) for record in records if record.teacher.get("num_classes")}
+
+
+def _protocol(protocol: str, best: Mapping[Ranking, Mapping[str, Standing]], classes: Mapping[str, int]) -> list[Block]:
     part = {ranking: rows for ranking, rows in best.items() if ranking.protocol == protocol}
     title = PROTOCOLS.get(protocol, f"Protocol {protocol}")
     found = {
-        ranking: references(ranking.model, f"W{ranking.weight_bits}A{ranking.act_bits}", protocol) for ranking in part
+        ranking: references(
+            ranking.model, f"W{ranking.weight_bits}A{ranking.act_bits}", protocol, classes.get(ranking.model, 0)
+        )
+        for ranking in part
+        if ranking.act_points == "relu"  # as the papers have it
     }
     return [_drops(title, protocol, part, found), _published(protocol, found)]
 
@@ -111,8 +121,8 @@ def _drops(
                 axes.errorbar(
                     row["drop"], place + shift, xerr=row["top1_std"], fmt="o", color=COLORS[i % len(COLORS)], capsize=2
                 )
-            for one in found[ranking]:
-                if REFERENCE in one.method and ranking.act_points == "relu":
+            for one in found.get(ranking, ()):
+                if REFERENCE in one.method:
                     axes.vlines(one.drop, place - 0.4, place + 0.4, color="#4f5d73", linestyle="--")
                     axes.annotate(
                         one.method,
@@ -161,7 +171,6 @@ def _published(protocol: str, found: Mapping[Ranking, Sequence[Reference]]) -> T
 
 def _one(name: str, sweep: SweepView) -> list[Block]:
     standings = sweep.standings()
-    completed = {key: record for key, record in sweep.records.items() if record.status == "completed"}
     place = slug(name)
     board = Table(
         name=f"leaderboard-{place}",
@@ -173,4 +182,7 @@ def _one(name: str, sweep: SweepView) -> list[Block]:
         decimals=DECIMALS,
         bold=[standing.row["rank"] == 1 for standing in standings],
     )
-    return [board, *(block.named(place) for block in (trust(by_group(sweep, completed))[0], *pareto(standings)))]
+    return [
+        board,
+        *(block.named(place) for block in (trust(by_ranking(sweep), searched=sweep.is_sweep)[0], *pareto(standings))),
+    ]

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from sweeps.reports.page import Figure
+from sweeps.reports.page import Figure, Gap
 
 PIXELS_PER_INCH = 100
 COLORS = ("#0b6bcb", "#d1495b", "#2e8b57", "#b8860b", "#7a4fbf", "#4f5d73", "#008b8b", "#c06014")
@@ -43,8 +43,8 @@ def style() -> Iterator[None]:
 
 def draw(
     name: str, title: str, caption: str, plot: Callable[[Canvas], None], size: tuple[float, float] = (6.4, 3.6)
-) -> Figure:
-    """Make a drawing.
+) -> Figure | Gap:
+    """Make a drawing; one that fails becomes a gap that says so, because the rest of the page is worth having.
 
     Args:
         name: Of its files.
@@ -53,11 +53,19 @@ def draw(
         plot: Draws on an empty canvas; called in our style.
         size: Width and height in inches of 100 pixels.
     """
-    with style():
-        canvas = Canvas(figsize=size, layout="constrained")
-        FigureCanvasAgg(canvas)
-        plot(canvas)
-        return finish(canvas, name, title, caption)
+    try:
+        with style():
+            canvas = Canvas(figsize=size, layout="constrained")
+            FigureCanvasAgg(canvas)
+            plot(canvas)
+            return finish(canvas, name, title, caption)
+    except Exception as error:  # of Matplotlib, for figures that no axis can hold
+        return failed(title, error)
+
+
+def failed(title: str, error: Exception) -> Gap:
+    """What stands in the place of a drawing that could not be made."""
+    return Gap(title=title, reason=f"it could not be drawn ({type(error).__name__}: {' '.join(str(error).split())})")
 
 
 def finish(canvas: Canvas, name: str, title: str, caption: str, *, tight: bool = False) -> Figure:

@@ -29,7 +29,7 @@ def image_grid(grid: ImageGrid | str, cutoff: str) -> Figure | Gap:
     caption = (
         f"{each} images of each of {classes} classes, of {grid.num_images} in the set. Filter: {cutoff}. Brightness from black to "
         f"white; {100 * grid.clipped:.0f} % of the pixels shown lie beyond and are clipped here, not in the run."
-        + ("" if grid.before.shape[-1] in (1, 3) else " First channel only.")
+        + ("" if grid.channels in (1, 3) else f" The first of {grid.channels} channels.")
     )
     tile = 3.8 / each  # inches of an image's width, of two grids side by side
     height = 0.5 + classes * tile * grid.before.shape[2] / grid.before.shape[3]

@@ -58,7 +58,9 @@ def _page(
         return comparison_page([read_sweep(path) for path in paths]), Path("comparison.html")
     path = paths[0]
     if path.is_file() and path.name != "record.json":  # a sweep's record: its run lies elsewhere, or at another address
-        return run_page(path, places, num_images), path.parent.parent / f"{path.stem}.html"
+        own = path.resolve().parent
+        folder = own.parent if own.name == "records" else own
+        return run_page(path, places, num_images), folder / f"{path.stem}.html"
     if is_run(path):
         folder = path.parent if path.is_file() else path
         return run_page(folder, places, num_images), folder / PAGE

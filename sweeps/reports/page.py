@@ -122,11 +122,8 @@ class Tab:
 
     title: str
     blocks: Sequence[Block]
-
-    @property
-    def name(self) -> str:
-        """The title as part of an address."""
-        return slug(self.title)
+    name: str = ""
+    """Its place in the page's address; the page gives it one of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +144,18 @@ class Page:
     tabs: Sequence[Tab]
     foot: str
 
+    def __post_init__(self) -> None:
+        """Give every tab, drawing and table a name of its own: they are places in the page and names of files."""
+        taken: dict[str, int] = {}
+        tabs = []
+        for tab in self.tabs:
+            blocks = [
+                replace(block, name=_free(block.name, taken)) if isinstance(block, Figure | Table) else block
+                for block in tab.blocks
+            ]
+            tabs.append(replace(tab, name=_free(f"tab-{slug(tab.title)}", taken), blocks=blocks))
+        object.__setattr__(self, "tabs", tabs)
+
     def figures(self) -> Iterator[Figure]:
         """Give every drawing."""
         yield from (block for tab in self.tabs for block in tab.blocks if isinstance(block, Figure))
@@ -155,6 +164,16 @@ class Page:
 def slug(text: str) -> str:
     """Return a text as letters, digits and dashes, for a file's name or an address; never empty."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "part"
+
+
+def _free(name: str, taken: dict[str, int]) -> str:
+    """Return the name, with a number behind it where it is taken already."""
+    found = name
+    while found in taken:
+        taken[name] += 1
+        found = f"{name}-{taken[name]}"
+    taken[found] = 1
+    return found
 
 
 def render(page: Page) -> str:

@@ -1,6 +1,7 @@
 """Figures of papers for the networks they are about, as reference lines beside what was measured here."""
 
 import functools
+import itertools
 import re
 import tomllib
 from collections.abc import Sequence
@@ -30,27 +31,32 @@ class Reference:
         return self.teacher_top1 - self.top1
 
 
-def references(model: str, bits: str, protocol: str) -> list[Reference]:
+def references(model: str, bits: str, protocol: str, num_classes: int) -> list[Reference]:
     """Return what is published of a network of that name, best first; none for one that no paper of the list has.
 
     Args:
         model: Short name of the model, for example "cifar10_resnet20".
         bits: For example "W4A4".
         protocol: A or B.
+        num_classes: Its number of classes, which tells data apart that the name does not say.
     """
-    letters = re.sub(r"[^a-z0-9]", "", model.lower())
+    words = _words(model)
     found = []
     for network in _networks():
-        if not all(word in letters for word in network["words"]) or any(word in letters for word in network["without"]):
+        same = num_classes == network["num_classes"] and words.issuperset(network["words"])
+        if not same or words.intersection(network["without"]):
             continue
         for method, figures in network.get(protocol, {}).items():
             if bits in figures:
-                found.append(
-                    Reference(
-                        method=method, network=network["name"], top1=figures[bits], teacher_top1=network["teacher_top1"]
-                    )
-                )
+                drops = {"top1": figures[bits], "teacher_top1": network["teacher_top1"]}
+                found.append(Reference(method=method, network=network["name"], **drops))
     return sorted(found, key=lambda one: -one.top1)
+
+
+def _words(model: str) -> set[str]:
+    """Words of a name, and every two neighbours as one: "ResNet-20" holds "resnet20"."""
+    words = re.findall(r"[a-z0-9]+", model.lower())
+    return {*words, *(first + second for first, second in itertools.pairwise(words))}
 
 
 @functools.cache

@@ -21,7 +21,7 @@ ROW = 0.16
 """Height of one layer's line in inches."""
 
 
-def error_by_difficulty(found: Answers | str, threshold: float) -> Figure | Gap:
+def error_by_difficulty(found: Answers | str, threshold: float, *, uses_labels: bool) -> Figure | Gap:
     """Error rate against difficulty (paper, Fig. 3); without labels the share of other answers than the teacher's."""
     title = (
         "Errors against difficulty"
@@ -64,7 +64,12 @@ def error_by_difficulty(found: Answers | str, threshold: float) -> Figure | Gap:
 
     caption = (
         f"{len(found.labels)} {found.source} in {NUM_DIFFICULTY_BINS} bins; the small figures are the images in each, the bars one standard error. Below 0.5 the teacher "
-        "cannot be wrong about the label; hard labels are used only for images left of the dashed line."
+        "cannot be wrong about the label. "
+        + (
+            "Synthetic images right of the dashed line have no hard label in training."
+            if uses_labels
+            else "No hard label was used in training."
+        )
     )
     return draw("difficulty", title, caption, plot)
 

@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.plans import Plan
-from sweeps.reports.drawing import finish, style
+from sweeps.reports.drawing import failed, finish, style
 from sweeps.reports.page import Figure, Gap, slug
 from sweeps.space import Dimension, value_at
 from synq.results import RunRecord
@@ -99,8 +99,8 @@ def study_figures(
         ),
         f"importance-{place}",
         f"{head}importance of the settings",
-        f"Share of the objective's variance that each setting explains by itself (fANOVA on random forests); {count}. With fewer than some "
-        "twenty trials it says little.",
+        "What each setting explains of the objective's variance by itself, as a share of what all of them do (fANOVA; the bars add up to 1, what settings do "
+        f"together is left out); {count}. With fewer than some twenty trials it says little.",
         size=(6.4, 1.2 + 0.35 * len(varied)),
     )
     figures.insert(1, importance)
@@ -109,11 +109,11 @@ def study_figures(
 
 def _figure(
     plot: Plot, name: str, title: str, caption: str, size: tuple[float, float] = (6.4, 3.4), grid: bool = True
-) -> Figure:
+) -> Figure | Gap:
     """Draw with one of Optuna's functions, which use Matplotlib's global state: what they open is closed again."""
     from matplotlib import pyplot
 
-    backend = pyplot.get_backend()
+    backend, before = pyplot.get_backend(), set(pyplot.get_fignums())
     pyplot.switch_backend("agg")  # a machine with a display would open a window
     try:
         with style(), warnings.catch_warnings():
@@ -127,8 +127,11 @@ def _figure(
                     one.set_title("", loc=side)
                 one.grid(grid)
             return finish(canvas, name, title, caption, tight=True)
+    except Exception as error:  # as in `draw`
+        return failed(title, error)
     finally:
-        pyplot.close("all")
+        for number in set(pyplot.get_fignums()) - before:
+            pyplot.close(number)
         if backend.lower() != "agg":
             pyplot.switch_backend(backend)
 

@@ -59,7 +59,13 @@ def run_verdict(record: RunRecord) -> list[str]:
         lines.append(f"No labelled images were given, so the accuracy is not known.{what}")
     kl, before_kl = record.fidelity.get("kl"), record.rtn_fidelity.get("kl")
     if kl is not None and before_kl is not None:
-        word = "nearer to" if kl < before_kl else "farther from"
+        word = (
+            "nearer to"
+            if kl < before_kl
+            else "farther from"
+            if kl > before_kl
+            else "neither nearer to nor farther from"
+        )
         lines.append(
             f"Fine-tuning brought the student {word} its teacher on held-out synthetic images: KL {before_kl:.4g} before, {kl:.4g} after."
         )

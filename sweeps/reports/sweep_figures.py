@@ -13,10 +13,13 @@ from sweeps.ranking import Standing
 from sweeps.reports.drawing import COLORS, draw, panels
 from sweeps.reports.page import Figure, Gap
 from synq.results import RunRecord
+from synq.table_text import Row
 
-LEAST_TRIALS = 5
+LEAST_TRIALS = 8
 """Trials from which a rank correlation is worth a number."""
 NUM_BOOTSTRAP = 2000
+MOST_KINDS = 12
+"""Kinds of students that a legend names."""
 MOST_NAMED = 4
 """Kinds of students up to which the ends of a front bear their widths: with more of them names lie upon names."""
 MOST_LANES = 40
@@ -42,8 +45,13 @@ def rank_agreement(trials: Sequence[tuple[float, float]], *, minimise: bool) -> 
     return float(rank_correlation(scores[None], top1[None])[0]), float(low), float(high)
 
 
-def trust(groups: Mapping[str, Sequence[RunRecord]]) -> tuple[Figure | Gap, list[str]]:
-    """Objective against top-1 of each group's completed trials, and what it says in sentences."""
+def trust(groups: Mapping[str, Sequence[RunRecord]], *, searched: bool) -> tuple[Figure | Gap, list[str]]:
+    """Objective against top-1 of each group's completed trials, and what it says in sentences.
+
+    Args:
+        groups: Trials that may be compared: of one ranking.
+        searched: Whether they are those of a search, all of one seed; else runs of any seed.
+    """
     title = "Can the objective be trusted?"
     labelled = {
         name: [
@@ -82,11 +90,14 @@ def trust(groups: Mapping[str, Sequence[RunRecord]]) -> tuple[Figure | Gap, list
 
     columns, rows = min(3, len(labelled)), -(-len(labelled) // 3)
     caption: str = (
-        "A dot for each completed trial of the search (one seed); rho is Spearman's rank correlation with its 95 % bootstrap interval, "
-        f"from {LEAST_TRIALS} trials on; +1 says that the objective, which needs no labels, ranks settings as the labelled images do. A low rho "
-        "where top-1 hardly varies says only that the settings are equally good."
+        f"A dot for each completed {'trial of the search (one seed)' if searched else 'run, whatever its seed'}; rho is Spearman's rank "
+        f"correlation with its 95 % bootstrap interval, from {LEAST_TRIALS} of them on; +1 says that the objective ({_OBJECTIVES}) ranks "
+        "settings as the labelled images that are reported on do. A low rho where top-1 hardly varies says only that the settings are equally good."
     ) + (f" Groups with fewer than two such trials are left out: {len(few)}." if few else "")
     return draw("trust", title, caption, plot, (max(4.6, 3.4 * columns), 0.3 + 2.9 * rows)), notes
+
+
+_OBJECTIVES = "synthetic: without labels, lower is better; selection: top-1 on other images, higher is better"
 
 
 def _trust_word(found: tuple[float, float, float]) -> str:
@@ -98,67 +109,75 @@ def _trust_word(found: tuple[float, float, float]) -> str:
 
 
 def pareto(standings: Sequence[Standing]) -> list[Figure | Gap]:
-    """Accuracy (or the objective, without labels) against size and BitOps, the front marked."""
+    """Accuracy (or the objective, without labels) against size and BitOps, the best settings joined."""
     title = "What accuracy costs"
-    rows = [standing.row for standing in standings]
+    rows = [standing.row for standing in standings if any(standing.row[column] is not None for column in UNITS)]
     if not rows:
-        return [Gap(title=title, reason="no trial was completed")]
+        return [Gap(title=title, reason="no trial was completed" if not standings else "no record says the size")]
     by_top1 = all(row["top1_mean"] is not None for row in rows)
     value, label = ("top1_mean", "top-1 [%]") if by_top1 else ("objective_value", "objective")
+    series: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        series[f"{row['model']} {row['protocol']} {row['act_points']}"].append(row)
 
     def plot(canvas: Canvas) -> None:
-        series = defaultdict(list)
-        for row in rows:
-            series[f"{row['model']} {row['protocol']} {row['act_points']}"].append(row)
-        for axes, (column, mark) in zip(
-            panels(canvas, 2), (("size_bytes", "pareto_size"), ("bitops", "pareto_bitops")), strict=True
-        ):
-            words, unit = UNITS[column]
+        for axes, (column, (words, unit)) in zip(panels(canvas, 2), UNITS.items(), strict=True):
             for i, (name, part) in enumerate(series.items()):
                 known = [row for row in part if row[column] is not None]
                 color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-                axes.scatter(
-                    [row[column] / unit for row in known], [row[value] for row in known], s=14, alpha=0.45, color=color, marker=marker,
-                    label=f"{name} (n = {len(known)})" if column == "size_bytes" else None,
-                )  # fmt: skip
-                front = (
-                    sorted(
-                        (row[column] / unit, row[value], row) for row in known if row[mark] == 1 and row["rank"] == 1
-                    )
-                    if known
-                    else []
-                )
-                axes.plot([x for x, _, _ in front], [y for _, y, _ in front], color=color, linewidth=1)
-                for x, y, row in front if len(series) <= MOST_NAMED else ():
-                    axes.annotate(
-                        f"W{row['weight_bits']}A{row['act_bits']}",
-                        (x, y),
-                        (4, 4),
-                        textcoords="offset points",
-                        fontsize=7,
-                        color=color,
-                    )
+                prices, values = [row[column] / unit for row in known], [row[value] for row in known]
+                named = column == "size_bytes" and i < MOST_KINDS
+                words_of = f"{name} (n = {len(known)})" if named else None
+                axes.scatter(prices, values, s=14, alpha=0.45, color=color, marker=marker, label=words_of)
+                best = front(known, column, value, higher=by_top1 or part[0]["objective"] == "selection")
+                axes.plot([row[column] / unit for row in best], [row[value] for row in best], color=color, linewidth=1)
+                for row in best if len(series) <= MOST_NAMED else ():
+                    place = (row[column] / unit, row[value])
+                    bits = f"W{row['weight_bits']}A{row['act_bits']}"
+                    axes.annotate(bits, place, (4, 4), textcoords="offset points", fontsize=7, color=color)
             axes.set(xlabel=words, ylabel=label)
-        canvas.legend(loc="outside lower center", ncols=min(2, len(series)))
+        canvas.legend(loc="outside lower center", ncols=2, fontsize=7)
 
     caption = (
         f"A mark for each of {len(rows)} settings of the leaderboard ({'mean over its seeds' if by_top1 else 'no labels: the objective in place of accuracy'}); "
-        "lines join the best settings that no other of the same kind beats in both the objective and the cost."
+        "a line joins the settings of rank 1 that no other of rank 1 of the same kind beats in both."
+        + (f" The first {MOST_KINDS} of {len(series)} kinds are named." if len(series) > MOST_KINDS else "")
     )
-    return [draw("pareto", title, caption, plot, (8.4, 3.8))]
+    return [draw("pareto", title, caption, plot, (8.4, 3.6 + 0.09 * min(len(series), MOST_KINDS)))]
+
+
+def front(rows: Iterable[Row], price: str, value: str, *, higher: bool) -> list[Row]:
+    """Return the rows of rank 1 that no other of them beats in both columns, cheapest first.
+
+    Args:
+        rows: Rows of a leaderboard that may be compared but for their widths.
+        price: Column of which less is better.
+        value: Column of what it buys.
+        higher: Whether more of that is better.
+    """
+    sign = -1 if higher else 1
+    best: list[Row] = []
+    for row in sorted((row for row in rows if row["rank"] == 1), key=lambda row: (row[price], sign * row[value])):
+        if not best or sign * row[value] < sign * best[-1][value]:
+            best.append(row)
+    return best
 
 
 def timeline(records: Iterable[RunRecord]) -> Figure | Gap:
     """Which trial ran when on which machine."""
     title = "Trials in time"
     spans: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    devices: dict[str, str] = {}
+    """Of each machine, as far as a finished trial says it."""
     missing = 0
     for record in records:
         if not record.started or not record.total_seconds:
             missing += 1
             continue
         begun = datetime.fromisoformat(record.started).timestamp()
-        place = " ".join(word for word in (record.host, record.device) if word) or "unknown"
+        place = record.host or "unknown"
+        devices.setdefault(place, record.device)
+        devices[place] = devices[place] or record.device
         spans[place].append((begun, begun + record.total_seconds, record.status))
     if not spans:
         return Gap(title=title, reason="no record says when its trial ran")
@@ -179,7 +198,7 @@ def timeline(records: Iterable[RunRecord]) -> Figure | Gap:
                     linewidth=0.4,
                 )
         starts = [i for i in range(len(lanes[:MOST_LANES])) if i == 0 or lanes[i][0] != lanes[i - 1][0]]
-        axes.set_yticks(starts, [lanes[i][0] for i in starts])
+        axes.set_yticks(starts, [f"{lanes[i][0]} {devices[lanes[i][0]]}".rstrip() for i in starts])
         axes.invert_yaxis()
         axes.set_xlabel("minutes since the first trial began")
         shown = {status for _, lane in lanes for *_, status in lane}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sweeps.ranking import TRIAL_COLUMNS, Standing
+from sweeps.ranking import TRIAL_COLUMNS, Ranking, Standing, read_run
 from sweeps.reports.page import Block, Gap, Page, Tab, Table, Words
 from sweeps.reports.run_page import run_tabs
 from sweeps.reports.study_figures import study_figures
@@ -40,7 +40,7 @@ def sweep_page(
     """
     standings = sweep.standings()
     completed = {name: record for name, record in sweep.records.items() if record.status == "completed"}
-    trusted, notes = trust(by_group(sweep, completed))
+    trusted, notes = trust(by_ranking(sweep), searched=sweep.is_sweep)
     board = Table(
         name="leaderboard",
         title="Leaderboard",
@@ -91,15 +91,18 @@ def best_table(standings: Sequence[Standing]) -> list[Table]:
     return [table] if rows else []
 
 
-def by_group(sweep: SweepView, completed: Mapping[str, RunRecord]) -> dict[str, list[RunRecord]]:
-    """Completed trials that one search compared: of its group; of a folder of runs those of one model, width and protocol."""
-    if sweep.is_sweep:
-        found = {group: [record for _, record in sweep.search_trials(group)] for group in sweep.groups}
-        return {group: done for group, part in found.items() if (done := [r for r in part if r.status == "completed"])}
+def by_ranking(sweep: SweepView) -> dict[str, list[RunRecord]]:
+    """Completed trials of each ranking, by its name: only they may be compared. Of a sweep those of its search, which have one seed."""
+    found: dict[Ranking, list[RunRecord]] = {}
+    for name, record in sweep.records.items():
+        searched = not sweep.is_sweep or (name in sweep.plans and sweep.plans[name].stage == "search")
+        if record.status == "completed" and searched:
+            found.setdefault(read_run(record, str(sweep.paths[name])).ranking, []).append(record)
     groups: dict[str, list[RunRecord]] = {}
-    for record in completed.values():
-        name = f"{record.model} W{record.weight_bits}A{record.act_bits} {record.protocol} {record.act_points}"
-        groups.setdefault(name, []).append(record)
+    for ranking in sorted(found, key=Ranking.order):
+        words = f"{ranking.model} W{ranking.weight_bits}A{ranking.act_bits} {ranking.protocol} {ranking.act_points}"
+        name = words if words not in groups else f"{words} ({len(groups)})"  # other images, another objective
+        groups[name] = found[ranking]
     return groups
 
 

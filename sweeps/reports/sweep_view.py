@@ -78,15 +78,17 @@ def read_sweep(path: str | Path) -> SweepView:
         ValueError: sweep.json is damaged.
     """
     root = Path(path)
-    about = read_json(root / "sweep.json") if (root / "sweep.json").is_file() else {}
+    about = _about(root / "sweep.json")
     unread: list[str] = []
     records, paths, tables = {}, {}, Tables()
     for file in _record_files(root, begun=bool(about)):
         name = file.stem if file.parent.name == "records" else file.parent.name
+        if name in records:  # a folder that holds several sweeps
+            name = str(file.relative_to(root).with_suffix(""))
         try:
-            records[name] = load_record(file)
-            tables.add(records[name], name, source=str(file))
-            paths[name] = file
+            record = load_record(file)
+            tables.add(record, name if about else None, source=str(file))  # a run in two folders is one run
+            records[name], paths[name] = record, file
         except (ValueError, FileNotFoundError) as error:
             unread.append(" ".join(str(error).split()))
     plans = {}
@@ -109,6 +111,24 @@ def read_sweep(path: str | Path) -> SweepView:
         paths=paths,
         unread=unread,
     )
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What sweep.json says, {} where there is none.
+
+    Raises:
+        ValueError: It is damaged, or of something else.
+    """
+    if not path.is_file():
+        return {}
+    about = read_json(path)
+    if (
+        not isinstance(about, dict)
+        or not isinstance(about.get("search"), dict)
+        or not isinstance(about.get("groups"), dict)
+    ):
+        raise ValueError(f"`{path}` must hold a sweep's search and groups, but it does not")
+    return about
 
 
 def _record_files(root: Path, *, begun: bool) -> Sequence[Path]:
