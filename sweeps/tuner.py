@@ -91,6 +91,7 @@ def _conclude(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress
     where = spec.address or spec.output_dir
     print(f"{where}/trials.csv\n{where}/leaderboard.csv", flush=True)
     if spec.search.report and ledger.records:
+        print("drawing report.html ...", flush=True)
         print(_report(spec, ledger), flush=True)
     if progress.account():
         print(progress.account(), flush=True)
