@@ -5,6 +5,7 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,14 @@ def _show_run(path: Path, console: "Console") -> None:
     from rich.text import Text
 
     from sweeps.reports.summary import run_facts, run_label, run_verdict
-    from synq.results import read_record
+    from sweeps.reports.sweep_view import record_of
 
-    record = read_record(path / "record.json" if path.is_dir() else path)
+    if path.is_dir() and not (path / "record.json").exists():
+        saved = path / "checkpoint.pt"
+        when = f", last saved {datetime.fromtimestamp(saved.stat().st_mtime):%Y-%m-%d %H:%M}" if saved.exists() else ""
+        console.print(plain(f"run {path.name}: not finished{when}; its command, started again, goes on"))
+        return
+    record = record_of(path)
     console.rule(Text(plain(f"run {record.name}: {run_label(record)}")), align="left")
     for line in run_verdict(record):
         console.print(plain(line))
@@ -79,7 +85,8 @@ def _show_sweep(path: Path, console: "Console") -> None:
         console.print(plain(line))
     _table(console, ("", ""), sweep_facts(sweep))
     rows = [
-        tuple(_number(row[column], DECIMALS.get(column)) for column in BEST_COLUMNS) for row in best_rows(standings)
+        tuple(_number(row[column], DECIMALS.get(column)) for column in BEST_COLUMNS)
+        for row in best_rows(sweep, standings)
     ]
     if rows:
         _table(console, [BOARD_HEADINGS.get(column, column) for column in BEST_COLUMNS], rows)

@@ -200,9 +200,9 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"`{path}` must hold JSON, but it is damaged ({error}); remove it to have it made again"
-        ) from None
+        ours = Path(path).suffix == ".json"
+        advice = f"is damaged ({error}); remove it to have it made again" if ours else "does not"
+        raise ValueError(f"`{path}` must hold JSON, but it {advice}") from None
 
 
 def write_record(path: str | Path, record: RunRecord) -> None:

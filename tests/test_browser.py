@@ -112,6 +112,9 @@ def test_what_is_empty_is_sorted_last_either_way(browser: Any, path: Path) -> No
     ("words", "shown"),
     [
         ("failed", 1),
+        ("w4a4", 12),
+        ("w3a3", 0),
+        ("status = failed", 1),
         ("pruned", 2),
         ("status=completed", 9),
         ("status=completed group-w4a4-t000", 1),
@@ -126,6 +129,8 @@ def test_words_filter_the_rows(browser: Any, path: Path, words: str, shown: int)
     page.locator("#table-trials input").fill(words)
     assert page.locator("#table-trials tbody tr:visible").count() == shown
     assert page.locator("#table-trials output").inner_text() == f"{shown} of 12"
+    page.locator("#table-trials input").fill("foo>3")
+    assert page.locator("#table-trials output").inner_text() == "0 of 12, no column foo here"
     page.locator("#table-trials input").fill("")
     assert page.locator("#table-trials tbody tr:visible").count() == 12 and not complaints
     page.close()

@@ -309,9 +309,35 @@ def test_cells_of_a_table_are_sorted_by_their_numbers(tmp_path: Path) -> None:
         {"a": 12345.6, "b": "-1"},
     ]
     table = Table(name="t", title="T", caption="C", columns=("a", "b"), rows=rows, decimals={"a": 2})
-    cells = [cells for _, cells in table.cells()]
+    cells = [cells for *_, cells in table.cells()]
     assert cells[0] == [("0.12", "0.123456789"), ("", "")] and cells[1] == [("", ""), ("x", "")]
     assert cells[2] == [("12.00", "12"), ("True", "")] and cells[3][0] == ("12345.60", "12345.6")
     page = Page(title="P", verdict=[], facts=[], foot="f", tabs=[Tab(title="T", blocks=[table, Words(lines=["w"])])])
     (written,) = write_page(page, tmp_path / "page.html")
     assert 'data-number="0.123456789">0.12<' in written.read_text()
+
+
+def test_an_unfinished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoint.pt").write_text("")
+    assert show([str(tmp_path)]) == 0 and "not finished, last saved" in capsys.readouterr().out
+    assert report([str(tmp_path)]) == 2 and "must be a finished run" in capsys.readouterr().err
+
+
+def test_a_page_goes_to_an_html_file_alone(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes = tmp_path / "notes.csv"
+    notes.write_text("mine")
+    assert report([str(folder), "--runs", "0", "--output", str(notes)]) == 2
+    assert "must end in .html" in capsys.readouterr().err and notes.read_text() == "mine"
+    assert show([str(notes)]) == 2
+    error = capsys.readouterr().err
+    assert "must hold JSON, but it does not" in error and "remove" not in error
+
+
+def test_settings_of_the_best_are_as_they_can_be_given(page: Page) -> None:
+    rows = _table(page, "best").rows
+    for row in rows:
+        assert re.search(r"lowpass_cutoff (off|[\d.]+ nyquist), cam_weight [\d.]+, .*lr [\d.e-]+", row["setting"]), row[
+            "setting"
+        ]
+        assert row["trial"].startswith(f"group-W{row['weight_bits']}A")

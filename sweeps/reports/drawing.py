@@ -72,21 +72,16 @@ def finish(canvas: Canvas, name: str, title: str, caption: str, *, tight: bool =
     """Turn a canvas that has been drawn on into a figure of a page; tight: cut to what is drawn, for a layout that is not ours."""
     for axes in canvas.axes:
         _plain_numbers(axes)
-    if tight:
-        canvas.draw_without_rendering()
-        cut = canvas.get_tightbbox().padded(0.05)
-    else:
-        cut = None
     files = {}
     for ending, options in (
         ("svg", {"metadata": {"Date": None, "Creator": None}}),
         ("png", {"dpi": 2 * PIXELS_PER_INCH}),
     ):
         buffer = io.BytesIO()
-        canvas.savefig(buffer, format=ending, bbox_inches=cut, **options)  # type: ignore[arg-type]
+        canvas.savefig(buffer, format=ending, bbox_inches="tight" if tight else None, **options)  # type: ignore[arg-type]
         files[ending] = buffer.getvalue()
         canvas.set_layout_engine("none")  # what has been laid out once need not be a second time
-    width = int((canvas.get_figwidth() if cut is None else cut.width) * PIXELS_PER_INCH)
+    width = int(canvas.get_figwidth() * PIXELS_PER_INCH)
     return Figure(name=name, title=title, caption=caption, svg=files["svg"], png=files["png"], width=width)
 
 

@@ -46,8 +46,13 @@ def make_report(
             raise FileNotFoundError(f"`PATH` must exist, but got {path}")
     if len({path.resolve() for path in found}) < len(found):
         raise ValueError(f"`PATH` must be different ones for a comparison, but got {' '.join(map(str, paths))}")
+    target = None if output is None else Path(output)
+    if target is not None and target.is_dir():
+        target = target / PAGE
+    if target is not None and target.suffix not in (".html", ".htm"):
+        raise ValueError(f"`output` must end in .html or be a folder, but got {output}")
     page, default = _page(found, runs, places, num_images)
-    return write_page(page, output or default)
+    return write_page(page, target or default)
 
 
 def _page(

@@ -91,13 +91,12 @@ class Table:
         """The same under a name of its own."""
         return replace(self, name=slug(f"{prefix}-{self.name}"))
 
-    def cells(self) -> Iterator[tuple[bool, list[tuple[str, str]]]]:
-        """Give each row as (stands out, cells); a cell is its text and the number that it is sorted by, "" where it is no number."""
+    def cells(self) -> Iterator[tuple[bool, str, list[tuple[str, str]]]]:
+        """Give each row as (stands out, further words that find it, cells); a cell is its text and the number that it is sorted by, "" for none."""
         for i, row in enumerate(self.rows):
-            yield (
-                bool(self.bold and self.bold[i]),
-                [_cell(row.get(column), self.decimals.get(column)) for column in self.columns],
-            )
+            bits = f"w{row['weight_bits']}a{row['act_bits']}" if {"weight_bits", "act_bits"} <= row.keys() else ""
+            cells = [_cell(row.get(column), self.decimals.get(column)) for column in self.columns]
+            yield bool(self.bold and self.bold[i]), bits, cells
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 from sweeps.reports.drawing import COLORS, draw
 from sweeps.reports.page import Figure, Gap
@@ -89,6 +90,7 @@ def losses(record: RunRecord) -> list[Figure | Gap]:
             if any(value for value in values):
                 axes.plot(epochs, [math.nan if value is None else value for value in values], marker=".", label=name)
         axes.set(yscale="log", xlabel="epoch", ylabel="mean over the epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         canvas.legend(loc="outside right upper")
 
     caption = f"Means over each of {len(history)} epochs: the loss, and its terms before their weights (log scale; a term that is zero is left out)."
@@ -104,6 +106,7 @@ def losses(record: RunRecord) -> list[Figure | Gap]:
             axes = canvas.subplots()
             axes.plot(*zip(*values, strict=True), marker=".")
             axes.set(xlabel="epoch", ylabel=f"{record.objective} objective")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
         better = "higher" if record.objective == "selection" else "lower"
         figures.append(
@@ -228,7 +231,7 @@ def confusion(found: Answers | str, num_classes: int) -> Figure | Gap:
             axes.set_xticks(range(num_classes))
             axes.set_yticks(range(num_classes))
             axes.grid(False)
-            canvas.colorbar(shown, label="images on which they differ")
+            canvas.colorbar(shown, label="images on which they differ", ticks=MaxNLocator(integer=True))
 
         return draw("confusion", title, f"{about} Colour: only where they differ.", plot, (5.6, 4.4))
     differing = [(int(count), f"{t} -> {s}") for (t, s), count in zip(pairs.T, counts, strict=True) if t != s]

@@ -8,9 +8,10 @@ from sweeps.reports.image_figures import cam_overlays, image_grid, spectra
 from sweeps.reports.page import Block, Gap, Page, Tab, Table, Words
 from sweeps.reports.run_figures import confusion, error_by_difficulty, layer_errors, losses, range_strips
 from sweeps.reports.summary import foot, run_facts, run_label, run_verdict
+from sweeps.reports.sweep_view import record_of
 from synq.probe import probe_run
 from synq.probe_parts import Probe
-from synq.results import RunRecord, read_record
+from synq.results import RunRecord
 
 LAYER_COLUMNS = ("name", "kind", "role", "bits", "shape", "parameters", "macs", "bitops")
 
@@ -27,12 +28,12 @@ def run_page(path: str | Path, places: Mapping[str, Any] | None = None, num_imag
         FileNotFoundError, ValueError: There is no record, or it is damaged.
     """
     path = Path(path)
-    record = read_record(path / "record.json" if path.is_dir() else path)
+    record = record_of(path)
     return Page(
         title=f"Run {record.name}: {run_label(record)}",
         verdict=run_verdict(record),
         facts=run_facts(record),
-        tabs=[*run_tabs(path, record, places, num_images), Tab(title="Settings", blocks=_settings(record))],
+        tabs=[*run_tabs(path, record, places, num_images), Tab(title="Settings", blocks=settings_blocks(record))],
         foot=foot([record]),
     )
 
@@ -98,7 +99,7 @@ def _layer_table(record: RunRecord) -> Table | Gap:
     return Table(name="widths", title="Widths", caption=caption, columns=columns, rows=record.layers)
 
 
-def _settings(record: RunRecord) -> list[Block]:
+def settings_blocks(record: RunRecord) -> list[Block]:
     rows = [{"setting": name, "value": value} for name, value in flat(record.config)]
     seconds = [{"stage": name, "seconds": value} for name, value in record.seconds.items()]
     blocks: list[Block] = [

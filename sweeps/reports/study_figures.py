@@ -8,7 +8,10 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import matplotlib
+import numpy as np
 import optuna
+from matplotlib.colors import ListedColormap
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
@@ -126,6 +129,11 @@ def _figure(
                 for side in ("left", "center"):
                     one.set_title("", loc=side)
                 one.grid(grid)
+                for drawn in one.collections:
+                    if drawn.get_cmap().name.startswith("Blues"):  # whose first colours are hardly seen on white
+                        shades = np.linspace(0.35, 1.0, 256)
+                        back = shades[::-1] if drawn.get_cmap().name.endswith("_r") else shades
+                        drawn.set_cmap(ListedColormap(matplotlib.colormaps["Blues"](back)))
             return finish(canvas, name, title, caption, tight=True)
     except Exception as error:  # as in `draw`
         return failed(title, error)

@@ -11,9 +11,9 @@ from synq.results import RunRecord
 from synq.table_text import Row
 
 BOARD_COLUMNS = (
-    "rank", "model", "weight_bits", "act_bits", "protocol", "act_points", "objective_value", "top1_mean", "top1_std", "num_seeds",
-    "num_failed", "teacher_top1", "rtn_top1", "drop", "num_eval", "size_bytes", "bitops", *SETTINGS, "layer_bits", "first_bits",
-    "last_bits", "objective", "fidelity_measure", "seconds",
+    "rank", "model", "weight_bits", "act_bits", "top1_mean", "top1_std", "num_seeds", "drop", "objective_value", *SETTINGS, "protocol",
+    "act_points", "layer_bits", "first_bits", "last_bits", "teacher_top1", "rtn_top1", "num_eval", "num_failed", "size_bytes", "bitops",
+    "objective", "fidelity_measure", "seconds",
 )  # fmt: skip
 BOARD_HEADINGS = {
     "weight_bits": "W", "act_bits": "A", "act_points": "points", "objective_value": "value", "top1_mean": "top-1", "top1_std": "std",
@@ -23,7 +23,7 @@ BOARD_HEADINGS = {
 PERCENTS = ("top1", "top5", "top1_mean", "top1_std", "teacher_top1", "rtn_top1", "drop")
 DECIMALS = {**dict.fromkeys(PERCENTS, 2), "size_bytes": 0, "bitops": 0, "seconds": 0}
 BEST_COLUMNS = (
-    "model", "weight_bits", "act_bits", "protocol", "act_points", "top1_mean", "top1_std", "num_seeds", "drop", "objective_value", "setting"
+    "model", "weight_bits", "act_bits", "protocol", "act_points", "top1_mean", "top1_std", "num_seeds", "drop", "objective_value", "setting", "trial"
 )  # fmt: skip
 
 
@@ -168,14 +168,34 @@ def sweep_facts(sweep: SweepView) -> list[tuple[str, str]]:
     return [(name, value) for name, value in known if value]
 
 
-def best_rows(standings: Sequence[Standing]) -> list[Row]:
-    """Return the first row of each ranking, its searched settings in one cell."""
-    return [one.row | {"setting": _setting(one.row)} for one in standings if one.row["rank"] == 1]
+def best_rows(sweep: SweepView, standings: Sequence[Standing]) -> list[Row]:
+    """Return the first row of each ranking, with its settings and the trial in a cell each."""
+    rows = []
+    for standing in [one for one in standings if one.row["rank"] == 1]:
+        name = run_of(sweep, standing)
+        settings = "" if name is None else _settings(sweep.records[name].config["finetune"])
+        rows.append(standing.row | {"setting": settings, "trial": name})
+    return rows
 
 
-def _setting(row: Mapping[str, Any]) -> str:
+def run_of(sweep: SweepView, standing: Standing) -> str | None:
+    """Name of the first run behind a row."""
+    records = sweep.records.items()
+    found = [
+        name
+        for name, record in records
+        if record.config_digest == standing.row["config_digest"] and record.status == "completed"
+    ]
+    return min(found) if found else None
+
+
+def _settings(finetune: Mapping[str, Any]) -> str:
+    """The searched settings as the configuration has them, the cutoff with its unit: so they can be given again."""
     parts = []
     for name in SETTINGS:
-        if row[name] is not None:
-            parts.append(f"{name} {row[name]:.4g}" if isinstance(row[name], int | float) else f"{name} {row[name]}")
+        value = finetune.get(name)
+        if name == "lowpass_cutoff":
+            parts.append(f"{name} off" if value is None else f"{name} {value:.4g} {finetune.get('lowpass_unit', '')}")
+        elif value is not None:
+            parts.append(f"{name} {value:.4g}")
     return ", ".join(parts)

@@ -5,7 +5,7 @@ from typing import Any
 
 from sweeps.ranking import TRIAL_COLUMNS, Ranking, Standing, read_run
 from sweeps.reports.page import Block, Gap, Page, Tab, Table, Words
-from sweeps.reports.run_page import run_tabs
+from sweeps.reports.run_page import run_tabs, settings_blocks
 from sweeps.reports.study_figures import study_figures
 from sweeps.reports.summary import (
     BEST_COLUMNS,
@@ -15,6 +15,7 @@ from sweeps.reports.summary import (
     best_rows,
     foot,
     label,
+    run_of,
     sweep_facts,
     sweep_verdict,
 )
@@ -44,7 +45,7 @@ def sweep_page(
     board = Table(
         name="leaderboard",
         title="Leaderboard",
-        caption="A row for each setting, ranked within its model, widths and protocol; the first of each ranking is marked. The CSV has all columns.",
+        caption="A row for each setting, ranked within its model, widths and protocol; the first of each ranking is marked. leaderboard.csv of a sweep has all columns.",
         columns=[column for column in BOARD_COLUMNS if _said(standings, column)],
         rows=[standing.row for standing in standings],
         headings=BOARD_HEADINGS,
@@ -52,7 +53,7 @@ def sweep_page(
         bold=[standing.row["rank"] == 1 for standing in standings],
     )
     tabs = [
-        Tab(title="Overview", blocks=[*best_table(standings), trusted, *pareto(standings)]),
+        Tab(title="Overview", blocks=[*best_table(sweep, standings), trusted, *pareto(standings)]),
         Tab(
             title="Leaderboard",
             blocks=[board if standings else Gap(title="Leaderboard", reason="no trial was completed yet")],
@@ -62,7 +63,7 @@ def sweep_page(
         *_best_runs(sweep, standings, completed, runs, places, num_images),
     ]
     return Page(
-        title=f"Sweep {sweep.name}",
+        title=f"Sweep {sweep.name}" if sweep.is_sweep else f"{len(sweep.records)} runs in {sweep.root}",
         verdict=[*sweep_verdict(sweep, standings), *notes],
         facts=sweep_facts(sweep),
         tabs=tabs,
@@ -75,10 +76,10 @@ def _said(standings: Sequence[Standing], column: str) -> bool:
     return any(standing.row.get(column) not in (None, "") for standing in standings)
 
 
-def best_table(standings: Sequence[Standing]) -> list[Table]:
+def best_table(sweep: SweepView, standings: Sequence[Standing]) -> list[Block]:
     """The best setting of each ranking; nothing where there is none."""
     caption = "The first row of each ranking: most seeds, then the best mean objective."
-    rows = best_rows(standings)
+    rows = best_rows(sweep, standings)
     table = Table(
         name="best",
         title="Best settings",
@@ -88,7 +89,9 @@ def best_table(standings: Sequence[Standing]) -> list[Table]:
         headings=BOARD_HEADINGS,
         decimals=DECIMALS,
     )
-    return [table] if rows else []
+    records = [sweep.paths[row["trial"]] for row in rows if row["trial"] in sweep.paths]
+    ways = [f"synq export {path if path.name != 'record.json' else path.parent}" for path in records]
+    return [table, Words(title="To a file that an engine runs", lines=ways, listed=True)] if rows else []
 
 
 def by_ranking(sweep: SweepView) -> dict[str, list[RunRecord]]:
@@ -180,7 +183,7 @@ def _best_runs(
     """Look into the best run of the first rankings."""
     tabs = []
     for standing in [one for one in standings if one.row["rank"] == 1][:runs]:
-        name = _run_of(standing, completed)
+        name = run_of(sweep, standing)
         if name is None:
             continue
         blocks: list[Block] = [
@@ -188,11 +191,6 @@ def _best_runs(
         ]
         for tab in run_tabs(sweep.paths[name], completed[name], places, num_images, prefix=name):
             blocks += tab.blocks
+        blocks += [block.named(name) for block in settings_blocks(completed[name])]
         tabs.append(Tab(title=label(standing), blocks=blocks))
     return tabs
-
-
-def _run_of(standing: Standing, completed: Mapping[str, RunRecord]) -> str | None:
-    """Name of the first run behind a row."""
-    found = [name for name, record in completed.items() if record.config_digest == standing.row["config_digest"]]
-    return min(found) if found else None

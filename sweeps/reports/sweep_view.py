@@ -10,7 +10,7 @@ from sweeps.plans import Plan, read_plan
 from sweeps.ranking import Standing
 from sweeps.space import Dimension
 from sweeps.tables import Tables
-from synq.results import RunRecord, read_json
+from synq.results import RunRecord, read_json, read_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,22 @@ class SweepView:
 
 def is_run(path: Path) -> bool:
     """Whether a path is one run, or a record of one, rather than a folder of several."""
-    return path.is_file() or ((path / "record.json").is_file() and not (path / "records").is_dir())
+    own = any((path / name).is_file() for name in ("record.json", "config.json"))
+    return path.is_file() or (own and not (path / "records").is_dir())
+
+
+def record_of(path: Path) -> RunRecord:
+    """Read the record of a run.
+
+    Raises:
+        FileNotFoundError: The run is not finished.
+        ValueError: The record is damaged.
+    """
+    if path.is_dir() and not (path / "record.json").exists():
+        raise FileNotFoundError(
+            f"`PATH` must be a finished run, but {path} is not: its command, started again, goes on"
+        )
+    return read_record(path / "record.json" if path.is_dir() else path)
 
 
 def read_sweep(path: str | Path) -> SweepView:

@@ -44,7 +44,7 @@
     const body = block.querySelector("tbody");
     const heads = [...block.querySelectorAll("th")];
     const rows = [...body.rows];
-    const texts = new Map(rows.map((row) => [row, [...row.cells].map((cell) => cell.textContent).join(" ").toLowerCase()]));
+    const texts = new Map(rows.map((row) => [row, [...row.cells].map((cell) => cell.textContent).concat(row.dataset.words || "").join(" ").toLowerCase()]));
     heads.forEach((head, column) => {
       head.querySelector("button").addEventListener("click", () => {
         const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
@@ -59,10 +59,12 @@
     const input = block.querySelector("input");
     const count = block.querySelector("output");
     const columnOf = (name) =>
-      heads.findIndex((head) => head.dataset.column.toLowerCase() === name || head.textContent.trim().toLowerCase() === name);
+      heads.findIndex((head) => [head.dataset.column, head.textContent.replace(/\[.*/, "").trim()].some((text) => text.toLowerCase() === name));
+    let unknown = [];
     const test = (word) => {
       const [, name, sign, text] = /^([^<>=]+)(<=|>=|<|>|=)(.*)$/.exec(word) || [];
       const column = name === undefined ? -1 : columnOf(name);
+      if (name !== undefined && column < 0) unknown.push(name);
       if (column < 0) return (row) => texts.get(row).includes(word);
       const number = Number(text);
       return (row) => {
@@ -72,13 +74,14 @@
       };
     };
     const filter = () => {
-      const tests = input.value.toLowerCase().split(/\s+/).filter(Boolean).map(test);
+      unknown = [];
+      const tests = input.value.toLowerCase().replace(/\s*(<=|>=|<|>|=)\s*/g, "$1").split(/\s+/).filter(Boolean).map(test);
       let shown = 0;
       for (const row of rows) {
         row.hidden = !tests.every((holdsFor) => holdsFor(row));
         shown += !row.hidden;
       }
-      count.textContent = `${shown} of ${rows.length}`;
+      count.textContent = `${shown} of ${rows.length}${unknown.map((name) => `, no column ${name} here`).join("")}`;
     };
     if (rows.length > 1) {
       block.querySelector(".filter").hidden = false;
