@@ -11,7 +11,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from sweeps.reports.page import Figure, Gap
 
@@ -92,7 +92,10 @@ def _plain_numbers(axes: Axes) -> None:
             low, high = sorted(axis.get_view_interval())
             narrow = 0 < high < 10 * low  # powers of ten alone would leave hardly a number on it
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}") if narrow else NullFormatter())
+            axis.set_minor_formatter(NullFormatter())
+            if narrow:
+                axis.set_major_locator(MaxNLocator(3))
+                axis.set_minor_locator(NullLocator())
 
 
 def panels(canvas: Canvas, number: int, columns: int = 2, **options: Any) -> list[Axes]:
