@@ -35,6 +35,7 @@ def probe(finished: Path) -> Probe:
     return probe_run(finished)
 
 
+@pytest.mark.slow
 def test_a_runs_page_has_every_part(finished: Path) -> None:
     page = run_page(finished)
     assert {figure.name for figure in page.figures()} == DRAWINGS
@@ -111,6 +112,7 @@ def test_without_labels_the_synthetic_images_are_asked(finished: Path) -> None:
     assert figure.title == "Disagreement against difficulty"
 
 
+@pytest.mark.slow
 def test_what_a_run_has_lost_is_said_in_place(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

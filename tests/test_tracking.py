@@ -126,6 +126,7 @@ def test_a_resumed_run_goes_on_at_its_epoch_and_a_finished_one_logs_nothing(conf
     assert run(config) == record and {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_one_run_leaves_nothing_to_the_next_in_its_process(config: RunConfig) -> None:
     """As the trials of a sweep in one worker: one that diverges, one that does not, one without a tracker."""
     bad = with_overrides(config, {"finetune.lr": 1e30, "finetune.grad_clip": None, "finetune.log_every": 1})
