@@ -100,6 +100,7 @@ def _layer_table(record: RunRecord) -> Table | Gap:
 
 
 def settings_blocks(record: RunRecord) -> list[Block]:
+    """Return the settings of a run, the time of its stages, and where it comes from."""
     rows = [{"setting": name, "value": value} for name, value in flat(record.config)]
     seconds = [{"stage": name, "seconds": value} for name, value in record.seconds.items()]
     blocks: list[Block] = [

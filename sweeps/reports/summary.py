@@ -115,9 +115,15 @@ def label(standing: Standing) -> str:
     return " ".join(word for word in words if word)
 
 
+def leaders(standings: Sequence[Standing]) -> list[Standing]:
+    """Return the first row of each ranking."""
+    return [standing for standing in standings if standing.row["rank"] == 1]
+
+
 def sweep_verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
+    """Say in sentences what a sweep has found, what failed and what is still to come."""
     lines = []
-    for standing in [one for one in standings if one.row["rank"] == 1]:
+    for standing in leaders(standings):
         row = standing.row
         if row["top1_mean"] is None:
             lines.append(
@@ -149,6 +155,7 @@ def _before(row: Mapping[str, Any]) -> str:
 
 
 def sweep_facts(sweep: SweepView) -> list[tuple[str, str]]:
+    """Return the figures that stand at the head of a sweep's page."""
     counts = {
         status: sum(record.status == status for record in sweep.records.values())
         for status in ("completed", "pruned", "failed")
@@ -171,7 +178,7 @@ def sweep_facts(sweep: SweepView) -> list[tuple[str, str]]:
 def best_rows(sweep: SweepView, standings: Sequence[Standing]) -> list[Row]:
     """Return the first row of each ranking, with its settings and the trial in a cell each."""
     rows = []
-    for standing in [one for one in standings if one.row["rank"] == 1]:
+    for standing in leaders(standings):
         name = run_of(sweep, standing)
         settings = "" if name is None else _settings(sweep.records[name].config["finetune"])
         rows.append(standing.row | {"setting": settings, "trial": name})

@@ -176,8 +176,7 @@ def timeline(records: Iterable[RunRecord]) -> Figure | Gap:
             continue
         begun = datetime.fromisoformat(record.started).timestamp()
         place = record.host or "unknown"
-        devices.setdefault(place, record.device)
-        devices[place] = devices[place] or record.device
+        devices[place] = devices.get(place) or record.device
         spans[place].append((begun, begun + record.total_seconds, record.status))
     if not spans:
         return Gap(title=title, reason="no record says when its trial ran")

@@ -1,6 +1,6 @@
 """The page of a sweep: what is best, can it be trusted, which settings matter, what failed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sweeps.ranking import TRIAL_COLUMNS, Ranking, Standing, read_run
@@ -15,6 +15,7 @@ from sweeps.reports.summary import (
     best_rows,
     foot,
     label,
+    leaders,
     run_of,
     sweep_facts,
     sweep_verdict,
@@ -22,6 +23,7 @@ from sweeps.reports.summary import (
 from sweeps.reports.sweep_figures import pareto, timeline, trust
 from sweeps.reports.sweep_view import SweepView
 from synq.results import RunRecord
+from synq.table_text import Row
 
 LONG = ("versions", "commit", "host", "heldout_digest", "set_digest")
 """Columns of trials.csv that say the same for nearly all rows; the CSV has them."""
@@ -40,17 +42,17 @@ def sweep_page(
         places, num_images: As for ``run_page``.
     """
     standings = sweep.standings()
-    completed = {name: record for name, record in sweep.records.items() if record.status == "completed"}
+    rows = [standing.row for standing in standings]
     trusted, notes = trust(by_ranking(sweep), searched=sweep.is_sweep)
     board = Table(
         name="leaderboard",
         title="Leaderboard",
         caption="A row for each setting, ranked within its model, widths and protocol; the first of each ranking is marked. leaderboard.csv of a sweep has all columns.",
-        columns=[column for column in BOARD_COLUMNS if _said(standings, column)],
-        rows=[standing.row for standing in standings],
+        columns=_said(rows, BOARD_COLUMNS),
+        rows=rows,
         headings=BOARD_HEADINGS,
         decimals=DECIMALS,
-        bold=[standing.row["rank"] == 1 for standing in standings],
+        bold=[row["rank"] == 1 for row in rows],
     )
     tabs = [
         Tab(title="Overview", blocks=[*best_table(sweep, standings), trusted, *pareto(standings)]),
@@ -60,7 +62,7 @@ def sweep_page(
         ),
         Tab(title="Search", blocks=_search(sweep)),
         Tab(title="Trials", blocks=_trials(sweep)),
-        *_best_runs(sweep, standings, completed, runs, places, num_images),
+        *_best_runs(sweep, standings, runs, places, num_images),
     ]
     return Page(
         title=f"Sweep {sweep.name}" if sweep.is_sweep else f"{len(sweep.records)} runs in {sweep.root}",
@@ -71,9 +73,9 @@ def sweep_page(
     )
 
 
-def _said(standings: Sequence[Standing], column: str) -> bool:
-    """Whether a column says anything."""
-    return any(standing.row.get(column) not in (None, "") for standing in standings)
+def _said(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
+    """Return the columns that say anything."""
+    return [column for column in columns if any(row.get(column) not in (None, "") for row in rows)]
 
 
 def best_table(sweep: SweepView, standings: Sequence[Standing]) -> list[Block]:
@@ -139,11 +141,7 @@ def _trials(sweep: SweepView) -> list[Block]:
         if record.status == "failed"
     ]
     rows = sweep.tables.trial_rows()
-    columns = [
-        column
-        for column in TRIAL_COLUMNS
-        if column not in LONG and any(row.get(column) not in (None, "") for row in rows)
-    ]
+    columns = _said(rows, [column for column in TRIAL_COLUMNS if column not in LONG])
     waiting = [{"trial": name, "epochs": len(sweep.plans[name].history)} for name in sweep.running]
     blocks: list[Block] = []
     if failures:
@@ -175,22 +173,21 @@ def _trials(sweep: SweepView) -> list[Block]:
 def _best_runs(
     sweep: SweepView,
     standings: Sequence[Standing],
-    completed: Mapping[str, RunRecord],
     runs: int,
     places: Mapping[str, Any] | None,
     num_images: int | None,
 ) -> list[Tab]:
     """Look into the best run of the first rankings."""
     tabs = []
-    for standing in [one for one in standings if one.row["rank"] == 1][:runs]:
+    for standing in leaders(standings)[:runs]:
         name = run_of(sweep, standing)
         if name is None:
             continue
         blocks: list[Block] = [
             Words(lines=[f"Trial {name} of {sweep.paths[name]}: the first seed of the best setting."])
         ]
-        for tab in run_tabs(sweep.paths[name], completed[name], places, num_images, prefix=name):
+        for tab in run_tabs(sweep.paths[name], sweep.records[name], places, num_images, prefix=name):
             blocks += tab.blocks
-        blocks += [block.named(name) for block in settings_blocks(completed[name])]
+        blocks += [block.named(name) for block in settings_blocks(sweep.records[name])]
         tabs.append(Tab(title=label(standing), blocks=blocks))
     return tabs

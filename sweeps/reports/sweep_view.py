@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sweeps.leaderboard import load_record, record_files
+from sweeps.leaderboard import record_files
 from sweeps.plans import Plan, read_plan
 from sweeps.ranking import Standing
 from sweeps.space import Dimension
@@ -101,7 +101,7 @@ def read_sweep(path: str | Path) -> SweepView:
         if name in records:  # a folder that holds several sweeps
             name = str(file.relative_to(root).with_suffix(""))
         try:
-            record = load_record(file)
+            record = read_record(file)
             tables.add(record, name if about else None, source=str(file))  # a run in two folders is one run
             records[name], paths[name] = record, file
         except (ValueError, FileNotFoundError) as error:
