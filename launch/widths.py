@@ -1,134 +1,211 @@
 #!/usr/bin/env python3
-"""Widths of single layers under a budget: `launch/widths.py [TEACHER] [--cost bytes] [--budget N] [--candidates 2 3 4 ...] [--KEY VALUE ...]`."""
+"""Widths of single tensors under limits: `launch/widths.py [TEACHER] [--activations] [--max-bytes N] [--max-bitops N] [--KEY VALUE ...]`."""
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from sweeps.pool import exit_code
 from synq.config_io import between, require
-from synq.configs import RunConfig, config_digest, config_to_dict, make_absolute
+from synq.configs import QuantConfig, RunConfig, config_digest, config_to_dict, make_absolute
 from synq.results import write_json_atomic, write_text_atomic
 from synq.table_text import to_csv, to_text
 from synq.train import read_command_line
 
-T = TypeVar("T")
-Cost = Literal["bytes", "bitops"]
-COSTS: tuple[Cost, ...] = ("bytes", "bitops")
-UNITS = {"bytes": "bytes of weights", "bitops": "bit operations"}
-COLUMNS = ("layer", "bits", "kl", "sqnr_db", "bytes", "bitops")
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from synq.sensitivity import Role, Score
+    from synq.teachers import Teacher
+    from synq.width_choice import Key, Limit
+    from synq.width_problem import WidthProblem
+
+COLUMNS = ("tensor", "role", "bits", "kl", "sqnr_db", "numel", "macs")
 WIDTHS = (2, 3, 4, 5, 6, 8)
+ACTIVATION_FACTOR = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a user asks of the choice.
+
+    Attributes:
+        candidates: Widths to choose from.
+        activations: Whether those of activations are chosen, too.
+        activation_factor: What the KL of an activation counts beside that of a weight.
+        max_bytes: Most bytes of the weights' codes; None for those of the widths as given.
+        max_bitops: Most bit operations an image; None for those of the widths as given where activations are chosen, else no limit.
+    """
+
+    candidates: list[int]
+    activations: bool
+    activation_factor: float
+    max_bytes: float | None
+    max_bitops: float | None
+
+    def __post_init__(self) -> None:
+        for bits in self.candidates:
+            between("candidates", bits, 2, 8)
+        between("activation-factor", self.activation_factor, 0)
+        for name, most in (("max-bytes", self.max_bytes), ("max-bitops", self.max_bitops)):
+            require(name, "be a number >= 0", most, most is None or most >= 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Choose the width of every layer's weights so that together they cost no more than a budget and the teacher is missed least.
+    """Choose the width of every layer's weights, and of every activation if asked, so that the teacher is missed least within limits.
 
-    Without data: each layer is rounded alone, to each width, and its distance from the teacher is measured on the run's synthetic images
-    (made first, if they are not there yet); then the widths with the least sum are taken. Layers whose width is given by name, first_bits
-    or last_bits keep it. Writes <output_dir>/<name>-widths-<digest>/: scan.csv, every layer at every width, and config.json, the same run
-    with the widths found in quant.layer_weight_bits. Every other word is a setting of the run, as for `synq train`; the widths of
-    activations stay as they are given.
+    Without data: each tensor is rounded alone, to each width, and the distance from the teacher is measured on the run's synthetic images
+    (made first, if they are not there yet); then the widths with the least sum are taken. What has its width by name, or by first_bits or
+    last_bits, keeps it. Writes <output_dir>/<name>-widths-<digest>/: scan.csv, every tensor at every width, and config.json, the same run
+    with the widths found in quant.layer_weight_bits and quant.layer_act_bits. Every other word is a setting of the run, as for `synq train`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="synq widths", usage="%(prog)s [TEACHER] [options]", description=main.__doc__, allow_abbrev=False
     )
     parser.add_argument(
-        "--cost", choices=COSTS, default="bytes",
-        help="what the budget counts: packed bytes of the weights, or bit operations an image (default: bytes)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--budget",
-        type=float,
-        help="most that the weights of all layers may cost, scales not counted (default: what they cost with the widths as given)",
+        "--activations", action="store_true", help="choose the widths of activations, too (default: as they are given)"
     )
     parser.add_argument(
+        "--max-bytes", type=float, metavar="N",
+        help="most packed bytes of all weights, scales not counted (default: of the widths as given; inf for no limit)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-bitops", type=float, metavar="N",
+        help="most bit operations an image (default: with --activations those of the widths as given, else no limit)",
+    )  # fmt: skip
+    parser.add_argument(
         "--candidates", type=int, nargs="+", default=list(WIDTHS), metavar="BITS", help="widths to choose from (default: 2 3 4 5 6 8)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--activation-factor", type=float, default=ACTIVATION_FACTOR, metavar="X",
+        help="what the KL of an activation counts beside that of a weight, whose rounding the fine-tuning makes up for (default: %(default)g)",
     )  # fmt: skip
     first = ["--teacher.spec", words.pop(0)] if words and not words[0].startswith("-") else []
     arguments, rest = parser.parse_known_args(words)
 
     def work() -> None:
         config, _ = read_command_line([*rest, *first])
-        for bits in arguments.candidates:
-            between("candidates", bits, 2, 8)
-        if arguments.budget is not None:
-            between("budget", arguments.budget, 0)
-        _find(make_absolute(config), sorted(set(arguments.candidates)), arguments.cost, arguments.budget)
+        candidates = sorted(set(arguments.candidates))
+        _find(make_absolute(config), Wanted(**{**vars(arguments), "candidates": candidates}))
 
     return exit_code(work)
 
 
-def _find(config: RunConfig, candidates: list[int], cost: Cost, budget: float | None) -> None:
-    from synq.pipeline import build_student, low_pass, prepare
-    from synq.placement import make_accelerator, place
-    from synq.sensitivity import choose_widths, logits_of, named_layers, scan_widths, width_costs
+def _find(config: RunConfig, wanted: Wanted) -> None:
+    from synq.pipeline import build_student, prepare
+    from synq.placement import make_accelerator
     from synq.teachers import load_teacher
+    from synq.width_choice import choose_widths
+    from synq.width_problem import WidthProblem
 
-    quant = config.quant
     accelerator, teacher = make_accelerator(config.runtime), load_teacher(config.teacher)
-    student = build_student(teacher, quant)
-    before = {row.name: row.bits for row in student.rows if row.role == "weight"}
-    fixed = named_layers(list(before), quant)
-    if len(fixed) == len(before):
+    student = build_student(teacher, config.quant)
+    problem = WidthProblem(student, config.quant, activations=wanted.activations)
+    if not any(role == "weight" for role, _ in problem.free):
         rule = "leave a layer whose width is to be chosen (none empties it)"
-        require("quant.layer_weight_bits", rule, quant.layer_label, False)
+        require("quant.layer_weight_bits", rule, config.quant.layer_label, False)
+    limits = [problem.bytes_limit(wanted.max_bytes), problem.bitops_limit(wanted.max_bitops)]
+    if wanted.max_bitops is None and not wanted.activations:
+        limits[1] = replace(limits[1], most=math.inf)
     train_set, _ = prepare(config, accelerator=accelerator)
-    images = low_pass(train_set.images[: quant.calib_images], config)
-    for net in (teacher.graph, student.net):
-        place(net, config.runtime, accelerator.device, teacher.input_size)
-    widths = sorted({*candidates, *before.values()})
-    scores = scan_widths(
-        student.net,
-        images,
-        logits_of(teacher.graph, images),
-        widths,
-        weight_range=quant.weight_range,
-        norm=quant.mse_norm,
-        progress=config.runtime.progress,
-    )
-    prices = {kind: width_costs(student.rows, widths, kind) for kind in COSTS}
-    losses: dict[str, dict[int, float]] = {name: {} for name in before}
+    widths = sorted({*wanted.candidates, *(problem.as_given[key] for key in problem.free)})
+    scores = _scan(config, teacher, train_set.images, widths, accelerator.device, activations=wanted.activations)
+
+    kls: dict[Key, dict[int, float]] = {}
     for score in scores:
-        losses[score.name][score.bits] = score.kl
+        kls.setdefault((score.role, score.name), {})[score.bits] = score.kl
+    factors = {"weight": 1.0, "activation": wanted.activation_factor}
+    losses = {key: {bits: factors[key[0]] * kl for bits, kl in by_bits.items()} for key, by_bits in kls.items()}
+    chosen = choose_widths(problem.options(losses, wanted.candidates), limits, problem.alike)
 
-    def allowed(table: Mapping[str, Mapping[int, T]]) -> dict[str, dict[int, T]]:
-        choices = {name: [before[name]] if name in fixed else candidates for name in table}
-        return {name: {bits: table[name][bits] for bits in choices[name]} for name in table}
-
-    price = prices[cost]
-    as_given = sum(price[name][bits] for name, bits in before.items())
-    dearest = sum(max(by_bits.values()) for by_bits in allowed(price).values())
-    most = min(as_given if budget is None else budget, dearest)
-    chosen = choose_widths(allowed(losses), allowed(price), most)
-
-    named = {name: bits for name, bits in chosen.items() if name not in fixed}
-    found = replace(config, quant=replace(quant, layer_weight_bits={**quant.layer_weight_bits, **named}))
+    found = replace(config, quant=problem.with_widths(chosen))
     folder = Path(config.runtime.output_dir) / f"{config.name}-widths-{config_digest(found)}"
+    sizes = {(row.role, row.name): row for row in student.rows}
     rows = [
-        {"layer": score.name, "bits": score.bits, "kl": score.kl, "sqnr_db": score.sqnr_db}
-        | {kind: prices[kind][score.name][score.bits] for kind in COSTS}
+        {"tensor": score.name, "role": score.role, "bits": score.bits, "kl": score.kl, "sqnr_db": score.sqnr_db}
+        | {"numel": sizes[score.role, score.name].numel, "macs": sizes[score.role, score.name].macs}
         for score in scores
     ]
     write_text_atomic(folder / "scan.csv", to_csv(rows, COLUMNS))
     write_json_atomic(folder / "config.json", config_to_dict(found))
-    table = [
-        {"layer": name, "now": before[name], "chosen": chosen[name], **{f"{bits} bit": kl for bits, kl in kls.items()}}
-        for name, kls in losses.items()
+    print(
+        _table(problem, kls, chosen, widths, limits),
+        f"synq train --config {folder / 'config.json'}",
+        sep="\n",
+        flush=True,
+    )
+
+
+def _scan(
+    config: RunConfig,
+    teacher: "Teacher",
+    images: "Tensor",
+    widths: Sequence[int],
+    device: "torch.device",
+    *,
+    activations: bool,
+) -> list["Score"]:
+    """Measure every tensor alone at every width, in a student that has this width everywhere."""
+    from synq.pipeline import build_student, low_pass
+    from synq.placement import place
+    from synq.sensitivity import logits_of, scan_quantizers
+    from synq.students import observe_ranges
+
+    quant = config.quant
+    images = low_pass(images[: quant.calib_images], config)
+    place(teacher.graph, config.runtime, device, teacher.input_size)
+    reference, scores = logits_of(teacher.graph, images), []
+    for bits in tqdm(widths, desc="widths", disable=None if config.runtime.progress else True, leave=False):
+        net = build_student(teacher, QuantConfig(weight_bits=bits, act_bits=bits, act_points=quant.act_points)).net
+        place(net, config.runtime, device, teacher.input_size)
+        observe_ranges(
+            net,
+            images,
+            act_range=quant.act_range,
+            weight_range=quant.weight_range,
+            norm=quant.mse_norm,
+            image_range=teacher.pixel_range(),
+        )
+        roles: tuple[Role, ...] = ("weight", "activation") if activations else ("weight",)
+        scores += scan_quantizers(net, images, reference, roles=roles, progress=config.runtime.progress)
+    return scores
+
+
+def _table(
+    problem: "WidthProblem",
+    kls: Mapping["Key", Mapping[int, float]],
+    chosen: Mapping["Key", int],
+    widths: Sequence[int],
+    limits: Sequence["Limit"],
+) -> str:
+    """Return the scan with the widths as given and as chosen, and the sums of both."""
+    rows = [
+        {"tensor": key[1], "role": key[0], "now": problem.as_given[key], "chosen": chosen[key]}
+        | {f"{bits} bit": kl for bits, kl in by_bits.items()}
+        for key, by_bits in kls.items()
     ]
-    print(to_text(table, ("layer", "now", "chosen", *(f"{bits} bit" for bits in widths))))
-    print("columns of bits: KL to the teacher in nats with this layer alone rounded")
-    for label, choice in (("now", before), ("chosen", chosen)):
-        total = sum(losses[name][bits] for name, bits in choice.items())
-        spent = sum(price[name][bits] for name, bits in choice.items())
-        print(f"{label + ':':<8} their sum {total:.4g}, {spent:,} {UNITS[cost]}")
-    print(f"synq train --config {folder / 'config.json'}", flush=True)
+    lines = [
+        to_text(rows, ("tensor", "role", "now", "chosen", *(f"{bits} bit" for bits in widths))),
+        "columns of bits: KL to the teacher in nats with this tensor alone rounded",
+    ]
+    for label, choice in (("now", problem.as_given), ("chosen", chosen)):
+        total = sum(by_bits[choice[key]] for key, by_bits in kls.items() if choice[key] in by_bits)
+        size, bitops = (limit.spent(choice) for limit in limits)
+        lines.append(
+            f"{label + ':':<8} their sum {total:.4g}, {size:,.0f} bytes of weights, {bitops:,.0f} bit operations"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.integer_form import norm_behind
-from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
+from synq.quant_layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear
 from synq.tracing import is_passive, node_module, operation_name, tensor_inputs
 
 FLOAT_BITS = 32
@@ -51,24 +52,46 @@ class TensorRow:
     note: str = ""
 
 
-def account(net: fx.GraphModule, layers: list[fx.Node], points: dict[fx.Node, int]) -> tuple[TensorRow, ...]:
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """One call of a layer, as the bit operations count it: MACs x weight bits x the most bits of its input.
+
+    Attributes:
+        layer: Module name of the layer.
+        macs: Multiply-accumulates per image.
+        inputs: Activations that its input comes from, several where parts were joined; empty where a part is float.
+    """
+
+    layer: str
+    macs: int
+    inputs: tuple[str, ...]
+
+
+def layer_products(net: fx.GraphModule) -> tuple[Product, ...]:
+    """List every call of a quantized layer of a student's network, in order of execution."""
+    calls = [node for node in net.graph.nodes if isinstance(node_module(net, node), (QuantConv2d, QuantLinear))]
+    return tuple(
+        Product(layer=str(call.target), macs=_macs(net, call), inputs=_activations_of(net, tensor_inputs(call)[0]))
+        for call in calls
+    )
+
+
+def account(net: fx.GraphModule, points: dict[fx.Node, int]) -> tuple[TensorRow, ...]:
     """List every weight and activation of a student with its width, in order of execution.
 
     Args:
         net: The student's graph, shapes recorded.
-        layers: Its nodes with a quantized weight.
         points: Width of the quantizer behind each quantized activation.
     """
     rows: list[TensorRow] = []
-    calls: dict[str, list[fx.Node]] = {}
-    for node in layers:
-        calls.setdefault(str(node.target), []).append(node)
+    calls: dict[str, list[Product]] = {}
+    for product in layer_products(net):
+        calls.setdefault(product.layer, []).append(product)
     for node in net.graph.nodes:
         shape = node.meta.get("shape")
         module = node_module(net, node)
         if isinstance(module, (QuantConv2d, QuantLinear)) and (called := calls.pop(str(node.target), None)):
-            bits, macs = module.weight_quantizer.bits, [_macs(net, call) for call in called]
-            inputs = [_width_of(net, tensor_inputs(call)[0]) for call in called]
+            bits = module.weight_quantizer.bits
             rows.append(
                 TensorRow(
                     name=str(node.target),
@@ -76,8 +99,8 @@ def account(net: fx.GraphModule, layers: list[fx.Node], points: dict[fx.Node, in
                     kind=type(module).__name__.removeprefix("Quant"),
                     bits=bits,
                     numel=module.weight.numel(),
-                    macs=sum(macs),
-                    bitops=sum(number * bits * width for number, width in zip(macs, inputs, strict=True)),
+                    macs=sum(product.macs for product in called),
+                    bitops=sum(product.macs * bits * _input_bits(net, product) for product in called),
                 )
             )
         if shape is None or isinstance(module, ActQuantizer) or node.op in ("output", "get_attr"):
@@ -97,19 +120,25 @@ def _macs(net: fx.GraphModule, node: fx.Node) -> int:
     return math.prod(node.meta["shape"][1:]) * (weight.numel() // weight.shape[0])
 
 
-def _width_of(net: fx.GraphModule, node: fx.Node) -> int:
-    """Width of an activation: that of the quantizer it comes from, through operations that keep its values."""
+def _input_bits(net: fx.GraphModule, product: Product) -> int:
+    quantizers = [net.get_submodule(ACT_QUANTIZERS + name) for name in product.inputs]
+    return max((module.bits for module in quantizers if isinstance(module, ActQuantizer)), default=FLOAT_BITS)
+
+
+def _activations_of(net: fx.GraphModule, node: fx.Node) -> tuple[str, ...]:
+    """Return the quantized activations that one comes from, through operations that keep its values; none where it is float."""
     while True:
         module = node_module(net, node)
         if isinstance(module, ActQuantizer):
-            return module.bits
+            return (str(node.target).removeprefix(ACT_QUANTIZERS),)
         name = operation_name(node)
         if module is None and name in ("cat", "concat", "stack"):  # its parts lie on grids of their own
-            return max(_width_of(net, part) for part in node.all_input_nodes)
+            parts = [_activations_of(net, part) for part in node.all_input_nodes]
+            return tuple(dict.fromkeys(chain(*parts))) if all(parts) else ()
         keeps = isinstance(module, _KEEPING_MODULES) if module is not None else name in _KEEPING_NAMES
         # Not by shapes: what reads one part of a split reads a tuple, which has none.
         if not node.all_input_nodes or not (is_passive(net, node) or keeps):
-            return FLOAT_BITS
+            return ()
         node = node.all_input_nodes[0]
 
 

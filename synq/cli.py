@@ -18,7 +18,7 @@ SynQ {__version__}: quantizes a pre-trained image classifier without any data.
 
   synq inspect [TEACHER] [--json] [--KEY VALUE ...]   what would be done with a classifier, layer by layer (--help)
   synq rehearse [TEACHER] [--KEY VALUE ...]           everything once in miniature: does it work on this classifier? (--help)
-  synq widths [TEACHER] [--budget N] [--KEY VALUE ...]  bits of single layers under a size or BitOps budget, without data (--help)
+  synq widths [TEACHER] [--activations] [...]         bits of single tensors under a size and BitOps budget, without data (--help)
   synq train [--config FILE] [--KEY VALUE ...]        one run; `synq train --help` explains every key
   synq synthesize [--config FILE] [--KEY VALUE ...]   only make the synthetic images of that run
   synq sweep [SPEC] [...]                             many runs and a ranked table; `synq sweep --help`

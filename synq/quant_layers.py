@@ -18,6 +18,8 @@ from synq.observers import minmax_per_channel
 
 WeightSteps = Literal["live", "stored", "learned"]
 """Where the scale of a weight comes from: its own range at every call, a buffer, or a parameter."""
+ACT_QUANTIZERS = "act_quantizers."
+"""What stands before the name of an activation in the name of its quantizer."""
 VECTOR_WIDTH = 16
 """Most float32 values that an instruction of a CPU takes (AVX-512; 8 with AVX2)."""
 

@@ -32,7 +32,7 @@ from synq.blocks import block_ends, segment
 from synq.configs import ReconstructionConfig
 from synq.learned_steps import fake_quantize_learned
 from synq.optimizers import keep_positive
-from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
+from synq.quant_layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear
 from synq.seeding import make_generator
 from synq.soft_rounding import SoftRounding
 
@@ -310,7 +310,7 @@ def student_cuts(student_net: fx.GraphModule, ends: list[fx.Node]) -> list[fx.No
     for end in ends:
         node = by_name[end.name]
         users = list(node.users)
-        quantized = len(users) == 1 and str(users[0].target) == f"act_quantizers.{end.name}"
+        quantized = len(users) == 1 and str(users[0].target) == f"{ACT_QUANTIZERS}{end.name}"
         cuts.append(users[0] if quantized else node)
     return cuts
 

@@ -12,7 +12,7 @@ from synq.accounting import TensorRow, account, packed_bytes
 from synq.functional_layers import replace_layer
 from synq.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
 from synq.operations import classify
-from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
+from synq.quant_layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
 from synq.tracing import node_module, tensor_inputs
 from synq.width_patterns import WidthPatterns, layer_names
 
@@ -119,7 +119,7 @@ def quantize_model(
     net.graph.lint()
     net.recompile()
     _check_same(net, traced)
-    rows = account(net, layers, {node: bits for node, (bits, _) in points.items()})
+    rows = account(net, {node: bits for node, (bits, _) in points.items()})
     return Student(
         net=net,
         cam_node=taps.get(cam_node, cam_node),
@@ -266,7 +266,7 @@ def _layer_widths(
 
 
 def _insert_quantizer(net: fx.GraphModule, node: fx.Node, users: list[fx.Node], quantizer: ActQuantizer) -> fx.Node:
-    target = f"act_quantizers.{node.name}"
+    target = f"{ACT_QUANTIZERS}{node.name}"
     net.add_submodule(target, quantizer.eval())
     with net.graph.inserting_after(node):
         quantized = net.graph.call_module(target, (node,))

@@ -63,6 +63,8 @@ LAYERS = (
         "students",
         "guard",
         "sensitivity",
+        "width_choice",
+        "width_problem",
         "equalization",
         "bn_correction",
         "fusion",
