@@ -15,6 +15,7 @@ LATER_SETTINGS: dict[str, dict[str, Any]] = {
     "synthesis": {"start": "white"},
     "teacher": {"output": None},
     "quant": {"layer_weight_bits": {}, "layer_act_bits": {}},
+    "finetune": {"grad_clip_relative": None},
 }
 """Settings that came later, with the value that names what had been done before: old runs keep their digests by it."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin")

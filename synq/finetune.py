@@ -24,7 +24,7 @@ from synq.checkpoints import check_same_epoch, load_checkpoint, save_checkpoint
 from synq.configs import FinetuneConfig
 from synq.losses import kd_kl, synq_loss
 from synq.network_outputs import Response, TappedNetwork, cached_responses, teacher_response
-from synq.optimizers import make_optimizer
+from synq.optimizers import clip_relative, make_optimizer
 from synq.placement import make_equal
 from synq.seeding import make_generator
 from synq.timetable import epoch_batches, local_batch_size, lr_at
@@ -206,6 +206,7 @@ def finetune(
                 group["lr"] = group["lr_factor"] * lr_at(epoch * steps_per_epoch + step, steps_per_epoch, config)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf)
+            clip_relative(parameters, config.grad_clip_relative)
             meter.add({"loss": loss.detach(), **terms, "gradient norm": torch.as_tensor(norm)})
             # One host synchronisation in log_every steps; the last step of an epoch is read before its weights are saved.
             if (step + 1) % config.log_every == 0 or step + 1 == steps_per_epoch:

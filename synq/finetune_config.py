@@ -32,6 +32,8 @@ class FinetuneConfig:
     """Epochs (parts allowed) over which the learning rate rises from 0."""
     grad_clip: float | None = 1.0
     """Largest norm of the whole gradient; None does not clip."""
+    grad_clip_relative: float | None = 0.1
+    """Largest norm of the gradient of each weight tensor, behind grad_clip, as a share of the tensor's own norm; None does not clip."""
     kd_temperature: float = 4.0
     """Temperature T of the distillation loss T^2 KL(teacher / T || student / T)."""
     kd_weight: float = 1.0
@@ -89,7 +91,7 @@ class FinetuneConfig:
         between("finetune.step_factor", self.step_factor, 0, 1, open_low=True)
         between("finetune.warmup_epochs", self.warmup_epochs, 0, max(self.epochs, 0))
         between("finetune.difficulty_threshold", self.difficulty_threshold, 0, 1)
-        for name in ("grad_clip", "lowpass_cutoff"):
+        for name in ("grad_clip", "grad_clip_relative", "lowpass_cutoff"):
             if getattr(self, name) is not None:
                 between(f"finetune.{name}", getattr(self, name), 0, open_low=True)
         weights = (self.kd_weight, self.ce_weight, self.cam_weight, self.feature_weight, self.perturb_weight)

@@ -10,6 +10,7 @@ from synq.configs import FinetuneConfig
 from synq.fake_quant import SCALE_EPS
 from synq.quant_layers import step_parameters
 
+TINY = 1e-12
 SMALLEST_STEP = 1 / 64
 """A learned step is kept at or above this share of its first value."""
 
@@ -40,6 +41,30 @@ def make_optimizer(net: nn.Module, config: FinetuneConfig) -> torch.optim.Optimi
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=momentum, weight_decay=decay, nesterov=momentum > 0)
     keep_positive(optimizer, steps)
     return optimizer
+
+
+@torch.no_grad()
+def clip_relative(parameters: Sequence[nn.Parameter], share: float | None) -> None:
+    """Shrink, in place, the gradient of each weight tensor whose norm exceeds ``share`` of the tensor's own.
+
+    ``grad_clip`` bounds the whole step. In networks of depthwise convolutions a few small tensors take nearly all of it: their relative
+    change is then ten times that of any layer of a ResNet, and fine-tuning with the same learning rate ruins them. Vectors (biases, scale and
+    shift of batch norms, steps) are left alone: near zero their norm says nothing. Nothing waits for the device.
+
+    Args:
+        parameters: Those with a gradient count.
+        share: None does not clip.
+
+    Source: adaptive gradient clipping (arXiv 2102.06171), section 4, there by rows.
+    """
+    weights: list[Tensor] = [p for p in parameters if p.dim() > 1 and p.grad is not None]
+    if share is None or not weights:
+        return
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    own = torch._foreach_norm(weights)
+    found = torch._foreach_norm(gradients)
+    factors = [(share * w / (g + TINY)).clamp(max=1.0) for w, g in zip(own, found, strict=True)]
+    torch._foreach_mul_(gradients, factors)
 
 
 def keep_positive(optimizer: torch.optim.Optimizer, steps: Sequence[Tensor]) -> None:

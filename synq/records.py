@@ -105,7 +105,11 @@ def complete_record(
         gained=final.gained,
         kept_share=history[-1]["kept"] if history else None,
         loss_history=list(history),
-        warnings=[*record.warnings, *_mask_warnings(record.config["finetune"], history)],
+        warnings=[
+            *record.warnings,
+            *_mask_warnings(record.config["finetune"], history),
+            *(_harm_warnings(rounded, final) if history else []),
+        ],
         seconds=seconds,
         total_seconds=sum(seconds.values()),
         codes_changed=codes_changed,
@@ -121,6 +125,17 @@ def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
     if share > 0.99 or share < 0.01:
         return [f"difficulty_threshold {tau} keeps {100 * share:.1f} % of the images for the hard labels: it is inert"]
     return []
+
+
+def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:
+    """Say when the fine-tuning has moved the student away from the teacher, as far as synthetic images can tell."""
+    before, after = rounded.fidelity["kl"], final.fidelity["kl"]
+    if before is None or after is None or after <= before:
+        return []
+    return [
+        f"the fine-tuning made the student worse: KL to the teacher on held-out synthetic images {before:.3g} before, {after:.3g} after; "
+        "lower `finetune.lr`, or search it in a sweep"
+    ]
 
 
 def _device_name(accelerator: Accelerator) -> str:

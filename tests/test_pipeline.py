@@ -143,8 +143,15 @@ def test_filter_reaches_ranges_and_training(config: RunConfig) -> None:
 
 def test_inert_threshold_is_said(config: RunConfig) -> None:
     record = run(with_overrides(config, {"finetune.difficulty_threshold": 0.0}))
-    assert record.kept_share == 0.0 and "is inert" in record.warnings[-1]
+    assert record.kept_share == 0.0 and any("is inert" in text for text in record.warnings)
     assert run(with_overrides(config, {"finetune.difficulty_threshold": 1.0})).kept_share == 1.0
+
+
+def test_a_fine_tuning_that_harms_is_said(config: RunConfig) -> None:
+    harmed = run(with_overrides(config, {"finetune.lr": 20.0}))
+    assert any("the fine-tuning made the student worse: KL" in text for text in harmed.warnings)
+    rounded = run(with_overrides(config, {"finetune.epochs": 0}))
+    assert not any("worse" in text for text in rounded.warnings)
 
 
 @pytest.mark.slow
