@@ -3,6 +3,7 @@
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from synq.width_problem import WidthProblem
 
 COLUMNS = ("tensor", "role", "bits", "kl", "sqnr_db", "numel", "macs")
-WIDTHS = (2, 3, 4, 5, 6, 8)
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 ACTIVATION_FACTOR = 4.0
 
 
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="most bit operations an image (default: with --activations those of the widths as given, else no limit)",
     )  # fmt: skip
     parser.add_argument(
-        "--candidates", type=int, nargs="+", default=list(WIDTHS), metavar="BITS", help="widths to choose from (default: 2 3 4 5 6 8)"
+        "--candidates", type=int, nargs="+", default=list(WIDTHS), metavar="BITS", help="widths to choose from (default: 2 to 8)"
     )  # fmt: skip
     parser.add_argument(
         "--activation-factor", type=float, default=ACTIVATION_FACTOR, metavar="X",
@@ -106,21 +107,26 @@ def _find(config: RunConfig, wanted: Wanted) -> None:
     from synq.pipeline import build_student, prepare
     from synq.placement import make_accelerator
     from synq.teachers import load_teacher
-    from synq.width_choice import choose_widths
+    from synq.width_choice import check_limits, choose_widths
     from synq.width_problem import WidthProblem
 
     accelerator, teacher = make_accelerator(config.runtime), load_teacher(config.teacher)
     student = build_student(teacher, config.quant)
     problem = WidthProblem(student, config.quant, activations=wanted.activations)
-    if not any(role == "weight" for role, _ in problem.free):
-        rule = "leave a layer whose width is to be chosen (none empties it)"
-        require("quant.layer_weight_bits", rule, config.quant.layer_label, False)
+    if not problem.free:
+        raise ValueError(
+            "`quant` must leave a width to be chosen, but every one is given by name (`--quant.layer_weight_bits none` empties the names), "
+            "`first_bits` or `last_bits`"
+        )
     limits = [problem.bytes_limit(wanted.max_bytes), problem.bitops_limit(wanted.max_bitops)]
     if wanted.max_bitops is None and not wanted.activations:
         limits[1] = replace(limits[1], most=math.inf)
+    check_limits(problem.widths(wanted.candidates), limits)
     train_set, _ = prepare(config, accelerator=accelerator)
     widths = sorted({*wanted.candidates, *(problem.as_given[key] for key in problem.free)})
     scores = _scan(config, teacher, train_set.images, widths, accelerator.device, activations=wanted.activations)
+    if not accelerator.is_main_process:  # others have only made images
+        return
 
     kls: dict[Key, dict[int, float]] = {}
     for score in scores:
@@ -139,12 +145,8 @@ def _find(config: RunConfig, wanted: Wanted) -> None:
     ]
     write_text_atomic(folder / "scan.csv", to_csv(rows, COLUMNS))
     write_json_atomic(folder / "config.json", config_to_dict(found))
-    print(
-        _table(problem, kls, chosen, widths, limits),
-        f"synq train --config {folder / 'config.json'}",
-        sep="\n",
-        flush=True,
-    )
+    print(_table(problem, kls, losses, chosen, widths, limits), end="")
+    print(f"synq train --config {shlex.quote(str(folder / 'config.json'))}", flush=True)
 
 
 def _scan(
@@ -158,12 +160,12 @@ def _scan(
 ) -> list["Score"]:
     """Measure every tensor alone at every width, in a student that has this width everywhere."""
     from synq.pipeline import build_student, low_pass
-    from synq.placement import place
+    from synq.placement import dtype_of, place
     from synq.sensitivity import logits_of, scan_quantizers
     from synq.students import observe_ranges
 
     quant = config.quant
-    images = low_pass(images[: quant.calib_images], config)
+    images = low_pass(images[: quant.calib_images], config).to(device, dtype_of(config.runtime))
     place(teacher.graph, config.runtime, device, teacher.input_size)
     reference, scores = logits_of(teacher.graph, images), []
     for bits in tqdm(widths, desc="widths", disable=None if config.runtime.progress else True, leave=False):
@@ -185,6 +187,7 @@ def _scan(
 def _table(
     problem: "WidthProblem",
     kls: Mapping["Key", Mapping[int, float]],
+    losses: Mapping["Key", Mapping[int, float]],
     chosen: Mapping["Key", int],
     widths: Sequence[int],
     limits: Sequence["Limit"],
@@ -196,16 +199,16 @@ def _table(
         for key, by_bits in kls.items()
     ]
     lines = [
-        to_text(rows, ("tensor", "role", "now", "chosen", *(f"{bits} bit" for bits in widths))),
-        "columns of bits: KL to the teacher in nats with this tensor alone rounded",
+        to_text(rows, ("tensor", "role", "now", "chosen", *(f"{bits} bit" for bits in widths))).rstrip(),
+        "columns of bits: KL to the teacher in nats with this tensor alone rounded; their sum: activations count by --activation-factor",
     ]
     for label, choice in (("now", problem.as_given), ("chosen", chosen)):
-        total = sum(by_bits[choice[key]] for key, by_bits in kls.items() if choice[key] in by_bits)
+        total = sum(by_bits[choice[key]] for key, by_bits in losses.items() if choice[key] in by_bits)
         size, bitops = (limit.spent(choice) for limit in limits)
         lines.append(
             f"{label + ':':<8} their sum {total:.4g}, {size:,.0f} bytes of weights, {bitops:,.0f} bit operations"
         )
-    return "\n".join(lines)
+    return "".join(f"{line}\n" for line in lines)
 
 
 if __name__ == "__main__":

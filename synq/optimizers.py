@@ -11,6 +11,8 @@ from synq.fake_quant import SCALE_EPS
 from synq.quant_layers import step_parameters
 
 TINY = 1e-12
+LEAST_NORM = 1e-3
+"""Norm that a weight tensor counts with at least, so that one of zeros can learn."""
 SMALLEST_STEP = 1 / 64
 """A learned step is kept at or above this share of its first value."""
 
@@ -63,7 +65,7 @@ def clip_relative(parameters: Sequence[nn.Parameter], share: float | None) -> No
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     own = torch._foreach_norm(weights)
     found = torch._foreach_norm(gradients)
-    factors = [(share * w / (g + TINY)).clamp(max=1.0) for w, g in zip(own, found, strict=True)]
+    factors = [(share * w.clamp(min=LEAST_NORM) / (g + TINY)).clamp(max=1.0) for w, g in zip(own, found, strict=True)]
     torch._foreach_mul_(gradients, factors)
 
 

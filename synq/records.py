@@ -17,6 +17,8 @@ from synq.students import Student
 from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher
 
+NOTABLE = 0.01
+"""Rise of the KL to the teacher, in nats, below which nobody need hear of it: at 8 bit it is all but zero before and after."""
 FEW = 0.5
 """Share of synthetic images with the assigned class below which the images cannot stand for the classes."""
 
@@ -130,7 +132,7 @@ def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
 def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:
     """Say when the fine-tuning has moved the student away from the teacher, as far as synthetic images can tell."""
     before, after = rounded.fidelity["kl"], final.fidelity["kl"]
-    if before is None or after is None or after <= before:
+    if before is None or after is None or after < 1.1 * before or after - before < NOTABLE:
         return []
     return [
         f"the fine-tuning made the student worse: KL to the teacher on held-out synthetic images {before:.3g} before, {after:.3g} after; "

@@ -9,7 +9,10 @@ together. Here the two are chosen apart, and activations that several layers rea
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -19,7 +22,9 @@ from scipy import optimize, sparse
 Role: TypeAlias = Literal["weight", "activation"]
 Key: TypeAlias = tuple[Role, str]
 """A tensor of a student: what it is, and the name of its layer or activation."""
-Widths: TypeAlias = Mapping[Key, Sequence[int]]
+SCALES = (1e4, 1e6)
+"""What the largest loss and every limit are in the program: the solver's tolerances, 1e-6, are absolute. Two, of which the better counts: once in
+hundreds of awkward problems HiGHS calls a choice the best that is far from it, and not at both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +64,26 @@ class Limit:
         return sum(costs[chosen[key]] for key, costs in self.single.items()) + sum(products)
 
 
+def check_limits(widths: Mapping[Key, Iterable[int]], limits: Sequence[Limit]) -> None:
+    """Refuse limits that even the least widths of every tensor exceed.
+
+    Raises:
+        ValueError: With what these cost.
+    """
+    for limit in limits:
+        least = limit.spent({key: min(options) for key, options in widths.items()})
+        if least > limit.most:
+            raise ValueError(
+                f"`{limit.name}` must be at least {math.ceil(least)}, what the least of the widths to choose from cost, but it is {limit.most:g}"
+            )
+
+
 def choose_widths(
     losses: Mapping[Key, Mapping[int, float]], limits: Sequence[Limit], alike: Sequence[Sequence[Key]] = ()
 ) -> dict[Key, int]:
     """Return the width of every tensor for which the sum of the losses is least within all limits.
+
+    Least to 1e-10 of the largest loss.
 
     Args:
         losses: By tensor and width, finite; a tensor whose width is given has one.
@@ -72,21 +93,9 @@ def choose_widths(
     Raises:
         ValueError: If the least widths already exceed a limit.
     """
-    for limit in limits:
-        least = limit.spent({key: min(by_bits) for key, by_bits in losses.items()})
-        if least > limit.most:
-            raise ValueError(
-                f"`{limit.name}` must be at least {math.ceil(least)}, what the least widths cost, but got {limit.most:g}"
-            )
-    program = _Program(losses, limits, alike)
-    shares = [1.0 for _ in limits]
-    while True:
-        chosen = program.solve(shares)
-        over = [limit.spent(chosen) - limit.most for limit in limits]
-        if max(over, default=0) <= 0:
-            return chosen
-        for index, limit in enumerate(limits):  # within the solver's tolerance of the limit, but above it
-            shares[index] -= 2 * max(over[index], 0) / limit.most
+    check_limits(losses, limits)
+    found = [_Program(losses, limits, alike, scale).best() for scale in SCALES]
+    return min(found, key=lambda chosen: sum(losses[key][bits] for key, bits in chosen.items()))
 
 
 class _Program:
@@ -97,9 +106,13 @@ class _Program:
     """
 
     def __init__(
-        self, losses: Mapping[Key, Mapping[int, float]], limits: Sequence[Limit], alike: Sequence[Sequence[Key]]
+        self,
+        losses: Mapping[Key, Mapping[int, float]],
+        limits: Sequence[Limit],
+        alike: Sequence[Sequence[Key]],
+        scale: float,
     ) -> None:
-        self.losses, self.limits = losses, limits
+        self.losses, self.limits, self.scale = losses, limits, scale
         self.choices: dict[Key | tuple[Key, ...], dict[int, int]] = {}
         self.size = 0
         self.rows: list[tuple[dict[int, float], float, float]] = []
@@ -111,30 +124,43 @@ class _Program:
             for key in keys[1:]:
                 for bits, column in self.choices[key].items():
                     self.rows.append(({column: 1, first[bits]: -1}, 0, 0))
-        self.costs = [self._costs(limit) for limit in limits]
+        for limit in limits:
+            costs = self._costs(limit)
+            self.rows.append(({c: scale * cost / (limit.most or 1.0) for c, cost in costs.items()}, -np.inf, scale))
 
-    def solve(self, shares: Sequence[float]) -> dict[Key, int]:
-        """Return the best widths that spend at most these shares of the limits."""
+    def best(self) -> dict[Key, int]:
+        """Return the best widths within the limits."""
+        while True:
+            chosen = self.solve()
+            if all(limit.spent(chosen) <= limit.most for limit in self.limits):
+                return chosen
+            self.forbid(chosen)  # above a limit by less than the solver can tell
+
+    def forbid(self, chosen: Mapping[Key, int]) -> None:
+        """Rule out exactly these widths."""
+        columns = [self.choices[key][bits] for key, bits in chosen.items()]
+        self.rows.append((dict.fromkeys(columns, 1.0), -np.inf, len(columns) - 1))
+
+    def solve(self) -> dict[Key, int]:
+        """Return the best widths of those that are not ruled out."""
         loss = np.zeros(self.size)
         for key, by_bits in self.losses.items():
             for bits, value in by_bits.items():
                 loss[self.choices[key][bits]] = value
-        # In shares of the largest loss and of the limits: the solver's tolerances are absolute.
-        spending = [
-            ({column: cost / (limit.most or 1.0) for column, cost in costs.items()}, -np.inf, share)
-            for costs, limit, share in zip(self.costs, self.limits, shares, strict=True)
+        entries = [
+            (value, row, column) for row, (terms, _, _) in enumerate(self.rows) for column, value in terms.items()
         ]
-        rows = [*self.rows, *spending]
-        entries = [(value, row, column) for row, (terms, _, _) in enumerate(rows) for column, value in terms.items()]
         values, at, columns = zip(*entries, strict=True)
-        matrix = sparse.csr_array((values, (at, columns)), shape=(len(rows), self.size))
-        found = optimize.milp(
-            loss / (loss.max() or 1.0),
-            integrality=(np.arange(self.size) < self.whole).astype(int),
-            bounds=optimize.Bounds(0, 1),
-            constraints=optimize.LinearConstraint(matrix, [low for _, low, _ in rows], [high for _, _, high in rows]),
-            options={"mip_rel_gap": 0},
-        )
+        matrix = sparse.csr_array((values, (at, columns)), shape=(len(self.rows), self.size))
+        lows, highs = [low for _, low, _ in self.rows], [high for _, _, high in self.rows]
+        with _quiet():
+            found = optimize.milp(
+                self.scale * loss / (loss.max() or 1.0),
+                integrality=(np.arange(self.size) < self.whole).astype(int),
+                bounds=optimize.Bounds(0, 1),
+                constraints=optimize.LinearConstraint(matrix, lows, highs),
+                options={"mip_rel_gap": 0},
+            )
         if found.x is None:
             raise RuntimeError(f"no widths were found: {found.message}")
         return {key: next(b for b, c in self.choices[key].items() if found.x[c] > 0.5) for key in self.losses}
@@ -176,3 +202,17 @@ class _Program:
                 self.rows.append(({pairs[a, bits]: 1.0 for a in mine} | {column: -1.0}, 0, 0))
             costs |= {column: product.factor * a * b for (a, b), column in pairs.items()}
         return costs
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep standard output free of what the solver's C++ code prints there although it is told not to."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -54,15 +54,21 @@ class WidthProblem:
         while more := {key for keys in self.alike if fixed & {*keys} for key in keys} - fixed:
             fixed |= more
         self.free = [key for key in self.as_given if key not in fixed]
+        # Given widths may differ where they meet: a tensor gets the most bits that its readers ask for.
+        self.alike = [keys for keys in self.alike if not fixed & {*keys}]
+
+    def widths(self, candidates: Sequence[int]) -> dict[Key, Sequence[int]]:
+        """Return the widths of every tensor to choose from."""
+        return {key: candidates if key in self.free else [bits] for key, bits in self.as_given.items()}
 
     def options(
         self, losses: Mapping[Key, Mapping[int, float]], candidates: Sequence[int]
     ) -> dict[Key, dict[int, float]]:
-        """Return the losses to choose among: of every candidate where there is a choice, else of the width as given, 0 where not known."""
+        """Return the losses of those widths; 0 for a width that is given and was not measured."""
         return {
-            key: {b: losses[key][b] for b in candidates} if key in self.free else {bits: losses.get(key, {}).get(bits, 0.0)}
-            for key, bits in self.as_given.items()
-        }  # fmt: skip
+            key: {b: losses[key][b] if key in self.free else losses.get(key, {}).get(b, 0.0) for b in options}
+            for key, options in self.widths(candidates).items()
+        }
 
     def bytes_limit(self, most: float | None) -> Limit:
         """Return the limit on the packed codes of all weights; None for what they are as given."""
@@ -103,8 +109,8 @@ class WidthProblem:
 
     def _is_named(self, key: Key) -> bool:
         role, _ = key
-        layers = list(self._rows)
-        ends = [(self.quant.first_bits, layers[0]), (self.quant.last_bits, layers[-1])]
+        # By calls: the last one may be of a layer that was called before.
+        ends = [(self.quant.first_bits, self._products[0].layer), (self.quant.last_bits, self._products[-1].layer)]
         placed = role == "weight" or self.quant.act_points == "inputs"
         if placed and any(bits is not None and layer in self._names[key] for bits, layer in ends):
             return True

@@ -100,6 +100,17 @@ def test_frozen_batchnorm_scale_and_shift(tiny_classifier: nn.Module, accelerato
     assert bns and all(torch.equal(student.net.state_dict()[f"{b}.weight"], before[f"{b}.weight"]) for b in bns)
 
 
+def test_the_relative_clip_bounds_what_weights_move(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
+    def moved(share: float | None) -> float:
+        config = dataclasses.replace(CONFIG, grad_clip_relative=share, weight_decay=0.0)
+        student, _ = train(tiny_classifier, accelerator, config)
+        start = networks(tiny_classifier)[0].net.parameters()
+        pairs = zip(student.net.parameters(), start, strict=True)
+        return max(float(((a - b).norm() / b.norm()).detach()) for a, b in pairs if a.dim() > 1)
+
+    assert moved(1e-6) < 1e-3 * moved(None)
+
+
 def test_resume_is_bit_equal(tiny_classifier: nn.Module, accelerator: Accelerator, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, epochs=4, augment="flip_shift", warmup_epochs=0.5)
     whole, history = train(tiny_classifier, accelerator, config)

@@ -3,15 +3,21 @@
 import itertools
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_nets import trained
+from torch import nn
 
 from synq.cli import run
 from synq.configs import QuantConfig, RunConfig, TeacherConfig, config_from_dict
 from synq.pipeline import build_student
+from synq.students import Student, quantize_model
 from synq.teachers import load_teacher
 from synq.width_choice import Key, Limit, Product, choose_widths
 from synq.width_problem import WidthProblem
@@ -59,9 +65,29 @@ def test_the_chosen_widths_are_the_best_of_all_that_fit(data: st.DataObject) -> 
     assert total(chosen) == pytest.approx(min(total(choice) for choice in everything if fits(choice)), rel=1e-6)
 
 
+def test_differences_below_the_solvers_tolerance_count() -> None:
+    """Losses over eight orders of magnitude, sizes that are nearly equal, a limit that one choice just meets."""
+    draw = random.Random(0)
+    for _ in range(40):
+        keys: list[Key] = [("weight", f"layer{i}") for i in range(4)]
+        losses = {key: {bits: 10 ** draw.uniform(-7, 1) for bits in WIDTHS} for key in keys}
+        sizes = {key: 10**7 + draw.randint(-30, 30) for key in keys}
+        single = {key: {bits: float(bits * size) for bits in WIDTHS} for key, size in sizes.items()}
+        everything = [dict(zip(keys, choice, strict=True)) for choice in itertools.product(WIDTHS, repeat=4)]
+        most = Limit(name="a", most=math.inf, single=single).spent(draw.choice(everything))
+        limit = Limit(name="a", most=most, single=single)
+        chosen = choose_widths(losses, [limit])
+        fitting = (choice for choice in everything if limit.spent(choice) <= most)
+        best = min(sum(losses[key][bits] for key, bits in choice.items()) for choice in fitting)
+        assert sum(losses[key][bits] for key, bits in chosen.items()) == pytest.approx(best, rel=1e-6)
+
+
 def test_limits_below_the_least_widths_are_refused() -> None:
     key: Key = ("weight", "a")
-    with pytest.raises(ValueError, match="`max-bytes` must be at least 10, what the least widths cost, but got 9"):
+    with pytest.raises(
+        ValueError,
+        match="`max-bytes` must be at least 10, what the least of the widths to choose from cost, but it is 9",
+    ):
         choose_widths({key: {2: 1.0}}, [Limit(name="max-bytes", most=9, single={key: {2: 10}})])
 
 
@@ -100,6 +126,51 @@ def test_what_is_named_or_placed_is_no_choice() -> None:
     assert {role for role, _ in only_weights.free} == {"weight"}
 
 
+class _Shared(nn.Module):
+    """The last layer was called before; another one reads what it reads, and its inputs are joined with the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(11, 8, 1)
+        self.shared, self.beside = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.shared(F.relu(self.first(x))))
+        y = F.relu(self.middle(torch.cat([y, x], 1)))
+        return (self.beside(y) + self.shared(y)).mean((2, 3))
+
+
+@pytest.mark.parametrize("points", ["relu", "inputs"])
+@pytest.mark.parametrize("ends", [{}, {"first_bits": 8}, {"last_bits": 8}])
+def test_layers_that_are_called_twice(points: str, ends: dict[str, int]) -> None:
+    quant = QuantConfig(act_points=points, **ends)  # type: ignore[arg-type]
+    teacher = trained(_Shared())
+
+    def build(quant: QuantConfig) -> Student:
+        return quantize_model(
+            teacher,
+            weight_bits=4,
+            act_bits=4,
+            act_points=quant.act_points,
+            first_bits=quant.first_bits,
+            last_bits=quant.last_bits,
+            layer_weight_bits=quant.layer_weight_bits,
+            layer_act_bits=quant.layer_act_bits,
+        )
+
+    student = build(quant)
+    problem = WidthProblem(student, quant, activations=True)
+    losses = {key: {b: (1 + i % 3) * 4.0**-b for b in WIDTHS} for i, key in enumerate(problem.as_given)}
+    limits = [problem.bytes_limit(None), problem.bitops_limit(None)]
+    assert limits[1].most == student.bitops
+    chosen = choose_widths(problem.options(losses, WIDTHS), limits, problem.alike)
+    made = build(problem.with_widths(chosen))
+    assert WidthProblem(made, quant, activations=True).as_given == chosen
+    assert made.bitops <= student.bitops
+    if "last_bits" in ends:
+        assert chosen["weight", "shared"] == 8 and ("weight", "beside") in problem.free
+
+
 def _words(folder: Path) -> list[str]:
     words = ["--synthesis.num_images", "32", "--synthesis.iterations", "10", "--synthesis.start", "white"]
     words += ["--evaluation.heldout_images", "16", "--finetune.batch_size", "16"]
@@ -133,6 +204,7 @@ def test_activations_are_chosen_within_the_bit_operations(
     points: str, found: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--candidates", "3", "4", "6", "--quant.act_points", points, *_words(found.parent)]
+    words += ["--runtime.precision", "fp64"] if points == "inputs" else []
     assert run(["widths", "bundled:digits_resnet8", "--activations", *words]) == 0
     out = capsys.readouterr().out
     config = config_from_dict(RunConfig, json.loads(Path(out.split()[-1]).read_text()))
@@ -174,11 +246,25 @@ def test_widths_that_are_named_stay_and_count(found: Path, capsys: pytest.Captur
     assert f" {student.bitops:,} bit operations" in line
 
 
+def test_activations_alone_can_be_chosen(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", str(found / "config.json"), "--quant.layer_weight_bits", "*=4", "--candidates", "3", "8"]
+    assert run(["widths", "--activations", *words]) == 0
+    config = config_from_dict(RunConfig, json.loads(Path(capsys.readouterr().out.split()[-1]).read_text()))
+    assert config.quant.layer_weight_bits == {"*": 4} and {*config.quant.layer_act_bits.values()} == {3, 8}
+
+
+def test_limits_that_cannot_be_met_are_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["widths", "bundled:digits_resnet8", "--candidates", "8", *_words(tmp_path)]) == 2
+    assert "`max-bytes` must be at least" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--quant.layer_weight_bits", "none", "--max-bytes", "100"], "`max-bytes` must be at least"),
-        ([], "must leave a layer whose width is to be chosen"),
+        ([], "`quant` must leave a width to be chosen"),
     ],
 )
 def test_what_leaves_no_choice_is_one_line(
