@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Without data: each tensor is rounded alone, to each width, and the distance from the teacher is measured on the run's synthetic images
     (made first, if they are not there yet); then the widths with the least sum are taken. What has its width by name, or by first_bits or
-    last_bits, keeps it. Writes <output_dir>/<name>-widths-<digest>/: scan.csv, every tensor at every width, and config.json, the same run
+    last_bits, keeps it. Writes <output_dir>/<name>-widths-<digest>/: scan.csv, every tensor at every width, and settings.json, the same run
     with the widths found in quant.layer_weight_bits and quant.layer_act_bits. Every other word is a setting of the run, as for `synq train`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -144,9 +144,9 @@ def _find(config: RunConfig, wanted: Wanted) -> None:
         for score in scores
     ]
     write_text_atomic(folder / "scan.csv", to_csv(rows, COLUMNS))
-    write_json_atomic(folder / "config.json", config_to_dict(found))
+    write_json_atomic(folder / "settings.json", config_to_dict(found))
     print(_table(problem, kls, losses, chosen, widths, limits), end="")
-    print(f"synq train --config {shlex.quote(str(folder / 'config.json'))}", flush=True)
+    print(f"synq train --config {shlex.quote(str(folder / 'settings.json'))}", flush=True)
 
 
 def _scan(

@@ -187,7 +187,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_writes_a_run_no_larger_than_the_uniform_one(found: Path) -> None:
-    config = config_from_dict(RunConfig, json.loads((found / "config.json").read_text()))
+    config = config_from_dict(RunConfig, json.loads((found / "settings.json").read_text()))
     widths = config.quant.layer_weight_bits
     assert set(widths.values()) <= {3, 4, 6} and len(set(widths.values())) > 1
     assert config.quant.layer_act_bits == {}
@@ -233,7 +233,7 @@ def test_bad_words_are_refused(words: list[str], message: str, capsys: pytest.Ca
 
 
 def test_widths_that_are_named_stay_and_count(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    again = ["widths", "--config", str(found / "config.json"), "--max-bytes", "inf", "--candidates", "3", "8"]
+    again = ["widths", "--config", str(found / "settings.json"), "--max-bytes", "inf", "--candidates", "3", "8"]
     named = ["--quant.layer_weight_bits", "conv1=5,stage1_0_conv1=6", "--quant.last_bits", "7"]
     assert run([*again, *named, "--max-bitops", "1e99"]) == 0
     out = capsys.readouterr().out
@@ -247,7 +247,7 @@ def test_widths_that_are_named_stay_and_count(found: Path, capsys: pytest.Captur
 
 
 def test_activations_alone_can_be_chosen(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--config", str(found / "config.json"), "--quant.layer_weight_bits", "*=4", "--candidates", "3", "8"]
+    words = ["--config", str(found / "settings.json"), "--quant.layer_weight_bits", "*=4", "--candidates", "3", "8"]
     assert run(["widths", "--activations", *words]) == 0
     config = config_from_dict(RunConfig, json.loads(Path(capsys.readouterr().out.split()[-1]).read_text()))
     assert config.quant.layer_weight_bits == {"*": 4} and {*config.quant.layer_act_bits.values()} == {3, 8}
@@ -270,5 +270,5 @@ def test_limits_that_cannot_be_met_are_refused_before_any_work(
 def test_what_leaves_no_choice_is_one_line(
     found: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["widths", "--config", str(found / "config.json"), *words]) == 2
+    assert run(["widths", "--config", str(found / "settings.json"), *words]) == 2
     assert message in capsys.readouterr().err
