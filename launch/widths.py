@@ -161,24 +161,20 @@ def _scan(
     """Measure every tensor alone at every width, in a student that has this width everywhere."""
     from synq.pipeline import build_student, low_pass
     from synq.placement import dtype_of, place
+    from synq.rounding import prepare_student
     from synq.sensitivity import logits_of, scan_quantizers
-    from synq.students import observe_ranges
 
     quant = config.quant
     images = low_pass(images[: quant.calib_images], config).to(device, dtype_of(config.runtime))
     place(teacher.graph, config.runtime, device, teacher.input_size)
     reference, scores = logits_of(teacher.graph, images), []
+    ranges = {name: getattr(quant, name) for name in ("weight_range", "act_range", "mse_norm", "calib_images")}
     for bits in tqdm(widths, desc="widths", disable=None if config.runtime.progress else True, leave=False):
-        net = build_student(teacher, QuantConfig(weight_bits=bits, act_bits=bits, act_points=quant.act_points)).net
+        uniform = QuantConfig(weight_bits=bits, act_bits=bits, act_points=quant.act_points, **ranges)
+        net = build_student(teacher, uniform).net
         place(net, config.runtime, device, teacher.input_size)
-        observe_ranges(
-            net,
-            images,
-            act_range=quant.act_range,
-            weight_range=quant.weight_range,
-            norm=quant.mse_norm,
-            image_range=teacher.pixel_range(),
-        )
+        of_width = replace(config, quant=uniform)
+        prepare_student(net, teacher.graph, images, of_width, device, image_range=teacher.pixel_range())
         roles: tuple[Role, ...] = ("weight", "activation") if activations else ("weight",)
         scores += scan_quantizers(net, images, reference, roles=roles, progress=config.runtime.progress)
     return scores
