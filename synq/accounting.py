@@ -53,7 +53,7 @@ class TensorRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Product:
+class LayerCall:
     """One call of a layer, as the bit operations count it: MACs x weight bits x the most bits of its input.
 
     Attributes:
@@ -67,11 +67,11 @@ class Product:
     inputs: tuple[str, ...]
 
 
-def layer_products(net: fx.GraphModule) -> tuple[Product, ...]:
+def layer_calls(net: fx.GraphModule) -> tuple[LayerCall, ...]:
     """List every call of a quantized layer of a student's network, in order of execution."""
     calls = [node for node in net.graph.nodes if isinstance(node_module(net, node), (QuantConv2d, QuantLinear))]
     return tuple(
-        Product(layer=str(call.target), macs=_macs(net, call), inputs=_activations_of(net, tensor_inputs(call)[0]))
+        LayerCall(layer=str(call.target), macs=_macs(net, call), inputs=_activations_of(net, tensor_inputs(call)[0]))
         for call in calls
     )
 
@@ -84,9 +84,9 @@ def account(net: fx.GraphModule, points: dict[fx.Node, int]) -> tuple[TensorRow,
         points: Width of the quantizer behind each quantized activation.
     """
     rows: list[TensorRow] = []
-    calls: dict[str, list[Product]] = {}
-    for product in layer_products(net):
-        calls.setdefault(product.layer, []).append(product)
+    calls: dict[str, list[LayerCall]] = {}
+    for call in layer_calls(net):
+        calls.setdefault(call.layer, []).append(call)
     for node in net.graph.nodes:
         shape = node.meta.get("shape")
         module = node_module(net, node)
@@ -99,8 +99,8 @@ def account(net: fx.GraphModule, points: dict[fx.Node, int]) -> tuple[TensorRow,
                     kind=type(module).__name__.removeprefix("Quant"),
                     bits=bits,
                     numel=module.weight.numel(),
-                    macs=sum(product.macs for product in called),
-                    bitops=sum(product.macs * bits * _input_bits(net, product) for product in called),
+                    macs=sum(call.macs for call in called),
+                    bitops=sum(call.macs * bits * _input_bits(net, call) for call in called),
                 )
             )
         if shape is None or isinstance(module, ActQuantizer) or node.op in ("output", "get_attr"):
@@ -120,8 +120,8 @@ def _macs(net: fx.GraphModule, node: fx.Node) -> int:
     return math.prod(node.meta["shape"][1:]) * (weight.numel() // weight.shape[0])
 
 
-def _input_bits(net: fx.GraphModule, product: Product) -> int:
-    quantizers = [net.get_submodule(ACT_QUANTIZERS + name) for name in product.inputs]
+def _input_bits(net: fx.GraphModule, call: LayerCall) -> int:
+    quantizers = [net.get_submodule(ACT_QUANTIZERS + name) for name in call.inputs]
     return max((module.bits for module in quantizers if isinstance(module, ActQuantizer)), default=FLOAT_BITS)
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from synq.accounting import FLOAT_BITS, layer_products
+from synq.accounting import FLOAT_BITS, layer_calls
 from synq.configs import QuantConfig
 from synq.quant_layers import ACT_QUANTIZERS, ActQuantizer
 from synq.students import Student
@@ -29,7 +29,7 @@ class WidthProblem:
     def __init__(self, student: Student, quant: QuantConfig, *, activations: bool) -> None:
         self.quant = quant
         self._rows = {row.name: row for row in student.rows if row.role == "weight"}
-        self._products = layer_products(student.net)
+        self._calls = layer_calls(student.net)
         # Under which names the configuration gives a width.
         self._names: dict[Key, tuple[str, ...]] = {("weight", name): (name,) for name in self._rows}
         self.as_given: dict[Key, int] = {("weight", name): row.bits for name, row in self._rows.items()}
@@ -82,15 +82,15 @@ class WidthProblem:
         """Return the limit on the bit operations of an image; None for what they are as given."""
         single: dict[Key, dict[int, float]] = {}
         products = []
-        for product in self._products:
-            key: Key = ("weight", product.layer)
-            if product.inputs:
-                others: tuple[Key, ...] = tuple(("activation", name) for name in product.inputs)
-                products.append(Product(factor=product.macs, tensor=key, others=others))
+        for call in self._calls:
+            key: Key = ("weight", call.layer)
+            if call.inputs:
+                others: tuple[Key, ...] = tuple(("activation", name) for name in call.inputs)
+                products.append(Product(factor=call.macs, tensor=key, others=others))
             else:
                 costs = single.setdefault(key, dict.fromkeys(range(2, 9), 0))
                 for bits in costs:
-                    costs[bits] += product.macs * bits * FLOAT_BITS
+                    costs[bits] += call.macs * bits * FLOAT_BITS
         return self._limit("max-bitops", most, single, products)
 
     def with_widths(self, chosen: Mapping[Key, int]) -> QuantConfig:
@@ -110,7 +110,7 @@ class WidthProblem:
     def _is_named(self, key: Key) -> bool:
         role, _ = key
         # By calls: the last one may be of a layer that was called before.
-        ends = [(self.quant.first_bits, self._products[0].layer), (self.quant.last_bits, self._products[-1].layer)]
+        ends = [(self.quant.first_bits, self._calls[0].layer), (self.quant.last_bits, self._calls[-1].layer)]
         placed = role == "weight" or self.quant.act_points == "inputs"
         if placed and any(bits is not None and layer in self._names[key] for bits, layer in ends):
             return True
