@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from synq.sensitivity import Role, Score
+    from synq.sensitivity import Score
     from synq.teachers import Teacher
     from synq.width_choice import Key, Limit
+    from synq.width_patterns import Role
     from synq.width_problem import WidthProblem
 
 COLUMNS = ("tensor", "role", "bits", "kl", "sqnr_db", "numel", "macs")

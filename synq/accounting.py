@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from synq.integer_form import norm_behind
 from synq.quant_layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear
 from synq.tracing import is_passive, node_module, operation_name, tensor_inputs
+from synq.width_patterns import Role
 
 FLOAT_BITS = 32
 # Operations that only select or move values.
@@ -43,7 +43,7 @@ class TensorRow:
     """
 
     name: str
-    role: Literal["weight", "activation"]
+    role: Role
     kind: str
     bits: int
     numel: int

@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,8 +25,8 @@ from synq.quant_layers import (
     quantizers_bypassed,
 )
 from synq.tracing import node_module
+from synq.width_patterns import Role
 
-Role = Literal["weight", "activation"]
 Quantizer = WeightQuantizer | ActQuantizer
 
 

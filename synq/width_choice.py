@@ -14,12 +14,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from scipy import optimize, sparse
 
-Role: TypeAlias = Literal["weight", "activation"]
+from synq.width_patterns import Role
+
 Key: TypeAlias = tuple[Role, str]
 """A tensor of a student: what it is, and the name of its layer or activation."""
 SCALES = (1e4, 1e6)

@@ -7,8 +7,12 @@ written does not matter: TOML tables and JSON objects have none.
 import re
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from synq.config_io import nearest
+
+Role = Literal["weight", "activation"]
+"""What a tensor with a width is."""
 
 
 class WidthPatterns:

@@ -8,6 +8,7 @@ from synq.accounting import FLOAT_BITS, layer_calls
 from synq.configs import QuantConfig
 from synq.quant_layers import ACT_QUANTIZERS, ActQuantizer
 from synq.students import Student
+from synq.tracing import node_module
 from synq.width_choice import Key, Limit, Product
 from synq.width_patterns import WidthPatterns, layer_names
 
@@ -33,10 +34,9 @@ class WidthProblem:
         # Under which names the configuration gives a width.
         self._names: dict[Key, tuple[str, ...]] = {("weight", name): (name,) for name in self._rows}
         self.as_given: dict[Key, int] = {("weight", name): row.bits for name, row in self._rows.items()}
-        self.alike: list[list[Key]] = []
         reads: dict[str, list[Key]] = {}
         for node in student.net.graph.nodes:
-            module = student.net.get_submodule(str(node.target)) if node.op == "call_module" else None
+            module = node_module(student.net, node)
             if not isinstance(module, ActQuantizer):
                 continue
             name = str(node.target).removeprefix(ACT_QUANTIZERS)
