@@ -11,7 +11,8 @@ if __name__ == "__main__":  # as a file, launch/ comes first on the path, not th
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from sweeps.ablation import ROWS, AblationSpec, Cell, load_ablation, markdown, plan, table, write_tables
-from sweeps.pool import exit_code, run_all
+from sweeps.command_line import Parser, exit_code
+from sweeps.pool import run_all
 from sweeps.settings_file import read_overrides
 from synq.configs import RunConfig, config_from_dict, load_config, make_absolute, with_overrides
 from synq.results import RunRecord, summary_line
@@ -25,10 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as for synq/train.py. The same command resumes an ablation that was stopped.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    first = ["--spec", words.pop(0)] if words and not words[0].startswith("-") else []
-    parser = argparse.ArgumentParser(
-        prog="ablate", usage="%(prog)s [SPEC] [options]", description=main.__doc__, allow_abbrev=False
-    )
+    parser = Parser(prog="ablate", usage="%(prog)s [SPEC] [options]", description=main.__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--spec", metavar="SPEC", help="file of an ablation; as the first word it needs no --spec")
     source.add_argument("--config", metavar="FILE", help="file of one run, as for synq/train.py")
@@ -42,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, the cores divided between them (default: 1)"
     )
-    arguments, rest = parser.parse_known_args([*first, *words])
+    arguments, rest = parser.parse_beside_settings(words, "--spec")
     return exit_code(lambda: _ablate(arguments, rest))
 
 

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # as a file, launch/ comes first on the path, not th
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.benchmarks.launcher import WorkerError
+from sweeps.command_line import Parser
 from synq.train import USER_ERROR, report_error
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     target is a figure, not an error), 1: a process of it failed, 2: the words were refused.
     """
     listing = "; ".join(f"{name}: {title.lower()}" for name, title in GROUPS.items())
-    parser = argparse.ArgumentParser(prog="synq bench", description=main.__doc__, epilog=listing, allow_abbrev=False)
+    parser = Parser(prog="synq bench", description=main.__doc__, epilog=listing)
     parser.add_argument("--only", metavar="GROUP", nargs="+", choices=GROUPS, help="groups to measure (default: all)")
     parser.add_argument("--skip", metavar="GROUP", nargs="+", choices=GROUPS, default=[], help="groups to leave out")
     parser.add_argument(

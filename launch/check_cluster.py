@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Verify a cluster before hours are spent on it: `launch/check_cluster.py [--output-dir DIR_OR_ADDRESS] [--workers N] ...`."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -11,8 +10,7 @@ if __name__ == "__main__":  # as a file, launch/ comes first on the path, not th
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from sweeps.cluster import prepare_environment
-
-USER_ERROR = 2
+from sweeps.command_line import Parser, exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Exit code 0: nothing failed, 1: something did, 2: the words were refused or there is no cluster.
     """
-    parser = argparse.ArgumentParser(prog="synq check-cluster", description=main.__doc__, allow_abbrev=False)
+    parser = Parser(prog="synq check-cluster", description=main.__doc__)
     parser.add_argument(
         "--output-dir", metavar="DIR_OR_ADDRESS", help="where results will lie: a folder or s3://... (default: runs)"
     )
@@ -38,19 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_environment()
     from sweeps.checkup.check import check_cluster
 
-    try:
-        return check_cluster(
+    return exit_code(
+        lambda: check_cluster(
             output_dir=arguments.output_dir,
             workers=arguments.workers,
             timeout=arguments.timeout,
             skip=arguments.skip,
             json_file=arguments.json,
         )
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"synq: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sweeps.pool import exit_code
+from sweeps.command_line import Parser, check_paths, exit_code
 from synq.configs import PLACES
 from synq.train import USER_ERROR, report_error
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     more than the tolerance is refused. Sizes, BitOps and the latency in ONNX Runtime beside the float teacher's go into the run's record,
     and with everything else into a model card (README.md and card.json) beside the files.
     """
-    parser = argparse.ArgumentParser(prog="synq export", description=main.__doc__, allow_abbrev=False)
+    parser = Parser(prog="synq export", description=main.__doc__)
     parser.add_argument("run", metavar="RUN", help="folder of a finished run, or its record.json")
     parser.add_argument(
         "--out", metavar="DIR", help="where the files go, in the place of an earlier export (default: RUN/export)"
@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    check_paths([arguments.run], "RUN")
     from synq.export import ExportOptions, export_run
     from synq.model_card import FILE_COLUMNS, file_rows
     from synq.table_text import to_text

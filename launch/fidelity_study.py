@@ -9,12 +9,12 @@ from pathlib import Path
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from synq.train import USER_ERROR, report_error
+from sweeps.command_line import Parser, check_paths, exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare every measure on every view with the top-1 of a sweep's finished trials. The labels serve this comparison alone."""
-    parser = argparse.ArgumentParser(prog="fidelity_study", description=main.__doc__, allow_abbrev=False)
+    parser = Parser(prog="fidelity_study", description=main.__doc__)
     parser.add_argument(
         "sweep", metavar="SWEEP_DIR", type=Path, help="folder of a sweep whose teacher has labelled images"
     )
@@ -26,20 +26,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--best", type=int, default=15, help="rows of each group that are printed (default: 15)")
     arguments = parser.parse_args(argv)
+    return exit_code(lambda: _study(arguments))
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    check_paths([arguments.sweep], "SWEEP_DIR")
     from sweeps.fidelity_study import VIEWS, study  # torch, which a refused command line need not wait for
     from sweeps.rank_table import markdown, write_tables
 
     folder = arguments.output_dir or arguments.sweep / "fidelity_study"
-    try:
-        views = arguments.views or tuple(VIEWS)
-        rows = study(arguments.sweep, folder, bits=arguments.bits, views=views, bn_only=arguments.bn_only)
-        write_tables(folder, rows, arguments.best)
-    except (ValueError, OSError) as error:
-        report_error(error)
-        return USER_ERROR
+    views = arguments.views or tuple(VIEWS)
+    rows = study(arguments.sweep, folder, bits=arguments.bits, views=views, bn_only=arguments.bn_only)
+    write_tables(folder, rows, arguments.best)
     print(markdown(rows, arguments.best), end="")
     print(folder / "fidelity_study.csv", flush=True)
-    return 0
 
 
 if __name__ == "__main__":

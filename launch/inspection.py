@@ -9,7 +9,7 @@ from pathlib import Path
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sweeps.pool import exit_code
+from sweeps.command_line import exit_code
 from synq.configs import RunConfig, make_absolute
 from synq.train import read_command_line
 

@@ -9,7 +9,8 @@ from pathlib import Path
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sweeps.pool import exit_code, run_all
+from sweeps.command_line import Parser, exit_code
+from sweeps.pool import run_all
 from sweeps.recipes import ROWS, Cell, compare, load_recipe, markdown, plan, same_result, table, write_tables
 from sweeps.settings_file import read_overrides
 from synq.configs import make_absolute, with_overrides
@@ -24,9 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopped; finished runs are only read.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="synq recipe", usage="%(prog)s SPEC [options]", description=main.__doc__, allow_abbrev=False
-    )
+    parser = Parser(prog="synq recipe", usage="%(prog)s SPEC [options]", description=main.__doc__)
     parser.add_argument(
         "--spec", metavar="SPEC", required=True, help="file of a recipe; as the first word it needs no --spec"
     )
@@ -37,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, the cores divided between them (default: 1)"
     )
-    first = ["--spec", words.pop(0)] if words and not words[0].startswith("-") else []
-    arguments, rest = parser.parse_known_args([*first, *words])
+    arguments, rest = parser.parse_beside_settings(words, "--spec")
     return exit_code(lambda: _cook(arguments, rest))
 
 

@@ -14,7 +14,8 @@ from typing import Any
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sweeps.pool import exit_code, in_processes, threads_each
+from sweeps.command_line import Parser, exit_code
+from sweeps.pool import in_processes, threads_each
 from synq.bars import passing_bar
 from synq.config_io import between, require
 from synq.configs import RunConfig, RuntimeConfig, TeacherConfig, config_from_dict, load_config, make_absolute
@@ -71,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     of launch/architectures.toml, untrained; exit code 1 if one of them does otherwise than the list says.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="synq rehearse", usage="%(prog)s [TEACHER] [options]", description=main.__doc__, allow_abbrev=False
-    )
+    parser = Parser(prog="synq rehearse", usage="%(prog)s [TEACHER] [options]", description=main.__doc__)
     parser.add_argument("--all", action="store_true", help="try the networks of the list instead of TEACHER")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="of these, those with a WORD in their name"
@@ -86,11 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what is exported, some of: onnx packed torch (default: onnx packed; with --all packed, because ONNX takes longer than all the rest)",
     )  # fmt: skip
     parser.add_argument("--page", metavar="FILE", help="write the table of --all as Markdown")
-    first = ["--teacher.spec", words.pop(0)] if words and not words[0].startswith("-") else []
-    arguments, rest = parser.parse_known_args(words)
+    arguments, rest = parser.parse_beside_settings(words, "--teacher.spec")
     failed: list[str] = []
     work = _all if arguments.all else _one
-    return exit_code(lambda: failed.extend(work(arguments, [*rest, *first]))) or int(bool(failed))
+    return exit_code(lambda: failed.extend(work(arguments, rest))) or int(bool(failed))
 
 
 def read_list(only: Sequence[str] = ()) -> list[Entry]:

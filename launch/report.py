@@ -9,7 +9,7 @@ from pathlib import Path
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sweeps.pool import exit_code
+from sweeps.command_line import Parser, check_paths, exit_code
 from synq.configs import PLACES
 
 EXAMPLES = """\
@@ -25,12 +25,11 @@ Beside FILE.html lie FILE_figures/*.svg and *.png. Pages are made of records and
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write one self-contained HTML page (no network, no other file) and its drawings as SVG and PNG."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="synq report",
         description=main.__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="folder of a sweep or a run, or a record file")
     parser.add_argument(
@@ -56,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    check_paths(arguments.paths)
     from sweeps.reports.make import make_report
 
     places = {name: place for name in PLACES if (place := getattr(arguments, name)) is not None}

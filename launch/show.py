@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """The essentials of runs and sweeps in a terminal: `launch/show.py PATH...`."""
 
-import argparse
 import io
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sweeps.pool import exit_code
+from sweeps.command_line import Parser, check_paths, exit_code
 from synq.table_text import plain
 
 if TYPE_CHECKING:
@@ -24,20 +23,18 @@ MOST_FAILURES = 5
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what came of a run or a sweep, finished or not: the best settings, figures, failures."""
-    parser = argparse.ArgumentParser(prog="synq show", description=main.__doc__, allow_abbrev=False)
+    parser = Parser(prog="synq show", description=main.__doc__)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="folder of a sweep or a run, or a record file")
     arguments = parser.parse_args(argv)
     return exit_code(lambda: _show(arguments.paths))
 
 
 def _show(paths: Sequence[str]) -> None:
+    check_paths(paths)
     from rich.console import Console
 
     from sweeps.reports.sweep_view import is_run
 
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"`PATH` must exist, but got {path}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(
             errors="replace"

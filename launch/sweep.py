@@ -6,23 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from sweeps.cluster import output_root, prepare_environment
+from sweeps.command_line import Parser
 from sweeps.spec import DEMO_SPEC, load_spec
-
-USER_ERROR = 2
-
-
-class _Parser(argparse.ArgumentParser):
-    """Answers a wrong word with one line, as every other door does."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"synq: error: {message}; everything else stands in the spec (--help, README)", file=sys.stderr)
-        raise SystemExit(USER_ERROR)
+from synq.train import USER_ERROR, report_error
 
 
 def _num_trials(word: str) -> dict[str, int]:
@@ -34,7 +25,9 @@ def _num_trials(word: str) -> dict[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sweep over models, bit-widths and settings and rank the results. The same command resumes a sweep that was stopped."""
-    parser = _Parser(prog="synq sweep", description=main.__doc__)
+    parser = Parser(
+        prog="synq sweep", description=main.__doc__, advice="everything else stands in the spec (--help, README)"
+    )
     parser.add_argument(
         "spec", nargs="?", default=DEMO_SPEC, metavar="SPEC", help="a .toml or .json file (default: a small demo)"
     )
@@ -76,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = 130
     except (ValueError, OSError) as error:
-        print(f"synq: error: {' '.join(str(error).split())}", file=sys.stderr)
+        report_error(error)
         status = USER_ERROR
     return status
 

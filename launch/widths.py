@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Widths of single tensors under limits: `launch/widths.py [TEACHER] [--activations] [--max-bytes N] [--max-bitops N] [--KEY VALUE ...]`."""
 
-import argparse
 import math
 import shlex
 import sys
@@ -15,7 +14,7 @@ from tqdm import tqdm
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sweeps.pool import exit_code
+from sweeps.command_line import Parser, exit_code
 from synq.config_io import between, require
 from synq.configs import QuantConfig, RunConfig, config_digest, config_to_dict, make_absolute
 from synq.results import write_json_atomic, write_text_atomic
@@ -72,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with the widths found in quant.layer_weight_bits and quant.layer_act_bits. Every other word is a setting of the run, as for `synq train`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="synq widths", usage="%(prog)s [TEACHER] [options]", description=main.__doc__, allow_abbrev=False
-    )
+    parser = Parser(prog="synq widths", usage="%(prog)s [TEACHER] [options]", description=main.__doc__)
     parser.add_argument(
         "--activations", action="store_true", help="choose the widths of activations, too (default: as they are given)"
     )
@@ -93,11 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--activation-factor", type=float, default=ACTIVATION_FACTOR, metavar="X",
         help="what the KL of an activation counts beside that of a weight, whose rounding the fine-tuning makes up for (default: %(default)g)",
     )  # fmt: skip
-    first = ["--teacher.spec", words.pop(0)] if words and not words[0].startswith("-") else []
-    arguments, rest = parser.parse_known_args(words)
+    arguments, rest = parser.parse_beside_settings(words, "--teacher.spec")
 
     def work() -> None:
-        config, _ = read_command_line([*rest, *first])
+        config, _ = read_command_line(rest)
         candidates = sorted(set(arguments.candidates))
         _find(make_absolute(config), Wanted(**{**vars(arguments), "candidates": candidates}))
 

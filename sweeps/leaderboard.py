@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn
 
+from sweeps.command_line import Parser, check_paths, exit_code
 from sweeps.ranking import LEADERBOARD_COLUMNS, TRIAL_COLUMNS, read_setting
 from sweeps.tables import Tables
 from sweeps.views import (
@@ -84,6 +84,8 @@ def record_files(paths: Iterable[str | Path]) -> list[Path]:
             files = [path]
         elif (path / "records").is_dir():
             files = sorted((path / "records").glob("*.json"))
+        elif path.name == "records":
+            files = sorted(path.glob("*.json"))
         elif (path / "record.json").is_file():
             files = [path / "record.json"]
         else:
@@ -154,35 +156,23 @@ def write_tables(records: Iterable[RunRecord], folder: str | Path) -> None:
     Tables(records).write(folder)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Answers a wrong word with one line, as every other door does."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"synq: error: {message} (see --help)", file=sys.stderr)
-        raise SystemExit(USER_ERROR)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuild the tables of sweeps from their records; several sweeps become one pair of tables."""
     arguments = _parser().parse_args(argv)
-    try:
-        for path in arguments.paths:
-            if not Path(path).exists():
-                raise FileNotFoundError(f"`PATH` must exist, but got {path}")
+
+    def work() -> None:
+        check_paths(arguments.paths)
         _compare(arguments) if arguments.compare else _rebuild(arguments)
-    except (ValueError, OSError) as error:
-        print(f"synq: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
-    return 0
+
+    return exit_code(work)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="leaderboard",
         description=main.__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="folder of a sweep or a run, or a record file")
     parser.add_argument(

@@ -1,10 +1,8 @@
-"""Several runs side by side on one machine, without Ray, and how the doors that do so answer a failure."""
+"""Several runs side by side on one machine, without Ray."""
 
 import os
-import sys
 from collections.abc import Callable, Generator, Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import replace
 from multiprocessing import get_context
@@ -13,7 +11,6 @@ from typing import TypeVar
 from synq.bars import passing_bar
 from synq.configs import RunConfig
 from synq.results import RunRecord
-from synq.train import USER_ERROR, report_error
 
 Cell = TypeVar("Cell", bound=Hashable)
 Task = TypeVar("Task")
@@ -102,33 +99,3 @@ def _run_one(config: RunConfig) -> RunRecord:
     from synq.pipeline import run
 
     return run(config)
-
-
-def exit_code(work: Callable[[], None]) -> int:
-    """Do the work of a door and return its exit code; whatever goes wrong is one line on standard error.
-
-    Returns:
-        0 done, 1 a run failed, 2 the input was refused, 130 interrupted.
-    """
-    try:
-        work()
-    except BrokenPipeError:  # who read what was printed, as `head` does, has read enough
-        return 0
-    except (ValueError, OSError) as error:
-        report_error(error)
-        return USER_ERROR
-    except BrokenProcessPool:
-        reason = "a run's process died (too little memory?); the same command goes on, fewer `--jobs` need less"
-        report_error(RuntimeError(reason))
-        return 1
-    except RuntimeError as error:
-        from synq.finetune import NonFiniteLossError  # torch, which a refused command line need not wait for
-
-        if not isinstance(error, NonFiniteLossError):
-            raise
-        report_error(error)
-        return 1
-    except KeyboardInterrupt:
-        print("synq: interrupted; the same command resumes", file=sys.stderr, flush=True)
-        return 130
-    return 0

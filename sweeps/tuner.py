@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -19,6 +20,7 @@ from sweeps.halt import Halt
 from sweeps.ledger import Ledger
 from sweeps.plans import set_recipe
 from sweeps.progress import Progress, print_leaderboard
+from sweeps.reports import PAGE
 from sweeps.rungs import SweepScheduler
 from sweeps.search import SweepSearcher
 from sweeps.search_config import LISTED
@@ -91,8 +93,7 @@ def _conclude(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress
     where = spec.address or spec.output_dir
     print(f"{where}/trials.csv\n{where}/leaderboard.csv", flush=True)
     if spec.search.report and ledger.records:
-        print("drawing report.html ...", flush=True)
-        print(_report(spec, ledger), flush=True)
+        print(f"{where}/{PAGE}" if _is_drawn(spec) else _report(spec, ledger), flush=True)
     if progress.account():
         print(progress.account(), flush=True)
     listed = spec.search.sampler in LISTED
@@ -106,8 +107,16 @@ def _conclude(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress
     return NO_RESULT if empty or halt.failed else 0
 
 
+def _is_drawn(spec: SweepSpec) -> bool:
+    """Whether the page is there and no record has been written since: a finished sweep that is started again says so at once."""
+    folder = Path(spec.output_dir)
+    page, records = folder / PAGE, (folder / "records").glob("*.json")
+    return page.is_file() and all(file.stat().st_mtime < page.stat().st_mtime for file in records)
+
+
 def _report(spec: SweepSpec, ledger: Ledger) -> str:
     """Make the sweep's page and return where it is; nothing that keeps it from being made undoes the sweep."""
+    print(f"drawing {PAGE} ...", flush=True)
     try:
         from sweeps.reports.make import make_report
 
@@ -120,7 +129,7 @@ def _report(spec: SweepSpec, ledger: Ledger) -> str:
         KeyboardInterrupt,
     ) as error:  # a teacher's own code runs here, too, and Ctrl-C is "enough"
         reason = " ".join(str(error).split()) or type(error).__name__
-        return f"no report.html: {reason}; `synq report {spec.output_dir}` makes it"
+        return f"no {PAGE}: {reason}; `synq report {spec.output_dir}` makes it"
     return f"{spec.address or spec.output_dir}/{written[0].name}"
 
 

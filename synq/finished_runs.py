@@ -30,9 +30,7 @@ def open_run(
     path = _run_folder(Path(folder).resolve())
     if not (path / "record.json").is_file():
         started = (path / "checkpoint.pt").exists() or (path / "config.json").exists()
-        hint = (
-            "it is not finished, start its command again" if started else "give the folder of one run, runs/NAME-DIGEST"
-        )
+        hint = "it is not finished, start its command again" if started else _one_of(path)
         raise FileNotFoundError(f"`RUN` must hold record.json, but {path} does not: {hint}")
     record = read_record(path / "record.json")
     if record.status != "completed":
@@ -82,6 +80,14 @@ def synthetic_sets(config: RunConfig, teacher: Teacher, record: RunRecord) -> tu
             raise ValueError(f"`RUN` must find its synthetic images, but those in {found.path} are others")
         sets.append(found)
     return sets[0], sets[1]
+
+
+def _one_of(path: Path) -> str:
+    """Say what to give in the place of a folder that is no run."""
+    records = sorted((path / "records").glob("*.json"))
+    if not records:
+        return "give the folder of one run, runs/NAME-DIGEST"
+    return f"it is a sweep, give one of its {len(records)} trials, such as {records[0]}"
 
 
 def _run_folder(path: Path) -> Path:

@@ -191,7 +191,7 @@ def test_engines_stay_outside_the_package() -> None:
 
 
 def test_spaces_tables_and_plans_need_neither_ray_nor_torch() -> None:
-    modules = "sweeps.space, sweeps.leaderboard, sweeps.recipes, sweeps.ablation, sweeps.pool"
+    modules = "sweeps.space, sweeps.leaderboard, sweeps.recipes, sweeps.ablation, sweeps.pool, sweeps.command_line"
     code = f"import sys, {modules}; print(sorted({{'torch', 'ray', 'optuna'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sweeps.pool import exit_code, run_all
+from sweeps.pool import run_all
 from synq.configs import RunConfig, with_overrides
 from synq.pipeline import run, run_folder
 from synq.results import RunRecord
@@ -45,14 +45,3 @@ def test_no_jobs_are_refused_before_any_work(runs: dict[str, RunConfig], tmp_pat
     with pytest.raises(ValueError, match="`jobs` must be >= 1, but got 0"):
         run_all(runs, 0, lambda *_: None)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_fault_of_ours_is_not_hidden_and_an_interruption_has_its_code(capsys: pytest.CaptureFixture[str]) -> None:
-    def fault(error: BaseException) -> None:
-        raise error
-
-    assert exit_code(lambda: fault(KeyboardInterrupt())) == 130
-    assert "the same command resumes" in capsys.readouterr().err
-    assert exit_code(lambda: None) == 0
-    with pytest.raises(RuntimeError, match="ours"):
-        exit_code(lambda: fault(RuntimeError("ours")))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from made_sweeps import damage, made_sweep
 
+from launch.export import main as export
 from launch.report import main as report
 from launch.show import main as show
 from sweeps.reports.comparison_page import comparison_page
@@ -276,11 +277,15 @@ def test_a_report_that_fails_does_not_undo_the_sweep(tmp_path: Path, monkeypatch
     from types import SimpleNamespace
 
     import sweeps.reports.make
-    from sweeps.tuner import _report
+    from sweeps.tuner import _is_drawn, _report
 
     folder = made_sweep(tmp_path, trials=1, bits=("W4A4",))
     spec = SimpleNamespace(output_dir=folder, address="")
+    assert not _is_drawn(spec)  # type: ignore[arg-type]
     assert _report(spec, None) == f"{folder}/report.html"  # type: ignore[arg-type]
+    assert _is_drawn(spec)  # type: ignore[arg-type]
+    next((folder / "records").iterdir()).touch()
+    assert not _is_drawn(spec), "a record that is newer than the page"  # type: ignore[arg-type]
     for error in (SystemExit(3), KeyboardInterrupt(), KeyError("x"), OSError(28, "No space left on device")):
 
         def fail(*_: object, error: BaseException = error) -> None:
@@ -288,6 +293,17 @@ def test_a_report_that_fails_does_not_undo_the_sweep(tmp_path: Path, monkeypatch
 
         monkeypatch.setattr(sweeps.reports.make, "make_report", fail)
         assert _report(spec, None).startswith("no report.html: ")  # type: ignore[arg-type]
+
+
+def test_the_folder_of_records_is_shown_as_well_as_the_sweep_and_an_export_names_a_trial(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert show([str(folder / "records")]) == 0
+    assert "records" in capsys.readouterr().out
+    assert export([str(folder)]) == 2
+    assert (
+        f"it is a sweep, give one of its {len(list((folder / 'records').iterdir()))} trials" in capsys.readouterr().err
+    )
 
 
 def test_show_prints_the_essentials(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,101 @@
+"""What the doors of commands have in common: how words are read, and how what went wrong is said. Loads no torch."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NoReturn
+
+from synq.config_io import dotted_keys, nearest
+from synq.configs import RunConfig
+from synq.train import USER_ERROR, report_error
+
+UNKNOWN = "unrecognized arguments: "
+"""How argparse begins its message about words that it has no use for."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that says in one line what is wrong, and which option was probably meant; options are never shortened."""
+
+    def __init__(self, *, advice: str = "see --help", **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+        self.advice = advice
+
+    @property
+    def flags(self) -> list[str]:
+        """Every option, as it is written."""
+        return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2 and one line."""
+        unknown = message.removeprefix(UNKNOWN)
+        hint = nearest(unknown.split()[0].partition("=")[0], self.flags) if unknown != message else ""
+        rest = hint or ("" if message.endswith("?") else f"; {self.advice}")
+        report_error(ValueError(message + rest))
+        raise SystemExit(USER_ERROR)
+
+    def parse_beside_settings(self, words: Sequence[str], first: str) -> tuple[argparse.Namespace, list[str]]:
+        """Read this command's own options; the other words are settings of a run.
+
+        Args:
+            words: What follows the command's name.
+            first: The option or setting whose value the first word is, if it is none itself, such as --teacher.spec.
+
+        Returns:
+            The options, and the words that are left.
+        """
+        known = {"config", *dotted_keys(RunConfig)}
+        words = [first, *words] if words and not words[0].startswith("-") else list(words)
+        arguments, rest = self.parse_known_args(words)
+        if rest and not rest[0].startswith("-"):
+            self.error(f"each setting must read --KEY VALUE, and what {first} names must come first, but got {rest[0]}")
+        for word in rest:
+            name = word.partition("=")[0]
+            is_unknown = name.startswith("--") and name[2:].replace("-", "_") not in known
+            if is_unknown and (hint := nearest(name, self.flags)):  # others are refused with the settings
+                self.error(f"`{name}` must be an option of this command or a setting of a run, but is neither{hint}")
+        return arguments, rest
+
+
+def check_paths(paths: Iterable[str | Path], name: str = "PATH") -> None:
+    """Refuse what is not there, before anything is loaded that takes seconds.
+
+    Raises:
+        FileNotFoundError: One of them is absent.
+    """
+    for path in paths:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"`{name}` must exist, but got {path}")
+
+
+def exit_code(work: Callable[[], int | None]) -> int:
+    """Do the work of a door and return its exit code; whatever goes wrong is one line on standard error.
+
+    Args:
+        work: What to do; a number that it returns is the exit code.
+
+    Returns:
+        0 done, 1 a run failed, 2 the input was refused, 130 interrupted.
+    """
+    try:
+        return work() or 0
+    except BrokenPipeError:  # who read what was printed, as `head` does, has read enough
+        return 0
+    except (ValueError, OSError) as error:
+        report_error(error)
+        return USER_ERROR
+    except BrokenProcessPool:
+        reason = "a run's process died (too little memory?); the same command goes on, fewer `--jobs` need less"
+        report_error(RuntimeError(reason))
+        return 1
+    except RuntimeError as error:
+        from synq.finetune import NonFiniteLossError  # torch, which a refused command line need not wait for
+
+        if not isinstance(error, NonFiniteLossError):
+            raise
+        report_error(error)
+        return 1
+    except KeyboardInterrupt:
+        print("synq: interrupted; the same command resumes", file=sys.stderr, flush=True)
+        return 130
