@@ -14,7 +14,7 @@ from sweeps.ablation import ROWS, AblationSpec, Cell, load_ablation, markdown, p
 from sweeps.command_line import Parser, exit_code
 from sweeps.pool import run_all
 from sweeps.settings_file import read_overrides
-from synq.configs import RunConfig, config_from_dict, load_config, make_absolute, with_overrides
+from synq.configs import RunConfig, load_run, make_absolute, with_overrides
 from synq.results import RunRecord, summary_line
 
 
@@ -61,7 +61,7 @@ def _read(arguments: argparse.Namespace, words: Sequence[str]) -> tuple[Ablation
     if arguments.spec is not None:
         spec = load_ablation(arguments.spec)
     else:
-        config = config_from_dict(RunConfig, load_config(path), source=path) if path else RunConfig()
+        config = load_run(path) if path else RunConfig()
         spec = AblationSpec(name=config.name, bits=("W4A4", "W3A3"), seeds=(0, 1, 2), base=config)
     base = make_absolute(with_overrides(spec.base, overrides))
     folder = Path(base.runtime.output_dir)

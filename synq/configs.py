@@ -6,10 +6,11 @@ is strict: an unknown key or a value of another type is refused, never dropped o
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
-from synq.config_identity import config_digest, make_absolute
+from synq.config_identity import config_digest, make_absolute, settings_of_its_day
 from synq.config_io import between as _between
 from synq.config_io import config_from_dict, config_to_dict, load_config, parse_bits, with_overrides
 from synq.config_io import one_of as _one_of
@@ -31,6 +32,7 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "load_config",
+    "load_run",
     "make_absolute",
     "parse_bits",
     "with_overrides",
@@ -188,3 +190,17 @@ class RunConfig:
         size, images = self.finetune.batch_size, self.synthesis.num_images
         rule = f"be <= `synthesis.num_images` ({images}), because an incomplete batch is dropped"
         _require("finetune.batch_size", rule, size, self.finetune.epochs == 0 or size <= images)
+
+
+def load_run(path: str | Path) -> RunConfig:
+    """Read the settings of one run from a TOML or JSON file; keys that it leaves out have their defaults.
+
+    JSON with every part and both seeds is what a run wrote about itself (config.json). There a key can only be absent because it came
+    later, so it means what was done before, and the run is the same as then.
+
+    Raises:
+        OSError, ValueError: As `load_config` and `config_from_dict`.
+    """
+    content = load_config(path)
+    is_of_a_run = Path(path).suffix == ".json" and {part.name for part in fields(RunConfig)} <= {*content}
+    return config_from_dict(RunConfig, settings_of_its_day(content) if is_of_a_run else content, source=str(path))

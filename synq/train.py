@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 
 from synq.config_io import parse_overrides
-from synq.configs import RunConfig, config_from_dict, load_config, make_absolute, with_overrides
+from synq.configs import RunConfig, load_run, make_absolute, with_overrides
 from synq.results import summary_line
 
 PROGRAM = "accelerate launch synq/train.py"
@@ -46,7 +46,7 @@ def read_command_line(words: Sequence[str]) -> tuple[RunConfig, bool]:
         if path is not None or (word == "--config" and not words):
             raise ValueError(f"`config` must name one file, but got {'two' if path else 'none'}")
         path = words.pop(0) if word == "--config" else word.removeprefix("--config=")
-        config = config_from_dict(RunConfig, load_config(path), source=path)
+        config = load_run(path)
     return with_overrides(config, parse_overrides(RunConfig, rest)), wants_help
 
 

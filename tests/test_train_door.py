@@ -14,7 +14,7 @@ import safetensors.torch
 
 from synq import cli, train
 from synq.config_io import dotted_keys
-from synq.configs import RunConfig
+from synq.configs import RunConfig, config_digest, config_to_dict, with_overrides
 from synq.results import RunRecord, read_record
 
 SUMMARY = re.compile(
@@ -144,6 +144,18 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
     assert only.startswith("synq: error: ") and message in only and captured.out == ""
     written = {name: content for name, content in _tree(in_tmp).items() if "__pycache__" not in name}
     assert written == before
+
+
+def test_what_a_run_wrote_before_a_setting_existed_names_that_run(in_tmp: Path) -> None:
+    then = with_overrides(RunConfig(), {"finetune.grad_clip_relative": None, "finetune.lr": 0.5})
+    content = config_to_dict(then)
+    del content["finetune"]["grad_clip_relative"], content["quant"]["layer_act_bits"]
+    Path("config.json").write_text(json.dumps(content))
+    found, _ = train.read_command_line(["--config", "config.json"])
+    assert found == then and config_digest(found) == config_digest(then)
+    Path("by_hand.json").write_text(json.dumps({"finetune": content["finetune"]}))
+    found, _ = train.read_command_line(["--config", "by_hand.json", "--finetune.lr", "0.25"])
+    assert found == with_overrides(RunConfig(), {"finetune.lr": 0.25}), "by hand: the defaults of today"
 
 
 def test_failure_and_interrupt_have_their_own_exit_codes(
