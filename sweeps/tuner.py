@@ -30,6 +30,8 @@ from synq.configs import RunConfig, config_to_dict
 
 NO_RESULT = 1
 INTERRUPTED = 130
+A_WHILE = 60.0
+"""Seconds without an answer after which a log hears that work goes on."""
 
 
 def run_sweep(spec: SweepSpec) -> int:
@@ -150,11 +152,15 @@ def _task(spec: SweepSpec, function: Callable[[dict[str, Any]], dict[str, Any]])
     return ray.remote(num_cpus=search.cpus_per_worker, num_gpus=search.gpus_per_worker, max_retries=2)(function)
 
 
-def _answers(tasks: Iterable[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Give tasks with their answers as they come in; an error ends the others and is raised."""
+def _answers(tasks: Iterable[Any], waited: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Give tasks with their answers as they come in; an error ends the others and is raised. `waited` is called every minute without one."""
     waiting = list(tasks)
     while waiting:
-        (ready, *_), waiting = ray.wait(waiting)
+        done, waiting = ray.wait(waiting, timeout=A_WHILE)
+        if not done:
+            waited()
+            continue
+        (ready,) = done
         answer = ray.get(ready)
         if "error" in answer:
             for other in waiting:
@@ -187,7 +193,13 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
     started = time.monotonic()
     for name in names.values():
         progress.running[name] = "being made"
-    for _, answer, recipe in _made(task, places, needed, spec.address != ""):
+    progress.say(f"synthetic sets that the trials need: {len(needed)}; those that are not there are made first")
+
+    def waited() -> None:
+        if progress.live is None:  # a person sees the table
+            progress.say(f"{len(progress.running)} synthetic sets not ready after {time.monotonic() - started:.0f} s")
+
+    for _, answer, recipe in _made(task, places, needed, waited, apart=spec.address != ""):
         progress.running.pop(names[recipe], None)
         ledger.sets[recipe] = answer["sets"]
         group, config = needed[recipe]
@@ -197,7 +209,12 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
 
 
 def _made(
-    task: Any, places: dict[str, str], needed: dict[str, tuple[Group, RunConfig]], apart: bool
+    task: Any,
+    places: dict[str, str],
+    needed: dict[str, tuple[Group, RunConfig]],
+    waited: Callable[[], None],
+    *,
+    apart: bool,
 ) -> Iterator[tuple[Any, dict[str, Any], str]]:
     """Give the answers of the tasks that make sets, with their recipes.
 
@@ -205,6 +222,7 @@ def _made(
         task: Makes the sets of a run.
         places: Where they go.
         needed: Runs by recipe.
+        waited: Called every minute in which none is done.
         apart: Whether machines share no folder, and so no lock: the held-out set, which all data seeds of a model have in common,
             is then made with the first of them, before the others are begun.
     """
@@ -214,7 +232,7 @@ def _made(
     rest = [recipe for recipe in needed if recipe not in first.values()]
     for recipes in [list(first.values()), rest] if apart else [list(needed)]:
         waiting = {task.remote({**places, "config": config_to_dict(needed[recipe][1])}): recipe for recipe in recipes}
-        for ready, answer in _answers(waiting):
+        for ready, answer in _answers(waiting, waited):
             yield ready, answer, waiting[ready]
 
 

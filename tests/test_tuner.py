@@ -1,5 +1,6 @@
 """Whole sweeps on the bundled teacher: budgets, tables, resume, refusals."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,22 @@ def test_a_finished_sweep_runs_nothing_again_and_a_larger_one_only_the_rest(
     assert tuner.run_sweep(tiny(sweep, num_trials=3, **keys)) == 0
     assert {path: path.stat().st_mtime_ns for path in (sweep / "records").iterdir()} == before
     assert {name: (sweep / name).read_bytes() for name in tables} == tables
+
+
+def test_a_long_wait_is_not_silent(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    import sweeps.tuner as tuner
+
+    def slow() -> dict[str, str]:
+        time.sleep(1)
+        return {"sets": "made"}
+
+    monkeypatch.setattr(tuner, "A_WHILE", 0.1)
+    minutes: list[float] = []
+    task = ray.remote(num_cpus=1)(slow).remote()
+    assert list(tuner._answers([task], lambda: minutes.append(time.monotonic()))) == [(task, {"sets": "made"})]
+    assert len(minutes) >= 5
 
 
 def test_the_search_is_rebuilt_from_the_folder(sweep: Path) -> None:

@@ -79,7 +79,7 @@ def run_facts(record: RunRecord) -> list[tuple[str, str]]:
         ("bits", f"W{record.weight_bits}A{record.act_bits}"),
         ("protocol", f"{record.protocol}, {record.act_points}"),
         ("seeds", f"{record.seed} / data {record.data_seed}"),
-        ("size", None if record.size_bytes is None else f"{record.size_bytes / 1024:,.0f} KiB"),
+        ("size, packed", None if record.size_bytes is None else f"{record.size_bytes / 1024:,.0f} KiB"),
         ("BitOps", None if record.bitops is None else f"{record.bitops / 1e9:.3g} G an image"),
         ("codes changed", None if record.codes_changed is None else f"{100 * record.codes_changed:.1f} %"),
         ("images kept for hard labels", None if record.kept_share is None else f"{100 * record.kept_share:.0f} %"),
