@@ -34,10 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     as_json = "--json" in words
     words = [word for word in words if word != "--json"]
-    first = ["--teacher.spec", words.pop(0)] if words and not words[0].startswith("-") else []
 
     def work() -> None:
-        config, _ = read_command_line([*words, *first])
+        config, _ = read_command_line(words)
         _show(make_absolute(config), as_json)
 
     return exit_code(work)

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what is exported, some of: onnx packed torch (default: onnx packed; with --all packed, because ONNX takes longer than all the rest)",
     )  # fmt: skip
     parser.add_argument("--page", metavar="FILE", help="write the table of --all as Markdown")
-    arguments, rest = parser.parse_beside_settings(words, "--teacher.spec")
+    arguments, rest = parser.parse_beside_settings(words)
     failed: list[str] = []
     work = _all if arguments.all else _one
     return exit_code(lambda: failed.extend(work(arguments, rest))) or int(bool(failed))

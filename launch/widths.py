@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--activation-factor", type=float, default=ACTIVATION_FACTOR, metavar="X",
         help="what the KL of an activation counts beside that of a weight, whose rounding the fine-tuning makes up for (default: %(default)g)",
     )  # fmt: skip
-    arguments, rest = parser.parse_beside_settings(words, "--teacher.spec")
+    arguments, rest = parser.parse_beside_settings(words)
 
     def work() -> None:
         config, _ = read_command_line(rest)

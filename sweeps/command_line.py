@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from synq.config_io import dotted_keys, nearest
 from synq.configs import RunConfig
-from synq.train import USER_ERROR, report_error
+from synq.train import USER_ERROR, name_first_word, report_error
 
 UNKNOWN = "unrecognized arguments: "
 """How argparse begins its message about words that it has no use for."""
@@ -35,21 +35,21 @@ class Parser(argparse.ArgumentParser):
         report_error(ValueError(message + rest))
         raise SystemExit(USER_ERROR)
 
-    def parse_beside_settings(self, words: Sequence[str], first: str) -> tuple[argparse.Namespace, list[str]]:
+    def parse_beside_settings(self, words: Sequence[str], first: str = "") -> tuple[argparse.Namespace, list[str]]:
         """Read this command's own options; the other words are settings of a run.
 
         Args:
             words: What follows the command's name.
-            first: The option or setting whose value the first word is, if it is none itself, such as --teacher.spec.
+            first: The option whose value the first word is, if it is none itself; "" for the teacher or the settings file of a run.
 
         Returns:
             The options, and the words that are left.
         """
         known = {"config", *dotted_keys(RunConfig)}
-        words = [first, *words] if words and not words[0].startswith("-") else list(words)
-        arguments, rest = self.parse_known_args(words)
+        arguments, rest = self.parse_known_args(name_first_word(words, first))
         if rest and not rest[0].startswith("-"):
-            self.error(f"each setting must read --KEY VALUE, and what {first} names must come first, but got {rest[0]}")
+            what = first.removeprefix("--").upper() or "TEACHER"
+            self.error(f"each setting must read --KEY VALUE, and {what} must come first, but got {rest[0]}")
         for word in rest:
             name = word.partition("=")[0]
             is_unknown = name.startswith("--") and name[2:].replace("-", "_") not in known

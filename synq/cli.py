@@ -19,7 +19,7 @@ SynQ {__version__}: quantizes a pre-trained image classifier without any data.
   synq inspect [TEACHER] [--json] [--KEY VALUE ...]   what would be done with a classifier, layer by layer (--help)
   synq rehearse [TEACHER] [--KEY VALUE ...]           everything once in miniature: does it work on this classifier? (--help)
   synq widths [TEACHER] [--activations] [...]         bits of single tensors under a size and BitOps budget, without data (--help)
-  synq train [--config FILE] [--KEY VALUE ...]        one run; `synq train --help` explains every key
+  synq train [TEACHER] [--config FILE] [...]          one run; `synq train --help` explains every key
   synq synthesize [--config FILE] [--KEY VALUE ...]   only make the synthetic images of that run
   synq sweep [SPEC] [...]                             many runs and a ranked table; `synq sweep --help`
   synq recipe SPEC [...]                              chosen settings on several seeds, beside their baselines (--help)

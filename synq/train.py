@@ -28,13 +28,13 @@ NPZ_HELP = """--npz FILE.npz   also write the training images for other tools' c
 def read_command_line(words: Sequence[str]) -> tuple[RunConfig, bool]:
     """Return the configuration that the words ask for, and whether help was asked for.
 
-    `--config FILE` supplies the starting values; every other word pair replaces one of them.
+    `--config FILE` supplies the starting values; every other word pair replaces one of them. The first word may be FILE or the teacher alone.
 
     Raises:
         ValueError: For an unknown key, a bad value or a damaged file.
         OSError: The file cannot be read.
     """
-    words = list(words)
+    words = name_first_word(words)
     wants_help = any(word in ("-h", "--help") for word in words)
     words = [word for word in words if word not in ("-h", "--help")]
     config, rest, path = RunConfig(), [], None
@@ -50,18 +50,25 @@ def read_command_line(words: Sequence[str]) -> tuple[RunConfig, bool]:
     return with_overrides(config, parse_overrides(RunConfig, rest)), wants_help
 
 
+def name_first_word(words: Sequence[str], key: str = "") -> list[str]:
+    """Return the words with the key of the first one, where that is no key itself: `key`, or by default that of a settings file or a teacher."""
+    if not words or words[0].startswith("-"):
+        return list(words)
+    return [key or ("--config" if words[0].endswith((".toml", ".json")) else "--teacher.spec"), *words]
+
+
 def print_help(config: RunConfig, program: str = PROGRAM) -> None:
     """Explain every field with the value it has now (the default, or the one of `--config FILE`)."""
     import tyro
 
     description = (
         "Quantizes a pre-trained classifier without any data: makes images from it, trains a low-bit copy on them and measures it. "
-        "Settings come from --config FILE (TOML or JSON, with the keys below), then from the command line. "
+        "Settings come from --config FILE (TOML or JSON, with the keys below), then from the command line; TEACHER is --teacher.spec. "
         "The same command started again resumes a run that was stopped, and returns at once when it is finished."
     )
     tyro.cli(
         RunConfig,
-        prog=f"{program} [--config FILE]",
+        prog=f"{program} [TEACHER or FILE.toml] [--config FILE]",
         description=description,
         args=["--help"],
         default=config,

@@ -17,7 +17,7 @@ def parser() -> Parser:
 
 def _refused(parser: Parser, words: list[str], capsys: pytest.CaptureFixture[str], *, alone: bool = False) -> str:
     with pytest.raises(SystemExit) as exit_of:
-        parser.parse_args(words) if alone else parser.parse_beside_settings(words, "--teacher.spec")
+        parser.parse_args(words) if alone else parser.parse_beside_settings(words)
     assert exit_of.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line.removeprefix("synq: error: ")
@@ -25,16 +25,18 @@ def _refused(parser: Parser, words: list[str], capsys: pytest.CaptureFixture[str
 
 def test_own_options_and_settings_of_a_run_stand_in_any_order(parser: Parser) -> None:
     words = ["timm:resnet18", "--seed", "3", "--activations", "--quant.layer_weight_bits", "fc=8", "--max-bytes=5"]
-    arguments, rest = parser.parse_beside_settings([*words, "--config=a.toml"], "--teacher.spec")
+    arguments, rest = parser.parse_beside_settings([*words, "--config=a.toml"])
     assert (arguments.activations, arguments.max_bytes) == (True, 5.0)
     left = ["--teacher.spec", "timm:resnet18", "--seed", "3", "--quant.layer_weight_bits", "fc=8", "--config=a.toml"]
     assert rest == left
-    assert parser.parse_beside_settings(["--finetune.grad-clip", "1"], "--teacher.spec")[1]
+    assert parser.parse_beside_settings(["run.toml", "--activations"])[1] == ["--config", "run.toml"]
+    assert parser.parse_beside_settings(["3", "--activations"], "--max-bytes")[0].max_bytes == 3
+    assert parser.parse_beside_settings(["--finetune.grad-clip", "1"])[1]
 
 
 def test_a_mistyped_option_gets_the_nearest_one(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
     assert _refused(parser, ["--max-byte", "3"], capsys).endswith("but is neither; did you mean `--max-bytes`?")
-    assert parser.parse_beside_settings(["--finetune.lrr=3"], "--teacher.spec")[1], "refused with the settings"
+    assert parser.parse_beside_settings(["--finetune.lrr=3"])[1], "refused with the settings"
     line = _refused(parser, ["--activation"], capsys, alone=True)
     assert line == "unrecognized arguments: --activation; did you mean `--activations`?"
     assert _refused(parser, ["--zzz", "3"], capsys, alone=True) == "unrecognized arguments: --zzz 3; see --help"
@@ -43,10 +45,7 @@ def test_a_mistyped_option_gets_the_nearest_one(parser: Parser, capsys: pytest.C
 
 def test_a_teacher_behind_the_options_is_told_its_place(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
     line = _refused(parser, ["--activations", "timm:resnet18"], capsys)
-    assert (
-        line
-        == "each setting must read --KEY VALUE, and what --teacher.spec names must come first, but got timm:resnet18; see --help"
-    )
+    assert line == "each setting must read --KEY VALUE, and TEACHER must come first, but got timm:resnet18; see --help"
 
 
 def test_paths_that_are_not_there_are_refused(tmp_path: Path) -> None:

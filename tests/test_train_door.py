@@ -146,6 +146,15 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
     assert written == before
 
 
+def test_the_first_word_is_the_teacher_or_the_settings(in_tmp: Path) -> None:
+    assert train.read_command_line(["timm:resnet18"])[0].teacher.spec == "timm:resnet18"
+    Path("run.toml").write_text("[finetune]\nlr = 0.5\n")
+    found, wants_help = train.read_command_line(["run.toml", "--help"])
+    assert found == with_overrides(RunConfig(), {"finetune.lr": 0.5}) and wants_help
+    with pytest.raises(ValueError, match="one file, but got two"):
+        train.read_command_line(["run.toml", "--config", "run.toml"])
+
+
 def test_what_a_run_wrote_before_a_setting_existed_names_that_run(in_tmp: Path) -> None:
     then = with_overrides(RunConfig(), {"finetune.grad_clip_relative": None, "finetune.lr": 0.5})
     content = config_to_dict(then)
