@@ -124,9 +124,16 @@ def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
     if not history or settings["ce_weight"] == 0 or tau >= 1:
         return []
     share = history[-1]["kept"]
-    if share > 0.99 or share < 0.01:
-        return [f"difficulty_threshold {tau} keeps {100 * share:.1f} % of the images for the hard labels: it is inert"]
-    return []
+    if 0.01 <= share <= 0.99:
+        return []
+    remedy = (
+        "a stronger filter leaves more of them difficult"
+        if share > 0.99
+        else "a larger one, or a weaker filter, keeps more"
+    )
+    return [
+        f"difficulty_threshold {tau} is inert: {100 * share:.1f} % of the images keep their hard label; no fault, but {remedy}"
+    ]
 
 
 def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:
