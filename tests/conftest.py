@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import nn
+
+    from synq.configs import RunConfig, TeacherConfig
 
 # Before anything imports torch or Ray. Ray's own variables: no token file, everything on 127.0.0.1, no usage report.
 os.environ.update(
@@ -147,6 +150,66 @@ def tiny_settings() -> dict[str, object]:
 
 
 @pytest.fixture
+def config(tiny_settings: dict[str, object], tmp_path: Path) -> "RunConfig":
+    """A run of `tiny_settings` that writes to the test's folder."""
+    from synq.configs import RunConfig, with_overrides
+
+    return with_overrides(RunConfig(), {**tiny_settings, "runtime.output_dir": str(tmp_path)})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, object]) -> Path:
+    """The folder of a finished run whose student can be exported."""
+    from synq.configs import RunConfig, with_overrides
+    from synq.pipeline import run, run_folder
+
+    folder = tmp_path_factory.mktemp("runs")
+    config = with_overrides(
+        RunConfig(),
+        {**tiny_settings, "runtime.output_dir": str(folder), "quant.weight_bits": 4, "quant.act_points": "inputs"},
+    )
+    run(config)
+    return run_folder(config)
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> "Accelerator":
+    """One process on the CPU."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    """A user's file of models, the tiny one among them."""
+    from tiny_model import MODEL_FILE
+
+    path = tmp_path / "my models.py"
+    path.write_text(MODEL_FILE)
+    return path
+
+
+@pytest.fixture
+def make_config(model_file: Path, tmp_path: Path) -> Callable[..., "TeacherConfig"]:
+    """A configuration of the tiny model with its weights in a safetensors file; fields can be replaced."""
+    from safetensors.torch import save_file
+    from tiny_model import HALF, SIZE, trained_state
+
+    from synq.configs import TeacherConfig
+
+    def make(factory: str = "tiny", **fields: object) -> TeacherConfig:
+        values: dict[str, object] = {"spec": f"{model_file}:{factory}", "input_size": SIZE, "mean": HALF, "std": HALF}
+        if "weights" not in fields:
+            path = tmp_path / "tiny.safetensors"
+            save_file(trained_state(), path)
+            values["weights"] = str(path)
+        return TeacherConfig(**{**values, **fields})  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
 def as_words() -> Callable[[dict[str, object]], list[str]]:
     """Turn dotted overrides into command-line words."""
 
@@ -190,6 +253,14 @@ def torch_rng_untouched() -> Iterator[None]:
     before = torch.get_rng_state()
     yield
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a made sweep of two groups."""
+    from made_sweeps import made_sweep
+
+    return made_sweep(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(scope="session")

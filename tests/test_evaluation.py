@@ -24,11 +24,6 @@ class Echo(nn.Module):
         return x.flatten(1)
 
 
-@pytest.fixture(scope="module")
-def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
-
-
 @pytest.mark.parametrize("batch_size", [1, 7, 82, 500])
 def test_counts_are_exact(accelerator: Accelerator, batch_size: int) -> None:
     logits = torch.randn(82, 9, generator=torch.Generator().manual_seed(0))

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,38 +15,16 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 from launch.export import main
-from synq.configs import RunConfig, with_overrides
 from synq.export import DRAFT, ExportOptions
-from synq.exported_files import Checker, ExportRefusedError, export_onnx
 from synq.finished_runs import open_run
 from synq.integer_form import integer_form
 from synq.model_card import NOISE, SELECTED, STATEMENT, card_markdown, card_values, siblings_of
-from synq.onnx_file import onnx_graph
 from synq.packed_file import load_packed
 from synq.packed_student import load_student
-from synq.pipeline import run, run_folder
 from synq.results import DEPLOYED, read_record, write_record
-from synq.verification import Tolerance
 
 ANY = ["--agreement", "0", "--mean-difference", "9"]
 """Of an untrained tiny student nearly every logit is a tie."""
-
-
-class NoLabels:
-    """A measurement without labelled images, for a `Checker`."""
-
-    labelled, reported = None, torch.arange(0)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, Any]) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    config = with_overrides(
-        RunConfig(),
-        {**tiny_settings, "runtime.output_dir": str(folder), "quant.weight_bits": 4, "quant.act_points": "inputs"},
-    )
-    run(config)
-    return run_folder(config)
 
 
 @pytest.fixture(scope="module")
@@ -131,22 +108,6 @@ def test_a_selected_student_does_not_claim_to_be_free_of_data(finished: Path, ex
     assert NOISE in text and STATEMENT not in text
 
 
-@pytest.mark.slow
-def test_a_file_that_answers_otherwise_is_refused_and_not_left_behind(finished: Path, tmp_path: Path) -> None:
-    *_, teacher, student = open_run(finished)
-    form = integer_form(student.net, operations="onnx")
-    layer = form.get_submodule("linear.integer_weight")
-    layer.codes.copy_(-layer.codes.clamp(min=-7))  # type: ignore[union-attr, operator]
-    images = torch.randn(40, 1, 16, 16)
-
-    check = Checker(integer_form(student.net), student.net, images, NoLabels(), Tolerance())  # type: ignore[arg-type]
-    with pytest.raises(
-        ExportRefusedError, match=r"model\.onnx was not written: it chooses another class than the student"
-    ):
-        export_onnx(tmp_path / "model.onnx", "int8", onnx_graph(form, teacher.input_size), check)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_run_that_was_moved_is_told_where_its_images_lie(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     folder = tmp_path / "run"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("export"))
@@ -165,32 +126,6 @@ def test_a_run_that_was_moved_is_told_where_its_images_lie(finished: Path, tmp_p
     assert "unrecognized arguments: --quant.act_bits 8" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"`places` must be one of teacher\.spec"):
         ExportOptions(places={"quant.act_bits": 8})
-
-
-class Shifted(nn.Module):
-    """Gives what it is given, two logits, the second one larger by 0.5."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tensor([0.0, 0.5])
-
-
-@pytest.mark.parametrize("unsure", [5, 50])
-def test_no_file_is_held_to_more_than_the_simulation(unsure: int) -> None:
-    images = torch.tensor([[0.3, 0.0], [9.0, 0.0]]).repeat_interleave(torch.tensor([unsure, 100 - unsure]), dim=0)
-    check = Checker(nn.Identity(), Shifted(), images, NoLabels(), Tolerance())  # type: ignore[arg-type]
-    moved = torch.tensor([0.0, 0.4])
-    if unsure > 10:
-        with pytest.raises(
-            ExportRefusedError, match=r"cannot be checked: with sums in float the student .* 50 of 100 synthetic"
-        ):
-            check("file", lambda x: x + moved)
-        return
-    (found,) = check("file", lambda x: x + moved)
-    (own,) = check.own.values()
-    assert (found.differing, own.differing, own.max_difference) == (5, 5, 0.5)
-    wrong = r"100 of 100 synthetic images \(0.00 % agree, 99.9 % are asked for; with sums in float the student on 5\)"
-    with pytest.raises(ExportRefusedError, match=wrong):
-        check("file", lambda x: x + 25 * moved)
 
 
 @pytest.fixture

@@ -1,72 +1,22 @@
-"""Fine-tuning: the loss of the very images, exact resume, no side effects, faults that name themselves."""
+"""Fine-tuning: the loss of the very images, no side effects, faults that name themselves."""
 
 import copy
 import dataclasses
 import gc
 import math
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from finetune_tools import CONFIG, images, labels, networks, taps, train
 from torch import Tensor, nn
 
-from synq.augment import flip_shift, random_views
-from synq.blocks import block_ends
-from synq.cam_site import locate_cam
-from synq.configs import FinetuneConfig
-from synq.finetune import (
-    NonFiniteLossError,
-    finetune,
-    harder_images,
-    training_loss,
-)
+from synq.finetune import NonFiniteLossError, finetune, harder_images, training_loss
 from synq.losses import difficulty, feature_loss
 from synq.lowpass import gaussian_lowpass
-from synq.network_outputs import TappedNetwork, teacher_response
+from synq.network_outputs import teacher_response
 from synq.quant_layers import QuantConv2d, QuantLinear
-from synq.seeding import make_generator
-from synq.students import observe_ranges, quantize_model
-from synq.timetable import epoch_batches, local_batch_size, lr_at
-from synq.tracing import trace_classifier, with_features
-
-SIZE = (3, 8, 8)
-CONFIG = FinetuneConfig(epochs=3, batch_size=8, lr=1e-2, cam_weight=5.0, ce_weight=0.5, difficulty_threshold=0.7)
-
-
-def networks(net: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[TappedNetwork, TappedNetwork]:
-    """A teacher and its W4A4 student."""
-    traced = trace_classifier(net, SIZE).to(dtype)
-    site = locate_cam(traced)
-    student = quantize_model(traced, weight_bits=4, act_bits=4, cam_node=site.node)
-    observe_ranges(student.net, images().to(dtype), act_range="minmax")
-    return (
-        TappedNetwork(net=with_features(student.net, student.cam_node), site=site),
-        TappedNetwork(net=with_features(traced, site.node), site=site),
-    )
-
-
-def images(count: int = 20) -> Tensor:
-    return torch.randn(count, *SIZE, generator=torch.Generator().manual_seed(3))
-
-
-def labels(count: int = 20) -> Tensor:
-    return torch.arange(count) % 5
-
-
-@pytest.fixture(scope="module")
-def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
-
-
-def train(
-    net: nn.Module, accelerator: Accelerator, config: FinetuneConfig = CONFIG, **options: object
-) -> tuple[TappedNetwork, list[dict[str, float]]]:
-    student, teacher = networks(net)
-    history = finetune(student, teacher, images(), labels(), config, accelerator=accelerator, seed=1, **options)  # type: ignore[arg-type]
-    return student, history
 
 
 def test_loss_falls_and_weights_move(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
@@ -109,50 +59,6 @@ def test_the_relative_clip_bounds_what_weights_move(tiny_classifier: nn.Module, 
         return max(float(((a - b).norm() / b.norm()).detach()) for a, b in pairs if a.dim() > 1)
 
     assert moved(1e-6) < 1e-3 * moved(None)
-
-
-def test_resume_is_bit_equal(tiny_classifier: nn.Module, accelerator: Accelerator, tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, epochs=4, augment="flip_shift", warmup_epochs=0.5)
-    whole, history = train(tiny_classifier, accelerator, config)
-
-    class KilledError(Exception):
-        pass
-
-    def kill(epoch: dict[str, float]) -> None:
-        if epoch["epoch"] == 3:
-            raise KilledError
-
-    file = tmp_path / "checkpoint.pt"
-    with pytest.raises(KilledError):
-        train(tiny_classifier, accelerator, config, checkpoint=file, on_epoch=kill)
-    seen: list[float] = []
-    resumed, rest = train(
-        tiny_classifier, accelerator, config, checkpoint=file, on_epoch=lambda epoch: seen.append(epoch["epoch"])
-    )
-    assert seen == [3, 4], "finished epochs are not repeated"
-    state = resumed.net.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in whole.net.state_dict().items())
-    drop = {"seconds"}
-    assert [{k: v for k, v in h.items() if k not in drop} for h in rest] == [
-        {k: v for k, v in h.items() if k not in drop} for h in history
-    ]
-
-
-def test_a_checkpoint_of_another_teacher_or_set_is_refused(
-    tiny_classifier: nn.Module, accelerator: Accelerator, tmp_path: Path
-) -> None:
-    file = tmp_path / "checkpoint.pt"
-    train(tiny_classifier, accelerator, checkpoint=file, identity="teacher a")
-    with pytest.raises(ValueError, match=r"must not mix runs: .*checkpoint.pt belongs to other"):
-        train(tiny_classifier, accelerator, checkpoint=file, identity="teacher b")
-
-
-def test_damaged_checkpoint_names_itself(tiny_classifier: nn.Module, accelerator: Accelerator, tmp_path: Path) -> None:
-    file = tmp_path / "checkpoint.pt"
-    train(tiny_classifier, accelerator, checkpoint=file)
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"checkpoint must be readable, but .*checkpoint.pt is not"):
-        train(tiny_classifier, accelerator, checkpoint=file)
 
 
 def test_cached_teacher_equals_live_teacher(tiny_classifier: nn.Module) -> None:
@@ -262,52 +168,6 @@ def test_cam_can_be_off(tiny_classifier: nn.Module, accelerator: Accelerator) ->
     assert history[0]["cam"] == 0.0
 
 
-def test_batches_are_a_permutation_and_the_rest_is_dropped() -> None:
-    batches = list(epoch_batches(21, 4, seed=5, epoch=2))
-    rows = torch.cat(batches)
-    assert [len(b) for b in batches] == [4] * 5 and len(rows.unique()) == 20
-    assert torch.equal(rows, torch.cat(list(epoch_batches(21, 4, seed=5, epoch=2))))
-    assert not torch.equal(rows, torch.cat(list(epoch_batches(21, 4, seed=5, epoch=3))))
-    assert not torch.equal(rows, torch.cat(list(epoch_batches(21, 4, seed=6, epoch=2))))
-
-
-def test_global_batch_must_divide() -> None:
-    assert local_batch_size(12, 4) == 3
-    with pytest.raises(
-        ValueError, match=r"finetune.batch_size must be divisible by the number of processes \(4\), but got 10"
-    ):
-        local_batch_size(10, 4)
-
-
-def test_learning_rates() -> None:
-    cosine = FinetuneConfig(epochs=10, lr=1.0, schedule="cosine", warmup_epochs=1.0)
-    assert lr_at(0, 4, cosine) == pytest.approx(0.2) and lr_at(3, 4, cosine) == pytest.approx(0.8)
-    assert lr_at(4, 4, cosine) == pytest.approx(1.0) and lr_at(22, 4, cosine) == pytest.approx(0.5)
-    assert 0 < lr_at(39, 4, cosine) < 0.01
-    step = FinetuneConfig(epochs=10, lr=1.0, schedule="step", step_epochs=2, step_factor=0.5)
-    assert [lr_at(s, 3, step) for s in (0, 5, 6, 12)] == [1.0, 1.0, 0.5, 0.25]
-    assert lr_at(99, 3, FinetuneConfig(lr=0.3, schedule="constant")) == 0.3
-
-
-def test_augmentation_is_one_draw_for_the_global_batch() -> None:
-    x = images(8)
-    whole = flip_shift(x, make_generator("a"))
-    parts = [flip_shift(x[i : i + 4], make_generator("a"), offset=i, total=8) for i in (0, 4)]
-    assert torch.equal(whole, torch.cat(parts)) and not torch.equal(whole, x)
-
-
-def test_augmentation_moves_and_mirrors_pixels_without_inventing_any() -> None:
-    x = torch.arange(16.0).reshape(1, 1, 4, 4)
-    seen = set()
-    generator = make_generator("b")
-    for _ in range(64):
-        y = flip_shift(x, generator, max_shift=0.25)
-        assert set(y.flatten().tolist()) <= set(x.flatten().tolist())
-        seen.add(tuple(y.flatten().tolist()))
-    assert len(seen) == 2 * 3 * 3
-    assert tuple(x.flatten().tolist()) in seen and tuple(x.flip(-1).flatten().tolist()) in seen
-
-
 @pytest.mark.slow  # some 20 seconds of a C++ compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_a_compiled_step_trains_what_an_eager_one_does(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
@@ -341,21 +201,6 @@ def test_memory_does_not_grow_with_epochs(tiny_classifier: nn.Module, accelerato
     assert few > 0 and alive(10) <= few + 2
 
 
-def taps(net: nn.Module, weight_bits: int = 4) -> tuple[TappedNetwork, TappedNetwork]:
-    """Student and teacher with the outputs of their blocks."""
-    traced = trace_classifier(net, SIZE)
-    site = locate_cam(traced)
-    student = quantize_model(traced, weight_bits=weight_bits, act_bits=8, cam_node=site.node)
-    observe_ranges(student.net, images(), act_range="minmax")
-    names = [node.name for node in block_ends(traced)[:-1]]
-    behind = [student.taps.get(name, name) for name in names]
-    assert behind != names, "the student's blocks are taken after their quantizers"
-    return (
-        TappedNetwork(net=with_features(student.net, student.cam_node, behind), site=site),
-        TappedNetwork(net=with_features(traced, site.node, names), site=site),
-    )
-
-
 def test_feature_alignment_brings_the_blocks_nearer(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
     """Alone, so that no other term can have done it."""
     student, teacher = taps(tiny_classifier, weight_bits=2)
@@ -367,47 +212,6 @@ def test_feature_alignment_brings_the_blocks_nearer(tiny_classifier: nn.Module, 
     assert history[-1]["features"] < 0.8 * history[0]["features"]
     assert history[-1]["loss"] == pytest.approx(history[-1]["features"])
     assert float(feature_loss(found.blocks, goal.blocks).mean()) < 0.8 * history[0]["features"]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"feature_weight": 2.0},
-        pytest.param({"ema_decay": 0.9}, marks=pytest.mark.slow),
-        {"perturb_weight": 0.5},
-        {"augment": "mixup", "ema_decay": 0.5},
-        pytest.param({"augment": "cutmix"}, marks=pytest.mark.slow),
-        {"cam_method": "gradcam++"},
-        pytest.param({"cam_method": "cam"}, marks=pytest.mark.slow),
-        {"hard_labels": "top2", "difficulty_threshold": 0.3},
-    ],
-    ids=str,
-)
-def test_every_option_resumes_bit_equal(
-    tiny_classifier: nn.Module, accelerator: Accelerator, tmp_path: Path, options: dict[str, Any]
-) -> None:
-    config = dataclasses.replace(CONFIG, epochs=3, **options)
-    plain = dataclasses.replace(CONFIG, epochs=3)
-
-    def run(config: FinetuneConfig, **extra: Any) -> dict[str, Tensor]:
-        student, teacher = taps(copy.deepcopy(tiny_classifier))
-        finetune(student, teacher, images(), labels(), config, accelerator=accelerator, seed=1, **extra)
-        return student.net.state_dict()
-
-    class KilledError(Exception):
-        pass
-
-    def kill(epoch: dict[str, float]) -> None:
-        if epoch["epoch"] == 2:
-            raise KilledError
-
-    whole = run(config)
-    file = tmp_path / "checkpoint.pt"
-    with pytest.raises(KilledError):
-        run(config, checkpoint=file, on_epoch=kill)
-    resumed = run(config, checkpoint=file)
-    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
-    assert any(not torch.equal(value, whole[key]) for key, value in run(plain).items()), "the option does something"
 
 
 def test_the_average_is_what_is_measured_and_kept(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
@@ -450,20 +254,3 @@ def test_harder_images_are_harder_and_leave_no_gradient(tiny_classifier: nn.Modu
         assert difficulty(student.net(harder)[0], y).mean() > difficulty(student.net(x)[0], y).mean()
         torch.testing.assert_close(logits, teacher.net(harder)[0])
     assert all(parameter.grad is None for parameter in student.net.parameters())
-
-
-def test_mixed_views_keep_the_larger_part_and_are_one_draw_for_the_global_batch() -> None:
-    x = torch.arange(8.0)[:, None, None, None].expand(8, 1, 8, 8).clone()  # image i is i everywhere
-    batch = torch.arange(8)
-
-    def take(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return x[rows], rows
-
-    for kind in ("mixup", "cutmix"):
-        whole = random_views(x, batch, slice(0, 8), take, kind, make_generator("a"))
-        parts = [random_views(x[i : i + 4], batch, slice(i, i + 4), take, kind, make_generator("a")) for i in (0, 4)]
-        assert torch.equal(whole, torch.cat(parts)) and not torch.equal(whole, x)
-        assert whole.min() >= 0 and whole.max() <= 7
-        if kind == "cutmix":
-            own = (whole == x).float().mean(dim=(1, 2, 3))
-            assert own.min() >= 0.4 and set(whole.unique().tolist()) <= set(range(8))

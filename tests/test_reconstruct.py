@@ -1,20 +1,30 @@
 """Learned rounding: errors fall block by block, codes hold, and nothing else moves."""
 
 import copy
-import itertools
 import json
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from reconstruct_tools import (
+    CPU,
+    QUICK,
+    SIZE,
+    Bottlenecks,
+    layers_of,
+    same,
+    smooth,
+    student_of,
+    traced_of,
+    within_reach,
+)
+from torch import Tensor, fx
 
 from synq.blocks import block_ends, segment
 from synq.configs import ReconstructionConfig, TeacherConfig
 from synq.fake_quant import quantize
-from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, effective_weight
+from synq.quant_layers import ActQuantizer, effective_weight
 from synq.reconstruct import (
     ReconstructionReport,
     _beta,
@@ -29,34 +39,6 @@ from synq.seeding import make_generator
 from synq.soft_rounding import REACH, SoftRounding
 from synq.students import observe_ranges, quantize_model
 from synq.teachers import load_teacher
-from synq.tracing import trace_classifier
-
-CPU = torch.device("cpu")
-QUICK = ReconstructionConfig(iterations=40, batch_size=16, images=64, rounding_lr=0.05, step_lr=1e-3)
-Points = Literal["relu", "inputs"]
-
-
-def smooth(count: int, size: tuple[int, int, int], seed: int) -> Tensor:
-    """Images of broad spots, a little like pictures."""
-    noise = torch.randn(count, size[0], size[1] // 2, size[2] // 2, generator=torch.Generator().manual_seed(seed))
-    return 1.5 * F.interpolate(noise, size=size[1:], mode="bilinear")
-
-
-def student_of(
-    traced: fx.GraphModule, images: Tensor, bits: tuple[int, int] = (3, 3), **options: Any
-) -> fx.GraphModule:
-    made = quantize_model(traced, weight_bits=bits[0], act_bits=bits[1], **{"rounding": "adaround", **options})
-    observe_ranges(made.net, images, act_range="mse")
-    return made.net
-
-
-def layers_of(net: fx.GraphModule) -> dict[str, QuantConv2d | QuantLinear]:
-    return {name: m for name, m in net.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    state = other.state_dict()
-    return all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
 
 
 @pytest.fixture(
@@ -97,13 +79,6 @@ def test_the_student_comes_nearer_to_the_teacher_on_other_images(learned: dict[s
             for name in ("nearest", "student")
         }
     assert kl["student"] < 0.75 * kl["nearest"]
-
-
-def within_reach(layer: QuantConv2d | QuantLinear) -> bool:
-    """Tell whether every weight of a layer lies near the middle of the cell of its code."""
-    scale, _ = layer.weight_quantizer.qparams(layer.weight)
-    steps = (layer.weight - effective_weight(layer)) / scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
-    return float(steps.abs().max()) <= REACH + 1e-4
 
 
 def test_the_last_error_of_the_report_is_that_of_the_whole_student(learned: dict[str, Any]) -> None:
@@ -152,126 +127,6 @@ def test_nothing_but_weights_and_steps_moves(learned: dict[str, Any]) -> None:
     assert all(float(m.scale) > 0 for m in learned["student"].modules() if isinstance(m, ActQuantizer))
     assert not [m for m in learned["student"].modules() if m._forward_hooks or (m.training and not list(m.children()))]
     assert all(p.grad is None for p in learned["student"].parameters())
-
-
-class Bottlenecks(nn.Module):
-    """As MobileNetV2: expansion, depthwise, linear projection, a sum, ReLU6 and a pooled classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True))
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6(inplace=True),
-                nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6(inplace=True),
-                nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8),
-            )
-            for _ in range(2)
-        )  # fmt: skip
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.fc(x.mean((2, 3)))
-
-
-class Dense(nn.Module):
-    """As DenseNet: each layer reads all before it, a transition, and a head that asks for the size of its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv0 = nn.Conv2d(3, 6, 3, padding=1, bias=False)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(6 + 4 * i) for i in range(2))
-        self.convs = nn.ModuleList(nn.Conv2d(6 + 4 * i, 4, 3, padding=1, bias=False) for i in range(2))
-        self.norm, self.transition = nn.BatchNorm2d(14), nn.Conv2d(14, 8, 1, bias=False)
-        self.last, self.fc = nn.BatchNorm2d(8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv0(x)
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            x = torch.cat([x, conv(F.relu(norm(x)))], 1)
-        x = F.avg_pool2d(self.transition(F.relu(self.norm(x))), 2)
-        x = F.adaptive_avg_pool2d(F.relu(self.last(x)), 1)
-        return self.fc(x.view(x.size(0), -1))
-
-
-class Tied(nn.Module):
-    """One convolution in two blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.bn1, self.bn2, self.fc = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv(F.relu(self.stem(x)))))
-        return self.fc(F.relu(self.bn2(self.conv(x))).mean((2, 3)))
-
-
-SIZE = (3, 8, 8)
-
-
-def traced_of(kind: type[nn.Module]) -> fx.GraphModule:
-    """The same network every time, with statistics as after training."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        net = kind()
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.running_mean, -0.3, 0.3)  # type: ignore[arg-type]
-                nn.init.uniform_(module.running_var, 0.2, 1.0)  # type: ignore[arg-type]
-            elif isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.normal_(module.weight, 0, 0.4)
-        return trace_classifier(net.eval().requires_grad_(False), SIZE)
-
-
-@pytest.mark.parametrize("act_points", [pytest.param("relu", marks=pytest.mark.slow), "inputs"])
-@pytest.mark.parametrize(
-    ("net", "ends"),
-    [
-        (Bottlenecks, ["stem_2", "add", "add_1", "fc"]),
-        (Dense, ["conv0", "cat", "relu_2", "relu_3", "fc"]),
-        (Tied, ["relu", "relu_1", "relu_2", "fc"]),
-    ],
-)
-def test_any_graph(net: type[nn.Module], ends: list[str], act_points: Points) -> None:
-    traced, images = traced_of(net), smooth(48, SIZE, 0)
-    student = student_of(traced, images, (2, 4), act_points=act_points)
-    cuts = student_cuts(student, block_ends(traced))
-    with torch.no_grad():
-        whole = images
-        seen: set[str] = set()
-        for start, end in itertools.pairwise(cuts):
-            part = segment(student, start, end)
-            whole = part(whole)
-            seen |= set(layers_of(part))
-        assert torch.equal(whole, student(images)) and seen == set(layers_of(student))
-        before = float(_distance(student(images), traced(images)))
-    report = reconstruct(student, traced, images, replace(QUICK, drop_prob=0.0), seed=0, device=CPU)
-    assert [block.block for block in report.blocks] == ends
-    assert sum(block.kept for block in report.blocks) >= len(ends) - (2 if net is Tied else 1)
-    with torch.no_grad():
-        assert float(_distance(student(images), traced(images))) < before
-    learned: set[nn.Module] = set()
-    for block, start, end in zip(report.blocks, cuts, cuts[1:], strict=False):
-        for layer in set(layers_of(segment(student, start, end)).values()) - learned:
-            assert not block.kept or within_reach(layer)
-            learned.add(layer)
-
-
-def test_a_layer_of_two_blocks_is_learned_in_the_first() -> None:
-    traced, images = traced_of(Tied), smooth(48, SIZE, 0)
-    student = student_of(traced, images, (2, 4))
-    ends = student_cuts(student, block_ends(traced))
-    first, second = (segment(student, ends[i], ends[i + 1]) for i in (1, 2))
-    shared = student.get_submodule("conv")
-    assert shared in set(first.modules()) and shared in set(second.modules())
-    done = set(_Block(first, set()).roundings)
-    assert done == {shared.weight} and not _Block(second, done).roundings
-    report = reconstruct(student, traced, images, QUICK, seed=0, device=CPU)
-    assert report.blocks[1].changed > 0 and report.blocks[2].changed == 0
 
 
 def test_soft_rounding_starts_at_the_weight_and_ends_at_its_codes() -> None:

@@ -1,4 +1,4 @@
-"""The search of a group, the rungs, and the driver's account of its trials, without a Ray."""
+"""The rungs, and the driver's account of its trials, without a Ray."""
 
 import os
 import sys
@@ -11,45 +11,8 @@ from typing import Any
 import pytest
 from sweep_tools import TINY, tiny
 
-from sweeps.cluster import cluster
 from sweeps.ledger import Ledger
 from sweeps.progress import Progress
-from sweeps.space import Dimension
-
-
-def group_search(**keys: Any) -> Any:
-    from sweeps.group_search import GroupSearch
-
-    dimensions = (Dimension(name="finetune.lr", type="float", low=1e-4, high=1e-1, log=True),)
-    values = {"minimise": True, "sampler": "tpe", "seed": "s", "num_startup": 2, "study_name": "x", **keys}
-    return GroupSearch(dimensions, **values)
-
-
-def test_optuna_hears_how_each_trial_ended() -> None:
-    search = group_search()
-    for number, name in enumerate(("good", "stopped", "nan", "failed", "lost", "removed")):
-        search.propose(f"p{number}", number)
-        search.accept(f"p{number}", name, f"trial-{name}")
-        search.on_trial_result(name, {"epoch": 1, "objective_value": 0.5})
-    search.on_trial_complete("good", {"epoch": 2, "objective_value": 0.25, "status": "completed"})
-    search.on_trial_complete("stopped", {"epoch": 2, "objective_value": 0.75})
-    search.on_trial_complete("nan", {"epoch": 2, "objective_value": float("nan"), "status": "completed"})
-    search.on_trial_complete("failed", {"epoch": 2, "objective_value": None, "status": "failed"})
-    search.on_trial_complete("lost", {"epoch": 1, "objective_value": 0.5}, error=True)
-    search.on_trial_complete("removed")
-    trials = search.study.get_trials()
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "FAIL", "FAIL"]
-    assert trials[0].value == 0.25 and trials[1].intermediate_values == {1: 0.5, 2: 0.75}
-    assert [trial.user_attrs["trial"] for trial in trials][:2] == ["trial-good", "trial-stopped"]
-    search.on_trial_complete("good", {"objective_value": 9.0, "status": "completed"})  # told twice: heard once
-    assert search.study.get_trials()[0].value == 0.25
-
-
-def test_proposals_follow_from_number_and_history_not_from_the_process() -> None:
-    first = [group_search().propose("p", number)[0]["finetune.lr"] for number in range(4)]
-    assert first == [group_search().propose("p", number)[0]["finetune.lr"] for number in range(4)]
-    assert len(set(first)) == 4, "a restarted driver would draw its first proposal again"
-    assert first != [group_search(seed="other").propose("p", number)[0]["finetune.lr"] for number in range(4)]
 
 
 def test_rungs_are_kept_apart_by_group_and_spare_last_epochs_and_reruns(tmp_path: Path) -> None:
@@ -218,26 +181,6 @@ def test_the_name_that_the_spec_gives_a_model_stands_in_its_records(
     assert trial._run(RunConfig(), task, place, print).model == "my_net"
 
 
-def test_a_cluster_reached_through_a_client_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import ray
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setenv("RAY_ADDRESS", "ray://somewhere:10001")
-    with pytest.raises(ValueError, match="`ray job submit"), cluster(tiny(tmp_path).search):
-        pass
-
-
-def test_unused_gpus_are_remarked_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import ray
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}])
-    with cluster(tiny(tmp_path).search) as found:
-        assert "--gpus-per-worker 1" in found.remark and found.words == "1 node, 2 CPUs, 1 GPUs"
-    with cluster(tiny(tmp_path, gpus_per_worker=0.5).search) as found:
-        assert found.remark == "" and found.trials == 2
-
-
 def test_the_console_command_does_not_wait_for_threads_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     import synq.cli
 
@@ -248,70 +191,6 @@ def test_the_console_command_does_not_wait_for_threads_of_ray(monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
     synq.cli.main()
     assert codes == [3]
-
-
-def test_a_part_of_a_gpu_is_a_part_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sweeps.trial as trial
-
-    shares: list[float] = []
-    monkeypatch.setattr(trial.torch.cuda, "is_available", lambda: True)
-    for name in ("empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(trial.torch.cuda, name, lambda: None)
-    monkeypatch.setattr(trial.torch.cuda, "set_per_process_memory_fraction", shares.append)
-    for gpus in (0.0, 0.25, 1.0):
-        trial._fresh_process(gpus)
-    assert shares == [0.25]
-
-
-def test_machines_are_filled_by_whole_workers(tmp_path: Path) -> None:
-    from sweeps.cluster import capacity
-
-    def trials(*nodes: tuple[float, float], **keys: Any) -> int:
-        return capacity(tiny(tmp_path, **keys).search, [{"CPU": cpus, "GPU": gpus} for cpus, gpus in nodes]).trials
-
-    assert trials((3, 0), (1.5, 0)) == 4
-    assert trials((8, 2), (8, 2), gpus_per_worker=0.25) == 16
-    assert trials((8, 2), gpus_per_worker=0.4) == 4, "a worker stands on one device"
-    assert trials((8, 2), (8, 2), gpus_per_worker=1, workers_per_trial=2) == 2
-    assert trials((8, 1), (8, 1), gpus_per_worker=1, workers_per_trial=2) == 1
-    with pytest.raises(ValueError, match="`workers_per_trial` must be at most 2"):
-        trials((8, 1), (8, 1), gpus_per_worker=1, workers_per_trial=4)
-    with pytest.raises(ValueError, match="must fit one machine together"):
-        trials((1, 4), (8, 0), gpus_per_worker=1, cpus_per_worker=4)
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "random"])
-def test_every_sampler_is_seeded_by_the_number_of_the_proposal(sampler: str) -> None:
-    def run(seed: str) -> list[float]:
-        search = group_search(sampler=sampler, seed=seed, num_startup=2)
-        values = []
-        for number in range(6):
-            point, _ = search.propose(f"p{number}", number)
-            values.append(point["finetune.lr"])
-            search.accept(f"p{number}", f"t{number}", f"trial-{number}")
-            search.on_trial_complete(f"t{number}", {"objective_value": values[-1], "status": "completed"})
-        return values
-
-    first = run("a")
-    assert first == run("a") != run("b") and len(set(first)) > 3
-    assert all(1e-4 <= value <= 1e-1 for value in first)
-
-
-def test_two_objectives_are_told_and_searched_together() -> None:
-    search = group_search(second_objective="size_bytes", sampler="nsga2", num_startup=2)
-    for number, size in enumerate((100.0, 50.0, None)):
-        search.propose(f"p{number}", number)
-        search.accept(f"p{number}", f"t{number}", f"trial-{number}")
-        search.on_trial_result(f"t{number}", {"epoch": 1, "objective_value": 0.5})
-        search.on_trial_complete(
-            f"t{number}", {"objective_value": 0.1 + number, "size_bytes": size, "status": "completed"}
-        )
-    trials = search.study.get_trials()
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "FAIL"], (
-        "a trial without a size has no place"
-    )
-    assert [trial.values for trial in trials[:2]] == [[0.1, 100.0], [1.1, 50.0]]
-    assert len(search.study.best_trials) == 2
 
 
 def test_studies_of_another_sweep_are_not_overwritten(tmp_path: Path) -> None:
