@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--jobs", type=int, default=1, help="runs at a time, the cores divided between them (default: 1)"
     )
     arguments, rest = parser.parse_beside_settings(words, "--spec")
-    return exit_code(lambda: _ablate(arguments, rest))
+    return exit_code(lambda: _ablate(arguments, rest), resumes=True)
 
 
 def _ablate(arguments: argparse.Namespace, words: Sequence[str]) -> None:

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         candidates = sorted(set(arguments.candidates))
         _find(make_absolute(config), Wanted(**{**vars(arguments), "candidates": candidates}))
 
-    return exit_code(work)
+    return exit_code(work, resumes=True)
 
 
 def _find(config: RunConfig, wanted: Wanted) -> None:

@@ -24,13 +24,14 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def flags(self) -> list[str]:
-        """Every option, as it is written."""
-        return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        """Every option but the help, as it is written."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        return [flag for flag in flags if flag.startswith("--") and flag != "--help"]
 
     def error(self, message: str) -> NoReturn:
         """Leave with exit code 2 and one line."""
-        unknown = message.removeprefix(UNKNOWN)
-        hint = nearest(unknown.split()[0].partition("=")[0], self.flags) if unknown != message else ""
+        unknown, _, _ = message.removeprefix(UNKNOWN).strip().partition(" ")
+        hint = nearest(unknown.partition("=")[0], self.flags) if unknown and message.startswith(UNKNOWN) else ""
         rest = hint or ("" if message.endswith("?") else f"; {self.advice}")
         report_error(ValueError(message + rest))
         raise SystemExit(USER_ERROR)
@@ -45,16 +46,22 @@ class Parser(argparse.ArgumentParser):
         Returns:
             The options, and the words that are left.
         """
-        known = {"config", *dotted_keys(RunConfig)}
+        known, own = ["config", *dotted_keys(RunConfig)], {flag[2:].replace("-", "_"): flag for flag in self.flags}
         arguments, rest = self.parse_known_args(name_first_word(words, first))
         if rest and not rest[0].startswith("-"):
             what = first.removeprefix("--").upper() or "TEACHER"
             self.error(f"each setting must read --KEY VALUE, and {what} must come first, but got {rest[0]}")
         for word in rest:
-            name = word.partition("=")[0]
-            is_unknown = name.startswith("--") and name[2:].replace("-", "_") not in known
-            if is_unknown and (hint := nearest(name, self.flags)):  # others are refused with the settings
-                self.error(f"`{name}` must be an option of this command or a setting of a run, but is neither{hint}")
+            name = word.partition("=")[0].replace("-", "_").removeprefix("__")
+            if not word.startswith("--") or name in known:
+                continue
+            hint = nearest(name, [*own, *known])
+            for option, flag in own.items():  # where a setting was meant, the reader of settings says so
+                if f"`{option}`" in hint:
+                    hint = hint.replace(f"`{option}`", f"`{flag}`")
+                    self.error(
+                        f"`--{name}` must be an option of this command or a setting of a run, but is neither{hint}"
+                    )
         return arguments, rest
 
 
@@ -69,11 +76,12 @@ def check_paths(paths: Iterable[str | Path], name: str = "PATH") -> None:
             raise FileNotFoundError(f"`{name}` must exist, but got {path}")
 
 
-def exit_code(work: Callable[[], int | None]) -> int:
+def exit_code(work: Callable[[], int | None], *, resumes: bool = False) -> int:
     """Do the work of a door and return its exit code; whatever goes wrong is one line on standard error.
 
     Args:
         work: What to do; a number that it returns is the exit code.
+        resumes: Whether the same command, started again, goes on where it was interrupted.
 
     Returns:
         0 done, 1 a run failed, 2 the input was refused, 130 interrupted.
@@ -97,5 +105,5 @@ def exit_code(work: Callable[[], int | None]) -> int:
         report_error(error)
         return 1
     except KeyboardInterrupt:
-        print("synq: interrupted; the same command resumes", file=sys.stderr, flush=True)
+        print("synq: interrupted" + ("; the same command resumes" if resumes else ""), file=sys.stderr, flush=True)
         return 130

@@ -84,12 +84,13 @@ def record_files(paths: Iterable[str | Path]) -> list[Path]:
             files = [path]
         elif (path / "records").is_dir():
             files = sorted((path / "records").glob("*.json"))
-        elif path.name == "records":
-            files = sorted(path.glob("*.json"))
         elif (path / "record.json").is_file():
             files = [path / "record.json"]
         else:
             files = sorted({*path.glob("*/records/*.json"), *path.glob("*/record.json")})
+        sweep = path.resolve().parent
+        if not files and (sweep / "sweep.json").is_file():
+            raise FileNotFoundError(f"`path` must be the whole sweep, {sweep}, but got {str(path)!r}")
         if not files:
             raise FileNotFoundError(f"`path` must hold run records, but got {str(path)!r}")
         found += files

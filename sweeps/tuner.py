@@ -55,6 +55,7 @@ def run_sweep(spec: SweepSpec) -> int:
 
 def _run(spec: SweepSpec, ledger: Ledger) -> int:
     searcher, halt = SweepSearcher(spec, ledger, study_storage(spec)), Halt()
+    was_finished = not searcher.num_left()
     with Progress(searcher.num_total()) as progress:
         progress.known(ledger.records)
         where = spec.address or spec.output_dir
@@ -82,11 +83,14 @@ def _run(spec: SweepSpec, ledger: Ledger) -> int:
     if halt.storage:
         raise OSError(f"{halt.storage}; when that is mended, the same command goes on")
     ledger.write_tables()
-    return _conclude(spec, ledger, searcher, progress, halt)
+    is_drawn = was_finished and _is_drawn(spec)  # a page that was drawn while trials ran may lack the last ones
+    return _conclude(spec, ledger, searcher, progress, halt, is_drawn=is_drawn)
 
 
-def _conclude(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Progress, halt: Halt) -> int:
-    """Print what came out and return the exit code."""
+def _conclude(
+    spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Progress, halt: Halt, *, is_drawn: bool
+) -> int:
+    """Print what came out, draw the page unless it `is_drawn` already, and return the exit code."""
     if halt.failed:
         print(f"stopped: {halt.failed}. The same command goes on; --retry-failed runs failed trials again", flush=True)
     elif not searcher.num_left():
@@ -95,7 +99,7 @@ def _conclude(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress
     where = spec.address or spec.output_dir
     print(f"{where}/trials.csv\n{where}/leaderboard.csv", flush=True)
     if spec.search.report and ledger.records:
-        print(f"{where}/{PAGE}" if _is_drawn(spec) else _report(spec, ledger), flush=True)
+        print(f"{where}/{PAGE}" if is_drawn else _report(spec, ledger), flush=True)
     if progress.account():
         print(progress.account(), flush=True)
     listed = spec.search.sampler in LISTED

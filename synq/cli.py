@@ -20,7 +20,7 @@ SynQ {__version__}: quantizes a pre-trained image classifier without any data.
   synq rehearse [TEACHER] [--KEY VALUE ...]           everything once in miniature: does it work on this classifier? (--help)
   synq widths [TEACHER] [--activations] [...]         bits of single tensors under a size and BitOps budget, without data (--help)
   synq train [TEACHER] [--config FILE] [...]          one run; `synq train --help` explains every key
-  synq synthesize [--config FILE] [--KEY VALUE ...]   only make the synthetic images of that run
+  synq synthesize [TEACHER] [--config FILE] [...]     only make the synthetic images of that run
   synq sweep [SPEC] [...]                             many runs and a ranked table; `synq sweep --help`
   synq recipe SPEC [...]                              chosen settings on several seeds, beside their baselines (--help)
   synq export RUN [...]                               ONNX, packed weights and torch.export of a finished run, verified (--help)

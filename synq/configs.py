@@ -6,7 +6,7 @@ is strict: an unknown key or a value of another type is refused, never dropped o
 
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -195,12 +195,17 @@ class RunConfig:
 def load_run(path: str | Path) -> RunConfig:
     """Read the settings of one run from a TOML or JSON file; keys that it leaves out have their defaults.
 
-    JSON with every part and both seeds is what a run wrote about itself (config.json). There a key can only be absent because it came
-    later, so it means what was done before, and the run is the same as then.
+    A part of a JSON file with every key but some that came later is what a run wrote about itself (config.json) before they came: they
+    mean what was done then, and the run is the same.
 
     Raises:
         OSError, ValueError: As `load_config` and `config_from_dict`.
     """
     content = load_config(path)
-    is_of_a_run = Path(path).suffix == ".json" and {part.name for part in fields(RunConfig)} <= {*content}
-    return config_from_dict(RunConfig, settings_of_its_day(content) if is_of_a_run else content, source=str(path))
+    config = config_from_dict(RunConfig, content, source=str(path))
+    if Path(path).suffix != ".json":
+        return config
+    filled = settings_of_its_day(content)
+    parts = {part: keys for part, keys in config_to_dict(config).items() if isinstance(keys, dict) and part in content}
+    whole = [part for part, keys in parts.items() if filled[part].keys() >= keys.keys()]
+    return config_from_dict(RunConfig, {**content, **{part: filled[part] for part in whole}}, source=str(path))

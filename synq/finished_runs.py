@@ -84,10 +84,10 @@ def synthetic_sets(config: RunConfig, teacher: Teacher, record: RunRecord) -> tu
 
 def _one_of(path: Path) -> str:
     """Say what to give in the place of a folder that is no run."""
-    records = sorted((path / "records").glob("*.json"))
-    if not records:
-        return "give the folder of one run, runs/NAME-DIGEST"
-    return f"it is a sweep, give one of its {len(records)} trials, such as {records[0]}"
+    for file in sorted((path / "records").glob("*.json")):
+        if read_record(file).status == "completed" and _run_folder(file).is_dir():
+            return f"it is a sweep, give one of its trials, such as {file}"
+    return "give the folder of one run, runs/NAME-DIGEST"
 
 
 def _run_folder(path: Path) -> Path:

@@ -126,14 +126,11 @@ def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
     share = history[-1]["kept"]
     if 0.01 <= share <= 0.99:
         return []
-    remedy = (
-        "a stronger filter leaves more of them difficult"
-        if share > 0.99
-        else "a larger one, or a weaker filter, keeps more"
-    )
-    return [
-        f"difficulty_threshold {tau} is inert: {100 * share:.1f} % of the images keep their hard label; no fault, but {remedy}"
-    ]
+    if share > 0.99:
+        remedy = "no fault, but a stronger filter leaves more of them difficult"
+    else:
+        remedy = "hard labels count for nothing; a larger one, or a weaker filter, keeps more"
+    return [f"difficulty_threshold {tau} is inert: {100 * share:.1f} % of the images keep their hard label; {remedy}"]
 
 
 def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:

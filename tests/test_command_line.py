@@ -36,7 +36,10 @@ def test_own_options_and_settings_of_a_run_stand_in_any_order(parser: Parser) ->
 
 def test_a_mistyped_option_gets_the_nearest_one(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
     assert _refused(parser, ["--max-byte", "3"], capsys).endswith("but is neither; did you mean `--max-bytes`?")
-    assert parser.parse_beside_settings(["--finetune.lrr=3"])[1], "refused with the settings"
+    for words in (["--finetune.lrr=3"], ["--lr", "1"], ["--act_bits", "3"], ["--images", "3"], ["--hel", "3"]):
+        assert parser.parse_beside_settings(words)[1] == words, "refused with the settings"
+    assert _refused(parser, ["--max_byte=3"], capsys).startswith("`--max_byte` must be an option of this command or")
+    assert _refused(parser, [""], capsys, alone=True).endswith("; see --help")
     line = _refused(parser, ["--activation"], capsys, alone=True)
     assert line == "unrecognized arguments: --activation; did you mean `--activations`?"
     assert _refused(parser, ["--zzz", "3"], capsys, alone=True) == "unrecognized arguments: --zzz 3; see --help"
@@ -59,6 +62,8 @@ def test_a_fault_of_ours_is_not_hidden_and_an_interruption_has_its_code(capsys: 
         raise error
 
     assert exit_code(lambda: fault(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "synq: interrupted\n"
+    assert exit_code(lambda: fault(KeyboardInterrupt()), resumes=True) == 130
     assert "the same command resumes" in capsys.readouterr().err
     assert exit_code(lambda: None) == 0
     with pytest.raises(RuntimeError, match="ours"):

@@ -1,5 +1,6 @@
 """The doors of pages and of `synq show`: what they print, what is one line, and a page that fails undoes nothing."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from launch.report import main as report
 from launch.show import main as show
 from sweeps.reports.summary import sweep_verdict
 from sweeps.reports.sweep_view import read_sweep
+from synq.results import read_record
 
 
 def test_wrong_words_are_one_line(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,15 +56,24 @@ def test_a_report_that_fails_does_not_undo_the_sweep(tmp_path: Path, monkeypatch
         assert _report(spec, None).startswith("no report.html: ")  # type: ignore[arg-type]
 
 
-def test_the_folder_of_records_is_shown_as_well_as_the_sweep_and_an_export_names_a_trial(
+def test_the_folder_of_records_alone_is_refused_by_the_name_of_its_sweep(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert show([str(folder / "records")]) == 0
-    assert "records" in capsys.readouterr().out
+    assert show([str(folder / "records")]) == 2
+    assert f"must be the whole sweep, {folder.resolve()}, but got" in capsys.readouterr().err
+
+
+def test_an_export_of_a_sweep_names_a_trial_that_can_be_exported(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert export([str(folder)]) == 2
-    assert (
-        f"it is a sweep, give one of its {len(list((folder / 'records').iterdir()))} trials" in capsys.readouterr().err
-    )
+    assert "give the folder of one run" in capsys.readouterr().err, "none of its runs is here"
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    done = [path for path in sorted((copy / "records").iterdir()) if read_record(path).status == "completed"]
+    record = read_record(done[1])
+    (copy / "runs" / f"{record.config['name']}-{record.config_digest}").mkdir(parents=True)
+    assert export([str(copy)]) == 2
+    assert f"it is a sweep, give one of its trials, such as {done[1]}" in capsys.readouterr().err
 
 
 def test_show_prints_the_essentials(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

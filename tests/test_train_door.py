@@ -162,6 +162,10 @@ def test_what_a_run_wrote_before_a_setting_existed_names_that_run(in_tmp: Path) 
     Path("config.json").write_text(json.dumps(content))
     found, _ = train.read_command_line(["--config", "config.json"])
     assert found == then and config_digest(found) == config_digest(then)
+    del content["synthesis"]["lr"]
+    Path("config.json").write_text(json.dumps(content))
+    assert train.read_command_line(["--config", "config.json"])[0] == then, "part by part"
+    del content["finetune"]["lr"]
     Path("by_hand.json").write_text(json.dumps({"finetune": content["finetune"]}))
     found, _ = train.read_command_line(["--config", "by_hand.json", "--finetune.lr", "0.25"])
     assert found == with_overrides(RunConfig(), {"finetune.lr": 0.25}), "by hand: the defaults of today"
