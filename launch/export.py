@@ -11,7 +11,7 @@ if __name__ == "__main__":  # as a file, launch/ comes first on the path, not th
 
 from sweeps.command_line import Parser, check_paths, exit_code
 from synq.configs import PLACES
-from synq.train import USER_ERROR, report_error
+from synq.train import report_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     and with everything else into a model card (README.md and card.json) beside the files.
     """
     parser = Parser(prog="synq export", description=main.__doc__)
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run, or its record.json")
+    parser.add_argument(
+        "run", metavar="RUN", help="folder of a finished run, its record.json, or a sweep's records/TRIAL.json"
+    )
     parser.add_argument(
         "--out", metavar="DIR", help="where the files go, in the place of an earlier export (default: RUN/export)"
     )
@@ -65,11 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         report_error(error)
         return 1
-    except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnxruntime", "onnxscript", "ml_dtypes"):
-            raise
-        report_error(ValueError(f"the package {error.name} is missing: pip install 'synq[export]'"))
-        return USER_ERROR
 
 
 def _export(arguments: argparse.Namespace) -> None:

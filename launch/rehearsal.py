@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--formats", nargs="+", metavar="FORMAT",
-        help="what is exported, some of: onnx packed torch (default: onnx packed; with --all packed, because ONNX takes longer than all the rest)",
+        help="what is exported, some of: onnx packed torch (default: onnx, if its packages are there, and packed; with --all packed, because ONNX takes longer than all the rest)",
     )  # fmt: skip
     parser.add_argument("--page", metavar="FILE", help="write the table of --all as Markdown")
     arguments, rest = parser.parse_beside_settings(words)
@@ -139,7 +139,7 @@ def _one(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
             raise ValueError(
                 f"`{part}` must be left out: a rehearsal has its own, only teacher, quant and runtime count"
             )
-    formats = arguments.formats or ("onnx", "packed")
+    formats = arguments.formats or _formats()
     row = _rehearse(config, lambda stage: print(f"  {stage}", flush=True), formats)
     error = row.get("error")
     if row["status"] == "refused":
@@ -153,6 +153,18 @@ def _one(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
     failure.__cause__ = error
     report_error(failure)
     return [row["teacher"]]
+
+
+def _formats() -> tuple[str, ...]:
+    from synq.export import missing_packages
+
+    if missing := missing_packages():
+        print(
+            f"synq: without ONNX, for which {missing[0]} is missing: pip install 'synq[export]'",
+            file=sys.stderr,
+            flush=True,
+        )
+    return ("packed",) if missing else ("onnx", "packed")
 
 
 def _all(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:

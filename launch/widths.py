@@ -15,6 +15,7 @@ if __name__ == "__main__":  # as a file, launch/ comes first on the path, not th
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from sweeps.command_line import Parser, exit_code
+from synq.bars import visible
 from synq.config_io import between, require
 from synq.configs import QuantConfig, RunConfig, config_digest, config_to_dict, make_absolute
 from synq.results import write_json_atomic, write_text_atomic
@@ -166,7 +167,7 @@ def _scan(
     place(teacher.graph, config.runtime, device, teacher.input_size)
     reference, scores = logits_of(teacher.graph, images), []
     ranges = {name: getattr(quant, name) for name in ("weight_range", "act_range", "mse_norm", "calib_images")}
-    for bits in tqdm(widths, desc="widths", disable=None if config.runtime.progress else True, leave=False):
+    for bits in tqdm(widths, desc="widths", **visible(config.runtime.progress, leave=False)):
         uniform = QuantConfig(weight_bits=bits, act_bits=bits, act_points=quant.act_points, **ranges)
         net = build_student(teacher, uniform).net
         place(net, config.runtime, device, teacher.input_size)

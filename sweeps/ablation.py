@@ -80,7 +80,7 @@ def load_ablation(path: str | Path) -> AblationSpec:
         FileNotFoundError: The file is absent.
         ValueError: It is damaged, or a key is unknown, absent or out of its range.
     """
-    spec = read_settings(AblationSpec, path, required=("name", "bits", "seeds"), base="base")
+    spec = read_settings(AblationSpec, path, "ablation", required=("name", "bits", "seeds"), base="base")
     try:
         base = with_overrides(spec.base, {"name": spec.name})
         plan(base, spec.bits, spec.seeds, spec.rows)

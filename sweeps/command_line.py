@@ -47,7 +47,11 @@ class Parser(argparse.ArgumentParser):
             The options, and the words that are left.
         """
         known, own = ["config", *dotted_keys(RunConfig)], {flag[2:].replace("-", "_"): flag for flag in self.flags}
-        arguments, rest = self.parse_known_args(name_first_word(words, first))
+        try:
+            words = name_first_word(words, first)
+        except ValueError as error:
+            self.error(str(error))
+        arguments, rest = self.parse_known_args(words)
         if rest and not rest[0].startswith("-"):
             what = first.removeprefix("--").upper() or "TEACHER"
             self.error(f"each setting must read --KEY VALUE, and {what} must come first, but got {rest[0]}")

@@ -272,7 +272,8 @@ class Ledger:
             for key in ("format", "objective", "groups", "space"):
                 if not isinstance(there, dict) or _comparable(there.get(key)) != _comparable(mine[key]):
                     raise ValueError(
-                        f"`output_dir` must be new or hold the same sweep, but {self.root} holds one with other {key}"
+                        f"`output_dir` must be new or hold the same sweep, but {self.root} holds one with other {key}; another "
+                        "`name` in the spec, or `--output-dir`, begins a new one"
                     )
         elif any((self.root / "records").iterdir()):
             raise ValueError(

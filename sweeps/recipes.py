@@ -158,13 +158,13 @@ def load_recipe(path: str | Path) -> Recipe:
         FileNotFoundError: The file is absent.
         ValueError: It is damaged, or a key is unknown (the nearest good one is named), absent or out of its range.
     """
-    content, source = load_config(path), str(path)
+    content, source = load_config(path, "spec"), str(path)
     parts: dict[str, Any] = {}
     if "expected" in content:
         parts["expected"] = read_part(Expected, content["expected"], "expected", source)
     if "published" in content:
         parts["published"] = read_part(Published, content["published"], "published", source)
-    recipe = read_settings(Recipe, path, required=("name", "bits", "seeds", "teacher"), apart=tuple(parts))
+    recipe = read_settings(Recipe, path, "recipe", required=("name", "bits", "seeds", "teacher"), apart=tuple(parts))
     recipe = replace(recipe, **parts)
     try:
         plan(recipe.base(), recipe.seeds, [RECIPE])

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from synq.config_io import config_from_dict, dotted_keys, nearest, parse_overrides, require
 from synq.configs import RunConfig, load_config, parse_bits
+from synq.file_kinds import read_as
 
 T = TypeVar("T")
 VARIED = {"quant.weight_bits": "bits", "quant.act_bits": "bits", "seed": "seeds", "data_seed": "seeds"}
@@ -13,13 +14,14 @@ VARIED = {"quant.weight_bits": "bits", "quant.act_bits": "bits", "seed": "seeds"
 
 
 def read_settings(
-    cls: type[T], path: str | Path, *, required: Iterable[str], base: str = "", apart: Iterable[str] = ()
+    cls: type[T], path: str | Path, kind: str, *, required: Iterable[str], base: str = "", apart: Iterable[str] = ()
 ) -> T:
     """Read a TOML or JSON file into a dataclass.
 
     Args:
         cls: The dataclass, parts of a `RunConfig` among its fields.
         path: The file.
+        kind: Which one it should be, of those in file_kinds.py.
         required: Top keys that must be there.
         base: Table of the file that holds the run's settings; "" for the file itself.
         apart: Top keys that are read elsewhere; the dataclass must have defaults for them.
@@ -28,8 +30,15 @@ def read_settings(
         FileNotFoundError: The file is absent.
         ValueError: It is damaged, lacks a key, has an unknown one, or says the widths or seeds in two places.
     """
-    content = load_config(path)
-    source, prefix = str(path), f"{base}." if base else ""
+    content = load_config(path, "spec")
+    with read_as(kind, content, path):
+        return _read(cls, content, str(path), required=required, base=base, apart=apart)
+
+
+def _read(
+    cls: type[T], content: Mapping[str, Any], source: str, *, required: Iterable[str], base: str, apart: Iterable[str]
+) -> T:
+    prefix = f"{base}." if base else ""
     for key in required:
         if key not in content:
             raise ValueError(f"{source}: `{key}` must be given, but is not there")

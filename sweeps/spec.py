@@ -20,6 +20,7 @@ from sweeps.space import BITS, Dimension, base_values, read_space, read_table, w
 from synq.config_identity import absolute_path
 from synq.config_io import nearest, require
 from synq.configs import RunConfig, config_from_dict, load_config, make_absolute, parse_bits, with_overrides
+from synq.file_kinds import read_as
 
 DEMO_SPEC = Path(__file__).parent / "specs" / "demo.toml"
 TABLES = ("models", "bits", "base", "space", "points")
@@ -127,11 +128,9 @@ def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None, *, r
         FileNotFoundError: The file is absent.
         ValueError: A key or a value is wrong; the message names the file and the cure.
     """
-    try:
-        mapping = load_config(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"`spec` must name an existing file, but got {str(path)!r}") from None
-    return spec_from_dict({**mapping, **(overrides or {})}, source=str(path), default_name=Path(path).stem, root=root)
+    mapping, name = load_config(path, "spec"), Path(path).stem
+    with read_as("sweep", mapping, path):
+        return spec_from_dict({**mapping, **(overrides or {})}, source=str(path), default_name=name, root=root)
 
 
 def spec_from_dict(

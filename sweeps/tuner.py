@@ -61,9 +61,10 @@ def _run(spec: SweepSpec, ledger: Ledger) -> int:
         where = spec.address or spec.output_dir
         progress.say(f"sweep {spec.search.name} in {where}: {len(spec.groups)} groups x {spec.search.trials} trials")
         if ledger.plans:
-            progress.say(
-                f"{len(ledger.records)} trials are there already, {len(searcher.interrupted)} were interrupted"
-            )
+            there = f"{len(ledger.records)} trials are there already"
+            rest = f"{len(searcher.interrupted)} were interrupted"
+            nothing = "the sweep is finished; --num-trials +N adds N to each group"
+            progress.say(f"{there}, {nothing if was_finished else rest}")
         try:
             if searcher.num_left():
                 with cluster(spec.search) as capacity, _interruptible():  # Ray sets a handler of its own

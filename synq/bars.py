@@ -1,9 +1,44 @@
-"""A progress bar for work that is long for some networks and done at once for others."""
+"""How long work is shown: a progress bar on a terminal, a line a minute in a log."""
+
+import re
+import sys
+from typing import Any
 
 from tqdm import tqdm
 
 APPEARS_AFTER = 1.0
 """Seconds; what takes less shows nothing."""
+LOGGED_EVERY = 60.0
+"""Seconds between two lines of a log; what takes less leaves none."""
+STEERING = re.compile(r"\x1b\[[A-Z]|[\r\n]")
+"""What moves the cursor of a terminal."""
+LINE = "synq: {desc}: {n:.0f} of {total}, {elapsed}, about {remaining} left"
+
+
+class _Log:
+    """Standard error for a bar that is no bar: each of its states is a line."""
+
+    def write(self, text: str) -> None:
+        if line := STEERING.sub("", text).strip():
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def visible(is_shown: bool, **terminal: Any) -> dict[str, Any]:
+    """Return the settings of a tqdm that make it a bar on a terminal, a line a minute elsewhere, and nothing unless `is_shown`.
+
+    Args:
+        is_shown: Whether this process shows progress at all.
+        terminal: Further settings of the bar.
+    """
+    if not is_shown:
+        return {"disable": True}
+    if sys.stderr.isatty():
+        return terminal
+    often = {"mininterval": LOGGED_EVERY, "maxinterval": 2 * LOGGED_EVERY, "delay": LOGGED_EVERY}
+    return {"file": _Log(), "bar_format": LINE, "leave": False, **often}
 
 
 def passing_bar(total: int, title: str, unit: str, *, is_shown: bool) -> tqdm:
@@ -13,8 +48,6 @@ def passing_bar(total: int, title: str, unit: str, *, is_shown: bool) -> tqdm:
         total: Units of the whole work.
         title: What is being done.
         unit: What is counted.
-        is_shown: Whether a terminal shows it; anything else than a terminal never does.
+        is_shown: Whether it may be seen, see `visible`.
     """
-    return tqdm(
-        total=total, desc=title, unit=unit, disable=None if is_shown else True, delay=APPEARS_AFTER, leave=False
-    )
+    return tqdm(total=total, desc=title, unit=unit, **visible(is_shown, delay=APPEARS_AFTER, leave=False))

@@ -23,7 +23,7 @@ SynQ {__version__}: quantizes a pre-trained image classifier without any data.
   synq synthesize [TEACHER] [--config FILE] [...]     only make the synthetic images of that run
   synq sweep [SPEC] [...]                             many runs and a ranked table; `synq sweep --help`
   synq recipe SPEC [...]                              chosen settings on several seeds, beside their baselines (--help)
-  synq export RUN [...]                               ONNX, packed weights and torch.export of a finished run, verified (--help)
+  synq export RUN [--out DIR] [...]                   ONNX, packed weights and torch.export of a finished run, verified (--help)
   synq leaderboard PATH...                            tables from records: merge, filter, compare (--help)
   synq show PATH...                                   the essentials of runs and sweeps, in the terminal
   synq report PATH...                                 one page of a run, a sweep, or several side by side, and its drawings (--help)

@@ -254,8 +254,8 @@ def _truth(word: str) -> bool:
     return word.lower() == "true"
 
 
-def load_config(path: str | Path) -> dict[str, Any]:
-    """Read a TOML or JSON file as a dict; the suffix decides.
+def load_config(path: str | Path, name: str = "config") -> dict[str, Any]:
+    """Read a TOML or JSON file as a dict; the suffix decides. Messages call it `name`.
 
     Raises:
         FileNotFoundError: The file is absent.
@@ -263,16 +263,16 @@ def load_config(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.suffix not in (".toml", ".json"):
-        raise ValueError(f"`config` must name a .toml or .json file, but got {str(path)!r}")
+        raise ValueError(f"`{name}` must name a .toml or .json file, but got {str(path)!r}")
     if not path.is_file():
-        raise FileNotFoundError(f"`config` must name an existing file, but got {str(path)!r}")
+        raise FileNotFoundError(f"`{name}` must name an existing file, but got {str(path)!r}")
     try:
         text = path.read_text(encoding="utf-8")
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"`config` must be valid {path.suffix[1:].upper()}, but got {str(path)!r}: {error}") from None
+        raise ValueError(f"`{name}` must be valid {path.suffix[1:].upper()}, but got {str(path)!r}: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"`config` must hold a table of keys, but got {str(path)!r} with a {type(content).__name__}")
+        raise ValueError(f"`{name}` must hold a table of keys, but got {str(path)!r} with a {type(content).__name__}")
     return content
 
 

@@ -15,6 +15,7 @@ from synq.config_io import between as _between
 from synq.config_io import config_from_dict, config_to_dict, load_config, parse_bits, with_overrides
 from synq.config_io import one_of as _one_of
 from synq.config_io import require as _require
+from synq.file_kinds import read_as
 from synq.finetune_config import FinetuneConfig
 from synq.quant_config import QuantConfig, ReconstructionConfig
 from synq.synthesis_config import SynthesisConfig
@@ -202,7 +203,8 @@ def load_run(path: str | Path) -> RunConfig:
         OSError, ValueError: As `load_config` and `config_from_dict`.
     """
     content = load_config(path)
-    config = config_from_dict(RunConfig, content, source=str(path))
+    with read_as("run", content, path):
+        config = config_from_dict(RunConfig, content, source=str(path))
     if Path(path).suffix != ".json":
         return config
     filled = settings_of_its_day(content)

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -26,14 +27,18 @@ from synq.exported_files import Checker, ExportedFile, export_onnx, export_packe
 from synq.finished_runs import open_run, synthetic_sets
 from synq.integer_form import integer_form
 from synq.model_card import card_values, is_card, readable_record, siblings_of, write_card
-from synq.onnx_file import NARROW, Container, onnx_graph, write_onnx
 from synq.packed_file import channel_affines
 from synq.results import DEPLOYED, RunRecord, read_record, write_record
 from synq.students import Student
 from synq.teachers import Teacher
 from synq.verification import Tolerance, latencies
 
+if TYPE_CHECKING:
+    from synq.onnx_file import Container
+
 FORMATS = ("onnx", "packed", "torch")
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript", "ml_dtypes")
+"""What ONNX files need; the other formats do without."""
 CONTAINERS = ("int4", "int8", "matmul")
 MANAGED = (
     *("model.onnx", "model_int4.onnx", "model_int8.onnx", "model_matmul.onnx", "model.safetensors", "model.pt2"),
@@ -60,7 +65,7 @@ class ExportOptions:
     """
 
     formats: Sequence[str] = FORMATS
-    containers: Sequence[Container] = ()
+    containers: "Sequence[Container]" = ()
     tolerance: Tolerance = field(default_factory=Tolerance)
     rounds: int = 30
     threads: int = 0
@@ -81,6 +86,15 @@ class ExportOptions:
             raise ValueError("`container` must be left out where `formats` has no onnx: the other files have none")
         between("rounds", self.rounds, 0)
         between("threads", self.threads, 0)
+        if "onnx" in self.formats and (missing := missing_packages()):
+            raise ValueError(
+                f"`formats` must do without onnx, or have {missing[0]}, which is missing: pip install 'synq[export]'"
+            )
+
+
+def missing_packages() -> list[str]:
+    """Return the packages of ONNX_PACKAGES that are not installed."""
+    return [name for name in ONNX_PACKAGES if find_spec(name) is None]
 
 
 def export_run(
@@ -160,6 +174,8 @@ def _write_files(
     files: list[ExportedFile] = []
     models: dict[str, bytes] = {}
     if containers:
+        from synq.onnx_file import onnx_graph, write_onnx
+
         graph = onnx_graph(integer_form(student.net, operations="onnx"), size)
     for container in containers:
         name = f"model_{container}.onnx" if len(options.containers) > 1 else "model.onnx"
@@ -218,7 +234,8 @@ def _cpu() -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("torch", "onnx", "onnxruntime")}
+    names = ("torch", "onnx", "onnxruntime")
+    return {name: metadata.version(name) for name in names if find_spec(name) is not None}
 
 
 def _sweep_records(run: Path, record: RunRecord) -> list[Path]:
@@ -228,9 +245,11 @@ def _sweep_records(run: Path, record: RunRecord) -> list[Path]:
     return [path for path, other in readable if other is not None and other.config_digest == record.config_digest]
 
 
-def _containers(student: Student, options: ExportOptions) -> Sequence[Container]:
+def _containers(student: Student, options: ExportOptions) -> "Sequence[Container]":
     if "onnx" not in options.formats:
         return ()
+    from synq.onnx_file import NARROW
+
     narrow = min(row.bits for row in student.rows) <= NARROW
     return tuple(dict.fromkeys(options.containers)) or (("int4",) if narrow else ("int8",))
 

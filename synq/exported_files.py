@@ -5,19 +5,22 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx
 import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from synq.bars import passing_bar
 from synq.evaluation import Measure
-from synq.onnx_file import Container, write_container
 from synq.packed_file import load_packed, save_packed
 from synq.results import write_bytes_atomic
 from synq.verification import Comparison, Engine, Tolerance, compare, count_kernels, engine_of, open_session
+
+if TYPE_CHECKING:
+    import onnx
+
+    from synq.onnx_file import Container
 
 BATCH = 64
 """Images per forward pass of a comparison."""
@@ -123,13 +126,17 @@ class Checker:
             yield "labelled", len(rows), lambda start, stop: labelled.batch(rows[start:stop])
 
 
-def export_onnx(path: Path, container: Container, graph: onnx.ModelProto, check: Checker) -> tuple[ExportedFile, bytes]:
+def export_onnx(
+    path: Path, container: "Container", graph: "onnx.ModelProto", check: Checker
+) -> tuple[ExportedFile, bytes]:
     """Write the graph of an integer form (`onnx_graph`) as a file; returns what is known of it, and its content.
 
     Raises:
         ExportRefusedError: As `Checker`.
         ValueError, OSError: It cannot be written.
     """
+    from synq.onnx_file import write_container
+
     content = write_container(graph, container)
     comparisons = check(path.name, engine_of(open_session(content)))
     integers, floats = count_kernels(content)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from synq.augment import random_views
 from synq.averaging import WeightAverage
+from synq.bars import visible
 from synq.checkpoints import check_same_epoch, load_checkpoint, save_checkpoint
 from synq.configs import FinetuneConfig
 from synq.losses import kd_kl, synq_loss
@@ -186,8 +187,7 @@ def finetune(
         initial=len(history) * steps_per_epoch,
         desc="fine-tune",
         unit="step",
-        leave=None,  # it stays where it is a run's own, not below a bar over runs
-        disable=None if is_shown else True,
+        **visible(is_shown, leave=None),  # it stays where it is a run's own, not below a bar over runs
     )
     for epoch in range(len(history), config.epochs):
         meter, started = _Meter(epoch), time.perf_counter()

@@ -27,14 +27,16 @@ def open_run(
         FileNotFoundError: It is no run, or not a finished one.
         ValueError: A file is damaged, or the teacher is another one than then.
     """
-    path = _run_folder(Path(folder).resolve())
+    path = Path(folder).resolve()
+    if path.suffix == ".json" and path.is_file():
+        _check_completed(read_record(path), path)
+    path = _run_folder(path)
     if not (path / "record.json").is_file():
         started = (path / "checkpoint.pt").exists() or (path / "config.json").exists()
         hint = "it is not finished, start its command again" if started else _one_of(path)
         raise FileNotFoundError(f"`RUN` must hold record.json, but {path} does not: {hint}")
     record = read_record(path / "record.json")
-    if record.status != "completed":
-        raise ValueError(f"`RUN` must be a completed run, but {path} is {record.status}: {record.reason}")
+    _check_completed(record, path)
     config = config_from_dict(RunConfig, record.config, source=str(path / "record.json"))
     config = make_absolute(with_overrides(config, places or {}))
     teacher = teacher or load_teacher(config.teacher)
@@ -80,6 +82,11 @@ def synthetic_sets(config: RunConfig, teacher: Teacher, record: RunRecord) -> tu
             raise ValueError(f"`RUN` must find its synthetic images, but those in {found.path} are others")
         sets.append(found)
     return sets[0], sets[1]
+
+
+def _check_completed(record: RunRecord, path: Path) -> None:
+    if record.status != "completed":
+        raise ValueError(f"`RUN` must be a completed run, but {path} is {record.status}: {record.reason}")
 
 
 def _one_of(path: Path) -> str:

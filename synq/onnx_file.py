@@ -33,12 +33,13 @@ from onnx import numpy_helper
 from torch import fx
 
 from synq.integer_products import use_integer_products
+from synq.verification import IMAGES
 
 Container = Literal["int4", "int8", "matmul"]
 OPSET = 21
 """The first operator set in which DequantizeLinear reads 4-bit integers."""
-IMAGES, LOGITS = "images", "logits"
-"""Names of the model's input (N, C, H, W) and output (N, K)."""
+LOGITS = "logits"
+"""Name of the model's output (N, K)."""
 NARROW = 4
 """Largest width that a 4-bit container holds."""
 WIDTH = "synq.bits"

@@ -53,7 +53,7 @@ def open_source(spec: str, *, num_classes: int, channels: int, data_dir: str | N
     elif kind == "imagefolder" and rest:
         return _imagefolder(_locate(rest, spec), num_classes, channels)
     else:
-        forms = ["digits", "cifar10", "cifar100", "fashion-mnist", "imagefolder:PATH", "npz:FILE"]
+        forms = ["digits", "cifar10", "cifar100", "fashion-mnist", "imagefolder:PATH", "npz:FILE", "none"]
         near = difflib.get_close_matches(spec, forms, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"`evaluation.dataset` must be one of {', '.join(forms)}, but got {spec!r}{hint}")

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from synq.bars import visible
 from synq.blocks import block_ends, segment
 from synq.configs import ReconstructionConfig
 from synq.learned_steps import fake_quantize_learned
@@ -113,8 +114,7 @@ def reconstruct(
     teacher_in = student_in = images[: config.images].to(device)
     results: list[BlockResult] = []
     done: set[Tensor] = set()
-    total, hide_bar = len(ends) * config.iterations, None if progress else True
-    bar = tqdm(total=total, desc="rounding", unit="step", leave=None, disable=hide_bar)
+    bar = tqdm(total=len(ends) * config.iterations, desc="rounding", unit="step", **visible(progress, leave=None))
     for number, end in enumerate(ends):
         part = segment(student_net, cuts[number], cuts[number + 1])
         target = _outputs(segment(teacher_graph, starts[number], end), teacher_in)

@@ -65,7 +65,11 @@ def rehearse(
         teacher, status ("works", "refused" before any work, "fails" later), reason; as far as it came: input, classes, parameters, layers,
         batch_norms, cam, exact (the student without rounding is the teacher, bit for bit), sqnr_db and agreement (percent) at W8A8, loss, bits,
         export, seconds, note; error, the exception behind the reason, where there is one.
+
+    Raises:
+        ValueError: A format is unknown, or its packages are missing.
     """
+    options = ExportOptions(formats=formats, rounds=0, beside_float=False)
     started = time.perf_counter()
     row: dict[str, Any] = {"teacher": config.teacher.spec, "status": REFUSED, "reason": ""}
     if config.runtime.num_threads is not None:
@@ -90,7 +94,6 @@ def rehearse(
         say("W8A8")
         row |= _at_eight_bits(teacher, config.quant, _images(small, teacher))
         say("export")
-        options = ExportOptions(formats=formats, rounds=0, beside_float=False)
         _, exported = export_run(run_folder(small), options=options, teacher=teacher)
         row["export"] = ", ".join(file["container"] or file["format"] for file in exported.deployment["files"])
         if not row["exact"]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from synq.bars import visible
 from synq.fidelity import kl
 from synq.quant_layers import (
     ACT_QUANTIZERS,
@@ -91,7 +92,7 @@ def scan_quantizers(
             found.append((name.removeprefix(ACT_QUANTIZERS), "activation", module, module))
     logits: list[list[Tensor]] = [[] for _ in found]
     batches = images.split(batch_size)
-    with tqdm(total=len(batches) * len(found), desc="tensors", disable=None if progress else True, leave=False) as bar:
+    with tqdm(total=len(batches) * len(found), desc="tensors", **visible(progress, leave=False)) as bar:
         for batch in batches:
             behind = _Behind(net, batch)
             for parts, (_, _, module, quantizer) in zip(logits, found, strict=True):

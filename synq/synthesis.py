@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from synq.artifacts import Purpose, SetStore, set_identity
+from synq.bars import visible
 from synq.bn_stats import ChannelStatistics, bn_targets
 from synq.calib_centers import center_targets, pack_statistics, split_evenly, unpack_statistics
 from synq.configs import SynthesisConfig
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.2
 START_FILE = "start.json"
 """The noise that the shards of an unfinished set begin as."""
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 SHOW_EVERY = 5
 """Steps between two readings of the loss for the progress bar; each reading waits for the device."""
 
@@ -120,8 +122,7 @@ class _Maker:
         self.rank: int = accelerator.process_index if accelerator else 0
         self.world: int = accelerator.num_processes if accelerator else 1
         self.device = accelerator.device if accelerator else (device or torch.device("cpu"))
-        is_shown = progress and (accelerator is None or accelerator.is_local_main_process)
-        self.hide_bar = None if is_shown else True  # None: tqdm shows itself on a terminal only
+        self.is_shown: bool = progress and (accelerator is None or accelerator.is_local_main_process)
         # A copy, because the teacher stays where it is; channels_last is the faster layout of convolutions on CPU and GPU.
         module: nn.Module = copy.deepcopy(teacher.module)
         self.module = module.eval().requires_grad_(False).to(self.device)
@@ -253,9 +254,7 @@ class _Maker:
             total=sum(sizes),
             desc=title,
             unit="image",
-            leave=None,
-            disable=self.hide_bar,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]",
+            **visible(self.is_shown, leave=None, bar_format=BAR),
         )
         with bar:
             while order:

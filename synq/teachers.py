@@ -72,7 +72,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     check_architecture(module, source.name)
     check_finite(module, source.name)
     if config.weights != RANDOM:
-        _check_trained(module, source.name)
+        _check_trained(module, source.name, config.weights)
     input_size, mean, std = _input_facts(config, source)
     if config.output is not None:
         select_output(module, config.output, input_size)
@@ -197,15 +197,16 @@ def check_finite(module: nn.Module, name: str) -> None:
         raise ValueError(f"teacher variances must be >= 0, but {name} holds negative ones in {negative[0]}")
 
 
-def _check_trained(module: nn.Module, name: str) -> None:
+def _check_trained(module: nn.Module, name: str, weights: str | None) -> None:
     """A BatchNorm that has seen data has moved; means of 0 and variances of 1 everywhere mean no weights were loaded."""
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
     for part in norms:
         if bool((part.running_mean != 0).any()) or bool((part.running_var != 1).any()):  # type: ignore[union-attr]
             return
+    cure = f"{weights} holds none that were trained, or" if weights else "give its weight file as `teacher.weights`, or"
     raise ValueError(
         f"teacher must be trained, but the BatchNorm statistics of {name} are untouched; "
-        f'give its weight file as `teacher.weights`, or "{RANDOM}" to work on untrained weights on purpose'
+        f"{cure} `--teacher.weights {RANDOM}` works on untrained weights on purpose"
     )
 
 

@@ -51,9 +51,18 @@ def read_command_line(words: Sequence[str]) -> tuple[RunConfig, bool]:
 
 
 def name_first_word(words: Sequence[str], key: str = "") -> list[str]:
-    """Return the words with the key of the first one, where that is no key itself: `key`, or by default that of a settings file or a teacher."""
+    """Return the words with the key of the first one, where that is no key itself: `key`, or by default that of a settings file or a teacher.
+
+    Raises:
+        ValueError: The second word has no key either.
+    """
     if not words or words[0].startswith("-"):
         return list(words)
+    if len(words) > 1 and not words[1].startswith("-"):
+        raise ValueError(
+            f"only the first word may stand without its key, but got {words[1]!r} behind {words[0]!r}; `--config FILE` names settings, "
+            "`--teacher.spec` the teacher"
+        )
     return [key or ("--config" if words[0].endswith((".toml", ".json")) else "--teacher.spec"), *words]
 
 

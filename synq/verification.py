@@ -6,15 +6,18 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
-import onnxruntime
 import torch
 from torch import Tensor
 
 from synq.config_io import between
-from synq.onnx_file import IMAGES
 
+if TYPE_CHECKING:
+    import onnxruntime
+
+IMAGES = "images"
+"""Name of an exported model's input (N, C, H, W)."""
 INTEGER_CONVOLUTIONS = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm")
 FLOAT_CONVOLUTIONS = ("Conv", "FusedConv", "MatMul", "Gemm", "FusedMatMul", "FusedGemm", "NhwcFusedConv")
 Engine = Callable[[Tensor], Tensor]
@@ -160,7 +163,7 @@ def compare(
     )
 
 
-def open_session(model: bytes, threads: int = 0, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+def open_session(model: bytes, threads: int = 0, optimized: Path | None = None) -> "onnxruntime.InferenceSession":
     """Return an ONNX Runtime session on the CPU with the default optimisations.
 
     Args:
@@ -168,6 +171,8 @@ def open_session(model: bytes, threads: int = 0, optimized: Path | None = None) 
         threads: Threads within an operation; 0 leaves ONNX Runtime its default.
         optimized: Where ONNX Runtime writes the graph that it really runs.
     """
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # one warning per model about a file that holds for this machine alone
     if threads:
@@ -177,7 +182,7 @@ def open_session(model: bytes, threads: int = 0, optimized: Path | None = None) 
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def engine_of(session: onnxruntime.InferenceSession) -> Engine:
+def engine_of(session: "onnxruntime.InferenceSession") -> Engine:
     """Return an engine that runs a session."""
 
     def run(images: Tensor) -> Tensor:
@@ -188,6 +193,8 @@ def engine_of(session: onnxruntime.InferenceSession) -> Engine:
 
 def count_kernels(model: bytes) -> tuple[int, int]:
     """Return how many convolutions and matrix products ONNX Runtime runs in integers, and how many in float, on this machine."""
+    import onnx
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         open_session(model, optimized=path)

@@ -1,8 +1,9 @@
-"""Bars over work that may take long: on a terminal, after a while, and nowhere else."""
+"""Work that takes long is seen: a bar on a terminal, after a while; lines now and then in a log."""
 
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -14,10 +15,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from sweeps.pool import run_all
 from synq import bars
-from synq.bars import passing_bar
+from synq.bars import passing_bar, visible
 from synq.configs import RunConfig, config_to_dict, with_overrides
 from synq.evaluation import evaluate
 from synq.pipeline import run, run_folder
@@ -132,3 +134,23 @@ def test_counting_counts_the_same_below_a_bar(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert count(False) == quiet and capsys.readouterr().err == ""
     assert count(True) == quiet and "labelled images:" in capsys.readouterr().err
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bars, "LOGGED_EVERY", 0.2)
+    with (
+        tqdm(total=8, desc="work", **visible(True, bar_format="{n}")) as bar,
+        passing_bar(2, "part", "p", is_shown=True),
+    ):
+        for _ in range(8):
+            time.sleep(0.1)
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 5
+    assert all(re.fullmatch(r"synq: work: \d of 8, 00:0\d, about 00:0\d left", line) for line in lines), lines
+    with tqdm(total=8, desc="work", **visible(False)) as bar:
+        bar.update()
+    monkeypatch.setattr(bars, "LOGGED_EVERY", 60.0)
+    with passing_bar(2, "quick", "p", is_shown=True) as bar:
+        bar.update(2)
+    assert capsys.readouterr().err == ""

@@ -51,6 +51,11 @@ def test_a_teacher_behind_the_options_is_told_its_place(parser: Parser, capsys: 
     assert line == "each setting must read --KEY VALUE, and TEACHER must come first, but got timm:resnet18; see --help"
 
 
+def test_only_the_first_word_stands_alone(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
+    line = _refused(parser, ["timm:resnet18", "run.toml", "--activations"], capsys)
+    assert line.startswith("only the first word may stand without its key, but got 'run.toml' behind 'timm:resnet18'")
+
+
 def test_paths_that_are_not_there_are_refused(tmp_path: Path) -> None:
     check_paths([tmp_path])
     with pytest.raises(FileNotFoundError, match=r"`RUN` must exist, but got .*nothing"):

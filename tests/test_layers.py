@@ -21,6 +21,7 @@ LAYERS = (
     {
         "config_io",
         "config_identity",
+        "file_kinds",
         "synthesis_config",
         "quant_config",
         "width_patterns",
