@@ -17,7 +17,7 @@ HELP = """\
 usage: synq inspect [TEACHER] [--json] [--config FILE] [--KEY VALUE ...]
 
 Shows what would be done with a classifier, and makes nothing: every operation of its forward pass with the width that weight (W) and output
-(out) would get, 32 for float (BitOps count the width of the input); the batch norms that guide the synthesis; where class activation maps are taken, and how; parameters,
+(out) would get, 32 for float and for what only hands on its input, such as max pooling (BitOps count the width that is read); the batch norms that guide the synthesis; where class activation maps are taken, and how; parameters,
 multiply-accumulates (MACs), bit operations (BitOps), sizes. A classifier that cannot be quantized is refused as a run would refuse it.
 
   TEACHER        as `--teacher.spec`: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME or FILE.py:FUNCTION (default: the bundled one);
