@@ -12,7 +12,7 @@ LOGGED_EVERY = 60.0
 """Seconds between two lines of a log; what takes less leaves none."""
 STEERING = re.compile(r"\x1b\[[A-Z]|[\r\n]")
 """What moves the cursor of a terminal."""
-LINE = "synq: {desc}: {n:.0f} of {total}, {elapsed}, about {remaining} left"
+LINE = "synq: {desc}: {n:.0f} of {total}, {elapsed}, about {remaining} left{postfix}"
 
 
 class _Log:
@@ -39,6 +39,11 @@ def visible(is_shown: bool, **terminal: Any) -> dict[str, Any]:
         return terminal
     often = {"mininterval": LOGGED_EVERY, "maxinterval": 2 * LOGGED_EVERY, "delay": LOGGED_EVERY}
     return {"file": _Log(), "bar_format": LINE, "leave": False, **often}
+
+
+def remark(bar: tqdm, text: str) -> None:
+    """Put a remark behind a bar: at once on a terminal, with the next line in a log."""
+    bar.set_postfix_str(text, refresh=not bar.disable and bar.mininterval < LOGGED_EVERY)
 
 
 def passing_bar(total: int, title: str, unit: str, *, is_shown: bool) -> tqdm:

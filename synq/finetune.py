@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from synq.augment import random_views
 from synq.averaging import WeightAverage
-from synq.bars import visible
+from synq.bars import remark, visible
 from synq.checkpoints import check_same_epoch, load_checkpoint, save_checkpoint
 from synq.configs import FinetuneConfig
 from synq.losses import kd_kl, synq_loss
@@ -210,7 +210,7 @@ def finetune(
             meter.add({"loss": loss.detach(), **terms, "gradient norm": torch.as_tensor(norm)})
             # One host synchronisation in log_every steps; the last step of an epoch is read before its weights are saved.
             if (step + 1) % config.log_every == 0 or step + 1 == steps_per_epoch:
-                bar.set_postfix_str(meter.check())
+                remark(bar, meter.check())
             optimizer.step()
             optimizer.zero_grad()
             average.update()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from synq.artifacts import Purpose, SetStore, set_identity
-from synq.bars import visible
+from synq.bars import remark, visible
 from synq.bn_stats import ChannelStatistics, bn_targets
 from synq.calib_centers import center_targets, pack_statistics, split_evenly, unpack_statistics
 from synq.configs import SynthesisConfig
@@ -218,7 +218,7 @@ class _Maker:
         started = time.perf_counter()
         try:
             if config.fits_start and self._fitted is None:
-                bar.set_postfix_str("fitting the noise that they begin as")
+                remark(bar, "fitting the noise that they begin as")
             start = self._start(config)
             made = invert(
                 self.module,

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sweeps.pool import run_all
 from synq import bars
-from synq.bars import passing_bar, visible
+from synq.bars import passing_bar, remark, visible
 from synq.configs import RunConfig, config_to_dict, with_overrides
 from synq.evaluation import evaluate
 from synq.pipeline import run, run_folder
@@ -142,12 +142,13 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
         tqdm(total=8, desc="work", **visible(True, bar_format="{n}")) as bar,
         passing_bar(2, "part", "p", is_shown=True),
     ):
-        for _ in range(8):
+        for number in range(8):
             time.sleep(0.1)
+            remark(bar, f"loss={number}")
             bar.update()
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 5
-    assert all(re.fullmatch(r"synq: work: \d of 8, 00:0\d, about 00:0\d left", line) for line in lines), lines
+    assert all(re.fullmatch(r"synq: work: \d of 8, 00:0\d, about 00:0\d left, loss=\d", line) for line in lines), lines
     with tqdm(total=8, desc="work", **visible(False)) as bar:
         bar.update()
     monkeypatch.setattr(bars, "LOGGED_EVERY", 60.0)
