@@ -19,6 +19,8 @@ from synq.teachers import Teacher
 
 NOTABLE = 0.01
 """Rise of the KL to the teacher, in nats, below which nobody need hear of it: at 8 bit it is all but zero before and after."""
+FAR = 0.5
+"""KL to the teacher, in nats, above which a student is another classifier rather than a copy."""
 FEW = 0.5
 """Share of synthetic images with the assigned class below which the images cannot stand for the classes."""
 
@@ -111,6 +113,7 @@ def complete_record(
             *record.warnings,
             *_mask_warnings(record.config["finetune"], history),
             *(_harm_warnings(rounded, final) if history else []),
+            *_distance_warnings(final),
         ],
         seconds=seconds,
         total_seconds=sum(seconds.values()),
@@ -141,6 +144,17 @@ def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:
     return [
         f"the fine-tuning made the student worse: KL to the teacher on held-out synthetic images {before:.3g} before, {after:.3g} after; "
         "lower `finetune.lr`, or search it in a sweep"
+    ]
+
+
+def _distance_warnings(final: Measurement) -> list[str]:
+    """Say what may help a student that ends far from its teacher."""
+    distance = final.fidelity["kl"]
+    if distance is None or distance < FAR:
+        return []
+    return [
+        f"the student is far from its teacher: KL {distance:.2g} on held-out synthetic images; `synq widths --activations` with the same settings "
+        "finds which tensors do it, and widths for them at no more bytes and bit operations"
     ]
 
 
