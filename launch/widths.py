@@ -122,6 +122,8 @@ def _find(config: RunConfig, wanted: Wanted) -> None:
     check_limits(problem.widths(wanted.candidates), limits)
     train_set, _ = prepare(config, accelerator=accelerator)
     widths = sorted({*wanted.candidates, *(problem.as_given[key] for key in problem.free)})
+    if not accelerator.is_main_process:  # one shows the progress of the scan
+        config = replace(config, runtime=replace(config.runtime, progress=False))
     scores = _scan(config, teacher, train_set.images, widths, accelerator.device, activations=wanted.activations)
     if not accelerator.is_main_process:  # others have only made images
         return

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -20,10 +21,13 @@ class _Log:
 
     def write(self, text: str) -> None:
         if line := STEERING.sub("", text).strip():
-            sys.stderr.write(f"{line}\n")
+            with suppress(
+                OSError, ValueError
+            ):  # a log that is full, or that nobody reads any more, must not end the work
+                print(line, file=sys.stderr, flush=True)
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        """Nothing: every line is flushed."""
 
 
 def visible(is_shown: bool, **terminal: Any) -> dict[str, Any]:
@@ -33,9 +37,9 @@ def visible(is_shown: bool, **terminal: Any) -> dict[str, Any]:
         is_shown: Whether this process shows progress at all.
         terminal: Further settings of the bar.
     """
-    if not is_shown:
+    if not is_shown or sys.stderr is None:
         return {"disable": True}
-    if sys.stderr.isatty():
+    if getattr(sys.stderr, "isatty", lambda: False)():  # what replaces it need not be a file
         return terminal
     often = {"mininterval": LOGGED_EVERY, "maxinterval": 2 * LOGGED_EVERY, "delay": LOGGED_EVERY}
     return {"file": _Log(), "bar_format": LINE, "leave": False, **often}

@@ -94,7 +94,8 @@ class ExportOptions:
 
 def missing_packages() -> list[str]:
     """Return the packages of ONNX_PACKAGES that are not installed."""
-    return [name for name in ONNX_PACKAGES if find_spec(name) is None]
+    found = {name: find_spec(name) for name in ONNX_PACKAGES}
+    return [name for name, spec in found.items() if spec is None or spec.origin is None]  # a mere folder has no origin
 
 
 def export_run(
@@ -234,8 +235,11 @@ def _cpu() -> str:
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "onnx", "onnxruntime")
-    return {name: metadata.version(name) for name in names if find_spec(name) is not None}
+    versions = {}
+    for name in ("torch", "onnx", "onnxruntime"):
+        with suppress(metadata.PackageNotFoundError):  # it may have another name, as onnxruntime-gpu
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _sweep_records(run: Path, record: RunRecord) -> list[Path]:

@@ -1,5 +1,6 @@
 """Four kinds of settings files and the commands that take them: a file given to the wrong one is told where it belongs."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import Any
 COMMANDS = {"run": "synq train", "recipe": "synq recipe", "sweep": "synq sweep", "ablation": "launch/ablate.py"}
 PARTS = frozenset(("teacher", "synthesis", "quant", "reconstruction", "finetune", "evaluation", "runtime"))
 """Tables of a run, at the top of its own file and of a recipe's."""
-OF_SWEEPS = frozenset(("models", "space", "points", "num_trials", "max_concurrent"))
+OF_SWEEPS = frozenset(
+    ("models", "space", "points", "num_trials", "max_concurrent", "sampler", "scheduler", "objective", "grace_epochs")
+)
+"""Keys that only a sweep's file has at its top; name, bits and seeds it shares with others."""
 
 
 def kind_of(content: Mapping[str, Any]) -> str:
@@ -16,11 +20,12 @@ def kind_of(content: Mapping[str, Any]) -> str:
     keys = content.keys()
     if keys & OF_SWEEPS:
         return "sweep"
-    if "rows" in keys:
+    if "rows" in keys or {"seeds", "base"} <= keys:
         return "ablation"
-    if keys & PARTS:
-        return "recipe" if "bits" in keys else "run"
-    return ""
+    if not keys & PARTS or "base" in keys:
+        return ""
+    own = keys & {"bits", "seeds"}
+    return "recipe" if len(own) == 2 else "" if own else "run"
 
 
 @contextmanager
@@ -36,4 +41,7 @@ def read_as(kind: str, content: Mapping[str, Any], path: str | Path) -> Iterator
         other = kind_of(content)
         if other in ("", kind):
             raise
-        raise ValueError(f"{error}; it looks like the file of a {other}: {COMMANDS[other]} {path}") from None
+        article = "an" if other == "ablation" else "a"
+        raise ValueError(
+            f"{error}; it looks like the file of {article} {other}: {COMMANDS[other]} {shlex.quote(str(path))}"
+        ) from None

@@ -1,6 +1,7 @@
 """What a finished run has left, opened again: record, settings, teacher, student, synthetic sets."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def open_run(
         ValueError: A file is damaged, or the teacher is another one than then.
     """
     path = Path(folder).resolve()
-    if path.suffix == ".json" and path.is_file():
+    if _is_trial(path):
         _check_completed(read_record(path), path)
     path = _run_folder(path)
     if not (path / "record.json").is_file():
@@ -92,15 +93,21 @@ def _check_completed(record: RunRecord, path: Path) -> None:
 def _one_of(path: Path) -> str:
     """Say what to give in the place of a folder that is no run."""
     for file in sorted((path / "records").glob("*.json")):
-        if read_record(file).status == "completed" and _run_folder(file).is_dir():
-            return f"it is a sweep, give one of its trials, such as {file}"
+        with suppress(ValueError):  # a damaged one does not hide the others
+            if read_record(file).status == "completed" and _run_folder(file).is_dir():
+                return f"it is a sweep, give one of its trials, such as {file}"
     return "give the folder of one run, runs/NAME-DIGEST"
+
+
+def _is_trial(path: Path) -> bool:
+    """Whether it is a sweep's record of a trial."""
+    return path.suffix == ".json" and path.parent.name == "records" and path.is_file()
 
 
 def _run_folder(path: Path) -> Path:
     if path.name == "record.json":
         return path.parent
-    if path.suffix == ".json" and path.parent.name == "records" and path.is_file():
+    if _is_trial(path):
         record = read_record(path)
         return path.parent.parent / "runs" / f"{record.config['name']}-{record.config_digest}"
     return path

@@ -113,7 +113,7 @@ def complete_record(
             *record.warnings,
             *_mask_warnings(record.config["finetune"], history),
             *(_harm_warnings(rounded, final) if history else []),
-            *_distance_warnings(final),
+            *_distance_warnings(record.config["quant"], final),
         ],
         seconds=seconds,
         total_seconds=sum(seconds.values()),
@@ -147,10 +147,11 @@ def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:
     ]
 
 
-def _distance_warnings(final: Measurement) -> list[str]:
-    """Say what may help a student that ends far from its teacher."""
+def _distance_warnings(quant: dict[str, Any], final: Measurement) -> list[str]:
+    """Say what may help a student that ends far from its teacher, where there are widths to choose."""
     distance = final.fidelity["kl"]
-    if distance is None or distance < FAR:
+    narrowest = quant["weight_bits"] == 2  # no weight can pay for wider tensors
+    if distance is None or not distance >= FAR or narrowest or quant["layer_weight_bits"] or quant["layer_act_bits"]:
         return []
     return [
         f"the student is far from its teacher: KL {distance:.2g} on held-out synthetic images; `synq widths --activations` with the same settings "

@@ -59,9 +59,9 @@ def name_first_word(words: Sequence[str], key: str = "") -> list[str]:
     if not words or words[0].startswith("-"):
         return list(words)
     if len(words) > 1 and not words[1].startswith("-"):
+        cure = "" if key else "; `--config FILE` names settings, `--teacher.spec` the teacher"
         raise ValueError(
-            f"only the first word may stand without its key, but got {words[1]!r} behind {words[0]!r}; `--config FILE` names settings, "
-            "`--teacher.spec` the teacher"
+            f"only the first word may stand without its key, but got {words[1]!r} behind {words[0]!r}{cure}"
         )
     return [key or ("--config" if words[0].endswith((".toml", ".json")) else "--teacher.spec"), *words]
 

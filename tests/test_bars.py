@@ -147,7 +147,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
             remark(bar, f"loss={number}")
             bar.update()
     lines = capsys.readouterr().err.splitlines()
-    assert 2 <= len(lines) <= 5
+    assert 2 <= len(lines) <= 8
     assert all(re.fullmatch(r"synq: work: \d of 8, 00:0\d, about 00:0\d left, loss=\d", line) for line in lines), lines
     with tqdm(total=8, desc="work", **visible(False)) as bar:
         bar.update()
@@ -155,3 +155,20 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
     with passing_bar(2, "quick", "p", is_shown=True) as bar:
         bar.update(2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_log_that_refuses_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+        def flush(self) -> None:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(bars, "LOGGED_EVERY", 0.0)
+    for stderr in (Full(), None):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with passing_bar(3, "work", "step", is_shown=True) as bar:
+            bar.update()
+            bar.update(2)
+            assert bar.n == 3 or bar.disable

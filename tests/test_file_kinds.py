@@ -23,7 +23,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "sweep": load_spec,
     "ablation": load_ablation,
 }
-COMMANDS = {"run": "synq train", "recipe": "synq recipe", "sweep": "synq sweep"}
+COMMANDS = {"run": "synq train", "recipe": "synq recipe", "sweep": "synq sweep", "ablation": "launch/ablate.py"}
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -36,7 +36,7 @@ def test_a_file_is_told_the_command_that_takes_it(
     if kind == reader:
         READERS[reader](path)
         return
-    with pytest.raises(ValueError, match=f"it looks like the file of a {kind}: {COMMANDS[kind]} .*{path.name}"):
+    with pytest.raises(ValueError, match=f"it looks like the file of an? {kind}: {COMMANDS[kind]} .*{path.name}"):
         READERS[reader](path)
 
 
@@ -45,6 +45,9 @@ def test_an_error_in_the_right_file_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"finetune\.lr") as caught:
         load_run(tmp_path / "run.toml")
     assert "looks like" not in str(caught.value)
+    (tmp_path / "recipe.toml").write_text("name = 'a'\nseeds = [0]\n[teacher]\n")
+    with pytest.raises(ValueError, match=r"`bits` must be given, but is not there$"):
+        load_recipe(tmp_path / "recipe.toml")
     (tmp_path / "odd.toml").write_text("oddity = 1\n")
     with pytest.raises(ValueError, match="oddity") as caught:
         load_run(tmp_path / "odd.toml")
