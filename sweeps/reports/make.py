@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sweeps.command_line import check_paths
 from sweeps.reports import PAGE
 from sweeps.reports.comparison_page import comparison_page
 from sweeps.reports.page import Page, write_page
@@ -40,9 +41,7 @@ def make_report(
     if num_images is not None:
         between("images", num_images, 1)
     found = [Path(path) for path in paths]
-    for path in found:
-        if not path.exists():
-            raise FileNotFoundError(f"`PATH` must exist, but got {path}")
+    check_paths(found)
     if len({path.resolve() for path in found}) < len(found):
         raise ValueError(f"`PATH` must be different ones for a comparison, but got {' '.join(map(str, paths))}")
     target = None if output is None else Path(output)
