@@ -9,7 +9,7 @@ from synq.configs import RunConfig, config_from_dict, config_to_dict, parse_bits
 
 IDENTITY = (
     *("quant.weight_bits", "quant.act_bits", "quant.first_bits", "quant.last_bits"),
-    *("quant.layer_weight_bits", "quant.layer_act_bits", "quant.act_points"),
+    *("quant.last_bits_for_input", "quant.layer_weight_bits", "quant.layer_act_bits", "quant.act_points"),
 )
 """Settings that say which ranking a run belongs to: never searched over."""
 

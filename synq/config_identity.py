@@ -14,7 +14,7 @@ DIGEST_FORMAT = 3
 LATER_SETTINGS: dict[str, dict[str, Any]] = {
     "synthesis": {"start": "white"},
     "teacher": {"output": None},
-    "quant": {"layer_weight_bits": {}, "layer_act_bits": {}},
+    "quant": {"layer_weight_bits": {}, "layer_act_bits": {}, "last_bits_for_input": False},
     "finetune": {"grad_clip_relative": None},
 }
 """Settings that came later, with the value that names what had been done before: old runs keep their digests by it."""
@@ -107,6 +107,9 @@ def config_digest(config: object, *, with_seeds: bool = True) -> str:
         part, _, key = name.partition(".")
         values[part][key] = text
     values["runtime"] = {"precision": values["runtime"]["precision"]}
+    quant = values["quant"]
+    if quant["act_points"] == "inputs" or quant["last_bits"] in (None, quant["act_bits"]):
+        quant["last_bits_for_input"] = False  # it decides nothing
     left_out = [(values, "name"), (values["finetune"], "log_every")]
     left_out += [(values["finetune"], key) for key in idle_keys(values["finetune"], values["quant"]["learned_steps"])]
     left_out += [

@@ -1,5 +1,7 @@
 """What an operation of a network's graph is to a quantizer: a layer with a weight, a non-linearity, or neither."""
 
+from collections.abc import Container
+
 from torch import fx, nn
 
 from synq.tracing import is_passive, node_module, operation_name
@@ -84,6 +86,7 @@ _STRUCTURAL_NAMES = frozenset(
 _NORM_MODULES = (nn.BatchNorm2d, nn.BatchNorm1d, nn.SyncBatchNorm)
 # Answers that are no tensor. The plain numbers among them lead to no activation; the tuples hold parts of one.
 _NUMBER_NAMES = frozenset(["getattr", "size", "dim", "ndimension", "numel", "stride", "shape", "_assert"])
+_JOINING_NAMES = frozenset(["cat", "concat", "stack"])
 _TUPLE_NAMES = frozenset(["chunk", "split", "unbind", "getitem", "add"])
 
 
@@ -106,7 +109,7 @@ def classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
     activations: set[fx.Node] = set()
     for node in net.graph.nodes:
         module, name = node_module(net, node), operation_name(node)
-        is_number = node.meta.get("shape") is None and module is None and name in _NUMBER_NAMES
+        is_number = _is_number(node)
         sources = [source for source in node.all_input_nodes if source in activations]
         if node.op == "placeholder" or (sources and not is_number):
             activations.add(node)
@@ -140,6 +143,31 @@ def classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
     if not layers:
         raise ValueError("teacher must have a convolution or linear layer to quantize, but none was found in its graph")
     return layers, nonlinear
+
+
+def sources_of(net: fx.GraphModule, node: fx.Node, points: Container[fx.Node]) -> set[fx.Node]:
+    """Return those `points` whose values a layer reads: as they are, pooled, normalised, reshaped or joined.
+
+    A sum or a product of activations and what another layer makes are new values: nothing before them is read.
+
+    Args:
+        net: The graph.
+        node: A call of the layer.
+        points: Nodes that make activations.
+    """
+    found: set[fx.Node] = set()
+    sources = [source for source in node.all_input_nodes if source.op != "get_attr" and not _is_number(source)]
+    for source in sources if len(sources) == 1 or operation_name(node) in _JOINING_NAMES else ():
+        if source in points:
+            found.add(source)
+        elif source.op != "placeholder" and not isinstance(node_module(net, source), (nn.Conv2d, nn.Linear)):
+            found |= sources_of(net, source, points)
+    return found
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Tell whether ``node`` is a size or another plain number."""
+    return node.op != "call_module" and node.meta.get("shape") is None and operation_name(node) in _NUMBER_NAMES
 
 
 def _is_nonlinear_product(node: fx.Node, name: str, activations: set[fx.Node]) -> bool:

@@ -229,6 +229,7 @@ def build_student(teacher: Teacher, quant: QuantConfig) -> Student:
         act_points=quant.act_points,
         first_bits=quant.first_bits,
         last_bits=quant.last_bits,
+        last_bits_for_input=quant.last_bits_for_input,
         layer_weight_bits=quant.layer_weight_bits,
         layer_act_bits=quant.layer_act_bits,
         cam_node=teacher.cam.node,

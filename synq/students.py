@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from synq.accounting import TensorRow, account, packed_bytes
 from synq.functional_layers import replace_layer
 from synq.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
-from synq.operations import classify
+from synq.operations import classify, sources_of
 from synq.quant_layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
 from synq.tracing import node_module, tensor_inputs
 from synq.width_patterns import WidthPatterns, layer_names
@@ -29,6 +29,7 @@ class Student:
         rows: Every weight and activation with its width.
         size_bytes: Packed size: weights at their width, zero point, gain and shift per channel.
         bitops: Sum over layers of MACs x weight bits x input bits, per image; a float operand counts 32.
+        before_last: Under "relu", the non-linearities that have the last layer's width because it reads them.
     """
 
     net: fx.GraphModule
@@ -37,6 +38,7 @@ class Student:
     rows: tuple[TensorRow, ...]
     size_bytes: int
     bitops: int
+    before_last: frozenset[str] = frozenset()
 
 
 def quantize_model(
@@ -47,6 +49,7 @@ def quantize_model(
     act_points: Literal["relu", "inputs"] = "relu",
     first_bits: int | None = None,
     last_bits: int | None = None,
+    last_bits_for_input: bool = True,
     layer_weight_bits: Mapping[str, int] | None = None,
     layer_act_bits: Mapping[str, int] | None = None,
     cam_node: str = "",
@@ -64,6 +67,7 @@ def quantize_model(
         act_points: "relu": after every non-linearity. "inputs": the input of every convolution and linear layer.
         first_bits: Width of the first layer's weight (and of its input, under "inputs"); None for ``weight_bits``.
         last_bits: The same for the last layer.
+        last_bits_for_input: Under "relu", whether ``last_bits`` is also the width of the non-linearity that the last layer reads, pooled or not.
         layer_weight_bits: Width of the weights of single layers, by the layer's name or a pattern of names; goes before the above.
         layer_act_bits: Width of single activations, by the name of the layer that reads it under "inputs", by the node of
             the non-linearity under "relu".
@@ -91,8 +95,12 @@ def quantize_model(
         elif isinstance(module, nn.Linear) and not isinstance(module, QuantLinear):
             replace_layer(net, str(node.target), QuantLinear.from_float(module, widths[node], steps).eval())
 
+    before_last: dict[fx.Node, int] = {}
     if act_points == "relu":
-        widths_behind = {node: act_names.width(node.name) or act_bits for node in nonlinear}
+        if last_bits is not None and last_bits_for_input:
+            calls = [node for node in layers if node.target == layers[-1].target]
+            before_last = {source: last_bits for node in calls for source in sources_of(net, node, nonlinear)}
+        widths_behind = {node: act_names.width(node.name) or before_last.get(node, act_bits) for node in nonlinear}
         points = {node: (widths_behind[node], list(node.users)) for node in nonlinear}
     else:
         input_widths = _layer_widths(layers, act_bits, first_bits, last_bits, act_names)
@@ -127,6 +135,7 @@ def quantize_model(
         rows=rows,
         size_bytes=packed_bytes(net),
         bitops=sum(row.bitops for row in rows),
+        before_last=frozenset(node.name for node in before_last),
     )
 
 

@@ -24,7 +24,13 @@ DECIDES_NOTHING = {
 
 
 EVERYTHING_ON = with_overrides(
-    RunConfig(), {"quant.rounding": "adaround", "quant.learned_steps": "all", "finetune.perturb_weight": 0.5}
+    RunConfig(),
+    {
+        "quant.rounding": "adaround",
+        "quant.learned_steps": "all",
+        "quant.last_bits": 7,
+        "finetune.perturb_weight": 0.5,
+    },
 )
 
 
@@ -96,6 +102,7 @@ def test_the_digest_counts_exactly_what_decides_the_result(key: str) -> None:
     ("off", "idle"),
     [
         ({"quant.rounding": "nearest"}, {"reconstruction.iterations": 7, "reconstruction.drop_prob": 0.1}),
+        ({"quant.last_bits": None}, {"quant.last_bits_for_input": False}),
         ({"quant.learned_steps": "none"}, {"finetune.step_lr_factor": 3.0}),
         ({"finetune.perturb_weight": 0.0}, {"finetune.perturb_size": 0.5}),
         ({"finetune.cam_weight": 0.0}, {"finetune.cam_method": "cam"}),

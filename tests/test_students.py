@@ -123,11 +123,11 @@ def test_first_and_last_width() -> None:
 
 
 def test_first_and_last_width_where_activations_are_quantized_behind_non_linearities() -> None:
-    """Protocol B: weights of both ends at 8 bits; the image and the pooled features, their inputs, are float under this rule."""
+    """Protocol B: both ends at 8 bits, with what the last one pools; the image and the pooled features are float under this rule."""
     student = make("relu", bits=3, first_bits=8, last_bits=8)
     widths = {(row.role, row.name): row.bits for row in student.rows}
     assert [widths["weight", name] for name in ("conv1", "conv2", "conv3", "fc")] == [8, 3, 3, 8]
-    assert [widths["activation", name] for name in ("x", "relu", "relu_1", "relu_2", "flatten")] == [32, 3, 3, 3, 32]
+    assert [widths["activation", name] for name in ("x", "relu", "relu_1", "relu_2", "flatten")] == [32, 3, 3, 8, 32]
     observe_ranges(student.net, torch.randn(8, *SIZE), act_range="minmax")
     codes = {
         name: len(effective_weight(student.net.get_submodule(name))[0].unique()) for name in ("conv1", "conv2", "fc")
