@@ -21,6 +21,11 @@ from synq.results import summary_line
 
 PROGRAM = "accelerate launch synq/train.py"
 USER_ERROR = 2
+WORK = "Quantizes a pre-trained classifier without any data: makes images from it, trains a low-bit copy on them and measures it. "
+IMAGES_WORK = (
+    "Makes the synthetic images of a run, and the held-out ones, and stops: `synq train` with the same words finds them in the store. "
+    "Every key of the run is accepted; teacher, synthesis, data_seed and evaluation.heldout_images decide the images. "
+)
 NPZ_HELP = """--npz FILE.npz   also write the training images for other tools' calibration: arrays `images` (N, C, H, W) float32, normalised as the
                  network takes them, `labels` (N,), `mean` and `std` per channel"""
 
@@ -66,13 +71,12 @@ def name_first_word(words: Sequence[str], key: str = "") -> list[str]:
     return [key or ("--config" if words[0].endswith((".toml", ".json")) else "--teacher.spec"), *words]
 
 
-def print_help(config: RunConfig, program: str = PROGRAM) -> None:
+def print_help(config: RunConfig, program: str = PROGRAM, work: str = WORK) -> None:
     """Explain every field with the value it has now (the default, or the one of `--config FILE`)."""
     import tyro
 
     description = (
-        "Quantizes a pre-trained classifier without any data: makes images from it, trains a low-bit copy on them and measures it. "
-        "Settings come from --config FILE (TOML or JSON, with the keys below), then from the command line; TEACHER is --teacher.spec. "
+        f"{work}Settings come from --config FILE (TOML or JSON, with the keys below), then from the command line; TEACHER is --teacher.spec. "
         "The same command started again resumes a run that was stopped, and returns at once when it is finished."
     )
     tyro.cli(
@@ -121,7 +125,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM, only_imag
             # tyro leaves the process after its help; a reader such as `head` may leave before
             with contextlib.suppress(BrokenPipeError):
                 with contextlib.suppress(SystemExit):
-                    print_help(config, program)
+                    print_help(config, program, IMAGES_WORK if only_images else WORK)
                 if only_images:
                     print(NPZ_HELP)
                 sys.stdout.flush()
