@@ -259,6 +259,10 @@ class Ledger:
                 "teacher": values["teacher"]["spec"],
                 "weights": values["teacher"]["weights"],
             }
+            quant = group.base.quant
+            if self.spec.search.two_objectives and quant.last_bits and quant.act_points == "relu":
+                # The widths are searched, and the base may be of the one width at which this setting counts for nothing.
+                groups[group.key] |= {"last_input": "wide"} if quant.last_bits_for_input else {}
         search = self.spec.search
         space: list[Any] = [asdict(dimension) for dimension in self.spec.dimensions]
         if search.sampler == "points":  # further points may widen their ranges

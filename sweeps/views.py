@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from sweeps.ranking import LEADERBOARD_COLUMNS, SETTINGS, TEXT_COLUMNS, Ranking, Standing
 from synq.config_io import nearest
+from synq.quant_config import LAST_INPUT
 from synq.table_text import Row, cell, plain
 
 OPERATORS: dict[str, Callable[[int, int], bool]] = {
@@ -210,7 +211,9 @@ def shown(lines: Iterable[Row]) -> list[Row]:
 def _protocol(line: Row) -> str:
     edges = (line["first_bits"], line["last_bits"])
     words = ["/".join(plain(bits) or "-" for bits in edges)] if any(edges) else []
-    words += ["mixed"] if line["layer_bits"] else []
+    named = (line["layer_bits"] or "").split()
+    ends = [word for word in named if word.startswith(LAST_INPUT)]
+    words += (["mixed"] if len(named) > len(ends) else []) + ends
     return line["protocol"] + (f" ({', '.join(words)})" if words else "")
 
 

@@ -145,7 +145,7 @@ def card_markdown(values: Mapping[str, Any]) -> str:
 
 
 def _single(widths: str) -> str:
-    return f"; single layers: {markdown_cell(widths)}" if widths else ""
+    return f"; apart from that: {markdown_cell(widths)}" if widths else ""
 
 
 def file_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:

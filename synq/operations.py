@@ -145,24 +145,31 @@ def classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
     return layers, nonlinear
 
 
-def sources_of(net: fx.GraphModule, node: fx.Node, points: Container[fx.Node]) -> set[fx.Node]:
-    """Return those `points` whose values a layer reads: as they are, pooled, normalised, reshaped or joined.
+def made_of(net: fx.GraphModule, points: Container[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
+    """Return, for every activation, those `points` whose values it holds: as they are, pooled, normalised, reshaped or joined.
 
-    A sum or a product of activations and what another layer makes are new values: nothing before them is read.
+    What a layer makes holds none, and neither does a sum or product of different activations: it is a new value. A sum of two pools of
+    one point holds that point.
 
     Args:
-        net: The graph.
-        node: A call of the layer.
+        net: A graph with its shapes recorded.
         points: Nodes that make activations.
     """
-    found: set[fx.Node] = set()
-    sources = [source for source in node.all_input_nodes if source.op != "get_attr" and not _is_number(source)]
-    for source in sources if len(sources) == 1 or operation_name(node) in _JOINING_NAMES else ():
-        if source in points:
-            found.add(source)
-        elif source.op != "placeholder" and not isinstance(node_module(net, source), (nn.Conv2d, nn.Linear)):
-            found |= sources_of(net, source, points)
-    return found
+    held: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in net.graph.nodes:
+        # Sizes and reshaped parameters lead to no activation.
+        sources = [held[source] for source in node.all_input_nodes if source in held]
+        if node in points:
+            held[node] = frozenset([node])
+        elif node.op == "placeholder" or isinstance(node_module(net, node), (nn.Conv2d, nn.Linear)):
+            held[node] = frozenset()
+        elif sources and not _is_number(node):
+            same = len({*sources}) == 1 and len(sources[0]) == 1
+            if len(sources) == 1 or same or operation_name(node) in _JOINING_NAMES:
+                held[node] = frozenset().union(*sources)
+            else:
+                held[node] = frozenset()
+    return held
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -121,9 +121,12 @@ def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
     layers, activations = integer_parts(form)
     found = [(name, bits, tuple(shape)) for name, bits, shape, _ in facts["layers"]]
     wanted = [(n, x.integer_weight.bits, tuple(x.integer_weight.codes.shape)) for n, x in layers.items()]
-    quantizers = [(name, bits) for name, bits, *_ in facts["activations"]]
-    if found != wanted or quantizers != [(name, part.bits) for name, part in activations.items()]:
-        odd = next((pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]), (len(found), len(wanted)))
+    found_acts = [(name, bits) for name, bits, *_ in facts["activations"]]
+    wanted_acts = [(name, part.bits) for name, part in activations.items()]
+    if found != wanted or found_acts != wanted_acts:
+        pairs = [*zip(found, wanted, strict=False), *zip(found_acts, wanted_acts, strict=False)]
+        counts = (len(found) + len(found_acts), len(wanted) + len(wanted_acts))
+        odd = next((pair for pair in pairs if pair[0] != pair[1]), counts)
         raise ValueError(f"a packed student must fit its network, but {path} holds {odd[0]} where {odd[1]} is wanted")
     norms = channel_affines(form)
     channels_of = [[name, len(norm.gain)] for name, norm in norms.items()]

@@ -5,6 +5,9 @@ from typing import Literal
 
 from synq.config_io import between, one_of, require
 
+LAST_INPUT = "last_input="
+"""Beginning of the word of `QuantConfig.layer_label` that names no single layer."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
@@ -19,7 +22,7 @@ class QuantConfig:
     last_bits: int | None = None
     """Bits of the last layer's weights and input; None is the same as the rest (protocol A)."""
     last_bits_for_input: bool = True
-    """Under act_points relu, whether last_bits is also the width of the non-linearity that the last layer reads, pooled or not (QDrop); else act_bits."""
+    """Under act_points relu, whether last_bits is also the width of the non-linearity that the last layer reads (QDrop); else act_bits."""
     layer_weight_bits: dict[str, int] = field(default_factory=dict)
     """Bits of the weights of single layers, by name or pattern, whatever weight_bits, first_bits and last_bits say; as words: conv1=8 'stage1*=6'."""
     layer_act_bits: dict[str, int] = field(default_factory=dict)
@@ -84,7 +87,7 @@ class QuantConfig:
         words = [f"{pattern}={role}{widths[pattern]}" for widths, role in named for pattern in sorted(widths)]
         weights_only = self.act_points == "relu" and not self.last_bits_for_input
         if weights_only and self.last_bits not in (None, self.act_bits):
-            words.append(f"last_input=A{self.act_bits}")
+            words.append(f"{LAST_INPUT}A{self.act_bits}")
         return " ".join(words)
 
 

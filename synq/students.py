@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from synq.accounting import TensorRow, account, packed_bytes
 from synq.functional_layers import replace_layer
 from synq.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
-from synq.operations import classify, sources_of
+from synq.operations import classify, made_of
 from synq.quant_layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
 from synq.tracing import node_module, tensor_inputs
 from synq.width_patterns import WidthPatterns, layer_names
@@ -29,7 +29,7 @@ class Student:
         rows: Every weight and activation with its width.
         size_bytes: Packed size: weights at their width, zero point, gain and shift per channel.
         bitops: Sum over layers of MACs x weight bits x input bits, per image; a float operand counts 32.
-        before_last: Under "relu", the non-linearities that have the last layer's width because it reads them.
+        before_last: Under "relu", the non-linearities that have the last layer's width because it reads them, unless named otherwise.
     """
 
     net: fx.GraphModule
@@ -66,8 +66,9 @@ def quantize_model(
         act_bits: Width of all quantized activations, 2..8.
         act_points: "relu": after every non-linearity. "inputs": the input of every convolution and linear layer.
         first_bits: Width of the first layer's weight (and of its input, under "inputs"); None for ``weight_bits``.
-        last_bits: The same for the last layer.
-        last_bits_for_input: Under "relu", whether ``last_bits`` is also the width of the non-linearity that the last layer reads, pooled or not.
+        last_bits: Width of the last layer's weight and input; None for ``weight_bits`` and ``act_bits``.
+        last_bits_for_input: False: under "relu" of its weight alone. The input is the non-linearity that the layer reads, pooled or not
+            (``made_of``); where it reads a sum, that stays float.
         layer_weight_bits: Width of the weights of single layers, by the layer's name or a pattern of names; goes before the above.
         layer_act_bits: Width of single activations, by the name of the layer that reads it under "inputs", by the node of
             the non-linearity under "relu".
@@ -99,7 +100,8 @@ def quantize_model(
     if act_points == "relu":
         if last_bits is not None and last_bits_for_input:
             calls = [node for node in layers if node.target == layers[-1].target]
-            before_last = {source: last_bits for node in calls for source in sources_of(net, node, nonlinear)}
+            held = made_of(net, {*nonlinear})
+            before_last = {source: last_bits for node in calls for source in held[tensor_inputs(node)[0]]}
         widths_behind = {node: act_names.width(node.name) or before_last.get(node, act_bits) for node in nonlinear}
         points = {node: (widths_behind[node], list(node.users)) for node in nonlinear}
     else:

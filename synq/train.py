@@ -23,7 +23,7 @@ PROGRAM = "accelerate launch synq/train.py"
 USER_ERROR = 2
 WORK = "Quantizes a pre-trained classifier without any data: makes images from it, trains a low-bit copy on them and measures it. "
 IMAGES_WORK = (
-    "Makes the synthetic images of a run, and the held-out ones, and stops: `synq train` with the same words finds them in the store. "
+    "Makes the synthetic images of a run, and the held-out ones, and stops: `synq train` with the same settings finds them in the store. "
     "Every key of the run is accepted; teacher, synthesis, data_seed and evaluation.heldout_images decide the images. "
 )
 NPZ_HELP = """--npz FILE.npz   also write the training images for other tools' calibration: arrays `images` (N, C, H, W) float32, normalised as the
