@@ -23,6 +23,7 @@ from sweeps.views import (
     compare,
     differences,
     parse_condition,
+    protocol_of,
     shown,
     single_ranking,
 )
@@ -238,7 +239,8 @@ def _rebuild(arguments: argparse.Namespace) -> None:
         note = f"{count} -> {', '.join(str(folder / name) for name in names)}"
         print(note, file=sys.stderr if printed else sys.stdout)  # standard output is the table's
     if printed and arguments.format is None:
-        _show(to_text(rows, columns or PRINTED_COLUMNS, HEADINGS))
+        named = rows if columns else [{**row, "protocol": protocol_of(row)} for row in rows]
+        _show(to_text(named, columns or PRINTED_COLUMNS, HEADINGS))
     elif printed:
         as_text = to_csv if arguments.format == "csv" else to_markdown
         _show(as_text(rows, columns or LEADERBOARD_COLUMNS))

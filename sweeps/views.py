@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sweeps.ranking import LEADERBOARD_COLUMNS, SETTINGS, TEXT_COLUMNS, Ranking, Standing
 from synq.config_io import nearest
-from synq.quant_config import LAST_INPUT
+from synq.quant_config import protocol_words
 from synq.table_text import Row, cell, plain
 
 OPERATORS: dict[str, Callable[[int, int], bool]] = {
@@ -194,7 +194,7 @@ def shown(lines: Iterable[Row]) -> list[Row]:
             **line,
             "W": line["weight_bits"],
             "A": line["act_bits"],
-            "protocol": _protocol(line),
+            "protocol": protocol_of(line),
             "points": line["act_points"],
             "objective": " ".join(word for word in (line["objective"], line["fidelity_measure"]) if word),
             "value": _spread(line["objective_value"], None, ".4g"),
@@ -208,13 +208,9 @@ def shown(lines: Iterable[Row]) -> list[Row]:
     ]
 
 
-def _protocol(line: Row) -> str:
-    edges = (line["first_bits"], line["last_bits"])
-    words = ["/".join(plain(bits) or "-" for bits in edges)] if any(edges) else []
-    named = (line["layer_bits"] or "").split()
-    ends = [word for word in named if word.startswith(LAST_INPUT)]
-    words += (["mixed"] if len(named) > len(ends) else []) + ends
-    return line["protocol"] + (f" ({', '.join(words)})" if words else "")
+def protocol_of(line: Row) -> str:
+    """Return the protocol of a row of a leaderboard or comparison in words."""
+    return protocol_words(line["protocol"], line["first_bits"], line["last_bits"], line["layer_bits"] or "")
 
 
 def _spread(mean: float | None, spread: float | None, form: str) -> str:

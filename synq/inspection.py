@@ -7,6 +7,7 @@ from torch import fx
 from synq.accounting import FLOAT_BITS, TensorRow, float_bytes
 from synq.bn_stats import bn_targets
 from synq.configs import QuantConfig
+from synq.quant_config import protocol_words
 from synq.students import Student
 from synq.table_text import Row
 from synq.teachers import Teacher
@@ -61,6 +62,8 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str,
         "student": {
             "bits": quant.label,
             "protocol": quant.protocol,
+            "first_bits": quant.first_bits,
+            "last_bits": quant.last_bits,
             "layer_bits": quant.layer_label,
             "act_points": quant.act_points,
             "bytes": student.size_bytes,
@@ -83,6 +86,7 @@ def summary(found: dict[str, Any]) -> str:
         else "none, the CAM term is off"
     )
     named = f" ({student['layer_bits']})" if student["layer_bits"] else ""
+    protocol = protocol_words(student["protocol"], student["first_bits"], student["last_bits"])
     floats: dict[str, int] = {}
     for row in rows:
         if row["output_bits"] == FLOAT_BITS:
@@ -93,7 +97,7 @@ def summary(found: dict[str, Any]) -> str:
         "synthesis": f"guided by {len(norms['batch_norms'])} batch norms of {norms['channels']:,} channels",
         "map": f"{at}; {cam['reason']}",
         "student": (
-            f"{student['bits']}{named}, protocol {student['protocol']}, act_points {student['act_points']}: {_mib(student['bytes'])} "
+            f"{student['bits']}{named}, protocol {protocol}, act_points {student['act_points']}: {_mib(student['bytes'])} "
             f"({student['bytes'] / teacher['bytes']:.3f} of float), {_amount(student['macs'])} MACs, {_amount(student['bitops'])} bit operations "
             f"({student['bitops'] / student['float_bitops']:.3f} of float)"
         ),

@@ -8,6 +8,7 @@ from typing import Any
 
 from synq import __version__
 from synq.configs import RunConfig, config_digest, config_from_dict, config_to_dict
+from synq.quant_config import protocol_words
 from synq.results import RunRecord, read_record, write_json_atomic, write_text_atomic
 from synq.table_text import markdown_cell, to_markdown
 
@@ -110,7 +111,8 @@ def readable_record(path: Path) -> RunRecord | None:
 def card_markdown(values: Mapping[str, Any]) -> str:
     """Return the card for people."""
     accuracy, teacher, figures = values["accuracy"], values["teacher"], values["deployment"]
-    bits = f"W{values['weight_bits']}A{values['act_bits']}"
+    bits, quant = f"W{values['weight_bits']}A{values['act_bits']}", values["config"]["quant"]
+    protocol = protocol_words(values["protocol"], quant["first_bits"], quant["last_bits"])
     lines = [f"# {markdown_cell(teacher['name'])}, {bits}", ""]
     statement = NOISE if values["images"] == "gaussian" else STATEMENT
     lines += [statement if values["data_free"] else SELECTED, ""]
@@ -118,7 +120,7 @@ def card_markdown(values: Mapping[str, Any]) -> str:
         "teacher": f"{teacher['spec']} (digest {teacher['digest'][:16]})",
         "input": f"(N, {', '.join(map(str, teacher['input_size']))}) float32, normalised: {_normalisation(values)}",
         "output": f"(N, {teacher['num_classes']}) logits",
-        "widths": f"{bits}, protocol {values['protocol']}, act_points {values['act_points']}{_single(values['layer_bits'])}",
+        "widths": f"{bits}, protocol {protocol}, act_points {values['act_points']}{_single(values['layer_bits'])}",
         "accuracy": _accuracy(accuracy),
         "size": _size(figures),
         "speed": _speed(figures),

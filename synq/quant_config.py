@@ -5,8 +5,23 @@ from typing import Literal
 
 from synq.config_io import between, one_of, require
 
-LAST_INPUT = "last_input="
-"""Beginning of the word of `QuantConfig.layer_label` that names no single layer."""
+WEIGHTS_ONLY = "last_bits=weights_only"
+"""The word of `QuantConfig.layer_label` that names no single layer: the activation before the last one has act_bits."""
+
+
+def protocol_words(protocol: str, first_bits: int | None, last_bits: int | None, layer_label: str = "") -> str:
+    """Return a protocol with what makes it one, for people: "A", "B (8/8)", "B (-/8, mixed)", "B (8/8, last_bits=weights_only)".
+
+    Args:
+        protocol: A or B.
+        first_bits, last_bits: As in `QuantConfig`.
+        layer_label: As `QuantConfig.layer_label`.
+    """
+    named = layer_label.split()
+    words = [f"{first_bits or '-'}/{last_bits or '-'}"] if first_bits or last_bits else []
+    words += ["mixed"] if {*named} - {WEIGHTS_ONLY} else []
+    words += [WEIGHTS_ONLY] if WEIGHTS_ONLY in named else []
+    return protocol + (f" ({', '.join(words)})" if words else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +33,7 @@ class QuantConfig:
     act_bits: int = 4
     """Bits of the activations, 2 to 8."""
     first_bits: int | None = None
-    """Bits of the first layer's weights and input; None is the same as the rest (protocol A)."""
+    """Bits of the first layer's weights and input (under act_points relu the image is float); None is the same as the rest (protocol A)."""
     last_bits: int | None = None
     """Bits of the last layer's weights and input; None is the same as the rest (protocol A)."""
     last_bits_for_input: bool = True
@@ -85,10 +100,8 @@ class QuantConfig:
             return ""
         named = [(self.layer_weight_bits, "W"), (self.layer_act_bits, "A")]
         words = [f"{pattern}={role}{widths[pattern]}" for widths, role in named for pattern in sorted(widths)]
-        weights_only = self.act_points == "relu" and not self.last_bits_for_input
-        if weights_only and self.last_bits not in (None, self.act_bits):
-            words.append(f"{LAST_INPUT}A{self.act_bits}")
-        return " ".join(words)
+        narrow = self.act_points == "relu" and not self.last_bits_for_input
+        return " ".join([*words, WEIGHTS_ONLY] if narrow and self.last_bits not in (None, self.act_bits) else words)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from synq.config_identity import settings_of_its_day
+from synq.quant_config import protocol_words
 
 SCHEMA_VERSION = 1
 PACKAGES = ("synq", "torch", "torchvision", "accelerate", "ray", "optuna", "numpy")
@@ -255,12 +256,18 @@ def _fits(hint: Any, value: object) -> bool:
     return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
+def run_protocol(record: RunRecord) -> str:
+    """Return the protocol of a run with the widths of its ends: "A", "B (8/8)"."""
+    quant = record.config.get("quant", {})
+    return protocol_words(record.protocol, quant.get("first_bits"), quant.get("last_bits"))
+
+
 def summary_line(record: RunRecord) -> str:
     """One line for a person, for example "resnet20 W4A4 A relu | teacher 91.48 | RTN 80.90 | final 90.40 | drop 1.08 | 132 s"."""
     quant = record.config.get("quant", {})
     mixed = " mixed" if quant.get("layer_weight_bits") or quant.get("layer_act_bits") else ""
     bits = f"W{record.weight_bits}A{record.act_bits}{mixed}"
-    head = f"{record.model or record.name} {bits} {record.protocol} {record.act_points}".rstrip()
+    head = f"{record.model or record.name} {bits} {run_protocol(record)} {record.act_points}".rstrip()
     parts = [head]
     if record.status != "completed":
         parts.append(f"{record.status}: {record.reason}" if record.reason else record.status)

@@ -1,5 +1,6 @@
 """`last_bits` under act_points relu: the non-linearity that the last layer reads has it, too, and nothing else."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 
 from sweeps.leaderboard import leaderboard_rows
 from sweeps.ledger import Ledger
-from sweeps.views import _protocol
+from sweeps.reports.summary import run_facts
+from sweeps.views import protocol_of
 from synq.config_io import config_to_dict
 from synq.configs import QuantConfig, RunConfig, TeacherConfig, config_digest, config_from_dict, with_overrides
 from synq.integer_form import integer_form
 from synq.packed_file import load_packed, save_packed
 from synq.packed_student import load_student
 from synq.pipeline import build_student
-from synq.results import RunRecord, read_record, write_record
+from synq.results import RunRecord, read_record, summary_line, write_record
 from synq.students import Student, observe_ranges, quantize_model
 from synq.teachers import load_teacher
 from synq.tracing import trace_classifier
@@ -143,7 +145,7 @@ def test_older_runs_keep_their_digest_and_are_ranked_apart(tmp_path: Path) -> No
     write_record(tmp_path / "old.json", RunRecord(config=stored))
     old = config_from_dict(RunConfig, read_record(tmp_path / "old.json").config)
     assert not old.quant.last_bits_for_input and config_digest(old) != config_digest(new)
-    assert (old.quant.layer_label, new.quant.layer_label) == ("last_input=A4", "")
+    assert (old.quant.layer_label, new.quant.layer_label) == ("last_bits=weights_only", "")
     for words in ({"quant.act_points": "inputs"}, {"quant.last_bits": None}, {"quant.last_bits": 4}):
         narrow, wide = with_overrides(old, words), with_overrides(new, words)
         assert config_digest(narrow) == config_digest(wide) and narrow.quant.layer_label == ""
@@ -202,4 +204,13 @@ def test_a_comparison_tells_the_two_apart() -> None:
     configs = [{"quant.last_bits": 8, "quant.last_bits_for_input": wide} for wide in (True, False)]
     configs.append({"quant.last_bits": 8, "quant.layer_weight_bits": {"conv1": 8}})
     rows = leaderboard_rows([record(0.1 + i, overrides=config) for i, config in enumerate(configs)])
-    assert {_protocol(row) for row in rows} == {"B (-/8)", "B (-/8, last_input=A4)", "B (-/8, mixed)"}
+    assert {protocol_of(row) for row in rows} == {"B (-/8)", "B (-/8, last_bits=weights_only)", "B (-/8, mixed)"}
+
+
+def test_the_ends_stand_beside_the_protocol_of_a_run() -> None:
+    ends = config_to_dict(RunConfig(quant=QuantConfig(first_bits=8, last_bits=8)))
+    run = RunRecord(config=ends, model="net", weight_bits=4, act_bits=4, protocol="B", act_points="relu")
+    assert summary_line(run).startswith("net W4A4 B (8/8) relu")
+    assert ("protocol", "B (8/8), relu") in run_facts(run)
+    plain = dataclasses.replace(run, config=config_to_dict(RunConfig()), protocol="A")
+    assert summary_line(plain).startswith("net W4A4 A relu")

@@ -7,7 +7,7 @@ from typing import Any
 from sweeps.paired import drop_stderr
 from sweeps.ranking import SETTINGS, Standing
 from sweeps.reports.sweep_view import SweepView
-from synq.results import RunRecord
+from synq.results import RunRecord, run_protocol
 from synq.table_text import Row
 
 BOARD_COLUMNS = (
@@ -77,7 +77,7 @@ def run_facts(record: RunRecord) -> list[tuple[str, str]]:
     known: list[tuple[str, str | None]] = [
         ("model", record.model or record.name),
         ("bits", f"W{record.weight_bits}A{record.act_bits}"),
-        ("protocol", f"{record.protocol}, {record.act_points}"),
+        ("protocol", f"{run_protocol(record)}, {record.act_points}"),
         ("seeds", f"{record.seed} / data {record.data_seed}"),
         ("size, packed", None if record.size_bytes is None else f"{record.size_bytes / 1024:,.0f} KiB"),
         ("BitOps", None if record.bitops is None else f"{record.bitops / 1e9:.3g} G an image"),
@@ -100,11 +100,7 @@ def foot(records: Sequence[RunRecord]) -> str:
 def label(standing: Standing) -> str:
     """Name a ranking in words, for example "resnet20 W4A4 A relu"."""
     row = standing.row
-    edges = (
-        "/".join(str(row[name] or "-") for name in ("first_bits", "last_bits"))
-        if row["first_bits"] or row["last_bits"]
-        else ""
-    )
+    edges = f"{row['first_bits'] or '-'}/{row['last_bits'] or '-'}" if row["first_bits"] or row["last_bits"] else ""
     words = (
         f"{row['model']} W{row['weight_bits']}A{row['act_bits']}",
         row["protocol"],
