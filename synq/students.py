@@ -101,7 +101,7 @@ def quantize_model(
         if last_bits is not None and last_bits_for_input:
             calls = [node for node in layers if node.target == layers[-1].target]
             held = made_of(net, {*nonlinear})
-            before_last = {source: last_bits for node in calls for source in held[tensor_inputs(node)[0]]}
+            before_last = {source: last_bits for node in calls for source in held.get(tensor_inputs(node)[0], ())}
         widths_behind = {node: act_names.width(node.name) or before_last.get(node, act_bits) for node in nonlinear}
         points = {node: (widths_behind[node], list(node.users)) for node in nonlinear}
     else:
