@@ -21,9 +21,8 @@ class _Log:
 
     def write(self, text: str) -> None:
         if line := STEERING.sub("", text).strip():
-            with suppress(
-                OSError, ValueError
-            ):  # a log that is full, or that nobody reads any more, must not end the work
+            # A log that is full, or that nobody reads any more, must not end the work.
+            with suppress(OSError, ValueError):
                 print(line, file=sys.stderr, flush=True)
 
     def flush(self) -> None:

@@ -137,17 +137,19 @@ def test_counting_counts_the_same_below_a_bar(
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(bars, "LOGGED_EVERY", 0.2)
+    now = 0.0
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
+    monkeypatch.setattr(bars, "LOGGED_EVERY", 0.25)
     with (
         tqdm(total=8, desc="work", **visible(True, bar_format="{n}")) as bar,
         passing_bar(2, "part", "p", is_shown=True),
     ):
         for number in range(8):
-            time.sleep(0.1)
+            now += 0.125
             remark(bar, f"loss={number}")
             bar.update()
     lines = capsys.readouterr().err.splitlines()
-    assert 2 <= len(lines) <= 8
+    assert [line.split()[2] for line in lines] == ["2", "4", "6", "8"], lines
     assert all(re.fullmatch(r"synq: work: \d of 8, 00:0\d, about 00:0\d left, loss=\d", line) for line in lines), lines
     with tqdm(total=8, desc="work", **visible(False)) as bar:
         bar.update()
