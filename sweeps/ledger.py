@@ -260,9 +260,10 @@ class Ledger:
                 "weights": values["teacher"]["weights"],
             }
             quant = group.base.quant
-            if self.spec.search.two_objectives and quant.last_bits and quant.act_points == "relu":
+            wide = quant.last_bits and quant.last_bits_for_input and quant.act_points == "relu"
+            if wide and self.spec.search.two_objectives:
                 # The widths are searched, and the base may be of the one width at which this setting counts for nothing.
-                groups[group.key] |= {"last_input": "wide"} if quant.last_bits_for_input else {}
+                groups[group.key]["last_input"] = "wide"
         search = self.spec.search
         space: list[Any] = [asdict(dimension) for dimension in self.spec.dimensions]
         if search.sampler == "points":  # further points may widen their ranges

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.integer_form import norm_behind
 from synq.quant_layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear
-from synq.tracing import is_passive, node_module, operation_name, tensor_inputs
+from synq.tracing import JOINING_NAMES, is_passive, node_module, operation_name, tensor_inputs
 from synq.width_patterns import Role
 
 FLOAT_BITS = 32
@@ -132,7 +132,7 @@ def _activations_of(net: fx.GraphModule, node: fx.Node) -> tuple[str, ...]:
         if isinstance(module, ActQuantizer):
             return (str(node.target).removeprefix(ACT_QUANTIZERS),)
         name = operation_name(node)
-        if module is None and name in ("cat", "concat", "stack"):  # its parts lie on grids of their own
+        if module is None and name in JOINING_NAMES:  # its parts lie on grids of their own
             parts = [_activations_of(net, part) for part in node.all_input_nodes]
             return tuple(dict.fromkeys(chain(*parts))) if all(parts) else ()
         keeps = isinstance(module, _KEEPING_MODULES) if module is not None else name in _KEEPING_NAMES

@@ -4,7 +4,7 @@ from collections.abc import Container
 
 from torch import fx, nn
 
-from synq.tracing import is_passive, node_module, operation_name
+from synq.tracing import JOINING_NAMES, is_passive, node_module, operation_name
 
 _NONLINEAR_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
@@ -86,7 +86,6 @@ _STRUCTURAL_NAMES = frozenset(
 _NORM_MODULES = (nn.BatchNorm2d, nn.BatchNorm1d, nn.SyncBatchNorm)
 # Answers that are no tensor. The plain numbers among them lead to no activation; the tuples hold parts of one.
 _NUMBER_NAMES = frozenset(["getattr", "size", "dim", "ndimension", "numel", "stride", "shape", "_assert"])
-_JOINING_NAMES = frozenset(["cat", "concat", "stack"])
 _TUPLE_NAMES = frozenset(["chunk", "split", "unbind", "getitem", "add"])
 
 
@@ -164,11 +163,9 @@ def made_of(net: fx.GraphModule, points: Container[fx.Node]) -> dict[fx.Node, fr
         elif node.op == "placeholder" or isinstance(node_module(net, node), (nn.Conv2d, nn.Linear)):
             held[node] = frozenset()
         elif sources and not _is_number(node):
-            same = len({*sources}) == 1 and len(sources[0]) == 1
-            if len(sources) == 1 or same or operation_name(node) in _JOINING_NAMES:
-                held[node] = frozenset().union(*sources)
-            else:
-                held[node] = frozenset()
+            of_one = len(sources) == 1 or (len({*sources}) == 1 and len(sources[0]) == 1)
+            kept = sources if of_one or operation_name(node) in JOINING_NAMES else []
+            held[node] = frozenset().union(*kept)
     return held
 
 

@@ -9,6 +9,11 @@ WEIGHTS_ONLY = "last_bits=weights_only"
 """The word of `QuantConfig.layer_label` that names no single layer: the activation before the last one has act_bits."""
 
 
+def ends_words(first_bits: int | None, last_bits: int | None) -> str:
+    """Return the widths of the first and last layer for people: "8/8", "-/8", or nothing where both are as the rest."""
+    return f"{first_bits or '-'}/{last_bits or '-'}" if first_bits or last_bits else ""
+
+
 def protocol_words(protocol: str, first_bits: int | None, last_bits: int | None, layer_label: str = "") -> str:
     """Return a protocol with what makes it one, for people: "A", "B (8/8)", "B (-/8, mixed)", "B (8/8, last_bits=weights_only)".
 
@@ -18,7 +23,7 @@ def protocol_words(protocol: str, first_bits: int | None, last_bits: int | None,
         layer_label: As `QuantConfig.layer_label`.
     """
     named = layer_label.split()
-    words = [f"{first_bits or '-'}/{last_bits or '-'}"] if first_bits or last_bits else []
+    words = [ends] if (ends := ends_words(first_bits, last_bits)) else []
     words += ["mixed"] if {*named} - {WEIGHTS_ONLY} else []
     words += [WEIGHTS_ONLY] if WEIGHTS_ONLY in named else []
     return protocol + (f" ({', '.join(words)})" if words else "")

@@ -195,6 +195,10 @@ def node_module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+JOINING_NAMES = frozenset(["cat", "concat", "stack"])
+"""Operations whose result holds the values of all their inputs."""
+
+
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """Return the input nodes of ``node`` whose values are tensors, in order."""
     return [source for source in node.all_input_nodes if source.meta.get("shape") is not None]

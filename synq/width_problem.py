@@ -31,7 +31,6 @@ class WidthProblem:
         self.quant = quant
         self._rows = {row.name: row for row in student.rows if row.role == "weight"}
         self._calls = layer_calls(student.net)
-        self._before_last = student.before_last
         # Under which names the configuration gives a width.
         self._names: dict[Key, tuple[str, ...]] = {("weight", name): (name,) for name in self._rows}
         self.as_given: dict[Key, int] = {("weight", name): row.bits for name, row in self._rows.items()}
@@ -50,6 +49,7 @@ class WidthProblem:
                     reads.setdefault(reader, []).append(key)
         self.alike = [keys for keys in reads.values() if len(keys) > 1]
         fixed = {key for key in self.as_given if self._is_named(key)}
+        fixed |= {("activation", name) for name in student.before_last}
         if not activations:
             fixed |= {key for key in self.as_given if key[0] == "activation"}
         while more := {key for keys in self.alike if fixed & {*keys} for key in keys} - fixed:
@@ -109,9 +109,7 @@ class WidthProblem:
         return replace(limit, most=limit.spent(self.as_given) if most is None else most)
 
     def _is_named(self, key: Key) -> bool:
-        role, name = key
-        if role == "activation" and name in self._before_last:
-            return True
+        role, _ = key
         # By calls: the last one may be of a layer that was called before.
         ends = [(self.quant.first_bits, self._calls[0].layer), (self.quant.last_bits, self._calls[-1].layer)]
         placed = role == "weight" or self.quant.act_points == "inputs"

@@ -7,6 +7,7 @@ from typing import Any
 from sweeps.paired import drop_stderr
 from sweeps.ranking import SETTINGS, Standing
 from sweeps.reports.sweep_view import SweepView
+from synq.quant_config import ends_words
 from synq.results import RunRecord, run_protocol
 from synq.table_text import Row
 
@@ -100,12 +101,11 @@ def foot(records: Sequence[RunRecord]) -> str:
 def label(standing: Standing) -> str:
     """Name a ranking in words, for example "resnet20 W4A4 A relu"."""
     row = standing.row
-    edges = f"{row['first_bits'] or '-'}/{row['last_bits'] or '-'}" if row["first_bits"] or row["last_bits"] else ""
     words = (
         f"{row['model']} W{row['weight_bits']}A{row['act_bits']}",
         row["protocol"],
         row["act_points"],
-        edges,
+        ends_words(row["first_bits"], row["last_bits"]),
         row["layer_bits"] or "",
     )
     return " ".join(word for word in words if word)
