@@ -1,0 +1,1 @@
+"""Measure the speed of this machine and of SynQ on it."""

@@ -1,0 +1,1 @@
+"""Check a cluster before a sweep uses it."""
