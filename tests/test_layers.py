@@ -38,6 +38,7 @@ LAYERS = (
         "observers",
         "bn_stats",
         "functional_layers",
+        "op_traits",
         "tracers",
         "lowpass",
         "gradcam",
