@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from synq.config_io import config_from_dict, dotted_keys, nearest, parse_overrides, require
-from synq.configs import RunConfig, load_config, parse_bits
+from synq.config_io import config_from_dict, dotted_keys, nearest, require
+from synq.configs import load_config, parse_bits
 from synq.file_kinds import read_as
 
 T = TypeVar("T")
@@ -94,14 +94,13 @@ def check_rows(rows: Sequence[str], known: Iterable[str]) -> None:
             raise ValueError(f"`rows` must be some of {', '.join(known)}, but got {row!r}{nearest(row, known)}")
 
 
-def read_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Read the settings of a run from the words of a command whose own options say widths and seeds.
+def check_overrides(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings of a run by dotted key, of a command whose own options give bit-widths and seeds.
 
     Raises:
-        ValueError: A key is unknown, or set by those options.
+        ValueError: One of them is set by those options.
     """
-    overrides = parse_overrides(RunConfig, words)
     for name, instead in VARIED.items():
         if name in overrides:
-            raise ValueError(f"`{name}` must be left out (`{instead}` says it), but got {overrides[name]}")
+            raise ValueError(f"`{name}` must be left out (`{instead}` sets it), but got {overrides[name]}")
     return overrides

@@ -1,56 +1,52 @@
-#!/usr/bin/env python3
-"""The essentials of runs and sweeps in a terminal: `launch/show.py PATH...`."""
+"""Runs and sweeps as text for a terminal: what `synq show` prints."""
 
 import io
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from sweeps.command_line import Parser, check_paths, exit_code
+from sweeps.reports.summary import (
+    BEST_COLUMNS,
+    BOARD_HEADINGS,
+    DECIMALS,
+    best_rows,
+    run_facts,
+    run_label,
+    run_verdict,
+    sweep_facts,
+    sweep_verdict,
+)
+from sweeps.reports.sweep_view import is_run, read_sweep, record_of
 from synq.table_text import plain
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 MOST_FAILURES = 5
 """Failures that are shown; the page and trials.csv have all."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print what came of a run or a sweep, finished or not: the best settings, figures, failures."""
-    parser = Parser(prog="synq show", description=main.__doc__)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="folder of a sweep or a run, or a record file")
-    arguments = parser.parse_args(argv)
-    return exit_code(lambda: _show(arguments.paths))
+def show(paths: Sequence[str | Path]) -> None:
+    """Print the results of runs and sweeps, finished or not: the best settings, metrics, failures.
 
+    Args:
+        paths: Folders of sweeps or runs, or record files.
 
-def _show(paths: Sequence[str]) -> None:
-    check_paths(paths)
-    from rich.console import Console
-
-    from sweeps.reports.sweep_view import is_run
-
+    Raises:
+        OSError, ValueError: A path holds neither, or something damaged.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal without such letters gets question marks, not half of the text
-    # A pipe has no width of its own: a table that is cut off would be of no use to who reads it there.
+        sys.stdout.reconfigure(errors="replace")  # a terminal without such letters gets question marks, not a traceback
+    # A pipe has no width, and a table that is cut off would be of no use to the reader.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
     for path in map(Path, paths):
         (_show_run if is_run(path) else _show_sweep)(path, console)
 
 
-def _show_run(path: Path, console: "Console") -> None:
-    from rich.text import Text
-
-    from sweeps.reports.summary import run_facts, run_label, run_verdict
-    from sweeps.reports.sweep_view import record_of
-
+def _show_run(path: Path, console: Console) -> None:
     if path.is_dir() and not (path / "record.json").exists():
         saved = path / "checkpoint.pt"
         when = f", last saved {datetime.fromtimestamp(saved.stat().st_mtime):%Y-%m-%d %H:%M}" if saved.exists() else ""
@@ -69,12 +65,7 @@ def _show_run(path: Path, console: "Console") -> None:
     console.print(f"more: synq report {path}")
 
 
-def _show_sweep(path: Path, console: "Console") -> None:
-    from rich.text import Text
-
-    from sweeps.reports.summary import BEST_COLUMNS, BOARD_HEADINGS, DECIMALS, best_rows, sweep_facts, sweep_verdict
-    from sweeps.reports.sweep_view import read_sweep
-
+def _show_sweep(path: Path, console: Console) -> None:
     sweep = read_sweep(path)
     standings = sweep.standings()
     console.rule(Text(plain(f"sweep {sweep.name}")), align="left")
@@ -95,15 +86,10 @@ def _show_sweep(path: Path, console: "Console") -> None:
     console.print(f"all settings: synq leaderboard {path} --print; pictures: synq report {path}")
 
 
-def _table(console: "Console", heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
+def _table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(*heads, show_header=any(heads))
     for row in rows:
-        table.add_row(
-            *(Text(plain(cell)) for cell in row)
-        )  # a name that reads as markup, or steers a terminal, is a name
+        table.add_row(*(Text(plain(cell)) for cell in row))  # no markup and no control characters from names
     console.print(table)
 
 
@@ -111,7 +97,3 @@ def _number(value: Any, decimals: int | None = None) -> str:
     if isinstance(value, int | float) and decimals is not None:
         return f"{value:.{decimals}f}"
     return f"{value:.4g}" if isinstance(value, float) else plain(value)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,84 @@
+"""`synq ablate`: what each idea of the method contributes on one teacher."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from synq.command_line import Command
+from synq.command_options import INT, option
+from synq.commands import run_failures
+from synq.configs import RunConfig, load_run, make_absolute, with_overrides
+
+EXAMPLES = """\
+  %(prog)s sweeps/specs/ablations/demo.toml                        the classifier that ships with SynQ, no download
+  %(prog)s sweeps/specs/ablations/cifar10_resnet20.toml --jobs 2
+  %(prog)s --config run.toml --bits W3A3 --seeds 0 1 2 --rows none "soft labels" """
+
+
+@click.command(
+    "ablate",
+    cls=Command,
+    settings="overrides",
+    usage="[SPEC | --config FILE] [options] [--KEY VALUE ...]",
+    first="--spec",
+    common=("teacher.spec", "finetune.lr", "runtime.output_dir", "runtime.device", "runtime.num_threads"),
+    examples=EXAMPLES,
+    resumes=True,
+    failures=run_failures,
+)
+@option("--spec", metavar="SPEC", help="file of an ablation; as the first argument it needs no --spec")
+@option("--config", metavar="FILE", rule="name one file", help="file of one run, as for `synq train`, instead of SPEC")
+@option("--bits", several=True, metavar="LABEL", help="bit-widths (default: those of SPEC, or W4A4 W3A3)")
+@option("--seeds", several=True, type=INT, help="seeds of data and training (default: those of SPEC, or 0 1 2)")
+@option(
+    "--rows",
+    several=True,
+    metavar="ROW",
+    help="some of: none, filter, CAM, soft labels, filter + CAM, filter + soft labels, CAM + soft labels, all (default: those of SPEC, or all)",
+)
+@option("--jobs", type=INT, default=1, help="runs at a time, the cores divided between them (default: 1)")
+def command(
+    spec: str | None,
+    config: str | None,
+    bits: tuple[str, ...],
+    seeds: tuple[int, ...],
+    rows: tuple[str, ...],
+    jobs: int,
+    overrides: dict[str, Any],
+) -> None:
+    """Run one configuration with every combination of filter, CAM and soft labels, on shared seeds, and print the paired table.
+
+    The configuration must have all three on. It comes from SPEC, a file that holds the whole ablation (tables go to <output_dir>/<name>), or
+    from --config, a file of one run (tables go to <output_dir>). The settings of `synq train` override it. The same command resumes an
+    ablation that was stopped.
+    """
+    from sweeps.ablation import AblationSpec, load_ablation, markdown, plan, table, write_tables
+    from sweeps.pool import run_all
+    from sweeps.settings_file import check_overrides
+    from synq.results import summary_line
+
+    if spec is not None and config is not None:
+        raise ValueError(f"`config` must be left out where SPEC is given, but got {config!r}")
+    check_overrides(overrides)
+    if spec is not None:
+        study = load_ablation(spec)
+    else:
+        run = load_run(config) if config else RunConfig()
+        study = AblationSpec(name=run.name, bits=("W4A4", "W3A3"), seeds=(0, 1, 2), base=run)
+    study = replace(study, base=make_absolute(with_overrides(study.base, overrides)))
+    folder = Path(study.base.runtime.output_dir) / (study.base.name if spec is not None else "")
+    runs = plan(study.base, list(bits) or study.bits, list(seeds) or study.seeds, list(rows) or study.rows)
+    records = run_all(
+        runs,
+        jobs,
+        lambda cell, record: print(f"{cell[0]} seed {cell[2]} {cell[1]}: {summary_line(record)}", flush=True),
+    )
+    lines = table({cell: records[cell] for cell in runs})
+    write_tables(folder, lines)
+    print(markdown(lines), end="")
+    print(folder / "ablation.csv", flush=True)
+
+
+main = command.run

@@ -1,0 +1,70 @@
+"""`synq bench`: the speed of this machine and of SynQ on it."""
+
+import click
+
+from synq.command_line import Command
+from synq.command_options import INT, OneOf, option
+
+GROUPS = ("ceilings", "steps", "options", "synthesis", "curves", "population", "processes", "sweep")
+EXAMPLES = """\
+  %(prog)s                               all groups, about half an hour on two CPU cores
+  %(prog)s --only steps synthesis --rounds 3"""
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    from launch.benchmarks.launcher import WorkerError
+
+    return (WorkerError,)
+
+
+@click.command(
+    "bench",
+    cls=Command,
+    examples=EXAMPLES,
+    exit_codes="0 measured (a missed target is no error), 1 a process failed, 2 input rejected, 130 interrupted",
+    failures=_failures,
+)
+@option(
+    "--only",
+    several=True,
+    type=OneOf(*GROUPS),
+    metavar="GROUP",
+    help="groups to measure: the machine's ceilings, fine-tuning steps, options (layout, number format, compilation), synthesis, cost curves "
+    "and memory, a population of students in one process, two processes (DDP), trials of a sweep side by side (default: all)",
+)
+@option("--skip", several=True, type=OneOf(*GROUPS), metavar="GROUP", help="groups to leave out")
+@option(
+    "--device",
+    type=OneOf("auto", "cpu", "cuda"),
+    default="auto",
+    metavar="DEVICE",
+    help="auto, cpu or cuda (default: a GPU if there is one)",
+)
+@option("--threads", metavar="N", type=INT, help="CPU threads (default: PyTorch's, one per core)")
+@option("--rounds", metavar="N", type=INT, default=9, help="rounds of each comparison (default: 9)")
+@option("--seed", metavar="N", type=INT, default=0, help="seed of weights and images (default: 0)")
+@option(
+    "--output-dir", metavar="DIR", default="runs/bench", help="folder of bench.json and bench.md (default: runs/bench)"
+)
+def command(
+    only: tuple[str, ...],
+    skip: tuple[str, ...],
+    device: str,
+    threads: int | None,
+    rounds: int,
+    seed: int,
+    output_dir: str,
+) -> None:
+    """Measure ratios side by side in one process, alternating, and print and write a table with their spread.
+
+    Random weights and images: nothing is downloaded. The groups: ceilings, steps, options, synthesis, curves, population, processes, sweep.
+    """
+    if rounds < 1 or (threads is not None and threads < 1):
+        raise ValueError(f"`rounds` and `threads` must be >= 1, but got {rounds} and {threads}")
+    from launch.benchmarks.measure import measure
+
+    chosen = [name for name in (only or GROUPS) if name not in skip]
+    measure(chosen, device=device, threads=threads, rounds=rounds, seed=seed, output_dir=output_dir)
+
+
+main = command.run

@@ -1,0 +1,37 @@
+"""`synq check-cluster`: verify a Ray cluster before hours are spent on it."""
+
+import click
+
+from synq.command_line import Command
+from synq.command_options import FLOAT, INT, option
+
+EXAMPLES = """\
+  %(prog)s                                               this machine, or the cluster that RAY_ADDRESS names
+  %(prog)s --output-dir s3://bucket/sweeps --workers 4 --json report.json
+  %(prog)s --skip nccl faults"""
+
+
+@click.command(
+    "check-cluster",
+    cls=Command,
+    examples=EXAMPLES,
+    exit_codes="0 nothing failed, 1 a check failed, 2 input rejected or no cluster, 130 interrupted",
+)
+@option("--output-dir", metavar="DIR_OR_ADDRESS", help="where results will be: a folder or s3://... (default: runs)")
+@option("--workers", type=INT, metavar="N", default=2, help="processes that must work together (default: 2)")
+@option("--timeout", type=FLOAT, metavar="SECONDS", default=120.0, help="limit of each check (default: 120)")
+@option("--skip", several=True, metavar="NAME", help="checks to leave out, such as nccl faults")
+@option("--json", "json_file", metavar="FILE", help="also write everything found as JSON")
+def command(
+    output_dir: str | None, workers: int, timeout: float, skip: tuple[str, ...], json_file: str | None
+) -> int | None:
+    """Check nodes, clocks, the folder for results, GPUs, process groups, small sweeps and a killed worker, and report what was verified."""
+    from sweeps.cluster import prepare_environment
+
+    prepare_environment()
+    from sweeps.checkup.check import check_cluster
+
+    return check_cluster(output_dir=output_dir, workers=workers, timeout=timeout, skip=list(skip), json_file=json_file)
+
+
+main = command.run

@@ -1,0 +1,104 @@
+"""`synq export`: files that an engine runs, from a finished run."""
+
+import click
+
+from synq.command_line import Command
+from synq.command_options import FLOAT, INT, argument, option, moved_options, moved_paths
+from synq.exit_codes import check_paths
+
+EXAMPLES = """\
+  %(prog)s runs/run-DIGEST
+  %(prog)s runs/demo/records/TRIAL.json --formats onnx --container int4 --out exported"""
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    from synq.exported_files import ExportRefusedError
+
+    return (ExportRefusedError,)
+
+
+@click.command(
+    "export",
+    cls=Command,
+    examples=EXAMPLES,
+    exit_codes="0 done, 1 a file differs from the student, 2 input rejected, 130 interrupted",
+    failures=_failures,
+)
+@argument("run", metavar="RUN", help="folder of a finished run, its record.json, or a sweep's records/TRIAL.json")
+@option("--out", metavar="DIR", help="where the files go, replacing an earlier export (default: RUN/export)")
+@option(
+    "--formats",
+    several=True,
+    metavar="FORMAT",
+    default=("onnx", "packed", "torch"),
+    help="some of: onnx packed torch (default: all)",
+)
+@option(
+    "--container",
+    several=True,
+    metavar="TYPE",
+    help="how ONNX holds integers: int4 (of at most 4 bits, two a byte, the smallest), int8 (in bytes), matmul (in bytes, and convolutions as "
+    "products of integer matrices, the fastest on a CPU but for grouped convolutions); or several (default: int4 where there are at most 4 "
+    "bits, else int8)",
+)
+@option(
+    "--agreement",
+    type=FLOAT,
+    default=99.9,
+    help="least percent of images with the student's class; one image may always differ, and twice as many as on which the student differs "
+    "when it adds floats (default: 99.9)",
+)
+@option(
+    "--margin",
+    type=FLOAT,
+    default=0.0,
+    help="count only images on which the student's two largest logits differ by more (default: 0)",
+)
+@option(
+    "--mean-difference",
+    type=FLOAT,
+    default=0.05,
+    help="largest mean difference of the logits, as a share of their standard deviation (default: 0.05)",
+)
+@option("--threads", type=INT, default=0, help="threads of ONNX Runtime when it is timed (default: its own choice)")
+@option("--rounds", type=INT, default=30, help="timed runs of each model; 0 times nothing (default: 30)")
+@moved_options
+def command(
+    run: str,
+    out: str | None,
+    formats: tuple[str, ...],
+    container: tuple[str, ...],
+    agreement: float,
+    margin: float,
+    mean_difference: float,
+    threads: int,
+    rounds: int,
+    **moved: str | None,
+) -> None:
+    """Write the student of a finished run as ONNX (QuantizeLinear/DequantizeLinear), packed safetensors and a torch.export program.
+
+    Every file is run on the run's synthetic images, and on its labelled ones where it has some, and compared with the student; one that
+    differs by more than the tolerance is rejected. Sizes, BitOps and the latency in ONNX Runtime, next to the float teacher's, go into the
+    run's record, and with everything else into a model card (README.md and card.json) next to the files.
+    """
+    check_paths([run], "RUN")
+    from synq.export import ExportOptions, export_run
+    from synq.model_card import FILE_COLUMNS, file_rows
+    from synq.table_text import to_text
+    from synq.verification import Tolerance
+
+    options = ExportOptions(
+        formats=list(formats),
+        containers=list(container),
+        tolerance=Tolerance(agreement=agreement, margin=margin, mean_difference=mean_difference),
+        rounds=rounds,
+        threads=threads,
+        places=moved_paths(moved),
+        progress=True,
+    )
+    folder, record = export_run(run, out, options)
+    print(to_text(file_rows(record.deployment), FILE_COLUMNS), end="")
+    print(folder, flush=True)
+
+
+main = command.run

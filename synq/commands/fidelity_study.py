@@ -1,0 +1,41 @@
+"""`synq fidelity-study`: which label-free metric ranks settings as top-1 does."""
+
+from pathlib import Path
+
+import click
+
+from synq.command_line import Command
+from synq.command_options import INT, argument, option
+from synq.exit_codes import check_paths
+
+EXAMPLES = """\
+  %(prog)s runs/cifar10_resnet20 --bits W3A3
+  %(prog)s runs/demo --views noise_0.25 mixup_0.5 --best 5"""
+
+
+@click.command("fidelity-study", cls=Command, examples=EXAMPLES, exit_codes="0 done, 2 input rejected, 130 interrupted")
+@argument("sweep", metavar="SWEEP_DIR", help="folder of a sweep whose teacher has labelled images")
+@option("--bits", several=True, metavar="LABEL", help="bit-widths, such as W3A3 (default: all)")
+@option("--output-dir", metavar="DIR", help="folder of the tables (default: SWEEP_DIR/fidelity_study)")
+@option("--views", several=True, metavar="NAME", help="views of the images, for a quick study (default: all)")
+@option("--bn-only", is_flag=True, help="also synthesize held-out images without the class loss and study them")
+@option("--best", type=INT, default=15, help="rows of each group that are printed (default: 15)")
+def command(
+    sweep: str, bits: tuple[str, ...], output_dir: str | None, views: tuple[str, ...], bn_only: bool, best: int
+) -> None:
+    """Compare every metric on every view with the top-1 of a sweep's finished trials.
+
+    The labels are used for this comparison only.
+    """
+    check_paths([sweep], "SWEEP_DIR")
+    from sweeps.fidelity_study import VIEWS, study  # torch, which a rejected command line need not wait for
+    from sweeps.rank_table import markdown, write_tables
+
+    folder = Path(output_dir) if output_dir is not None else Path(sweep) / "fidelity_study"
+    rows = study(Path(sweep), folder, bits=list(bits), views=views or tuple(VIEWS), bn_only=bn_only)
+    write_tables(folder, rows, best)
+    print(markdown(rows, best), end="")
+    print(folder / "fidelity_study.csv", flush=True)
+
+
+main = command.run

@@ -1,0 +1,56 @@
+"""`synq inspect`: what SynQ would do with a classifier, layer by layer."""
+
+import json
+
+import click
+
+from synq.command_line import Command
+from synq.command_options import config_option, option
+from synq.configs import RunConfig
+from synq.train import TEACHER_SETTINGS
+
+COMMON = (
+    *TEACHER_SETTINGS,
+    *(
+        "teacher.output",
+        "quant.weight_bits",
+        "quant.act_bits",
+        "quant.first_bits",
+        "quant.last_bits",
+        "quant.act_points",
+    ),
+)
+EXAMPLES = """\
+  %(prog)s                                              the classifier that ships with SynQ
+  %(prog)s torchvision:resnet18 --teacher.weights random --quant.weight_bits 3
+  %(prog)s FILE.py:FUNCTION --teacher.weights random --teacher.input_size 3 32 32 --json"""
+
+
+@click.command("inspect", cls=Command, settings="run", common=COMMON, examples=EXAMPLES)
+@config_option
+@option("--json", "as_json", is_flag=True, help="print one JSON object instead of tables")
+def command(config: RunConfig, as_json: bool) -> None:
+    """Show what would be quantized in a classifier, layer by layer, and write nothing.
+
+    Every operation of the forward pass is listed with the bits that its weight (W) and output (out) would get, 32 for float and for operations
+    that only pass their input on, such as max pooling (BitOps count the bits that are read); the batch norms that guide the synthesis; where
+    class activation maps are taken, and how; parameters, multiply-accumulates (MACs), bit operations (BitOps), sizes. A classifier that
+    cannot be quantized is rejected as a run would reject it. The settings of `teacher` and `quant` count.
+    """
+    from synq.inspection import COLUMNS, HEADINGS, inspect, summary
+    from synq.pipeline import build_student
+    from synq.table_text import to_text
+    from synq.teachers import load_teacher
+
+    teacher = load_teacher(config.teacher)
+    found = inspect(teacher, build_student(teacher, config.quant), config.quant)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    # A table of zeros is hard to read.
+    rows = [{name: value or None for name, value in row.items()} for row in found["layers"]]
+    print(to_text(rows, COLUMNS, HEADINGS))
+    print(summary(found), end="", flush=True)
+
+
+main = command.run

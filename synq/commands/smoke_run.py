@@ -1,0 +1,130 @@
+"""`synq smoke-run`: a run in miniature on one classifier, or on the list of architectures."""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import click
+
+from synq.command_line import Command
+from synq.command_options import INT, config_option, option
+from synq.config_io import between
+from synq.configs import RunConfig
+from synq.exit_codes import report_error
+from synq.train import TEACHER_SETTINGS
+
+IGNORED = ("synthesis", "finetune", "evaluation", "reconstruction")
+COMMON = (
+    *TEACHER_SETTINGS,
+    *(
+        "teacher.num_classes",
+        "teacher.output",
+        "teacher.cam_layer",
+        "quant.weight_bits",
+        "quant.act_bits",
+        "quant.act_points",
+    ),
+    *("runtime.device", "runtime.num_threads"),
+)
+EXAMPLES = """\
+  %(prog)s torchvision:resnet18 --teacher.weights random
+  %(prog)s FILE.py:FUNCTION --teacher.weights W.pth --teacher.input_size 3 32 32 --teacher.mean 0.5 --teacher.std 0.5
+  %(prog)s --all --jobs 2 --only resnet"""
+
+
+@click.command("smoke-run", cls=Command, settings="run", common=COMMON, examples=EXAMPLES)
+@config_option
+@option("--all", "run_all", is_flag=True, help="try the architectures of the list instead of TEACHER")
+@option("--only", several=True, metavar="TEXT", help="of these, those with a TEXT in their name")
+@option("--jobs", type=INT, default=1, help="architectures at a time, the cores divided between them (default: 1)")
+@option(
+    "--formats",
+    several=True,
+    metavar="FORMAT",
+    help="what is exported, some of: onnx packed torch (default: packed, and onnx if its packages are installed; with --all packed, because "
+    "ONNX takes longer than all the rest)",
+)
+@option("--page", metavar="FILE", help="write the table of --all as Markdown")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    config: RunConfig,
+    run_all: bool,
+    only: tuple[str, ...],
+    jobs: int,
+    formats: tuple[str, ...],
+    page: str | None,
+) -> int:
+    """Do a run in miniature on TEACHER, from eight synthetic images to verified ONNX and packed files: a minute, before hours are spent.
+
+    Its metrics only tell whether everything works: whether the student without its rounding is the teacher bit for bit, and how many dB the
+    logits keep at W8A8. The settings of `teacher`, `quant` and `runtime` count. With --all it is done with a list of some eighty
+    architectures, untrained; exit code 1 if the result of one differs from what the list expects.
+    """
+    if run_all:
+        between("jobs", jobs, 1)
+        if ctx.obj:
+            raise ValueError(f"`--all` must be given without settings and TEACHER, but got {' '.join(ctx.obj)}")
+        return _all(only, jobs, formats or ("packed",), page)
+    for name, value in (("only", only), ("page", page)):
+        if value:
+            raise ValueError(f"`{name}` must be left out without `--all`, but got {value!r}")
+    for part in IGNORED:
+        if any(key.startswith(f"{part}.") for key in ctx.obj):
+            raise ValueError(f"`{part}` must be left out: a smoke run sets it, only teacher, quant and runtime count")
+    return _one(config, formats or _formats())
+
+
+def _one(config: RunConfig, formats: Sequence[str]) -> int:
+    from synq.architectures import shown, smoke_run_in_scratch
+
+    row = smoke_run_in_scratch(config, formats, lambda stage: print(f"  {stage}", flush=True))
+    if row["status"] == "rejected":
+        raise ValueError(row["reason"]) from row.get("error")
+    for name, value in shown(row).items():
+        if value not in (None, ""):
+            print(f"{name:<12} {value}", flush=True)
+    if row["status"] == "works":
+        return 0
+    failure = RuntimeError(row["reason"])
+    failure.__cause__ = row.get("error")
+    report_error(failure)
+    return 1
+
+
+def _formats() -> tuple[str, ...]:
+    from synq.export import missing_packages
+
+    missing = missing_packages()
+    if missing:
+        note = f"synq: without ONNX, for which {missing[0]} is missing: pip install 'synq[export]'"
+        print(note, file=sys.stderr, flush=True)
+    return ("packed",) if missing else ("onnx", "packed")
+
+
+def _all(only: Sequence[str], jobs: int, formats: Sequence[str], page_file: str | None) -> int:
+    from sweeps.pool import surviving_crashes, threads_each
+    from synq.architectures import crashed_row, page, read_list, smoke_run_entry, summary_lines
+    from synq.bars import passing_bar
+    from synq.results import write_text_atomic
+
+    entries = dict(enumerate(read_list(only)))
+    work: Callable[..., dict] = partial(
+        smoke_run_entry, threads=threads_each(jobs) if jobs > 1 else None, formats=formats
+    )  # type: ignore[type-arg]
+    rows = {}
+    with passing_bar(len(entries), "networks", "network", is_shown=True) as bar:
+        for number, row in surviving_crashes(work, entries, jobs, crashed_row):
+            rows[number] = row
+            note = "" if row["as_listed"] else ", NOT AS LISTED"
+            bar.clear()  # the line takes its place, and it is drawn again below
+            print(f"{row['teacher']}: {row['status']}{note}, {row['seconds']:.0f} s {row['reason']}", flush=True)
+            bar.update()
+    ordered = [rows[number] for number in entries]
+    print(summary_lines(ordered), flush=True)
+    if page_file:
+        write_text_atomic(page_file, page(ordered))
+    return int(not all(row["as_listed"] for row in ordered))
+
+
+main = command.run
