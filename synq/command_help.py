@@ -1,4 +1,4 @@
-"""Text of `--help`, from the docstrings under the fields of the settings of a run. Loads no torch, and click neither."""
+"""Text of `--help`, from the docstrings under the fields of the settings of a run. Loads no torch."""
 
 import ast
 import dataclasses
@@ -10,13 +10,11 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
+from synq.command_options import Argument, Option
 from synq.config_io import dotted_keys
 from synq.configs import RunConfig
-
-if TYPE_CHECKING:
-    from synq.command_line import Command
 
 GROUPS = tuple(part.name for part in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(part.type))
 """Tables of the settings: teacher, synthesis, quant, reconstruction, finetune, evaluation, runtime."""
@@ -24,6 +22,25 @@ MIN_WIDTH, MAX_WIDTH = 80, 120
 LEFT_WIDTH = 42
 """Columns of the options; a longer one gets a line to itself."""
 ONE_LINE_CHOICES = 24
+
+
+class Described(Protocol):
+    """What the help needs to know of a command; see `Command`."""
+
+    help: str | None
+    settings: str
+    common: Sequence[str]
+    examples: str
+    exit_codes: str
+
+    @property
+    def own_arguments(self) -> list[Argument]: ...
+
+    @property
+    def own_options(self) -> list[Option]: ...
+
+    @property
+    def usage_line(self) -> str: ...
 
 
 def overview(program: str, version: str, sections: Mapping[str, Mapping[str, tuple[str, str]]]) -> str:
@@ -46,26 +63,30 @@ def overview(program: str, version: str, sections: Mapping[str, Mapping[str, tup
     return "\n".join(lines)
 
 
-def short_help(command: "Command", program: str, config: RunConfig) -> str:
-    """Return the essentials of a command in fewer than 40 lines: usage, one sentence, the options used most, examples, exit codes."""
-    width = _width()
+def short_help(command: Described, program: str, config: RunConfig, width: int | None = None) -> str:
+    """Return the essentials of a command in fewer than 40 lines: usage, one sentence, the options used most, examples, exit codes.
+
+    Args:
+        command: The command.
+        program: How the user called it.
+        config: Whose values are shown as defaults.
+        width: Columns; None for those of the terminal, 80 to 120.
+    """
+    width = width or _width()
     sentence = (command.help or "").partition("\n\n")[0]
     lines = [*_usage(command, program, width), "", *textwrap.wrap(" ".join(sentence.split()), width), ""]
     options = [(left, right) for left, right, is_common in _own(command) if is_common]
-    more = "this, or everything"
+    flag, more = "--help[-all]", "this, or everything"
     if command.settings:
-        more += f", or the settings of one group: {', '.join(GROUPS)}"
-    lines += _definitions(
-        [*options, ("-h, --help, --help-all, --help=GROUP" if command.settings else "-h, --help, --help-all", more)],
-        width,
-    )
+        flag, more = "--help[-all|=GROUP]", f"this, everything, or the settings of one of: {', '.join(GROUPS)}"
+    lines += _definitions([*options, (flag, more)], width)
     if command.common:
         lines += ["", f"settings used most, of {len(dotted_keys(RunConfig))}, with their [default]:"]
         lines += _definitions(settings_rows(config, command.common), width, one_line=True)
     return "\n".join([*lines, *_closing(command, program)])
 
 
-def full_help(command: "Command", program: str, config: RunConfig) -> str:
+def full_help(command: Described, program: str, config: RunConfig) -> str:
     """Return everything about a command: its description, all options and all settings."""
     width = _width()
     lines = _usage(command, program, width)
@@ -89,18 +110,18 @@ def _group_lines(config: RunConfig, group: str, width: int) -> list[str]:
     return [f"{group or 'run'}: {doc[:1].lower()}{doc[1:]}", *_definitions(settings_rows(config, keys), width)]
 
 
-def _usage(command: "Command", program: str, width: int) -> list[str]:
+def _usage(command: Described, program: str, width: int) -> list[str]:
     return textwrap.wrap(f"usage: {program} {command.usage_line}", width, subsequent_indent=" " * 7)
 
 
-def _closing(command: "Command", program: str) -> list[str]:
+def _closing(command: Described, program: str) -> list[str]:
     examples = command.examples.replace("%(prog)s", program).rstrip().splitlines()
     return [*(["", "examples:"] if examples else []), *examples, "", f"exit codes: {command.exit_codes}"]
 
 
-def _own(command: "Command") -> list[tuple[str, str, bool]]:
+def _own(command: Described) -> list[tuple[str, str, bool]]:
     """Return (option or argument, help, whether it is common) of a command, its settings apart."""
-    rows = [(argument.metavar or "", argument.help, True) for argument in command.own_arguments]
+    rows = [(argument.metavar or "", str(argument.help), True) for argument in command.own_arguments]
     for option in command.own_options:
         value = (
             "" if option.is_flag else f" {option.metavar or option.type.name.upper()}{' ...' if option.several else ''}"

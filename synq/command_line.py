@@ -167,7 +167,8 @@ class Command(click.Command):
     def _collect(self, args: Sequence[str]) -> tuple[dict[str, list[str | None]], list[str]]:
         """Return the values of each option, None for a flag's, and the positional arguments."""
         known = {key_of(flag): param for param in self.get_params(None) for flag in param.opts}  # type: ignore[arg-type]
-        left, given, positional = list(args), {}, []  # type: ignore[var-annotated]
+        left, positional = list(args), list[str]()
+        given: dict[str, list[str | None]] = {}
         while left:
             arg = left.pop(0)
             if arg == "--":
@@ -187,7 +188,7 @@ class Command(click.Command):
                     raise ValueError(f"`{label(param)}` must be given without a value, but got {value!r}")
                 given[flag] = [None]
                 continue
-            values = [value] if equals else []
+            values: list[str | None] = [value] if equals else []
             while not equals and left and not left[0].startswith("--") and (param.several or not values):
                 values.append(left.pop(0))
             if not values:
@@ -196,11 +197,10 @@ class Command(click.Command):
         return given, positional
 
     def _check_positional(self, arg: str) -> None:
-        if self.first:
+        if self.settings:
             name = "TEACHER" if self.settings == "run" else self.first.removeprefix("--").upper()
-            raise ValueError(
-                f"each setting must read --KEY VALUE, and {name} must come first, but got {arg}; {self.advice}"
-            )
+            order = f", and {name} must come first" if name else ""
+            raise ValueError(f"each setting must read --KEY VALUE{order}, but got {arg}; {self.advice}")
 
     def _unknown(self, flag: str) -> str:
         flags = {key_of(name): name for param in self.own_options for name in param.opts}

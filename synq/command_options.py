@@ -1,8 +1,8 @@
 """Options and arguments of commands: what click lacks, and one option for every setting of a run. Loads no torch."""
 
 import functools
-from functools import partial
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import click
@@ -27,11 +27,11 @@ class Option(click.Option):
         *args: Any,
         several: bool = False,
         multiple: bool = False,
-        rule: str = "be given a value",
+        rule: str = "be given one value",
         is_common: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, multiple=several or multiple, **kwargs)
+        super().__init__(*args, **{**kwargs, "multiple": several or multiple})
         self.several, self.rule, self.is_common = several, rule, is_common
 
 

@@ -29,7 +29,7 @@ import sys, time, json
 from pathlib import Path
 from synq import bars
 bars.APPEARS_AFTER = float(sys.argv[2])
-from launch.export import main
+from synq.commands.export import main
 from sweeps.pool import run_all
 from synq.configs import RunConfig, config_from_dict
 from synq.pipeline import run_folder

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch.bench import GROUPS, main
 from launch.benchmarks import ceilings, curves, population, steps, synthesis
-from launch.benchmarks.launcher import SOLO, WorkerError, result, start
+from launch.benchmarks.launcher import SOLO, TWO, WorkerError, result, start
+from launch.benchmarks.measure import GROUPS, rows_of
 from launch.benchmarks.subjects import TINY, Subject, build_subject
 from launch.benchmarks.table import Context, Row, Target, as_json, machine, markdown
 from launch.benchmarks.textbook import textbook_loss
 from launch.benchmarks.timing import Spread, Times, alternate
+from synq.commands import bench
+from synq.commands.bench import main
 from synq.finetune import training_loss
 from synq.lowpass import gaussian_lowpass
 from synq.network_outputs import teacher_response
@@ -141,11 +143,7 @@ def test_the_door_writes_what_it_prints(
 @pytest.mark.parametrize("words", [["--only", "nothing"], ["--rounds", "0"], ["--threads", "-1"]])
 def test_wrong_words_are_refused(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*words, "--output-dir", str(tmp_path / "out")]
-    try:
-        code = main(words)
-    except SystemExit as end:
-        code = int(end.code or 0)
-    assert code == 2 and "error" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(words) == 2 and "error" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
@@ -157,7 +155,12 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
 
 
 def test_every_group_has_its_module() -> None:
-    from launch.bench import _rows_of
-
+    assert tuple(GROUPS) == bench.GROUPS
     for name in GROUPS:
-        assert callable(_rows_of(name))
+        assert callable(rows_of(name))
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_student_together() -> None:
+    args = ["--tiny", "--images", "32", "--batch", "8", "--epochs", "2", "--device", "cpu"]
+    assert result(start([*TWO, *args]))["processes"] == 2

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.check_cluster import main
 from sweeps.checkup.check import CHECKS
+from synq.commands.check_cluster import main
 
 RUN = Callable[..., tuple[int, str, str]]
 
@@ -52,7 +52,7 @@ def address() -> Iterator[str]:
         nodes.shutdown()
 
 
-DOOR = [sys.executable, "launch/check_cluster.py"]
+DOOR = [sys.executable, "-m", "synq.cli", "check-cluster"]
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from test_leaderboard import record
 
-from sweeps.leaderboard import Tables, main
+from sweeps.leaderboard import Tables
 from sweeps.views import choose, parse_condition
+from synq.commands.leaderboard import main
 from synq.results import RunRecord, write_record
 
 

@@ -10,14 +10,14 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from launch.fidelity_study import main
 from sweeps.fidelity_study import MEASURES, UNIONS, VIEWS
 from sweeps.rank_table import COLUMNS, markdown, rank_correlation, table
 from synq import fidelity
+from synq.commands.fidelity_study import main
 from synq.configs import RunConfig, with_overrides
+from synq.exit_codes import USER_ERROR
 from synq.pipeline import run
 from synq.results import RunRecord, write_record
-from synq.train import USER_ERROR
 from tests import reference
 
 pytestmark = pytest.mark.usefixtures("torch_rng_untouched")

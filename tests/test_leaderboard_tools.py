@@ -16,8 +16,9 @@ from test_conditions import bits, folder_of, table
 from test_leaderboard import record
 from test_table_text import markdown_cells
 
-from sweeps.leaderboard import LEADERBOARD_COLUMNS, main, write_tables
+from sweeps.leaderboard import LEADERBOARD_COLUMNS, write_tables
 from sweeps.views import COMPARE_COLUMNS
+from synq.commands.leaderboard import main
 from synq.results import RunRecord
 
 
@@ -267,7 +268,9 @@ def test_the_same_bytes_in_any_order_hash_seed_and_locale(
         out = tmp_path / f"out{number}"
         command = [
             sys.executable,
-            str(root / "launch" / "leaderboard.py"),
+            "-m",
+            "synq.cli",
+            "leaderboard",
             *order,
             "--output-dir",
             str(out),
@@ -290,5 +293,5 @@ def test_printing_does_not_fail_where_the_terminal_lacks_a_letter(
     tmp_path: Path, root: Path, run_process: Callable[..., tuple[int, str, str]]
 ) -> None:
     path = folder_of(tmp_path / "a", [record(0.1, model="nét")])
-    command = [sys.executable, str(root / "launch" / "leaderboard.py"), path, "--print"]
+    command = [sys.executable, "-m", "synq.cli", "leaderboard", path, "--print"]
     assert run_process(command, PYTHONIOENCODING="ascii")[:2] == (0, run_process(command)[1].replace("é", "?"))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from launch.recipe import main
 from sweeps.recipes import COLUMNS, Expected, Published, compare, load_recipe, markdown, plan, same_result, table
+from synq.commands.recipe import main
 from synq.config_io import parse_bits
 from synq.configs import config_to_dict, with_overrides
 from synq.results import RunRecord, read_json, read_record
@@ -279,7 +279,7 @@ def test_words_that_change_the_result_are_told_from_those_that_do_not(file: Path
     [
         (["absent.toml"], "absent.toml"),
         (["FILE", "--rows", "recipes"], "but got 'recipes'; did you mean `recipe`?"),
-        (["FILE", "--seed", "3"], "`seed` must be left out (`seeds` says it)"),
+        (["FILE", "--seed", "3"], "`seed` must be left out (`seeds` sets it)"),
         (["FILE", "--finetune.lrr", "3"], "`finetune.lrr` must be a known key"),
         (["FILE", "--jobs", "0"], "`jobs` must be >= 1"),
     ],

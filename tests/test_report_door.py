@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from made_sweeps import made_sweep
 
-from launch.export import main as export
-from launch.report import main as report
-from launch.show import main as show
 from sweeps.reports.summary import sweep_verdict
 from sweeps.reports.sweep_view import read_sweep
+from synq.commands.export import main as export
+from synq.commands.report import main as report
+from synq.commands.show import main as show
 from synq.results import read_record
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from made_sweeps import damage, made_sweep
 
-from launch.report import main as report
 from sweeps.reports.comparison_page import comparison_page
 from sweeps.reports.page import Figure, Gap, Page, Tab, Table, Words, render, write_page
 from sweeps.reports.published import references
@@ -15,6 +14,7 @@ from sweeps.reports.study_figures import study_figures
 from sweeps.reports.sweep_figures import front, pareto, rank_agreement, timeline, trust
 from sweeps.reports.sweep_page import by_ranking, sweep_page
 from sweeps.reports.sweep_view import SweepView, read_sweep
+from synq.commands.report import main as report
 from synq.results import RunRecord, read_record, write_record
 
 HOSTILE = '<img src=x onerror=alert(1)> $x^2$ & "q" </script>'

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from launch.report import main as report
 from sweeps.reports.page import Figure, Gap, Table
 from sweeps.reports.run_page import run_page
+from synq.commands.report import main as report
 from synq.configs import RunConfig, with_overrides
 from synq.lowpass import gaussian_lowpass
 from synq.pipeline import run, run_folder

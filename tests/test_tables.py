@@ -13,7 +13,8 @@ import pytest
 from test_conditions import bits, table
 from test_leaderboard import record
 
-from sweeps.leaderboard import LEADERBOARD_COLUMNS, Tables, leaderboard_rows, main, write_tables
+from sweeps.leaderboard import LEADERBOARD_COLUMNS, Tables, leaderboard_rows, write_tables
+from synq.commands.leaderboard import main
 from synq.results import RunRecord
 from synq.table_text import to_csv
 

@@ -36,7 +36,8 @@ EXAMPLES = """\
     "--rows",
     several=True,
     metavar="ROW",
-    help="some of: none, filter, CAM, soft labels, filter + CAM, filter + soft labels, CAM + soft labels, all (default: those of SPEC, or all)",
+    help="some of: none, filter, CAM, soft labels, filter + CAM, filter + soft labels, CAM + soft labels, all, distillation only "
+    "(default: those of SPEC, or all)",
 )
 @option("--jobs", type=INT, default=1, help="runs at a time, the cores divided between them (default: 1)")
 def command(

@@ -1,5 +1,7 @@
 """`synq bench`: the speed of this machine and of SynQ on it."""
 
+from typing import Literal
+
 import click
 
 from synq.command_line import Command
@@ -29,8 +31,7 @@ def _failures() -> tuple[type[BaseException], ...]:
     several=True,
     type=OneOf(*GROUPS),
     metavar="GROUP",
-    help="groups to measure: the machine's ceilings, fine-tuning steps, options (layout, number format, compilation), synthesis, cost curves "
-    "and memory, a population of students in one process, two processes (DDP), trials of a sweep side by side (default: all)",
+    help=f"some of: {' '.join(GROUPS)} (default: all)",
 )
 @option("--skip", several=True, type=OneOf(*GROUPS), metavar="GROUP", help="groups to leave out")
 @option(
@@ -49,7 +50,7 @@ def _failures() -> tuple[type[BaseException], ...]:
 def command(
     only: tuple[str, ...],
     skip: tuple[str, ...],
-    device: str,
+    device: Literal["auto", "cpu", "cuda"],
     threads: int | None,
     rounds: int,
     seed: int,
@@ -57,7 +58,9 @@ def command(
 ) -> None:
     """Measure ratios side by side in one process, alternating, and print and write a table with their spread.
 
-    Random weights and images: nothing is downloaded. The groups: ceilings, steps, options, synthesis, curves, population, processes, sweep.
+    Random weights and images: nothing is downloaded. The groups: what the machine can do at most (ceilings), fine-tuning steps, options
+    (layout, number format, compilation), synthesis, cost curves and memory, a population of students in one process, two processes (DDP),
+    trials of a sweep side by side.
     """
     if rounds < 1 or (threads is not None and threads < 1):
         raise ValueError(f"`rounds` and `threads` must be >= 1, but got {rounds} and {threads}")

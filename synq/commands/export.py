@@ -3,7 +3,7 @@
 import click
 
 from synq.command_line import Command
-from synq.command_options import FLOAT, INT, argument, option, moved_options, moved_paths
+from synq.command_options import FLOAT, INT, argument, moved_options, moved_paths, option
 from synq.exit_codes import check_paths
 
 EXAMPLES = """\
@@ -88,8 +88,8 @@ def command(
     from synq.verification import Tolerance
 
     options = ExportOptions(
-        formats=list(formats),
-        containers=list(container),
+        formats=formats,
+        containers=container,  # type: ignore[arg-type]  # it is checked there
         tolerance=Tolerance(agreement=agreement, margin=margin, mean_difference=mean_difference),
         rounds=rounds,
         threads=threads,

@@ -128,8 +128,16 @@ def _compare(
 ) -> None:
     """Print the best rows of each path; also write them where a folder is named."""
     from sweeps.leaderboard import read_tables
-    from sweeps.views import COMPARE_COLUMNS, SHOWN_COLUMNS, check_chosen, choose, compare, differences
-    from sweeps.views import parse_condition, shown
+    from sweeps.views import (
+        COMPARE_COLUMNS,
+        SHOWN_COLUMNS,
+        check_chosen,
+        choose,
+        compare,
+        differences,
+        parse_condition,
+        shown,
+    )
     from synq.results import write_text_atomic
     from synq.table_text import to_csv, to_markdown, to_text
 

@@ -13,12 +13,12 @@ CANDIDATES = (2, 3, 4, 5, 6, 7, 8)
 ACTIVATION_FACTOR = 4.0
 COMMON = (
     *TEACHER_SETTINGS,
-    *("quant.weight_bits", "quant.act_bits", "quant.first_bits", "quant.last_bits", "quant.calib_images"),
-    *("synthesis.num_images", "synthesis.iterations", "runtime.output_dir"),
+    *("quant.weight_bits", "quant.act_bits", "synthesis.num_images"),
+    "runtime.output_dir",
 )
 EXAMPLES = """\
   %(prog)s bundled:digits_resnet8 --activations          no larger, and no more bit operations, than now
-  %(prog)s torchvision:resnet18 --teacher.weights random --max-bytes inf --max-bitops 2e10 --candidates 2 4 8"""
+  %(prog)s torchvision:resnet18 --max-bytes inf --max-bitops 2e10 --candidates 2 4 8"""
 
 
 @click.command("mixed-precision", cls=Command, settings="run", common=COMMON, examples=EXAMPLES, resumes=True)
@@ -46,7 +46,7 @@ EXAMPLES = """\
     "--activation-factor",
     type=FLOAT,
     default=ACTIVATION_FACTOR,
-    help="weight of the KL of an activation; that of a weight, whose rounding error the fine-tuning reduces, counts 1 (default: 4)",
+    help="weight of the KL of an activation; that of a weight counts 1 (default: 4)",
 )
 def command(
     config: RunConfig,
@@ -56,10 +56,10 @@ def command(
     candidates: tuple[int, ...],
     activation_factor: float,
 ) -> None:
-    """Choose the bits of every layer's weights, and of every activation if asked, with the least KL to the teacher within limits.
+    """Choose the bits of every layer's weights and activations with the least KL to the teacher within limits.
 
     Without data: each tensor is rounded alone, to each bit-width, and the KL to the teacher is measured on the run's synthetic images (made
-    first, if they are not stored yet); then the bits with the least sum are taken. A tensor that has its bits by name, or by first_bits or
+    first, if they are not stored yet); then the bits with the least sum are taken. The KL of an activation counts more, since fine-tuning makes up for the rounding of weights. A tensor that has its bits by name, or by first_bits or
     last_bits, keeps them. Writes <output_dir>/<name>-mixed-precision-<digest>/: scan.csv, every tensor at every bit-width, and
     settings.json, the same run with the bits found in quant.layer_weight_bits and quant.layer_act_bits.
     """

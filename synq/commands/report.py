@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from synq.command_line import Command
-from synq.command_options import INT, argument, option, moved_options, moved_paths
+from synq.command_options import INT, argument, moved_options, moved_paths, option
 from synq.exit_codes import check_paths
 
 EXAMPLES = """\

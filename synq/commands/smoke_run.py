@@ -24,7 +24,6 @@ COMMON = (
         "quant.act_bits",
         "quant.act_points",
     ),
-    *("runtime.device", "runtime.num_threads"),
 )
 EXAMPLES = """\
   %(prog)s torchvision:resnet18 --teacher.weights random
@@ -41,8 +40,7 @@ EXAMPLES = """\
     "--formats",
     several=True,
     metavar="FORMAT",
-    help="what is exported, some of: onnx packed torch (default: packed, and onnx if its packages are installed; with --all packed, because "
-    "ONNX takes longer than all the rest)",
+    help="exported formats, some of: onnx packed torch (default: packed, and onnx if its packages are installed; with --all packed)",
 )
 @option("--page", metavar="FILE", help="write the table of --all as Markdown")
 @click.pass_context
@@ -55,10 +53,10 @@ def command(
     formats: tuple[str, ...],
     page: str | None,
 ) -> int:
-    """Do a run in miniature on TEACHER, from eight synthetic images to verified ONNX and packed files: a minute, before hours are spent.
+    """Do a run in miniature on TEACHER, from eight synthetic images to verified files, in about a minute.
 
     Its metrics only tell whether everything works: whether the student without its rounding is the teacher bit for bit, and how many dB the
-    logits keep at W8A8. The settings of `teacher`, `quant` and `runtime` count. With --all it is done with a list of some eighty
+    logits keep at W8A8. Writing and checking ONNX takes longer than all the rest. The settings of `teacher`, `quant` and `runtime` count. With --all it is done with a list of some eighty
     architectures, untrained; exit code 1 if the result of one differs from what the list expects.
     """
     if run_all:
