@@ -15,12 +15,12 @@ from sweeps.leaderboard import (
     cell,
     leaderboard_rows,
     load_records,
-    main,
     to_csv,
     trial_rows,
     write_tables,
 )
 from sweeps.progress import Progress
+from synq.commands.leaderboard import main
 from synq.configs import RunConfig, config_digest, config_to_dict, with_overrides
 from synq.results import RunRecord, write_record
 
