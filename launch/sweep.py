@@ -8,7 +8,7 @@ if __name__ == "__main__":  # as a file, launch/ comes first on the path, not th
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from synq.commands.sweep import main
-from synq.exit_codes import leave
+from synq.common.exit_codes import leave
 
 if __name__ == "__main__":
     leave(main())

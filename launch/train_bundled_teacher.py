@@ -1,6 +1,6 @@
 """Train the small teacher that ships with the package, on the training part of scikit-learn's digits.
 
-    python launch/train_bundled_teacher.py [--seed 0] [--epochs 60] [--output synq/assets/digits_resnet8.safetensors]
+    python launch/train_bundled_teacher.py [--seed 0] [--epochs 60] [--output synq/teacher/assets/digits_resnet8.safetensors]
 
 One thread, about a minute. The same seed gives the same weights on the same machine and versions; the last epoch is kept, never
 the best. Accuracy on the held-out third, command and seed are written into the file's metadata.
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from synq.cifar_resnet import cifar_resnet
-from synq.command_line import Command
-from synq.command_options import INT, option
-from synq.exit_codes import leave
-from synq.real_data import LabelledSet, load_labelled
-from synq.seeding import make_generator, seed_everything
+from synq.common.exit_codes import leave
+from synq.common.seeding import make_generator, seed_everything
+from synq.config.command_line import Command
+from synq.config.command_options import INT, option
+from synq.evaluation.labelled import LabelledSet, load_labelled
+from synq.teacher.cifar_resnet import cifar_resnet
 
 INPUT_SIZE = (1, 16, 16)
 NUM_CLASSES = 10
@@ -89,7 +89,11 @@ def count_correct(model: nn.Module, data: LabelledSet) -> int:
 @option("--output", metavar="FILE", help="file of the weights (default: the one that ships with the package)")
 def command(seed: int, epochs: int, output: str | None) -> None:
     """Train the small teacher that ships with the package, on the training part of scikit-learn's digits."""
-    file = Path(output) if output else Path(__file__).resolve().parent.parent / "synq/assets/digits_resnet8.safetensors"
+    file = (
+        Path(output)
+        if output
+        else Path(__file__).resolve().parent.parent / "synq/teacher/assets/digits_resnet8.safetensors"
+    )
     torch.set_num_threads(1)  # the order of summation, and so the last bits, depend on the number of threads
     torch.use_deterministic_algorithms(True)
 

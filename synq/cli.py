@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from synq import __version__
-from synq.command_line import CommandGroup
-from synq.exit_codes import leave
+from synq.common.exit_codes import leave
+from synq.config.command_line import CommandGroup
 
 SECTIONS = {
     "look at a classifier": {

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import config_option
-from synq.configs import RunConfig
-from synq.exit_codes import INTERRUPTED, RUN_FAILED, USER_ERROR, leave, report_error
+from synq.common.exit_codes import INTERRUPTED, RUN_FAILED, USER_ERROR, leave, report_error
+from synq.config.command_line import Command
+from synq.config.command_options import config_option
+from synq.config.run import RunConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: RunConfig, accelerator: "Accelerator") -> tuple[list[str], list[str]]:
     from synq.pipeline import run, run_folder
-    from synq.results import summary_line
+    from synq.runs.record import summary_line
 
     file = run_folder(config) / "record.json"
     before = file.stat().st_mtime_ns if file.exists() else None
@@ -76,8 +76,8 @@ def on_every_process(config: RunConfig, work: Callable[["Accelerator"], tuple[li
     """
     import torch
 
-    from synq.finetune import NonFiniteLossError
-    from synq.placement import make_accelerator
+    from synq.finetune.loop import NonFiniteLossError
+    from synq.runtime import make_accelerator
 
     rank = int(os.environ.get("RANK", "0"))
     try:

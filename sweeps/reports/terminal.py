@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sweeps.reports.summary import (
+from synq.common.text_tables import plain
+
+from .summary import (
     BEST_COLUMNS,
     BOARD_HEADINGS,
     DECIMALS,
@@ -22,8 +24,7 @@ from sweeps.reports.summary import (
     sweep_facts,
     sweep_verdict,
 )
-from sweeps.reports.sweep_view import is_run, read_sweep, record_of
-from synq.table_text import plain
+from .sweep_view import is_run, read_sweep, record_of
 
 MOST_FAILURES = 5
 """Failures that are shown; the page and trials.csv have all."""

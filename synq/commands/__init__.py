@@ -3,6 +3,6 @@
 
 def run_failures() -> tuple[type[BaseException], ...]:
     """Return the RuntimeErrors that are the failure of a run, not of this program."""
-    from synq.finetune import NonFiniteLossError  # torch, which is there when it is raised
+    from synq.finetune.loop import NonFiniteLossError  # torch, which is there when it is raised
 
     return (NonFiniteLossError,)

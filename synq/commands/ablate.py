@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import INT, option
 from synq.commands import run_failures
-from synq.configs import RunConfig, load_run, make_absolute, with_overrides
+from synq.config.command_line import Command
+from synq.config.command_options import INT, option
+from synq.config.run import RunConfig, load_run, make_absolute, with_overrides
 
 EXAMPLES = """\
   %(prog)s sweeps/specs/ablations/demo.toml                        the classifier that ships with SynQ, no download
@@ -55,10 +55,10 @@ def command(
     from --config, a file of one run (tables go to <output_dir>). The settings of `synq train` override it. The same command resumes an
     ablation that was stopped.
     """
-    from sweeps.ablation import AblationSpec, load_ablation, markdown, plan, table, write_tables
-    from sweeps.pool import run_all
-    from sweeps.settings_file import check_overrides
-    from synq.results import summary_line
+    from synq.runs.record import summary_line
+    from synq.sweeps.studies.ablation import AblationSpec, load_ablation, markdown, plan, table, write_tables
+    from synq.sweeps.studies.pool import run_all
+    from synq.sweeps.studies.settings_file import check_overrides
 
     if spec is not None and config is not None:
         raise ValueError(f"`config` must be left out where SPEC is given, but got {config!r}")

@@ -4,8 +4,8 @@ from typing import Literal
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import INT, OneOf, option
+from synq.config.command_line import Command
+from synq.config.command_options import INT, OneOf, option
 
 GROUPS = ("ceilings", "steps", "options", "synthesis", "curves", "population", "processes", "sweep")
 EXAMPLES = """\
@@ -14,7 +14,7 @@ EXAMPLES = """\
 
 
 def _failures() -> tuple[type[BaseException], ...]:
-    from launch.benchmarks.launcher import WorkerError
+    from synq.sweeps.benchmarks.launcher import WorkerError
 
     return (WorkerError,)
 
@@ -64,7 +64,7 @@ def command(
     """
     if rounds < 1 or (threads is not None and threads < 1):
         raise ValueError(f"`rounds` and `threads` must be >= 1, but got {rounds} and {threads}")
-    from launch.benchmarks.measure import measure
+    from synq.sweeps.benchmarks.measure import measure
 
     chosen = [name for name in (only or GROUPS) if name not in skip]
     measure(chosen, device=device, threads=threads, rounds=rounds, seed=seed, output_dir=output_dir)

@@ -2,8 +2,8 @@
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import FLOAT, INT, option
+from synq.config.command_line import Command
+from synq.config.command_options import FLOAT, INT, option
 
 EXAMPLES = """\
   %(prog)s                                               this machine, or the cluster that RAY_ADDRESS names
@@ -26,10 +26,10 @@ def command(
     output_dir: str | None, workers: int, timeout: float, skip: tuple[str, ...], json_file: str | None
 ) -> int | None:
     """Check nodes, clocks, the folder for results, GPUs, process groups, small sweeps and a killed worker, and report what was verified."""
-    from sweeps.cluster import prepare_environment
+    from synq.sweeps.driver.cluster import prepare_environment
 
     prepare_environment()
-    from sweeps.checkup.check import check_cluster
+    from synq.sweeps.doctor.check import check_cluster
 
     return check_cluster(output_dir=output_dir, workers=workers, timeout=timeout, skip=list(skip), json_file=json_file)
 

@@ -2,9 +2,9 @@
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import FLOAT, INT, argument, moved_options, moved_paths, option
-from synq.exit_codes import check_paths
+from synq.common.exit_codes import check_paths
+from synq.config.command_line import Command
+from synq.config.command_options import FLOAT, INT, argument, moved_options, moved_paths, option
 
 EXAMPLES = """\
   %(prog)s runs/run-DIGEST
@@ -12,7 +12,7 @@ EXAMPLES = """\
 
 
 def _failures() -> tuple[type[BaseException], ...]:
-    from synq.exported_files import ExportRefusedError
+    from synq.export.files import ExportRefusedError
 
     return (ExportRefusedError,)
 
@@ -82,10 +82,10 @@ def command(
     run's record, and with everything else into a model card (README.md and card.json) next to the files.
     """
     check_paths([run], "RUN")
-    from synq.export import ExportOptions, export_run
-    from synq.model_card import FILE_COLUMNS, file_rows
-    from synq.table_text import to_text
-    from synq.verification import Tolerance
+    from synq.common.text_tables import to_text
+    from synq.export.card import FILE_COLUMNS, file_rows
+    from synq.export.export import ExportOptions, export_run
+    from synq.export.verify import Tolerance
 
     options = ExportOptions(
         formats=formats,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import INT, argument, option
-from synq.exit_codes import check_paths
+from synq.common.exit_codes import check_paths
+from synq.config.command_line import Command
+from synq.config.command_options import INT, argument, option
 
 EXAMPLES = """\
   %(prog)s runs/cifar10_resnet20 --bits W3A3
@@ -28,8 +28,11 @@ def command(
     The labels are used for this comparison only.
     """
     check_paths([sweep], "SWEEP_DIR")
-    from sweeps.fidelity_study import VIEWS, study  # torch, which a rejected command line need not wait for
-    from sweeps.rank_table import markdown, write_tables
+    from synq.sweeps.studies.fidelity_study import (  # torch, which a rejected command line need not wait for
+        VIEWS,
+        study,
+    )
+    from synq.sweeps.studies.rank_table import markdown, write_tables
 
     folder = Path(output_dir) if output_dir is not None else Path(sweep) / "fidelity_study"
     rows = study(Path(sweep), folder, bits=list(bits), views=views or tuple(VIEWS), bn_only=bn_only)

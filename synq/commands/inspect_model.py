@@ -4,9 +4,9 @@ import json
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import config_option, option
-from synq.configs import RunConfig
+from synq.config.command_line import Command
+from synq.config.command_options import config_option, option
+from synq.config.run import RunConfig
 from synq.train import TEACHER_SETTINGS
 
 COMMON = (
@@ -37,10 +37,10 @@ def command(config: RunConfig, as_json: bool) -> None:
     class activation maps are taken, and how; parameters, multiply-accumulates (MACs), bit operations (BitOps), sizes. A classifier that
     cannot be quantized is rejected as a run would reject it. The settings of `teacher` and `quant` count.
     """
-    from synq.inspection import COLUMNS, HEADINGS, inspect, summary
+    from synq.common.text_tables import to_text
+    from synq.diagnostics.inspection import COLUMNS, HEADINGS, inspect, summary
     from synq.pipeline import build_student
-    from synq.table_text import to_text
-    from synq.teachers import load_teacher
+    from synq.teacher.teacher import load_teacher
 
     teacher = load_teacher(config.teacher)
     found = inspect(teacher, build_student(teacher, config.quant), config.quant)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import OneOf, argument, option
-from synq.exit_codes import check_paths
+from synq.common.exit_codes import check_paths
+from synq.config.command_line import Command
+from synq.config.command_options import OneOf, argument, option
 
 EXAMPLES = """\
   %(prog)s runs/demo                                     make the tables of a sweep again
@@ -83,10 +83,10 @@ def _rebuild(
     ranks_together: bool,
 ) -> None:
     """Write one leaderboard of all paths, or choose rows of it."""
-    from sweeps.leaderboard import HEADINGS, LEADERBOARD_COLUMNS, PRINTED_COLUMNS, read_tables
-    from sweeps.views import check_chosen, choose, parse_condition, protocol_of, single_ranking
-    from synq.results import write_text_atomic
-    from synq.table_text import to_csv, to_markdown, to_text
+    from synq.common.text_tables import to_csv, to_markdown, to_text
+    from synq.runs.record import write_text_atomic
+    from synq.sweeps.leaderboard.records import HEADINGS, LEADERBOARD_COLUMNS, PRINTED_COLUMNS, read_tables
+    from synq.sweeps.leaderboard.views import check_chosen, choose, parse_condition, protocol_of, single_ranking
 
     conditions = [parse_condition(text) for text in where]
     columns = _columns(column_names)
@@ -127,8 +127,10 @@ def _compare(
     paths: Sequence[str], where: Sequence[str], output_dir: str | None, kind: str | None, column_names: str | None
 ) -> None:
     """Print the best rows of each path; also write them where a folder is named."""
-    from sweeps.leaderboard import read_tables
-    from sweeps.views import (
+    from synq.common.text_tables import to_csv, to_markdown, to_text
+    from synq.runs.record import write_text_atomic
+    from synq.sweeps.leaderboard.records import read_tables
+    from synq.sweeps.leaderboard.views import (
         COMPARE_COLUMNS,
         SHOWN_COLUMNS,
         check_chosen,
@@ -138,8 +140,6 @@ def _compare(
         parse_condition,
         shown,
     )
-    from synq.results import write_text_atomic
-    from synq.table_text import to_csv, to_markdown, to_text
 
     conditions = [parse_condition(text) for text in where]
     if len({os.path.realpath(path) for path in paths}) < max(2, len(paths)):
@@ -170,7 +170,7 @@ def _compare(
 
 def _columns(text: str | None) -> list[str]:
     """Return the columns that are asked for; none for the usual ones."""
-    from sweeps.views import check_column
+    from synq.sweeps.leaderboard.views import check_column
 
     return [check_column("columns", name.strip().replace("-", "_")) for name in (text or "").split(",") if name.strip()]
 

@@ -4,9 +4,9 @@ import shlex
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import FLOAT, INT, config_option, option
-from synq.configs import RunConfig
+from synq.config.command_line import Command
+from synq.config.command_options import FLOAT, INT, config_option, option
+from synq.config.run import RunConfig
 from synq.train import TEACHER_SETTINGS
 
 CANDIDATES = (2, 3, 4, 5, 6, 7, 8)
@@ -63,7 +63,7 @@ def command(
     last_bits, keeps them. Writes <output_dir>/<name>-mixed-precision-<digest>/: scan.csv, every tensor at every bit-width, and
     settings.json, the same run with the bits found in quant.layer_weight_bits and quant.layer_act_bits.
     """
-    from synq.mixed_precision_search import SearchOptions, search
+    from synq.mixed_precision.search import SearchOptions, search
 
     options = SearchOptions(
         candidates=sorted(set(candidates)),

@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import INT, option
 from synq.commands import run_failures
-from synq.configs import make_absolute, with_overrides
+from synq.config.command_line import Command
+from synq.config.command_options import INT, option
+from synq.config.run import make_absolute, with_overrides
 
 EXAMPLES = """\
   %(prog)s sweeps/specs/recipes/digits_resnet8_w3a3.toml
@@ -42,10 +42,10 @@ def command(spec: str, seeds: tuple[int, ...], rows: tuple[str, ...], jobs: int,
     Settings of the run are those of `synq train`: folders, device, or a change of the recipe (then it is no longer compared with the metrics
     that the file expects). Tables go to <output_dir>/<name>. The same command resumes a recipe that was stopped; finished runs are only read.
     """
-    from sweeps.pool import run_all
-    from sweeps.recipes import compare, load_recipe, markdown, plan, same_result, table, write_tables
-    from sweeps.settings_file import check_overrides
-    from synq.results import summary_line
+    from synq.runs.record import summary_line
+    from synq.sweeps.studies.pool import run_all
+    from synq.sweeps.studies.recipes import compare, load_recipe, markdown, plan, same_result, table, write_tables
+    from synq.sweeps.studies.settings_file import check_overrides
 
     recipe = load_recipe(spec)
     written = recipe.base()

@@ -4,9 +4,9 @@ from typing import Any
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import INT, argument, moved_options, moved_paths, option
-from synq.exit_codes import check_paths
+from synq.common.exit_codes import check_paths
+from synq.config.command_line import Command
+from synq.config.command_options import INT, argument, moved_options, moved_paths, option
 
 EXAMPLES = """\
   %(prog)s runs/demo                               the page of a sweep, finished or not: runs/demo/report.html
@@ -45,7 +45,7 @@ def command(
     synthesized.
     """
     check_paths(paths)
-    from sweeps.reports.make import make_report
+    from synq.sweeps.reports.make import make_report
 
     options: dict[str, Any] = {} if runs is None else {"runs": runs}
     written = make_report(paths, output, places=moved_paths(moved), num_images=num_images, **options)

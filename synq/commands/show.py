@@ -2,9 +2,9 @@
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import argument
-from synq.exit_codes import check_paths
+from synq.common.exit_codes import check_paths
+from synq.config.command_line import Command
+from synq.config.command_options import argument
 
 EXAMPLES = """\
   %(prog)s runs/demo                a sweep, finished or not
@@ -16,7 +16,7 @@ EXAMPLES = """\
 def command(paths: tuple[str, ...]) -> None:
     """Print the results of a run or a sweep, finished or not: the best settings, metrics, failures."""
     check_paths(paths)
-    from sweeps.reports.terminal import show
+    from synq.sweeps.reports.terminal import show
 
     show(paths)
 

@@ -6,11 +6,11 @@ from functools import partial
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import INT, config_option, option
-from synq.config_io import between
-from synq.configs import RunConfig
-from synq.exit_codes import report_error
+from synq.common.exit_codes import report_error
+from synq.config.command_line import Command
+from synq.config.command_options import INT, config_option, option
+from synq.config.parsing import between
+from synq.config.run import RunConfig
 from synq.train import TEACHER_SETTINGS
 
 IGNORED = ("synthesis", "finetune", "evaluation", "reconstruction")
@@ -74,7 +74,7 @@ def command(
 
 
 def _one(config: RunConfig, formats: Sequence[str]) -> int:
-    from synq.architectures import shown, smoke_run_in_scratch
+    from synq.diagnostics.architectures import shown, smoke_run_in_scratch
 
     row = smoke_run_in_scratch(config, formats, lambda stage: print(f"  {stage}", flush=True))
     if row["status"] == "rejected":
@@ -91,7 +91,7 @@ def _one(config: RunConfig, formats: Sequence[str]) -> int:
 
 
 def _formats() -> tuple[str, ...]:
-    from synq.export import missing_packages
+    from synq.export.export import missing_packages
 
     missing = missing_packages()
     if missing:
@@ -101,10 +101,10 @@ def _formats() -> tuple[str, ...]:
 
 
 def _all(only: Sequence[str], jobs: int, formats: Sequence[str], page_file: str | None) -> int:
-    from sweeps.pool import surviving_crashes, threads_each
-    from synq.architectures import crashed_row, page, read_list, smoke_run_entry, summary_lines
-    from synq.bars import passing_bar
-    from synq.results import write_text_atomic
+    from synq.common.progress import passing_bar
+    from synq.diagnostics.architectures import crashed_row, page, read_list, smoke_run_entry, summary_lines
+    from synq.runs.record import write_text_atomic
+    from synq.sweeps.studies.pool import surviving_crashes, threads_each
 
     entries = dict(enumerate(read_list(only)))
     work: Callable[..., dict] = partial(

@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import FLOAT, INT, argument, option
+from synq.config.command_line import Command
+from synq.config.command_options import FLOAT, INT, argument, option
 
 EXAMPLES = """\
   %(prog)s                                              a small demo of the classifier that ships with SynQ
@@ -45,17 +45,17 @@ def command(
             raise ValueError(f"`num-trials` must be a whole number N or +N, but got {num_trials!r}")
         options["more_trials" if num_trials.startswith("+") else "num_trials"] = int(num_trials)
     options |= ({"retry_failed": True} if retry_failed else {}) | ({"report": False} if no_report else {})
-    from sweeps.cluster import output_root, prepare_environment
-    from sweeps.spec import DEMO_SPEC, load_spec
+    from synq.sweeps.driver.cluster import output_root, prepare_environment
+    from synq.sweeps.spec import DEMO_SPEC, load_spec
 
     resolved = load_spec(spec or DEMO_SPEC, options, root=output_root())
     prepare_environment()
     if dry_run:
-        from sweeps.preview import print_preview
+        from synq.sweeps.driver.dry_run import print_preview
 
         print_preview(resolved)
         return 0
-    from sweeps.tuner import run_sweep
+    from synq.sweeps.driver.tuner import run_sweep
 
     return run_sweep(resolved)
 

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from synq.command_line import Command
-from synq.command_options import config_option, option
-from synq.configs import RunConfig
+from synq.config.command_line import Command
+from synq.config.command_options import config_option, option
+from synq.config.run import RunConfig
 from synq.train import TEACHER_SETTINGS, on_every_process
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def command(config: RunConfig, npz: str | None) -> int:
 
     def work(accelerator: "Accelerator") -> tuple[list[str], list[str]]:
         from synq.pipeline import prepare
-        from synq.synthesis import write_npz
-        from synq.teachers import load_teacher
+        from synq.synthesis.generate import write_npz
+        from synq.teacher.teacher import load_teacher
 
         sets = prepare(config, accelerator=accelerator)
         lines = [f"{part.path} | {len(part.labels)} images" for part in sets]
