@@ -17,7 +17,7 @@ class WorkerError(RuntimeError):
 
 
 ROOT = Path(synq.__file__).resolve().parent.parent
-"""Folder of the packages, a checkout or site-packages: what workers find them by."""
+"""Folder that holds the package `synq`: a checkout, or site-packages."""
 TIMEOUT = 1800
 WORKER = f"{__package__}.worker"
 SOLO = [sys.executable, "-m", WORKER]

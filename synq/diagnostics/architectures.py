@@ -14,7 +14,7 @@ from synq.runs.record import environment
 
 OWN = "synq.diagnostics.example_networks:"
 """Where the networks come from that were written for the list."""
-LIST = Path(str(importlib.resources.files("launch"))) / "architectures.toml"
+LIST = Path(str(importlib.resources.files("synq.diagnostics"))) / "architectures.toml"
 PAGE_COLUMNS = (
     "teacher",
     "input",

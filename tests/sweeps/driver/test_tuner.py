@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.sweep_tools import LR, rows, tiny
 
+from support.sweep_tools import LR, rows, tiny
 from synq.commands.sweep import main
 from synq.sweeps.driver.cluster import check_shared, prepare_environment
 from synq.sweeps.leaderboard.records import LEADERBOARD_COLUMNS, TRIAL_COLUMNS

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_conditions import bits, folder_of, table
-from test_leaderboard import record
-from test_table_text import markdown_cells
 
+from support.records import bits, folder_of, markdown_cells, record, table
 from synq.commands.leaderboard import main
 from synq.runs.record import RunRecord
 from synq.sweeps.leaderboard.records import LEADERBOARD_COLUMNS, write_tables
