@@ -95,7 +95,7 @@ def test_the_teacher_is_loaded_as_it_is_and_with_its_statistics_and_no_more(monk
         loaded.append(config)
         return load_teacher(config)
 
-    for module in ("rehearsal", "pipeline", "finished_runs"):
+    for module in ("diagnostics.smoke_run", "pipeline", "runs.finished"):
         monkeypatch.setattr(f"synq.{module}.load_teacher", counted)
     (entry,) = read_list(["convolutional_head"])
     check(smoke_run_entry(entry, 1), entry)
