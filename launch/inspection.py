@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _show(config: RunConfig, as_json: bool) -> None:
     from synq.inspection import COLUMNS, HEADINGS, inspect, summary
-    from synq.pipeline import build_student
+    from synq.students import build_student
     from synq.table_text import to_text
     from synq.teachers import load_teacher
 

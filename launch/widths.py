@@ -102,8 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _find(config: RunConfig, wanted: Wanted) -> None:
-    from synq.pipeline import build_student, prepare
+    from synq.pipeline import prepare
     from synq.placement import make_accelerator
+    from synq.students import build_student
     from synq.teachers import load_teacher
     from synq.width_choice import check_limits, choose_widths
     from synq.width_problem import WidthProblem
@@ -159,10 +160,11 @@ def _scan(
     activations: bool,
 ) -> list["Score"]:
     """Measure every tensor alone at every width, in a student that has this width everywhere."""
-    from synq.pipeline import build_student, low_pass
     from synq.placement import dtype_of, place
     from synq.rounding import prepare_student
+    from synq.run_sets import low_pass
     from synq.sensitivity import logits_of, scan_quantizers
+    from synq.students import build_student
 
     quant = config.quant
     images = low_pass(images[: quant.calib_images], config).to(device, dtype_of(config.runtime))

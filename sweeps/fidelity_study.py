@@ -24,9 +24,10 @@ from synq.artifacts import SetStore
 from synq.augment import flip_shift
 from synq.configs import RunConfig, config_from_dict
 from synq.integer_form import integer_form
-from synq.pipeline import HELDOUT_SEED, build_student
 from synq.results import RunRecord, write_bytes_atomic
+from synq.run_sets import HELDOUT_SEED
 from synq.seeding import make_generator
+from synq.students import build_student
 from synq.synthesis import ensure_set
 from synq.synthetic_data import SyntheticSet, tensor_bytes
 from synq.teachers import Teacher, load_teacher

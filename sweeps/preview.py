@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from sweeps.cluster import Capacity, capacity, cluster
 from sweeps.leaderboard import load_records
 from sweeps.ledger import settled_budget
+from sweeps.plans import read_sweep_file
 from sweeps.points import point_params
 from sweeps.search_config import LISTED
 from sweeps.space import base_values
@@ -21,7 +22,8 @@ from sweeps.tuner import sets_needed
 from synq import pipeline
 from synq.configs import RunConfig, with_overrides
 from synq.evaluation import forget_teachers
-from synq.results import RunRecord, read_json
+from synq.results import RunRecord
+from synq.run_sets import set_names, set_store
 from synq.start_noise import USUAL_EVALUATIONS, enough_probes
 from synq.synthetic_data import MANIFEST_FILE
 
@@ -51,7 +53,7 @@ def print_preview(spec: SweepSpec) -> None:
         ValueError, OSError: What `run_sweep` would refuse at once.
     """
     notes = spec.output_dir / "sweep.json"
-    spec = replace(spec, search=settled_budget(spec.search, read_json(notes) if notes.exists() else {}))
+    spec = replace(spec, search=settled_budget(spec.search, read_sweep_file(notes)))
     search = spec.search
     place = spec.address or str(spec.output_dir)
     print(f"sweep {search.name} in {place}")
@@ -82,8 +84,8 @@ def print_preview(spec: SweepSpec) -> None:
     print("\nsynthetic sets")
     sets = 0.0
     for group, config in sets_needed(spec).values():
-        names = pipeline.set_names(config)
-        store = pipeline.set_store(config)
+        names = set_names(config)
+        store = set_store(config)
         missing = [name for name in names if not store.is_complete(name) and not _is_sent(spec, name)]
         seconds = costs[group.key].synthesis * len(missing) / len(names)
         sets += seconds

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from synq.config_identity import idle_keys
+from synq.config_identity import inactive_keys
 from synq.configs import FinetuneConfig, RunConfig, config_digest, config_from_dict
 from synq.results import DEPLOYED, RunRecord
 from synq.table_text import Row, csv_line
@@ -123,8 +123,8 @@ def read_setting(config: Mapping[str, Any], source: str = "") -> tuple[RunConfig
         config_from_dict(RunConfig, config, source=source)  # the same refusal, with the key's full name
         raise
     values = {name: getattr(finetune, name) for name in TRAINING}
-    idle = idle_keys(values, whole.quant.learned_steps)
-    return whole, Setting(digest, tuple(None if name in idle else value for name, value in values.items()))
+    inactive = inactive_keys(values, whole.quant.learned_steps)
+    return whole, Setting(digest, tuple(None if name in inactive else value for name, value in values.items()))
 
 
 @functools.lru_cache(maxsize=4096)

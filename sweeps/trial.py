@@ -17,7 +17,8 @@ from sweeps.workplace import Workplace, is_storage_error
 from synq import pipeline
 from synq.configs import RunConfig, config_from_dict
 from synq.finetune import NonFiniteLossError
-from synq.results import RunRecord, environment
+from synq.results import RunRecord, environment, run_folder
+from synq.run_sets import set_names, set_store
 
 Report = Callable[[dict[str, Any]], None]
 STORAGE = "storage"
@@ -119,9 +120,9 @@ def make_sets(task: dict[str, Any]) -> dict[str, Any]:
     try:
         place = Workplace(task)
         config = place.config(task["config"])
-        names = pipeline.set_names(config)
+        names = set_names(config)
         place.fetch_sets(names)
-        missing = [name for name in names if not pipeline.set_store(config).is_complete(name)]
+        missing = [name for name in names if not set_store(config).is_complete(name)]
         if missing:
             pipeline.prepare(config)
         place.keep_sets(names)
@@ -137,7 +138,7 @@ def _refusal(error: Exception) -> dict[str, Any]:
 def _run(config: RunConfig, task: dict[str, Any], place: Workplace, report: Report, rank: int = 0) -> RunRecord:
     name, teacher = task["trial"], task["teacher"]
     started, clock = datetime.now(UTC), time.perf_counter()
-    folder = pipeline.run_folder(config)
+    folder = run_folder(config)
 
     def on_epoch(epoch: dict[str, float]) -> None:
         place.check_present()  # before a checkpoint begins a new folder where an unmounted one was
@@ -174,7 +175,7 @@ def _may_be_anothers(error: Exception) -> bool:
 
 
 def _fresh_process(gpus: float = 0.0) -> None:
-    """Forget what an earlier trial left in this worker; `pipeline.make_accelerator` renews Accelerate's own state.
+    """Forget what an earlier trial left in this worker; `make_accelerator` renews Accelerate's own state.
 
     Args:
         gpus: Share of one GPU that is this trial's. Ray only counts it; the memory is divided here.

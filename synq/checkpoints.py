@@ -10,9 +10,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from synq.averaging import WeightAverage
+from synq.config_io import check_format
 from synq.results import write_bytes_atomic
 
 M = TypeVar("M", bound=nn.Module)
+FORMAT = 2
+"""Format of `checkpoint.pt` and `prepared.pt`."""
 
 
 def check_same_epoch(epoch: int, path: Path | None, accelerator: Accelerator) -> None:
@@ -101,7 +104,7 @@ def load_prepared(path: Path, identity: str, net: nn.Module, teacher: M) -> tupl
 def write_state(path: Path, identity: str, state: dict[str, Any]) -> None:
     """Write plain values and tensors to ``path``, by rename, with what they belong to."""
     buffer = io.BytesIO()
-    torch.save({"identity": identity, **state}, buffer)
+    torch.save({"format": FORMAT, "identity": identity, **state}, buffer)
     write_bytes_atomic(path, buffer.getvalue())
 
 
@@ -114,8 +117,10 @@ def read_state(path: Path, identity: str) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found = state["identity"]
+        number = state.get("format")
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
+    check_format(path, "the state of a run", number, FORMAT, "remove it and run it again")
     if found != identity:
         raise ValueError(
             f"runtime.output_dir must not mix runs: {path} belongs to other teacher weights or images of the same name. "

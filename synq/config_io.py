@@ -22,6 +22,31 @@ def require(name: str, rule: str, value: object, holds: bool) -> None:
         raise ValueError(f"`{name}` must {rule}, but got {value!r}")
 
 
+def check_format(path: str | Path, what: str, found: object, current: int, cure: str) -> None:
+    """Raise if a file has another format number than this version of SynQ writes.
+
+    Args:
+        path: The file.
+        what: What it holds, for the message.
+        found: Its format number; None if it has none.
+        current: The number that this version writes.
+        cure: What the user should do about a file of an earlier version.
+
+    Raises:
+        ValueError: "`PATH` must hold WHAT of format 2, but got format 1, written by an earlier version of SynQ: CURE".
+    """
+    if found == current:
+        return
+    if isinstance(found, int) and found > current:
+        age, cure = "a later", "update SynQ"
+    else:
+        age = "an earlier"
+    got = "no format number" if found is None else f"format {found}"
+    raise ValueError(
+        f"`{path}` must hold {what} of format {current}, but got {got}, written by {age} version of SynQ: {cure}"
+    )
+
+
 def between(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     """Refuse a number outside [low, high] ((low, high] with `open_low`), NaN and infinities."""
     try:

@@ -8,11 +8,11 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from synq.config_identity import config_digest, make_absolute, settings_of_its_day
+from synq.config_identity import DIGEST_FORMAT, config_digest, make_absolute
 from synq.config_io import between as _between
-from synq.config_io import config_from_dict, config_to_dict, load_config, parse_bits, with_overrides
+from synq.config_io import check_format, config_from_dict, config_to_dict, load_config, parse_bits, with_overrides
 from synq.config_io import one_of as _one_of
 from synq.config_io import require as _require
 from synq.file_kinds import read_as
@@ -196,18 +196,22 @@ class RunConfig:
 def load_run(path: str | Path) -> RunConfig:
     """Read the settings of one run from a TOML or JSON file; keys that it leaves out have their defaults.
 
-    A part of a JSON file with every key but some that came later is what a run wrote about itself (config.json) before they came: they
-    mean what was done then, and the run is the same.
+    A `config.json` that a run wrote holds every key and the format number of its version.
 
     Raises:
-        OSError, ValueError: As `load_config` and `config_from_dict`.
+        OSError, ValueError: As `load_config` and `config_from_dict`; or a run of another version of SynQ wrote the file.
     """
     content = load_config(path)
+    if Path(path).suffix == ".json" and ("format" in content or _is_incomplete(content)):
+        cure = "write the settings that you want into a new file and run it again"
+        check_format(path, "the settings of a run", content.pop("format", None), DIGEST_FORMAT, cure)
     with read_as("run", content, path):
-        config = config_from_dict(RunConfig, content, source=str(path))
-    if Path(path).suffix != ".json":
-        return config
-    filled = settings_of_its_day(content)
-    parts = {part: keys for part, keys in config_to_dict(config).items() if isinstance(keys, dict) and part in content}
-    whole = [part for part, keys in parts.items() if filled[part].keys() >= keys.keys()]
-    return config_from_dict(RunConfig, {**content, **{part: filled[part] for part in whole}}, source=str(path))
+        return config_from_dict(RunConfig, content, source=str(path))
+
+
+def _is_incomplete(content: dict[str, Any]) -> bool:
+    """Return whether a mapping has every part of a run, as no one writes by hand, but not every key: newer ones are missing."""
+    whole = config_to_dict(RunConfig())
+    parts = {key: keys for key, keys in whole.items() if isinstance(keys, dict)}
+    named = whole.keys() <= content.keys() and all(isinstance(content[part], dict) for part in parts)
+    return named and any(keys.keys() - content[part].keys() for part, keys in parts.items())

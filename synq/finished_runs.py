@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from synq.configs import RunConfig, config_from_dict, make_absolute, with_overrides
-from synq.pipeline import build_student, set_names, set_store
 from synq.results import RunRecord, read_record
-from synq.students import Student
+from synq.run_sets import set_names, set_store
+from synq.students import Student, build_student
 from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher, load_teacher
 from synq.weight_files import read_weights

@@ -5,8 +5,18 @@ x^F = F^-1(G . F(x)),    G_uv = exp(-D(u, v)^2 / (2 D0^2)),    D = distance from
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import torch
 from torch import Tensor
+
+from synq.scratch import check_space, scratch_tensor
+
+LARGE_SET_BYTES = 2**28
+"""Size from which filtered images are kept on disk: 21,845 images of 32 pixels, 446 of 224."""
+FILTER_BATCH = 64
+"""Images of a large set that are filtered at a time."""
 
 
 def cutoff_in_bins(cutoff: float, unit: str, height: int, width: int) -> float:
@@ -99,3 +109,41 @@ def gaussian_lowpass(x: Tensor, cutoff_bins: float, batch: int = 512, out: Tenso
         spectrum = torch.fft.rfft2(source.to(work)) * gain
         target.copy_(torch.fft.irfft2(spectrum, s=(height, width)))
     return out
+
+
+def lowpass_set(images: Tensor, cutoff_bins: float, folder: Path | None = None) -> Tensor:
+    """Filter a whole set of images; the result of a large set is a memory-mapped file without a name.
+
+    Args:
+        images: (N, C, H, W).
+        cutoff_bins: D0 in DFT bins, > 0.
+        folder: Where the file lies, from ``LARGE_SET_BYTES`` on; None keeps every result in memory.
+
+    Returns:
+        (N, C, H, W), as ``gaussian_lowpass``.
+
+    Raises:
+        ValueError: if ``cutoff_bins`` is not positive.
+        OSError: if the disk of ``folder`` has no space for the file.
+    """
+    if folder is None or images.nbytes < LARGE_SET_BYTES:
+        return gaussian_lowpass(images, cutoff_bins)
+    out = scratch_tensor(tuple(images.shape), images.dtype, folder)
+    return gaussian_lowpass(images, cutoff_bins, FILTER_BATCH, out)
+
+
+def check_lowpass_space(folder: Path, num_images: int, input_size: tuple[int, int, int], copies: int) -> None:
+    """Raise if the disk of ``folder`` has no space for the filtered float32 images of ``copies`` processes.
+
+    Args:
+        folder: As for ``lowpass_set``.
+        num_images: Size of the set, N.
+        input_size: Channels, height, width of an image.
+        copies: Processes of this machine, each of which filters the whole set.
+
+    Raises:
+        OSError: Names the folder, the space needed and the space free.
+    """
+    size = 4 * num_images * math.prod(input_size)
+    if size >= LARGE_SET_BYTES:
+        check_space(folder, size, copies)

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from torch import fx
 
-from synq.config_identity import settings_of_its_day
 from synq.configs import RunConfig, config_from_dict
 from synq.packed_file import load_packed, read_packed
-from synq.pipeline import build_student
+from synq.students import build_student
 from synq.teacher_sources import RANDOM
 from synq.teachers import load_teacher
 
@@ -27,7 +26,7 @@ def load_student(path: str | Path, spec: str | None = None) -> fx.GraphModule:
     about = facts["about"]
     if "config" not in about:
         raise ValueError(f"a packed student must name its teacher, but {path} does not")
-    config = config_from_dict(RunConfig, settings_of_its_day(about["config"]), source=str(path))
+    config = config_from_dict(RunConfig, about["config"], source=str(path))
     architecture = replace(
         config.teacher,
         spec=spec or config.teacher.spec,

@@ -22,13 +22,13 @@ from synq.evaluation import Measure
 from synq.finished_runs import open_run, synthetic_sets
 from synq.lowpass import cutoff_in_bins
 from synq.network_outputs import TappedNetwork, teacher_response
-from synq.pipeline import build_student, low_pass
 from synq.probe_parts import NUM_BINS, REACH, Answers, ImageGrid, LayerError, Maps, Probe, RangeCount, Spectra
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.results import RunRecord
 from synq.rounding import prepare_student
+from synq.run_sets import low_pass
 from synq.sensitivity import logits_of, sqnr_db
-from synq.students import Student
+from synq.students import Student, build_student
 from synq.teachers import Teacher
 from synq.tracing import with_features
 

@@ -1,18 +1,23 @@
-"""Fill the record of a run with what is known before and after its fine-tuning."""
+"""The record of a run through its life: filled before and after fine-tuning, written at the end or on failure, found again."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from synq.configs import RunConfig, config_digest, config_to_dict
 from synq.evaluation import Measurement
-from synq.finetune import Epoch
-from synq.results import RunRecord, environment, read_record
+from synq.finetune import Epoch, NonFiniteLossError
+from synq.results import RunRecord, environment, read_record, write_bytes_atomic, write_record
 from synq.students import Student
 from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher
@@ -25,6 +30,26 @@ FEW = 0.5
 """Share of synthetic images with the assigned class below which the images cannot stand for the classes."""
 
 
+class StageTimer:
+    """Wall-clock seconds of each stage of a run, on this process.
+
+    Attributes:
+        started: Start of the run, UTC.
+        seconds: Seconds by stage; those of a stage entered twice add up.
+    """
+
+    def __init__(self) -> None:
+        self.started = datetime.now(UTC)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time until the end of the context to `stage`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
 def blank_record(
     config: RunConfig,
     teacher: Teacher,
@@ -33,7 +58,9 @@ def blank_record(
     heldout: SyntheticSet,
     eval_digest: str,
     accelerator: Accelerator,
+    *,
     started: datetime,
+    rounding: dict[str, Any],
 ) -> RunRecord:
     """Return the record with everything that is known before the fine-tuning."""
     cam = teacher.cam
@@ -78,8 +105,28 @@ def blank_record(
         warnings=warnings,
         device=_device_name(accelerator),
         started=started.isoformat(timespec="seconds"),
+        rounding=rounding,
         **environment(),
     )
+
+
+@contextmanager
+def failure_recorded(folder: Path, record: RunRecord, accelerator: Accelerator) -> Iterator[None]:
+    """Write a record with status "failed" if fine-tuning diverges; the error goes on."""
+    try:
+        yield
+    except NonFiniteLossError as error:
+        if accelerator.is_main_process:
+            write_record(folder / "record.json", replace(record, status="failed", reason=str(error)))
+        raise
+
+
+def save(folder: Path, record: RunRecord, student: nn.Module, accelerator: Accelerator) -> None:
+    """Write the result of a run on the main process: the student's `state_dict`, then the record that says it is complete."""
+    if accelerator.is_main_process:
+        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in student.state_dict().items()}
+        write_bytes_atomic(folder / "student.safetensors", safetensors.torch.save(state))
+        write_record(folder / "record.json", record)
 
 
 def complete_record(

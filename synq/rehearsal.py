@@ -30,10 +30,12 @@ from synq.configs import (
     TeacherConfig,
 )
 from synq.export import ExportOptions, export_run
-from synq.pipeline import build_student, run, run_folder, set_names, set_store
+from synq.pipeline import run
 from synq.quant_layers import quantizers_bypassed
+from synq.results import run_folder
+from synq.run_sets import set_names, set_store
 from synq.sensitivity import logits_of, scan_quantizers, sqnr_db
-from synq.students import observe_ranges
+from synq.students import build_student, observe_ranges
 from synq.teacher_sources import RANDOM
 from synq.teachers import Teacher, load_teacher
 

@@ -19,10 +19,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from synq.config_identity import settings_of_its_day
+from synq.config_io import check_format
+from synq.configs import DIGEST_FORMAT, RunConfig, config_digest, config_to_dict
 from synq.quant_config import protocol_words
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PACKAGES = ("synq", "torch", "torchvision", "accelerate", "ray", "optuna", "numpy")
 DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms")
 """Figures of `deployment` that are columns of the tables, filled where a student was exported."""
@@ -191,6 +192,11 @@ def _strict(value: object) -> object:
     return value
 
 
+def write_config(path: str | Path, config: RunConfig) -> None:
+    """Write the resolved settings of a run as JSON, by rename; `load_run` reads them."""
+    write_json_atomic(path, {"format": DIGEST_FORMAT, **config_to_dict(config)})
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
@@ -221,19 +227,18 @@ def read_record(path: str | Path) -> RunRecord:
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"`{path}` must hold a run record, but got a {type(content).__name__}")
-    version = content.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise ValueError(f"`{path}` must hold a run record of version {SCHEMA_VERSION}, but got version {version!r}")
+    for key in ("schema_version", "config"):
+        if key not in content:
+            raise ValueError(f"`{path}` must hold a run record, but it has no {key}")
+    check_format(path, "a run record", content["schema_version"], SCHEMA_VERSION, "run it again")
     types = _record_types()
-    if "config" not in content:
-        raise ValueError(f"`{path}` must hold a run record, but it has no config")
     unknown = sorted(set(content) - set(types))
     if unknown:
         raise ValueError(f"`{path}` must hold a run record, but got the unknown key {unknown[0]!r}")
     for name, value in content.items():
         if not _fits(types[name], value):
             raise ValueError(f"`{path}` must hold a run record, but got {name} = {value!r:.80}")
-    return RunRecord(**content | {"config": settings_of_its_day(content["config"])})
+    return RunRecord(**content)
 
 
 @functools.cache  # reading the hints takes longer than reading a record
@@ -254,6 +259,11 @@ def _fits(hint: Any, value: object) -> bool:
     )
     kind = typing.get_origin(kinds[0]) or kinds[0]
     return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Return the folder of a run, `<output_dir>/<name>-<digest>`, with the digest of everything that determines its result."""
+    return Path(config.runtime.output_dir) / f"{config.name}-{config_digest(config)}"
 
 
 def run_protocol(record: RunRecord) -> str:

@@ -153,7 +153,9 @@ def _run(config: RunConfig, rank: int, only_images: bool, npz: str | None = None
     import torch
 
     from synq.finetune import NonFiniteLossError
-    from synq.pipeline import make_accelerator, prepare, run, run_folder
+    from synq.pipeline import prepare, run
+    from synq.placement import make_accelerator
+    from synq.results import run_folder
     from synq.synthesis import write_npz
     from synq.teachers import load_teacher
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sweeps.plans import Plan, plan_values
+from sweeps.plans import FORMAT, Plan, plan_values
 from sweeps.space import DEFAULT_SPACE, Dimension
 from synq.configs import RunConfig, config_digest, config_to_dict, with_overrides
 from synq.results import RunRecord, write_json_atomic, write_record
@@ -65,7 +65,7 @@ def made_sweep(
     write_json_atomic(
         folder / "sweep.json",
         {
-            "format": 1,
+            "format": FORMAT,
             "objective": "synthetic",
             "groups": {key: {} for key in groups},
             "space": space,

@@ -22,7 +22,8 @@ from synq import bars
 from synq.bars import passing_bar, remark, visible
 from synq.configs import RunConfig, config_to_dict, with_overrides
 from synq.evaluation import evaluate
-from synq.pipeline import run, run_folder
+from synq.pipeline import run
+from synq.results import run_folder
 
 SCRIPT = """
 import sys, time, json
@@ -32,7 +33,7 @@ bars.APPEARS_AFTER = float(sys.argv[2])
 from launch.export import main
 from sweeps.pool import run_all
 from synq.configs import RunConfig, config_from_dict
-from synq.pipeline import run_folder
+from synq.results import run_folder
 config = config_from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
 run_all({"only": config}, 1, lambda cell, record: print("done", cell, flush=True))
 words = ["--formats", "packed", "--agreement", "0", "--mean-difference", "9"]

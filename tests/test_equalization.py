@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from small_nets import NETS, SIZE, images, rounded, trained
 from torch import Tensor, fx, nn
 
+from synq.configs import QuantConfig
 from synq.equalization import LARGEST, channel_ranges, channel_scales, equalize, find_pairs, scale_pair, weight_ranges
 from synq.guard import answers, mean_kl
 from synq.quant_layers import ActQuantizer, quantizers_bypassed
@@ -63,7 +64,7 @@ def test_any_scales_leave_the_function_as_it_is(name: str) -> None:
 def test_an_equalised_student_is_the_teacher_up_to_rounding(name: str, act_points: Literal["relu", "inputs"]) -> None:
     traced = trained(NETS[name][0]())
     before = {key: value.clone() for key, value in traced.state_dict().items()}
-    student = quantize_model(traced, weight_bits=3, act_bits=3, act_points=act_points)
+    student = quantize_model(traced, QuantConfig(weight_bits=3, act_bits=3, act_points=act_points))
     reference, report = equalize(student.net, traced, images(64), observe)
     assert all(torch.equal(value, before[key]) for key, value in traced.state_dict().items()), "the teacher was touched"
     assert report["kl"][report["kept"]] == min(report["kl"].values()) and set(report["kl"]) == {"none", "0.5", "1.0"}

@@ -11,7 +11,7 @@ from torch import nn
 from synq.cli import run
 from synq.configs import QuantConfig, TeacherConfig
 from synq.inspection import GUIDES, HERE, inspect, summary
-from synq.pipeline import build_student
+from synq.students import build_student
 from synq.teachers import Teacher, load_teacher
 
 

@@ -10,6 +10,7 @@ import torch
 from small_nets import SIZE, Dense, Residual, depthwise, plain
 from torch import Tensor, nn
 
+from synq.configs import QuantConfig
 from synq.integer_form import codes_of, integer_form
 from synq.integer_layers import ChannelAffine, IntegerConv2d, IntegerLinear
 from synq.packed_file import load_packed, read_packed, save_packed
@@ -36,7 +37,7 @@ def student(
             module.weight.data[0] = 0.0  # and this one is dead
             nn.init.uniform_(module.bias, -0.5, 0.5)
     traced = trace_classifier(net.eval().requires_grad_(False), SIZE)
-    made = quantize_model(traced, weight_bits=bits, act_bits=bits, act_points=act_points)
+    made = quantize_model(traced, QuantConfig(weight_bits=bits, act_bits=bits, act_points=act_points))
     if observed:
         observe_ranges(made.net, images(), act_range="minmax")
     return made
@@ -160,7 +161,7 @@ def test_a_batch_norm_without_statistics_stays() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.AdaptiveAvgPool2d(1))
     net.extend([nn.Flatten(), nn.Linear(4, 5)])
     traced = trace_classifier(net.eval().requires_grad_(False), SIZE)
-    made = quantize_model(traced, weight_bits=4, act_bits=4)
+    made = quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4))
     observe_ranges(made.net, images(), act_range="minmax")
     form = integer_form(made.net)
     assert isinstance(form.get_submodule("1"), nn.BatchNorm2d) and near(form(images()), made.net(images()))

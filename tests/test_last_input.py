@@ -21,9 +21,8 @@ from synq.configs import QuantConfig, RunConfig, TeacherConfig, config_digest, c
 from synq.integer_form import integer_form
 from synq.packed_file import load_packed, save_packed
 from synq.packed_student import load_student
-from synq.pipeline import build_student
 from synq.results import RunRecord, read_record, summary_line, write_record
-from synq.students import Student, observe_ranges, quantize_model
+from synq.students import Student, build_student, observe_ranges, quantize_model
 from synq.teachers import load_teacher
 from synq.tracing import trace_classifier
 from synq.width_problem import WidthProblem
@@ -62,7 +61,7 @@ class _Head(nn.Module):
 
 def _student(net: nn.Module, **options: object) -> Student:
     traced = trace_classifier(trained(net), SIZE)
-    return quantize_model(traced, weight_bits=3, act_bits=3, **options)  # type: ignore[arg-type]
+    return quantize_model(traced, QuantConfig(weight_bits=3, act_bits=3, **options))  # type: ignore[arg-type]
 
 
 def _activations(student: Student) -> dict[str, int]:

@@ -47,6 +47,7 @@ LAYERS = (
         "packing",
         "tracing",
         "cam_site",
+        "scratch",
         "swing",
     },
     {
@@ -76,7 +77,6 @@ LAYERS = (
         "synthetic_data",
         "real_sources",
         "real_data",
-        "scratch",
     },
     {
         "inversion",
@@ -95,6 +95,8 @@ LAYERS = (
         "evaluation",
         "placement",
         "rounding",
+        "networks",
+        "run_sets",
         "records",
         "packed_file",
         "onnx_file",

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from synq.cam_site import locate_cam
-from synq.configs import FinetuneConfig
+from synq.configs import FinetuneConfig, QuantConfig
 from synq.fake_quant import SCALE_EPS, choose_qparams, dequantize, fake_quantize, quant_bounds, quantize
 from synq.finetune import finetune
 from synq.fusion import fuse_rectified
@@ -184,7 +184,9 @@ def images(count: int = 24) -> Tensor:
 def student_of(net: nn.Module, steps: Steps, bits: int = 3, observed: bool = True, **options: Any) -> Student:
     traced = trace_classifier(net, SIZE)
     made = quantize_model(
-        traced, weight_bits=bits, act_bits=bits, cam_node=locate_cam(traced).node, learned_steps=steps, **options
+        traced,
+        QuantConfig(weight_bits=bits, act_bits=bits, learned_steps=steps, **options),
+        cam_node=locate_cam(traced).node,
     )
     if observed:
         observe_ranges(made.net, images(), act_range="mse", weight_range="mse")

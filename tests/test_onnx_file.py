@@ -17,6 +17,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, numpy_helper  # noqa: E402
 
+from synq.configs import QuantConfig  # noqa: E402
 from synq.integer_form import integer_form  # noqa: E402
 from synq.integer_layers import IntegerConv2d, IntegerLinear  # noqa: E402
 from synq.onnx_file import Container, onnx_graph, write_container, write_onnx  # noqa: E402
@@ -88,7 +89,7 @@ class Narrow(nn.Module):
 
 def test_tensors_that_are_alike_at_different_widths_keep_their_types() -> None:
     traced = trace_classifier(Narrow().eval().requires_grad_(False), SIZE)
-    made = quantize_model(traced, weight_bits=4, act_bits=4, first_bits=8)
+    made = quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4, first_bits=8))
     observe_ranges(made.net, images(), act_range="minmax")
     graph = onnx_graph(integer_form(made.net, operations="onnx"), SIZE)
     for container in ("int4", "int8"):

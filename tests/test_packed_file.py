@@ -14,6 +14,7 @@ from small_nets import Residual, plain
 from test_integer_form import images, student
 from torch import nn
 
+from synq.configs import QuantConfig
 from synq.integer_form import integer_form
 from synq.integer_layers import IntegerActivation
 from synq.packed_file import load_packed, read_packed, save_packed
@@ -60,7 +61,7 @@ def test_random_shapes_and_widths_come_back(
         parts += [nn.PReLU(fan_out)]
     net = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 3))
     traced = trace_classifier(net.eval().requires_grad_(False), (3, 5, 5))
-    made = quantize_model(traced, weight_bits=bits, act_bits=bits)
+    made = quantize_model(traced, QuantConfig(weight_bits=bits, act_bits=bits))
     sample = torch.randn(4, 3, 5, 5)
     observe_ranges(made.net, sample, act_range="minmax")
     form = integer_form(made.net)

@@ -17,10 +17,11 @@ import torch
 from synq.configs import RunConfig, TeacherConfig, with_overrides
 from synq.evaluation import Accuracy, evaluate
 from synq.finetune import NonFiniteLossError
-from synq.pipeline import build_student, low_pass, prepare, run, run_folder, set_names
-from synq.results import read_record
+from synq.pipeline import prepare, run
+from synq.results import read_record, run_folder
+from synq.run_sets import low_pass, set_names
 from synq.scratch import scratch_tensor
-from synq.students import observe_ranges
+from synq.students import build_student, observe_ranges
 from synq.synthesis_config import SYNTHESIS_METHODS
 from synq.teachers import load_teacher
 
@@ -235,8 +236,8 @@ def test_large_sets_are_filtered_onto_disk_and_give_the_same_run(
         made.append(shape)
         return scratch_tensor(shape, dtype, folder)
 
-    monkeypatch.setattr("synq.pipeline.LARGE_SET_BYTES", 1)
-    monkeypatch.setattr("synq.pipeline.scratch_tensor", watched)
+    monkeypatch.setattr("synq.lowpass.LARGE_SET_BYTES", 1)
+    monkeypatch.setattr("synq.lowpass.scratch_tensor", watched)
     on_disk = run(with_overrides(config, {"runtime.output_dir": str(tmp_path / "disk")}))
     assert made == [(32, 1, 16, 16)]
     assert (
@@ -325,7 +326,7 @@ def test_a_stopped_run_is_not_rounded_a_second_time(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("rounded again")
 
-    monkeypatch.setattr("synq.pipeline.prepare_student", refuse)
+    monkeypatch.setattr("synq.networks.prepare_student", refuse)
     resumed = run(again)
     assert resumed.rounding == whole.rounding and set(whole.rounding) == {
         "equalization", "bn_correction", "reconstruction"

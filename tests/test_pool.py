@@ -7,8 +7,8 @@ import pytest
 
 from sweeps.pool import run_all
 from synq.configs import RunConfig, with_overrides
-from synq.pipeline import run, run_folder
-from synq.results import RunRecord
+from synq.pipeline import run
+from synq.results import RunRecord, run_folder
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from reconstruct_tools import (
 from torch import Tensor, fx
 
 from synq.blocks import block_ends, segment
-from synq.configs import ReconstructionConfig, TeacherConfig
+from synq.configs import QuantConfig, ReconstructionConfig, TeacherConfig
 from synq.fake_quant import quantize
 from synq.quant_layers import ActQuantizer, effective_weight
 from synq.reconstruct import (
@@ -241,7 +241,9 @@ def test_exponent_of_the_rounding_term() -> None:
 
 def test_learned_weight_steps_and_double_precision() -> None:
     traced, images = traced_of(Bottlenecks).double(), smooth(32, SIZE, 0).double()
-    student = quantize_model(traced, weight_bits=3, act_bits=3, rounding="adaround", learned_steps="all").net.double()
+    student = quantize_model(
+        traced, QuantConfig(weight_bits=3, act_bits=3, rounding="adaround", learned_steps="all")
+    ).net.double()
     observe_ranges(student, images, act_range="mse")
     grids = {name: layer.weight_quantizer.scale.detach().clone() for name, layer in layers_of(student).items()}
     report = reconstruct(student, traced, images, QUICK, seed=0, device=CPU)

@@ -12,10 +12,10 @@ from sweeps.reports.page import Figure, Gap, Table
 from sweeps.reports.run_page import run_page
 from synq.configs import RunConfig, with_overrides
 from synq.lowpass import gaussian_lowpass
-from synq.pipeline import run, run_folder
+from synq.pipeline import run
 from synq.probe import _amplitude, _profile, probe_run
 from synq.probe_parts import REACH, Probe
-from synq.results import read_record
+from synq.results import read_record, run_folder
 
 DRAWINGS = {"losses", "images", "spectra", "spectrum-profile", "cam", "difficulty", "confusion", "layers", "ranges"}
 

@@ -17,8 +17,8 @@ from synq import train
 from synq.config_io import dotted_keys
 from synq.configs import RunConfig, config_digest, with_overrides
 from synq.finetune import NonFiniteLossError
-from synq.pipeline import run, run_folder
-from synq.results import read_json, read_record
+from synq.pipeline import run
+from synq.results import read_json, read_record, run_folder
 from synq.timetable import lr_at
 from synq.tracking import FIGURES
 

@@ -16,8 +16,7 @@ from torch import nn
 
 from synq.cli import run
 from synq.configs import QuantConfig, RunConfig, TeacherConfig, config_from_dict
-from synq.pipeline import build_student
-from synq.students import Student, quantize_model
+from synq.students import Student, build_student, quantize_model
 from synq.teachers import load_teacher
 from synq.width_choice import Key, Limit, Product, choose_widths
 from synq.width_problem import WidthProblem
@@ -149,13 +148,15 @@ def test_layers_that_are_called_twice(points: str, ends: dict[str, int]) -> None
     def build(quant: QuantConfig) -> Student:
         return quantize_model(
             teacher,
-            weight_bits=4,
-            act_bits=4,
-            act_points=quant.act_points,
-            first_bits=quant.first_bits,
-            last_bits=quant.last_bits,
-            layer_weight_bits=quant.layer_weight_bits,
-            layer_act_bits=quant.layer_act_bits,
+            QuantConfig(
+                weight_bits=4,
+                act_bits=4,
+                act_points=quant.act_points,
+                first_bits=quant.first_bits,
+                last_bits=quant.last_bits,
+                layer_weight_bits=quant.layer_weight_bits,
+                layer_act_bits=quant.layer_act_bits,
+            ),
         )
 
     student = build(quant)

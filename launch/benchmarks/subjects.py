@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from synq.cam_site import locate_cam
 from synq.cifar_resnet import cifar_resnet
-from synq.configs import RuntimeConfig
+from synq.configs import QuantConfig, RuntimeConfig
 from synq.fusion import fuse_rectified
 from synq.network_outputs import TappedNetwork
 from synq.placement import place
@@ -93,7 +93,7 @@ def build_subject(
     labels = torch.arange(len(images)) % kind.classes
     traced = trace_classifier(copy.deepcopy(module), kind.size)
     site = locate_cam(traced)
-    student = quantize_model(traced, weight_bits=BITS, act_bits=BITS, cam_node=site.node)
+    student = quantize_model(traced, QuantConfig(weight_bits=BITS, act_bits=BITS), cam_node=site.node)
     plain = copy.deepcopy(traced)
     for net in (traced, student.net, plain):
         place(net, runtime, device, kind.size)

@@ -19,8 +19,8 @@ from torch import Tensor
 from launch.benchmarks.subjects import TINY, build_subject
 from synq.configs import FinetuneConfig, RunConfig, RuntimeConfig
 from synq.finetune import Epoch, finetune
-from synq.pipeline import low_pass
 from synq.placement import make_accelerator
+from synq.run_sets import low_pass
 from synq.synthetic_data import read_tensors
 
 SAMPLE_SECONDS = 0.05

@@ -88,7 +88,7 @@ def join_group(task: dict[str, Any]) -> None:
     from torch import distributed
 
     from synq.configs import RuntimeConfig
-    from synq.pipeline import make_accelerator
+    from synq.placement import make_accelerator
 
     rank = ray.train.get_context().get_world_rank()
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.leaderboard import record_files
-from sweeps.plans import Plan, read_plan
+from sweeps.plans import Plan, read_plan, read_sweep_file
 from sweeps.ranking import Standing
 from sweeps.space import Dimension
 from sweeps.tables import Tables
-from synq.results import RunRecord, read_json, read_record
+from synq.results import RunRecord, read_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +134,8 @@ def _about(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: It is damaged, or of something else.
     """
-    if not path.is_file():
-        return {}
-    about = read_json(path)
-    if (
-        not isinstance(about, dict)
-        or not isinstance(about.get("search"), dict)
-        or not isinstance(about.get("groups"), dict)
-    ):
+    about = read_sweep_file(path)
+    if about and not (isinstance(about.get("search"), dict) and isinstance(about.get("groups"), dict)):
         raise ValueError(f"`{path}` must hold a sweep's search and groups, but it does not")
     return about
 
