@@ -38,7 +38,7 @@ def check_format(path: str | Path, what: str, found: object, current: int, cure:
     if found == current:
         return
     if isinstance(found, int) and found > current:
-        age, cure = "a later", "update SynQ"
+        age, cure = "a later", f"update SynQ, or {cure}"
     else:
         age = "an earlier"
     got = "no format number" if found is None else f"format {found}"

@@ -15,7 +15,7 @@ import safetensors.torch
 from synq import cli, train
 from synq.config_io import dotted_keys
 from synq.configs import RunConfig, config_digest, config_to_dict, with_overrides
-from synq.results import RunRecord, read_record
+from synq.results import RunRecord, read_record, write_config
 
 SUMMARY = re.compile(
     r"^digits_resnet8 W4A4 A relu \| teacher \d+\.\d\d \| RTN \d+\.\d\d \| final \d+\.\d\d \| drop -?\d+\.\d\d \| \d+ s$"
@@ -155,20 +155,20 @@ def test_the_first_word_is_the_teacher_or_the_settings(in_tmp: Path) -> None:
         train.read_command_line(["run.toml", "--config", "run.toml"])
 
 
-def test_what_a_run_wrote_before_a_setting_existed_names_that_run(in_tmp: Path) -> None:
-    then = with_overrides(RunConfig(), {"finetune.grad_clip_relative": None, "finetune.lr": 0.5})
-    content = config_to_dict(then)
-    del content["finetune"]["grad_clip_relative"], content["quant"]["layer_act_bits"]
-    Path("config.json").write_text(json.dumps(content))
+def test_the_settings_that_a_run_wrote_name_that_run(in_tmp: Path) -> None:
+    config = with_overrides(RunConfig(), {"finetune.grad_clip_relative": None, "finetune.lr": 0.5})
+    write_config("config.json", config)
     found, _ = train.read_command_line(["--config", "config.json"])
-    assert found == then and config_digest(found) == config_digest(then)
-    del content["synthesis"]["lr"]
-    Path("config.json").write_text(json.dumps(content))
-    assert train.read_command_line(["--config", "config.json"])[0] == then, "part by part"
-    del content["finetune"]["lr"]
-    Path("by_hand.json").write_text(json.dumps({"finetune": content["finetune"]}))
+    assert found == config and config_digest(found) == config_digest(config)
+    Path("dumped.json").write_text(json.dumps(config_to_dict(config)))
+    assert train.read_command_line(["--config", "dumped.json"])[0] == config, "complete without a format number"
+    finetune = config_to_dict(config)["finetune"]
+    del finetune["lr"]
+    Path("by_hand.json").write_text(json.dumps({"finetune": finetune}))
     found, _ = train.read_command_line(["--config", "by_hand.json", "--finetune.lr", "0.25"])
-    assert found == with_overrides(RunConfig(), {"finetune.lr": 0.25}), "by hand: the defaults of today"
+    assert found == with_overrides(config, {"finetune.lr": 0.25})
+    Path("by_hand.json").write_text(json.dumps({"finetune": {"lr": 0.5}}))
+    assert train.read_command_line(["by_hand.json"])[0] == with_overrides(RunConfig(), {"finetune.lr": 0.5})
 
 
 def test_failure_and_interrupt_have_their_own_exit_codes(
