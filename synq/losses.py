@@ -6,6 +6,7 @@ Everything is computed in float32 at least, whatever the dtype of the logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -143,29 +144,46 @@ def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tens
     return torch.stack(parts).mean(dim=0)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossWeights:
+    """Weights of the terms of :func:`synq_loss`, and what shapes them.
+
+    A term of weight 0 is reported but stays out of the sum.
+    """
+
+    kd_weight: float = 1.0
+    """Weight of the distillation."""
+    ce_weight: float
+    """lambda_CE, weight of the masked cross-entropy."""
+    cam_weight: float
+    """lambda_CAM, weight of the distance between the class activation maps."""
+    feature_weight: float = 0.0
+    """Weight of the feature alignment."""
+    kd_temperature: float = 1.0
+    """T of the distillation, > 0; 1 is the paper's equation."""
+    difficulty_threshold: float
+    """tau in [0, 1]: the largest difficulty with a hard label; 1 keeps all images."""
+    top2: bool = False
+    """Whether difficult images get the teacher's two likeliest classes instead of no label."""
+
+
 def synq_loss(
     student_logits: Tensor,
     student_map: Tensor | None,
     teacher_logits: Tensor,
     teacher_map: Tensor | None,
     labels: Tensor,
+    weights: LossWeights,
     *,
-    temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    cam_weight: float,
-    difficulty_threshold: float,
     student_blocks: Sequence[Tensor] = (),
     teacher_blocks: Sequence[Tensor] = (),
-    feature_weight: float = 0.0,
-    top2: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of synthesis-aware fine-tuning, a mean over all N images.
+    """Return the loss of synthesis-aware fine-tuning, a mean over all N images, and its terms.
 
         L = 1/N sum_i [ kd_weight KD_i + ce_weight 1{delta_i <= tau} CE_i + cam_weight CAM_i + feature_weight FA_i ]
 
     N counts every image, kept or not, so the average over equal parts of a batch is the loss of the batch (DDP averages gradients
-    this way). A term of weight 0 is reported but stays out of the sum.
+    this way).
 
     Args:
         student_logits: (N, K).
@@ -173,15 +191,9 @@ def synq_loss(
         teacher_logits: (N, K), of the same images.
         teacher_map: (N, H, W) or None.
         labels: (N,) int64.
-        temperature: T of the distillation, > 0.
-        kd_weight: weight of the distillation.
-        ce_weight: lambda_CE.
-        cam_weight: lambda_CAM.
-        difficulty_threshold: tau in [0, 1]; 1 keeps all images.
-        student_blocks: block outputs for feature alignment, or none.
-        teacher_blocks: the same of the teacher.
-        feature_weight: weight of the feature alignment.
-        top2: give difficult images the teacher's two likeliest classes in place of no label.
+        weights: Weights of the terms, T, and tau.
+        student_blocks: Block outputs for feature alignment, or none.
+        teacher_blocks: The same of the teacher.
 
     Returns:
         ``(loss, terms)``: the scalar to differentiate, and detached scalars "kd", "ce", "cam", "features" (unweighted means over N)
@@ -194,10 +206,10 @@ def synq_loss(
     """
     if (student_map is None) != (teacher_map is None):
         raise ValueError("`student_map` and `teacher_map` must both be given or both be None, but got one of the two")
-    keep = difficulty(teacher_logits, labels) <= difficulty_threshold
-    kd = kd_kl(student_logits, teacher_logits, temperature).mean()
+    keep = difficulty(teacher_logits, labels) <= weights.difficulty_threshold
+    kd = kd_kl(student_logits, teacher_logits, weights.kd_temperature).mean()
     ce = masked_cross_entropy(student_logits, labels, keep)
-    if top2:
+    if weights.top2:
         ce = ce + top2_cross_entropy(student_logits, teacher_logits).where(~keep, 0.0)
     terms = {"kd": kd, "ce": ce.mean(), "cam": torch.zeros_like(kd)}
     if student_map is not None and teacher_map is not None:
@@ -205,7 +217,13 @@ def synq_loss(
     if teacher_blocks:
         terms["features"] = feature_loss(student_blocks, teacher_blocks).mean()
     loss = torch.zeros_like(kd)
-    for name, weight in (("kd", kd_weight), ("ce", ce_weight), ("cam", cam_weight), ("features", feature_weight)):
+    weight_of = {
+        "kd": weights.kd_weight,
+        "ce": weights.ce_weight,
+        "cam": weights.cam_weight,
+        "features": weights.feature_weight,
+    }
+    for name, weight in weight_of.items():
         if weight != 0 and name in terms:
             loss = loss + weight * terms[name]
     detached = {name: term.detach() for name, term in terms.items()}

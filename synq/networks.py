@@ -12,7 +12,7 @@ from synq.checkpoints import load_prepared, save_prepared
 from synq.configs import RunConfig
 from synq.fusion import fuse_rectified
 from synq.network_outputs import TappedNetwork
-from synq.placement import main_sees, make_equal, place, same_figures
+from synq.placement import main_sees, make_equal, place, same_metrics
 from synq.rounding import prepare_student
 from synq.students import Student
 from synq.teachers import Teacher
@@ -58,7 +58,7 @@ def prepare_networks(
             config,
             accelerator.device,
             image_range=teacher.pixel_range(),
-            agree=same_figures,
+            synchronize=same_metrics,
             progress=config.runtime.progress and accelerator.is_main_process,
         )
         if report and accelerator.is_main_process:

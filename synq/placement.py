@@ -131,6 +131,6 @@ def main_sees(path: Path) -> bool:
     return bool(broadcast_object_list([path.exists()])[0])
 
 
-def same_figures(figures: dict[str, float]) -> dict[str, float]:
-    """Return those of the main process, on all processes: what is chosen by them must be the same everywhere."""
-    return dict(broadcast_object_list([figures])[0])
+def same_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Return the metrics of the main process on all processes: a choice by them must be the same everywhere."""
+    return dict(broadcast_object_list([metrics])[0])

@@ -17,9 +17,9 @@ from launch.benchmarks.subjects import TINY, Subject, build_subject
 from launch.benchmarks.table import Context, Row, Target, as_json, machine, markdown
 from launch.benchmarks.textbook import textbook_loss
 from launch.benchmarks.timing import Spread, Times, alternate
-from synq.finetune import training_loss
 from synq.lowpass import gaussian_lowpass
 from synq.network_outputs import teacher_response
+from synq.training_loss import training_loss
 
 CPU = torch.device("cpu")
 CONTEXT = Context(device=CPU, threads=1, rounds=2)

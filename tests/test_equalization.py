@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from synq.configs import QuantConfig
 from synq.equalization import LARGEST, channel_ranges, channel_scales, equalize, find_pairs, scale_pair, weight_ranges
-from synq.guard import answers, mean_kl
+from synq.guard import logits_of, mean_kl
 from synq.quant_layers import ActQuantizer, quantizers_bypassed
 from synq.students import observe_ranges, quantize_model
 from synq.tracing import node_module, trace_classifier
@@ -73,7 +73,7 @@ def test_an_equalised_student_is_the_teacher_up_to_rounding(name: str, act_point
         torch.testing.assert_close(student.net(x), traced(x), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(reference(x), traced(x), rtol=1e-10, atol=1e-10)
     assert (reference is traced) == (report["kept"] == "none")
-    wanted = answers(traced, images(64))
+    wanted = logits_of(traced, images(64))
     assert mean_kl(wanted, student.net, images(64)) == report["kl"][report["kept"]], (
         "the ranges are those of the choice"
     )
@@ -110,7 +110,7 @@ def test_the_reference_has_the_students_channels() -> None:
 def test_a_planted_imbalance_is_repaired(name: str) -> None:
     traced = trained(NETS[name][0]())
     producer, consumer, _ = {"residual": ("bn2", "conv3", ""), "depthwise": ("4", "6", "")}.get(name, NETS[name][1][0])
-    even = mean_kl(answers(traced, images(64)), rounded(traced, observed=images(64)).net, images(64))
+    even = mean_kl(logits_of(traced, images(64)), rounded(traced, observed=images(64)).net, images(64))
     plant(traced, producer, consumer, 1, 100.0)
     student = rounded(traced)
     _, report = equalize(student.net, traced, images(64), observe)
@@ -305,7 +305,7 @@ def test_equalisation_is_kept_only_where_kl_falls() -> None:
         traced = trained(NETS["pooled"][0](), seed)
         student = rounded(traced, 8)
         _, report = equalize(student.net, traced, images(64), observe)
-        wanted = answers(traced, images(64))
+        wanted = logits_of(traced, images(64))
         alone = mean_kl(wanted, rounded(traced, 8, images(64)).net, images(64))
         assert report["kl"]["none"] == alone >= mean_kl(wanted, student.net, images(64))
         chosen.add(report["kept"])

@@ -59,7 +59,7 @@ def test_every_file_is_there_and_described(finished: Path, exported: Path) -> No
 
 
 def test_the_packed_file_alone_gives_the_model(finished: Path, exported: Path) -> None:
-    *_, student = open_run(finished)
+    student = open_run(finished).student
     sample = torch.randn(4, 1, 16, 16)
     assert torch.equal(load_student(exported / "model.safetensors")(sample), integer_form(student.net)(sample))  # fmt: skip
     program = torch.export.load(exported / "model.pt2").module()

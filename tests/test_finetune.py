@@ -12,11 +12,12 @@ from accelerate import Accelerator
 from finetune_tools import CONFIG, images, labels, networks, taps, train
 from torch import Tensor, nn
 
-from synq.finetune import NonFiniteLossError, finetune, harder_images, training_loss
+from synq.finetune import NonFiniteLossError, finetune
 from synq.losses import difficulty, feature_loss
 from synq.lowpass import gaussian_lowpass
 from synq.network_outputs import teacher_response
 from synq.quant_layers import QuantConv2d, QuantLinear
+from synq.training_loss import harder_images, training_loss
 
 
 def test_loss_falls_and_weights_move(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:

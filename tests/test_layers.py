@@ -86,6 +86,7 @@ LAYERS = (
         "artifacts",
         "network_outputs",
         "averaging",
+        "training_loss",
         "finetune",
         "optimizers",
         "reconstruct",

@@ -15,10 +15,10 @@ from launch.benchmarks.table import Context, Row
 from launch.benchmarks.timing import Spread, alternate
 from synq.bn_stats import channel_moments
 from synq.fake_quant import choose_qparams, fake_quantize, fake_quantize_rectified
-from synq.finetune import training_loss
 from synq.gradcam import cam_map
 from synq.lowpass import gaussian_lowpass
 from synq.network_outputs import teacher_response
+from synq.training_loss import training_loss
 
 FLOAT = 4
 MATRIX = {"cpu": 1024, "cuda": 8192}

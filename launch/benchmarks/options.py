@@ -12,9 +12,9 @@ from launch.benchmarks.subjects import KINDS, build_subject
 from launch.benchmarks.table import Context, Row, Target
 from launch.benchmarks.timing import Times, alternate
 from synq.configs import RuntimeConfig
-from synq.finetune import training_loss
 from synq.losses import kd_kl
 from synq.network_outputs import teacher_response
+from synq.training_loss import training_loss
 
 
 def rows(context: Context) -> Iterator[Row]:

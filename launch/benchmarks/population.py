@@ -10,8 +10,8 @@ from launch.benchmarks.steps import CONFIG, updated
 from launch.benchmarks.subjects import Subject, build_subject
 from launch.benchmarks.table import Context, Row
 from launch.benchmarks.timing import alternate
-from synq.finetune import training_loss
 from synq.network_outputs import Response, teacher_response
+from synq.training_loss import training_loss
 
 STUDENTS = {"cpu": 4, "cuda": 8}
 LAYERS = ((16, 32), (32, 16), (64, 8))

@@ -10,10 +10,10 @@ from launch.benchmarks.table import Context, Row, Target
 from launch.benchmarks.textbook import PASSES, textbook_loss
 from launch.benchmarks.timing import Spread, Times, alternate
 from synq.configs import FinetuneConfig
-from synq.finetune import training_loss
 from synq.losses import kd_kl
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
 from synq.network_outputs import teacher_response
+from synq.training_loss import training_loss
 
 CONFIG = FinetuneConfig()
 
