@@ -1,4 +1,4 @@
-"""The state of a student before its fine-tuning and after each epoch, as files that are whole or absent."""
+"""Checkpoints of a student, before its fine-tuning and after each epoch, written atomically."""
 
 import copy
 import io
@@ -19,7 +19,11 @@ FORMAT = 2
 
 
 def check_same_epoch(epoch: int, path: Path | None, accelerator: Accelerator) -> None:
-    """Refuse to resume where only some processes see the checkpoint: they would wait for one another for ever."""
+    """Raise if only some processes see the checkpoint: they would wait for one another forever.
+
+    Raises:
+        ValueError: Names the epochs that the processes find.
+    """
     epochs = accelerator.gather(torch.tensor([epoch], device=accelerator.device)).tolist()
     if len(set(epochs)) > 1:
         raise ValueError(
@@ -49,7 +53,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path | None, identity: str, net: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage
 ) -> list[dict[str, float]]:
-    """Put the state in ``path`` into network, optimizer and average; returns the epochs done, none where there is no file.
+    """Load ``path`` into network, optimizer and average; return the history of its epochs, [] without a file.
 
     Raises:
         ValueError: If the file is damaged, or its identity is not ``identity``.
@@ -62,7 +66,7 @@ def load_checkpoint(
         optimizer.load_state_dict(state["optimizer"])
         average.load_state_dict(state["average"])
         history: list[dict[str, float]] = state["history"]
-    except Exception as error:  # unpickling and loading raise many types; a damaged file must name itself
+    except Exception as error:  # unpickling and loading raise many types; the message must name the damaged file
         raise _unreadable(path, error) from error
     return history
 
@@ -70,21 +74,21 @@ def load_checkpoint(
 def save_prepared(
     path: Path, identity: str, net: nn.Module, reference: nn.Module | None, report: dict[str, Any]
 ) -> None:
-    """Write a student as it stands before its fine-tuning, by rename: a killed run need not round it a second time.
+    """Write a student before its fine-tuning, by rename, so that a killed run does not repeat the rounding.
 
     Args:
         path: The file.
         identity: What it belongs to (teacher and images).
         net: The student's network.
-        reference: The float network that it imitates, where that is not the teacher.
-        report: What was done, as plain values.
+        reference: The float network that it imitates, unless that is the teacher.
+        report: Report of ``prepare_student``, as plain values.
     """
     scaled = None if reference is None else reference.state_dict()
     write_state(path, identity, {"model": net.state_dict(), "reference": scaled, "report": report})
 
 
 def load_prepared(path: Path, identity: str, net: nn.Module, teacher: M) -> tuple[M, dict[str, Any]]:
-    """Put what ``save_prepared`` wrote into ``net``; returns the float network that it imitates, and the report.
+    """Load a file of ``save_prepared`` into ``net``; return the float network that it imitates, and the report.
 
     Raises:
         ValueError: If the file is damaged, or its identity is not ``identity``.
@@ -102,14 +106,14 @@ def load_prepared(path: Path, identity: str, net: nn.Module, teacher: M) -> tupl
 
 
 def write_state(path: Path, identity: str, state: dict[str, Any]) -> None:
-    """Write plain values and tensors to ``path``, by rename, with what they belong to."""
+    """Write plain values and tensors to ``path``, by rename, with the identity of the run."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "identity": identity, **state}, buffer)
     write_bytes_atomic(path, buffer.getvalue())
 
 
 def read_state(path: Path, identity: str) -> dict[str, Any]:
-    """Return what ``write_state`` wrote, on the CPU.
+    """Read a file of ``write_state``, on the CPU.
 
     Raises:
         ValueError: If the file is damaged, or its identity is not ``identity``.

@@ -1,4 +1,4 @@
-"""Which files a run names, and which of its settings decide its result. Works on dotted keys, so it needs no configuration class."""
+"""The identity of a run: the digest of the settings that determine its result. Works on dotted keys, so it needs no configuration class."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ def absolute_path(path: str) -> str:
     """Return `path` seen from the current folder, ~ and $VARIABLES expanded; an address such as s3://bucket stays as it is.
 
     Raises:
-        ValueError: If a variable is not set: a file called "$NAME/..." is never what was meant.
+        ValueError: If a variable is not set: nobody means a file called "$NAME/...".
     """
     expanded = os.path.expandvars(os.path.expanduser(path))
     unset = re.search(r"\$(\w+|\{\w+\})", expanded)
@@ -31,7 +31,7 @@ def absolute_path(path: str) -> str:
 
 
 def map_spec_path(spec: str, function: Callable[[str], str]) -> str:
-    """Apply `function` to the file path inside a spec, where there is one.
+    """Apply `function` to the file path inside a spec, if there is one.
 
     npz:FILE, imagefolder:PATH, FILE.py:FACTORY and the name of a weights file hold a path; bundled:NAME, digits or IMAGENET1K_V1 do not.
     """
@@ -48,12 +48,12 @@ def map_spec_path(spec: str, function: Callable[[str], str]) -> str:
 def _changed(
     values: dict[str, Any], keys: tuple[tuple[str, str], ...], function: Callable[[str], str]
 ) -> dict[str, str]:
-    """New values, by dotted key, of those `keys` that are set."""
+    """Return the new values, by dotted key, of those `keys` that are set."""
     return {f"{part}.{key}": function(values[part][key]) for part, key in keys if values[part][key]}
 
 
 def make_absolute(config: T) -> T:
-    """Return a copy whose file paths are absolute, seen from the current folder (a trial runs in a folder of its own).
+    """Return a copy whose file paths are absolute, seen from the current folder (a trial runs in a separate folder).
 
     Covers weights files, FILE.py:FACTORY, npz:FILE, imagefolder:PATH and every folder; addresses (s3://...) are left alone.
     """

@@ -1,7 +1,7 @@
-"""What a run is: frozen values, checked where they are defined. Standard library only, so that every door may import it.
+"""The configuration of a run: frozen dataclasses, validated where they are defined. Standard library only, so that every command may import it.
 
 A configuration is a `RunConfig` of seven parts. Mappings (TOML, JSON, dotted overrides) become one through `config_from_dict`, which
-is strict: an unknown key or a value of another type is refused, never dropped or guessed.
+is strict: an unknown key or a value of another type is rejected, never dropped or guessed.
 """
 
 import math
@@ -101,7 +101,7 @@ class EvaluationConfig:
     heldout_images: int = 256
     """Synthetic images of other seeds on which the fidelity to the teacher is measured."""
     objective: Literal["synthetic", "selection"] = "synthetic"
-    """What a sweep optimises: synthetic (fidelity to the teacher on held-out synthetic images) or selection (top-1 on a part of the labelled set)."""
+    """What a sweep optimizes: synthetic (fidelity to the teacher on held-out synthetic images) or selection (top-1 on a part of the labelled set)."""
     fidelity_measure: Literal["kl", "kl_t4", "jensen_shannon", "disagreement", "logit_mse"] = "kl"
     """Measure of objective synthetic, lower is better: KL at temperature 1 or 4, Jensen-Shannon (nats), disagreement (percent), logit_mse."""
     selection_fraction: float = 0.2

@@ -1,8 +1,8 @@
 """Synthesis-aware fine-tuning of a quantized student, on 1..n processes.
 
-One pass: a step costs one student forward and one backward. The images are filtered before; the teacher's logits and
-maps are computed once where the images stay as they are; the class-activation maps come from the features of those very
-forwards (SynQ, section 4; the closed form of the CAM weights is ours).
+A step costs one student forward and one backward pass. The images are filtered before; the teacher's logits and maps are
+computed once unless the images are augmented; the class-activation maps come from the features of the same forward passes
+(SynQ, section 4; the closed form of the CAM weights is ours).
 """
 
 import math
@@ -26,7 +26,7 @@ from synq.checkpoints import check_same_epoch, load_checkpoint, save_checkpoint
 from synq.configs import FinetuneConfig
 from synq.network_outputs import Response, TappedNetwork, cached_responses, teacher_response
 from synq.optimizers import clip_relative, make_optimizer
-from synq.placement import make_equal
+from synq.placement import synchronize_parameters
 from synq.seeding import make_generator
 from synq.timetable import epoch_batches, local_batch_size, lr_at
 from synq.tracing import batchnorm_parameters
@@ -36,7 +36,7 @@ Epoch = dict[str, float]
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss term or the gradient stopped being a finite number; the message names it."""
+    """A loss term or the gradient norm is not finite; the message names it."""
 
 
 class LossMeter:
@@ -206,7 +206,7 @@ def finetune(
     with_cam = config.cam_weight > 0 and student.site.kind != "none"
     student, teacher = (replace(part, method=config.cam_method, with_cam=with_cam) for part in (student, teacher))
     parameters = _trainable(student.net, config.train_bn)
-    make_equal(student.net)
+    synchronize_parameters(student.net)
     optimizer: torch.optim.Optimizer = make_optimizer(student.net, config)
     with warnings.catch_warnings():  # of PyTorch 2.14 about an argument that Accelerate still passes by its old name
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
@@ -270,7 +270,7 @@ def finetune(
 
 
 def _near(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return ``tensor`` on the GPU where it takes at most a quarter of the free memory, else as it is (rows travel)."""
+    """Return ``tensor`` on the GPU if it takes at most a quarter of the free memory, else unchanged (batches are copied)."""
     if device.type != "cuda" or tensor.numel() * tensor.element_size() > torch.cuda.mem_get_info(device)[0] // 4:
         return tensor
     return tensor.to(device)
@@ -279,12 +279,12 @@ def _near(tensor: Tensor, device: torch.device) -> Tensor:
 def _take(tensor: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     taken = tensor[rows.to(tensor.device)]
     if device.type == "cuda" and taken.device.type == "cpu":
-        taken = taken.pin_memory()  # only from pinned memory does a copy run beside the device's work
+        taken = taken.pin_memory()  # only a copy from pinned memory overlaps with the device's work
     return taken.to(device, non_blocking=True)
 
 
 def _trainable(net: fx.GraphModule, train_bn: bool) -> list[nn.Parameter]:
-    """Set which parameters learn, and return them."""
+    """Set `requires_grad` of all parameters; return the trained ones."""
     frozen = set() if train_bn else {id(parameter) for parameter in batchnorm_parameters(net)}
     for parameter in net.parameters():
         parameter.requires_grad_(id(parameter) not in frozen)

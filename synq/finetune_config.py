@@ -1,4 +1,4 @@
-"""How the quantized student is trained, as frozen values. Standard library only."""
+"""The configuration of fine-tuning. Standard library only."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +15,7 @@ class FinetuneConfig:
     batch_size: int = 64
     """Images per step over all processes together; must divide by the number of processes."""
     optimizer: Literal["sgd", "adam"] = "sgd"
-    """Optimiser of the student's parameters."""
+    """Optimizer of the student's parameters."""
     lr: float = 0.01
     """Largest learning rate."""
     momentum: float = 0.9
@@ -33,7 +33,7 @@ class FinetuneConfig:
     grad_clip: float | None = 1.0
     """Largest norm of the whole gradient; None does not clip."""
     grad_clip_relative: float | None = 0.1
-    """Largest norm of the gradient of each weight tensor, behind grad_clip, as a share of the tensor's own norm; None does not clip."""
+    """Largest norm of the gradient of each weight tensor, after grad_clip, as a share of the tensor's own norm; None does not clip."""
     kd_temperature: float = 4.0
     """Temperature T of the distillation loss T^2 KL(teacher / T || student / T)."""
     kd_weight: float = 1.0
@@ -41,7 +41,7 @@ class FinetuneConfig:
     ce_weight: float = 0.1
     """Weight of the cross-entropy to the assigned label on images the teacher finds easy."""
     hard_labels: Literal["drop", "top2"] = "drop"
-    """What a difficult image gets in place of its hard label: nothing (drop, the paper's), or its teacher's two likeliest classes."""
+    """What a difficult image gets instead of its hard label: nothing (drop, the paper's), or its teacher's two likeliest classes."""
     cam_weight: float = 20.0
     """Weight of the distance between the class activation maps of teacher and student; it belongs to `cam_method`."""
     cam_method: Literal["gradcam", "gradcam++", "cam"] = "gradcam"
@@ -51,7 +51,7 @@ class FinetuneConfig:
     perturb_weight: float = 0.0
     """Weight of the distillation on perturbed images, each made harder for the student by one signed gradient step (lambda_P)."""
     perturb_size: float = 0.02
-    """Size of that step, in normalised units of the input."""
+    """Size of that step, in normalized units of the input."""
     difficulty_threshold: float = 0.5
     """Largest difficulty (1 - teacher's probability of the label) at which the cross-entropy counts; 1 keeps every image."""
     lowpass_cutoff: float | None = 1.0

@@ -1,4 +1,4 @@
-"""Losses of synthesis and of synthesis-aware fine-tuning: pure functions, one value an image, reduced in one place.
+"""Losses of synthesis and of synthesis-aware fine-tuning: pure functions, one value per image, reduced only in `synq_loss`.
 
 Everything is computed in float32 at least, whatever the dtype of the logits.
 """
@@ -21,19 +21,19 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _one_minus_p(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 - p_label as the sum of the other probabilities: no digit is lost near p = 1, where the subtraction loses all."""
+    """Return 1 - p_label as the sum of the other probabilities: near p = 1 the subtraction would lose all digits."""
     others = F.softmax(_wide(logits), dim=1).scatter(1, labels[:, None], 0.0)
     return others.sum(dim=1).clamp(max=1.0)
 
 
 @torch.no_grad()
 def difficulty(teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """Difficulty of each image: delta = 1 - p_label, the teacher's doubt in the assigned label.
+    """Return the difficulty of each image, delta = 1 - p_label: the teacher's doubt in the assigned label.
 
     Below 0.5 the teacher predicts the label for certain. Logits (20, 0) with label 0 give 2.06e-9, not 0.
 
     Args:
-        teacher_logits: (N, K), of the very images that the student sees.
+        teacher_logits: (N, K), of the same images that the student sees.
         labels: (N,) int64, assigned labels.
 
     Returns:
@@ -45,7 +45,7 @@ def difficulty(teacher_logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def kd_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Distillation loss T^2 KL(softmax(teacher / T) || softmax(student / T)) of each image, summed over classes.
+    """Return the distillation loss T^2 KL(softmax(teacher / T) || softmax(student / T)) of each image, in nats.
 
     Args:
         student_logits: (N, K).
@@ -66,7 +66,7 @@ def kd_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) ->
 
 
 def masked_cross_entropy(student_logits: Tensor, labels: Tensor, keep_mask: Tensor) -> Tensor:
-    """Cross-entropy of each kept image, exactly 0 (and without gradient) for the others.
+    """Return the cross-entropy of each kept image, exactly 0 (and without gradient) for the others.
 
     The caller divides by the number of *all* images. A mean over the kept ones would weight an image by how many others its rank kept.
 
@@ -83,7 +83,7 @@ def masked_cross_entropy(student_logits: Tensor, labels: Tensor, keep_mask: Tens
 
 
 def cam_loss(teacher_map: Tensor, student_map: Tensor) -> Tensor:
-    """Squared Frobenius distance ||S_teacher - S_student||_F^2 of each image's raw maps.
+    """Return the squared Frobenius distance ||S_teacher - S_student||_F^2 of each image's raw maps.
 
     Args:
         teacher_map: (N, H, W), detached here.
@@ -96,7 +96,7 @@ def cam_loss(teacher_map: Tensor, student_map: Tensor) -> Tensor:
 
 
 def top2_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Cross-entropy of each image to the teacher's two likeliest classes, their probabilities scaled to a sum of 1.
+    """Return the cross-entropy of each image to the teacher's two likeliest classes, their probabilities scaled to a sum of 1.
 
     Teacher probabilities (0.6, 0.3, 0.1) make the target (2/3, 1/3, 0).
 
@@ -113,7 +113,7 @@ def top2_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor
 
 
 def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]) -> Tensor:
-    """Relative squared distance ||F_student - F_teacher||^2 / ||F_teacher||^2 of each image's block outputs, the mean over blocks.
+    """Return the relative squared distance ||F_student - F_teacher||^2 / ||F_teacher||^2 of each image's block outputs, the mean over blocks.
 
     Relative, so that a weight means the same for every network and no block counts more because its activations are large. A block
     whose teacher output is zero throughout has no measure and counts nothing.
@@ -137,9 +137,9 @@ def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tens
         )
     parts = []
     for student, teacher in zip(student_blocks, teacher_blocks, strict=True):
-        goal = _wide(teacher.detach()).flatten(1)
-        size = goal.square().sum(dim=1)
-        gap = (_wide(student).flatten(1) - goal).square().sum(dim=1)
+        target = _wide(teacher.detach()).flatten(1)
+        size = target.square().sum(dim=1)
+        gap = (_wide(student).flatten(1) - target).square().sum(dim=1)
         parts.append(torch.where(size > 0, gap / size.where(size > 0, torch.ones_like(size)), torch.zeros_like(gap)))
     return torch.stack(parts).mean(dim=0)
 
@@ -231,13 +231,13 @@ def synq_loss(
 
 
 def inception_loss(logits: Tensor, labels: Tensor, hard_sample_gamma: float = 0.0) -> Tensor:
-    """Inception loss of each image, weighted towards hard ones: (1 - p_label)^gamma * CE(logits, label).
+    """Return the inception loss of each image, weighted towards hard ones: (1 - p_label)^gamma * CE(logits, label).
 
     The weight lies in [0, 1]. It carries gradient; 1 - p is kept above 1e-7 below the power, where its slope is otherwise infinite for
     gamma < 1 and autograd's inf * 0 would be NaN.
 
     Args:
-        logits: (N, K), teacher's answer to the images being made.
+        logits: (N, K), the teacher's, of the images being synthesized.
         labels: (N,) int64, classes wanted.
         hard_sample_gamma: gamma >= 0; 0 is plain cross-entropy.
 

@@ -20,7 +20,7 @@ FILTER_BATCH = 64
 
 
 def cutoff_in_bins(cutoff: float, unit: str, height: int, width: int) -> float:
-    """Cutoff D0 in DFT bins.
+    """Return the cutoff D0 in DFT bins.
 
     0.5 "nyquist" is 8 bins at 32 x 32 pixels and 56 bins at 224 x 224; 40 "bins" is 40 bins at any size.
 
@@ -53,7 +53,7 @@ def gaussian_gain(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Gain for every frequency of ``torch.fft.rfft2``.
+    """Return the gain for every frequency of ``torch.fft.rfft2``.
 
     Worked numbers, corner of the spectrum / Nyquist on one axis: 32 px, D0 = 20: 0.53 / 0.73; 224 px, D0 = 80: 0.14 / 0.38. A side
     of n pixels has its frequencies at whole bins 0, 1, ..., n/2, so on non-square images one bin is one period per side on each axis.
@@ -85,7 +85,7 @@ def gaussian_gain(
 
 @torch.no_grad()
 def gaussian_lowpass(x: Tensor, cutoff_bins: float, batch: int = 512, out: Tensor | None = None) -> Tensor:
-    """Images without their high frequencies; the mean of every channel stays.
+    """Return images without their high frequencies; the mean of every channel is preserved.
 
     Args:
         x: images (N, C, H, W), floating point.

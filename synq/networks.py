@@ -12,7 +12,7 @@ from synq.checkpoints import load_prepared, save_prepared
 from synq.configs import RunConfig
 from synq.fusion import fuse_rectified
 from synq.network_outputs import TappedNetwork
-from synq.placement import main_sees, make_equal, place, same_metrics
+from synq.placement import exists_on_main, place, same_metrics, synchronize_parameters
 from synq.rounding import prepare_student
 from synq.students import Student
 from synq.teachers import Teacher
@@ -48,7 +48,7 @@ def prepare_networks(
     """
     for net in (teacher.graph, student.net):
         place(net, config.runtime, accelerator.device, teacher.input_size)
-    if main_sees(prepared):
+    if exists_on_main(prepared):
         reference, report = load_prepared(prepared, identity, student.net, teacher.graph)
     else:
         reference, report = prepare_student(
@@ -63,12 +63,12 @@ def prepare_networks(
         )
         if report and accelerator.is_main_process:
             save_prepared(prepared, identity, student.net, None if reference is teacher.graph else reference, report)
-    make_equal(student.net)  # GPUs may have summed the ranges in different orders
+    synchronize_parameters(student.net)  # GPUs may have summed the ranges in different orders
     return *_tapped(config, teacher, reference, student), report
 
 
 def aligned_blocks(config: RunConfig, teacher: Teacher) -> list[str]:
-    """Return the nodes of the teacher whose outputs the feature loss aligns; the logits have a loss of their own.
+    """Return the nodes of the teacher whose outputs the feature loss aligns; the logits have a separate loss.
 
     Raises:
         ValueError: If there is a feature loss, but no block before the logits.

@@ -1,4 +1,4 @@
-"""Which numbers become low-bit and how they are rounded, as frozen values. Standard library only."""
+"""The configuration of quantization: bit-widths, ranges, rounding. Standard library only."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,16 +6,16 @@ from typing import Literal
 from synq.config_io import between, one_of, require
 
 WEIGHTS_ONLY = "last_bits=weights_only"
-"""The word of `QuantConfig.layer_label` that names no single layer: the activation before the last one has act_bits."""
+"""Part of `QuantConfig.layer_label` that names no single layer: the activation before the last layer has act_bits."""
 
 
 def ends_words(first_bits: int | None, last_bits: int | None) -> str:
-    """Return the widths of the first and last layer for people: "8/8", "-/8", or nothing where both are as the rest."""
+    """Return the first/last layer bits as text: "8/8", "-/8", or "" if both are as the rest."""
     return f"{first_bits or '-'}/{last_bits or '-'}" if first_bits or last_bits else ""
 
 
 def protocol_words(protocol: str, first_bits: int | None, last_bits: int | None, layer_label: str = "") -> str:
-    """Return a protocol with what makes it one, for people: "A", "B (8/8)", "B (-/8, mixed)", "B (8/8, last_bits=weights_only)".
+    """Return a protocol with the settings that make it B: "A", "B (8/8)", "B (-/8, mixed)", "B (8/8, last_bits=weights_only)".
 
     Args:
         protocol: A or B.
@@ -31,7 +31,7 @@ def protocol_words(protocol: str, first_bits: int | None, last_bits: int | None,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
-    """Which numbers become low-bit, at which width, and how their ranges are found."""
+    """Bit-widths, quantization points, and how ranges and rounding are chosen."""
 
     weight_bits: int = 4
     """Bits of the weights, 2 to 8."""
@@ -54,7 +54,7 @@ class QuantConfig:
     act_range: Literal["minmax", "mse"] = "mse"
     """Range of each activation: smallest and largest value seen, or clipped to the least quantization error."""
     mse_norm: float = 2.4
-    """Exponent p of the quantization error |x - x_q|^p that a clipped range minimises."""
+    """Exponent p of the quantization error |x - x_q|^p that a clipped range minimizes."""
     calib_images: int = 256
     """Synthetic images on which activation ranges are observed, at most; afterwards they are frozen."""
     equalization: bool = False
@@ -84,12 +84,12 @@ class QuantConfig:
 
     @property
     def label(self) -> str:
-        """Short name of the widths, for example W4A4."""
+        """Return the bit-widths in short, for example W4A4."""
         return f"W{self.weight_bits}A{self.act_bits}"
 
     @property
     def protocol(self) -> str:
-        """A: every layer has the low width, ranges are static; B: another width in a layer, or learned steps or rounding."""
+        """Return A if every layer has the same low bit-width and ranges are static; B otherwise (also learned steps or rounding)."""
         first = self.first_bits in (None, self.weight_bits) and self.first_bits in (None, self.act_bits)
         last = self.last_bits in (None, self.weight_bits) and self.last_bits in (None, self.act_bits)
         static = self.learned_steps == "none" and self.rounding == "nearest"
@@ -100,7 +100,7 @@ class QuantConfig:
 
     @property
     def layer_label(self) -> str:
-        """The widths of single layers in words, for example "conv1=W8 head*=W8 relu=A8"; empty where none is another one (protocol A)."""
+        """Return the bit-widths of single layers as text, for example "conv1=W8 head*=W8 relu=A8"; "" in protocol A."""
         if self.protocol == "A":
             return ""
         named = [(self.layer_weight_bits, "W"), (self.layer_act_bits, "A")]
@@ -114,7 +114,7 @@ class ReconstructionConfig:
     """How rounding is learned, block by block, where `quant.rounding` is adaround."""
 
     iterations: int = 500
-    """Optimiser steps per block."""
+    """Optimizer steps per block."""
     batch_size: int = 32
     """Images per step."""
     images: int = 1024

@@ -23,11 +23,11 @@ from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher
 
 NOTABLE = 0.01
-"""Rise of the KL to the teacher, in nats, below which nobody need hear of it: at 8 bit it is all but zero before and after."""
+"""Rise of the KL to the teacher, in nats, below which no warning is due: at 8 bits it is nearly zero before and after."""
 FAR = 0.5
-"""KL to the teacher, in nats, above which a student is another classifier rather than a copy."""
+"""KL to the teacher, in nats, above which a student is no longer a copy of its teacher."""
 FEW = 0.5
-"""Share of synthetic images with the assigned class below which the images cannot stand for the classes."""
+"""Share of synthetic images classified as assigned below which the images do not represent the classes."""
 
 
 class StageTimer:
@@ -138,7 +138,7 @@ def complete_record(
     seconds: dict[str, float],
     codes_changed: float,
 ) -> RunRecord:
-    """Return ``record`` with what was measured of teacher, rounded student and fine-tuned student (the last epoch)."""
+    """Return ``record`` with the measurements of teacher, rounded student and fine-tuned student (the last epoch)."""
     return replace(
         record,
         objective_value=final.objective,
@@ -169,7 +169,7 @@ def complete_record(
 
 
 def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
-    """Say when the difficulty threshold decides nothing (METHOD: after the inception loss most images are easy)."""
+    """Warn if the difficulty threshold has no effect (after the inception loss most images are easy)."""
     tau = settings["difficulty_threshold"]
     if not history or settings["ce_weight"] == 0 or tau >= 1:
         return []
@@ -184,7 +184,7 @@ def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
 
 
 def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:
-    """Say when the fine-tuning has moved the student away from the teacher, as far as synthetic images can tell."""
+    """Warn if fine-tuning increased the KL to the teacher on the held-out synthetic images."""
     before, after = rounded.fidelity["kl"], final.fidelity["kl"]
     if before is None or after is None or after < 1.1 * before or after - before < NOTABLE:
         return []
@@ -195,9 +195,9 @@ def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:
 
 
 def _distance_warnings(quant: dict[str, Any], final: Measurement) -> list[str]:
-    """Say what may help a student that ends far from its teacher, where there are widths to choose."""
+    """Suggest mixed precision when the final KL is large and bit-widths are uniform."""
     distance = final.fidelity["kl"]
-    narrowest = quant["weight_bits"] == 2  # no weight can pay for wider tensors
+    narrowest = quant["weight_bits"] == 2  # no weight can be narrower to make up for wider tensors
     if distance is None or not distance >= FAR or narrowest or quant["layer_weight_bits"] or quant["layer_act_bits"]:
         return []
     return [
@@ -214,10 +214,10 @@ def _device_name(accelerator: Accelerator) -> str:
 
 
 def finished_record(path: Path, teacher: Teacher, labels_digest: str, accelerator: Accelerator) -> RunRecord | None:
-    """Return the record of a finished run. The main process looks, so that all go the same way.
+    """Return the record of a finished run, as the main process finds it; None if the run is not completed.
 
     Raises:
-        ValueError: If it is a run on another teacher or other labelled images.
+        ValueError: If the record is of another teacher or other labeled images.
     """
     found = [read_record(path) if accelerator.is_main_process and path.exists() else None]
     record = broadcast_object_list(found)[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
-    """Return an uninitialised tensor whose bytes lie in a file on the disk of ``folder``.
+    """Return an uninitialized tensor whose bytes lie in a file on the disk of ``folder``.
 
     The system keeps in memory what fits and writes the rest out; the file has no name, so that nothing is left behind by any end
     of the process. Where the system can, all of its space is reserved at once: a disk that fills up later would end the process by a
@@ -61,7 +61,7 @@ def _nameless(folder: Path) -> tuple[int, str]:
 
 
 def check_space(folder: Path, size: int, copies: int) -> None:
-    """Refuse a disk that cannot take ``copies`` files of ``size`` bytes in ``folder``.
+    """Raise if the disk of ``folder`` has no space for ``copies`` files of ``size`` bytes.
 
     Raises:
         OSError: Naming the folder, what is needed and what is free.

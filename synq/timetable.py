@@ -1,4 +1,4 @@
-"""Which images a step sees and at which learning rate: pure functions of seed, epoch and step, so a resumed run needs no state."""
+"""Order of the images and learning rate of each step: pure functions of seed, epoch and step, so a resumed run needs no state."""
 
 import math
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> It
 
 
 def local_batch_size(batch_size: int, num_processes: int) -> int:
-    """Return the images per process and step.
+    """Return the number of images per process and step.
 
     Raises:
         ValueError: If the global batch does not divide evenly: unequal shares would train another loss.
