@@ -127,8 +127,8 @@ def read_state(path: Path, identity: str) -> dict[str, Any]:
     check_format(path, "the state of a run", number, FORMAT, "remove it and run it again")
     if found != identity:
         raise ValueError(
-            f"runtime.output_dir must not mix runs: {path} belongs to other teacher weights or images of the same name. "
-            "Choose another output_dir, or remove it"
+            f"runtime.output_dir must not mix runs: {path} belongs to other teacher weights or images of the same name."
+            " Choose another output_dir, or remove it"
         )
     return state
 

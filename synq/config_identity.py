@@ -1,4 +1,4 @@
-"""The identity of a run: the digest of the settings that determine its result. Works on dotted keys, so it needs no configuration class."""
+"""The identity of a run: the digest of the settings that determine its result. Works on plain values."""
 
 import hashlib
 import json
@@ -11,14 +11,15 @@ from synq.config_io import config_to_dict, with_overrides
 
 T = TypeVar("T")
 DIGEST_FORMAT = 4
-"""Format of digests, and of `config.json`. Raise it with every change of a key or default that makes an old configuration mean another run."""
+"""Format of digests, and of `config.json`. Raise it with every change of a key or default that makes an old
+configuration mean another run."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin")
 SPECS = (("teacher", "spec"), ("teacher", "weights"), ("evaluation", "dataset"))
 FOLDERS = (("evaluation", "data_dir"), ("runtime", "output_dir"), ("runtime", "store_dir"))
 
 
 def absolute_path(path: str) -> str:
-    """Return `path` seen from the current folder, ~ and $VARIABLES expanded; an address such as s3://bucket stays as it is.
+    """Return `path` as absolute, ~ and $VARIABLES expanded; an address such as s3://bucket is only expanded.
 
     Raises:
         ValueError: If a variable is not set: nobody means a file called "$NAME/...".
@@ -33,7 +34,8 @@ def absolute_path(path: str) -> str:
 def map_spec_path(spec: str, function: Callable[[str], str]) -> str:
     """Apply `function` to the file path inside a spec, if there is one.
 
-    npz:FILE, imagefolder:PATH, FILE.py:FACTORY and the name of a weights file hold a path; bundled:NAME, digits or IMAGENET1K_V1 do not.
+    npz:FILE, imagefolder:PATH, FILE.py:FACTORY and the name of a weights file hold a path; bundled:NAME, digits or
+    IMAGENET1K_V1 do not.
     """
     source, _, rest = spec.partition(":")
     if source in ("npz", "imagefolder") and rest:
@@ -55,7 +57,8 @@ def _changed(
 def make_absolute(config: T) -> T:
     """Return a copy whose file paths are absolute, seen from the current folder (a trial runs in a separate folder).
 
-    Covers weights files, FILE.py:FACTORY, npz:FILE, imagefolder:PATH and every folder; addresses (s3://...) are left alone.
+    Covers weights files, FILE.py:FACTORY, npz:FILE, imagefolder:PATH and every folder; addresses (s3://...) are left
+    alone.
     """
     values = config_to_dict(config)
     specs = _changed(values, SPECS, lambda spec: map_spec_path(spec, absolute_path))
@@ -76,8 +79,10 @@ def inactive_keys(finetune: Mapping[str, Any], learned_steps: str) -> set[str]:
 def config_digest(config: object, *, with_seeds: bool = True) -> str:
     """Return 16 hexadecimal digits that identify everything in a `RunConfig` that determines its result.
 
-    Left out: the name, folders, device, memory format, compilation, threads, progress, tracker, the evaluation's batch size, and inactive
-    keys. Files count by their name only, so that a checkout may move; the record has a separate digest of the teacher's weights.
+    Left out: the name, folders, device, memory format, compilation, threads, progress, tracker, the evaluation's batch
+        size, and inactive
+    keys. Files count by their name only, so that a checkout may move; the record has a separate digest of the teacher's
+    weights.
 
     Args:
         config: The run.

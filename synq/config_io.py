@@ -1,4 +1,4 @@
-"""Strict conversion between plain mappings (TOML, JSON, dotted overrides) and frozen dataclasses, whatever their fields."""
+"""Strict conversion between plain mappings (TOML, JSON, dotted overrides) and frozen dataclasses."""
 
 import dataclasses
 import difflib
@@ -91,8 +91,8 @@ def dotted_keys(cls: type) -> list[str]:
 def config_from_dict(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
     """Build `cls` from a mapping of plain values, nested parts included; missing keys keep their defaults.
 
-    Lists become tuples and whole numbers become floats if the field asks for it; nothing else is converted. TOML has no null:
-    the string "none" means None if None is allowed and a string is not.
+    Lists become tuples and whole numbers become floats if the field asks for it; nothing else is converted. TOML has no
+    null: the string "none" means None if None is allowed and a string is not.
 
     Args:
         cls: A configuration dataclass.
@@ -167,7 +167,7 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
 
 
 def config_to_dict(config: object) -> dict[str, Any]:
-    """Return the configuration as plain JSON values: parts become dicts, tuples become lists; nothing is shared with it."""
+    """Return the configuration as plain JSON values, a deep copy: parts become dicts, tuples become lists."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"a configuration object is needed, but got {config!r}")
     values = {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
@@ -205,8 +205,9 @@ def with_overrides(config: T, overrides: Mapping[str, Any]) -> T:
 def parse_overrides(cls: type, words: Sequence[str]) -> dict[str, Any]:
     """Read command-line words such as `--finetune.lr 1e-4` or `--finetune.lr=1e-4` as dotted overrides.
 
-    A truth value is always written out (true or false), so that no word can mean its opposite. The values are only read here;
-    `with_overrides` checks them, with the same messages as for a file. Of a key given twice the last value counts.
+    A truth value is always written out (true or false), so that no word can mean its opposite. The values are only read
+    here; `with_overrides` checks them, with the same messages as for a file. Of a key given twice the last value
+    counts.
 
     Raises:
         ValueError: For an unknown key (the nearest good one is named) or a missing value.
@@ -243,7 +244,7 @@ def _dotted_hints(cls: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _read(hint: Any, words: list[str], name: str) -> Any:
-    """Words as a value of the kind that `hint` asks for; what does not read so stays text, for the check to refuse by name."""
+    """Parse arguments as a value of type `hint`; what cannot be parsed stays text, which the check rejects by name."""
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
     optional = len(kinds) < len(typing.get_args(hint))
     kind = kinds[0] if optional else hint

@@ -1,7 +1,7 @@
-"""The configuration of a run: frozen dataclasses, validated where they are defined. Standard library only, so that every command may import it.
+"""The configuration of a run: frozen dataclasses, validated where they are defined. Standard library only.
 
-A configuration is a `RunConfig` of seven parts. Mappings (TOML, JSON, dotted overrides) become one through `config_from_dict`, which
-is strict: an unknown key or a value of another type is rejected, never dropped or guessed.
+A configuration is a `RunConfig` of seven parts. Mappings (TOML, JSON, dotted overrides) become one through
+`config_from_dict`, which is strict: an unknown key or a value of another type is rejected, never dropped or guessed.
 """
 
 import math
@@ -45,9 +45,11 @@ class TeacherConfig:
     """The pre-trained classifier that is to be quantized."""
 
     spec: str = "bundled:digits_resnet8"
-    """Which model: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, FILE.py:FACTORY or PACKAGE.MODULE:FACTORY."""
+    """Which model: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, FILE.py:FACTORY or
+    PACKAGE.MODULE:FACTORY."""
     weights: str | None = None
-    """Weights file (.safetensors, .pth, .th), a weights name of torchvision such as IMAGENET1K_V1, or random (untrained)."""
+    """Weights file (.safetensors, .pth, .th), a weights name of torchvision such as IMAGENET1K_V1, or random
+    (untrained)."""
     num_classes: int | None = None
     """Number of classes, where the model cannot tell."""
     input_size: tuple[int, int, int] | None = None
@@ -55,9 +57,11 @@ class TeacherConfig:
     mean: tuple[float, ...] | None = None
     """Mean per channel, on the scale 0..1, that was subtracted when the teacher was trained. Never guessed."""
     std: tuple[float, ...] | None = None
-    """Standard deviation per channel, on the scale 0..1, by which the teacher's training images were divided. Never guessed."""
+    """Standard deviation per channel, on the scale 0..1, by which the teacher's training images were divided. Never
+    guessed."""
     cam_layer: str | None = None
-    """Module or graph node whose output the class activation map is taken from; None finds it by the model's structure."""
+    """Module or graph node whose output the class activation map is taken from; None finds it by the model's
+    structure."""
     output: str | None = None
     """Where the logits are in what the model returns: key, position or attribute; None where it returns just them."""
 
@@ -91,7 +95,8 @@ class EvaluationConfig:
     """What the result is measured on. Nothing here changes the student."""
 
     dataset: str | None = None
-    """Labelled set: digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH, npz:FILE; none for no labels; None for the teacher's own."""
+    """Labelled set: digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH, npz:FILE; none for no labels; None for
+    the teacher's own."""
     data_dir: str | None = None
     """Folder that holds the files of cifar10, cifar100 and fashion-mnist."""
     num_images: int | None = None
@@ -101,9 +106,11 @@ class EvaluationConfig:
     heldout_images: int = 256
     """Synthetic images of other seeds on which the fidelity to the teacher is measured."""
     objective: Literal["synthetic", "selection"] = "synthetic"
-    """What a sweep optimizes: synthetic (fidelity to the teacher on held-out synthetic images) or selection (top-1 on a part of the labelled set)."""
+    """What a sweep optimizes: synthetic (fidelity to the teacher on held-out synthetic images) or selection (top-1 on a
+    part of the labelled set)."""
     fidelity_measure: Literal["kl", "kl_t4", "jensen_shannon", "disagreement", "logit_mse"] = "kl"
-    """Measure of objective synthetic, lower is better: KL at temperature 1 or 4, Jensen-Shannon (nats), disagreement (percent), logit_mse."""
+    """Measure of objective synthetic, lower is better: KL at temperature 1 or 4, Jensen-Shannon (nats), disagreement
+    (percent), logit_mse."""
     selection_fraction: float = 0.2
     """Part of the labelled set used for objective selection; the reported top-1 is measured on the rest."""
     every_epoch: bool = False
@@ -199,7 +206,8 @@ def load_run(path: str | Path) -> RunConfig:
     A `config.json` that a run wrote holds every key and the format number of its version.
 
     Raises:
-        OSError, ValueError: As `load_config` and `config_from_dict`; or a run of another version of SynQ wrote the file.
+        OSError, ValueError: As `load_config` and `config_from_dict`; or a run of another version of SynQ wrote the
+            file.
     """
     content = load_config(path)
     if Path(path).suffix == ".json" and ("format" in content or _is_incomplete(content)):
@@ -210,7 +218,7 @@ def load_run(path: str | Path) -> RunConfig:
 
 
 def _is_incomplete(content: dict[str, Any]) -> bool:
-    """Return whether a mapping has every part of a run, as no one writes by hand, but not every key: newer ones are missing."""
+    """Return whether a mapping has every part of a run, as no one writes by hand, but lacks keys of a part."""
     whole = config_to_dict(RunConfig())
     parts = {key: keys for key, keys in whole.items() if isinstance(keys, dict)}
     named = whole.keys() <= content.keys() and all(isinstance(content[part], dict) for part in parts)

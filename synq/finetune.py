@@ -1,8 +1,8 @@
 """Synthesis-aware fine-tuning of a quantized student, on 1..n processes.
 
-A step costs one student forward and one backward pass. The images are filtered before; the teacher's logits and maps are
-computed once unless the images are augmented; the class-activation maps come from the features of the same forward passes
-(SynQ, section 4; the closed form of the CAM weights is ours).
+A step costs one student forward and one backward pass. The images are filtered before; the teacher's logits and maps
+are computed once unless the images are augmented; the class-activation maps come from the features of the same forward
+passes (SynQ, section 4; the closed form of the CAM weights is ours).
 """
 
 import math
@@ -194,8 +194,8 @@ def finetune(
         Mean loss terms of each epoch, in order.
 
     Raises:
-        ValueError: If the batch size is not divisible by the number of processes or exceeds the images, or the checkpoint
-            is damaged or another run's.
+        ValueError: If the batch size is not divisible by the number of processes or exceeds the images, or the
+            checkpoint is damaged or another run's.
         NonFiniteLossError: If a term or the gradient norm is not finite.
     """
     share = local_batch_size(config.batch_size, accelerator.num_processes)
@@ -251,7 +251,7 @@ def finetune(
         generator = make_generator("augment", seed, epoch)
         for step, batch in enumerate(epoch_batches(len(images), config.batch_size, seed, epoch)):
             lr = lr_at(epoch * steps_per_epoch + step, steps_per_epoch, config)
-            # One host synchronization in log_every steps; the last step of an epoch is read before its weights are saved.
+            # One host synchronization in log_every steps; the last step is read before the weights are saved.
             check = (step + 1) % config.log_every == 0 or step + 1 == steps_per_epoch
             training_step(training, batch, lr, generator, meter, check=check)
             if check:
@@ -270,7 +270,7 @@ def finetune(
 
 
 def _near(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return ``tensor`` on the GPU if it takes at most a quarter of the free memory, else unchanged (batches are copied)."""
+    """Return ``tensor`` on the GPU if it takes at most a quarter of the free memory, else unchanged."""
     if device.type != "cuda" or tensor.numel() * tensor.element_size() > torch.cuda.mem_get_info(device)[0] // 4:
         return tensor
     return tensor.to(device)

@@ -74,8 +74,8 @@ def open_run(folder: str | Path, places: Mapping[str, Any] | None = None, teache
     teacher = teacher or load_teacher(config.teacher)
     if teacher.digest != record.teacher.get("digest"):
         raise ValueError(
-            f"`RUN` must be of the teacher {config.teacher.spec} as it is now, but {path} is of other weights, or of a version of SynQ or "
-            "PyTorch that traced them otherwise"
+            f"`RUN` must be of the teacher {config.teacher.spec} as it is now, but {path} is of other weights, or of a "
+            "version of SynQ or PyTorch that traced them otherwise"
         )
     student = build_student(teacher, config.quant)
     weights = path / "student.safetensors"

@@ -1,4 +1,4 @@
-"""Keep a change of a student only if it helps: candidates are tried from one start, the one nearest to the teacher stays."""
+"""Keep the best of several changes of a student, by its KL divergence from the teacher."""
 
 import math
 from collections.abc import Callable, Mapping

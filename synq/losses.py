@@ -1,4 +1,4 @@
-"""Losses of synthesis and of synthesis-aware fine-tuning: pure functions, one value per image, reduced only in `synq_loss`.
+"""Losses of synthesis and of synthesis-aware fine-tuning: pure functions, one value per image.
 
 Everything is computed in float32 at least, whatever the dtype of the logits.
 """
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _SMALLEST_DIFFICULTY = 1e-7
-"""Floor of 1 - p below a power (about the spacing of float32 at 1). Under it the weight is constant, so its slope is 0, not inf."""
+"""Floor of 1 - p below a power (about the spacing of float32 at 1). Under it the weight is constant, so its slope is 0,
+not inf."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -68,7 +69,8 @@ def kd_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) ->
 def masked_cross_entropy(student_logits: Tensor, labels: Tensor, keep_mask: Tensor) -> Tensor:
     """Return the cross-entropy of each kept image, exactly 0 (and without gradient) for the others.
 
-    The caller divides by the number of *all* images. A mean over the kept ones would weight an image by how many others its rank kept.
+    The caller divides by the number of *all* images. A mean over the kept ones would weight an image by how many others
+    its rank kept.
 
     Args:
         student_logits: (N, K).
@@ -96,9 +98,9 @@ def cam_loss(teacher_map: Tensor, student_map: Tensor) -> Tensor:
 
 
 def top2_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Return the cross-entropy of each image to the teacher's two likeliest classes, their probabilities scaled to a sum of 1.
+    """Return the cross-entropy of each image to the teacher's two likeliest classes.
 
-    Teacher probabilities (0.6, 0.3, 0.1) make the target (2/3, 1/3, 0).
+    Their probabilities are scaled to a sum of 1: teacher probabilities (0.6, 0.3, 0.1) make the target (2/3, 1/3, 0).
 
     Args:
         student_logits: (N, K), K >= 2.
@@ -113,10 +115,11 @@ def top2_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor
 
 
 def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]) -> Tensor:
-    """Return the relative squared distance ||F_student - F_teacher||^2 / ||F_teacher||^2 of each image's block outputs, the mean over blocks.
+    """Return the relative squared distance of each image's block outputs, the mean over blocks.
 
-    Relative, so that a weight means the same for every network and no block counts more because its activations are large. A block
-    whose teacher output is zero throughout has no measure and counts nothing.
+    ||F_student - F_teacher||^2 / ||F_teacher||^2: relative, so that a weight means the same for every network and no
+    block counts more because its activations are large. A block whose teacher output is zero throughout has no measure
+    and counts nothing.
 
     Args:
         student_blocks: (N, C, H, W) each.
@@ -182,8 +185,8 @@ def synq_loss(
 
         L = 1/N sum_i [ kd_weight KD_i + ce_weight 1{delta_i <= tau} CE_i + cam_weight CAM_i + feature_weight FA_i ]
 
-    N counts every image, kept or not, so the average over equal parts of a batch is the loss of the batch (DDP averages gradients
-    this way).
+    N counts every image, kept or not, so the average over equal parts of a batch is the loss of the batch (DDP averages
+    gradients this way).
 
     Args:
         student_logits: (N, K).
@@ -196,8 +199,8 @@ def synq_loss(
         teacher_blocks: The same of the teacher.
 
     Returns:
-        ``(loss, terms)``: the scalar to differentiate, and detached scalars "kd", "ce", "cam", "features" (unweighted means over N)
-        and "kept" (share of images with delta <= tau).
+        ``(loss, terms)``: the scalar to differentiate, and detached scalars "kd", "ce", "cam", "features" (unweighted
+        means over N) and "kept" (share of images with delta <= tau).
 
     Raises:
         ValueError: if only one of the maps is given.
@@ -233,8 +236,8 @@ def synq_loss(
 def inception_loss(logits: Tensor, labels: Tensor, hard_sample_gamma: float = 0.0) -> Tensor:
     """Return the inception loss of each image, weighted towards hard ones: (1 - p_label)^gamma * CE(logits, label).
 
-    The weight lies in [0, 1]. It carries gradient; 1 - p is kept above 1e-7 below the power, where its slope is otherwise infinite for
-    gamma < 1 and autograd's inf * 0 would be NaN.
+    The weight lies in [0, 1]. It carries gradient; 1 - p is kept above 1e-7 below the power, where its slope is
+    otherwise infinite for gamma < 1 and autograd's inf * 0 would be NaN.
 
     Args:
         logits: (N, K), the teacher's, of the images being synthesized.

@@ -26,7 +26,8 @@ def cutoff_in_bins(cutoff: float, unit: str, height: int, width: int) -> float:
 
     Args:
         cutoff: D0 in ``unit``, > 0.
-        unit: "bins", or "nyquist" (share of the Nyquist frequency of the shorter side, which is min(height, width) / 2 bins).
+        unit: "bins", or "nyquist" (share of the Nyquist frequency of the shorter side, which is min(height, width) / 2
+            bins).
         height: pixels.
         width: pixels.
 
@@ -55,8 +56,9 @@ def gaussian_gain(
 ) -> Tensor:
     """Return the gain for every frequency of ``torch.fft.rfft2``.
 
-    Worked numbers, corner of the spectrum / Nyquist on one axis: 32 px, D0 = 20: 0.53 / 0.73; 224 px, D0 = 80: 0.14 / 0.38. A side
-    of n pixels has its frequencies at whole bins 0, 1, ..., n/2, so on non-square images one bin is one period per side on each axis.
+    Worked numbers, corner of the spectrum / Nyquist on one axis: 32 px, D0 = 20: 0.53 / 0.73; 224 px, D0 = 80: 0.14 /
+    0.38. A side of n pixels has its frequencies at whole bins 0, 1, ..., n/2, so on non-square images one bin is one
+    period per side on each axis.
 
     Args:
         height: pixels H >= 1.
@@ -75,7 +77,7 @@ def gaussian_gain(
     """
     if not cutoff_bins > 0:
         raise ValueError(f"`cutoff_bins` must be > 0, but got {cutoff_bins}")
-    # Times n: fftfreq counts in cycles per pixel, the formula in bins. Computed in float64, so the gain is the same on every device.
+    # Times n: fftfreq counts in cycles per pixel, the formula in bins. float64 gives all devices the same gain.
     rows = torch.fft.fftfreq(height, dtype=torch.float64) * height
     cols = torch.fft.rfftfreq(width, dtype=torch.float64) * width
     distance_squared = rows[:, None] ** 2 + cols[None, :] ** 2

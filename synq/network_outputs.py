@@ -65,7 +65,7 @@ class TappedNetwork:
         return self.with_cam and self.site.differentiates(self.method)
 
     def response(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Response:
-        """Return the outputs of ``net``, with the maps (N, H, W) of ``labels`` (N,) instead of the features they are computed from."""
+        """Return the response in given outputs of ``net``, with the maps (N, H, W) of ``labels`` (N,)."""
         logits, features, *blocks = outputs
         return Response(logits, self._map(logits, features, labels) if self.with_cam else None, tuple(blocks))
 

@@ -1,4 +1,4 @@
-"""The two networks of a fine-tuning, teacher and student: placed on the device, quantizers calibrated, outputs tapped."""
+"""The networks of a fine-tuning, teacher and student: placed on the device, calibrated, outputs tapped."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -36,15 +36,16 @@ def run(
 ) -> RunRecord:
     """Run all stages, or resume an interrupted run; return the record of a completed one unchanged.
 
-    Files go to `<output_dir>/<name>-<digest>/`: `config.json`, `prepared.pt` (if more was done than rounding to nearest),
-    `checkpoint.pt` (last finished epoch), `student.safetensors`, `record.json` (last).
+    Files go to `<output_dir>/<name>-<digest>/`: `config.json`, `prepared.pt` (if more was done than rounding to
+    nearest), `checkpoint.pt` (last finished epoch), `student.safetensors`, `record.json` (last).
 
     Args:
         config: The run.
         accelerator: Process group; None makes one from `config.runtime`.
         on_epoch: Called on every process after every epoch with epoch, epochs, objective_value and the loss terms.
         on_checkpoint: Called on the main process with the path of every checkpoint once it is written.
-        teacher: The result of `load_teacher(config.teacher)` if already loaded; its graph is moved to the run's device. None loads it.
+        teacher: The result of `load_teacher(config.teacher)` if already loaded; its graph is moved to the run's device.
+            None loads it.
 
     Returns:
         The record, on every process.
@@ -161,7 +162,7 @@ def _epoch_callback(
     log: RunLog,
     on_epoch: Callable[[dict[str, float]], None] | None,
 ) -> Callable[[Epoch], None]:
-    """Return what is called after every epoch: it measures the objective where it is asked for, logs, and calls `on_epoch`."""
+    """Return a callback for the end of an epoch: measure the objective if asked for, log, call `on_epoch`."""
 
     def after_epoch(epoch: Epoch) -> None:
         if on_epoch is not None or config.evaluation.every_epoch:

@@ -19,7 +19,8 @@ def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
     """Return the process group and precision of a run.
 
     Raises:
-        ValueError: If the device or the tracker's package is not there, or several processes were started but did not join.
+        ValueError: If the device or the tracker's package is not there, or several processes were started but did not
+            join.
     """
     check_tracker(runtime.tracker)
     if runtime.num_threads is not None:
@@ -30,8 +31,8 @@ def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == 1:  # a process may do several runs; Accelerate would keep the first one's device and precision
         AcceleratorState._reset_state(reset_partial_state=True)
-    # Precision is handled where the networks run: Accelerate's own would cut the CAM's features off the graph of the logits.
-    # Buffers (ranges, running statistics) are synchronized once, by the fine-tuning, and never change: no broadcast in every step.
+    # Precision is handled where the networks run: Accelerate's own would cut the CAM's features off the logits' graph.
+    # Buffers (ranges, running statistics) are synchronized once, by the fine-tuning, and never change afterwards.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -61,8 +62,8 @@ def dtype_of(runtime: RuntimeConfig) -> torch.dtype:
 def layout_of(runtime: RuntimeConfig, device: torch.device) -> torch.memory_format:
     """Return the memory format of weights; convolutions pass it on to the activations after them.
 
-    "auto": channels_last on CPU, where it was measured to win (launch/BENCHMARKS.md), and under bf16, for which the GPU's kernels
-    are written; contiguous for float32 on a GPU.
+    "auto": channels_last on CPU, where it was measured to win (launch/BENCHMARKS.md), and under bf16, for which the
+    GPU's kernels are written; contiguous for float32 on a GPU.
     """
     chosen = runtime.memory_format
     if chosen == "auto":
@@ -98,15 +99,16 @@ def check_compilable(config: RunConfig, cam: CamSite, device: torch.device) -> N
     """Raise for what torch.compile would only report in the first step, hours later.
 
     Raises:
-        ValueError: If the student's map needs the graph between its features and logits, which compilation hides, or there is no
-            compiler for the device.
+        ValueError: If the student's map needs the graph between its features and logits, which compilation hides, or
+            there is no compiler for the device.
     """
     if not config.runtime.compile:
         return
     if cam.differentiates(config.finetune.cam_method) and config.finetune.cam_weight > 0:
         raise ValueError(
-            "runtime.compile must be false for this teacher and finetune.cam_method: its class-activation map is taken by differentiation inside the "
-            "network, which a compiled network hides. Switch it off, or set finetune.cam_weight to 0"
+            "runtime.compile must be false for this teacher and finetune.cam_method: its class-activation map is taken "
+            "by differentiation inside the network, which a compiled network hides. Switch it off, or set "
+            "finetune.cam_weight to 0"
         )
     try:
         torch.compile(lambda x: (x * 2).relu())(torch.ones(4, device=device))

@@ -15,7 +15,7 @@ def ends_words(first_bits: int | None, last_bits: int | None) -> str:
 
 
 def protocol_words(protocol: str, first_bits: int | None, last_bits: int | None, layer_label: str = "") -> str:
-    """Return a protocol with the settings that make it B: "A", "B (8/8)", "B (-/8, mixed)", "B (8/8, last_bits=weights_only)".
+    """Return a protocol with the settings that make it B: "A", "B (8/8)", "B (-/8, mixed)".
 
     Args:
         protocol: A or B.
@@ -38,19 +38,25 @@ class QuantConfig:
     act_bits: int = 4
     """Bits of the activations, 2 to 8."""
     first_bits: int | None = None
-    """Bits of the first layer's weights and input (under act_points relu the image is float); None is the same as the rest (protocol A)."""
+    """Bits of the first layer's weights and input (under act_points relu the image is float); None is the same as the
+    rest (protocol A)."""
     last_bits: int | None = None
     """Bits of the last layer's weights and input; None is the same as the rest (protocol A)."""
     last_bits_for_input: bool = True
-    """Under act_points relu, whether last_bits is also the width of the non-linearity that the last layer reads (QDrop); else act_bits."""
+    """Under act_points relu, whether last_bits is also the width of the non-linearity that the last layer reads
+    (QDrop); else act_bits."""
     layer_weight_bits: dict[str, int] = field(default_factory=dict)
-    """Bits of the weights of single layers, by name or pattern, whatever weight_bits, first_bits and last_bits say; as words: conv1=8 'stage1*=6'."""
+    """Bits of the weights of single layers, by name or pattern, whatever weight_bits, first_bits and last_bits say; as
+    words: conv1=8 'stage1*=6'."""
     layer_act_bits: dict[str, int] = field(default_factory=dict)
-    """Bits of single activations: under act_points inputs by the layer that reads it, under relu by the node of the non-linearity (`synq inspect`)."""
+    """Bits of single activations: under act_points inputs by the layer that reads it, under relu by the node of the
+    non-linearity (`synq inspect`)."""
     act_points: Literal["relu", "inputs"] = "relu"
-    """Which activations are low-bit: relu (after every non-linearity) or inputs (the input of every convolution and linear layer)."""
+    """Which activations are low-bit: relu (after every non-linearity) or inputs (the input of every convolution and
+    linear layer)."""
     weight_range: Literal["minmax", "mse"] = "minmax"
-    """Range of the weights per output channel: smallest and largest value, or clipped to the least quantization error."""
+    """Range of the weights per output channel: smallest and largest value, or clipped to the least quantization
+    error."""
     act_range: Literal["minmax", "mse"] = "mse"
     """Range of each activation: smallest and largest value seen, or clipped to the least quantization error."""
     mse_norm: float = 2.4
@@ -58,11 +64,14 @@ class QuantConfig:
     calib_images: int = 256
     """Synthetic images on which activation ranges are observed, at most; afterwards they are frozen."""
     equalization: bool = False
-    """Whether channels between two convolutions are scaled to like ranges before rounding, with the same function (cross-layer)."""
+    """Whether channels between two convolutions are scaled to like ranges before rounding, with the same function
+    (cross-layer)."""
     bn_correction: bool = False
-    """Whether the rounded student's batch-norm scale and shift are set so that it sees the teacher's statistics; kept where KL falls."""
+    """Whether the rounded student's batch-norm scale and shift are set so that it sees the teacher's statistics; kept
+    where KL falls."""
     learned_steps: Literal["none", "activations", "all"] = "none"
-    """Quantization steps that are trained with the weights (LSQ): none (protocol A), activations, or all (weights too)."""
+    """Quantization steps that are trained with the weights (LSQ): none (protocol A), activations, or all (weights
+    too)."""
     rounding: Literal["nearest", "adaround"] = "nearest"
     """How weights become integers before fine-tuning: nearest (protocol A), or learned block by block (adaround)."""
 
@@ -89,7 +98,7 @@ class QuantConfig:
 
     @property
     def protocol(self) -> str:
-        """Return A if every layer has the same low bit-width and ranges are static; B otherwise (also learned steps or rounding)."""
+        """Return A if all bit-widths are the same, ranges static and rounding to nearest; else B."""
         first = self.first_bits in (None, self.weight_bits) and self.first_bits in (None, self.act_bits)
         last = self.last_bits in (None, self.weight_bits) and self.last_bits in (None, self.act_bits)
         static = self.learned_steps == "none" and self.rounding == "nearest"

@@ -1,4 +1,4 @@
-"""The record of a run through its life: filled before and after fine-tuning, written at the end or on failure, found again."""
+"""The life of a run's record: filled before and after fine-tuning, written at the end or on failure, read again."""
 
 import time
 from collections.abc import Iterator
@@ -23,7 +23,8 @@ from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher
 
 NOTABLE = 0.01
-"""Rise of the KL to the teacher, in nats, below which no warning is due: at 8 bits it is nearly zero before and after."""
+"""Rise of the KL to the teacher, in nats, below which no warning is due: at 8 bits it is nearly zero before and
+after."""
 FAR = 0.5
 """KL to the teacher, in nats, above which a student is no longer a copy of its teacher."""
 FEW = 0.5
@@ -80,8 +81,8 @@ def blank_record(
     agreement = train_set.manifest["agreement"]
     if agreement < FEW and config.synthesis.assigns_labels:
         warnings.append(
-            f"the teacher gives only {100 * agreement:.0f} % of the synthetic images the class that they should show: the images are "
-            "not finished; raise `synthesis.iterations`, or try another `synthesis.lr`"
+            f"the teacher gives only {100 * agreement:.0f} % of the synthetic images the class that they should show: "
+            "the images are not finished; raise `synthesis.iterations`, or try another `synthesis.lr`"
         )
     return RunRecord(
         name=config.name,
@@ -122,7 +123,7 @@ def failure_recorded(folder: Path, record: RunRecord, accelerator: Accelerator) 
 
 
 def save(folder: Path, record: RunRecord, student: nn.Module, accelerator: Accelerator) -> None:
-    """Write the result of a run on the main process: the student's `state_dict`, then the record that says it is complete."""
+    """Write the result of a run, on the main process: the student's `state_dict`, then the record."""
     if accelerator.is_main_process:
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in student.state_dict().items()}
         write_bytes_atomic(folder / "student.safetensors", safetensors.torch.save(state))
@@ -189,8 +190,8 @@ def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:
     if before is None or after is None or after < 1.1 * before or after - before < NOTABLE:
         return []
     return [
-        f"the fine-tuning made the student worse: KL to the teacher on held-out synthetic images {before:.3g} before, {after:.3g} after; "
-        "lower `finetune.lr`, or search it in a sweep"
+        f"the fine-tuning made the student worse: KL to the teacher on held-out synthetic images {before:.3g} before, "
+        f"{after:.3g} after; lower `finetune.lr`, or search it in a sweep"
     ]
 
 
@@ -201,8 +202,9 @@ def _distance_warnings(quant: dict[str, Any], final: Measurement) -> list[str]:
     if distance is None or not distance >= FAR or narrowest or quant["layer_weight_bits"] or quant["layer_act_bits"]:
         return []
     return [
-        f"the student is far from its teacher: KL {distance:.2g} on held-out synthetic images; `synq widths --activations` with the same settings "
-        "finds which tensors do it, and widths for them at no more bytes and bit operations"
+        f"the student is far from its teacher: KL {distance:.2g} on held-out synthetic images; "
+        "`synq widths --activations` with the same settings finds which tensors do it, and widths for them at no more "
+        "bytes and bit operations"
     ]
 
 

@@ -1,7 +1,7 @@
 """The record of a run, and atomic writes of files. Standard library only.
 
-Every result file is written under a temporary name in the same folder, flushed to the disk and renamed: neither a reader nor a run
-killed at any instant leaves or finds half of it.
+Every result file is written under a temporary name in the same folder, flushed to the disk and renamed: neither a
+reader nor a run killed at any instant leaves or finds half of it.
 """
 
 import dataclasses
@@ -64,8 +64,8 @@ class RunRecord:
     objective: str = ""
     """Objective of a sweep: synthetic or selection."""
     objective_value: float | None = None
-    """Value of the objective after the last epoch; synthetic: the configured fidelity measure, lower is better; selection: top-1,
-    higher is better."""
+    """Value of the objective after the last epoch; synthetic: the configured fidelity measure, lower is better;
+    selection: top-1, higher is better."""
     fidelity: dict[str, float | None] = field(default_factory=dict)
     """Fidelity of the student to the teacher on the held-out synthetic images, by measure."""
     teacher_top1: float | None = None
@@ -119,7 +119,8 @@ class RunRecord:
     lost: int | None = None
     """Labeled images that the teacher classifies correctly and the student does not, after the last epoch."""
     gained: int | None = None
-    """Labeled images that the student classifies correctly and the teacher does not; drop = 100 (lost - gained) / num_eval."""
+    """Labeled images that the student classifies correctly and the teacher does not; drop = 100 (lost - gained) /
+    num_eval."""
     rtn_lost: int | None = None
     """As `lost`, before fine-tuning."""
     rtn_gained: int | None = None
@@ -127,7 +128,8 @@ class RunRecord:
     rounding: dict[str, Any] = field(default_factory=dict)
     """Reports of equalization, BatchNorm correction and AdaRound, if they were done before fine-tuning."""
     deployment: dict[str, Any] = field(default_factory=dict)
-    """Of the exported files: sizes in bytes, milliseconds of one image on a CPU, comparisons with the student; empty before an export."""
+    """Of the exported files: sizes in bytes, milliseconds of one image on a CPU, comparisons with the student; empty
+    before an export."""
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:
@@ -262,7 +264,7 @@ def _fits(hint: Any, value: object) -> bool:
 
 
 def run_folder(config: RunConfig) -> Path:
-    """Return the folder of a run, `<output_dir>/<name>-<digest>`, with the digest of everything that determines its result."""
+    """Return the folder of a run, `<output_dir>/<name>-<digest>`, with its `config_digest`."""
     return Path(config.runtime.output_dir) / f"{config.name}-{config_digest(config)}"
 
 
@@ -273,7 +275,7 @@ def run_protocol(record: RunRecord) -> str:
 
 
 def summary_line(record: RunRecord) -> str:
-    """Return a run in one line, for example "resnet20 W4A4 A relu | teacher 91.48 | RTN 80.90 | final 90.40 | drop 1.08 | 132 s"."""
+    """Return a run in one line: "resnet20 W4A4 A relu | teacher 91.48 | RTN 80.90 | final 90.40 | 132 s"."""
     quant = record.config.get("quant", {})
     mixed = " mixed" if quant.get("layer_weight_bits") or quant.get("layer_act_bits") else ""
     bits = f"W{record.weight_bits}A{record.act_bits}{mixed}"
@@ -301,8 +303,9 @@ def summary_line(record: RunRecord) -> str:
 def environment() -> dict[str, Any]:
     """Return what a result depends on besides its settings: commit, versions and host.
 
-    The commit is that of the checkout this file lies in, with the suffix -dirty if tracked files differ from it, or "unknown"
-    (installed from a wheel, or sent to a cluster without its .git folder, unless the variable SYNQ_COMMIT holds it).
+    The commit is that of the checkout this file lies in, with the suffix -dirty if tracked files differ from it, or
+    "unknown" (installed from a wheel, or sent to a cluster without its .git folder, unless the variable SYNQ_COMMIT
+    holds it).
     """
     versions = {"python": platform.python_version()}
     for package in PACKAGES:

@@ -1,4 +1,4 @@
-"""The synthetic sets of a run, training and held-out: their names, their store, the images as fine-tuning takes them."""
+"""The synthetic sets of a run, training and held-out: keys in the store, synthesis if missing, low-pass filter."""
 
 import os
 from dataclasses import replace
@@ -15,8 +15,8 @@ from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher, load_teacher
 
 HELDOUT_SEED = 0
-"""Seed of every held-out set. One constant, so that all runs of a teacher share one set; its purpose, "heldout", separates its random
-stream from that of training sets."""
+"""Seed of every held-out set. One constant, so that all runs of a teacher share one set; its purpose, "heldout",
+separates its random stream from that of training sets."""
 
 
 def set_store(config: RunConfig) -> SetStore:
@@ -84,7 +84,8 @@ def _set_requests(
 ) -> tuple[tuple[SynthesisConfig, int, Purpose], tuple[SynthesisConfig, int, Purpose]]:
     """Return settings, seed and purpose of a run's training set and of its held-out set.
 
-    The held-out images are optimized pixels whatever method makes the training set, so that all methods are compared on the same images.
+    The held-out images are optimized pixels whatever method makes the training set, so that all methods are compared on
+    the same images.
     """
     number = config.evaluation.heldout_images
     heldout = replace(config.synthesis, num_images=number, method="inversion", swing_conv=None)

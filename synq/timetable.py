@@ -1,4 +1,4 @@
-"""Order of the images and learning rate of each step: pure functions of seed, epoch and step, so a resumed run needs no state."""
+"""Order of the images and learning rate of each step: pure functions, so a resumed run needs no state."""
 
 import math
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def local_batch_size(batch_size: int, num_processes: int) -> int:
 
 
 def lr_at(step: int, steps_per_epoch: int, config: FinetuneConfig) -> float:
-    """Return the learning rate of a step (counted over all epochs): a pure function, so a resumed run needs no state."""
+    """Return the learning rate of a step, counted over all epochs."""
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)

@@ -1,4 +1,4 @@
-"""Log a run to TensorBoard, Weights & Biases or MLflow, through the trackers of Accelerate. The record does not depend on it."""
+"""Log a run to TensorBoard, Weights & Biases or MLflow, through the trackers of Accelerate."""
 
 import json
 import os
@@ -109,7 +109,7 @@ class RunLog:
             write_json_atomic(note, {"tracker": self.tracker, "id": self._id()})
 
     def epoch(self, epoch: dict[str, float]) -> None:
-        """Log the mean loss terms of an epoch, its objective where it was measured, and the learning rate of its last step."""
+        """Log the mean loss terms of an epoch, its objective if measured, and the learning rate of its last step."""
         if not self.is_on:
             return
         number, finetune = int(epoch["epoch"]), self.config.finetune

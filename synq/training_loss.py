@@ -1,4 +1,4 @@
-"""The loss of one fine-tuning step: a forward pass of the student, compared with the teacher's response to the same images."""
+"""The loss of one fine-tuning step: the student's response compared with the teacher's to the same images."""
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,8 @@ def harder_images(
 
     x + size * sign(d CE(student(x), label) / d x); the gradient bypasses DDP's reducer and reaches no parameter.
 
-    Source: sample difficulty promotion of HAST (CVPR 2023); the difficulty 1 - p_label rises where the cross-entropy does.
+    Source: sample difficulty promotion of HAST (CVPR 2023); the difficulty 1 - p_label rises where the cross-entropy
+        does.
     """
     with torch.enable_grad():
         pixels = images.detach().requires_grad_()
