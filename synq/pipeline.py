@@ -11,19 +11,19 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from synq.configs import RunConfig, make_absolute
-from synq.evaluation import Measure
-from synq.finetune import Epoch, finetune
-from synq.networks import aligned_blocks, prepare_networks
-from synq.placement import check_compilable, dtype_of, make_accelerator
-from synq.records import StageTimer, blank_record, complete_record, failure_recorded, finished_record, save
-from synq.results import RunRecord, check_writable, run_folder, write_config
-from synq.run_sets import check_space, ensure_sets, low_pass
-from synq.students import Student, build_student, share_changed, weight_codes
-from synq.synthetic_data import SyntheticSet
-from synq.teachers import Teacher, load_teacher
-from synq.timetable import local_batch_size
-from synq.tracking import RunLog
+from synq.config.run import RunConfig, make_absolute
+from synq.evaluation.measure import Measure
+from synq.finetune.loop import Epoch, finetune
+from synq.finetune.networks import aligned_blocks, prepare_networks
+from synq.finetune.schedule import local_batch_size
+from synq.quant.student import Student, build_student, share_changed, weight_codes
+from synq.runs.lifecycle import StageTimer, blank_record, complete_record, failure_recorded, finished_record, save
+from synq.runs.record import RunRecord, check_writable, run_folder, write_config
+from synq.runs.tracking import RunLog
+from synq.runtime import check_compilable, dtype_of, make_accelerator
+from synq.synthesis.dataset import SyntheticSet
+from synq.synthesis.run_sets import check_space, ensure_sets, low_pass
+from synq.teacher.teacher import Teacher, load_teacher
 
 
 def run(

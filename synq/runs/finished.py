@@ -1,0 +1,130 @@
+"""Open a finished run again: record, settings, teacher, student, synthetic sets."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from synq.config.run import RunConfig, config_from_dict, make_absolute, with_overrides
+from synq.quant.student import Student, build_student
+from synq.runs.record import RunRecord, read_record
+from synq.synthesis.dataset import SyntheticSet
+from synq.synthesis.run_sets import set_names, set_store
+from synq.synthesis.store import SetStore
+from synq.teacher.teacher import Teacher, load_teacher
+from synq.teacher.weight_files import read_weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A finished run, opened again."""
+
+    folder: Path
+    """The run's folder."""
+    record: RunRecord
+    """Its record."""
+    config: RunConfig
+    """Its settings, with paths as they are now."""
+    teacher: Teacher
+    """Its teacher, loaded again."""
+    student: Student
+    """Its fine-tuned student, on the CPU."""
+
+    def synthetic_sets(self) -> tuple[SyntheticSet, SyntheticSet]:
+        """Return the training and the held-out set from the run's store; they are never synthesized again.
+
+        Raises:
+            FileNotFoundError: The store no longer has them.
+            ValueError: They differ from those of the record.
+        """
+        store = set_store(self.config)
+        digests = (self.record.set_digest, self.record.heldout_digest)
+        train_set, heldout = (
+            _load_set(store, name, digest)
+            for name, digest in zip(set_names(self.config, self.teacher), digests, strict=True)
+        )
+        return train_set, heldout
+
+
+def open_run(folder: str | Path, places: Mapping[str, Any] | None = None, teacher: Teacher | None = None) -> Run:
+    """Open a finished run: read its record, load its teacher and student.
+
+    Args:
+        folder: The run's folder, the record in it, or a sweep's record of it (records/TRIAL.json).
+        places: Settings of PLACES that differ from the record's; they are in the returned settings, not in the record.
+        teacher: The run's teacher if already loaded; None loads it.
+
+    Raises:
+        FileNotFoundError: It is no run, or not a finished one.
+        ValueError: A file is damaged, or the teacher's weights are not those of the run.
+    """
+    path = Path(folder).resolve()
+    if _is_trial(path):
+        _check_completed(read_record(path), path)
+    path = _run_folder(path)
+    if not (path / "record.json").is_file():
+        started = (path / "checkpoint.pt").exists() or (path / "config.json").exists()
+        hint = "it is not finished, start its command again" if started else _one_of(path)
+        raise FileNotFoundError(f"`RUN` must hold record.json, but {path} does not: {hint}")
+    record = read_record(path / "record.json")
+    _check_completed(record, path)
+    config = config_from_dict(RunConfig, record.config, source=str(path / "record.json"))
+    config = make_absolute(with_overrides(config, places or {}))
+    teacher = teacher or load_teacher(config.teacher)
+    if teacher.digest != record.teacher.get("digest"):
+        raise ValueError(
+            f"`RUN` must be of the teacher {config.teacher.spec} as it is now, but {path} is of other weights, or of a "
+            "version of SynQ or PyTorch that traced them otherwise"
+        )
+    student = build_student(teacher, config.quant)
+    weights = path / "student.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"`RUN` must hold student.safetensors, but {path} does not: run it again in another folder"
+        )
+    try:
+        student.net.load_state_dict(read_weights(weights))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`RUN` must hold a student of its teacher, but {weights} is none: {reason}") from error
+    return Run(folder=path, record=record, config=config, teacher=teacher, student=student)
+
+
+def _load_set(store: SetStore, name: str, digest: str) -> SyntheticSet:
+    """Load a set of a run and compare it with the digest in the record."""
+    found = store.load(name)
+    if found is None:
+        hint = "`--runtime.store_dir` says where it is now, `synq synthesize` with the run's settings makes it again"
+        raise FileNotFoundError(f"`RUN` must find its synthetic images, but {store.path(name)} is not there: {hint}")
+    if found.digest != digest:
+        raise ValueError(f"`RUN` must find its synthetic images, but those in {found.path} differ from them")
+    return found
+
+
+def _check_completed(record: RunRecord, path: Path) -> None:
+    if record.status != "completed":
+        raise ValueError(f"`RUN` must be a completed run, but {path} is {record.status}: {record.reason}")
+
+
+def _one_of(path: Path) -> str:
+    """Return the hint for a folder that is no run."""
+    for file in sorted((path / "records").glob("*.json")):
+        with suppress(ValueError):  # a damaged one does not hide the others
+            if read_record(file).status == "completed" and _run_folder(file).is_dir():
+                return f"it is a sweep, give one of its trials, such as {file}"
+    return "give the folder of one run, runs/NAME-DIGEST"
+
+
+def _is_trial(path: Path) -> bool:
+    """Return whether a path is a sweep's record of a trial."""
+    return path.suffix == ".json" and path.parent.name == "records" and path.is_file()
+
+
+def _run_folder(path: Path) -> Path:
+    if path.name == "record.json":
+        return path.parent
+    if _is_trial(path):
+        record = read_record(path)
+        return path.parent.parent / "runs" / f"{record.config['name']}-{record.config_digest}"
+    return path

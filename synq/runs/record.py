@@ -1,0 +1,328 @@
+"""The record of a run, and atomic writes of files. Standard library only.
+
+Every result file is written under a temporary name in the same folder, flushed to the disk and renamed: neither a
+reader nor a run killed at any instant leaves or finds half of it.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from synq.config.parsing import check_format
+from synq.config.quant import protocol_words
+from synq.config.run import DIGEST_FORMAT, RunConfig, config_digest, config_to_dict
+
+SCHEMA_VERSION = 2
+PACKAGES = ("synq", "torch", "torchvision", "accelerate", "ray", "optuna", "numpy")
+DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms")
+"""Keys of `deployment` that are columns of the tables, filled by an export."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """Everything that is reported of one run, as one JSON file. Percent unless stated otherwise; None: not measured."""
+
+    schema_version: int = SCHEMA_VERSION
+    """Format of the record. Raise it with every change that gives a field of an existing record another meaning."""
+    status: Literal["completed", "failed", "pruned"] = "completed"
+    """How the run ended."""
+    reason: str = ""
+    """Why a run failed or was pruned."""
+    name: str = ""
+    """Name of the run."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The resolved configuration."""
+    config_digest: str = ""
+    """Digest of everything that determines the result, seeds included (`config_digest`)."""
+    seed: int = 0
+    """Seed of fine-tuning."""
+    data_seed: int = 0
+    """Seed of the synthetic set."""
+    teacher: dict[str, Any] = field(default_factory=dict)
+    """The teacher's spec, digest, name, num_classes and input_size."""
+    model: str = ""
+    """The teacher's short name."""
+    weight_bits: int = 0
+    """Bits of the weights."""
+    act_bits: int = 0
+    """Bits of the activations."""
+    protocol: str = ""
+    """A: all layers low-bit, static; B: first or last layer at another bit-width, or learned steps or rounding."""
+    act_points: str = ""
+    """Which activations are low-bit: relu or inputs."""
+    objective: str = ""
+    """Objective of a sweep: synthetic or selection."""
+    objective_value: float | None = None
+    """Value of the objective after the last epoch; synthetic: the configured fidelity measure, lower is better;
+    selection: top-1, higher is better."""
+    fidelity: dict[str, float | None] = field(default_factory=dict)
+    """Fidelity of the student to the teacher on the held-out synthetic images, by measure."""
+    teacher_top1: float | None = None
+    """Top-1 of the teacher on the labeled images."""
+    rtn_top1: float | None = None
+    """Top-1 of the student before fine-tuning (round-to-nearest, or the learned rounding)."""
+    top1: float | None = None
+    """Top-1 of the student after the last epoch."""
+    top5: float | None = None
+    """Top-5 of the student after the last epoch."""
+    drop: float | None = None
+    """teacher_top1 - top1, on the same images, in percentage points."""
+    num_eval: int | None = None
+    """Number of labeled images that top-1 is measured on."""
+    rtn_fidelity: dict[str, float | None] = field(default_factory=dict)
+    """As `fidelity`, before fine-tuning."""
+    size_bytes: float | None = None
+    """Size of the student's parameters at their bit-widths, in bytes."""
+    bitops: float | None = None
+    """Bit operations of one image: sum over layers of multiplications x weight bits x activation bits."""
+    kept_share: float | None = None
+    """Share (0..1) of training images whose difficulty is at most the threshold."""
+    set_digest: str = ""
+    """Digest of the synthetic training set."""
+    heldout_digest: str = ""
+    """Digest of the held-out synthetic set."""
+    eval_digest: str = ""
+    """Digest of the labeled images, "" without labels."""
+    loss_history: list[dict[str, Any]] = field(default_factory=list)
+    """Loss terms of each epoch."""
+    warnings: list[str] = field(default_factory=list)
+    """Warnings about this result."""
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    """Every weight and activation with its bit-width; 32 is float."""
+    commit: str = "unknown"
+    """Commit of the code; -dirty where files differ from it."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of Python and of the packages used."""
+    device: str = ""
+    """Name of the device."""
+    host: str = ""
+    """Name of the machine."""
+    started: str = ""
+    """Start, ISO 8601, UTC."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds of each stage."""
+    total_seconds: float | None = None
+    """Seconds of the whole run, earlier parts of a resumed one included."""
+    codes_changed: float | None = None
+    """Share (0..1) of the integer weights that fine-tuning changed."""
+    lost: int | None = None
+    """Labeled images that the teacher classifies correctly and the student does not, after the last epoch."""
+    gained: int | None = None
+    """Labeled images that the student classifies correctly and the teacher does not; drop = 100 (lost - gained) /
+    num_eval."""
+    rtn_lost: int | None = None
+    """As `lost`, before fine-tuning."""
+    rtn_gained: int | None = None
+    """As `gained`, before fine-tuning."""
+    rounding: dict[str, Any] = field(default_factory=dict)
+    """Reports of equalization, BatchNorm correction and AdaRound, if they were done before fine-tuning."""
+    deployment: dict[str, Any] = field(default_factory=dict)
+    """Of the exported files: sizes in bytes, milliseconds of one image on a CPU, comparisons with the student; empty
+    before an export."""
+
+
+def write_bytes_atomic(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path` so that the file is either the old one or the whole new one.
+
+    Raises:
+        OSError: The file cannot be written; the error names `path`, and no temporary file is left.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes 0600, which would hide results from a team on a shared disk
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a run's folder that cannot be written, before the work and not after it.
+
+    Raises:
+        OSError: Naming the folder above it and the reason.
+    """
+    probe = folder / ".writable"
+    try:
+        write_bytes_atomic(probe, b"")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"runtime.output_dir must be writable, but got {folder.parent}: {reason}") from error
+    probe.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """As `write_bytes_atomic`, for UTF-8 text."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_json_atomic(path: str | Path, value: object) -> None:
+    """As `write_bytes_atomic`, for strict JSON: NaN and infinities become null, tuples become lists."""
+    write_text_atomic(path, json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
+
+
+def _strict(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    return value
+
+
+def write_config(path: str | Path, config: RunConfig) -> None:
+    """Write the resolved settings of a run as JSON, by rename; `load_run` reads them."""
+    write_json_atomic(path, {"format": DIGEST_FORMAT, **config_to_dict(config)})
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: The file is absent.
+        ValueError: The file is damaged; the message names it.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        ours = Path(path).suffix == ".json"
+        advice = f"is damaged ({error}); remove it to have it made again" if ours else "does not"
+        raise ValueError(f"`{path}` must hold JSON, but it {advice}") from None
+
+
+def write_record(path: str | Path, record: RunRecord) -> None:
+    """Write a record as JSON, by rename."""
+    write_json_atomic(path, {part.name: getattr(record, part.name) for part in dataclasses.fields(record)})
+
+
+def read_record(path: str | Path) -> RunRecord:
+    """Read a record.
+
+    Raises:
+        FileNotFoundError: The file is absent.
+        ValueError: The file is damaged, of another version, or not a record.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path}` must hold a run record, but got a {type(content).__name__}")
+    for key in ("schema_version", "config"):
+        if key not in content:
+            raise ValueError(f"`{path}` must hold a run record, but it has no {key}")
+    check_format(path, "a run record", content["schema_version"], SCHEMA_VERSION, "run it again")
+    types = _record_types()
+    unknown = sorted(set(content) - set(types))
+    if unknown:
+        raise ValueError(f"`{path}` must hold a run record, but got the unknown key {unknown[0]!r}")
+    for name, value in content.items():
+        if not _fits(types[name], value):
+            raise ValueError(f"`{path}` must hold a run record, but got {name} = {value!r:.80}")
+    return RunRecord(**content)
+
+
+@functools.cache  # reading the hints takes longer than reading a record
+def _record_types() -> dict[str, Any]:
+    return typing.get_type_hints(RunRecord)
+
+
+def _fits(hint: Any, value: object) -> bool:
+    """Return whether a JSON value fits a field of type `hint`; of containers only the outer type is checked."""
+    if value is None:
+        return type(None) in typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    kinds = (
+        [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        if type(None) in typing.get_args(hint)
+        else [hint]
+    )
+    kind = typing.get_origin(kinds[0]) or kinds[0]
+    return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Return the folder of a run, `<output_dir>/<name>-<digest>`, with its `config_digest`."""
+    return Path(config.runtime.output_dir) / f"{config.name}-{config_digest(config)}"
+
+
+def run_protocol(record: RunRecord) -> str:
+    """Return the protocol of a run with its first/last layer bits: "A", "B (8/8)"."""
+    quant = record.config.get("quant", {})
+    return protocol_words(record.protocol, quant.get("first_bits"), quant.get("last_bits"))
+
+
+def summary_line(record: RunRecord) -> str:
+    """Return a run in one line: "resnet20 W4A4 A relu | teacher 91.48 | RTN 80.90 | final 90.40 | 132 s"."""
+    quant = record.config.get("quant", {})
+    mixed = " mixed" if quant.get("layer_weight_bits") or quant.get("layer_act_bits") else ""
+    bits = f"W{record.weight_bits}A{record.act_bits}{mixed}"
+    head = f"{record.model or record.name} {bits} {run_protocol(record)} {record.act_points}".rstrip()
+    parts = [head]
+    if record.status != "completed":
+        parts.append(f"{record.status}: {record.reason}" if record.reason else record.status)
+    if record.top1 is not None:
+        metrics = (
+            ("teacher", record.teacher_top1),
+            ("RTN", record.rtn_top1),
+            ("final", record.top1),
+            ("drop", record.drop),
+        )
+        parts += [f"{name} {value:.2f}" for name, value in metrics if value is not None]
+    elif record.status == "completed":
+        parts.append("no labels")
+    if record.objective_value is not None and (record.top1 is None or record.objective == "selection"):
+        parts.append(f"{record.objective} objective {record.objective_value:.4g}")
+    if record.total_seconds is not None:
+        parts.append(f"{record.total_seconds:.0f} s")
+    return " | ".join(parts)
+
+
+def environment() -> dict[str, Any]:
+    """Return what a result depends on besides its settings: commit, versions and host.
+
+    The commit is that of the checkout this file lies in, with the suffix -dirty if tracked files differ from it, or
+    "unknown" (installed from a wheel, or sent to a cluster without its .git folder, unless the variable SYNQ_COMMIT
+    holds it).
+    """
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"commit": os.environ.get("SYNQ_COMMIT") or _commit(), "versions": versions, "host": platform.node()}
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # never the commit of a project that has SynQ in its virtual environment
+        return "unknown"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else "unknown"
