@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import synq
 from synq.config.parsing import check_format
 from synq.config.quant import protocol_words
 from synq.config.run import DIGEST_FORMAT, RunConfig, config_digest, config_to_dict
@@ -317,7 +318,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(synq.__file__).resolve().parent.parent
     if not (root / ".git").exists():  # never the commit of a project that has SynQ in its virtual environment
         return "unknown"
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

@@ -2,12 +2,12 @@ import math
 from dataclasses import replace
 
 import pytest
-import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from support import reference
 from synq.losses import (
     LossWeights,
     cam_loss,

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support.made_sweeps import made_sweep
-from support.small_nets import plain
 from test_integer_form import student
 
 from launch import export, report
+from support.made_sweeps import made_sweep
+from support.small_nets import plain
 from synq import train
 from synq.config.run import RunConfig, config_to_dict, load_run
 from synq.export.packed import read_packed, save_packed
