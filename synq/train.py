@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: RunConfig, accelerator: "Accelerator") -> tuple[list[str], list[str]]:
-    from synq.pipeline import run, run_folder
-    from synq.runs.record import summary_line
+    from synq.pipeline import run
+    from synq.runs.record import run_folder, summary_line
 
     file = run_folder(config) / "record.json"
     before = file.stat().st_mtime_ns if file.exists() else None

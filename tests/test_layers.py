@@ -71,8 +71,6 @@ MAX_MODULES = 20
 PENDING = {
     ("synq.finetune.checkpoints", "synq.runs.record"),
     ("synq.quant.adaround", "synq.finetune.optimizers"),
-    ("synq.quant.keep_best", "synq.evaluation.fidelity"),
-    ("synq.runs.finished", "synq.pipeline"),
     ("synq.runtime", "synq.runs.tracking"),
     ("synq.synthesis.dataset", "synq.runs.record"),
     ("synq.synthesis.generate", "synq.runs.record"),

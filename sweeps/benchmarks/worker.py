@@ -20,9 +20,9 @@ from synq.config.command_line import Command
 from synq.config.command_options import INT, OneOf, option
 from synq.config.run import FinetuneConfig, RunConfig, RuntimeConfig
 from synq.finetune.loop import Epoch, finetune
-from synq.pipeline import low_pass
 from synq.runtime import make_accelerator
 from synq.synthesis.dataset import read_tensors
+from synq.synthesis.run_sets import low_pass
 
 from .subjects import TINY, build_subject
 

@@ -39,7 +39,7 @@ def command(config: RunConfig, as_json: bool) -> None:
     """
     from synq.common.text_tables import to_text
     from synq.diagnostics.inspection import COLUMNS, HEADINGS, inspect, summary
-    from synq.pipeline import build_student
+    from synq.quant.student import build_student
     from synq.teacher.teacher import load_teacher
 
     teacher = load_teacher(config.teacher)

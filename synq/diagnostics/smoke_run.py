@@ -31,9 +31,11 @@ from synq.config.run import (
 from synq.export.export import ExportOptions, export_run
 from synq.mixed_precision.sensitivity import logits_of, scan_quantizers, sqnr_db
 from synq.network.bn_stats import bn_targets
-from synq.pipeline import build_student, run, run_folder, set_names, set_store
+from synq.pipeline import run
 from synq.quant.layers import quantizers_bypassed
-from synq.quant.student import observe_ranges
+from synq.quant.student import build_student, observe_ranges
+from synq.runs.record import run_folder
+from synq.synthesis.run_sets import set_names, set_store
 from synq.teacher.sources import RANDOM
 from synq.teacher.teacher import Teacher, load_teacher
 

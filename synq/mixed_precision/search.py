@@ -76,7 +76,8 @@ def search(config: RunConfig, options: SearchOptions) -> tuple[Path, str] | None
     """
     from synq.mixed_precision.ilp import check_limits, choose_widths
     from synq.mixed_precision.problem import WidthProblem
-    from synq.pipeline import build_student, prepare
+    from synq.pipeline import prepare
+    from synq.quant.student import build_student
     from synq.runtime import make_accelerator
     from synq.teacher.teacher import load_teacher
 
@@ -131,9 +132,10 @@ def _scan(
 ) -> list["Score"]:
     """Measure every tensor alone at every bit-width, in a student that has this bit-width everywhere."""
     from synq.mixed_precision.sensitivity import logits_of, scan_quantizers
-    from synq.pipeline import build_student, low_pass
     from synq.quant.prepare import prepare_student
+    from synq.quant.student import build_student
     from synq.runtime import dtype_of, place
+    from synq.synthesis.run_sets import low_pass
 
     quant = config.quant
     images = low_pass(images[: quant.calib_images], config).to(device, dtype_of(config.runtime))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from synq.commands import bench
 from synq.commands.bench import main
-from synq.finetune.loop import training_loss
 from synq.finetune.responses import teacher_response
+from synq.finetune.training_loss import training_loss
 from synq.sweeps.benchmarks import ceilings, curves, population, steps, synthesis
 from synq.sweeps.benchmarks.launcher import SOLO, TWO, WorkerError, result, start
 from synq.sweeps.benchmarks.measure import GROUPS, rows_of

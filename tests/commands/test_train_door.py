@@ -16,7 +16,7 @@ import safetensors.torch
 from synq import cli, train
 from synq.config.parsing import dotted_keys
 from synq.config.run import RunConfig, config_digest, config_to_dict, make_absolute, with_overrides
-from synq.runs.record import RunRecord, read_record
+from synq.runs.record import RunRecord, read_record, write_config
 
 SUMMARY = re.compile(
     r"^digits_resnet8 W4A4 A relu \| teacher \d+\.\d\d \| RTN \d+\.\d\d \| final \d+\.\d\d \| drop -?\d+\.\d\d \| \d+ s$"
@@ -154,20 +154,24 @@ def test_the_first_word_is_the_teacher_or_the_settings(in_tmp: Path) -> None:
         train.command.read(["run.toml", "--config", "run.toml"])
 
 
-def test_what_a_run_wrote_before_a_setting_existed_names_that_run(in_tmp: Path) -> None:
-    then = with_overrides(RunConfig(), {"finetune.grad_clip_relative": None, "finetune.lr": 0.5})
-    content = config_to_dict(then)
-    del content["finetune"]["grad_clip_relative"], content["quant"]["layer_act_bits"]
-    Path("config.json").write_text(json.dumps(content))
+def test_the_settings_that_a_run_wrote_name_that_run(in_tmp: Path) -> None:
+    config = with_overrides(RunConfig(), {"finetune.grad_clip_relative": None, "finetune.lr": 0.5})
+    write_config("config.json", config)
     found = train.command.read(["--config", "config.json"])["config"]
-    assert found == make_absolute(then) and config_digest(found) == config_digest(then)
-    del content["synthesis"]["lr"]
-    Path("config.json").write_text(json.dumps(content))
-    assert train.command.read(["--config", "config.json"])["config"] == make_absolute(then), "part by part"
-    del content["finetune"]["lr"]
-    Path("by_hand.json").write_text(json.dumps({"finetune": content["finetune"]}))
+    assert found == make_absolute(config) and config_digest(found) == config_digest(config)
+    Path("dumped.json").write_text(json.dumps(config_to_dict(config)))
+    assert train.command.read(["--config", "dumped.json"])["config"] == make_absolute(config), (
+        "complete without a format number"
+    )
+    finetune = config_to_dict(config)["finetune"]
+    del finetune["lr"]
+    Path("by_hand.json").write_text(json.dumps({"finetune": finetune}))
     found = train.command.read(["--config", "by_hand.json", "--finetune.lr", "0.25"])["config"]
-    assert found == make_absolute(with_overrides(RunConfig(), {"finetune.lr": 0.25})), "by hand: the defaults of today"
+    assert found == make_absolute(with_overrides(config, {"finetune.lr": 0.25}))
+    Path("by_hand.json").write_text(json.dumps({"finetune": {"lr": 0.5}}))
+    assert train.command.read(["by_hand.json"])["config"] == make_absolute(
+        with_overrides(RunConfig(), {"finetune.lr": 0.5})
+    )
 
 
 def test_failure_and_interrupt_have_their_own_exit_codes(

@@ -18,8 +18,7 @@ from synq.cli import run
 from synq.config.run import QuantConfig, RunConfig, TeacherConfig, config_from_dict
 from synq.mixed_precision.ilp import Key, Limit, Product, choose_widths
 from synq.mixed_precision.problem import WidthProblem
-from synq.pipeline import build_student
-from synq.quant.student import Student, quantize_model
+from synq.quant.student import Student, build_student, quantize_model
 from synq.teacher.teacher import load_teacher
 
 WIDTHS = [2, 4, 8]
@@ -149,13 +148,15 @@ def test_layers_that_are_called_twice(points: str, ends: dict[str, int]) -> None
     def build(quant: QuantConfig) -> Student:
         return quantize_model(
             teacher,
-            weight_bits=4,
-            act_bits=4,
-            act_points=quant.act_points,
-            first_bits=quant.first_bits,
-            last_bits=quant.last_bits,
-            layer_weight_bits=quant.layer_weight_bits,
-            layer_act_bits=quant.layer_act_bits,
+            QuantConfig(
+                weight_bits=4,
+                act_bits=4,
+                act_points=quant.act_points,
+                first_bits=quant.first_bits,
+                last_bits=quant.last_bits,
+                layer_weight_bits=quant.layer_weight_bits,
+                layer_act_bits=quant.layer_act_bits,
+            ),
         )
 
     student = build(quant)

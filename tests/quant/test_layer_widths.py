@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from synq.config.run import QuantConfig, RunConfig, TeacherConfig, config_digest, config_from_dict, config_to_dict
 from synq.network.tracing import trace_classifier
-from synq.pipeline import build_student
 from synq.quant.bit_patterns import WidthPatterns
-from synq.quant.student import Student, quantize_model
+from synq.quant.student import Student, build_student, quantize_model
 from synq.teacher.teacher import Teacher, load_teacher
 from synq.train import command
 
@@ -83,12 +82,12 @@ def test_layers_that_read_one_tensor_have_one_width_for_it() -> None:
 
     traced = trace_classifier(Fork(), (3, 8, 8))
     widths = {"weight_bits": 4, "act_bits": 4, "act_points": "inputs"}
-    same = quantize_model(traced, **widths, layer_act_bits={"a": 8, "b": 8})  # type: ignore[arg-type]
+    same = quantize_model(traced, QuantConfig(**widths, layer_act_bits={"a": 8, "b": 8}))  # type: ignore[arg-type]
     assert bits_of(same, "activation")["relu"] == 8
     with pytest.raises(
         ValueError, match="must say one width for layers that read the same tensor, but got 2 for b and 4 for a"
     ):
-        quantize_model(traced, **widths, layer_act_bits={"b": 2})  # type: ignore[arg-type]
+        quantize_model(traced, QuantConfig(**widths, layer_act_bits={"b": 2}))  # type: ignore[arg-type]
 
 
 def test_a_name_goes_before_first_and_last_bits(teacher: Teacher) -> None:
