@@ -77,8 +77,8 @@ def measure(chosen: Iterable[str], words: argparse.Namespace) -> None:
 
     from launch.benchmarks.table import Context, as_json, machine, markdown
     from synq.configs import RuntimeConfig
+    from synq.files import write_bytes_atomic, write_json_atomic
     from synq.placement import make_accelerator
-    from synq.results import write_bytes_atomic, write_json_atomic
 
     device = make_accelerator(RuntimeConfig(device=words.device, num_threads=words.threads)).device
     context = Context(device=device, threads=torch.get_num_threads(), rounds=words.rounds, seed=words.seed)

@@ -9,8 +9,9 @@ from pathlib import Path
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sweeps.command_line import Parser, check_paths, exit_code
+from sweeps.command_line import Parser, exit_code
 from synq.configs import PLACES
+from synq.files import check_paths
 from synq.train import report_error
 
 

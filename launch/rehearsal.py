@@ -19,7 +19,8 @@ from sweeps.pool import in_processes, threads_each
 from synq.bars import passing_bar
 from synq.config_io import between, require
 from synq.configs import RunConfig, RuntimeConfig, TeacherConfig, config_from_dict, load_config, make_absolute
-from synq.results import environment, write_text_atomic
+from synq.environment import environment
+from synq.files import write_text_atomic
 from synq.table_text import Row, to_markdown, to_text
 from synq.train import read_command_line, report_error
 

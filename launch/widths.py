@@ -18,7 +18,7 @@ from sweeps.command_line import Parser, exit_code
 from synq.bars import visible
 from synq.config_io import between, require
 from synq.configs import QuantConfig, RunConfig, config_digest, config_to_dict, make_absolute
-from synq.results import write_json_atomic, write_text_atomic
+from synq.files import write_json_atomic, write_text_atomic
 from synq.table_text import to_csv, to_text
 from synq.train import read_command_line
 
@@ -159,10 +159,11 @@ def _scan(
     activations: bool,
 ) -> list["Score"]:
     """Measure every tensor alone at every width, in a student that has this width everywhere."""
+    from synq.fidelity import logits_of
     from synq.pipeline import build_student, low_pass
     from synq.placement import dtype_of, place
     from synq.rounding import prepare_student
-    from synq.sensitivity import logits_of, scan_quantizers
+    from synq.sensitivity import scan_quantizers
 
     quant = config.quant
     images = low_pass(images[: quant.calib_images], config).to(device, dtype_of(config.runtime))

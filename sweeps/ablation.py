@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sweeps.paired import Gain, mean, paired_gain, std
 from sweeps.settings_file import check_bits, check_rows, check_seeds, read_settings
+from sweeps.stats import Gain, mean, paired_gain, std
 from synq.configs import RunConfig, parse_bits, with_overrides
-from synq.results import RunRecord, write_text_atomic
+from synq.files import write_text_atomic
+from synq.results import RunRecord
 from synq.table_text import to_csv, to_markdown
 
 Overrides = Mapping[str, Any]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.search_config import SearchConfig
-from synq.results import environment, write_text_atomic
+from synq.environment import environment
+from synq.files import write_text_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 256 * 2**20

@@ -2,9 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any, NoReturn
 
 from synq.config_io import dotted_keys, nearest
@@ -67,17 +66,6 @@ class Parser(argparse.ArgumentParser):
                         f"`--{name}` must be an option of this command or a setting of a run, but is neither{hint}"
                     )
         return arguments, rest
-
-
-def check_paths(paths: Iterable[str | Path], name: str = "PATH") -> None:
-    """Refuse what is not there, before anything is loaded that takes seconds.
-
-    Raises:
-        FileNotFoundError: One of them is absent.
-    """
-    for path in paths:
-        if not Path(path).exists():
-            raise FileNotFoundError(f"`{name}` must exist, but got {path}")
 
 
 def exit_code(work: Callable[[], int | None], *, resumes: bool = False) -> int:

@@ -17,15 +17,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, fx
 
+from sweeps import perturbations
 from sweeps.leaderboard import load_records
 from sweeps.rank_table import Values, table
 from synq import fidelity
 from synq.artifacts import SetStore
 from synq.augment import flip_shift
 from synq.configs import RunConfig, config_from_dict
+from synq.files import write_bytes_atomic
 from synq.integer_form import integer_form
 from synq.pipeline import HELDOUT_SEED, build_student
-from synq.results import RunRecord, write_bytes_atomic
+from synq.results import RunRecord
 from synq.seeding import make_generator
 from synq.synthesis import ensure_set
 from synq.synthetic_data import SyntheticSet, tensor_bytes
@@ -35,15 +37,15 @@ from synq.tracing import with_features
 MEASURES: dict[str, fidelity.Measure] = {
     "kl": fidelity.kl,
     "kl_t4": lambda t, s: fidelity.kl(t, s, 4.0),
-    "reverse_kl": fidelity.reverse_kl,
+    "reverse_kl": perturbations.reverse_kl,
     "jensen_shannon": fidelity.jensen_shannon,
-    "total_variation": fidelity.total_variation,
+    "total_variation": perturbations.total_variation,
     "disagreement": fidelity.disagreement,
     "logit_mse": fidelity.logit_mse,
-    "logit_angle": fidelity.logit_angle,
-    "margin_mse": fidelity.margin_mse,
-    "hard_cross_entropy": fidelity.hard_cross_entropy,
-    "doubtful_kl": fidelity.doubtful_kl,
+    "logit_angle": perturbations.logit_angle,
+    "margin_mse": perturbations.margin_mse,
+    "hard_cross_entropy": perturbations.hard_cross_entropy,
+    "doubtful_kl": perturbations.doubtful_kl,
 }
 FEATURES = "features"
 """Name of the one measure that needs the features, where the teacher has a CAM site."""
@@ -55,14 +57,14 @@ View = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], torch.Generator], T
 
 def _mixup(share: float | None) -> View:
     def view(x: Tensor, labels: Tensor, net: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
-        partner = fidelity.partners(labels, generator)
-        return fidelity.mixed(x, partner, torch.rand(len(x), generator=generator) if share is None else share)
+        partner = perturbations.partners(labels, generator)
+        return perturbations.mixed(x, partner, torch.rand(len(x), generator=generator) if share is None else share)
 
     return view
 
 
 def _cutmix(area: float) -> View:
-    return lambda x, labels, net, g: fidelity.cut_mixed(x, fidelity.partners(labels, g), area, g)
+    return lambda x, labels, net, g: perturbations.cut_mixed(x, perturbations.partners(labels, g), area, g)
 
 
 def _fixed(function: Callable[..., Tensor], *values: float) -> View:
@@ -74,7 +76,7 @@ def _drawn(function: Callable[..., Tensor], *values: float) -> View:
 
 
 def _attack(epsilon: float) -> View:
-    return lambda x, labels, net, g: fidelity.adversarial(x, net, epsilon)
+    return lambda x, labels, net, g: perturbations.adversarial(x, net, epsilon)
 
 
 def _after(first: View, second: View) -> View:
@@ -84,23 +86,23 @@ def _after(first: View, second: View) -> View:
 VIEWS: dict[str, View] = {
     "plain": lambda x, labels, net, g: x,
     "flip_shift": _drawn(flip_shift),
-    **{f"lowpass_{cutoff}": _fixed(fidelity.low_passed, cutoff) for cutoff in (0.5, 0.25)},
-    **{f"noise_{sigma}": _drawn(fidelity.noisy, sigma) for sigma in (0.1, 0.25, 0.5, 1.0)},
-    **{f"shade_{sigma}": _drawn(fidelity.shaded, sigma) for sigma in (0.5, 1.0)},
-    "reweight": _fixed(fidelity.reweighted),
-    "reweight_mixup": _after(_mixup(0.5), _fixed(fidelity.reweighted)),
+    **{f"lowpass_{cutoff}": _fixed(perturbations.low_passed, cutoff) for cutoff in (0.5, 0.25)},
+    **{f"noise_{sigma}": _drawn(perturbations.noisy, sigma) for sigma in (0.1, 0.25, 0.5, 1.0)},
+    **{f"shade_{sigma}": _drawn(perturbations.shaded, sigma) for sigma in (0.5, 1.0)},
+    "reweight": _fixed(perturbations.reweighted),
+    "reweight_mixup": _after(_mixup(0.5), _fixed(perturbations.reweighted)),
     "mixup_0.5": _mixup(0.5),
     "mixup_0.7": _mixup(0.7),
     "mixup_uniform": _mixup(None),
     "mixup_0.5_again": _mixup(0.5),
-    "mixup_0.5_noise_0.25": _after(_mixup(0.5), _drawn(fidelity.noisy, 0.25)),
+    "mixup_0.5_noise_0.25": _after(_mixup(0.5), _drawn(perturbations.noisy, 0.25)),
     **{f"cutmix_{area}": _cutmix(area) for area in (0.25, 0.5)},
-    "erase_0.25": _drawn(fidelity.erased, 0.25),
-    **{f"fade_{contrast}": _fixed(fidelity.faded, contrast) for contrast in (0.5, 0.25)},
-    "drown_0.5": _drawn(fidelity.drowned, 0.5),
-    **{f"zoom_{size}": _drawn(fidelity.zoomed, size) for size in (0.5, 0.75)},
+    "erase_0.25": _drawn(perturbations.erased, 0.25),
+    **{f"fade_{contrast}": _fixed(perturbations.faded, contrast) for contrast in (0.5, 0.25)},
+    "drown_0.5": _drawn(perturbations.drowned, 0.5),
+    **{f"zoom_{size}": _drawn(perturbations.zoomed, size) for size in (0.5, 0.75)},
     **{f"adversarial_{epsilon}": _attack(epsilon) for epsilon in (0.02, 0.05, 0.1, 0.2)},
-    "boundary": lambda x, labels, net, g: fidelity.on_boundary(x, fidelity.partners(labels, g), net),
+    "boundary": lambda x, labels, net, g: perturbations.on_boundary(x, perturbations.partners(labels, g), net),
 }
 """Views by name: (images, their labels, the teacher, generator) -> images. Each draws from a stream of its own."""
 BN_VIEWS = ("plain", "noise_0.5", "mixup_0.5", "cutmix_0.5", "adversarial_0.05")
@@ -209,7 +211,7 @@ class Bench:
                 known[f"{self.digests[name]}.logits"], _ = _answers(form, self.images[name])
                 wanted = self.wanted[name][1]
                 if features is not None and wanted is not None:
-                    known[f"{self.digests[name]}.features"] = fidelity.feature_distance(wanted, features)
+                    known[f"{self.digests[name]}.features"] = perturbations.feature_distance(wanted, features)
             write_bytes_atomic(kept, safetensors.torch.save(known))
         values: Values = {}
         for name, digest in self.digests.items():

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
-from sweeps.command_line import Parser, check_paths, exit_code
+from sweeps.command_line import Parser, exit_code
 from sweeps.ranking import LEADERBOARD_COLUMNS, TRIAL_COLUMNS, read_setting
 from sweeps.tables import Tables
 from sweeps.views import (
@@ -27,7 +27,8 @@ from sweeps.views import (
     shown,
     single_ranking,
 )
-from synq.results import RunRecord, read_record, write_text_atomic
+from synq.files import check_paths, write_text_atomic
+from synq.results import RunRecord, read_record
 from synq.table_text import Row, cell, to_csv, to_markdown, to_text
 
 __all__ = [

@@ -30,7 +30,9 @@ from sweeps.space import BITS, value_at
 from sweeps.spec import SweepSpec
 from sweeps.sweep_folder import SweepFolder
 from synq.configs import RunConfig, config_digest, config_from_dict, config_to_dict
-from synq.results import RunRecord, environment, read_json, read_record, write_json_atomic, write_record
+from synq.environment import environment
+from synq.files import read_json, write_json_atomic
+from synq.results import RunRecord, read_record, write_record
 
 TABLES = ("trials.csv", "leaderboard.csv")
 TABLE_SHARE = 0.1

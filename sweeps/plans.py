@@ -8,7 +8,8 @@ from typing import Any
 
 from synq.config_identity import settings_of_its_day
 from synq.configs import RunConfig, config_digest, config_to_dict
-from synq.results import RunRecord, read_json
+from synq.files import read_json
+from synq.results import RunRecord
 
 FORMAT = 1
 REASON_LENGTH = 500

@@ -21,7 +21,8 @@ from sweeps.tuner import sets_needed
 from synq import pipeline
 from synq.configs import RunConfig, with_overrides
 from synq.evaluation import forget_teachers
-from synq.results import RunRecord, read_json
+from synq.files import read_json
+from synq.results import RunRecord
 from synq.start_noise import USUAL_EVALUATIONS, enough_probes
 from synq.synthetic_data import MANIFEST_FILE
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from synq.results import write_text_atomic
+from sweeps.stats import rank_correlation
+from synq.files import write_text_atomic
 
 Values = dict[tuple[str, str], float]
 """(view, measure) -> mean over images, lower is better."""
@@ -89,14 +90,6 @@ def _joint(
         )
     _add_intervals(joint, joint_draws)
     return joint
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation of each row of a and b, (R, n) -> (R,); ties share their mean rank; 0 where a row is constant."""
-    x, y = (stats.rankdata(part, axis=1) for part in (a, b))
-    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-    scale = np.sqrt((x * x).sum(1) * (y * y).sum(1))
-    return np.divide((x * y).sum(1), scale, out=np.zeros(len(x)), where=scale > 0)
 
 
 def markdown(rows: Iterable[Mapping[str, Any]], best: int) -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.ablation import figure
-from sweeps.paired import drop_stderr, mean, pooled_stderr, std
 from sweeps.settings_file import check_rows, check_seeds, read_part, read_settings
+from sweeps.stats import drop_stderr, mean, pooled_stderr, std
 from synq.config_io import between, require
 from synq.configs import (
     EvaluationConfig,
@@ -33,7 +33,8 @@ from synq.configs import (
     parse_bits,
     with_overrides,
 )
-from synq.results import RunRecord, write_text_atomic
+from synq.files import write_text_atomic
+from synq.results import RunRecord
 from synq.table_text import to_csv, to_markdown
 
 Cell = tuple[str, int]
@@ -329,13 +330,13 @@ def markdown(lines: Sequence[Mapping[str, Any]], comparison: str = "") -> str:
     measured = next((line for line in lines if line["num_seeds"]), None)
     if measured is not None:
         images = "no labelled images" if measured["num_eval"] is None else f"{measured['num_eval']} labelled images"
-        facts = (
+        facts = [
             measured["model"],
             f"seeds {measured['seeds']}",
             images,
             f"commit {measured['commit']}",
             measured["device"],
-        )
+        ]
         parts.append(" | ".join(facts) + "\n")
     return "".join(parts) + (comparison and f"\n{comparison}\n")
 

@@ -8,7 +8,7 @@ from filelock import FileLock, Timeout
 
 from sweeps.lease import Lease
 from sweeps.storage import Storage, open_storage
-from synq.results import write_json_atomic
+from synq.files import write_json_atomic
 
 PARTS = ("plans", "records")
 LEFTOVER_SECONDS = 60.0

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.ranking import LEADERBOARD_COLUMNS, TRIAL_COLUMNS, Ranking, Run, Standing, read_run, standings
-from synq.results import RunRecord, write_text_atomic
+from synq.files import write_text_atomic
+from synq.results import RunRecord
 from synq.table_text import Row, csv_line
 
 

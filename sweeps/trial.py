@@ -16,8 +16,9 @@ from sweeps.plans import unfinished_record
 from sweeps.workplace import Workplace, is_storage_error
 from synq import pipeline
 from synq.configs import RunConfig, config_from_dict
+from synq.environment import environment
 from synq.finetune import NonFiniteLossError
-from synq.results import RunRecord, environment
+from synq.results import RunRecord
 
 Report = Callable[[dict[str, Any]], None]
 STORAGE = "storage"

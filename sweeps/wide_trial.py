@@ -16,7 +16,7 @@ from sweeps.plans import unfinished_record
 from sweeps.trial import STORAGE, do_trial
 from sweeps.workplace import Workplace, is_storage_error
 from synq.configs import RunConfig, config_from_dict
-from synq.results import environment
+from synq.environment import environment
 
 
 class TrialStopped(BaseException):  # like SystemExit: no error, and nothing that records errors may catch it

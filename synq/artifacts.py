@@ -15,7 +15,7 @@ from torch import Tensor
 
 from synq.config_identity import LATER_SETTINGS
 from synq.configs import SynthesisConfig, config_to_dict
-from synq.results import write_bytes_atomic, write_json_atomic
+from synq.files import write_bytes_atomic, write_json_atomic
 from synq.synthesis_config import PIXEL_METHODS
 from synq.synthetic_data import (
     DATA_FILE,

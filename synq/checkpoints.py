@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from synq.averaging import WeightAverage
-from synq.results import write_bytes_atomic
+from synq.files import write_bytes_atomic
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from synq.bars import passing_bar
 from synq.evaluation import Measure
+from synq.files import write_bytes_atomic
 from synq.packed_file import load_packed, save_packed
-from synq.results import write_bytes_atomic
 from synq.verification import Comparison, Engine, Tolerance, compare, count_kernels, engine_of, open_session
 
 if TYPE_CHECKING:

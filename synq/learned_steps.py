@@ -15,6 +15,7 @@ does here: a figure that holds for any batch and any number of processes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ import torch
 from torch import Tensor
 
 from synq.fake_quant import SCALE_EPS, _along, _pass_band
+
+SMALLEST_STEP = 1 / 64
+"""A learned step is kept at or above this share of its first value."""
 
 
 def gradient_factor(count: int, quant_max: int) -> float:
@@ -122,3 +126,22 @@ class _LearnedOnCpu(torch.autograd.Function):
         moved = torch.sub(out, moved, out=moved).mul_(gradient)
         to_scale = moved.sum().mul_(ctx.factor / ctx.step).to(ctx.dtype).reshape(ctx.shape)
         return passed, to_scale, None, None, None, None
+
+
+def keep_positive(optimizer: torch.optim.Optimizer, steps: Sequence[Tensor]) -> None:
+    """After every step of ``optimizer``, lift each of the learned ``steps`` to ``SMALLEST_STEP`` of its present value at least.
+
+    The steps themselves are trained, not their logarithms: LSQ's factor makes the update of s itself commensurate with that of a
+    weight. So one large update could carry s to zero or below, where the grid ends. It is set back after the update (a projection),
+    and every reader of a scale finds it positive. NaN stays NaN, for the loss to show.
+    """
+    if not steps:
+        return
+    floors = [(step.detach() * SMALLEST_STEP).clamp(min=SCALE_EPS) for step in steps]
+
+    @torch.no_grad()
+    def project(*_: object) -> None:
+        for step, floor in zip(steps, floors, strict=True):
+            torch.maximum(step, floor, out=step)
+
+    optimizer.register_step_post_hook(project)

@@ -8,8 +8,9 @@ from typing import Any
 
 from synq import __version__
 from synq.configs import RunConfig, config_digest, config_from_dict, config_to_dict
+from synq.files import write_json_atomic, write_text_atomic
 from synq.quant_config import protocol_words
-from synq.results import RunRecord, read_record, write_json_atomic, write_text_atomic
+from synq.results import RunRecord, read_record
 from synq.table_text import markdown_cell, to_markdown
 
 CARD_VERSION = 1

@@ -7,14 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from synq.configs import FinetuneConfig
-from synq.fake_quant import SCALE_EPS
+from synq.learned_steps import keep_positive
 from synq.quant_layers import step_parameters
 
 TINY = 1e-12
 LEAST_NORM = 1e-3
 """Norm that a weight tensor counts with at least, so that one of zeros can learn."""
-SMALLEST_STEP = 1 / 64
-"""A learned step is kept at or above this share of its first value."""
 
 
 def make_optimizer(net: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
@@ -67,22 +65,3 @@ def clip_relative(parameters: Sequence[nn.Parameter], share: float | None) -> No
     found = torch._foreach_norm(gradients)
     factors = [(share * w.clamp(min=LEAST_NORM) / (g + TINY)).clamp(max=1.0) for w, g in zip(own, found, strict=True)]
     torch._foreach_mul_(gradients, factors)
-
-
-def keep_positive(optimizer: torch.optim.Optimizer, steps: Sequence[Tensor]) -> None:
-    """After every step of ``optimizer``, lift each of the learned ``steps`` to ``SMALLEST_STEP`` of its present value at least.
-
-    The steps themselves are trained, not their logarithms: LSQ's factor makes the update of s itself commensurate with that of a
-    weight. So one large update could carry s to zero or below, where the grid ends. It is set back after the update (a projection),
-    and every reader of a scale finds it positive. NaN stays NaN, for the loss to show.
-    """
-    if not steps:
-        return
-    floors = [(step.detach() * SMALLEST_STEP).clamp(min=SCALE_EPS) for step in steps]
-
-    @torch.no_grad()
-    def project(*_: object) -> None:
-        for step, floor in zip(steps, floors, strict=True):
-            torch.maximum(step, floor, out=step)
-
-    optimizer.register_step_post_hook(project)

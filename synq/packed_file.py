@@ -1,13 +1,17 @@
-"""The integer form of a student in one safetensors file, every code at its real width.
+"""The integer form of a student in one safetensors file, each weight code at its own bit-width.
 
-    <layer>.codes   uint8, the codes minus their smallest possible value, packed side by side (`packing.py`)
-    *.zero_point    int8, the zero points of all layers' channels, one behind the other in the order of `layers`
-    *.gain          float32, what follows the sum of a layer's channel (`integer_form.py`), likewise; those of batch norms behind them
-    *.shift         float32, likewise, of the layers that have one, and of batch norms
-    <name>          float32, whatever else the network holds, as PReLU slopes
+    <layer>.codes   uint8, the codes minus their smallest possible value, packed (`pack`)
+    *.zero_point    int8, the zero points of all layers' output channels, concatenated in the order of `layers`
+    *.gain          float32, the factor on each channel's accumulator (`integer_form.py`), likewise; then those of the batch norms
+    *.shift         float32, likewise, of the layers that have one and of the batch norms
+    <name>          float32, every other tensor of the network, such as PReLU slopes
 
-and in the header's metadata: `format` and `version`, `layers`, `activations` and `norms` (JSON: names, widths, shapes, scales), `structure` (SHA-256 of
-the graph), `about` (JSON: free), `digest` (SHA-256 over tensors and metadata). What computes with these numbers is not in the file: `load_packed` wants the network.
+The header's metadata: `format` and `version`, `layers`, `activations` and `norms` (JSON: names, bits, shapes, scales), `structure`
+(SHA-256 of the graph), `about` (JSON, free), `digest` (SHA-256 over tensors and metadata). The file does not hold the network:
+`load_packed` is given one.
+
+Packing: code i occupies the bits [i b, (i + 1) b) of the stream, least significant bit first; bit j of the stream is bit j mod 8 of
+byte j div 8. Codes are stored unsigned, as code - quant_min, so the bytes are the same on every machine.
 """
 
 import hashlib
@@ -23,10 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, fx
 
+from synq.files import write_bytes_atomic
 from synq.integer_form import integer_form
 from synq.integer_layers import ChannelAffine, Codes, IntegerActivation, IntegerLayer
-from synq.packing import pack, unpack
-from synq.results import write_bytes_atomic
 
 FORMAT, VERSION = "synq packed student", "2"
 
@@ -202,3 +205,44 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 def _to_json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Return the bytes that ``count`` codes of ``bits`` bits take."""
+    return -(-count * bits // 8)
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Return codes, any shape, in [0, 2^bits), as a row of bytes; unused bits of the last one are 0.
+
+    ``pack(np.array([1, 2, 3]), 3)`` gives the bytes 0b11010001 and 0: 1 + (2 << 3) + (3 << 6), of which 8 bits go in the first.
+
+    Raises:
+        ValueError: If ``bits`` is not in [1, 8], or a code does not fit in it.
+    """
+    _check_bits(bits)
+    flat = np.asarray(codes).reshape(-1)
+    if flat.size and not (int(flat.min()) >= 0 and int(flat.max()) < 2**bits):
+        raise ValueError(f"codes must be in [0, {2**bits - 1}] for {bits} bits, but got {flat.min()} to {flat.max()}")
+    spread = np.unpackbits(flat.astype(np.uint8)[:, None], axis=1, count=bits, bitorder="little")
+    return np.packbits(spread.reshape(-1), bitorder="little")
+
+
+def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Return the ``count`` codes of ``bits`` bits in a row of bytes, as uint8 (count,).
+
+    Raises:
+        ValueError: If the row has another length than so many codes take.
+    """
+    _check_bits(bits)
+    if packed.size != packed_size(count, bits):
+        raise ValueError(
+            f"{count} codes of {bits} bits must take {packed_size(count, bits)} bytes, but got {packed.size}"
+        )
+    stream = np.unpackbits(packed.astype(np.uint8, copy=False), count=count * bits, bitorder="little")
+    return np.packbits(stream.reshape(count, bits), axis=1, bitorder="little").reshape(count)
+
+
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be in [1, 8], but got {bits}")

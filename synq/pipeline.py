@@ -26,13 +26,14 @@ from synq.blocks import block_ends
 from synq.checkpoints import load_prepared, save_prepared
 from synq.configs import QuantConfig, RunConfig, SynthesisConfig, config_digest, config_to_dict, make_absolute
 from synq.evaluation import Measure
+from synq.files import check_writable, write_bytes_atomic, write_json_atomic
 from synq.finetune import Epoch, NonFiniteLossError, finetune
 from synq.fusion import fuse_rectified
 from synq.lowpass import cutoff_in_bins, gaussian_lowpass
 from synq.network_outputs import TappedNetwork
 from synq.placement import check_compilable, dtype_of, main_sees, make_accelerator, make_equal, place, same_figures
 from synq.records import blank_record, complete_record, finished_record
-from synq.results import RunRecord, check_writable, write_bytes_atomic, write_json_atomic, write_record
+from synq.results import RunRecord, write_record
 from synq.rounding import prepare_student
 from synq.scratch import check_space, scratch_tensor
 from synq.students import Student, quantize_model, share_changed, weight_codes

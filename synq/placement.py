@@ -6,13 +6,34 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    broadcast,
+    broadcast_object_list,
+    is_mlflow_available,
+    is_tensorboard_available,
+    is_wandb_available,
+)
 from torch import nn
 
 from synq.cam_site import CamSite
 from synq.configs import RunConfig, RuntimeConfig
 from synq.quant_layers import quantizers_bypassed
-from synq.tracking import check_tracker
+
+TRACKER_PACKAGES = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "mlflow": is_mlflow_available}
+"""Whether what a tracker needs is installed. Accelerate itself only warns, and tracks nothing."""
+
+
+def check_tracker(tracker: str) -> None:
+    """Refuse a tracker whose package is missing.
+
+    Raises:
+        ValueError: It is; the message says how to install it.
+    """
+    if tracker != "none" and not TRACKER_PACKAGES[tracker]():
+        raise ValueError(
+            f"`runtime.tracker` must be one whose package is installed, but got {tracker}: pip install {tracker}"
+        )
 
 
 def make_accelerator(runtime: RuntimeConfig) -> Accelerator:

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from synq.configs import RunConfig
 from synq.evaluation import Measure
+from synq.fidelity import logits_of, sqnr_db
 from synq.finished_runs import open_run, synthetic_sets
 from synq.lowpass import cutoff_in_bins
 from synq.network_outputs import TappedNetwork, teacher_response
@@ -27,7 +28,6 @@ from synq.probe_parts import NUM_BINS, REACH, Answers, ImageGrid, LayerError, Ma
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.results import RunRecord
 from synq.rounding import prepare_student
-from synq.sensitivity import logits_of, sqnr_db
 from synq.students import Student
 from synq.teachers import Teacher
 from synq.tracing import with_features

@@ -31,8 +31,7 @@ from tqdm import tqdm
 from synq.bars import visible
 from synq.blocks import block_ends, segment
 from synq.configs import ReconstructionConfig
-from synq.learned_steps import fake_quantize_learned
-from synq.optimizers import keep_positive
+from synq.learned_steps import fake_quantize_learned, keep_positive
 from synq.quant_layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear
 from synq.seeding import make_generator
 from synq.soft_rounding import SoftRounding

@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from synq.configs import RunConfig, config_digest, config_to_dict
+from synq.environment import environment
 from synq.evaluation import Measurement
 from synq.finetune import Epoch
-from synq.results import RunRecord, environment, read_record
+from synq.results import RunRecord, read_record
 from synq.students import Student
 from synq.synthetic_data import SyntheticSet
 from synq.teachers import Teacher

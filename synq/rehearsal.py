@@ -30,9 +30,10 @@ from synq.configs import (
     TeacherConfig,
 )
 from synq.export import ExportOptions, export_run
+from synq.fidelity import logits_of, sqnr_db
 from synq.pipeline import build_student, run, run_folder, set_names, set_store
 from synq.quant_layers import quantizers_bypassed
-from synq.sensitivity import logits_of, scan_quantizers, sqnr_db
+from synq.sensitivity import scan_quantizers
 from synq.students import observe_ranges
 from synq.teacher_sources import RANDOM
 from synq.teachers import Teacher, load_teacher

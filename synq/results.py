@@ -6,24 +6,16 @@ a reader, or a run killed at any instant, never meets half of it.
 
 import dataclasses
 import functools
-import json
-import math
-import os
-import platform
-import subprocess
-import tempfile
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from synq.config_identity import settings_of_its_day
+from synq.files import read_json, write_json_atomic
 from synq.quant_config import protocol_words
 
 SCHEMA_VERSION = 1
-PACKAGES = ("synq", "torch", "torchvision", "accelerate", "ray", "optuna", "numpy")
 DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms")
 """Figures of `deployment` that are columns of the tables, filled where a student was exported."""
 
@@ -129,83 +121,6 @@ class RunRecord:
     """Of the exported files: sizes in bytes, milliseconds of one image on a CPU, comparisons with the student; empty before an export."""
 
 
-def write_bytes_atomic(path: str | Path, content: bytes) -> None:
-    """Write `content` to `path` so that the file is either the old one or the whole new one.
-
-    Raises:
-        OSError: The folder or the disk refuses; the error names `path`, and no temporary file stays behind.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes 0600, which would hide results from a team on a shared disk
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-        raise
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a run's folder that cannot be written, before the work and not after it.
-
-    Raises:
-        OSError: Naming the folder above it and the reason.
-    """
-    probe = folder / ".writable"
-    try:
-        write_bytes_atomic(probe, b"")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"runtime.output_dir must be writable, but got {folder.parent}: {reason}") from error
-    probe.unlink(missing_ok=True)
-
-
-def write_text_atomic(path: str | Path, text: str) -> None:
-    """As `write_bytes_atomic`, for UTF-8 text."""
-    write_bytes_atomic(path, text.encode("utf-8"))
-
-
-def write_json_atomic(path: str | Path, value: object) -> None:
-    """As `write_bytes_atomic`, for strict JSON: NaN and infinities become null, tuples become lists."""
-    write_text_atomic(path, json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
-
-
-def _strict(value: object) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _strict(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(part) for part in value]
-    return value
-
-
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        FileNotFoundError: The file is absent.
-        ValueError: The file is damaged; the message names it.
-    """
-    try:
-        return json.loads(Path(path).read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        ours = Path(path).suffix == ".json"
-        advice = f"is damaged ({error}); remove it to have it made again" if ours else "does not"
-        raise ValueError(f"`{path}` must hold JSON, but it {advice}") from None
-
-
 def write_record(path: str | Path, record: RunRecord) -> None:
     """Write a record as JSON, by rename."""
     write_json_atomic(path, {part.name: getattr(record, part.name) for part in dataclasses.fields(record)})
@@ -286,32 +201,3 @@ def summary_line(record: RunRecord) -> str:
     if record.total_seconds is not None:
         parts.append(f"{record.total_seconds:.0f} s")
     return " | ".join(parts)
-
-
-def environment() -> dict[str, Any]:
-    """Return what a figure depends on besides its settings: commit, versions and host.
-
-    The commit is that of the checkout this file lies in, with the mark -dirty where tracked files differ from it, or "unknown"
-    (installed from a wheel, or sent to a cluster without its .git folder, unless the variable SYNQ_COMMIT says it).
-    """
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {"commit": os.environ.get("SYNQ_COMMIT") or _commit(), "versions": versions, "host": platform.node()}
-
-
-def _commit() -> str:
-    root = Path(__file__).resolve().parent.parent
-    if not (
-        root / ".git"
-    ).exists():  # never the commit of a project that merely has this one in its virtual environment
-        return "unknown"
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else "unknown"

@@ -5,7 +5,6 @@
 Source: ZeroQ (arXiv 2001.00281), section 3.2, measures layers so. What is chosen from it: ``width_choice.py``.
 """
 
-import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from synq.bars import visible
-from synq.fidelity import kl
+from synq.fidelity import kl, sqnr_db
 from synq.quant_layers import (
     ACT_QUANTIZERS,
     ActQuantizer,
@@ -48,19 +47,6 @@ class Score:
     bits: int
     kl: float
     sqnr_db: float
-
-
-def sqnr_db(reference: Tensor, found: Tensor) -> float:
-    """Return the signal-to-quantization-noise ratio of ``found`` in dB, 10 log10(sum r^2 / sum (r - f)^2); infinite where they are equal."""
-    signal, noise = reference.double().square().sum(), (reference.double() - found.double()).square().sum()
-    return math.inf if noise == 0 else float(10 * torch.log10(signal / noise))
-
-
-@torch.no_grad()
-def logits_of(net: fx.GraphModule, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Return the logits (N, K) of images (N, C, H, W), in batches."""
-    like = next(net.parameters())
-    return torch.cat([net(batch.to(like)) for batch in images.split(batch_size)])
 
 
 def scan_quantizers(

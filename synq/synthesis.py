@@ -21,9 +21,9 @@ from synq.bars import remark, visible
 from synq.bn_stats import ChannelStatistics, bn_targets
 from synq.calib_centers import center_targets, pack_statistics, split_evenly, unpack_statistics
 from synq.configs import SynthesisConfig
+from synq.files import read_json, write_bytes_atomic, write_json_atomic
 from synq.inversion import TERMS, Inversion, invert
 from synq.placement import to_layout
-from synq.results import read_json, write_bytes_atomic, write_json_atomic
 from synq.seeding import make_generator
 from synq.start_noise import WHITE, StartNoise, fit_start
 from synq.synthetic_data import SyntheticSet

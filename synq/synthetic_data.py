@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from synq.results import read_json
+from synq.files import read_json
 
 FORMAT_VERSION = 1
 """Version of the files, and of the way sets are made: whoever changes either so that old sets no longer hold raises it."""

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import is_mlflow_available, is_tensorboard_available, is_wandb_available
 
 from synq.config_io import dotted_keys
 from synq.configs import RunConfig
-from synq.results import RunRecord, read_json, write_json_atomic
+from synq.files import read_json, write_json_atomic
+from synq.results import RunRecord
 from synq.timetable import lr_at
 
-PACKAGES = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "mlflow": is_mlflow_available}
-"""Whether what a tracker needs is installed. Accelerate itself only warns, and tracks nothing."""
 PROJECT = "synq"
 """Project (wandb) or experiment (mlflow) where the user's environment names none."""
 NOTE_FILE = "tracker.json"
@@ -27,18 +25,6 @@ FIGURES = (
     *("kept_share", "codes_changed", "size_bytes", "bitops", "total_seconds"),
 )
 """Fields of a record that are logged at its end."""
-
-
-def check_tracker(tracker: str) -> None:
-    """Refuse a tracker whose package is missing.
-
-    Raises:
-        ValueError: It is; the message says how to install it.
-    """
-    if tracker != "none" and not PACKAGES[tracker]():
-        raise ValueError(
-            f"`runtime.tracker` must be one whose package is installed, but got {tracker}: pip install {tracker}"
-        )
 
 
 class RunLog:

@@ -11,7 +11,8 @@ from typing import Any
 from sweeps.plans import Plan, plan_values
 from sweeps.space import DEFAULT_SPACE, Dimension
 from synq.configs import RunConfig, config_digest, config_to_dict, with_overrides
-from synq.results import RunRecord, write_json_atomic, write_record
+from synq.files import write_json_atomic
+from synq.results import RunRecord, write_record
 
 BEGIN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 

@@ -10,8 +10,9 @@ import pytest
 from launch.ablate import main
 from sweeps.ablation import COLUMNS, DISTILLATION, IDEAS, ROWS, load_ablation, markdown, plan, table
 from synq.configs import RunConfig, config_to_dict, with_overrides
+from synq.files import read_json
 from synq.finetune import NonFiniteLossError
-from synq.results import RunRecord, read_json
+from synq.results import RunRecord
 
 BASE = with_overrides(RunConfig(), {"finetune.lowpass_cutoff": 8.0, "finetune.difficulty_threshold": 0.6})
 PAPER = ("none", "filter", "CAM", "soft labels", "filter + CAM", "filter + soft labels", "CAM + soft labels", "all")

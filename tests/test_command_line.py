@@ -1,10 +1,8 @@
 """How the doors read their words and say what is wrong."""
 
-from pathlib import Path
-
 import pytest
 
-from sweeps.command_line import Parser, check_paths, exit_code
+from sweeps.command_line import Parser, exit_code
 
 
 @pytest.fixture
@@ -54,12 +52,6 @@ def test_a_teacher_behind_the_options_is_told_its_place(parser: Parser, capsys: 
 def test_only_the_first_word_stands_alone(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
     line = _refused(parser, ["timm:resnet18", "run.toml", "--activations"], capsys)
     assert line.startswith("only the first word may stand without its key, but got 'run.toml' behind 'timm:resnet18'")
-
-
-def test_paths_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    check_paths([tmp_path])
-    with pytest.raises(FileNotFoundError, match=r"`RUN` must exist, but got .*nothing"):
-        check_paths([tmp_path, tmp_path / "nothing"], "RUN")
 
 
 def test_a_fault_of_ours_is_not_hidden_and_an_interruption_has_its_code(capsys: pytest.CaptureFixture[str]) -> None:

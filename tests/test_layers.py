@@ -28,6 +28,8 @@ LAYERS = (
         "finetune_config",
         "configs",
         "results",
+        "files",
+        "environment",
         "table_text",
     },
     {
@@ -44,7 +46,6 @@ LAYERS = (
         "losses",
         "fidelity",
         "augment",
-        "packing",
         "tracing",
         "cam_site",
         "swing",

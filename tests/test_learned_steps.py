@@ -16,9 +16,9 @@ from synq.configs import FinetuneConfig
 from synq.fake_quant import SCALE_EPS, choose_qparams, dequantize, fake_quantize, quant_bounds, quantize
 from synq.finetune import finetune
 from synq.fusion import fuse_rectified
-from synq.learned_steps import fake_quantize_learned, gradient_factor
+from synq.learned_steps import SMALLEST_STEP, fake_quantize_learned, gradient_factor
 from synq.network_outputs import TappedNetwork
-from synq.optimizers import SMALLEST_STEP, make_optimizer
+from synq.optimizers import make_optimizer
 from synq.quant_layers import ActQuantizer, QuantConv2d, QuantLinear, WeightQuantizer, effective_weight, step_parameters
 from synq.students import Student, observe_ranges, quantize_model
 from synq.tracing import trace_classifier, with_features

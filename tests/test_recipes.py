@@ -12,7 +12,8 @@ from launch.recipe import main
 from sweeps.recipes import COLUMNS, Expected, Published, compare, load_recipe, markdown, plan, same_result, table
 from synq.config_io import parse_bits
 from synq.configs import config_to_dict, with_overrides
-from synq.results import RunRecord, read_json, read_record
+from synq.files import read_json
+from synq.results import RunRecord, read_record
 
 ONE_THREAD = ("--runtime.device", "cpu", "--runtime.num_threads", "1")
 FILE = """

@@ -16,9 +16,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from synq import train
 from synq.config_io import dotted_keys
 from synq.configs import RunConfig, config_digest, with_overrides
+from synq.files import read_json
 from synq.finetune import NonFiniteLossError
 from synq.pipeline import run, run_folder
-from synq.results import read_json, read_record
+from synq.results import read_record
 from synq.timetable import lr_at
 from synq.tracking import FIGURES
 

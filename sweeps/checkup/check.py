@@ -32,7 +32,8 @@ from sweeps.cluster import cluster, output_root
 from sweeps.search_config import SearchConfig
 from sweeps.storage import is_address, local_copy, open_storage
 from synq.config_io import between, one_of
-from synq.results import environment, write_json_atomic
+from synq.environment import environment
+from synq.files import write_json_atomic
 from synq.table_text import to_markdown
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from sweeps.checkup.site import FailedError, Passed, Site, one_line
 from sweeps.cluster import capacity
 from sweeps.search_config import SearchConfig
 from sweeps.storage import open_storage
-from synq.results import write_text_atomic
+from synq.files import write_text_atomic
 
 SAME = ("python", "synq", "torch", "ray", "accelerate")
 """Versions that must be the same on all machines; of torch's, builds for other devices are."""

@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 
 from sweeps.cluster import ROOT
 from sweeps.storage import cache_root, local_copy, open_storage
-from synq.results import environment, write_text_atomic
+from synq.environment import environment
+from synq.files import write_text_atomic
 
 LOOK_SECONDS = 0.05
 LOCK_SECONDS = 5.0

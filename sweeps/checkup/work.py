@@ -8,7 +8,7 @@ from sweeps.addresses import local_copy
 from sweeps.checkup.probes import LOOK_SECONDS
 from sweeps.checkup.site import FailedError, Passed, Site, SkippedError
 from sweeps.checkup.workers import REDUCED_BYTES, Box, GpuSharer, gpu_facts
-from synq.results import read_json
+from synq.files import read_json
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 """Largest difference to the CPU over the largest value."""

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sweeps.command_line import check_paths
 from sweeps.reports import PAGE
 from sweeps.reports.comparison_page import comparison_page
 from sweeps.reports.page import Page, write_page
@@ -12,6 +11,7 @@ from sweeps.reports.run_page import run_page
 from sweeps.reports.sweep_page import MOST_RUNS, sweep_page
 from sweeps.reports.sweep_view import is_run, read_sweep
 from synq.config_io import between
+from synq.files import check_paths
 
 
 def make_report(

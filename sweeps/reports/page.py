@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from synq.results import write_bytes_atomic, write_text_atomic
+from synq.files import write_bytes_atomic, write_text_atomic
 from synq.table_text import Row, plain
 
 MOST_SVG_BYTES = 300_000

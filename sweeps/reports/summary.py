@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sweeps.paired import drop_stderr
 from sweeps.ranking import SETTINGS, Standing
 from sweeps.reports.sweep_view import SweepView
+from sweeps.stats import drop_stderr
 from synq.quant_config import ends_words
 from synq.results import RunRecord, run_protocol
 from synq.table_text import Row

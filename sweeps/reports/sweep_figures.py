@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
-from sweeps.rank_table import rank_correlation
 from sweeps.ranking import Standing
 from sweeps.reports.drawing import COLORS, draw, panels
 from sweeps.reports.page import Figure, Gap
+from sweeps.stats import rank_correlation
 from synq.results import RunRecord
 from synq.table_text import Row
 

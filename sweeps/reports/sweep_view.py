@@ -10,7 +10,8 @@ from sweeps.plans import Plan, read_plan
 from sweeps.ranking import Standing
 from sweeps.space import Dimension
 from sweeps.tables import Tables
-from synq.results import RunRecord, read_json, read_record
+from synq.files import read_json
+from synq.results import RunRecord, read_record
 
 
 @dataclass(frozen=True, kw_only=True)
