@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sweeps.columns import ABLATION_TABLE, headings, keys
 from sweeps.settings_file import check_bits, check_rows, check_seeds, read_settings
 from sweeps.stats import Gain, mean, paired_gain, std
 from synq.configs import RunConfig, parse_bits, with_overrides
@@ -41,12 +42,11 @@ ROWS: dict[str, tuple[str, ...]] = {
 }
 """Rows by name: the ideas that are on."""
 REFERENCE = "none"
-COLUMNS = (
-    "bits", "protocol", "act_points", "row", "num_seeds", "teacher_top1", "rtn_top1", "top1_mean", "top1_std", "drop_mean",
-    "gain_over_none", "gain_stderr", "kl_mean", "kept_share", "num_eval", "seconds_mean", "filter", "cam", "soft_labels", "gain_t",
-    "gain_p", "significant",
+SHOWN = (
+    "bits", "row", "filter", "cam", "soft_labels", "num_seeds", "rtn_top1", "top1_mean", "drop_mean", "gain_over_none", "gain_t",
+    "gain_p", "significant", "kl_mean",
 )  # fmt: skip
-"""Columns of ablation.csv. New ones are appended."""
+"""Columns of ablation.md; standard deviations and errors are in the cells of what they belong to."""
 NOTE = """\
 x: on. Gain: top-1 minus that of `none`, paired by seed, ± the standard error of the mean difference; t = gain / standard error.
 p: two-sided paired t-test; significant: yes where p < 0.05, for each row on its own; - where one seed, or no spread, tells nothing.
@@ -179,27 +179,21 @@ def _gain_cells(gain: Gain | None) -> dict[str, Any]:
 
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     """Return the table as Markdown, with what its columns mean below."""
-    shown = []
-    for line in lines:
-        shown.append(
-            {
-                "bits": line["bits"],
-                "row": line["row"],
-                "filter": line["filter"],
-                "CAM": line["cam"],
-                "soft labels": line["soft_labels"],
-                "seeds": line["num_seeds"],
-                "RTN top-1": figure(line["rtn_top1"]),
-                "top-1": figure(line["top1_mean"], spread=line["top1_std"]),
-                "drop": figure(line["drop_mean"]),
-                "gain over none": figure(line["gain_over_none"], spread=line["gain_stderr"], signed=True),
-                "t": figure(line["gain_t"]),
-                "p": figure(line["gain_p"], 3),
-                "significant": line["significant"] or "-",
-                "held-out KL": figure(line["kl_mean"], 4),
-            }
-        )
-    return to_markdown(shown, list(shown[0]) if shown else ()) + "\n" + NOTE
+    shown = [
+        {
+            **line,
+            "rtn_top1": figure(line["rtn_top1"]),
+            "top1_mean": figure(line["top1_mean"], spread=line["top1_std"]),
+            "drop_mean": figure(line["drop_mean"]),
+            "gain_over_none": figure(line["gain_over_none"], spread=line["gain_stderr"], signed=True),
+            "gain_t": figure(line["gain_t"]),
+            "gain_p": figure(line["gain_p"], 3),
+            "significant": line["significant"] or "-",
+            "kl_mean": figure(line["kl_mean"], 4),
+        }
+        for line in lines
+    ]
+    return to_markdown(shown, SHOWN, headings(ABLATION_TABLE)) + "\n" + NOTE
 
 
 def write_tables(folder: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -208,7 +202,7 @@ def write_tables(folder: Path, lines: Sequence[dict[str, Any]]) -> None:
     Raises:
         OSError: The folder or the disk refuses.
     """
-    write_text_atomic(folder / "ablation.csv", to_csv(lines, COLUMNS))
+    write_text_atomic(folder / "ablation.csv", to_csv(lines, keys(ABLATION_TABLE)))
     write_text_atomic(folder / "ablation.md", markdown(lines))
 
 

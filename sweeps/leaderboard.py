@@ -11,12 +11,19 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
+from sweeps.columns import (
+    COMPARE_COLUMNS,
+    COMPARE_SHOWN,
+    COMPARE_TABLE,
+    LEADERBOARD_COLUMNS,
+    RUN_COLUMNS,
+    TERMINAL_COLUMNS,
+    headings,
+)
 from sweeps.command_line import Parser, exit_code
-from sweeps.ranking import LEADERBOARD_COLUMNS, TRIAL_COLUMNS, read_setting
+from sweeps.ranking import read_setting
 from sweeps.tables import Tables
 from sweeps.views import (
-    COMPARE_COLUMNS,
-    SHOWN_COLUMNS,
     check_chosen,
     check_column,
     choose,
@@ -32,8 +39,6 @@ from synq.results import RunRecord, read_record
 from synq.table_text import Row, cell, to_csv, to_markdown, to_text
 
 __all__ = [
-    "LEADERBOARD_COLUMNS",
-    "TRIAL_COLUMNS",
     "Row",
     "Tables",
     "cell",
@@ -48,15 +53,6 @@ __all__ = [
     "write_tables",
 ]
 USER_ERROR = 2
-PRINTED_COLUMNS = (
-    "rank", "model", "weight_bits", "act_bits", "protocol", "act_points", "objective", "objective_value", "top1_mean", "top1_std",
-    "num_seeds", "num_failed", "drop", "lowpass_cutoff", "cam_weight", "ce_weight", "difficulty_threshold", "lr", "pareto_size",
-)  # fmt: skip
-HEADINGS = {
-    "weight_bits": "W", "act_bits": "A", "act_points": "points", "objective_value": "value", "top1_mean": "top1", "top1_std": "std",
-    "num_seeds": "n", "num_failed": "failed", "lowpass_cutoff": "cutoff", "cam_weight": "cam", "ce_weight": "ce",
-    "difficulty_threshold": "tau", "pareto_size": "pareto",
-}  # fmt: skip
 EXAMPLES = """\
 examples:
   %(prog)s runs/demo                                     make the tables of a sweep again
@@ -145,7 +141,7 @@ def trial_rows(records: Iterable[RunRecord]) -> list[Row]:
 def leaderboard_rows(records: Iterable[RunRecord]) -> list[Row]:
     """Return one row per setting with at least one completed run, ranked within its ranking.
 
-    What the columns mean is said at `standings` of ranking.py.
+    What the columns mean: `columns.py`.
     """
     return Tables(records).leaderboard_rows()
 
@@ -241,7 +237,7 @@ def _rebuild(arguments: argparse.Namespace) -> None:
         print(note, file=sys.stderr if printed else sys.stdout)  # standard output is the table's
     if printed and arguments.format is None:
         named = rows if columns else [{**row, "protocol": protocol_of(row)} for row in rows]
-        _show(to_text(named, columns or PRINTED_COLUMNS, HEADINGS))
+        _show(to_text(named, columns or TERMINAL_COLUMNS, headings(RUN_COLUMNS)))
     elif printed:
         as_text = to_csv if arguments.format == "csv" else to_markdown
         _show(as_text(rows, columns or LEADERBOARD_COLUMNS))
@@ -265,7 +261,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     if arguments.output_dir is not None:
         folder = Path(arguments.output_dir)
         write_text_atomic(folder / "compare.csv", to_csv(lines, COMPARE_COLUMNS))
-        write_text_atomic(folder / "compare.md", to_markdown(readable, SHOWN_COLUMNS))
+        write_text_atomic(folder / "compare.md", to_markdown(readable, COMPARE_SHOWN, headings(COMPARE_TABLE)))
         print(f"{len(lines)} rows -> {folder / 'compare.csv'}, {folder / 'compare.md'}", file=sys.stderr)
     rankings = {standing.ranking for rows in chosen.values() for standing in rows}
     if len(rankings) == len(lines) > 1:
@@ -273,7 +269,11 @@ def _compare(arguments: argparse.Namespace) -> None:
     if arguments.format == "csv":
         _show(to_csv(lines, COMPARE_COLUMNS))
     else:
-        _show(to_text(readable, SHOWN_COLUMNS) if arguments.format is None else to_markdown(readable, SHOWN_COLUMNS))
+        _show(
+            to_text(readable, COMPARE_SHOWN, headings(COMPARE_TABLE))
+            if arguments.format is None
+            else to_markdown(readable, COMPARE_SHOWN, headings(COMPARE_TABLE))
+        )
 
 
 def _columns(text: str | None) -> list[str]:

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from sweeps.columns import FIDELITY_TABLE, keys
 from sweeps.stats import rank_correlation
 from synq.files import write_text_atomic
 
 Values = dict[tuple[str, str], float]
 """(view, measure) -> mean over images, lower is better."""
 NUM_BOOTSTRAP = 2000
-COLUMNS = ("group", "view", "measure", "num_trials", "spearman", "low", "high", "kendall", "spearman_top_half", "picked_top1",
-    "best_top1", "regret", "beats_reference")  # fmt: skip
 REFERENCE = ("plain", "kl")
 """The measure that others must beat."""
 MEANS = ("spearman", "kendall", "spearman_top_half", "picked_top1", "best_top1", "regret")
@@ -112,7 +111,7 @@ def markdown(rows: Iterable[Mapping[str, Any]], best: int) -> str:
 def write_tables(folder: Path, rows: Sequence[Mapping[str, Any]], best: int) -> None:
     """Write fidelity_study.csv (all rows) and fidelity_study.md (the best), by rename."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, keys(FIDELITY_TABLE), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text_atomic(folder / "fidelity_study.csv", text.getvalue())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.ablation import figure
+from sweeps.columns import RECIPE_TABLE, headings, keys
 from sweeps.settings_file import check_rows, check_seeds, read_part, read_settings
 from sweeps.stats import drop_stderr, mean, pooled_stderr, std
 from synq.config_io import between, require
@@ -45,11 +46,10 @@ ROWS: dict[str, Mapping[str, Any]] = {
     RECIPE: {},
 }
 """Rows that are runs, and what each changes of the recipe."""
-COLUMNS = (
-    "row", "model", "protocol", "act_points", "bits", "num_seeds", "seeds", "teacher_top1", "top1_mean", "top1_std", "drop_mean",
-    "drop_stderr", "num_eval", "seconds_mean", "commit", "device", "source",
+SHOWN = (
+    "row", "protocol", "act_points", "bits", "num_seeds", "teacher_top1", "top1_mean", "drop_mean", "seconds_mean", "source",
 )  # fmt: skip
-"""Columns of recipe.csv. New ones are appended."""
+"""Columns of recipe.md; standard deviations and errors are in the cells of what they belong to."""
 NOTE = """\
 top-1: mean ± standard deviation over the seeds. Drop: teacher minus student, ± its standard error, paired on the same images.
 Seconds of one run, its synthetic images included.
@@ -243,7 +243,7 @@ def table(records: Mapping[Cell, RunRecord], published: Published | None = None)
         }
         bits = lines[0]["bits"] if lines else ""
         lines.append({"row": "published", "bits": bits, **figures, "source": published.source})
-    return [{column: line.get(column) for column in COLUMNS} for line in lines]
+    return [{column: line.get(column) for column in keys(RECIPE_TABLE)} for line in lines]
 
 
 def _before_finetuning(record: RunRecord) -> RunRecord:
@@ -313,20 +313,18 @@ def markdown(lines: Sequence[Mapping[str, Any]], comparison: str = "") -> str:
     """Return the table as Markdown, with what its columns mean, where it was measured and the comparison below."""
     shown = [
         {
-            "row": line["row"],
+            **line,
             "protocol": line["protocol"] or "-",
             "act_points": line["act_points"] or "-",
-            "bits": line["bits"],
-            "seeds": line["num_seeds"] or "-",
-            "teacher": figure(line["teacher_top1"]),
-            "top-1": figure(line["top1_mean"], spread=line["top1_std"]),
-            "drop": figure(line["drop_mean"], spread=line["drop_stderr"]),
-            "seconds": figure(line["seconds_mean"], 0),
-            "source": line["source"],
+            "num_seeds": line["num_seeds"] or "-",
+            "teacher_top1": figure(line["teacher_top1"]),
+            "top1_mean": figure(line["top1_mean"], spread=line["top1_std"]),
+            "drop_mean": figure(line["drop_mean"], spread=line["drop_stderr"]),
+            "seconds_mean": figure(line["seconds_mean"], 0),
         }
         for line in lines
     ]
-    parts = [to_markdown(shown, list(shown[0]) if shown else ()), "\n", NOTE]
+    parts = [to_markdown(shown, SHOWN, headings(RECIPE_TABLE)), "\n", NOTE]
     measured = next((line for line in lines if line["num_seeds"]), None)
     if measured is not None:
         images = "no labelled images" if measured["num_eval"] is None else f"{measured['num_eval']} labelled images"
@@ -347,5 +345,5 @@ def write_tables(folder: Path, lines: Sequence[dict[str, Any]], comparison: str 
     Raises:
         OSError: The folder or the disk refuses.
     """
-    write_text_atomic(folder / "recipe.csv", to_csv(lines, COLUMNS))
+    write_text_atomic(folder / "recipe.csv", to_csv(lines, keys(RECIPE_TABLE)))
     write_text_atomic(folder / "recipe.md", markdown(lines, comparison))

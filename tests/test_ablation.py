@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from launch.ablate import main
-from sweeps.ablation import COLUMNS, DISTILLATION, IDEAS, ROWS, load_ablation, markdown, plan, table
+from sweeps.ablation import DISTILLATION, IDEAS, ROWS, load_ablation, markdown, plan, table
+from sweeps.columns import ABLATION_TABLE, keys
 from synq.configs import RunConfig, config_to_dict, with_overrides
 from synq.files import read_json
 from synq.finetune import NonFiniteLossError
@@ -85,7 +86,7 @@ def test_gains_are_paired_by_seed() -> None:
     assert (both["significant"], alone["significant"], none["significant"]) == ("no", "yes", "")
     assert alone["gain_over_none"] == pytest.approx(-1.6 / 3)
     assert both["top1_mean"] == 72.0 and both["top1_std"] == pytest.approx(9.0)
-    assert none["gain_over_none"] is None and none["gain_p"] is None and set(none) == set(COLUMNS)
+    assert none["gain_over_none"] is None and none["gain_p"] is None and set(none) == set(keys(ABLATION_TABLE))
     assert [both[key] for key in ("filter", "cam", "soft_labels")] == ["x", "x", ""]
     shown = [line.split(" | ") for line in markdown(list(lines.values())).splitlines()[:5]]
     assert shown[0][1:6] == ["row", "filter", "CAM", "soft labels", "seeds"]
@@ -131,7 +132,7 @@ def test_the_door_runs_a_spec_and_resumes(tmp_path: Path, capsys: pytest.Capture
     assert "| W3A3 | soft labels |  |  | x | 1 |" in out
     with (tmp_path / "mine" / "ablation.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["row"] for line in lines] == ["none", "soft labels"] and tuple(lines[0]) == COLUMNS
+    assert [line["row"] for line in lines] == ["none", "soft labels"] and tuple(lines[0]) == keys(ABLATION_TABLE)
     records = {path: read_json(path) for path in tmp_path.glob("mine-*/record.json")}
     by_threshold = {r["config"]["finetune"]["difficulty_threshold"]: r for r in records.values()}
     assert set(by_threshold) == {1.0, 0.5} and {r["seed"] for r in records.values()} == {5}

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from launch.fidelity_study import main
+from sweeps.columns import FIDELITY_TABLE, keys
 from sweeps.fidelity_study import MEASURES, UNIONS, VIEWS
-from sweeps.rank_table import COLUMNS, markdown, table
+from sweeps.rank_table import markdown, table
 from synq.configs import RunConfig, with_overrides
 from synq.pipeline import run
 from synq.results import RunRecord, write_record
@@ -25,7 +26,7 @@ def test_table_by_hand() -> None:
     top1 = [90.0, 80.0, 70.0, 60.0, 50.0]
     first = _trials(top1, kl=[2, 1, 3, 4, 5], perfect=[1, 2, 3, 4, 5], flat=[7] * 5)
     rows = {row["measure"]: row for row in table({"g": first})}
-    assert set(rows["kl"]) == set(COLUMNS) and list(rows) == ["perfect", "kl", "flat"], "best first"
+    assert set(rows["kl"]) == set(keys(FIDELITY_TABLE)) and list(rows) == ["perfect", "kl", "flat"], "best first"
     assert rows["kl"]["spearman"] == pytest.approx(0.9) and rows["kl"]["kendall"] == pytest.approx(0.8)
     assert rows["kl"]["spearman_top_half"] == pytest.approx(0.5), "of 90, 80, 70"
     assert (rows["kl"]["picked_top1"], rows["kl"]["best_top1"], rows["kl"]["regret"]) == (80.0, 90.0, 10.0)

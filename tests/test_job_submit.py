@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.leaderboard import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
+from sweeps.columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

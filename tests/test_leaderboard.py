@@ -9,17 +9,8 @@ from typing import Any
 
 import pytest
 
-from sweeps.leaderboard import (
-    LEADERBOARD_COLUMNS,
-    TRIAL_COLUMNS,
-    cell,
-    leaderboard_rows,
-    load_records,
-    main,
-    to_csv,
-    trial_rows,
-    write_tables,
-)
+from sweeps.columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
+from sweeps.leaderboard import cell, leaderboard_rows, load_records, main, to_csv, trial_rows, write_tables
 from sweeps.progress import Progress
 from synq.configs import RunConfig, config_digest, config_to_dict, with_overrides
 from synq.results import RunRecord, write_record

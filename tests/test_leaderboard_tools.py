@@ -16,8 +16,8 @@ from test_conditions import bits, folder_of, table
 from test_leaderboard import record
 from test_table_text import markdown_cells
 
-from sweeps.leaderboard import LEADERBOARD_COLUMNS, main, write_tables
-from sweeps.views import COMPARE_COLUMNS
+from sweeps.columns import COMPARE_COLUMNS, LEADERBOARD_COLUMNS
+from sweeps.leaderboard import main, write_tables
 from synq.results import RunRecord
 
 

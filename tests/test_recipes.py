@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from launch.recipe import main
-from sweeps.recipes import COLUMNS, Expected, Published, compare, load_recipe, markdown, plan, same_result, table
+from sweeps.columns import RECIPE_TABLE, keys
+from sweeps.recipes import Expected, Published, compare, load_recipe, markdown, plan, same_result, table
 from synq.config_io import parse_bits
 from synq.configs import config_to_dict, with_overrides
 from synq.files import read_json
@@ -168,7 +169,7 @@ def test_the_table_by_hand() -> None:
         ("recipe", 1): record(89.0, set_digest="s1", lost=40, gained=10),
     }
     ptq, other, own, paper = table(records, Published(top1=88.11, teacher_top1=93.89, source="a | b"))
-    assert tuple(own) == COLUMNS and (own["row"], own["bits"], own["seeds"]) == ("recipe", "W3A3", "0 1")
+    assert tuple(own) == keys(RECIPE_TABLE) and (own["row"], own["bits"], own["seeds"]) == ("recipe", "W3A3", "0 1")
     assert own["top1_mean"] == 88.5 and own["top1_std"] == pytest.approx(math.sqrt(0.5)) and own["drop_mean"] == 3.5
     errors = [100 * math.sqrt(80 - 1.6) / 1000, 100 * math.sqrt(50 - 0.9) / 1000]
     assert own["drop_stderr"] == pytest.approx(statistics.fmean(errors))

@@ -3,7 +3,8 @@
 from test_conditions import table
 from test_leaderboard import record
 
-from sweeps.leaderboard import LEADERBOARD_COLUMNS, leaderboard_rows
+from sweeps.columns import LEADERBOARD_COLUMNS
+from sweeps.leaderboard import leaderboard_rows
 from synq.table_text import to_csv, to_markdown, to_text
 
 NASTY = '=1|2 <b>`x`</b>\r\n"q", \\| [a](b) \x1b[2J'

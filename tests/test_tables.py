@@ -13,7 +13,8 @@ import pytest
 from test_conditions import bits, table
 from test_leaderboard import record
 
-from sweeps.leaderboard import LEADERBOARD_COLUMNS, Tables, leaderboard_rows, main, write_tables
+from sweeps.columns import LEADERBOARD_COLUMNS
+from sweeps.leaderboard import Tables, leaderboard_rows, main, write_tables
 from synq.results import RunRecord
 from synq.table_text import to_csv
 

@@ -10,7 +10,7 @@ from sweep_tools import LR, rows, tiny
 
 from launch.sweep import main
 from sweeps.cluster import check_shared, prepare_environment
-from sweeps.leaderboard import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
+from sweeps.columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 from sweeps.ledger import Ledger
 
 

@@ -5,15 +5,16 @@ from typing import Any
 
 from matplotlib.figure import Figure as Canvas
 
+from sweeps.columns import COMPARE_SHOWN, COMPARE_TABLE, PAGE_COLUMNS, RUN_COLUMNS, page_texts
 from sweeps.ranking import Ranking, Standing
 from sweeps.reports.drawing import COLORS, draw
 from sweeps.reports.page import Block, Figure, Gap, Page, Tab, Table, slug
 from sweeps.reports.published import Reference, references
-from sweeps.reports.summary import BOARD_COLUMNS, BOARD_HEADINGS, DECIMALS, foot, label
+from sweeps.reports.summary import foot, label
 from sweeps.reports.sweep_figures import pareto, trust
 from sweeps.reports.sweep_page import by_ranking
 from sweeps.reports.sweep_view import SweepView
-from sweeps.views import SHOWN_COLUMNS, compare, shown
+from sweeps.views import compare, shown
 
 PROTOCOLS = {
     "A": "Protocol A: every layer low-bit, static ranges",
@@ -37,7 +38,14 @@ def comparison_page(sweeps: Sequence[SweepView]) -> Page:
         caption = (
             f"The best row of each in every ranking; differences are to {names[0]}, ± their standard error over seeds."
         )
-        side = Table(name="compare", title="Side by side", caption=caption, columns=SHOWN_COLUMNS, rows=lines)
+        side = Table(
+            name="compare",
+            title="Side by side",
+            caption=caption,
+            columns=COMPARE_SHOWN,
+            rows=lines,
+            **page_texts(COMPARE_TABLE),
+        )
         tabs.insert(0, Tab(title="Side by side", blocks=[side]))
     tabs += [Tab(title=name, blocks=_one(name, sweep)) for name, sweep in zip(names, sweeps, strict=True)]
     records = [record for sweep in sweeps for record in sweep.records.values()]
@@ -176,10 +184,9 @@ def _one(name: str, sweep: SweepView) -> list[Block]:
         name=f"leaderboard-{place}",
         title=f"Leaderboard of {name}",
         caption=f"{len(standings)} settings of {sweep.root}.",
-        columns=BOARD_COLUMNS,
+        columns=PAGE_COLUMNS,
         rows=[standing.row for standing in standings],
-        headings=BOARD_HEADINGS,
-        decimals=DECIMALS,
+        **page_texts(RUN_COLUMNS),
         bold=[standing.row["rank"] == 1 for standing in standings],
     )
     return [

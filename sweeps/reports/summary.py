@@ -4,28 +4,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sweeps.ranking import SETTINGS, Standing
+from sweeps.columns import setting_text
+from sweeps.ranking import Standing
 from sweeps.reports.sweep_view import SweepView
 from sweeps.stats import drop_stderr
 from synq.quant_config import ends_words
 from synq.results import RunRecord, run_protocol
 from synq.table_text import Row
-
-BOARD_COLUMNS = (
-    "rank", "model", "weight_bits", "act_bits", "top1_mean", "top1_std", "num_seeds", "drop", "objective_value", *SETTINGS, "protocol",
-    "act_points", "layer_bits", "first_bits", "last_bits", "teacher_top1", "rtn_top1", "num_eval", "num_failed", "size_bytes", "bitops",
-    "objective", "fidelity_measure", "seconds",
-)  # fmt: skip
-BOARD_HEADINGS = {
-    "weight_bits": "W", "act_bits": "A", "act_points": "points", "objective_value": "value", "top1_mean": "top-1", "top1_std": "std",
-    "num_seeds": "n", "num_failed": "failed", "teacher_top1": "teacher", "rtn_top1": "before", "num_eval": "images",
-    "lowpass_cutoff": "cutoff [bins]", "difficulty_threshold": "tau", "size_bytes": "bytes",
-}  # fmt: skip
-PERCENTS = ("top1", "top5", "top1_mean", "top1_std", "teacher_top1", "rtn_top1", "drop")
-DECIMALS = {**dict.fromkeys(PERCENTS, 2), "size_bytes": 0, "bitops": 0, "seconds": 0}
-BEST_COLUMNS = (
-    "model", "weight_bits", "act_bits", "protocol", "act_points", "top1_mean", "top1_std", "num_seeds", "drop", "objective_value", "setting", "trial"
-)  # fmt: skip
 
 
 def run_label(record: RunRecord) -> str:
@@ -176,7 +161,7 @@ def best_rows(sweep: SweepView, standings: Sequence[Standing]) -> list[Row]:
     rows = []
     for standing in leaders(standings):
         name = run_of(sweep, standing)
-        settings = "" if name is None else _settings(sweep.records[name].config["finetune"])
+        settings = "" if name is None else setting_text(sweep.records[name].config["finetune"])
         rows.append(standing.row | {"setting": settings, "trial": name})
     return rows
 
@@ -190,15 +175,3 @@ def run_of(sweep: SweepView, standing: Standing) -> str | None:
         if record.config_digest == standing.row["config_digest"] and record.status == "completed"
     ]
     return min(found) if found else None
-
-
-def _settings(finetune: Mapping[str, Any]) -> str:
-    """The searched settings as the configuration has them, the cutoff with its unit: so they can be given again."""
-    parts = []
-    for name in SETTINGS:
-        value = finetune.get(name)
-        if name == "lowpass_cutoff":
-            parts.append(f"{name} off" if value is None else f"{name} {value:.4g} {finetune.get('lowpass_unit', '')}")
-        elif value is not None:
-            parts.append(f"{name} {value:.4g}")
-    return ", ".join(parts)

@@ -3,15 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sweeps.ranking import TRIAL_COLUMNS, Ranking, Standing, read_run
+from sweeps.columns import BEST_TABLE, PAGE_COLUMNS, RUN_COLUMNS, TRIAL_COLUMNS, keys, page_texts
+from sweeps.ranking import Ranking, Standing, read_run
 from sweeps.reports.page import Block, Gap, Page, Tab, Table, Words
 from sweeps.reports.run_page import run_tabs, settings_blocks
 from sweeps.reports.study_figures import study_figures
 from sweeps.reports.summary import (
-    BEST_COLUMNS,
-    BOARD_COLUMNS,
-    BOARD_HEADINGS,
-    DECIMALS,
     best_rows,
     foot,
     label,
@@ -26,7 +23,7 @@ from synq.results import RunRecord
 from synq.table_text import Row
 
 LONG = ("versions", "commit", "host", "heldout_digest", "set_digest")
-"""Columns of trials.csv that say the same for nearly all rows; the CSV has them."""
+"""Columns of trials.csv that are equal in nearly all rows, left out of the page."""
 MOST_RUNS = 4
 """Groups whose best run is looked into."""
 
@@ -48,10 +45,9 @@ def sweep_page(
         name="leaderboard",
         title="Leaderboard",
         caption="A row for each setting, ranked within its model, widths and protocol; the first of each ranking is marked. leaderboard.csv of a sweep has all columns.",
-        columns=_said(rows, BOARD_COLUMNS),
+        columns=_filled(rows, PAGE_COLUMNS),
         rows=rows,
-        headings=BOARD_HEADINGS,
-        decimals=DECIMALS,
+        **page_texts(RUN_COLUMNS),
         bold=[row["rank"] == 1 for row in rows],
     )
     tabs = [
@@ -73,8 +69,8 @@ def sweep_page(
     )
 
 
-def _said(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
-    """Return the columns that say anything."""
+def _filled(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
+    """Return the columns in which any row has a cell."""
     return [column for column in columns if any(row.get(column) not in (None, "") for row in rows)]
 
 
@@ -86,10 +82,9 @@ def best_table(sweep: SweepView, standings: Sequence[Standing]) -> list[Block]:
         name="best",
         title="Best settings",
         caption=caption,
-        columns=BEST_COLUMNS,
+        columns=keys(BEST_TABLE),
         rows=rows,
-        headings=BOARD_HEADINGS,
-        decimals=DECIMALS,
+        **page_texts(BEST_TABLE),
     )
     records = [sweep.paths[row["trial"]] for row in rows if row["trial"] in sweep.paths]
     ways = [f"synq export {path if path.name != 'record.json' else path.parent}" for path in records]
@@ -141,7 +136,7 @@ def _trials(sweep: SweepView) -> list[Block]:
         if record.status == "failed"
     ]
     rows = sweep.tables.trial_rows()
-    columns = _said(rows, [column for column in TRIAL_COLUMNS if column not in LONG])
+    columns = _filled(rows, [column for column in TRIAL_COLUMNS if column not in LONG])
     waiting = [{"trial": name, "epochs": len(sweep.plans[name].history)} for name in sweep.running]
     blocks: list[Block] = []
     if failures:
@@ -165,7 +160,14 @@ def _trials(sweep: SweepView) -> list[Block]:
     if rows:
         caption = "A row for each trial; trials.csv has all columns."
         blocks.append(
-            Table(name="trials", title="All trials", caption=caption, columns=columns, rows=rows, decimals=DECIMALS)
+            Table(
+                name="trials",
+                title="All trials",
+                caption=caption,
+                columns=columns,
+                rows=rows,
+                **page_texts(RUN_COLUMNS),
+            )
         )
     return blocks
 
