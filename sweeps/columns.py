@@ -1,8 +1,9 @@
 """Every column of every table of runs: its key, headings, unit and meaning.
 
-The order of the rows here is the order of the columns everywhere. To add a column to trials.csv or leaderboard.csv, append one row at
-the place that keeps both files' columns in order, name the tables that show it, and compute its value in `ranking.py`; a searched
-setting needs the row only. Keys are the names in the CSV files: none is ever renamed, new ones come last in each file.
+The order of the rows here is the order of the columns everywhere. To add a column to trials.csv or leaderboard.csv,
+append one row where both files keep their order, name the tables that show it, and compute its value
+in `ranking.py`; a searched setting needs the row only. Keys are the names in the CSV files: none is ever renamed, new
+ones come last in each file.
 
 Knows neither Ray nor torch.
 """
@@ -61,7 +62,7 @@ class Column:
     words: tuple[str, ...] = ()
     """Words that a column of numbers may hold."""
     setting: Callable[[FinetuneConfig, Any], Setting] | None = None
-    """Of a searched setting: its cell for the configuration and the teacher's input size (C, H, W), which may be unknown (None)."""
+    """Of a searched setting: its cell, from the configuration and the teacher's input size (C, H, W) or None."""
     unit_key: str = ""
     """Of a searched setting: the key of the configuration that holds the unit of its value there."""
 
@@ -112,7 +113,8 @@ RUN_COLUMNS = (
     Column("weight_bits", "bit-width of the weights", _EVERYWHERE, "W", "W", "bits"),
     Column("act_bits", "bit-width of the activations", _EVERYWHERE, "A", "A", "bits"),
     Column("protocol", "A: all layers low-bit, static ranges; B: any other", _EVERYWHERE & ~In.SWEEP, is_text=True),
-    Column("act_points", "activations that are quantized: relu or inputs", _EVERYWHERE, "points", "quantization points", is_text=True),
+    Column("act_points", "activations that are quantized: relu or inputs", _EVERYWHERE, "points", "quantization points",
+        is_text=True),
     Column(
         "objective", "what the search optimizes: synthetic or selection", _EVERYWHERE & ~In.SWEEP, is_text=True
     ),
@@ -122,21 +124,21 @@ RUN_COLUMNS = (
     Column("top5", "top-5 accuracy of the student on the labeled images", In.TRIALS, "top-5", "top-5", "%", 2),
     Column("top1_mean", "top-1 accuracy of the student, mean over seeds", _PRINTED, "top-1", "top-1", "%", 2),
     Column("top1_std", "sample standard deviation of top-1 over seeds; empty for one", _PRINTED, "std", "std", "%", 2),
-    Column("num_seeds", "completed seeds behind the row", _PRINTED, "n", "seeds"),
+    Column("num_seeds", "number of completed seeds", _PRINTED, "n", "seeds"),
     Column("num_failed", "seeds on which a run failed and none was completed", _PRINTED, "failed"),
     Column("teacher_top1", "top-1 accuracy of the teacher on the same images", _BOTH | In.SWEEP | In.PAGE, "teacher",
         "teacher top-1", "%", 2, "mean"),
     Column("rtn_top1", "top-1 accuracy of the student before fine-tuning", _BOTH | In.SWEEP | In.PAGE, "RTN",
         "top-1 before fine-tuning", "%", 2, "mean"),
     Column("drop", "top-1 of the teacher minus that of the student", _EVERYWHERE, "drop", "drop", "points", 2, "mean"),
-    Column("num_eval", "labeled images behind the top-1 figures", _BOTH | In.PAGE, "images"),
+    Column("num_eval", "number of labeled images that top-1 is measured on", _BOTH | In.PAGE, "images"),
     Column("seed", "seed of fine-tuning", In.TRIALS),
     Column("data_seed", "seed of the synthetic set", In.TRIALS),
     Column("size_bytes", "size of the packed parameters", _BOTH | In.PAGE, "bytes", "size", "bytes", 0),
     Column("bitops", "bit operations of one image: sum over layers of MACs x weight bits x activation bits",
         _BOTH | In.PAGE, "BitOps", decimals=0),
-    _setting("lowpass_cutoff", "cutoff D0 of the Gaussian low-pass filter", "cutoff", "low-pass cutoff", unit="DFT bins",
-        cell=_cutoff_in_bins, words=("None",), unit_key="lowpass_unit"),
+    _setting("lowpass_cutoff", "cutoff D0 of the Gaussian low-pass filter", "cutoff", "low-pass cutoff",
+        unit="DFT bins", cell=_cutoff_in_bins, words=("None",), unit_key="lowpass_unit"),
     _setting("cam_weight", "weight of the CAM loss (lambda)", "CAM", "CAM weight"),
     _setting("ce_weight", "weight of the cross-entropy with hard labels", "CE", "CE weight"),
     _setting("difficulty_threshold", "threshold tau above which an image has no hard label", "tau", "tau"),
@@ -151,8 +153,8 @@ RUN_COLUMNS = (
     Column("host", "name of the machine", In.TRIALS, is_text=True),
     Column("started", "start of the run, ISO 8601, UTC", In.TRIALS, is_text=True),
     Column("seconds", "duration of one run", _BOTH | In.SWEEP | In.PAGE, "s", "time", "s", 0, "mean"),
-    Column("num_data_seeds", "different seeds of the synthetic set; 1 with num_seeds > 1: top1_std leaves out the set's "
-        "contribution", In.BOARD),
+    Column("num_data_seeds", "different seeds of the synthetic set; 1 with num_seeds > 1: top1_std excludes "
+        "its variance", In.BOARD),
     Column("first_bits", "bit-width of the first layer; empty: as the rest", In.BOARD | In.PAGE, title="first layer",
         unit="bits"),
     Column("last_bits", "bit-width of the last layer; empty: as the rest", In.BOARD | In.PAGE, title="last layer",
@@ -162,8 +164,8 @@ RUN_COLUMNS = (
     Column("pareto_size", "1 on the Pareto front of objective and size, across bit-widths", In.BOARD | In.TERMINAL,
         "Pareto"),
     Column("pareto_bitops", "1 on the Pareto front of objective and BitOps, across bit-widths", In.BOARD),
-    Column("fidelity_measure", "fidelity measure of a synthetic objective", In.BOARD | In.PAGE, title="fidelity measure",
-        is_text=True),
+    Column("fidelity_measure", "fidelity measure of a synthetic objective", In.BOARD | In.PAGE,
+        title="fidelity measure", is_text=True),
     Column("onnx_bytes", "size of the exported ONNX file", _BOTH, unit="bytes", decimals=0, over_seeds="mean"),
     Column("packed_bytes", "size of the exported packed file", _BOTH, unit="bytes", decimals=0, over_seeds="mean"),
     Column("latency_ms", "latency of the exported student, one image on a CPU", _BOTH, unit="ms", over_seeds="mean"),
@@ -246,7 +248,7 @@ RECIPE_TABLE = (
     *_shared("num_eval"),
     Column("seconds_mean", "duration of one run, its synthetic images included", short="seconds", unit="s"),
     *_shared("commit", "device"),
-    Column("source", "measured, or where the figure was published"),
+    Column("source", "measured, or the publication"),
 )  # fmt: skip
 """recipe.csv."""
 
@@ -271,7 +273,7 @@ FIDELITY_TABLE = (
     Column("group", "model and bit-widths; all: mean over groups"),
     Column("view", "perturbation of the held-out images"),
     Column("measure", "fidelity measure"),
-    Column("num_trials", "trials behind the row", short="n"),
+    Column("num_trials", "number of trials", short="n"),
     Column("spearman", "Spearman's rank correlation of -measure with top-1", short="Spearman"),
     Column("low", "lower end of its 95 % bootstrap interval"),
     Column("high", "upper end of its 95 % bootstrap interval"),

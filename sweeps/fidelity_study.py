@@ -1,7 +1,8 @@
-"""Which label-free measure ranks settings as real top-1 does? Every measure on every view, for the finished trials of a sweep with labels.
+"""Study of label-free objectives: every fidelity measure on every perturbation, for the completed trials of a sweep
+with labels.
 
-A trial's student is rebuilt from its run folder and must reproduce the record's own KL. Its answers to the views are kept in the
-output folder, named by the digest of the images, so that a study of a growing sweep does only what is new.
+A trial's student is rebuilt from its run folder and must reproduce the KL of its record. Its logits are cached in the
+output folder, by the digest of the images, so that a study of a growing sweep only computes what is new.
 """
 
 import hashlib
@@ -48,7 +49,7 @@ MEASURES: dict[str, fidelity.Measure] = {
     "doubtful_kl": perturbations.doubtful_kl,
 }
 FEATURES = "features"
-"""Name of the one measure that needs the features, where the teacher has a CAM site."""
+"""Name of the one measure on features, available where the teacher has a CAM layer."""
 BATCH = 256
 SAME_KL = 1e-4
 """Largest relative difference between a rebuilt student's KL and its record's."""
@@ -104,9 +105,9 @@ VIEWS: dict[str, View] = {
     **{f"adversarial_{epsilon}": _attack(epsilon) for epsilon in (0.02, 0.05, 0.1, 0.2)},
     "boundary": lambda x, labels, net, g: perturbations.on_boundary(x, perturbations.partners(labels, g), net),
 }
-"""Views by name: (images, their labels, the teacher, generator) -> images. Each draws from a stream of its own."""
+"""Views by name: (images, their labels, the teacher, generator) -> images. Each has a separate generator."""
 BN_VIEWS = ("plain", "noise_0.5", "mixup_0.5", "cutmix_0.5", "adversarial_0.05")
-"""Views also made of held-out images of the batch-norm statistics alone (`bn_only`)."""
+"""Views also applied to held-out images synthesized from batch-norm statistics alone (`bn_only`)."""
 UNIONS: tuple[tuple[str, ...], ...] = (
     ("plain", "mixup_0.5"),
     ("plain", "noise_0.5"),
@@ -117,12 +118,12 @@ UNIONS: tuple[tuple[str, ...], ...] = (
     ("mixup_0.5", "adversarial_0.05"),
     ("mixup_0.5", "noise_0.5", "adversarial_0.05"),
 )
-"""Views averaged, image by image."""
+"""Groups of views whose measures are averaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A finished run: its record, and the folder that holds its student."""
+    """A completed run: its record, and the folder that holds its student."""
 
     record: RunRecord
     config: RunConfig
@@ -130,17 +131,21 @@ class Trial:
 
     @property
     def group(self) -> str:
-        """What its top-1 may be compared with."""
+        """Name of the group within which top-1 may be compared."""
         r = self.record
         return f"{r.model} W{r.weight_bits}A{r.act_bits} {r.protocol} {r.act_points}"
 
 
 def find_trials(sweep: Path, bits: Sequence[str] = ()) -> list[Trial]:
-    """Return the completed trials with labels of a sweep, of the widths asked for (none: all), sorted by group and name.
+    """Return the completed trials with labels of a sweep, sorted by group and name.
+
+    Args:
+        sweep: Folder of the sweep.
+        bits: Bit-widths such as W4A4; none is all.
 
     Raises:
-        ValueError: If a trial's student is missing, or there are none.
-        FileNotFoundError: If there are no records.
+        ValueError: A trial's student is missing, or there are no such trials.
+        FileNotFoundError: There are no records.
     """
     found = []
     for record in load_records([sweep]):
@@ -160,12 +165,12 @@ def find_trials(sweep: Path, bits: Sequence[str] = ()) -> list[Trial]:
     return sorted(found, key=lambda trial: (trial.group, trial.record.name))
 
 
-class Bench:
-    """The views of one teacher's held-out images, and the teacher's answers to them."""
+class ViewSet:
+    """The views of one teacher's held-out images, and the teacher's logits on them."""
 
     def __init__(self, trial: Trial, sweep: Path, output: Path, views: Sequence[str], bn_only: bool) -> None:
         self.teacher: Teacher = load_teacher(trial.config.teacher)
-        self.kept = output / "answers"
+        self.cache = output / "logits"
         synthesis = replace(trial.config.synthesis, num_images=trial.config.evaluation.heldout_images)
         heldout = self._heldout(synthesis, sweep / "store")
         if heldout.digest != trial.record.heldout_digest:
@@ -178,8 +183,8 @@ class Bench:
             plain = self._heldout(replace(synthesis, inception_weight=0.0), output / "store")
             self.images |= {f"bn_only_{name}": self._view(name, plain) for name in BN_VIEWS}
         self.digests = {name: hashlib.sha256(tensor_bytes(x)).hexdigest() for name, x in self.images.items()}
-        net = self._tapped(self.teacher.graph, self.teacher.cam.node)
-        self.wanted = {name: _answers(net, x) for name, x in self.images.items()}
+        net = self._with_features(self.teacher.graph, self.teacher.cam.node)
+        self.wanted = {name: _outputs(net, x) for name, x in self.images.items()}
 
     def _heldout(self, synthesis: Any, store: Path) -> SyntheticSet:
         return ensure_set(self.teacher, synthesis, HELDOUT_SEED, SetStore(store), purpose="heldout", progress=False)
@@ -188,31 +193,31 @@ class Bench:
         generator = make_generator("fidelity study", name)
         return VIEWS[name](heldout.images, heldout.labels, self.teacher.graph, generator).contiguous()
 
-    def _tapped(self, net: fx.GraphModule, node: str) -> fx.GraphModule:
+    def _with_features(self, net: fx.GraphModule, node: str) -> fx.GraphModule:
         return with_features(net, node) if self.teacher.cam.kind != "none" else net
 
     def measure(self, trial: Trial) -> Values:
         """Return every measure on every view of a trial's student.
 
         Raises:
-            ValueError: If the rebuilt student does not reproduce the KL of its record.
+            ValueError: The rebuilt student does not reproduce the KL of its record.
         """
         weights = (trial.folder / "student.safetensors").read_bytes()
-        kept = self.kept / f"{trial.record.name}-{hashlib.sha256(weights).hexdigest()[:16]}-integers.safetensors"
-        known = _read_kept(kept)
+        cached = self.cache / f"{trial.record.name}-{hashlib.sha256(weights).hexdigest()[:16]}-integers.safetensors"
+        known = _read_cache(cached)
         missing = [name for name, digest in self.digests.items() if f"{digest}.logits" not in known]
         if missing:
             student = build_student(self.teacher, trial.config.quant)
             student.net.load_state_dict(safetensors.torch.load(weights))
-            net, form = self._tapped(student.net, student.cam_node), integer_form(student.net)
+            net, form = self._with_features(student.net, student.cam_node), integer_form(student.net)
             for name in missing:
-                _, features = _answers(net, self.images[name])
-                # As the record's own figures: those of the integer form, whose features are codes.
-                known[f"{self.digests[name]}.logits"], _ = _answers(form, self.images[name])
+                _, features = _outputs(net, self.images[name])
+                # As in the record: logits of the integer form, whose features are integer codes.
+                known[f"{self.digests[name]}.logits"], _ = _outputs(form, self.images[name])
                 wanted = self.wanted[name][1]
                 if features is not None and wanted is not None:
                     known[f"{self.digests[name]}.features"] = perturbations.feature_distance(wanted, features)
-            write_bytes_atomic(kept, safetensors.torch.save(known))
+            write_bytes_atomic(cached, safetensors.torch.save(known))
         values: Values = {}
         for name, digest in self.digests.items():
             wanted_logits, got = self.wanted[name][0], known[f"{digest}.logits"]
@@ -229,23 +234,23 @@ class Bench:
 
     @staticmethod
     def _check(trial: Trial, found: float) -> None:
-        stands = trial.record.fidelity.get("kl")
-        if stands is None or not math.isclose(found, stands, rel_tol=SAME_KL, abs_tol=1e-9):
+        recorded = trial.record.fidelity.get("kl")
+        if recorded is None or not math.isclose(found, recorded, rel_tol=SAME_KL, abs_tol=1e-9):
             raise ValueError(
-                f"`SWEEP_DIR` must hold the students of its records, but {trial.record.name} has KL {found:.8g} in place of "
-                f"{stands}: other weights, or other arithmetic than the sweep's"
+                f"`SWEEP_DIR` must hold the students of its records, but {trial.record.name} has KL "
+                f"{found:.8g} instead of {recorded}: the weights or the arithmetic differ from the sweep's"
             )
 
 
 @torch.no_grad()
-def _answers(net: fx.GraphModule, images: Tensor) -> tuple[Tensor, Tensor | None]:
+def _outputs(net: fx.GraphModule, images: Tensor) -> tuple[Tensor, Tensor | None]:
     parts = [net(batch) for batch in images.split(BATCH)]
     if isinstance(parts[0], Tensor):
         return torch.cat(parts), None
     return torch.cat([logits for logits, _ in parts]), torch.cat([features for _, features in parts])
 
 
-def _read_kept(path: Path) -> dict[str, Tensor]:
+def _read_cache(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         return {}
     with safe_open(path, framework="pt") as file:
@@ -259,32 +264,32 @@ def study(
     bits: Sequence[str] = (),
     views: Sequence[str] = tuple(VIEWS),
     bn_only: bool = False,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Measure the finished trials of a sweep and return the rows of the table, best first within each group.
+    """Measure the completed trials of a sweep and return the rows of the table, best first within each group.
 
     Args:
         sweep: Folder of the sweep.
-        output: Folder in which the students' answers are kept.
-        bits: Widths to look at; none is all.
-        views: Some of `VIEWS`; "plain" is always among them.
-        bn_only: Also make a held-out set by batch-norm statistics alone and look at it.
-        say: Gets a line for each trial.
+        output: Folder in which the students' logits are cached.
+        bits: Bit-widths such as W4A4; none is all.
+        views: Some of `VIEWS`; "plain" is always included.
+        bn_only: Also synthesize a held-out set from batch-norm statistics alone and measure on it.
+        log: Called with one line for each trial.
 
     Raises:
-        ValueError: If a view is unknown, or a student is not that of its record.
+        ValueError: A view is unknown, or a student is not that of its record.
     """
     unknown = [name for name in views if name not in VIEWS]
     if unknown:
         raise ValueError(f"`views` must be some of {', '.join(VIEWS)}, but got {unknown[0]!r}")
     views = list(dict.fromkeys(["plain", *views]))
-    benches: dict[tuple[str, str], Bench] = {}
+    view_sets: dict[tuple[str, str], ViewSet] = {}
     groups: dict[str, list[tuple[float, Values]]] = defaultdict(list)
     for trial in find_trials(sweep, bits):
         key = (str(trial.record.teacher.get("digest")), trial.record.heldout_digest)
-        if key not in benches:
-            benches[key] = Bench(trial, sweep, output, views, bn_only)
+        if key not in view_sets:
+            view_sets[key] = ViewSet(trial, sweep, output, views, bn_only)
         assert trial.record.top1 is not None
-        groups[trial.group].append((trial.record.top1, benches[key].measure(trial)))
-        say(f"{trial.group} {trial.record.name}: top-1 {trial.record.top1:.2f}")
+        groups[trial.group].append((trial.record.top1, view_sets[key].measure(trial)))
+        log(f"{trial.group} {trial.record.name}: top-1 {trial.record.top1:.2f}")
     return table(groups)

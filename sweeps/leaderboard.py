@@ -1,7 +1,8 @@
-"""Records in, tables out: `trials.csv` (every run) and `leaderboard.csv` (settings, ranked). Knows neither Ray nor torch.
+"""Read run records and write `trials.csv` (every run) and `leaderboard.csv` (ranked settings). Knows neither Ray nor
+torch.
 
-What a row says and what may be ranked against what: ranking.py. One record at a time: tables.py. Rows chosen, paths compared:
-views.py. Rows as text: table_text.py. Here: the files, and the command.
+Columns: `columns.py`. Rows and their ranks: `ranking.py`. Incremental updates: `tables.py`. Selected rows, compared
+    sweeps: `views.py`.
 """
 
 import argparse
@@ -62,19 +63,20 @@ examples:
   %(prog)s runs/demo --print --format markdown --columns rank,model,weight_bits,act_bits,top1_mean,top1_std
   %(prog)s runs/before runs/after --compare --output-dir comparison
 
-The ranks start again for each model, bit-widths, protocol, act_points, objective and what it was measured with. A chosen row
-keeps the rank that it has among all rows.
+The ranks start again for each model, bit-widths, protocol, act_points, objective and what it was measured with. A
+chosen row keeps the rank that it has among all rows.
 """
 
 
 def record_files(paths: Iterable[str | Path]) -> list[Path]:
-    """Find the record files of sweeps and runs.
+    """Return the record files of sweeps and runs.
 
     Args:
-        paths: Record files, or folders: a sweep's (records/*.json), a run's (record.json), or one that holds such folders.
+        paths: Record files, or folders: a sweep's (records/*.json), a run's (record.json), or one that holds such
+            folders.
 
     Raises:
-        FileNotFoundError: A path is absent or holds no record.
+        FileNotFoundError: A path is missing or holds no record.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -102,17 +104,17 @@ def load_records(paths: Iterable[str | Path]) -> list[RunRecord]:
         paths: As for `record_files`.
 
     Raises:
-        FileNotFoundError: A path is absent or holds no record.
+        FileNotFoundError: A path is missing or holds no record.
         ValueError: A record is damaged.
     """
     return [load_record(file) for file in record_files(paths)]
 
 
 def load_record(path: Path) -> RunRecord:
-    """Read a record whose configuration reads as well.
+    """Read a record and check its configuration.
 
     Raises:
-        FileNotFoundError: The file is absent.
+        FileNotFoundError: The file is missing.
         ValueError: The file is damaged.
     """
     record = read_record(path)
@@ -121,10 +123,13 @@ def load_record(path: Path) -> RunRecord:
 
 
 def read_tables(paths: Iterable[str | Path]) -> Tables:
-    """Read the records of sweeps and runs into tables; as `Tables(load_records(paths))`, but each record is checked once.
+    """Read the records of sweeps and runs into tables, each record parsed once.
+
+    Args:
+        paths: As for `record_files`.
 
     Raises:
-        FileNotFoundError: A path is absent or holds no record.
+        FileNotFoundError: A path is missing or holds no record.
         ValueError: A record is damaged.
     """
     tables = Tables()
@@ -147,10 +152,10 @@ def leaderboard_rows(records: Iterable[RunRecord]) -> list[Row]:
 
 
 def write_tables(records: Iterable[RunRecord], folder: str | Path) -> None:
-    """Write trials.csv and leaderboard.csv into `folder`, each by rename.
+    """Write trials.csv and leaderboard.csv into `folder`, each atomically.
 
     Raises:
-        OSError: The folder or the disk refuses.
+        OSError: The folder cannot be written, or the disk is full.
     """
     Tables(records).write(folder)
 

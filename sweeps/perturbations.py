@@ -1,8 +1,8 @@
 """Candidate fidelity measures and image perturbations for the study of label-free objectives.
 
-A measure maps the logits of teacher and student on the same images to one value per image, lower is better. A perturbation maps
-held-out images to ones closer to the teacher's decision boundary: on unperturbed synthetic images the teacher is certain, and so is
-nearly every student.
+A measure maps the logits of teacher and student on the same images to one value per image, lower is better. A
+perturbation maps held-out images to ones closer to the teacher's decision boundary: on unperturbed synthetic images the
+teacher is certain, and so is nearly every student.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from synq.lowpass import cutoff_in_bins, gaussian_lowpass
 
 
 def reverse_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """KL(student || teacher) of each image at T = 1, in nats; arguments and result as of `kl`."""
+    """Return KL(student || teacher) of each image at T = 1, in nats; arguments and result as for `kl`."""
     return kl(student_logits, teacher_logits)
 
 
 def total_variation(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """sum_k |p_k - q_k| / 2 of each image, in [0, 1]. Arguments as of `kl`."""
+    """Return the total variation distance sum_k |p_k - q_k| / 2 of each image, in [0, 1]; arguments as for `kl`."""
     return (teacher_logits.double().softmax(1) - student_logits.double().softmax(1)).abs().sum(1) / 2
 
 
 def logit_angle(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """1 - cosine between the logits without their mean, of each image, in [0, 2]: blind to scale. Arguments as of `kl`."""
+    """Return 1 - cosine similarity of the centered logits of each image, in [0, 2]; arguments as for `kl`."""
     return 1 - F.cosine_similarity(centered(teacher_logits), centered(student_logits), dim=1)
 
 
 def margin_mse(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """Squared difference of margins of each image; margin: logit of the teacher's class minus the largest other one.
+    """Return the squared difference of margins of each image; arguments as for `kl`.
 
-    Arguments as of `kl`.
+    The margin is the logit of the teacher's class minus the largest other logit.
     """
     best = teacher_logits.argmax(1, keepdim=True)
     return (_margin(student_logits.double(), best) - _margin(teacher_logits.double(), best)).square()
@@ -47,22 +47,22 @@ def _margin(logits: Tensor, best: Tensor) -> Tensor:
 
 
 def hard_cross_entropy(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """-log q_c of each image, c the teacher's class, in nats. Arguments as of `kl`."""
+    """Return the cross-entropy -log q_c of each image in nats, c the teacher's class; arguments as for `kl`."""
     return F.cross_entropy(student_logits.double(), teacher_logits.argmax(1), reduction="none")
 
 
 def doubtful_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """KL at T = 1 times the entropy of the teacher's answer: images on which it is certain do not count. Arguments as of `kl`."""
+    """Return KL at T = 1 weighted by the entropy of the teacher's prediction, of each image; arguments as for `kl`."""
     p = teacher_logits.double().softmax(1)
     return -torch.xlogy(p, p).sum(1) * kl(teacher_logits, student_logits)
 
 
 def feature_distance(teacher_features: Tensor, student_features: Tensor) -> Tensor:
-    """||A_teacher - A_student||^2 / ||A_teacher||^2 of each image.
+    """Return ||A_teacher - A_student||^2 / ||A_teacher||^2 of each image.
 
     Args:
-        teacher_features: (N, C, H, W), the tensor that enters the pool.
-        student_features: (N, C, H, W), the same after its fake quantization.
+        teacher_features: (N, C, H, W), the input of the global pooling.
+        student_features: (N, C, H, W), the same of the student, fake-quantized.
 
     Returns:
         (N,) float64, >= 0.
@@ -72,7 +72,7 @@ def feature_distance(teacher_features: Tensor, student_features: Tensor) -> Tens
 
 
 def partners(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw for each image one of another class: uniformly over all such images.
+    """Draw for each image a partner of another class, uniformly over all such images.
 
     Args:
         labels: (N,) int64.
@@ -94,19 +94,19 @@ def mixed(images: Tensor, partner: Tensor, share: Tensor | float) -> Tensor:
     Args:
         images: (N, C, H, W).
         partner: (N,) int64 row numbers, from `partners`.
-        share: Part of the image itself, in [0, 1]: one for all, or (N,).
+        share: Weight of the image itself, in [0, 1]: one for all, or (N,).
 
     Returns:
         (N, C, H, W).
 
-    Source: mixup (Zhang et al. 2018), on images alone.
+    Source: mixup (Zhang et al. 2018), without labels.
     """
     part = torch.as_tensor(share, dtype=images.dtype).reshape(-1, 1, 1, 1).to(images.device)
     return part * images + (1 - part) * images[partner.to(images.device)]
 
 
 def cut_mixed(images: Tensor, partner: Tensor, area: float, generator: torch.Generator) -> Tensor:
-    """Replace a random rectangle of each image, ``area`` of its pixels, by the same place of its partner.
+    """Replace a random rectangle of each image, ``area`` of its pixels, by the same region of its partner.
 
     Args:
         images: (N, C, H, W).
@@ -117,14 +117,14 @@ def cut_mixed(images: Tensor, partner: Tensor, area: float, generator: torch.Gen
     Returns:
         (N, C, H, W).
 
-    Source: CutMix (Yun et al. 2019), on images alone.
+    Source: CutMix (Yun et al. 2019), without labels.
     """
     inside = _rectangles(images, area, generator)
     return torch.where(inside, images[partner.to(images.device)], images)
 
 
 def erased(images: Tensor, area: float, generator: torch.Generator) -> Tensor:
-    """Replace a random rectangle of each image, ``area`` of its pixels, by the mean of the set. Arguments as of `cut_mixed`."""
+    """Replace a random rectangle of each image by the mean of the set; arguments as for `cut_mixed`."""
     mean, _ = _spread(images)
     return torch.where(_rectangles(images, area, generator), mean, images)
 
@@ -144,7 +144,7 @@ def noisy(images: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
 
     Args:
         images: (N, C, H, W).
-        sigma: >= 0; 1 is as much noise as image.
+        sigma: >= 0; at 1 the noise has the standard deviation of the images.
         generator: CPU generator.
 
     Returns:
@@ -155,21 +155,21 @@ def noisy(images: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
 
 
 def shaded(images: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
-    """As `noisy`, with 1/f noise: large soft patches of light and colour, whose spectrum is that of photographs."""
+    """Add 1/f noise, whose spectrum is that of photographs; arguments as for `noisy`."""
     _, std = _spread(images)
     pink, _ = _natural_spectrum(_normal(images, generator), keep_amplitude=False)
     return images + sigma * std * pink
 
 
 def reweighted(images: Tensor) -> Tensor:
-    """Give the set the spectrum of photographs: amplitudes of every frequency on average 1/f, phases and each image's own excess kept."""
+    """Rescale every frequency so that its mean amplitude over the set is 1/f, as in photographs; phases are kept."""
     mean, std = _spread(images)
     standard, _ = _natural_spectrum((images - mean) / std, keep_amplitude=True)
     return mean + std * standard
 
 
 def drowned(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Blend towards Gaussian noise of the set's mean and standard deviation: share x + (1 - share) noise."""
+    """Blend with Gaussian noise of the set's mean and standard deviation: share x + (1 - share) noise."""
     mean, std = _spread(images)
     return share * images + (1 - share) * (mean + std * _normal(images, generator))
 
@@ -191,22 +191,22 @@ def _normal(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def faded(images: Tensor, contrast: float) -> Tensor:
-    """Lower the contrast: mean + contrast (x - mean), the mean of each channel of the set; contrast in [0, 1]."""
+    """Lower the contrast to mean + contrast (x - mean), with the set's mean of each channel; contrast in [0, 1]."""
     mean, _ = _spread(images)
     return mean + contrast * (images - mean)
 
 
 def low_passed(images: Tensor, cutoff: float) -> Tensor:
-    """Filter images (N, C, H, W) by a Gaussian low-pass of ``cutoff`` of the Nyquist frequency."""
+    """Apply a Gaussian low-pass filter to images (N, C, H, W); ``cutoff`` in units of the Nyquist frequency."""
     return gaussian_lowpass(images, cutoff_in_bins(cutoff, "nyquist", *images.shape[-2:]))
 
 
 def zoomed(images: Tensor, size: float, generator: torch.Generator) -> Tensor:
-    """Cut a random square of ``size`` of each side and enlarge it (bilinear) to the whole image.
+    """Crop a random square of ``size`` of each side and resize it to the whole image, bilinearly.
 
     Args:
         images: (N, C, H, W).
-        size: Share of each side that is kept, in (0, 1]; above 1 the edges are mirrored.
+        size: Share of each side that is kept, in (0, 1]; above 1 the border is mirrored.
         generator: CPU generator.
 
     Returns:
@@ -222,12 +222,12 @@ def zoomed(images: Tensor, size: float, generator: torch.Generator) -> Tensor:
 
 
 def adversarial(images: Tensor, net: Callable[[Tensor], Tensor], epsilon: float) -> Tensor:
-    """One step against the teacher's confidence: x + epsilon std sign(d CE(net(x), its own class) / dx).
+    """Take one FGSM step against the teacher's prediction: x + epsilon std sign(d CE(net(x), predicted class) / dx).
 
     Args:
         images: (N, C, H, W), on the device of ``net``.
-        net: The teacher: images to logits (N, K).
-        epsilon: Step in standard deviations of each channel of the set.
+        net: The teacher, from images to logits (N, K).
+        epsilon: Step size in standard deviations of each channel of the set.
 
     Returns:
         (N, C, H, W), detached.
@@ -244,16 +244,16 @@ def adversarial(images: Tensor, net: Callable[[Tensor], Tensor], epsilon: float)
 
 @torch.no_grad()
 def on_boundary(images: Tensor, partner: Tensor, net: Callable[[Tensor], Tensor], steps: int = 6) -> Tensor:
-    """Blend each image with its partner to where the teacher leaves the image's class: bisection of the share over [0, 1].
+    """Blend each image with its partner up to the teacher's decision boundary, by bisection of the share over [0, 1].
 
     Args:
         images: (N, C, H, W), on the device of ``net``.
         partner: (N,) int64 row numbers.
-        net: The teacher: images to logits (N, K).
-        steps: Halvings; the share is found to 2^-steps.
+        net: The teacher, from images to logits (N, K).
+        steps: Bisection steps; the share is found to 2^-steps.
 
     Returns:
-        (N, C, H, W): just on the image's side of the boundary.
+        (N, C, H, W), just on the image's side of the boundary.
     """
     own = net(images).argmax(1)
     low, high = torch.zeros(len(images), device=images.device), torch.ones(len(images), device=images.device)
@@ -265,6 +265,6 @@ def on_boundary(images: Tensor, partner: Tensor, net: Callable[[Tensor], Tensor]
 
 
 def _spread(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over the whole set, (1, C, 1, 1)."""
+    """Return mean and standard deviation of each channel over the whole set, (1, C, 1, 1)."""
     mean = images.mean((0, 2, 3), keepdim=True)
     return mean, (images - mean).square().mean((0, 2, 3), keepdim=True).sqrt()

@@ -1,4 +1,4 @@
-"""How well each of many measures ranks settings: rank correlation with top-1, with bootstrap intervals, as rows, CSV and Markdown."""
+"""Rank correlation of fidelity measures with top-1, with bootstrap intervals, as CSV and Markdown."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ Values = dict[tuple[str, str], float]
 """(view, measure) -> mean over images, lower is better."""
 NUM_BOOTSTRAP = 2000
 REFERENCE = ("plain", "kl")
-"""The measure that others must beat."""
+"""The measure that others are compared with."""
 MEANS = ("spearman", "kendall", "spearman_top_half", "picked_top1", "best_top1", "regret")
 """Columns that the rows over all groups average."""
 
@@ -27,10 +27,9 @@ MEANS = ("spearman", "kendall", "spearman_top_half", "picked_top1", "best_top1",
 def table(groups: Mapping[str, Sequence[tuple[float, Values]]]) -> list[dict[str, Any]]:
     """Return one row per group, view and measure, and, with several groups, rows of the mean over groups; best first.
 
-    A row: Spearman's rank correlation of -measure with top-1 (+1: ranks as top-1 does) and its 95 % bootstrap interval over
-    trials; Kendall's tau; Spearman among the better half by top-1; top-1 of the trial that the measure picks, and how far it is
-    below the best one (`regret`, points); the share of the bootstrap samples in which it ranks better than plain KL (a tie is half;
-    0.975 is where a one-sided test at 2.5 % would be). In the mean over groups each group is resampled by itself.
+    The columns are those of `columns.FIDELITY_TABLE`. Spearman's rank correlation is +1 where the measure ranks as
+    top-1 does. In `beats_reference` a tie counts half; 0.975 corresponds to a one-sided test at 2.5 %. For the mean
+    over groups each group is resampled independently.
     """
     rows = []
     draws: dict[str, dict[tuple[str, str], np.ndarray]] = {}
@@ -76,7 +75,7 @@ def _add_intervals(rows: Sequence[dict[str, Any]], draws: Mapping[tuple[str, str
 def _joint(
     rows: Sequence[Mapping[str, Any]], draws: Mapping[str, Mapping[tuple[str, str], np.ndarray]]
 ) -> list[dict[str, Any]]:
-    """Means over groups. Each group's samples are put in an order of their own, the same for all measures."""
+    """Return the means over groups; each group's bootstrap samples are permuted, equally for all measures."""
     orders = [np.random.default_rng(1 + i).permutation(NUM_BOOTSTRAP) for i in range(len(draws))]
     joint, joint_draws = [], {}
     for name in next(iter(draws.values())):
@@ -92,24 +91,24 @@ def _joint(
 
 
 def markdown(rows: Iterable[Mapping[str, Any]], best: int) -> str:
-    """Return the `best` first rows of each group, and plain KL, as a Markdown table."""
-    head = "| group | place | measure | view | n | Spearman | 95 % | beats KL | Kendall | upper half | regret |"
+    """Return the first `best` rows of each group, and the reference, as a Markdown table."""
+    head = "| group | rank | measure | view | n | Spearman | 95 % | beats KL | Kendall | upper half | regret |"
     parts = [head, "|" + "---|" * 11]
-    place: dict[str, int] = defaultdict(int)
+    rank: dict[str, int] = defaultdict(int)
     for row in rows:
-        place[row["group"]] += 1
-        if place[row["group"]] > best and (row["view"], row["measure"]) != REFERENCE:
+        rank[row["group"]] += 1
+        if rank[row["group"]] > best and (row["view"], row["measure"]) != REFERENCE:
             continue
         numbers = [row["spearman"], row.get("beats_reference"), row["kendall"], row["spearman_top_half"], row["regret"]]
         own, beats, *others = ("" if number is None else f"{number:.2f}" for number in numbers)
-        cells = [row["group"], place[row["group"]], row["measure"], row["view"], row["num_trials"], own]
+        cells = [row["group"], rank[row["group"]], row["measure"], row["view"], row["num_trials"], own]
         cells += [f"{row['low']:.2f} .. {row['high']:.2f}", beats, *others]
         parts.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(parts) + "\n"
 
 
 def write_tables(folder: Path, rows: Sequence[Mapping[str, Any]], best: int) -> None:
-    """Write fidelity_study.csv (all rows) and fidelity_study.md (the best), by rename."""
+    """Write fidelity_study.csv (all rows) and fidelity_study.md (the best), atomically."""
     text = io.StringIO()
     writer = csv.DictWriter(text, keys(FIDELITY_TABLE), lineterminator="\n")
     writer.writeheader()

@@ -1,11 +1,11 @@
 """Runs as table rows, and rows in their ranks: which runs may be compared, and how they are ordered. No Ray, no torch.
 
-Ranks restart for everything that must not be compared (`Ranking`): model and its weights (`teacher_digest`), bit-widths (those of the
-first and last layer too), protocol, act_points, objective, the images and the fidelity measure of the objective, and the labeled
-images. Within a ranking a row is one setting; its runs differ in their seeds only. Settings measured on more seeds come first, because
-one lucky seed is no evidence; then the better mean objective. `pareto_size` and `pareto_bitops` look across bit-widths: 1 where no
-other row that was measured in the same way is at least as good in mean objective and size (bit operations) and better in one of them.
-What each column holds: `columns.py`.
+Ranks restart for everything that must not be compared (`Ranking`): model and its weights (`teacher_digest`), bit-widths
+(those of the first and last layer too), protocol, act_points, objective, the images and the fidelity measure of the
+objective, and the labeled images. Within a ranking a row is one setting; its runs differ in their seeds only. Settings
+measured on more seeds come first, because one lucky seed is no evidence; then the better mean objective. `pareto_size`
+and `pareto_bitops` look across bit-widths: 1 where no other row that was measured in the same way is at least as good
+in mean objective and size (bit operations) and better in one of them. What each column holds: `columns.py`.
 """
 
 import functools
@@ -64,7 +64,7 @@ class Ranking(NamedTuple):
         return self[:9]
 
     def measure(self) -> tuple[str, ...]:
-        """Return what the metrics were measured with: the teacher's weights, the images, labeled ones included, and the measure."""
+        """Return what the metrics were measured with: the teacher's weights, all images and the fidelity measure."""
         return self[9:]
 
     def family(self) -> "Ranking":
@@ -84,8 +84,8 @@ class Setting(NamedTuple):
 def read_setting(config: Mapping[str, Any], source: str = "") -> tuple[RunConfig, Setting]:
     """Check the configuration of a record and return it with the key of its setting.
 
-    Parsing a configuration and computing its digest take a millisecond each. The runs of a sweep differ in their training and their
-    seeds only, so everything else is parsed and digested once (`_shared` caches it).
+    Parsing a configuration and computing its digest take a millisecond each. The runs of a sweep differ in their
+    training and their seeds only, so everything else is parsed and digested once (`_shared` caches it).
 
     Args:
         config: The configuration as recorded.
@@ -224,9 +224,9 @@ class Standing:
 def standings(runs: Iterable[Run]) -> list[Standing]:
     """Return the rows of one setting: one for each ranking in which it has a result.
 
-    How a column joins the setting's completed runs (`num_seeds`) says `Column.over_seeds`; "first" is the run with the lowest seeds.
-    top1_std has the denominator num_seeds - 1. num_failed counts seeds on which a run of the setting failed and none was completed,
-    here or in another folder. A pruned run is not a result: it neither ranks nor counts.
+    `Column.over_seeds` states how a column joins the setting's completed runs (`num_seeds`); "first" is the run with
+    the lowest seeds. top1_std has the denominator num_seeds - 1. num_failed counts seeds on which a run of the setting
+    failed and none was completed, here or in another folder. A pruned run is not a result: it neither ranks nor counts.
 
     Args:
         runs: The runs of one setting.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SIGNIFICANT = 0.05
-"""A difference is called significant below this p-value; of twenty such words about nothing one is wrong."""
+"""Significance level: without any effect, one of twenty tests is called significant."""
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -49,7 +49,7 @@ def t_test_p(t: float, df: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gain:
-    """What a paired comparison says."""
+    """Result of a paired t-test."""
 
     mean: float
     """Mean of the differences."""
@@ -62,17 +62,18 @@ class Gain:
 
     @property
     def significant(self) -> str:
-        """yes where p < 0.05, else no; "" where there is no p: a single difference, or no spread, is no evidence."""
+        """yes where p < 0.05, else no; "" without a p-value: a single difference, or no spread, is no evidence."""
         return "" if self.p is None else "yes" if self.p < SIGNIFICANT else "no"
 
 
 def paired_gain(differences: Sequence[float]) -> Gain | None:
-    """Test whether differences, one for each seed that two settings share, are 0 on average (paired t-test).
+    """Return the paired t-test of the differences of two settings, one difference per shared seed.
 
-    For example [1, 2, 3]: mean 2, stderr 0.577, t 3.46, p 0.074, so not significant: at three seeds |t| must exceed 4.30.
+    For example [1, 2, 3]: mean 2, stderr 0.577, t 3.46, p 0.074, so not significant: at three seeds |t| must exceed
+    4.30.
 
     Returns:
-        The gain, or None without differences.
+        The result, or None without differences.
     """
     if not differences:
         return None
@@ -80,7 +81,7 @@ def paired_gain(differences: Sequence[float]) -> Gain | None:
     if spread is None:
         return Gain(mean=average, stderr=None, t=None, p=None)
     stderr = spread / math.sqrt(len(differences))
-    # Equal decimals differ in their last binary digit, which must not become a huge t.
+    # Equal decimals may differ in the last binary digit, which must not give a huge t.
     if stderr <= 1e-9 * max(map(abs, differences)):
         return Gain(mean=average, stderr=stderr, t=None, p=None)
     t = average / stderr
@@ -90,9 +91,9 @@ def paired_gain(differences: Sequence[float]) -> Gain | None:
 def drop_stderr(lost: int, gained: int, num_images: int) -> float:
     """Return the standard error of a drop in top-1, paired by image, in percentage points.
 
-    The drop is the mean over n images of teacher_correct - student_correct, which is 1 on the b lost ones, -1 on the c gained
-    ones and 0 elsewhere: 100 sqrt((b + c) - (b - c)^2 / n) / n. For example b = 60, c = 20, n = 1,000: a drop of 4.00 with 0.885,
-    where two unpaired figures near 90 % would give 1.3.
+    The drop is the mean over n images of teacher_correct - student_correct, which is 1 on the b lost ones, -1 on the c
+    gained ones and 0 elsewhere: 100 sqrt((b + c) - (b - c)^2 / n) / n. For example b = 60, c = 20, n = 1,000: a drop of
+    4.00 +- 0.885, where two unpaired accuracies near 90 % would give 1.3.
 
     Args:
         lost: Images that only the teacher has right.
@@ -103,16 +104,16 @@ def drop_stderr(lost: int, gained: int, num_images: int) -> float:
 
 
 def pooled_stderr(first: tuple[float, int], second: tuple[float, int]) -> float | None:
-    """Return the standard error of the difference of two means over seeds, their spread taken to be the same.
+    """Return the standard error of the difference of two means over seeds, with a pooled variance.
 
     s sqrt(1 / n1 + 1 / n2) with s^2 = ((n1 - 1) s1^2 + (n2 - 1) s2^2) / (n1 + n2 - 2).
 
     Args:
-        first: Sample standard deviation and number of seeds of the one; the deviation of a single seed does not count.
-        second: The same of the other.
+        first: Sample standard deviation and number of seeds; the deviation of a single seed is ignored.
+        second: The same of the other mean.
 
     Returns:
-        The standard error, or None where both have one seed only.
+        The standard error, or None where both means have one seed.
     """
     (std1, n1), (std2, n2) = first, second
     if n1 + n2 <= 2:
@@ -124,8 +125,9 @@ def pooled_stderr(first: tuple[float, int], second: tuple[float, int]) -> float 
 def rank_correlation(a: "np.ndarray", b: "np.ndarray") -> "np.ndarray":
     """Return Spearman's rank correlation of each row of `a` with the same row of `b`; ties share their mean rank.
 
-    All rows in one call, where `scipy.stats.spearmanr` takes one pair of rows: thousands of bootstrap samples are compared. Sums of
-    ranks are exact, so two measures that rank alike have the very same correlation, which the count of ties relies on.
+    All rows in one call, where `scipy.stats.spearmanr` takes one pair of rows: thousands of bootstrap samples are
+    compared. Sums of ranks are exact, so two measures that rank equally have exactly the same correlation, which the
+    count of ties relies on.
 
     Args:
         a: (R, n) values.

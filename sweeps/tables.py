@@ -1,4 +1,4 @@
-"""trials.csv and leaderboard.csv of records that arrive one at a time: each is parsed once, and writing again is cheap."""
+"""trials.csv and leaderboard.csv of records that arrive one at a time: each is parsed once, rewriting is cheap."""
 
 import math
 from collections.abc import Hashable, Iterable, Iterator
@@ -15,8 +15,8 @@ from synq.table_text import Row, csv_line
 class Tables:
     """The tables of the records added so far; they do not depend on the order of adding.
 
-    Only what a new record changes is computed again: its own row, the rows of its setting, their ranking and the Pareto fronts of
-    rows measured in the same way. The records themselves are not kept.
+    Only what a new record changes is computed again: its own row, the rows of its setting, their ranking and the Pareto
+    fronts of rows measured in the same way. The records themselves are not kept.
     """
 
     def __init__(self, records: Iterable[RunRecord] = ()) -> None:
@@ -37,8 +37,8 @@ class Tables:
 
         Args:
             record: The record; its configuration is checked here.
-            name: Key by which the record is replaced or discarded: an earlier record of that name is removed. Without one the
-                record is kept next to all others, except an equal one: the same run read from two folders.
+            name: Key by which the record is replaced or discarded: an earlier record of that name is removed. Without
+                one the record is kept next to all others, except an equal one: the same run read from two folders.
             source: Name of its file, for messages.
 
         Raises:
@@ -61,7 +61,7 @@ class Tables:
         return [dict(run.row) for run in self._sorted_runs()]
 
     def leaderboard_rows(self) -> list[Row]:
-        """Return one row per setting with at least one completed run, ranked within its ranking; see `ranking.standings`."""
+        """Return one ranked row per setting with at least one completed run; see `ranking.standings`."""
         return [dict(standing.row) for standing in self.standings()]
 
     def standings(self) -> list[Standing]:
@@ -70,7 +70,7 @@ class Tables:
         return [standing for ranking in self._sorted_rankings() for standing in self._rankings[ranking].values()]
 
     def write(self, folder: str | Path) -> None:
-        """Write trials.csv and leaderboard.csv into `folder`, each by rename.
+        """Write trials.csv and leaderboard.csv into `folder`, each atomically.
 
         Raises:
             OSError: The folder cannot be written, or the disk is full.
@@ -132,7 +132,8 @@ def _setting(run: Run) -> tuple[Any, ...]:
 
 
 def mark_front(rows: Iterable[Standing], column: str, mark: str) -> None:
-    """Set `mark` to 1 for the rows on the Pareto front of mean objective and `column`, else 0; None where the column is unknown.
+    """Set `mark` to 1 for the rows on the Pareto front of mean objective and `column`, else 0; None where the column is
+    unknown.
 
     A row is on the front if no other is at least as good in both and better in one: two tied rows are both on it.
 

@@ -37,7 +37,10 @@ class Condition:
     """The same as a number; None where texts are compared."""
 
     def holds(self, row: Row) -> bool:
-        """Return whether a row satisfies it. Numbers are equal if they are printed alike; an empty cell is unequal to any number."""
+        """Return whether a row satisfies it.
+
+        Numbers are equal if they are printed alike; an empty cell is unequal to any number.
+        """
         value = row[self.column]
         if self.number is None:
             same = self.text in (cell(value), plain(value))
@@ -127,7 +130,8 @@ def single_ranking(rows: Sequence[Standing]) -> list[Row]:
     rankings = dict.fromkeys(standing.ranking for standing in rows)
     if len(rankings) > 1:
         raise ValueError(
-            f"`single_ranking` must be given rows that can be compared, but got {differences(rankings)}; narrow them by --where"
+            f"`single_ranking` must be given rows that can be compared, but got {differences(rankings)}; "
+            "narrow them by --where"
         )
     return [{**rows[i].row, "rank": i + 1, "best": int(i == 0)} for i in range(len(rows))]
 
@@ -147,8 +151,8 @@ def differences(rankings: Iterable[Ranking]) -> str:
 def compare(tables: Mapping[str, Sequence[Standing]]) -> list[Row]:
     """Return the best row of each path in each ranking, those of a ranking together.
 
-    A difference is to the first path; its standard error is sqrt(s1^2 / n1 + s2^2 / n2) for the sample standard deviations s over
-    n runs, empty where an n is 1. The runs of two paths count as independent.
+    A difference is to the first path; its standard error is sqrt(s1^2 / n1 + s2^2 / n2) for the sample standard
+    deviations s over n runs, empty where an n is 1. The runs of two paths count as independent.
 
     Args:
         tables: Rows in the order of their ranks, by path.
@@ -184,7 +188,7 @@ def _difference(name: str, column: str, one: Standing, other: Standing) -> Row:
 
 
 def shown(lines: Iterable[Row]) -> list[Row]:
-    """Return the lines of a comparison as texts for the columns COMPARE_SHOWN: means with their standard deviation or error."""
+    """Return the lines of a comparison as texts of COMPARE_SHOWN: means ± their standard deviation or error."""
     return [
         {
             **line,

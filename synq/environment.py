@@ -1,4 +1,4 @@
-"""What a result depends on besides its settings: the commit of the code, package versions and the host. Standard library only."""
+"""The environment of a run: commit of the code, package versions and host. Standard library only."""
 
 import os
 import platform
@@ -14,10 +14,11 @@ RECORDED_PACKAGES = ("synq", "torch", "torchvision", "accelerate", "ray", "optun
 
 
 def environment() -> dict[str, Any]:
-    """Return what a figure depends on besides its settings: commit, versions and host.
+    """Return commit, versions and host, which a result depends on besides its settings.
 
-    The commit is that of the checkout this file lies in, with the mark -dirty where tracked files differ from it, or "unknown"
-    (installed from a wheel, or sent to a cluster without its .git folder, unless the variable SYNQ_COMMIT says it).
+    The commit is that of the checkout that holds the package, with the suffix -dirty where tracked files differ from
+    it, or "unknown" (installed from a wheel, or sent to a cluster without its .git folder, unless the variable
+    SYNQ_COMMIT holds it).
     """
     versions = {"python": platform.python_version()}
     for package in RECORDED_PACKAGES:
@@ -30,9 +31,7 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str:
     root = Path(str(synq.__file__)).resolve().parent.parent
-    if not (
-        root / ".git"
-    ).exists():  # never the commit of a project that merely has this one in its virtual environment
+    if not (root / ".git").exists():  # not the commit of a project that has this package in its virtual environment
         return "unknown"
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

@@ -1,7 +1,6 @@
-"""How far a student is from its teacher without labels: measures of two networks' answers, and views that make images harder.
+"""Label-free fidelity of a student to its teacher: measures on the logits of both.
 
-A measure maps the logits of teacher and student on the same images to one value an image, lower is better. A view maps held-out
-images to perturbed ones, nearer to where the teacher changes its mind: on plain synthetic images it is certain, and so is any student.
+A measure maps the logits of teacher and student on the same images to one value per image, lower is better.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 
 
 def kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of each image, in nats.
+    """Return T^2 KL(softmax(teacher / T) || softmax(student / T)) of each image, in nats.
 
     Teacher probabilities (3/4, 1/4) against (1/2, 1/2) at T = 1: 0.1308.
 
@@ -35,29 +34,36 @@ def kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0)
 
 
 def jensen_shannon(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2, in nats, of each image; in [0, ln 2]. Arguments as of `kl`."""
+    """Return the Jensen-Shannon divergence of each image in nats, in [0, ln 2]; arguments as for `kl`.
+
+    (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2.
+    """
     p, q = teacher_logits.double().softmax(1), student_logits.double().softmax(1)
     log_middle = ((p + q) / 2).clamp_min(torch.finfo(torch.float64).tiny).log()
     return (torch.xlogy(p, p) - p * log_middle + torch.xlogy(q, q) - q * log_middle).sum(1) / 2
 
 
 def disagreement(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """100 where the largest logits belong to different classes, else 0: the mean is a percentage. Arguments as of `kl`."""
+    """Return 100 where the predicted classes differ, else 0: the mean is a percentage; arguments as for `kl`."""
     return 100.0 * (teacher_logits.argmax(1) != student_logits.argmax(1)).double()
 
 
 def logit_mse(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """Mean over classes of the squared difference of logits without their mean, of each image. Arguments as of `kl`."""
+    """Return the mean squared difference over classes of the centered logits, of each image; arguments as for `kl`."""
     return (centered(student_logits) - centered(teacher_logits)).square().mean(1)
 
 
 def centered(logits: Tensor) -> Tensor:
+    """Return logits (N, K) minus their mean over classes, float64."""
     logits = logits.double()
     return logits - logits.mean(1, keepdim=True)
 
 
 def sqnr_db(reference: Tensor, found: Tensor) -> float:
-    """Return the signal-to-quantization-noise ratio of ``found`` in dB, 10 log10(sum r^2 / sum (r - f)^2); infinite where they are equal."""
+    """Return the signal-to-quantization-noise ratio of ``found`` in dB; infinite where it equals ``reference``.
+
+    10 log10(sum r^2 / sum (r - f)^2), sums over all elements.
+    """
     signal, noise = reference.double().square().sum(), (reference.double() - found.double()).square().sum()
     return math.inf if noise == 0 else float(10 * torch.log10(signal / noise))
 
@@ -76,5 +82,6 @@ OBJECTIVES: dict[str, Measure] = {
     "disagreement": disagreement,
     "logit_mse": logit_mse,
 }
-"""What a sweep may minimise, on the held-out images as they are: no view has ranked settings better than these. Measures that a
-student can make smaller than the teacher itself does (`hard_cross_entropy`: by more certain answers) are not among them."""
+"""Measures that a sweep may minimize, on unperturbed held-out images: no perturbation has ranked settings better. A
+measure that a student can make smaller than the teacher itself does (cross-entropy with the teacher's classes, by
+higher confidence) is excluded."""

@@ -1,7 +1,7 @@
 """Files that are complete or absent. Standard library only.
 
-Every file that counts as a result is written under a temporary name in the same folder, flushed to disk and renamed: a reader, or a
-process killed at any instant, never sees half of it.
+Every file that counts as a result is written under a temporary name in the same folder, flushed to disk and renamed: a
+reader, or a process killed at any instant, never sees half of it.
 """
 
 import json
@@ -14,10 +14,11 @@ from typing import Any
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:
-    """Write `content` to `path` so that the file is either the old one or the whole new one.
+    """Write `content` to `path` atomically: the file is either the old one or the complete new one.
 
     Raises:
-        OSError: The folder or the disk refuses; the error names `path`, and no temporary file stays behind.
+        OSError: The folder cannot be written, or the disk is full; the error names `path`, and no temporary file
+            remains.
     """
     path = Path(path)
     temporary = None
@@ -30,7 +31,9 @@ def write_bytes_atomic(path: str | Path, content: bytes) -> None:
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes 0600, which would hide results from a team on a shared disk
+        os.chmod(
+            temporary, 0o666 & ~mask
+        )  # mkstemp creates 0600, which would hide results from a team on a shared disk
         os.replace(temporary, path)
     except BaseException as error:
         if temporary is not None:
@@ -41,10 +44,10 @@ def write_bytes_atomic(path: str | Path, content: bytes) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a run's folder that cannot be written, before the work and not after it.
+    """Raise before a run if its folder cannot be written.
 
     Raises:
-        OSError: Naming the folder above it and the reason.
+        OSError: It cannot; the message names the parent folder and the reason.
     """
     probe = folder / ".writable"
     try:
@@ -56,12 +59,12 @@ def check_writable(folder: Path) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """As `write_bytes_atomic`, for UTF-8 text."""
+    """Write UTF-8 text as `write_bytes_atomic` does."""
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
 def write_json_atomic(path: str | Path, value: object) -> None:
-    """As `write_bytes_atomic`, for strict JSON: NaN and infinities become null, tuples become lists."""
+    """Write strict JSON as `write_bytes_atomic` does: NaN and infinities become null, tuples become lists."""
     write_text_atomic(path, json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
 
 
@@ -79,7 +82,7 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        FileNotFoundError: The file is absent.
+        FileNotFoundError: The file is missing.
         ValueError: The file is damaged; the message names it.
     """
     try:
@@ -91,10 +94,10 @@ def read_json(path: str | Path) -> Any:
 
 
 def check_paths(paths: Iterable[str | Path], name: str = "PATH") -> None:
-    """Refuse what is not there, before anything is loaded that takes seconds.
+    """Raise if a path is missing, before any import that takes seconds.
 
     Raises:
-        FileNotFoundError: One of them is absent.
+        FileNotFoundError: A path is missing.
     """
     for path in paths:
         if not Path(path).exists():

@@ -5,10 +5,11 @@
     d x^ / d x = 1 inside the range, 0 outside                                           straight through the rounding
     d x^ / d s = code - zero_point - x / s inside, code - zero_point outside             code: the clamped one
 
-The gradient of s is multiplied by 1 / sqrt(n quant_max), n the number of values that share s, so that a step moves, relative to its size,
-about as fast as a weight does. The zero point is an integer and stays.
+The gradient of s is multiplied by 1 / sqrt(n quant_max), n the number of values that share s, so that a step moves,
+relative to its size, about as fast as a weight does. The zero point is an integer and stays.
 
-Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, sections 2.1 and 2.2. There n counts the values of one image, and so it
+Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, sections 2.1 and 2.2. There n counts the values of
+    one image, and so it
 does here: a figure that holds for any batch and any number of processes.
 """
 
@@ -45,11 +46,12 @@ def fake_quantize_learned(
 ) -> Tensor:
     """Quantize and dequantize as ``fake_quantize`` does, with a gradient for ``scale`` too.
 
-    For x = 0.8 and s = 0.5 the code is 2, x^ = 1.0 and d x^ / d s = 2 - 1.6 = 0.4; for x = 9 with quant_max = 15 and zero point 0,
-    d x^ / d s = 15.
+    For x = 0.8 and s = 0.5 the code is 2, x^ = 1.0 and d x^ / d s = 2 - 1.6 = 0.4; for x = 9 with quant_max = 15 and
+    zero point 0, d x^ / d s = 15.
 
-    A step below ``SCALE_EPS`` is used as ``SCALE_EPS``, with the gradient passed on, so that it can return; the optimiser's hook
-    (``optimizers.py``) keeps steps far above. NaN comes through, in x as in the scale, to the result and to the scale's gradient.
+    A step below ``SCALE_EPS`` is used as ``SCALE_EPS``, with the gradient passed on, so that it can return; the
+    optimiser's hook (``optimizers.py``) keeps steps far above. NaN comes through, in x as in the scale, to the result
+    and to the scale's gradient.
 
     Args:
         x: Floating point, any shape; the result and the gradient have its dtype and memory layout.
@@ -129,11 +131,11 @@ class _LearnedOnCpu(torch.autograd.Function):
 
 
 def keep_positive(optimizer: torch.optim.Optimizer, steps: Sequence[Tensor]) -> None:
-    """After every step of ``optimizer``, lift each of the learned ``steps`` to ``SMALLEST_STEP`` of its present value at least.
+    """Clamp each learned step, after every update by ``optimizer``, to at least ``SMALLEST_STEP`` of its current value.
 
-    The steps themselves are trained, not their logarithms: LSQ's factor makes the update of s itself commensurate with that of a
-    weight. So one large update could carry s to zero or below, where the grid ends. It is set back after the update (a projection),
-    and every reader of a scale finds it positive. NaN stays NaN, for the loss to show.
+    The steps themselves are trained, not their logarithms: LSQ's gradient scale makes the update of s commensurate with
+    that of a weight, so a large update could make s zero or negative. This projection keeps every scale positive. NaN
+    stays NaN, so that the loss shows it.
     """
     if not steps:
         return

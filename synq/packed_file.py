@@ -2,15 +2,16 @@
 
     <layer>.codes   uint8, the codes minus their smallest possible value, packed (`pack`)
     *.zero_point    int8, the zero points of all layers' output channels, concatenated in the order of `layers`
-    *.gain          float32, the factor on each channel's accumulator (`integer_form.py`), likewise; then those of the batch norms
+    *.gain          float32, the factor on each channel's accumulator (`integer_form.py`); then those of the batch norms
     *.shift         float32, likewise, of the layers that have one and of the batch norms
     <name>          float32, every other tensor of the network, such as PReLU slopes
 
-The header's metadata: `format` and `version`, `layers`, `activations` and `norms` (JSON: names, bits, shapes, scales), `structure`
-(SHA-256 of the graph), `about` (JSON, free), `digest` (SHA-256 over tensors and metadata). The file does not hold the network:
-`load_packed` is given one.
+The header's metadata: `format` and `version`, `layers`, `activations` and `norms` (JSON: names, bits, shapes, scales),
+`structure` (SHA-256 of the graph), `about` (JSON, free), `digest` (SHA-256 over tensors and metadata). The file does
+not hold the network: `load_packed` is given one.
 
-Packing: code i occupies the bits [i b, (i + 1) b) of the stream, least significant bit first; bit j of the stream is bit j mod 8 of
+Packing: code i occupies the bits [i b, (i + 1) b) of the stream, least significant bit first; bit j of the stream is
+    bit j mod 8 of
 byte j div 8. Codes are stored unsigned, as code - quant_min, so the bytes are the same on every machine.
 """
 
@@ -35,15 +36,15 @@ FORMAT, VERSION = "synq packed student", "2"
 
 
 def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any] | None = None) -> int:
-    """Write an integer form, by rename, and return the size of the file in bytes.
+    """Write an integer form atomically and return the size of the file in bytes.
 
     Args:
         path: The file.
         form: A network of ``integer_form``.
-        about: What else the file should say of itself, as plain JSON values.
+        about: Further metadata, as plain JSON values.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: The folder cannot be written, or the disk is full.
     """
     layers, activations = integer_parts(form)
     tensors: dict[str, Tensor] = {}
@@ -78,10 +79,11 @@ def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any]
 
 
 def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and metadata (`layers`, `activations`, `norms`, `about` as values) of a packed file, checked against its digest.
+    """Return tensors and metadata (`layers`, `activations`, `norms`, `about` as values) of a packed file, checked
+    against its digest.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file is missing.
         ValueError: It is damaged, of another kind or version.
     """
     path = Path(path)
@@ -95,11 +97,11 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"a packed student must be a safetensors file, but {path} is damaged: {error}") from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"a packed student must say that it is one, but {path} is some other safetensors file")
+        raise ValueError(f"a packed student must have the format {FORMAT!r} in its metadata, but {path} has not")
     if metadata.get("version") != VERSION:
         raise ValueError(
             f"a packed student must be of version {VERSION}, but {path} is of version {metadata.get('version')}: "
-            "read it with the SynQ that wrote it"
+            "read it with the version of SynQ that wrote it"
         )
     if metadata.pop("digest", None) != _digest(tensors, metadata):
         raise ValueError(f"a packed student must match its digest, but {path} does not: its content was changed")
@@ -108,12 +110,12 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
-    """Return the integer form that a packed file holds, bit by bit the one that was written.
+    """Return the integer form that a packed file holds, bitwise equal to the one that was written.
 
     Args:
         path: The file.
-        student: The network of a ``Student`` of the same teacher and widths; only its structure counts, its numbers are not used and
-            its ranges need not be observed.
+        student: The network of a ``Student`` of the same teacher and bit-widths; only its structure is used, not its
+            parameters, and its ranges need not be observed.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -135,11 +137,11 @@ def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
     channels_of = [[name, len(norm.gain)] for name, norm in norms.items()]
     if facts["norms"] != channels_of or facts["structure"] != _structure(form):
         raise ValueError(
-            f"a packed student must fit its network, but that of {path} computes something else than this one"
+            f"a packed student must fit its network, but {path} was written from a network that computes something else"
         )
-    widths = [shape[0] for _, _, shape in found]
-    zero_points = iter(tensors["*.zero_point"].split(widths))
-    channels = [*widths, *(len(norm.gain) for norm in norms.values())]
+    sizes = [shape[0] for _, _, shape in found]
+    zero_points = iter(tensors["*.zero_point"].split(sizes))
+    channels = [*sizes, *(len(norm.gain) for norm in norms.values())]
     shifted = [*(has_shift for *_, has_shift in facts["layers"]), *(True for _ in norms)]
     gains = iter(tensors["*.gain"].split(channels))
     shifts = iter(tensors["*.shift"].split([number for number, has in zip(channels, shifted, strict=True) if has]))
@@ -177,7 +179,7 @@ def channel_affines(form: fx.GraphModule) -> dict[str, ChannelAffine]:
 
 
 def _others(form: fx.GraphModule) -> dict[str, Tensor]:
-    """What the network holds besides its integer layers and its batch norms."""
+    """Return the tensors of the network except those of integer layers and batch norms."""
     layers, _ = integer_parts(form)
     parts = {"integer_weight.codes", "integer_weight.zero_point", "gain", "shift"}
     own = {f"{name}.{part}" for name in (*layers, *channel_affines(form)) for part in parts}
@@ -185,7 +187,7 @@ def _others(form: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def _structure(form: fx.GraphModule) -> str:
-    """Return 64 hexadecimal digits of what the network computes, its numbers apart: the graph, and the settings of its layers."""
+    """Return the SHA-256 digest of the graph and of the settings of its layers, without their tensors."""
     called = [form.get_submodule(str(node.target)) for node in form.graph.nodes if node.op == "call_module"]
     settings = [part.extra_repr() if isinstance(part, IntegerLayer) else repr(part) for part in called]
     settings = [
@@ -215,7 +217,8 @@ def packed_size(count: int, bits: int) -> int:
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Return codes, any shape, in [0, 2^bits), as a row of bytes; unused bits of the last one are 0.
 
-    ``pack(np.array([1, 2, 3]), 3)`` gives the bytes 0b11010001 and 0: 1 + (2 << 3) + (3 << 6), of which 8 bits go in the first.
+    ``pack(np.array([1, 2, 3]), 3)`` gives the bytes 0b11010001 and 0: 1 + (2 << 3) + (3 << 6), of which 8 bits go in
+    the first.
 
     Raises:
         ValueError: If ``bits`` is not in [1, 8], or a code does not fit in it.

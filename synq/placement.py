@@ -21,14 +21,14 @@ from synq.configs import RunConfig, RuntimeConfig
 from synq.quant_layers import quantizers_bypassed
 
 TRACKER_PACKAGES = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "mlflow": is_mlflow_available}
-"""Whether what a tracker needs is installed. Accelerate itself only warns, and tracks nothing."""
+"""Tests whether the package of a tracker is installed. Accelerate itself only warns, and tracks nothing."""
 
 
 def check_tracker(tracker: str) -> None:
-    """Refuse a tracker whose package is missing.
+    """Raise if the package of a tracker is not installed.
 
     Raises:
-        ValueError: It is; the message says how to install it.
+        ValueError: It is not; the message names the command that installs it.
     """
     if tracker != "none" and not TRACKER_PACKAGES[tracker]():
         raise ValueError(

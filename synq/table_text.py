@@ -1,4 +1,4 @@
-"""Tables as text: CSV, Markdown and aligned columns. Equal rows give equal bytes on every machine, and every cell is safe to open."""
+"""Tables as text: CSV, Markdown and aligned columns. Equal rows give equal bytes, and every cell is safe to open."""
 
 import csv
 import io
@@ -13,9 +13,11 @@ MARKDOWN = str.maketrans(
 
 
 def cell(value: Any) -> str:
-    """Return a CSV cell: numbers with up to 8 significant digits, None and NaN empty, texts safe to open in a spreadsheet.
+    """Return a CSV cell: numbers with up to 8 significant digits, None and NaN empty, texts safe to open in a
+    spreadsheet.
 
-    A text that starts with = + - @, also after white space, would be run as a formula there; it gets a leading apostrophe.
+    A text that starts with = + - @, also after white space, would be run as a formula there; it gets a leading
+    apostrophe.
     """
     text = plain(value)
     return text if isinstance(value, int | float) or not text.startswith(("=", "+", "-", "@")) else f"'{text}"
@@ -48,7 +50,7 @@ def to_csv(rows: Iterable[Row], columns: Sequence[str]) -> str:
 
 
 def markdown_cell(value: Any) -> str:
-    """Return a cell of a Markdown table: one line, with every character escaped that Markdown or HTML would interpret."""
+    """Return a cell of a Markdown table: one line, its Markdown and HTML characters escaped."""
     return plain(value).translate(MARKDOWN)
 
 

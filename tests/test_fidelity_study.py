@@ -63,11 +63,11 @@ def test_the_door_studies_a_sweep(
     assert main(words) == 0
     first = (tmp_path / "study" / "fidelity_study.csv").read_text()
     assert first.count("\n") == 1 + 3 * (len(VIEWS) + len(UNIONS)) * (len(MEASURES) + 1)
-    answers = {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "answers").iterdir()}
-    assert len(answers) == 6
+    cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "logits").iterdir()}
+    assert len(cached) == 6
     assert main(words) == 0
     assert (tmp_path / "study" / "fidelity_study.csv").read_text() == first
-    assert {path: path.stat().st_mtime_ns for path in answers} == answers
+    assert {path: path.stat().st_mtime_ns for path in cached} == cached
     assert main([*words, "--bits", "W3A3"]) == 0
     assert "W2A2" not in (tmp_path / "study" / "fidelity_study.csv").read_text()
     capsys.readouterr()

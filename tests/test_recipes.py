@@ -87,10 +87,10 @@ def test_a_recipe_is_the_whole_setting_and_its_rows_differ_in_one_thing(file: Pa
             "`synthesis.iteration` must be a known key, but got an unknown one; did you",
         ),
         (("seeds = [0, 4]", "seeds = [4, 4]"), "`seeds` must have no entry twice"),
-        (("seeds = [0, 4]", "seeds = [0, 4]\nseed = 1"), "`seed` must be left out (the file's own `seeds` says it)"),
+        (("seeds = [0, 4]", "seeds = [0, 4]\nseed = 1"), "`seed` must be left out (it is set by the file's `seeds`)"),
         (
             ("calib_images = 32", "weight_bits = 3"),
-            "`quant.weight_bits` must be left out (the file's own `bits` says it)",
+            "`quant.weight_bits` must be left out (it is set by the file's `bits`)",
         ),
         (
             ("[published]", "[publshed]"),
@@ -183,14 +183,14 @@ def test_the_table_by_hand() -> None:
     text = markdown([ptq, own, paper], "expected ...")
     assert "| recipe | A | relu | W3A3 | 2 | 92.00 | 88.50 ± 0.71 | 3.50 ± 0.79 | 65 | measured |" in text
     assert "| published | - | - | W3A3 | - | 93.89 | 88.11 | 5.78 | - | a \\| b |" in text
-    assert "net | seeds 0 1 | 1000 labelled images | commit abc | cpu\n" in text and text.endswith("\nexpected ...\n")
+    assert "net | seeds 0 1 | 1000 labeled images | commit abc | cpu\n" in text and text.endswith("\nexpected ...\n")
 
 
 def test_a_teacher_without_labels_has_a_table_too() -> None:
     blind = record(0.0, num_eval=None, teacher_top1=None, drop=None, lost=None, gained=None, rtn_top1=None)
     _, line = table({("recipe", 0): RunRecord(**{**config_to_dict(blind), "top1": None})})
     assert (line["top1_mean"], line["drop_mean"], line["drop_stderr"]) == (None, None, None)
-    assert "| 1 | - | - | - | 10 |" in markdown([line]) and "no labelled images" in markdown([line])
+    assert "| 1 | - | - | - | 10 |" in markdown([line]) and "no labeled images" in markdown([line])
 
 
 PROMISE = Expected(
@@ -281,7 +281,7 @@ def test_words_that_change_the_result_are_told_from_those_that_do_not(file: Path
     [
         (["absent.toml"], "absent.toml"),
         (["FILE", "--rows", "recipes"], "but got 'recipes'; did you mean `recipe`?"),
-        (["FILE", "--seed", "3"], "`seed` must be left out (`seeds` says it)"),
+        (["FILE", "--seed", "3"], "`seed` must be left out (it is set by `seeds`)"),
         (["FILE", "--finetune.lrr", "3"], "`finetune.lrr` must be a known key"),
         (["FILE", "--jobs", "0"], "`jobs` must be >= 1"),
     ],
