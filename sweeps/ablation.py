@@ -49,10 +49,8 @@ SHOWN = (
 )  # fmt: skip
 """Columns of ablation.md; standard deviations and errors are in the cells of what they belong to."""
 NOTE = """\
-x: on. Gain: top-1 minus that of `none`, paired by seed, ± standard error of the mean difference; t = gain / standard
-    error.
-p: two-sided paired t-test; significant: yes where p < 0.05, each row tested alone; -: one seed or no spread, so no
-    test.
+x: on. Gain: top-1 minus that of `none`, paired by seed, ± its standard error; t = gain / standard error.
+p: two-sided paired t-test of each row alone; significant: yes where p < 0.05; -: one seed or no spread, no test.
 """
 
 
