@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sweeps.leaderboard import leaderboard_rows, load_records
-from sweeps.search_config import SearchConfig
-from sweeps.space import BITS, Dimension, read_table, setting_names, value_at
-from synq.config_io import nearest, require
-from synq.configs import RunConfig, config_to_dict
-from synq.results import RunRecord
+from synq.config.parsing import nearest, require
+from synq.config.run import RunConfig, config_to_dict
+from synq.runs.record import RunRecord
+
+from .leaderboard.records import leaderboard_rows, load_records
+from .search_config import SearchConfig
+from .space import BITS, Dimension, read_table, setting_names, value_at
 
 CUTOFF, UNIT = "finetune.lowpass_cutoff", "lowpass_unit"
 Point = dict[str, Any]

@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sweeps.addresses import is_address, local_copy
-from sweeps.points import completed, grid_size, listed_dimensions, point_params, read_points
-from sweeps.search_config import DEFAULT_TRIALS, LISTED, SearchConfig
-from sweeps.space import BITS, Dimension, base_values, read_space, read_table, with_bits
-from synq.config_identity import absolute_path
-from synq.config_io import nearest, require
-from synq.configs import RunConfig, config_from_dict, load_config, make_absolute, parse_bits, with_overrides
-from synq.file_kinds import read_as
+from synq.config.file_kinds import read_as
+from synq.config.identity import absolute_path
+from synq.config.parsing import nearest, require
+from synq.config.run import RunConfig, config_from_dict, load_config, make_absolute, parse_bits, with_overrides
+
+from .points import completed, grid_size, listed_dimensions, point_params, read_points
+from .search_config import DEFAULT_TRIALS, LISTED, SearchConfig
+from .space import BITS, Dimension, base_values, read_space, read_table, with_bits
+from .storage.addresses import is_address, local_copy
 
 DEMO_SPEC = Path(__file__).parent / "specs" / "demo.toml"
 TABLES = ("models", "bits", "base", "space", "points")

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sweeps.columns import setting_text
-from sweeps.ranking import Standing
-from sweeps.reports.sweep_view import SweepView
-from sweeps.stats import drop_stderr
-from synq.quant_config import ends_words
-from synq.results import RunRecord, run_protocol
-from synq.table_text import Row
+from synq.common.text_tables import Row
+from synq.config.quant import ends_words
+from synq.runs.record import RunRecord, run_protocol
+
+from ..leaderboard.columns import setting_text
+from ..leaderboard.ranking import Standing
+from ..stats import drop_stderr
+from .sweep_view import SweepView
 
 
 def run_label(record: RunRecord) -> str:

@@ -3,12 +3,15 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sweeps.columns import BEST_TABLE, PAGE_COLUMNS, RUN_COLUMNS, TRIAL_COLUMNS, keys, page_texts
-from sweeps.ranking import Ranking, Standing, read_run
-from sweeps.reports.page import Block, Gap, Page, Tab, Table, Words
-from sweeps.reports.run_page import run_tabs, settings_blocks
-from sweeps.reports.study_figures import study_figures
-from sweeps.reports.summary import (
+from synq.common.text_tables import Row
+from synq.runs.record import RunRecord
+
+from ..leaderboard.columns import BEST_TABLE, PAGE_COLUMNS, RUN_COLUMNS, TRIAL_COLUMNS, keys, page_texts
+from ..leaderboard.ranking import Ranking, Standing, read_run
+from .page import Block, Gap, Page, Tab, Table, Words
+from .run_page import run_tabs, settings_blocks
+from .study_figures import study_figures
+from .summary import (
     best_rows,
     foot,
     label,
@@ -17,10 +20,8 @@ from sweeps.reports.summary import (
     sweep_facts,
     sweep_verdict,
 )
-from sweeps.reports.sweep_figures import pareto, timeline, trust
-from sweeps.reports.sweep_view import SweepView
-from synq.results import RunRecord
-from synq.table_text import Row
+from .sweep_figures import pareto, timeline, trust
+from .sweep_view import SweepView
 
 LONG = ("versions", "commit", "host", "heldout_digest", "set_digest")
 """Columns of trials.csv that are equal in nearly all rows, left out of the page."""

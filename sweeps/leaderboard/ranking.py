@@ -1,0 +1,276 @@
+"""Runs as table rows, and rows in their ranks: which runs may be compared, and how they are ordered. No Ray, no torch.
+
+Ranks restart for everything that must not be compared (`Ranking`): model and its weights (`teacher_digest`), bit-widths
+(those of the first and last layer too), protocol, act_points, objective, the images and the fidelity measure of the
+objective, and the labeled images. Within a ranking a row is one setting; its runs differ in their seeds only. Settings
+measured on more seeds come first, because one lucky seed is no evidence; then the better mean objective. `pareto_size`
+and `pareto_bitops` look across bit-widths: 1 where no other row that was measured in the same way is at least as good
+in mean objective and size (bit operations) and better in one of them. What each column holds: `columns.py`.
+"""
+
+import functools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from synq.common.text_tables import Row, csv_line
+from synq.config.identity import idle_keys
+from synq.config.run import FinetuneConfig, RunConfig, config_digest, config_from_dict
+from synq.runs.record import DEPLOYED, RunRecord
+
+from ..stats import mean, std
+from .columns import LEADERBOARD_COLUMNS, RUN_COLUMNS, SETTINGS, TRIAL_COLUMNS, setting_cells
+
+PLACED = LEADERBOARD_COLUMNS.index("best")
+"""From here on a row depends on the other rows, for three columns."""
+PER_RUN = ("name", "finetune", "seed", "data_seed")
+"""Keys of a configuration that differ between the runs of a sweep."""
+TRAINING = tuple(part.name for part in fields(FinetuneConfig) if part.name != "log_every")
+MEANS = tuple(column.key for column in RUN_COLUMNS if column.over_seeds == "mean")
+COLLECTED = tuple(column.key for column in RUN_COLUMNS if column.over_seeds == "all")
+
+
+class Ranking(NamedTuple):
+    """What rows have in common that may be ranked together."""
+
+    model: str
+    weight_bits: int
+    act_bits: int
+    protocol: str
+    first_bits: int | None
+    last_bits: int | None
+    layer_bits: str
+    act_points: str
+    objective: str
+    teacher_digest: str
+    eval_digest: str
+    heldout_digest: str
+    dataset: str
+    num_images: str
+    selection_fraction: str
+    fidelity_measure: str
+
+    def order(self) -> tuple[Any, ...]:
+        """Return the sort key of rankings: high bit-widths first."""
+        bits = (-self.weight_bits, -self.act_bits)
+        edges = (-(self.first_bits or 0), -(self.last_bits or 0))
+        return (self.model, *bits, self.protocol, *edges, *self[6:])
+
+    def group(self) -> tuple[Any, ...]:
+        """Return what is known before a run has measured anything, except its teacher."""
+        return self[:9]
+
+    def measure(self) -> tuple[str, ...]:
+        """Return what the metrics were measured with: the teacher's weights, all images and the fidelity measure."""
+        return self[9:]
+
+    def family(self) -> "Ranking":
+        """Return the ranking without its bit-widths: rows of one family share a Pareto front."""
+        return self._replace(weight_bits=0, act_bits=0, first_bits=None, last_bits=None, layer_bits="")
+
+
+class Setting(NamedTuple):
+    """Key of a setting: equal for two runs exactly if `config_digest(..., with_seeds=False)` is."""
+
+    shared: str
+    """That digest for a run of the same teacher, images, bit-widths and evaluation without training."""
+    training: tuple[Any, ...]
+    """The values of the fine-tuning's keys; None where a key is inactive."""
+
+
+def read_setting(config: Mapping[str, Any], source: str = "") -> tuple[RunConfig, Setting]:
+    """Check the configuration of a record and return it with the key of its setting.
+
+    Parsing a configuration and computing its digest take a millisecond each. The runs of a sweep differ in their
+    training and their seeds only, so everything else is parsed and digested once (`_shared` caches it).
+
+    Args:
+        config: The configuration as recorded.
+        source: Name of its file, for messages.
+
+    Raises:
+        ValueError: As `config_from_dict`.
+    """
+    try:
+        shared, digest = _shared(json.dumps({key: value for key, value in config.items() if key not in PER_RUN}))
+        finetune = config_from_dict(FinetuneConfig, config.get("finetune", {}))
+        own = {key: config[key] for key in PER_RUN if key in config}
+        if any(type(own.get(key, 0)) is not int for key in ("seed", "data_seed")):
+            raise TypeError("seed")
+        whole = replace(shared, **{**own, "finetune": finetune})
+    except (ValueError, TypeError):
+        config_from_dict(RunConfig, config, source=source)  # the same error, with the key's full name
+        raise
+    values = {name: getattr(finetune, name) for name in TRAINING}
+    idle = idle_keys(values, whole.quant.learned_steps)
+    return whole, Setting(digest, tuple(None if name in idle else value for name, value in values.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared(text: str) -> tuple[RunConfig, str]:
+    config = config_from_dict(RunConfig, {**json.loads(text), "finetune": {"epochs": 0}})
+    return config, config_digest(config, with_seeds=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the tables keep of a record; it takes far less memory."""
+
+    ranking: Ranking
+    """Where the run would be ranked; what a failed run has not measured is empty."""
+    setting: Setting
+    """Key that it shares with its repetitions on other seeds."""
+    row: Row
+    """Its row of trials.csv."""
+    line: str
+    """The row as a line of CSV."""
+    sort_key: tuple[Any, ...]
+    """Sort key of trials.csv; the line decides between two runs of one name, so that the order of reading cannot."""
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """Seeds of fine-tuning and of the synthetic set."""
+        return self.row["seed"], self.row["data_seed"]
+
+    @property
+    def is_result(self) -> bool:
+        """Whether the run has an objective to be ranked by."""
+        value = self.row["objective_value"]
+        return self.row["status"] == "completed" and value is not None and math.isfinite(value)
+
+
+def read_run(record: RunRecord, source: str = "") -> Run:
+    """Return what the tables keep of a record.
+
+    Args:
+        record: The record.
+        source: Name of its file, for messages; by default the record's name is used.
+
+    Raises:
+        ValueError: The configuration is damaged.
+    """
+    config, setting = read_setting(record.config, source or f"record {record.name}")
+    row: Row = {column: getattr(record, column, None) for column in TRIAL_COLUMNS}
+    trained = bool(record.config.get("finetune"))
+    row |= setting_cells(config.finetune, record.teacher.get("input_size")) if trained else dict.fromkeys(SETTINGS)
+    versions = " ".join(f"{name}={version}" for name, version in sorted(record.versions.items()))
+    row |= {"trial": record.name, "seconds": record.total_seconds, "versions": versions}
+    row |= {column: record.deployment.get(column) for column in DEPLOYED}
+    ranking, line = _ranking(record, config), csv_line(row.values())
+    sort_key = (ranking.order()[:9], record.name, record.config_digest, record.started, line)
+    return Run(ranking, setting, row, line, sort_key)
+
+
+def _ranking(record: RunRecord, config: RunConfig) -> Ranking:
+    evaluation, synthetic = config.evaluation, record.objective == "synthetic"
+    return Ranking(
+        model=record.model,
+        weight_bits=record.weight_bits,
+        act_bits=record.act_bits,
+        protocol=record.protocol,
+        first_bits=config.quant.first_bits,
+        last_bits=config.quant.last_bits,
+        layer_bits=config.quant.layer_label,
+        act_points=record.act_points,
+        objective=record.objective,
+        teacher_digest=str(record.teacher.get("digest", "")),
+        eval_digest=record.eval_digest,
+        heldout_digest=record.heldout_digest if synthetic else "",
+        dataset="" if synthetic else Path(str(evaluation.dataset)).name,
+        num_images="" if synthetic else str(evaluation.num_images),
+        selection_fraction="" if synthetic else str(evaluation.selection_fraction),
+        # As recorded: a record without it was measured by the KL, whatever is the default today.
+        fidelity_measure=str(record.config.get("evaluation", {}).get("fidelity_measure") or "kl") if synthetic else "",
+    )
+
+
+@dataclass(slots=True)
+class Standing:
+    """One row of the leaderboard with what decides its rank."""
+
+    ranking: Ranking
+    """Rows of other rankings are not compared with it."""
+    row: Row
+    """Its cells; the rank and the columns from `best` on that depend on other rows are filled in last."""
+    objective_std: float | None
+    """Sample standard deviation of the objective over the seeds; None for one seed."""
+    cost: float = field(init=False)
+    """The mean objective, with its sign such that lower is better."""
+    head: str = field(init=False)
+    """The cells before `best` as text, the rank left out."""
+    tail: str = field(init=False)
+    """The cells after those that depend on other rows, as text."""
+
+    def __post_init__(self) -> None:
+        self.cost = self.row["objective_value"] * (-1 if self.ranking.objective == "selection" else 1)
+        cells = [self.row[column] for column in LEADERBOARD_COLUMNS]
+        self.head = csv_line(cells[1:PLACED])
+        self.tail = csv_line([None, *cells[PLACED + 3 :]])
+
+    def sort_key(self) -> tuple[Any, ...]:
+        """Return the sort key within a ranking; the text decides between rows that are equally good."""
+        return (-self.row["num_seeds"], self.cost, self.row["config_digest"], self.head)
+
+    def line(self) -> str:
+        """Return the row as a line of CSV."""
+        row = self.row
+        size, bitops = ("" if row[mark] is None else row[mark] for mark in ("pareto_size", "pareto_bitops"))
+        return f"{row['rank']},{self.head},{row['best']},{size},{bitops}{self.tail}"
+
+
+def standings(runs: Iterable[Run]) -> list[Standing]:
+    """Return the rows of one setting: one for each ranking in which it has a result.
+
+    `Column.over_seeds` states how a column joins the setting's completed runs (`num_seeds`); "first" is the run with
+    the lowest seeds. top1_std has the denominator num_seeds - 1. num_failed counts seeds on which a run of the setting
+    failed and none was completed, here or in another folder. A pruned run is not a result: it neither ranks nor counts.
+
+    Args:
+        runs: The runs of one setting.
+    """
+    results: dict[Ranking, list[Run]] = defaultdict(list)
+    failed = []
+    for run in runs:
+        if run.is_result:
+            results[run.ranking].append(run)
+        elif run.row["status"] != "pruned":
+            failed.append(run)
+    rows = []
+    for ranking, members in results.items():
+        teacher, measure = ranking.teacher_digest, ranking.fidelity_measure
+        lost = {
+            run.seeds
+            for run in failed
+            if run.ranking.teacher_digest in ("", teacher) and run.ranking.fidelity_measure == measure
+        }
+        done = {run.seeds for other, group in results.items() if other.teacher_digest == teacher for run in group}
+        rows.append(_standing(ranking, members, len(lost - done)))
+    return rows
+
+
+def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int) -> Standing:
+    by_seed: dict[tuple[int, int], Row] = {}
+    # The whole content decides between two records of one run, so that the order of reading cannot.
+    for run in sorted(runs, key=lambda run: (run.seeds, run.row["started"], run.row["host"], repr(run.row))):
+        by_seed.setdefault(run.seeds, run.row)  # the same run twice (merged sweeps) counts once
+    kept = list(by_seed.values())
+    row: Row = {column: kept[0].get(column) for column in LEADERBOARD_COLUMNS}
+    row |= {column: mean(run[column] for run in kept) for column in MEANS}
+    row |= {column: "; ".join(sorted({run[column] for run in kept})) for column in COLLECTED}
+    row |= {
+        "top1_mean": mean(run["top1"] for run in kept),
+        "top1_std": std(run["top1"] for run in kept),
+        "num_seeds": len(kept),
+        "num_failed": num_failed,
+        "num_data_seeds": len({data_seed for _, data_seed in by_seed}),
+        "first_bits": ranking.first_bits,
+        "last_bits": ranking.last_bits,
+        "layer_bits": ranking.layer_bits or None,
+        "teacher_digest": ranking.teacher_digest[:16],
+        "fidelity_measure": ranking.fidelity_measure,
+    }
+    return Standing(ranking, row, std(run["objective_value"] for run in kept))

@@ -1,0 +1,112 @@
+"""A proposed trial as a file, and the record of one that has no result. Knows neither Ray nor torch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from synq.common.files import read_json
+from synq.config.identity import settings_of_its_day
+from synq.config.run import RunConfig, config_digest, config_to_dict
+from synq.runs.record import RunRecord
+
+FORMAT = 1
+REASON_LENGTH = 500
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One proposed trial."""
+
+    trial: str
+    """Name of the trial; the stem of its files."""
+    group: str
+    """Key of its group."""
+    stage: str
+    """search, or final for a re-run on a further seed."""
+    index: int
+    """Number within the group's search; for a re-run, that of the trial it repeats."""
+    params: dict[str, Any]
+    """The search's own parameters, from which the proposal can be replayed."""
+    config: dict[str, Any]
+    """The run, resolved."""
+    config_digest: str
+    """Digest of the run."""
+    history: list[tuple[int, float]] = field(default_factory=list)
+    """(epoch, objective) as reported while it ran."""
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        ValueError: The file is damaged or of another version.
+    """
+    content = read_json(path)
+    if (
+        not isinstance(content, dict)
+        or content.pop("format", None) != FORMAT
+        or set(content) != set(Plan.__dataclass_fields__)
+    ):
+        raise ValueError(
+            f"`{path}` must hold the plan of a trial; remove it and its record to have the trial proposed again"
+        )
+    return Plan(
+        **{
+            **content,
+            "config": settings_of_its_day(content["config"]),
+            "history": [(int(epoch), float(value)) for epoch, value in content["history"] if value is not None],
+        }
+    )
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """Return what stands in a plan's file."""
+    params = {key: list(value) if isinstance(value, tuple) else value for key, value in plan.params.items()}
+    return {"format": FORMAT, **asdict(plan), "params": params}
+
+
+def set_recipe(config: Mapping[str, Any]) -> str:
+    """Return what decides the synthetic sets of a run (as plain values), as one text."""
+    evaluation = {key: config["evaluation"][key] for key in ("heldout_images",)}
+    return json.dumps([config["teacher"], config["synthesis"], evaluation, config["data_seed"]], sort_keys=True)
+
+
+def unfinished_record(
+    config: RunConfig,
+    trial: str,
+    *,
+    status: str,
+    reason: str,
+    teacher: Mapping[str, Any],
+    values: Mapping[str, Any] | None = None,
+) -> RunRecord:
+    """Return the record of a run that has no result.
+
+    Args:
+        config: The run.
+        trial: Name of the trial.
+        status: pruned or failed.
+        reason: Why, one line.
+        teacher: What is known of the teacher.
+        values: Further fields of the record that are known.
+    """
+    quant, evaluation = config.quant, config.evaluation
+    known = {
+        "status": status,
+        "reason": " ".join(reason.split())[:REASON_LENGTH],
+        "name": trial,
+        "config": config_to_dict(config),
+        "config_digest": config_digest(config),
+        "seed": config.seed,
+        "data_seed": config.data_seed,
+        "teacher": {"spec": config.teacher.spec, **teacher},
+        "model": teacher.get("name", config.name),
+        "weight_bits": quant.weight_bits,
+        "act_bits": quant.act_bits,
+        "protocol": quant.protocol,
+        "act_points": quant.act_points,
+        "objective": evaluation.objective,
+    }
+    return RunRecord(**{**known, **(values or {})})

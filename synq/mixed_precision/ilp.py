@@ -1,0 +1,226 @@
+"""Mixed-precision search: one bit-width per tensor, found by integer linear programming. No data, no network.
+
+    minimize    sum over tensors of KL(teacher || student with that tensor alone at b bits)    from `sensitivity.py`
+    subject to  packed bytes of the weights, and bit operations: MACs x weight bits x activation bits of each layer
+
+Source: ZeroQ (arXiv 2001.00281), section 3.2, approximates the loss of the whole by the sum of the losses of single
+    layers and finds
+the Pareto front by dynamic programming; HAWQ-V3 (arXiv 2011.10680), section 3.4, uses an integer linear program with
+one bit-width for a layer's weights and input. Here they are chosen separately, and an activation that several layers
+read counts once.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from scipy import optimize, sparse
+
+from synq.quant.bit_patterns import Role
+
+Key: TypeAlias = tuple[Role, str]
+"""A tensor of a student: its role, and the name of its layer or activation."""
+SCALES = (1e4, 1e6)
+"""Values to which the largest loss and every limit are scaled: the solver's tolerances, 1e-6, are absolute. The better
+of two solutions
+counts: once in hundreds of badly scaled problems HiGHS reports a solution as optimal that is far from it, never at both
+    scales."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A term of a limit: factor x bits of `tensor` x the largest bit-width among `others`.
+
+    Attributes:
+        factor: For bit operations, the MACs of one image.
+        tensor: The layer's weight.
+        others: The activations that form the layer's input, at least one; several where they were concatenated.
+    """
+
+    factor: float
+    tensor: Key
+    others: tuple[Key, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """A constraint: the costs of single tensors at their bit-widths plus those of products must not exceed `most`.
+
+    Attributes:
+        name: Name of the option that sets it, for messages.
+        most: Upper bound of the sum.
+        single: Cost by tensor and bit-width; may leave tensors out.
+        products: Terms that depend on two bit-widths.
+    """
+
+    name: str
+    most: float
+    single: Mapping[Key, Mapping[int, float]] = field(default_factory=dict)
+    products: Sequence[Product] = ()
+
+    def spent(self, chosen: Mapping[Key, int]) -> float:
+        """Return the sum for the bit-widths ``chosen``."""
+        products = (p.factor * chosen[p.tensor] * max(chosen[other] for other in p.others) for p in self.products)
+        return sum(costs[chosen[key]] for key, costs in self.single.items()) + sum(products)
+
+
+def check_limits(options: Mapping[Key, Iterable[int]], limits: Sequence[Limit]) -> None:
+    """Reject limits that even the lowest bit-width of every tensor exceeds.
+
+    Raises:
+        ValueError: A limit cannot be met; the message holds the lowest possible cost.
+    """
+    for limit in limits:
+        lowest = limit.spent({key: min(bits) for key, bits in options.items()})
+        if lowest > limit.most:
+            raise ValueError(
+                f"`{limit.name}` must be at least {math.ceil(lowest)}, the cost of the lowest bit-widths to choose "
+                f"from, but got {limit.most:g}"
+            )
+
+
+def choose_widths(
+    losses: Mapping[Key, Mapping[int, float]], limits: Sequence[Limit], alike: Sequence[Sequence[Key]] = ()
+) -> dict[Key, int]:
+    """Return the bit-width of every tensor that minimizes the sum of the losses within all limits.
+
+    The sum is minimal up to 1e-10 of the largest loss.
+
+    Args:
+        losses: Finite loss by tensor and bit-width; a tensor with a given bit-width has one entry.
+        limits: Constraints over tensors and bit-widths of ``losses``, none falling with more bits.
+        alike: Groups of tensors that must share a bit-width, with the same bit-widths to choose from.
+
+    Raises:
+        ValueError: The lowest bit-widths already exceed a limit.
+    """
+    check_limits(losses, limits)
+    found = [_Program(losses, limits, alike, scale).best() for scale in SCALES]
+    return min(found, key=lambda chosen: sum(losses[key][bits] for key, bits in chosen.items()))
+
+
+class _Program:
+    """The integer linear program: a binary variable per tensor and bit-width, and one per pair of bit-widths of a
+    product.
+
+    The latter may be continuous: their sums over either bit-width equal the variables of the other, and where those are
+    0 or 1, the pairs are too. The largest bit-width of several inputs has variables of its own, bounded below by each
+    input's bit-width.
+    """
+
+    def __init__(
+        self,
+        losses: Mapping[Key, Mapping[int, float]],
+        limits: Sequence[Limit],
+        alike: Sequence[Sequence[Key]],
+        scale: float,
+    ) -> None:
+        self.losses, self.limits, self.scale = losses, limits, scale
+        self.choices: dict[Key | tuple[Key, ...], dict[int, int]] = {}
+        self.size = 0
+        self.rows: list[tuple[dict[int, float], float, float]] = []
+        for key, by_bits in losses.items():
+            self._choice(key, by_bits)
+        self.whole = self.size
+        for keys in alike:
+            first = self.choices[keys[0]]
+            for key in keys[1:]:
+                for bits, column in self.choices[key].items():
+                    self.rows.append(({column: 1, first[bits]: -1}, 0, 0))
+        for limit in limits:
+            costs = self._costs(limit)
+            self.rows.append(({c: scale * cost / (limit.most or 1.0) for c, cost in costs.items()}, -np.inf, scale))
+
+    def best(self) -> dict[Key, int]:
+        """Return the optimal bit-widths within the limits."""
+        while True:
+            chosen = self.solve()
+            if all(limit.spent(chosen) <= limit.most for limit in self.limits):
+                return chosen
+            self.forbid(chosen)  # above a limit by less than the solver's tolerance
+
+    def forbid(self, chosen: Mapping[Key, int]) -> None:
+        """Exclude exactly this solution."""
+        columns = [self.choices[key][bits] for key, bits in chosen.items()]
+        self.rows.append((dict.fromkeys(columns, 1.0), -np.inf, len(columns) - 1))
+
+    def solve(self) -> dict[Key, int]:
+        """Return the optimal bit-widths among those that are not excluded."""
+        loss = np.zeros(self.size)
+        for key, by_bits in self.losses.items():
+            for bits, value in by_bits.items():
+                loss[self.choices[key][bits]] = value
+        entries = [
+            (value, row, column) for row, (terms, _, _) in enumerate(self.rows) for column, value in terms.items()
+        ]
+        values, at, columns = zip(*entries, strict=True)
+        matrix = sparse.csr_array((values, (at, columns)), shape=(len(self.rows), self.size))
+        lows, highs = [low for _, low, _ in self.rows], [high for _, _, high in self.rows]
+        with _quiet():
+            found = optimize.milp(
+                self.scale * loss / (loss.max() or 1.0),
+                integrality=(np.arange(self.size) < self.whole).astype(int),
+                bounds=optimize.Bounds(0, 1),
+                constraints=optimize.LinearConstraint(matrix, lows, highs),
+                options={"mip_rel_gap": 0},
+            )
+        if found.x is None:
+            raise RuntimeError(f"the solver found no bit-widths: {found.message}")
+        return {key: next(b for b, c in self.choices[key].items() if found.x[c] > 0.5) for key in self.losses}
+
+    def _choice(self, key: Key | tuple[Key, ...], options: Mapping[int, float] | Sequence[int]) -> dict[int, int]:
+        columns = {bits: self.size + index for index, bits in enumerate(options)}
+        self.size += len(columns)
+        self.choices[key] = columns
+        self.rows.append((dict.fromkeys(columns.values(), 1.0), 1, 1))
+        return columns
+
+    def _most_of(self, keys: tuple[Key, ...]) -> dict[int, int]:
+        """Return the variables of the largest bit-width of several tensors."""
+        if len(keys) == 1:
+            return self.choices[keys[0]]
+        if keys not in self.choices:
+            columns = self._choice(keys, sorted({bits for key in keys for bits in self.choices[key]}))
+            for key in keys:
+                row = {column: float(bits) for bits, column in columns.items()}
+                row |= {column: -float(bits) for bits, column in self.choices[key].items()}
+                self.rows.append((row, 0, np.inf))
+        return self.choices[keys]
+
+    def _costs(self, limit: Limit) -> dict[int, float]:
+        """Return the coefficient of each variable in the sum of a limit."""
+        costs = {
+            self.choices[key][bits]: cost
+            for key, by_bits in limit.single.items()
+            for bits, cost in by_bits.items()
+            if bits in self.choices[key]
+        }
+        for product in limit.products:
+            mine, theirs = self.choices[product.tensor], self._most_of(product.others)
+            pairs = {(a, b): self.size + index for index, (a, b) in enumerate((a, b) for a in mine for b in theirs)}
+            self.size += len(pairs)
+            for bits, column in mine.items():
+                self.rows.append(({pairs[bits, b]: 1.0 for b in theirs} | {column: -1.0}, 0, 0))
+            for bits, column in theirs.items():
+                self.rows.append(({pairs[a, bits]: 1.0 for a in mine} | {column: -1.0}, 0, 0))
+            costs |= {column: product.factor * a * b for (a, b), column in pairs.items()}
+        return costs
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress what the solver's C++ code prints on standard output in spite of its options."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as devnull:
+            os.dup2(devnull.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

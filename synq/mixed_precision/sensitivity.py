@@ -1,0 +1,135 @@
+"""Sensitivity of a student to the quantization of each single tensor, on synthetic images.
+
+    one tensor at b bits, everything else in float -> KL(teacher || student)        for every weight and activation
+
+Source: ZeroQ (arXiv 2001.00281), section 3.2. What is chosen from it: ``width_choice.py``.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from synq.common.progress import visible
+from synq.evaluation.fidelity import kl, sqnr_db
+from synq.network.tracing import node_module
+from synq.quant.bit_patterns import Role
+from synq.quant.layers import (
+    ACT_QUANTIZERS,
+    ActQuantizer,
+    QuantConv2d,
+    QuantLinear,
+    WeightQuantizer,
+    quantizers_bypassed,
+)
+
+Quantizer = WeightQuantizer | ActQuantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Effect of quantizing one tensor, everything else in float, on the logits.
+
+    Attributes:
+        name: Module of the layer, or of the activation's quantizer.
+        role: "weight" or "activation".
+        bits: Its bit-width.
+        kl: Mean KL(teacher || student) at T = 1 in nats.
+        sqnr_db: 10 log10 of the power of the teacher's logits over that of the difference; infinite without a
+            difference.
+    """
+
+    name: str
+    role: Role
+    bits: int
+    kl: float
+    sqnr_db: float
+
+
+def scan_quantizers(
+    net: fx.GraphModule,
+    images: Tensor,
+    reference: Tensor,
+    *,
+    roles: Collection[Role] = ("weight", "activation"),
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[Score]:
+    """Measure every quantizer of a student with all others bypassed, in the order of its modules.
+
+    The layers before a quantizer are those of the float network, computed once per batch: half of the work.
+
+    Args:
+        net: Network of a student with observed ranges; unchanged afterwards.
+        images: (N, C, H, W).
+        reference: The teacher's logits (N, K) on them.
+        roles: Which tensors are measured.
+        batch_size: Images per batch; the output of every layer is kept for one batch.
+        progress: Whether a terminal shows a progress bar.
+    """
+    found: list[tuple[str, Role, nn.Module, Quantizer]] = []
+    for name, module in net.named_modules():
+        if isinstance(module, (QuantConv2d, QuantLinear)) and "weight" in roles:
+            found.append((name, "weight", module, module.weight_quantizer))
+        elif isinstance(module, ActQuantizer) and "activation" in roles:
+            found.append((name.removeprefix(ACT_QUANTIZERS), "activation", module, module))
+    logits: list[list[Tensor]] = [[] for _ in found]
+    batches = images.split(batch_size)
+    with tqdm(total=len(batches) * len(found), desc="tensors", **visible(progress, leave=False)) as bar:
+        for batch in batches:
+            suffix = SuffixRunner(net, batch)
+            for parts, (_, _, module, quantizer) in zip(logits, found, strict=True):
+                with only_quantizer(net, quantizer):
+                    parts.append(suffix(module))
+                bar.update()
+    return [
+        Score(
+            name=name,
+            role=role,
+            bits=quantizer.bits,
+            kl=float(kl(reference, torch.cat(parts)).mean()),
+            sqnr_db=sqnr_db(reference, torch.cat(parts)),
+        )
+        for parts, (name, role, _, quantizer) in zip(logits, found, strict=True)
+    ]
+
+
+class SuffixRunner:
+    """Run the part of a network that starts at one module; everything before it is kept from a pass in float.
+
+    Args:
+        net: Network of a student.
+        images: (N, C, H, W).
+    """
+
+    @torch.no_grad()
+    def __init__(self, net: fx.GraphModule, images: Tensor) -> None:
+        self.net, self.images = net, images.to(next(net.parameters()))
+        kept = fx.Interpreter(net, garbage_collect_values=False)
+        with quantizers_bypassed(net):
+            kept.run(self.images)
+        self.values = kept.env
+        self.interpreter = fx.Interpreter(net)
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module) -> Tensor:
+        """Return the logits (N, K), from ``module`` on computed with the quantizers as they are now."""
+        before: dict[fx.Node, Any] = {}
+        for node in self.net.graph.nodes:
+            if node_module(self.net, node) is module:
+                break
+            before[node] = self.values[node]
+        logits: Tensor = self.interpreter.run(self.images, initial_env=before)
+        return logits
+
+
+@contextmanager
+def only_quantizer(net: fx.GraphModule, quantizer: Quantizer) -> Iterator[None]:
+    """Bypass every quantizer of a network but one."""
+    with quantizers_bypassed(net):
+        quantizer.enabled = True
+        yield
