@@ -1,1 +1,1 @@
-"""The parts of `synq/commands/bench.py`: one file a group of figures."""
+"""Measure the speed of this machine and of SynQ on it."""

@@ -9,12 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import synq
+
 
 class WorkerError(RuntimeError):
     """A process of the benchmark failed."""
 
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(synq.__file__).resolve().parent.parent
+"""Folder that holds the package `synq`: a checkout, or site-packages."""
 TIMEOUT = 1800
 SOLO = [sys.executable, "-m", "synq.sweeps.benchmarks.worker"]
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # as a file, its own folder comes first on the path, not the project
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 from synq.commands.arguments import Parser
 from synq.sweeps.benchmarks.launcher import WorkerError

@@ -4,8 +4,8 @@
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # as a file, its own folder comes first on the path, not the project
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 from synq.sweeps.leaderboard.records import main
 

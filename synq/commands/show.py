@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # as a file, its own folder comes first on the path, not the project
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 from synq.commands.arguments import Parser, exit_code
 from synq.common.files import check_paths

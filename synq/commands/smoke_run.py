@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # as a file, its own folder comes first on the path, not the project
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 from synq.commands.arguments import Parser, exit_code
 from synq.common.environment import environment
@@ -24,7 +24,7 @@ from synq.config.run import RunConfig, RuntimeConfig, TeacherConfig, config_from
 from synq.sweeps.studies.pool import in_processes, threads_each
 from synq.train import read_command_line, report_error
 
-LIST = Path(__file__).resolve().parent / "architectures.toml"
+LIST = Path(__file__).resolve().parent.parent / "diagnostics" / "architectures.toml"
 PAGE_COLUMNS = (
     "teacher",
     "input",

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from support import reference
 from synq.evaluation.fidelity import sqnr_db
 from synq.sweeps.studies.fidelity_study import MEASURES
-from tests import reference
 
 pytestmark = pytest.mark.usefixtures("torch_rng_untouched")
 

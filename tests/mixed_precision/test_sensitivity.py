@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support.small_nets import NETS, images, rounded, trained
 from torch import Tensor, fx
 
+from support.small_nets import NETS, images, rounded, trained
 from synq.evaluation.fidelity import kl, logits_of, sqnr_db
 from synq.mixed_precision.sensitivity import scan_quantizers
 from synq.quant.layers import quantizers_bypassed

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.small_nets import trained
 from torch import nn
 
+from support.small_nets import trained
 from synq.cli import run
 from synq.config.run import QuantConfig, RunConfig, TeacherConfig, config_from_dict
 from synq.mixed_precision.ilp import Key, Limit, Product, choose_widths

@@ -112,7 +112,7 @@ def test_the_summary_is_one_line() -> None:
 
 
 def test_every_field_of_a_record_is_explained(root: Path) -> None:
-    lines = (root / "synq" / "results.py").read_text().splitlines()
+    lines = (root / "synq" / "runs" / "record.py").read_text().splitlines()
     for item in dataclasses.fields(RunRecord):
         at = next(number for number, line in enumerate(lines) if line.startswith(f"    {item.name}: "))
         assert lines[at + 1].startswith('    """'), item.name

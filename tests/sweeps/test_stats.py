@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from support import reference
 from synq.sweeps.stats import Gain, drop_stderr, mean, paired_gain, pooled_stderr, rank_correlation, std, t_test_p
-from tests import reference
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.sweep_tools import LR, rows, tiny
 
 from launch.sweep import main
+from support.sweep_tools import LR, rows, tiny
 from synq.sweeps.driver.cluster import check_shared, prepare_environment
 from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 from synq.sweeps.state.ledger import Ledger

@@ -5,8 +5,8 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from test_leaderboard import record
 
+from support.records import record
 from synq.config.run import FinetuneConfig, config_to_dict
 from synq.runs.record import DEPLOYED
 from synq.sweeps.leaderboard.columns import (

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_conditions import bits, folder_of, table
-from test_leaderboard import record
-from test_table_text import markdown_cells
 
+from support.records import bits, folder_of, markdown_cells, record, table
 from synq.runs.record import RunRecord
 from synq.sweeps.leaderboard.columns import COMPARE_COLUMNS, LEADERBOARD_COLUMNS
 from synq.sweeps.leaderboard.records import main, write_tables
@@ -267,7 +265,7 @@ def test_the_same_bytes_in_any_order_hash_seed_and_locale(
         out = tmp_path / f"out{number}"
         command = [
             sys.executable,
-            str(root / "launch" / "leaderboard.py"),
+            str(root / "synq" / "commands" / "leaderboard.py"),
             *order,
             "--output-dir",
             str(out),
@@ -290,5 +288,5 @@ def test_printing_does_not_fail_where_the_terminal_lacks_a_letter(
     tmp_path: Path, root: Path, run_process: Callable[..., tuple[int, str, str]]
 ) -> None:
     path = folder_of(tmp_path / "a", [record(0.1, model="nét")])
-    command = [sys.executable, str(root / "launch" / "leaderboard.py"), path, "--print"]
+    command = [sys.executable, str(root / "synq" / "commands" / "leaderboard.py"), path, "--print"]
     assert run_process(command, PYTHONIOENCODING="ascii")[:2] == (0, run_process(command)[1].replace("é", "?"))

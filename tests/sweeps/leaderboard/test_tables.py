@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_conditions import bits, table
-from test_leaderboard import record
 
+from support.records import bits, record, table
 from synq.common.text_tables import to_csv
 from synq.runs.record import RunRecord
 from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS

@@ -16,7 +16,7 @@ from synq.sweeps.storage import lease as lease_module
 from synq.sweeps.storage.object_store import Lease, Storage, open_storage
 
 NAME = "sweep.lease.json"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
