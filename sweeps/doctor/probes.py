@@ -15,7 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from synq.runs.record import environment, write_text_atomic
+from synq.common.environment import environment
+from synq.common.files import write_text_atomic
 
 from ..driver.cluster import ROOT
 from ..storage.object_store import cache_root, local_copy, open_storage

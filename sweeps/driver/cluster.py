@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import synq
-from synq.runs.record import environment, write_text_atomic
+from synq.common.environment import environment
+from synq.common.files import write_text_atomic
 
 from ..search_config import SearchConfig
 

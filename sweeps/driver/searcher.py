@@ -18,7 +18,8 @@ from ..points import Point, grid, point_params, read_earlier, warm_points
 from ..search_config import LISTED
 from ..space import base_values, value_at
 from ..spec import Group, SweepSpec, run_config
-from ..state.ledger import Ledger, Plan
+from ..state.ledger import Ledger
+from ..state.plans import Plan
 from .group_search import EPOCH, OBJECTIVE, STATUS, GroupSearch
 
 MAX_PROPOSALS = 32

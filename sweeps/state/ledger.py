@@ -23,8 +23,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from synq.common.environment import environment
+from synq.common.files import read_json, write_json_atomic
 from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
-from synq.runs.record import RunRecord, environment, read_json, read_record, write_json_atomic, write_record
+from synq.runs.record import RunRecord, read_record, write_record
 
 from ..leaderboard.records import Tables
 from ..search_config import SearchConfig

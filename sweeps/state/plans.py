@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from synq.common.files import read_json
 from synq.config.parsing import check_format
 from synq.config.run import RunConfig, config_digest, config_to_dict
-from synq.runs.record import RunRecord, read_json
+from synq.runs.record import RunRecord
 
 FORMAT = 2
 """Format of plans and of sweep.json."""

@@ -13,9 +13,10 @@ import torch
 from ray import tune
 
 from synq import pipeline
+from synq.common.environment import environment
 from synq.config.run import RunConfig, config_from_dict
 from synq.finetune.loop import NonFiniteLossError
-from synq.runs.record import RunRecord, environment, run_folder
+from synq.runs.record import RunRecord, run_folder
 from synq.synthesis.run_sets import set_names, set_store
 
 from ..state.plans import unfinished_record

@@ -12,8 +12,8 @@ import ray.tune
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from synq.common.environment import environment
 from synq.config.run import RunConfig, config_from_dict
-from synq.runs.record import environment
 
 from ..state.plans import unfinished_record
 from .trial import STORAGE, do_trial

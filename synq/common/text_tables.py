@@ -1,4 +1,4 @@
-"""Rows as text: CSV, Markdown and aligned columns. The same rows give the same bytes everywhere, and every cell is safe to open."""
+"""Tables as text: CSV, Markdown and aligned columns. Equal rows give equal bytes, and every cell is safe to open."""
 
 import csv
 import io
@@ -13,18 +13,20 @@ MARKDOWN = str.maketrans(
 
 
 def cell(value: Any) -> str:
-    """Return a CSV cell: numbers with up to 8 significant digits, None and NaN empty, texts safe to open in a spreadsheet.
+    """Return a CSV cell: numbers with up to 8 significant digits, None and NaN empty, texts safe to open in a
+    spreadsheet.
 
-    A text that starts with = + - @ (or a tab or a line end before it) would be run as a formula there; it gets a leading apostrophe.
+    A text that starts with = + - @, also after white space, would be run as a formula there; it gets a leading
+    apostrophe.
     """
     text = plain(value)
     return text if isinstance(value, int | float) or not text.startswith(("=", "+", "-", "@")) else f"'{text}"
 
 
 def plain(value: Any) -> str:
-    """Return a value as one line for a reader that runs no formulas, otherwise as `cell`.
+    """Return a value as one line of text, as `cell` but without its guard against formulas.
 
-    A character that cannot be seen, such as one that steers a terminal, becomes a question mark.
+    A character that is not printable, such as a terminal's control character, becomes a question mark.
     """
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
@@ -48,24 +50,30 @@ def to_csv(rows: Iterable[Row], columns: Sequence[str]) -> str:
 
 
 def markdown_cell(value: Any) -> str:
-    """Return a cell of a Markdown table: one line, with every character that Markdown or HTML would act on as a plain one."""
+    """Return a cell of a Markdown table: one line, its Markdown and HTML characters escaped."""
     return plain(value).translate(MARKDOWN)
 
 
-def to_markdown(rows: Iterable[Row], columns: Sequence[str]) -> str:
-    """Return rows as a Markdown table."""
-    lines = [[markdown_cell(column) for column in columns], ["---"] * len(columns)]
+def to_markdown(rows: Iterable[Row], columns: Sequence[str], headings: Mapping[str, str] | None = None) -> str:
+    """Return rows as a Markdown table.
+
+    Args:
+        rows: The rows.
+        columns: Keys of the rows, in order.
+        headings: Headings by key; a column without one is headed by its key.
+    """
+    lines = [[markdown_cell((headings or {}).get(column, column)) for column in columns], ["---"] * len(columns)]
     lines += [[markdown_cell(row.get(column)) for column in columns] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def to_text(rows: Iterable[Row], columns: Sequence[str], headings: Mapping[str, str] | None = None) -> str:
-    """Return rows as aligned columns for a person; fractions have 4 significant digits.
+    """Return rows as aligned columns for a terminal; fractions have 4 significant digits.
 
     Args:
         rows: The rows.
         columns: Keys of the rows, in order.
-        headings: Shorter words for some columns.
+        headings: Headings by key; a column without one is headed by its key.
     """
     lines = [[(headings or {}).get(column, column) for column in columns]]
     lines += [[_short(row.get(column)) for column in columns] for row in rows]

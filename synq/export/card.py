@@ -7,10 +7,11 @@ from statistics import mean, stdev
 from typing import Any
 
 from synq import __version__
+from synq.common.files import write_json_atomic, write_text_atomic
 from synq.common.text_tables import markdown_cell, to_markdown
 from synq.config.quant import protocol_words
 from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
-from synq.runs.record import RunRecord, read_record, write_json_atomic, write_text_atomic
+from synq.runs.record import RunRecord, read_record
 
 CARD_VERSION = 1
 FILE_COLUMNS = (

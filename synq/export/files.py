@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from synq.common.files import write_bytes_atomic
 from synq.common.progress import passing_bar
 from synq.evaluation.measure import Measure
 from synq.export.packed import load_packed, save_packed
 from synq.export.verify import Comparison, Engine, Tolerance, compare, count_kernels, engine_of, open_session
-from synq.runs.record import write_bytes_atomic
 
 if TYPE_CHECKING:
     import onnx

@@ -5,16 +5,18 @@
     d x^ / d x = 1 inside the range, 0 outside                                           straight through the rounding
     d x^ / d s = code - zero_point - x / s inside, code - zero_point outside             code: the clamped one
 
-The gradient of s is multiplied by 1 / sqrt(n quant_max), n the number of values that share s, so that a step moves, relative to its size,
-about as fast as a weight does. The zero point is an integer and stays.
+The gradient of s is multiplied by 1 / sqrt(n quant_max), n the number of values that share s, so that a step moves,
+relative to its size, about as fast as a weight does. The zero point is an integer and stays.
 
-Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, sections 2.1 and 2.2. There n counts the values of one image, and so it
+Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, sections 2.1 and 2.2. There n counts the values of
+    one image, and so it
 does here: a figure that holds for any batch and any number of processes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,9 @@ import torch
 from torch import Tensor
 
 from synq.quant.fake_quant import SCALE_EPS, _along, _pass_band
+
+SMALLEST_STEP = 1 / 64
+"""A learned step is kept at or above this share of its first value."""
 
 
 def gradient_factor(count: int, quant_max: int) -> float:
@@ -41,11 +46,12 @@ def fake_quantize_learned(
 ) -> Tensor:
     """Quantize and dequantize as ``fake_quantize`` does, with a gradient for ``scale`` too.
 
-    For x = 0.8 and s = 0.5 the code is 2, x^ = 1.0 and d x^ / d s = 2 - 1.6 = 0.4; for x = 9 with quant_max = 15 and zero point 0,
-    d x^ / d s = 15.
+    For x = 0.8 and s = 0.5 the code is 2, x^ = 1.0 and d x^ / d s = 2 - 1.6 = 0.4; for x = 9 with quant_max = 15 and
+    zero point 0, d x^ / d s = 15.
 
-    A step below ``SCALE_EPS`` is used as ``SCALE_EPS``, with the gradient passed on, so that it can return; the optimiser's hook
-    (``optimizers.py``) keeps steps far above. NaN comes through, in x as in the scale, to the result and to the scale's gradient.
+    A step below ``SCALE_EPS`` is used as ``SCALE_EPS``, with the gradient passed on, so that it can return; the
+    optimiser's hook (``optimizers.py``) keeps steps far above. NaN comes through, in x as in the scale, to the result
+    and to the scale's gradient.
 
     Args:
         x: Floating point, any shape; the result and the gradient have its dtype and memory layout.
@@ -122,3 +128,22 @@ class _LearnedOnCpu(torch.autograd.Function):
         moved = torch.sub(out, moved, out=moved).mul_(gradient)
         to_scale = moved.sum().mul_(ctx.factor / ctx.step).to(ctx.dtype).reshape(ctx.shape)
         return passed, to_scale, None, None, None, None
+
+
+def keep_positive(optimizer: torch.optim.Optimizer, steps: Sequence[Tensor]) -> None:
+    """Clamp each learned step, after every update by ``optimizer``, to at least ``SMALLEST_STEP`` of its current value.
+
+    The steps themselves are trained, not their logarithms: LSQ's gradient scale makes the update of s commensurate with
+    that of a weight, so a large update could make s zero or negative. This projection keeps every scale positive. NaN
+    stays NaN, so that the loss shows it.
+    """
+    if not steps:
+        return
+    floors = [(step.detach() * SMALLEST_STEP).clamp(min=SCALE_EPS) for step in steps]
+
+    @torch.no_grad()
+    def project(*_: object) -> None:
+        for step, floor in zip(steps, floors, strict=True):
+            torch.maximum(step, floor, out=step)
+
+    optimizer.register_step_post_hook(project)

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from synq.common.files import read_json
 from synq.config.parsing import check_format
-from synq.runs.record import read_json
 
 FORMAT_VERSION = 2
 """Version of the files, and of the way sets are made. Raise it with every change that makes the sets of before invalid."""

@@ -16,11 +16,11 @@ from filelock import Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from synq.common.files import read_json, write_bytes_atomic, write_json_atomic
 from synq.common.progress import remark, visible
 from synq.common.seeding import make_generator
 from synq.config.run import SynthesisConfig
 from synq.network.bn_stats import ChannelStatistics, bn_targets
-from synq.runs.record import read_json, write_bytes_atomic, write_json_atomic
 from synq.runtime import to_layout
 from synq.synthesis.centers import center_targets, pack_statistics, split_evenly, unpack_statistics
 from synq.synthesis.dataset import SyntheticSet

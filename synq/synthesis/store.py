@@ -13,9 +13,9 @@ from filelock import FileLock
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from synq.common.files import write_bytes_atomic, write_json_atomic
 from synq.config.run import SynthesisConfig, config_to_dict
 from synq.config.synthesis import PIXEL_METHODS
-from synq.runs.record import write_bytes_atomic, write_json_atomic
 from synq.synthesis.dataset import (
     DATA_FILE,
     FORMAT_VERSION,

@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from synq.config.identity import WEIGHT_SUFFIXES
 from synq.config.run import TeacherConfig
 from synq.teacher.cifar_resnet import cifar_resnet
-from synq.teacher.weight_files import WEIGHT_SUFFIXES, is_weight_file, load_weights
+from synq.teacher.weight_files import is_weight_file, load_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 RANDOM = "random"

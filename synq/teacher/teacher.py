@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.config.run import TeacherConfig
 from synq.network.cam_site import CamSite, locate_cam
-from synq.network.tracing import accepting, check_plain_weights, node_module, output_getters, trace_classifier
+from synq.network.op_traits import node_module
+from synq.network.tracing import accepting, check_plain_weights, output_getters, trace_classifier
 from synq.teacher.sources import RANDOM, SourceModel, build_source
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from synq.config.run import QuantConfig
-from synq.network.tracing import batchnorm_parameters, node_module, operation_name, trace_classifier
+from synq.network.op_traits import node_module, operation_name
+from synq.network.tracing import batchnorm_parameters, trace_classifier
 from synq.quant.bn_correction import correct_statistics
 from synq.quant.equalization import equalize
 from synq.quant.integer_form import integer_form

@@ -8,8 +8,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from synq.common.files import write_json_atomic
 from synq.config.run import RunConfig, config_digest, config_to_dict, with_overrides
-from synq.runs.record import RunRecord, write_json_atomic, write_record
+from synq.runs.record import RunRecord, write_record
 from synq.sweeps.space import DEFAULT_SPACE, Dimension
 from synq.sweeps.state.plans import FORMAT, Plan, plan_values
 

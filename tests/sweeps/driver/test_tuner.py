@@ -10,7 +10,7 @@ import pytest
 from support.sweep_tools import LR, rows, tiny
 from synq.commands.sweep import main
 from synq.sweeps.driver.cluster import check_shared, prepare_environment
-from synq.sweeps.leaderboard.records import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
+from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 from synq.sweeps.state.ledger import Ledger
 
 
