@@ -27,12 +27,12 @@ POOL = "positively_homogeneous averages resamples"
 EXPECTED = {
     "layer": "conv2d linear",
     "norm": "batch_norm",
-    "nonlinear": "leaky_relu prelu relu relu6 hardtanh elu selu celu gelu silu mish hardswish hardsigmoid sigmoid tanh softplus softmax clamp "
-    "abs power exp",
+    "nonlinear": "leaky_relu prelu relu relu6 hardtanh elu selu celu gelu silu mish hardswish hardsigmoid sigmoid tanh "
+    "softplus softmax clamp abs power exp",
     "product": "mul",
     "quotient": "div",
-    "structural": "add sub neg sum max_pool avg_pool mean upsample upsampling cat stack split pad_layer pad pixel_shuffle channel_shuffle permute "
-    "roll narrow expand copy unflatten sequential",
+    "structural": "add sub neg sum max_pool avg_pool mean upsample upsampling cat stack split pad_layer pad "
+    "pixel_shuffle channel_shuffle permute roll narrow expand copy unflatten sequential",
     "passive": "flatten unflatten_layer reshape squeeze identity dropout",
     "number": "number",
 }
