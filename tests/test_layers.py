@@ -71,14 +71,10 @@ MAX_MODULES = 20
 PENDING = {
     ("synq.finetune.checkpoints", "synq.runs.record"),
     ("synq.quant.adaround", "synq.finetune.optimizers"),
-    ("synq.quant.keep_best", "synq.evaluation.fidelity"),
-    ("synq.runs.finished", "synq.pipeline"),
     ("synq.runtime", "synq.runs.tracking"),
     ("synq.synthesis.dataset", "synq.runs.record"),
     ("synq.synthesis.generate", "synq.runs.record"),
     ("synq.synthesis.store", "synq.runs.record"),
-    ("synq.sweeps.leaderboard.records", "synq.commands.arguments"),
-    ("synq.sweeps.reports.make", "synq.commands.arguments"),
 }
 """Imports that the move alone leaves pointing upward; the commits after it mend them and empty this list."""
 

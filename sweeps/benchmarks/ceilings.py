@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synq.finetune.loop import training_loss
 from synq.finetune.responses import teacher_response
+from synq.finetune.training_loss import training_loss
 from synq.network.bn_stats import channel_moments
 from synq.network.gradcam import cam_map
 from synq.quant.fake_quant import choose_qparams, fake_quantize, fake_quantize_rectified

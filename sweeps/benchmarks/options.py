@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from synq.config.run import RuntimeConfig
-from synq.finetune.loop import training_loss
 from synq.finetune.responses import teacher_response
+from synq.finetune.training_loss import training_loss
 from synq.losses import kd_kl
 
 from .steps import CONFIG, calls, updated

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from synq.config.run import FinetuneConfig
-from synq.finetune.loop import training_loss
 from synq.finetune.responses import teacher_response
+from synq.finetune.training_loss import training_loss
 from synq.losses import kd_kl
 from synq.synthesis.lowpass import cutoff_in_bins, gaussian_lowpass
 

@@ -89,7 +89,7 @@ def join_group(task: dict[str, Any]) -> None:
     from torch import distributed
 
     from synq.config.run import RuntimeConfig
-    from synq.pipeline import make_accelerator
+    from synq.runtime import make_accelerator
 
     rank = ray.train.get_context().get_world_rank()
 

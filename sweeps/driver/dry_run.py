@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from synq import pipeline
 from synq.config.run import RunConfig, with_overrides
 from synq.evaluation.measure import forget_teachers
-from synq.runs.record import RunRecord, read_json
+from synq.runs.record import RunRecord
 from synq.synthesis.dataset import MANIFEST_FILE
+from synq.synthesis.run_sets import set_names, set_store
 from synq.synthesis.start_noise import USUAL_EVALUATIONS, enough_probes
 
 from ..leaderboard.records import load_records
@@ -22,6 +23,7 @@ from ..search_config import LISTED
 from ..space import base_values
 from ..spec import Group, SweepSpec, run_config
 from ..state.ledger import settled_budget
+from ..state.plans import read_sweep_file
 from ..storage.object_store import open_storage
 from .cluster import Capacity, capacity, cluster
 from .tuner import sets_needed
@@ -52,7 +54,7 @@ def print_preview(spec: SweepSpec) -> None:
         ValueError, OSError: What `run_sweep` would refuse at once.
     """
     notes = spec.output_dir / "sweep.json"
-    spec = replace(spec, search=settled_budget(spec.search, read_json(notes) if notes.exists() else {}))
+    spec = replace(spec, search=settled_budget(spec.search, read_sweep_file(notes)))
     search = spec.search
     place = spec.address or str(spec.output_dir)
     print(f"sweep {search.name} in {place}")
@@ -83,8 +85,8 @@ def print_preview(spec: SweepSpec) -> None:
     print("\nsynthetic sets")
     sets = 0.0
     for group, config in sets_needed(spec).values():
-        names = pipeline.set_names(config)
-        store = pipeline.set_store(config)
+        names = set_names(config)
+        store = set_store(config)
         missing = [name for name in names if not store.is_complete(name) and not _is_sent(spec, name)]
         seconds = costs[group.key].synthesis * len(missing) / len(names)
         sets += seconds

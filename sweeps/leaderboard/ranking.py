@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from synq.common.text_tables import Row, csv_line
-from synq.config.identity import idle_keys
+from synq.config.identity import inactive_keys
 from synq.config.run import FinetuneConfig, RunConfig, config_digest, config_from_dict
 from synq.runs.record import DEPLOYED, RunRecord
 
@@ -123,8 +123,8 @@ def read_setting(config: Mapping[str, Any], source: str = "") -> tuple[RunConfig
         config_from_dict(RunConfig, config, source=source)  # the same refusal, with the key's full name
         raise
     values = {name: getattr(finetune, name) for name in TRAINING}
-    idle = idle_keys(values, whole.quant.learned_steps)
-    return whole, Setting(digest, tuple(None if name in idle else value for name, value in values.items()))
+    inactive = inactive_keys(values, whole.quant.learned_steps)
+    return whole, Setting(digest, tuple(None if name in inactive else value for name, value in values.items()))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -31,7 +31,7 @@ from ..search_config import SearchConfig
 from ..space import BITS, value_at
 from ..spec import SweepSpec
 from .folder import SweepFolder
-from .plans import FORMAT, Plan, plan_values, read_plan, set_recipe, unfinished_record
+from .plans import FORMAT, Plan, plan_values, read_plan, read_sweep_file, set_recipe, unfinished_record
 
 TABLES = ("trials.csv", "leaderboard.csv")
 TABLE_SHARE = 0.1
@@ -272,11 +272,10 @@ class Ledger:
         both = [search.objective, search.second_objective] if search.two_objectives else search.objective
         mine = json.loads(json.dumps({"format": FORMAT, "objective": both, "groups": groups, "space": space}))
         path = self.root / "sweep.json"
-        there: Any = {}
-        if path.exists():
-            there = read_json(path)
-            for key in ("format", "objective", "groups", "space"):
-                if not isinstance(there, dict) or _comparable(there.get(key)) != _comparable(mine[key]):
+        there = read_sweep_file(path)
+        if there:
+            for key in ("objective", "groups", "space"):
+                if _comparable(there.get(key)) != _comparable(mine[key]):
                     raise ValueError(
                         f"`output_dir` must be new or hold the same sweep, but {self.root} holds one with other {key}; another "
                         "`name` in the spec, or `--output-dir`, begins a new one"

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from synq.config.identity import settings_of_its_day
+from synq.config.parsing import check_format
 from synq.config.run import RunConfig, config_digest, config_to_dict
 from synq.runs.record import RunRecord, read_json
 
-FORMAT = 1
+FORMAT = 2
+"""Format of plans and of sweep.json."""
 REASON_LENGTH = 500
 
 
@@ -43,21 +44,34 @@ def read_plan(path: Path) -> Plan:
         ValueError: The file is damaged or of another version.
     """
     content = read_json(path)
-    if (
-        not isinstance(content, dict)
-        or content.pop("format", None) != FORMAT
-        or set(content) != set(Plan.__dataclass_fields__)
-    ):
+    if isinstance(content, dict) and "format" in content:
+        check_format(path, "the plan of a trial", content.pop("format"), FORMAT, "run the sweep again in a new folder")
+    if not isinstance(content, dict) or set(content) != set(Plan.__dataclass_fields__):
         raise ValueError(
             f"`{path}` must hold the plan of a trial; remove it and its record to have the trial proposed again"
         )
     return Plan(
         **{
             **content,
-            "config": settings_of_its_day(content["config"]),
             "history": [(int(epoch), float(value)) for epoch, value in content["history"] if value is not None],
         }
     )
+
+
+def read_sweep_file(path: Path) -> dict[str, Any]:
+    """Return the content of a sweep.json, {} if there is none.
+
+    Raises:
+        ValueError: The file is damaged or of another version.
+    """
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path}` must hold a sweep's search and groups, but it does not")
+    cure = "another `name` in the spec, or `--output-dir`, begins a new sweep"
+    check_format(path, "a sweep", content.get("format"), FORMAT, cure)
+    return content
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from synq.config.run import RunConfig, config_from_dict
 from synq.evaluation import fidelity
 from synq.finetune.augment import flip_shift
 from synq.network.tracing import with_features
-from synq.pipeline import HELDOUT_SEED, build_student
 from synq.quant.integer_form import integer_form
+from synq.quant.student import build_student
 from synq.runs.record import RunRecord, write_bytes_atomic
 from synq.synthesis.dataset import SyntheticSet, tensor_bytes
 from synq.synthesis.generate import ensure_set
+from synq.synthesis.run_sets import HELDOUT_SEED
 from synq.synthesis.store import SetStore
 from synq.teacher.teacher import Teacher, load_teacher
 

@@ -15,7 +15,8 @@ from ray import tune
 from synq import pipeline
 from synq.config.run import RunConfig, config_from_dict
 from synq.finetune.loop import NonFiniteLossError
-from synq.runs.record import RunRecord, environment
+from synq.runs.record import RunRecord, environment, run_folder
+from synq.synthesis.run_sets import set_names, set_store
 
 from ..state.plans import unfinished_record
 from .workspace import Workplace, is_storage_error
@@ -120,9 +121,9 @@ def make_sets(task: dict[str, Any]) -> dict[str, Any]:
     try:
         place = Workplace(task)
         config = place.config(task["config"])
-        names = pipeline.set_names(config)
+        names = set_names(config)
         place.fetch_sets(names)
-        missing = [name for name in names if not pipeline.set_store(config).is_complete(name)]
+        missing = [name for name in names if not set_store(config).is_complete(name)]
         if missing:
             pipeline.prepare(config)
         place.keep_sets(names)
@@ -138,7 +139,7 @@ def _refusal(error: Exception) -> dict[str, Any]:
 def _run(config: RunConfig, task: dict[str, Any], place: Workplace, report: Report, rank: int = 0) -> RunRecord:
     name, teacher = task["trial"], task["teacher"]
     started, clock = datetime.now(UTC), time.perf_counter()
-    folder = pipeline.run_folder(config)
+    folder = run_folder(config)
 
     def on_epoch(epoch: dict[str, float]) -> None:
         place.check_present()  # before a checkpoint begins a new folder where an unmounted one was
@@ -175,7 +176,7 @@ def _may_be_anothers(error: Exception) -> bool:
 
 
 def _fresh_process(gpus: float = 0.0) -> None:
-    """Forget what an earlier trial left in this worker; `pipeline.make_accelerator` renews Accelerate's own state.
+    """Forget what an earlier trial left in this worker; `make_accelerator` renews Accelerate's own state.
 
     Args:
         gpus: Share of one GPU that is this trial's. Ray only counts it; the memory is divided here.

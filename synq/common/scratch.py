@@ -1,4 +1,4 @@
-"""Tensors too large to hold in memory: backed by a file without a name, which disappears with the last process that uses it."""
+"""Tensors too large for memory: backed by an unnamed file, which disappears with the last process that uses it."""
 
 import errno
 import math
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
-    """Return an uninitialised tensor whose bytes lie in a file on the disk of ``folder``.
+    """Return an uninitialized tensor whose bytes lie in a file on the disk of ``folder``.
 
-    The system keeps in memory what fits and writes the rest out; the file has no name, so that nothing is left behind by any end
-    of the process. Where the system can, all of its space is reserved at once: a disk that fills up later would end the process by a
-    signal.
+    The system keeps in memory what fits and writes the rest out; the file has no name, so that nothing is left behind
+    by any end of the process. Where the system can, all of its space is reserved at once: a disk that fills up later
+    would end the process by a signal.
 
     Args:
         shape: Of the tensor, at least one element.
@@ -48,7 +48,7 @@ def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> 
 
 
 def _nameless(folder: Path) -> tuple[int, str]:
-    """Return an open file in ``folder`` and a path by which it can be mapped; nameless from the start where the system can do that."""
+    """Return an open file in ``folder``, unnamed if the system allows it, and a path to map it by."""
     if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
         try:
             descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
@@ -61,7 +61,7 @@ def _nameless(folder: Path) -> tuple[int, str]:
 
 
 def check_space(folder: Path, size: int, copies: int) -> None:
-    """Refuse a disk that cannot take ``copies`` files of ``size`` bytes in ``folder``.
+    """Raise if the disk of ``folder`` has no space for ``copies`` files of ``size`` bytes.
 
     Raises:
         OSError: Naming the folder, what is needed and what is free.
@@ -69,6 +69,7 @@ def check_space(folder: Path, size: int, copies: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < copies * size:
         raise OSError(
-            f"runtime.output_dir must have {copies * size / 2**20:.0f} MiB free for the filtered images of {copies} processes, "
-            f"but {folder} has {free / 2**20:.0f}; set finetune.lowpass_cutoff to none, or choose another disk"
+            f"runtime.output_dir must have {copies * size / 2**20:.0f} MiB free for the filtered images of {copies} "
+            f"processes, but {folder} has {free / 2**20:.0f}; set finetune.lowpass_cutoff to none, or choose another "
+            "disk"
         )

@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, fx, nn
 
-from synq.config.run import RunConfig
 from synq.diagnostics.probe_parts import (
     NUM_BINS,
     REACH,
@@ -33,14 +32,12 @@ from synq.evaluation.measure import Measure
 from synq.finetune.responses import TappedNetwork, teacher_response
 from synq.mixed_precision.sensitivity import logits_of, sqnr_db
 from synq.network.tracing import with_features
-from synq.pipeline import build_student, low_pass
 from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.quant.prepare import prepare_student
-from synq.quant.student import Student
-from synq.runs.finished import open_run, synthetic_sets
-from synq.runs.record import RunRecord
+from synq.quant.student import Student, build_student
+from synq.runs.finished import Run, open_run
 from synq.synthesis.lowpass import cutoff_in_bins
-from synq.teacher.teacher import Teacher
+from synq.synthesis.run_sets import low_pass
 
 NUM_IMAGES, LEAST_IMAGES = 1024, 64
 """Images that teacher and student are asked about: many small ones, few large ones."""
@@ -67,11 +64,11 @@ def probe_run(folder: str | Path, places: Mapping[str, Any] | None = None, num_i
     Raises:
         FileNotFoundError, ValueError: As ``open_run``: without teacher and student there is nothing to look into.
     """
-    _, record, config, teacher, student = open_run(folder, places)
-    bounded = max(LEAST_IMAGES, min(NUM_IMAGES, NUM_PIXELS // math.prod(teacher.input_size)))
-    seen = _Seen(record, config, teacher, student, num_images or bounded)
+    run = open_run(folder, places)
+    bounded = max(LEAST_IMAGES, min(NUM_IMAGES, NUM_PIXELS // math.prod(run.teacher.input_size)))
+    seen = _Seen(run, num_images or bounded)
     return Probe(
-        record=record,
+        record=run.record,
         images=_or_why(seen.grid),
         spectra=_or_why(seen.spectra),
         answers=_or_why(seen.answers),
@@ -91,17 +88,16 @@ def _or_why(part: Callable[[], T]) -> T | str:
 class _Seen:
     """A run opened, and the images that its parts are computed on."""
 
-    def __init__(
-        self, record: RunRecord, config: RunConfig, teacher: Teacher, student: Student, num_images: int
-    ) -> None:
-        self.record, self.config, self.teacher, self.student = record, config, teacher, student
+    def __init__(self, run: Run, num_images: int) -> None:
+        self.run, self.record, self.config = run, run.record, run.config
+        self.teacher, self.student = run.teacher, run.student
         self.num_images = num_images
         self.no_labels = ""
 
     @functools.cached_property
     def _sets(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Images and labels of the held-out and of the training set."""
-        heldout, train = synthetic_sets(self.config, self.teacher, self.record)
+        train, heldout = self.run.synthetic_sets()
         return (heldout.images, heldout.labels), (train.images, train.labels)
 
     @functools.cached_property

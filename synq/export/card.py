@@ -47,7 +47,7 @@ def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, A
         record: The run's record, with its deployment figures.
         siblings: Completed runs of the same settings under all seeds, this one among them.
     """
-    config = config_from_dict(RunConfig, record.config)  # an older record may lack what has come since
+    config = config_from_dict(RunConfig, record.config)
     tops = [run.top1 for run in siblings if run.top1 is not None]
     floats = [row for row in record.layers if row["bits"] == 32]
     return {
@@ -265,8 +265,7 @@ def _stays_float(rows: Sequence[Mapping[str, Any]], norms: int) -> str:
     kinds: dict[str, int] = {}
     for row in rows:
         if row["kind"] not in ("BatchNorm2d", "BatchNorm1d", "batch_norm"):
-            kind = row["kind"].removeprefix("Quant")  # older records have it
-            kinds[kind] = kinds.get(kind, 0) + 1
+            kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
     listed = ", ".join(f"{number} {PLAIN_NAMES.get(kind, kind)}" for kind, number in kinds.items())
     kept = f"; {norms} batch norms, as a gain and a shift of each channel" if norms else ""
     return f"results of {listed}; biases{kept}" if listed else f"biases{kept}"

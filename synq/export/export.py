@@ -29,7 +29,7 @@ from synq.export.verify import Tolerance, latencies
 from synq.quant.cost import float_bytes
 from synq.quant.integer_form import integer_form
 from synq.quant.student import Student
-from synq.runs.finished import open_run, synthetic_sets
+from synq.runs.finished import open_run
 from synq.runs.record import DEPLOYED, RunRecord, read_record, write_record
 from synq.teacher.teacher import Teacher
 
@@ -122,16 +122,18 @@ def export_run(
         FileNotFoundError, ValueError, OSError: As `open_run`; or the disk refuses.
     """
     options, accelerator = options or ExportOptions(), accelerator or Accelerator(cpu=True)
-    run, record, config, teacher, student = open_run(folder, options.places, teacher)
-    target = (Path(out) if out is not None else run / "export").resolve()
+    run = open_run(folder, options.places, teacher)
+    record, student = run.record, run.student
+    target = (Path(out) if out is not None else run.folder / "export").resolve()
     _check_target(target)
-    siblings, copies = siblings_of(record, run), _sweep_records(run, record)
+    siblings, copies = siblings_of(record, run.folder), _sweep_records(run.folder, record)
     with _draft_of(target) as draft:  # first, so that a place that cannot be written to costs no work
+        train_set, heldout = run.synthetic_sets()
         check = Checker(
             form=integer_form(student.net),
             simulated=student.net,
-            synthetic=torch.cat([part.images for part in synthetic_sets(config, teacher, record)]),
-            measure=Measure.prepare(config.evaluation, teacher, accelerator),
+            synthetic=torch.cat([heldout.images, train_set.images]),
+            measure=Measure.prepare(run.config.evaluation, run.teacher, accelerator),
             tolerance=options.tolerance,
             progress=options.progress,
         )
@@ -140,10 +142,10 @@ def export_run(
                 "`RUN` must find its labelled images as they were, but they have changed since, or were not there: "
                 "`--evaluation.dataset` says where they are now"
             )
-        record = replace(record, deployment=_write_files(draft, record, teacher, student, check, options))
+        record = replace(record, deployment=_write_files(draft, record, run.teacher, student, check, options))
         write_card(draft, card_values(record, siblings))
         _publish(draft, target)
-    for path in (run / "record.json", *copies):
+    for path in (run.folder / "record.json", *copies):
         there = read_record(path)
         # A narrower export leaves the columns that it did not measure as they were.
         kept = {key: there.deployment.get(key) for key in DEPLOYED if record.deployment.get(key) is None}

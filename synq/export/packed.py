@@ -23,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, fx
 
+from synq.config.parsing import check_format
 from synq.export.packing import pack, unpack
 from synq.quant.integer_form import integer_form
 from synq.quant.integer_layers import ChannelAffine, Codes, IntegerActivation, IntegerLayer
 from synq.runs.record import write_bytes_atomic
 
-FORMAT, VERSION = "synq packed student", "2"
+FORMAT, VERSION = "synq packed student", 3
 
 
 def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any] | None = None) -> int:
@@ -56,7 +57,7 @@ def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any]
     tensors |= _others(form)
     metadata = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": str(VERSION),
         "layers": _to_json(
             [
                 [name, layer.integer_weight.bits, list(layer.integer_weight.codes.shape), layer.shift is not None]
@@ -93,11 +94,9 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"a packed student must be a safetensors file, but {path} is damaged: {error}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"a packed student must say that it is one, but {path} is some other safetensors file")
-    if metadata.get("version") != VERSION:
-        raise ValueError(
-            f"a packed student must be of version {VERSION}, but {path} is of version {metadata.get('version')}: "
-            "read it with the SynQ that wrote it"
-        )
+    version = metadata.get("version", "")
+    number = int(version) if version.isdigit() else None
+    check_format(path, "a packed student", number, VERSION, "run it again and export it")
     if metadata.pop("digest", None) != _digest(tensors, metadata):
         raise ValueError(f"a packed student must match its digest, but {path} does not: its content was changed")
     facts = {name: json.loads(metadata[name]) for name in ("layers", "activations", "norms", "about")}

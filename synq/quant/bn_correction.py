@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.network.bn_stats import channel_moments, pool_statistics
 from synq.network.tracing import node_module
-from synq.quant.keep_best import Agree, answers, keep_best, mean_kl
+from synq.quant.keep_best import Synchronize, keep_best, logits_of, mean_kl
 
 LARGEST_RATIO = 2.0
 """A scale changes by this factor at most, up or down."""
@@ -25,7 +25,12 @@ _Moments = tuple[Tensor, Tensor]
 
 
 def correct_statistics(
-    net: fx.GraphModule, reference: fx.GraphModule, images: Tensor, *, batch_size: int = 64, agree: Agree = dict
+    net: fx.GraphModule,
+    reference: fx.GraphModule,
+    images: Tensor,
+    *,
+    batch_size: int = 64,
+    synchronize: Synchronize = dict,
 ) -> dict[str, Any]:
     """Correct a student's batch norms and biases, in place, where that brings it nearer to its teacher.
 
@@ -45,7 +50,7 @@ def correct_statistics(
         reference: The float network that its layers imitate, of the same names: the teacher, or what ``equalize`` returned.
         images: (N, C, H, W) synthetic images on the device of both.
         batch_size: Images per forward pass. All activations that are still needed are kept, of all images of the half.
-        agree: Makes figures the same on all processes.
+        synchronize: Makes metrics the same on all processes.
 
     Returns:
         What was kept, the KL of each choice, and the numbers of corrected batch norms and biases.
@@ -64,8 +69,8 @@ def correct_statistics(
     changes = {"none": lambda: None}
     for name, with_deviation in (("mean", False), ("mean and deviation", True)):
         changes[name] = partial(correct_layers, net, targets, measured.split(batch_size), with_deviation=with_deviation)
-    wanted = answers(reference, judged, batch_size)
-    kept, costs = keep_best(net, changes, lambda: mean_kl(wanted, net, judged, batch_size), agree)
+    wanted = logits_of(reference, judged, batch_size)
+    kept, costs = keep_best(net, changes, lambda: mean_kl(wanted, net, judged, batch_size), synchronize)
     return {**report, "kept": kept, "kl": costs}
 
 

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.network.op_traits import OpKind, node_module, traits_of
 from synq.network.tracing import tensor_inputs
-from synq.quant.keep_best import Agree, answers, keep_best, mean_kl
+from synq.quant.keep_best import Synchronize, keep_best, logits_of, mean_kl
 from synq.quant.layers import ActQuantizer
 
 STRENGTHS = (0.5, 1.0)
@@ -234,7 +234,7 @@ def equalize(
     teacher: fx.GraphModule,
     images: Tensor,
     observe: Callable[[fx.GraphModule], object],
-    agree: Agree = dict,
+    synchronize: Synchronize = dict,
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
     """Equalise a rounded student, in place, as strongly as brings it nearest to the teacher; ranges are observed afterwards.
 
@@ -245,7 +245,7 @@ def equalize(
         teacher: Its teacher's graph; not changed.
         images: (N, C, H, W) synthetic images on the device of both.
         observe: Sets the ranges of ``net``, from whatever they are.
-        agree: Makes figures the same on all processes.
+        synchronize: Makes metrics the same on all processes.
 
     Returns:
         The float network whose activations the student's approach, channel by channel: the teacher, or a copy scaled alike, which
@@ -271,9 +271,9 @@ def equalize(
         _scale(net, pairs, scales[name])
         observe(net)
 
-    wanted = answers(teacher, images)
+    wanted = logits_of(teacher, images)
     changes = {name: partial(change, name) for name in scales}
-    kept, costs = keep_best(net, changes, lambda: mean_kl(wanted, net, images), agree)
+    kept, costs = keep_best(net, changes, lambda: mean_kl(wanted, net, images), synchronize)
     reference = teacher if kept == "none" else _scale(copy.deepcopy(teacher), pairs, scales[kept])
     rows = [
         {

@@ -1,7 +1,7 @@
-"""The record of a run and files that are whole or absent. Standard library only.
+"""The record of a run, and atomic writes of files. Standard library only.
 
-Every file that counts as a result is written under another name in the same folder, flushed to the disk and renamed, so that
-a reader, or a run killed at any instant, never meets half of it.
+Every result file is written under a temporary name in the same folder, flushed to the disk and renamed: neither a
+reader nor a run killed at any instant leaves or finds half of it.
 """
 
 import dataclasses
@@ -20,21 +20,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import synq
-from synq.config.identity import settings_of_its_day
+from synq.config.parsing import check_format
 from synq.config.quant import protocol_words
+from synq.config.run import DIGEST_FORMAT, RunConfig, config_digest, config_to_dict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PACKAGES = ("synq", "torch", "torchvision", "accelerate", "ray", "optuna", "numpy")
 DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms")
-"""Figures of `deployment` that are columns of the tables, filled where a student was exported."""
+"""Keys of `deployment` that are columns of the tables, filled by an export."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """Everything that is reported of one run. One JSON file; numbers in percent unless said otherwise; None: not measured."""
+    """Everything that is reported of one run, as one JSON file. Percent unless stated otherwise; None: not measured."""
 
     schema_version: int = SCHEMA_VERSION
-    """Version of this list of fields."""
+    """Format of the record. Raise it with every change that gives a field of an existing record another meaning."""
     status: Literal["completed", "failed", "pruned"] = "completed"
     """How the run ended."""
     reason: str = ""
@@ -44,7 +45,7 @@ class RunRecord:
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration."""
     config_digest: str = ""
-    """Digest of what decides the result, seeds included (`config_digest`)."""
+    """Digest of everything that determines the result, seeds included (`config_digest`)."""
     seed: int = 0
     """Seed of fine-tuning."""
     data_seed: int = 0
@@ -58,18 +59,18 @@ class RunRecord:
     act_bits: int = 0
     """Bits of the activations."""
     protocol: str = ""
-    """A: all layers low-bit, static; B: first or last layer at another width, or learned steps or rounding."""
+    """A: all layers low-bit, static; B: first or last layer at another bit-width, or learned steps or rounding."""
     act_points: str = ""
     """Which activations are low-bit: relu or inputs."""
     objective: str = ""
-    """What a sweep optimises: synthetic or selection."""
+    """Objective of a sweep: synthetic or selection."""
     objective_value: float | None = None
-    """Value of the objective after the last epoch; synthetic: the configured fidelity measure, lower is better; selection: top-1,
-    higher is better."""
+    """Value of the objective after the last epoch; synthetic: the configured fidelity measure, lower is better;
+    selection: top-1, higher is better."""
     fidelity: dict[str, float | None] = field(default_factory=dict)
-    """Nearness of the student to the teacher on the held-out synthetic images, by name."""
+    """Fidelity of the student to the teacher on the held-out synthetic images, by measure."""
     teacher_top1: float | None = None
-    """Top-1 of the teacher on the labelled images."""
+    """Top-1 of the teacher on the labeled images."""
     rtn_top1: float | None = None
     """Top-1 of the student before fine-tuning (round-to-nearest, or the learned rounding)."""
     top1: float | None = None
@@ -79,11 +80,11 @@ class RunRecord:
     drop: float | None = None
     """teacher_top1 - top1, on the same images, in percentage points."""
     num_eval: int | None = None
-    """Number of labelled images behind the top-1 figures."""
+    """Number of labeled images that top-1 is measured on."""
     rtn_fidelity: dict[str, float | None] = field(default_factory=dict)
     """As `fidelity`, before fine-tuning."""
     size_bytes: float | None = None
-    """Size of the student's parameters at their widths, in bytes."""
+    """Size of the student's parameters at their bit-widths, in bytes."""
     bitops: float | None = None
     """Bit operations of one image: sum over layers of multiplications x weight bits x activation bits."""
     kept_share: float | None = None
@@ -93,19 +94,19 @@ class RunRecord:
     heldout_digest: str = ""
     """Digest of the held-out synthetic set."""
     eval_digest: str = ""
-    """Fingerprint of the labelled images, "" without."""
+    """Digest of the labeled images, "" without labels."""
     loss_history: list[dict[str, Any]] = field(default_factory=list)
     """Loss terms of each epoch."""
     warnings: list[str] = field(default_factory=list)
-    """What the user should know about this result."""
+    """Warnings about this result."""
     layers: list[dict[str, Any]] = field(default_factory=list)
-    """What is quantized at which width, and what stays float."""
+    """Every weight and activation with its bit-width; 32 is float."""
     commit: str = "unknown"
     """Commit of the code; -dirty where files differ from it."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of Python and of the packages used."""
     device: str = ""
-    """Device in words."""
+    """Name of the device."""
     host: str = ""
     """Name of the machine."""
     started: str = ""
@@ -117,24 +118,26 @@ class RunRecord:
     codes_changed: float | None = None
     """Share (0..1) of the integer weights that fine-tuning changed."""
     lost: int | None = None
-    """Labelled images that the teacher has right and the student wrong, after the last epoch."""
+    """Labeled images that the teacher classifies correctly and the student does not, after the last epoch."""
     gained: int | None = None
-    """Labelled images that the teacher has wrong and the student right; drop = 100 (lost - gained) / num_eval."""
+    """Labeled images that the student classifies correctly and the teacher does not; drop = 100 (lost - gained) /
+    num_eval."""
     rtn_lost: int | None = None
     """As `lost`, before fine-tuning."""
     rtn_gained: int | None = None
     """As `gained`, before fine-tuning."""
     rounding: dict[str, Any] = field(default_factory=dict)
-    """What equalisation, correction and the learning of the rounding did before fine-tuning, each with its figures."""
+    """Reports of equalization, BatchNorm correction and AdaRound, if they were done before fine-tuning."""
     deployment: dict[str, Any] = field(default_factory=dict)
-    """Of the exported files: sizes in bytes, milliseconds of one image on a CPU, comparisons with the student; empty before an export."""
+    """Of the exported files: sizes in bytes, milliseconds of one image on a CPU, comparisons with the student; empty
+    before an export."""
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:
     """Write `content` to `path` so that the file is either the old one or the whole new one.
 
     Raises:
-        OSError: The folder or the disk refuses; the error names `path`, and no temporary file stays behind.
+        OSError: The file cannot be written; the error names `path`, and no temporary file is left.
     """
     path = Path(path)
     temporary = None
@@ -192,6 +195,11 @@ def _strict(value: object) -> object:
     return value
 
 
+def write_config(path: str | Path, config: RunConfig) -> None:
+    """Write the resolved settings of a run as JSON, by rename; `load_run` reads them."""
+    write_json_atomic(path, {"format": DIGEST_FORMAT, **config_to_dict(config)})
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
@@ -222,19 +230,18 @@ def read_record(path: str | Path) -> RunRecord:
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"`{path}` must hold a run record, but got a {type(content).__name__}")
-    version = content.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise ValueError(f"`{path}` must hold a run record of version {SCHEMA_VERSION}, but got version {version!r}")
+    for key in ("schema_version", "config"):
+        if key not in content:
+            raise ValueError(f"`{path}` must hold a run record, but it has no {key}")
+    check_format(path, "a run record", content["schema_version"], SCHEMA_VERSION, "run it again")
     types = _record_types()
-    if "config" not in content:
-        raise ValueError(f"`{path}` must hold a run record, but it has no config")
     unknown = sorted(set(content) - set(types))
     if unknown:
         raise ValueError(f"`{path}` must hold a run record, but got the unknown key {unknown[0]!r}")
     for name, value in content.items():
         if not _fits(types[name], value):
             raise ValueError(f"`{path}` must hold a run record, but got {name} = {value!r:.80}")
-    return RunRecord(**content | {"config": settings_of_its_day(content["config"])})
+    return RunRecord(**content)
 
 
 @functools.cache  # reading the hints takes longer than reading a record
@@ -243,7 +250,7 @@ def _record_types() -> dict[str, Any]:
 
 
 def _fits(hint: Any, value: object) -> bool:
-    """Whether a JSON value may stand in a field of type `hint`; containers are judged by their outer type only."""
+    """Return whether a JSON value fits a field of type `hint`; of containers only the outer type is checked."""
     if value is None:
         return type(None) in typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
@@ -257,14 +264,19 @@ def _fits(hint: Any, value: object) -> bool:
     return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
+def run_folder(config: RunConfig) -> Path:
+    """Return the folder of a run, `<output_dir>/<name>-<digest>`, with its `config_digest`."""
+    return Path(config.runtime.output_dir) / f"{config.name}-{config_digest(config)}"
+
+
 def run_protocol(record: RunRecord) -> str:
-    """Return the protocol of a run with the widths of its ends: "A", "B (8/8)"."""
+    """Return the protocol of a run with its first/last layer bits: "A", "B (8/8)"."""
     quant = record.config.get("quant", {})
     return protocol_words(record.protocol, quant.get("first_bits"), quant.get("last_bits"))
 
 
 def summary_line(record: RunRecord) -> str:
-    """One line for a person, for example "resnet20 W4A4 A relu | teacher 91.48 | RTN 80.90 | final 90.40 | drop 1.08 | 132 s"."""
+    """Return a run in one line: "resnet20 W4A4 A relu | teacher 91.48 | RTN 80.90 | final 90.40 | 132 s"."""
     quant = record.config.get("quant", {})
     mixed = " mixed" if quant.get("layer_weight_bits") or quant.get("layer_act_bits") else ""
     bits = f"W{record.weight_bits}A{record.act_bits}{mixed}"
@@ -273,13 +285,13 @@ def summary_line(record: RunRecord) -> str:
     if record.status != "completed":
         parts.append(f"{record.status}: {record.reason}" if record.reason else record.status)
     if record.top1 is not None:
-        figures = (
+        metrics = (
             ("teacher", record.teacher_top1),
             ("RTN", record.rtn_top1),
             ("final", record.top1),
             ("drop", record.drop),
         )
-        parts += [f"{name} {value:.2f}" for name, value in figures if value is not None]
+        parts += [f"{name} {value:.2f}" for name, value in metrics if value is not None]
     elif record.status == "completed":
         parts.append("no labels")
     if record.objective_value is not None and (record.top1 is None or record.objective == "selection"):
@@ -290,10 +302,11 @@ def summary_line(record: RunRecord) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a figure depends on besides its settings: commit, versions and host.
+    """Return what a result depends on besides its settings: commit, versions and host.
 
-    The commit is that of the checkout this file lies in, with the mark -dirty where tracked files differ from it, or "unknown"
-    (installed from a wheel, or sent to a cluster without its .git folder, unless the variable SYNQ_COMMIT says it).
+    The commit is that of the checkout this file lies in, with the suffix -dirty if tracked files differ from it, or
+    "unknown" (installed from a wheel, or sent to a cluster without its .git folder, unless the variable SYNQ_COMMIT
+    holds it).
     """
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -306,9 +319,7 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str:
     root = Path(synq.__file__).resolve().parent.parent
-    if not (
-        root / ".git"
-    ).exists():  # never the commit of a project that merely has this one in its virtual environment
+    if not (root / ".git").exists():  # never the commit of a project that has SynQ in its virtual environment
         return "unknown"
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

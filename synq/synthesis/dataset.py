@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from synq.config.parsing import check_format
 from synq.runs.record import read_json
 
-FORMAT_VERSION = 1
-"""Version of the files, and of the way sets are made: whoever changes either so that old sets no longer hold raises it."""
+FORMAT_VERSION = 2
+"""Version of the files, and of the way sets are made. Raise it with every change that makes the sets of before invalid."""
 DATA_FILE = "images.safetensors"
 MANIFEST_FILE = "manifest.json"
 
@@ -87,11 +88,10 @@ def load_set(path: Path) -> SyntheticSet:
         manifest = read_json(path / MANIFEST_FILE)
     except ValueError as error:
         raise damaged(path, str(error)) from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"`{path}` must have format version {FORMAT_VERSION}, but got {version}; remove it to remake it"
-        )
+    if not isinstance(manifest, dict):
+        raise damaged(path, f"{MANIFEST_FILE} does not describe the images")
+    cure = "remove it and run the same command again"
+    check_format(path, "a synthetic set", manifest.get("format_version"), FORMAT_VERSION, cure)
     file = path / DATA_FILE
     if not file.exists():
         raise damaged(path, f"{DATA_FILE} is missing")

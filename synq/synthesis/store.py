@@ -13,7 +13,6 @@ from filelock import FileLock
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from synq.config.identity import LATER_SETTINGS
 from synq.config.run import SynthesisConfig, config_to_dict
 from synq.config.synthesis import PIXEL_METHODS
 from synq.runs.record import write_bytes_atomic, write_json_atomic
@@ -34,8 +33,6 @@ Purpose = Literal["train", "heldout"]
 CENTER_FIELDS = ("center_iterations", "center_weight", "center_depth")
 GENERATOR_FIELDS = ("generator_lr", "latent_dim")
 LABEL_FIELDS = ("inception_weight", "hard_sample_gamma")
-NEW_FIELDS = {"method": "inversion", "swing_conv": False, **LATER_SETTINGS["synthesis"]}
-"""Settings that came after the first sets were made, with the value that those sets have: so they keep their names."""
 
 
 def set_identity(
@@ -48,8 +45,7 @@ def set_identity(
     count. Calibration centers are pixels with labels, whatever the method.
     """
     settings = config_to_dict(config) | {"swing_conv": config.swings}
-    unused = {name for name, value in NEW_FIELDS.items() if settings[name] == value}
-    unused |= set() if config.method in ("gdfq", "genie") else set(GENERATOR_FIELDS)
+    unused = set() if config.method in ("gdfq", "genie") else set(GENERATOR_FIELDS)
     if not config.calib_centers:
         unused |= set(CENTER_FIELDS)
         unused |= set() if config.assigns_labels else set(LABEL_FIELDS)

@@ -21,7 +21,8 @@ from synq.common import progress as bars
 from synq.common.progress import passing_bar, remark, visible
 from synq.config.run import RunConfig, config_to_dict, with_overrides
 from synq.evaluation.measure import evaluate
-from synq.pipeline import run, run_folder
+from synq.pipeline import run
+from synq.runs.record import run_folder
 from synq.sweeps.studies.pool import run_all
 
 SCRIPT = """
@@ -32,7 +33,7 @@ bars.APPEARS_AFTER = float(sys.argv[2])
 from synq.commands.export import main
 from synq.sweeps.studies.pool import run_all
 from synq.config.run import RunConfig, config_from_dict
-from synq.pipeline import run_folder
+from synq.runs.record import run_folder
 config = config_from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
 run_all({"only": config}, 1, lambda cell, record: print("done", cell, flush=True))
 words = ["--formats", "packed", "--agreement", "0", "--mean-difference", "9"]

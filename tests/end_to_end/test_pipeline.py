@@ -19,9 +19,10 @@ from synq.config.run import RunConfig, TeacherConfig, with_overrides
 from synq.config.synthesis import SYNTHESIS_METHODS
 from synq.evaluation.measure import Accuracy, evaluate
 from synq.finetune.loop import NonFiniteLossError
-from synq.pipeline import build_student, low_pass, prepare, run, run_folder, set_names
-from synq.quant.student import observe_ranges
-from synq.runs.record import read_record
+from synq.pipeline import prepare, run
+from synq.quant.student import build_student, observe_ranges
+from synq.runs.record import read_record, run_folder
+from synq.synthesis.run_sets import low_pass, set_names
 from synq.teacher.teacher import load_teacher
 
 
@@ -145,7 +146,7 @@ def test_a_fine_tuning_that_harms_is_said(config: RunConfig) -> None:
     assert any("the fine-tuning made the student worse: KL" in text for text in harmed.warnings)
     rounded = run(with_overrides(config, {"finetune.epochs": 0}))
     assert not any("worse" in text for text in rounded.warnings)
-    assert [any("synq widths" in text for text in record.warnings) for record in (harmed, rounded)] == [
+    assert [any("synq mixed-precision" in text for text in record.warnings) for record in (harmed, rounded)] == [
         record.fidelity["kl"] >= 0.5 for record in (harmed, rounded)
     ]
     assert (
@@ -235,8 +236,8 @@ def test_large_sets_are_filtered_onto_disk_and_give_the_same_run(
         made.append(shape)
         return scratch_tensor(shape, dtype, folder)
 
-    monkeypatch.setattr("synq.pipeline.LARGE_SET_BYTES", 1)
-    monkeypatch.setattr("synq.pipeline.scratch_tensor", watched)
+    monkeypatch.setattr("synq.synthesis.lowpass.LARGE_SET_BYTES", 1)
+    monkeypatch.setattr("synq.synthesis.lowpass.scratch_tensor", watched)
     on_disk = run(with_overrides(config, {"runtime.output_dir": str(tmp_path / "disk")}))
     assert made == [(32, 1, 16, 16)]
     assert (
@@ -325,7 +326,7 @@ def test_a_stopped_run_is_not_rounded_a_second_time(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("rounded again")
 
-    monkeypatch.setattr("synq.pipeline.prepare_student", refuse)
+    monkeypatch.setattr("synq.finetune.networks.prepare_student", refuse)
     resumed = run(again)
     assert resumed.rounding == whole.rounding and set(whole.rounding) == {
         "equalization", "bn_correction", "reconstruction"

@@ -10,7 +10,9 @@ import safetensors.torch
 import torch
 
 from synq.config.run import RunConfig, with_overrides
-from synq.pipeline import check, make_accelerator, prepare, run, run_folder
+from synq.pipeline import check, prepare, run
+from synq.runs.record import run_folder
+from synq.runtime import make_accelerator
 
 
 def test_other_weights_of_the_same_name_are_not_mixed_up(config: RunConfig, tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_refusals_come_before_any_work(config: RunConfig, tmp_path: Path) -> Non
 
 def test_a_small_disk_is_refused_before_the_images_are_made(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = with_overrides(config, {"finetune.lowpass_cutoff": 0.6})
-    monkeypatch.setattr("synq.pipeline.LARGE_SET_BYTES", 1)
+    monkeypatch.setattr("synq.synthesis.lowpass.LARGE_SET_BYTES", 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(
         OSError, match=r"runtime\.output_dir must have .* MiB free for the filtered images of 1 processes"

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, fx, nn
 
-from synq.config.run import FIDELITY_MEASURES, EvaluationConfig, TeacherConfig
+from synq.config.run import FIDELITY_MEASURES, EvaluationConfig, QuantConfig, TeacherConfig
 from synq.evaluation.fidelity import OBJECTIVES, kl, logit_mse
 from synq.evaluation.measure import Accuracy, Measure, Reference, evaluate, fidelity, lost_and_gained
 from synq.quant.integer_form import integer_form
@@ -121,7 +121,7 @@ def measured(accelerator: Accelerator) -> tuple[Measure, fx.GraphModule]:
     """A prepared measure without labels, and a 3-bit student."""
     teacher = load_teacher(TeacherConfig())
     images = torch.randn(30, *teacher.input_size, generator=torch.Generator().manual_seed(0))
-    student = quantize_model(teacher.graph, weight_bits=3, act_bits=3)
+    student = quantize_model(teacher.graph, QuantConfig(weight_bits=3, act_bits=3))
     observe_ranges(student.net, images, act_range="mse")
     return _measure(accelerator, teacher, images), student.net
 

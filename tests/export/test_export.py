@@ -59,7 +59,7 @@ def test_every_file_is_there_and_described(finished: Path, exported: Path) -> No
 
 
 def test_the_packed_file_alone_gives_the_model(finished: Path, exported: Path) -> None:
-    *_, student = open_run(finished)
+    student = open_run(finished).student
     sample = torch.randn(4, 1, 16, 16)
     assert torch.equal(load_student(exported / "model.safetensors")(sample), integer_form(student.net)(sample))  # fmt: skip
     program = torch.export.load(exported / "model.pt2").module()
@@ -121,9 +121,8 @@ def test_a_run_that_was_moved_is_told_where_its_images_lie(finished: Path, tmp_p
     assert main([*words, "--runtime.store_dir", str(tmp_path / "images")]) == 0
     after = read_record(folder / "record.json")
     assert after.deployment["packed_bytes"] and after.config == there, "the record stays that of its run"
-    with pytest.raises(SystemExit, match="2"):
-        main([*words, "--quant.act_bits", "8"])
-    assert "unrecognized arguments: --quant.act_bits 8" in capsys.readouterr().err
+    assert main([*words, "--quant.act_bits", "8"]) == 2
+    assert "`--quant.act_bits` must be an option of this command, but is not" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"`places` must be one of teacher\.spec"):
         ExportOptions(places={"quant.act_bits": 8})
 
@@ -240,9 +239,6 @@ def test_an_export_is_whole_whatever_lies_around(
     (tmp_path / "runs" / "run-other").mkdir()
     (tmp_path / "runs" / "run-other" / "record.json").write_text("[]")
     (folder / "export" / "mine.txt").write_text("mine")
-    record = read_record(folder / "record.json")
-    older = {part: values for part, values in record.config.items() if part != "reconstruction"}
-    write_record(folder / "record.json", replace(record, config=older))
     before = {path.name: path.read_bytes() for path in (folder / "export").iterdir()}
     # Refused: what was there stays, the card included.
     request.getfixturevalue("broken")

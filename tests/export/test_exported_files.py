@@ -25,7 +25,8 @@ class NoLabels:
 
 @pytest.mark.slow
 def test_a_file_that_answers_otherwise_is_refused_and_not_left_behind(finished: Path, tmp_path: Path) -> None:
-    *_, teacher, student = open_run(finished)
+    run = open_run(finished)
+    teacher, student = run.teacher, run.student
     form = integer_form(student.net, operations="onnx")
     layer = form.get_submodule("linear.integer_weight")
     layer.codes.copy_(-layer.codes.clamp(min=-7))  # type: ignore[union-attr, operator]

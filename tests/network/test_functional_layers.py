@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from synq.config.run import QuantConfig
 from synq.network.tracing import batchnorm_parameters, node_module, operation_name, trace_classifier
 from synq.quant.bn_correction import correct_statistics
 from synq.quant.equalization import equalize
@@ -144,7 +145,7 @@ def parts() -> tuple[fx.GraphModule, fx.GraphModule, Tensor]:
 
     net = Body(rest, first=Normed(6), conv2=nn.Conv2d(6, 6, 3), second=Normed(6))
     traced, images = trace_classifier(net.requires_grad_(False), SIZE), torch.randn(32, *SIZE)
-    student = quantize_model(traced, weight_bits=4, act_bits=4, act_points="inputs").net
+    student = quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4, act_points="inputs")).net
     observe_ranges(student, images, act_range="mse")
     return traced, student, images
 
@@ -210,7 +211,7 @@ def test_a_product_as_a_function_is_a_layer_and_goes_all_the_way(made: Callable[
     traced, images = trace_classifier(net.requires_grad_(False), SIZE), torch.randn(16, *SIZE)
     assert type(traced.get_submodule("part")) is kind and torch.equal(traced(images), net(images))
     assert traced.state_dict().keys() == net.state_dict().keys()
-    student = quantize_model(traced, weight_bits=4, act_bits=4, act_points="inputs")
+    student = quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4, act_points="inputs"))
     observe_ranges(student.net, images, act_range="mse")
     assert [row.name for row in student.rows if row.role == "weight"] == ["conv", "part", "fc"]
     with torch.no_grad():
@@ -238,7 +239,7 @@ def test_what_is_no_plain_product_stays_a_call_and_is_rejected(how: str) -> None
     x = torch.randn(2, *SIZE)
     assert torch.equal(traced(x), net(x))
     with pytest.raises(ValueError, match=r"node 'conv2d(_1)?' is conv2d: its tensors would stay float"):
-        quantize_model(traced, weight_bits=4, act_bits=4)
+        quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4))
 
 
 def test_a_product_of_weights_alone_is_no_layer() -> None:
@@ -253,7 +254,9 @@ def test_a_product_of_weights_alone_is_no_layer() -> None:
     net = Body(lambda net, x: net.part(x), part=Table())  # type: ignore[operator]
     traced, x = trace_classifier(net.requires_grad_(False), SIZE), torch.randn(3, *SIZE)
     assert torch.equal(traced(x), net(x)) and any(node.target is F.linear for node in traced.graph.nodes)
-    assert [row.name for row in quantize_model(traced, weight_bits=4, act_bits=4).rows if row.role == "weight"] == [
+    assert [
+        row.name for row in quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4)).rows if row.role == "weight"
+    ] == [
         "conv",
         "fc",
     ]
@@ -266,5 +269,5 @@ def test_modules_below_a_layer_stay_only_where_they_are_called() -> None:
             self.spare = nn.Linear(3, 3)
 
     net = Body(lambda net, x: net.part(x), part=Spare())  # type: ignore[operator]
-    student = quantize_model(trace_classifier(net.requires_grad_(False), SIZE), weight_bits=4, act_bits=4)
+    student = quantize_model(trace_classifier(net.requires_grad_(False), SIZE), QuantConfig(weight_bits=4, act_bits=4))
     assert not any("spare" in name for name in student.net.state_dict())

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from synq.config.run import QuantConfig
 from synq.network import op_traits
 from synq.network.blocks import block_ends
 from synq.network.cam_site import locate_cam
@@ -208,10 +209,9 @@ def test_one_new_row_is_known_to_every_rule(monkeypatch: pytest.MonkeyPatch) -> 
     assert (locate_cam(traced).kind, locate_cam(traced).node) == ("closed_form", "relu_1")
     assert [(pair.producer, pair.consumer) for pair in find_pairs(traced)] == [("bn", "conv2")]
     # The cost of a layer counts the bits of what it reads: a maximum lies on the grid of its input, a mean does not.
-    monkeypatch.setattr(
-        "synq.quant.student._check_same", lambda *networks: None
-    )  # this pool draws its windows at random
-    student = quantize_model(traced, weight_bits=4, act_bits=3)
+    # This pool draws its windows at random, so that no two forward passes agree.
+    monkeypatch.setattr("synq.quant.student._check_same", lambda *networks: None)
+    student = quantize_model(traced, QuantConfig(weight_bits=4, act_bits=3))
     assert [(call.layer, call.inputs) for call in layer_calls(student.net)] == [
         ("conv", ()),
         ("conv2", ("relu",)),

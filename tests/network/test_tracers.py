@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synq.config.run import TeacherConfig
+from synq.config.run import QuantConfig, TeacherConfig
 from synq.network.tracers import LayerTracer, SizedTracer
 from synq.network.tracing import trace_classifier
 from synq.quant.student import observe_ranges, quantize_model
@@ -58,7 +58,7 @@ def test_sizes_are_numbers_and_the_number_of_images_stays_symbolic(rest: Callabl
     for count in (1, 2, 7):
         x = torch.randn(count, *SIZE)
         assert torch.equal(traced(x), net(x))
-    student = quantize_model(traced, weight_bits=8, act_bits=8).net
+    student = quantize_model(traced, QuantConfig(weight_bits=8, act_bits=8)).net
     x = torch.randn(16, *SIZE)
     observe_ranges(student, x, act_range="minmax")
     with torch.no_grad():

@@ -11,7 +11,7 @@ from typing import Any
 from synq.config.run import RunConfig, config_digest, config_to_dict, with_overrides
 from synq.runs.record import RunRecord, write_json_atomic, write_record
 from synq.sweeps.space import DEFAULT_SPACE, Dimension
-from synq.sweeps.state.plans import Plan, plan_values
+from synq.sweeps.state.plans import FORMAT, Plan, plan_values
 
 BEGIN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -65,7 +65,7 @@ def made_sweep(
     write_json_atomic(
         folder / "sweep.json",
         {
-            "format": 1,
+            "format": FORMAT,
             "objective": "synthetic",
             "groups": {key: {} for key in groups},
             "space": space,

@@ -208,7 +208,7 @@ def test_each_step_swings_anew_as_a_plain_loop_with_padding_and_cropping(tiny_cl
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_inversion_is_bit_for_bit_the_plain_loop_on_pixels(tiny_classifier: nn.Module, seed: int) -> None:
-    """The order of the draws and of every operation: sets of an earlier version keep their names, so they must keep their images."""
+    """The order of the draws and of every operation: a set keeps its key as long as its format, so it must keep its images."""
     made = _run(tiny_classifier, seed=seed, iterations=12, augment="flip_shift")
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn((15, *SIZE), generator=generator).contiguous(memory_format=torch.channels_last)

@@ -93,7 +93,7 @@ def test_manifest_tells_how_it_was_made(tmp_path: Path) -> None:
     teacher = tiny_teacher()
     made = ensure_set(teacher, CONFIG, 3, SetStore(tmp_path), purpose="heldout", progress=False)
     manifest = made.manifest
-    assert manifest["format_version"] == 1 and manifest["teacher_digest"] == teacher.digest
+    assert manifest["format_version"] == 2 and manifest["teacher_digest"] == teacher.digest
     assert (manifest["teacher_name"], manifest["seed"], manifest["purpose"]) == ("tiny", 3, "heldout")
     assert manifest["synthesis"]["iterations"] == 6 and manifest["num_images"] == 14
     assert [shard["stop"] for shard in manifest["shards"]] == [3, 7, 10, 14]

@@ -11,8 +11,8 @@ from synq.commands.report import main as report
 from synq.config.run import RunConfig, with_overrides
 from synq.diagnostics.probe import _amplitude, _profile, probe_run
 from synq.diagnostics.probe_parts import REACH, Probe
-from synq.pipeline import run, run_folder
-from synq.runs.record import read_record
+from synq.pipeline import run
+from synq.runs.record import read_record, run_folder
 from synq.sweeps.reports.page import Figure, Gap, Table
 from synq.sweeps.reports.run_page import run_page
 from synq.synthesis.lowpass import gaussian_lowpass
