@@ -1,4 +1,4 @@
-"""Layers that are called as functions: which become layers, and what holds for them then."""
+"""Functional calls that are rewritten as layers, and what the other stages do with these layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ class Normed(nn.BatchNorm2d):
 
 
 class Body(nn.Module):
-    """A convolution, what `rest` makes of it, a mean and a classifier; `extra` are further modules."""
+    """A convolution, `rest`, a mean and a classifier; `extra` are more modules."""
 
     def __init__(self, rest: Callable[["Body", Tensor], Tensor], **extra: nn.Module) -> None:
         super().__init__()
@@ -87,7 +87,11 @@ def trainable(normed: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "how", ["own statistics", "two modules", "other eps", "flat", "with and without", "a layer without", "frozen", "trainable"]
+    "how",
+    [
+        *("own statistics", "two modules", "other eps", "flat", "with and without", "a layer without"),
+        *("frozen", "trainable"),
+    ],
 )  # fmt: skip
 def test_what_is_no_plain_batch_norm_stays_a_call(how: str) -> None:
     normed, other, plain = Normed(6), Normed(6), nn.BatchNorm2d(6)
@@ -172,7 +176,7 @@ def test_they_are_corrected_equalized_and_exported_like_any_other(
 
 
 class Scaled(nn.Conv2d):
-    """A convolution as a function, behind a padding of its own."""
+    """A functional convolution after a separate padding."""
 
     def __init__(self, *sizes: int, **options: Any) -> None:
         super().__init__(*sizes, **options)
@@ -184,7 +188,7 @@ class Scaled(nn.Conv2d):
 
 
 class Product(nn.Module):
-    """A linear layer written by hand, over channels that stand last."""
+    """A functional linear layer on the last axis."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +220,7 @@ def test_a_product_as_a_function_is_a_layer_and_goes_all_the_way(made: Callable[
 
 
 @pytest.mark.parametrize("how", ["computed", "fixed", "twice", "scaled"])
-def test_what_is_no_plain_product_stays_a_call_and_is_refused(how: str) -> None:
+def test_what_is_no_plain_product_stays_a_call_and_is_rejected(how: str) -> None:
     def rest(net: Body, x: Tensor) -> Tensor:
         part: Any = net.part
         if how == "computed":

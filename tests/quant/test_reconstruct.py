@@ -262,5 +262,5 @@ def test_what_cannot_be_reconstructed_is_refused() -> None:
     with pytest.raises(ValueError, match=r"quant\.rounding must be adaround .* stem\.0 has no stored scale"):
         reconstruct(live, traced, images, QUICK, seed=0, device=CPU)
     nodes = {node.name: node for node in traced.graph.nodes}
-    with pytest.raises(ValueError, match="must be all that add is computed from, but got blocks_0_0"):
+    with pytest.raises(ValueError, match="must be the only input of the segment that ends at add, but got blocks_0_0"):
         segment(traced, nodes["blocks_0_0"], nodes["add"])
