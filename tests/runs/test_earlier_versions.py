@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_integer_form import student
 
-from launch import export, report
+from support.integer_students import student
 from support.made_sweeps import made_sweep
 from support.small_nets import plain
 from synq import train
+from synq.commands import export, report
 from synq.config.run import RunConfig, config_to_dict, load_run
 from synq.export.packed import read_packed, save_packed
 from synq.finetune.checkpoints import load_prepared, save_prepared
