@@ -75,8 +75,6 @@ PENDING = {
     ("synq.synthesis.dataset", "synq.runs.record"),
     ("synq.synthesis.generate", "synq.runs.record"),
     ("synq.synthesis.store", "synq.runs.record"),
-    ("synq.sweeps.leaderboard.records", "synq.commands.arguments"),
-    ("synq.sweeps.reports.make", "synq.commands.arguments"),
 }
 """Imports that the move alone leaves pointing upward; the commits after it mend them and empty this list."""
 

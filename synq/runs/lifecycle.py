@@ -203,8 +203,8 @@ def _distance_warnings(quant: dict[str, Any], final: Measurement) -> list[str]:
         return []
     return [
         f"the student is far from its teacher: KL {distance:.2g} on held-out synthetic images; "
-        "`synq widths --activations` with the same settings finds which tensors do it, and widths for them at no more "
-        "bytes and bit operations"
+        "`synq mixed-precision --activations` with the same settings finds which tensors do it, and bits for them at no "
+        "more bytes and bit operations"
     ]
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from support.records import bits, folder_of, record
-from synq.sweeps.leaderboard.records import Tables, main
+from synq.commands.leaderboard import main
+from synq.sweeps.leaderboard.records import Tables
 from synq.sweeps.leaderboard.views import choose, parse_condition
 
 CHOICES = [record(0.1 + 0.2, overrides=bits(4)), record(0.5, overrides=bits(3), model="b net")]

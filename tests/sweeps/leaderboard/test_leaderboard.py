@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from support.records import record
+from synq.commands.leaderboard import main
 from synq.runs.record import RunRecord, write_record
 from synq.sweeps.driver.progress import Progress
 from synq.sweeps.leaderboard.records import (
@@ -18,7 +19,6 @@ from synq.sweeps.leaderboard.records import (
     cell,
     leaderboard_rows,
     load_records,
-    main,
     to_csv,
     trial_rows,
     write_tables,
