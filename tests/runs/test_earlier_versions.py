@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_integer_form import student
 
-from launch import export, report
+from support.integer_students import student
 from support.made_sweeps import made_sweep
 from support.small_nets import plain
 from synq import train
+from synq.commands import export, report
 from synq.commands.leaderboard import main as leaderboard
 from synq.common.files import read_json, write_json_atomic
 from synq.config.run import RunConfig, config_to_dict, load_run
