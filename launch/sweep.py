@@ -12,7 +12,7 @@ if __name__ == "__main__":  # as a file, launch/ comes first on the path, not th
 
 from sweeps.cluster import output_root, prepare_environment
 from sweeps.command_line import Parser
-from sweeps.spec import DEMO_SPEC, load_spec
+from sweeps.spec_file import DEMO_SPEC, load_spec
 from synq.train import USER_ERROR, report_error
 
 

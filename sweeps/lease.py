@@ -16,10 +16,20 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from sweeps.storage import Storage
+
+class SmallObjects(Protocol):
+    """What a lease needs of the folder that it protects: small objects by name. `str()` is the folder's address."""
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of an object, None where it does not exist."""
+
+    def put(self, content: bytes, name: str) -> None:
+        """Write an object as a whole."""
+
+    def delete(self, name: str) -> None:
+        """Remove an object; a missing one is no error."""
 
 
 class Lease:
@@ -27,7 +37,7 @@ class Lease:
 
     def __init__(
         self,
-        storage: "Storage",
+        storage: SmallObjects,
         name: str = "sweep.lease.json",
         *,
         every: float = 20.0,

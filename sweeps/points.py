@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.leaderboard import leaderboard_rows, load_records
-from sweeps.search_config import SearchConfig
-from sweeps.space import BITS, Dimension, read_table, setting_names, value_at
-from synq.config_io import nearest, require
-from synq.configs import RunConfig, config_to_dict
+from sweeps.space import BITS, Dimension, value_at, value_of
+from synq.configs import RunConfig
 from synq.results import RunRecord
 
 CUTOFF, UNIT = "finetune.lowpass_cutoff", "lowpass_unit"
@@ -50,43 +48,10 @@ def point_params(dimensions: Sequence[Dimension], point: Mapping[str, Any]) -> d
     return params
 
 
-def read_points(entries: Any, search: SearchConfig) -> list[Point]:
-    """Read the [[points]] of a spec.
-
-    Args:
-        entries: A list of tables; {"finetune.lr": 0.01} and {"finetune": {"lr": 0.01}} are the same. "none" stands for None.
-        search: Says whether `bits` may be named, and whether there must be points.
-
-    Raises:
-        ValueError: An entry is no table, or names what is no setting.
-    """
-    require("points", "be a list of tables", entries, isinstance(entries, list))
-    require(
-        "points", "hold at least one table for sampler points", entries, bool(entries) or search.sampler != "points"
-    )
-    names = {*setting_names(), *([BITS] if search.two_objectives else [])}
-    return [_read_point(entry, names) for entry in entries]
-
-
-def _read_point(entry: Any, names: set[str]) -> Point:
-    point: Point = {}
-    for key, value in read_table(entry, "points").items():
-        point |= (
-            {f"{key}.{inner}": part for inner, part in value.items()} if isinstance(value, Mapping) else {key: value}
-        )
-    for name in point:
-        if name not in names:
-            raise ValueError(
-                f"`points` must name settings of finetune or quant, but got {name!r}{nearest(name, names)}"
-            )
-    return {name: None if value == "none" else value for name, value in point.items()}
-
-
 def completed(points: Sequence[Point], base: RunConfig) -> list[Point]:
     """Return points that all name the same: what only other points name is the base's."""
-    values = config_to_dict(base)
     names = dict.fromkeys(name for point in points for name in point)
-    rest = {name: value_at(values, name) for name in names}
+    rest = {name: value_of(base, name) for name in names}
     return [{**rest, **point} for point in points]
 
 

@@ -23,9 +23,8 @@ from typing import Any, BinaryIO, TypeVar
 from filelock import FileLock
 
 from sweeps.addresses import cache_root, connect, is_address, local_copy, shown, split_address
-from sweeps.lease import Lease
 
-__all__ = ["Lease", "Storage", "cache_root", "is_address", "local_copy", "open_storage"]
+__all__ = ["Storage", "cache_root", "is_address", "local_copy", "open_storage"]
 
 T = TypeVar("T")
 F = TypeVar("F", bound=BinaryIO)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sweeps.spec import SweepSpec, spec_from_dict
+from sweeps.spec import SweepSpec
+from sweeps.spec_file import spec_from_dict
 
 TINY: dict[str, Any] = {
     "bits": ["W8A8", "W3A3"],

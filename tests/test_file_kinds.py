@@ -8,7 +8,7 @@ import pytest
 
 from sweeps.ablation import load_ablation
 from sweeps.recipes import load_recipe
-from sweeps.spec import load_spec
+from sweeps.spec_file import load_spec
 from synq.configs import load_run
 
 SPECS = {

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from sweeps import lease as lease_module
-from sweeps.storage import Lease, Storage, open_storage
+from sweeps.lease import Lease
+from sweeps.storage import Storage, open_storage
 
 NAME = "sweep.lease.json"
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +95,7 @@ def test_of_several_at_once_one_gets_it(make: Callable[..., Lease]) -> None:
 def test_the_lease_of_a_killed_process_of_this_machine_is_taken_at_once(
     store: Storage, make: Callable[..., Lease]
 ) -> None:
-    code = "import sys; from sweeps.storage import *; Lease(open_storage(sys.argv[1]), settle=0).acquire(); print(1, flush=True); sys.stdin.read()"
+    code = "import sys; from sweeps.lease import Lease; from sweeps.storage import open_storage; Lease(open_storage(sys.argv[1]), settle=0).acquire(); print(1, flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, store.address], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

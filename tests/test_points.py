@@ -10,7 +10,8 @@ import pytest
 
 from sweeps.points import grid, grid_size, point_params, read_earlier, warm_points
 from sweeps.space import BITS
-from sweeps.spec import run_config, spec_from_dict
+from sweeps.spec import run_config
+from sweeps.spec_file import spec_from_dict
 from synq.configs import RunConfig, config_digest, config_to_dict, with_overrides
 from synq.results import RunRecord, write_record
 

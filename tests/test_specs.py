@@ -8,7 +8,8 @@ import pytest
 from sweeps.ablation import load_ablation, plan
 from sweeps.recipes import load_recipe
 from sweeps.recipes import plan as plan_recipe
-from sweeps.spec import load_spec, run_config
+from sweeps.spec import run_config
+from sweeps.spec_file import load_spec
 from synq.configs import RunConfig, config_from_dict, load_config, make_absolute
 
 SPECS = Path(__file__).resolve().parent.parent / "sweeps" / "specs"

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from sweeps import storage
-from sweeps.storage import Lease, Storage, open_storage
+from sweeps.lease import Lease
+from sweeps.storage import Storage, open_storage
 
 ROOT = Path(__file__).resolve().parent.parent
 ODD = "a b/é #%+.json"

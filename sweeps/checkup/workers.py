@@ -35,7 +35,7 @@ class Runner:
         Raises:
             ValueError, OSError: As `run_sweep`.
         """
-        from sweeps.spec import spec_from_dict
+        from sweeps.spec_file import spec_from_dict
         from sweeps.tuner import run_sweep
 
         spec, printed = spec_from_dict(values), io.StringIO()
