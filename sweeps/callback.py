@@ -13,6 +13,7 @@ from sweeps.halt import Halt
 from sweeps.ledger import Ledger
 from sweeps.progress import Progress
 from sweeps.trial import STORAGE
+from sweeps.trial_task import trial_name
 
 UNSEEN = "its record is not visible here: output_dir must be on a file system that all machines share"
 LOOK_SECONDS = 5.0
@@ -66,7 +67,7 @@ class SweepCallback(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Note when a trial began; a resumed one keeps the epochs it had reported."""
-        name = trial.config["trial"]
+        name = trial_name(trial.config)
         self.started.setdefault(name, time.monotonic())
         self.history.setdefault(name, dict(self.ledger.plans[name].history))
         self.progress.running.setdefault(name, "starting")
@@ -75,7 +76,7 @@ class SweepCallback(tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """Note an epoch."""
-        name, value = trial.config["trial"], result.get(OBJECTIVE)
+        name, value = trial_name(trial.config), result.get(OBJECTIVE)
         if STATUS not in result and EPOCH in result:
             if value is not None and is_finite(value):
                 history = self.history.setdefault(name, {})
@@ -102,7 +103,7 @@ class SweepCallback(tune.Callback):
         self._settle(trial, "failed", f"the worker died {trial.num_failures} times: {lines[0]}")
 
     def _settle(self, trial: Trial, status: str, reason: str) -> None:
-        name = trial.config["trial"]
+        name = trial_name(trial.config)
         history = sorted(self.history.pop(name, {}).items())
         seconds = time.monotonic() - self.started.pop(name, time.monotonic())
         last = trial.last_result or {}

@@ -26,10 +26,11 @@ from typing import Any
 from sweeps.leaderboard import Tables
 from sweeps.plans import FORMAT, Plan, plan_values, read_plan, set_recipe, unfinished_record
 from sweeps.search_config import SearchConfig
-from sweeps.space import BITS, value_at
+from sweeps.space import BITS, value_of
 from sweeps.spec import SweepSpec
 from sweeps.sweep_folder import SweepFolder
-from synq.configs import RunConfig, config_digest, config_from_dict, config_to_dict
+from sweeps.trial_task import TrialTask
+from synq.configs import config_digest, config_to_dict
 from synq.results import RunRecord, environment, read_json, read_record, write_json_atomic, write_record
 
 TABLES = ("trials.csv", "leaderboard.csv")
@@ -119,24 +120,24 @@ class Ledger:
         """Where the record of a trial stands."""
         return self.root / "records" / f"{trial}.json"
 
-    def task(self, plan: Plan) -> dict[str, Any]:
-        """Return what a worker is told of a trial, as plain values."""
-        return {
-            "trial": plan.trial,
-            "group": plan.group,
-            "stage": plan.stage,
-            "config": plan.config,
-            "config_digest": plan.config_digest,
-            "teacher": self.teachers.get(plan.group, {}),
-            "second_objective": self.spec.search.second_objective,
-            "sets": self.sets.get(set_recipe(plan.config), []),
-            "folder": str(self.root),
-            "address": self.spec.address,
-            "gpus": self.spec.search.gpus_per_worker,
-            "workers": self.spec.search.workers_per_trial,
-            "cpus": self.spec.search.cpus_per_worker,
-            "max_failures": self.spec.search.max_failures,
-        }
+    def task(self, plan: Plan) -> TrialTask:
+        """Return the task of a planned trial: its run, the sweep's folder, its resources."""
+        return TrialTask(
+            trial=plan.trial,
+            group=plan.group,
+            stage=plan.stage,
+            config=plan.config,
+            config_digest=plan.config_digest,
+            teacher=self.teachers.get(plan.group, {}),
+            second_objective=self.spec.search.second_objective,
+            sets=tuple(self.sets.get(set_recipe(plan.config), [])),
+            folder=str(self.root),
+            address=self.spec.address,
+            gpus=self.spec.search.gpus_per_worker,
+            workers=self.spec.search.workers_per_trial,
+            cpus=self.spec.search.cpus_per_worker,
+            max_failures=self.spec.search.max_failures,
+        )
 
     def add_plan(self, plan: Plan) -> None:
         """Write a plan (again)."""
@@ -203,7 +204,6 @@ class Ledger:
             record = read_record(path)
         else:
             self._environment = self._environment or environment()
-            config = config_from_dict(RunConfig, plan.config)
             teacher = self.teachers.get(plan.group, {})
             values = {
                 **self._environment,
@@ -212,7 +212,7 @@ class Ledger:
                 "total_seconds": seconds,
                 "objective_value": history[-1][1] if history else None,
             }
-            record = unfinished_record(config, trial, status=status, reason=reason, teacher=teacher, values=values)
+            record = unfinished_record(plan.config, trial, status=status, reason=reason, teacher=teacher, values=values)
             write_record(path, record)
             self.folder.send(f"records/{path.name}")
         self.records[trial] = record
@@ -238,7 +238,7 @@ class Ledger:
         for plan in self.group_plans(group):
             record = self.records.get(plan.trial)
             if record is not None and record.status == "completed" and _finite(record.objective_value):
-                place = scored.setdefault(value_at(plan.config, BITS), [])
+                place = scored.setdefault(value_of(plan.config, BITS), [])
                 place.append((sign * float(record.objective_value or 0.0), plan.index, plan))
         return [plan for part in scored.values() for *_, plan in sorted(part, key=lambda item: item[:2])[:top_k]]
 

@@ -9,7 +9,9 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from sweeps.group_search import EPOCH, OBJECTIVE, STATUS, is_finite
 from sweeps.halt import Halt
 from sweeps.ledger import Ledger
+from sweeps.plans import Plan
 from sweeps.spec import SweepSpec
+from sweeps.trial_task import trial_name
 
 
 class SweepScheduler(FIFOScheduler):
@@ -55,24 +57,25 @@ class SweepScheduler(FIFOScheduler):
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Enter a trial into its group's rungs, an interrupted one with what it had reported; that it went on then is settled."""
-        inner = self._of(trial)
+        plan = self._plan(trial)
+        inner = self._rungs(plan)
         if inner is not None:
             inner.on_trial_add(tune_controller, trial)
-            plan = self.ledger.plans.get(trial.config["trial"])
-            for epoch, value in plan.history if plan is not None else ():
+            for epoch, value in plan.history:
                 inner.on_trial_result(tune_controller, trial, {EPOCH: epoch, OBJECTIVE: value})
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Stop a trial that is weak in its own group."""
-        inner = self._of(trial)
+        plan = self._plan(trial)
+        inner = self._rungs(plan)
         last = STATUS in result or EPOCH not in result or result[EPOCH] >= result.get("epochs", math.inf)
-        if inner is None or last or not is_finite(result.get(OBJECTIVE)) or trial.config["trial"] in self.asked:
+        if inner is None or last or not is_finite(result.get(OBJECTIVE)) or plan.trial in self.asked:
             return TrialScheduler.CONTINUE
         decision = inner.on_trial_result(tune_controller, trial, result)
         if decision != TrialScheduler.STOP or not self.wide:
             return decision
-        self.asked.add(trial.config["trial"])
-        self.halt.guard(lambda: self.ledger.ask_to_stop(trial.config["trial"]))
+        self.asked.add(plan.trial)
+        self.halt.guard(lambda: self.ledger.ask_to_stop(plan.trial))
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -81,5 +84,8 @@ class SweepScheduler(FIFOScheduler):
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         """Nothing to take back."""
 
-    def _of(self, trial: Any) -> AsyncHyperBandScheduler | None:
-        return self.inner.get(trial.config["group"]) if trial.config["stage"] == "search" else None
+    def _plan(self, trial: Any) -> Plan:
+        return self.ledger.plans[trial_name(trial.config)]
+
+    def _rungs(self, plan: Plan) -> AsyncHyperBandScheduler | None:
+        return self.inner.get(plan.group) if plan.stage == "search" else None

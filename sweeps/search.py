@@ -7,7 +7,7 @@ every search is rebuilt from them when a driver starts again.
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from optuna.storages import BaseStorage
 from ray.tune.search import Searcher
@@ -16,7 +16,7 @@ from sweeps.group_search import EPOCH, OBJECTIVE, STATUS, GroupSearch
 from sweeps.ledger import Ledger, Plan
 from sweeps.points import Point, grid, point_params, read_earlier, warm_points
 from sweeps.search_config import LISTED
-from sweeps.space import base_values, value_at
+from sweeps.space import base_values, value_of
 from sweeps.spec import Group, SweepSpec, run_config
 from synq.configs import RunConfig, config_digest, config_to_dict
 
@@ -73,14 +73,14 @@ class SweepSearcher(Searcher):
         """Nothing to restore."""
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the configuration of the next trial, None where one must be awaited, FINISHED after the last."""
+        """Return the task of the next trial as plain values, None where one must be awaited, FINISHED after the last."""
         if self.limit is not None and len(self.live) >= self.limit:
             return None
         plan = self._next(trial_id)
         if plan is None:
             return None if self._waiting() else Searcher.FINISHED
         self.live[trial_id] = plan.trial
-        return self.ledger.task(plan)
+        return self.ledger.task(plan).to_dict()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass a result to the search of its group."""
@@ -202,18 +202,18 @@ class SweepSearcher(Searcher):
                     yield _plan(name, key, "final", best.index, best.params, config)
 
     def _overrides(self, plan: Plan) -> Point:
-        return {dimension.name: value_at(plan.config, dimension.name) for dimension in self.spec.dimensions}
+        return {dimension.name: value_of(plan.config, dimension.name) for dimension in self.spec.dimensions}
 
     def _current(self, plan: Plan) -> Plan:
         """Return an interrupted plan with the files and folders of today: the sweep, its weights or its data may have moved."""
-        seeds = (plan.config["seed"], plan.config["data_seed"])
+        seeds = (plan.config.seed, plan.config.data_seed)
         config = run_config(self.spec, self.groups[plan.group], self._overrides(plan), seeds=seeds)
         if config_digest(config) != plan.config_digest:
             raise ValueError(
                 f"`{self.ledger.root / 'plans' / plan.trial}.json` must be a plan of this sweep, but it asks for another run; "
                 "remove it to have the trial proposed again"
             )
-        return replace(plan, config=config_to_dict(config))
+        return replace(plan, config=config)
 
     def _further_seeds(self, key: str) -> list[int]:
         """Seeds of a group's re-runs; the one that the search itself ran on is there already."""
@@ -246,7 +246,9 @@ def study_name(spec: SweepSpec, group: Group) -> str:
     return f"{spec.search.name}-{group.key}"
 
 
-def _plan(trial: str, group: str, stage: str, index: int, params: Point, config: RunConfig) -> Plan:
+def _plan(
+    trial: str, group: str, stage: Literal["search", "final"], index: int, params: Point, config: RunConfig
+) -> Plan:
     digest = config_digest(config)
     return Plan(
         trial=trial,
@@ -254,7 +256,7 @@ def _plan(trial: str, group: str, stage: str, index: int, params: Point, config:
         stage=stage,
         index=index,
         params=params,
-        config=config_to_dict(config),
+        config=config,
         config_digest=digest,
     )
 

@@ -26,7 +26,8 @@ from sweeps.search import SweepSearcher
 from sweeps.search_config import LISTED
 from sweeps.spec import Group, SweepSpec, run_config
 from sweeps.study import study_storage
-from synq.configs import RunConfig, config_to_dict
+from sweeps.trial_task import trial_name
+from synq.configs import RunConfig
 
 NO_RESULT = 1
 INTERRUPTED = 130
@@ -144,21 +145,24 @@ def _check_groups(spec: SweepSpec, ledger: Ledger) -> None:
     """Open the teacher, the labelled images and the student of every group: what cannot work is said before hours of synthesis."""
     from sweeps.trial import check_run
 
-    task = _task(spec, check_run)
-    waiting = {task.remote(config_to_dict(run_config(spec, group, {}))): group for group in spec.groups}
-    for ready, answer in _answers(waiting):
-        group, facts = waiting[ready], answer["teacher"]
-        ledger.know(group.key, {**facts, "name": group.named or facts["name"]}, answer["eval_digest"])
+    check = _remote(spec, check_run)
+    waiting = {check.remote(run_config(spec, group, {})): group for group in spec.groups}
+    for ready, reply in _replies(waiting):
+        group, facts = waiting[ready], reply["teacher"]
+        ledger.know(group.key, {**facts, "name": group.named or facts["name"]}, reply["eval_digest"])
 
 
-def _task(spec: SweepSpec, function: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """A function as a task of Ray with the resources of one worker of a trial."""
+def _remote(spec: SweepSpec, function: Callable[..., dict[str, Any]]) -> Any:
+    """Return a function as a remote function of Ray, with the resources of one worker of a trial."""
     search = spec.search
     return ray.remote(num_cpus=search.cpus_per_worker, num_gpus=search.gpus_per_worker, max_retries=2)(function)
 
 
-def _answers(tasks: Iterable[Any], waited: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Give tasks with their answers as they come in; an error ends the others and is raised. `waited` is called every minute without one."""
+def _replies(tasks: Iterable[Any], waited: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield Ray tasks with their results as they finish; an error cancels the rest and is raised.
+
+    `waited` is called after each minute in which none finished.
+    """
     waiting = list(tasks)
     while waiting:
         done, waiting = ray.wait(waiting, timeout=A_WHILE)
@@ -166,12 +170,12 @@ def _answers(tasks: Iterable[Any], waited: Callable[[], None] = lambda: None) ->
             waited()
             continue
         (ready,) = done
-        answer = ray.get(ready)
-        if "error" in answer:
+        reply = ray.get(ready)
+        if "error" in reply:
             for other in waiting:
                 ray.cancel(other, force=True)
-            raise ValueError(answer["error"])
-        yield ready, answer
+            raise ValueError(reply["error"])
+        yield ready, reply
 
 
 def sets_needed(spec: SweepSpec) -> dict[str, tuple[Group, RunConfig]]:
@@ -181,7 +185,7 @@ def sets_needed(spec: SweepSpec) -> dict[str, tuple[Group, RunConfig]]:
         base = group.base
         for seeds in dict.fromkeys([(base.seed, base.data_seed), *((seed, seed) for seed in spec.search.seeds)]):
             config = run_config(spec, group, {}, seeds=seeds)
-            needed.setdefault(set_recipe(config_to_dict(config)), (group, config))
+            needed.setdefault(set_recipe(config), (group, config))
     return needed
 
 
@@ -193,8 +197,7 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
     names = {
         recipe: f"synthetic set {group.model} seed {config.data_seed}" for recipe, (group, config) in needed.items()
     }
-    places = {"trial": "", "config_digest": "", "address": spec.address, "folder": str(spec.output_dir)}
-    task = _task(spec, make_sets)
+    remote = _remote(spec, make_sets)
     started = time.monotonic()
     for name in names.values():
         progress.running[name] = "being made"
@@ -204,28 +207,29 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
         if progress.live is None:  # a person sees the table
             progress.say(f"{len(progress.running)} synthetic sets not ready after {time.monotonic() - started:.0f} s")
 
-    for _, answer, recipe in _made(task, places, needed, waited, apart=spec.address != ""):
+    def start(config: RunConfig) -> Any:
+        return remote.remote(config, str(spec.output_dir), spec.address)
+
+    for reply, recipe in _made(start, needed, waited, apart=spec.address != ""):
         progress.running.pop(names[recipe], None)
-        ledger.sets[recipe] = answer["sets"]
+        ledger.sets[recipe] = reply["sets"]
         group, config = needed[recipe]
         model, seed = ledger.teachers[group.key]["name"], config.data_seed
-        what = f"ready after {time.monotonic() - started:.0f} s" if answer["made"] else "there already"
+        what = f"ready after {time.monotonic() - started:.0f} s" if reply["made"] else "there already"
         progress.say(f"synthetic set of {model}, seed {seed}: {config.synthesis.num_images} images, {what}")
 
 
 def _made(
-    task: Any,
-    places: dict[str, str],
+    start: Callable[[RunConfig], Any],
     needed: dict[str, tuple[Group, RunConfig]],
     waited: Callable[[], None],
     *,
     apart: bool,
-) -> Iterator[tuple[Any, dict[str, Any], str]]:
-    """Give the answers of the tasks that make sets, with their recipes.
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield what `make_sets` returned for each recipe, with the recipe.
 
     Args:
-        task: Makes the sets of a run.
-        places: Where they go.
+        start: Starts the Ray task that makes the sets of a run.
         needed: Runs by recipe.
         waited: Called every minute in which none is done.
         apart: Whether machines share no folder, and so no lock: the held-out set, which all data seeds of a model have in common,
@@ -236,14 +240,14 @@ def _made(
         first.setdefault(group.model, recipe)
     rest = [recipe for recipe in needed if recipe not in first.values()]
     for recipes in [list(first.values()), rest] if apart else [list(needed)]:
-        waiting = {task.remote({**places, "config": config_to_dict(needed[recipe][1])}): recipe for recipe in recipes}
-        for ready, answer in _answers(waiting, waited):
-            yield ready, answer, waiting[ready]
+        waiting = {start(needed[recipe][1]): recipe for recipe in recipes}
+        for ready, reply in _replies(waiting, waited):
+            yield reply, waiting[ready]
 
 
 def _tune(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Progress, halt: Halt) -> None:
     """Run the trials that are left. Ray's own state is thrown away: the ledger is what a later start resumes from."""
-    from sweeps.trial import run_trial
+    from sweeps.entry import run_trial
 
     progress.start_clock()
     search = spec.search
@@ -259,8 +263,8 @@ def _tune(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Pr
                 scheduler=SweepScheduler(spec, ledger, halt),
                 num_samples=searcher.num_total() + len(ledger.plans),
                 reuse_actors=True,
-                trial_name_creator=_trial_name,
-                trial_dirname_creator=_trial_name,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
             ),
             run_config=tune.RunConfig(
                 name=time.strftime("%Y%m%d-%H%M%S"),
@@ -275,8 +279,8 @@ def _tune(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Pr
     shutil.rmtree(spec.output_dir / "ray", ignore_errors=True)
 
 
-def _trial_name(trial: Trial) -> str:
-    return str(trial.config["trial"])
+def _name(trial: Trial) -> str:
+    return trial_name(trial.config)
 
 
 @contextmanager

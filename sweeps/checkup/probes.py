@@ -41,7 +41,7 @@ class NodeProbe:
         """Import what a trial imports and return what must be the same everywhere, and what the node has."""
         import torch
 
-        import sweeps.trial
+        import sweeps.entry
         import sweeps.wide_trial  # noqa: F401
 
         known = environment()

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sweeps.plans import Plan
 from sweeps.reports.drawing import failed, finish, style
 from sweeps.reports.page import Figure, Gap, slug
-from sweeps.space import Dimension, value_at
+from sweeps.space import Dimension, value_of
 from synq.results import RunRecord
 
 STATES = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
@@ -149,7 +149,7 @@ def _study(dimensions: Sequence[Dimension], trials: Iterable[tuple[Plan, RunReco
     study = optuna.create_study(direction="minimize" if minimise else "maximize")
     ranges = dict(zip(_names(dimensions), map(_distribution, dimensions), strict=True))
     for plan, record in trials:
-        values = [_value(dimension, value_at(plan.config, dimension.name)) for dimension in dimensions]
+        values = [_value(dimension, value_of(plan.config, dimension.name)) for dimension in dimensions]
         params = dict(zip(ranges, values, strict=True))
         state = STATES[record.status]
         if state == TrialState.COMPLETE and record.objective_value is None:
