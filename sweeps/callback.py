@@ -9,7 +9,7 @@ from ray.tune.experiment import Trial
 
 from sweeps.cluster import capacity
 from sweeps.group_search import EPOCH, OBJECTIVE, STATUS, is_finite
-from sweeps.halt import Halt
+from sweeps.halt import StopReason
 from sweeps.ledger import Ledger
 from sweeps.progress import Progress
 from sweeps.trial import STORAGE
@@ -20,11 +20,11 @@ LOOK_SECONDS = 5.0
 """Seconds between two looks at what the cluster has free, and at whether the sweep's address is still ours."""
 
 
-class HaltStopper(tune.Stopper):
+class SweepStopper(tune.Stopper):
     """Tells Ray Tune to end when there is a reason to."""
 
-    def __init__(self, halt: Halt) -> None:
-        self.halt = halt
+    def __init__(self, stop_reason: StopReason) -> None:
+        self.stop_reason = stop_reason
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No single trial is stopped from here."""
@@ -32,14 +32,14 @@ class HaltStopper(tune.Stopper):
 
     def stop_all(self) -> bool:
         """Whether the sweep ends now."""
-        return bool(self.halt)
+        return bool(self.stop_reason)
 
 
 class SweepCallback(tune.Callback):
     """Settles each ended trial in the ledger and shows it."""
 
-    def __init__(self, ledger: Ledger, progress: Progress, halt: Halt) -> None:
-        self.ledger, self.progress, self.halt = ledger, progress, halt
+    def __init__(self, ledger: Ledger, progress: Progress, stop_reason: StopReason) -> None:
+        self.ledger, self.progress, self.stop_reason = ledger, progress, stop_reason
         self.history: dict[str, dict[int, float]] = {}
         self.started: dict[str, float] = {}
         self.failed = 0
@@ -55,7 +55,7 @@ class SweepCallback(tune.Callback):
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        self.halt.storage = self.halt.storage or self.ledger.folder.lost
+        self.stop_reason.storage = self.stop_reason.storage or self.ledger.folder.lost
         self.progress.usage = usage()
         try:
             capacity(self.ledger.spec.search)
@@ -81,7 +81,7 @@ class SweepCallback(tune.Callback):
             if value is not None and is_finite(value):
                 history = self.history.setdefault(name, {})
                 history[result[EPOCH]] = float(value)
-                self.halt.guard(lambda: self.ledger.note(name, history))
+                self.stop_reason.try_write(lambda: self.ledger.note(name, history))
             self.progress.epoch(name, result[EPOCH], result["epochs"], value)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -89,10 +89,10 @@ class SweepCallback(tune.Callback):
         last = trial.last_result or {}
         self.progress.worked(last.get("began"), last.get("ended"), last.get("gpu_bytes", 0))
         if last.get(STATUS) == STORAGE:
-            self.halt.storage = self.halt.storage or last["reason"]
+            self.stop_reason.storage = self.stop_reason.storage or last["reason"]
         elif STATUS in last:  # it ended by itself and has written its record; read here only if it can be seen here
             self._settle(trial, "failed", UNSEEN)
-        elif not self.halt:  # else it was not judged: it goes on when the sweep does
+        elif not self.stop_reason:  # else it was not judged: it goes on when the sweep does
             epoch = last.get(EPOCH, 0)
             self._settle(trial, "pruned", f"stopped after epoch {epoch}: weak among the trials of its group")
 
@@ -115,9 +115,9 @@ class SweepCallback(tune.Callback):
             if record.status == "failed":
                 self.failed += 1
                 if self.failed >= self.ledger.spec.search.max_failed_trials:
-                    self.halt.failed = f"{self.failed} trials failed, the last one, {name}, by: {record.reason}"
+                    self.stop_reason.failed = f"{self.failed} trials failed, the last one, {name}, by: {record.reason}"
 
-        self.halt.guard(settle)
+        self.stop_reason.try_write(settle)
 
 
 def usage() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from sweeps.group_search import EPOCH, OBJECTIVE, STATUS, is_finite
-from sweeps.halt import Halt
+from sweeps.halt import StopReason
 from sweeps.ledger import Ledger
 from sweeps.plans import Plan
 from sweeps.spec import SweepSpec
@@ -21,9 +21,9 @@ class SweepScheduler(FIFOScheduler):
     their resources behind: it is asked to stop, by a sign in the sweep's folder that its workers look for after each epoch.
     """
 
-    def __init__(self, spec: SweepSpec, ledger: Ledger, halt: Halt | None = None) -> None:
+    def __init__(self, spec: SweepSpec, ledger: Ledger, stop_reason: StopReason | None = None) -> None:
         super().__init__()
-        self.ledger, self.halt = ledger, halt or Halt()
+        self.ledger, self.stop_reason = ledger, StopReason() if stop_reason is None else stop_reason
         self.wide = spec.search.workers_per_trial > 1
         self.asked: set[str] = set()
         """Trials that were asked to stop."""
@@ -75,7 +75,7 @@ class SweepScheduler(FIFOScheduler):
         if decision != TrialScheduler.STOP or not self.wide:
             return decision
         self.asked.add(plan.trial)
-        self.halt.guard(lambda: self.ledger.ask_to_stop(plan.trial))
+        self.stop_reason.try_write(lambda: self.ledger.ask_to_stop(plan.trial))
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:

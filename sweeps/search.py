@@ -98,7 +98,7 @@ class SweepSearcher(Searcher):
     def num_total(self) -> int:
         """Most trials that the sweep comes to, those already there included."""
         search = self.spec.search
-        finals = search.final_top_k * self.spec.num_widths
+        finals = search.final_top_k * self.spec.num_bit_widths
         return sum(search.trials + finals * len(self._further_seeds(key)) for key in self.groups)
 
     def num_left(self) -> int:

@@ -14,9 +14,9 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
-from sweeps.callback import HaltStopper, SweepCallback
+from sweeps.callback import SweepCallback, SweepStopper
 from sweeps.cluster import check_shared, cluster
-from sweeps.halt import Halt
+from sweeps.halt import StopReason
 from sweeps.ledger import Ledger
 from sweeps.plans import set_recipe
 from sweeps.progress import Progress, print_leaderboard
@@ -55,7 +55,7 @@ def run_sweep(spec: SweepSpec) -> int:
 
 
 def _run(spec: SweepSpec, ledger: Ledger) -> int:
-    searcher, halt = SweepSearcher(spec, ledger, study_storage(spec)), Halt()
+    searcher, stop_reason = SweepSearcher(spec, ledger, study_storage(spec)), StopReason()
     was_finished = not searcher.num_left()
     with Progress(searcher.num_total()) as progress:
         progress.known(ledger.records)
@@ -69,32 +69,41 @@ def _run(spec: SweepSpec, ledger: Ledger) -> int:
         try:
             if searcher.num_left():
                 with cluster(spec.search) as capacity, _interruptible():  # Ray sets a handler of its own
-                    if capacity.remark:
-                        progress.say(capacity.remark)
-                    progress.say(f"{capacity.words}; at most {capacity.trials} trials at a time")
+                    if capacity.note:
+                        progress.say(capacity.note)
+                    progress.say(f"{capacity.summary}; at most {capacity.trials} trials at a time")
                     progress.slots = min(capacity.trials, spec.search.max_concurrent or capacity.trials)
                     if not spec.address:
                         check_shared(spec.output_dir)
                     _check_groups(spec, ledger)
                     _make_sets(spec, ledger, progress)
-                    _tune(spec, ledger, searcher, progress, halt)
+                    _tune(spec, ledger, searcher, progress, stop_reason)
         except KeyboardInterrupt:
             ledger.write_tables()
             progress.say(f"interrupted; the tables are in {where}, the same command goes on")
             return INTERRUPTED
-    if halt.storage:
-        raise OSError(f"{halt.storage}; when that is mended, the same command goes on")
+    if stop_reason.storage:
+        raise OSError(f"{stop_reason.storage}; when that is mended, the same command goes on")
     ledger.write_tables()
     is_drawn = was_finished and _is_drawn(spec)  # a page that was drawn while trials ran may lack the last ones
-    return _conclude(spec, ledger, searcher, progress, halt, is_drawn=is_drawn)
+    return _conclude(spec, ledger, searcher, progress, stop_reason, is_drawn=is_drawn)
 
 
 def _conclude(
-    spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Progress, halt: Halt, *, is_drawn: bool
+    spec: SweepSpec,
+    ledger: Ledger,
+    searcher: SweepSearcher,
+    progress: Progress,
+    stop_reason: StopReason,
+    *,
+    is_drawn: bool,
 ) -> int:
     """Print what came out, draw the page unless it `is_drawn` already, and return the exit code."""
-    if halt.failed:
-        print(f"stopped: {halt.failed}. The same command goes on; --retry-failed runs failed trials again", flush=True)
+    if stop_reason.failed:
+        print(
+            f"stopped: {stop_reason.failed}. The same command goes on; --retry-failed runs failed trials again",
+            flush=True,
+        )
     elif not searcher.num_left():
         ledger.finish()
     print_leaderboard(ledger.tables.leaderboard_rows())
@@ -112,7 +121,7 @@ def _conclude(
     empty = [group.key for group in spec.groups if not ledger.best(group.key)]
     if empty:
         print(f"no trial was completed in {', '.join(empty)}; the lines above or trials.csv say why", flush=True)
-    return NO_RESULT if empty or halt.failed else 0
+    return NO_RESULT if empty or stop_reason.failed else 0
 
 
 def _is_drawn(spec: SweepSpec) -> bool:
@@ -245,7 +254,9 @@ def _made(
             yield reply, waiting[ready]
 
 
-def _tune(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Progress, halt: Halt) -> None:
+def _tune(
+    spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Progress, stop_reason: StopReason
+) -> None:
     """Run the trials that are left. Ray's own state is thrown away: the ledger is what a later start resumes from."""
     from sweeps.entry import run_trial
 
@@ -260,7 +271,7 @@ def _tune(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Pr
             tune.with_resources(run_trial, resources),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=SweepScheduler(spec, ledger, halt),
+                scheduler=SweepScheduler(spec, ledger, stop_reason),
                 num_samples=searcher.num_total() + len(ledger.plans),
                 reuse_actors=True,
                 trial_name_creator=_name,
@@ -270,8 +281,8 @@ def _tune(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Pr
                 name=time.strftime("%Y%m%d-%H%M%S"),
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[SweepCallback(ledger, progress, halt)],
-                stop=HaltStopper(halt),
+                callbacks=[SweepCallback(ledger, progress, stop_reason)],
+                stop=SweepStopper(stop_reason),
                 failure_config=tune.FailureConfig(max_failures=search.max_failures),
             ),
         )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from sweep_tools import TINY, tiny
 
+from sweeps.halt import StopReason
 from sweeps.ledger import Ledger
 from sweeps.plans import Plan
 from sweeps.progress import Progress
@@ -65,7 +66,9 @@ def test_rungs_are_kept_apart_by_group_and_spare_last_epochs_and_reruns(tmp_path
 
     spec = tiny(tmp_path, reduction_factor=2, base={**TINY["base"], "finetune": {"epochs": 4, "batch_size": 16}})
     ledger = Ledger(spec)
-    scheduler = SweepScheduler(spec, ledger)
+    reason = StopReason()
+    scheduler = SweepScheduler(spec, ledger, reason)
+    assert scheduler.stop_reason is reason, "a disk that fails when the scheduler writes must end the sweep"
 
     def result(name: str, group: str, epoch: int, value: float | None, stage: Any = "search", **more: Any) -> str:
         trial = SimpleNamespace(trial_id=name, config={"trial": name})
@@ -93,7 +96,6 @@ def test_rungs_are_kept_apart_by_group_and_spare_last_epochs_and_reruns(tmp_path
 def opened(tmp_path: Path) -> Iterator[Callable[..., tuple[Any, Ledger, Any]]]:
     """Open a sweep's folder as a driver that starts does: `(searcher, ledger, callback)`; ends the one before."""
     from sweeps.callback import SweepCallback
-    from sweeps.halt import Halt
     from sweeps.search import SweepSearcher
 
     ledgers: list[Ledger] = []
@@ -105,7 +107,11 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., tuple[Any, Ledger, Any]]]:
         ledgers.append(Ledger(spec))
         ledgers[-1].open()
         searcher = SweepSearcher(ledgers[-1].spec, ledgers[-1])
-        return searcher, ledgers[-1], SweepCallback(ledgers[-1], Progress(searcher.num_total(), live=False), Halt())
+        return (
+            searcher,
+            ledgers[-1],
+            SweepCallback(ledgers[-1], Progress(searcher.num_total(), live=False), StopReason()),
+        )
 
     yield start
     for ledger in ledgers:
