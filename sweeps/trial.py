@@ -2,12 +2,12 @@
 
 The shapes of a trial, from the search space to the table, and where each is made:
 
-    parameters  what Optuna drew, by dotted name (`GroupSearch.propose`)                    kept in the plan, to replay the search
-    overrides   the same as settings, None where an idea is off (`sweeps.space.sample`)     {"finetune.lowpass_cutoff": 0.8}
-    RunConfig   the group's run with the overrides applied (`sweeps.spec.run_config`)       kept in the plan: plans/TRIAL.json
-    TrialTask   the run, the sweep's folder and the resources (`Ledger.task`)               plain values only while Ray Tune has them
-    RunRecord   the run and its metrics (`synq.pipeline.run`)                               records/TRIAL.json
-    row         one line of trials.csv; of leaderboard.csv for all seeds of one setting     (`sweeps.leaderboard`)
+    parameters  by dotted name, as Optuna has them (`GroupSearch.propose`)      kept in the plan, to replay the search
+    overrides   settings by dotted name (`sweeps.space.sample`)                  None where an idea is off
+    RunConfig   the group's run with the overrides (`sweeps.spec.run_config`)    kept in the plan, plans/TRIAL.json
+    TrialTask   the run, the sweep's folder, the resources (`Ledger.task`)       plain values only while Ray Tune holds them
+    RunRecord   the run and its metrics (`synq.pipeline.run`)                    records/TRIAL.json
+    row         of trials.csv; of leaderboard.csv for all seeds of a setting     (`sweeps.leaderboard`)
 """
 
 import gc
