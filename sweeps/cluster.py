@@ -1,4 +1,4 @@
-"""Where a sweep runs: on the Ray cluster it is given, or on a Ray of its own on this machine. Imports Ray only when called."""
+"""Where a sweep runs: on the Ray cluster it is given, or on a separate Ray on this machine. Imports Ray only when called."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ from synq.results import environment, write_text_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 256 * 2**20
-"""Size of the object store of a Ray of our own; nothing large passes through it, sets are files."""
+"""Size of the object store of a Ray that we start; nothing large passes through it, sets are files."""
 REACH_SECONDS = 10.0
 """How long the head of a cluster may take to accept a connection."""
 PROBE_SECONDS = 60.0

@@ -2,7 +2,7 @@
 
 Layout::
 
-    sweep.json            what the sweep is; a changed one is refused
+    sweep.json            what the sweep is; a changed one is rejected
     plans/TRIAL.json      written when a trial is proposed: its settings, its run, later its objective per epoch
     plans/TRIAL.stop      asks a trial of several workers to stop
     records/TRIAL.json    written when a trial has ended: completed, pruned or failed
@@ -59,7 +59,7 @@ class Ledger:
         self._tables_due = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Ray Tune pickles its parts for a resume of its own, which is not used: the folder is the state
+        return {}  # Ray Tune pickles its parts for its own resume, which is not used: the folder is the state
 
     def open(self) -> None:
         """Take the folder: lock it, check that it holds this sweep, read what is there.
@@ -93,7 +93,7 @@ class Ledger:
         self.tables.add(record, path.stem, source=str(path))
 
     def know(self, group: str, facts: dict[str, Any], eval_digest: str) -> None:
-        """Note what a group's teacher is, and refuse to go on with records of other files of the same name.
+        """Note what a group's teacher is, and reject records that other files of the same name gave.
 
         Args:
             group: Key of the group.
@@ -117,7 +117,7 @@ class Ledger:
                     )
 
     def record_path(self, trial: str) -> Path:
-        """Where the record of a trial stands."""
+        """Return the path of a trial's record."""
         return self.root / "records" / f"{trial}.json"
 
     def task(self, plan: Plan) -> TrialTask:
@@ -249,7 +249,7 @@ class Ledger:
         self.folder.write("sweep.json", {**there, "finished": number})
 
     def _check_identity(self) -> None:
-        """Refuse a folder that holds another sweep: its trials would be mixed with these."""
+        """Reject a folder that holds another sweep: its trials would be mixed with these."""
         groups = {}
         for group in self.spec.groups:
             values = config_to_dict(group.base)

@@ -38,7 +38,7 @@ def grid(dimensions: Sequence[Dimension]) -> Iterator[Point]:
 
 
 def point_params(dimensions: Sequence[Dimension], point: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the search's own parameters that stand for a point, or None where it lies outside the space."""
+    """Return the search's parameters of a point, or None where it is outside the space."""
     params: dict[str, Any] = {}
     for dimension in dimensions:
         found = dimension.point(point[dimension.name])
@@ -107,7 +107,7 @@ def warm_points(
 
 
 def read_earlier(paths: Sequence[str]) -> list[RunRecord]:
-    """Read the records that stand beside leaderboards.
+    """Read the records next to leaderboards.
 
     Args:
         paths: Folders of sweeps, or leaderboard.csv files in them.

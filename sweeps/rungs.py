@@ -1,4 +1,4 @@
-"""Early stopping of a sweep: successive halving (ASHA) with rungs of its own for every group."""
+"""Early stopping of a sweep: successive halving (ASHA) with separate rungs for every group."""
 
 import math
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ class SweepScheduler(FIFOScheduler):
     """Stops trials that are weak in their own group; re-runs and last epochs are never stopped.
 
     A trial of several workers is not stopped by Ray Tune, which can only kill its outermost process and may leave the workers and
-    their resources behind: it is asked to stop, by a sign in the sweep's folder that its workers look for after each epoch.
+    their resources running: it is asked to stop, by a sign in the sweep's folder that its workers look for after each epoch.
     """
 
     def __init__(self, spec: SweepSpec, ledger: Ledger, stop_reason: StopReason | None = None) -> None:

@@ -1,6 +1,6 @@
-"""The search of a sweep: one of each group, served in turn, behind the single face Ray Tune wants.
+"""The search of a sweep: one of each group, served in turn, as the single searcher that Ray Tune takes.
 
-Nothing here has a state of its own that counts: what was proposed stands in the ledger's plans, what came of it in its records, and
+Nothing here has state that counts: what was proposed is in the ledger's plans, what came of it in its records, and
 every search is rebuilt from them when a driver starts again.
 """
 
@@ -226,7 +226,7 @@ class SweepSearcher(Searcher):
         return any(plan.stage == "search" and self._further_seeds(plan.group) for plan in plans)
 
     def _replay(self, key: str) -> None:
-        """Tell a group's search everything that stands in the ledger."""
+        """Replay everything that the ledger has of a group into its search."""
         for plan in self.ledger.group_plans(key):
             record = self.ledger.records.get(plan.trial)
             if record is None or point_params(self.spec.dimensions, self._overrides(plan)) is None:

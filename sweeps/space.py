@@ -11,7 +11,7 @@ IDENTITY = (
     *("quant.weight_bits", "quant.act_bits", "quant.first_bits", "quant.last_bits"),
     *("quant.last_bits_for_input", "quant.layer_weight_bits", "quant.layer_act_bits", "quant.act_points"),
 )
-"""Settings that say which ranking a run belongs to: never searched over."""
+"""Settings that decide which ranking a run belongs to: never searched over."""
 
 DEFAULT_SPACE: dict[str, dict[str, Any]] = {
     "finetune.lowpass_cutoff": {"type": "float", "low": 0.4, "high": 1.6, "log": True, "optional": True},
@@ -54,7 +54,7 @@ class Dimension:
     step: float | None = None
     """Distance of the values tried."""
     values: tuple[Any, ...] = ()
-    """The choices; "none" stands for None."""
+    """The choices; "none" is None."""
     optional: bool = False
     """Whether None (the idea switched off) is tried as well as the range."""
 
@@ -98,10 +98,10 @@ class Dimension:
         if self.type == "int":
             return trial.suggest_int(self.name, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
         value = trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
-        return float(f"{value:.6g}")  # what stands in the record is what was run, readable
+        return float(f"{value:.6g}")  # readable, and the record has exactly what was run
 
     def point(self, value: Any) -> dict[str, Any] | None:
-        """Return the search's parameters that stand for `value`, or None where the dimension cannot take it."""
+        """Return the search's parameters of `value`, or None where the dimension cannot take it."""
         if self.type == "choice":
             value = "none" if value is None else value
             return {self.name: value} if value in self.values else None
@@ -168,7 +168,7 @@ def base_values(dimensions: Sequence[Dimension], config: RunConfig) -> dict[str,
 
 
 def with_bits(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return overrides with the label of searched bit-widths replaced by the settings it stands for."""
+    """Return overrides with the label of searched bit-widths replaced by its two settings."""
     if BITS not in overrides:
         return dict(overrides)
     weight_bits, act_bits = parse_bits(overrides[BITS])

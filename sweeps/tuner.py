@@ -43,7 +43,7 @@ def run_sweep(spec: SweepSpec) -> int:
         go on).
 
     Raises:
-        ValueError, OSError: Something the user should mend; nothing was computed in vain.
+        ValueError, OSError: Something the user should mend, found before anything was computed.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     ledger = Ledger(spec)
@@ -68,7 +68,7 @@ def _run(spec: SweepSpec, ledger: Ledger) -> int:
             progress.say(f"{there}, {nothing if was_finished else rest}")
         try:
             if searcher.num_left():
-                with cluster(spec.search) as capacity, _interruptible():  # Ray sets a handler of its own
+                with cluster(spec.search) as capacity, _interruptible():  # Ray sets a handler, too
                     if capacity.note:
                         progress.say(capacity.note)
                     progress.say(f"{capacity.summary}; at most {capacity.trials} trials at a time")
@@ -151,7 +151,7 @@ def _report(spec: SweepSpec, ledger: Ledger) -> str:
 
 
 def _check_groups(spec: SweepSpec, ledger: Ledger) -> None:
-    """Open the teacher, the labelled images and the student of every group: what cannot work is said before hours of synthesis."""
+    """Open the teacher, the labelled images and the student of every group, so that what cannot work fails before hours of synthesis."""
     from sweeps.trial import check_run
 
     check = _remote(spec, check_run)
