@@ -10,9 +10,9 @@ from pathlib import Path
 if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sweeps.cluster import output_root, prepare_environment
-from sweeps.command_line import Parser
-from sweeps.spec_file import DEMO_SPEC, load_spec
+from synq.commands.arguments import Parser
+from synq.sweeps.driver.cluster import output_root, prepare_environment
+from synq.sweeps.spec_file import DEMO_SPEC, load_spec
 from synq.train import USER_ERROR, report_error
 
 
@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         spec = load_spec(path, given, root=output_root())
         prepare_environment()
         if dry_run:
-            from sweeps.preview import print_preview
+            from synq.sweeps.driver.dry_run import print_preview
 
             print_preview(spec)
             return 0
-        from sweeps.tuner import run_sweep
+        from synq.sweeps.driver.tuner import run_sweep
 
         status = run_sweep(spec)
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """Train the small teacher that ships with the package, on the training part of scikit-learn's digits.
 
-    python launch/train_bundled_teacher.py [--seed 0] [--epochs 60] [--output synq/assets/digits_resnet8.safetensors]
+    python launch/train_bundled_teacher.py [--seed 0] [--epochs 60] [--output synq/teacher/assets/digits_resnet8.safetensors]
 
 One thread, about a minute. The same seed gives the same weights on the same machine and versions; the last epoch is kept, never
 the best. Accuracy on the held-out third, command and seed are written into the file's metadata.
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from synq.cifar_resnet import cifar_resnet
-from synq.real_data import LabelledSet, load_labelled
-from synq.seeding import make_generator, seed_everything
+from synq.common.seeding import make_generator, seed_everything
+from synq.evaluation.labelled import LabelledSet, load_labelled
+from synq.teacher.cifar_resnet import cifar_resnet
 
 INPUT_SIZE = (1, 16, 16)
 NUM_CLASSES = 10
@@ -86,7 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and shifts")
     parser.add_argument("--epochs", type=int, default=60, help="passes over the training part")
-    parser.add_argument("--output", type=Path, default=root / "synq/assets/digits_resnet8.safetensors", help="file")
+    parser.add_argument(
+        "--output", type=Path, default=root / "synq/teacher/assets/digits_resnet8.safetensors", help="file"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)  # the order of summation, and so the last bits, depend on the number of threads
     torch.use_deterministic_algorithms(True)

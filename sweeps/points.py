@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sweeps.leaderboard import leaderboard_rows, load_records
-from sweeps.space import BITS, Dimension, value_at, value_of
-from synq.configs import RunConfig
-from synq.results import RunRecord
+from synq.config.run import RunConfig
+from synq.runs.record import RunRecord
+
+from .leaderboard.records import leaderboard_rows, load_records
+from .space import BITS, Dimension, value_at, value_of
 
 CUTOFF, UNIT = "finetune.lowpass_cutoff", "lowpass_unit"
 Point = dict[str, Any]

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from synq.config_io import between, one_of, require
+from synq.config.parsing import between, one_of, require
 
 DEFAULT_TRIALS = 8
 SAMPLERS = ("tpe", "random", "gp", "nsga2", "grid", "points")

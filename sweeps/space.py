@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from synq.config_io import between, dotted_keys, one_of, require
-from synq.configs import RunConfig, parse_bits
+from synq.config.parsing import between, dotted_keys, one_of, require
+from synq.config.run import RunConfig, parse_bits
 
 IDENTITY = (
     *("quant.weight_bits", "quant.act_bits", "quant.first_bits", "quant.last_bits"),

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sweeps.addresses import is_address, local_copy
-from sweeps.search_config import SearchConfig
-from sweeps.space import BITS, Dimension, with_bits
-from synq.config_io import require
-from synq.configs import RunConfig, with_overrides
+from synq.config.parsing import require
+from synq.config.run import RunConfig, with_overrides
+
+from .search_config import SearchConfig
+from .space import BITS, Dimension, with_bits
+from .storage.addresses import is_address, local_copy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,15 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sweeps.addresses import is_address
-from sweeps.points import Point, completed, grid_size, listed_dimensions, point_params
-from sweeps.search_config import DEFAULT_TRIALS, LISTED, SearchConfig
-from sweeps.space import BITS, DEFAULT_SPACE, Dimension, base_values, with_bits
-from sweeps.spec import Group, SweepSpec
-from sweeps.spec_tables import read_points, read_space, read_table
-from synq.config_identity import absolute_path
-from synq.config_io import nearest, require
-from synq.configs import (
+from synq.config.file_kinds import read_as
+from synq.config.identity import absolute_path
+from synq.config.parsing import nearest, require
+from synq.config.run import (
     RunConfig,
     TeacherConfig,
     config_from_dict,
@@ -33,7 +28,13 @@ from synq.configs import (
     parse_bits,
     with_overrides,
 )
-from synq.file_kinds import read_as
+
+from .points import Point, completed, grid_size, listed_dimensions, point_params
+from .search_config import DEFAULT_TRIALS, LISTED, SearchConfig
+from .space import BITS, DEFAULT_SPACE, Dimension, base_values, with_bits
+from .spec import Group, SweepSpec
+from .spec_tables import read_points, read_space, read_table
+from .storage.addresses import is_address
 
 DEMO_SPEC = Path(__file__).parent / "specs" / "demo.toml"
 TABLES = ("models", "bits", "base", "space", "points")

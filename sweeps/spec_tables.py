@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sweeps.points import Point
-from sweeps.space import BITS, IDENTITY, Dimension, setting_names
-from synq.config_io import config_from_dict, nearest, require
+from synq.config.parsing import config_from_dict, nearest, require
+
+from .points import Point
+from .space import BITS, IDENTITY, Dimension, setting_names
 
 
 def read_table(value: Any, name: str) -> dict[str, Any]:

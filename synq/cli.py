@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from synq import __version__
-from synq.config_io import nearest
+from synq.config.parsing import nearest
 from synq.train import USER_ERROR, leave, report_error
 from synq.train import main as train
 
@@ -39,19 +39,19 @@ def _elsewhere(module: str, words: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "inspect": partial(_elsewhere, "launch.inspection"),
-    "rehearse": partial(_elsewhere, "launch.rehearsal"),
-    "widths": partial(_elsewhere, "launch.widths"),
+    "inspect": partial(_elsewhere, "synq.commands.inspect_model"),
+    "rehearse": partial(_elsewhere, "synq.commands.smoke_run"),
+    "widths": partial(_elsewhere, "synq.commands.mixed_precision"),
     "train": partial(train, program="synq train"),
     "synthesize": partial(train, program="synq synthesize", only_images=True),
     "sweep": partial(_elsewhere, "launch.sweep"),
-    "recipe": partial(_elsewhere, "launch.recipe"),
-    "export": partial(_elsewhere, "launch.export"),
-    "leaderboard": partial(_elsewhere, "sweeps.leaderboard"),
-    "show": partial(_elsewhere, "launch.show"),
-    "report": partial(_elsewhere, "launch.report"),
-    "check-cluster": partial(_elsewhere, "launch.check_cluster"),
-    "bench": partial(_elsewhere, "launch.bench"),
+    "recipe": partial(_elsewhere, "synq.commands.recipe"),
+    "export": partial(_elsewhere, "synq.commands.export"),
+    "leaderboard": partial(_elsewhere, "synq.sweeps.leaderboard.records"),
+    "show": partial(_elsewhere, "synq.commands.show"),
+    "report": partial(_elsewhere, "synq.commands.report"),
+    "check-cluster": partial(_elsewhere, "synq.commands.check_cluster"),
+    "bench": partial(_elsewhere, "synq.commands.bench"),
 }
 
 

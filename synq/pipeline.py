@@ -21,27 +21,27 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, fx
 
-from synq.artifacts import Purpose, SetStore
-from synq.blocks import block_ends
-from synq.checkpoints import load_prepared, save_prepared
-from synq.configs import QuantConfig, RunConfig, SynthesisConfig, config_digest, config_to_dict, make_absolute
-from synq.evaluation import Measure
-from synq.finetune import Epoch, NonFiniteLossError, finetune
-from synq.fusion import fuse_rectified
-from synq.lowpass import cutoff_in_bins, gaussian_lowpass
-from synq.network_outputs import TappedNetwork
-from synq.placement import check_compilable, dtype_of, main_sees, make_accelerator, make_equal, place, same_figures
-from synq.records import blank_record, complete_record, finished_record
-from synq.results import RunRecord, check_writable, write_bytes_atomic, write_json_atomic, write_record
-from synq.rounding import prepare_student
-from synq.scratch import check_space, scratch_tensor
-from synq.students import Student, quantize_model, share_changed, weight_codes
-from synq.synthesis import ensure_set
-from synq.synthetic_data import SyntheticSet
-from synq.teachers import Teacher, load_teacher
-from synq.timetable import local_batch_size
-from synq.tracing import with_features
-from synq.tracking import RunLog
+from synq.common.scratch import check_space, scratch_tensor
+from synq.config.run import QuantConfig, RunConfig, SynthesisConfig, config_digest, config_to_dict, make_absolute
+from synq.evaluation.measure import Measure
+from synq.finetune.checkpoints import load_prepared, save_prepared
+from synq.finetune.loop import Epoch, NonFiniteLossError, finetune
+from synq.finetune.responses import TappedNetwork
+from synq.finetune.schedule import local_batch_size
+from synq.network.blocks import block_ends
+from synq.network.tracing import with_features
+from synq.quant.fusion import fuse_rectified
+from synq.quant.prepare import prepare_student
+from synq.quant.student import Student, quantize_model, share_changed, weight_codes
+from synq.runs.lifecycle import blank_record, complete_record, finished_record
+from synq.runs.record import RunRecord, check_writable, write_bytes_atomic, write_json_atomic, write_record
+from synq.runs.tracking import RunLog
+from synq.runtime import check_compilable, dtype_of, main_sees, make_accelerator, make_equal, place, same_figures
+from synq.synthesis.dataset import SyntheticSet
+from synq.synthesis.generate import ensure_set
+from synq.synthesis.lowpass import cutoff_in_bins, gaussian_lowpass
+from synq.synthesis.store import Purpose, SetStore
+from synq.teacher.teacher import Teacher, load_teacher
 
 LARGE_SET_BYTES = 2**28
 """Size from which filtered images are kept on disk: 21,845 images of 32 pixels, 446 of 224."""

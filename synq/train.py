@@ -15,9 +15,9 @@ import contextlib
 import time
 from collections.abc import Sequence
 
-from synq.config_io import parse_overrides
-from synq.configs import RunConfig, load_run, make_absolute, with_overrides
-from synq.results import summary_line
+from synq.config.parsing import parse_overrides
+from synq.config.run import RunConfig, load_run, make_absolute, with_overrides
+from synq.runs.record import summary_line
 
 PROGRAM = "accelerate launch synq/train.py"
 USER_ERROR = 2
@@ -152,10 +152,10 @@ def _take_npz(words: list[str]) -> str | None:
 def _run(config: RunConfig, rank: int, only_images: bool, npz: str | None = None) -> int:
     import torch
 
-    from synq.finetune import NonFiniteLossError
+    from synq.finetune.loop import NonFiniteLossError
     from synq.pipeline import make_accelerator, prepare, run, run_folder
-    from synq.synthesis import write_npz
-    from synq.teachers import load_teacher
+    from synq.synthesis.generate import write_npz
+    from synq.teacher.teacher import load_teacher
 
     notes: list[str] = []
     try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from synq.configs import RunConfig, TeacherConfig
+    from synq.config.run import RunConfig, TeacherConfig
 
 # Before anything imports torch or Ray. Ray's own variables: no token file, everything on 127.0.0.1, no usage report.
 os.environ.update(
@@ -152,7 +152,7 @@ def tiny_settings() -> dict[str, object]:
 @pytest.fixture
 def config(tiny_settings: dict[str, object], tmp_path: Path) -> "RunConfig":
     """A run of `tiny_settings` that writes to the test's folder."""
-    from synq.configs import RunConfig, with_overrides
+    from synq.config.run import RunConfig, with_overrides
 
     return with_overrides(RunConfig(), {**tiny_settings, "runtime.output_dir": str(tmp_path)})
 
@@ -160,7 +160,7 @@ def config(tiny_settings: dict[str, object], tmp_path: Path) -> "RunConfig":
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, object]) -> Path:
     """The folder of a finished run whose student can be exported."""
-    from synq.configs import RunConfig, with_overrides
+    from synq.config.run import RunConfig, with_overrides
     from synq.pipeline import run, run_folder
 
     folder = tmp_path_factory.mktemp("runs")
@@ -183,7 +183,7 @@ def accelerator() -> "Accelerator":
 @pytest.fixture
 def model_file(tmp_path: Path) -> Path:
     """A user's file of models, the tiny one among them."""
-    from tiny_model import MODEL_FILE
+    from support.tiny_model import MODEL_FILE
 
     path = tmp_path / "my models.py"
     path.write_text(MODEL_FILE)
@@ -194,9 +194,9 @@ def model_file(tmp_path: Path) -> Path:
 def make_config(model_file: Path, tmp_path: Path) -> Callable[..., "TeacherConfig"]:
     """A configuration of the tiny model with its weights in a safetensors file; fields can be replaced."""
     from safetensors.torch import save_file
-    from tiny_model import HALF, SIZE, trained_state
+    from support.tiny_model import HALF, SIZE, trained_state
 
-    from synq.configs import TeacherConfig
+    from synq.config.run import TeacherConfig
 
     def make(factory: str = "tiny", **fields: object) -> TeacherConfig:
         values: dict[str, object] = {"spec": f"{model_file}:{factory}", "input_size": SIZE, "mean": HALF, "std": HALF}
@@ -258,7 +258,7 @@ def torch_rng_untouched() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a made sweep of two groups."""
-    from made_sweeps import made_sweep
+    from support.made_sweeps import made_sweep
 
     return made_sweep(tmp_path_factory.mktemp("made"))
 
@@ -266,7 +266,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """The leaderboard of the sweep over listed points when nothing happens."""
-    from sweep_tools import board, listed, whole
+    from support.sweep_tools import board, listed, whole
 
     folder = tmp_path_factory.mktemp("undisturbed")
     words = [

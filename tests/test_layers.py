@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from synq.config_io import dotted_keys
-from synq.configs import RunConfig
+from synq.config.parsing import dotted_keys
+from synq.config.run import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 # Imports point downward or to a neighbour in the same layer; neighbours make no circle.
@@ -202,7 +202,7 @@ def test_engines_stay_outside_the_package() -> None:
 
 
 def test_spaces_tables_and_plans_need_neither_ray_nor_torch() -> None:
-    modules = "sweeps.space, sweeps.leaderboard, sweeps.recipes, sweeps.ablation, sweeps.pool, sweeps.command_line"
+    modules = "synq.sweeps.space, synq.sweeps.leaderboard.records, synq.sweeps.studies.recipes, synq.sweeps.studies.ablation, synq.sweeps.studies.pool, synq.commands.arguments"
     code = f"import sys, {modules}; print(sorted({{'torch', 'ray', 'optuna'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
@@ -297,7 +297,7 @@ def test_keys_of_one_name_in_several_parts_are_all_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_settings: dict[str, object], spy: Callable[[type], set[str]]
 ) -> None:
     """`lr` of the synthesis and `lr` of the fine-tuning look alike to the test above: watch a run read them."""
-    from synq.configs import EvaluationConfig, FinetuneConfig, ReconstructionConfig, SynthesisConfig, with_overrides
+    from synq.config.run import EvaluationConfig, FinetuneConfig, ReconstructionConfig, SynthesisConfig, with_overrides
     from synq.pipeline import run
 
     parts: dict[str, type] = {"synthesis": SynthesisConfig, "finetune": FinetuneConfig, "evaluation": EvaluationConfig}
@@ -322,7 +322,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], set[str]]:
 
         def read(self: object, name: str) -> object:
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller not in ("dataclasses", "synq.config_io", "synq.config_identity") and not caller.endswith(
+            if caller not in ("dataclasses", "synq.config.parsing", "synq.config.identity") and not caller.endswith(
                 ("configs", "_config")
             ):
                 names.add(name)

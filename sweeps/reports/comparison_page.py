@@ -5,15 +5,15 @@ from typing import Any
 
 from matplotlib.figure import Figure as Canvas
 
-from sweeps.ranking import Ranking, Standing
-from sweeps.reports.drawing import COLORS, draw
-from sweeps.reports.page import Block, Figure, Gap, Page, Tab, Table, slug
-from sweeps.reports.published import Reference, references
-from sweeps.reports.summary import BOARD_COLUMNS, BOARD_HEADINGS, DECIMALS, foot, label
-from sweeps.reports.sweep_figures import pareto, trust
-from sweeps.reports.sweep_page import by_ranking
-from sweeps.reports.sweep_view import SweepView
-from sweeps.views import SHOWN_COLUMNS, compare, shown
+from ..leaderboard.ranking import Ranking, Standing
+from ..leaderboard.views import SHOWN_COLUMNS, compare, shown
+from .drawing import COLORS, draw
+from .page import Block, Figure, Gap, Page, Tab, Table, slug
+from .published import Reference, references
+from .summary import BOARD_COLUMNS, BOARD_HEADINGS, DECIMALS, foot, label
+from .sweep_figures import pareto, trust
+from .sweep_page import by_ranking
+from .sweep_view import SweepView
 
 PROTOCOLS = {
     "A": "Protocol A: every layer low-bit, static ranges",

@@ -4,9 +4,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from sweeps.reports.drawing import draw, panels
-from sweeps.reports.page import Figure, Gap
-from synq.probe_parts import ImageGrid, Maps, Spectra
+from synq.diagnostics.probe_parts import ImageGrid, Maps, Spectra
+
+from .drawing import draw, panels
+from .page import Figure, Gap
 
 
 def image_grid(grid: ImageGrid | str, cutoff: str) -> Figure | Gap:

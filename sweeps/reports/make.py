@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sweeps.command_line import check_paths
-from sweeps.reports import PAGE
-from sweeps.reports.comparison_page import comparison_page
-from sweeps.reports.page import Page, write_page
-from sweeps.reports.run_page import run_page
-from sweeps.reports.sweep_page import MOST_RUNS, sweep_page
-from sweeps.reports.sweep_view import is_run, read_sweep
-from synq.config_io import between
+from synq.commands.arguments import check_paths
+from synq.config.parsing import between
+
+from ..reports import PAGE
+from .comparison_page import comparison_page
+from .page import Page, write_page
+from .run_page import run_page
+from .sweep_page import MOST_RUNS, sweep_page
+from .sweep_view import is_run, read_sweep
 
 
 def make_report(

@@ -13,8 +13,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from synq.results import write_bytes_atomic, write_text_atomic
-from synq.table_text import Row, plain
+from synq.common.text_tables import Row, plain
+from synq.runs.record import write_bytes_atomic, write_text_atomic
 
 MOST_SVG_BYTES = 300_000
 """A drawing that takes more as SVG stands in the page as PNG; the file beside the page is SVG all the same."""
@@ -178,10 +178,13 @@ def _free(name: str, taken: dict[str, int]) -> str:
 def render(page: Page) -> str:
     """Return a page as HTML."""
     environment = Environment(
-        loader=PackageLoader("sweeps.reports", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("synq.sweeps.reports", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     environment.tests["kind"] = lambda block, name: type(block).__name__ == name
-    assets = resources.files("sweeps.reports") / "assets"
+    assets = resources.files("synq.sweeps.reports") / "assets"
     style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return environment.get_template("page.html").render(page=page, style=style, script=script)
 

@@ -61,5 +61,5 @@ def _words(model: str) -> set[str]:
 
 @functools.cache
 def _networks() -> Sequence[dict]:
-    path = resources.files("sweeps.reports") / "assets" / "published.toml"
+    path = resources.files("synq.sweeps.reports") / "assets" / "published.toml"
     return tomllib.loads(path.read_text(encoding="utf-8"))["network"]

@@ -7,10 +7,11 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
-from sweeps.reports.drawing import COLORS, draw
-from sweeps.reports.page import Figure, Gap
-from synq.probe_parts import REACH, Answers, LayerError, RangeCount
-from synq.results import RunRecord
+from synq.diagnostics.probe_parts import REACH, Answers, LayerError, RangeCount
+from synq.runs.record import RunRecord
+
+from .drawing import COLORS, draw
+from .page import Figure, Gap
 
 MOST_CLASSES = 20
 """Classes up to which a confusion is drawn as a matrix; with more of them its largest entries are."""

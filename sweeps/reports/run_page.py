@@ -4,14 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sweeps.reports.image_figures import cam_overlays, image_grid, spectra
-from sweeps.reports.page import Block, Gap, Page, Tab, Table, Words
-from sweeps.reports.run_figures import confusion, error_by_difficulty, layer_errors, losses, range_strips
-from sweeps.reports.summary import foot, run_facts, run_label, run_verdict
-from sweeps.reports.sweep_view import record_of
-from synq.probe import probe_run
-from synq.probe_parts import Probe
-from synq.results import RunRecord
+from synq.diagnostics.probe import probe_run
+from synq.diagnostics.probe_parts import Probe
+from synq.runs.record import RunRecord
+
+from .image_figures import cam_overlays, image_grid, spectra
+from .page import Block, Gap, Page, Tab, Table, Words
+from .run_figures import confusion, error_by_difficulty, layer_errors, losses, range_strips
+from .summary import foot, run_facts, run_label, run_verdict
+from .sweep_view import record_of
 
 LAYER_COLUMNS = ("name", "kind", "role", "bits", "shape", "parameters", "macs", "bitops")
 

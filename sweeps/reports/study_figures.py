@@ -15,11 +15,12 @@ from matplotlib.colors import ListedColormap
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeps.plans import Plan
-from sweeps.reports.drawing import failed, finish, style
-from sweeps.reports.page import Figure, Gap, slug
-from sweeps.space import Dimension, value_of
-from synq.results import RunRecord
+from synq.runs.record import RunRecord
+
+from ..space import Dimension, value_of
+from ..state.plans import Plan
+from .drawing import failed, finish, style
+from .page import Figure, Gap, slug
 
 STATES = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 BEYOND = 0.15

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sweeps.paired import drop_stderr
-from sweeps.ranking import SETTINGS, Standing
-from sweeps.reports.sweep_view import SweepView
-from synq.quant_config import ends_words
-from synq.results import RunRecord, run_protocol
-from synq.table_text import Row
+from synq.common.text_tables import Row
+from synq.config.quant import ends_words
+from synq.runs.record import RunRecord, run_protocol
+
+from ..leaderboard.ranking import SETTINGS, Standing
+from ..stats import drop_stderr
+from .sweep_view import SweepView
 
 BOARD_COLUMNS = (
     "rank", "model", "weight_bits", "act_bits", "top1_mean", "top1_std", "num_seeds", "drop", "objective_value", *SETTINGS, "protocol",

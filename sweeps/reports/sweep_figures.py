@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
-from sweeps.rank_table import rank_correlation
-from sweeps.ranking import Standing
-from sweeps.reports.drawing import COLORS, draw, panels
-from sweeps.reports.page import Figure, Gap
-from synq.results import RunRecord
-from synq.table_text import Row
+from synq.common.text_tables import Row
+from synq.runs.record import RunRecord
+
+from ..leaderboard.ranking import Standing
+from ..studies.rank_table import rank_correlation
+from .drawing import COLORS, draw, panels
+from .page import Figure, Gap
 
 LEAST_TRIALS = 8
 """Trials from which a rank correlation is worth a number."""

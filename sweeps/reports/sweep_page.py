@@ -3,11 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sweeps.ranking import TRIAL_COLUMNS, Ranking, Standing, read_run
-from sweeps.reports.page import Block, Gap, Page, Tab, Table, Words
-from sweeps.reports.run_page import run_tabs, settings_blocks
-from sweeps.reports.study_figures import study_figures
-from sweeps.reports.summary import (
+from synq.common.text_tables import Row
+from synq.runs.record import RunRecord
+
+from ..leaderboard.ranking import TRIAL_COLUMNS, Ranking, Standing, read_run
+from .page import Block, Gap, Page, Tab, Table, Words
+from .run_page import run_tabs, settings_blocks
+from .study_figures import study_figures
+from .summary import (
     BEST_COLUMNS,
     BOARD_COLUMNS,
     BOARD_HEADINGS,
@@ -20,10 +23,8 @@ from sweeps.reports.summary import (
     sweep_facts,
     sweep_verdict,
 )
-from sweeps.reports.sweep_figures import pareto, timeline, trust
-from sweeps.reports.sweep_view import SweepView
-from synq.results import RunRecord
-from synq.table_text import Row
+from .sweep_figures import pareto, timeline, trust
+from .sweep_view import SweepView
 
 LONG = ("versions", "commit", "host", "heldout_digest", "set_digest")
 """Columns of trials.csv that say the same for nearly all rows; the CSV has them."""

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sweeps.leaderboard import record_files
-from sweeps.plans import Plan, read_plan
-from sweeps.ranking import Standing
-from sweeps.space import Dimension
-from sweeps.tables import Tables
-from synq.results import RunRecord, read_json, read_record
+from synq.runs.record import RunRecord, read_json, read_record
+
+from ..leaderboard.ranking import Standing
+from ..leaderboard.records import record_files
+from ..leaderboard.tables import Tables
+from ..space import Dimension
+from ..state.plans import Plan, read_plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,0 @@
-"""The parts of `launch/bench.py`: one file a group of figures."""

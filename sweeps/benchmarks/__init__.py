@@ -1,0 +1,1 @@
+"""The parts of `synq/commands/bench.py`: one file a group of figures."""

@@ -1,0 +1,89 @@
+"""Row e: trials per hour, one, two and four at a time on this machine or GPU, and what lies around a trial."""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .launcher import ROOT, WorkerError, finish, start
+from .table import Context, Row
+from .timing import Spread
+
+CONCURRENT = (1, 2, 4)
+TRIALS = 8
+ACCOUNT = re.compile(
+    r"(\d+) trials in ([\d.]+) s, (\d+) at a time: (\d+) % of the time in their own work, ([\d.]+) s a trial"
+)
+
+
+def spec(folder: Path, device: str) -> dict[str, object]:
+    """Return a sweep of equal trials on the bundled teacher: one width, no pruning, no repetitions."""
+    return {
+        "name": "bench",
+        "models": ["bundled:digits_resnet8"],
+        "bits": ["W4A4"],
+        "num_trials": TRIALS,
+        "seeds": [0],
+        "sampler": "random",
+        "scheduler": "none",
+        "final_top_k": 1,
+        "base": {
+            "synthesis": {"num_images": 768, "shard_size": 128, "iterations": 20},
+            "finetune": {"epochs": 12},
+            "evaluation": {"heldout_images": 128},
+            "runtime": {"store_dir": str(folder / "store"), "device": device},
+        },
+    }
+
+
+def rows(context: Context) -> Iterator[Row]:
+    """Run the same sweep with more and more trials at a time; the synthetic sets are made before, once."""
+    device = context.device.type
+    with tempfile.TemporaryDirectory(prefix="synq-bench-") as name:
+        folder = Path(name)
+        file = folder / "bench.json"
+        file.write_text(json.dumps(spec(folder, device)))
+        _run(file, folder / "warm", 1, device, trials=2)
+        first = 0.0
+        for number in CONCURRENT:
+            span, share, around, real = _run(file, folder / f"at-{number}", number, device, trials=TRIALS)
+            rate = 3600 * TRIALS / span
+            first = first or rate
+            yield Row(
+                group="sweep",
+                what=f"{TRIALS} trials of the demo, one thread each, {real} at a time ({number} asked for): trials per hour",
+                value=Spread.of([rate]),
+                unit="/h",
+                note=f"{rate / first:.2f} times one at a time; {share:.0f} % in their own work, {around:.2f} s a trial around it",
+            )
+
+
+def _run(file: Path, output: Path, concurrent: int, device: str, *, trials: int) -> tuple[float, float, float, int]:
+    """Run the sweep; return (seconds from the first start to the last end, percent in own work, seconds around a trial, at a time).
+
+    Raises:
+        WorkerError: It failed; the message holds the end of what it said.
+    """
+    cores = os.cpu_count() or 1
+    part = ["--cpus-per-worker", str(min(1, cores / concurrent))]
+    if device == "cuda":
+        part += ["--gpus-per-worker", str(1 / concurrent)]
+    words = [
+        str(file),
+        "--output-dir",
+        str(output),
+        "--max-concurrent",
+        str(concurrent),
+        "--num-trials",
+        str(trials),
+        *part,
+    ]
+    process = start([sys.executable, str(ROOT / "launch" / "sweep.py"), *words])
+    out, err = finish(process)
+    found = ACCOUNT.search(out + err)
+    if found is None:
+        raise WorkerError(f"the sweep of the benchmark must say how its time was used, but said {err.strip()[-500:]}")
+    return float(found[2]), float(found[4]), float(found[5]), int(found[3])

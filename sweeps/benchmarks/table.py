@@ -1,0 +1,106 @@
+"""Rows of the benchmark, and how they are printed and written."""
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .timing import Spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a figure should reach."""
+
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def met(self, value: float) -> bool:
+        """Tell whether the figure is inside."""
+        return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
+
+    def __str__(self) -> str:
+        return f"<= {self.at_most:g}" if self.at_most is not None else f">= {self.at_least:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure."""
+
+    group: str
+    what: str
+    value: Spread
+    unit: str
+    target: Target | None = None
+    note: str = ""
+
+    def verdict(self) -> str:
+        """Return yes or no, or nothing where there is no target."""
+        if self.target is None:
+            return ""
+        return "yes" if self.target.met(self.value.median) else "NO"
+
+    def cells(self) -> list[str]:
+        """Return the row as text."""
+        value, low, high = (f"{number:.4g}" for number in (self.value.median, self.value.low, self.value.high))
+        spread = "" if low == high else f"{low} to {high}"
+        target = "" if self.target is None else f"{self.target}: {self.verdict()}"
+        return [self.what, f"{value} {self.unit}".strip(), spread, target, self.note]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all groups are measured with."""
+
+    device: torch.device
+    threads: int
+    rounds: int
+    seed: int = 0
+
+
+HEAD = ["what", "median", "quartiles", "target", "note"]
+
+
+def markdown(groups: Sequence[tuple[str, Sequence[Row]]], facts: dict[str, Any]) -> str:
+    """Return the whole table as Markdown."""
+    lines = [", ".join(f"{name} {value}" for name, value in facts.items()), ""]
+    for title, rows in groups:
+        lines += [f"### {title}", "", f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+        lines += [f"| {' | '.join(row.cells())} |" for row in rows] + [""]
+    return "\n".join(lines)
+
+
+def as_json(groups: Sequence[tuple[str, Sequence[Row]]], facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the same as plain values."""
+    rows = [
+        {**dataclasses.asdict(row), "met": None if row.target is None else row.target.met(row.value.median)}
+        for _, part in groups
+        for row in part
+    ]
+    return {"facts": facts, "rows": rows}
+
+
+def machine(context: Context) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    cuda = context.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(context.device) if cuda else processor_name(),
+        "threads": context.threads,
+        "rounds": context.rounds,
+        "seed": context.seed,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def processor_name() -> str:
+    """Return the processor's name as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

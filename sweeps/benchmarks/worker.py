@@ -1,0 +1,122 @@
+"""A process of its own that fine-tunes and reports, as JSON on its last line: `python -m synq.sweeps.benchmarks.worker ...`.
+
+Figures that one process cannot take of itself: peak memory from a clean start, and several processes at once.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synq.config.run import FinetuneConfig, RunConfig, RuntimeConfig
+from synq.finetune.loop import Epoch, finetune
+from synq.pipeline import low_pass
+from synq.runtime import make_accelerator
+from synq.synthesis.dataset import read_tensors
+
+from .subjects import TINY, build_subject
+
+SAMPLE_SECONDS = 0.05
+
+
+def own_memory() -> int:
+    """Return the bytes that this process holds, without the pages of files on a disk, which the system can take back."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
+
+
+class Watch(threading.Thread):
+    """Looks at the process's own memory until it is stopped."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self._end = own_memory(), threading.Event()
+
+    def run(self) -> None:
+        """Note the highest reading."""
+        while not self._end.wait(SAMPLE_SECONDS):
+            self.peak = max(self.peak, own_memory())
+
+    def stop(self) -> int:
+        """Return the highest reading."""
+        self._end.set()
+        self.join()
+        return max(self.peak, own_memory())
+
+
+def stored_images(count: int, size: tuple[int, ...], folder: Path) -> Tensor:
+    """Write a set of random images piece by piece, as the store lays it out, and return it memory-mapped."""
+    pixels = count * size[0] * size[1] * size[2] * 4
+    header = json.dumps({"images": {"dtype": "F32", "shape": [count, *size], "data_offsets": [0, pixels]}}).encode()
+    header += b" " * (-len(header) % 8)
+    file = folder / "images.safetensors"
+    with file.open("wb") as out:
+        out.write(len(header).to_bytes(8, "little") + header)
+        for start in range(0, count, 1024):
+            out.write(torch.randn(min(1024, count - start), *size).numpy().tobytes())
+    return read_tensors(file)[0]["images"]
+
+
+def main() -> None:
+    """Fine-tune as the words say, and print what it took."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--tiny", action="store_true", help="train a network so small that the images show beside it")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="auto")
+    words = parser.parse_args()
+    accelerator = make_accelerator(RuntimeConfig(device=words.device, num_threads=words.threads))
+    subject = build_subject(TINY if words.tiny else "resnet20", accelerator.device, 0, 16)
+    size = tuple(subject.images.shape[1:])
+    watch = Watch()
+    watch.start()
+    with tempfile.TemporaryDirectory(prefix="synq-bench-") as name:
+        images = low_pass(stored_images(words.images, size, Path(name)), RunConfig(), Path(name))
+        labels = torch.arange(words.images) % 10
+        stamps: list[tuple[float, int]] = []
+
+        def after_epoch(_: Epoch) -> None:
+            stamps.append((time.time(), own_memory()))
+            watch.peak = max(watch.peak, stamps[-1][1])
+
+        config = FinetuneConfig(epochs=words.epochs, batch_size=words.batch, lr=1e-6, augment="none")
+        started = time.time()
+        history = finetune(
+            subject.student,
+            subject.teacher,
+            images,
+            labels,
+            config,
+            accelerator=accelerator,
+            seed=0,
+            on_epoch=after_epoch,
+        )
+        seconds = time.time() - started
+    found: dict[str, Any] = {
+        "seconds": seconds,
+        "epoch_seconds": [epoch["seconds"] for epoch in history],
+        "memory_after_epoch": [memory for _, memory in stamps],
+        "peak": watch.stop(),
+        "processes": accelerator.num_processes,
+    }
+    if accelerator.is_main_process:
+        print(json.dumps(found), flush=True)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # gloo aborts now and then in the interpreter's own exit

@@ -1,0 +1,57 @@
+"""Where the searches are kept besides, for optuna-dashboard: a picture of the ledger, drawn anew at every start of the sweep."""
+
+import re
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+
+from ..spec import SweepSpec
+from .searcher import study_name
+
+OWNER = "synq_sweep"
+"""Attribute of a study: the folder or address of the sweep that it is a picture of."""
+
+
+def study_storage(spec: SweepSpec) -> BaseStorage | None:
+    """Open the storage that a spec asks for, and take what an earlier start of this sweep left there away.
+
+    Raises:
+        ValueError: The database cannot be opened, or has a study of the same name that is not this sweep's.
+    """
+    wanted, owner = spec.search.study_storage, spec.search.output_dir
+    if wanted == "none":
+        return None
+    if wanted == "journal":
+        path = spec.output_dir / "optuna.journal"
+        path.unlink(missing_ok=True)
+        storage: BaseStorage = JournalStorage(JournalFileBackend(str(path)))
+    else:
+        try:
+            storage = RDBStorage(wanted)
+        except Exception as error:  # SQLAlchemy and its drivers raise many types
+            wanted = _shown(wanted)
+            line = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"`study_storage` must be a database that can be opened, but got {wanted}: {line}"
+            ) from error
+    names = {study_name(spec, group) for group in spec.groups}
+    for study in optuna.get_all_study_summaries(storage):
+        if study.study_name not in names:
+            continue
+        if study.user_attrs.get(OWNER) != owner:
+            raise ValueError(
+                f"`study_storage` must have no other study of the same name, but got {study.study_name} in {_shown(wanted)}; choose another `name`"
+            )
+        optuna.delete_study(study_name=study.study_name, storage=storage)
+    first = StudyDirection.MINIMIZE if spec.search.minimise else StudyDirection.MAXIMIZE
+    modes = [first, *([StudyDirection.MINIMIZE] if spec.search.two_objectives else [])]
+    for name in sorted(names):
+        optuna.create_study(study_name=name, storage=storage, directions=modes).set_user_attr(OWNER, owner)
+    return storage
+
+
+def _shown(address: str) -> str:
+    """The address of a database without its password."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:...@", address)

@@ -1,0 +1,154 @@
+"""Optuna's search of one group of a sweep."""
+
+import math
+import random
+import warnings
+from functools import partial
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
+from ray.tune.search.optuna import OptunaSearch
+
+from ..space import Dimension, sample
+
+OBJECTIVE = "objective_value"
+EPOCH = "epoch"
+STATUS = "status"
+"""Reported by a trial that has ended by itself: completed or failed. A last result without it: the trial was stopped."""
+
+
+class GroupSearch(OptunaSearch):
+    """Optuna's search of one group.
+
+    Three faults of the parent are mended: a stopped trial is told as PRUNED (not as COMPLETE with its early value), one without a
+    finite objective as FAIL (not left RUNNING for ever), and each Optuna trial knows the sweep's name for it.
+    """
+
+    def __init__(
+        self,
+        dimensions: tuple[Dimension, ...],
+        *,
+        minimise: bool,
+        second_objective: str = "none",
+        sampler: str,
+        seed: str,
+        num_startup: int,
+        study_name: str,
+        storage: BaseStorage | None = None,
+    ) -> None:
+        """Start an empty search.
+
+        Args:
+            dimensions: The search space.
+            minimise: Whether a lower objective is better.
+            second_objective: Field of a trial's result that is minimised at the same time; none for one objective.
+            sampler: tpe, gp, nsga2, or anything else for random ones.
+            seed: Text from which every proposal's random numbers follow.
+            num_startup: Trials before tpe and gp begin to learn; also the population of nsga2.
+            study_name: Name of the Optuna study.
+            storage: Where the study is kept besides; None keeps it in memory.
+        """
+        self.dimensions = dimensions
+        self.sampler_name, self.seed_text, self.num_startup = sampler, seed, num_startup
+        self.reported: dict[str, set[int]] = {}
+        self.metrics = [OBJECTIVE, *([second_objective] if second_objective != "none" else [])]
+        modes = ["min" if minimise else "max", "min"][: len(self.metrics)]
+        one = len(self.metrics) == 1
+        super().__init__(
+            partial(sample, dimensions),
+            metric=self.metrics[0] if one else self.metrics,
+            mode=modes[0] if one else modes,
+            sampler=self._sampler_of(0),
+            study_name=study_name,
+            storage=storage,
+        )
+
+    @property
+    def study(self) -> optuna.Study:
+        """The Optuna study."""
+        assert self._ot_study is not None
+        return self._ot_study
+
+    def propose(self, trial_id: str, number: int, *, blind: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return (overrides, parameters) of the next trial.
+
+        Args:
+            trial_id: By which the trial is known to Ray Tune.
+            number: Of the proposal; decides its random numbers, so that a restarted driver does not draw the first ones again.
+            blind: Draw at random, because the sampler only repeats what is known.
+        """
+        self.study.sampler = self._sampler_of(number, blind=blind)
+        with warnings.catch_warnings():  # that a proposal took more than a second, as one of a Gaussian process may
+            warnings.filterwarnings("ignore", "Define-by-run function", UserWarning)
+            suggestion: Any = self.suggest(trial_id)
+        return suggestion["overrides"], dict(self._ot_trials[trial_id].params)
+
+    def accept(self, proposal: str, trial_id: str, trial: str) -> None:
+        """Turn a proposal into a trial: Ray Tune knows it as `trial_id`, the sweep as `trial`."""
+        self._ot_trials[trial_id] = self._ot_trials.pop(proposal)
+        self._ot_trials[trial_id].set_user_attr("trial", trial)
+
+    def attach(self, trial_id: str, params: dict[str, Any], trial: str) -> None:
+        """Put a trial with known parameters into the study, as if it had just been proposed."""
+        if (
+            self.sampler_name != "nsga2"
+        ):  # which notes the generation of each trial as it draws; others would draw for nothing
+            self.study.sampler = optuna.samplers.RandomSampler(seed=0)
+        self.study.enqueue_trial(params)
+        self.suggest(trial_id)
+        self._ot_trials[trial_id].set_user_attr("trial", trial)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass an objective on the way to Optuna; once an epoch, finite ones only."""
+        epoch: Any = result.get(EPOCH)
+        value: Any = result.get(OBJECTIVE)
+        seen = self.reported.setdefault(trial_id, set())
+        if (
+            STATUS in result
+            or epoch is None
+            or not is_finite(value)
+            or int(epoch) in seen
+            or trial_id in self._completed_trials
+            or len(self.metrics) > 1  # Optuna takes no early values of two objectives
+        ):
+            return
+        seen.add(int(epoch))
+        self._ot_trials[trial_id].report(float(value), int(epoch))
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell Optuna how a trial has ended."""
+        if trial_id in self._completed_trials or trial_id not in self._ot_trials:
+            return
+        result = result or {}
+        values = [result.get(metric) for metric in self.metrics]
+        status = "failed" if error or not result else result.get(STATUS, "pruned")
+        if status == "completed" and all(map(is_finite, values)):
+            self.study.tell(self._ot_trials[trial_id], [float(value) for value in values if value is not None])
+        elif status == "pruned":
+            self.on_trial_result(trial_id, result)
+            self.study.tell(self._ot_trials[trial_id], state=TrialState.PRUNED)
+        else:
+            self.study.tell(self._ot_trials[trial_id], state=TrialState.FAIL)
+        self._completed_trials.add(trial_id)
+
+    def _sampler_of(self, number: int, *, blind: bool = False) -> optuna.samplers.BaseSampler:
+        seed = random.Random(f"{self.seed_text}/{number}").getrandbits(31)
+        if blind or self.sampler_name not in ("tpe", "gp", "nsga2"):
+            return optuna.samplers.RandomSampler(seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            if self.sampler_name == "gp":
+                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.num_startup)
+            if self.sampler_name == "nsga2":
+                return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, self.num_startup))
+            # group: settings that exist only together with another one are learned apart; constant_liar: running trials count as weak
+            return optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=self.num_startup
+            )
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a reported value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,267 @@
+"""The search of a sweep: one of each group, served in turn, as the single searcher that Ray Tune takes.
+
+Nothing here has state that counts: what was proposed is in the ledger's plans, what came of it in its records, and
+every search is rebuilt from them when a driver starts again.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from typing import Any, Literal
+
+from optuna.storages import BaseStorage
+from ray.tune.search import Searcher
+
+from synq.config.run import RunConfig, config_digest, config_to_dict
+
+from ..points import Point, grid, point_params, read_earlier, warm_points
+from ..search_config import LISTED
+from ..space import base_values, value_of
+from ..spec import Group, SweepSpec, run_config
+from ..state.ledger import Ledger, Plan
+from .group_search import EPOCH, OBJECTIVE, STATUS, GroupSearch
+
+MAX_PROPOSALS = 32
+"""Proposals in a row that repeat a known run or are not allowed, before the space counts as exhausted."""
+
+
+class SweepSearcher(Searcher):
+    """What runs next: interrupted trials first, then new ones group after group in turn, then the best ones on further seeds."""
+
+    def __init__(self, spec: SweepSpec, ledger: Ledger, storage: BaseStorage | None = None) -> None:
+        super().__init__()
+        self.spec, self.ledger = spec, ledger
+        self.searches = {
+            group.key: GroupSearch(
+                spec.dimensions,
+                minimise=spec.search.minimise,
+                second_objective=spec.search.second_objective,
+                sampler=spec.search.sampler,
+                seed=f"{spec.search.sampler_seed}/{group.key}",
+                num_startup=min(10, max(2, spec.search.trials // 3)),
+                study_name=study_name(spec, group),
+                storage=storage,
+            )
+            for group in spec.groups
+        }
+        self.groups = {group.key: group for group in spec.groups}
+        self.turn = 0
+        self.exhausted: set[str] = set()
+        self.invalid: dict[str, str] = {}
+        """By group: why the last proposal that was not allowed was not."""
+        self.limit = spec.search.max_concurrent
+        """Most trials at one time; None: Ray Tune's own account of the resources decides."""
+        self.live: dict[str, str] = {}
+        """Name of each running trial by Ray Tune's id."""
+        plans = {key: ledger.group_plans(key) for key in self.groups}
+        self.known = {key: {plan.config_digest for plan in plans[key]} for key in self.groups}
+        self.listed = {key: self._list(group, plans[key]) for key, group in self.groups.items()}
+        self.interrupted = [
+            self._current(plan)
+            for plan in ledger.plans.values()
+            if plan.trial not in ledger.records and plan.group in self.groups
+        ]
+        for key in self.groups:
+            self._replay(key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the ledger is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the task of the next trial as plain values, None where one must be awaited, FINISHED after the last."""
+        if self.limit is not None and len(self.live) >= self.limit:
+            return None
+        plan = self._next(trial_id)
+        if plan is None:
+            return None if self._waiting() else Searcher.FINISHED
+        self.live[trial_id] = plan.trial
+        return self.ledger.task(plan).to_dict()
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass a result to the search of its group."""
+        plan = self.ledger.plans[self.live[trial_id]]
+        if plan.stage == "search":
+            self.searches[plan.group].on_trial_result(trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Pass the end of a trial to the search of its group."""
+        name = self.live.pop(trial_id, None)
+        plan = self.ledger.plans[name] if name is not None else None
+        if plan is not None and plan.stage == "search":
+            self.searches[plan.group].on_trial_complete(trial_id, result, error)
+
+    def num_total(self) -> int:
+        """Most trials that the sweep comes to, those already there included."""
+        search = self.spec.search
+        finals = search.final_top_k * self.spec.num_bit_widths
+        return sum(search.trials + finals * len(self._further_seeds(key)) for key in self.groups)
+
+    def num_left(self) -> int:
+        """Trials without a record, as far as is known now; 0 when the sweep is done."""
+        left = len(self.interrupted) + len(self.live)
+        for key in self.groups:
+            if key not in self.exhausted:
+                left += max(0, self.spec.search.trials - self.ledger.num_plans(key))
+        return left + sum(1 for key in self.groups for _ in self._finals(key))
+
+    def _next(self, trial_id: str) -> Plan | None:
+        if self.interrupted:
+            plan = self.interrupted.pop(0)
+            self.ledger.add_plan(plan)
+            if plan.stage == "search":
+                search = self.searches[plan.group]
+                search.attach(trial_id, plan.params, plan.trial)
+                for epoch, value in plan.history:
+                    search.on_trial_result(trial_id, {EPOCH: epoch, OBJECTIVE: value})
+            return plan
+        keys = list(self.groups)
+        for step in range(len(keys)):
+            key = keys[(self.turn + step) % len(keys)]
+            new = self._new(trial_id, self.groups[key])
+            if new is not None:
+                self.turn = (self.turn + step + 1) % len(keys)
+                self.known[key].add(new.config_digest)
+                self.ledger.add_plan(new)
+                return new
+        final = next((plan for key in keys for plan in self._finals(key)), None)
+        if final is not None:
+            self.ledger.add_plan(final)
+        return final
+
+    def _new(self, trial_id: str, group: Group) -> Plan | None:
+        """Return a run of a group that was not proposed before, or None: the budget is spent or the space exhausted."""
+        if self.ledger.num_plans(group.key) >= self.spec.search.trials or group.key in self.exhausted:
+            return None
+        index = self.ledger.next_index(group.key)
+        search, name = self.searches[group.key], f"{group.key}-t{index:03d}"
+        for point in self.listed[group.key]:
+            config = self._allowed(group, point)
+            if config is not None:
+                params = point_params(self.spec.dimensions, point) or {}
+                search.attach(trial_id, params, name)
+                return _plan(name, group.key, "search", index, params, config)
+        for attempt in range(MAX_PROPOSALS if self.spec.search.sampler not in LISTED else 0):
+            proposal = f"{trial_id}-{attempt}"
+            number = index * MAX_PROPOSALS + attempt
+            overrides, params = search.propose(proposal, number, blind=attempt >= MAX_PROPOSALS // 4)
+            config = self._allowed(group, overrides)
+            if config is not None:
+                search.accept(proposal, trial_id, name)
+                return _plan(name, group.key, "search", index, params, config)
+            search.on_trial_complete(proposal, error=True)
+        self.exhausted.add(group.key)
+        return None
+
+    def _allowed(self, group: Group, point: Point) -> RunConfig | None:
+        """Return the run of a point, or None where it is known already or its settings do not go together."""
+        try:
+            config = run_config(self.spec, group, point)
+        except ValueError as error:  # each setting is allowed alone, not all together
+            self.invalid[group.key] = str(error)
+            return None
+        return None if config_digest(config) in self.known[group.key] else config
+
+    def _list(self, group: Group, plans: list[Plan]) -> Iterator[Point]:
+        """Points that come before any proposal: the user's, the best of earlier sweeps, the base; for a grid, all of it."""
+        dimensions, search = self.spec.dimensions, self.spec.search
+        base = base_values(dimensions, group.base)
+        own = ({**base, **point} for point in self.spec.points)
+        if search.sampler in LISTED:
+            points = chain(own, grid(dimensions)) if search.sampler == "grid" else own
+        else:
+            earlier = self.ledger.earlier
+            if search.warm_start and earlier is None:
+                try:
+                    earlier = self.ledger.earlier = read_earlier(search.warm_start)
+                except FileNotFoundError:
+                    if not plans:  # a sweep that goes on has learnt from them, and does not stop because they are gone
+                        raise
+            warm = warm_points(earlier or [], dimensions, config_to_dict(group.base), search.warm_start_top_k)
+            # The spec's own settings open every search: what is found must beat them.
+            points = chain(own, [base], warm) if point_params(dimensions, base) is not None else chain(own, warm)
+        done = {_frozen(plan.params) for plan in plans}  # passed over without building their runs, which takes longer
+        return (point for point in points if _frozen(point_params(dimensions, point) or {}) not in done)
+
+    def _finals(self, key: str) -> Iterator[Plan]:
+        """Re-runs of a group's best settings that are still to be started; none before its search has ended."""
+        search = self.spec.search
+        ended = self.ledger.num_open(key) == 0
+        if not ended or not (self.ledger.num_plans(key) >= search.trials or key in self.exhausted):
+            return
+        for best in self.ledger.best(key, search.final_top_k):
+            overrides = self._overrides(best)
+            for seed in self._further_seeds(key):
+                name = f"{key}-t{best.index:03d}-s{seed}"
+                if name not in self.ledger.plans:
+                    config = run_config(self.spec, self.groups[key], overrides, seeds=(seed, seed))
+                    yield _plan(name, key, "final", best.index, best.params, config)
+
+    def _overrides(self, plan: Plan) -> Point:
+        return {dimension.name: value_of(plan.config, dimension.name) for dimension in self.spec.dimensions}
+
+    def _current(self, plan: Plan) -> Plan:
+        """Return an interrupted plan with the files and folders of today: the sweep, its weights or its data may have moved."""
+        seeds = (plan.config.seed, plan.config.data_seed)
+        config = run_config(self.spec, self.groups[plan.group], self._overrides(plan), seeds=seeds)
+        if config_digest(config) != plan.config_digest:
+            raise ValueError(
+                f"`{self.ledger.root / 'plans' / plan.trial}.json` must be a plan of this sweep, but it asks for another run; "
+                "remove it to have the trial proposed again"
+            )
+        return replace(plan, config=config)
+
+    def _further_seeds(self, key: str) -> list[int]:
+        """Seeds of a group's re-runs; the one that the search itself ran on is there already."""
+        base = self.groups[key].base
+        return [seed for seed in self.spec.search.seeds if (seed, seed) != (base.seed, base.data_seed)]
+
+    def _waiting(self) -> bool:
+        """Whether a running search trial may still lead to another trial."""
+        plans = [self.ledger.plans[name] for name in self.live.values()]
+        return any(plan.stage == "search" and self._further_seeds(plan.group) for plan in plans)
+
+    def _replay(self, key: str) -> None:
+        """Replay everything that the ledger has of a group into its search."""
+        for plan in self.ledger.group_plans(key):
+            record = self.ledger.records.get(plan.trial)
+            if record is None or point_params(self.spec.dimensions, self._overrides(plan)) is None:
+                continue  # not ended; or of a list that was longer then
+            search = self.searches[key]
+            search.attach(plan.trial, plan.params, plan.trial)
+            for epoch, value in plan.history:
+                search.on_trial_result(plan.trial, {EPOCH: epoch, OBJECTIVE: value})
+            result = {metric: getattr(record, metric) for metric in search.metrics}
+            search.on_trial_complete(
+                plan.trial, result if record.status == "pruned" else {**result, STATUS: record.status}
+            )
+
+
+def study_name(spec: SweepSpec, group: Group) -> str:
+    """Return the name of a group's Optuna study."""
+    return f"{spec.search.name}-{group.key}"
+
+
+def _plan(
+    trial: str, group: str, stage: Literal["search", "final"], index: int, params: Point, config: RunConfig
+) -> Plan:
+    digest = config_digest(config)
+    return Plan(
+        trial=trial,
+        group=group,
+        stage=stage,
+        index=index,
+        params=params,
+        config=config,
+        config_digest=digest,
+    )
+
+
+def _frozen(params: Point) -> tuple[tuple[str, str], ...]:
+    """Parameters as something that can be counted; a 20 read back as 20.0 is the same."""
+    return tuple(sorted((name, repr(float(v) if isinstance(v, int) else v)) for name, v in params.items()))

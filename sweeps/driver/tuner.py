@@ -1,0 +1,309 @@
+"""Run a sweep: make each synthetic set once, then let Ray Tune run the trials, and keep the tables up to date."""
+
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+
+from synq.config.run import RunConfig
+
+from ..reports import PAGE
+from ..search_config import LISTED
+from ..spec import Group, SweepSpec, run_config
+from ..state.ledger import Ledger
+from ..state.plans import set_recipe
+from ..state.trial_task import trial_name
+from .asha import SweepScheduler
+from .callback import SweepCallback, SweepStopper
+from .cluster import check_shared, cluster
+from .dashboard import study_storage
+from .halt import StopReason
+from .progress import Progress, print_leaderboard
+from .searcher import SweepSearcher
+
+NO_RESULT = 1
+INTERRUPTED = 130
+A_WHILE = 60.0
+"""Seconds without an answer after which a log hears that work goes on."""
+
+
+def run_sweep(spec: SweepSpec) -> int:
+    """Run a sweep, or the rest of one.
+
+    Returns:
+        0 when every group has a completed trial, 1 when one has none or too many trials failed, 130 when interrupted (run it again to
+        go on).
+
+    Raises:
+        ValueError, OSError: Something the user should mend, found before anything was computed.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    ledger = Ledger(spec)
+    ledger.open()
+    try:
+        return _run(ledger.spec, ledger)
+    finally:
+        ledger.close()
+
+
+def _run(spec: SweepSpec, ledger: Ledger) -> int:
+    searcher, stop_reason = SweepSearcher(spec, ledger, study_storage(spec)), StopReason()
+    was_finished = not searcher.num_left()
+    with Progress(searcher.num_total()) as progress:
+        progress.known(ledger.records)
+        where = spec.address or spec.output_dir
+        progress.say(f"sweep {spec.search.name} in {where}: {len(spec.groups)} groups x {spec.search.trials} trials")
+        if ledger.plans:
+            there = f"{len(ledger.records)} trials are there already"
+            rest = f"{len(searcher.interrupted)} were interrupted"
+            nothing = "the sweep is finished; --num-trials +N adds N to each group"
+            progress.say(f"{there}, {nothing if was_finished else rest}")
+        try:
+            if searcher.num_left():
+                with cluster(spec.search) as capacity, _interruptible():  # Ray sets a handler, too
+                    if capacity.note:
+                        progress.say(capacity.note)
+                    progress.say(f"{capacity.summary}; at most {capacity.trials} trials at a time")
+                    progress.slots = min(capacity.trials, spec.search.max_concurrent or capacity.trials)
+                    if not spec.address:
+                        check_shared(spec.output_dir)
+                    _check_groups(spec, ledger)
+                    _make_sets(spec, ledger, progress)
+                    _tune(spec, ledger, searcher, progress, stop_reason)
+        except KeyboardInterrupt:
+            ledger.write_tables()
+            progress.say(f"interrupted; the tables are in {where}, the same command goes on")
+            return INTERRUPTED
+    if stop_reason.storage:
+        raise OSError(f"{stop_reason.storage}; when that is mended, the same command goes on")
+    ledger.write_tables()
+    is_drawn = was_finished and _is_drawn(spec)  # a page that was drawn while trials ran may lack the last ones
+    return _conclude(spec, ledger, searcher, progress, stop_reason, is_drawn=is_drawn)
+
+
+def _conclude(
+    spec: SweepSpec,
+    ledger: Ledger,
+    searcher: SweepSearcher,
+    progress: Progress,
+    stop_reason: StopReason,
+    *,
+    is_drawn: bool,
+) -> int:
+    """Print what came out, draw the page unless it `is_drawn` already, and return the exit code."""
+    if stop_reason.failed:
+        print(
+            f"stopped: {stop_reason.failed}. The same command goes on; --retry-failed runs failed trials again",
+            flush=True,
+        )
+    elif not searcher.num_left():
+        ledger.finish()
+    print_leaderboard(ledger.tables.leaderboard_rows())
+    where = spec.address or spec.output_dir
+    print(f"{where}/trials.csv\n{where}/leaderboard.csv", flush=True)
+    if spec.search.report and ledger.records:
+        print(f"{where}/{PAGE}" if is_drawn else _report(spec, ledger), flush=True)
+    if progress.account():
+        print(progress.account(), flush=True)
+    listed = spec.search.sampler in LISTED
+    for key in sorted(searcher.exhausted):
+        found, invalid = ledger.num_plans(key), searcher.invalid.get(key)
+        why = f"; others are not allowed together, for example: {invalid}" if invalid else ""
+        print(f"{key}: the {'list' if listed else 'search'} held only {found} different settings{why}", flush=True)
+    empty = [group.key for group in spec.groups if not ledger.best(group.key)]
+    if empty:
+        print(f"no trial was completed in {', '.join(empty)}; the lines above or trials.csv say why", flush=True)
+    return NO_RESULT if empty or stop_reason.failed else 0
+
+
+def _is_drawn(spec: SweepSpec) -> bool:
+    """Whether the page is there and no record has been written since: a finished sweep that is started again says so at once."""
+    folder = Path(spec.output_dir)
+    page, records = folder / PAGE, (folder / "records").glob("*.json")
+    return page.is_file() and all(file.stat().st_mtime < page.stat().st_mtime for file in records)
+
+
+def _report(spec: SweepSpec, ledger: Ledger) -> str:
+    """Make the sweep's page and return where it is; nothing that keeps it from being made undoes the sweep."""
+    print(f"drawing {PAGE} ...", flush=True)
+    try:
+        from ..reports.make import make_report
+
+        written = make_report([spec.output_dir])
+        for path in written if spec.address else ():
+            ledger.folder.send(str(path.relative_to(spec.output_dir)))
+    except (
+        Exception,
+        SystemExit,
+        KeyboardInterrupt,
+    ) as error:  # a teacher's own code runs here, too, and Ctrl-C is "enough"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"no {PAGE}: {reason}; `synq report {spec.output_dir}` makes it"
+    return f"{spec.address or spec.output_dir}/{written[0].name}"
+
+
+def _check_groups(spec: SweepSpec, ledger: Ledger) -> None:
+    """Open the teacher, the labelled images and the student of every group, so that what cannot work fails before hours of synthesis."""
+    from ..workers.trial import check_run
+
+    check = _remote(spec, check_run)
+    waiting = {check.remote(run_config(spec, group, {})): group for group in spec.groups}
+    for ready, reply in _replies(waiting):
+        group, facts = waiting[ready], reply["teacher"]
+        ledger.know(group.key, {**facts, "name": group.named or facts["name"]}, reply["eval_digest"])
+
+
+def _remote(spec: SweepSpec, function: Callable[..., dict[str, Any]]) -> Any:
+    """Return a function as a remote function of Ray, with the resources of one worker of a trial."""
+    search = spec.search
+    return ray.remote(num_cpus=search.cpus_per_worker, num_gpus=search.gpus_per_worker, max_retries=2)(function)
+
+
+def _replies(tasks: Iterable[Any], waited: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield Ray tasks with their results as they finish; an error cancels the rest and is raised.
+
+    `waited` is called after each minute in which none finished.
+    """
+    waiting = list(tasks)
+    while waiting:
+        done, waiting = ray.wait(waiting, timeout=A_WHILE)
+        if not done:
+            waited()
+            continue
+        (ready,) = done
+        reply = ray.get(ready)
+        if "error" in reply:
+            for other in waiting:
+                ray.cancel(other, force=True)
+            raise ValueError(reply["error"])
+        yield ready, reply
+
+
+def sets_needed(spec: SweepSpec) -> dict[str, tuple[Group, RunConfig]]:
+    """Return every different (training, held-out) pair of sets that the trials need: a group and a run that use it, by recipe."""
+    needed: dict[str, tuple[Group, RunConfig]] = {}
+    for group in spec.groups:
+        base = group.base
+        for seeds in dict.fromkeys([(base.seed, base.data_seed), *((seed, seed) for seed in spec.search.seeds)]):
+            config = run_config(spec, group, {}, seeds=seeds)
+            needed.setdefault(set_recipe(config), (group, config))
+    return needed
+
+
+def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
+    """Make every set that the trials will need, each once, as many at a time as the machines hold."""
+    from ..workers.trial import make_sets
+
+    needed = sets_needed(spec)
+    names = {
+        recipe: f"synthetic set {group.model} seed {config.data_seed}" for recipe, (group, config) in needed.items()
+    }
+    remote = _remote(spec, make_sets)
+    started = time.monotonic()
+    for name in names.values():
+        progress.running[name] = "being made"
+    progress.say(f"synthetic sets that the trials need: {len(needed)}; those that are not there are made first")
+
+    def waited() -> None:
+        if progress.live is None:  # a person sees the table
+            progress.say(f"{len(progress.running)} synthetic sets not ready after {time.monotonic() - started:.0f} s")
+
+    def start(config: RunConfig) -> Any:
+        return remote.remote(config, str(spec.output_dir), spec.address)
+
+    for reply, recipe in _made(start, needed, waited, apart=spec.address != ""):
+        progress.running.pop(names[recipe], None)
+        ledger.sets[recipe] = reply["sets"]
+        group, config = needed[recipe]
+        model, seed = ledger.teachers[group.key]["name"], config.data_seed
+        what = f"ready after {time.monotonic() - started:.0f} s" if reply["made"] else "there already"
+        progress.say(f"synthetic set of {model}, seed {seed}: {config.synthesis.num_images} images, {what}")
+
+
+def _made(
+    start: Callable[[RunConfig], Any],
+    needed: dict[str, tuple[Group, RunConfig]],
+    waited: Callable[[], None],
+    *,
+    apart: bool,
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield what `make_sets` returned for each recipe, with the recipe.
+
+    Args:
+        start: Starts the Ray task that makes the sets of a run.
+        needed: Runs by recipe.
+        waited: Called every minute in which none is done.
+        apart: Whether machines share no folder, and so no lock: the held-out set, which all data seeds of a model have in common,
+            is then made with the first of them, before the others are begun.
+    """
+    first: dict[str, str] = {}
+    for recipe, (group, _) in needed.items():
+        first.setdefault(group.model, recipe)
+    rest = [recipe for recipe in needed if recipe not in first.values()]
+    for recipes in [list(first.values()), rest] if apart else [list(needed)]:
+        waiting = {start(needed[recipe][1]): recipe for recipe in recipes}
+        for ready, reply in _replies(waiting, waited):
+            yield reply, waiting[ready]
+
+
+def _tune(
+    spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Progress, stop_reason: StopReason
+) -> None:
+    """Run the trials that are left. Ray's own state is thrown away: the ledger is what a later start resumes from."""
+    from ..workers.entry import run_trial
+
+    progress.start_clock()
+    search = spec.search
+    resources = {"cpu": search.cpus_per_worker, **({"gpu": search.gpus_per_worker} if search.gpus_per_worker else {})}
+    if search.workers_per_trial > 1:  # they have resources of their own; this process only starts them, on the head
+        resources = {"cpu": 0, "node:__internal_head__": 0.001}
+        searcher.limit = progress.slots  # Ray Tune sees nothing of the workers' resources
+    with tempfile.TemporaryDirectory(prefix="synq-tune-") as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(run_trial, resources),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=SweepScheduler(spec, ledger, stop_reason),
+                num_samples=searcher.num_total() + len(ledger.plans),
+                reuse_actors=True,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+            ),
+            run_config=tune.RunConfig(
+                name=time.strftime("%Y%m%d-%H%M%S"),
+                storage_path=scratch,
+                verbose=0,
+                callbacks=[SweepCallback(ledger, progress, stop_reason)],
+                stop=SweepStopper(stop_reason),
+                failure_config=tune.FailureConfig(max_failures=search.max_failures),
+            ),
+        )
+        tuner.fit()
+    shutil.rmtree(spec.output_dir / "ray", ignore_errors=True)
+
+
+def _name(trial: Trial) -> str:
+    return trial_name(trial.config)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C and a polite kill (as `ray job stop` sends) end the sweep in order."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,155 @@
+"""trials.csv and leaderboard.csv of records that come one at a time: what a record costs is paid once, writing again is cheap."""
+
+import math
+from collections.abc import Hashable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from synq.common.text_tables import Row, csv_line
+from synq.runs.record import RunRecord, write_text_atomic
+
+from .ranking import LEADERBOARD_COLUMNS, TRIAL_COLUMNS, Ranking, Run, Standing, read_run, standings
+
+
+class Tables:
+    """The tables of the records added so far; the order in which they were added leaves no trace.
+
+    Only what a new record touches is worked out again: its own row, the rows of its setting, the ranking they stand in and the
+    Pareto fronts of rows measured in the same way. The records themselves are not kept.
+    """
+
+    def __init__(self, records: Iterable[RunRecord] = ()) -> None:
+        """Begin with some records; two equal ones count once."""
+        self._runs: dict[Hashable, Run] = {}
+        self._settings: dict[Hashable, dict[Hashable, Run]] = {}
+        self._rows: dict[Hashable, list[Standing]] = {}
+        self._rankings: dict[Ranking, dict[Hashable, Standing]] = {}
+        self._touched: dict[Hashable, None] = {}
+        for record in records:
+            self.add(record)
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def add(self, record: RunRecord, name: str | None = None, *, source: str = "") -> None:
+        """Add a record.
+
+        Args:
+            record: The record; its configuration is checked here.
+            name: What the record may be replaced or discarded by: an earlier record of that name goes. Without one the record
+                stands beside all others, unless an equal one is there: the same run read from two folders.
+            source: Where it was read, for messages.
+
+        Raises:
+            ValueError: The configuration does not read.
+        """
+        run = read_run(record, source)
+        key = (tuple(run.row.values()), run.ranking, run.setting) if name is None else name
+        self._remove(key)
+        self._runs[key] = run
+        setting = _setting(run)
+        self._settings.setdefault(setting, {})[key] = run
+        self._touched[setting] = None
+
+    def discard(self, name: str) -> None:
+        """Forget the record added under a name, if there is one."""
+        self._remove(name)
+
+    def trial_rows(self) -> list[Row]:
+        """Return one row per record, sorted by group and name."""
+        return [dict(run.row) for run in self._sorted_runs()]
+
+    def leaderboard_rows(self) -> list[Row]:
+        """Return one row per setting with at least one completed run, ranked within its ranking; see `standings` of ranking.py."""
+        return [dict(standing.row) for standing in self.standings()]
+
+    def standings(self) -> list[Standing]:
+        """Return the rows of the leaderboard together with what places them. They are this table's own: read, never changed."""
+        self._work_out()
+        return [standing for ranking in self._sorted_rankings() for standing in self._rankings[ranking].values()]
+
+    def write(self, folder: str | Path) -> None:
+        """Write trials.csv and leaderboard.csv into `folder`, each by rename.
+
+        Raises:
+            OSError: The folder or the disk refuses.
+        """
+        trials = [csv_line(TRIAL_COLUMNS), *(run.line for run in self._sorted_runs())]
+        write_text_atomic(Path(folder) / "trials.csv", "\n".join(trials) + "\n")
+        ranked = [csv_line(LEADERBOARD_COLUMNS), *(standing.line() for standing in self.standings())]
+        write_text_atomic(Path(folder) / "leaderboard.csv", "\n".join(ranked) + "\n")
+
+    def _remove(self, key: Hashable) -> None:
+        run = self._runs.pop(key, None)
+        if run is not None:
+            setting = _setting(run)
+            del self._settings[setting][key]
+            self._touched[setting] = None
+
+    def _sorted_runs(self) -> Iterable[Run]:
+        self._runs = dict(sorted(self._runs.items(), key=lambda item: item[1].place))  # nearly sorted: linear time
+        return self._runs.values()
+
+    def _sorted_rankings(self) -> list[Ranking]:
+        return sorted(self._rankings, key=Ranking.order)
+
+    def _work_out(self) -> None:
+        """Bring the rows of the touched settings, their rankings and fronts up to date."""
+        rankings: dict[Ranking, None] = {}
+        for setting in self._touched:
+            for old in self._rows.pop(setting, ()):
+                del self._rankings[old.ranking][setting]
+                rankings[old.ranking] = None
+            runs = self._settings[setting]
+            if not runs:
+                del self._settings[setting]
+                continue
+            self._rows[setting] = standings(runs.values())
+            for new in self._rows[setting]:
+                self._rankings.setdefault(new.ranking, {})[setting] = new
+                rankings[new.ranking] = None
+        self._touched = {}
+        for ranking in rankings:
+            rows = dict(sorted(self._rankings.pop(ranking).items(), key=lambda item: item[1].merit()))
+            for rank, standing in enumerate(rows.values(), start=1):
+                standing.row |= {"rank": rank, "best": int(rank == 1)}
+            if rows:
+                self._rankings[ranking] = rows
+        for family in {ranking.family(): None for ranking in rankings}:
+            for column, mark in (("size_bytes", "pareto_size"), ("bitops", "pareto_bitops")):
+                mark_front(self._family(family), column, mark)
+
+    def _family(self, family: Ranking) -> Iterator[Standing]:
+        for ranking, rows in self._rankings.items():
+            if ranking.family() == family:
+                yield from rows.values()
+
+
+def _setting(run: Run) -> tuple[Any, ...]:
+    """Runs that may stand behind one row."""
+    return (run.ranking.group(), run.setting)
+
+
+def mark_front(rows: Iterable[Standing], column: str, mark: str) -> None:
+    """Set `mark` to 1 for the rows on the Pareto front of mean objective and `column`, else 0; None where the column is unknown.
+
+    A row is on the front if no other is at least as good in both and better in one: two equal rows are both on it.
+
+    Args:
+        rows: Rows that may be compared.
+        column: size_bytes or bitops; less is better.
+        mark: Column that is set.
+    """
+    points = []
+    for number, standing in enumerate(rows):
+        price = standing.row[column]
+        known = price is not None and math.isfinite(price)
+        standing.row[mark] = 0 if known else None
+        if known:
+            points.append((price, standing.cost, number, standing.row))
+    best, paid = math.inf, math.inf
+    for price, cost, _, row in sorted(points):
+        # Who comes before is no dearer, so only a better objective, or the very same point, is not beaten.
+        if cost < best or (cost, price) == (best, paid):
+            row[mark] = 1
+            best, paid = cost, price

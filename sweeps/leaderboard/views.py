@@ -1,0 +1,220 @@
+"""Which rows of a leaderboard are shown, and sweeps side by side. Refuses to put into one order what cannot be compared."""
+
+import hashlib
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from synq.common.text_tables import Row, cell, plain
+from synq.config.parsing import nearest
+from synq.config.quant import protocol_words
+
+from .ranking import LEADERBOARD_COLUMNS, SETTINGS, TEXT_COLUMNS, Ranking, Standing
+
+OPERATORS: dict[str, Callable[[int, int], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "!=": operator.ne,
+    "=": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+COMPARE_COLUMNS = (
+    "model", "weight_bits", "act_bits", "protocol", "first_bits", "last_bits", "act_points", "objective", "fidelity_measure", "measure",
+    "path", "objective_value", "objective_diff", "objective_stderr", "top1_mean", "top1_std", "num_seeds", "drop", "top1_diff",
+    "top1_stderr", *SETTINGS, "teacher_digest", "config_digest", "layer_bits",
+)  # fmt: skip
+"""Columns of compare.csv. `measure` is the same for rows that were measured on the same images, with the same teacher and measure."""
+SHOWN_COLUMNS = ("model", "W", "A", "protocol", "points", "objective", "measure", "path", "value", "value diff", "top1", "n", "drop", "top1 diff")  # fmt: skip
+"""Columns of compare.md and of the terminal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A condition on a row, such as `weight_bits<=4`."""
+
+    column: str
+    """Column of leaderboard.csv."""
+    sign: str
+    """One of = != < <= > >=."""
+    text: str
+    """What the cell is compared with."""
+    number: float | None
+    """The same as a number, in a column of numbers."""
+
+    def holds(self, row: Row) -> bool:
+        """Whether a row satisfies it. Numbers are equal if the table shows them so; an empty cell is unequal to any number."""
+        value = row[self.column]
+        if self.number is None:
+            same = self.text in (cell(value), plain(value))
+            return OPERATORS[self.sign](0 if same else 1, 0)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return self.sign == "!="
+        same = cell(value) == cell(self.number)
+        return OPERATORS[self.sign](0 if same else 1 if value > self.number else -1, 0)
+
+
+def parse_condition(text: str) -> Condition:
+    """Read a condition such as "weight_bits=4", "top1_mean>=90" or "lowpass_cutoff!=None".
+
+    Raises:
+        ValueError: It reads otherwise, names no column of the leaderboard, or does not suit the column's values.
+    """
+    match = re.fullmatch(r"\s*([\w-]+)\s*(<=|>=|!=|=|<|>)(.*)", text, flags=re.DOTALL)
+    if match is None:
+        raise ValueError(f"`where` must read COLUMN, one of = != < <= > >=, VALUE, but got {text!r}")
+    column, sign, value = check_column("where", match[1].replace("-", "_")), match[2], " ".join(match[3].split())
+    if column in TEXT_COLUMNS or value in (("", "None") if column == "lowpass_cutoff" else ("",)):
+        if sign not in ("=", "!="):
+            raise ValueError(f"`where` must compare the texts of {column} by = or !=, but got {text!r}")
+        return Condition(column, sign, value, None)
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"`where` must compare {column} with a number (nothing: an empty cell), but got {text!r}")
+    return Condition(column, sign, value, number)
+
+
+def check_column(name: str, column: str) -> str:
+    """Return `column` if leaderboard.csv has it.
+
+    Args:
+        name: What the column was given as, for the message.
+        column: The column.
+
+    Raises:
+        ValueError: There is no such column; the nearest one is named.
+    """
+    if column not in LEADERBOARD_COLUMNS:
+        hint = nearest(column, LEADERBOARD_COLUMNS)
+        raise ValueError(f"`{name}` must name columns of leaderboard.csv, but got {column!r}{hint}")
+    return column
+
+
+def choose(rows: Iterable[Standing], conditions: Sequence[Condition]) -> list[Standing]:
+    """Return the rows for which every condition holds, in their order and with the ranks they have among all rows."""
+    return [standing for standing in rows if all(condition.holds(standing.row) for condition in conditions)]
+
+
+def check_chosen(chosen: Sequence[Standing], rows: Sequence[Standing], conditions: Sequence[Condition]) -> None:
+    """Refuse conditions under which nothing is left.
+
+    Args:
+        chosen: The rows that are left.
+        rows: All rows.
+        conditions: The conditions.
+
+    Raises:
+        ValueError: No row is left; of a text that no row has, the nearest that one has is named.
+    """
+    if chosen or not conditions:
+        return
+    bad = next((condition for condition in conditions if not choose(rows, [condition])), None)
+    if bad is None:
+        raise ValueError(f"`where` must leave a row, but got conditions of which no row of {len(rows)} fulfils all")
+    texts = {plain(standing.row[bad.column]) for standing in rows} if bad.number is None else ()
+    raise ValueError(
+        f"`where` must leave a row, but got {bad.column}{bad.sign}{bad.text}, which holds for none of {len(rows)}"
+        f"{nearest(bad.text, sorted(texts))}"
+    )
+
+
+def single_ranking(rows: Sequence[Standing]) -> list[Row]:
+    """Return rows in one order, ranked from 1 on.
+
+    Raises:
+        ValueError: They are of several rankings; the message names what they differ in.
+    """
+    rankings = dict.fromkeys(standing.ranking for standing in rows)
+    if len(rankings) > 1:
+        raise ValueError(
+            f"`single_ranking` must be given rows that can be compared, but got {differences(rankings)}; narrow them by --where"
+        )
+    return [{**rows[i].row, "rank": i + 1, "best": int(i == 0)} for i in range(len(rows))]
+
+
+def differences(rankings: Iterable[Ranking]) -> str:
+    """Say in what rankings differ, for example "protocol A and B, weight_bits 3 and 4"."""
+    parts = []
+    for name, values in zip(Ranking._fields, zip(*rankings, strict=True), strict=True):
+        texts = sorted({plain(value)[:16] or "none" for value in values})
+        if len(set(values)) > 1:
+            parts.append(
+                f"{name} {' and '.join(texts[:4])}" + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
+            )
+    return ", ".join(parts)
+
+
+def compare(tables: Mapping[str, Sequence[Standing]]) -> list[Row]:
+    """Return the best row of each path in each ranking, those of a ranking together.
+
+    A difference is that to the first path; its standard error is sqrt(s1^2 / n1 + s2^2 / n2) for the sample standard deviations s
+    over n runs, empty where an n is 1. The runs of two paths count as independent of each other.
+
+    Args:
+        tables: Rows in the order of their ranks, by path.
+    """
+    best: dict[Ranking, dict[str, Standing]] = {}
+    for path, rows in tables.items():
+        for standing in rows:
+            best.setdefault(standing.ranking, {}).setdefault(path, standing)
+    first = next(iter(tables))
+    lines = []
+    for ranking in sorted(best, key=Ranking.order):
+        digest = hashlib.sha256("\n".join(ranking.measure()).encode("utf-8", "replace")).hexdigest()[:8]
+        reference = best[ranking].get(first)
+        for path, standing in best[ranking].items():
+            line = {column: standing.row.get(column) for column in COMPARE_COLUMNS} | {"path": path, "measure": digest}
+            if reference is not None and path != first:
+                line |= _difference("objective", "objective_value", standing, reference)
+                line |= _difference("top1", "top1_mean", standing, reference)
+            lines.append(line)
+    return lines
+
+
+def _difference(name: str, column: str, one: Standing, other: Standing) -> Row:
+    values = (one.row[column], other.row[column])
+    spreads = [standing.objective_std if name == "objective" else standing.row["top1_std"] for standing in (one, other)]
+    sizes = (one.row["num_seeds"], other.row["num_seeds"])
+    known = None not in values
+    errors = [spread**2 / size for spread, size in zip(spreads, sizes, strict=True) if spread is not None]
+    return {
+        f"{name}_diff": values[0] - values[1] if known else None,
+        f"{name}_stderr": math.sqrt(sum(errors)) if known and len(errors) == 2 else None,
+    }
+
+
+def shown(lines: Iterable[Row]) -> list[Row]:
+    """Return the lines of a comparison for a person: fewer columns, means with their spread."""
+    return [
+        {
+            **line,
+            "W": line["weight_bits"],
+            "A": line["act_bits"],
+            "protocol": protocol_of(line),
+            "points": line["act_points"],
+            "objective": " ".join(word for word in (line["objective"], line["fidelity_measure"]) if word),
+            "value": _spread(line["objective_value"], None, ".4g"),
+            "value diff": _spread(line["objective_diff"], line["objective_stderr"], "+.4g"),
+            "top1": _spread(line["top1_mean"], line["top1_std"], ".2f"),
+            "n": line["num_seeds"],
+            "drop": _spread(line["drop"], None, ".2f"),
+            "top1 diff": _spread(line["top1_diff"], line["top1_stderr"], "+.2f"),
+        }
+        for line in lines
+    ]
+
+
+def protocol_of(line: Row) -> str:
+    """Return the protocol of a row of a leaderboard or comparison in words."""
+    return protocol_words(line["protocol"], line["first_bits"], line["last_bits"], line["layer_bits"] or "")
+
+
+def _spread(mean: float | None, spread: float | None, form: str) -> str:
+    if mean is None:
+        return ""
+    return format(mean, form) + ("" if spread is None else f" ± {format(spread, form.lstrip('+'))}")

@@ -1,0 +1,109 @@
+"""A proposed trial as a file, and the record of one that has no result. Knows neither Ray nor torch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from synq.config.identity import settings_of_its_day
+from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
+from synq.runs.record import RunRecord, read_json
+
+FORMAT = 1
+REASON_LENGTH = 500
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One proposed trial."""
+
+    trial: str
+    """Name of the trial; the stem of its files."""
+    group: str
+    """Key of its group."""
+    stage: Literal["search", "final"]
+    """search, or final for a re-run on a further seed."""
+    index: int
+    """Number within the group's search; for a re-run, that of the trial it repeats."""
+    params: dict[str, Any]
+    """The search's own parameters, from which the proposal can be replayed."""
+    config: RunConfig
+    """The run."""
+    config_digest: str
+    """Digest of the run."""
+    history: list[tuple[int, float]] = field(default_factory=list)
+    """(epoch, objective) as reported while it ran."""
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        ValueError: The file is damaged or of another version.
+    """
+    content = read_json(path)
+    if (
+        not isinstance(content, dict)
+        or content.pop("format", None) != FORMAT
+        or set(content) != set(Plan.__dataclass_fields__)
+    ):
+        raise ValueError(
+            f"`{path}` must hold the plan of a trial; remove it and its record to have the trial proposed again"
+        )
+    config = config_from_dict(RunConfig, settings_of_its_day(content["config"]), source=str(path))
+    history = [(int(epoch), float(value)) for epoch, value in content["history"] if value is not None]
+    return Plan(**{**content, "config": config, "history": history})
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """Return the content of a plan's file: plain values, the run as nested tables."""
+    values = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
+    params = {key: list(value) if isinstance(value, tuple) else value for key, value in plan.params.items()}
+    return {"format": FORMAT, **values, "params": params, "config": config_to_dict(plan.config)}
+
+
+def set_recipe(config: RunConfig) -> str:
+    """Return what decides the synthetic sets of a run, as one text."""
+    teacher, synthesis = config_to_dict(config.teacher), config_to_dict(config.synthesis)
+    evaluation = {"heldout_images": config.evaluation.heldout_images}
+    return json.dumps([teacher, synthesis, evaluation, config.data_seed], sort_keys=True)
+
+
+def unfinished_record(
+    config: RunConfig,
+    trial: str,
+    *,
+    status: str,
+    reason: str,
+    teacher: Mapping[str, Any],
+    values: Mapping[str, Any] | None = None,
+) -> RunRecord:
+    """Return the record of a run that has no result.
+
+    Args:
+        config: The run.
+        trial: Name of the trial.
+        status: pruned or failed.
+        reason: Why, one line.
+        teacher: What is known of the teacher.
+        values: Further fields of the record that are known.
+    """
+    quant, evaluation = config.quant, config.evaluation
+    known = {
+        "status": status,
+        "reason": " ".join(reason.split())[:REASON_LENGTH],
+        "name": trial,
+        "config": config_to_dict(config),
+        "config_digest": config_digest(config),
+        "seed": config.seed,
+        "data_seed": config.data_seed,
+        "teacher": {"spec": config.teacher.spec, **teacher},
+        "model": teacher.get("name", config.name),
+        "weight_bits": quant.weight_bits,
+        "act_bits": quant.act_bits,
+        "protocol": quant.protocol,
+        "act_points": quant.act_points,
+        "objective": evaluation.objective,
+    }
+    return RunRecord(**{**known, **(values or {})})

@@ -1,0 +1,289 @@
+"""Which label-free measure ranks settings as real top-1 does? Every measure on every view, for the finished trials of a sweep with labels.
+
+A trial's student is rebuilt from its run folder and must reproduce the record's own KL. Its answers to the views are kept in the
+output folder, named by the digest of the images, so that a study of a growing sweep does only what is new.
+"""
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor, fx
+
+from synq.common.seeding import make_generator
+from synq.config.run import RunConfig, config_from_dict
+from synq.evaluation import fidelity
+from synq.finetune.augment import flip_shift
+from synq.network.tracing import with_features
+from synq.pipeline import HELDOUT_SEED, build_student
+from synq.quant.integer_form import integer_form
+from synq.runs.record import RunRecord, write_bytes_atomic
+from synq.synthesis.dataset import SyntheticSet, tensor_bytes
+from synq.synthesis.generate import ensure_set
+from synq.synthesis.store import SetStore
+from synq.teacher.teacher import Teacher, load_teacher
+
+from ..leaderboard.records import load_records
+from .rank_table import Values, table
+
+MEASURES: dict[str, fidelity.Measure] = {
+    "kl": fidelity.kl,
+    "kl_t4": lambda t, s: fidelity.kl(t, s, 4.0),
+    "reverse_kl": fidelity.reverse_kl,
+    "jensen_shannon": fidelity.jensen_shannon,
+    "total_variation": fidelity.total_variation,
+    "disagreement": fidelity.disagreement,
+    "logit_mse": fidelity.logit_mse,
+    "logit_angle": fidelity.logit_angle,
+    "margin_mse": fidelity.margin_mse,
+    "hard_cross_entropy": fidelity.hard_cross_entropy,
+    "doubtful_kl": fidelity.doubtful_kl,
+}
+FEATURES = "features"
+"""Name of the one measure that needs the features, where the teacher has a CAM site."""
+BATCH = 256
+SAME_KL = 1e-4
+"""Largest relative difference between a rebuilt student's KL and its record's."""
+View = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], torch.Generator], Tensor]
+
+
+def _mixup(share: float | None) -> View:
+    def view(x: Tensor, labels: Tensor, net: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
+        partner = fidelity.partners(labels, generator)
+        return fidelity.mixed(x, partner, torch.rand(len(x), generator=generator) if share is None else share)
+
+    return view
+
+
+def _cutmix(area: float) -> View:
+    return lambda x, labels, net, g: fidelity.cut_mixed(x, fidelity.partners(labels, g), area, g)
+
+
+def _fixed(function: Callable[..., Tensor], *values: float) -> View:
+    return lambda x, labels, net, g: function(x, *values)
+
+
+def _drawn(function: Callable[..., Tensor], *values: float) -> View:
+    return lambda x, labels, net, g: function(x, *values, g)
+
+
+def _attack(epsilon: float) -> View:
+    return lambda x, labels, net, g: fidelity.adversarial(x, net, epsilon)
+
+
+def _after(first: View, second: View) -> View:
+    return lambda x, labels, net, g: second(first(x, labels, net, g), labels, net, g)
+
+
+VIEWS: dict[str, View] = {
+    "plain": lambda x, labels, net, g: x,
+    "flip_shift": _drawn(flip_shift),
+    **{f"lowpass_{cutoff}": _fixed(fidelity.low_passed, cutoff) for cutoff in (0.5, 0.25)},
+    **{f"noise_{sigma}": _drawn(fidelity.noisy, sigma) for sigma in (0.1, 0.25, 0.5, 1.0)},
+    **{f"shade_{sigma}": _drawn(fidelity.shaded, sigma) for sigma in (0.5, 1.0)},
+    "reweight": _fixed(fidelity.reweighted),
+    "reweight_mixup": _after(_mixup(0.5), _fixed(fidelity.reweighted)),
+    "mixup_0.5": _mixup(0.5),
+    "mixup_0.7": _mixup(0.7),
+    "mixup_uniform": _mixup(None),
+    "mixup_0.5_again": _mixup(0.5),
+    "mixup_0.5_noise_0.25": _after(_mixup(0.5), _drawn(fidelity.noisy, 0.25)),
+    **{f"cutmix_{area}": _cutmix(area) for area in (0.25, 0.5)},
+    "erase_0.25": _drawn(fidelity.erased, 0.25),
+    **{f"fade_{contrast}": _fixed(fidelity.faded, contrast) for contrast in (0.5, 0.25)},
+    "drown_0.5": _drawn(fidelity.drowned, 0.5),
+    **{f"zoom_{size}": _drawn(fidelity.zoomed, size) for size in (0.5, 0.75)},
+    **{f"adversarial_{epsilon}": _attack(epsilon) for epsilon in (0.02, 0.05, 0.1, 0.2)},
+    "boundary": lambda x, labels, net, g: fidelity.on_boundary(x, fidelity.partners(labels, g), net),
+}
+"""Views by name: (images, their labels, the teacher, generator) -> images. Each draws from a stream of its own."""
+BN_VIEWS = ("plain", "noise_0.5", "mixup_0.5", "cutmix_0.5", "adversarial_0.05")
+"""Views also made of held-out images of the batch-norm statistics alone (`bn_only`)."""
+UNIONS: tuple[tuple[str, ...], ...] = (
+    ("plain", "mixup_0.5"),
+    ("plain", "noise_0.5"),
+    ("noise_0.5", "mixup_0.5"),
+    ("noise_0.5", "cutmix_0.5"),
+    ("mixup_0.5", "mixup_0.5_again"),
+    ("mixup_0.5", "cutmix_0.5"),
+    ("mixup_0.5", "adversarial_0.05"),
+    ("mixup_0.5", "noise_0.5", "adversarial_0.05"),
+)
+"""Views averaged, image by image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A finished run: its record, and the folder that holds its student."""
+
+    record: RunRecord
+    config: RunConfig
+    folder: Path
+
+    @property
+    def group(self) -> str:
+        """What its top-1 may be compared with."""
+        r = self.record
+        return f"{r.model} W{r.weight_bits}A{r.act_bits} {r.protocol} {r.act_points}"
+
+
+def find_trials(sweep: Path, bits: Sequence[str] = ()) -> list[Trial]:
+    """Return the completed trials with labels of a sweep, of the widths asked for (none: all), sorted by group and name.
+
+    Raises:
+        ValueError: If a trial's student is missing, or there are none.
+        FileNotFoundError: If there are no records.
+    """
+    found = []
+    for record in load_records([sweep]):
+        if record.status != "completed" or record.top1 is None:
+            continue
+        config = config_from_dict(RunConfig, record.config, source=f"record {record.name}")
+        if bits and config.quant.label not in bits:
+            continue
+        folder = sweep / "runs" / f"{config.name}-{record.config_digest}"
+        if not (folder / "student.safetensors").is_file():
+            raise ValueError(
+                f"`SWEEP_DIR` must hold the student of every trial, but got no {folder}/student.safetensors"
+            )
+        found.append(Trial(record=record, config=config, folder=folder))
+    if not found:
+        raise ValueError(f"`SWEEP_DIR` must hold completed trials with labels, but got none in {sweep}")
+    return sorted(found, key=lambda trial: (trial.group, trial.record.name))
+
+
+class Bench:
+    """The views of one teacher's held-out images, and the teacher's answers to them."""
+
+    def __init__(self, trial: Trial, sweep: Path, output: Path, views: Sequence[str], bn_only: bool) -> None:
+        self.teacher: Teacher = load_teacher(trial.config.teacher)
+        self.kept = output / "answers"
+        synthesis = replace(trial.config.synthesis, num_images=trial.config.evaluation.heldout_images)
+        heldout = self._heldout(synthesis, sweep / "store")
+        if heldout.digest != trial.record.heldout_digest:
+            raise ValueError(
+                f"`SWEEP_DIR` must hold the held-out set of its records, but got {heldout.digest[:16]} where "
+                f"{trial.record.name} has {trial.record.heldout_digest[:16]}"
+            )
+        self.images: dict[str, Tensor] = {name: self._view(name, heldout) for name in views}
+        if bn_only:
+            plain = self._heldout(replace(synthesis, inception_weight=0.0), output / "store")
+            self.images |= {f"bn_only_{name}": self._view(name, plain) for name in BN_VIEWS}
+        self.digests = {name: hashlib.sha256(tensor_bytes(x)).hexdigest() for name, x in self.images.items()}
+        net = self._tapped(self.teacher.graph, self.teacher.cam.node)
+        self.wanted = {name: _answers(net, x) for name, x in self.images.items()}
+
+    def _heldout(self, synthesis: Any, store: Path) -> SyntheticSet:
+        return ensure_set(self.teacher, synthesis, HELDOUT_SEED, SetStore(store), purpose="heldout", progress=False)
+
+    def _view(self, name: str, heldout: SyntheticSet) -> Tensor:
+        generator = make_generator("fidelity study", name)
+        return VIEWS[name](heldout.images, heldout.labels, self.teacher.graph, generator).contiguous()
+
+    def _tapped(self, net: fx.GraphModule, node: str) -> fx.GraphModule:
+        return with_features(net, node) if self.teacher.cam.kind != "none" else net
+
+    def measure(self, trial: Trial) -> Values:
+        """Return every measure on every view of a trial's student.
+
+        Raises:
+            ValueError: If the rebuilt student does not reproduce the KL of its record.
+        """
+        weights = (trial.folder / "student.safetensors").read_bytes()
+        kept = self.kept / f"{trial.record.name}-{hashlib.sha256(weights).hexdigest()[:16]}-integers.safetensors"
+        known = _read_kept(kept)
+        missing = [name for name, digest in self.digests.items() if f"{digest}.logits" not in known]
+        if missing:
+            student = build_student(self.teacher, trial.config.quant)
+            student.net.load_state_dict(safetensors.torch.load(weights))
+            net, form = self._tapped(student.net, student.cam_node), integer_form(student.net)
+            for name in missing:
+                _, features = _answers(net, self.images[name])
+                # As the record's own figures: those of the integer form, whose features are codes.
+                known[f"{self.digests[name]}.logits"], _ = _answers(form, self.images[name])
+                wanted = self.wanted[name][1]
+                if features is not None and wanted is not None:
+                    known[f"{self.digests[name]}.features"] = fidelity.feature_distance(wanted, features)
+            write_bytes_atomic(kept, safetensors.torch.save(known))
+        values: Values = {}
+        for name, digest in self.digests.items():
+            wanted_logits, got = self.wanted[name][0], known[f"{digest}.logits"]
+            for measure, function in MEASURES.items():
+                values[name, measure] = float(function(wanted_logits, got).mean())
+            if f"{digest}.features" in known:
+                values[name, FEATURES] = float(known[f"{digest}.features"].mean())
+        self._check(trial, values["plain", "kl"])
+        for union in UNIONS:
+            if set(union) <= set(self.images):
+                for measure in [measure for name, measure in values if name == union[0]]:
+                    values["+".join(union), measure] = sum(values[name, measure] for name in union) / len(union)
+        return values
+
+    @staticmethod
+    def _check(trial: Trial, found: float) -> None:
+        stands = trial.record.fidelity.get("kl")
+        if stands is None or not math.isclose(found, stands, rel_tol=SAME_KL, abs_tol=1e-9):
+            raise ValueError(
+                f"`SWEEP_DIR` must hold the students of its records, but {trial.record.name} has KL {found:.8g} in place of "
+                f"{stands}: other weights, or other arithmetic than the sweep's"
+            )
+
+
+@torch.no_grad()
+def _answers(net: fx.GraphModule, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    parts = [net(batch) for batch in images.split(BATCH)]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts), None
+    return torch.cat([logits for logits, _ in parts]), torch.cat([features for _, features in parts])
+
+
+def _read_kept(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def study(
+    sweep: Path,
+    output: Path,
+    *,
+    bits: Sequence[str] = (),
+    views: Sequence[str] = tuple(VIEWS),
+    bn_only: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Measure the finished trials of a sweep and return the rows of the table, best first within each group.
+
+    Args:
+        sweep: Folder of the sweep.
+        output: Folder in which the students' answers are kept.
+        bits: Widths to look at; none is all.
+        views: Some of `VIEWS`; "plain" is always among them.
+        bn_only: Also make a held-out set by batch-norm statistics alone and look at it.
+        say: Gets a line for each trial.
+
+    Raises:
+        ValueError: If a view is unknown, or a student is not that of its record.
+    """
+    unknown = [name for name in views if name not in VIEWS]
+    if unknown:
+        raise ValueError(f"`views` must be some of {', '.join(VIEWS)}, but got {unknown[0]!r}")
+    views = list(dict.fromkeys(["plain", *views]))
+    benches: dict[tuple[str, str], Bench] = {}
+    groups: dict[str, list[tuple[float, Values]]] = defaultdict(list)
+    for trial in find_trials(sweep, bits):
+        key = (str(trial.record.teacher.get("digest")), trial.record.heldout_digest)
+        if key not in benches:
+            benches[key] = Bench(trial, sweep, output, views, bn_only)
+        assert trial.record.top1 is not None
+        groups[trial.group].append((trial.record.top1, benches[key].measure(trial)))
+        say(f"{trial.group} {trial.record.name}: top-1 {trial.record.top1:.2f}")
+    return table(groups)

@@ -1,0 +1,101 @@
+"""Several runs side by side on one machine, without Ray."""
+
+import os
+from collections.abc import Callable, Generator, Hashable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import TypeVar
+
+from synq.common.progress import passing_bar
+from synq.config.run import RunConfig
+from synq.runs.record import RunRecord
+
+Cell = TypeVar("Cell", bound=Hashable)
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def run_all(
+    runs: Mapping[Cell, RunConfig], jobs: int, on_done: Callable[[Cell, RunRecord], None]
+) -> dict[Cell, RunRecord]:
+    """Do all runs, finished ones are only read: one after the other in this process, or in `jobs` processes at a time.
+
+    Side by side the cores are divided between the processes, unless the runs say their threads. A terminal shows how many runs are
+    done and, where there is one at a time, how far it is.
+
+    Args:
+        runs: The runs, by whatever names them.
+        jobs: Runs at a time.
+        on_done: Called with each run as it ends, in this process.
+
+    Returns:
+        The records, by the same names, in the order in which the runs ended.
+
+    Raises:
+        ValueError: If `jobs` is below 1.
+        Exception: The first error of a run, after the runs under way have ended.
+    """
+    if jobs < 1:
+        raise ValueError(f"`jobs` must be >= 1, but got {jobs}")
+    is_shown = all(run.runtime.progress for run in runs.values())
+    done: dict[Cell, RunRecord] = {}
+    with (
+        passing_bar(len(runs), "runs", "run", is_shown=is_shown) as bar,
+        closing(
+            _side_by_side(runs, jobs) if jobs > 1 else _in_turn(runs)
+        ) as finished,  # an error stops the others at once
+    ):
+        for cell, record in finished:
+            done[cell] = record
+            bar.clear()  # what is printed takes its place, and it is drawn again below
+            on_done(cell, record)
+            bar.update()
+    return done
+
+
+def _in_turn(runs: Mapping[Cell, RunConfig]) -> Generator[tuple[Cell, RunRecord], None, None]:
+    from synq.pipeline import run  # torch, which a refused command line need not wait for
+
+    for cell, config in runs.items():
+        yield cell, run(config)
+
+
+def _side_by_side(runs: Mapping[Cell, RunConfig], jobs: int) -> Generator[tuple[Cell, RunRecord], None, None]:
+    threads = threads_each(jobs)
+    shared = {
+        cell: replace(run, runtime=replace(run.runtime, progress=False, num_threads=run.runtime.num_threads or threads))
+        for cell, run in runs.items()
+    }
+    return in_processes(_run_one, shared, jobs)
+
+
+def threads_each(jobs: int) -> int:
+    """Return the threads of each of `jobs` processes that share this machine's cores."""
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
+def in_processes(
+    work: Callable[[Task], Result], tasks: Mapping[Cell, Task], jobs: int
+) -> Generator[tuple[Cell, Result], None, None]:
+    """Give (name, `work(task)`) of every task as it is done, `jobs` at a time in fresh processes.
+
+    Whoever stops listening, by an error or by leaving, stops the tasks that have not begun.
+    """
+    # Fresh interpreters: a forked torch may hang on the locks of threads that are gone.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(work, task): cell for cell, task in tasks.items()}
+        try:
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _run_one(config: RunConfig) -> RunRecord:
+    os.environ["OMP_NUM_THREADS"] = str(config.runtime.num_threads)
+    from synq.pipeline import run
+
+    return run(config)

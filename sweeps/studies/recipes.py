@@ -1,0 +1,351 @@
+"""A recipe: one chosen setting in full, run on several seeds beside what it must beat, and compared with the figures it promises.
+
+The rows of its table use the same teacher, labelled images and seeds:
+
+    ptq        the students of the recipe's own runs before their fine-tuning; costs no run
+    noise      everything the same, but Gaussian noise in place of the synthetic images
+    inputs     everything the same, but low-bit inputs of every layer, the image included, in place of low-bit non-linearities
+    recipe     the setting itself
+    published  a figure of somebody else, from the recipe's file; never measured here
+
+Runs are ordinary runs: a stopped recipe goes on where it was, a finished run is only read. Knows neither Ray nor torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from synq.common.text_tables import to_csv, to_markdown
+from synq.config.parsing import between, require
+from synq.config.run import (
+    EvaluationConfig,
+    FinetuneConfig,
+    QuantConfig,
+    ReconstructionConfig,
+    RunConfig,
+    SynthesisConfig,
+    TeacherConfig,
+    config_digest,
+    load_config,
+    parse_bits,
+    with_overrides,
+)
+from synq.runs.record import RunRecord, write_text_atomic
+
+from ..stats import drop_stderr, mean, pooled_stderr, std
+from .ablation import figure
+from .settings_file import check_rows, check_seeds, read_part, read_settings
+
+Cell = tuple[str, int]
+PTQ, RECIPE = "ptq", "recipe"
+ROWS: dict[str, Mapping[str, Any]] = {
+    "noise": {"synthesis.method": "gaussian"},
+    "inputs": {"quant.act_points": "inputs"},
+    RECIPE: {},
+}
+"""Rows that are runs, and what each changes of the recipe."""
+COLUMNS = (
+    "row", "model", "protocol", "act_points", "bits", "num_seeds", "seeds", "teacher_top1", "top1_mean", "top1_std", "drop_mean",
+    "drop_stderr", "num_eval", "seconds_mean", "commit", "device", "source",
+)  # fmt: skip
+"""Columns of recipe.csv. New ones are appended."""
+NOTE = """\
+top-1: mean ± standard deviation over the seeds. Drop: teacher minus student, ± its standard error, paired on the same images.
+Seconds of one run, its synthetic images included.
+"""
+TOLERANCE = 3
+"""Standard errors within which a new measurement agrees with the expected one."""
+ROUNDING = 0.005
+"""Half of the last digit of a figure written with two decimals."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    """What was measured of the recipe's own row; every key belongs to it. Numbers in percent unless said otherwise."""
+
+    top1: float
+    """Mean over the seeds."""
+    std: float
+    """Sample standard deviation over the seeds; 0 for one seed."""
+    drop: float
+    """Mean of teacher minus student, in percentage points."""
+    images: int
+    """Labelled images behind the figures."""
+    teacher_top1: float
+    """Top-1 of the teacher on them."""
+    seeds: tuple[int, ...]
+    """Seeds that were run."""
+    commit: str
+    """Commit of the code."""
+    hardware: str
+    """Machine in words."""
+    minutes: float
+    """Minutes for all seeds of the row."""
+
+    def __post_init__(self) -> None:
+        for name in ("top1", "teacher_top1"):
+            between(f"expected.{name}", getattr(self, name), 0, 100)
+        between("expected.drop", self.drop, -100, 100)
+        between("expected.std", self.std, 0)
+        between("expected.images", self.images, 1)
+        between("expected.minutes", self.minutes, 0)
+        check_seeds(self.seeds)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """A figure of somebody else at the same widths."""
+
+    top1: float
+    """Their top-1, in percent."""
+    teacher_top1: float
+    """Top-1 of their own teacher, in percent."""
+    source: str
+    """Where it stands."""
+
+    def __post_init__(self) -> None:
+        for name in ("top1", "teacher_top1"):
+            between(f"published.{name}", getattr(self, name), 0, 100)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A recipe's file."""
+
+    name: str
+    """Name of the runs and of the folder of the tables."""
+    bits: str
+    """Bit-widths, for example W3A3."""
+    seeds: tuple[int, ...]
+    """Seeds; each drives both the synthetic set and the fine-tuning."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The pre-trained classifier."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The measurement."""
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    """The synthetic images."""
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    """The low-bit student, its widths apart: they are `bits`."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """The training of the student."""
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    """The learning of the rounding, where there is one."""
+    expected: Expected | None = None
+    """What was measured, where it was."""
+    published: Published | None = None
+    """What somebody else published, where they did."""
+
+    def __post_init__(self) -> None:
+        parse_bits(self.bits)
+        check_seeds(self.seeds)
+
+    def base(self) -> RunConfig:
+        """Return the run of the recipe's own row, its seeds left at 0.
+
+        Raises:
+            ValueError: The settings do not go together.
+        """
+        parts = ("teacher", "evaluation", "synthesis", "quant", "finetune", "reconstruction")
+        config = RunConfig(name=self.name, **{part: getattr(self, part) for part in parts})
+        weight_bits, act_bits = parse_bits(self.bits)
+        return with_overrides(config, {"quant.weight_bits": weight_bits, "quant.act_bits": act_bits})
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read the file of a recipe.
+
+    Raises:
+        FileNotFoundError: The file is absent.
+        ValueError: It is damaged, or a key is unknown (the nearest good one is named), absent or out of its range.
+    """
+    content, source = load_config(path, "spec"), str(path)
+    parts: dict[str, Any] = {}
+    if "expected" in content:
+        parts["expected"] = read_part(Expected, content["expected"], "expected", source)
+    if "published" in content:
+        parts["published"] = read_part(Published, content["published"], "published", source)
+    recipe = read_settings(Recipe, path, "recipe", required=("name", "bits", "seeds", "teacher"), apart=tuple(parts))
+    recipe = replace(recipe, **parts)
+    try:
+        plan(recipe.base(), recipe.seeds, [RECIPE])
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return recipe
+
+
+def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] | None = None) -> dict[Cell, RunConfig]:
+    """Return the run of every (row, seed), without `rows` of all but those that would be the recipe; a seed drives images and training.
+
+    Raises:
+        ValueError: If a row that is named would be the recipe itself, or a list is empty or names what there is not.
+    """
+    check_seeds(seeds)
+    check_rows(list(ROWS) if rows is None else rows, ROWS)
+    itself = [row for row in ROWS if row != RECIPE and with_overrides(base, ROWS[row]) == base]
+    for row in set(itself).intersection(rows or ()):
+        for key, value in ROWS[row].items():
+            require(key, f"be another one where there is a row {row} (choose other `rows`)", value, False)
+    # Activations that are named are those of the recipe's own rule.
+    unfit = ["inputs"] if base.quant.layer_act_bits else []
+    order = [row for row in ROWS if row in (rows or set(ROWS).difference(itself, unfit))]
+    return {
+        (row, seed): with_overrides(base, {**ROWS[row], "seed": seed, "data_seed": seed})
+        for row in order
+        for seed in seeds
+    }
+
+
+def table(records: Mapping[Cell, RunRecord], published: Published | None = None) -> list[dict[str, Any]]:
+    """Return one line per row, in the order given after ptq, and the published figure last.
+
+    drop_stderr is the mean of the seeds' standard errors (`drop_stderr`): the seeds share their images, so more seeds do not make it
+    smaller; it bounds that of the mean drop from above. seconds_mean counts the synthesis of each set for every row that uses it,
+    whichever run made it; a set that was there before costs nothing.
+    """
+    made: dict[str, float] = {}
+    for record in records.values():
+        made[record.set_digest] = max(made.get(record.set_digest, 0.0), record.seconds.get("synthesis", 0.0))
+    lines: list[dict[str, Any]] = []
+    before = {
+        (PTQ, seed): _before_finetuning(r) for (row, seed), r in records.items() if row == RECIPE and r.loss_history
+    }
+    records = {**before, **records}
+    for row in dict.fromkeys(row for row, _ in records):
+        runs = {seed: record for (name, seed), record in records.items() if name == row}
+        first = next(iter(runs.values()))
+        lines.append(
+            {
+                "row": row,
+                "model": first.model,
+                "protocol": first.protocol,
+                "act_points": first.act_points,
+                "bits": f"W{first.weight_bits}A{first.act_bits}",
+                "num_seeds": len(runs),
+                "seeds": " ".join(map(str, runs)),
+                "teacher_top1": first.teacher_top1,
+                "top1_mean": mean(r.top1 for r in runs.values()),
+                "top1_std": std(r.top1 for r in runs.values()),
+                "drop_mean": mean(r.drop for r in runs.values()),
+                "drop_stderr": mean(_drop_stderr(r) for r in runs.values()),
+                "num_eval": first.num_eval,
+                "seconds_mean": mean(_seconds(r, made[r.set_digest]) for r in runs.values()),
+                "commit": "; ".join(sorted({r.commit for r in runs.values()})),
+                "device": "; ".join(sorted({r.device for r in runs.values()})),
+                "source": "measured",
+            }
+        )
+    if published is not None:
+        figures = {
+            "teacher_top1": published.teacher_top1,
+            "top1_mean": published.top1,
+            "drop_mean": published.teacher_top1 - published.top1,
+        }
+        bits = lines[0]["bits"] if lines else ""
+        lines.append({"row": "published", "bits": bits, **figures, "source": published.source})
+    return [{column: line.get(column) for column in COLUMNS} for line in lines]
+
+
+def _before_finetuning(record: RunRecord) -> RunRecord:
+    """The record of a run as if it had ended before its fine-tuning."""
+    measured = record.rtn_top1 is not None and record.teacher_top1 is not None
+    total = record.total_seconds
+    return replace(
+        record,
+        top1=record.rtn_top1,
+        drop=record.teacher_top1 - record.rtn_top1 if measured else None,  # type: ignore[operator]
+        lost=record.rtn_lost,
+        gained=record.rtn_gained,
+        total_seconds=None if total is None else total - record.seconds.get("finetune", 0.0),
+    )
+
+
+def _drop_stderr(record: RunRecord) -> float | None:
+    if record.lost is None or record.gained is None or not record.num_eval:
+        return None
+    return drop_stderr(record.lost, record.gained, record.num_eval)
+
+
+def _seconds(record: RunRecord, synthesis: float) -> float | None:
+    if record.total_seconds is None:
+        return None
+    return record.total_seconds - record.seconds.get("synthesis", 0.0) + synthesis
+
+
+def compare(expected: Expected, records: Mapping[Cell, RunRecord], same_settings: bool = True) -> str:
+    """Return one line that says whether the recipe's own row agrees with what is expected of it.
+
+    It agrees within 3 standard errors of the difference of two means over seeds (`pooled_stderr`), the rounding of the expected
+    figure to two decimals allowed. Figures of other settings, images or teachers are not compared.
+
+    Args:
+        expected: From the recipe's file.
+        records: The runs, by (row, seed).
+        same_settings: Whether the runs have the file's settings.
+    """
+    runs = [record for (row, _), record in records.items() if row == RECIPE]
+    head = f"expected {figure(expected.top1, spread=expected.std)} (commit {expected.commit}, {expected.hardware})"
+    top1 = mean(record.top1 for record in runs)
+    if top1 is None:
+        return f"{head}, not measured"
+    spread = std(record.top1 for record in runs)
+    text = f"{head}, measured {figure(top1, spread=spread)}"
+    images, teacher = runs[0].num_eval, runs[0].teacher_top1
+    if not same_settings:
+        return f"{text}: not compared, the settings were changed"
+    if images != expected.images:
+        return f"{text}: not compared, on {images} images and not on {expected.images}"
+    if teacher is None or abs(teacher - expected.teacher_top1) > ROUNDING + 1e-9:
+        return f"{text}: not compared, the teacher has {figure(teacher)} and not {expected.teacher_top1:.2f}"
+    stderr = pooled_stderr((expected.std, len(expected.seeds)), (spread or 0.0, len(runs)))
+    if stderr is None:
+        return f"{text}: not compared, one seed each has no standard error"
+    within = abs(top1 - expected.top1) <= TOLERANCE * stderr + ROUNDING
+    return f"{text}: {'within' if within else 'OUTSIDE'} {TOLERANCE} standard errors ({TOLERANCE * stderr:.2f})"
+
+
+def same_result(first: RunConfig, second: RunConfig) -> bool:
+    """Return whether two runs have the same result, their seeds apart."""
+    return config_digest(first, with_seeds=False) == config_digest(second, with_seeds=False)
+
+
+def markdown(lines: Sequence[Mapping[str, Any]], comparison: str = "") -> str:
+    """Return the table as Markdown, with what its columns mean, where it was measured and the comparison below."""
+    shown = [
+        {
+            "row": line["row"],
+            "protocol": line["protocol"] or "-",
+            "act_points": line["act_points"] or "-",
+            "bits": line["bits"],
+            "seeds": line["num_seeds"] or "-",
+            "teacher": figure(line["teacher_top1"]),
+            "top-1": figure(line["top1_mean"], spread=line["top1_std"]),
+            "drop": figure(line["drop_mean"], spread=line["drop_stderr"]),
+            "seconds": figure(line["seconds_mean"], 0),
+            "source": line["source"],
+        }
+        for line in lines
+    ]
+    parts = [to_markdown(shown, list(shown[0]) if shown else ()), "\n", NOTE]
+    measured = next((line for line in lines if line["num_seeds"]), None)
+    if measured is not None:
+        images = "no labelled images" if measured["num_eval"] is None else f"{measured['num_eval']} labelled images"
+        facts = (
+            measured["model"],
+            f"seeds {measured['seeds']}",
+            images,
+            f"commit {measured['commit']}",
+            measured["device"],
+        )
+        parts.append(" | ".join(facts) + "\n")
+    return "".join(parts) + (comparison and f"\n{comparison}\n")
+
+
+def write_tables(folder: Path, lines: Sequence[dict[str, Any]], comparison: str = "") -> None:
+    """Write recipe.csv and recipe.md, by rename.
+
+    Raises:
+        OSError: The folder or the disk refuses.
+    """
+    write_text_atomic(folder / "recipe.csv", to_csv(lines, COLUMNS))
+    write_text_atomic(folder / "recipe.md", markdown(lines, comparison))

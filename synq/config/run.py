@@ -1,0 +1,213 @@
+"""What a run is: frozen values, checked where they are defined. Standard library only, so that every door may import it.
+
+A configuration is a `RunConfig` of seven parts. Mappings (TOML, JSON, dotted overrides) become one through `config_from_dict`, which
+is strict: an unknown key or a value of another type is refused, never dropped or guessed.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from synq.config.file_kinds import read_as
+from synq.config.finetune import FinetuneConfig
+from synq.config.identity import config_digest, make_absolute, settings_of_its_day
+from synq.config.parsing import between as _between
+from synq.config.parsing import config_from_dict, config_to_dict, load_config, parse_bits, with_overrides
+from synq.config.parsing import one_of as _one_of
+from synq.config.parsing import require as _require
+from synq.config.quant import QuantConfig, ReconstructionConfig
+from synq.config.synthesis import SynthesisConfig
+
+__all__ = [
+    "EvaluationConfig",
+    "FinetuneConfig",
+    "QuantConfig",
+    "ReconstructionConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "SynthesisConfig",
+    "TeacherConfig",
+    "config_digest",
+    "config_from_dict",
+    "config_to_dict",
+    "load_config",
+    "load_run",
+    "make_absolute",
+    "parse_bits",
+    "with_overrides",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """The pre-trained classifier that is to be quantized."""
+
+    spec: str = "bundled:digits_resnet8"
+    """Which model: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, FILE.py:FACTORY or PACKAGE.MODULE:FACTORY."""
+    weights: str | None = None
+    """Weights file (.safetensors, .pth, .th), a weights name of torchvision such as IMAGENET1K_V1, or random (untrained)."""
+    num_classes: int | None = None
+    """Number of classes, where the model cannot tell."""
+    input_size: tuple[int, int, int] | None = None
+    """Input as channels, height, width in pixels, where the model cannot tell."""
+    mean: tuple[float, ...] | None = None
+    """Mean per channel, on the scale 0..1, that was subtracted when the teacher was trained. Never guessed."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation per channel, on the scale 0..1, by which the teacher's training images were divided. Never guessed."""
+    cam_layer: str | None = None
+    """Module or graph node whose output the class activation map is taken from; None finds it by the model's structure."""
+    output: str | None = None
+    """Where the logits are in what the model returns: key, position or attribute; None where it returns just them."""
+
+    def __post_init__(self) -> None:
+        _require("teacher.spec", "read SOURCE:NAME, for example torchvision:resnet18", self.spec, ":" in self.spec)
+        if self.num_classes is not None:
+            _between("teacher.num_classes", self.num_classes, 2)
+        size, mean, std = self.input_size, self.mean, self.std
+        if size is not None:
+            good = len(size) == 3 and all(part >= 1 for part in size)
+            _require("teacher.input_size", "be three numbers >= 1 (channels, height, width)", size, good)
+        _require("teacher.std", "be given exactly when `teacher.mean` is", std, (mean is None) == (std is None))
+        if mean is not None and std is not None:
+            channels = size[0] if size is not None else len(mean)
+            _require("teacher.mean", f"hold one finite number per channel ({channels})", mean, _finite(mean, channels))
+            rule = "be of images in [0, 1] (divide by 255 what is of pixels in 0..255)"
+            _require("teacher.mean", rule, mean, all(abs(part) <= 1 for part in mean))
+            positive = _finite(std, channels) and all(part > 0 for part in std)
+            _require("teacher.std", f"hold one number > 0 per channel ({channels})", std, positive)
+
+
+def _finite(values: tuple[float, ...], length: int) -> bool:
+    return len(values) == length and all(math.isfinite(value) for value in values)
+
+
+FIDELITY_MEASURES = ("kl", "kl_t4", "jensen_shannon", "disagreement", "logit_mse")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """What the result is measured on. Nothing here changes the student."""
+
+    dataset: str | None = None
+    """Labelled set: digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH, npz:FILE; none for no labels; None for the teacher's own."""
+    data_dir: str | None = None
+    """Folder that holds the files of cifar10, cifar100 and fashion-mnist."""
+    num_images: int | None = None
+    """Use only the first images of the labelled set; None is all of them."""
+    batch_size: int = 256
+    """Images per forward pass over all processes together."""
+    heldout_images: int = 256
+    """Synthetic images of other seeds on which the fidelity to the teacher is measured."""
+    objective: Literal["synthetic", "selection"] = "synthetic"
+    """What a sweep optimises: synthetic (fidelity to the teacher on held-out synthetic images) or selection (top-1 on a part of the labelled set)."""
+    fidelity_measure: Literal["kl", "kl_t4", "jensen_shannon", "disagreement", "logit_mse"] = "kl"
+    """Measure of objective synthetic, lower is better: KL at temperature 1 or 4, Jensen-Shannon (nats), disagreement (percent), logit_mse."""
+    selection_fraction: float = 0.2
+    """Part of the labelled set used for objective selection; the reported top-1 is measured on the rest."""
+    every_epoch: bool = False
+    """Whether the objective is measured after every epoch, not only after the last."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("batch_size", 1), ("heldout_images", 1)):
+            _between(f"evaluation.{name}", getattr(self, name), low)
+        if self.num_images is not None:
+            _between("evaluation.num_images", self.num_images, 1)
+        _between("evaluation.selection_fraction", self.selection_fraction, 0.01, 0.99)
+        _one_of("evaluation.objective", self.objective, ("synthetic", "selection"))
+        _one_of("evaluation.fidelity_measure", self.fidelity_measure, FIDELITY_MEASURES)
+        labelled = self.objective == "synthetic" or self.dataset != "none"
+        _require("evaluation.objective", "be synthetic where `evaluation.dataset` is none", self.objective, labelled)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeConfig:
+    """Where and on what the run happens. Only `precision` may change its numbers beyond rounding order."""
+
+    output_dir: str = "runs"
+    """Folder for the run's own folder (record, checkpoint, student)."""
+    store_dir: str | None = None
+    """Folder of the synthetic sets; None is the folder store inside `output_dir`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device; auto takes a GPU where there is one."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Arithmetic of fine-tuning: fp32, bf16 (autocast) or fp64 (for checks)."""
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """Layout of weights and activations; auto is channels_last on CPU and under bf16, the faster one there."""
+    compile: bool = False
+    """Whether torch.compile builds the student's step (minutes once; slower on CPU, see docs/results/BENCHMARKS.md)."""
+    num_threads: int | None = None
+    """CPU threads of each process; None leaves the choice to the machine."""
+    progress: bool = True
+    """Whether progress is shown."""
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
+    """Where the loss terms of every epoch and the result are logged, too; each but none needs its package."""
+
+    def __post_init__(self) -> None:
+        _require("runtime.output_dir", "name a folder", self.output_dir, bool(self.output_dir.strip()))
+        _one_of("runtime.device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("runtime.precision", self.precision, ("fp32", "bf16", "fp64"))
+        _one_of("runtime.tracker", self.tracker, ("none", "tensorboard", "wandb", "mlflow"))
+        _one_of("runtime.memory_format", self.memory_format, ("auto", "channels_last", "contiguous"))
+        if self.num_threads is not None:
+            _between("runtime.num_threads", self.num_threads, 1)
+
+
+PLACES = ("teacher.spec", "teacher.weights", "evaluation.dataset", "evaluation.data_dir", "runtime.store_dir")
+"""Settings of a run that say where something lies. It may be moved afterwards: digests tell whether it is the same."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One run: from a pre-trained classifier to a measured low-bit student."""
+
+    name: str = "run"
+    """Name of the run; the first part of its folder's name."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The pre-trained classifier."""
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    """The synthetic images."""
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    """The low-bit student."""
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    """The learning of the rounding, where there is one."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """The training of the student."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The measurement."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """Folders, device and precision."""
+    seed: int = 0
+    """Seed of fine-tuning."""
+    data_seed: int = 0
+    """Seed of the synthetic images."""
+
+    def __post_init__(self) -> None:
+        slug = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None
+        _require("name", "be letters, digits, dots, dashes and underscores (it names a folder)", self.name, slug)
+        _between("seed", self.seed, 0, 2**63 - 1)
+        _between("data_seed", self.data_seed, 0, 2**63 - 1)
+        size, images = self.finetune.batch_size, self.synthesis.num_images
+        rule = f"be <= `synthesis.num_images` ({images}), because an incomplete batch is dropped"
+        _require("finetune.batch_size", rule, size, self.finetune.epochs == 0 or size <= images)
+
+
+def load_run(path: str | Path) -> RunConfig:
+    """Read the settings of one run from a TOML or JSON file; keys that it leaves out have their defaults.
+
+    A part of a JSON file with every key but some that came later is what a run wrote about itself (config.json) before they came: they
+    mean what was done then, and the run is the same.
+
+    Raises:
+        OSError, ValueError: As `load_config` and `config_from_dict`.
+    """
+    content = load_config(path)
+    with read_as("run", content, path):
+        config = config_from_dict(RunConfig, content, source=str(path))
+    if Path(path).suffix != ".json":
+        return config
+    filled = settings_of_its_day(content)
+    parts = {part: keys for part, keys in config_to_dict(config).items() if isinstance(keys, dict) and part in content}
+    whole = [part for part, keys in parts.items() if filled[part].keys() >= keys.keys()]
+    return config_from_dict(RunConfig, {**content, **{part: filled[part] for part in whole}}, source=str(path))

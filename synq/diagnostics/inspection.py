@@ -1,0 +1,159 @@
+"""What SynQ will do with a classifier, before anything is made: layer by layer, and in sum."""
+
+from typing import Any
+
+from torch import fx
+
+from synq.common.text_tables import Row
+from synq.config.quant import protocol_words
+from synq.config.run import QuantConfig
+from synq.network.bn_stats import bn_targets
+from synq.network.tracing import node_module
+from synq.quant.cost import FLOAT_BITS, TensorRow, float_bytes
+from synq.quant.student import Student
+from synq.teacher.teacher import Teacher
+
+COLUMNS = ("node", "kind", "output", "parameters", "macs", "weight_bits", "output_bits", "bitops", "note")
+HEADINGS = {"macs": "MACs", "weight_bits": "W", "output_bits": "out", "bitops": "BitOps"}
+"""Shorter words of the table; W and out are the bits of the weight and of the output, 32 stands for float."""
+WAYS = {"closed_form": "in closed form", "autograd": "by a backward pass through the head"}
+"""How the weights of a map come about."""
+UNITS = ("", "k", "M", "G", "T")
+GUIDES, HERE = "guides synthesis", "class activation map"
+
+
+def inspect(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str, Any]:
+    """Return what is known of a teacher and of the student that will be made of it, as plain JSON values.
+
+    Args:
+        teacher: The classifier.
+        student: What `build_student` makes of it.
+        quant: The widths.
+
+    Returns:
+        ``teacher`` (source, digest, input, classes, parameters, bytes), ``synthesis`` (the batch norms that guide it), ``cam``, ``student`` (widths,
+        bytes, MACs, BitOps, those of the float model), and ``layers``: one row per node of the graph, in order of execution, with COLUMNS.
+    """
+    guides, cam = bn_targets(teacher.graph), teacher.cam
+    weights = [row for row in student.rows if row.role == "weight"]
+    macs, float_size = sum(row.macs for row in weights), float_bytes(teacher.graph)
+    return {
+        "teacher": {
+            "spec": teacher.spec,
+            "name": teacher.name,
+            "digest": teacher.digest,
+            "input_size": list(teacher.input_size),
+            "mean": list(teacher.mean),
+            "std": list(teacher.std),
+            "classes": teacher.num_classes,
+            "parameters": sum(parameter.numel() for parameter in teacher.graph.parameters()),
+            "bytes": float_size,
+        },
+        "synthesis": {
+            "batch_norms": list(guides),
+            "channels": sum(len(target.mean) for target in guides.values()),
+        },
+        "cam": {
+            "node": cam.node,
+            "kind": cam.kind,
+            "size": [cam.channels, cam.height, cam.width],
+            "reason": cam.reason,
+        },
+        "student": {
+            "bits": quant.label,
+            "protocol": quant.protocol,
+            "first_bits": quant.first_bits,
+            "last_bits": quant.last_bits,
+            "layer_bits": quant.layer_label,
+            "act_points": quant.act_points,
+            "bytes": student.size_bytes,
+            "macs": macs,
+            "bitops": student.bitops,
+            "float_bitops": macs * FLOAT_BITS**2,
+        },
+        "layers": _layers(teacher, student, set(guides)),
+    }
+
+
+def summary(found: dict[str, Any]) -> str:
+    """Return what `inspect` found as a few lines for a person, without the layers."""
+    teacher, cam, student = found["teacher"], found["cam"], found["student"]
+    norms, rows = found["synthesis"], found["layers"]
+    size = " x ".join(map(str, teacher["input_size"]))
+    at = (
+        f"{cam['node']} ({' x '.join(map(str, cam['size']))}): {WAYS[cam['kind']]}"
+        if cam["node"]
+        else "none, the CAM term is off"
+    )
+    named = f" ({student['layer_bits']})" if student["layer_bits"] else ""
+    protocol = protocol_words(student["protocol"], student["first_bits"], student["last_bits"])
+    floats: dict[str, int] = {}
+    for row in rows:
+        if row["output_bits"] == FLOAT_BITS:
+            floats[row["kind"]] = floats.get(row["kind"], 0) + 1
+    lines = {
+        "teacher": f"{teacher['spec']}: {teacher['parameters']:,} parameters, {_mib(teacher['bytes'])}, {teacher['classes']} classes",
+        "images": f"{size}, normalised (x - {_numbers(teacher['mean'])}) / {_numbers(teacher['std'])}",
+        "synthesis": f"guided by {len(norms['batch_norms'])} batch norms of {norms['channels']:,} channels",
+        "map": f"{at}; {cam['reason']}",
+        "student": (
+            f"{student['bits']}{named}, protocol {protocol}, act_points {student['act_points']}: {_mib(student['bytes'])} "
+            f"({student['bytes'] / teacher['bytes']:.3f} of float), {_amount(student['macs'])} MACs, {_amount(student['bitops'])} bit operations "
+            f"({student['bitops'] / student['float_bitops']:.3f} of float)"
+        ),
+        "float": "outputs of " + ", ".join(f"{number} {kind}" for kind, number in floats.items()) if floats else "nothing",
+    }  # fmt: skip
+    return "".join(f"{name:<10} {text}\n" for name, text in lines.items())
+
+
+def _layers(teacher: Teacher, student: Student, guides: set[str]) -> list[Row]:
+    weights = {row.name: row for row in student.rows if row.role == "weight"}
+    outputs = {row.name: row for row in student.rows if row.role == "activation"}
+    counted: set[str] = set()
+    nodes = [node for node in teacher.graph.graph.nodes if node.name in outputs]
+    return [_row(teacher, node, outputs[node.name], weights, guides, counted) for node in nodes]
+
+
+def _row(
+    teacher: Teacher,
+    node: fx.Node,
+    output: TensorRow,
+    weights: dict[str, TensorRow],
+    guides: set[str],
+    counted: set[str],
+) -> Row:
+    """Return one line; what a module holds and computes stands at its first call."""
+    module, target = node_module(teacher.graph, node), str(node.target)
+    first = module is not None and target not in counted
+    if module is not None:
+        counted.add(target)
+    weight = weights.get(target) if first else None
+    notes = [GUIDES] if module is not None and target in guides else []
+    notes += [HERE] if node.name == teacher.cam.node else []
+    return {
+        "node": node.name,
+        "kind": "image" if node.op == "placeholder" else output.kind,
+        "output": " x ".join(map(str, node.meta["shape"][1:])),
+        "parameters": sum(p.numel() for p in module.parameters()) if module is not None and first else 0,
+        "macs": weight.macs if weight else 0,
+        "weight_bits": weight.bits if weight else None,
+        "output_bits": output.bits,
+        "bitops": weight.bitops if weight else 0,
+        "note": ", ".join(notes),
+    }
+
+
+def _mib(size: int) -> str:
+    return f"{size / 1024:.3g} KiB" if size < 1024**2 else f"{size / 1024**2:.1f} MiB"
+
+
+def _amount(number: float) -> str:
+    """Return a count with three digits and its unit: 1820000000 is 1.82 G."""
+    power = 0
+    while number / 1000**power >= 999.5 and power < len(UNITS) - 1:
+        power += 1
+    return f"{number / 1000**power:.3g} {UNITS[power]}".strip()
+
+
+def _numbers(values: list[float]) -> str:
+    return f"({', '.join(f'{value:.4g}' for value in values)})"

@@ -1,0 +1,175 @@
+"""A whole run in miniature: does everything work on this classifier, from its images to files that an engine runs?
+
+    load_teacher [-> statistics of noise] -> exact? -> W8A8 -> W4A4 run (synthesis, two fine-tuning steps, evaluation) -> export
+
+Its figures say that something works, not how well: eight images, two iterations. Random weights get batch-norm statistics of noise first;
+without them the signal of a deep network dies out or explodes on the way, and nothing could be compared.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from synq.config.run import (
+    EvaluationConfig,
+    FinetuneConfig,
+    QuantConfig,
+    ReconstructionConfig,
+    RunConfig,
+    SynthesisConfig,
+    TeacherConfig,
+)
+from synq.export.export import ExportOptions, export_run
+from synq.mixed_precision.sensitivity import logits_of, scan_quantizers, sqnr_db
+from synq.network.bn_stats import bn_targets
+from synq.pipeline import build_student, run, run_folder, set_names, set_store
+from synq.quant.layers import quantizers_bypassed
+from synq.quant.student import observe_ranges
+from synq.teacher.sources import RANDOM
+from synq.teacher.teacher import Teacher, load_teacher
+
+IMAGES, ITERATIONS, STEPS = 8, 2, 2
+NOISE_IMAGES = 16
+"""Images behind the statistics that random weights get."""
+GOOD_DB = 20.0
+"""Ratio of signal to quantization noise of the logits at W8A8 below which the worst tensor is named."""
+SCANNED = 1
+"""Images on which every tensor is measured alone, for that: it is done a hundred times and more, and names the tensor, no figure of a table."""
+OK, REFUSED, FAILED = "works", "refused", "fails"
+
+
+def rehearse(
+    config: RunConfig,
+    folder: Path,
+    say: Callable[[str], None] = lambda stage: None,
+    formats: Sequence[str] = ("onnx", "packed"),
+) -> dict[str, Any]:
+    """Do a run in miniature and export it.
+
+    Args:
+        config: Its `teacher`, `quant` and `runtime` count; widths of `quant` are those of the run.
+        folder: An empty folder for its files.
+        say: Told each stage as it begins.
+        formats: What is exported; writing and checking ONNX takes longer than all the rest.
+
+    Returns:
+        teacher, status ("works", "refused" before any work, "fails" later), reason; as far as it came: input, classes, parameters, layers,
+        batch_norms, cam, exact (the student without rounding is the teacher, bit for bit), sqnr_db and agreement (percent) at W8A8, loss, bits,
+        export, seconds, note; error, the exception behind the reason, where there is one.
+
+    Raises:
+        ValueError: A format is unknown, or its packages are missing.
+    """
+    options = ExportOptions(formats=formats, rounds=0, beside_float=False)
+    started = time.perf_counter()
+    row: dict[str, Any] = {"teacher": config.teacher.spec, "status": REFUSED, "reason": ""}
+    if config.runtime.num_threads is not None:
+        torch.set_num_threads(config.runtime.num_threads)
+    try:
+        say("load")
+        teacher = load_teacher(config.teacher)
+        row |= _facts(teacher)
+        build_student(teacher, config.quant)
+        row["status"] = FAILED
+        if config.teacher.weights == RANDOM:
+            say("statistics of noise for random weights")
+            config = replace(config, teacher=_with_statistics(teacher, config.teacher, folder / "weights.safetensors"))
+            teacher = load_teacher(config.teacher)
+        say("compare with the teacher bit for bit")
+        row["exact"] = _is_exact(teacher, config.quant)
+        say("synthesis, fine-tuning, evaluation")
+        small = _small(config, folder)
+        placed = replace(teacher, graph=copy.deepcopy(teacher.graph))  # on the run's device; ours stays for the rest
+        record = run(small, teacher=placed)
+        row |= {"bits": config.quant.label, "loss": record.loss_history[-1]["loss"]}
+        say("W8A8")
+        row |= _at_eight_bits(teacher, config.quant, _images(small, teacher))
+        say("export")
+        _, exported = export_run(run_folder(small), options=options, teacher=teacher)
+        row["export"] = ", ".join(file["container"] or file["format"] for file in exported.deployment["files"])
+        if not row["exact"]:
+            row["reason"] = "the student without its rounding differs from the teacher"
+        elif not math.isfinite(row["loss"]):
+            row["reason"] = "the loss of the fine-tuning is not finite"
+        row["status"] = FAILED if row["reason"] else OK
+    except Exception as error:  # whatever goes wrong with somebody's network is what is asked for
+        row |= {"reason": " ".join(str(error).split()) or type(error).__name__, "error": error}
+    row["seconds"] = time.perf_counter() - started
+    return row
+
+
+def _facts(teacher: Teacher) -> dict[str, Any]:
+    cam = teacher.cam
+    return {
+        "input": " x ".join(map(str, teacher.input_size)),
+        "classes": teacher.num_classes,
+        "parameters": sum(parameter.numel() for parameter in teacher.graph.parameters()),
+        "layers": sum(isinstance(module, nn.Conv2d | nn.Linear) for module in teacher.graph.modules()),
+        "batch_norms": len(bn_targets(teacher.graph)),
+        "cam": f"{cam.kind} {cam.node} ({cam.channels} x {cam.height} x {cam.width})" if cam.node else "none",
+    }
+
+
+def _with_statistics(teacher: Teacher, config: TeacherConfig, path: Path) -> TeacherConfig:
+    """Give every batch norm of a teacher the statistics of noise, in a file of weights as a user would bring it."""
+    module = teacher.module
+    noise = torch.randn(NOISE_IMAGES, *teacher.input_size, generator=torch.Generator().manual_seed(0))
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over passes, not a moving one
+            norm.train()
+    with torch.no_grad():
+        module(noise)
+    state = {name: tensor.contiguous().clone() for name, tensor in module.eval().state_dict().items()}
+    safetensors.torch.save_file(state, path)
+    facts = {"num_classes": teacher.num_classes, "input_size": teacher.input_size}
+    return replace(config, weights=str(path), mean=teacher.mean, std=teacher.std, **facts)  # type: ignore[arg-type]
+
+
+def _images(config: RunConfig, teacher: Teacher) -> Tensor:
+    found = set_store(config).load(set_names(config, teacher)[0])
+    assert found is not None
+    return found.images
+
+
+def _is_exact(teacher: Teacher, quant: QuantConfig) -> bool:
+    student = build_student(teacher, quant).net
+    noise = torch.randn(2, *teacher.input_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), quantizers_bypassed(student):
+        return torch.equal(student(noise.clone()), teacher.module(noise.clone()))
+
+
+def _small(config: RunConfig, folder: Path) -> RunConfig:
+    return replace(
+        config,
+        name="rehearsal",
+        synthesis=SynthesisConfig(num_images=IMAGES, shard_size=IMAGES, iterations=ITERATIONS, start="white"),
+        reconstruction=ReconstructionConfig(iterations=STEPS, images=IMAGES, batch_size=IMAGES // STEPS),
+        finetune=FinetuneConfig(epochs=1, batch_size=IMAGES // STEPS),
+        evaluation=EvaluationConfig(dataset="none", heldout_images=IMAGES),
+        runtime=replace(config.runtime, output_dir=str(folder), store_dir=None, progress=False),
+    )
+
+
+def _at_eight_bits(teacher: Teacher, quant: QuantConfig, images: Tensor) -> dict[str, Any]:
+    """Compare the logits of a student at W8A8 with the teacher's, and name the worst tensor where they are far apart."""
+    net = build_student(teacher, QuantConfig(weight_bits=8, act_bits=8, act_points=quant.act_points)).net
+    observe_ranges(net, images, act_range="minmax")
+    reference, found = logits_of(teacher.graph, images), logits_of(net, images)
+    row: dict[str, Any] = {"sqnr_db": sqnr_db(reference, found)}
+    row["agreement"] = 100 * float((reference.argmax(1) == found.argmax(1)).double().mean())
+    if row["sqnr_db"] < GOOD_DB:
+        few = slice(SCANNED)
+        worst = min(scan_quantizers(net, images[few], reference[few]), key=lambda score: score.sqnr_db)
+        row["note"] = f"worst alone at W8A8: {worst.role} {worst.name}, {worst.sqnr_db:.1f} dB"
+    return row

@@ -1,0 +1,38 @@
+"""A network from a packed file alone. Needs no ONNX."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import fx
+
+from synq.config.identity import settings_of_its_day
+from synq.config.run import RunConfig, config_from_dict
+from synq.export.packed import load_packed, read_packed
+from synq.pipeline import build_student
+from synq.teacher.sources import RANDOM
+from synq.teacher.teacher import load_teacher
+
+
+def load_student(path: str | Path, spec: str | None = None) -> fx.GraphModule:
+    """Return the network in a packed file, ready to run: images as the teacher takes them -> logits. No weights but the file's are read.
+
+    Args:
+        path: A file `model.safetensors` of an export.
+        spec: Where the teacher's architecture comes from; None is the spec that the file names.
+
+    Raises:
+        FileNotFoundError, ValueError: As `read_packed`; or the architecture cannot be built, or is another one.
+    """
+    _, facts = read_packed(path)
+    about = facts["about"]
+    if "config" not in about:
+        raise ValueError(f"a packed student must name its teacher, but {path} does not")
+    config = config_from_dict(RunConfig, settings_of_its_day(about["config"]), source=str(path))
+    architecture = replace(
+        config.teacher,
+        spec=spec or config.teacher.spec,
+        weights=RANDOM,
+        input_size=tuple(about["input_size"]),
+        num_classes=about["num_classes"],
+    )
+    return load_packed(path, build_student(load_teacher(architecture), config.quant).net)

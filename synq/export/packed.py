@@ -1,0 +1,204 @@
+"""The integer form of a student in one safetensors file, every code at its real width.
+
+    <layer>.codes   uint8, the codes minus their smallest possible value, packed side by side (`packing.py`)
+    *.zero_point    int8, the zero points of all layers' channels, one behind the other in the order of `layers`
+    *.gain          float32, what follows the sum of a layer's channel (`integer_form.py`), likewise; those of batch norms behind them
+    *.shift         float32, likewise, of the layers that have one, and of batch norms
+    <name>          float32, whatever else the network holds, as PReLU slopes
+
+and in the header's metadata: `format` and `version`, `layers`, `activations` and `norms` (JSON: names, widths, shapes, scales), `structure` (SHA-256 of
+the graph), `about` (JSON: free), `digest` (SHA-256 over tensors and metadata). What computes with these numbers is not in the file: `load_packed` wants the network.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, fx
+
+from synq.export.packing import pack, unpack
+from synq.quant.integer_form import integer_form
+from synq.quant.integer_layers import ChannelAffine, Codes, IntegerActivation, IntegerLayer
+from synq.runs.record import write_bytes_atomic
+
+FORMAT, VERSION = "synq packed student", "2"
+
+
+def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any] | None = None) -> int:
+    """Write an integer form, by rename, and return the size of the file in bytes.
+
+    Args:
+        path: The file.
+        form: A network of ``integer_form``.
+        about: What else the file should say of itself, as plain JSON values.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    layers, activations = integer_parts(form)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        weight = layer.integer_weight
+        raised = weight.codes.to(torch.int16) - weight.quant_min
+        tensors[f"{name}.codes"] = torch.from_numpy(pack(raised.numpy(), weight.bits))
+    norms = channel_affines(form)
+    affine: list[IntegerLayer | ChannelAffine] = [*layers.values(), *norms.values()]
+    tensors["*.zero_point"] = torch.cat([layer.integer_weight.zero_point for layer in layers.values()]).to(torch.int8)
+    tensors["*.gain"] = torch.cat([part.gain for part in affine])
+    tensors["*.shift"] = torch.cat([torch.zeros(0), *(part.shift for part in affine if part.shift is not None)])
+    tensors |= _others(form)
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "layers": _to_json(
+            [
+                [name, layer.integer_weight.bits, list(layer.integer_weight.codes.shape), layer.shift is not None]
+                for name, layer in layers.items()
+            ]
+        ),
+        "activations": _to_json([[name, part.bits, part.scale, part.zero_point] for name, part in activations.items()]),
+        "norms": _to_json([[name, len(norm.gain)] for name, norm in norms.items()]),
+        "about": _to_json(dict(about or {})),
+        "structure": _structure(form),
+    }
+    metadata["digest"] = _digest(tensors, metadata)
+    content = to_safetensors(tensors, metadata)
+    write_bytes_atomic(path, content)
+    return len(content)
+
+
+def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and metadata (`layers`, `activations`, `norms`, `about` as values) of a packed file, checked against its digest.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, of another kind or version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"a packed student must be a file, but {path} {kind}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"a packed student must be a safetensors file, but {path} is damaged: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"a packed student must say that it is one, but {path} is some other safetensors file")
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"a packed student must be of version {VERSION}, but {path} is of version {metadata.get('version')}: "
+            "read it with the SynQ that wrote it"
+        )
+    if metadata.pop("digest", None) != _digest(tensors, metadata):
+        raise ValueError(f"a packed student must match its digest, but {path} does not: its content was changed")
+    facts = {name: json.loads(metadata[name]) for name in ("layers", "activations", "norms", "about")}
+    return tensors, {**facts, "structure": metadata["structure"]}
+
+
+def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
+    """Return the integer form that a packed file holds, bit by bit the one that was written.
+
+    Args:
+        path: The file.
+        student: The network of a ``Student`` of the same teacher and widths; only its structure counts, its numbers are not used and
+            its ranges need not be observed.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, of another version, or of another network.
+    """
+    tensors, facts = read_packed(path)
+    form = integer_form(student, empty=True)
+    layers, activations = integer_parts(form)
+    found = [(name, bits, tuple(shape)) for name, bits, shape, _ in facts["layers"]]
+    wanted = [(n, x.integer_weight.bits, tuple(x.integer_weight.codes.shape)) for n, x in layers.items()]
+    found_acts = [(name, bits) for name, bits, *_ in facts["activations"]]
+    wanted_acts = [(name, part.bits) for name, part in activations.items()]
+    if found != wanted or found_acts != wanted_acts:
+        pairs = [*zip(found, wanted, strict=False), *zip(found_acts, wanted_acts, strict=False)]
+        counts = (len(found) + len(found_acts), len(wanted) + len(wanted_acts))
+        odd = next((pair for pair in pairs if pair[0] != pair[1]), counts)
+        raise ValueError(f"a packed student must fit its network, but {path} holds {odd[0]} where {odd[1]} is wanted")
+    norms = channel_affines(form)
+    channels_of = [[name, len(norm.gain)] for name, norm in norms.items()]
+    if facts["norms"] != channels_of or facts["structure"] != _structure(form):
+        raise ValueError(
+            f"a packed student must fit its network, but that of {path} computes something else than this one"
+        )
+    widths = [shape[0] for _, _, shape in found]
+    zero_points = iter(tensors["*.zero_point"].split(widths))
+    channels = [*widths, *(len(norm.gain) for norm in norms.values())]
+    shifted = [*(has_shift for *_, has_shift in facts["layers"]), *(True for _ in norms)]
+    gains = iter(tensors["*.gain"].split(channels))
+    shifts = iter(tensors["*.shift"].split([number for number, has in zip(channels, shifted, strict=True) if has]))
+    for (name, bits, shape), has_shift in zip(found, shifted, strict=False):
+        raised = unpack(tensors[f"{name}.codes"].numpy(), bits, math.prod(shape))
+        codes = torch.from_numpy(raised.astype(np.int16) - 2 ** (bits - 1)).to(torch.int8).reshape(shape)
+        layers[name].fill(
+            Codes(codes=codes, scale=torch.ones(shape[0]), zero_point=next(zero_points).to(torch.int32), bits=bits),
+            next(gains).clone(),
+            next(shifts).clone() if has_shift else None,
+        )
+    for norm in norms.values():
+        norm.gain.copy_(next(gains))
+        norm.shift.copy_(next(shifts))
+    for name, _, scale, zero_point in facts["activations"]:
+        activations[name].scale, activations[name].zero_point = float(scale), int(zero_point)
+    others = _others(form)
+    missing = [name for name in others if name not in tensors]
+    if missing:
+        raise ValueError(f"a packed student must fit its network, but {path} has no {missing[0]}")
+    form.load_state_dict({**form.state_dict(), **{name: tensors[name] for name in others}})
+    return form
+
+
+def integer_parts(form: fx.GraphModule) -> tuple[dict[str, IntegerLayer], dict[str, IntegerActivation]]:
+    """Return the integer layers and the integer activations of an integer form, by name."""
+    modules = dict(form.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, IntegerLayer)}
+    return layers, {name: module for name, module in modules.items() if isinstance(module, IntegerActivation)}
+
+
+def channel_affines(form: fx.GraphModule) -> dict[str, ChannelAffine]:
+    """Return the batch norms of an integer form, by name."""
+    return {name: module for name, module in form.named_modules() if isinstance(module, ChannelAffine)}
+
+
+def _others(form: fx.GraphModule) -> dict[str, Tensor]:
+    """What the network holds besides its integer layers and its batch norms."""
+    layers, _ = integer_parts(form)
+    parts = {"integer_weight.codes", "integer_weight.zero_point", "gain", "shift"}
+    own = {f"{name}.{part}" for name in (*layers, *channel_affines(form)) for part in parts}
+    return {name: tensor.contiguous() for name, tensor in form.state_dict().items() if name not in own}
+
+
+def _structure(form: fx.GraphModule) -> str:
+    """Return 64 hexadecimal digits of what the network computes, its numbers apart: the graph, and the settings of its layers."""
+    called = [form.get_submodule(str(node.target)) for node in form.graph.nodes if node.op == "call_module"]
+    settings = [part.extra_repr() if isinstance(part, IntegerLayer) else repr(part) for part in called]
+    settings = [
+        "" if isinstance(part, IntegerActivation) else text for part, text in zip(called, settings, strict=True)
+    ]
+    return hashlib.sha256("\n".join([form.code, *settings]).encode()).hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(_to_json(dict(sorted(metadata.items()))).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(_to_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _to_json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)

@@ -1,0 +1,128 @@
+"""The state of a student before its fine-tuning and after each epoch, as files that are whole or absent."""
+
+import copy
+import io
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from synq.finetune.ema import WeightAverage
+from synq.runs.record import write_bytes_atomic
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def check_same_epoch(epoch: int, path: Path | None, accelerator: Accelerator) -> None:
+    """Refuse to resume where only some processes see the checkpoint: they would wait for one another for ever."""
+    epochs = accelerator.gather(torch.tensor([epoch], device=accelerator.device)).tolist()
+    if len(set(epochs)) > 1:
+        raise ValueError(
+            f"runtime.output_dir must be seen by all processes, but they find {path} at epochs {sorted(set(epochs))}: "
+            "use a shared file system"
+        )
+
+
+def save_checkpoint(
+    path: Path,
+    identity: str,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage,
+    history: list[dict[str, float]],
+) -> None:
+    """Write the state after an epoch to ``path``, by rename."""
+    state = {
+        "model": net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "average": average.state_dict(),
+        "history": history,
+    }
+    write_state(path, identity, state)
+
+
+def load_checkpoint(
+    path: Path | None, identity: str, net: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage
+) -> list[dict[str, float]]:
+    """Put the state in ``path`` into network, optimizer and average; returns the epochs done, none where there is no file.
+
+    Raises:
+        ValueError: If the file is damaged, or its identity is not ``identity``.
+    """
+    if path is None or not path.exists():
+        return []
+    state = read_state(path, identity)
+    try:
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.load_state_dict(state["average"])
+        history: list[dict[str, float]] = state["history"]
+    except Exception as error:  # unpickling and loading raise many types; a damaged file must name itself
+        raise _unreadable(path, error) from error
+    return history
+
+
+def save_prepared(
+    path: Path, identity: str, net: nn.Module, reference: nn.Module | None, report: dict[str, Any]
+) -> None:
+    """Write a student as it stands before its fine-tuning, by rename: a killed run need not round it a second time.
+
+    Args:
+        path: The file.
+        identity: What it belongs to (teacher and images).
+        net: The student's network.
+        reference: The float network that it imitates, where that is not the teacher.
+        report: What was done, as plain values.
+    """
+    scaled = None if reference is None else reference.state_dict()
+    write_state(path, identity, {"model": net.state_dict(), "reference": scaled, "report": report})
+
+
+def load_prepared(path: Path, identity: str, net: nn.Module, teacher: M) -> tuple[M, dict[str, Any]]:
+    """Put what ``save_prepared`` wrote into ``net``; returns the float network that it imitates, and the report.
+
+    Raises:
+        ValueError: If the file is damaged, or its identity is not ``identity``.
+    """
+    state = read_state(path, identity)
+    try:
+        net.load_state_dict(state["model"])
+        reference = teacher
+        if state["reference"] is not None:
+            reference = copy.deepcopy(teacher)
+            reference.load_state_dict(state["reference"])
+        return reference, state["report"]
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+
+
+def write_state(path: Path, identity: str, state: dict[str, Any]) -> None:
+    """Write plain values and tensors to ``path``, by rename, with what they belong to."""
+    buffer = io.BytesIO()
+    torch.save({"identity": identity, **state}, buffer)
+    write_bytes_atomic(path, buffer.getvalue())
+
+
+def read_state(path: Path, identity: str) -> dict[str, Any]:
+    """Return what ``write_state`` wrote, on the CPU.
+
+    Raises:
+        ValueError: If the file is damaged, or its identity is not ``identity``.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["identity"]
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+    if found != identity:
+        raise ValueError(
+            f"runtime.output_dir must not mix runs: {path} belongs to other teacher weights or images of the same name. "
+            "Choose another output_dir, or remove it"
+        )
+    return state
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"checkpoint must be readable, but {path} is not: {error}. Remove it to start over")

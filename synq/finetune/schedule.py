@@ -1,0 +1,47 @@
+"""Which images a step sees and at which learning rate: pure functions of seed, epoch and step, so a resumed run needs no state."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from synq.common.seeding import make_generator
+from synq.config.run import FinetuneConfig
+
+
+def epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
+    """Yield the row numbers of each global batch of an epoch; the incomplete last batch is dropped.
+
+    Every process draws the same order and takes its slice, so 1 and n processes see the same samples.
+    """
+    order = torch.randperm(num_images, generator=make_generator("order", seed, epoch))
+    for start in range(0, num_images - batch_size + 1, batch_size):
+        yield order[start : start + batch_size]
+
+
+def local_batch_size(batch_size: int, num_processes: int) -> int:
+    """Return the images per process and step.
+
+    Raises:
+        ValueError: If the global batch does not divide evenly: unequal shares would train another loss.
+    """
+    share, rest = divmod(batch_size, num_processes)
+    if rest:
+        raise ValueError(
+            f"finetune.batch_size must be divisible by the number of processes ({num_processes}), but got {batch_size}"
+        )
+    return share
+
+
+def lr_at(step: int, steps_per_epoch: int, config: FinetuneConfig) -> float:
+    """Return the learning rate of a step (counted over all epochs): a pure function, so a resumed run needs no state."""
+    warmup = config.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    if config.schedule == "cosine":
+        total = config.epochs * steps_per_epoch - warmup
+        return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / total))
+    if config.schedule == "step":
+        return config.lr * config.step_factor ** (step // (config.step_epochs * steps_per_epoch))
+    return config.lr

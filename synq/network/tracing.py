@@ -1,0 +1,334 @@
+"""Turn a classifier into a ``torch.fx`` graph.
+
+Everything that reads or rewrites a network goes through this graph: activations written as functions (``F.relu(x)``,
+``x.relu_()``) are nodes like any module, so no tensor can escape a rule unseen.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from synq.network.functional_layers import functions_as_layers
+from synq.network.tracers import LayerTracer, SizedTracer
+
+# Operations that only move, drop or keep values: between the last feature and the classifier they change nothing.
+_PASSIVE_MODULES = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.Unflatten)
+_PASSIVE_FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    torch.flatten,
+    torch.squeeze,
+    torch.reshape,
+    F.dropout,
+    F.dropout2d,
+)
+_PASSIVE_METHODS = ("flatten", "view", "reshape", "squeeze", "contiguous", "to", "float")
+_PASSIVE_NAMES = ("stochastic_depth",)  # of torchvision, which is not imported here
+_INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+class FeatureTap(nn.Module):
+    """Identity that makes its output differentiable for the network behind it.
+
+    In a frozen teacher nothing requires a gradient; the autograd CAM needs d logit / d A all the same. With gradients
+    enabled, A becomes a leaf here, so that only the head is recorded; in a student A already carries its graph.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return ``features`` (N, C, H, W) unchanged in value."""
+        if torch.is_grad_enabled() and not features.requires_grad:
+            return features.detach().requires_grad_()
+        return features
+
+
+class _ShapeRecorder(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
+        return value
+
+
+def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModule:
+    """Trace a classifier in evaluation mode; parameters and buffers are shared with ``module``.
+
+    In-place operations become out-of-place ones, and later readers of the overwritten tensor read the result, which
+    is what they saw before. A batch norm or convolution that is called as a function on the tensors of one module (timm's layers, which
+    add an activation or a padding) becomes that layer again. What the logits do not depend on is left out: it costs time, and parameters without a
+    gradient stop a distributed run. Every node carries the shape of its output for a batch of two in
+    ``meta["shape"]``.
+
+    Args:
+        module: Classifier mapping (N, C, H, W) to logits (N, K). Put into evaluation mode.
+        input_size: (C, H, W) of one image.
+
+    Returns:
+        A graph module that computes the same logits.
+
+    Raises:
+        ValueError: If the forward pass depends on tensor values, fails on ``input_size``, or does not return one
+            (N, K) tensor; if a weight is computed from others, or a layer carries a hook.
+    """
+    module.eval()
+    name = type(module).__name__
+    check_plain_weights(module)
+    sample = torch.zeros(2, *input_size, dtype=_first_dtype(module), device=_first_device(module))
+    graph = _trace(module, sample)
+    traced = fx.GraphModule(module, graph, class_name=name).eval()
+    with accepting(name, input_size):
+        logits = _ShapeRecorder(traced).run(sample)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 2:
+        raise ValueError(
+            f"teacher must return one (N, classes) tensor of logits, but {name} returned {_in_words(logits)}"
+        )
+    _check_no_hooks(traced)
+    _make_out_of_place(traced)
+    functions_as_layers(traced)
+    _drop_shape_assertions(traced)
+    traced.graph.eliminate_dead_code()
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
+
+
+def _trace(module: nn.Module, sample: Tensor) -> fx.Graph:
+    """Trace by names alone, or, where the code asks for sizes, for images of the size of ``sample``."""
+    try:
+        return LayerTracer().trace(module)
+    except Exception as error:  # torch.fx raises many types; all of them mean the same to the user
+        channels, height, width = sample.shape[1:]
+        with accepting(type(module).__name__, (channels, height, width)):
+            module(sample.clone())
+        try:
+            return SizedTracer(sample).trace(module)
+        except Exception:  # the same trouble in other words: the first are the plainer ones
+            raise ValueError(
+                f"teacher must be traceable by torch.fx, but {type(module).__name__} is not: {_first_line(error)}. "
+                "Remove control flow that depends on tensor values from its forward pass"
+            ) from error
+
+
+def check_plain_weights(module: nn.Module) -> None:
+    """Refuse layers whose weight or bias is computed from other tensors (weight norm, spectral norm, pruning).
+
+    Raises:
+        ValueError: Naming the layer.
+    """
+    for name, part in module.named_modules():
+        if not isinstance(part, (_ConvNd, nn.Linear, _BatchNorm)):
+            continue
+        for field in ("weight", "bias"):
+            tensor = getattr(part, field, None)
+            if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter) and field not in part._buffers:
+                raise ValueError(
+                    f"teacher must have plain weights, but the {field} of layer {name!r} is computed from other tensors "
+                    "(weight norm, spectral norm, pruning): remove the parametrization first, for example by "
+                    "torch.nn.utils.parametrize.remove_parametrizations"
+                )
+
+
+def batchnorm_parameters(traced: fx.GraphModule) -> list[nn.Parameter]:
+    """Return the affine parameters of all batch norms, of layers and of ``F.batch_norm`` calls alike, each once."""
+    found: dict[nn.Parameter, None] = {}
+    for module in traced.modules():
+        if isinstance(module, _BatchNorm):
+            found.update(dict.fromkeys(module.parameters(recurse=False)))
+    parameters = dict(traced.named_parameters(remove_duplicate=False))
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and operation_name(node) == "batch_norm":
+            sources = (parameters.get(str(n.target)) for n in node.all_input_nodes if n.op == "get_attr")
+            found.update(dict.fromkeys(p for p in sources if p is not None))
+    return list(found)
+
+
+def with_features(traced: fx.GraphModule, node_name: str, others: Sequence[str] = ()) -> fx.GraphModule:
+    """Return a network that gives (logits (N, K), features (N, C, H, W), outputs of ``others``...) in one forward pass.
+
+    Parameters and submodules are shared with ``traced``; no hook is installed.
+
+    Args:
+        traced: A graph of a teacher or a student.
+        node_name: Node whose output are the features.
+        others: Further nodes whose outputs are given too.
+
+    Raises:
+        ValueError: If there is no such node.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    logits = graph.graph_copy(traced.graph, copies)
+    by_name = {node.name: copy for node, copy in copies.items()}
+    missing = [name for name in (node_name, *others) if name not in by_name]
+    if missing:
+        raise ValueError(f"features must come from a node of the graph, but there is none called {missing[0]!r}")
+    tapped = by_name[node_name]
+    with graph.inserting_after(tapped):
+        tap = graph.call_module("feature_tap", (tapped,))
+    tapped.replace_all_uses_with(tap, delete_user_cb=lambda user: user is not tap)
+    outputs = (logits, *(by_name[name] for name in others))
+    graph.output(
+        (outputs[0] if outputs[0] is not tapped else tap, tap, *(tap if o is tapped else o for o in outputs[1:]))
+    )
+    root = nn.Module()
+    for name, child in traced.named_children():
+        root.add_module(name, child)
+    for name, parameter in traced.named_parameters(recurse=False):
+        root.register_parameter(name, parameter)
+    for name, buffer in traced.named_buffers(recurse=False):
+        root.register_buffer(name, buffer)
+    root.add_module("feature_tap", FeatureTap())
+    return fx.GraphModule(root, graph, class_name=f"{type(traced).__name__}WithFeatures").eval()
+
+
+def node_module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """Return the submodule that a ``call_module`` node calls, else None."""
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+JOINING_NAMES = frozenset(["cat", "concat", "stack"])
+"""Operations whose result holds the values of all their inputs."""
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """Return the input nodes of ``node`` whose values are tensors, in order."""
+    return [source for source in node.all_input_nodes if source.meta.get("shape") is not None]
+
+
+def operation_name(node: fx.Node) -> str:
+    """Return the bare name of the function or method that a node calls."""
+    if node.op == "call_method":
+        return str(node.target)
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def is_passive(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Tell whether ``node`` only reshapes or passes on its one tensor input (in evaluation mode)."""
+    if node.op == "call_module":
+        return isinstance(node_module(traced, node), _PASSIVE_MODULES)
+    if node.op == "call_function":
+        return node.target in _PASSIVE_FUNCTIONS or operation_name(node) in _PASSIVE_NAMES
+    return node.op == "call_method" and node.target in _PASSIVE_METHODS
+
+
+def _check_no_hooks(traced: fx.GraphModule) -> None:
+    for node in traced.graph.nodes:
+        module = node_module(traced, node)
+        if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+            raise ValueError(
+                f"teacher must compute in its forward passes, but layer {node.target!r} ({type(module).__name__}) carries "
+                "a forward hook, which its quantized form would lose: remove the hook or write it into the forward pass"
+            )
+
+
+def _make_out_of_place(traced: fx.GraphModule) -> None:
+    # Collected first: a module that is called twice is in place at both calls.
+    inplace_modules = {module for module in traced.modules() if getattr(module, "inplace", False)}
+    for module in inplace_modules:
+        module.inplace = False  # type: ignore[assignment]
+    for node in list(traced.graph.nodes):
+        if node.meta.get("shape") is None:  # ``n += 1`` on a Python number rebinds a name, it overwrites nothing
+            continue
+        name = operation_name(node)
+        ends_in_place = name.endswith("_") and not name.endswith("__")
+        if node.op == "call_module":
+            inplace = node_module(traced, node) in inplace_modules
+        elif node.op == "call_function" and node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+            inplace = True
+        elif node.op == "call_function" and node.target in _INPLACE_OPERATORS:
+            node.target = _INPLACE_OPERATORS[node.target]
+            inplace = True
+        elif node.op == "call_function" and ends_in_place:
+            target = getattr(torch, name[:-1], None) or getattr(F, name[:-1], None)
+            if target is None:
+                raise ValueError(f"teacher must use known operations, but {node.name} calls {name}()")
+            node.target = target
+            inplace = True
+        elif node.op == "call_method" and ends_in_place:
+            if not hasattr(Tensor, name[:-1]):
+                raise ValueError(f"teacher must use known operations, but {node.name} calls .{name}()")
+            node.target = name[:-1]
+            inplace = True
+        else:
+            inplace = False
+        overwritten = node.args[0] if node.args else node.kwargs.get("input")
+        if inplace and isinstance(overwritten, fx.Node) and overwritten.meta.get("shape") is not None:
+            before = set(_nodes_until(traced.graph, node))
+            for user in list(overwritten.users):
+                if user not in before:
+                    user.replace_input_with(overwritten, node)
+    traced.graph.lint()
+    traced.recompile()
+
+
+def _drop_shape_assertions(traced: fx.GraphModule) -> None:
+    """Drop assertions about shapes: they held for images of this size, and each would count as a reader of its tensor."""
+    for node in list(traced.graph.nodes):
+        if node.op == "call_function" and node.target is torch._assert:
+            condition = node.args[0] if node.args else None
+            if not isinstance(condition, fx.Node) or condition.meta.get("shape") is None:
+                traced.graph.erase_node(node)
+
+
+def _nodes_until(graph: fx.Graph, last: fx.Node) -> list[fx.Node]:
+    nodes = []
+    for node in graph.nodes:
+        nodes.append(node)
+        if node is last:
+            break
+    return nodes
+
+
+@contextmanager
+def accepting(name: str, input_size: tuple[int, int, int]) -> Iterator[None]:
+    """Say it as the user's error where a forward pass on images of ``input_size`` inside the ``with`` block fails."""
+    try:
+        with torch.no_grad():
+            yield
+    except Exception as error:  # a forward pass may raise anything
+        raise ValueError(
+            f"teacher must accept images of size {tuple(input_size)}, but {name} failed on them: {_first_line(error)}"
+        ) from error
+
+
+def output_getters(returned: object) -> dict[str, Callable[[Any], Any]]:
+    """Return how to take each value that a forward pass returned, by key, name or position in words; nothing for a single value."""
+    if isinstance(returned, Mapping):
+        return {str(key): operator.itemgetter(key) for key in returned}
+    if dataclasses.is_dataclass(returned):
+        return {field.name: operator.attrgetter(field.name) for field in dataclasses.fields(returned)}
+    if not isinstance(returned, Sequence):
+        return {}
+    positions = {str(place): operator.itemgetter(place) for place in range(len(returned))}
+    names = {name: operator.itemgetter(place) for place, name in enumerate(getattr(returned, "_fields", ()))}
+    return {**names, **positions}
+
+
+def _in_words(returned: object) -> str:
+    if isinstance(returned, Tensor):
+        return f"one of shape {tuple(returned.shape)}"
+    kind, places = type(returned).__name__.removeprefix("immutable_"), list(output_getters(returned))
+    return f"a {kind}" + (f"; name the one in it by `teacher.output`: {', '.join(places)}" if places else "")
+
+
+def _first_dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters()), torch.float32)
+
+
+def _first_device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,176 @@
+"""What a student costs: the width of every tensor, multiply-accumulates, bit operations, packed size."""
+
+import math
+from dataclasses import dataclass
+from itertools import chain
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from synq.network.tracing import JOINING_NAMES, is_passive, node_module, operation_name, tensor_inputs
+from synq.quant.bit_patterns import Role
+from synq.quant.integer_form import norm_behind
+from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear
+
+FLOAT_BITS = 32
+# Operations that only select or move values.
+_KEEPING_MODULES = (
+    *(nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ReflectionPad2d),
+    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
+)
+_KEEPING_NAMES = frozenset(
+    [
+        *("max_pool2d", "adaptive_max_pool2d", "pad", "chunk", "split", "unbind", "getitem", "narrow", "transpose"),
+        *("permute", "t", "movedim", "unsqueeze", "expand", "unflatten", "pixel_shuffle", "channel_shuffle", "roll"),
+        *("flip", "clone", "detach", "type_as"),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRow:
+    """One line of the account: a weight or an activation, and its width.
+
+    Attributes:
+        name: Module name of a weight, node name of an activation.
+        role: "weight" or "activation".
+        kind: Layer type or operation.
+        bits: Width; 32 stands for float.
+        numel: Number of values (of one image, for an activation).
+        macs: Multiply-accumulates per image, for a weight.
+        bitops: MACs x weight bits x input bits per image, for a weight; a float operand counts 32.
+        note: Why it is float, where it is.
+    """
+
+    name: str
+    role: Role
+    kind: str
+    bits: int
+    numel: int
+    macs: int = 0
+    bitops: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCall:
+    """One call of a layer, as the bit operations count it: MACs x weight bits x the most bits of its input.
+
+    Attributes:
+        layer: Module name of the layer.
+        macs: Multiply-accumulates per image.
+        inputs: Activations that its input comes from, several where parts were joined; empty where a part is float.
+    """
+
+    layer: str
+    macs: int
+    inputs: tuple[str, ...]
+
+
+def layer_calls(net: fx.GraphModule) -> tuple[LayerCall, ...]:
+    """List every call of a quantized layer of a student's network, in order of execution."""
+    calls = [node for node in net.graph.nodes if isinstance(node_module(net, node), (QuantConv2d, QuantLinear))]
+    return tuple(
+        LayerCall(layer=str(call.target), macs=_macs(net, call), inputs=_activations_of(net, tensor_inputs(call)[0]))
+        for call in calls
+    )
+
+
+def account(net: fx.GraphModule, points: dict[fx.Node, int]) -> tuple[TensorRow, ...]:
+    """List every weight and activation of a student with its width, in order of execution.
+
+    Args:
+        net: The student's graph, shapes recorded.
+        points: Width of the quantizer behind each quantized activation.
+    """
+    rows: list[TensorRow] = []
+    calls: dict[str, list[LayerCall]] = {}
+    for call in layer_calls(net):
+        calls.setdefault(call.layer, []).append(call)
+    for node in net.graph.nodes:
+        shape = node.meta.get("shape")
+        module = node_module(net, node)
+        if isinstance(module, (QuantConv2d, QuantLinear)) and (called := calls.pop(str(node.target), None)):
+            bits = module.weight_quantizer.bits
+            rows.append(
+                TensorRow(
+                    name=str(node.target),
+                    role="weight",
+                    kind=type(module).__name__.removeprefix("Quant"),
+                    bits=bits,
+                    numel=module.weight.numel(),
+                    macs=sum(call.macs for call in called),
+                    bitops=sum(call.macs * bits * _input_bits(net, call) for call in called),
+                )
+            )
+        if shape is None or isinstance(module, ActQuantizer) or node.op in ("output", "get_attr"):
+            continue
+        kind = type(module).__name__.removeprefix("Quant") if module is not None else operation_name(node)
+        bits = points.get(node, FLOAT_BITS)
+        note = "" if node in points else "not a point of the chosen rule"
+        size = math.prod(shape[1:])
+        rows.append(TensorRow(name=node.name, role="activation", kind=kind, bits=bits, numel=size, note=note))
+    return tuple(rows)
+
+
+def _macs(net: fx.GraphModule, node: fx.Node) -> int:
+    """Return the multiply-accumulates of one call of a layer."""
+    weight = node_module(net, node).weight  # type: ignore[union-attr]
+    assert isinstance(weight, Tensor)
+    return math.prod(node.meta["shape"][1:]) * (weight.numel() // weight.shape[0])
+
+
+def _input_bits(net: fx.GraphModule, call: LayerCall) -> int:
+    quantizers = [net.get_submodule(ACT_QUANTIZERS + name) for name in call.inputs]
+    return max((module.bits for module in quantizers if isinstance(module, ActQuantizer)), default=FLOAT_BITS)
+
+
+def _activations_of(net: fx.GraphModule, node: fx.Node) -> tuple[str, ...]:
+    """Return the quantized activations that one comes from, through operations that keep its values; none where it is float."""
+    while True:
+        module = node_module(net, node)
+        if isinstance(module, ActQuantizer):
+            return (str(node.target).removeprefix(ACT_QUANTIZERS),)
+        name = operation_name(node)
+        if module is None and name in JOINING_NAMES:  # its parts lie on grids of their own
+            parts = [_activations_of(net, part) for part in node.all_input_nodes]
+            return tuple(dict.fromkeys(chain(*parts))) if all(parts) else ()
+        keeps = isinstance(module, _KEEPING_MODULES) if module is not None else name in _KEEPING_NAMES
+        # Not by shapes: what reads one part of a split reads a tuple, which has none.
+        if not node.all_input_nodes or not (is_passive(net, node) or keeps):
+            return ()
+        node = node.all_input_nodes[0]
+
+
+def packed_bytes(net: fx.GraphModule) -> int:
+    """Return the bytes of the tensors of the packed student (`packed_file.py`).
+
+    Codes, one-byte zero point and float32 gain per channel, float32 shift where a layer has a bias or a batch norm in its gain; gain and shift of
+    the other batch norms; what else the network holds.
+    """
+    calls = [str(node.target) for node in net.graph.nodes if node.op == "call_module"]
+    merged: set[nn.Module | None] = set()
+    size, counted = 0, set[nn.Module]()
+    for node in net.graph.nodes:
+        module = node_module(net, node)
+        if module is None or module in counted:
+            continue
+        counted.add(module)
+        if isinstance(module, (QuantConv2d, QuantLinear)):
+            norm = norm_behind(net, node, calls)
+            merged.add(None if norm is None else node_module(net, norm))
+            shifted = module.bias is not None or norm is not None
+            channels = module.weight.shape[0]
+            size += math.ceil(module.weight.numel() * module.weight_quantizer.bits / 8)
+            size += channels * (1 + 4 + (4 if shifted else 0))
+        elif isinstance(module, _BatchNorm) and module.running_var is not None:
+            size += 0 if module in merged else 8 * module.num_features
+        elif not isinstance(module, ActQuantizer):
+            size += float_bytes(module)
+    return size
+
+
+def float_bytes(module: nn.Module) -> int:
+    """Return the bytes of the float32 parameters and BatchNorm statistics of ``module``."""
+    tensors = [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]
+    return 4 * sum(t.numel() for t in tensors)

@@ -1,0 +1,311 @@
+"""Cross-layer equalisation: scale the channels between two layers to like ranges, without changing what the network computes.
+
+relu(x / s) = relu(x) / s for s > 0, so a factor can move from the channels that one layer puts out to the weights of the next that read
+them. With one range for a whole activation, the channel of the largest values decides the step of all others; with one range for an
+output channel's weights, the input channel of the largest weights does.
+"""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from synq.network.tracing import is_passive, node_module, operation_name, tensor_inputs
+from synq.quant.keep_best import Agree, answers, keep_best, mean_kl
+from synq.quant.layers import ActQuantizer
+
+STRENGTHS = (0.5, 1.0)
+"""Exponents of the scales that are tried."""
+LARGEST = 256.0
+"""Scales stay within a factor of this of their layer's median: a channel that is nearly dead must not grow without bound."""
+_HOMOGENEOUS_MODULES = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
+_HOMOGENEOUS_NAMES = ("relu", "leaky_relu", "prelu")
+_POOL_MODULES = (
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool1d),
+    *(nn.ZeroPad2d, nn.ReflectionPad2d),
+)
+_POOL_NAMES = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool1d")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two layers with nothing between them that a scale per channel could not pass.
+
+    Attributes:
+        producer: Name of the module whose output channels are scaled: a batch norm, convolution or linear layer.
+        consumer: Name of the convolution or linear layer that alone reads them.
+        node: Name of the node whose range counts: the one that is quantized, else the one that the consumer reads.
+        quantized: Whether that node is quantized.
+        channels: Number of scales C.
+    """
+
+    producer: str
+    consumer: str
+    node: str
+    quantized: bool
+    channels: int
+
+
+def find_pairs(traced: fx.GraphModule, quantized: Collection[str] = ()) -> list[Pair]:
+    """Find the pairs of layers whose common channels may be scaled, in order of execution of the consumers.
+
+    From a consumer backwards: pools, dropout and flattening (channels stay in rows of h * w values), ReLU, LeakyReLU, PReLU, and then a
+    batch norm, convolution or linear layer. Every tensor on the way has one reader; both layers run once and share no parameter.
+
+    Args:
+        traced: A graph from ``trace_classifier``, shapes recorded.
+        quantized: Names of its nodes whose output a student rounds.
+    """
+    calls = Counter(str(node.target) for node in traced.graph.nodes if node.op in ("call_module", "get_attr"))
+    tensors = [*traced.named_parameters(remove_duplicate=False), *traced.named_buffers(remove_duplicate=False)]
+    readers = Counter(id(tensor) for name, tensor in tensors for _ in range(1 + calls[name]))
+
+    def is_own(node: fx.Node, layer: nn.Module) -> bool:
+        """Whether nothing else in the network reads the layer's weight and bias."""
+        own = [getattr(layer, field) for field in ("weight", "bias") if getattr(layer, field, None) is not None]
+        return calls[str(node.target)] == 1 and all(readers[id(tensor)] == 1 for tensor in own)
+
+    found = []
+    for node in traced.graph.nodes:
+        consumer = node_module(traced, node)
+        if not isinstance(consumer, (nn.Conv2d, nn.Linear)) or not is_own(node, consumer):
+            continue
+        way = _way_back(traced, node)
+        if not way:
+            continue
+        producer, shape = node_module(traced, way[-1]), way[-1].meta["shape"]
+        channels = 0 if producer is None or not is_own(way[-1], producer) else _out_channels(producer)
+        width = consumer.in_channels if isinstance(consumer, nn.Conv2d) else consumer.in_features
+        read_dim = 4 if isinstance(consumer, nn.Conv2d) else 2
+        fits = len(way[0].meta["shape"]) == read_dim and channels > 0 and width % channels == 0
+        if not fits or len(shape) not in (2, 4) or shape[1] != channels:
+            continue
+        rounded = [step.name for step in reversed(way) if step.name in quantized]
+        found.append(
+            Pair(
+                producer=str(way[-1].target),
+                consumer=str(node.target),
+                node=rounded[0] if rounded else way[0].name,
+                quantized=bool(rounded),
+                channels=channels,
+            )
+        )
+    return found
+
+
+def _way_back(traced: fx.GraphModule, consumer: fx.Node) -> list[fx.Node]:
+    """Return the nodes from the consumer's input back to one that no scale passes, or [] if a tensor has another reader."""
+    (node, *_) = tensor_inputs(consumer)
+    way = []
+    while len(node.users) == 1 and node.op in ("call_module", "call_function", "call_method"):
+        way.append(node)
+        if not _lets_scales_pass(traced, node):
+            return way
+        node = tensor_inputs(node)[0]
+    return []
+
+
+def _lets_scales_pass(traced: fx.GraphModule, node: fx.Node) -> bool:
+    module, name = node_module(traced, node), operation_name(node)
+    sources, shape = tensor_inputs(node), node.meta["shape"]
+    if not sources or shape is None:
+        return False
+    before = sources[0].meta["shape"]
+    if is_passive(traced, node):  # values stay in their order: either nothing moved, or each image became one row
+        return shape == before or (len(shape) == 2 and shape[0] == before[0])
+    if module is not None:
+        return isinstance(module, (*_HOMOGENEOUS_MODULES, *_POOL_MODULES))
+    if name == "mean":
+        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        dims = dims if isinstance(dims, (tuple, list)) else [dims]
+        return len(before) == 4 and all(isinstance(dim, int) and dim % 4 in (2, 3) for dim in dims)
+    return name in (*_HOMOGENEOUS_NAMES, *_POOL_NAMES)
+
+
+def _out_channels(layer: nn.Module) -> int:
+    """Number of output channels that can be scaled by the layer's own parameters; 0 if there are none."""
+    if isinstance(layer, _BatchNorm):
+        return layer.num_features if layer.affine else 0
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels
+    return layer.out_features if isinstance(layer, nn.Linear) else 0
+
+
+@torch.no_grad()
+def channel_ranges(traced: fx.GraphModule, pairs: Sequence[Pair], images: Tensor, batch_size: int = 64) -> list[Tensor]:
+    """Return a_c = the largest |activation| of each channel over images and positions, (C,) for each pair.
+
+    Args:
+        traced: The float network that the pairs were found in.
+        pairs: From `find_pairs`.
+        images: (N, C, H, W) on the device of ``traced``.
+        batch_size: Images per forward pass.
+    """
+    watched = _Watched(traced, {pair.node: pair.channels for pair in pairs})
+    for batch in images.split(batch_size):
+        watched.run(batch)
+    return [watched.largest[pair.node] for pair in pairs]
+
+
+class _Watched(fx.Interpreter):
+    def __init__(self, net: fx.GraphModule, channels: dict[str, int]) -> None:
+        super().__init__(net)
+        self.channels = channels
+        self.largest: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.channels:
+            largest = value.abs().reshape(len(value), self.channels[n.name], -1).amax((0, 2))
+            known = self.largest.get(n.name)
+            self.largest[n.name] = largest if known is None else torch.maximum(known, largest)
+        return value
+
+
+def _by_channel(layer: nn.Module, channels: int) -> Tensor:
+    """View the weight of a consumer as (G, C_out / G, C / G, values): the groups, rows, and what each row has for an input channel."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().reshape(groups, weight.shape[0] // groups, channels // groups, -1)
+
+
+def weight_ranges(layer: nn.Module, channels: int) -> Tensor:
+    """Return w_c = the largest |weight| over input channel c, in parts of its output channel's largest: in [0, 1], (C,).
+
+    In parts, because each output channel has a step of its own, and a batch norm behind it may have made it large or small.
+    """
+    weight = _by_channel(layer, channels).abs().amax(3)
+    rows = weight.amax(2, keepdim=True)
+    return (weight / torch.where(rows > 0, rows, 1)).amax(1).flatten()
+
+
+def channel_scales(activations: Tensor | None, weights: Tensor | None, strength: float = 1.0) -> Tensor:
+    """Return the scales s_c > 0 by which activations are divided and weights multiplied; the median of ln s_c is 0.
+
+    s_c = sqrt(a_c / w_c)^strength: a_c / s_c and w_c s_c then have the same ratios between channels. Where only one side is rounded
+    with one range for several channels, that side becomes even: s_c = a_c, or s_c = 1 / w_c. A dead channel (a range of 0) keeps 1.
+
+    Ranges (8, 2) and (1, 1) give (2, 1) up to a common factor.
+
+    Args:
+        activations: a_c, (C,), or None if the activation is not rounded.
+        weights: w_c, (C,), or None if every input channel has a range of its own (a depthwise convolution).
+        strength: Exponent; 0 leaves everything as it is.
+
+    Returns:
+        (C,), within a factor of `LARGEST` of the median.
+
+    Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section 4.1. There both
+    sides are weights with one range a tensor; here the producer's have a range for each channel, and its activation takes their place.
+    """
+    sides = [side.double() for side in (activations, weights) if side is not None]
+    assert sides, "one side must be rounded"
+    alive = torch.stack([torch.isfinite(side) & (side > 0) for side in sides]).all(0)
+    scales = torch.ones_like(sides[0])
+    if alive.any():
+        power = strength / len(sides)
+        logs = [side[alive].log() for side in sides]
+        log_scales = power * (logs[0] if activations is not None else -logs[0])
+        if len(sides) == 2:
+            log_scales = log_scales - power * logs[1]
+        bound = math.log(LARGEST)
+        scales[alive] = (log_scales - log_scales.median()).clamp(-bound, bound).exp()
+    return scales
+
+
+@torch.no_grad()
+def scale_pair(net: fx.GraphModule, pair: Pair, scales: Tensor) -> None:
+    """Divide the producer's output channels by ``scales`` (C,) and multiply the consumer's input channels by them, in place."""
+    producer, consumer = net.get_submodule(pair.producer), net.get_submodule(pair.consumer)
+    for parameter in (producer.weight, producer.bias):
+        if parameter is not None:
+            assert isinstance(parameter, Tensor)
+            parameter.div_(scales.to(parameter).view(-1, *[1] * (parameter.dim() - 1)))
+    weight = consumer.weight
+    assert isinstance(weight, Tensor)
+    by_channel = _by_channel(consumer, pair.channels)
+    factors = scales.to(weight).view(by_channel.shape[0], 1, by_channel.shape[2], 1)
+    weight.copy_((by_channel * factors).reshape(weight.shape))
+
+
+def equalize(
+    net: fx.GraphModule,
+    teacher: fx.GraphModule,
+    images: Tensor,
+    observe: Callable[[fx.GraphModule], object],
+    agree: Agree = dict,
+) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """Equalise a rounded student, in place, as strongly as brings it nearest to the teacher; ranges are observed afterwards.
+
+    Of no change and `STRENGTHS`, the one of the least mean KL(teacher || student) on ``images`` stays.
+
+    Args:
+        net: Network of a student from ``quantize_model(teacher, ...)``.
+        teacher: Its teacher's graph; not changed.
+        images: (N, C, H, W) synthetic images on the device of both.
+        observe: Sets the ranges of ``net``, from whatever they are.
+        agree: Makes figures the same on all processes.
+
+    Returns:
+        The float network whose activations the student's approach, channel by channel: the teacher, or a copy scaled alike, which
+        computes the same logits up to rounding. And a report: what was kept, the KL of each choice, and for each pair the ratio of the
+        largest to the smallest range of its channels, of the activation and of the weights, before and after.
+
+    Source: as `channel_scales`.
+    """
+    rounded = {n.all_input_nodes[0].name for n in net.graph.nodes if isinstance(node_module(net, n), ActQuantizer)}
+    pairs = [
+        pair for pair in find_pairs(teacher, rounded) if pair.quantized or not _is_depthwise(teacher, pair.consumer)
+    ]
+    activations = channel_ranges(teacher, pairs, images)
+    weights = [weight_ranges(teacher.get_submodule(pair.consumer), pair.channels) for pair in pairs]
+    sides = [
+        (a if pair.quantized else None, None if _is_depthwise(teacher, pair.consumer) else w)
+        for pair, a, w in zip(pairs, activations, weights, strict=True)
+    ]
+    scales = {"none": [torch.ones_like(a) for a in activations]}
+    scales |= {str(strength): [channel_scales(*side, strength) for side in sides] for strength in STRENGTHS if pairs}
+
+    def change(name: str) -> None:
+        _scale(net, pairs, scales[name])
+        observe(net)
+
+    wanted = answers(teacher, images)
+    changes = {name: partial(change, name) for name in scales}
+    kept, costs = keep_best(net, changes, lambda: mean_kl(wanted, net, images), agree)
+    reference = teacher if kept == "none" else _scale(copy.deepcopy(teacher), pairs, scales[kept])
+    rows = [
+        {
+            "producer": pair.producer,
+            "consumer": pair.consumer,
+            "activation": [_spread(a), _spread(a / s.to(a))],
+            "weight": [_spread(w), _spread(weight_ranges(reference.get_submodule(pair.consumer), pair.channels))],
+        }
+        for pair, a, w, s in zip(pairs, activations, weights, scales[kept], strict=True)
+    ]
+    return reference, {"kept": kept, "kl": costs, "pairs": rows}
+
+
+def _scale(net: fx.GraphModule, pairs: Sequence[Pair], scales: Sequence[Tensor]) -> fx.GraphModule:
+    for pair, factors in zip(pairs, scales, strict=True):
+        scale_pair(net, pair, factors)
+    return net
+
+
+def _is_depthwise(net: fx.GraphModule, name: str) -> bool:
+    layer = net.get_submodule(name)
+    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels
+
+
+def _spread(ranges: Tensor) -> float:
+    """Largest over smallest range of the channels that are not dead; 1 if all are."""
+    alive = ranges[ranges > 0]
+    return float(alive.max() / alive.min()) if len(alive) else 1.0

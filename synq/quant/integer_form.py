@@ -1,0 +1,167 @@
+"""The student as an engine runs it: convolutions of integers, and two numbers per channel behind each.
+
+The student of the fine-tuning keeps float weights, rounds them in every forward pass, and convolves numbers of its grids. Summed in another
+order, such a convolution differs in its last digit; now and then that moves an activation across the edge of its step, the layers
+behind carry it on, and one image in a thousand gets another class. The integer form is the same network without that: with the codes x of
+an activation, its scale s_x and zero point z_x, and the codes q of a weight, their scales s_c and zero points z_c per output channel,
+
+    quantize     x = clamp(round(a / s_x) + z_x, 0, quant_max)
+    layer        y_c = g_c sum (x - z_x) (q_c - z_c) + b_c
+
+The sum is one of integers. Floats hold it exactly below 2^24, in any order and on any engine that adds products (a Winograd or Fourier convolution
+does not), so that all of them give the same codes. Larger sums, which full 8-bit ranges can reach, are rounded as any float. Gain and
+shift hold what follows the sum and is linear: g_c = s_x s_c f_c with a batch norm of factor f_c behind the layer, b_c what bias and norm add;
+they are computed in float64, rounded once, and applied as a multiplication and an addition.
+
+What stays outside: a layer whose input is no activation straight from its quantizer (an image left float, say) reads floats, and s_x is not
+in its gain; a batch norm that something else reads too, or that stands behind no layer of its own, keeps a gain and a shift of its own.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from synq.network.functional_layers import bare_holder, replace_layer
+from synq.network.tracing import node_module
+from synq.quant.integer_layers import (
+    ActivationValues,
+    ChannelAffine,
+    Codes,
+    IntegerActivation,
+    IntegerConv2d,
+    IntegerLinear,
+    Operations,
+)
+from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear
+
+
+@torch.no_grad()
+def codes_of(layer: QuantConv2d | QuantLinear) -> Codes:
+    """Return the integer weight of a student's layer, on the CPU."""
+    quantizer = layer.weight_quantizer
+    scale, zero_point = quantizer.qparams(layer.weight)
+    return Codes(
+        codes=quantizer.codes(layer.weight).to("cpu", torch.int8),
+        scale=scale.to("cpu", torch.float32).clone(),
+        zero_point=zero_point.to("cpu", torch.int32).clone(),
+        bits=quantizer.bits,
+    )
+
+
+@torch.no_grad()
+def integer_form(net: fx.GraphModule, *, operations: Operations = "plain", empty: bool = False) -> fx.GraphModule:
+    """Return the integer form of a student's network; the student is not touched.
+
+    Args:
+        net: The network of a ``Student``, its ranges observed.
+        operations: What it is for, see `integer_layers.py`.
+        empty: Whether ranges may be missing: what comes back is to be filled.
+
+    Returns:
+        (N, C, H, W) -> logits (N, K), float32, on the CPU, in evaluation mode, without gradients. Every node keeps its name; batch norms that
+        stand in a layer's gain are gone.
+
+    Raises:
+        RuntimeError: If an activation has no range yet.
+    """
+    form = copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
+    tensors = {
+        str(node.target): _tensor_of(form, str(node.target)) for node in form.graph.nodes if node.op == "get_attr"
+    }
+    calls = [str(node.target) for node in form.graph.nodes if node.op == "call_module"]
+    for node in list(form.graph.nodes):
+        module, name = node_module(form, node), str(node.target)
+        if isinstance(module, ActQuantizer):
+            if not module.has_range and not empty:
+                raise RuntimeError("activation ranges must be observed before the student becomes integers")
+            activation = IntegerActivation(module, operations)
+            form.set_submodule(name, activation)
+            _give_values(form, node, activation, calls)
+        elif isinstance(module, QuantConv2d | QuantLinear):
+            norm = norm_behind(form, node, calls)
+            batch_norm = None if norm is None else node_module(form, norm)
+            codes = codes_of(module)
+            source = node_module(form, node.all_input_nodes[0])
+            scale = source.scale if isinstance(source, IntegerActivation) else 1.0
+            affine = _affine(codes, scale, module.bias, batch_norm)
+            if isinstance(module, QuantConv2d):
+                replace_layer(form, name, IntegerConv2d(module, codes, *affine, operations))
+            else:
+                replace_layer(form, name, IntegerLinear(codes, *affine, operations))
+            if norm is not None and batch_norm is not None:
+                form.set_submodule(str(norm.target), bare_holder(batch_norm))
+                norm.replace_all_uses_with(node)
+                form.graph.erase_node(norm)
+        elif isinstance(module, _BatchNorm) and module.running_var is not None:
+            factor, offset = _factor_and_offset(module)
+            replace_layer(form, name, ChannelAffine(factor.float(), offset.float()))
+    for name, tensor in tensors.items():  # also where the layer that held it is another one now
+        owner, _, attribute = name.rpartition(".")
+        if not hasattr(form.get_submodule(owner), attribute):
+            form.get_submodule(owner).register_buffer(attribute, tensor)
+    form.delete_all_unused_submodules()
+    form.graph.lint()
+    form.recompile()
+    return form.eval()
+
+
+def _tensor_of(net: fx.GraphModule, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    tensor = getattr(net.get_submodule(owner), attribute)
+    assert isinstance(tensor, Tensor)
+    return tensor.detach()
+
+
+def _give_values(form: fx.GraphModule, node: fx.Node, activation: IntegerActivation, calls: list[str]) -> None:
+    """Let what reads codes and is no layer called once read values: a layer that is called twice has one gain for two scales."""
+    others = [
+        user
+        for user in node.users
+        if not isinstance(node_module(form, user), QuantConv2d | QuantLinear) or calls.count(str(user.target)) > 1
+    ]
+    if not others:
+        return
+    target = f"activation_values.{node.name}"
+    form.add_submodule(target, ActivationValues(activation))
+    with form.graph.inserting_after(node):
+        values = form.graph.call_module(target, (node,))
+    values.meta = dict(node.meta)
+    for user in others:
+        user.replace_input_with(node, values)
+
+
+def norm_behind(net: fx.GraphModule, node: fx.Node, calls: list[str]) -> fx.Node | None:
+    """Return the batch norm that may be folded into the layer ``node``: both called once, nothing else reading between them."""
+    if len(node.users) != 1 or calls.count(str(node.target)) > 1:
+        return None
+    (user,) = node.users
+    module = node_module(net, user)
+    if not isinstance(module, _BatchNorm) or module.running_var is None or calls.count(str(user.target)) > 1:
+        return None
+    # A linear layer's channels are its last axis, a batch norm's the second.
+    on_channels = isinstance(node_module(net, node), nn.Conv2d) or len(node.meta["shape"]) == 2
+    return user if on_channels else None
+
+
+def _affine(
+    codes: Codes, input_scale: float, bias: Tensor | None, norm: nn.Module | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return gain and shift (C_out,) behind a layer's sum of integers; None adds nothing. In float64, rounded once."""
+    gain = codes.scale.double() * input_scale
+    shift = None if bias is None else bias.detach().double()
+    if isinstance(norm, _BatchNorm):
+        factor, offset = _factor_and_offset(norm)
+        gain, shift = gain * factor, offset if shift is None else shift * factor + offset
+    return gain.float(), None if shift is None else shift.float()
+
+
+def _factor_and_offset(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return f and b (C,) float64 of a batch norm in evaluation mode, f x + b."""
+    assert norm.running_var is not None and norm.running_mean is not None
+    factor = 1.0 / (norm.running_var.double() + norm.eps).sqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.detach().double()
+    offset = -norm.running_mean.double() * factor
+    return factor, offset if norm.bias is None else offset + norm.bias.detach().double()

@@ -1,0 +1,77 @@
+"""From a student rounded to nearest to the one that fine-tuning starts from: equalised channels, ranges, corrected statistics, rounding."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from synq.config.run import RunConfig
+from synq.quant.adaround import reconstruct
+from synq.quant.bn_correction import correct_statistics
+from synq.quant.equalization import equalize
+from synq.quant.keep_best import Agree
+from synq.quant.student import observe_ranges
+
+
+def prepare_student(
+    net: fx.GraphModule,
+    teacher: fx.GraphModule,
+    images: Tensor,
+    config: RunConfig,
+    device: torch.device,
+    *,
+    image_range: tuple[Tensor, Tensor] | None = None,
+    agree: Agree = dict,
+    progress: bool = False,
+) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """Set the ranges of a student, in place, and do what else the configuration asks for before fine-tuning.
+
+    quantize_model [-> equalize] -> observe ranges [-> learn the rounding] [-> correct statistics]
+
+    Statistics last: what they make up for is what the rounding has left.
+
+    Args:
+        net: Network of a student from ``quantize_model(teacher, ...)``, on ``device``.
+        teacher: Its teacher's graph, there too; not changed.
+        images: (N, C, H, W) synthetic images, filtered as those of the fine-tuning. Ranges and statistics come from the first
+            ``quant.calib_images``.
+        config: Its parts ``quant`` and ``reconstruction``, and the seed.
+        device: Where to compute.
+        image_range: As for ``observe_ranges``.
+        agree: Makes figures, by which something is kept or not, the same on all processes.
+        progress: Whether a terminal shows a progress bar.
+
+    Returns:
+        The float network that the student imitates tensor by tensor: the teacher, or a copy whose channels are scaled as the
+        student's. And what was done, for the record.
+
+    Raises:
+        ValueError: As ``observe_ranges``.
+    """
+    quant = config.quant
+    calib = images[: quant.calib_images].to(device)
+
+    def observe(student: fx.GraphModule) -> None:
+        observe_ranges(
+            student,
+            calib,
+            act_range=quant.act_range,
+            weight_range=quant.weight_range,
+            norm=quant.mse_norm,
+            image_range=image_range,
+        )
+
+    reference: fx.GraphModule = teacher
+    report: dict[str, Any] = {}
+    if quant.equalization:
+        reference, report["equalization"] = equalize(net, teacher, calib, observe, agree)
+    else:
+        observe(net)
+    if quant.rounding == "adaround":
+        learned = reconstruct(
+            net, reference, images, config.reconstruction, seed=config.seed, device=device, progress=progress
+        )
+        report["reconstruction"] = learned.rows()
+    if quant.bn_correction:
+        report["bn_correction"] = correct_statistics(net, reference, calib, agree=agree)
+    return reference, report

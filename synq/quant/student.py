@@ -1,0 +1,287 @@
+"""Build the quantized student from the teacher's graph, observe its activation ranges, and account for every tensor."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from synq.network.functional_layers import replace_layer
+from synq.network.ops import classify, made_of
+from synq.network.tracing import node_module, tensor_inputs
+from synq.quant.bit_patterns import WidthPatterns, layer_names
+from synq.quant.cost import TensorRow, account, packed_bytes
+from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
+from synq.quant.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A quantized network and its account.
+
+    Attributes:
+        net: (N, C, H, W) -> logits (N, K); in evaluation mode.
+        cam_node: Node of ``net`` whose output is A, the tensor that enters the pool, after its fake quantization.
+        taps: Node of ``net`` whose output is that of a node of the teacher's graph after its fake quantization, by the latter's name;
+            a name that is not there stands for itself.
+        rows: Every weight and activation with its width.
+        size_bytes: Packed size: weights at their width, zero point, gain and shift per channel.
+        bitops: Sum over layers of MACs x weight bits x input bits, per image; a float operand counts 32.
+        before_last: Under "relu", the non-linearities that have the last layer's width because it reads them, unless named otherwise.
+    """
+
+    net: fx.GraphModule
+    cam_node: str
+    taps: dict[str, str]
+    rows: tuple[TensorRow, ...]
+    size_bytes: int
+    bitops: int
+    before_last: frozenset[str] = frozenset()
+
+
+def quantize_model(
+    traced: fx.GraphModule,
+    *,
+    weight_bits: int,
+    act_bits: int,
+    act_points: Literal["relu", "inputs"] = "relu",
+    first_bits: int | None = None,
+    last_bits: int | None = None,
+    last_bits_for_input: bool = True,
+    layer_weight_bits: Mapping[str, int] | None = None,
+    layer_act_bits: Mapping[str, int] | None = None,
+    cam_node: str = "",
+    learned_steps: Literal["none", "activations", "all"] = "none",
+    rounding: Literal["nearest", "adaround"] = "nearest",
+) -> Student:
+    """Round a traced teacher to a low-bit student; the teacher is not touched.
+
+    Activation ranges are unset afterwards: call :func:`observe_ranges` before the student runs.
+
+    Args:
+        traced: A graph from ``trace_classifier``.
+        weight_bits: Width of all weights, 2..8.
+        act_bits: Width of all quantized activations, 2..8.
+        act_points: "relu": after every non-linearity. "inputs": the input of every convolution and linear layer.
+        first_bits: Width of the first layer's weight (and of its input, under "inputs"); None for ``weight_bits``.
+        last_bits: Width of the last layer's weight and input; None for ``weight_bits`` and ``act_bits``.
+        last_bits_for_input: False: under "relu" of its weight alone. The input is the non-linearity that the layer reads, pooled or not
+            (``made_of``); where it reads a sum, that stays float.
+        layer_weight_bits: Width of the weights of single layers, by the layer's name or a pattern of names; goes before the above.
+        layer_act_bits: Width of single activations, by the name of the layer that reads it under "inputs", by the node of
+            the non-linearity under "relu".
+        cam_node: Node of ``traced`` whose output is the CAM's feature map; "" for none.
+        learned_steps: Whose scales are parameters: "activations" or "all" (the weights' too, which then no longer follow the weights).
+        rounding: "adaround": the weights' scales are stored, because a learned rounding holds on the grid it was learned on.
+
+    Returns:
+        The student, in evaluation mode.
+
+    Raises:
+        ValueError: If a tensor that the rule covers would stay float: an operation with weights or a non-linearity
+            that is not known here; if the student without its rounding is not the teacher; or if a name or pattern fits nothing.
+    """
+    net = copy.deepcopy(traced).eval()
+    layers, nonlinear = classify(net)
+    by_name = WidthPatterns(layer_weight_bits or {}, "quant.layer_weight_bits")
+    widths = _layer_widths(layers, weight_bits, first_bits, last_bits, by_name)
+    act_names = WidthPatterns(layer_act_bits or {}, "quant.layer_act_bits")
+    steps: WeightSteps = "learned" if learned_steps == "all" else "stored" if rounding == "adaround" else "live"
+    for node in layers:
+        module = node_module(net, node)
+        if isinstance(module, nn.Conv2d) and not isinstance(module, QuantConv2d):
+            replace_layer(net, str(node.target), QuantConv2d.from_float(module, widths[node], steps).eval())
+        elif isinstance(module, nn.Linear) and not isinstance(module, QuantLinear):
+            replace_layer(net, str(node.target), QuantLinear.from_float(module, widths[node], steps).eval())
+
+    before_last: dict[fx.Node, int] = {}
+    if act_points == "relu":
+        if last_bits is not None and last_bits_for_input:
+            calls = [node for node in layers if node.target == layers[-1].target]
+            held = made_of(net, {*nonlinear})
+            before_last = {source: last_bits for node in calls for source in held.get(tensor_inputs(node)[0], ())}
+        widths_behind = {node: act_names.width(node.name) or before_last.get(node, act_bits) for node in nonlinear}
+        points = {node: (widths_behind[node], list(node.users)) for node in nonlinear}
+    else:
+        input_widths = _layer_widths(layers, act_bits, first_bits, last_bits, act_names)
+        points = {}
+        for node in layers:
+            producer = tensor_inputs(node)[0]
+            bits, users = points.get(producer, (0, []))
+            points[producer] = (max(bits, input_widths[node]), [*users, node])
+        for node in layers:
+            asked, (bits, readers) = act_names.width(*layer_names(str(node.target))), points[tensor_inputs(node)[0]]
+            if asked not in (None, bits):
+                others = ", ".join(str(reader.target) for reader in readers if reader is not node)
+                raise ValueError(
+                    f"`quant.layer_act_bits` must say one width for layers that read the same tensor, but got {asked} for {node.target} and "
+                    f"{bits} for {others}"
+                )
+    by_name.check_all_fit()
+    act_names.check_all_fit()
+    taps = {}
+    for node, (bits, users) in points.items():
+        quantizer = _insert_quantizer(net, node, users, ActQuantizer(bits, learned_steps != "none"))
+        if act_points == "relu":
+            taps[node.name] = quantizer.name
+    net.graph.lint()
+    net.recompile()
+    _check_same(net, traced)
+    rows = account(net, {node: bits for node, (bits, _) in points.items()})
+    return Student(
+        net=net,
+        cam_node=taps.get(cam_node, cam_node),
+        taps=taps,
+        rows=rows,
+        size_bytes=packed_bytes(net),
+        bitops=sum(row.bitops for row in rows),
+        before_last=frozenset(node.name for node in before_last),
+    )
+
+
+def observe_ranges(
+    net: fx.GraphModule,
+    images: Tensor,
+    *,
+    act_range: Literal["minmax", "mse"],
+    weight_range: Literal["minmax", "mse"] = "minmax",
+    norm: float = 2.4,
+    image_range: tuple[Tensor, Tensor] | None = None,
+    batch_size: int = 256,
+) -> None:
+    """Set every activation range from ``images``, and the weights' stored scales, once; only learned scales move afterwards.
+
+    Activations are observed in float behind the already quantized weights. "minmax" takes the extremes; "mse" the
+    range that minimises the mean |x - quantized x|^norm over a histogram.
+
+    Args:
+        net: Network of a :class:`Student`.
+        images: (N, C, H, W) synthetic images, filtered as those of the fine-tuning, on the device of ``net``.
+        act_range: How activation ranges are chosen.
+        weight_range: "mse" also chooses a shrink factor per output channel, kept relative to the live weights.
+        norm: Exponent p of the error.
+        image_range: Least and largest value of a pixel, normalised, each (1, C, 1, 1): what is beyond does not count for the quantizer of the image
+            itself, because no image has it. Synthetic ones do: their pixels are optimised without bounds.
+        batch_size: Images per forward pass.
+
+    Raises:
+        ValueError: If there are no images, or an activation is not finite.
+    """
+    if len(images) == 0:
+        raise ValueError("calib_images must be >= 1, but got no image")
+    for module in net.modules():
+        if isinstance(module, (QuantConv2d, QuantLinear)):
+            weights = module.weight_quantizer
+            if weight_range == "mse":
+                weights.clip_ratio.copy_(mse_weight_ratio(module.weight.detach().float(), weights.bits, norm))
+            weights.freeze(module.weight)
+    batches = images.split(batch_size)
+    of_image = {
+        str(node.target) for node in net.graph.nodes if any(s.op == "placeholder" for s in node.all_input_nodes)
+    }
+
+    def seen(name: str, x: Tensor) -> Tensor:
+        if image_range is None or name not in of_image:
+            return x
+        low, high = (bound.to(x) for bound in image_range)
+        return x.clamp(low, high)
+
+    extremes: dict[str, RangeObserver] = {}
+    _observe(net, batches, lambda name, x: extremes.setdefault(name, RangeObserver()).update(seen(name, x)))
+    try:
+        ranges = {name: observer.range() for name, observer in extremes.items()}
+    except ValueError as error:
+        raise ValueError(f"{error}: the teacher overflows on the synthetic images") from error
+    if act_range == "mse":
+        histograms = {name: HistogramObserver(low, high) for name, (low, high) in ranges.items() if low < high}
+        _observe(net, batches, lambda name, x: histograms[name].update(seen(name, x)) if name in histograms else None)
+        for name, histogram in histograms.items():
+            quantizer = net.get_submodule(name)
+            assert isinstance(quantizer, ActQuantizer)
+            bounds = (quantizer.quant_min, quantizer.quant_max)
+            ranges[name] = mse_range(histogram.counts, *ranges[name], *bounds, norm=norm)
+    for name, (low, high) in ranges.items():
+        quantizer = net.get_submodule(name)
+        assert isinstance(quantizer, ActQuantizer)
+        quantizer.set_range(low, high)
+
+
+@torch.no_grad()
+def weight_codes(net: fx.GraphModule) -> dict[str, Tensor]:
+    """Return the integer weights of every quantized layer as int8 on the CPU, by the layer's name."""
+    codes = {}
+    for name, layer in net.named_modules():
+        if isinstance(layer, (QuantConv2d, QuantLinear)):
+            codes[name] = layer.weight_quantizer.codes(layer.weight).to("cpu", torch.int8)
+    return codes
+
+
+def share_changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    """Return the share (0..1) of integer weights that differ between two calls of ``weight_codes`` on one network."""
+    changed = sum(int((codes != after[name]).sum()) for name, codes in before.items())
+    return changed / sum(codes.numel() for codes in before.values())
+
+
+class _Observation(fx.Interpreter):
+    """Runs a student with its activation quantizers replaced by a look at what enters them."""
+
+    def __init__(self, net: fx.GraphModule, look: Callable[[str, Tensor], None]) -> None:
+        super().__init__(net)
+        self.look = look
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(self.fetch_attr(target), ActQuantizer):
+            self.look(target, args[0].detach())
+            return args[0]
+        return super().call_module(target, args, kwargs)
+
+
+@torch.no_grad()
+def _observe(net: fx.GraphModule, batches: Iterable[Tensor], look: Callable[[str, Tensor], None]) -> None:
+    interpreter = _Observation(net, look)
+    for batch in batches:
+        interpreter.run(batch)
+
+
+@torch.no_grad()
+def _check_same(net: fx.GraphModule, traced: fx.GraphModule) -> None:
+    """Refuse a student that, with its quantizers bypassed, computes anything else than the teacher's graph."""
+    like = next(traced.parameters())
+    size = next(node for node in traced.graph.nodes if node.op == "placeholder").meta["shape"]
+    noise = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(like)
+    with quantizers_bypassed(net):
+        found, wanted = net(noise), traced(noise)
+    # The same kernels on the same numbers: equal bit by bit, but for a GPU that may choose another kernel each time.
+    same = torch.equal(found, wanted) if like.device.type == "cpu" else torch.allclose(found, wanted, 1e-3, 1e-3)
+    if not same:
+        raise ValueError(
+            "teacher must be built of layers that compute what their type says, but with all rounding switched off the "
+            f"student's logits differ from the teacher's by {float((found - wanted).abs().max()):.3g}: a layer's own "
+            "forward pass was lost. Write it with plain Conv2d, Linear and standard activations"
+        )
+
+
+def _layer_widths(
+    layers: list[fx.Node], bits: int, first_bits: int | None, last_bits: int | None, by_name: WidthPatterns
+) -> dict[fx.Node, int]:
+    widths = dict.fromkeys(layers, bits)
+    for node in layers:
+        if node.target == layers[-1].target and last_bits is not None:
+            widths[node] = last_bits
+        if node.target == layers[0].target and first_bits is not None:
+            widths[node] = first_bits
+        widths[node] = by_name.width(*layer_names(str(node.target))) or widths[node]
+    return widths
+
+
+def _insert_quantizer(net: fx.GraphModule, node: fx.Node, users: list[fx.Node], quantizer: ActQuantizer) -> fx.Node:
+    target = f"{ACT_QUANTIZERS}{node.name}"
+    net.add_submodule(target, quantizer.eval())
+    with net.graph.inserting_after(node):
+        quantized = net.graph.call_module(target, (node,))
+    quantized.meta = dict(node.meta)
+    for user in users:
+        user.replace_input_with(node, quantized)
+    return quantized

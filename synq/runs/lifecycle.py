@@ -1,0 +1,188 @@
+"""Fill the record of a run with what is known before and after its fine-tuning."""
+
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from synq.config.run import RunConfig, config_digest, config_to_dict
+from synq.evaluation.measure import Measurement
+from synq.finetune.loop import Epoch
+from synq.quant.student import Student
+from synq.runs.record import RunRecord, environment, read_record
+from synq.synthesis.dataset import SyntheticSet
+from synq.teacher.teacher import Teacher
+
+NOTABLE = 0.01
+"""Rise of the KL to the teacher, in nats, below which nobody need hear of it: at 8 bit it is all but zero before and after."""
+FAR = 0.5
+"""KL to the teacher, in nats, above which a student is another classifier rather than a copy."""
+FEW = 0.5
+"""Share of synthetic images with the assigned class below which the images cannot stand for the classes."""
+
+
+def blank_record(
+    config: RunConfig,
+    teacher: Teacher,
+    student: Student,
+    train_set: SyntheticSet,
+    heldout: SyntheticSet,
+    eval_digest: str,
+    accelerator: Accelerator,
+    started: datetime,
+) -> RunRecord:
+    """Return the record with everything that is known before the fine-tuning."""
+    cam = teacher.cam
+    facts: dict[str, Any] = {
+        "spec": teacher.spec,
+        "digest": teacher.digest,
+        "name": teacher.name,
+        "num_classes": teacher.num_classes,
+        "input_size": list(teacher.input_size),
+        "mean": list(teacher.mean),
+        "std": list(teacher.std),
+        "cam": {"node": cam.node, "kind": cam.kind, "reason": cam.reason},
+    }
+    warnings = []
+    if cam.kind == "none" and config.finetune.cam_weight > 0:
+        warnings.append(f"the CAM term is off: {cam.reason}")
+    agreement = train_set.manifest["agreement"]
+    if agreement < FEW and config.synthesis.assigns_labels:
+        warnings.append(
+            f"the teacher gives only {100 * agreement:.0f} % of the synthetic images the class that they should show: the images are "
+            "not finished; raise `synthesis.iterations`, or try another `synthesis.lr`"
+        )
+    return RunRecord(
+        name=config.name,
+        config=config_to_dict(config),
+        config_digest=config_digest(config),
+        seed=config.seed,
+        data_seed=config.data_seed,
+        teacher=facts,
+        model=teacher.name,
+        weight_bits=config.quant.weight_bits,
+        act_bits=config.quant.act_bits,
+        protocol=config.quant.protocol,
+        act_points=config.quant.act_points,
+        objective=config.evaluation.objective,
+        size_bytes=student.size_bytes,
+        bitops=student.bitops,
+        set_digest=train_set.digest,
+        heldout_digest=heldout.digest,
+        eval_digest=eval_digest,
+        layers=[asdict(row) for row in student.rows],
+        warnings=warnings,
+        device=_device_name(accelerator),
+        started=started.isoformat(timespec="seconds"),
+        **environment(),
+    )
+
+
+def complete_record(
+    record: RunRecord,
+    teacher: Measurement,
+    rounded: Measurement,
+    final: Measurement,
+    history: list[Epoch],
+    seconds: dict[str, float],
+    codes_changed: float,
+) -> RunRecord:
+    """Return ``record`` with what was measured of teacher, rounded student and fine-tuned student (the last epoch)."""
+    return replace(
+        record,
+        objective_value=final.objective,
+        fidelity=final.fidelity,
+        teacher_top1=teacher.top1,
+        rtn_top1=rounded.top1,
+        rtn_fidelity=rounded.fidelity,
+        top1=final.top1,
+        top5=final.top5,
+        drop=None if final.top1 is None or teacher.top1 is None else teacher.top1 - final.top1,
+        num_eval=final.num_eval,
+        rtn_lost=rounded.lost,
+        rtn_gained=rounded.gained,
+        lost=final.lost,
+        gained=final.gained,
+        kept_share=history[-1]["kept"] if history else None,
+        loss_history=list(history),
+        warnings=[
+            *record.warnings,
+            *_mask_warnings(record.config["finetune"], history),
+            *(_harm_warnings(rounded, final) if history else []),
+            *_distance_warnings(record.config["quant"], final),
+        ],
+        seconds=seconds,
+        total_seconds=sum(seconds.values()),
+        codes_changed=codes_changed,
+    )
+
+
+def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
+    """Say when the difficulty threshold decides nothing (METHOD: after the inception loss most images are easy)."""
+    tau = settings["difficulty_threshold"]
+    if not history or settings["ce_weight"] == 0 or tau >= 1:
+        return []
+    share = history[-1]["kept"]
+    if 0.01 <= share <= 0.99:
+        return []
+    if share > 0.99:
+        remedy = "no fault, but a stronger filter leaves more of them difficult"
+    else:
+        remedy = "hard labels count for nothing; a larger one, or a weaker filter, keeps more"
+    return [f"difficulty_threshold {tau} is inert: {100 * share:.1f} % of the images keep their hard label; {remedy}"]
+
+
+def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:
+    """Say when the fine-tuning has moved the student away from the teacher, as far as synthetic images can tell."""
+    before, after = rounded.fidelity["kl"], final.fidelity["kl"]
+    if before is None or after is None or after < 1.1 * before or after - before < NOTABLE:
+        return []
+    return [
+        f"the fine-tuning made the student worse: KL to the teacher on held-out synthetic images {before:.3g} before, {after:.3g} after; "
+        "lower `finetune.lr`, or search it in a sweep"
+    ]
+
+
+def _distance_warnings(quant: dict[str, Any], final: Measurement) -> list[str]:
+    """Say what may help a student that ends far from its teacher, where there are widths to choose."""
+    distance = final.fidelity["kl"]
+    narrowest = quant["weight_bits"] == 2  # no weight can pay for wider tensors
+    if distance is None or not distance >= FAR or narrowest or quant["layer_weight_bits"] or quant["layer_act_bits"]:
+        return []
+    return [
+        f"the student is far from its teacher: KL {distance:.2g} on held-out synthetic images; `synq widths --activations` with the same settings "
+        "finds which tensors do it, and widths for them at no more bytes and bit operations"
+    ]
+
+
+def _device_name(accelerator: Accelerator) -> str:
+    processes = f" x {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name(accelerator.device) + processes
+    return f"cpu, {torch.get_num_threads()} threads{processes}"
+
+
+def finished_record(path: Path, teacher: Teacher, labels_digest: str, accelerator: Accelerator) -> RunRecord | None:
+    """Return the record of a finished run. The main process looks, so that all go the same way.
+
+    Raises:
+        ValueError: If it is a run on another teacher or other labelled images.
+    """
+    found = [read_record(path) if accelerator.is_main_process and path.exists() else None]
+    record = broadcast_object_list(found)[0]
+    if record is None:
+        return None
+    for what, then, now in (
+        ("teachers", record.teacher.get("digest"), teacher.digest),
+        ("labelled sets", record.eval_digest, labels_digest),
+    ):
+        if then != now:
+            raise ValueError(
+                f"runtime.output_dir must not mix {what}: {path} is a run on other files of the same name. "
+                "Choose another output_dir or name"
+            )
+    return record if record.status == "completed" else None

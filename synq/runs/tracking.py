@@ -1,0 +1,177 @@
+"""The course of a run in TensorBoard, Weights & Biases or MLflow, through the trackers of Accelerate. The record does not depend on it."""
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import is_mlflow_available, is_tensorboard_available, is_wandb_available
+
+from synq.config.parsing import dotted_keys
+from synq.config.run import RunConfig
+from synq.finetune.schedule import lr_at
+from synq.runs.record import RunRecord, read_json, write_json_atomic
+
+PACKAGES = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "mlflow": is_mlflow_available}
+"""Whether what a tracker needs is installed. Accelerate itself only warns, and tracks nothing."""
+PROJECT = "synq"
+"""Project (wandb) or experiment (mlflow) where the user's environment names none."""
+NOTE_FILE = "tracker.json"
+"""In the run's folder: which tracker knows the run, and by what name, for a run that is resumed."""
+FIGURES = (
+    *("objective_value", "teacher_top1", "rtn_top1", "top1", "top5", "drop", "num_eval", "lost", "gained"),
+    *("kept_share", "codes_changed", "size_bytes", "bitops", "total_seconds"),
+)
+"""Fields of a record that are logged at its end."""
+
+
+def check_tracker(tracker: str) -> None:
+    """Refuse a tracker whose package is missing.
+
+    Raises:
+        ValueError: It is; the message says how to install it.
+    """
+    if tracker != "none" and not PACKAGES[tracker]():
+        raise ValueError(
+            f"`runtime.tracker` must be one whose package is installed, but got {tracker}: pip install {tracker}"
+        )
+
+
+class RunLog:
+    """What one run tells its tracker, in the main process: nothing at all where `runtime.tracker` is none.
+
+    A context, at whose end the tracker is closed, however the run ends: a process may do another one after it.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, accelerator: Accelerator) -> None:
+        """Take what is logged and where; nothing is written yet.
+
+        Args:
+            config: The run.
+            folder: Its folder.
+            accelerator: Process group, made for that tracker (`make_accelerator`).
+
+        Raises:
+            ValueError: It was made for another one.
+        """
+        self.config, self.folder, self.accelerator = config, folder, accelerator
+        self.tracker, self.is_on = config.runtime.tracker, False
+        self._set_mlflow = False
+        if self.tracker != "none" and self.tracker not in map(str, accelerator.log_with):
+            made = ", ".join(map(str, accelerator.log_with)) or "none"
+            raise ValueError(
+                f"`accelerator` must be made with log_with={self.tracker!r}, as runtime.tracker says, but got {made}"
+            )
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Not `end_training`, which would end the process group of the caller, too.
+        if self.tracker != "none":
+            for tracker in self.accelerator.trackers if self.is_on else ():
+                self._try(tracker.finish)
+            self.accelerator.trackers.clear()
+        if self._set_mlflow:
+            import mlflow
+
+            mlflow.set_tracking_uri(None)
+
+    def start(self) -> None:
+        """Open the tracker and log the configuration; a resumed run is found again by its note, and logs only what follows.
+
+        Raises:
+            ValueError: It cannot be opened: no login, say, or no server.
+        """
+        if self.tracker == "none":
+            return
+        note = self.folder / NOTE_FILE
+        known = read_json(note) if note.exists() else {}
+        is_resumed = known.get("tracker") == self.tracker
+        try:
+            self._choose_mlflow_store()
+            options = self._options(known["id"] if is_resumed else "")
+            self.accelerator.init_trackers(self._project(), init_kwargs={self.tracker: options})
+            self.is_on = True
+            if not is_resumed:
+                for tracker in self.accelerator.trackers:
+                    tracker.store_init_configuration(_flat(self.config))
+        except Exception as error:  # whatever the packages raise, each its own kinds
+            lines = str(error).strip().splitlines() or [repr(error)]
+            raise ValueError(
+                f"`runtime.tracker` must be one that can be opened here, but got {self.tracker}: {lines[0]}"
+            ) from error
+        if self.accelerator.is_main_process and not is_resumed:
+            write_json_atomic(note, {"tracker": self.tracker, "id": self._id()})
+
+    def epoch(self, epoch: dict[str, float]) -> None:
+        """Log the mean loss terms of an epoch, its objective where it was measured, and the learning rate of its last step."""
+        if not self.is_on:
+            return
+        number, finetune = int(epoch["epoch"]), self.config.finetune
+        steps = self.config.synthesis.num_images // finetune.batch_size
+        values = {**epoch, "lr": lr_at(number * steps - 1, steps, finetune)}
+        del values["epoch"]
+        self._log("train", values, number)
+
+    def end(self, record: RunRecord) -> None:
+        """Log the figures of the finished run, as of its last epoch."""
+        if not self.is_on:
+            return
+        values = {name: getattr(record, name) for name in FIGURES}
+        values |= {f"fidelity_{name}": value for name, value in record.fidelity.items()}
+        values |= {f"rtn_fidelity_{name}": value for name, value in record.rtn_fidelity.items()}
+        self._log("result", values, self.config.finetune.epochs)
+
+    def _log(self, group: str, values: dict[str, Any], step: int) -> None:
+        known = {name.replace(" ", "_"): value for name, value in values.items() if value is not None}
+        self._try(lambda: self.accelerator.log({f"{group}/{name}": value for name, value in known.items()}, step=step))
+
+    def _try(self, work: Callable[[], None]) -> None:
+        """Do something with the tracker; the run does not hang on who watches it, so what goes wrong there is said and ends the watching."""
+        try:
+            work()
+        except Exception as error:  # whatever the packages raise: a server that has gone, say
+            self.is_on = False
+            lines = str(error).strip().splitlines() or [repr(error)]
+            warnings.warn(f"{self.tracker} failed, the run goes on without it: {lines[0]}", stacklevel=3)
+
+    def _project(self) -> str:
+        if self.tracker == "tensorboard":  # its files go to this folder; an absolute path wins over `project_dir`
+            return str(self.folder / "tensorboard")
+        return os.environ.get("WANDB_PROJECT", PROJECT) if self.tracker == "wandb" else PROJECT
+
+    def _options(self, known_id: str) -> dict[str, Any]:
+        """Return what the tracker is opened with: the run's name, and its id where the tracker knows it already."""
+        if self.tracker == "tensorboard":
+            return {}
+        options: dict[str, Any] = {"name" if self.tracker == "wandb" else "run_name": self.folder.name}
+        if known_id:
+            options |= {"id": known_id, "resume": "allow"} if self.tracker == "wandb" else {"run_id": known_id}
+        return options
+
+    def _id(self) -> str:
+        """Return the id that the tracker gave the run, "" where it has none."""
+        run = self.accelerator.get_tracker(self.tracker, unwrap=True)
+        return {"wandb": lambda: run.id, "mlflow": lambda: run.info.run_id}.get(self.tracker, str)()
+
+    def _choose_mlflow_store(self) -> None:
+        """Let MLflow write into the run's folder, where neither the environment nor a program around this one names a place."""
+        if self.tracker == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ and self.accelerator.is_main_process:
+            import mlflow
+
+            mlflow.set_tracking_uri(
+                f"sqlite:///{self.folder / 'mlflow.db'}"
+            )  # plain files are no longer taken by MLflow 3
+            self._set_mlflow = True
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration by dotted keys; what is no number, text or None (lists, tables) as JSON."""
+    values = {key: reduce(getattr, key.split("."), config) for key in dotted_keys(RunConfig)}
+    plain = (str, int, float, type(None))
+    return {key: value if isinstance(value, plain) else json.dumps(value) for key, value in values.items()}

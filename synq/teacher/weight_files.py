@@ -1,0 +1,148 @@
+"""Weight files: read one safely, find the state dict in it, load it strictly into a module."""
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from synq.config.identity import WEIGHT_SUFFIXES
+
+# Where training scripts put the weights, in order of preference: averaged weights are what their authors report.
+_NESTS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
+# What wrappers (DataParallel, torch.compile, AveragedModel, Lightning) put before every name.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+_NUM_SHOWN = 3
+
+
+def is_weight_file(weights: str) -> bool:
+    """Tell a path from a weights name: a path has a known suffix or a separator."""
+    return weights.lower().endswith(WEIGHT_SUFFIXES) or "/" in weights or "\\" in weights
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read the state dict of a weight file; nothing in the file is executed.
+
+    Args:
+        path: ``.safetensors``, or a file of ``torch.save`` (read with ``weights_only=True``). The state dict may be
+            nested under state_dict_ema, model_ema, state_dict, model_state_dict, model or net (in that order).
+
+    Returns:
+        Name to tensor, on the CPU, as stored.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, holds something else than tensors, or needs unsafe unpickling.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"`teacher.weights` must name an existing file, but got {path}")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    return _find_state_dict(content, path)
+
+
+def load_weights(module: nn.Module, path: str | Path) -> None:
+    """Load a weight file into ``module``, every name and shape matching.
+
+    Prefixes that wrappers put before every name (``module.``, ``_orig_mod.``, ...) are removed. BatchNorm's batch
+    counters may be absent: inference does not read them.
+
+    Args:
+        module: the untrained model; changed in place.
+        path: see `read_weights`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if names or shapes differ; the first few are listed with the side on which they stand.
+    """
+    expected = module.state_dict()
+    given = _without_prefix(read_weights(path), set(expected))
+    missing = [name for name in expected if name not in given and not name.endswith("num_batches_tracked")]
+    extra = [name for name in given if name not in expected and name != "n_averaged"]
+    reshaped = [name for name in expected if name in given and given[name].shape != expected[name].shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} tensors of the model are not in the file ({_few(missing)})")
+    if extra:
+        problems.append(f"{len(extra)} tensors of the file are not in the model ({_few(extra)})")
+    if reshaped:
+        shapes = [f"{name} {tuple(given[name].shape)} in the file, {tuple(expected[name].shape)}" for name in reshaped]
+        problems.append(f"{len(reshaped)} shapes differ ({_few(shapes)} in the model)")
+    if problems:
+        hint = "; the file's classifier has another number of classes: set `teacher.num_classes`"
+        only_head = not missing and not extra and all(_differs_in_rows(given[n], expected[n]) for n in reshaped)
+        what = "; ".join(problems) + (hint if only_head and len(reshaped) <= 2 else "")
+        raise ValueError(f"`teacher.weights` must match the model {type(module).__name__}, but got {path}: {what}")
+    # In the module's own dictionary, which says the versions of its layers: MNASNet refuses tensors without one.
+    expected.update({name: tensor for name, tensor in given.items() if name in expected})
+    module.load_state_dict(expected)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"`teacher.weights` must be a readable safetensors file, but got {path}: {error}") from error
+
+
+def _read_torch(path: Path) -> object:
+    # Scores saved beside the weights are often numpy scalars or an argparse namespace: plain data, safe to admit.
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
+    safe: list[object] = [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        argparse.Namespace,
+        *dtypes,
+    ]
+    try:
+        with torch.serialization.safe_globals(safe):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"`teacher.weights` must hold plain tensors, but got {path}, which is damaged or holds Python objects that "
+            "are not loaded for safety; where the model was trained, run torch.save(model.state_dict(), FILE)"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        raise ValueError(
+            f"`teacher.weights` must be a readable file of torch.save, but got {path}: {reason}"
+        ) from error
+
+
+def _find_state_dict(content: object, path: Path) -> dict[str, Tensor]:
+    while isinstance(content, Mapping):
+        nest = next((key for key in _NESTS if isinstance(content.get(key), Mapping)), None)
+        if nest is None:
+            break
+        content = content[nest]
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise ValueError(
+            f"`teacher.weights` must hold a state dict (names and tensors), but got {path} with {type(content).__name__}"
+        )
+    return tensors
+
+
+def _without_prefix(given: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
+    given = {name: tensor for name, tensor in given.items() if name != "n_averaged"}
+    while True:
+        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in given)), None)
+        if prefix is None or any(name.startswith(prefix) for name in expected):
+            return given
+        given = {name.removeprefix(prefix): tensor for name, tensor in given.items()}
+
+
+def _differs_in_rows(given: Tensor, expected: Tensor) -> bool:
+    return given.ndim == expected.ndim and given.shape[1:] == expected.shape[1:] and given.ndim in (1, 2, 4)
+
+
+def _few(names: list[str]) -> str:
+    more = ", ..." if len(names) > _NUM_SHOWN else ""
+    return ", ".join(names[:_NUM_SHOWN]) + more

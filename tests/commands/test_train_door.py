@@ -1,0 +1,322 @@
+"""The doors as a user meets them: words in, one line out, an exit code."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+
+from synq import cli, train
+from synq.config.parsing import dotted_keys
+from synq.config.run import RunConfig, config_digest, config_to_dict, with_overrides
+from synq.runs.record import RunRecord, read_record
+
+SUMMARY = re.compile(
+    r"^digits_resnet8 W4A4 A relu \| teacher \d+\.\d\d \| RTN \d+\.\d\d \| final \d+\.\d\d \| drop -?\d+\.\d\d \| \d+ s$"
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def words(
+    tiny_settings: dict[str, object], as_words: Callable[[dict[str, object]], list[str]], in_tmp: Path
+) -> list[str]:
+    """A small run into ./out, as command-line words."""
+    return as_words({**tiny_settings, "runtime.output_dir": "out"})
+
+
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _plain(help_text: str) -> str:
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", help_text).split())
+
+
+def test_help_explains_every_field_with_its_value(capsys: pytest.CaptureFixture[str], in_tmp: Path) -> None:
+    assert train.main(["--help"]) == 0
+    text = _plain(capsys.readouterr().out)
+    keys = dotted_keys(RunConfig)
+    assert [key for key in keys if not re.search(rf"--{re.escape(key)} [^-].*?\(default: ", text)] == []
+    assert text.count("(default: ") == len(keys)
+    assert "--config FILE" in text and "Largest learning rate. (default: 0.01)" in text
+    (in_tmp / "a.toml").write_text("[finetune]\nlr = 0.25\n")
+    assert train.main(["--help", "--config", "a.toml"]) == 0
+    assert "Largest learning rate. (default: 0.25)" in _plain(capsys.readouterr().out)
+    assert os.listdir(in_tmp) == ["a.toml"]
+
+
+def test_a_run_ends_with_a_record_and_one_line_and_is_never_done_twice(
+    capsys: pytest.CaptureFixture[str], words: list[str], in_tmp: Path
+) -> None:
+    assert train.main(words) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert SUMMARY.match(line), line
+    (path,) = in_tmp.glob("out/run-*/record.json")
+    record = read_record(path)
+    assert record.status == "completed" and path.parent.name == f"run-{record.config_digest}"
+    assert record.config["synthesis"]["num_images"] == 32 and record.num_eval == 64
+    assert record.config["runtime"]["output_dir"] == str(in_tmp / "out")
+    assert record.top1 is not None and record.teacher_top1 is not None
+    assert record.drop == pytest.approx(record.teacher_top1 - record.top1)
+    assert not list(in_tmp.rglob("*.tmp"))
+    before = {name: (in_tmp / name).stat().st_mtime_ns for name in _tree(in_tmp)}
+    assert train.main(words) == 0
+    again = capsys.readouterr()
+    assert again.out.splitlines() == [line]
+    assert f"synq: finished before, nothing to do: {path.parent}" in again.err.splitlines()
+    assert {name: (in_tmp / name).stat().st_mtime_ns for name in _tree(in_tmp)} == before
+
+
+def test_the_command_line_overrules_the_file(
+    capsys: pytest.CaptureFixture[str], words: list[str], in_tmp: Path
+) -> None:
+    (in_tmp / "a.json").write_text(
+        json.dumps({"name": "file", "finetune": {"lr": 0.25, "kd_temperature": 2}, "seed": 3})
+    )
+    assert train.main(["--config=a.json", *words, "--finetune.lr", "0.125"]) == 0
+    (path,) = in_tmp.glob("out/file-*/record.json")
+    config = read_record(path).config
+    assert (config["finetune"]["lr"], config["finetune"]["kd_temperature"], config["seed"]) == (0.125, 2.0, 3)
+
+
+NO_BATCH_NORM = "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(784, 10))\n"
+WITH_BATCH_NORM = (
+    "from torch import nn\n"
+    "def make():\n"
+    "    pool = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)]\n"
+    "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), *pool)\n"
+)
+OWN = "--teacher.spec net.py:make --teacher.input_size 1 16 16 --teacher.mean 0.5 --teacher.std 0.5"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--finetune.cam_wieght 1", "did you mean `finetune.cam_weight`?"),
+        ("--lowpass_cutof 1", "did you mean `finetune.lowpass_cutoff`?"),
+        ("--quant.weight_bits 1", "`quant.weight_bits` must be a whole number in [2, 8], but got 1"),
+        ("--config absent.toml", "must name an existing file, but got 'absent.toml'"),
+        ("--config", "`config` must name one file, but got none"),
+        ("--config bad.toml", "bad.toml: `finetune.lrr` must be a known key"),
+        ("--runtime.output_dir file/out", "file/out"),
+        ("--teacher.spec bundled:digits_resnet9", "digits_resnet8"),
+        ("--teacher.spec net.py:make --teacher.weights absent.pth", "absent.pth"),
+        (f"{OWN} --teacher.weights nan.safetensors", "NaN"),
+        (f"{OWN} --teacher.weights random", "BatchNorm"),
+        ("--evaluation.dataset npz:absent.npz", "absent.npz"),
+        ("--finetune.batch_size 64", "`finetune.batch_size` must be <= `synthesis.num_images` (32)"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], words: list[str], in_tmp: Path, line: str, message: str
+) -> None:
+    import safetensors.torch
+    import torch
+
+    (in_tmp / "file").write_text("in the way")
+    (in_tmp / "bad.toml").write_text("[finetune]\nlrr = 1\n")
+    (in_tmp / "net.py").write_text(WITH_BATCH_NORM if "nan" in line else NO_BATCH_NORM)
+    shapes = {"0.weight": (4, 1, 3, 3), "0.bias": (4,), "5.weight": (10, 4), "5.bias": (10,)}
+    shapes |= {f"1.{name}": (4,) for name in ("weight", "bias", "running_mean", "running_var")}
+    nan = {name: torch.full(shape, float("nan")) for name, shape in shapes.items()} | {
+        "1.num_batches_tracked": torch.tensor(1)
+    }
+    safetensors.torch.save_file(nan, in_tmp / "nan.safetensors")
+    before = _tree(in_tmp)
+    assert train.main([*words, *line.split()]) == 2
+    captured = capsys.readouterr()
+    (only,) = captured.err.splitlines()
+    assert only.startswith("synq: error: ") and message in only and captured.out == ""
+    written = {name: content for name, content in _tree(in_tmp).items() if "__pycache__" not in name}
+    assert written == before
+
+
+def test_the_first_word_is_the_teacher_or_the_settings(in_tmp: Path) -> None:
+    assert train.read_command_line(["timm:resnet18"])[0].teacher.spec == "timm:resnet18"
+    Path("run.toml").write_text("[finetune]\nlr = 0.5\n")
+    found, wants_help = train.read_command_line(["run.toml", "--help"])
+    assert found == with_overrides(RunConfig(), {"finetune.lr": 0.5}) and wants_help
+    with pytest.raises(ValueError, match="one file, but got two"):
+        train.read_command_line(["run.toml", "--config", "run.toml"])
+
+
+def test_what_a_run_wrote_before_a_setting_existed_names_that_run(in_tmp: Path) -> None:
+    then = with_overrides(RunConfig(), {"finetune.grad_clip_relative": None, "finetune.lr": 0.5})
+    content = config_to_dict(then)
+    del content["finetune"]["grad_clip_relative"], content["quant"]["layer_act_bits"]
+    Path("config.json").write_text(json.dumps(content))
+    found, _ = train.read_command_line(["--config", "config.json"])
+    assert found == then and config_digest(found) == config_digest(then)
+    del content["synthesis"]["lr"]
+    Path("config.json").write_text(json.dumps(content))
+    assert train.read_command_line(["--config", "config.json"])[0] == then, "part by part"
+    del content["finetune"]["lr"]
+    Path("by_hand.json").write_text(json.dumps({"finetune": content["finetune"]}))
+    found, _ = train.read_command_line(["--config", "by_hand.json", "--finetune.lr", "0.25"])
+    assert found == with_overrides(RunConfig(), {"finetune.lr": 0.25}), "by hand: the defaults of today"
+
+
+def test_failure_and_interrupt_have_their_own_exit_codes(
+    capsys: pytest.CaptureFixture[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from synq import pipeline
+    from synq.finetune import loop as finetune
+
+    def raise_now(error: BaseException) -> None:
+        def run(*_: object, **__: object) -> RunRecord:
+            raise error
+
+        monkeypatch.setattr(pipeline, "run", run)
+
+    raise_now(finetune.NonFiniteLossError("the term cam is nan"))
+    assert train.main(words) == 1
+    raise_now(KeyboardInterrupt())
+    assert train.main(words) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "synq: error: the term cam is nan",
+        "synq: interrupted; the same command resumes",
+    ]
+    raise_now(AssertionError("our own fault"))
+    with pytest.raises(AssertionError):  # a bug is shown with its traceback, never as bad input
+        train.main(words)
+
+
+def test_the_file_finds_its_package_by_itself(root: Path, in_tmp: Path) -> None:
+    # -S: no site-packages, so neither an installed synq nor a third party can help.
+    command = [sys.executable, "-S", str(root / "synq" / "train.py"), "--finetune.lrr", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=in_tmp, check=False)
+    assert (
+        done.returncode == 2
+        and done.stderr.endswith("did you mean `finetune.lr`?\n")
+        and len(done.stderr.splitlines()) == 1
+    )
+
+
+def _launch(root: Path, processes: int) -> list[str]:
+    config = [] if processes == 1 else ["--config_file", str(root / "launch" / "accelerate_cpu2.yaml")]
+    port = [] if processes == 1 else ["--main_process_port", "0"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *config, *port, str(root / "synq" / "train.py")]
+
+
+@pytest.mark.slow
+def test_two_processes_speak_with_one_voice(
+    root: Path, words: list[str], in_tmp: Path, run_process: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = run_process([*_launch(root, 2), *words], cwd=in_tmp)
+    assert code == 0, err
+    assert len([line for line in out.splitlines() if SUMMARY.match(line)]) == 1 == len(out.splitlines())
+    (path,) = in_tmp.glob("out/run-*/record.json")
+    assert "2 processes" in read_record(path).device
+    before = _tree(in_tmp / "out")
+    code, out, err = run_process([*_launch(root, 2), *words, "--finetune.batch_size", "15"], cwd=in_tmp)
+    errors = [line for line in err.splitlines() if "synq: error" in line]
+    assert (
+        code != 0 and len(errors) == 1 and "batch_size must be divisible by the number of processes (2)" in errors[0]
+    ), err
+    assert _tree(in_tmp / "out") == before
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_the_file(
+    root: Path, words: list[str], in_tmp: Path, run_process: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = run_process([*_launch(root, 1), *words], cwd=in_tmp)
+    assert code == 0 and SUMMARY.match(out.splitlines()[-1]), err
+
+
+def test_the_console_command_lists_its_doors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([]) == cli.run(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"synq {name}" in out for name in cli.COMMANDS)
+    assert cli.run(["--version"]) == 0
+    assert cli.run(["trian"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("synq ") and captured.err.endswith("but got 'trian'; did you mean `train`?\n")
+
+
+def test_the_console_command_is_light_until_a_door_opens() -> None:
+    code = "import sys, synq.cli; print(sorted({'torch', 'ray', 'sweeps', 'launch', 'tyro'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_console_command_trains_and_synthesizes(
+    capsys: pytest.CaptureFixture[str], words: list[str], in_tmp: Path
+) -> None:
+    assert cli.run(["synthesize", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" | ")[2] for line in lines] == ["32 images", "16 images"]
+    assert not list(in_tmp.glob("out/run-*"))
+    sets = _tree(in_tmp / "out" / "store")
+    assert cli.run(["train", *words]) == 0
+    assert SUMMARY.match(capsys.readouterr().out.splitlines()[-1])
+    assert _tree(in_tmp / "out" / "store") == sets
+
+
+def test_images_for_other_tools(capsys: pytest.CaptureFixture[str], words: list[str], in_tmp: Path) -> None:
+    assert cli.run(["synthesize", *words, "--npz", "images.npz"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "images.npz | 32 images"
+    with np.load(in_tmp / "images.npz") as made:
+        assert {name: (array.dtype.str[1:], array.shape) for name, array in made.items()} == {
+            "images": ("f4", (32, 1, 16, 16)),
+            "labels": ("i8", (32,)),
+            "mean": ("f4", (1,)),
+            "std": ("f4", (1,)),
+        }
+        (stored,) = (
+            safetensors.torch.load_file(path) for path in in_tmp.glob("out/store/*/images.safetensors")
+            if len(safetensors.torch.load_file(path)["labels"]) == 32
+        )  # fmt: skip
+        assert np.array_equal(made["images"], stored["images"].numpy())
+        assert np.array_equal(made["labels"], stored["labels"].numpy())
+    for bad in (["--npz"], ["--npz", "images.npy"]):
+        assert cli.run(["synthesize", *words, *bad]) == 2
+        assert "`npz` must name a file that ends in .npz" in capsys.readouterr().err
+    assert cli.run(["synthesize", "--help"]) == 0
+    assert "Makes the synthetic images" in (text := capsys.readouterr().out) and "--npz FILE.npz" in text
+    assert cli.run(["train", *words, "--npz", "images.npz"]) == 2, "of synthesize alone"
+
+
+@pytest.mark.parametrize(("name", "word"), [("sweep", "--num-trials"), ("leaderboard", "PATH"), ("export", "RUN")])
+def test_the_other_doors_open(capsys: pytest.CaptureFixture[str], name: str, word: str) -> None:
+    try:
+        code = cli.run([name, "--help"])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    assert code == 0 and word.lower() in capsys.readouterr().out.lower().replace("_", "-")
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback(
+    root: Path, run_process: Callable[..., tuple[int, str, str]]
+) -> None:
+    command = f"{sys.executable} {root / 'synq' / 'train.py'} --help | head -1"
+    code, out, err = run_process(["bash", "-c", command])
+    assert (code, err) == (0, "") and out.startswith("usage")
+
+
+def test_random_weights_are_the_same_in_every_process(words: list[str], in_tmp: Path) -> None:
+    (in_tmp / "model.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),"
+        " nn.Linear(4, 10))\n"
+    )
+    spec = ["--teacher.spec", "model.py:net", "--teacher.weights", "random", "--teacher.input_size", "1,16,16"]
+    facts = ["--teacher.mean", "0.5", "--teacher.std", "0.5", "--evaluation.dataset", "none"]
+    assert train.main([*words, *spec, *facts]) == 0
+    assert train.main([*words, *spec, *facts]) == 0, "other weights would be refused as another teacher's"

@@ -1,0 +1,51 @@
+"""Rows as Markdown, CSV and aligned text: no cell leaves its place."""
+
+from test_conditions import table
+from test_leaderboard import record
+
+from synq.common.text_tables import to_csv, to_markdown, to_text
+from synq.sweeps.leaderboard.records import LEADERBOARD_COLUMNS, leaderboard_rows
+
+NASTY = '=1|2 <b>`x`</b>\r\n"q", \\| [a](b) \x1b[2J'
+
+
+def markdown_cells(line: str) -> list[str]:
+    """Split a line of a Markdown table as GitHub's reader does: a backslash takes the meaning from what follows it."""
+    parts, position = [""], 0
+    while position < len(line):
+        letter = line[position]
+        if letter == "\\":
+            position += 1
+            parts[-1] += line[position]
+        elif letter == "|":
+            parts.append("")
+        else:
+            assert letter not in "`*[]<>", f"{letter} would be acted on"
+            parts[-1] += letter
+        position += 1
+    return [part.strip() for part in parts[1:-1]]
+
+
+def test_a_cell_cannot_leave_its_place_in_markdown_csv_or_text() -> None:
+    rows = leaderboard_rows([record(0.1, model=NASTY, device="\u2028`", top1=None)])
+    shown = '=1|2 <b>`x`</b> "q", \\| [a](b) ?[2J'
+    head, rule, line = to_markdown(rows, LEADERBOARD_COLUMNS).split("\n")[:-1]
+    cells = dict(zip(markdown_cells(head), markdown_cells(line), strict=True))
+    assert set(rule) <= set("| -") and tuple(cells) == LEADERBOARD_COLUMNS
+    assert cells["model"].replace("&lt;", "<").replace("&gt;", ">") == shown and "<" not in line
+    assert (cells["device"], cells["top1_mean"], cells["rank"]) == ("`", "", "1")
+    (row,) = table(to_csv(rows, LEADERBOARD_COLUMNS))
+    assert row["model"] == f"'{shown}" and row["device"] == "`"
+    text = to_text(rows, ("rank", "model"))
+    assert text.splitlines()[1].split(maxsplit=1) == ["1", shown] and text.isprintable() is False
+    assert text.replace("\n", "").isprintable() and text.count("\n") == 2
+
+
+def test_aligned_columns() -> None:
+    rows = [{"a": 1, "b": 0.123456}, {"a": 1000000.0, "b": "name"}, {"a": None, "b": -2.5}]
+    assert to_text(rows, ("a", "b"), {"b": "value"}) == (
+        "      a   value\n"
+        "      1  0.1235\n"
+        "1000000    name\n"
+        "           -2.5\n"
+    )  # fmt: skip

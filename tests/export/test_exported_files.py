@@ -1,0 +1,65 @@
+"""A file is written only if it answers as the student does, and is held to no more than the simulation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+from synq.export.files import Checker, ExportRefusedError, export_onnx
+from synq.export.onnx_graph import onnx_graph
+from synq.export.verify import Tolerance
+from synq.quant.integer_form import integer_form
+from synq.runs.finished import open_run
+
+
+class NoLabels:
+    """A measurement without labelled images, for a `Checker`."""
+
+    labelled, reported = None, torch.arange(0)
+
+
+@pytest.mark.slow
+def test_a_file_that_answers_otherwise_is_refused_and_not_left_behind(finished: Path, tmp_path: Path) -> None:
+    *_, teacher, student = open_run(finished)
+    form = integer_form(student.net, operations="onnx")
+    layer = form.get_submodule("linear.integer_weight")
+    layer.codes.copy_(-layer.codes.clamp(min=-7))  # type: ignore[union-attr, operator]
+    images = torch.randn(40, 1, 16, 16)
+
+    check = Checker(integer_form(student.net), student.net, images, NoLabels(), Tolerance())  # type: ignore[arg-type]
+    with pytest.raises(
+        ExportRefusedError, match=r"model\.onnx was not written: it chooses another class than the student"
+    ):
+        export_onnx(tmp_path / "model.onnx", "int8", onnx_graph(form, teacher.input_size), check)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Shifted(nn.Module):
+    """Gives what it is given, two logits, the second one larger by 0.5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tensor([0.0, 0.5])
+
+
+@pytest.mark.parametrize("unsure", [5, 50])
+def test_no_file_is_held_to_more_than_the_simulation(unsure: int) -> None:
+    images = torch.tensor([[0.3, 0.0], [9.0, 0.0]]).repeat_interleave(torch.tensor([unsure, 100 - unsure]), dim=0)
+    check = Checker(nn.Identity(), Shifted(), images, NoLabels(), Tolerance())  # type: ignore[arg-type]
+    moved = torch.tensor([0.0, 0.4])
+    if unsure > 10:
+        with pytest.raises(
+            ExportRefusedError, match=r"cannot be checked: with sums in float the student .* 50 of 100 synthetic"
+        ):
+            check("file", lambda x: x + moved)
+        return
+    (found,) = check("file", lambda x: x + moved)
+    (own,) = check.own.values()
+    assert (found.differing, own.differing, own.max_difference) == (5, 5, 0.5)
+    wrong = r"100 of 100 synthetic images \(0.00 % agree, 99.9 % are asked for; with sums in float the student on 5\)"
+    with pytest.raises(ExportRefusedError, match=wrong):
+        check("file", lambda x: x + 25 * moved)

@@ -1,0 +1,117 @@
+"""Networks whose code asks how large a feature is: traced beside real tensors, and only where names alone do not do."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from synq.config.run import TeacherConfig
+from synq.network.tracers import LayerTracer, SizedTracer
+from synq.network.tracing import trace_classifier
+from synq.quant.student import observe_ranges, quantize_model
+from synq.teacher.teacher import load_teacher
+
+SIZE = (3, 15, 12)
+
+
+class SamePadded(nn.Conv2d):
+    """TensorFlow's padding: as much as the size needs, more on the right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads = []
+        for size, kernel, stride in zip(x.shape[-2:], self.kernel_size, self.stride, strict=True):
+            pads.append(max((math.ceil(size / stride) - 1) * stride + kernel - size, 0))
+        if any(pads):
+            down, right = pads
+            x = F.pad(x, [right // 2, right - right // 2, down // 2, down - down // 2])
+        return F.conv2d(x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
+class Net(nn.Module):
+    def __init__(self, rest: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.stem, self.bn = SamePadded(3, 6, 3, stride=2), nn.BatchNorm2d(6)
+        self.fc, self.rest = nn.Linear(6, 5), rest
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.rest(F.relu(self.bn(self.stem(x)))).mean((2, 3)))
+
+
+def shuffled(x: Tensor) -> Tensor:
+    count, channels, *area = x.size()
+    assert x.dim() == x.ndim == 4 and x.size(-1) == area[-1]
+    return x.view(count, 2, channels // 2, *area).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("rest", [lambda x: x, shuffled])
+def test_sizes_are_numbers_and_the_number_of_images_stays_open(rest: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    net = Net(rest).eval()
+    with pytest.raises(Exception, match=r"control flow|Proxy object"):
+        LayerTracer().trace(net)
+    traced = trace_classifier(net, SIZE)
+    assert type(traced.get_submodule("stem")) is nn.Conv2d, "the function is a layer again"
+    for count in (1, 2, 7):
+        x = torch.randn(count, *SIZE)
+        assert torch.equal(traced(x), net(x))
+    student = quantize_model(traced, weight_bits=8, act_bits=8).net
+    x = torch.randn(16, *SIZE)
+    observe_ranges(student, x, act_range="minmax")
+    with torch.no_grad():
+        torch.testing.assert_close(student(x), net(x), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        lambda x: x if x.sum() > 0 else -x,
+        lambda x: x if x.size(0) > 1 else -x,
+        lambda x: x * float(x.mean()),
+    ],
+)
+def test_what_hangs_on_values_or_the_number_of_images_is_refused(rest: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"traceable by torch.fx"):
+        trace_classifier(Net(rest).eval(), SIZE)
+
+
+def test_a_number_of_images_that_got_into_the_graph_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "moved.py"
+    path.write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Moved(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)\n"
+        "    def forward(self, x):\n        y = torch.relu(self.bn(self.conv(x))).flatten(2).permute(2, 0, 1)\n"
+        "        length, count, channels = y.shape\n        if channels > 1:\n            y = y.reshape(length, count, channels)\n        y = y.mean(0)\n        return self.fc(y)\n"
+    )
+    facts = {"weights": "random", "input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with pytest.raises(ValueError, match="must compute any number of images alike"):
+        load_teacher(TeacherConfig(spec=f"{path}:Moved", **facts))  # type: ignore[arg-type]
+
+
+def test_a_wrong_size_is_said_before_what_cannot_be_traced() -> None:
+    with pytest.raises(ValueError, match=r"must accept images of size \(5, 15, 12\)"):
+        trace_classifier(Net().eval(), (5, 15, 12))
+
+
+def test_sizes_of_weights_are_numbers() -> None:
+    class Grouped(SamePadded):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(F.pad(x, [1, 1, 1, 1]), self.weight, self.bias, groups=self.weight.shape[0])
+
+    net = Net()
+    net.rest = Grouped(6, 6, 3, groups=6)
+    traced = trace_classifier(net.eval(), SIZE)
+    x = torch.randn(3, *SIZE)
+    assert torch.equal(traced(x), net(x)) and type(traced.get_submodule("rest")) is nn.Conv2d
+
+
+def test_modules_compute_as_ever_afterwards() -> None:
+    before = nn.Module.__call__, nn.Module.__getattr__
+    with pytest.raises(Exception, match="control flow"):
+        SizedTracer(torch.zeros(2, *SIZE)).trace(Net(lambda x: x if x.sum() > 0 else -x))
+    assert (nn.Module.__call__, nn.Module.__getattr__) == before

@@ -1,0 +1,177 @@
+"""Pages in a real browser, headless Chromium: nothing complains, nothing is cut off, sort, filter and tabs do what they say."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.made_sweeps import made_sweep
+
+from synq.sweeps.reports.page import write_page
+from synq.sweeps.reports.sweep_page import sweep_page
+from synq.sweeps.reports.sweep_view import read_sweep
+
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script> $x^2$"
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian package chromium)"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a sweep whose model has a name that no one should run."""
+    folder = tmp_path_factory.mktemp("made")
+    made_sweep(folder, trials=12, bits=("W4A4",), model=HOSTILE)
+    return write_page(sweep_page(read_sweep(folder), runs=0), folder / "report.html")[0]
+
+
+def opened(browser: Any, path: Path, size: dict[str, int]) -> tuple[Any, list[str]]:
+    """Open a page and keep what it complains about."""
+    page = browser.new_page(viewport=size)
+    complaints: list[str] = []
+    page.on(
+        "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
+    )
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.on("request", lambda request: complaints.append(request.url) if request.url.startswith("http") else None)
+    page.goto(path.as_uri())
+    return page, complaints
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_every_part_fits_the_screen_and_every_drawing_is_drawn(browser: Any, path: Path, size: dict[str, int]) -> None:
+    page, complaints = opened(browser, path, size)
+    tabs = page.locator("[role=tab]")
+    titles = tabs.all_inner_texts()
+    assert titles == ["Overview", "Leaderboard", "Search", "Trials"]
+    drawn = 0
+    for i, title in enumerate(titles):
+        tabs.nth(i).click()
+        assert page.locator("section:visible h2").all_inner_texts() == [title]
+        assert page.evaluate("document.documentElement.scrollWidth") == size["width"], (
+            f"{title} is wider than the screen"
+        )
+        images = page.locator("section:visible img")
+        drawn += images.count()
+        sizes = images.evaluate_all(
+            "all => all.map(image => [image.naturalWidth, image.clientWidth, image.clientHeight])"
+        )
+        assert all(natural > 0 and width > 200 and height > 50 for natural, width, height in sizes), sizes
+    assert drawn == 8 and not complaints
+    page.close()
+
+
+def test_a_click_on_a_heading_sorts(browser: Any, path: Path) -> None:
+    page, complaints = opened(browser, path, DESKTOP)
+    page.get_by_role("tab", name="Leaderboard").click()
+    head = page.locator("#table-leaderboard th[data-column=top1_mean]")
+    column = head.evaluate("cell => cell.cellIndex")
+
+    def values() -> list[float]:
+        return page.locator(f"#table-leaderboard td:nth-child({column + 1})").evaluate_all(
+            "all => all.map(cell => Number(cell.dataset.number))"
+        )
+
+    before = values()
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "ascending" and values() == sorted(before) and len(before) == 9
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "descending" and values() == sorted(before, reverse=True)
+    assert not complaints
+    page.close()
+
+
+def test_what_is_empty_is_sorted_last_either_way(browser: Any, path: Path) -> None:
+    page, _ = opened(browser, path, DESKTOP)
+    page.get_by_role("tab", name="Trials").click()
+    head = page.locator("#table-trials th[data-column=top1]")
+    column = head.evaluate("cell => cell.cellIndex")
+    for _ in range(2):
+        head.locator("button").click()
+        texts = page.locator(f"#table-trials td:nth-child({column + 1})").all_inner_texts()
+        assert texts[-3:] == [""] * 3 and "" not in texts[:-3]  # of 12: 2 stopped, 1 failed
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("failed", 1),
+        ("w4a4", 12),
+        ("w3a3", 0),
+        ("status = failed", 1),
+        ("pruned", 2),
+        ("status=completed", 9),
+        ("status=completed group-w4a4-t000", 1),
+        ("top1>0", 9),
+        ("top1<0", 0),
+        ("nosuch", 0),
+    ],
+)
+def test_words_filter_the_rows(browser: Any, path: Path, words: str, shown: int) -> None:
+    page, complaints = opened(browser, path, DESKTOP)
+    page.get_by_role("tab", name="Trials").click()
+    page.locator("#table-trials input").fill(words)
+    assert page.locator("#table-trials tbody tr:visible").count() == shown
+    assert page.locator("#table-trials output").inner_text() == f"{shown} of 12"
+    page.locator("#table-trials input").fill("foo>3")
+    assert page.locator("#table-trials output").inner_text() == "0 of 12, no column foo here"
+    page.locator("#table-trials input").fill("")
+    assert page.locator("#table-trials tbody tr:visible").count() == 12 and not complaints
+    page.close()
+
+
+def test_a_name_that_holds_html_is_text(browser: Any, path: Path) -> None:
+    page, complaints = opened(browser, path, DESKTOP)
+    assert HOSTILE in page.locator("#table-best td").first.inner_text()
+    assert page.locator("img[src=x]").count() == 0 and not complaints
+    page.close()
+
+
+def test_in_print_and_without_scripts_everything_is_there(browser: Any, path: Path) -> None:
+    page, _ = opened(browser, path, DESKTOP)
+    page.emulate_media(media="print")
+    assert page.locator("section:visible").count() == 4 and not page.locator("nav").is_visible()
+    page.close()
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    assert page.locator("section:visible").count() == 4
+    assert not page.locator("nav").is_visible() and not page.locator(".filter").first.is_visible()
+    context.close()
+
+
+def test_an_address_opens_its_tab_and_arrows_go_on(browser: Any, path: Path) -> None:
+    page, _ = opened(browser, path, DESKTOP)
+    page.goto(f"{path.as_uri()}#tab-search")
+    assert page.locator("section:visible h2").inner_text() == "Search"
+    page.locator("#tab-search").press("ArrowRight")
+    assert page.locator("section:visible h2").inner_text() == "Trials" and page.url.endswith("#tab-trials")
+    page.close()
+
+
+def test_a_thousand_trials_are_a_page_that_opens_at_once(browser: Any, tmp_path: Path) -> None:
+    made_sweep(tmp_path, trials=500)
+    path = write_page(sweep_page(read_sweep(tmp_path), runs=0), tmp_path / "report.html")[0]
+    assert path.stat().st_size < 10e6
+    page, complaints = opened(browser, path, DESKTOP)
+    assert page.evaluate(FIRST_PAINT) < 2000
+    page.get_by_role("tab", name="Trials").click()
+    page.locator("#table-trials input").fill("w3a3 status=failed")
+    assert page.locator("#table-trials output").inner_text() == "50 of 1000" and not complaints
+    page.close()
