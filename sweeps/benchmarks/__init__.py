@@ -1,1 +1,1 @@
-"""The parts of `synq/commands/bench.py`: one file a group of figures."""
+"""The benchmarks of `synq bench`: one file a group of measurements."""

@@ -1,1 +1,1 @@
-"""A look at a cluster before a sweep: what works there, and what nobody has verified."""
+"""Check a cluster before a sweep uses it."""

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import synq
 from synq.runs.record import environment, write_text_atomic
 
 from ..search_config import SearchConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(synq.__file__).resolve().parent.parent
+"""Folder that holds the package `synq`: a checkout, or site-packages."""
 OBJECT_STORE_BYTES = 256 * 2**20
 """Size of the object store of a Ray that we start; nothing large passes through it, sets are files."""
 REACH_SECONDS = 10.0

@@ -1,0 +1,1 @@
+"""Tables from records: columns, ranking, the CSV files, and views of them."""

@@ -1,0 +1,1 @@
+"""What a sweep writes to resume: its folder, plans of trials, the ledger."""

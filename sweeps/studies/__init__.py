@@ -1,0 +1,1 @@
+"""Comparisons with a fixed plan: ablations, recipes, studies of the fidelity measure."""

@@ -1,8 +1,9 @@
 """Several runs side by side on one machine, without Ray."""
 
 import os
-from collections.abc import Callable, Generator, Hashable, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import replace
 from multiprocessing import get_context
@@ -92,6 +93,39 @@ def in_processes(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def surviving_crashes(
+    work: Callable[[Task], Result], tasks: Mapping[Cell, Task], jobs: int, crashed: Callable[[Task], Result]
+) -> Iterator[tuple[Cell, Result]]:
+    """Yield (name, `work(task)`) of every task as it is done: in this process where `jobs` is 1, or in that many fresh ones.
+
+    Args:
+        work: What to do with a task.
+        tasks: The tasks, by whatever names them.
+        jobs: Tasks at a time.
+        crashed: Returns the result of a task whose process died.
+    """
+    if jobs == 1:
+        yield from ((cell, work(task)) for cell, task in tasks.items())
+        return
+    waiting = dict(tasks)
+    while waiting:
+        try:
+            for cell, result in in_processes(work, dict(waiting), jobs):
+                del waiting[cell]
+                yield cell, result
+        except BrokenProcessPool:  # by one of those that were running: each of them once more, by itself
+            for cell in list(waiting)[:jobs]:
+                yield cell, _by_itself(work, waiting.pop(cell), crashed)
+
+
+def _by_itself(work: Callable[[Task], Result], task: Task, crashed: Callable[[Task], Result]) -> Result:
+    try:
+        ((_, result),) = in_processes(work, {0: task}, 1)
+    except BrokenProcessPool:
+        return crashed(task)
+    return result
 
 
 def _run_one(config: RunConfig) -> RunRecord:

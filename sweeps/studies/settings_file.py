@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from synq.config.file_kinds import read_as
-from synq.config.parsing import config_from_dict, dotted_keys, nearest, parse_overrides, require
-from synq.config.run import RunConfig, load_config, parse_bits
+from synq.config.parsing import config_from_dict, dotted_keys, nearest, require
+from synq.config.run import load_config, parse_bits
 
 T = TypeVar("T")
 VARIED = {"quant.weight_bits": "bits", "quant.act_bits": "bits", "seed": "seeds", "data_seed": "seeds"}
@@ -94,14 +94,13 @@ def check_rows(rows: Sequence[str], known: Iterable[str]) -> None:
             raise ValueError(f"`rows` must be some of {', '.join(known)}, but got {row!r}{nearest(row, known)}")
 
 
-def read_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Read the settings of a run from the words of a command whose own options say widths and seeds.
+def check_overrides(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings of a run by dotted key, of a command whose own options give bit-widths and seeds.
 
     Raises:
-        ValueError: A key is unknown, or set by those options.
+        ValueError: One of them is set by those options.
     """
-    overrides = parse_overrides(RunConfig, words)
     for name, instead in VARIED.items():
         if name in overrides:
-            raise ValueError(f"`{name}` must be left out (`{instead}` says it), but got {overrides[name]}")
+            raise ValueError(f"`{name}` must be left out (`{instead}` sets it), but got {overrides[name]}")
     return overrides

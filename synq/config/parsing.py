@@ -179,32 +179,24 @@ def with_overrides(config: T, overrides: Mapping[str, Any]) -> T:
     return config_from_dict(type(config), mapping)
 
 
-def parse_overrides(cls: type, words: Sequence[str]) -> dict[str, Any]:
-    """Read command-line words such as `--finetune.lr 1e-4` or `--finetune.lr=1e-4` as dotted overrides.
+def values_from_text(cls: type, text: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Convert the values of settings as they were written, `{"finetune.lr": ["1e-4"]}`, to the types of their fields.
 
-    A truth value is always written out (true or false), so that no word can mean its opposite. The values are only read here;
-    `with_overrides` checks them, with the same messages as for a file. Of a key given twice the last value counts.
+    A truth value is always written out (true or false), so that no argument can mean its opposite. The values are only read here;
+    `with_overrides` checks them, with the same messages as for a file.
+
+    Args:
+        cls: A configuration dataclass.
+        text: The arguments after each option, by dotted key.
 
     Raises:
-        ValueError: For an unknown key (the nearest good one is named) or a missing value.
+        ValueError: A key is unknown (the nearest one is named) or a value is missing.
     """
     hints = _dotted_hints(cls)
-    overrides: dict[str, Any] = {}
-    position = 0
-    while position < len(words):
-        flag, equals, value = words[position].partition("=")
-        position += 1
-        if not flag.startswith("--"):
-            raise ValueError(f"each setting must read --KEY VALUE, but got {flag!r} where a key was expected")
-        key = flag[2:].replace("-", "_")
+    for key in text:
         if key not in hints:
             raise ValueError(f"`{key}` must be a known key, but got an unknown one{nearest(key, hints)}")
-        values = [value] if equals else []
-        while not equals and position < len(words) and not words[position].startswith("--"):
-            values.append(words[position])
-            position += 1
-        overrides[key] = _read(hints[key], values, key)
-    return overrides
+    return {key: _read(hints[key], list(values), key) for key, values in text.items()}
 
 
 @functools.cache
@@ -220,7 +212,7 @@ def _dotted_hints(cls: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _read(hint: Any, words: list[str], name: str) -> Any:
-    """Words as a value of the kind that `hint` asks for; what does not read so stays text, for the check to refuse by name."""
+    """Convert text to the type that `hint` asks for; what cannot be converted stays text, for the check to reject by name."""
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
     optional = len(kinds) < len(typing.get_args(hint))
     kind = kinds[0] if optional else hint

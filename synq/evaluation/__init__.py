@@ -1,0 +1,1 @@
+"""Measure students. Real, labelled images are read here and nowhere else."""

@@ -1,0 +1,1 @@
+"""Quantize: fake quantization, observers, rounding, the student, and its exact integer form."""

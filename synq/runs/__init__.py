@@ -1,0 +1,1 @@
+"""Records of runs: written, resumed, tracked, and opened again."""

@@ -154,7 +154,7 @@ def _distance_warnings(quant: dict[str, Any], final: Measurement) -> list[str]:
     if distance is None or not distance >= FAR or narrowest or quant["layer_weight_bits"] or quant["layer_act_bits"]:
         return []
     return [
-        f"the student is far from its teacher: KL {distance:.2g} on held-out synthetic images; `synq widths --activations` with the same settings "
+        f"the student is far from its teacher: KL {distance:.2g} on held-out synthetic images; `synq mixed-precision --activations` with the same settings "
         "finds which tensors do it, and widths for them at no more bytes and bit operations"
     ]
 

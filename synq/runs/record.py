@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import synq
 from synq.config.identity import settings_of_its_day
 from synq.config.quant import protocol_words
 
@@ -304,7 +305,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(synq.__file__).resolve().parent.parent
     if not (
         root / ".git"
     ).exists():  # never the commit of a project that merely has this one in its virtual environment

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.made_sweeps import made_sweep
 
+from support.made_sweeps import made_sweep
 from synq.commands.export import main as export
 from synq.commands.report import main as report
 from synq.commands.show import main as show

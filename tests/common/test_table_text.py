@@ -1,29 +1,10 @@
 """Rows as Markdown, CSV and aligned text: no cell leaves its place."""
 
-from test_conditions import table
-from test_leaderboard import record
-
+from support.records import markdown_cells, record, table
 from synq.common.text_tables import to_csv, to_markdown, to_text
 from synq.sweeps.leaderboard.records import LEADERBOARD_COLUMNS, leaderboard_rows
 
 NASTY = '=1|2 <b>`x`</b>\r\n"q", \\| [a](b) \x1b[2J'
-
-
-def markdown_cells(line: str) -> list[str]:
-    """Split a line of a Markdown table as GitHub's reader does: a backslash takes the meaning from what follows it."""
-    parts, position = [""], 0
-    while position < len(line):
-        letter = line[position]
-        if letter == "\\":
-            position += 1
-            parts[-1] += line[position]
-        elif letter == "|":
-            parts.append("")
-        else:
-            assert letter not in "`*[]<>", f"{letter} would be acted on"
-            parts[-1] += letter
-        position += 1
-    return [part.strip() for part in parts[1:-1]]
 
 
 def test_a_cell_cannot_leave_its_place_in_markdown_csv_or_text() -> None:

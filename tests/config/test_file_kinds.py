@@ -23,7 +23,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "sweep": load_spec,
     "ablation": load_ablation,
 }
-COMMANDS = {"run": "synq train", "recipe": "synq recipe", "sweep": "synq sweep", "ablation": "synq/commands/ablate.py"}
+COMMANDS = {"run": "synq train", "recipe": "synq recipe", "sweep": "synq sweep", "ablation": "synq ablate"}
 
 
 @pytest.mark.parametrize("reader", READERS)

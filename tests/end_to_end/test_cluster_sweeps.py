@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.sweep_tools import Start, board, finish, listed, rows, until, whole, write_spec
 
+from support.sweep_tools import Start, board, finish, listed, rows, until, whole, write_spec
 from synq.runs.record import read_record
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]

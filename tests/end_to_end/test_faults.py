@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from support.sweep_tools import Start, board, finish, listed, rows, until, whole
 
 

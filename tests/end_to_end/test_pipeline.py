@@ -145,7 +145,7 @@ def test_a_fine_tuning_that_harms_is_said(config: RunConfig) -> None:
     assert any("the fine-tuning made the student worse: KL" in text for text in harmed.warnings)
     rounded = run(with_overrides(config, {"finetune.epochs": 0}))
     assert not any("worse" in text for text in rounded.warnings)
-    assert [any("synq widths" in text for text in record.warnings) for record in (harmed, rounded)] == [
+    assert [any("synq mixed-precision" in text for text in record.warnings) for record in (harmed, rounded)] == [
         record.fidelity["kl"] >= 0.5 for record in (harmed, rounded)
     ]
     assert (

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.two_processes import train_case
 
 TERMS = ("loss", "kd", "ce", "cam", "kept", "gradient norm")
@@ -22,7 +23,13 @@ def by_two(
     """What two processes make of every case, by its name: their start is nearly all of the time, so they do all cases."""
     file = tmp_path_factory.mktemp("two") / "two.json"
     config = ["--config_file", str(root / "launch" / "accelerate_cpu2.yaml"), "--main_process_port", "0"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *config, str(root / "tests" / "two_processes.py")]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *config,
+        str(root / "tests" / "support" / "two_processes.py"),
+    ]
     words = [*launch, str(file), *(f"{kind}-{steps}" for kind, steps in CASES)]
     code, out, err = run_process(words, cwd=root, PYTHONPATH=str(root), timeout=180)
     assert code == 0, out + err

@@ -10,15 +10,15 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from support import reference
 from synq.commands.fidelity_study import main
+from synq.common.exit_codes import USER_ERROR
 from synq.config.run import RunConfig, with_overrides
 from synq.evaluation import fidelity
 from synq.pipeline import run
 from synq.runs.record import RunRecord, write_record
 from synq.sweeps.studies.fidelity_study import MEASURES, UNIONS, VIEWS
 from synq.sweeps.studies.rank_table import COLUMNS, markdown, rank_correlation, table
-from synq.train import USER_ERROR
-from tests import reference
 
 pytestmark = pytest.mark.usefixtures("torch_rng_untouched")
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.small_nets import Residual, depthwise, plain
-from test_integer_form import images
 from torch import Tensor, nn
+
+from support.integer_students import images
+from support.small_nets import Residual, depthwise, plain
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from test_onnx_file import graph_of  # noqa: E402
-
+from support.onnx_graphs import graph_of  # noqa: E402
 from synq.export.integer_matmul import MIN_CHANNELS  # noqa: E402
 from synq.export.onnx_graph import write_container  # noqa: E402
 from synq.export.verify import count_kernels, engine_of, open_session  # noqa: E402

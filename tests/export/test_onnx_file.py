@@ -1,15 +1,12 @@
 """ONNX files answer in ONNX Runtime as the student does, and hold integers of the width they say."""
 
-from collections.abc import Callable
-from functools import cache
-from typing import Literal
-
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+from support.integer_students import images
 from support.small_nets import SIZE, Residual, plain
-from test_integer_form import images, student
-from torch import fx, nn
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -17,21 +14,13 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, numpy_helper  # noqa: E402
 
+from support.onnx_graphs import graph_of  # noqa: E402
 from synq.export.onnx_graph import Container, onnx_graph, write_container, write_onnx  # noqa: E402
 from synq.export.verify import compare, count_kernels, engine_of, latencies, open_session  # noqa: E402
 from synq.network.tracing import trace_classifier  # noqa: E402
 from synq.quant.integer_form import integer_form  # noqa: E402
 from synq.quant.integer_layers import IntegerConv2d, IntegerLinear  # noqa: E402
 from synq.quant.student import observe_ranges, quantize_model  # noqa: E402
-
-
-@cache
-def graph_of(
-    make: Callable[[], nn.Module], bits: int, act_points: Literal["relu", "inputs"]
-) -> tuple[fx.GraphModule, onnx.ModelProto]:
-    """The integer form of a student and its graph, which takes seconds: made once, for tests that only read them."""
-    made = student(make(), bits, act_points)
-    return integer_form(made.net), onnx_graph(integer_form(made.net, operations="onnx"), SIZE)
 
 
 def types(model: bytes) -> tuple[set[int], set[int]]:

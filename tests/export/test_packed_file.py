@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support.small_nets import Residual, plain
-from test_integer_form import images, student
 from torch import nn
 
+from support.integer_students import images, student
+from support.small_nets import Residual, plain
 from synq.export.packed import load_packed, read_packed, save_packed
 from synq.network.tracing import trace_classifier
 from synq.quant.integer_form import integer_form

@@ -1,9 +1,9 @@
 """Augmented views: pixels of the images themselves, one draw for the global batch."""
 
 import torch
-from support.finetune_tools import images
 from torch import Tensor
 
+from support.finetune_tools import images
 from synq.common.seeding import make_generator
 from synq.finetune.augment import flip_shift, random_views
 

@@ -9,9 +9,9 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
-from support.finetune_tools import CONFIG, images, labels, networks, taps, train
 from torch import Tensor, nn
 
+from support.finetune_tools import CONFIG, images, labels, networks, taps, train
 from synq.finetune.loop import NonFiniteLossError, finetune, harder_images, training_loss
 from synq.finetune.responses import teacher_response
 from synq.losses import difficulty, feature_loss

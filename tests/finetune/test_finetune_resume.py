@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from support.finetune_tools import CONFIG, images, labels, taps, train
 from torch import Tensor, nn
 
+from support.finetune_tools import CONFIG, images, labels, taps, train
 from synq.config.run import FinetuneConfig
 from synq.finetune.loop import finetune
 

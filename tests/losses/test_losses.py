@@ -2,12 +2,12 @@ import math
 from typing import Any
 
 import pytest
-import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from support import reference
 from synq.losses import (
     cam_loss,
     difficulty,

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from support.small_nets import NETS, images, rounded, trained
 from torch import Tensor, fx
 
+from support.small_nets import NETS, images, rounded, trained
 from synq.evaluation.fidelity import kl
 from synq.mixed_precision.sensitivity import logits_of, scan_quantizers, sqnr_db
 from synq.quant.layers import quantizers_bypassed

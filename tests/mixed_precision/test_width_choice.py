@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.small_nets import trained
 from torch import nn
 
+from support.small_nets import trained
 from synq.cli import run
 from synq.config.run import QuantConfig, RunConfig, TeacherConfig, config_from_dict
 from synq.mixed_precision.ilp import Key, Limit, Product, choose_widths
@@ -179,10 +179,10 @@ def _words(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder that `synq widths` makes for the bundled teacher."""
-    folder = tmp_path_factory.mktemp("widths")
-    assert run(["widths", "bundled:digits_resnet8", "--candidates", "3", "4", "6", *_words(folder)]) == 0
-    (made,) = folder.glob("run-widths-*")
+    """Folder that `synq mixed-precision` makes for the bundled teacher."""
+    folder = tmp_path_factory.mktemp("mixed-precision")
+    assert run(["mixed-precision", "bundled:digits_resnet8", "--candidates", "3", "4", "6", *_words(folder)]) == 0
+    (made,) = folder.glob("run-mixed-precision-*")
     return made
 
 
@@ -205,7 +205,7 @@ def test_activations_are_chosen_within_the_bit_operations(
 ) -> None:
     words = ["--candidates", "3", "4", "6", "--quant.act_points", points, *_words(found.parent)]
     words += ["--runtime.precision", "fp64"] if points == "inputs" else []
-    assert run(["widths", "bundled:digits_resnet8", "--activations", *words]) == 0
+    assert run(["mixed-precision", "bundled:digits_resnet8", "--activations", *words]) == 0
     out = capsys.readouterr().out
     config = config_from_dict(RunConfig, json.loads(Path(out.split()[-1]).read_text()))
     assert len({*config.quant.layer_act_bits.values()}) > 1
@@ -228,12 +228,21 @@ def test_activations_are_chosen_within_the_bit_operations(
     ],
 )
 def test_bad_words_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["widths", *words]) == 2
+    assert run(["mixed-precision", *words]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_widths_that_are_named_stay_and_count(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    again = ["widths", "--config", str(found / "settings.json"), "--max-bytes", "inf", "--candidates", "3", "8"]
+    again = [
+        "mixed-precision",
+        "--config",
+        str(found / "settings.json"),
+        "--max-bytes",
+        "inf",
+        "--candidates",
+        "3",
+        "8",
+    ]
     named = ["--quant.layer_weight_bits", "conv1=5,stage1_0_conv1=6", "--quant.last_bits", "7"]
     assert run([*again, *named, "--max-bitops", "1e99"]) == 0
     out = capsys.readouterr().out
@@ -248,7 +257,7 @@ def test_widths_that_are_named_stay_and_count(found: Path, capsys: pytest.Captur
 
 def test_activations_alone_can_be_chosen(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", str(found / "settings.json"), "--quant.layer_weight_bits", "*=4", "--candidates", "3", "8"]
-    assert run(["widths", "--activations", *words]) == 0
+    assert run(["mixed-precision", "--activations", *words]) == 0
     config = config_from_dict(RunConfig, json.loads(Path(capsys.readouterr().out.split()[-1]).read_text()))
     assert config.quant.layer_weight_bits == {"*": 4} and {*config.quant.layer_act_bits.values()} == {3, 8}
 
@@ -256,7 +265,7 @@ def test_activations_alone_can_be_chosen(found: Path, capsys: pytest.CaptureFixt
 def test_limits_that_cannot_be_met_are_refused_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["widths", "bundled:digits_resnet8", "--candidates", "8", *_words(tmp_path)]) == 2
+    assert run(["mixed-precision", "bundled:digits_resnet8", "--candidates", "8", *_words(tmp_path)]) == 2
     assert "`max-bytes` must be at least" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
@@ -264,11 +273,11 @@ def test_limits_that_cannot_be_met_are_refused_before_any_work(
     ("words", "message"),
     [
         (["--quant.layer_weight_bits", "none", "--max-bytes", "100"], "`max-bytes` must be at least"),
-        ([], "`quant` must leave a width to be chosen"),
+        ([], "`quant` must leave a bit-width to be chosen"),
     ],
 )
 def test_what_leaves_no_choice_is_one_line(
     found: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["widths", "--config", str(found / "settings.json"), *words]) == 2
+    assert run(["mixed-precision", "--config", str(found / "settings.json"), *words]) == 2
     assert message in capsys.readouterr().err

@@ -1,11 +1,11 @@
 from typing import Literal
 
 import pytest
-import reference
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from support import reference
 from synq.losses import cam_loss
 from synq.network.gradcam import autograd_weights, cam_map, cam_weights, closed_form_weights
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.small_nets import NETS, SIZE, images, rounded, trained
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from support.small_nets import NETS, SIZE, images, rounded, trained
 from synq.network.tracing import node_module, trace_classifier
 from synq.quant.bn_correction import LARGEST_RATIO, correct_layers, correct_statistics, correctable
 from synq.quant.keep_best import answers, mean_kl

@@ -7,9 +7,9 @@ from typing import Literal
 import pytest
 import torch
 import torch.nn.functional as F
-from support.small_nets import NETS, SIZE, images, rounded, trained
 from torch import Tensor, fx, nn
 
+from support.small_nets import NETS, SIZE, images, rounded, trained
 from synq.network.tracing import node_module, trace_classifier
 from synq.quant.equalization import (
     LARGEST,

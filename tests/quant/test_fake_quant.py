@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from support import reference
 from synq.quant.fake_quant import (
     SCALE_EPS,
     _pass_band,

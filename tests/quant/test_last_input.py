@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.student_tools import SIZE, Residual, trained
-from support.sweep_tools import TINY, tiny
-from test_leaderboard import record
 from torch import Tensor, nn
 
+from support.records import record
+from support.student_tools import SIZE, Residual, trained
+from support.sweep_tools import TINY, tiny
 from synq.config.parsing import config_to_dict
 from synq.config.run import QuantConfig, RunConfig, TeacherConfig, config_digest, config_from_dict, with_overrides
 from synq.export.load import load_student

@@ -13,7 +13,7 @@ from synq.pipeline import build_student
 from synq.quant.bit_patterns import WidthPatterns
 from synq.quant.student import Student, quantize_model
 from synq.teacher.teacher import Teacher, load_teacher
-from synq.train import read_command_line
+from synq.train import command
 
 
 @pytest.fixture(scope="module")
@@ -144,16 +144,16 @@ def test_words_tables_and_records_say_the_same() -> None:
         "equals": ["--quant.layer_weight_bits=features.0=8,head*=6"],
     }
     for words in spellings.values():
-        from_words, _ = read_command_line(words)
-        assert from_words == from_table and config_digest(from_words) == config_digest(from_table)
+        from_words = command.read(words)["config"]
+        assert from_words.quant == from_table.quant and config_digest(from_words) == config_digest(from_table)
     stored = config_to_dict(from_table)
     assert config_from_dict(RunConfig, stored) == from_table and stored["quant"]["layer_weight_bits"] == widths
     stored["quant"]["layer_weight_bits"].clear()
     assert from_table.quant.layer_weight_bits == widths, "nothing is shared"
-    assert read_command_line(["--quant.layer_weight_bits", "none"])[0] == RunConfig()
+    assert command.read(["--quant.layer_weight_bits", "none"])["config"] == command.read([])["config"]
     for words, message in ((["conv1"], "must be given as NAME=VALUE"), (["a=3", "a=4"], "must have no name twice")):
         with pytest.raises(ValueError, match=message):
-            read_command_line(["--quant.layer_weight_bits", *words])
+            command.read(["--quant.layer_weight_bits", *words])
 
 
 def test_runs_without_them_keep_their_digest_and_mixed_ones_are_protocol_b(tmp_path: Path) -> None:

@@ -2,12 +2,12 @@ import math
 import time
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from support import reference
 from synq.quant.fake_quant import choose_qparams, fake_quantize, quant_bounds
 from synq.quant.observers import HistogramObserver, RangeObserver, minmax_per_channel, mse_range, mse_weight_ratio
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, fx
+
 from support.reconstruct_tools import (
     CPU,
     QUICK,
@@ -19,8 +21,6 @@ from support.reconstruct_tools import (
     traced_of,
     within_reach,
 )
-from torch import Tensor, fx
-
 from synq.common.seeding import make_generator
 from synq.config.run import ReconstructionConfig, TeacherConfig
 from synq.network.blocks import block_ends, segment

@@ -7,6 +7,8 @@ from typing import Literal
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from support.reconstruct_tools import (
     CPU,
     QUICK,
@@ -18,8 +20,6 @@ from support.reconstruct_tools import (
     traced_of,
     within_reach,
 )
-from torch import Tensor, nn
-
 from synq.network.blocks import block_ends, segment
 from synq.quant.adaround import _Block, _distance, reconstruct, student_cuts
 

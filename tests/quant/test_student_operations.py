@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support.student_tools import SIZE, Points, Residual, make
 from torch import Tensor, nn
 
+from support.student_tools import SIZE, Points, Residual, make
 from synq.quant.layers import ActQuantizer
 from synq.quant.student import observe_ranges
 

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.student_tools import SIZE, Points, Residual, make, trained
 from torch import Tensor, nn
 
+from support.student_tools import SIZE, Points, Residual, make, trained
 from synq.network.tracing import trace_classifier
 from synq.quant.cost import float_bytes
 from synq.quant.fake_quant import dequantize, fake_quantize, quantize

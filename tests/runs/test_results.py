@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import synq
 from synq.config.run import RunConfig, config_from_dict, config_to_dict
-from synq.runs import record as results
+from synq.runs import record as record_module
 from synq.runs.record import (
     RunRecord,
     environment,
@@ -134,7 +135,7 @@ def test_a_full_disk_keeps_the_old_file_and_names_it(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(results.os, step, full)
+    monkeypatch.setattr(record_module.os, step, full)
     with pytest.raises(OSError, match="No space left") as caught:
         write_json_atomic(path, {"old": False})
     assert caught.value.errno == errno.ENOSPC and str(path) in str(caught.value)
@@ -148,7 +149,7 @@ def test_an_interrupt_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(results.os, "fsync", interrupt)
+    monkeypatch.setattr(record_module.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_bytes_atomic(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
@@ -171,7 +172,7 @@ def test_the_summary_is_one_line() -> None:
 
 
 def test_every_field_of_a_record_is_explained(root: Path) -> None:
-    lines = (root / "synq" / "results.py").read_text().splitlines()
+    lines = (root / "synq" / "runs" / "record.py").read_text().splitlines()
     for item in dataclasses.fields(RunRecord):
         at = next(number for number, line in enumerate(lines) if line.startswith(f"    {item.name}: "))
         assert lines[at + 1].startswith('    """'), item.name
@@ -184,9 +185,9 @@ def _git(folder: Path, *words: str) -> str:
 
 
 def test_the_commit_is_known_marked_dirty_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "synq" / "results.py"
+    file = tmp_path / "synq" / "__init__.py"
     write_text_atomic(file, "1")
-    monkeypatch.setattr(results, "__file__", str(file))
+    monkeypatch.setattr(synq, "__file__", str(file))
     assert environment()["commit"] == "unknown"
     _git(tmp_path, "init", "--quiet")
     _git(tmp_path, "add", ".")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
-from support.sweep_tools import tiny, write_spec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from support.sweep_tools import tiny, write_spec
 from synq import train
 from synq.config.parsing import dotted_keys
 from synq.config.run import RunConfig, config_digest, with_overrides

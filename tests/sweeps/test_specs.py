@@ -12,7 +12,7 @@ from synq.sweeps.studies.ablation import load_ablation, plan
 from synq.sweeps.studies.recipes import load_recipe
 from synq.sweeps.studies.recipes import plan as plan_recipe
 
-SPECS = Path(__file__).resolve().parent.parent / "sweeps" / "specs"
+SPECS = Path(__file__).resolve().parents[2] / "sweeps" / "specs"
 FOLDERS = ("", "runs", "ablations", "recipes")
 
 

@@ -14,7 +14,7 @@ from synq.config.run import SynthesisConfig
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.store import SetStore, set_identity
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = (3, 4, 4)
 TEACHER = "ab" * 32
 CONFIG = SynthesisConfig(num_images=5, shard_size=3)

@@ -1,10 +1,10 @@
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from support import reference
 from synq.synthesis.lowpass import cutoff_in_bins, gaussian_gain, gaussian_lowpass
 
 

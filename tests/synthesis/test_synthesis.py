@@ -27,7 +27,7 @@ from synq.synthesis.generate import balanced_labels, ensure_set
 from synq.synthesis.store import SetStore
 from synq.teacher.teacher import Teacher
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = SynthesisConfig(num_images=14, shard_size=4, iterations=6, calib_centers=True, center_iterations=4)
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.tiny_model import HALF, SIZE, trained_state
 from torch import nn
 
 import synq.teacher.sources as teacher_sources
+from support.tiny_model import HALF, SIZE, trained_state
 from synq.config.run import TeacherConfig
 from synq.teacher.teacher import load_teacher
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from support.tiny_model import SIZE, trained_state
 from torch import nn
 
 import synq.teacher.sources as teacher_sources
+from support.tiny_model import SIZE, trained_state
 from synq.config.run import TeacherConfig
 from synq.evaluation.labelled import load_labelled
 from synq.network.tracing import trace_classifier

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.tiny_model import trained_state
 
 import synq.teacher.sources as teacher_sources
+from support.tiny_model import trained_state
 from synq.config.run import TeacherConfig
 from synq.teacher.cifar_resnet import cifar_resnet
 from synq.teacher.teacher import load_teacher

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.sweep_tools import tiny
 
+from support.sweep_tools import tiny
 from synq.sweeps.driver.cluster import cluster
 
 

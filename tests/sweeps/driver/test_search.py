@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.sweep_tools import TINY, tiny
 
+from support.sweep_tools import TINY, tiny
 from synq.config.run import RunConfig
 from synq.sweeps.driver.halt import StopReason
 from synq.sweeps.driver.progress import Progress

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.sweep_tools import LR, rows, tiny
 
-from launch.sweep import main
+from support.sweep_tools import LR, rows, tiny
+from synq.commands.sweep import main
 from synq.sweeps.driver.cluster import check_shared, prepare_environment
 from synq.sweeps.leaderboard.records import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 from synq.sweeps.state.ledger import Ledger
@@ -283,11 +283,9 @@ def test_an_unwritable_folder_is_one_line(in_tmp: Path, capsys: pytest.CaptureFi
 
 
 def test_a_wrong_word_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    from launch.sweep import main
+    from synq.commands.sweep import main
 
-    with pytest.raises(SystemExit) as stop:
-        main(["spec.toml", "--seeds", "3"])
-    assert stop.value.code == 2
+    assert main(["spec.toml", "--seeds", "3"]) == 2
     assert capsys.readouterr().err.strip().splitlines() == [
-        "synq: error: unrecognized arguments: --seeds 3; everything else stands in the spec (--help, README)"
+        "synq: error: `--seeds` must be an option of this command, but is not; everything else is set in the spec (see --help, README)"
     ]

@@ -1,33 +1,13 @@
 """Which rows a condition chooses, and which conditions are refused."""
 
-import csv
-import io
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from test_leaderboard import record
 
-from synq.runs.record import RunRecord, write_record
-from synq.sweeps.leaderboard.records import Tables, main
+from support.records import bits, folder_of, record
+from synq.commands.leaderboard import main
+from synq.sweeps.leaderboard.records import Tables
 from synq.sweeps.leaderboard.views import choose, parse_condition
-
-
-def folder_of(path: Path, records: list[RunRecord]) -> str:
-    """Write records as those of a sweep."""
-    for number, item in enumerate(records):
-        write_record(path / "records" / f"t{number}.json", replace(item, name=f"t{number}"))
-    return str(path)
-
-
-def bits(width: int, **more: Any) -> dict[str, Any]:
-    return {"quant.weight_bits": width, "quant.act_bits": width, **{key.replace("__", "."): more[key] for key in more}}
-
-
-def table(text: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(text)))
-
 
 CHOICES = [record(0.1 + 0.2, overrides=bits(4)), record(0.5, overrides=bits(3), model="b net")]
 CHOICES += [

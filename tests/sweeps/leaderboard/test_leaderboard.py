@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from synq.config.run import RunConfig, config_digest, config_to_dict, with_overrides
+from support.records import record
+from synq.commands.leaderboard import main
 from synq.runs.record import RunRecord, write_record
 from synq.sweeps.driver.progress import Progress
 from synq.sweeps.leaderboard.records import (
@@ -18,7 +19,6 @@ from synq.sweeps.leaderboard.records import (
     cell,
     leaderboard_rows,
     load_records,
-    main,
     to_csv,
     trial_rows,
     write_tables,
@@ -30,36 +30,6 @@ COLUMNS = (
     "set_digest, config_digest, commit, versions, device, seconds, num_data_seeds, first_bits, last_bits, teacher_digest, "
     "best, pareto_size, pareto_bitops, fidelity_measure, onnx_bytes, packed_bytes, latency_ms, float_latency_ms, layer_bits"
 )
-
-
-def record(
-    objective_value: float | None = 0.1, *, seed: int = 0, overrides: dict[str, Any] | None = None, **fields: Any
-) -> RunRecord:
-    """A completed run with settings of its own."""
-    config = with_overrides(RunConfig(seed=seed, data_seed=seed), overrides or {})
-    values: dict[str, Any] = {
-        "name": f"t-{config_digest(config)}",
-        "config": config_to_dict(config),
-        "config_digest": config_digest(config),
-        "seed": seed,
-        "data_seed": seed,
-        "teacher": {"digest": "aa", "input_size": [3, 32, 32]},
-        "model": "net",
-        "weight_bits": config.quant.weight_bits,
-        "act_bits": config.quant.act_bits,
-        "protocol": config.quant.protocol,
-        "act_points": config.quant.act_points,
-        "objective": config.evaluation.objective,
-        "objective_value": objective_value,
-        "top1": 90.0,
-        "teacher_top1": 92.0,
-        "rtn_top1": 80.0,
-        "drop": 2.0,
-        "num_eval": 100,
-        "heldout_digest": "hh",
-        "total_seconds": 10.0,
-    }
-    return RunRecord(**{**values, **fields})
 
 
 def test_figures_of_exported_students_stand_in_both_tables() -> None:

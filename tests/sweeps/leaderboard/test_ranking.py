@@ -6,8 +6,8 @@ from dataclasses import is_dataclass, replace
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from test_leaderboard import record
 
+from support.records import record
 from synq.config.parsing import dotted_keys
 from synq.config.run import RunConfig, config_digest, config_to_dict, with_overrides
 from synq.sweeps.leaderboard.ranking import read_setting

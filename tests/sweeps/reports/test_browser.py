@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.made_sweeps import made_sweep
 
+from support.made_sweeps import made_sweep
 from synq.sweeps.reports.page import write_page
 from synq.sweeps.reports.sweep_page import sweep_page
 from synq.sweeps.reports.sweep_view import read_sweep

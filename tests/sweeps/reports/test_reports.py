@@ -5,8 +5,8 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from support.made_sweeps import damage, made_sweep
 
+from support.made_sweeps import damage, made_sweep
 from synq.commands.report import main as report
 from synq.runs.record import RunRecord, read_record, write_record
 from synq.sweeps.reports.comparison_page import comparison_page

@@ -17,7 +17,7 @@ from synq.sweeps.storage.lease import Lease
 from synq.sweeps.storage.object_store import Storage, open_storage
 
 NAME = "sweep.lease.json"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from synq.sweeps.storage import object_store as storage
 from synq.sweeps.storage.lease import Lease
 from synq.sweeps.storage.object_store import Storage, open_storage
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 ODD = "a b/é #%+.json"
 S3 = pytest.param("s3", marks=pytest.mark.slow)
 WAIT = 60.0

@@ -190,7 +190,7 @@ def test_a_run_that_dies_is_one_line_and_code_1(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("synq.commands.ablate.run_all", fail)
+    monkeypatch.setattr("synq.sweeps.studies.pool.run_all", fail)
     assert main(["--finetune.lowpass_cutoff", "3"]) == 1
     line = capsys.readouterr().err
     assert line.startswith("synq: error: ") and words in line and line.count("\n") == 1
@@ -200,7 +200,9 @@ def test_tables_that_cannot_be_written_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "ablation.csv").mkdir()
-    monkeypatch.setattr("synq.commands.ablate.run_all", lambda runs, *_: {cell: record(80.0, cell[2]) for cell in runs})
+    monkeypatch.setattr(
+        "synq.sweeps.studies.pool.run_all", lambda runs, *_: {cell: record(80.0, cell[2]) for cell in runs}
+    )
     assert main(["--finetune.lowpass_cutoff", "3", "--runtime.output_dir", str(tmp_path)]) == 2
     line = capsys.readouterr().err
     assert line.startswith("synq: error: ") and "ablation.csv" in line and line.count("\n") == 1
@@ -212,8 +214,8 @@ def test_tables_that_cannot_be_written_are_one_line(
         (["--finetune.cam_weight", "0"], "finetune.cam_weight"),
         (["--bits", "W1A1"], "W1A1"),
         (["--rows", "nothing off"], "nothing off"),
-        (["--seed", "3"], "`seed` must be left out (`seeds` says it)"),
-        (["--quant.weight_bits", "3"], "`quant.weight_bits` must be left out (`bits` says it)"),
+        (["--seed", "3"], "`seed` must be left out (`seeds` sets it)"),
+        (["--quant.weight_bits", "3"], "`quant.weight_bits` must be left out (`bits` sets it)"),
         (["absent.toml"], "absent.toml"),
         (["--config", "absent.toml"], "absent.toml"),
     ],

@@ -289,7 +289,7 @@ def test_words_that_change_the_result_are_told_from_those_that_do_not(file: Path
     [
         (["absent.toml"], "absent.toml"),
         (["FILE", "--rows", "recipes"], "but got 'recipes'; did you mean `recipe`?"),
-        (["FILE", "--seed", "3"], "`seed` must be left out (`seeds` says it)"),
+        (["FILE", "--seed", "3"], "`seed` must be left out (`seeds` sets it)"),
         (["FILE", "--finetune.lrr", "3"], "`finetune.lrr` must be a known key"),
         (["FILE", "--jobs", "0"], "`jobs` must be >= 1"),
     ],

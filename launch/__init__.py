@@ -1,1 +1,0 @@
-"""Thin doors: sweeps, tables, configurations of accelerate."""
