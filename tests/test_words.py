@@ -9,6 +9,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
+
 from support.source_tree import files, name_of
 
 # Part of an identifier (snake or camel case) -> what the field says.
