@@ -50,6 +50,8 @@ SWEEPS = (
     "leaderboard",
     "points",
     "spec",
+    "spec_tables",
+    "spec_file",
     "state",
     "workers",
     "studies",

@@ -43,7 +43,7 @@ class NodeProbe:
         """Import what a trial imports and return what must be the same everywhere, and what the node has."""
         import torch
 
-        import synq.sweeps.workers.trial
+        import synq.sweeps.workers.entry
         import synq.sweeps.workers.wide_trial  # noqa: F401
 
         known = environment()

@@ -13,6 +13,7 @@ from typing import Any
 
 from synq.common.files import write_text_atomic
 from synq.common.text_tables import to_csv, to_markdown
+from synq.config.finetune import SWITCHED_OFF
 from synq.config.run import RunConfig, parse_bits, with_overrides
 from synq.runs.record import RunRecord
 
@@ -23,12 +24,8 @@ from .settings_file import check_bits, check_rows, check_seeds, read_settings
 Overrides = Mapping[str, Any]
 Cell = tuple[str, str, int]
 
-IDEAS: dict[str, Overrides] = {
-    "filter": {"finetune.lowpass_cutoff": None},
-    "CAM": {"finetune.cam_weight": 0.0},
-    "soft labels": {"finetune.difficulty_threshold": 1.0},
-}
-"""Overrides that switch each component off. Without soft labels every image has a hard label, as before SynQ."""
+IDEAS: dict[str, Overrides] = {idea: {f"finetune.{key}": off} for idea, (key, off) in SWITCHED_OFF.items()}
+"""Overrides that switch each idea off. Without soft labels every image has a hard label, as in the methods before SynQ."""
 DISTILLATION = "distillation only"
 """The row without any hard label, CAM or filter."""
 ROWS: dict[str, tuple[str, ...]] = {
@@ -107,18 +104,10 @@ def plan(
         ValueError: A component is already off in `base`, so that a run would be compared with itself, or a list is
             empty or has an unknown entry.
     """
-    settings = base.finetune
-    for name, off in (
-        ("lowpass_cutoff", settings.lowpass_cutoff is None),
-        ("cam_weight", settings.cam_weight == 0),
-        ("ce_weight", settings.ce_weight == 0),
-        ("difficulty_threshold", settings.difficulty_threshold >= 1),
-        ("epochs", settings.epochs == 0),
-    ):
-        if off:
-            raise ValueError(
-                f"`finetune.{name}` must be on in the run that is ablated, but got {getattr(settings, name)}"
-            )
+    for name, off in (*SWITCHED_OFF.values(), ("ce_weight", 0.0), ("epochs", 0)):
+        value = getattr(base.finetune, name)
+        if value == off:
+            raise ValueError(f"`finetune.{name}` must be on in the run that is ablated, but got {value}")
     check_bits(bits)
     check_seeds(seeds)
     check_rows(rows, ROWS)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from synq.config.run import load_run
-from synq.sweeps.spec import load_spec
+from synq.sweeps.spec_file import load_spec
 from synq.sweeps.studies.ablation import load_ablation
 from synq.sweeps.studies.recipes import load_recipe
 
