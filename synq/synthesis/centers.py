@@ -1,4 +1,4 @@
-"""Calibration centers: one optimized image per class; their batch-norm statistics are a second target of deep layers."""
+"""Calibration centers: one optimized image per class, whose batch-norm statistics are a second synthesis target."""
 
 import itertools
 import math

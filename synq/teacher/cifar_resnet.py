@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet with a stem, three stages at full, half and quarter resolution, global average pooling and a linear layer."""
+    """ResNet: stem, three stages at full, half and quarter resolution, global average pooling, linear layer."""
 
     def __init__(self, depth: int, num_classes: int, in_channels: int, width: int) -> None:
         super().__init__()

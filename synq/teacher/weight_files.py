@@ -107,8 +107,9 @@ def _read_torch(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"`teacher.weights` must contain plain tensors, but got {path}, which is damaged or contains Python objects "
-            "that are not loaded for safety; where the model was trained, run torch.save(model.state_dict(), FILE)"
+            f"`teacher.weights` must contain plain tensors, but got {path}, which is damaged or contains Python "
+            "objects that are not loaded for safety; "
+            "where the model was trained, run torch.save(model.state_dict(), FILE)"
         ) from error
     except (RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it is truncated"
