@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,22 @@ def pytest_collection_finish() -> None:
     """What the imports of all tests made stays until the end: a full collection need not look at it again, a second each time."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how long the tests of each package took, set-up and worker processes added, the longest first."""
+    seconds: Counter[str] = Counter()
+    number: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                folder = "/".join(report.nodeid.split("::")[0].split("/")[1:-1]) or "tests"
+                seconds[folder] += report.duration
+                number[folder] += report.when == "call"
+    if len(seconds) > 1:
+        terminalreporter.section("seconds by package")
+        for folder, total in seconds.most_common():
+            terminalreporter.line(f"{total:8.1f} s  {number[folder]:5} tests  {folder}")
 
 
 def pytest_sessionfinish() -> None:

@@ -2,10 +2,8 @@
 
 from torch import fx
 
+from synq.network.op_traits import is_passive, traits_of
 from synq.network.ops import classify
-from synq.network.tracing import is_passive, node_module, operation_name
-
-_POOLS = ("pool", "mean", "upsample", "interpolate")
 
 
 def cut_nodes(traced: fx.GraphModule) -> list[fx.Node]:
@@ -62,9 +60,7 @@ def block_ends(traced: fx.GraphModule) -> list[fx.Node]:
 
 
 def _only_moves(traced: fx.GraphModule, node: fx.Node) -> bool:
-    module = node_module(traced, node)
-    name = operation_name(node) if module is None else type(module).__name__
-    return is_passive(traced, node) or any(word in name.lower() for word in _POOLS)
+    return is_passive(traced, node) or traits_of(traced, node).resamples
 
 
 def segment(traced: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.GraphModule:

@@ -1,23 +1,14 @@
 """Find where a network's class-activation map is taken: by structure, never by "the last convolution found"."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from synq.network.gradcam import CamMethod, autograd_weights, closed_form_weights
-from synq.network.tracing import is_passive, node_module, tensor_inputs, with_features
-
-_POOL_MODULES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool1d)
-_POOL_FUNCTIONS: tuple[Callable[..., Any], ...] = (
-    F.adaptive_avg_pool2d,
-    F.avg_pool2d,
-    F.adaptive_avg_pool1d,
-    torch.mean,
-)
+from synq.network.op_traits import is_average_pool, is_passive, node_module
+from synq.network.tracing import tensor_inputs, with_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +92,7 @@ def _walk_head(traced: fx.GraphModule) -> tuple[fx.Node | None, str | None]:
         shape = node.meta["shape"]
         if node.op in ("placeholder", "get_attr"):
             return None, None
-        if _is_pool(traced, node):
+        if is_average_pool(traced, node):
             source = tensor_inputs(node)[0]
             if len(source.meta["shape"]) == 4:
                 return source, linear if plain else None
@@ -114,14 +105,6 @@ def _walk_head(traced: fx.GraphModule) -> tuple[fx.Node | None, str | None]:
         is_classifier = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and shape[2:] == (1, 1))
         plain = plain and is_classifier and linear is None
         linear = str(node.target) if is_classifier else linear
-
-
-def _is_pool(traced: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return isinstance(node_module(traced, node), _POOL_MODULES)
-    if node.op == "call_function":
-        return node.target in _POOL_FUNCTIONS
-    return node.op == "call_method" and node.target == "mean"
 
 
 def _closed_form_holds(traced: fx.GraphModule, site: CamSite) -> bool:

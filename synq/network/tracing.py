@@ -17,19 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from synq.network.functional_layers import functions_as_layers
+from synq.network.op_traits import OpKind, node_module, operation_name, traits_of
 from synq.network.tracers import LayerTracer, SizedTracer
 
-# Operations that only move, drop or keep values: between the last feature and the classifier they change nothing.
-_PASSIVE_MODULES = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.Unflatten)
-_PASSIVE_FUNCTIONS: tuple[Callable[..., Any], ...] = (
-    torch.flatten,
-    torch.squeeze,
-    torch.reshape,
-    F.dropout,
-    F.dropout2d,
-)
-_PASSIVE_METHODS = ("flatten", "view", "reshape", "squeeze", "contiguous", "to", "float")
-_PASSIVE_NAMES = ("stochastic_depth",)  # of torchvision, which is not imported here
 _INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -145,7 +135,7 @@ def batchnorm_parameters(traced: fx.GraphModule) -> list[nn.Parameter]:
             found.update(dict.fromkeys(module.parameters(recurse=False)))
     parameters = dict(traced.named_parameters(remove_duplicate=False))
     for node in traced.graph.nodes:
-        if node.op == "call_function" and operation_name(node) == "batch_norm":
+        if node.op == "call_function" and traits_of(traced, node).kind is OpKind.NORM:
             sources = (parameters.get(str(n.target)) for n in node.all_input_nodes if n.op == "get_attr")
             found.update(dict.fromkeys(p for p in sources if p is not None))
     return list(found)
@@ -190,34 +180,9 @@ def with_features(traced: fx.GraphModule, node_name: str, others: Sequence[str] 
     return fx.GraphModule(root, graph, class_name=f"{type(traced).__name__}WithFeatures").eval()
 
 
-def node_module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """Return the submodule that a ``call_module`` node calls, else None."""
-    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-JOINING_NAMES = frozenset(["cat", "concat", "stack"])
-"""Operations whose result holds the values of all their inputs."""
-
-
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """Return the input nodes of ``node`` whose values are tensors, in order."""
     return [source for source in node.all_input_nodes if source.meta.get("shape") is not None]
-
-
-def operation_name(node: fx.Node) -> str:
-    """Return the bare name of the function or method that a node calls."""
-    if node.op == "call_method":
-        return str(node.target)
-    return str(getattr(node.target, "__name__", node.target))
-
-
-def is_passive(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Tell whether ``node`` only reshapes or passes on its one tensor input (in evaluation mode)."""
-    if node.op == "call_module":
-        return isinstance(node_module(traced, node), _PASSIVE_MODULES)
-    if node.op == "call_function":
-        return node.target in _PASSIVE_FUNCTIONS or operation_name(node) in _PASSIVE_NAMES
-    return node.op == "call_method" and node.target in _PASSIVE_METHODS
 
 
 def _check_no_hooks(traced: fx.GraphModule) -> None:

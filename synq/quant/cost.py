@@ -7,24 +7,13 @@ from itertools import chain
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from synq.network.tracing import JOINING_NAMES, is_passive, node_module, operation_name, tensor_inputs
+from synq.network.op_traits import node_module, operation_name, traits_of
+from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import Role
 from synq.quant.integer_form import norm_behind
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear
 
 FLOAT_BITS = 32
-# Operations that only select or move values.
-_KEEPING_MODULES = (
-    *(nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ReflectionPad2d),
-    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
-)
-_KEEPING_NAMES = frozenset(
-    [
-        *("max_pool2d", "adaptive_max_pool2d", "pad", "chunk", "split", "unbind", "getitem", "narrow", "transpose"),
-        *("permute", "t", "movedim", "unsqueeze", "expand", "unflatten", "pixel_shuffle", "channel_shuffle", "roll"),
-        *("flip", "clone", "detach", "type_as"),
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +124,12 @@ def _activations_of(net: fx.GraphModule, node: fx.Node) -> tuple[str, ...]:
         module = node_module(net, node)
         if isinstance(module, ActQuantizer):
             return (str(node.target).removeprefix(ACT_QUANTIZERS),)
-        name = operation_name(node)
-        if module is None and name in JOINING_NAMES:  # its parts lie on grids of their own
+        traits = traits_of(net, node)
+        if traits.joins:  # each part lies on a grid of its own
             parts = [_activations_of(net, part) for part in node.all_input_nodes]
             return tuple(dict.fromkeys(chain(*parts))) if all(parts) else ()
-        keeps = isinstance(module, _KEEPING_MODULES) if module is not None else name in _KEEPING_NAMES
-        # Not by shapes: what reads one part of a split reads a tuple, which has none.
-        if not node.all_input_nodes or not (is_passive(net, node) or keeps):
+        # Not decided by shapes: an element of a split has a tuple as its input, which has no shape.
+        if not traits.keeps_values or not node.all_input_nodes:
             return ()
         node = node.all_input_nodes[0]
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from synq.network.tracing import is_passive, node_module, operation_name, tensor_inputs
+from synq.network.op_traits import OpKind, node_module, traits_of
+from synq.network.tracing import tensor_inputs
 from synq.quant.keep_best import Agree, answers, keep_best, mean_kl
 from synq.quant.layers import ActQuantizer
 
@@ -26,13 +27,6 @@ STRENGTHS = (0.5, 1.0)
 """Candidate exponents of the scales."""
 LARGEST = 256.0
 """Largest ratio of a scale to the median of its layer: a nearly dead channel must not grow without bound."""
-_HOMOGENEOUS_MODULES = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
-_HOMOGENEOUS_NAMES = ("relu", "leaky_relu", "prelu")
-_POOL_MODULES = (
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool1d),
-    *(nn.ZeroPad2d, nn.ReflectionPad2d),
-)
-_POOL_NAMES = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool1d")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,20 +109,19 @@ def _way_back(traced: fx.GraphModule, consumer: fx.Node) -> list[fx.Node]:
 
 
 def _lets_scales_pass(traced: fx.GraphModule, node: fx.Node) -> bool:
-    module, name = node_module(traced, node), operation_name(node)
+    traits = traits_of(traced, node)
     sources, shape = tensor_inputs(node), node.meta["shape"]
     if not sources or shape is None:
         return False
     before = sources[0].meta["shape"]
-    if is_passive(traced, node):  # the order of values is kept: same shape, or one row per image
+    if traits.kind is OpKind.PASSIVE:  # the order of values is kept: same shape, or one row per image
         return shape == before or (len(shape) == 2 and shape[0] == before[0])
-    if module is not None:
-        return isinstance(module, (*_HOMOGENEOUS_MODULES, *_POOL_MODULES))
-    if name == "mean":
+    if traits.reduces_dims:
         dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         dims = dims if isinstance(dims, (tuple, list)) else [dims]
-        return len(before) == 4 and all(isinstance(dim, int) and dim % 4 in (2, 3) for dim in dims)
-    return name in (*_HOMOGENEOUS_NAMES, *_POOL_NAMES)
+        within_channels = len(before) == 4 and all(isinstance(dim, int) and dim % 4 in (2, 3) for dim in dims)
+        return traits.positively_homogeneous and within_channels
+    return traits.positively_homogeneous
 
 
 def _out_channels(layer: nn.Module) -> int:

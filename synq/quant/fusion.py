@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from synq.network.tracing import node_module, operation_name
+from synq.network.op_traits import RELU, node_module, traits_of
 from synq.quant.fake_quant import fake_quantize_rectified
 from synq.quant.layers import ActQuantizer
 
@@ -69,6 +69,6 @@ def fuse_rectified(net: fx.GraphModule) -> int:
 
 
 def _is_relu(net: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return type(node_module(net, node)) is nn.ReLU
-    return node.op in ("call_function", "call_method") and operation_name(node) == "relu"
+    module = node_module(net, node)
+    exact = module is None or type(module) is nn.ReLU  # a subclass may compute something else
+    return exact and traits_of(net, node) is RELU
