@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from synq.network.op_traits import node_module, operation_name, traits_of
 from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import Role
-from synq.quant.integer_form import norm_behind
+from synq.quant.integer_form import foldable_batch_norm
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear
 
 FLOAT_BITS = 32
@@ -125,7 +125,7 @@ def _activations_of(net: fx.GraphModule, node: fx.Node) -> tuple[str, ...]:
         if isinstance(module, ActQuantizer):
             return (str(node.target).removeprefix(ACT_QUANTIZERS),)
         traits = traits_of(net, node)
-        if traits.joins:  # each part lies on a grid of its own
+        if traits.joins:  # each part has a separate scale
             parts = [_activations_of(net, part) for part in node.all_input_nodes]
             return tuple(dict.fromkeys(chain(*parts))) if all(parts) else ()
         # Not decided by shapes: an element of a split has a tuple as its input, which has no shape.
@@ -150,7 +150,7 @@ def packed_bytes(net: fx.GraphModule) -> int:
             continue
         counted.add(module)
         if isinstance(module, (QuantConv2d, QuantLinear)):
-            norm = norm_behind(net, node, calls)
+            norm = foldable_batch_norm(net, node, calls)
             merged.add(None if norm is None else node_module(net, norm))
             shifted = module.bias is not None or norm is not None
             channels = module.weight.shape[0]

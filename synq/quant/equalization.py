@@ -63,7 +63,7 @@ def find_pairs(traced: fx.GraphModule, quantized: Collection[str] = ()) -> list[
     tensors = [*traced.named_parameters(remove_duplicate=False), *traced.named_buffers(remove_duplicate=False)]
     readers = Counter(id(tensor) for name, tensor in tensors for _ in range(1 + calls[name]))
 
-    def is_own(node: fx.Node, layer: nn.Module) -> bool:
+    def is_unshared(node: fx.Node, layer: nn.Module) -> bool:
         """Return whether the layer is called once and nothing else reads its weight and bias."""
         own = [getattr(layer, field) for field in ("weight", "bias") if getattr(layer, field, None) is not None]
         return calls[str(node.target)] == 1 and all(readers[id(tensor)] == 1 for tensor in own)
@@ -71,44 +71,44 @@ def find_pairs(traced: fx.GraphModule, quantized: Collection[str] = ()) -> list[
     found = []
     for node in traced.graph.nodes:
         consumer = node_module(traced, node)
-        if not isinstance(consumer, (nn.Conv2d, nn.Linear)) or not is_own(node, consumer):
+        if not isinstance(consumer, (nn.Conv2d, nn.Linear)) or not is_unshared(node, consumer):
             continue
-        way = _way_back(traced, node)
-        if not way:
+        path = _path_to_producer(traced, node)
+        if not path:
             continue
-        producer, shape = node_module(traced, way[-1]), way[-1].meta["shape"]
-        channels = 0 if producer is None or not is_own(way[-1], producer) else _out_channels(producer)
-        width = consumer.in_channels if isinstance(consumer, nn.Conv2d) else consumer.in_features
+        producer, shape = node_module(traced, path[-1]), path[-1].meta["shape"]
+        channels = 0 if producer is None or not is_unshared(path[-1], producer) else _out_channels(producer)
+        in_channels = consumer.in_channels if isinstance(consumer, nn.Conv2d) else consumer.in_features
         read_dim = 4 if isinstance(consumer, nn.Conv2d) else 2
-        fits = len(way[0].meta["shape"]) == read_dim and channels > 0 and width % channels == 0
+        fits = len(path[0].meta["shape"]) == read_dim and channels > 0 and in_channels % channels == 0
         if not fits or len(shape) not in (2, 4) or shape[1] != channels:
             continue
-        rounded = [step.name for step in reversed(way) if step.name in quantized]
+        quantized_nodes = [step.name for step in reversed(path) if step.name in quantized]
         found.append(
             Pair(
-                producer=str(way[-1].target),
+                producer=str(path[-1].target),
                 consumer=str(node.target),
-                node=rounded[0] if rounded else way[0].name,
-                quantized=bool(rounded),
+                node=quantized_nodes[0] if quantized_nodes else path[0].name,
+                quantized=bool(quantized_nodes),
                 channels=channels,
             )
         )
     return found
 
 
-def _way_back(traced: fx.GraphModule, consumer: fx.Node) -> list[fx.Node]:
+def _path_to_producer(traced: fx.GraphModule, consumer: fx.Node) -> list[fx.Node]:
     """Return the nodes from the consumer's input back to the producer, or [] if a tensor has another reader."""
     (node, *_) = tensor_inputs(consumer)
-    way = []
+    path = []
     while len(node.users) == 1 and node.op in ("call_module", "call_function", "call_method"):
-        way.append(node)
-        if not _lets_scales_pass(traced, node):
-            return way
+        path.append(node)
+        if not _commutes_with_scales(traced, node):
+            return path
         node = tensor_inputs(node)[0]
     return []
 
 
-def _lets_scales_pass(traced: fx.GraphModule, node: fx.Node) -> bool:
+def _commutes_with_scales(traced: fx.GraphModule, node: fx.Node) -> bool:
     traits = traits_of(traced, node)
     sources, shape = tensor_inputs(node), node.meta["shape"]
     if not sources or shape is None:
@@ -143,13 +143,13 @@ def channel_ranges(traced: fx.GraphModule, pairs: Sequence[Pair], images: Tensor
         images: (N, C, H, W) on the device of ``traced``.
         batch_size: Images per forward pass.
     """
-    watched = _Watched(traced, {pair.node: pair.channels for pair in pairs})
+    recorder = _MaxAbsRecorder(traced, {pair.node: pair.channels for pair in pairs})
     for batch in images.split(batch_size):
-        watched.run(batch)
-    return [watched.largest[pair.node] for pair in pairs]
+        recorder.run(batch)
+    return [recorder.largest[pair.node] for pair in pairs]
 
 
-class _Watched(fx.Interpreter):
+class _MaxAbsRecorder(fx.Interpreter):
     def __init__(self, net: fx.GraphModule, channels: dict[str, int]) -> None:
         super().__init__(net)
         self.channels = channels
@@ -261,9 +261,9 @@ def equalize(
 
     Source: as `channel_scales`.
     """
-    rounded = {n.all_input_nodes[0].name for n in net.graph.nodes if isinstance(node_module(net, n), ActQuantizer)}
+    quantized = {n.all_input_nodes[0].name for n in net.graph.nodes if isinstance(node_module(net, n), ActQuantizer)}
     pairs = [
-        pair for pair in find_pairs(teacher, rounded) if pair.quantized or not _is_depthwise(teacher, pair.consumer)
+        pair for pair in find_pairs(teacher, quantized) if pair.quantized or not _is_depthwise(teacher, pair.consumer)
     ]
     activations = channel_ranges(teacher, pairs, images)
     weights = [weight_ranges(teacher.get_submodule(pair.consumer), pair.channels) for pair in pairs]

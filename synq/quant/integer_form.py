@@ -83,7 +83,7 @@ def integer_form(net: fx.GraphModule, *, operations: Operations = "plain", empty
             form.set_submodule(name, activation)
             _add_dequantize(form, node, activation, calls)
         elif isinstance(module, QuantConv2d | QuantLinear):
-            norm = norm_behind(form, node, calls)
+            norm = foldable_batch_norm(form, node, calls)
             batch_norm = None if norm is None else node_module(form, norm)
             codes = codes_of(module)
             source = node_module(form, node.all_input_nodes[0])
@@ -138,7 +138,7 @@ def _add_dequantize(form: fx.GraphModule, node: fx.Node, activation: IntegerActi
         user.replace_input_with(node, values)
 
 
-def norm_behind(net: fx.GraphModule, node: fx.Node, calls: list[str]) -> fx.Node | None:
+def foldable_batch_norm(net: fx.GraphModule, node: fx.Node, calls: list[str]) -> fx.Node | None:
     """Return the batch norm that can be folded into the layer ``node``, or None.
 
     Both are called once, and the batch norm is the only user of the layer's output.
