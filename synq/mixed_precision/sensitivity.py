@@ -2,7 +2,7 @@
 
     one tensor at b bits, everything else in float -> KL(teacher || student)        for every weight and activation
 
-Source: ZeroQ (arXiv 2001.00281), section 3.2. What is chosen from it: ``width_choice.py``.
+Source: ZeroQ (arXiv 2001.00281), section 3.2. What is chosen from it: ``ilp.py``.
 """
 
 from collections.abc import Collection, Iterator
