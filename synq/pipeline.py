@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from synq.common.files import check_writable
 from synq.config.run import RunConfig, make_absolute
 from synq.evaluation.measure import Measure
 from synq.finetune.loop import Epoch, finetune
@@ -18,7 +19,7 @@ from synq.finetune.networks import aligned_blocks, prepare_networks
 from synq.finetune.schedule import local_batch_size
 from synq.quant.student import Student, build_student, share_changed, weight_codes
 from synq.runs.lifecycle import StageTimer, blank_record, complete_record, failure_recorded, finished_record, save
-from synq.runs.record import RunRecord, check_writable, run_folder, write_config
+from synq.runs.record import RunRecord, run_folder, write_config
 from synq.runs.tracking import RunLog
 from synq.runtime import check_compilable, dtype_of, make_accelerator
 from synq.synthesis.dataset import SyntheticSet

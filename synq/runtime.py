@@ -6,13 +6,34 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    broadcast,
+    broadcast_object_list,
+    is_mlflow_available,
+    is_tensorboard_available,
+    is_wandb_available,
+)
 from torch import nn
 
 from synq.config.run import RunConfig, RuntimeConfig
 from synq.network.cam_site import CamSite
 from synq.quant.layers import quantizers_bypassed
-from synq.runs.tracking import check_tracker
+
+TRACKER_PACKAGES = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "mlflow": is_mlflow_available}
+"""Tests whether the package of a tracker is installed. Accelerate itself only warns, and tracks nothing."""
+
+
+def check_tracker(tracker: str) -> None:
+    """Raise if the package of a tracker is not installed.
+
+    Raises:
+        ValueError: It is not; the message names the command that installs it.
+    """
+    if tracker != "none" and not TRACKER_PACKAGES[tracker]():
+        raise ValueError(
+            f"`runtime.tracker` must be one whose package is installed, but got {tracker}: pip install {tracker}"
+        )
 
 
 def make_accelerator(runtime: RuntimeConfig) -> Accelerator:

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
+from synq.common.files import write_json_atomic, write_text_atomic
 from synq.config.run import RuntimeConfig
-from synq.runs.record import write_json_atomic, write_text_atomic
 from synq.runtime import make_accelerator
 
 from .table import Context, Row, as_json, machine, markdown

@@ -16,9 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from synq.common.environment import environment
+from synq.common.files import write_json_atomic
 from synq.common.text_tables import to_markdown
 from synq.config.parsing import between, one_of
-from synq.runs.record import environment, write_json_atomic
 
 from ..driver.cluster import cluster, output_root
 from ..search_config import SearchConfig

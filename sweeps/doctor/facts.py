@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 
 from filelock import FileLock, Timeout
 
-from synq.runs.record import write_text_atomic
+from synq.common.files import write_text_atomic
 
 from ..driver.cluster import capacity
 from ..search_config import SearchConfig

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from synq.runs.record import read_json
+from synq.common.files import read_json
 
 from ..storage.addresses import local_copy
 from .probes import LOOK_SECONDS

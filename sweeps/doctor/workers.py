@@ -37,7 +37,7 @@ class Runner:
             ValueError, OSError: As `run_sweep`.
         """
         from ..driver.tuner import run_sweep
-        from ..spec import spec_from_dict
+        from ..spec_file import spec_from_dict
 
         spec, printed = spec_from_dict(values), io.StringIO()
         with redirect_stdout(printed):

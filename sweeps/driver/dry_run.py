@@ -61,9 +61,9 @@ def print_preview(spec: SweepSpec) -> None:
     there = not spec.address and any((spec.output_dir / "records").glob("*.json"))
     records = load_records([spec.output_dir]) if there else []
     room = _room(spec)
-    print(f"{room.words}; a trial takes {_resources(spec)}; at most {room.trials} at a time")
-    if room.remark:
-        print(room.remark)
+    print(f"{room.summary}; a trial takes {_resources(spec)}; at most {room.trials} at a time")
+    if room.note:
+        print(room.note)
     slots = min(room.trials, search.max_concurrent or room.trials)
 
     costs = {group.key: _cost(spec, group, records) for group in spec.groups}
@@ -145,7 +145,7 @@ def _first(spec: SweepSpec, group: Group) -> str:
 
 
 def _reruns(spec: SweepSpec) -> int:
-    searches = len(spec.groups) * spec.num_widths
+    searches = len(spec.groups) * spec.num_bit_widths
     base = spec.groups[0].base
     further = sum((seed, seed) != (base.seed, base.data_seed) for seed in spec.search.seeds)
     return searches * spec.search.final_top_k * further

@@ -1,7 +1,8 @@
-"""Records in, tables out: `trials.csv` (every run) and `leaderboard.csv` (settings, ranked). Knows neither Ray nor torch.
+"""Read run records and write `trials.csv` (every run) and `leaderboard.csv` (ranked settings). Knows neither Ray nor
+torch.
 
-What a row says and what may be ranked against what: ranking.py. One record at a time: tables.py. Rows chosen, paths compared:
-views.py. Rows as text: table_text.py. Here: the files.
+Columns: `columns.py`. Rows and their ranks: `ranking.py`. Incremental updates: `tables.py`. Selected rows, compared
+    sweeps: `views.py`.
 """
 
 from collections.abc import Iterable
@@ -10,12 +11,10 @@ from pathlib import Path
 from synq.common.text_tables import Row, cell, to_csv
 from synq.runs.record import RunRecord, read_record
 
-from .ranking import LEADERBOARD_COLUMNS, TRIAL_COLUMNS, read_setting
+from .ranking import read_setting
 from .tables import Tables
 
 __all__ = [
-    "LEADERBOARD_COLUMNS",
-    "TRIAL_COLUMNS",
     "Row",
     "Tables",
     "cell",
@@ -28,25 +27,17 @@ __all__ = [
     "trial_rows",
     "write_tables",
 ]
-PRINTED_COLUMNS = (
-    "rank", "model", "weight_bits", "act_bits", "protocol", "act_points", "objective", "objective_value", "top1_mean", "top1_std",
-    "num_seeds", "num_failed", "drop", "lowpass_cutoff", "cam_weight", "ce_weight", "difficulty_threshold", "lr", "pareto_size",
-)  # fmt: skip
-HEADINGS = {
-    "weight_bits": "W", "act_bits": "A", "act_points": "points", "objective_value": "value", "top1_mean": "top1", "top1_std": "std",
-    "num_seeds": "n", "num_failed": "failed", "lowpass_cutoff": "cutoff", "cam_weight": "cam", "ce_weight": "ce",
-    "difficulty_threshold": "tau", "pareto_size": "pareto",
-}  # fmt: skip
 
 
 def record_files(paths: Iterable[str | Path]) -> list[Path]:
-    """Find the record files of sweeps and runs.
+    """Return the record files of sweeps and runs.
 
     Args:
-        paths: Record files, or folders: a sweep's (records/*.json), a run's (record.json), or one that holds such folders.
+        paths: Record files, or folders: a sweep's (records/*.json), a run's (record.json), or one that holds such
+            folders.
 
     Raises:
-        FileNotFoundError: A path is absent or holds no record.
+        FileNotFoundError: A path is missing or holds no record.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -74,17 +65,17 @@ def load_records(paths: Iterable[str | Path]) -> list[RunRecord]:
         paths: As for `record_files`.
 
     Raises:
-        FileNotFoundError: A path is absent or holds no record.
+        FileNotFoundError: A path is missing or holds no record.
         ValueError: A record is damaged.
     """
     return [load_record(file) for file in record_files(paths)]
 
 
 def load_record(path: Path) -> RunRecord:
-    """Read a record whose configuration reads as well.
+    """Read a record and check its configuration.
 
     Raises:
-        FileNotFoundError: The file is absent.
+        FileNotFoundError: The file is missing.
         ValueError: The file is damaged.
     """
     record = read_record(path)
@@ -93,10 +84,13 @@ def load_record(path: Path) -> RunRecord:
 
 
 def read_tables(paths: Iterable[str | Path]) -> Tables:
-    """Read the records of sweeps and runs into tables; as `Tables(load_records(paths))`, but each record is checked once.
+    """Read the records of sweeps and runs into tables, each record parsed once.
+
+    Args:
+        paths: As for `record_files`.
 
     Raises:
-        FileNotFoundError: A path is absent or holds no record.
+        FileNotFoundError: A path is missing or holds no record.
         ValueError: A record is damaged.
     """
     tables = Tables()
@@ -113,15 +107,15 @@ def trial_rows(records: Iterable[RunRecord]) -> list[Row]:
 def leaderboard_rows(records: Iterable[RunRecord]) -> list[Row]:
     """Return one row per setting with at least one completed run, ranked within its ranking.
 
-    What the columns mean is said at `standings` of ranking.py.
+    What the columns mean: `columns.py`.
     """
     return Tables(records).leaderboard_rows()
 
 
 def write_tables(records: Iterable[RunRecord], folder: str | Path) -> None:
-    """Write trials.csv and leaderboard.csv into `folder`, each by rename.
+    """Write trials.csv and leaderboard.csv into `folder`, each atomically.
 
     Raises:
-        OSError: The folder or the disk refuses.
+        OSError: The folder cannot be written, or the disk is full.
     """
     Tables(records).write(folder)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from synq.common.exit_codes import check_paths
+from synq.common.files import check_paths
 from synq.config.parsing import between
 
 from ..reports import PAGE

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from synq.runs.record import RunRecord
 
-from ..space import Dimension, value_at
+from ..space import Dimension, value_of
 from ..state.plans import Plan
 from .drawing import failed, finish, style
 from .page import Figure, Gap, slug
@@ -150,7 +150,7 @@ def _study(dimensions: Sequence[Dimension], trials: Iterable[tuple[Plan, RunReco
     study = optuna.create_study(direction="minimize" if minimise else "maximize")
     ranges = dict(zip(_names(dimensions), map(_distribution, dimensions), strict=True))
     for plan, record in trials:
-        values = [_value(dimension, value_at(plan.config, dimension.name)) for dimension in dimensions]
+        values = [_value(dimension, value_of(plan.config, dimension.name)) for dimension in dimensions]
         params = dict(zip(ranges, values, strict=True))
         state = STATES[record.status]
         if state == TrialState.COMPLETE and record.objective_value is None:

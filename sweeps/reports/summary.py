@@ -8,25 +8,10 @@ from synq.common.text_tables import Row
 from synq.config.quant import ends_words
 from synq.runs.record import RunRecord, run_protocol
 
-from ..leaderboard.ranking import SETTINGS, Standing
+from ..leaderboard.columns import setting_text
+from ..leaderboard.ranking import Standing
 from ..stats import drop_stderr
 from .sweep_view import SweepView
-
-BOARD_COLUMNS = (
-    "rank", "model", "weight_bits", "act_bits", "top1_mean", "top1_std", "num_seeds", "drop", "objective_value", *SETTINGS, "protocol",
-    "act_points", "layer_bits", "first_bits", "last_bits", "teacher_top1", "rtn_top1", "num_eval", "num_failed", "size_bytes", "bitops",
-    "objective", "fidelity_measure", "seconds",
-)  # fmt: skip
-BOARD_HEADINGS = {
-    "weight_bits": "W", "act_bits": "A", "act_points": "points", "objective_value": "value", "top1_mean": "top-1", "top1_std": "std",
-    "num_seeds": "n", "num_failed": "failed", "teacher_top1": "teacher", "rtn_top1": "before", "num_eval": "images",
-    "lowpass_cutoff": "cutoff [bins]", "difficulty_threshold": "tau", "size_bytes": "bytes",
-}  # fmt: skip
-PERCENTS = ("top1", "top5", "top1_mean", "top1_std", "teacher_top1", "rtn_top1", "drop")
-DECIMALS = {**dict.fromkeys(PERCENTS, 2), "size_bytes": 0, "bitops": 0, "seconds": 0}
-BEST_COLUMNS = (
-    "model", "weight_bits", "act_bits", "protocol", "act_points", "top1_mean", "top1_std", "num_seeds", "drop", "objective_value", "setting", "trial"
-)  # fmt: skip
 
 
 def run_label(record: RunRecord) -> str:
@@ -177,7 +162,7 @@ def best_rows(sweep: SweepView, standings: Sequence[Standing]) -> list[Row]:
     rows = []
     for standing in leaders(standings):
         name = run_of(sweep, standing)
-        settings = "" if name is None else _settings(sweep.records[name].config["finetune"])
+        settings = "" if name is None else setting_text(sweep.records[name].config["finetune"])
         rows.append(standing.row | {"setting": settings, "trial": name})
     return rows
 
@@ -191,15 +176,3 @@ def run_of(sweep: SweepView, standing: Standing) -> str | None:
         if record.config_digest == standing.row["config_digest"] and record.status == "completed"
     ]
     return min(found) if found else None
-
-
-def _settings(finetune: Mapping[str, Any]) -> str:
-    """The searched settings as the configuration has them, the cutoff with its unit: so they can be given again."""
-    parts = []
-    for name in SETTINGS:
-        value = finetune.get(name)
-        if name == "lowpass_cutoff":
-            parts.append(f"{name} off" if value is None else f"{name} {value:.4g} {finetune.get('lowpass_unit', '')}")
-        elif value is not None:
-            parts.append(f"{name} {value:.4g}")
-    return ", ".join(parts)

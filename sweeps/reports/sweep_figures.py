@@ -12,7 +12,7 @@ from synq.common.text_tables import Row
 from synq.runs.record import RunRecord
 
 from ..leaderboard.ranking import Standing
-from ..studies.rank_table import rank_correlation
+from ..stats import rank_correlation
 from .drawing import COLORS, draw, panels
 from .page import Figure, Gap
 

@@ -6,15 +6,12 @@ from typing import Any
 from synq.common.text_tables import Row
 from synq.runs.record import RunRecord
 
-from ..leaderboard.ranking import TRIAL_COLUMNS, Ranking, Standing, read_run
+from ..leaderboard.columns import BEST_TABLE, PAGE_COLUMNS, RUN_COLUMNS, TRIAL_COLUMNS, keys, page_texts
+from ..leaderboard.ranking import Ranking, Standing, read_run
 from .page import Block, Gap, Page, Tab, Table, Words
 from .run_page import run_tabs, settings_blocks
 from .study_figures import study_figures
 from .summary import (
-    BEST_COLUMNS,
-    BOARD_COLUMNS,
-    BOARD_HEADINGS,
-    DECIMALS,
     best_rows,
     foot,
     label,
@@ -27,7 +24,7 @@ from .sweep_figures import pareto, timeline, trust
 from .sweep_view import SweepView
 
 LONG = ("versions", "commit", "host", "heldout_digest", "set_digest")
-"""Columns of trials.csv that say the same for nearly all rows; the CSV has them."""
+"""Columns of trials.csv that are equal in nearly all rows, left out of the page."""
 MOST_RUNS = 4
 """Groups whose best run is looked into."""
 
@@ -49,10 +46,9 @@ def sweep_page(
         name="leaderboard",
         title="Leaderboard",
         caption="A row for each setting, ranked within its model, widths and protocol; the first of each ranking is marked. leaderboard.csv of a sweep has all columns.",
-        columns=_said(rows, BOARD_COLUMNS),
+        columns=_filled(rows, PAGE_COLUMNS),
         rows=rows,
-        headings=BOARD_HEADINGS,
-        decimals=DECIMALS,
+        **page_texts(RUN_COLUMNS),
         bold=[row["rank"] == 1 for row in rows],
     )
     tabs = [
@@ -74,8 +70,8 @@ def sweep_page(
     )
 
 
-def _said(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
-    """Return the columns that say anything."""
+def _filled(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
+    """Return the columns in which any row has a cell."""
     return [column for column in columns if any(row.get(column) not in (None, "") for row in rows)]
 
 
@@ -87,10 +83,9 @@ def best_table(sweep: SweepView, standings: Sequence[Standing]) -> list[Block]:
         name="best",
         title="Best settings",
         caption=caption,
-        columns=BEST_COLUMNS,
+        columns=keys(BEST_TABLE),
         rows=rows,
-        headings=BOARD_HEADINGS,
-        decimals=DECIMALS,
+        **page_texts(BEST_TABLE),
     )
     records = [sweep.paths[row["trial"]] for row in rows if row["trial"] in sweep.paths]
     ways = [f"synq export {path if path.name != 'record.json' else path.parent}" for path in records]
@@ -142,7 +137,7 @@ def _trials(sweep: SweepView) -> list[Block]:
         if record.status == "failed"
     ]
     rows = sweep.tables.trial_rows()
-    columns = _said(rows, [column for column in TRIAL_COLUMNS if column not in LONG])
+    columns = _filled(rows, [column for column in TRIAL_COLUMNS if column not in LONG])
     waiting = [{"trial": name, "epochs": len(sweep.plans[name].history)} for name in sweep.running]
     blocks: list[Block] = []
     if failures:
@@ -166,7 +161,14 @@ def _trials(sweep: SweepView) -> list[Block]:
     if rows:
         caption = "A row for each trial; trials.csv has all columns."
         blocks.append(
-            Table(name="trials", title="All trials", caption=caption, columns=columns, rows=rows, decimals=DECIMALS)
+            Table(
+                name="trials",
+                title="All trials",
+                caption=caption,
+                columns=columns,
+                rows=rows,
+                **page_texts(RUN_COLUMNS),
+            )
         )
     return blocks
 

@@ -13,10 +13,8 @@ from rich.text import Text
 
 from synq.common.text_tables import plain
 
+from ..leaderboard.columns import BEST_TABLE
 from .summary import (
-    BEST_COLUMNS,
-    BOARD_HEADINGS,
-    DECIMALS,
     best_rows,
     run_facts,
     run_label,
@@ -74,11 +72,10 @@ def _show_sweep(path: Path, console: Console) -> None:
         console.print(plain(line))
     _table(console, ("", ""), sweep_facts(sweep))
     rows = [
-        tuple(_number(row[column], DECIMALS.get(column)) for column in BEST_COLUMNS)
-        for row in best_rows(sweep, standings)
+        tuple(_number(row[column.key], column.decimals) for column in BEST_TABLE) for row in best_rows(sweep, standings)
     ]
     if rows:
-        _table(console, [BOARD_HEADINGS.get(column, column) for column in BEST_COLUMNS], rows)
+        _table(console, [column.heading for column in BEST_TABLE], rows)
     failures = [(name, record.reason) for name, record in sweep.records.items() if record.status == "failed"]
     if failures:
         _table(console, ("failed trial", "reason"), failures[:MOST_FAILURES])

@@ -2,7 +2,7 @@
 
 Layout::
 
-    sweep.json            what the sweep is; a changed one is refused
+    sweep.json            what the sweep is; a changed one is rejected
     plans/TRIAL.json      written when a trial is proposed: its settings, its run, later its objective per epoch
     plans/TRIAL.stop      asks a trial of several workers to stop
     records/TRIAL.json    written when a trial has ended: completed, pruned or failed
@@ -23,15 +23,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
-from synq.runs.record import RunRecord, environment, read_json, read_record, write_json_atomic, write_record
+from synq.common.environment import environment
+from synq.common.files import read_json, write_json_atomic
+from synq.config.run import config_digest, config_to_dict
+from synq.runs.record import RunRecord, read_record, write_record
 
 from ..leaderboard.records import Tables
 from ..search_config import SearchConfig
-from ..space import BITS, value_at
+from ..space import BITS, value_of
 from ..spec import SweepSpec
 from .folder import SweepFolder
 from .plans import FORMAT, Plan, plan_values, read_plan, read_sweep_file, set_recipe, unfinished_record
+from .trial_task import TrialTask
 
 TABLES = ("trials.csv", "leaderboard.csv")
 TABLE_SHARE = 0.1
@@ -59,7 +62,7 @@ class Ledger:
         self._tables_due = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Ray Tune pickles its parts for a resume of its own, which is not used: the folder is the state
+        return {}  # Ray Tune pickles its parts for its own resume, which is not used: the folder is the state
 
     def open(self) -> None:
         """Take the folder: lock it, check that it holds this sweep, read what is there.
@@ -93,7 +96,7 @@ class Ledger:
         self.tables.add(record, path.stem, source=str(path))
 
     def know(self, group: str, facts: dict[str, Any], eval_digest: str) -> None:
-        """Note what a group's teacher is, and refuse to go on with records of other files of the same name.
+        """Note what a group's teacher is, and reject records that other files of the same name gave.
 
         Args:
             group: Key of the group.
@@ -117,27 +120,27 @@ class Ledger:
                     )
 
     def record_path(self, trial: str) -> Path:
-        """Where the record of a trial stands."""
+        """Return the path of a trial's record."""
         return self.root / "records" / f"{trial}.json"
 
-    def task(self, plan: Plan) -> dict[str, Any]:
-        """Return what a worker is told of a trial, as plain values."""
-        return {
-            "trial": plan.trial,
-            "group": plan.group,
-            "stage": plan.stage,
-            "config": plan.config,
-            "config_digest": plan.config_digest,
-            "teacher": self.teachers.get(plan.group, {}),
-            "second_objective": self.spec.search.second_objective,
-            "sets": self.sets.get(set_recipe(plan.config), []),
-            "folder": str(self.root),
-            "address": self.spec.address,
-            "gpus": self.spec.search.gpus_per_worker,
-            "workers": self.spec.search.workers_per_trial,
-            "cpus": self.spec.search.cpus_per_worker,
-            "max_failures": self.spec.search.max_failures,
-        }
+    def task(self, plan: Plan) -> TrialTask:
+        """Return the task of a planned trial: its run, the sweep's folder, its resources."""
+        return TrialTask(
+            trial=plan.trial,
+            group=plan.group,
+            stage=plan.stage,
+            config=plan.config,
+            config_digest=plan.config_digest,
+            teacher=self.teachers.get(plan.group, {}),
+            second_objective=self.spec.search.second_objective,
+            sets=tuple(self.sets.get(set_recipe(plan.config), [])),
+            folder=str(self.root),
+            address=self.spec.address,
+            gpus=self.spec.search.gpus_per_worker,
+            workers=self.spec.search.workers_per_trial,
+            cpus=self.spec.search.cpus_per_worker,
+            max_failures=self.spec.search.max_failures,
+        )
 
     def add_plan(self, plan: Plan) -> None:
         """Write a plan (again)."""
@@ -204,7 +207,6 @@ class Ledger:
             record = read_record(path)
         else:
             self._environment = self._environment or environment()
-            config = config_from_dict(RunConfig, plan.config)
             teacher = self.teachers.get(plan.group, {})
             values = {
                 **self._environment,
@@ -213,7 +215,7 @@ class Ledger:
                 "total_seconds": seconds,
                 "objective_value": history[-1][1] if history else None,
             }
-            record = unfinished_record(config, trial, status=status, reason=reason, teacher=teacher, values=values)
+            record = unfinished_record(plan.config, trial, status=status, reason=reason, teacher=teacher, values=values)
             write_record(path, record)
             self.folder.send(f"records/{path.name}")
         self.records[trial] = record
@@ -239,7 +241,7 @@ class Ledger:
         for plan in self.group_plans(group):
             record = self.records.get(plan.trial)
             if record is not None and record.status == "completed" and _finite(record.objective_value):
-                place = scored.setdefault(value_at(plan.config, BITS), [])
+                place = scored.setdefault(value_of(plan.config, BITS), [])
                 place.append((sign * float(record.objective_value or 0.0), plan.index, plan))
         return [plan for part in scored.values() for *_, plan in sorted(part, key=lambda item: item[:2])[:top_k]]
 
@@ -250,7 +252,7 @@ class Ledger:
         self.folder.write("sweep.json", {**there, "finished": number})
 
     def _check_identity(self) -> None:
-        """Refuse a folder that holds another sweep: its trials would be mixed with these."""
+        """Reject a folder that holds another sweep: its trials would be mixed with these."""
         groups = {}
         for group in self.spec.groups:
             values = config_to_dict(group.base)

@@ -3,7 +3,7 @@
 It is one small object: who holds it (owner, host, process), a counter that the holder moves on, and the time. Clocks of two machines
 may differ, so a time alone takes nothing away from anybody: a lease whose time looks recent is respected, and one that looks old (or
 lies in the future) is watched for `stale_after` seconds and taken over only if it does not move. A holder that could not renew it for
-as long counts it as lost by itself, by a clock of its own. Of two that take a free lease together the last writer has it: both
+as long counts it as lost by itself, by a separate clock. Of two that take a free lease together the last writer has it: both
 wait a moment and read it again, and later each renewal reads before it writes.
 """
 
@@ -16,10 +16,20 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from .object_store import Storage
+
+class SmallObjects(Protocol):
+    """What a lease needs of the folder that it protects: small objects by name. `str()` is the folder's address."""
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of an object, None where it does not exist."""
+
+    def put(self, content: bytes, name: str) -> None:
+        """Write an object as a whole."""
+
+    def delete(self, name: str) -> None:
+        """Remove an object; a missing one is no error."""
 
 
 class Lease:
@@ -27,7 +37,7 @@ class Lease:
 
     def __init__(
         self,
-        storage: "Storage",
+        storage: SmallObjects,
         name: str = "sweep.lease.json",
         *,
         every: float = 20.0,
@@ -137,7 +147,7 @@ class Lease:
         self._storage.put((json.dumps(holder) + "\n").encode(), self._name)
 
     def _is_alive(self, there: bytes, say: Callable[[str], None] | None) -> bool:
-        """Whether the holder of a lease still runs, as far as can be told from here."""
+        """Whether the holder of a lease still runs, as far as can be seen from here."""
         holder = _content(there)
         place = _place()
         if place and holder.get("place") == place and _birth(holder["pid"]) not in ("unknown", holder.get("birth")):
@@ -177,7 +187,7 @@ def _who(holder: dict[str, Any]) -> str:
 
 
 def _place() -> str:
-    """What a process number is valid in: this start of this machine, this container. "" where that cannot be told."""
+    """What a process number is valid in: this start of this machine, this container. "" where that is unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{platform.node()} {boot} {os.readlink('/proc/self/ns/pid')}"

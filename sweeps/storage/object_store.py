@@ -1,6 +1,6 @@
 """A sweep's folder in an object store, by address: s3://bucket/path, gs://, abfs://, hdfs://, file:///mnt/x, or what fsspec knows.
 
-The driver and the trials work on copies on their own machines and send what counts. Whatever stands under a name is whole: an object
+The driver and the trials work on copies on their own machines and send what counts. A file under its final name is always whole: an object
 store shows an object when it is closed, and elsewhere a file is written under another name and renamed. What is replaced and what is
 listed must be seen at once by all machines, as S3, Google and Azure promise. Knows neither Ray nor torch.
 """
@@ -23,9 +23,8 @@ from typing import Any, BinaryIO, TypeVar
 from filelock import FileLock
 
 from .addresses import cache_root, connect, is_address, local_copy, shown, split_address
-from .lease import Lease
 
-__all__ = ["Lease", "Storage", "cache_root", "is_address", "local_copy", "open_storage"]
+__all__ = ["Storage", "cache_root", "is_address", "local_copy", "open_storage"]
 
 T = TypeVar("T")
 F = TypeVar("F", bound=BinaryIO)
@@ -52,7 +51,7 @@ def open_storage(address: str) -> "Storage":
     Credentials come from the environment, or from where else the store's own tools look for them.
 
     Raises:
-        ValueError: The scheme is unknown, the bucket is absent, or the credentials are missing or refused.
+        ValueError: The scheme is unknown, the bucket is absent, or the credentials are missing or rejected.
         OSError: The store cannot be reached.
     """
     parts = split_address(address)
@@ -62,7 +61,7 @@ def open_storage(address: str) -> "Storage":
         files, root = connect(parts)
     except (ValueError, ImportError, NotImplementedError) as error:
         raise ValueError(f"`output_dir` must be an address to open, but got {shown(parts)}: {_line(error)}") from error
-    except Exception as error:  # no answer; each back end has types of its own
+    except Exception as error:  # no connection; each back end has separate exception types
         raise _failure(error, shown(parts)) from error
     storage = Storage(address, files, root)
     if files.type_name in OBJECT_STORES:
@@ -292,7 +291,7 @@ class Storage:
         for pause in (*PAUSES, 0.0):
             try:
                 return function()
-            except Exception as error:  # each back end has types of its own
+            except Exception as error:  # each back end has separate exception types
                 if not pause or not _may_pass(error):
                     raise _failure(error, *ends) from error
             time.sleep(pause)

@@ -2,7 +2,7 @@
 
 import click
 
-from synq.common.exit_codes import check_paths
+from synq.common.files import check_paths
 from synq.config.command_line import Command
 from synq.config.command_options import FLOAT, INT, argument, moved_options, moved_paths, option
 

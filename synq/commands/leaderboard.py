@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from synq.common.exit_codes import check_paths
+from synq.common.files import check_paths
 from synq.config.command_line import Command
 from synq.config.command_options import OneOf, argument, option
 
@@ -83,9 +83,10 @@ def _rebuild(
     ranks_together: bool,
 ) -> None:
     """Write one leaderboard of all paths, or choose rows of it."""
+    from synq.common.files import write_text_atomic
     from synq.common.text_tables import to_csv, to_markdown, to_text
-    from synq.runs.record import write_text_atomic
-    from synq.sweeps.leaderboard.records import HEADINGS, LEADERBOARD_COLUMNS, PRINTED_COLUMNS, read_tables
+    from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS, RUN_COLUMNS, TERMINAL_COLUMNS, headings
+    from synq.sweeps.leaderboard.records import read_tables
     from synq.sweeps.leaderboard.views import check_chosen, choose, parse_condition, protocol_of, single_ranking
 
     conditions = [parse_condition(text) for text in where]
@@ -117,7 +118,7 @@ def _rebuild(
         print(note, file=sys.stderr if printed else sys.stdout)  # standard output is the table's
     if printed and kind is None:
         named = rows if columns else [{**row, "protocol": protocol_of(row)} for row in rows]
-        _show(to_text(named, columns or PRINTED_COLUMNS, HEADINGS))
+        _show(to_text(named, columns or TERMINAL_COLUMNS, headings(RUN_COLUMNS)))
     elif printed:
         as_text = to_csv if kind == "csv" else to_markdown
         _show(as_text(rows, columns or LEADERBOARD_COLUMNS))
@@ -127,19 +128,11 @@ def _compare(
     paths: Sequence[str], where: Sequence[str], output_dir: str | None, kind: str | None, column_names: str | None
 ) -> None:
     """Print the best rows of each path; also write them where a folder is named."""
+    from synq.common.files import write_text_atomic
     from synq.common.text_tables import to_csv, to_markdown, to_text
-    from synq.runs.record import write_text_atomic
+    from synq.sweeps.leaderboard.columns import COMPARE_COLUMNS, COMPARE_SHOWN, COMPARE_TABLE, headings
     from synq.sweeps.leaderboard.records import read_tables
-    from synq.sweeps.leaderboard.views import (
-        COMPARE_COLUMNS,
-        SHOWN_COLUMNS,
-        check_chosen,
-        choose,
-        compare,
-        differences,
-        parse_condition,
-        shown,
-    )
+    from synq.sweeps.leaderboard.views import check_chosen, choose, compare, differences, parse_condition, shown
 
     conditions = [parse_condition(text) for text in where]
     if len({os.path.realpath(path) for path in paths}) < max(2, len(paths)):
@@ -157,7 +150,7 @@ def _compare(
     if output_dir is not None:
         folder = Path(output_dir)
         write_text_atomic(folder / "compare.csv", to_csv(lines, COMPARE_COLUMNS))
-        write_text_atomic(folder / "compare.md", to_markdown(readable, SHOWN_COLUMNS))
+        write_text_atomic(folder / "compare.md", to_markdown(readable, COMPARE_SHOWN, headings(COMPARE_TABLE)))
         print(f"{len(lines)} rows -> {folder / 'compare.csv'}, {folder / 'compare.md'}", file=sys.stderr)
     rankings = {standing.ranking for rows in chosen.values() for standing in rows}
     if len(rankings) == len(lines) > 1:
@@ -165,7 +158,8 @@ def _compare(
     if kind == "csv":
         _show(to_csv(lines, COMPARE_COLUMNS))
     else:
-        _show(to_text(readable, SHOWN_COLUMNS) if kind is None else to_markdown(readable, SHOWN_COLUMNS))
+        as_text = to_text if kind is None else to_markdown
+        _show(as_text(readable, COMPARE_SHOWN, headings(COMPARE_TABLE)))
 
 
 def _columns(text: str | None) -> list[str]:

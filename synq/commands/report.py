@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from synq.common.exit_codes import check_paths
+from synq.common.files import check_paths
 from synq.config.command_line import Command
 from synq.config.command_options import INT, argument, moved_options, moved_paths, option
 

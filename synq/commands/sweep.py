@@ -46,7 +46,7 @@ def command(
         options["more_trials" if num_trials.startswith("+") else "num_trials"] = int(num_trials)
     options |= ({"retry_failed": True} if retry_failed else {}) | ({"report": False} if no_report else {})
     from synq.sweeps.driver.cluster import output_root, prepare_environment
-    from synq.sweeps.spec import DEMO_SPEC, load_spec
+    from synq.sweeps.spec_file import DEMO_SPEC, load_spec
 
     resolved = load_spec(spec or DEMO_SPEC, options, root=output_root())
     prepare_environment()

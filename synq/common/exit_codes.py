@@ -2,21 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 
 RUN_FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
-
-
-def check_paths(paths: Iterable[str | Path], name: str = "PATH") -> None:
-    """Reject paths that do not exist, before anything is imported that takes seconds.
-
-    Raises:
-        FileNotFoundError: One of them does not exist.
-    """
-    for path in paths:
-        if not Path(path).exists():
-            raise FileNotFoundError(f"`{name}` must exist, but got {path}")
 
 
 def report_error(error: BaseException) -> None:

@@ -108,3 +108,11 @@ class FinetuneConfig:
         one_of("finetune.augment", self.augment, ("none", "flip_shift", "mixup", "cutmix"))
         one_of("finetune.hard_labels", self.hard_labels, ("drop", "top2"))
         one_of("finetune.cam_method", self.cam_method, ("gradcam", "gradcam++", "cam"))
+
+
+SWITCHED_OFF: dict[str, tuple[str, float | None]] = {
+    "filter": ("lowpass_cutoff", None),
+    "CAM": ("cam_weight", 0.0),
+    "soft labels": ("difficulty_threshold", 1.0),
+}
+"""SynQ's three ideas: the setting of `FinetuneConfig` that each is, and the value that switches it off."""

@@ -153,6 +153,8 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
             rule = "be one value (in TOML, a name with dots stands in quotes)"
             require(f"{name}.{key}", rule, part, not isinstance(part, Mapping))
         return {key: _convert(args[1], part, f"{name}.{key}", root) for key, part in value.items()}
+    if hint is Any:
+        return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from synq.common.environment import environment
 from synq.common.text_tables import Row, to_markdown, to_text
 from synq.config.parsing import config_from_dict, load_config
 from synq.config.run import RunConfig, RuntimeConfig, TeacherConfig
-from synq.runs.record import environment
 
 OWN = "synq.diagnostics.example_networks:"
 """Where the networks come from that were written for the list."""

@@ -8,7 +8,7 @@ from synq.common.text_tables import Row
 from synq.config.quant import protocol_words
 from synq.config.run import QuantConfig
 from synq.network.bn_stats import bn_targets
-from synq.network.tracing import node_module
+from synq.network.op_traits import node_module
 from synq.quant.cost import FLOAT_BITS, TensorRow, float_bytes
 from synq.quant.student import Student
 from synq.teacher.teacher import Teacher

@@ -28,8 +28,9 @@ from synq.config.run import (
     SynthesisConfig,
     TeacherConfig,
 )
+from synq.evaluation.fidelity import logits_of, sqnr_db
 from synq.export.export import ExportOptions, export_run
-from synq.mixed_precision.sensitivity import logits_of, scan_quantizers, sqnr_db
+from synq.mixed_precision.sensitivity import scan_quantizers
 from synq.network.bn_stats import bn_targets
 from synq.pipeline import run
 from synq.quant.layers import quantizers_bypassed

@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from synq.common.files import write_bytes_atomic
 from synq.config.parsing import check_format
 from synq.finetune.ema import WeightAverage
-from synq.runs.record import write_bytes_atomic
 
 M = TypeVar("M", bound=nn.Module)
 FORMAT = 2

@@ -7,14 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from synq.config.run import FinetuneConfig
-from synq.quant.fake_quant import SCALE_EPS
 from synq.quant.layers import step_parameters
+from synq.quant.lsq import keep_positive
 
 TINY = 1e-12
 LEAST_NORM = 1e-3
 """Least norm of a weight tensor in `clip_relative`, so that a tensor of zeros can learn."""
-SMALLEST_STEP = 1 / 64
-"""Least value of a learned step, as a share of its first value."""
 
 
 def make_optimizer(net: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
@@ -69,23 +67,3 @@ def clip_relative(parameters: Sequence[nn.Parameter], share: float | None) -> No
     found = torch._foreach_norm(gradients)
     factors = [(share * w.clamp(min=LEAST_NORM) / (g + TINY)).clamp(max=1.0) for w, g in zip(own, found, strict=True)]
     torch._foreach_mul_(gradients, factors)
-
-
-def keep_positive(optimizer: torch.optim.Optimizer, steps: Sequence[Tensor]) -> None:
-    """Register a projection: each optimizer step leaves learned ``steps`` >= ``SMALLEST_STEP`` times their first value.
-
-    The steps themselves are trained, not their logarithms: LSQ's factor makes the update of s itself commensurate with
-        that of a
-    weight. So one large update could carry s to zero or below, where the grid ends. It is projected back after the
-    update, and every reader of a scale finds it positive. NaN stays NaN, for the loss to show.
-    """
-    if not steps:
-        return
-    floors = [(step.detach() * SMALLEST_STEP).clamp(min=SCALE_EPS) for step in steps]
-
-    @torch.no_grad()
-    def project(*_: object) -> None:
-        for step, floor in zip(steps, floors, strict=True):
-            torch.maximum(step, floor, out=step)
-
-    optimizer.register_step_post_hook(project)

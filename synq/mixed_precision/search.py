@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from synq.common.files import write_json_atomic, write_text_atomic
 from synq.common.progress import visible
 from synq.common.text_tables import to_csv, to_text
 from synq.config.parsing import between, require
 from synq.config.run import QuantConfig, RunConfig, config_digest, config_to_dict
-from synq.runs.record import write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +131,8 @@ def _scan(
     activations: bool,
 ) -> list["Score"]:
     """Measure every tensor alone at every bit-width, in a student that has this bit-width everywhere."""
-    from synq.mixed_precision.sensitivity import logits_of, scan_quantizers
+    from synq.evaluation.fidelity import logits_of
+    from synq.mixed_precision.sensitivity import scan_quantizers
     from synq.quant.prepare import prepare_student
     from synq.quant.student import build_student
     from synq.runtime import dtype_of, place

@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 
 from synq.config.quant import QuantConfig
 from synq.network.functional_layers import replace_layer
+from synq.network.op_traits import node_module
 from synq.network.ops import classify, made_of
-from synq.network.tracing import node_module, tensor_inputs
+from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import WidthPatterns, layer_names
 from synq.quant.cost import TensorRow, account, packed_bytes
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed

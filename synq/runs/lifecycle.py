@@ -14,11 +14,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from synq.common.environment import environment
+from synq.common.files import write_bytes_atomic
 from synq.config.run import RunConfig, config_digest, config_to_dict
 from synq.evaluation.measure import Measurement
 from synq.finetune.loop import Epoch, NonFiniteLossError
 from synq.quant.student import Student
-from synq.runs.record import RunRecord, environment, read_record, write_bytes_atomic, write_record
+from synq.runs.record import RunRecord, read_record, write_record
 from synq.synthesis.dataset import SyntheticSet
 from synq.teacher.teacher import Teacher
 

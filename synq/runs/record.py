@@ -6,26 +6,18 @@ reader nor a run killed at any instant leaves or finds half of it.
 
 import dataclasses
 import functools
-import json
-import math
-import os
-import platform
-import subprocess
-import tempfile
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import synq
+from synq.common.files import read_json, write_json_atomic
+from synq.config.identity import DIGEST_FORMAT
 from synq.config.parsing import check_format
 from synq.config.quant import protocol_words
-from synq.config.run import DIGEST_FORMAT, RunConfig, config_digest, config_to_dict
+from synq.config.run import RunConfig, config_digest, config_to_dict
 
 SCHEMA_VERSION = 2
-PACKAGES = ("synq", "torch", "torchvision", "accelerate", "ray", "optuna", "numpy")
 DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms")
 """Keys of `deployment` that are columns of the tables, filled by an export."""
 
@@ -133,86 +125,9 @@ class RunRecord:
     before an export."""
 
 
-def write_bytes_atomic(path: str | Path, content: bytes) -> None:
-    """Write `content` to `path` so that the file is either the old one or the whole new one.
-
-    Raises:
-        OSError: The file cannot be written; the error names `path`, and no temporary file is left.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes 0600, which would hide results from a team on a shared disk
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-        raise
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a run's folder that cannot be written, before the work and not after it.
-
-    Raises:
-        OSError: Naming the folder above it and the reason.
-    """
-    probe = folder / ".writable"
-    try:
-        write_bytes_atomic(probe, b"")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"runtime.output_dir must be writable, but got {folder.parent}: {reason}") from error
-    probe.unlink(missing_ok=True)
-
-
-def write_text_atomic(path: str | Path, text: str) -> None:
-    """As `write_bytes_atomic`, for UTF-8 text."""
-    write_bytes_atomic(path, text.encode("utf-8"))
-
-
-def write_json_atomic(path: str | Path, value: object) -> None:
-    """As `write_bytes_atomic`, for strict JSON: NaN and infinities become null, tuples become lists."""
-    write_text_atomic(path, json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
-
-
-def _strict(value: object) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _strict(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(part) for part in value]
-    return value
-
-
 def write_config(path: str | Path, config: RunConfig) -> None:
     """Write the resolved settings of a run as JSON, by rename; `load_run` reads them."""
     write_json_atomic(path, {"format": DIGEST_FORMAT, **config_to_dict(config)})
-
-
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        FileNotFoundError: The file is absent.
-        ValueError: The file is damaged; the message names it.
-    """
-    try:
-        return json.loads(Path(path).read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        ours = Path(path).suffix == ".json"
-        advice = f"is damaged ({error}); remove it to have it made again" if ours else "does not"
-        raise ValueError(f"`{path}` must hold JSON, but it {advice}") from None
 
 
 def write_record(path: str | Path, record: RunRecord) -> None:
@@ -299,31 +214,3 @@ def summary_line(record: RunRecord) -> str:
     if record.total_seconds is not None:
         parts.append(f"{record.total_seconds:.0f} s")
     return " | ".join(parts)
-
-
-def environment() -> dict[str, Any]:
-    """Return what a result depends on besides its settings: commit, versions and host.
-
-    The commit is that of the checkout this file lies in, with the suffix -dirty if tracked files differ from it, or
-    "unknown" (installed from a wheel, or sent to a cluster without its .git folder, unless the variable SYNQ_COMMIT
-    holds it).
-    """
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {"commit": os.environ.get("SYNQ_COMMIT") or _commit(), "versions": versions, "host": platform.node()}
-
-
-def _commit() -> str:
-    root = Path(synq.__file__).resolve().parent.parent
-    if not (root / ".git").exists():  # never the commit of a project that has SynQ in its virtual environment
-        return "unknown"
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else "unknown"

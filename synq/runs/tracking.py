@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import is_mlflow_available, is_tensorboard_available, is_wandb_available
 
+from synq.common.files import read_json, write_json_atomic
 from synq.config.parsing import dotted_keys
 from synq.config.run import RunConfig
 from synq.finetune.schedule import lr_at
-from synq.runs.record import RunRecord, read_json, write_json_atomic
+from synq.runs.record import RunRecord
 
-PACKAGES = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "mlflow": is_mlflow_available}
-"""Checks whether the package of a tracker is installed. Accelerate itself only warns, and tracks nothing."""
 PROJECT = "synq"
 """Project (wandb) or experiment (mlflow) if the user's environment names none."""
 NOTE_FILE = "tracker.json"
@@ -27,18 +25,6 @@ METRICS = (
     *("kept_share", "codes_changed", "size_bytes", "bitops", "total_seconds"),
 )
 """Fields of a record that are logged at the end of a run."""
-
-
-def check_tracker(tracker: str) -> None:
-    """Raise if the package of a tracker is missing.
-
-    Raises:
-        ValueError: The message has the command that installs it.
-    """
-    if tracker != "none" and not PACKAGES[tracker]():
-        raise ValueError(
-            f"`runtime.tracker` must be one whose package is installed, but got {tracker}: pip install {tracker}"
-        )
 
 
 class RunLog:

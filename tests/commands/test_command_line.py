@@ -9,7 +9,7 @@ import click
 import pytest
 
 from synq import cli
-from synq.common.exit_codes import check_paths, exit_code
+from synq.common.exit_codes import exit_code
 from synq.config.command_help import GROUPS, field_docs, short_help
 from synq.config.command_line import Command
 from synq.config.command_options import FLOAT, INT, OneOf, argument, option
@@ -116,12 +116,6 @@ def test_one_process_of_several_reports_what_all_have_read(
     monkeypatch.setenv("RANK", "1")
     assert with_settings.run(["--nosuch", "1"]) == 2 and with_settings.run(["--help"]) == 0
     assert capsys.readouterr() == ("", "")
-
-
-def test_paths_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    check_paths([tmp_path])
-    with pytest.raises(FileNotFoundError, match=r"`RUN` must exist, but got .*nothing"):
-        check_paths([tmp_path, tmp_path / "nothing"], "RUN")
 
 
 def test_a_fault_of_ours_is_not_hidden_and_an_interruption_has_its_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,8 @@
 
 from support.records import markdown_cells, record, table
 from synq.common.text_tables import to_csv, to_markdown, to_text
-from synq.sweeps.leaderboard.records import LEADERBOARD_COLUMNS, leaderboard_rows
+from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS
+from synq.sweeps.leaderboard.records import leaderboard_rows
 
 NASTY = '=1|2 <b>`x`</b>\r\n"q", \\| [a](b) \x1b[2J'
 

@@ -85,7 +85,7 @@ def test_limits_below_the_least_widths_are_refused() -> None:
     key: Key = ("weight", "a")
     with pytest.raises(
         ValueError,
-        match="`max-bytes` must be at least 10, what the least of the widths to choose from cost, but it is 9",
+        match="`max-bytes` must be at least 10, the cost of the lowest bit-widths to choose from, but got 9",
     ):
         choose_widths({key: {2: 1.0}}, [Limit(name="max-bytes", most=9, single={key: {2: 10}})])
 

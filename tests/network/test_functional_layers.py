@@ -1,4 +1,4 @@
-"""Layers that are called as functions: which become layers, and what holds for them then."""
+"""Functional calls that are rewritten as layers, and what the other stages do with these layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from synq.config.run import QuantConfig
-from synq.network.tracing import batchnorm_parameters, node_module, operation_name, trace_classifier
+from synq.network.op_traits import node_module, operation_name
+from synq.network.tracing import batchnorm_parameters, trace_classifier
 from synq.quant.bn_correction import correct_statistics
 from synq.quant.equalization import equalize
 from synq.quant.integer_form import integer_form
@@ -34,7 +35,7 @@ class Normed(nn.BatchNorm2d):
 
 
 class Body(nn.Module):
-    """A convolution, what `rest` makes of it, a mean and a classifier; `extra` are further modules."""
+    """A convolution, `rest`, a mean and a classifier; `extra` are more modules."""
 
     def __init__(self, rest: Callable[["Body", Tensor], Tensor], **extra: nn.Module) -> None:
         super().__init__()
@@ -86,7 +87,11 @@ def trainable(normed: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "how", ["own statistics", "two modules", "other eps", "flat", "with and without", "a layer without", "frozen", "trainable"]
+    "how",
+    [
+        *("own statistics", "two modules", "other eps", "flat", "with and without", "a layer without"),
+        *("frozen", "trainable"),
+    ],
 )  # fmt: skip
 def test_what_is_no_plain_batch_norm_stays_a_call(how: str) -> None:
     normed, other, plain = Normed(6), Normed(6), nn.BatchNorm2d(6)
@@ -171,7 +176,7 @@ def test_they_are_corrected_equalized_and_exported_like_any_other(
 
 
 class Scaled(nn.Conv2d):
-    """A convolution as a function, behind a padding of its own."""
+    """A functional convolution after a separate padding."""
 
     def __init__(self, *sizes: int, **options: Any) -> None:
         super().__init__(*sizes, **options)
@@ -183,7 +188,7 @@ class Scaled(nn.Conv2d):
 
 
 class Product(nn.Module):
-    """A linear layer written by hand, over channels that stand last."""
+    """A functional linear layer on the last axis."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +220,7 @@ def test_a_product_as_a_function_is_a_layer_and_goes_all_the_way(made: Callable[
 
 
 @pytest.mark.parametrize("how", ["computed", "fixed", "twice", "scaled"])
-def test_what_is_no_plain_product_stays_a_call_and_is_refused(how: str) -> None:
+def test_what_is_no_plain_product_stays_a_call_and_is_rejected(how: str) -> None:
     def rest(net: Body, x: Tensor) -> Tensor:
         part: Any = net.part
         if how == "computed":

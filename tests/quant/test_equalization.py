@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from support.small_nets import NETS, SIZE, images, rounded, trained
 from synq.config.run import QuantConfig
-from synq.network.tracing import node_module, trace_classifier
+from synq.network.op_traits import node_module
+from synq.network.tracing import trace_classifier
 from synq.quant.equalization import (
     LARGEST,
     channel_ranges,

@@ -18,20 +18,13 @@ from synq import train
 from synq.commands.export import main as export
 from synq.commands.leaderboard import main as leaderboard
 from synq.commands.report import main as report
+from synq.common.files import read_json, write_json_atomic
 from synq.config.run import RunConfig, config_to_dict, load_run
 from synq.export.packed import read_packed, save_packed
 from synq.finetune.checkpoints import load_prepared, save_prepared
 from synq.quant.integer_form import integer_form
 from synq.runs.finished import open_run
-from synq.runs.record import (
-    SCHEMA_VERSION,
-    RunRecord,
-    read_json,
-    read_record,
-    write_config,
-    write_json_atomic,
-    write_record,
-)
+from synq.runs.record import SCHEMA_VERSION, RunRecord, read_record, write_config, write_record
 from synq.sweeps.reports.sweep_view import read_sweep
 from synq.sweeps.state.plans import FORMAT, read_plan, read_sweep_file
 from synq.synthesis.dataset import MANIFEST_FILE, load_set

@@ -14,12 +14,13 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from support.sweep_tools import tiny, write_spec
 from synq import train
+from synq.common.files import read_json
 from synq.config.parsing import dotted_keys
 from synq.config.run import RunConfig, config_digest, with_overrides
 from synq.finetune.loop import NonFiniteLossError
 from synq.finetune.schedule import lr_at
 from synq.pipeline import run
-from synq.runs.record import read_json, read_record, run_folder
+from synq.runs.record import read_record, run_folder
 from synq.runs.tracking import METRICS
 
 Curves = dict[str, list[tuple[int, float]]]

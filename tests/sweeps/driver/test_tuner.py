@@ -10,7 +10,7 @@ import pytest
 from support.sweep_tools import LR, rows, tiny
 from synq.commands.sweep import main
 from synq.sweeps.driver.cluster import check_shared, prepare_environment
-from synq.sweeps.leaderboard.records import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
+from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 from synq.sweeps.state.ledger import Ledger
 
 
@@ -106,7 +106,7 @@ def test_a_long_wait_is_not_silent(local_ray: None, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tuner, "A_WHILE", 0.1)
     minutes: list[float] = []
     task = ray.remote(num_cpus=1)(slow).remote()
-    assert list(tuner._answers([task], lambda: minutes.append(time.monotonic()))) == [(task, {"sets": "made"})]
+    assert list(tuner._replies([task], lambda: minutes.append(time.monotonic()))) == [(task, {"sets": "made"})]
     assert len(minutes) >= 5
 
 
@@ -147,7 +147,7 @@ def test_an_interrupted_trial_is_taken_up_first(sweep: Path, tmp_path: Path) -> 
         searcher = SweepSearcher(spec, ledger)
         assert searcher.num_left() == 1
         taken: Any = searcher.suggest("again")
-        assert taken["trial"] == lost.stem and taken["config"] == ledger.plans[lost.stem].config
+        assert taken == ledger.task(ledger.plans[lost.stem]).to_dict() and taken["trial"] == lost.stem
         searcher.on_trial_complete("again", {"objective_value": 1.0, "status": "completed", "epoch": 2})
         states = [trial.state.name for trial in searcher.searches[taken["group"]].study.get_trials()]
         assert "RUNNING" not in states and len(states) == 3

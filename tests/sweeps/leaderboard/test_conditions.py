@@ -80,4 +80,4 @@ def test_conditions_that_only_together_leave_nothing_are_refused(
 ) -> None:
     path = folder_of(tmp_path / "a", CHOICES)
     assert main([path, "--where", "weight_bits=4", "--where", "model=b net"]) == 2
-    assert "of which no row of 4 fulfils all" in capsys.readouterr().err
+    assert "of which none of 4 rows satisfies all" in capsys.readouterr().err

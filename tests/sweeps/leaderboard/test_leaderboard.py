@@ -13,16 +13,8 @@ from support.records import record
 from synq.commands.leaderboard import main
 from synq.runs.record import RunRecord, write_record
 from synq.sweeps.driver.progress import Progress
-from synq.sweeps.leaderboard.records import (
-    LEADERBOARD_COLUMNS,
-    TRIAL_COLUMNS,
-    cell,
-    leaderboard_rows,
-    load_records,
-    to_csv,
-    trial_rows,
-    write_tables,
-)
+from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
+from synq.sweeps.leaderboard.records import cell, leaderboard_rows, load_records, to_csv, trial_rows, write_tables
 
 COLUMNS = (
     "rank, model, weight_bits, act_bits, protocol, act_points, objective, objective_value, top1_mean, top1_std, num_seeds, num_failed, "

@@ -16,8 +16,8 @@ import pytest
 from support.records import bits, folder_of, markdown_cells, record, table
 from synq.commands.leaderboard import main
 from synq.runs.record import RunRecord
-from synq.sweeps.leaderboard.records import LEADERBOARD_COLUMNS, write_tables
-from synq.sweeps.leaderboard.views import COMPARE_COLUMNS
+from synq.sweeps.leaderboard.columns import COMPARE_COLUMNS, LEADERBOARD_COLUMNS
+from synq.sweeps.leaderboard.records import write_tables
 
 
 @pytest.fixture
