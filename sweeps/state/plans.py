@@ -65,10 +65,10 @@ def read_sweep_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     content = read_json(path)
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or "format" not in content:
         raise ValueError(f"`{path}` must hold a sweep's search and groups, but it does not")
     cure = "another `name` in the spec, or `--output-dir`, begins a new sweep"
-    check_format(path, "a sweep", content.get("format"), FORMAT, cure)
+    check_format(path, "a sweep", content["format"], FORMAT, cure)
     return content
 
 
