@@ -1,1 +1,1 @@
-"""Write a student as ONNX, packed weights or a torch.export program, and verify the files against it."""
+"""Export a student to ONNX, packed weights or a torch.export program, and verify the files against it."""

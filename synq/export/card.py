@@ -1,4 +1,4 @@
-"""What a person must know who meets an exported student without us: card.json for programs, README.md for people."""
+"""The model card of an exported student: card.json for programs, README.md for people."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,26 +27,30 @@ FILE_COLUMNS = (
     "ms",
 )
 STATEMENT = """\
-No image that a camera took was used to make this model: the training images were synthesized from the float classifier, and its weights,
-ranges and settings rest on them alone. Labelled images, where figures name them, served the measurement and nothing else."""
+No camera image was used to make this model: the training images were synthesized from the float classifier, and the
+weights, ranges and settings of the model depend on them only. Labeled images, where metrics refer to them, were used
+for measurement only."""
 SELECTED = """\
-No image that a camera took moved a weight or a range of this model. Labelled images did help to choose its settings (objective selection);
-the figures below are of the other labelled images."""
+No camera image was used to train or calibrate this model. Labeled images were used to choose its settings (objective
+selection); the metrics below are measured on other labeled images."""
 NOISE = """\
-Made with Gaussian noise in the place of synthetic images, to compare with: nothing that a camera took was used, and nothing of the classifier's."""
-SLOW = """\
-Low widths buy size here, not speed: of {total} products ONNX Runtime runs {integers} in integers. Engines with kernels for these widths may differ."""
+The training images of this model are Gaussian noise instead of synthetic images, as a baseline: they depend neither on
+camera images nor on the classifier."""
+SLOW = (
+    "Low bit-widths reduce the size, not the latency: ONNX Runtime has integer kernels for {integers} of {total} "
+    "convolutions and matrix products. Engines with kernels for these bit-widths may differ."
+)
 
 PLAIN_NAMES = {"Conv2d": "convolutions", "Linear": "linear layers"}
-"""What people call the layers of a student."""
+"""Names of layer types in prose."""
 
 
 def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, Any]:
     """Return the content of card.json.
 
     Args:
-        record: The run's record, with its deployment figures.
-        siblings: Completed runs of the same settings under all seeds, this one among them.
+        record: The run's record, with its deployment metrics.
+        siblings: Completed runs with the same settings, one per seed, including this run.
     """
     config = config_from_dict(RunConfig, record.config)
     tops = [run.top1 for run in siblings if run.top1 is not None]
@@ -86,7 +90,7 @@ def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, A
 
 
 def siblings_of(record: RunRecord, folder: Path) -> list[RunRecord]:
-    """Return the completed runs beside a run's folder that share its settings and its teacher, by seed; itself among them."""
+    """Return the completed runs in the parent folder with the same settings and teacher, by seed, including the run."""
     own = _settings_digest(record)
     found = {(record.seed, record.data_seed): record}
     for path in sorted(folder.parent.glob(f"{record.name}-*/record.json")):
@@ -100,7 +104,7 @@ def siblings_of(record: RunRecord, folder: Path) -> list[RunRecord]:
 
 
 def readable_record(path: Path) -> RunRecord | None:
-    """Return a record with a configuration that reads, or None: what lies beside a run may be damaged, or another version's."""
+    """Return a record with a valid configuration, or None if the file is damaged or written by another version."""
     try:
         record = read_record(path)
         config_from_dict(RunConfig, record.config)
@@ -110,51 +114,59 @@ def readable_record(path: Path) -> RunRecord | None:
 
 
 def card_markdown(values: Mapping[str, Any]) -> str:
-    """Return the card for people."""
-    accuracy, teacher, figures = values["accuracy"], values["teacher"], values["deployment"]
+    """Return the text of README.md.
+
+    Args:
+        values: From `card_values`.
+    """
+    accuracy, teacher, metrics = values["accuracy"], values["teacher"], values["deployment"]
     bits, quant = f"W{values['weight_bits']}A{values['act_bits']}", values["config"]["quant"]
     protocol = protocol_words(values["protocol"], quant["first_bits"], quant["last_bits"])
+    overrides = f"; except for {markdown_cell(values['layer_bits'])}" if values["layer_bits"] else ""
     lines = [f"# {markdown_cell(teacher['name'])}, {bits}", ""]
     statement = NOISE if values["images"] == "gaussian" else STATEMENT
     lines += [statement if values["data_free"] else SELECTED, ""]
     facts = {
         "teacher": f"{teacher['spec']} (digest {teacher['digest'][:16]})",
-        "input": f"(N, {', '.join(map(str, teacher['input_size']))}) float32, normalised: {_normalisation(values)}",
+        "input": f"(N, {', '.join(map(str, teacher['input_size']))}) float32, normalized: {_normalization(values)}",
         "output": f"(N, {teacher['num_classes']}) logits",
-        "widths": f"{bits}, protocol {protocol}, act_points {values['act_points']}{_single(values['layer_bits'])}",
+        "bit-widths": f"{bits}, protocol {protocol}, act_points {values['act_points']}{overrides}",
         "accuracy": _accuracy(accuracy),
-        "size": _size(figures),
-        "speed": _speed(figures),
-        "stays float": _stays_float(values["float_tensors"], figures["float_norms"]),
-        "checked": _checked(figures),
+        "size": _size(metrics),
+        "speed": _speed(metrics),
+        "stays float": _stays_float(values["float_tensors"], metrics["float_norms"]),
+        "verified": _verified(metrics),
         "made by": f"SynQ {values['synq']}, commit {values['commit'][:12]}, {values['device']}, {values['started']}",
         "digests": f"settings {values['digests']['config']}, synthetic set {values['digests']['set'][:16]}",
     }
     lines += [f"- **{name}**: {text}" for name, text in facts.items()]
-    lines += ["", "## Files", "", to_markdown(file_rows(figures), FILE_COLUMNS)]
+    lines += ["", "## Files", "", to_markdown(file_rows(metrics), FILE_COLUMNS)]
     lines += [
-        "Agreement: images on which file and student choose the same class; largest difference: of any two logits, 0 where they are the same to the "
-        "last bit. The simulation is the student as it was fine-tuned: it rounds floats, "
-        "and sums them in float.",
-        "See card.json for logits and digests.",
+        "Agreement: percentage of images for which the file and the student predict the same class. Largest "
+        "difference: between corresponding logits, 0 if all are bit-identical. The simulation is the student as it "
+        "was fine-tuned, with fake quantization and float sums.",
+        "See card.json for details and digests.",
         "",
     ]
     lines += ["## How to run it", ""]
-    for example in _examples(figures, teacher):
+    for example in _examples(metrics, teacher):
         lines += ["```python", example, "```", ""]
     lines += ["## Settings", "", "```json", json.dumps(_settings(values["config"]), indent=1), "```", ""]
     versions = ", ".join(f"{name} {version}" for name, version in values["versions"].items())
     return "\n".join([*lines, f"Versions: {versions}.", ""])
 
 
-def _single(widths: str) -> str:
-    return f"; apart from that: {markdown_cell(widths)}" if widths else ""
+def file_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one table row per exported file and set of images, the float model last.
 
+    Args:
+        metrics: Deployment metrics of a record.
 
-def file_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one row per exported file and set of images, the float model last."""
+    Returns:
+        Rows with the keys `FILE_COLUMNS`.
+    """
     rows = []
-    for file in figures["files"]:
+    for file in metrics["files"]:
         kernels = None
         if file["integer_kernels"] is not None:
             kernels = f"{file['integer_kernels']} of {file['integer_kernels'] + file['float_kernels']}"
@@ -165,7 +177,7 @@ def file_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "file": file["name"],
                     "format": f"{file['format']} {file['container']}".strip(),
                     "KiB": _kib(file["bytes"]) if first else None,
-                    "ratio to float": round(file["bytes"] / figures["float_bytes"], 3) if first else None,
+                    "ratio to float": round(file["bytes"] / metrics["float_bytes"], 3) if first else None,
                     "images": f"{found['images']} {found['source']}",
                     "agreement %": round(found["agreement_all"], 2),
                     "largest difference": float(f"{found['max_difference']:.2g}"),
@@ -174,14 +186,14 @@ def file_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "ms": round(file["latency_ms"], 2) if first and file["latency_ms"] is not None else None,
                 }
             )
-    for found in figures.get("own_rounding", ()):
+    for found in metrics.get("own_rounding", ()):
         rows.append({"file": "(simulation)", "format": "float", "images": f"{found['images']} {found['source']}"})
         rows[-1] |= {"agreement %": round(found["agreement_all"], 2)}
         rows[-1] |= {"largest difference": float(f"{found['max_difference']:.2g}")}
-    if "float_onnx_bytes" in figures:
-        size, time = figures["float_onnx_bytes"], figures.get("float_latency_ms")
+    if "float_onnx_bytes" in metrics:
+        size, time = metrics["float_onnx_bytes"], metrics.get("float_latency_ms")
         rows.append({"file": "(float teacher)", "format": "onnx float", "KiB": _kib(size)})
-        rows[-1] |= {"ratio to float": round(size / figures["float_bytes"], 3), "ms": time and round(time, 2)}
+        rows[-1] |= {"ratio to float": round(size / metrics["float_bytes"], 3), "ms": time and round(time, 2)}
     return rows
 
 
@@ -190,17 +202,21 @@ def _kib(size: int) -> float:
 
 
 def write_card(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write card.json and README.md, by rename.
+    """Write card.json and README.md atomically.
+
+    Args:
+        folder: Folder of the exported files.
+        values: From `card_values`.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: If a file cannot be written.
     """
     write_json_atomic(folder / "card.json", dict(values))
     write_text_atomic(folder / "README.md", card_markdown(values))
 
 
 def is_card(path: Path) -> bool:
-    """Tell whether a file is a card that was written here."""
+    """Return whether a file is a card.json that was written by `write_card`."""
     try:
         return "card_version" in json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, TypeError):
@@ -215,50 +231,52 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {part: config[part] for part in ("synthesis", "quant", "reconstruction", "finetune", "seed", "data_seed")}
 
 
-def _normalisation(values: Mapping[str, Any]) -> str:
+def _normalization(values: Mapping[str, Any]) -> str:
     mean_, std = values["teacher"].get("mean"), values["teacher"].get("std")
     return "as the teacher's" if mean_ is None else f"(image in [0, 1] - {mean_}) / {std} per channel"
 
 
 def _accuracy(accuracy: Mapping[str, Any]) -> str:
     if accuracy["top1"] is None:
-        return "not measured: the run had no labelled images"
+        return "not measured: the run had no labeled images"
     text = (
-        f"top-1 {accuracy['top1']:.2f} on {accuracy['num_eval']} labelled images (teacher {accuracy['teacher_top1']:.2f}, before "
-        f"fine-tuning {accuracy['rtn_top1']:.2f})"
+        f"top-1 {accuracy['top1']:.2f} on {accuracy['num_eval']} labeled images "
+        f"(teacher {accuracy['teacher_top1']:.2f}, before fine-tuning {accuracy['rtn_top1']:.2f})"
     )
     if accuracy["top1_std"] is not None:
         text += f"; {accuracy['top1_mean']:.2f} ± {accuracy['top1_std']:.2f} over {len(accuracy['seeds'])} seeds"
     return text
 
 
-def _size(figures: Mapping[str, Any]) -> str:
-    parts = [f"float weights {figures['float_bytes'] / 1024:.0f} KiB"]
+def _size(metrics: Mapping[str, Any]) -> str:
+    parts = [f"float weights {metrics['float_bytes'] / 1024:.0f} KiB"]
     for key, name in (("packed_bytes", "packed"), ("onnx_bytes", "ONNX")):
-        if figures.get(key):
-            parts.append(f"{name} {figures[key] / 1024:.0f} KiB ({figures[key] / figures['float_bytes']:.3f} of them)")
-    return ", ".join(parts) + f"; {figures['bitops'] / 1e9:.2f} G bit operations an image"
+        if metrics.get(key):
+            parts.append(f"{name} {metrics[key] / 1024:.0f} KiB ({metrics[key] / metrics['float_bytes']:.3f} of float)")
+    return ", ".join(parts) + f"; {metrics['bitops'] / 1e9:.2f} G BitOps per image"
 
 
-def _speed(figures: Mapping[str, Any]) -> str:
-    if figures.get("latency_ms") is None:
+def _speed(metrics: Mapping[str, Any]) -> str:
+    if metrics.get("latency_ms") is None:
         return "not measured"
-    ratio = figures["float_latency_ms"] / figures["latency_ms"]
-    first = next(file for file in figures["files"] if file["format"] == "onnx")
-    words = f"{first['name']}: {figures['latency_ms']:.2f} ms an image in ONNX Runtime on the CPU, float {figures['float_latency_ms']:.2f} ms"
-    words += f" ({ratio:.2f} times as fast)"
+    ratio = metrics["float_latency_ms"] / metrics["latency_ms"]
+    first = next(file for file in metrics["files"] if file["format"] == "onnx")
+    text = (
+        f"{first['name']}: {metrics['latency_ms']:.2f} ms per image in ONNX Runtime on the CPU, float "
+        f"{metrics['float_latency_ms']:.2f} ms ({ratio:.2f} times as fast)"
+    )
     integers, floats = first["integer_kernels"], first["float_kernels"]
-    return f"{words}. {SLOW.format(integers=integers, total=integers + floats)}" if floats > integers else words
+    return f"{text}. {SLOW.format(integers=integers, total=integers + floats)}" if floats > integers else text
 
 
-def _checked(figures: Mapping[str, Any]) -> str:
-    tolerance, machine = figures["tolerance"], figures["machine"]
-    beyond = f" (where its two largest logits are more than {tolerance['margin']} apart)" if tolerance["margin"] else ""
+def _verified(metrics: Mapping[str, Any]) -> str:
+    tolerance, machine = metrics["tolerance"], metrics["machine"]
+    margin = f" (where its two largest logits differ by more than {tolerance['margin']})" if tolerance["margin"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"at least {tolerance['agreement']} % of the images in the student's class{beyond}, logits within {tolerance['mean_difference']} of "
-        f"their standard deviation on average, or what differs no more than twice as much as the simulation; on {markdown_cell(machine['cpu'])}, "
-        f"{machine['threads'] or 'all'} threads, {versions}"
+        f"the student's class for at least {tolerance['agreement']} % of the images{margin}, logits within "
+        f"{tolerance['mean_difference']} of their standard deviation on average, or at most twice the difference of "
+        f"the simulation; on {markdown_cell(machine['cpu'])}, {machine['threads'] or 'all'} threads, {versions}"
     )
 
 
@@ -268,31 +286,31 @@ def _stays_float(rows: Sequence[Mapping[str, Any]], norms: int) -> str:
         if row["kind"] not in ("BatchNorm2d", "BatchNorm1d", "batch_norm"):
             kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
     listed = ", ".join(f"{number} {PLAIN_NAMES.get(kind, kind)}" for kind, number in kinds.items())
-    kept = f"; {norms} batch norms, as a gain and a shift of each channel" if norms else ""
-    return f"results of {listed}; biases{kept}" if listed else f"biases{kept}"
+    kept = f"; {norms} batch norms, as a gain and a shift per channel" if norms else ""
+    return f"outputs of {listed}; biases{kept}" if listed else f"biases{kept}"
 
 
-def _examples(figures: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
-    """Return a few lines of Python that run each kind of file, images normalised as above."""
-    files = {file["format"]: file["name"] for file in reversed(figures["files"])}
+def _examples(metrics: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
+    """Return Python examples that run each kind of file, for images normalized as above."""
+    files = {file["format"]: file["name"] for file in reversed(metrics["files"])}
     size = ", ".join(map(str, teacher["input_size"]))
     lines = {
         "onnx": (
             "import numpy as np, onnxruntime\n\n"
             f'session = onnxruntime.InferenceSession("{files.get("onnx")}")\n'
-            f"images = np.zeros((1, {size}), np.float32)  # your images, normalised as above\n"
+            f"images = np.zeros((1, {size}), np.float32)  # your images, normalized as above\n"
             '(logits,) = session.run(None, {"images": images})\n'
             "print(logits.argmax(1))"
         ),
         "torch": (
             "import torch\nimport torch.ao.quantization.fx._decomposed  # registers the operations\n\n"
             f'model = torch.export.load("{files.get("torch")}").module()\n'
-            f"print(model(torch.zeros(1, {size})).argmax(1))  # your images, normalised as above"
+            f"print(model(torch.zeros(1, {size})).argmax(1))  # your images, normalized as above"
         ),
         "packed": (
             "import torch\nfrom synq.export.load import load_student\n\n"
             f'model = load_student("{files.get("packed")}")\n'
-            f"print(model(torch.zeros(1, {size})).argmax(1))  # your images, normalised as above"
+            f"print(model(torch.zeros(1, {size})).argmax(1))  # your images, normalized as above"
         ),
     }
     return [text for kind, text in lines.items() if kind in files]

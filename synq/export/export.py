@@ -1,9 +1,9 @@
-"""From a run's folder to files that an engine runs, each compared with the student before it counts.
+"""Export the student of a finished run to files for inference engines, each verified against the student.
 
-    run folder -> student -> integer form -> model.onnx (QuantizeLinear/DequantizeLinear), model.safetensors (packed), model.pt2 (torch.export)
-               -> comparison with the student -> deployment figures, in the run's record too -> model card
+    run folder -> student -> integer form -> model.onnx (QuantizeLinear/DequantizeLinear), model.safetensors (packed),
+    model.pt2 (torch.export) -> comparison with the student -> deployment metrics in the run's record -> model card
 
-A file under its final name has passed its comparison.
+A file has its final name only after it has passed the comparison.
 """
 
 import platform
@@ -38,29 +38,29 @@ if TYPE_CHECKING:
 
 FORMATS = ("onnx", "packed", "torch")
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript", "ml_dtypes")
-"""What ONNX files need; the other formats do without."""
+"""Packages that the ONNX format requires; the other formats do not."""
 CONTAINERS = ("int4", "int8", "matmul")
 MANAGED = (
     *("model.onnx", "model_int4.onnx", "model_int8.onnx", "model_matmul.onnx", "model.safetensors", "model.pt2"),
     *("README.md", "card.json"),
 )
-"""Names that an export may write, and removes when a later one does not."""
+"""Names of the files that an export may write; files of an earlier export are removed."""
 DRAFT = ".draft"
-"""Folder in that of the export in which its files are made."""
+"""Subfolder of the export in which its files are written before they are published."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What to write and how to check it.
+    """Formats of an export, and how its files are verified and timed.
 
     Attributes:
-        formats: Some of onnx, packed, torch.
-        containers: ONNX files to write, some of CONTAINERS; empty: int4 where a width is at most 4, else int8.
-        tolerance: What a file may differ by.
-        rounds: Runs of each model for its latency; 0 measures none.
-        threads: Threads of ONNX Runtime when it is timed; 0: its default.
-        beside_float: Whether the teacher itself is written as ONNX, too, for its size and latency; it is not kept.
-        places: Where the run's teacher, images and labels lie now, by the names in PLACES, where they have been moved since.
+        formats: Some of FORMATS.
+        containers: ONNX files to write, some of CONTAINERS; empty: int4 if a bit-width is at most 4, otherwise int8.
+        tolerance: Largest accepted difference of a file from the student.
+        rounds: Timed runs of each model; 0 measures no latency.
+        threads: Threads of ONNX Runtime in timed runs; 0: its default.
+        beside_float: Whether the float teacher is exported to ONNX too, to measure size and latency; not kept.
+        places: Current paths of the run's teacher, images and labels, by configuration key, if they were moved.
         progress: Whether a terminal shows progress bars.
     """
 
@@ -74,28 +74,31 @@ class ExportOptions:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        for word in self.places:
-            one_of("places", word, PLACES)
-        for word in self.formats:
-            one_of("formats", word, FORMATS)
-        for word in self.containers:
-            one_of("container", word, CONTAINERS)
+        for key in self.places:
+            one_of("places", key, PLACES)
+        for name in self.formats:
+            one_of("formats", name, FORMATS)
+        for name in self.containers:
+            one_of("container", name, CONTAINERS)
         if not self.formats:
             raise ValueError(f"`formats` must be some of {', '.join(FORMATS)}, but got none")
         if self.containers and "onnx" not in self.formats:
-            raise ValueError("`container` must be left out where `formats` has no onnx: the other files have none")
+            raise ValueError("`container` must be left out unless `formats` has onnx: the other formats have none")
         between("rounds", self.rounds, 0)
         between("threads", self.threads, 0)
         if "onnx" in self.formats and (missing := missing_packages()):
             raise ValueError(
-                f"`formats` must do without onnx, or have {missing[0]}, which is missing: pip install 'synq[export]'"
+                f"`formats` must not have onnx without the package {missing[0]}, but it is missing: "
+                "pip install 'synq[export]'"
             )
 
 
 def missing_packages() -> list[str]:
     """Return the packages of ONNX_PACKAGES that are not installed."""
     found = {name: find_spec(name) for name in ONNX_PACKAGES}
-    return [name for name, spec in found.items() if spec is None or spec.origin is None]  # a mere folder has no origin
+    return [
+        name for name, spec in found.items() if spec is None or spec.origin is None
+    ]  # a namespace package has no origin
 
 
 def export_run(
@@ -105,21 +108,21 @@ def export_run(
     accelerator: Accelerator | None = None,
     teacher: Teacher | None = None,
 ) -> tuple[Path, RunRecord]:
-    """Export a finished run, compare every file with the student, and write the deployment figures into the run's record.
+    """Export a finished run, verify every file against the student, and add the deployment metrics to the run's record.
 
     Args:
         folder: The run's folder.
-        out: Where the files go; None is the folder `export` in the run's own.
-        options: What to write and how to check it.
-        accelerator: Process group; None makes one for the CPU.
+        out: Folder of the exported files; None means the subfolder `export` of ``folder``.
+        options: Formats, verification and timing; None means the defaults.
+        accelerator: Process group; None creates one for the CPU.
         teacher: As for `open_run`; on the CPU, in float32.
 
     Returns:
-        The folder, and the record with its deployment figures.
+        The folder, and the record with its deployment metrics.
 
     Raises:
-        ExportRefusedError: A file differs from the student by more than the tolerance; it is not left behind.
-        FileNotFoundError, ValueError, OSError: As `open_run`; or the disk refuses.
+        ExportRefusedError: If a file differs from the student by more than the tolerance; no file is written then.
+        FileNotFoundError, ValueError, OSError: As `open_run`; OSError also if a file cannot be written.
     """
     options, accelerator = options or ExportOptions(), accelerator or Accelerator(cpu=True)
     run = open_run(folder, options.places, teacher)
@@ -139,40 +142,41 @@ def export_run(
         )
         if check.measure.labels_digest != record.eval_digest:
             raise ValueError(
-                "`RUN` must find its labelled images as they were, but they have changed since, or were not there: "
-                "`--evaluation.dataset` says where they are now"
+                "`RUN` must have the labeled images with which it was evaluated, but they have changed or are missing: "
+                "give their current path with `--evaluation.dataset`"
             )
         record = replace(record, deployment=_write_files(draft, record, run.teacher, student, check, options))
         write_card(draft, card_values(record, siblings))
         _publish(draft, target)
     for path in (run.folder / "record.json", *copies):
         there = read_record(path)
-        # A narrower export leaves the columns that it did not measure as they were.
+        # An export of fewer formats keeps the columns that it did not measure.
         kept = {key: there.deployment.get(key) for key in DEPLOYED if record.deployment.get(key) is None}
         write_record(path, replace(there, deployment={**record.deployment, **kept}))
     return target, record
 
 
 def _check_target(target: Path) -> None:
-    """Refuse a place where an export would overwrite what is none of its own, before anything is made.
+    """Raise if an export to ``target`` would overwrite files that are not from an earlier export.
 
     Raises:
-        ValueError: It is a file, or holds a file of a name that an export writes, without being an export.
+        ValueError: If it is a file, or a folder that has a file of a managed name but is not an export.
     """
     if target.exists() and not target.is_dir():
         raise ValueError(f"`out` must be a folder, but {target} is a file")
     foreign = [name for name in MANAGED if (target / name).exists()]
-    killed = (target / DRAFT).exists()  # while it put its files in place
-    if foreign and not killed and not is_card(target / "card.json"):
+    interrupted = (target / DRAFT).exists()  # killed while publishing its files
+    if foreign and not interrupted and not is_card(target / "card.json"):
         raise ValueError(
-            f"`out` must be a new folder or one of an earlier export, but {target} holds {foreign[0]} and no card.json of ours"
+            f"`out` must be a new folder or an earlier export, but {target} has {foreign[0]} and no card.json "
+            "of an export"
         )
 
 
 def _write_files(
     target: Path, record: RunRecord, teacher: Teacher, student: Student, check: Checker, options: ExportOptions
 ) -> dict[str, Any]:
-    """Write and check what the options ask for; returns the deployment figures."""
+    """Write and verify the files that ``options`` select; return the deployment metrics."""
     containers, size = _containers(student, options), teacher.input_size
     files: list[ExportedFile] = []
     models: dict[str, bytes] = {}
@@ -189,26 +193,26 @@ def _write_files(
         files.append(export_packed(target / "model.safetensors", check.form, student.net, about, check))
     if "torch" in options.formats:
         files.append(export_program(target / "model.pt2", integer_form(student.net, operations="torch"), size, check))
-    figures = _sizes(student, teacher, files)
+    metrics = _sizes(student, teacher, files)
     if models and options.beside_float:
-        floating = write_onnx(integer_form(teacher.graph, operations="onnx"), size)
-        figures["float_onnx_bytes"] = len(floating)
+        float_model = write_onnx(integer_form(teacher.graph, operations="onnx"), size)
+        metrics["float_onnx_bytes"] = len(float_model)
         if options.rounds:
-            timed = {**models, "": floating}
+            timed = {**models, "": float_model}
             times = latencies(timed, check.synthetic[:1], threads=options.threads, rounds=options.rounds)
             files = [replace(file, latency_ms=times.get(file.name)) for file in files]
-            figures |= {"latency_ms": times[next(iter(models))], "float_latency_ms": times[""]}
-    figures["files"] = [asdict(file) for file in files]
-    figures["tolerance"] = asdict(options.tolerance)
-    figures["own_rounding"] = [asdict(own) for own in check.own.values()]
-    figures["float_norms"] = len(channel_affines(check.form))
-    figures["machine"] = {"cpu": _cpu(), "threads": options.threads or None, "versions": _versions()}
-    return figures
+            metrics |= {"latency_ms": times[next(iter(models))], "float_latency_ms": times[""]}
+    metrics["files"] = [asdict(file) for file in files]
+    metrics["tolerance"] = asdict(options.tolerance)
+    metrics["own_rounding"] = [asdict(comparison) for comparison in check.simulation.values()]
+    metrics["float_norms"] = len(channel_affines(check.form))
+    metrics["machine"] = {"cpu": _cpu(), "threads": options.threads or None, "versions": _versions()}
+    return metrics
 
 
 @contextmanager
 def _draft_of(target: Path) -> Iterator[Path]:
-    """A folder in ``target`` to write in, gone afterwards: an export is there as a whole or not at all."""
+    """Yield a temporary folder in ``target`` to write to: an export is published as a whole or not at all."""
     draft = target / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -216,12 +220,12 @@ def _draft_of(target: Path) -> Iterator[Path]:
         yield draft
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        with suppress(OSError):  # not empty: what we wish for
+        with suppress(OSError):  # raised if the export succeeded: the folder is not empty
             target.rmdir()
 
 
 def _publish(draft: Path, target: Path) -> None:
-    """Put the files of a draft in the place of an earlier export's; other files of the folder stay."""
+    """Replace the files of an earlier export by those in ``draft``; other files of the folder stay."""
     for name in MANAGED:
         (target / name).unlink(missing_ok=True)
     for path in sorted(draft.iterdir()):
@@ -229,7 +233,7 @@ def _publish(draft: Path, target: Path) -> None:
 
 
 def _cpu() -> str:
-    """Name of the processor, as the system tells it."""
+    """Return the model name of the CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -239,25 +243,25 @@ def _cpu() -> str:
 def _versions() -> dict[str, str]:
     versions = {}
     for name in ("torch", "onnx", "onnxruntime"):
-        with suppress(metadata.PackageNotFoundError):  # it may have another name, as onnxruntime-gpu
+        with suppress(metadata.PackageNotFoundError):  # the distribution may have another name, such as onnxruntime-gpu
             versions[name] = metadata.version(name)
     return versions
 
 
 def _sweep_records(run: Path, record: RunRecord) -> list[Path]:
-    """Return the records that a sweep keeps of this run, where it lies in one."""
+    """Return the paths of the sweep's records of this run; empty if the run is not part of a sweep."""
     found = sorted((run.parent.parent / "records").glob("*.json")) if run.parent.name == "runs" else []
-    readable = [(path, readable_record(path)) for path in found]  # what lies beside a run need not be ours
+    readable = [(path, readable_record(path)) for path in found]  # other files may be in that folder
     return [path for path, other in readable if other is not None and other.config_digest == record.config_digest]
 
 
 def _containers(student: Student, options: ExportOptions) -> "Sequence[Container]":
     if "onnx" not in options.formats:
         return ()
-    from synq.export.onnx_graph import NARROW
+    from synq.export.onnx_graph import INT4_BITS
 
-    narrow = min(row.bits for row in student.rows) <= NARROW
-    return tuple(dict.fromkeys(options.containers)) or (("int4",) if narrow else ("int8",))
+    fits_int4 = min(row.bits for row in student.rows) <= INT4_BITS
+    return tuple(dict.fromkeys(options.containers)) or (("int4",) if fits_int4 else ("int8",))
 
 
 def _sizes(student: Student, teacher: Teacher, files: Sequence[ExportedFile]) -> dict[str, Any]:

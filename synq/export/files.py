@@ -1,4 +1,4 @@
-"""The three kinds of files of an export, each written only after it has answered as the student does."""
+"""Export a student to ONNX, packed safetensors or a torch.export program, written only after verification."""
 
 import hashlib
 import io
@@ -25,26 +25,27 @@ if TYPE_CHECKING:
 BATCH = 64
 """Images per forward pass of a comparison."""
 Reader = Callable[[int, int], tuple[Tensor, Tensor | None]]
-"""Gives images and labels from a first to a last row of a set."""
+"""(start, stop) -> images and labels of these rows of a set; labels are None for synthetic images."""
 
 
 class ExportRefusedError(RuntimeError):
-    """An exported file does not compute what its student computes."""
+    """The outputs of an exported file differ from those of its student by more than the tolerance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedFile:
-    """One file and what is known of it.
+    """Metadata and verification results of one exported file.
 
     Attributes:
         name: File name.
         format: onnx, packed or torch.
-        bytes: Size.
+        bytes: Size in bytes.
         sha256: Digest of the content.
-        container: How an ONNX file holds integers, see `onnx_file.py`.
-        comparisons: What it was compared on.
-        integer_kernels, float_kernels: Convolutions and matrix products that ONNX Runtime runs in integers and in float, on this machine.
-        latency_ms: Median of one image on this machine's CPU.
+        container: Integer types of an ONNX file, see `onnx_graph.py`; "" for other formats.
+        comparisons: Comparison with the student, one for each set of images.
+        integer_kernels, float_kernels: Number of convolutions and matrix products that ONNX Runtime runs with integer
+            and with float kernels, on this machine; None for other formats.
+        latency_ms: Median latency of one image on this machine's CPU, in ms.
     """
 
     name: str
@@ -60,17 +61,17 @@ class ExportedFile:
 
 @dataclass
 class Checker:
-    """Compares files with the integer form of one student, which is run once on each set of images.
+    """Compare files with the integer form of a student, which is run once on each set of images.
 
     Attributes:
         form: The integer form of the student.
-        simulated: The student of the fine-tuning, on the CPU, which rounds floats.
+        simulated: The fine-tuned student, with fake quantization, on the CPU.
         synthetic: (N, C, H, W) all synthetic images of the run.
-        measure: Opens the labelled images, where there are some.
-        tolerance: What a file may differ by.
-        progress: Whether a terminal shows a progress bar.
-        wanted: The logits of the integer form on each set of images, in batches.
-        own: The student of the fine-tuning beside its integer form.
+        measure: Provides the labeled images, if there are any.
+        tolerance: Largest accepted difference.
+        progress: Whether to show a progress bar.
+        reference_logits: Logits of the integer form for each set of images, in batches.
+        simulation: Comparison of the fine-tuned student with its integer form, for each set of images.
     """
 
     form: fx.GraphModule
@@ -79,61 +80,77 @@ class Checker:
     measure: Measure
     tolerance: Tolerance
     progress: bool = False
-    wanted: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
-    own: dict[str, Comparison] = field(default_factory=dict, init=False)
+    reference_logits: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
+    simulation: dict[str, Comparison] = field(default_factory=dict, init=False)
 
     @torch.no_grad()
     def __call__(self, name: str, engine: Engine) -> tuple[Comparison, ...]:
         """Compare a file with the student on every set of images.
 
+        Args:
+            name: Name of the file, for messages.
+            engine: Runs the file.
+
+        Returns:
+            One comparison for each set of images.
+
         Raises:
-            ExportRefusedError: It differs by more than the tolerance.
+            ExportRefusedError: If a comparison exceeds the tolerance.
         """
-        found, sources = [], list(self._sources())
-        passes = 1 if self.wanted else 3  # the first time the student answers, too, in both of its forms
+        comparisons, sources = [], list(self._sources())
+        passes = 1 if self.reference_logits else 3  # the first call also runs the student, in both of its forms
         total = passes * sum(number for _, number, _ in sources)
         with passing_bar(total, f"check {name}", "image", is_shown=self.progress) as bar:
             for source, number, read in sources:
                 parts = [(start, min(start + BATCH, number)) for start in range(0, number, BATCH)]
-                if source not in self.wanted:
-                    self.wanted[source] = [self._answer(read(*part)[0], bar) for part in parts]
-                    self.own[source] = self._compared(self.simulated, source, parts, read, bar)
-                found.append(self._compared(engine, source, parts, read, bar))
-                complaint = self.tolerance.complaint(found[-1], self.own[source])
-                if complaint:
-                    raise ExportRefusedError(f"{name} was not written: {complaint}")
-        return tuple(found)
+                if source not in self.reference_logits:
+                    self.reference_logits[source] = [self._run_form(read(*part)[0], bar) for part in parts]
+                    self.simulation[source] = self._compare(self.simulated, source, parts, read, bar)
+                comparisons.append(self._compare(engine, source, parts, read, bar))
+                violation = self.tolerance.violation(comparisons[-1], self.simulation[source])
+                if violation:
+                    raise ExportRefusedError(f"{name} was not written: {violation}")
+        return tuple(comparisons)
 
-    def _answer(self, images: Tensor, bar: tqdm) -> Tensor:
+    def _run_form(self, images: Tensor, bar: tqdm) -> Tensor:
         bar.update(len(images))
         return self.form(images)
 
-    def _compared(
+    def _compare(
         self, engine: Engine, source: str, parts: Sequence[tuple[int, int]], read: Reader, bar: tqdm
     ) -> Comparison:
-        def answered() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-            for wanted, (start, stop) in zip(self.wanted[source], parts, strict=True):
-                yield wanted, *read(start, stop)
+        def batches() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+            for logits, (start, stop) in zip(self.reference_logits[source], parts, strict=True):
+                yield logits, *read(start, stop)
                 bar.update(stop - start)
 
-        return compare(engine, answered(), source=source, margin=self.tolerance.margin)
+        return compare(engine, batches(), source=source, margin=self.tolerance.margin)
 
     def _sources(self) -> Iterator[tuple[str, int, Reader]]:
-        """Give each set's name, its size, and what reads images and labels of a part of it."""
+        """Yield the name of each set of images, its size, and its reader."""
         yield "synthetic", len(self.synthetic), lambda start, stop: (self.synthetic[start:stop], None)
         labelled, rows = self.measure.labelled, self.measure.reported
         if labelled is not None:
-            yield "labelled", len(rows), lambda start, stop: labelled.batch(rows[start:stop])
+            yield "labeled", len(rows), lambda start, stop: labelled.batch(rows[start:stop])
 
 
 def export_onnx(
     path: Path, container: "Container", graph: "onnx.ModelProto", check: Checker
 ) -> tuple[ExportedFile, bytes]:
-    """Write the graph of an integer form (`onnx_graph`) as a file; returns what is known of it, and its content.
+    """Write an ONNX file from the graph of an integer form, after verification.
+
+    Args:
+        path: The file.
+        container: Integer types of the weights, see `onnx_graph.py`.
+        graph: From `onnx_graph`.
+        check: Compares the model with the student.
+
+    Returns:
+        Metadata of the file, and its content.
 
     Raises:
         ExportRefusedError: As `Checker`.
-        ValueError, OSError: It cannot be written.
+        ValueError, OSError: If the file cannot be written.
     """
     from synq.export.onnx_graph import write_container
 
@@ -142,17 +159,26 @@ def export_onnx(
     integers, floats = count_kernels(content)
     write_bytes_atomic(path, content)
     kernels = {"integer_kernels": integers, "float_kernels": floats}
-    return _described(path, "onnx", content, comparisons, container=container, **kernels), content
+    return _metadata(path, "onnx", content, comparisons, container=container, **kernels), content
 
 
 def export_packed(
     path: Path, form: fx.GraphModule, student: fx.GraphModule, about: dict[str, Any], check: Checker
 ) -> ExportedFile:
-    """Write an integer form packed: under another name first, from which it is read back and compared.
+    """Write a packed file from an integer form, after verification.
+
+    It is written to a temporary file first, from which it is loaded and compared.
+
+    Args:
+        path: The file.
+        form: The integer form.
+        student: Network of the student, from which the packed file is loaded.
+        about: Additional metadata, see `save_packed`.
+        check: Compares the loaded network with the student.
 
     Raises:
         ExportRefusedError: As `Checker`.
-        OSError: The disk refuses.
+        OSError: If the file cannot be written.
     """
     draft = path.with_name(f".{path.name}.draft")
     try:
@@ -161,15 +187,21 @@ def export_packed(
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    return _described(path, "packed", path.read_bytes(), comparisons)
+    return _metadata(path, "packed", path.read_bytes(), comparisons)
 
 
 def export_program(path: Path, form: fx.GraphModule, input_size: tuple[int, int, int], check: Checker) -> ExportedFile:
-    """Write an integer form as a program of ``torch.export``, any number of images; what is compared is what a reader gets.
+    """Write a ``torch.export`` program from an integer form, after verification of the deserialized program.
+
+    Args:
+        path: The file.
+        form: An integer form with the operations "torch".
+        input_size: (C, H, W) of one image; the number of images is dynamic.
+        check: Compares the program with the student.
 
     Raises:
         ExportRefusedError: As `Checker`.
-        OSError: The disk refuses.
+        OSError: If the file cannot be written.
     """
     shapes = ({0: torch.export.Dim("N", min=1)},)
     program = torch.export.export(form, (torch.zeros(2, *input_size),), dynamic_shapes=shapes)
@@ -178,12 +210,10 @@ def export_program(path: Path, form: fx.GraphModule, input_size: tuple[int, int,
     content = buffer.getvalue()
     comparisons = check(path.name, torch.export.load(io.BytesIO(content)).module())
     write_bytes_atomic(path, content)
-    return _described(path, "torch", content, comparisons)
+    return _metadata(path, "torch", content, comparisons)
 
 
-def _described(
-    path: Path, kind: str, content: bytes, comparisons: tuple[Comparison, ...], **facts: Any
-) -> ExportedFile:
+def _metadata(path: Path, kind: str, content: bytes, comparisons: tuple[Comparison, ...], **facts: Any) -> ExportedFile:
     digest = hashlib.sha256(content).hexdigest()
     return ExportedFile(
         name=path.name, format=kind, bytes=len(content), sha256=digest, comparisons=comparisons, **facts

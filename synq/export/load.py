@@ -1,4 +1,4 @@
-"""A network from a packed file alone. Needs no ONNX."""
+"""Load a student from a packed file. Does not require ONNX."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +13,17 @@ from synq.teacher.teacher import load_teacher
 
 
 def load_student(path: str | Path, spec: str | None = None) -> fx.GraphModule:
-    """Return the network in a packed file, ready to run: images as the teacher takes them -> logits. No weights but the file's are read.
+    """Return the network of a packed file: images, normalized as for the teacher, -> logits. No other weights are read.
 
     Args:
         path: A file `model.safetensors` of an export.
-        spec: Where the teacher's architecture comes from; None is the spec that the file names.
+        spec: Source of the teacher's architecture; None: the spec in the file.
+
+    Returns:
+        (N, C, H, W) -> logits (N, K), on the CPU, in evaluation mode.
 
     Raises:
-        FileNotFoundError, ValueError: As `read_packed`; or the architecture cannot be built, or is another one.
+        FileNotFoundError, ValueError: As `read_packed`; ValueError also if the architecture cannot be built or differs.
     """
     _, facts = read_packed(path)
     about = facts["about"]

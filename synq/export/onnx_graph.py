@@ -1,21 +1,24 @@
-"""Write the integer form of a student as ONNX with QuantizeLinear and DequantizeLinear.
+"""Write the integer form of a student as ONNX with QuantizeLinear and DequantizeLinear (Q/DQ).
 
-The graph comes from ``torch.onnx``; ours is what it cannot know: which integer type holds which code.
+``torch.onnx`` exports the graph; this module selects the integer type of each initializer, the container.
 
-    container   weights of at most 4 bits    what ONNX Runtime does with them on a CPU
-    int4        INT4                         float kernels; the smallest file
-    int8        INT8                         float kernels
-    matmul      INT8                         integer kernels: convolutions are written as products of integer matrices (`integer_products.py`)
+    container   weights of at most 4 bits   ONNX Runtime on a CPU
+    int4        INT4                        float kernels; the smallest file
+    int8        INT8                        float kernels
+    matmul      INT8                        integer kernels: convolutions become matrix products (`integer_matmul.py`)
 
-Weights of 5 to 7 bits are INT8 in all, those of 8 bits UINT8, their codes raised by 128: on x86 processors without VNNI ONNX Runtime adds
-two products of UINT8 and INT8 in 16 bits, which full-range codes overflow. Activations, which no file stores, are UINT8 in all: behind a
-UINT4 activation ONNX Runtime 1.32 moves a pooling into the integers and then has no kernel for it. A code narrower than its container is
-kept in its range by a ``Min`` before QuantizeLinear, which saturates at the container's end alone; the lower end, code 0, is the container's.
+In all containers, weights of 5 to 7 bits are INT8, and those of 8 bits are UINT8, with 128 added to their codes: on x86
+CPUs without VNNI, ONNX Runtime adds two products of UINT8 and INT8 in 16 bits, which overflows with full-range codes.
+Activations, which are not stored in the file, are always UINT8: ONNX Runtime 1.32 fuses a pooling operation with a
+preceding UINT4 activation, and then has no kernel for it. If quant_max of an activation is below the maximum of its
+type, a ``Min`` before QuantizeLinear clamps it, because QuantizeLinear saturates only at the bounds of the type; the
+lower bound, code 0, is the same.
 
-Both DequantizeLinear in front of a layer have scale 1: the layer adds whole numbers, exactly in float as in integers, and a Mul and an Add
-behind it do the rest, as `integer_form.py` says. So every engine, every container and PyTorch get the same codes. With the scales in
-DequantizeLinear and bias and batch norm in the layer, sums differ in their last digit between engines, and ONNX Runtime rounds the bias to
-int32 at scale s_x s_w where it quantizes the result: below 8 bits that step is as coarse as the products, and answers change.
+Both DequantizeLinear nodes of a layer's inputs have scale 1: the layer adds integer values, which is exact in float as
+in integer arithmetic, and a following Mul and Add apply gain and shift, see `integer_form.py`. So all engines, all
+containers and PyTorch give the same codes. With the scales in DequantizeLinear and bias and batch norm in the layer,
+sums would differ in their last digit between engines, and ONNX Runtime would round the bias to int32 with scale s_x s_w
+if it quantizes the output: below 8 bits this scale is as coarse as the products, and predictions change.
 """
 
 import logging
@@ -32,50 +35,50 @@ import torch
 from onnx import numpy_helper
 from torch import fx
 
-from synq.export.integer_matmul import use_integer_products
+from synq.export.integer_matmul import convs_to_integer_matmul
 from synq.export.verify import IMAGES
 
 Container = Literal["int4", "int8", "matmul"]
 OPSET = 21
-"""The first operator set in which DequantizeLinear reads 4-bit integers."""
+"""First ONNX opset in which DequantizeLinear supports INT4."""
 LOGITS = "logits"
-"""Name of the model's output (N, K)."""
-NARROW = 4
-"""Largest width that a 4-bit container holds."""
-WIDTH = "synq.bits"
-"""Key under which a node says the width of the weight that it reads; removed before the file is written."""
-FULL = 8
-"""Width that fills its container."""
-CONTAINER_MAX = 255
+"""Name of the output of the model, (N, K)."""
+INT4_BITS = 4
+"""Largest bit-width that INT4 can store."""
+BITS_KEY = "synq.bits"
+"""Metadata key of a DequantizeLinear node for the bit-width of its weight; removed before the file is written."""
+INT8_BITS = 8
+"""Bit-width that uses the full range of an 8-bit type."""
+UINT8_MAX = 255
 """Largest code of UINT8."""
 
 
 def write_onnx(form: fx.GraphModule, input_size: tuple[int, int, int], container: Container = "int8") -> bytes:
-    """Return the ONNX model of an integer form, checked by ``onnx.checker``.
+    """Return the serialized ONNX model of an integer form, validated by ``onnx.checker``.
 
     Args:
-        form: A network of ``integer_form`` of the operations "onnx".
+        form: A network from ``integer_form`` with the operations "onnx".
         input_size: (C, H, W) of one image.
-        container: How integers are held, see above.
+        container: Integer types of the weights, see above.
 
     Returns:
-        A model ``images`` float32 (N, C, H, W) -> ``logits`` float32 (N, K), N free.
+        A model ``images`` float32 (N, C, H, W) -> ``logits`` float32 (N, K), with a dynamic N.
 
     Raises:
-        ValueError: If PyTorch cannot express the network in ONNX; the message says which part.
+        ValueError: If ``torch.onnx`` cannot export the network; the message names the reason.
     """
     return write_container(onnx_graph(form, input_size), container)
 
 
 def onnx_graph(form: fx.GraphModule, input_size: tuple[int, int, int]) -> onnx.ModelProto:
-    """Return the network as ``torch.onnx`` writes it, the slow part, which all containers have in common.
+    """Return the ONNX graph of an integer form, exported by ``torch.onnx``: the slow part, shared by all containers.
 
     Args:
-        form: A network of ``integer_form`` of the operations "onnx".
+        form: A network from ``integer_form`` with the operations "onnx".
         input_size: (C, H, W) of one image.
 
     Returns:
-        What `write_container` makes files of.
+        The input of `write_container`.
 
     Raises:
         ValueError: As `write_onnx`.
@@ -95,19 +98,22 @@ def onnx_graph(form: fx.GraphModule, input_size: tuple[int, int, int]) -> onnx.M
                 custom_translation_table=_translations(),
                 verbose=False,
             )
-        except Exception as error:  # torch.onnx raises many types; all of them mean the same to the user
+        except Exception as error:  # torch.onnx raises many types, all with the same meaning for the user
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"the student cannot be written as ONNX: {lines[0]}") from error
+            raise ValueError(f"the student cannot be exported to ONNX: {lines[0]}") from error
     assert program is not None
     return program.model_proto
 
 
 def write_container(graph: onnx.ModelProto, container: Container) -> bytes:
-    """Return the model of one container, as `write_onnx`.
+    """Return the serialized ONNX model with the integer types of a container.
 
     Args:
-        graph: Of `onnx_graph`; it stays as it is.
-        container: How integers are held.
+        graph: From `onnx_graph`; not modified.
+        container: Integer types of the weights.
+
+    Returns:
+        As `write_onnx`.
 
     Raises:
         ValueError: As `write_onnx`.
@@ -116,18 +122,18 @@ def write_container(graph: onnx.ModelProto, container: Container) -> bytes:
     model.CopyFrom(graph)
     _set_containers(model, container)
     if container == "matmul":
-        use_integer_products(model)
+        convs_to_integer_matmul(model)
     _drop_unused(model.graph)
     _strip(model)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ValueError(f"the student cannot be written as ONNX: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"the student cannot be exported to ONNX: {str(error).strip().splitlines()[0]}") from error
     return bytes(model.SerializeToString())
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """How ``torch.onnx`` writes the three operations of an integer form."""
+    """Return the ONNX translations of the three quantization ops of an integer form, for ``torch.onnx``."""
     op: Any = onnxscript.opset21
     ops = torch.ops.quantized_decomposed
 
@@ -135,7 +141,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.Constant(value_float=scale), op.Constant(value=onnxscript.ir.tensor(np.array(zero_point, np.uint8)))
 
     def quantize(x: Any, scale: float, zero_point: int, quant_max: int) -> Any:
-        if quant_max < CONTAINER_MAX:
+        if quant_max < UINT8_MAX:
             x = op.Min(x, op.Constant(value_float=float(np.float32(scale) * np.float32(quant_max - zero_point))))
         return op.QuantizeLinear(x, *constants(scale, zero_point))
 
@@ -155,7 +161,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         out_dtype: Any = None,
     ) -> Any:
         values = op.DequantizeLinear(codes, scale, zero_point, axis=axis)
-        values.producer().metadata_props[WIDTH] = str((quant_max - quant_min + 1).bit_length() - 1)
+        values.producer().metadata_props[BITS_KEY] = str((quant_max - quant_min + 1).bit_length() - 1)
         return values
 
     return {
@@ -166,8 +172,8 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Remove what an engine never reads: stack traces, and shapes that it infers itself."""
-    for holder in (
+    """Remove the metadata that engines do not read: stack traces, and shapes, which they infer."""
+    for proto in (
         model,
         model.graph,
         *model.graph.node,
@@ -175,34 +181,36 @@ def _strip(model: onnx.ModelProto) -> None:
         *model.graph.input,
         *model.graph.output,
     ):
-        del holder.metadata_props[:]
-        holder.doc_string = ""
+        del proto.metadata_props[:]
+        proto.doc_string = ""
     del model.graph.value_info[:]
 
 
 def _set_containers(model: onnx.ModelProto, container: Container) -> None:
-    """Give codes and zero points of the weights the integer type that holds them.
+    """Convert the codes and zero points of the weights to the integer types of ``container``.
 
-    ``torch.onnx`` merges equal tensors, also those of layers of different widths: each type gets a tensor of its own.
+    ``torch.onnx`` merges equal initializers, also those of layers of different bit-widths, so each type gets a separate
+    initializer.
     """
-    known = {tensor.name: tensor for tensor in model.graph.initializer}
-    made: dict[tuple[str, type], str] = {}
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    converted: dict[tuple[str, type], str] = {}
     for node in model.graph.node:
-        width = next((int(entry.value) for entry in node.metadata_props if entry.key == WIDTH), None)
-        if width is None:
+        bits = next((int(entry.value) for entry in node.metadata_props if entry.key == BITS_KEY), None)
+        if bits is None:
             continue
-        kind = np.uint8 if width == FULL else ml_dtypes.int4 if container == "int4" and width <= NARROW else np.int8
-        for place in (0, 2):
-            name = node.input[place]
-            if (name, kind) not in made:
-                values = numpy_helper.to_array(known[name]).astype(np.int16) + (128 if width == FULL else 0)
-                made[name, kind] = f"{name}.{np.dtype(kind).name}"
-                model.graph.initializer.append(numpy_helper.from_array(values.astype(kind), made[name, kind]))
-            node.input[place] = made[name, kind]
+        fits_int4 = container == "int4" and bits <= INT4_BITS
+        dtype = np.uint8 if bits == INT8_BITS else ml_dtypes.int4 if fits_int4 else np.int8
+        for index in (0, 2):  # inputs of DequantizeLinear: codes, scale, zero_point
+            name = node.input[index]
+            if (name, dtype) not in converted:
+                values = numpy_helper.to_array(initializers[name]).astype(np.int16) + (128 if bits == INT8_BITS else 0)
+                converted[name, dtype] = f"{name}.{np.dtype(dtype).name}"
+                model.graph.initializer.append(numpy_helper.from_array(values.astype(dtype), converted[name, dtype]))
+            node.input[index] = converted[name, dtype]
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Remove the constants that nothing reads any more."""
+    """Remove initializers without a reader."""
     used = {name for node in graph.node for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
@@ -211,7 +219,7 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the remarks of the exporter about itself."""
+    """Suppress the log messages and warnings of the exporter inside the ``with`` block."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

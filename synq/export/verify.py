@@ -1,4 +1,4 @@
-"""Does an exported file compute what the student computes? Run both on the same images and compare."""
+"""Verify an exported file: run it and the student on the same images, and compare their logits."""
 
 import statistics
 import tempfile
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 
 IMAGES = "images"
 """Name of an exported model's input (N, C, H, W)."""
-INTEGER_CONVOLUTIONS = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm")
-FLOAT_CONVOLUTIONS = ("Conv", "FusedConv", "MatMul", "Gemm", "FusedMatMul", "FusedGemm", "NhwcFusedConv")
+INTEGER_KERNELS = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm")
+FLOAT_KERNELS = ("Conv", "FusedConv", "MatMul", "Gemm", "FusedMatMul", "FusedGemm", "NhwcFusedConv")
 Engine = Callable[[Tensor], Tensor]
 """(N, C, H, W) float32 -> logits (N, K) float32, on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """An exported file beside its student, on one set of images.
+    """Differences between an exported file and its student on one set of images.
 
     Attributes:
-        source: Which images: synthetic or labelled.
-        images: Their number.
-        margin: Difference of the student's two largest logits above which an image counts as decided.
-        decided: Number of those.
-        agreement: Percent of the decided images on which both choose the same class.
-        agreement_all: The same of all images.
-        mean_difference: Mean absolute difference of the logits, as a share of their standard deviation in the student.
+        source: Name of the set: synthetic or labeled.
+        images: Number of images.
+        margin: An image is decided if the student's two largest logits differ by more than this.
+        decided: Number of decided images.
+        agreement: Percentage of decided images for which both predict the same class.
+        agreement_all: The same for all images.
+        mean_difference: Mean absolute difference of the logits, relative to the standard deviation of the student's.
         max_difference: Largest absolute difference of the logits.
-        student_top1, file_top1: Percent of labelled images; None without labels.
+        student_top1, file_top1: Top-1 accuracy in percent; None without labels.
     """
 
     source: str
@@ -53,17 +53,17 @@ class Comparison:
 
     @property
     def differing(self) -> int:
-        """Decided images on which the classes differ."""
+        """Return the number of decided images for which the predicted classes differ."""
         return round(self.decided * (100 - self.agreement) / 100)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """What an exported file may differ by before it is refused.
+    """Largest accepted difference between an exported file and its student.
 
     Attributes:
-        agreement: Least percent of decided images with the same class; of fewer than 1,000 one image may differ all the same.
-        margin: Difference of the two largest logits from which an image counts as decided.
+        agreement: Smallest percentage of decided images with the same class; one image may always differ.
+        margin: See `Comparison`.
         mean_difference: Largest mean difference, see `Comparison`.
     """
 
@@ -76,42 +76,47 @@ class Tolerance:
         between("margin", self.margin, 0)
         between("mean_difference", self.mean_difference, 0)
 
-    def complaint(self, found: Comparison, own: Comparison | None = None) -> str:
-        """Return what is wrong with a comparison, "" where it is good enough.
+    def violation(self, found: Comparison, simulation: Comparison | None = None) -> str:
+        """Return how a comparison exceeds the tolerance, "" if it does not.
 
-        An integer form gives the same codes on every engine where nothing but sums of integers, multiplications and additions stands
-        between two quantizers. Where an exponential does, say, engines differ in its last digit, that moves an activation across the edge of
-        its step now and then, and a deep low-bit network carries it on. How much it does so shows in the student of the fine-tuning, whose sums
-        are those of floats: a file may differ twice as often and as far.
+        An integer form gives the same codes on every engine if there are only integer sums, multiplications and
+        additions between two quantizers. Engines differ in the last digit of other operations, such as an exponential;
+        sometimes this changes the code of an activation, and the error propagates through a deep low-bit network. The
+        size of this effect is measured by the fine-tuned student, whose sums are float: a file may differ from the
+        integer form twice as often and as much.
 
         Args:
-            found: The file beside the student's integer form.
-            own: The student of the fine-tuning beside its integer form, on the same images.
+            found: Comparison of the file with the student's integer form.
+            simulation: Comparison of the fine-tuned student with its integer form, on the same images.
+
+        Returns:
+            One line that continues "FILE was not written: ", or "".
         """
         allowed = max(1, int(found.decided * (100 - self.agreement) / 100 + 1e-9))
         mean = self.mean_difference
-        if own is not None:
-            if found.differing > allowed and own.differing * 10 > own.decided:
+        if simulation is not None:
+            if found.differing > allowed and simulation.differing * 10 > simulation.decided:
                 return (
-                    f"it cannot be checked: with sums in float the student chooses another class on {own.differing} of {own.decided} "
-                    f"{own.source} images"
+                    "it cannot be verified: with float sums the student predicts another class for "
+                    f"{simulation.differing} of {simulation.decided} {simulation.source} images"
                 )
-            allowed, mean = max(allowed, 2 * own.differing), max(mean, 2 * own.mean_difference)
+            allowed, mean = max(allowed, 2 * simulation.differing), max(mean, 2 * simulation.mean_difference)
         if not found.decided:
             return (
-                f"it cannot be checked: on none of {found.images} {found.source} images do the student's two largest logits differ by "
-                f"more than {found.margin:g}"
+                f"it cannot be verified: for none of {found.images} {found.source} images do the student's two largest "
+                f"logits differ by more than {found.margin:g}"
             )
         if found.differing > allowed:
-            itself = f"; with sums in float the student on {own.differing}" if own is not None and own.differing else ""
+            differing = 0 if simulation is None else simulation.differing
+            simulated = f"; with float sums the student differs for {differing}" if differing else ""
             return (
-                f"it chooses another class than the student on {found.differing} of {found.decided} {found.source} images "
-                f"({found.agreement:.2f} % agree, {self.agreement} % are asked for{itself})"
+                f"it predicts another class than the student for {found.differing} of {found.decided} {found.source} "
+                f"images ({found.agreement:.2f} % agree, but at least {self.agreement} % must{simulated})"
             )
         if not found.mean_difference <= mean:  # also a NaN
             return (
                 f"its logits differ from the student's by {found.mean_difference:.3g} of their standard deviation on "
-                f"{found.images} {found.source} images (at most {mean:.3g} is asked for)"
+                f"{found.images} {found.source} images, but by at most {mean:.3g} is allowed"
             )
         return ""
 
@@ -124,31 +129,33 @@ def compare(
     source: str,
     margin: float = 0.0,
 ) -> Comparison:
-    """Run a file on batches that its student has answered.
+    """Compare the logits of an exported file with those of its student.
 
     Args:
-        engine: What runs the file.
-        batches: The student's logits (N, K), images (N, C, H, W), and labels (N,) where there are some.
-        source: What the images are, for the record.
-        margin: See `Tolerance`.
+        engine: Runs the file.
+        batches: The student's logits (N, K), the images (N, C, H, W), and their labels (N,) or None.
+        source: Name of the set of images, for the record.
+        margin: See `Comparison`.
 
     Raises:
         ValueError: If there are no images.
     """
     columns: list[list[Tensor]] = [[] for _ in range(6)]
-    labelled = True
-    for wanted, images, labels in batches:
+    has_labels = True
+    for reference, images, labels in batches:
         found = engine(images)
-        top = wanted.topk(2, dim=1).values
-        same = wanted.argmax(1) == found.argmax(1)
-        right = [torch.zeros_like(same) if labels is None else logits.argmax(1) == labels for logits in (wanted, found)]
-        labelled = labelled and labels is not None
-        row = (wanted, (wanted - found).abs(), top[:, 0] - top[:, 1] > margin, same, *right)
+        top = reference.topk(2, dim=1).values
+        same = reference.argmax(1) == found.argmax(1)
+        right = [
+            torch.zeros_like(same) if labels is None else logits.argmax(1) == labels for logits in (reference, found)
+        ]
+        has_labels = has_labels and labels is not None
+        row = (reference, (reference - found).abs(), top[:, 0] - top[:, 1] > margin, same, *right)
         for column, values in zip(columns, row, strict=True):
             column.append(values)
     if not columns[0]:
         raise ValueError(f"an exported file must be compared on at least one image, but there are no {source} images")
-    wanted, difference, decided, same, student_right, file_right = (torch.cat(column) for column in columns)
+    reference, difference, decided, same, student_right, file_right = (torch.cat(column) for column in columns)
     return Comparison(
         source=source,
         images=len(same),
@@ -156,25 +163,25 @@ def compare(
         decided=int(decided.sum()),
         agreement=100 * float(same[decided].float().mean()) if bool(decided.any()) else 100.0,
         agreement_all=100 * float(same.float().mean()),
-        mean_difference=float(difference.mean() / wanted.std().clamp(min=1e-12)),
+        mean_difference=float(difference.mean() / reference.std().clamp(min=1e-12)),
         max_difference=float(difference.max()),
-        student_top1=100 * float(student_right.float().mean()) if labelled else None,
-        file_top1=100 * float(file_right.float().mean()) if labelled else None,
+        student_top1=100 * float(student_right.float().mean()) if has_labels else None,
+        file_top1=100 * float(file_right.float().mean()) if has_labels else None,
     )
 
 
 def open_session(model: bytes, threads: int = 0, optimized: Path | None = None) -> "onnxruntime.InferenceSession":
-    """Return an ONNX Runtime session on the CPU with the default optimisations.
+    """Return an ONNX Runtime session on the CPU with the default graph optimizations.
 
     Args:
         model: An ONNX model.
-        threads: Threads within an operation; 0 leaves ONNX Runtime its default.
-        optimized: Where ONNX Runtime writes the graph that it really runs.
+        threads: Threads within an operation; 0: the default of ONNX Runtime.
+        optimized: File to which ONNX Runtime writes the optimized graph; None: none.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # one warning per model about a file that holds for this machine alone
+    options.log_severity_level = 3  # each optimized file gets a warning that it is specific to this machine
     if threads:
         options.intra_op_num_threads = threads
     if optimized is not None:
@@ -183,7 +190,7 @@ def open_session(model: bytes, threads: int = 0, optimized: Path | None = None) 
 
 
 def engine_of(session: "onnxruntime.InferenceSession") -> Engine:
-    """Return an engine that runs a session."""
+    """Return an engine that runs an ONNX Runtime session."""
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {IMAGES: images.float().numpy()})[0])
@@ -192,7 +199,16 @@ def engine_of(session: "onnxruntime.InferenceSession") -> Engine:
 
 
 def count_kernels(model: bytes) -> tuple[int, int]:
-    """Return how many convolutions and matrix products ONNX Runtime runs in integers, and how many in float, on this machine."""
+    """Return the numbers of integer and float kernels of convolutions and matrix products in ONNX Runtime.
+
+    They depend on the machine, because ONNX Runtime optimizes the graph for it.
+
+    Args:
+        model: An ONNX model.
+
+    Returns:
+        ``(integer kernels, float kernels)``.
+    """
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
@@ -200,13 +216,19 @@ def count_kernels(model: bytes) -> tuple[int, int]:
         open_session(model, optimized=path)
         nodes = onnx.load(path).graph.node
     kinds = [node.op_type for node in nodes]
-    return sum(kind in INTEGER_CONVOLUTIONS for kind in kinds), sum(kind in FLOAT_CONVOLUTIONS for kind in kinds)
+    return sum(kind in INTEGER_KERNELS for kind in kinds), sum(kind in FLOAT_KERNELS for kind in kinds)
 
 
 def latencies(models: dict[str, bytes], images: Tensor, *, threads: int = 0, rounds: int = 30) -> dict[str, float]:
-    """Return the median milliseconds of one run of each model on ``images`` (N, C, H, W).
+    """Return the median latency of each model on ``images``, in ms.
 
-    Sessions take turns in one process, so that whatever else the machine does falls on all of them alike.
+    Sessions are run in turns in one process, so that other load of the machine affects all of them equally.
+
+    Args:
+        models: ONNX models by name.
+        images: (N, C, H, W); one run processes all of them.
+        threads: See `open_session`.
+        rounds: Timed runs of each model.
     """
     sessions = {name: open_session(model, threads) for name, model in models.items()}
     feed = {IMAGES: images.float().numpy()}
@@ -215,6 +237,6 @@ def latencies(models: dict[str, bytes], images: Tensor, *, threads: int = 0, rou
         for name, session in sessions.items():
             started = time.perf_counter()
             session.run(None, feed)
-            if turn >= 3:  # the first runs allocate
+            if turn >= 3:  # warm-up: the first runs allocate memory
                 times[name].append(1000 * (time.perf_counter() - started))
     return {name: statistics.median(values) for name, values in times.items()}

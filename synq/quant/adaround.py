@@ -1,21 +1,26 @@
-"""Learn how the weights are rounded, block by block, so that each block of the student gives what the teacher's gives.
+"""Learn the rounding of weights block by block, so that each block of the student reproduces its block of the teacher.
 
-For a block with weights w, steps s and codes round(w / s) + zero_point, every rounding becomes a number h(V) in [0, 1]:
+For a block with weights w, scales s and integer codes round(w / s) + zero_point, the rounding of each weight becomes a
+variable h(V) in [0, 1]:
 
-    w^(V) = s clamp(floor(w / s) + h(V), quant_min - zero_point, quant_max - zero_point),  h(V) = clamp(1.2 sigmoid(V) - 0.1, 0, 1)
-    loss  = mean over images and positions of sum over channels (y_student - y_teacher)^2 + rounding_weight sum (1 - |2 h - 1|^beta)
+    w^(V) = s clamp(floor(w / s) + h(V), quant_min - zero_point, quant_max - zero_point)
+    h(V)  = clamp(1.2 sigmoid(V) - 0.1, 0, 1)
+    loss  = mean over images and positions of sum over channels (y_student - y_teacher)^2
+            + rounding_weight sum (1 - |2 h - 1|^beta)
 
-V starts where h is the fraction cut off by floor, so that w^ starts as w. The second term begins after ``warmup``; beta falls linearly,
-which drives each h to 0 or 1. Then h is rounded and the weight moves into the cell of its learned code, to where it was or to the nearest
-place near the middle (``soft_rounding.py``): rounding it to nearest gives the learned code, as long as its scale is a stored one
-(``quant_layers.py``), and fine-tuning can still carry it over an edge. In the middles hardly any weight would change its code any more.
+V is initialized so that h is the fractional part of w / s, hence w^ = w. The second term is added after ``warmup``;
+beta decreases linearly, which drives each h to 0 or 1. Finally h is rounded, and the weight is moved within ``REACH``
+of the center of the cell of its learned code (``soft_rounding.py``): rounding it to nearest then gives the learned
+code, as long as its scale is stored (``layers.py``), and fine-tuning can still move it to another code. From the center
+of the cell hardly any weight would change its code.
 
-While a block is learned, each activation inside it is left unquantized, and each value of its input is the teacher's, with probability
-``drop_prob``, element by element (QDrop): the rounding then does not lean on one pattern of activation errors. Batch norms belong to the
-block and stay in evaluation mode. A layer with weights that stand in several blocks is learned in the first.
+While a block is optimized, its activations stay unquantized, and its input is taken from the teacher, each value with
+probability ``drop_prob`` (QDrop), so that the rounding does not overfit to one pattern of activation errors. Batch
+norms are part of the block and stay in evaluation mode. A layer that occurs in several blocks is optimized in the first
+one.
 
-Source: AdaRound (Nagel et al., ICML 2020), sections 3.2 and 3.3; blocks and the sum over channels from BRECQ (Li et al., ICLR 2021); QDrop
-(Wei et al., ICLR 2022). Ours: a block keeps what it learned only where its error fell.
+Source: AdaRound (Nagel et al., ICML 2020), sections 3.2 and 3.3; blocks and the sum over channels from BRECQ (Li et
+al., ICLR 2021); QDrop (Wei et al., ICLR 2022). Ours: a block keeps its learned rounding only if its error decreased.
 """
 
 import math
@@ -37,20 +42,20 @@ from synq.quant.lsq import fake_quantize_learned, keep_positive
 from synq.quant.soft_rounding import SoftRounding
 
 CACHE_BATCH = 128
-"""Images per pass where nothing is learned."""
+"""Images per forward pass without gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockResult:
-    """What came of one block.
+    """Reconstruction errors of one block, before and after its rounding was learned.
 
     Attributes:
-        block: Node of the teacher's graph that the block ends with.
-        error_before: Mean over images and positions of the sum over channels of the squared distance to the teacher's output, with all
-            activations quantized, weights rounded to nearest and ranges as observed.
-        error_after: The same with the learned rounding (and steps).
-        changed: Share (0..1) of the block's codes that differ from those of rounding to nearest.
-        kept: Whether the learned rounding and steps were kept: error_after < error_before.
+        block: Name of the last node of the block in the teacher's graph.
+        error_before: Squared distance to the teacher's output, summed over channels and averaged over images and
+            positions, with all activations quantized, weights rounded to nearest and the observed ranges.
+        error_after: The same with the learned rounding (and activation scales).
+        changed: Fraction (0..1) of the block's codes that differ from rounding to nearest.
+        kept: Whether the learned rounding and scales were kept: error_after < error_before.
     """
 
     block: str
@@ -62,12 +67,12 @@ class BlockResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionReport:
-    """The blocks in order of execution."""
+    """Results of all blocks, in order of execution."""
 
     blocks: tuple[BlockResult, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the blocks as plain values."""
+        """Return the results as JSON-serializable dictionaries, one per block."""
         return [asdict(block) for block in self.blocks]
 
 
@@ -81,60 +86,62 @@ def reconstruct(
     device: torch.device,
     progress: bool = False,
 ) -> ReconstructionReport:
-    """Learn the rounding of ``student_net``, in place, on synthetic images. Every process of a group computes the same.
+    """Learn the rounding of the weights of ``student_net``, in place, on synthetic images (AdaRound).
 
-    Steps of activations are learned along where ``step_lr`` > 0, whether or not the fine-tuning trains them later. The student's and the
-    teacher's activations at two successive block ends are kept on the device, for ``config.images`` images.
+    Every process of a group computes the same result. Activation scales are learned too if ``step_lr`` > 0, whether or
+    not fine-tuning trains them later. The student's and the teacher's activations at two successive block boundaries
+    are kept on the device, for ``config.images`` images.
 
     Args:
-        student_net: Network of a student with ``rounding="adaround"``, its ranges observed, on ``device``.
-        teacher_graph: The graph that it was made from, on ``device``; not touched.
-        images: (N, C, H, W) synthetic images, filtered as those of the fine-tuning; the first ``config.images`` are used.
-        config: Steps, batch, learning rates, and the annealing.
-        seed: Seed of the batches and of what is dropped.
-        device: Where it runs.
+        student_net: Network of a student with ``rounding="adaround"`` and observed ranges, on ``device``.
+        teacher_graph: The graph that it was made from, on ``device``; not modified.
+        images: (N, C, H, W) synthetic images, filtered as for fine-tuning; the first ``config.images`` are used.
+        config: Number of iterations, batch size, learning rates, and the annealing of beta.
+        seed: Seed of the batches and of QDrop.
+        device: Device of the computation.
         progress: Whether to show a progress bar.
 
     Returns:
         Errors of each block before and after.
 
     Raises:
-        ValueError: If there are no images, or a weight's scale is not stored: its grid would move with the rounded weights.
+        ValueError: If there are no images, or a weight's scale is not stored: its quantization grid would move with the
+            rounded weights.
     """
     if len(images) == 0:
-        raise ValueError("reconstruction.images must be >= 1, but got no image")
+        raise ValueError("`reconstruction.images` must be >= 1, but got no image")
     for name, module in student_net.named_modules():
         if isinstance(module, (QuantConv2d, QuantLinear)) and not module.weight_quantizer.has_range:
             raise ValueError(
-                f"quant.rounding must be adaround for a student to be reconstructed, but {name} has no stored scale"
+                f"`quant.rounding` must be adaround to learn the rounding of a student, but {name} has no stored scale"
             )
     ends = block_ends(teacher_graph)
-    starts, cuts = [_image(teacher_graph), *ends], student_cuts(student_net, ends)
+    starts, cuts = [_input_node(teacher_graph), *ends], student_cuts(student_net, ends)
     teacher_in = student_in = images[: config.images].to(device)
     results: list[BlockResult] = []
     done: set[Tensor] = set()
     bar = tqdm(total=len(ends) * config.iterations, desc="rounding", unit="step", **visible(progress, leave=None))
     for number, end in enumerate(ends):
         part = segment(student_net, cuts[number], cuts[number + 1])
-        target = _outputs(segment(teacher_graph, starts[number], end), teacher_in)
+        target = _run_batched(segment(teacher_graph, starts[number], end), teacher_in)
         block = _Block(part, done)
         generators = (make_generator("rounding", seed, number), make_generator("drop", seed, number, device=device))
         results.append(_learn(end.name, block, teacher_in, student_in, target, config, generators, bar.update))
         done.update(block.roundings)
-        teacher_in = target  # first, so that its predecessor is free before the next is made
-        student_in = _outputs(part, student_in)
+        teacher_in = target  # first, so that the previous tensor is freed before the next one is allocated
+        student_in = _run_batched(part, student_in)
     bar.close()
     return ReconstructionReport(blocks=tuple(results))
 
 
 class _Block:
-    """A block of the student, with what can be learned in it.
+    """A block of the student and its learnable variables.
 
     Attributes:
-        part: The block alone.
-        roundings: By weight; those in ``done`` are not learned again.
+        part: The subgraph of the block.
+        roundings: Soft rounding of each weight, except for those in ``done``, which an earlier block has learned.
         quantizers: Activation quantizers by name.
-        steps: Their steps, as leaves of their own.
+        steps: Copies of their scales, as leaf tensors with gradients.
     """
 
     def __init__(self, part: fx.GraphModule, done: set[Tensor]) -> None:
@@ -145,29 +152,29 @@ class _Block:
         self.steps = {name: q.scale.detach().clone().requires_grad_() for name, q in self.quantizers.items()}
 
     def changed(self) -> float:
-        """Return the share of codes that differ from those of rounding to nearest."""
+        """Return the fraction (0..1) of codes that differ from rounding to nearest."""
         moved = [(r.codes() != r.nearest).sum() for r in self.roundings.values()]
         total = sum(r.nearest.numel() for r in self.roundings.values())
         return float(sum(moved)) / total if total else 0.0
 
     @torch.no_grad()
-    def settle(self) -> Callable[[], None]:
-        """Write hard-rounded weights and steps into the student; returns what takes it back."""
-        written: list[tuple[Tensor, Tensor]] = [(w, r.settled()) for w, r in self.roundings.items()]
-        written += [(self.quantizers[name].scale, step) for name, step in self.steps.items()]
-        before = [(place, place.detach().clone()) for place, _ in written]
+    def apply(self) -> Callable[[], None]:
+        """Write the hard-rounded weights and the learned scales into the student; return a function that undoes it."""
+        learned: list[tuple[Tensor, Tensor]] = [(w, r.hard_weight()) for w, r in self.roundings.items()]
+        learned += [(self.quantizers[name].scale, step) for name, step in self.steps.items()]
+        previous = [(tensor, tensor.detach().clone()) for tensor, _ in learned]
 
         @torch.no_grad()
-        def put(values: list[tuple[Tensor, Tensor]]) -> None:
-            for place, value in values:
-                place.copy_(value)
+        def write(values: list[tuple[Tensor, Tensor]]) -> None:
+            for tensor, value in values:
+                tensor.copy_(value)
 
-        put(written)
-        return lambda: put(before)
+        write(learned)
+        return lambda: write(previous)
 
 
-class _Learning(fx.Interpreter):
-    """Runs a block with soft weights, learned steps and dropped quantization."""
+class _SoftBlockRunner(fx.Interpreter):
+    """Run a block with softly rounded weights, learned activation scales and QDrop."""
 
     def __init__(self, block: _Block, drop: Callable[[Tensor, Tensor], Tensor], learn_steps: bool) -> None:
         super().__init__(block.part)
@@ -176,7 +183,7 @@ class _Learning(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
         if isinstance(module, ActQuantizer):
-            return self.drop(args[0], self._quantized(target, module, args[0]))
+            return self.drop(args[0], self._fake_quantized(target, module, args[0]))
         if isinstance(module, (QuantConv2d, QuantLinear)) and module.weight in self.block.roundings:
             weight = self.block.roundings[module.weight].weight()
             if isinstance(module, QuantConv2d):
@@ -184,10 +191,10 @@ class _Learning(fx.Interpreter):
             return F.linear(args[0], weight, module.bias)
         return super().call_module(target, args, kwargs)
 
-    def _quantized(self, name: str, module: ActQuantizer, x: Tensor) -> Tensor:
+    def _fake_quantized(self, name: str, module: ActQuantizer, x: Tensor) -> Tensor:
         if not self.learn_steps:
             return module(x)
-        bounds = (module.quant_min, module.quant_max)  # no factor of the gradient: Adam would undo it
+        bounds = (module.quant_min, module.quant_max)  # no gradient factor: Adam is invariant to it
         return fake_quantize_learned(x, self.block.steps[name].float(), module.zero_point, *bounds)
 
 
@@ -201,14 +208,14 @@ def _learn(
     generators: tuple[torch.Generator, torch.Generator],
     tick: Callable[[], object],
 ) -> BlockResult:
-    """Learn one block and keep the result where the error fell."""
+    """Optimize one block, and keep the result if its error decreased."""
     before = _error(block.part, student_in, target)
     order, chance = generators
 
     def drop(whole: Tensor, quantized: Tensor) -> Tensor:
         return drop_back(whole, quantized, config.drop_prob, chance)
 
-    runner = _Learning(block, drop, config.step_lr > 0)
+    runner = _SoftBlockRunner(block, drop, config.step_lr > 0)
     logits = [rounding.logits for rounding in block.roundings.values()]
     steps = list(block.steps.values()) if config.step_lr > 0 else []
     learned = [*logits, *steps]
@@ -222,31 +229,37 @@ def _learn(
     for step in range(config.iterations):
         rows = torch.randperm(len(target), generator=order)[: config.batch_size].to(target.device)
         with torch.enable_grad():
-            same = teacher_in is student_in  # the images: nothing to mix
+            same = teacher_in is student_in  # the first block reads the images: nothing to mix
             output = runner.run(student_in[rows] if same else drop(teacher_in[rows], student_in[rows]))
             loss = _distance(output, target[rows])
             beta = _beta(step, config)
             if beta is not None:
-                shares = (rounding.share() for rounding in block.roundings.values())
-                loss = loss + config.rounding_weight * sum((1 - (2 * h - 1).abs().pow(beta)).sum() for h in shares)
+                variables = (rounding.soft_rounding() for rounding in block.roundings.values())
+                loss = loss + config.rounding_weight * sum((1 - (2 * h - 1).abs().pow(beta)).sum() for h in variables)
         for leaf, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
             leaf.grad = gradient
         if steps:
             optimizer.param_groups[-1]["lr"] = config.step_lr * 0.5 * (1 + math.cos(math.pi * step / config.iterations))
         optimizer.step()
         tick()
-    changed, take_back = block.changed(), block.settle()
+    changed, undo = block.changed(), block.apply()
     after = _error(block.part, student_in, target)
     kept = after < before
     if not kept:
-        take_back()
+        undo()
     return BlockResult(block=name, error_before=before, error_after=after, changed=changed if kept else 0.0, kept=kept)
 
 
 def drop_back(whole: Tensor, quantized: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Take each value from ``whole`` with ``probability``, else from ``quantized`` (same shape; its memory layout is kept).
+    """Return ``quantized`` with each value replaced by that of ``whole`` with ``probability`` (QDrop).
 
-    The draw does not depend on the layout.
+    The random draw does not depend on the memory layout.
+
+    Args:
+        whole: Unquantized tensor, any shape.
+        quantized: Quantized tensor of the same shape; the result has its memory layout.
+        probability: In [0, 1].
+        generator: On the device of both.
     """
     if probability == 0.0:
         return quantized
@@ -255,57 +268,63 @@ def drop_back(whole: Tensor, quantized: Tensor, probability: float, generator: t
 
 
 def _beta(step: int, config: ReconstructionConfig) -> float | None:
-    """Return the exponent of the rounding term at a step, or None while it is off."""
+    """Return the exponent beta of the rounding term at iteration ``step``, or None during the warm-up."""
     first = config.warmup * config.iterations
     if step < first:
         return None
-    way = (step - first) / max(config.iterations - first, 1)
-    return config.beta_start + (config.beta_end - config.beta_start) * way
+    progress = (step - first) / max(config.iterations - first, 1)
+    return config.beta_start + (config.beta_end - config.beta_start) * progress
 
 
 def _distance(output: Tensor, target: Tensor) -> Tensor:
-    """Squared distance, summed over channels (N, C, ...), mean over the rest."""
+    """Return the squared distance of two tensors (N, C, ...), summed over channels and averaged over the rest."""
     return (output - target).square().sum(1).mean()
 
 
 @torch.no_grad()
 def _error(part: nn.Module, inputs: Tensor, target: Tensor) -> float:
     pairs = zip(inputs.split(CACHE_BATCH), target.split(CACHE_BATCH), strict=True)
-    sums = [_distance(part(x), wanted).double() * len(x) for x, wanted in pairs]
+    sums = [_distance(part(x), y).double() * len(x) for x, y in pairs]
     return float(torch.stack(sums).sum()) / len(inputs)
 
 
 @torch.no_grad()
-def _outputs(part: nn.Module, inputs: Tensor) -> Tensor:
-    """Return what ``part`` makes of ``inputs`` (N, ...), in its own layout and without a second copy in pieces."""
-    whole = None
+def _run_batched(part: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the output of ``part`` for ``inputs`` (N, ...), in the memory layout in which ``part`` produces it.
+
+    Batches are written into one preallocated tensor; ``torch.cat`` would hold all of them twice.
+    """
+    outputs = None
     for rows in torch.arange(len(inputs)).split(CACHE_BATCH):
-        found = part(inputs[rows[0] : rows[-1] + 1])
-        if whole is None:
-            like = found[:1].expand(len(inputs), *found.shape[1:])
+        batch = part(inputs[rows[0] : rows[-1] + 1])
+        if outputs is None:
+            like = batch[:1].expand(len(inputs), *batch.shape[1:])
             last = (
-                found.dim() == 4
-                and not found.is_contiguous()
-                and found.is_contiguous(memory_format=torch.channels_last)
+                batch.dim() == 4
+                and not batch.is_contiguous()
+                and batch.is_contiguous(memory_format=torch.channels_last)
             )
-            whole = torch.empty_like(like, memory_format=torch.channels_last if last else torch.contiguous_format)
-        whole[rows[0] : rows[-1] + 1] = found
-    assert whole is not None
-    return whole
+            outputs = torch.empty_like(like, memory_format=torch.channels_last if last else torch.contiguous_format)
+        outputs[rows[0] : rows[-1] + 1] = batch
+    assert outputs is not None
+    return outputs
 
 
 def student_cuts(student_net: fx.GraphModule, ends: list[fx.Node]) -> list[fx.Node]:
-    """Return the image and the nodes of a student that end its blocks.
+    """Return the block boundaries of a student: its input node, and the last node of each block.
 
-    A quantizer behind the end of a block belongs to the block where all the rest of the network reads it alone; where a shortcut reads
-    the unquantized tensor as well, it belongs to the next.
+    A quantizer of a block's output is part of that block if it is the only user of the output; if a shortcut reads the
+    unquantized tensor too, the quantizer is part of the next block.
 
     Args:
         student_net: Network of a student.
         ends: ``block_ends`` of its teacher's graph; the student's nodes have the same names.
+
+    Returns:
+        Nodes of ``student_net``, one more than ``ends``.
     """
     by_name = {node.name: node for node in student_net.graph.nodes}
-    cuts = [_image(student_net)]
+    cuts = [_input_node(student_net)]
     for end in ends:
         node = by_name[end.name]
         users = list(node.users)
@@ -314,5 +333,5 @@ def student_cuts(student_net: fx.GraphModule, ends: list[fx.Node]) -> list[fx.No
     return cuts
 
 
-def _image(net: fx.GraphModule) -> fx.Node:
+def _input_node(net: fx.GraphModule) -> fx.Node:
     return next(node for node in net.graph.nodes if node.op == "placeholder")

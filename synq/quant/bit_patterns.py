@@ -1,7 +1,7 @@
-"""Widths by name: `{"features.0": 8, "classifier*": 8, "*": 4}` says which tensor gets how many bits. Standard library only.
+"""Bit-widths by tensor name or pattern, as `{"features.0": 8, "classifier*": 8, "*": 4}`. Standard library only.
 
-A whole name goes before a pattern, and of several patterns the one with the most plain characters decides, so the order in which they are
-written does not matter: TOML tables and JSON objects have none.
+An exact name takes precedence over a pattern, and among several matching patterns the one with the most literal
+characters. The order of the entries does not matter, because TOML tables and JSON objects have none.
 """
 
 import re
@@ -12,65 +12,65 @@ from typing import Literal
 from synq.config.parsing import nearest
 
 Role = Literal["weight", "activation"]
-"""What a tensor with a width is."""
+"""Kind of a tensor with a bit-width."""
 
 
 class WidthPatterns:
-    """Widths by name or pattern (* any characters, ? one, [ab] one of them; case counts).
+    """Look up bit-widths by name or pattern (* any characters, ? one, [ab] one of them; case-sensitive).
 
     Args:
-        widths: Bits by name or pattern.
-        key: Name of the setting, for messages.
+        bits: Bit-width by name or pattern.
+        key: Name of the setting, for error messages.
     """
 
-    def __init__(self, widths: Mapping[str, int], key: str) -> None:
-        self._widths, self._key = widths, key
-        self._seen: set[str] = set()
+    def __init__(self, bits: Mapping[str, int], key: str) -> None:
+        self._bits, self._key = bits, key
+        self._queried: set[str] = set()
 
     def width(self, *names: str) -> int | None:
-        """Return the bits of a tensor that goes by these names, or None where nothing is said of it.
+        """Return the bit-width of the tensor with these names, or None if no entry matches.
 
         Raises:
-            ValueError: If two patterns that are equally near say different widths.
+            ValueError: If two equally specific patterns have different bit-widths.
         """
-        self._seen.update(names)
+        self._queried.update(names)
         for name in names:
-            if name in self._widths:
-                return self._widths[name]
-        fitting = {pattern: _plain(pattern) for pattern in self._widths if _fits(pattern, names)}
-        closest = [pattern for pattern, length in fitting.items() if length == max(fitting.values())]
-        if len({self._widths[pattern] for pattern in closest}) > 1:
+            if name in self._bits:
+                return self._bits[name]
+        matching = {pattern: _literal_length(pattern) for pattern in self._bits if _matches(pattern, names)}
+        best = [pattern for pattern, length in matching.items() if length == max(matching.values())]
+        if len({self._bits[pattern] for pattern in best}) > 1:
             raise ValueError(
-                f"`{self._key}` must say one width for {names[0]!r}, but the patterns {' and '.join(map(repr, sorted(closest)))} are "
-                "equally near: name it in full"
+                f"`{self._key}` must give one bit-width for {names[0]!r}, but the patterns "
+                f"{' and '.join(map(repr, sorted(best)))} are equally specific: use the full name"
             )
-        return self._widths[closest[0]] if closest else None
+        return self._bits[best[0]] if best else None
 
     def check_all_fit(self) -> None:
-        """Refuse a name or pattern that fitted none of the tensors that were asked for.
+        """Raise if a name or pattern matches none of the tensors queried so far.
 
         Raises:
-            ValueError: With the nearest name.
+            ValueError: Suggests the nearest name.
         """
-        for pattern in self._widths:
-            if not _fits(pattern, self._seen):
-                known = sorted(self._seen)
+        for pattern in self._bits:
+            if not _matches(pattern, self._queried):
+                known = sorted(self._queried)
                 hint = (
                     nearest(pattern, known) or f"; there are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}"
                 )
                 raise ValueError(
-                    f"`{self._key}` must name what is quantized, but got {pattern!r}, which fits nothing{hint}"
+                    f"`{self._key}` must name quantized tensors, but got {pattern!r}, which matches none{hint}"
                 )
 
 
 def layer_names(target: str) -> tuple[str, str]:
-    """Return the names that a layer goes by: its module's, and the same as the graph and `synq inspect` write it."""
+    """Return the two names of a layer: that of its module, and its form in graph nodes and in `synq inspect`."""
     return target, target.replace(".", "_")
 
 
-def _fits(pattern: str, names: Collection[str]) -> bool:
+def _matches(pattern: str, names: Collection[str]) -> bool:
     return pattern in names or any(fnmatchcase(name, pattern) for name in names)
 
 
-def _plain(pattern: str) -> int:
+def _literal_length(pattern: str) -> int:
     return len(re.sub(r"[*?]", "", re.sub(r"\[[^\]]*\]", "x", pattern)))

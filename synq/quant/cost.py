@@ -1,4 +1,4 @@
-"""What a student costs: the width of every tensor, multiply-accumulates, bit operations, packed size."""
+"""Cost of a student: bit-width of every tensor, multiply-accumulates (MACs), bit operations (BitOps), packed size."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from synq.network.op_traits import node_module, operation_name, traits_of
 from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import Role
-from synq.quant.integer_form import norm_behind
+from synq.quant.integer_form import foldable_batch_norm
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear
 
 FLOAT_BITS = 32
@@ -18,17 +18,17 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRow:
-    """One line of the account: a weight or an activation, and its width.
+    """Bit-width, size and operations of one weight or activation tensor.
 
     Attributes:
         name: Module name of a weight, node name of an activation.
         role: "weight" or "activation".
         kind: Layer type or operation.
-        bits: Width; 32 stands for float.
+        bits: Bit-width; 32 means float.
         numel: Number of values (of one image, for an activation).
         macs: Multiply-accumulates per image, for a weight.
-        bitops: MACs x weight bits x input bits per image, for a weight; a float operand counts 32.
-        note: Why it is float, where it is.
+        bitops: MACs x weight bits x input bits per image, for a weight; a float operand counts 32 bits.
+        note: Why the tensor is float; "" if it is quantized.
     """
 
     name: str
@@ -43,12 +43,13 @@ class TensorRow:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCall:
-    """One call of a layer, as the bit operations count it: MACs x weight bits x the most bits of its input.
+    """One call of a layer, from which its BitOps follow: MACs x weight bits x the largest bit-width of its inputs.
 
     Attributes:
         layer: Module name of the layer.
         macs: Multiply-accumulates per image.
-        inputs: Activations that its input comes from, several where parts were joined; empty where a part is float.
+        inputs: Quantized activations that its input consists of, several if they were concatenated; empty if one is
+            float.
     """
 
     layer: str
@@ -57,7 +58,7 @@ class LayerCall:
 
 
 def layer_calls(net: fx.GraphModule) -> tuple[LayerCall, ...]:
-    """List every call of a quantized layer of a student's network, in order of execution."""
+    """Return every call of a quantized layer of a student's network, in order of execution."""
     calls = [node for node in net.graph.nodes if isinstance(node_module(net, node), (QuantConv2d, QuantLinear))]
     return tuple(
         LayerCall(layer=str(call.target), macs=_macs(net, call), inputs=_activations_of(net, tensor_inputs(call)[0]))
@@ -66,11 +67,11 @@ def layer_calls(net: fx.GraphModule) -> tuple[LayerCall, ...]:
 
 
 def account(net: fx.GraphModule, points: dict[fx.Node, int]) -> tuple[TensorRow, ...]:
-    """List every weight and activation of a student with its width, in order of execution.
+    """Return the bit-width and cost of every weight and activation of a student, in order of execution.
 
     Args:
-        net: The student's graph, shapes recorded.
-        points: Width of the quantizer behind each quantized activation.
+        net: The student's graph, with recorded shapes.
+        points: Bit-width of the quantizer of each quantized activation.
     """
     rows: list[TensorRow] = []
     calls: dict[str, list[LayerCall]] = {}
@@ -103,7 +104,7 @@ def account(net: fx.GraphModule, points: dict[fx.Node, int]) -> tuple[TensorRow,
 
 
 def _macs(net: fx.GraphModule, node: fx.Node) -> int:
-    """Return the multiply-accumulates of one call of a layer."""
+    """Return the multiply-accumulates per image of one call of a layer."""
     weight = node_module(net, node).weight  # type: ignore[union-attr]
     assert isinstance(weight, Tensor)
     return math.prod(node.meta["shape"][1:]) * (weight.numel() // weight.shape[0])
@@ -115,13 +116,16 @@ def _input_bits(net: fx.GraphModule, call: LayerCall) -> int:
 
 
 def _activations_of(net: fx.GraphModule, node: fx.Node) -> tuple[str, ...]:
-    """Return the quantized activations that one comes from, through operations that keep its values; none where it is float."""
+    """Return the quantized activations whose values ``node`` consists of; empty if it is float.
+
+    Operations that only select or move values are followed back to their inputs.
+    """
     while True:
         module = node_module(net, node)
         if isinstance(module, ActQuantizer):
             return (str(node.target).removeprefix(ACT_QUANTIZERS),)
         traits = traits_of(net, node)
-        if traits.joins:  # each part lies on a grid of its own
+        if traits.joins:  # each part has a separate scale
             parts = [_activations_of(net, part) for part in node.all_input_nodes]
             return tuple(dict.fromkeys(chain(*parts))) if all(parts) else ()
         # Not decided by shapes: an element of a split has a tuple as its input, which has no shape.
@@ -131,10 +135,11 @@ def _activations_of(net: fx.GraphModule, node: fx.Node) -> tuple[str, ...]:
 
 
 def packed_bytes(net: fx.GraphModule) -> int:
-    """Return the bytes of the tensors of the packed student (`packed_file.py`).
+    """Return the size of the tensors of the packed student in bytes (`packed.py`).
 
-    Codes, one-byte zero point and float32 gain per channel, float32 shift where a layer has a bias or a batch norm in its gain; gain and shift of
-    the other batch norms; what else the network holds.
+    Counted are, per layer, the integer codes, a one-byte zero_point and a float32 gain for each channel, and a float32
+    shift for each channel of a layer with a bias or a folded batch norm; gain and shift of the other batch norms; and
+    all remaining float32 tensors of the network.
     """
     calls = [str(node.target) for node in net.graph.nodes if node.op == "call_module"]
     merged: set[nn.Module | None] = set()
@@ -145,7 +150,7 @@ def packed_bytes(net: fx.GraphModule) -> int:
             continue
         counted.add(module)
         if isinstance(module, (QuantConv2d, QuantLinear)):
-            norm = norm_behind(net, node, calls)
+            norm = foldable_batch_norm(net, node, calls)
             merged.add(None if norm is None else node_module(net, norm))
             shifted = module.bias is not None or norm is not None
             channels = module.weight.shape[0]
@@ -159,6 +164,6 @@ def packed_bytes(net: fx.GraphModule) -> int:
 
 
 def float_bytes(module: nn.Module) -> int:
-    """Return the bytes of the float32 parameters and BatchNorm statistics of ``module``."""
+    """Return the size of the float32 parameters and batch-norm statistics of ``module`` in bytes."""
     tensors = [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]
     return 4 * sum(t.numel() for t in tensors)

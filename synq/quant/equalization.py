@@ -1,8 +1,9 @@
-"""Cross-layer equalisation: scale the channels between two layers to like ranges, without changing what the network computes.
+"""Cross-layer equalization: scale the channels between two layers so that their ranges are similar.
 
-relu(x / s) = relu(x) / s for s > 0, so a factor can move from the channels that one layer puts out to the weights of the next that read
-them. With one range for a whole activation, the channel of the largest values decides the step of all others; with one range for an
-output channel's weights, the input channel of the largest weights does.
+The function of the network does not change: relu(x / s) = relu(x) / s for s > 0, so a factor can be moved from the
+output channels of one layer to the weights of the next. With one range for a whole activation, the channel of the
+largest values determines the scale of all others; with one range for the weights of an output channel, the input
+channel of the largest weights does.
 """
 
 import copy
@@ -23,19 +24,19 @@ from synq.quant.keep_best import Synchronize, keep_best, logits_of, mean_kl
 from synq.quant.layers import ActQuantizer
 
 STRENGTHS = (0.5, 1.0)
-"""Exponents of the scales that are tried."""
+"""Candidate exponents of the scales."""
 LARGEST = 256.0
-"""Scales stay within a factor of this of their layer's median: a channel that is nearly dead must not grow without bound."""
+"""Largest ratio of a scale to the median of its layer: a nearly dead channel must not grow without bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two layers with nothing between them that a scale per channel could not pass.
+    """Two layers with only positively homogeneous or shape operations between them, so that channel scales can move.
 
     Attributes:
         producer: Name of the module whose output channels are scaled: a batch norm, convolution or linear layer.
-        consumer: Name of the convolution or linear layer that alone reads them.
-        node: Name of the node whose range counts: the one that is quantized, else the one that the consumer reads.
+        consumer: Name of the convolution or linear layer that is their only reader.
+        node: Name of the node whose activation range is used: the quantized one, otherwise the input of the consumer.
         quantized: Whether that node is quantized.
         channels: Number of scales C.
     """
@@ -48,71 +49,72 @@ class Pair:
 
 
 def find_pairs(traced: fx.GraphModule, quantized: Collection[str] = ()) -> list[Pair]:
-    """Find the pairs of layers whose common channels may be scaled, in order of execution of the consumers.
+    """Find the pairs of layers whose common channels can be scaled, in order of execution of the consumers.
 
-    From a consumer backwards: pools, dropout and flattening (channels stay in rows of h * w values), ReLU, LeakyReLU, PReLU, and then a
-    batch norm, convolution or linear layer. Every tensor on the way has one reader; both layers run once and share no parameter.
+    The search goes backwards from a consumer, through pooling, dropout and flattening (a channel becomes h * w
+    consecutive values), ReLU, LeakyReLU and PReLU, to a batch norm, convolution or linear layer. Every tensor on the
+    path has one reader; both layers are called once and share no parameter.
 
     Args:
-        traced: A graph from ``trace_classifier``, shapes recorded.
-        quantized: Names of its nodes whose output a student rounds.
+        traced: A graph from ``trace_classifier``, with recorded shapes.
+        quantized: Names of the nodes whose output is quantized in the student.
     """
     calls = Counter(str(node.target) for node in traced.graph.nodes if node.op in ("call_module", "get_attr"))
     tensors = [*traced.named_parameters(remove_duplicate=False), *traced.named_buffers(remove_duplicate=False)]
     readers = Counter(id(tensor) for name, tensor in tensors for _ in range(1 + calls[name]))
 
-    def is_own(node: fx.Node, layer: nn.Module) -> bool:
-        """Whether nothing else in the network reads the layer's weight and bias."""
+    def is_unshared(node: fx.Node, layer: nn.Module) -> bool:
+        """Return whether the layer is called once and nothing else reads its weight and bias."""
         own = [getattr(layer, field) for field in ("weight", "bias") if getattr(layer, field, None) is not None]
         return calls[str(node.target)] == 1 and all(readers[id(tensor)] == 1 for tensor in own)
 
     found = []
     for node in traced.graph.nodes:
         consumer = node_module(traced, node)
-        if not isinstance(consumer, (nn.Conv2d, nn.Linear)) or not is_own(node, consumer):
+        if not isinstance(consumer, (nn.Conv2d, nn.Linear)) or not is_unshared(node, consumer):
             continue
-        way = _way_back(traced, node)
-        if not way:
+        path = _path_to_producer(traced, node)
+        if not path:
             continue
-        producer, shape = node_module(traced, way[-1]), way[-1].meta["shape"]
-        channels = 0 if producer is None or not is_own(way[-1], producer) else _out_channels(producer)
-        width = consumer.in_channels if isinstance(consumer, nn.Conv2d) else consumer.in_features
+        producer, shape = node_module(traced, path[-1]), path[-1].meta["shape"]
+        channels = 0 if producer is None or not is_unshared(path[-1], producer) else _out_channels(producer)
+        in_channels = consumer.in_channels if isinstance(consumer, nn.Conv2d) else consumer.in_features
         read_dim = 4 if isinstance(consumer, nn.Conv2d) else 2
-        fits = len(way[0].meta["shape"]) == read_dim and channels > 0 and width % channels == 0
+        fits = len(path[0].meta["shape"]) == read_dim and channels > 0 and in_channels % channels == 0
         if not fits or len(shape) not in (2, 4) or shape[1] != channels:
             continue
-        rounded = [step.name for step in reversed(way) if step.name in quantized]
+        quantized_nodes = [step.name for step in reversed(path) if step.name in quantized]
         found.append(
             Pair(
-                producer=str(way[-1].target),
+                producer=str(path[-1].target),
                 consumer=str(node.target),
-                node=rounded[0] if rounded else way[0].name,
-                quantized=bool(rounded),
+                node=quantized_nodes[0] if quantized_nodes else path[0].name,
+                quantized=bool(quantized_nodes),
                 channels=channels,
             )
         )
     return found
 
 
-def _way_back(traced: fx.GraphModule, consumer: fx.Node) -> list[fx.Node]:
-    """Return the nodes from the consumer's input back to one that no scale passes, or [] if a tensor has another reader."""
+def _path_to_producer(traced: fx.GraphModule, consumer: fx.Node) -> list[fx.Node]:
+    """Return the nodes from the consumer's input back to the producer, or [] if a tensor has another reader."""
     (node, *_) = tensor_inputs(consumer)
-    way = []
+    path = []
     while len(node.users) == 1 and node.op in ("call_module", "call_function", "call_method"):
-        way.append(node)
-        if not _lets_scales_pass(traced, node):
-            return way
+        path.append(node)
+        if not _commutes_with_scales(traced, node):
+            return path
         node = tensor_inputs(node)[0]
     return []
 
 
-def _lets_scales_pass(traced: fx.GraphModule, node: fx.Node) -> bool:
+def _commutes_with_scales(traced: fx.GraphModule, node: fx.Node) -> bool:
     traits = traits_of(traced, node)
     sources, shape = tensor_inputs(node), node.meta["shape"]
     if not sources or shape is None:
         return False
     before = sources[0].meta["shape"]
-    if traits.kind is OpKind.PASSIVE:  # values stay in their order: either nothing moved, or each image became one row
+    if traits.kind is OpKind.PASSIVE:  # the order of values is kept: same shape, or one row per image
         return shape == before or (len(shape) == 2 and shape[0] == before[0])
     if traits.reduces_dims:
         dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
@@ -123,7 +125,7 @@ def _lets_scales_pass(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _out_channels(layer: nn.Module) -> int:
-    """Number of output channels that can be scaled by the layer's own parameters; 0 if there are none."""
+    """Return the number of output channels that the parameters of ``layer`` can scale; 0 if there are none."""
     if isinstance(layer, _BatchNorm):
         return layer.num_features if layer.affine else 0
     if isinstance(layer, nn.Conv2d):
@@ -133,21 +135,21 @@ def _out_channels(layer: nn.Module) -> int:
 
 @torch.no_grad()
 def channel_ranges(traced: fx.GraphModule, pairs: Sequence[Pair], images: Tensor, batch_size: int = 64) -> list[Tensor]:
-    """Return a_c = the largest |activation| of each channel over images and positions, (C,) for each pair.
+    """Return a_c, the largest |activation| of each channel over images and positions, (C,) for each pair.
 
     Args:
-        traced: The float network that the pairs were found in.
+        traced: The float network in which the pairs were found.
         pairs: From `find_pairs`.
         images: (N, C, H, W) on the device of ``traced``.
         batch_size: Images per forward pass.
     """
-    watched = _Watched(traced, {pair.node: pair.channels for pair in pairs})
+    recorder = _MaxAbsRecorder(traced, {pair.node: pair.channels for pair in pairs})
     for batch in images.split(batch_size):
-        watched.run(batch)
-    return [watched.largest[pair.node] for pair in pairs]
+        recorder.run(batch)
+    return [recorder.largest[pair.node] for pair in pairs]
 
 
-class _Watched(fx.Interpreter):
+class _MaxAbsRecorder(fx.Interpreter):
     def __init__(self, net: fx.GraphModule, channels: dict[str, int]) -> None:
         super().__init__(net)
         self.channels = channels
@@ -163,7 +165,7 @@ class _Watched(fx.Interpreter):
 
 
 def _by_channel(layer: nn.Module, channels: int) -> Tensor:
-    """View the weight of a consumer as (G, C_out / G, C / G, values): the groups, rows, and what each row has for an input channel."""
+    """View the weight of a consumer as (G, C_out / G, C / G, n), n weights per input and output channel, G groups."""
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -171,9 +173,10 @@ def _by_channel(layer: nn.Module, channels: int) -> Tensor:
 
 
 def weight_ranges(layer: nn.Module, channels: int) -> Tensor:
-    """Return w_c = the largest |weight| over input channel c, in parts of its output channel's largest: in [0, 1], (C,).
+    """Return w_c, the largest |weight| of input channel c relative to that of its output channel, in [0, 1], (C,).
 
-    In parts, because each output channel has a step of its own, and a batch norm behind it may have made it large or small.
+    Relative, because each output channel has a separate scale, and a following batch norm may have made it large or
+    small.
     """
     weight = _by_channel(layer, channels).abs().amax(3)
     rows = weight.amax(2, keepdim=True)
@@ -181,26 +184,28 @@ def weight_ranges(layer: nn.Module, channels: int) -> Tensor:
 
 
 def channel_scales(activations: Tensor | None, weights: Tensor | None, strength: float = 1.0) -> Tensor:
-    """Return the scales s_c > 0 by which activations are divided and weights multiplied; the median of ln s_c is 0.
+    """Return the scales s_c > 0 that divide activations and multiply weights; the median of ln s_c is 0.
 
-    s_c = sqrt(a_c / w_c)^strength: a_c / s_c and w_c s_c then have the same ratios between channels. Where only one side is rounded
-    with one range for several channels, that side becomes even: s_c = a_c, or s_c = 1 / w_c. A dead channel (a range of 0) keeps 1.
+    s_c = sqrt(a_c / w_c)^strength: a_c / s_c and w_c s_c then have the same ratios between channels. If only one of the
+    two shares a range between channels, its ranges are equalized: s_c = a_c, or s_c = 1 / w_c. A dead channel (a range
+    of 0) keeps 1.
 
     Ranges (8, 2) and (1, 1) give (2, 1) up to a common factor.
 
     Args:
-        activations: a_c, (C,), or None if the activation is not rounded.
-        weights: w_c, (C,), or None if every input channel has a range of its own (a depthwise convolution).
-        strength: Exponent; 0 leaves everything as it is.
+        activations: a_c, (C,), or None if the activation is not quantized.
+        weights: w_c, (C,), or None if every input channel has a separate range (a depthwise convolution).
+        strength: Exponent; 0 changes nothing.
 
     Returns:
         (C,), within a factor of `LARGEST` of the median.
 
-    Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section 4.1. There both
-    sides are weights with one range a tensor; here the producer's have a range for each channel, and its activation takes their place.
+    Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section
+    4.1. There both sides are weights quantized per tensor; here the producer's weights are quantized per channel, and
+    its activation is equalized instead.
     """
     sides = [side.double() for side in (activations, weights) if side is not None]
-    assert sides, "one side must be rounded"
+    assert sides, "the activation or the weight must share a range between channels"
     alive = torch.stack([torch.isfinite(side) & (side > 0) for side in sides]).all(0)
     scales = torch.ones_like(sides[0])
     if alive.any():
@@ -216,7 +221,7 @@ def channel_scales(activations: Tensor | None, weights: Tensor | None, strength:
 
 @torch.no_grad()
 def scale_pair(net: fx.GraphModule, pair: Pair, scales: Tensor) -> None:
-    """Divide the producer's output channels by ``scales`` (C,) and multiply the consumer's input channels by them, in place."""
+    """Divide the producer's output channels by ``scales`` (C,), and multiply the consumer's inputs, in place."""
     producer, consumer = net.get_submodule(pair.producer), net.get_submodule(pair.consumer)
     for parameter in (producer.weight, producer.bias):
         if parameter is not None:
@@ -236,27 +241,29 @@ def equalize(
     observe: Callable[[fx.GraphModule], object],
     synchronize: Synchronize = dict,
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
-    """Equalise a rounded student, in place, as strongly as brings it nearest to the teacher; ranges are observed afterwards.
+    """Equalize a quantized student, in place, with the strength that gives the smallest KL divergence from the teacher.
 
-    Of no change and `STRENGTHS`, the one of the least mean KL(teacher || student) on ``images`` stays.
+    Candidates are no change and each of `STRENGTHS`; the one with the smallest mean KL(teacher || student) on
+    ``images``, measured with newly observed ranges, is kept.
 
     Args:
         net: Network of a student from ``quantize_model(teacher, ...)``.
-        teacher: Its teacher's graph; not changed.
+        teacher: Graph of its teacher; not modified.
         images: (N, C, H, W) synthetic images on the device of both.
         observe: Sets the ranges of ``net``, from whatever they are.
         synchronize: Makes metrics the same on all processes.
 
     Returns:
-        The float network whose activations the student's approach, channel by channel: the teacher, or a copy scaled alike, which
-        computes the same logits up to rounding. And a report: what was kept, the KL of each choice, and for each pair the ratio of the
-        largest to the smallest range of its channels, of the activation and of the weights, before and after.
+        The float network that the student approximates tensor by tensor: the teacher, or a copy with the same scales,
+        whose logits are the same up to rounding errors. And a report with "kept" (the choice), "kl" (mean KL of each
+        choice, in nats) and "pairs": for each pair the ratio of the largest to the smallest channel range, of the
+        activation and of the weights, before and after.
 
     Source: as `channel_scales`.
     """
-    rounded = {n.all_input_nodes[0].name for n in net.graph.nodes if isinstance(node_module(net, n), ActQuantizer)}
+    quantized = {n.all_input_nodes[0].name for n in net.graph.nodes if isinstance(node_module(net, n), ActQuantizer)}
     pairs = [
-        pair for pair in find_pairs(teacher, rounded) if pair.quantized or not _is_depthwise(teacher, pair.consumer)
+        pair for pair in find_pairs(teacher, quantized) if pair.quantized or not _is_depthwise(teacher, pair.consumer)
     ]
     activations = channel_ranges(teacher, pairs, images)
     weights = [weight_ranges(teacher.get_submodule(pair.consumer), pair.channels) for pair in pairs]
@@ -299,6 +306,6 @@ def _is_depthwise(net: fx.GraphModule, name: str) -> bool:
 
 
 def _spread(ranges: Tensor) -> float:
-    """Largest over smallest range of the channels that are not dead; 1 if all are."""
+    """Return the ratio of the largest to the smallest range of the channels that are not dead; 1 if all are."""
     alive = ranges[ranges > 0]
     return float(alive.max() / alive.min()) if len(alive) else 1.0

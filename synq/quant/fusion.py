@@ -1,4 +1,4 @@
-"""Join what lies side by side in a student's graph into fewer passes over memory. Numbers and gradients stay what they were."""
+"""Fuse adjacent operations of a student's graph, to save passes over memory. Values and gradients do not change."""
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,10 @@ from synq.quant.layers import ActQuantizer
 
 
 class RectifiedQuantizer(nn.Module):
-    """ReLU and the quantizer behind it, whose zero point is 0, in one function.
+    """Apply a ReLU and the activation quantizer after it, whose zero_point is 0, in one function.
 
-    The quantizer stays registered under its own name; here it is only referred to, so that checkpoints hold what they held.
+    The quantizer stays registered under its name; this module only references it, so that the keys of checkpoints do
+    not change.
 
     Args:
         quantizer: With an observed range that starts at zero, on the CPU.
@@ -20,7 +21,7 @@ class RectifiedQuantizer(nn.Module):
 
     def __init__(self, quantizer: ActQuantizer) -> None:
         super().__init__()
-        self._quantizer = (quantizer,)  # in a tuple, or it would be registered a second time
+        self._quantizer = (quantizer,)  # a tuple, because an attribute would be registered a second time
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the fake-quantized ReLU of ``x``, same shape."""
@@ -33,18 +34,18 @@ class RectifiedQuantizer(nn.Module):
 
 
 def fuse_rectified(net: fx.GraphModule) -> int:
-    """Replace, in place, every ReLU that only a quantizer of zero point 0 reads, together with this quantizer.
+    """Fuse, in place, every ReLU with a following quantizer that is its only user and has zero_point 0.
 
-    Call it on the network that is trained, with its ranges observed and on its device. Fake quantization is one kernel on a GPU,
-    with nothing to gain; there the network stays as it is.
+    Call it on the network to be trained, on its device and with observed ranges. On a GPU nothing is fused: fake
+    quantization is a single kernel there.
 
     Args:
         net: A network of ``with_features`` over a student.
 
     Returns:
-        How many pairs were joined.
+        Number of fused pairs.
     """
-    joined = 0
+    num_fused = 0
     for node in list(net.graph.nodes):
         quantizer = node_module(net, node)
         if not isinstance(quantizer, ActQuantizer) or quantizer.scale.device.type != "cpu":
@@ -61,10 +62,10 @@ def fuse_rectified(net: fx.GraphModule) -> int:
         net.add_submodule(target, RectifiedQuantizer(quantizer))
         node.target, node.args = target, (source.all_input_nodes[0],)
         net.graph.erase_node(source)
-        joined += 1
+        num_fused += 1
     net.graph.lint()
     net.recompile()
-    return joined
+    return num_fused
 
 
 def _is_relu(net: fx.GraphModule, node: fx.Node) -> bool:

@@ -1,20 +1,23 @@
-"""The student as an engine runs it: convolutions of integers, and two numbers per channel behind each.
+"""The integer form of a student: integer convolutions, each followed by a per-channel gain and shift.
 
-The student of the fine-tuning keeps float weights, rounds them in every forward pass, and convolves numbers of its grids. Summed in another
-order, such a convolution differs in its last digit; now and then that moves an activation across the edge of its step, the layers
-behind carry it on, and one image in a thousand gets another class. The integer form is the same network without that: with the codes x of
-an activation, its scale s_x and zero point z_x, and the codes q of a weight, their scales s_c and zero points z_c per output channel,
+During fine-tuning the student has float weights, fake-quantizes them in every forward pass, and convolves dequantized
+floats. Summed in another order, such a convolution differs in its last digit; sometimes this changes the code of an
+activation, the error propagates through the following layers, and one image in a thousand gets another class. The
+integer form is the same network without this error: with the codes x of an activation, its scale s_x and zero_point
+z_x, and the codes q of a weight, their scales s_c and zero points z_c per output channel,
 
     quantize     x = clamp(round(a / s_x) + z_x, 0, quant_max)
     layer        y_c = g_c sum (x - z_x) (q_c - z_c) + b_c
 
-The sum is one of integers. Floats hold it exactly below 2^24, in any order and on any engine that adds products (a Winograd or Fourier convolution
-does not), so that all of them give the same codes. Larger sums, which full 8-bit ranges can reach, are rounded as any float. Gain and
-shift hold what follows the sum and is linear: g_c = s_x s_c f_c with a batch norm of factor f_c behind the layer, b_c what bias and norm add;
-they are computed in float64, rounded once, and applied as a multiplication and an addition.
+The sum is a sum of integers. Floats represent it exactly below 2^24, in any order and on any engine that adds products
+(a Winograd or Fourier convolution does not), so that all engines give the same codes. Larger sums, which full 8-bit
+ranges can reach, have the usual float rounding errors. Gain and shift combine all linear operations after the sum:
+g_c = s_x s_c f_c if a batch norm of factor f_c follows the layer; b_c is the contribution of the bias and the batch
+norm. They are computed in float64, rounded once, and applied as a multiplication and an addition.
 
-What stays outside: a layer whose input is no activation straight from its quantizer (an image left float, say) reads floats, and s_x is not
-in its gain; a batch norm that something else reads too, or that stands behind no layer of its own, keeps a gain and a shift of its own.
+Two cases are not folded. A layer whose input does not come directly from a quantizer (a float image, for example) reads
+floats, and s_x is not part of its gain. A batch norm that has another reader, or that does not follow a layer, keeps a
+separate gain and shift.
 """
 
 import copy
@@ -26,9 +29,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from synq.network.functional_layers import bare_holder, replace_layer
 from synq.network.op_traits import node_module
 from synq.quant.integer_layers import (
-    ActivationValues,
     ChannelAffine,
     Codes,
+    DequantizedActivation,
     IntegerActivation,
     IntegerConv2d,
     IntegerLinear,
@@ -39,7 +42,7 @@ from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear
 
 @torch.no_grad()
 def codes_of(layer: QuantConv2d | QuantLinear) -> Codes:
-    """Return the integer weight of a student's layer, on the CPU."""
+    """Return the integer codes, scale and zero_point of the weight of a student's layer, on the CPU."""
     quantizer = layer.weight_quantizer
     scale, zero_point = quantizer.qparams(layer.weight)
     return Codes(
@@ -52,19 +55,19 @@ def codes_of(layer: QuantConv2d | QuantLinear) -> Codes:
 
 @torch.no_grad()
 def integer_form(net: fx.GraphModule, *, operations: Operations = "plain", empty: bool = False) -> fx.GraphModule:
-    """Return the integer form of a student's network; the student is not touched.
+    """Return the integer form of a student's network; the student is not modified.
 
     Args:
-        net: The network of a ``Student``, its ranges observed.
-        operations: What it is for, see `integer_layers.py`.
-        empty: Whether ranges may be missing: what comes back is to be filled.
+        net: The network of a ``Student``, with observed ranges.
+        operations: Operations in which it is written, see ``Operations``.
+        empty: Whether ranges may be missing, for a form whose tensors are loaded afterwards.
 
     Returns:
-        (N, C, H, W) -> logits (N, K), float32, on the CPU, in evaluation mode, without gradients. Every node keeps its name; batch norms that
-        stand in a layer's gain are gone.
+        (N, C, H, W) -> logits (N, K), float32, on the CPU, in evaluation mode, without gradients. Every node keeps its
+        name; batch norms that are folded into a gain are removed.
 
     Raises:
-        RuntimeError: If an activation has no range yet.
+        RuntimeError: If an activation range has not been observed.
     """
     form = copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
     tensors = {
@@ -75,12 +78,12 @@ def integer_form(net: fx.GraphModule, *, operations: Operations = "plain", empty
         module, name = node_module(form, node), str(node.target)
         if isinstance(module, ActQuantizer):
             if not module.has_range and not empty:
-                raise RuntimeError("activation ranges must be observed before the student becomes integers")
+                raise RuntimeError("activation ranges must be observed before conversion to the integer form")
             activation = IntegerActivation(module, operations)
             form.set_submodule(name, activation)
-            _give_values(form, node, activation, calls)
+            _add_dequantize(form, node, activation, calls)
         elif isinstance(module, QuantConv2d | QuantLinear):
-            norm = norm_behind(form, node, calls)
+            norm = foldable_batch_norm(form, node, calls)
             batch_norm = None if norm is None else node_module(form, norm)
             codes = codes_of(module)
             source = node_module(form, node.all_input_nodes[0])
@@ -97,7 +100,7 @@ def integer_form(net: fx.GraphModule, *, operations: Operations = "plain", empty
         elif isinstance(module, _BatchNorm) and module.running_var is not None:
             factor, offset = _factor_and_offset(module)
             replace_layer(form, name, ChannelAffine(factor.float(), offset.float()))
-    for name, tensor in tensors.items():  # also where the layer that held it is another one now
+    for name, tensor in tensors.items():  # also if the layer that owned it was replaced
         owner, _, attribute = name.rpartition(".")
         if not hasattr(form.get_submodule(owner), attribute):
             form.get_submodule(owner).register_buffer(attribute, tensor)
@@ -114,8 +117,11 @@ def _tensor_of(net: fx.GraphModule, name: str) -> Tensor:
     return tensor.detach()
 
 
-def _give_values(form: fx.GraphModule, node: fx.Node, activation: IntegerActivation, calls: list[str]) -> None:
-    """Let what reads codes and is no layer called once read values: a layer that is called twice has one gain for two scales."""
+def _add_dequantize(form: fx.GraphModule, node: fx.Node, activation: IntegerActivation, calls: list[str]) -> None:
+    """Dequantize the activation for all users but layers that are called once, which apply its scale in their gain.
+
+    A layer that is called twice has one gain, but two input scales.
+    """
     others = [
         user
         for user in node.users
@@ -124,7 +130,7 @@ def _give_values(form: fx.GraphModule, node: fx.Node, activation: IntegerActivat
     if not others:
         return
     target = f"activation_values.{node.name}"
-    form.add_submodule(target, ActivationValues(activation))
+    form.add_submodule(target, DequantizedActivation(activation))
     with form.graph.inserting_after(node):
         values = form.graph.call_module(target, (node,))
     values.meta = dict(node.meta)
@@ -132,15 +138,23 @@ def _give_values(form: fx.GraphModule, node: fx.Node, activation: IntegerActivat
         user.replace_input_with(node, values)
 
 
-def norm_behind(net: fx.GraphModule, node: fx.Node, calls: list[str]) -> fx.Node | None:
-    """Return the batch norm that may be folded into the layer ``node``: both called once, nothing else reading between them."""
+def foldable_batch_norm(net: fx.GraphModule, node: fx.Node, calls: list[str]) -> fx.Node | None:
+    """Return the batch norm that can be folded into the layer ``node``, or None.
+
+    Both are called once, and the batch norm is the only user of the layer's output.
+
+    Args:
+        net: Network of a student, with recorded shapes.
+        node: Call of a convolution or linear layer.
+        calls: Targets of all ``call_module`` nodes of ``net``, repeated for each call.
+    """
     if len(node.users) != 1 or calls.count(str(node.target)) > 1:
         return None
     (user,) = node.users
     module = node_module(net, user)
     if not isinstance(module, _BatchNorm) or module.running_var is None or calls.count(str(user.target)) > 1:
         return None
-    # A linear layer's channels are its last axis, a batch norm's the second.
+    # The channels of a linear layer are the last axis of its output, those of a batch norm the second.
     on_channels = isinstance(node_module(net, node), nn.Conv2d) or len(node.meta["shape"]) == 2
     return user if on_channels else None
 
@@ -148,7 +162,10 @@ def norm_behind(net: fx.GraphModule, node: fx.Node, calls: list[str]) -> fx.Node
 def _affine(
     codes: Codes, input_scale: float, bias: Tensor | None, norm: nn.Module | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return gain and shift (C_out,) behind a layer's sum of integers; None adds nothing. In float64, rounded once."""
+    """Return gain and shift (C_out,) applied to a layer's sum of integers, as float32; a shift of None adds nothing.
+
+    They are computed in float64 and rounded once.
+    """
     gain = codes.scale.double() * input_scale
     shift = None if bias is None else bias.detach().double()
     if isinstance(norm, _BatchNorm):
@@ -158,7 +175,7 @@ def _affine(
 
 
 def _factor_and_offset(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return f and b (C,) float64 of a batch norm in evaluation mode, f x + b."""
+    """Return factor f and offset b, (C,) float64, of a batch norm in evaluation mode: f x + b."""
     assert norm.running_var is not None and norm.running_mean is not None
     factor = 1.0 / (norm.running_var.double() + norm.eps).sqrt()
     if norm.weight is not None:

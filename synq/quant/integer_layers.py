@@ -1,4 +1,4 @@
-"""The parts of an integer form (`integer_form.py`): layers that hold codes, activations that become codes."""
+"""Modules of an integer form (`integer_form.py`): layers with integer weights, and quantization of activations."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,18 +12,26 @@ from synq.quant.fake_quant import SCALE_EPS
 from synq.quant.layers import ActQuantizer
 
 Operations = Literal["plain", "onnx", "torch"]
-"""What an integer form is written in: arithmetic, to run; or operations that a file's format knows, to be exported. "torch" rounds otherwise."""
+"""Operations of an integer form: plain arithmetic, to run it; or the quantization ops of an export format.
+
+"torch" multiplies by 1 / scale where the others divide by the scale, which rounds differently at some ties.
+"""
 
 
 @torch.library.custom_op("synq::quantize_per_tensor", mutates_args=())
 def quantize_per_tensor(x: Tensor, scale: float, zero_point: int, quant_max: int) -> Tensor:
-    """Return the codes of ``x`` as uint8, by a division as in ONNX: PyTorch's own kernels multiply by 1 / scale, which rounds otherwise.
+    """Quantize ``x`` to uint8 codes, dividing by ``scale`` like ONNX QuantizeLinear.
+
+    PyTorch's kernels multiply by 1 / scale, which rounds differently at some ties.
 
     Args:
         x: Any shape, float.
-        scale: Step, > 0.
+        scale: > 0.
         zero_point: Code of zero, in [0, quant_max].
         quant_max: Largest code, at most 255.
+
+    Returns:
+        uint8, shape of ``x``.
     """
     return _codes(x, scale, zero_point, quant_max).to(torch.uint8)
 
@@ -34,19 +42,19 @@ def _(x: Tensor, scale: float, zero_point: int, quant_max: int) -> Tensor:
 
 
 def _codes(x: Tensor, scale: float, zero_point: int, quant_max: int) -> Tensor:
-    step = x.new_tensor(scale)  # a plain number would become a factor 1 / scale on a GPU
+    step = x.new_tensor(scale)  # on a GPU, division by a Python number becomes multiplication by 1 / scale
     return (x / step).round_().add_(zero_point).clamp_(0, quant_max)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Codes:
-    """An integer weight: ``scale[c] (codes[c] - zero_point[c])``.
+    """Integer codes of a per-channel quantized weight: ``scale[c] (codes[c] - zero_point[c])``.
 
     Attributes:
         codes: (C_out, ...) int8, in [-2^(bits-1), 2^(bits-1) - 1].
         scale: (C_out,) float32, > 0.
         zero_point: (C_out,) int32, in the range of the codes.
-        bits: Width, 2..8.
+        bits: Bit-width, 2..8.
     """
 
     codes: Tensor
@@ -56,12 +64,12 @@ class Codes:
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """Smallest and largest code."""
+        """Return ``(quant_min, quant_max)`` of the codes."""
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
 
 class IntegerWeight(nn.Module):
-    """Holds the codes of a weight and gives them without their zero points."""
+    """Store the integer codes of a weight, and return them minus their zero points."""
 
     codes: Tensor
     zero_point: Tensor
@@ -74,14 +82,14 @@ class IntegerWeight(nn.Module):
         self.operations = operations
         self.register_buffer("codes", codes.codes)
         self.register_buffer("zero_point", codes.zero_point)
-        if operations == "plain":  # made once, not in every forward pass
+        if operations == "plain":  # computed once, not in every forward pass
             zero_point = codes.zero_point.reshape(-1, *[1] * (codes.codes.ndim - 1))
             self.register_buffer("integers", (codes.codes - zero_point).float(), persistent=False)
         else:
             self.register_buffer("ones", torch.ones_like(codes.scale), persistent=False)
 
     def forward(self) -> Tensor:
-        """Return ``codes - zero_point`` (C_out, ...) in float32: whole numbers."""
+        """Return ``codes - zero_point`` (C_out, ...), integer values in float32."""
         if self.operations == "plain":
             return self.integers
         weight: Tensor = torch.ops.quantized_decomposed.dequantize_per_channel(
@@ -94,11 +102,11 @@ class IntegerWeight(nn.Module):
 
 
 class IntegerActivation(nn.Module):
-    """Takes an activation to its codes, without their zero point.
+    """Quantize an activation to integer codes minus their zero_point.
 
     Args:
-        quantizer: An activation quantizer with its range.
-        operations: "plain" and "onnx" divide by the scale, "torch" multiplies by its inverse, as PyTorch's own operation does.
+        quantizer: An activation quantizer with an observed range.
+        operations: "plain" and "onnx" divide by the scale, "torch" multiplies by its inverse, as PyTorch's op does.
     """
 
     def __init__(self, quantizer: ActQuantizer, operations: Operations) -> None:
@@ -108,7 +116,7 @@ class IntegerActivation(nn.Module):
         self.zero_point = int(quantizer.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``codes - zero_point`` of ``x``, same shape, float32: whole numbers."""
+        """Return ``codes - zero_point`` of ``x``, same shape, integer values in float32."""
         limits = (0, self.quant_max, torch.uint8)
         if self.operations == "plain":
             return _codes(x, self.scale, self.zero_point, self.quant_max).sub_(self.zero_point)
@@ -123,20 +131,20 @@ class IntegerActivation(nn.Module):
         return f"bits={self.bits}, scale={self.scale:.6g}, zero_point={self.zero_point}"
 
 
-class ActivationValues(nn.Module):
-    """Gives the values behind an activation's codes, to what is no layer: a sum, a pool."""
+class DequantizedActivation(nn.Module):
+    """Dequantize an activation for operations without a gain, such as a sum or pooling."""
 
     def __init__(self, activation: IntegerActivation) -> None:
         super().__init__()
-        self.activation = (activation,)  # in a tuple, so as not to be a part of this one
+        self.activation = (activation,)  # a tuple, because an attribute would be registered as a submodule
 
     def forward(self, integers: Tensor) -> Tensor:
-        """Return the values, same shape."""
+        """Return ``scale * integers``, same shape."""
         return integers * self.activation[0].scale
 
 
 class IntegerLayer(nn.Module):
-    """A layer with an integer weight, and a gain and a shift (C_out,) behind it; subclasses say what it does with the weight."""
+    """Layer with an integer weight, followed by a gain and a shift (C_out,); subclasses define the linear operation."""
 
     gain: Tensor
     shift: Tensor | None
@@ -147,7 +155,7 @@ class IntegerLayer(nn.Module):
         self.fill(codes, gain, shift)
 
     def fill(self, codes: Codes, gain: Tensor, shift: Tensor | None) -> None:
-        """Set the codes of the weight, the gain and the shift."""
+        """Set the integer codes of the weight, the gain (C_out,) and the shift (C_out,) or None."""
         self.integer_weight = IntegerWeight(codes, self.operations)
         self.register_buffer("gain", gain)
         self.register_buffer("shift", shift)
@@ -158,16 +166,16 @@ class IntegerLayer(nn.Module):
         return out if self.shift is None else out + self.per_channel(self.shift)
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Do what the layer does, with this weight and no bias."""
+        """Apply the linear operation of the layer with ``weight`` and without a bias."""
         raise NotImplementedError
 
     def per_channel(self, values: Tensor) -> Tensor:
-        """Return values (C_out,) in the shape in which they broadcast over the output."""
+        """Reshape values (C_out,) to broadcast over the output."""
         raise NotImplementedError
 
 
 class IntegerConv2d(IntegerLayer):
-    """Convolution (N, C_in, H, W) -> (N, C_out, H', W') with an integer weight."""
+    """Convolution with an integer weight: (N, C_in, H, W) -> (N, C_out, H', W')."""
 
     def __init__(
         self, layer: nn.Conv2d, codes: Codes, gain: Tensor, shift: Tensor | None, operations: Operations
@@ -185,7 +193,7 @@ class IntegerConv2d(IntegerLayer):
         return F.conv2d(x, weight, None, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
 
     def per_channel(self, values: Tensor) -> Tensor:
-        """Return (C_out, 1, 1)."""
+        """Reshape values to (C_out, 1, 1)."""
         return values.reshape(-1, 1, 1)
 
     def extra_repr(self) -> str:
@@ -193,19 +201,19 @@ class IntegerConv2d(IntegerLayer):
 
 
 class IntegerLinear(IntegerLayer):
-    """Linear layer (..., C_in) -> (..., C_out) with an integer weight."""
+    """Linear layer with an integer weight: (..., C_in) -> (..., C_out)."""
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply ``x`` by ``weight``."""
         return F.linear(x, weight)
 
     def per_channel(self, values: Tensor) -> Tensor:
-        """Return (C_out,)."""
+        """Return values, (C_out,)."""
         return values
 
 
 class ChannelAffine(nn.Module):
-    """A batch norm that stands behind no layer of its own, ``gain[c] x + shift[c]``.
+    """Batch norm that is not folded into a layer, ``gain[c] x + shift[c]``.
 
     Args:
         gain, shift: (C,) float32.

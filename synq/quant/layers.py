@@ -1,7 +1,7 @@
 """Layers of a quantized student: convolution and linear layers with fake-quantized weights, and activation quantizers.
 
-A layer holds what its integer form needs and nothing else: observing ranges happens outside (``students.py``), so no
-forward pass can move a range. Where steps are learned, the scale is a parameter under the very name that it has as a buffer.
+Quantizers do not observe: ranges are observed outside (``student.py``), so that no forward pass changes a range. A
+learned scale is a parameter with the same name as the buffer of a fixed scale.
 """
 
 from collections.abc import Iterator
@@ -17,26 +17,27 @@ from synq.quant.lsq import fake_quantize_learned, gradient_factor
 from synq.quant.observers import minmax_per_channel
 
 WeightSteps = Literal["live", "stored", "learned"]
-"""Where the scale of a weight comes from: its own range at every call, a buffer, or a parameter."""
+"""Where the scale of a weight comes from: its current range at every call, a buffer, or a parameter."""
 ACT_QUANTIZERS = "act_quantizers."
-"""What stands before the name of an activation in the name of its quantizer."""
-VECTOR_WIDTH = 16
-"""Most float32 values that an instruction of a CPU takes (AVX-512; 8 with AVX2)."""
+"""Prefix of the module name of an activation quantizer, followed by the name of the activation's node."""
+SIMD_LANES = 16
+"""Largest number of float32 values in a SIMD register (AVX-512; 8 with AVX2)."""
 
 
 class WeightQuantizer(nn.Module):
-    """Per-output-channel asymmetric fake quantization of a weight. Codes are signed.
+    """Per-channel asymmetric fake quantization of a weight. Codes are signed.
 
-    The range of channel c is ``clip_ratio[c] * [min w_c, max w_c]``. "live": recomputed at every call and detached, so that it
-    follows the weights through fine-tuning. "stored": taken once, by ``freeze``, and kept. "learned": taken once, then the scale
-    is trained (LSQ); the zero point stays. Before ``freeze`` the latter two compute what "live" computes.
+    The range of output channel c is ``clip_ratio[c] * [min w_c, max w_c]``. "live": recomputed at every call and
+    detached, so that it follows the weights during fine-tuning. "stored": computed once, by ``freeze``. "learned":
+    computed once, then the scale is trained (LSQ) while the zero_point is fixed. Before ``freeze`` the latter two are
+    the same as "live".
 
     Args:
         num_channels: Number of output channels C.
-        bits: Width, 2..8.
+        bits: Bit-width, 2..8.
         steps: Where the scale comes from.
 
-    Source: SynQ section 3 (min-max, per channel); the clip ratio is ours, 1 reproduces min-max. Learned: ``learned_steps.py``.
+    Source: SynQ section 3 (min-max, per channel); the clip ratio is ours, 1 reproduces min-max. Learned: ``lsq.py``.
     """
 
     clip_ratio: Tensor
@@ -56,7 +57,7 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> None:
-        """Store scale and zero point of the range of ``weight`` (C, ...), where they are to be stored."""
+        """Compute and store scale and zero_point of ``weight`` (C, ...); does nothing if ``steps`` is "live"."""
         if self.steps == "live":
             return
         scale, zero_point = self._live_qparams(weight)
@@ -65,23 +66,23 @@ class WeightQuantizer(nn.Module):
         self.has_range = True
 
     def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (scale (C,) float32 > 0, zero_point (C,) int32), detached, that ``weight`` (C, ...) is rounded with."""
+        """Return the detached ``(scale, zero_point)`` of ``weight`` (C, ...): (C,) float32 > 0 and (C,) int32."""
         if self.has_range:
             return self.scale.detach().float().clamp(min=SCALE_EPS), self.zero_point
         return self._live_qparams(weight)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
-        """Return the integers that ``weight`` (C, ...) is rounded to, same shape, int32."""
+        """Return the integer codes of ``weight`` (C, ...), same shape, int32."""
         return quantize(weight, *self.qparams(weight), self.quant_min, self.quant_max, axis=0)
 
     def _live_qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         low, high = minmax_per_channel(weight.detach())
-        ratio = self.clip_ratio.float()  # float32 also in a network cast to float64: the native op takes no other
+        ratio = self.clip_ratio.float()  # also in float64 networks: the fused op accepts float32 only
         return choose_qparams(low.float() * ratio, high.float() * ratio, self.quant_min, self.quant_max)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the fake-quantized ``weight``, same shape; gradients pass straight through inside the range."""
+        """Return the fake-quantized ``weight``, same shape, with the straight-through gradient of ``fake_quantize``."""
         if not self.enabled:
             return weight
         if self.has_range and self.steps == "learned":
@@ -103,11 +104,11 @@ class ActQuantizer(nn.Module):
     """Per-tensor asymmetric fake quantization of an activation with a static range. Codes are unsigned.
 
     Args:
-        bits: Width, 2..8.
-        learned: Whether the scale is a parameter (LSQ); the zero point stays as observed.
+        bits: Bit-width, 2..8.
+        learned: Whether the scale is a parameter (LSQ); the zero_point keeps its observed value.
 
     Raises:
-        RuntimeError: In forward, when no range was set: an unset range must not pass as a result.
+        RuntimeError: In forward, if no range has been set.
     """
 
     scale: Tensor
@@ -124,10 +125,10 @@ class ActQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_range(self, low: float, high: float) -> None:
-        """Freeze the range to [min(low, 0), max(high, 0)].
+        """Set scale and zero_point for the range [min(low, 0), max(high, 0)].
 
         Raises:
-            ValueError: If an end is not finite.
+            ValueError: If a bound is not finite.
         """
         bounds = torch.tensor([low, high], dtype=torch.float32)
         if not bool(torch.isfinite(bounds).all()):
@@ -148,7 +149,7 @@ class ActQuantizer(nn.Module):
         return fake_quantize(x, self.scale.float(), self.zero_point, self.quant_min, self.quant_max)
 
     def learned_forward(self, x: Tensor, rectified: bool = False) -> Tensor:
-        """Return the fake-quantized ``x``, or its ReLU's, with a gradient for the scale too."""
+        """Return the fake-quantized ``x``, or its ReLU if ``rectified``, with a gradient for the scale too (LSQ)."""
         factor = gradient_factor(x[:1].numel(), self.quant_max)
         bounds = (self.quant_min, self.quant_max)
         return fake_quantize_learned(x, self.scale.float(), self.zero_point, *bounds, None, factor, rectified)
@@ -162,7 +163,7 @@ class ActQuantizer(nn.Module):
 
 
 def _register_scale(module: nn.Module, shape: tuple[int, ...], learned: bool) -> None:
-    """Give ``module`` a scale that is not known yet, as a buffer or a parameter, and a zero point."""
+    """Register a scale of NaN (not observed yet), as a buffer or a parameter, and a zero_point of 0."""
     scale = torch.full(shape, float("nan"))
     if learned:
         module.register_parameter("scale", nn.Parameter(scale))
@@ -172,13 +173,13 @@ def _register_scale(module: nn.Module, shape: tuple[int, ...], learned: bool) ->
 
 
 class QuantConv2d(nn.Conv2d):
-    """Convolution whose weight is fake-quantized once per forward; the bias stays float."""
+    """Convolution whose weight is fake-quantized in every forward pass; the bias stays float."""
 
     weight_quantizer: WeightQuantizer
 
     @classmethod
     def from_float(cls, conv: nn.Conv2d, bits: int, steps: WeightSteps = "live") -> "QuantConv2d":
-        """Take over the parameters of ``conv`` (shared, not copied)."""
+        """Return a quantized layer with the parameters of ``conv`` (shared, not copied)."""
         layer = cls(
             conv.in_channels,
             conv.out_channels,
@@ -200,37 +201,38 @@ class QuantConv2d(nn.Conv2d):
         return self.convolve(x, self.weight_quantizer(self.weight))
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Convolve ``x`` (N, C_in, H, W) with ``weight`` in place of the layer's own, shaped as that.
+        """Convolve ``x`` (N, C_in, H, W) with ``weight``, which replaces the layer's weight and has its shape.
 
-        A 1 x 1 kernel with a stride reads every stride-th pixel alone. Where a gradient of ``weight`` will be asked for on a CPU and there are
-        few channels, those pixels are taken out before: oneDNN's own way of doing so (`jit_1x1` on NHWC, up to 3.12 at least) writes past its
-        workspace if C_in is below a vector's width, in the backward pass; what follows is a crash, an endless loop or a wrong gradient.
+        A strided 1 x 1 kernel reads only every stride-th pixel. On a CPU, with few input channels and a gradient for
+        ``weight``, these pixels are selected beforehand: in the backward pass, oneDNN's kernel for this case (`jit_1x1`
+        on NHWC, up to 3.12 at least) writes past its workspace if C_in is below the number of SIMD lanes, which
+        results in a crash, an endless loop or a wrong gradient.
 
-        Source: oneDNN issue 6035; RepVGG has such a layer on its images.
+        Source: oneDNN issue 6035; RepVGG applies such a layer to its images.
         """
         if (
-            self._is_thin_strided_point()
+            self._is_narrow_strided_pointwise()
             and x.device.type == "cpu"
             and torch.is_grad_enabled()
             and weight.requires_grad
         ):
-            down, right = self.stride
-            return F.conv2d(x[:, :, ::down, ::right], weight, self.bias)
+            stride_h, stride_w = self.stride
+            return F.conv2d(x[:, :, ::stride_h, ::stride_w], weight, self.bias)
         return self._conv_forward(x, weight, self.bias)
 
-    def _is_thin_strided_point(self) -> bool:
-        point = self.kernel_size == (1, 1) and self.padding in ((0, 0), "valid") and self.groups == 1
-        return point and self.stride != (1, 1) and self.in_channels < VECTOR_WIDTH
+    def _is_narrow_strided_pointwise(self) -> bool:
+        pointwise = self.kernel_size == (1, 1) and self.padding in ((0, 0), "valid") and self.groups == 1
+        return pointwise and self.stride != (1, 1) and self.in_channels < SIMD_LANES
 
 
 class QuantLinear(nn.Linear):
-    """Linear layer whose weight is fake-quantized once per forward; the bias stays float."""
+    """Linear layer whose weight is fake-quantized in every forward pass; the bias stays float."""
 
     weight_quantizer: WeightQuantizer
 
     @classmethod
     def from_float(cls, linear: nn.Linear, bits: int, steps: WeightSteps = "live") -> "QuantLinear":
-        """Take over the parameters of ``linear`` (shared, not copied)."""
+        """Return a quantized layer with the parameters of ``linear`` (shared, not copied)."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.weight_quantizer = WeightQuantizer(linear.out_features, bits, steps).to(linear.weight.device)
@@ -242,7 +244,7 @@ class QuantLinear(nn.Linear):
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
-    """Return the weight that ``layer`` multiplies with: fake-quantized where it is quantized. Detached, (C_out, ...)."""
+    """Return the weight of ``layer``, fake-quantized if the layer is quantized; detached, (C_out, ...)."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if isinstance(layer, (QuantConv2d, QuantLinear)):
@@ -252,7 +254,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
 
 @contextmanager
 def quantizers_bypassed(network: nn.Module) -> Iterator[None]:
-    """Run ``network`` in float inside the ``with`` block: every quantizer is the identity there."""
+    """Disable all quantizers of ``network`` inside the ``with`` block, so that it runs in float."""
     quantizers = [m for m in network.modules() if isinstance(m, (WeightQuantizer, ActQuantizer))]
     before = [q.enabled for q in quantizers]
     for quantizer in quantizers:
@@ -265,7 +267,7 @@ def quantizers_bypassed(network: nn.Module) -> Iterator[None]:
 
 
 def step_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """Return the learned scales of ``network``, each once, in the order of its modules."""
+    """Return the learned scales of ``network``, without duplicates, in the order of its modules."""
     quantizers = [m for m in network.modules() if isinstance(m, (WeightQuantizer, ActQuantizer))]
     scales = (q._parameters.get("scale") for q in quantizers)
     return [scale for scale in scales if scale is not None]

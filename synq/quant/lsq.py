@@ -1,16 +1,15 @@
-"""Fake quantization whose step is trained with the weights (LSQ).
+"""Learned step size quantization (LSQ): fake quantization whose scale is trained with the weights.
 
-    x^ = s (clamp(round(x / s) + zero_point, quant_min, quant_max) - zero_point)         as in ``fake_quant.py``, bit by bit
+    x^ = s (clamp(round(x / s) + zero_point, quant_min, quant_max) - zero_point)    bit-exact with ``fake_quantize``
 
-    d x^ / d x = 1 inside the range, 0 outside                                           straight through the rounding
-    d x^ / d s = code - zero_point - x / s inside, code - zero_point outside             code: the clamped one
+    d x^ / d x = 1 inside the range, 0 outside                                      straight-through estimator
+    d x^ / d s = code - zero_point - x / s inside, code - zero_point outside        code: after the clamp
 
-The gradient of s is multiplied by 1 / sqrt(n quant_max), n the number of values that share s, so that a step moves,
-relative to its size, about as fast as a weight does. The zero point is an integer and stays.
+The gradient of s is multiplied by 1 / sqrt(n quant_max), where n is the number of values that share s, so that the
+relative updates of scales and weights have a similar magnitude. The zero_point is an integer and is not trained.
 
-Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, sections 2.1 and 2.2. There n counts the values of
-    one image, and so it
-does here: a figure that holds for any batch and any number of processes.
+Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, sections 2.1 and 2.2. For activations n counts the
+values of one image, as in the paper, so that it does not depend on the batch size or the number of processes.
 """
 
 from __future__ import annotations
@@ -23,14 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from synq.quant.fake_quant import SCALE_EPS, _along, _pass_band
+from synq.quant.fake_quant import SCALE_EPS, _broadcast_to_axis, _gradient_band
 
 SMALLEST_STEP = 1 / 64
 """A learned step is kept at or above this share of its first value."""
 
 
 def gradient_factor(count: int, quant_max: int) -> float:
-    """Return 1 / sqrt(``count`` ``quant_max``); ``count``: values of one image, or weights of one channel, that share the step."""
+    """Return the gradient scale of LSQ, 1 / sqrt(``count`` ``quant_max``).
+
+    Args:
+        count: Number of values of one image, or of weights of one channel, that share a scale.
+        quant_max: Largest code.
+    """
     return 1.0 / math.sqrt(max(count, 1) * quant_max)
 
 
@@ -44,14 +48,14 @@ def fake_quantize_learned(
     grad_factor: float = 1.0,
     rectified: bool = False,
 ) -> Tensor:
-    """Quantize and dequantize as ``fake_quantize`` does, with a gradient for ``scale`` too.
+    """Quantize and dequantize like ``fake_quantize``, with a gradient for ``scale`` too.
 
     For x = 0.8 and s = 0.5 the code is 2, x^ = 1.0 and d x^ / d s = 2 - 1.6 = 0.4; for x = 9 with quant_max = 15 and
-    zero point 0, d x^ / d s = 15.
+    zero_point = 0, d x^ / d s = 15.
 
-    A step below ``SCALE_EPS`` is used as ``SCALE_EPS``, with the gradient passed on, so that it can return; the
-    optimiser's hook (``optimizers.py``) keeps steps far above. NaN comes through, in x as in the scale, to the result
-    and to the scale's gradient.
+    A scale below ``SCALE_EPS`` is replaced by ``SCALE_EPS`` in the forward pass, and still receives a gradient, so that
+    it can grow again; the optimizer hook ``keep_positive`` keeps scales far above. A NaN in x or the scale propagates
+    to the result and to the gradient of the scale.
 
     Args:
         x: Floating point, any shape; the result and the gradient have its dtype and memory layout.
@@ -59,27 +63,29 @@ def fake_quantize_learned(
         zero_point: int32, same shape, within [quant_min, quant_max].
         quant_min: Smallest code.
         quant_max: Largest code.
-        axis: Channel axis of ``x``, or None for one step for the whole tensor.
-        grad_factor: Multiplies the gradient of ``scale``.
-        rectified: Take the ReLU of ``x`` first, in the same passes; the zero point must be ``quant_min``.
+        axis: Channel axis of ``x`` (per-channel), or None (per-tensor).
+        grad_factor: Factor of the gradient of ``scale``.
+        rectified: Whether to apply ReLU to ``x`` first, in the same passes; zero_point must be ``quant_min``.
 
     Returns:
-        Tensor like ``x``.
+        Tensor with the shape and dtype of ``x``.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     if axis is None and on_cpu and not torch.compiler.is_compiling():
         offset = int(zero_point)
-        whole: Tensor = _LearnedOnCpu.apply(x, scale, quant_min - offset, quant_max - offset, grad_factor, rectified)
+        whole: Tensor = _LearnedScalePerTensorCpu.apply(
+            x, scale, quant_min - offset, quant_max - offset, grad_factor, rectified
+        )
         return whole
-    offsets = _along(zero_point, x.ndim, axis)
+    offsets = _broadcast_to_axis(zero_point, x.ndim, axis)
     source = x.relu() if rectified else x
     bounds = (quant_min - offsets, quant_max - offsets)
-    rounded: Tensor = _Learned.apply(source, _along(scale, x.ndim, axis), *bounds, grad_factor)
+    rounded: Tensor = _LearnedScale.apply(source, _broadcast_to_axis(scale, x.ndim, axis), *bounds, grad_factor)
     return rounded
 
 
-class _Learned(torch.autograd.Function):
-    """Any broadcastable ``scale``, ``low`` and ``high``, in operations that a compiler can fuse; only the input is kept."""
+class _LearnedScale(torch.autograd.Function):
+    """Compute x^ for broadcastable ``scale``, ``low`` and ``high``, in fusible operations that save no mask."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, factor: float) -> Tensor:
@@ -96,22 +102,22 @@ class _Learned(torch.autograd.Function):
         work = torch.promote_types(x.dtype, torch.float32)
         ratio = x.to(work) * (1.0 / step).to(work)
         steps = ratio.round()
-        kept = torch.clamp(steps, low, high)
-        inside = kept == steps
-        pull = (kept - ratio.where(inside, 0.0)) * gradient
-        to_scale = pull.sum_to_size(step.shape).to(step.dtype) * ctx.factor
-        return torch.where(inside, gradient, 0.0), to_scale, None, None, None
+        clamped = torch.clamp(steps, low, high)
+        inside = clamped == steps
+        derivative = (clamped - ratio.where(inside, 0.0)) * gradient
+        grad_scale = derivative.sum_to_size(step.shape).to(step.dtype) * ctx.factor
+        return torch.where(inside, gradient, 0.0), grad_scale, None, None, None
 
 
-class _LearnedOnCpu(torch.autograd.Function):
-    """The same for one step, without a mask: see ``fake_quant.py`` for the pass band that replaces it."""
+class _LearnedScalePerTensorCpu(torch.autograd.Function):
+    """Compute the same per tensor on the CPU, with the gradient band of ``fake_quant.py`` instead of a mask."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, factor: float, rectified: bool) -> Tensor:
         ctx.shape, ctx.dtype, ctx.factor = scale.shape, scale.dtype, factor
         step = float(scale.clamp(min=SCALE_EPS))
         inverse = float(np.float32(1) / np.float32(step))
-        below, above = _pass_band(inverse, low, high)
+        below, above = _gradient_band(inverse, low, high)
         ctx.band, ctx.step = (0.0 if rectified else below, above), step
         out = torch.mul(x, inverse).round_().clamp_(low, high).mul_(step)
         ctx.save_for_backward(x, out)
@@ -120,14 +126,14 @@ class _LearnedOnCpu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         x, out = ctx.saved_tensors
-        passed = torch.empty_like(x)
-        torch.ops.aten.hardtanh_backward.grad_input(gradient, x, *ctx.band, grad_input=passed)
-        # x^ - x inside and x^ outside is s times the derivative. Subtracted before the sum: two sums would cancel digits.
-        moved = torch.empty_like(x)
-        torch.ops.aten.hardtanh_backward.grad_input(x, x, *ctx.band, grad_input=moved)
-        moved = torch.sub(out, moved, out=moved).mul_(gradient)
-        to_scale = moved.sum().mul_(ctx.factor / ctx.step).to(ctx.dtype).reshape(ctx.shape)
-        return passed, to_scale, None, None, None, None
+        grad_input = torch.empty_like(x)
+        torch.ops.aten.hardtanh_backward.grad_input(gradient, x, *ctx.band, grad_input=grad_input)
+        # s d x^ / d s is x^ - x inside the range and x^ outside. Subtracted before the sum: two sums would lose digits.
+        derivative = torch.empty_like(x)
+        torch.ops.aten.hardtanh_backward.grad_input(x, x, *ctx.band, grad_input=derivative)
+        derivative = torch.sub(out, derivative, out=derivative).mul_(gradient)
+        grad_scale = derivative.sum().mul_(ctx.factor / ctx.step).to(ctx.dtype).reshape(ctx.shape)
+        return grad_input, grad_scale, None, None, None, None
 
 
 def keep_positive(optimizer: torch.optim.Optimizer, steps: Sequence[Tensor]) -> None:

@@ -1,7 +1,7 @@
-"""Ranges of weights and activations: plain minimum and maximum, and ranges clipped to the least error.
+"""Observers and ranges of weights and activations: min-max, and clipping with the smallest quantization error.
 
-Nothing here keeps a moving average. Activation ranges are observed once, over a fixed set of images, and then frozen; the running
-minimum and maximum over that set need no decay and no bias correction.
+There are no moving averages. Activation ranges are observed once, over a fixed set of calibration images, and are then
+fixed; the minimum and maximum over that set need no decay and no bias correction.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 from synq.quant.fake_quant import choose_qparams, fake_quantize, quant_bounds
 
 _HISTC_CHUNK = 2**23
-"""Elements counted at a time: histc counts in the input's dtype, and float32 stops counting at 2^24 per bin."""
+"""Number of elements per call: histc counts in the dtype of its input, and float32 counts only up to 2^24 per bin."""
 
 _WEIGHT_RATIOS = tuple(round(1.0 - 0.02 * i, 2) for i in range(41))
-"""1.00, 0.98, ..., 0.20: at 2 bits the best clip of a normal channel is near a third of its maximum."""
+"""1.00, 0.98, ..., 0.20: at 2 bits the best clipping ratio of normally distributed weights is about a third."""
 
 
 @torch.no_grad()
 def minmax_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest weight of every output channel.
+    """Return the minimum and maximum weight of each output channel.
 
     Args:
         weight: (C_out, ...), at least two dimensions.
@@ -32,13 +32,13 @@ def minmax_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     weight = weight.detach()
     if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
-        weight = weight.permute(0, 2, 3, 1)  # so that flattening is a view, not a copy
+        weight = weight.permute(0, 2, 3, 1)  # so that flatten returns a view instead of a copy
     flat = weight.flatten(1)
     return flat.amin(dim=1), flat.amax(dim=1)  # aminmax takes four times as long on CPU
 
 
 class RangeObserver:
-    """Smallest and largest value of all tensors shown to it (per tensor, no decay).
+    """Per-tensor minimum and maximum over all observed tensors, without decay.
 
     Attributes:
         min_val: float tensor (), +inf before the first update.
@@ -51,16 +51,16 @@ class RangeObserver:
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Widen the range by ``x`` (any shape, at least one element). Does not wait for the device."""
+        """Extend the range to include ``x`` (any shape, at least one element). Does not synchronize with the device."""
         low, high = torch.aminmax(x.detach())
         self.min_val = torch.minimum(self.min_val.to(low), low)
         self.max_val = torch.maximum(self.max_val.to(high), high)
 
     def range(self) -> tuple[float, float]:
-        """``(min, max)`` of everything seen.
+        """Return ``(min, max)`` of all observed values.
 
         Raises:
-            ValueError: if nothing was seen, or a value seen was NaN or infinite.
+            ValueError: If nothing was observed, or a value was NaN or infinite.
         """
         low, high = float(self.min_val), float(self.max_val)
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -69,27 +69,27 @@ class RangeObserver:
 
 
 class HistogramObserver:
-    """Counts of values in equal bins over a known range (second pass, after a :class:`RangeObserver`).
+    """Histogram of values in equal bins over a known range (second pass, after a :class:`RangeObserver`).
 
-    Exact zeros of non-negative data are left out: zero is on every grid, so it has no error, while counted at the centre of the first
-    bin the many zeros behind a ReLU would pull the range towards themselves.
+    Exact zeros of non-negative data are not counted: zero is exactly representable, so it has no error, but counted at
+    the center of the first bin the many zeros after a ReLU would bias the range towards zero.
 
     Attributes:
         counts: float64 (bins,).
-        bin_min: lower edge of the first bin.
-        bin_max: upper edge of the last bin.
+        bin_min: Lower edge of the first bin.
+        bin_max: Upper edge of the last bin.
     """
 
     def __init__(self, bin_min: float, bin_max: float, bins: int = 2048) -> None:
-        """Start empty.
+        """Create an empty histogram.
 
         Args:
-            bin_min: smallest value expected; smaller ones fall into the first bin.
-            bin_max: largest value expected, >= ``bin_min``; larger ones fall into the last bin.
-            bins: number of bins, > 0.
+            bin_min: Lower edge of the first bin; smaller values are counted there.
+            bin_max: Upper edge of the last bin, >= ``bin_min``; larger values are counted there.
+            bins: Number of bins, > 0.
 
         Raises:
-            ValueError: if an end is not finite, or the ends are in the wrong order.
+            ValueError: If an edge is not finite, or ``bin_min > bin_max``.
         """
         low, high = float(bin_min), float(bin_max)
         if not (math.isfinite(low) and math.isfinite(high) and low <= high):
@@ -103,7 +103,7 @@ class HistogramObserver:
     def update(self, x: Tensor) -> None:
         """Count the values of ``x`` (any shape, finite)."""
         self.counts = self.counts.to(x.device)
-        if self.bin_min == self.bin_max:  # histc reads equal ends as "take the data's own"
+        if self.bin_min == self.bin_max:  # for equal edges histc uses the range of the data
             self.counts[0] += x.numel()
             return
         for part in x.detach().flatten().split(_HISTC_CHUNK):
@@ -114,12 +114,24 @@ class HistogramObserver:
                 self.counts[0] -= (values == 0).sum()
 
 
-def _range_errors(
+def _quantization_errors(
     values: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, bounds: tuple[int, int], norm: float
 ) -> Tensor:
-    """Weighted error sum_b weights_b |v_b - q(v_b)|^norm of M ranges at once: values, weights (B,), lows, highs (M,) -> (M,)."""
+    """Return sum_b weights_b |v_b - fake_quantize(v_b)|^norm for each of M ranges.
+
+    Args:
+        values: v, (B,) floating point.
+        weights: (B,).
+        lows: Lower bounds of the ranges, (M,).
+        highs: Upper bounds of the ranges, (M,).
+        bounds: (quant_min, quant_max).
+        norm: Exponent p > 0.
+
+    Returns:
+        (M,).
+    """
     scale, zero_point = choose_qparams(lows, highs, *bounds)
-    rows = max(1, 2**17 // len(values))  # a block that stays in the processor's cache
+    rows = max(1, 2**17 // len(values))  # a block that fits into the CPU cache
     parts = []
     for s, z in zip(scale.split(rows), zero_point.split(rows), strict=True):
         offset = z[:, None].to(values.dtype)
@@ -132,27 +144,28 @@ def _range_errors(
 def mse_range(
     counts: Tensor, bin_min: float, bin_max: float, quant_min: int, quant_max: int, norm: float = 2.4
 ) -> tuple[float, float]:
-    """Range (lo, hi) with the least sum_b counts_b |c_b - q(c_b; lo, hi)|^norm, c_b the centre of bin b.
+    """Return the range (lo, hi) that minimizes sum_b counts_b |c_b - q(c_b; lo, hi)|^norm, c_b the center of bin b.
 
-    Both ends are shrunk independently from the full range widened to hold zero; an end at zero stays there. First the whole grid of
-    shrink factors (48 x 48 for data of two signs, 192 for one sign), then three rounds around the best with a quarter of the step
-    each. The full range is a candidate, so the error is never above that of min-max.
+    Both bounds are shrunk independently, starting from the full range extended to include zero; a bound at zero is
+    fixed. A grid search over all shrink factors (48 x 48 if the data have two signs, 192 for one sign) is followed by
+    three refinements around the best candidate, each with a quarter of the step. The full range is a candidate, so the
+    error is never above that of min-max.
 
     Args:
         counts: (bins,), >= 0, from :class:`HistogramObserver`.
-        bin_min: lower edge of the first bin.
-        bin_max: upper edge of the last bin.
-        quant_min: smallest code.
-        quant_max: largest code.
-        norm: exponent p > 0. 2 is the mean squared error; a larger one clips less.
+        bin_min: Lower edge of the first bin.
+        bin_max: Upper edge of the last bin.
+        quant_min: Smallest code.
+        quant_max: Largest code.
+        norm: Exponent p > 0. 2 is the mean squared error; a larger exponent clips less.
 
     Returns:
-        ``(lo, hi)`` with lo <= 0 <= hi, to be given to ``choose_qparams``.
+        ``(lo, hi)`` with lo <= 0 <= hi, the arguments of ``choose_qparams``.
 
     Raises:
-        ValueError: if ``norm`` is not positive.
+        ValueError: If ``norm`` is not positive.
 
-    Source: the p ~ 2.4 reconstruction norm of AdaRound / BRECQ initialisations (METHOD section 3); the search is ours.
+    Source: the L_p norm, p = 2.4, with which AdaRound and BRECQ initialize scales; the search is ours.
     """
     if norm <= 0:
         raise ValueError(f"`mse_norm` must be > 0, but got {norm}")
@@ -160,23 +173,23 @@ def mse_range(
     hist = counts.detach().to("cpu", torch.float64)
     if low == high or float(hist.sum()) <= 0:
         return low, high
-    width = (float(bin_max) - float(bin_min)) / len(hist)
-    centres = float(bin_min) + (torch.arange(len(hist), dtype=torch.float64) + 0.5) * width
+    bin_width = (float(bin_max) - float(bin_min)) / len(hist)
+    centers = float(bin_min) + (torch.arange(len(hist), dtype=torch.float64) + 0.5) * bin_width
     used = hist > 0
-    values, weights = centres[used].float(), (hist[used] / hist.sum()).float()
-    # Work on data of largest magnitude 1: |error|^norm of tiny activations would underflow in float32.
+    values, weights = centers[used].float(), (hist[used] / hist.sum()).float()
+    # Normalize to magnitude 1: |error|^norm of small activations would underflow in float32.
     unit = max(-low, high)
     values = values / unit
 
     best_error, best = math.inf, (1.0, 1.0)
-    points = 48 if low < 0 < high else 192
-    step = 1.0 / points
-    grid_low = grid_high = torch.arange(points, 0, -1) * step
+    num_factors = 48 if low < 0 < high else 192
+    step = 1.0 / num_factors
+    grid_low = grid_high = torch.arange(num_factors, 0, -1) * step
     for _ in range(4):
         shrink_low = grid_low if low < 0 else torch.ones(1)
         shrink_high = grid_high if high > 0 else torch.ones(1)
         pairs = torch.cartesian_prod(shrink_low, shrink_high)
-        errors = _range_errors(
+        errors = _quantization_errors(
             values, weights, pairs[:, 0] * (low / unit), pairs[:, 1] * (high / unit), (quant_min, quant_max), norm
         )
         index = int(errors.argmin())
@@ -190,28 +203,29 @@ def mse_range(
 
 @torch.no_grad()
 def mse_weight_ratio(weight: Tensor, bits: int, norm: float = 2.4) -> Tensor:
-    """Share of each output channel's min-max range with the least sum |w - q(w)|^norm.
+    """Return the clipping ratio of each output channel's min-max range that minimizes sum |w - q(w)|^norm.
 
-    The ratio is chosen once; the ranges in training are ``ratio * minmax`` of the live weights. Both ends shrink by one ratio, so that
-    it keeps its meaning while the weights move. Ties go to the larger ratio; 1 is a candidate, so no channel gets worse than min-max.
+    The ratio is chosen once; during training the range is ``ratio * minmax`` of the current weights. Both bounds have
+    the same ratio, so that it stays meaningful while the weights change. Ties are resolved in favor of the larger
+    ratio; 1 is a candidate, so no channel has a larger error than with min-max.
 
     Args:
         weight: (C_out, ...), floating point.
-        bits: width of the signed codes, 2..8.
-        norm: exponent p > 0.
+        bits: Bit-width of the signed codes, 2..8.
+        norm: Exponent p > 0.
 
     Returns:
-        (C_out,) in [0.2, 1.0], dtype float32, device of ``weight``.
+        (C_out,) in [0.2, 1.0], float32, on the device of ``weight``.
 
     Raises:
-        ValueError: if ``bits`` or ``norm`` is out of range.
+        ValueError: If ``bits`` or ``norm`` is out of range.
     """
     if norm <= 0:
         raise ValueError(f"`mse_norm` must be > 0, but got {norm}")
     bounds = quant_bounds(bits, signed=True)
     flat = weight.detach().flatten(1).float()
     min_val, max_val = minmax_per_channel(flat)
-    # Channels scaled to magnitude 1 for the same reason as above; a zero channel keeps ratio 1.
+    # Normalized to magnitude 1 for the same reason as in mse_range; an all-zero channel keeps ratio 1.
     unit = torch.maximum(-min_val, max_val).clamp(min=torch.finfo(torch.float32).tiny)
     flat, min_val, max_val = flat / unit[:, None], min_val / unit, max_val / unit
     best_error = torch.full_like(min_val, math.inf)

@@ -1,4 +1,4 @@
-"""From a student rounded to nearest to the one that fine-tuning starts from: equalised channels, ranges, corrected statistics, rounding."""
+"""Prepare a quantized student for fine-tuning: equalization, ranges, learned rounding, corrected statistics."""
 
 from typing import Any
 
@@ -24,26 +24,27 @@ def prepare_student(
     synchronize: Synchronize = dict,
     progress: bool = False,
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
-    """Set the ranges of a student, in place, and do what else the configuration asks for before fine-tuning.
+    """Calibrate a student, in place, and apply the configured steps before fine-tuning.
 
     quantize_model [-> equalize] -> observe ranges [-> learn the rounding] [-> correct statistics]
 
-    Statistics last: what they make up for is what the rounding has left.
+    Statistics are corrected last, because they compensate for the remaining rounding errors.
 
     Args:
         net: Network of a student from ``quantize_model(teacher, ...)``, on ``device``.
-        teacher: Its teacher's graph, there too; not changed.
-        images: (N, C, H, W) synthetic images, filtered as those of the fine-tuning. Ranges and statistics come from the first
-            ``quant.calib_images``.
-        config: Its parts ``quant`` and ``reconstruction``, and the seed.
-        device: Where to compute.
+        teacher: Graph of its teacher, on ``device``; not modified.
+        images: (N, C, H, W) synthetic images, filtered as for fine-tuning. Ranges and statistics are computed on the
+            first ``quant.calib_images`` of them.
+        config: Used are ``quant``, ``reconstruction`` and ``seed``.
+        device: Device of the computation.
         image_range: As for ``observe_ranges``.
         synchronize: Makes the metrics by which a change is kept the same on all processes.
         progress: Whether a terminal shows a progress bar.
 
     Returns:
-        The float network that the student imitates tensor by tensor: the teacher, or a copy whose channels are scaled as the
-        student's. And what was done, for the record.
+        The float network that the student approximates tensor by tensor: the teacher, or a copy with the channel scales
+        of the student. And the reports of the applied steps, by name ("equalization", "reconstruction",
+        "bn_correction"), for the record.
 
     Raises:
         ValueError: As ``observe_ranges``.

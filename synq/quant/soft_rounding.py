@@ -1,6 +1,7 @@
-"""One weight whose rounding is learned: a number between the two codes around each value.
+"""Learnable rounding of one weight tensor (AdaRound): a variable in [0, 1] between the two codes next to each value.
 
-Source: AdaRound (Nagel et al., ICML 2020), section 3.2; that a weight stays off the middle of its cell is ours.
+Source: AdaRound (Nagel et al., ICML 2020), section 3.2. Ours: a weight keeps a distance of at most ``REACH`` from the
+center of its cell.
 """
 
 import torch
@@ -9,13 +10,13 @@ from torch import Tensor
 from synq.quant.layers import QuantConv2d, QuantLinear
 
 ZETA, GAMMA = 1.1, -0.1
-"""Ends to which the sigmoid is stretched, so that 0 and 1 are reached at finite V."""
+"""Bounds of the stretched sigmoid, so that 0 and 1 are reached at a finite V."""
 REACH = 0.4
-"""Largest distance of a weight from the middle of its cell, in steps; its edges are at 0.5."""
+"""Largest distance of a weight from the center of its cell, in units of its scale; the edges of the cell are at 0.5."""
 
 
 class SoftRounding:
-    """One weight on its grid with a rounding that can be learned.
+    """A weight on its quantization grid with a learnable rounding.
 
     Args:
         layer: A quantized layer with a stored scale.
@@ -31,21 +32,21 @@ class SoftRounding:
         self.floor, self.nearest = ratio.floor(), ratio.round().clamp(self.low, self.high)
         self.logits = torch.logit((ratio - self.floor - GAMMA) / (ZETA - GAMMA)).requires_grad_()
 
-    def share(self) -> Tensor:
-        """Return h(V), shape of the weight, in [0, 1]."""
+    def soft_rounding(self) -> Tensor:
+        """Return the rectified sigmoid h(V), shape of the weight, in [0, 1]."""
         return (torch.sigmoid(self.logits) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
 
     def weight(self) -> Tensor:
-        """Return w^(V)."""
-        return (self.floor + self.share()).clamp(self.low, self.high) * self.scale
+        """Return the softly rounded weight w^(V), shape of the weight."""
+        return (self.floor + self.soft_rounding()).clamp(self.low, self.high) * self.scale
 
     @torch.no_grad()
     def codes(self) -> Tensor:
-        """Return the learned codes, less the zero point, as floating numbers."""
-        return (self.floor + (self.share() >= 0.5)).clamp(self.low, self.high)
+        """Return the learned integer codes minus the zero point, in the dtype of the weight."""
+        return (self.floor + (self.soft_rounding() >= 0.5)).clamp(self.low, self.high)
 
     @torch.no_grad()
-    def settled(self) -> Tensor:
-        """Return the weight within reach of the middles of its learned cells."""
+    def hard_weight(self) -> Tensor:
+        """Return the weight, clamped to ``REACH`` scales around its learned codes, which rounding to nearest gives."""
         codes = self.codes()
         return (codes + (self.ratio - codes).clamp(-REACH, REACH)) * self.scale

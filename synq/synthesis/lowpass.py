@@ -1,4 +1,4 @@
-"""Gaussian low-pass filter of images: takes away the high-frequency noise that synthesis leaves.
+"""Gaussian low-pass filter for images, which removes the high-frequency noise of synthesis.
 
 x^F = F^-1(G . F(x)),    G_uv = exp(-D(u, v)^2 / (2 D0^2)),    D = distance from zero frequency in DFT bins
 """
@@ -20,14 +20,14 @@ FILTER_BATCH = 64
 
 
 def cutoff_in_bins(cutoff: float, unit: str, height: int, width: int) -> float:
-    """Return the cutoff D0 in DFT bins.
+    """Convert a cutoff D0 into DFT bins.
 
     0.5 "nyquist" is 8 bins at 32 x 32 pixels and 56 bins at 224 x 224; 40 "bins" is 40 bins at any size.
 
     Args:
         cutoff: D0 in ``unit``, > 0.
-        unit: "bins", or "nyquist" (share of the Nyquist frequency of the shorter side, which is min(height, width) / 2
-            bins).
+        unit: "bins", or "nyquist": a fraction of the Nyquist frequency of the shorter side, which is
+            min(height, width) / 2 bins.
         height: pixels.
         width: pixels.
 
@@ -54,11 +54,11 @@ def gaussian_gain(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the gain for every frequency of ``torch.fft.rfft2``.
+    """Return the filter's gain at each frequency of ``torch.fft.rfft2``.
 
-    Worked numbers, corner of the spectrum / Nyquist on one axis: 32 px, D0 = 20: 0.53 / 0.73; 224 px, D0 = 80: 0.14 /
-    0.38. A side of n pixels has its frequencies at whole bins 0, 1, ..., n/2, so on non-square images one bin is one
-    period per side on each axis.
+    Worked numbers, corner of the spectrum / Nyquist on one axis: 32 px, D0 = 20: 0.53 / 0.73; 224 px, D0 = 80:
+    0.14 / 0.38. A side of n pixels has frequencies at the integer bins 0, 1, ..., n/2, so in a non-square image one bin
+    is one period per side on each axis.
 
     Args:
         height: pixels H >= 1.
@@ -78,6 +78,7 @@ def gaussian_gain(
     if not cutoff_bins > 0:
         raise ValueError(f"`cutoff_bins` must be > 0, but got {cutoff_bins}")
     # Times n: fftfreq counts in cycles per pixel, the formula in bins. float64 gives all devices the same gain.
+    # fftfreq returns cycles per pixel; times n it is in bins. In float64, so that the gain is the same on every device.
     rows = torch.fft.fftfreq(height, dtype=torch.float64) * height
     cols = torch.fft.rfftfreq(width, dtype=torch.float64) * width
     distance_squared = rows[:, None] ** 2 + cols[None, :] ** 2
@@ -87,13 +88,13 @@ def gaussian_gain(
 
 @torch.no_grad()
 def gaussian_lowpass(x: Tensor, cutoff_bins: float, batch: int = 512, out: Tensor | None = None) -> Tensor:
-    """Return images without their high frequencies; the mean of every channel is preserved.
+    """Apply the Gaussian low-pass filter to images; the mean of each channel is preserved.
 
     Args:
         x: images (N, C, H, W), floating point.
         cutoff_bins: D0 in DFT bins, > 0.
         batch: images filtered at a time; bounds the memory for the spectrum.
-        out: where the result goes; None makes a new tensor.
+        out: output tensor, shaped like ``x``; None allocates a new one.
 
     Returns:
         ``out``, or a new tensor like ``x`` (same dtype and device). Half-precision images are filtered in float32.
@@ -105,7 +106,7 @@ def gaussian_lowpass(x: Tensor, cutoff_bins: float, batch: int = 512, out: Tenso
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     gain = gaussian_gain(height, width, cutoff_bins, device=x.device, dtype=work)
     out = torch.empty_like(x) if out is None else out
-    if len(x) == 0:  # some FFT libraries refuse an empty batch
+    if len(x) == 0:  # some FFT libraries reject an empty batch
         return out
     for source, target in zip(x.split(batch), out.split(batch), strict=True):
         spectrum = torch.fft.rfft2(source.to(work)) * gain

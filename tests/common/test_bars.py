@@ -39,7 +39,7 @@ run_all({"only": config}, 1, lambda cell, record: print("done", cell, flush=True
 words = ["--formats", "packed", "--agreement", "0", "--mean-difference", "9"]
 assert main([str(run_folder(config)), *words]) == 0
 """
-TITLES = ("runs:", "train images:", "fine-tune:", "labelled images:", "teacher's answers:", "check model.safetensors:")
+TITLES = ("runs:", "train images:", "fine-tune:", "labeled images:", "teacher's answers:", "check model.safetensors:")
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_counting_counts_the_same_below_a_bar(
     assert count(True) == quiet and capsys.readouterr().err == "", "no terminal"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert count(False) == quiet and capsys.readouterr().err == ""
-    assert count(True) == quiet and "labelled images:" in capsys.readouterr().err
+    assert count(True) == quiet and "labeled images:" in capsys.readouterr().err
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Tensors on disk: they hold what is written, leave nothing behind, and refuse a disk that is too small before the work."""
+"""Tensors on disk: they keep what is written, leave no file, and reject a disk that is too small before the work."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_filtering_into_it_is_filtering(tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_named(tmp_path: Path) -> None:
     stat = os.statvfs(tmp_path)
     too_many = stat.f_bavail * stat.f_frsize // 4 + 2**28
-    with pytest.raises(OSError, match=r"MiB were to be reserved.*" + tmp_path.name) as caught:
+    with pytest.raises(OSError, match=r"while reserving \d+ MiB for the filtered images.*" + tmp_path.name) as caught:
         scratch_tensor((too_many,), torch.float32, tmp_path)
     assert caught.value.errno is not None and list(tmp_path.iterdir()) == []
 
@@ -47,7 +47,7 @@ def test_a_file_that_cannot_be_mapped_is_named(tmp_path: Path, monkeypatch: pyte
         raise RuntimeError("unable to mmap 48 bytes")
 
     monkeypatch.setattr("torch.from_file", refused)
-    with pytest.raises(OSError, match=r"unable to mmap.*reserved"):
+    with pytest.raises(OSError, match=r"unable to mmap.*while reserving"):
         scratch_tensor((3, 4), torch.float32, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

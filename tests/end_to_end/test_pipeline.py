@@ -264,7 +264,7 @@ def test_the_teacher_of_many_runs_is_counted_once(config: RunConfig, monkeypatch
         return evaluate(net, *rest, **options)
 
     monkeypatch.setattr("synq.evaluation.measure.evaluate", counting)
-    monkeypatch.setattr("synq.evaluation.measure._TEACHERS", {})
+    monkeypatch.setattr("synq.evaluation.measure._TEACHER_ACCURACY", {})
     records = [run(with_overrides(config, {"seed": seed})) for seed in (1, 2)]
     assert counted == [False, True, True, True, True]
     assert records[0].teacher_top1 == records[1].teacher_top1

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from synq.config.run import FIDELITY_MEASURES, EvaluationConfig, QuantConfig, TeacherConfig
 from synq.evaluation.fidelity import OBJECTIVES, kl, logit_mse
-from synq.evaluation.measure import Accuracy, Measure, Reference, evaluate, fidelity, lost_and_gained
+from synq.evaluation.measure import Accuracy, Measure, TeacherLogits, evaluate, fidelity, lost_and_gained
 from synq.quant.integer_form import integer_form
 from synq.quant.student import observe_ranges, quantize_model
 from synq.teacher.teacher import Teacher, load_teacher
@@ -50,7 +50,7 @@ def test_top5_of_three_classes_is_everything(accelerator: Accelerator) -> None:
 
 
 def test_nothing_to_count_is_refused(accelerator: Accelerator) -> None:
-    with pytest.raises(ValueError, match="at least one labelled image"):
+    with pytest.raises(ValueError, match="at least one labeled image"):
         evaluate(Echo(), lambda rows: (rows, rows), torch.arange(0), batch_size=2, accelerator=accelerator)
 
 
@@ -71,7 +71,7 @@ def test_fidelity_by_hand(accelerator: Accelerator) -> None:
 
 
 def _fidelity(student: nn.Module, images: Tensor, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
-    reference = Reference.of(Echo(), images, batch_size=batch_size, accelerator=accelerator)
+    reference = TeacherLogits.compute(Echo(), images, batch_size=batch_size, accelerator=accelerator)
     return fidelity(reference, student, {"kl": kl, "logit_mse": logit_mse}, accelerator=accelerator)
 
 
@@ -82,7 +82,7 @@ def lambda_module(function: object) -> nn.Module:
 def test_measuring_has_no_side_effect(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
     before = {key: value.clone() for key, value in tiny_classifier.state_dict().items()}
     x = torch.randn(10, 3, 8, 8)
-    reference = Reference.of(tiny_classifier, x, batch_size=4, accelerator=accelerator)
+    reference = TeacherLogits.compute(tiny_classifier, x, batch_size=4, accelerator=accelerator)
     fidelity(reference, tiny_classifier, {"kl": kl}, accelerator=accelerator)
     assert all(torch.equal(value, before[key]) for key, value in tiny_classifier.state_dict().items())
     assert not [m for m in tiny_classifier.modules() if m._forward_hooks]
@@ -216,7 +216,7 @@ def test_several_processes_share_the_images_and_sum(
 ) -> None:
     one, student = measured
     whole = fidelity(
-        Reference.of(one.teacher.graph, one.heldout, batch_size=8, accelerator=accelerator),
+        TeacherLogits.compute(one.teacher.graph, one.heldout, batch_size=8, accelerator=accelerator),
         student,
         {"kl": kl, "logit_mse": logit_mse},
         accelerator=accelerator,
@@ -225,7 +225,7 @@ def test_several_processes_share_the_images_and_sum(
     for index in range(count):
         rank = Rank(index, count)
         rank.others = others
-        reference = Reference.of(one.teacher.graph, one.heldout, batch_size=8, accelerator=rank)  # type: ignore[arg-type]
+        reference = TeacherLogits.compute(one.teacher.graph, one.heldout, batch_size=8, accelerator=rank)  # type: ignore[arg-type]
         got = fidelity(reference, student, {"kl": kl, "logit_mse": logit_mse}, accelerator=rank)  # type: ignore[arg-type]
         assert rank.mine is not None and rank.mine[-1] == 30 / count
         others = [*others, rank.mine]

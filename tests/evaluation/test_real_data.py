@@ -79,7 +79,7 @@ def test_grey_images_are_repeated_for_a_colour_teacher(tmp_path: Path) -> None:
 
 def test_colour_images_are_refused_for_a_grey_teacher(tmp_path: Path) -> None:
     write_npz(tmp_path / "a.npz")
-    with pytest.raises(ValueError, match=r"a\.npz must fit a teacher of 1 channel\(s\), but have 3"):
+    with pytest.raises(ValueError, match=r"a\.npz must match a teacher of 1 channel\(s\), but have 3"):
         load(f"npz:{tmp_path}/a.npz", (1, 8, 8))
     with pytest.raises(ValueError, match="must have 1 channel"):
         fit_images(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), (1, 4, 4))
@@ -104,7 +104,7 @@ def test_selection_mask_is_fixed_for_ever() -> None:
     assert abs(float(selection_mask(5000, 0.2).float().mean()) - 0.2) < 0.02
     assert not selection_mask(100, 0.0).any() and selection_mask(100, 1.0).all()
     assert not (selection_mask(500, 0.2) & ~selection_mask(500, 0.5)).any()
-    with pytest.raises(ValueError, match=r"`selection_fraction` must lie in 0\.\.1, but got 1\.5"):
+    with pytest.raises(ValueError, match=r"`selection_fraction` must be in 0\.\.1, but got 1\.5"):
         selection_mask(3, 1.5)
 
 
@@ -135,14 +135,14 @@ def test_limit_draws_from_the_whole_of_a_sorted_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x": np.zeros((2, 8, 8, 3), np.uint8)}, r"arrays `x` and `y`, but holds x"),
+        ({"x": np.zeros((2, 8, 8, 3), np.uint8)}, r"arrays `x` and `y`, but has x"),
         ({"x": np.zeros((2, 8, 8, 3), np.float32), "y": np.zeros(2, int)}, r"images of .* uint8 .* float32"),
         ({"x": np.zeros((2, 3, 8, 8), np.uint8), "y": np.zeros(2, int)}, r"images of .*but got \(2, 3, 8, 8\)"),
         ({"x": np.zeros((2, 8, 8, 3), np.uint8), "y": np.zeros(3, int)}, r"must be \(2,\) integers.*\(3,\)"),
         ({"x": np.zeros((2, 8, 8, 3), np.uint8), "y": np.zeros(2)}, r"must be \(2,\) integers.*float64"),
-        ({"x": np.zeros((2, 8, 8, 3), np.uint8), "y": np.array([0, 3])}, r"must lie in 0\.\.2 .* but got 0\.\.3"),
+        ({"x": np.zeros((2, 8, 8, 3), np.uint8), "y": np.array([0, 3])}, r"must be in 0\.\.2 .* but got 0\.\.3"),
         ({"x": np.zeros((2, 8, 8, 3), np.uint8), "y": np.array([-1, 0])}, r"but got -1\.\.0"),
-        ({"x": np.zeros((0, 8, 8, 3), np.uint8), "y": np.zeros(0, int)}, r"must hold images, but is empty"),
+        ({"x": np.zeros((0, 8, 8, 3), np.uint8), "y": np.zeros(0, int)}, r"must contain images, but is empty"),
         ({"x": np.array([{}], dtype=object), "y": np.zeros(1, int)}, r"cannot be used: .*allow_pickle"),
     ],
 )
@@ -202,13 +202,13 @@ def test_folder_numbers_are_labels_by_value(tmp_path: Path) -> None:
     row = data.labels.tolist().index(10)
     restored = data[row][0] * torch.tensor(STD3).view(3, 1, 1) + torch.tensor(MEAN3).view(3, 1, 1)
     assert torch.allclose(restored * 255, torch.full((3, 8, 8), 20.0), atol=0.01)
-    with pytest.raises(ValueError, match=r"must lie in 0\.\.2 .*but got 2\.\.10"):
+    with pytest.raises(ValueError, match=r"must be in 0\.\.2 .*but got 2\.\.10"):
         load(f"imagefolder:{tmp_path}")
 
 
 def test_part_of_the_classes_by_name_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, ("cat", "dog"))
-    with pytest.raises(ValueError, match=r"one folder per class of the teacher \(3\), but has 2; .*class number"):
+    with pytest.raises(ValueError, match=r"one folder per class of the teacher \(3\), but has 2; .*class index"):
         load(f"imagefolder:{tmp_path}")
 
 
@@ -229,13 +229,15 @@ def test_folder_grey_and_damaged_images(tmp_path: Path) -> None:
     assert load(f"imagefolder:{tmp_path}/grey", (1, 8, 8))[1][0].shape == (1, 8, 8)
     assert load(f"imagefolder:{tmp_path}/grey")[1][0].shape == (3, 8, 8)
     write_folder(tmp_path / "colour", ("0",))
-    with pytest.raises(ValueError, match=r"must be grey for a teacher of 1 channel, but .*image\.png has mode RGB"):
+    with pytest.raises(
+        ValueError, match=r"must be grayscale for a teacher of 1 channel, but .*image\.png has mode RGB"
+    ):
         load(f"imagefolder:{tmp_path}/colour", (1, 8, 8))[0]
     (tmp_path / "colour" / "0" / "image.png").write_bytes(b"\x89PNG nothing")
     with pytest.raises(ValueError, match=r"image .*image\.png must be readable"):
         load(f"imagefolder:{tmp_path}/colour")[0]
     (tmp_path / "empty" / "0").mkdir(parents=True)
-    with pytest.raises(ValueError, match="must hold images, but is empty"):
+    with pytest.raises(ValueError, match="must contain images, but is empty"):
         load(f"imagefolder:{tmp_path}/empty")
 
 
@@ -274,7 +276,7 @@ def test_data_folder_comes_from_the_environment(tmp_path: Path, monkeypatch: pyt
 def test_damaged_idx_files(tmp_path: Path) -> None:
     values = np.zeros((2, 3), np.uint8)
     for name, content, message in (
-        ("a", idx_bytes(values)[:-1], r"must hold \(2, 3\) bytes"),
+        ("a", idx_bytes(values)[:-1], r"must contain \(2, 3\) bytes"),
         ("b", b"\0\0\x09\x01", "must be an IDX file"),
         ("c", b"", "must be an IDX file"),
         ("d", idx_bytes(values)[:6], "is damaged"),
@@ -296,7 +298,9 @@ def test_sets_by_name_without_a_network(tmp_path: Path, name: str, monkeypatch: 
     for kind in ("CIFAR10", "CIFAR100", "FashionMNIST"):
         monkeypatch.setattr(datasets, kind, offline)
     monkeypatch.setattr(real_sources, "FASHION_MNIST_FOLDERS", ())
-    with pytest.raises(ConnectionError, match=f"data set {name} must lie in .*no network; fetch it on another machine"):
+    with pytest.raises(
+        ConnectionError, match=f"data set {name} must be in .*no network; download it on another machine"
+    ):
         load(name, (3, 32, 32), num_classes=100, data_dir=str(tmp_path / "new"))
 
 

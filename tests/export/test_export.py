@@ -45,7 +45,7 @@ def test_every_file_is_there_and_described(finished: Path, exported: Path) -> No
         synthetic, labelled = file["comparisons"]
         assert (synthetic["source"], labelled["source"], labelled["images"]) == (
             "synthetic",
-            "labelled",
+            "labeled",
             record.num_eval,
         )
         assert synthetic["images"] == sum(record.config[a][b] for a, b in (("synthesis", "num_images"), ("evaluation", "heldout_images")))  # fmt: skip
@@ -146,7 +146,7 @@ class Turned(nn.Module):
 def test_the_door_says_refusals_in_one_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(finished), "--formats", "packed", "--out", str(tmp_path / "x")]) == 1
     line = capsys.readouterr().err
-    assert line.startswith("synq: error: model.safetensors was not written: it chooses another class")
+    assert line.startswith("synq: error: model.safetensors was not written: it predicts another class")
     assert line.count("\n") == 1 and not (tmp_path / "x").exists()
 
 
@@ -172,7 +172,7 @@ def test_nothing_of_others_is_overwritten(finished: Path, tmp_path: Path, capsys
     (mine / "README.md").write_text("precious")
     (tmp_path / "file").write_text("precious")
     words = [str(finished), "--formats", "packed", "--rounds", "0", *ANY, "--out"]
-    for place, complaint in ((mine, "holds README.md and no card.json of ours"), (tmp_path / "file", "is a file")):
+    for place, complaint in ((mine, "has README.md and no card.json of an export"), (tmp_path / "file", "is a file")):
         assert main([*words, str(place)]) == 2
         assert complaint in capsys.readouterr().err
     (mine / "card.json").write_text('{"cards": 52}')

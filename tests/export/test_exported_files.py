@@ -34,7 +34,7 @@ def test_a_file_that_answers_otherwise_is_refused_and_not_left_behind(finished: 
 
     check = Checker(integer_form(student.net), student.net, images, NoLabels(), Tolerance())  # type: ignore[arg-type]
     with pytest.raises(
-        ExportRefusedError, match=r"model\.onnx was not written: it chooses another class than the student"
+        ExportRefusedError, match=r"model\.onnx was not written: it predicts another class than the student"
     ):
         export_onnx(tmp_path / "model.onnx", "int8", onnx_graph(form, teacher.input_size), check)
     assert list(tmp_path.iterdir()) == []
@@ -54,13 +54,13 @@ def test_no_file_is_held_to_more_than_the_simulation(unsure: int) -> None:
     moved = torch.tensor([0.0, 0.4])
     if unsure > 10:
         with pytest.raises(
-            ExportRefusedError, match=r"cannot be checked: with sums in float the student .* 50 of 100 synthetic"
+            ExportRefusedError, match=r"cannot be verified: with float sums the student .* 50 of 100 synthetic"
         ):
             check("file", lambda x: x + moved)
         return
     (found,) = check("file", lambda x: x + moved)
-    (own,) = check.own.values()
+    (own,) = check.simulation.values()
     assert (found.differing, own.differing, own.max_difference) == (5, 5, 0.5)
-    wrong = r"100 of 100 synthetic images \(0.00 % agree, 99.9 % are asked for; with sums in float the student on 5\)"
+    wrong = r"100 of 100 synthetic images \(0.00 % agree, but at least 99.9 % must; with float sums the student differs for 5\)"
     with pytest.raises(ExportRefusedError, match=wrong):
         check("file", lambda x: x + 25 * moved)

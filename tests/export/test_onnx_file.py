@@ -123,5 +123,5 @@ class Erfinv(nn.Module):
 
 
 def test_what_onnx_cannot_say_is_refused() -> None:
-    with pytest.raises(ValueError, match="the student cannot be written as ONNX"):
+    with pytest.raises(ValueError, match="the student cannot be exported to ONNX"):
         write_onnx(torch.fx.symbolic_trace(Erfinv().eval()), SIZE)

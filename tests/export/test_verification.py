@@ -60,31 +60,31 @@ def result(differing: int, decided: int, mean_difference: float = 0.0) -> Compar
     [(0, 10, True), (1, 10, True), (2, 10, False), (1, 1000, True), (2, 1000, False), (4, 4990, True), (5, 4990, False), (5, 5000, True)],
 )  # fmt: skip
 def test_one_image_in_a_thousand_may_differ(differing: int, decided: int, good: bool) -> None:
-    complaint = Tolerance().complaint(result(differing, decided))
-    assert (complaint == "") is good
-    assert good or f"on {differing} of {decided} labelled images" in complaint
+    violation = Tolerance().violation(result(differing, decided))
+    assert (violation == "") is good
+    assert good or f"for {differing} of {decided} labelled images" in violation
 
 
 def test_logits_must_be_near_and_finite() -> None:
-    assert Tolerance().complaint(result(0, 10, 0.05)) == ""
-    assert "logits differ from the student's by 0.06" in Tolerance().complaint(result(0, 10, 0.06))
-    assert "by nan" in Tolerance().complaint(result(0, 10, math.nan))
+    assert Tolerance().violation(result(0, 10, 0.05)) == ""
+    assert "logits differ from the student's by 0.06" in Tolerance().violation(result(0, 10, 0.06))
+    assert "by nan" in Tolerance().violation(result(0, 10, math.nan))
 
 
 def test_a_file_may_differ_twice_as_much_as_the_simulation() -> None:
     own = result(3, 1000, 0.04)
-    assert Tolerance().complaint(result(6, 1000, 0.08), own) == ""
-    complaint = Tolerance().complaint(result(7, 1000), own)
-    assert "on 7 of 1000" in complaint and "with sums in float the student on 3)" in complaint
-    assert "(at most 0.08 is asked for)" in Tolerance().complaint(result(0, 1000, 0.09), own)
+    assert Tolerance().violation(result(6, 1000, 0.08), own) == ""
+    violation = Tolerance().violation(result(7, 1000), own)
+    assert "for 7 of 1000" in violation and "with float sums the student differs for 3)" in violation
+    assert "but by at most 0.08 is allowed" in Tolerance().violation(result(0, 1000, 0.09), own)
     sure = result(0, 1000)
-    assert Tolerance().complaint(result(1, 1000), sure) == "" and Tolerance().complaint(result(2, 1000), sure)
+    assert Tolerance().violation(result(1, 1000), sure) == "" and Tolerance().violation(result(2, 1000), sure)
 
 
 def test_what_cannot_be_checked() -> None:
     shaky = result(101, 1000)
-    assert "cannot be checked: with sums in float the student" in Tolerance().complaint(result(50, 1000), shaky)
-    assert Tolerance().complaint(result(50, 1000), result(100, 1000)) == "", "a tenth is not too much"
-    assert Tolerance().complaint(result(1, 1000), shaky) == "", "it agrees all the same"
+    assert "cannot be verified: with float sums the student" in Tolerance().violation(result(50, 1000), shaky)
+    assert Tolerance().violation(result(50, 1000), result(100, 1000)) == "", "a tenth is not too much"
+    assert Tolerance().violation(result(1, 1000), shaky) == "", "it agrees all the same"
     nothing = replace(result(0, 100), decided=0, margin=7.0)
-    assert "on none of 100 labelled images" in Tolerance().complaint(nothing)
+    assert "for none of 100 labelled images" in Tolerance().violation(nothing)

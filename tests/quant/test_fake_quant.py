@@ -8,7 +8,7 @@ from torch import Tensor
 from support import reference
 from synq.quant.fake_quant import (
     SCALE_EPS,
-    _pass_band,
+    _gradient_band,
     choose_qparams,
     dequantize,
     fake_quantize,
@@ -198,7 +198,7 @@ def test_gradient_is_that_of_the_fused_op_at_every_tie_and_edge(bits: int, signe
 def test_pass_band_is_exact_for_any_step(step: float, bits: int, offset: int) -> None:
     low, high = 0 - offset % 2**bits, 2**bits - 1 - offset % 2**bits
     inverse = float(np.float32(1) / np.float32(step))
-    below, above = (np.float32(edge) for edge in _pass_band(inverse, low, high))
+    below, above = (np.float32(edge) for edge in _gradient_band(inverse, low, high))
     factor = np.float32(inverse)
     assert np.rint(below * factor) < low <= np.rint(np.nextafter(below, np.float32(np.inf)) * factor)
     assert np.rint(np.nextafter(above, -np.float32(np.inf)) * factor) <= high < np.rint(above * factor)

@@ -148,6 +148,6 @@ def test_a_batch_norm_without_statistics_stays() -> None:
 
 def test_ranges_must_be_known() -> None:
     made = student(Residual(), observed=False)
-    with pytest.raises(RuntimeError, match="observed before the student becomes integers"):
+    with pytest.raises(RuntimeError, match="observed before conversion to the integer form"):
         integer_form(made.net)
     integer_form(made.net, empty=True)

@@ -46,7 +46,9 @@ def test_the_nearest_pattern_decides_whatever_the_order(
 
 
 def test_patterns_that_disagree_equally_near_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"one width for 'ab', but the patterns '\*b' and 'a\*' are equally near"):
+    with pytest.raises(
+        ValueError, match=r"one bit-width for 'ab', but the patterns '\*b' and 'a\*' are equally specific"
+    ):
         WidthPatterns({"a*": 5, "*b": 6}, "widths").width("ab")
 
 
@@ -99,14 +101,14 @@ def test_a_name_goes_before_first_and_last_bits(teacher: Teacher) -> None:
 @pytest.mark.parametrize(
     ("field", "widths", "message"),
     [
-        ("layer_weight_bits", {"conv9": 8}, r"'conv9', which fits nothing; did you mean `conv1`\?"),
-        ("layer_weight_bits", {"zzz*": 8}, r"'zzz\*', which fits nothing; there are conv1, "),
+        ("layer_weight_bits", {"conv9": 8}, r"'conv9', which matches none; did you mean `conv1`\?"),
+        ("layer_weight_bits", {"zzz*": 8}, r"'zzz\*', which matches none; there are conv1, "),
         (
             "layer_act_bits",
             {"conv1": 8},
-            r"`quant.layer_act_bits` must name what is quantized, .*there are relu, relu_1, relu_2",
+            r"`quant.layer_act_bits` must name quantized tensors, .*there are relu, relu_1, relu_2",
         ),
-        ("layer_act_bits", {"*function*": 8}, r"which fits nothing"),
+        ("layer_act_bits", {"*function*": 8}, r"which matches none"),
     ],
 )
 def test_a_name_that_fits_nothing_is_refused(

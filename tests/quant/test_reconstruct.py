@@ -29,7 +29,7 @@ from synq.quant.adaround import (
     _beta,
     _Block,
     _distance,
-    _Learning,
+    _SoftBlockRunner,
     drop_back,
     reconstruct,
     student_cuts,
@@ -140,7 +140,7 @@ def test_soft_rounding_starts_at_the_weight_and_ends_at_its_codes() -> None:
     assert torch.equal(soft.codes() * soft.scale, effective_weight(layer)), "no tie: the start rounds to nearest"
     with torch.no_grad():
         soft.logits.fill_(9.0)
-        assert torch.equal(soft.share(), torch.ones_like(step))
+        assert torch.equal(soft.soft_rounding(), torch.ones_like(step))
         assert torch.equal(soft.codes(), (soft.floor + 1).clamp(soft.low, soft.high))
         soft.logits.fill_(-9.0)
         assert torch.equal(soft.weight(), soft.codes() * soft.scale)
@@ -170,8 +170,8 @@ def test_a_learning_block_without_drops_is_the_block_and_with_all_is_float(learn
     ends = block_ends(traced)
     cuts = student_cuts(student, ends)
     block = _Block(segment(student, cuts[0], cuts[1]), set())
-    quantized = _Learning(block, lambda whole, rounded: rounded, learn_steps).run(images)
-    floating = _Learning(block, lambda whole, rounded: whole, learn_steps).run(images)
+    quantized = _SoftBlockRunner(block, lambda whole, rounded: rounded, learn_steps).run(images)
+    floating = _SoftBlockRunner(block, lambda whole, rounded: whole, learn_steps).run(images)
     wanted = segment(traced, next(iter(traced.graph.nodes)), ends[0])(images)
     # 8-bit weights, not yet rounded: what is left between them is the end of a range, or a quantizer at another code.
     torch.testing.assert_close(floating.detach(), wanted, atol=0.02, rtol=0)
@@ -256,10 +256,10 @@ def test_learned_weight_steps_and_double_precision() -> None:
 
 def test_what_cannot_be_reconstructed_is_refused() -> None:
     traced, images = traced_of(Bottlenecks), smooth(8, SIZE, 0)
-    with pytest.raises(ValueError, match=r"reconstruction\.images must be >= 1"):
+    with pytest.raises(ValueError, match=r"`reconstruction\.images` must be >= 1"):
         reconstruct(student_of(traced, images), traced, images[:0], QUICK, seed=0, device=CPU)
     live = student_of(traced, images, rounding="nearest")
-    with pytest.raises(ValueError, match=r"quant\.rounding must be adaround .* stem\.0 has no stored scale"):
+    with pytest.raises(ValueError, match=r"`quant\.rounding` must be adaround .* stem\.0 has no stored scale"):
         reconstruct(live, traced, images, QUICK, seed=0, device=CPU)
     nodes = {node.name: node for node in traced.graph.nodes}
     with pytest.raises(ValueError, match="must be the only input of the segment that ends at add, but got blocks_0_0"):

@@ -197,7 +197,7 @@ def test_a_teacher_that_normalises_in_place_gets_a_copy(augment: str) -> None:
 def test_divergence_is_named() -> None:
     net = Net()
     net.linear.weight.mul_(float("inf"))
-    with pytest.raises(ValueError, match=r"`synthesis.lr` must keep the optimisation finite, but got total = nan"):
+    with pytest.raises(ValueError, match=r"`synthesis.lr` must keep the optimization finite, but got total = nan"):
         _run(net, iterations=2)
 
 

@@ -47,11 +47,11 @@ def test_a_swung_convolution_is_the_convolution_of_a_shifted_input(
     limits = [size - 1 for size in net[0].stride]
     with SwingConvolutions(net, [[(0, 0)], [(limits[0], limits[1])], [(-limits[0], 0)]]) as swing:
         assert torch.equal(net(x), plain), "before the first turn"
-        swing.turn(0)
+        swing.set_step(0)
         assert torch.equal(net(x), plain)
-        swing.turn(1)
+        swing.set_step(1)
         shifted = net(x)
-        swing.turn(2)
+        swing.set_step(2)
         back = net(x)
     assert shifted.shape == back.shape == plain.shape
     assert not torch.equal(shifted, plain)
@@ -71,7 +71,7 @@ def test_every_position_gets_gradient() -> None:
     total = torch.zeros_like(x)
     with SwingConvolutions(net, swings) as swing:
         for step in range(40):
-            swing.turn(step)
+            swing.set_step(step)
             total += torch.autograd.grad(net(x).sum(), x)[0].abs()
     assert (total > 0).all()
 
@@ -96,7 +96,7 @@ def test_nothing_stays_behind(make_classifier: object) -> None:
     plain = net(x)
     with pytest.raises(RuntimeError, match="in the block"), SwingConvolutions(net, [[(1, 1)]]) as swing:
         assert [bool(layer._forward_pre_hooks) for layer in strided_convolutions(net)] == [True]
-        swing.turn(0)
+        swing.set_step(0)
         assert not torch.equal(net(x), plain)
         raise RuntimeError("in the block")
     assert torch.equal(net(x), plain)
@@ -107,5 +107,5 @@ def test_nothing_stays_behind(make_classifier: object) -> None:
 def test_without_shifts_no_hook() -> None:
     net = nn.Conv2d(1, 1, 3, 2)
     with SwingConvolutions(net, []) as swing:
-        swing.turn(0)
+        swing.set_step(0)
         assert not net._forward_pre_hooks

@@ -138,7 +138,7 @@ def test_a_set_tells_the_noise_it_began_as_and_every_shard_began_so(tmp_path: Pa
     for index in range(2):
         generator = make_generator("synthesis", 0, "train", "shard", index)
         white = torch.randn((4, *tiny_teacher.input_size), generator=generator)
-        torch.testing.assert_close(made.images[4 * index : 4 * index + 4], noise.shape(white))
+        torch.testing.assert_close(made.images[4 * index : 4 * index + 4], noise.apply(white))
     white_set = ensure_set(tiny_teacher, replace(config, start="white"), 0, SetStore(tmp_path), progress=False)
     assert "start_noise" not in white_set.manifest
     assert made.manifest["terms"]["bns"] < white_set.manifest["terms"]["bns"]

@@ -48,7 +48,7 @@ def test_weight_stem_tells_two_teachers_of_one_factory_apart(
         ("not_a_module", r"must return a torch.nn.Module, but got int"),
         ("wants_argument", "must be callable without arguments .* raised TypeError: .*'width'"),
         ("divides", "must be callable without arguments .* raised ZeroDivisionError: division by zero"),
-        ("Drops", "must be deterministic in evaluation mode"),
+        ("Drops", "must be deterministic in eval mode"),
         ("weight_normed", r"weight of layer '5' is computed .* remove the parametrization first"),
         ("no_norm", r"must have BatchNorm layers .*no_norm_random, without BatchNorm"),
     ],
@@ -63,7 +63,7 @@ def test_bad_factories(make_config: Callable[..., TeacherConfig], factory: str, 
     [
         ("torchvison:resnet18", "torchvison.*did you mean torchvision"),
         ("no_such_module_here:net", "no_such_module_here.*sources are bundled, torchvision"),
-        ("bundled:", "must read bundled:NAME"),
+        ("bundled:", "must have the form bundled:NAME"),
     ],
 )
 def test_unknown_sources(spec: str, message: str) -> None:
@@ -100,7 +100,7 @@ def test_number_of_classes_must_be_the_number_of_logits(make_config: Callable[..
 
 
 def test_untrained_model_without_weights_is_refused(make_config: Callable[..., TeacherConfig]) -> None:
-    with pytest.raises(ValueError, match=r"must be trained, .* untouched"):
+    with pytest.raises(ValueError, match=r"must be trained, .* have their initial values"):
         load_teacher(make_config(weights=None))
     assert load_teacher(make_config(weights="random")).num_classes == 5
 

@@ -115,7 +115,7 @@ def test_a_graph_that_differs_from_its_module_is_refused(
         return graph
 
     monkeypatch.setattr(synq.teacher.teacher, "trace_classifier", wrong)
-    with pytest.raises(ValueError, match="must compute the same when traced"):
+    with pytest.raises(ValueError, match="must return the same logits when traced"):
         load_teacher(make_config())
 
 
