@@ -57,7 +57,7 @@ class SweepSpec:
         return local_copy(folder) if is_address(folder) else Path(folder)
 
     @property
-    def num_bit_widths(self) -> int:
+    def num_bit_choices(self) -> int:
         """Bit-widths that each search goes over: one, unless it has two objectives."""
         return next((len(dimension.values) for dimension in self.dimensions if dimension.name == BITS), 1)
 

@@ -72,7 +72,9 @@ class _Range:
 
 def _dimension(name: str, table: Any) -> Dimension:
     if name in IDENTITY:
-        raise ValueError(f"`space` must not hold `{name}`: widths are groups (`bits`), act_points belongs in [base]")
+        raise ValueError(
+            f"`space` must not hold `{name}`: bit-widths are groups (`bits`), act_points belongs in [base]"
+        )
     if name.startswith("synthesis."):
         raise ValueError(f"`space` must not hold `{name}`: the synthetic sets are made once, before the trials")
     names = setting_names()

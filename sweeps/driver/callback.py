@@ -16,12 +16,12 @@ from .halt import StopReason
 from .progress import Progress
 
 UNSEEN = "its record is not visible here: output_dir must be on a file system that all machines share"
-LOOK_SECONDS = 5.0
+CHECK_SECONDS = 5.0
 """Seconds between two looks at what the cluster has free, and at whether the sweep's address is still ours."""
 
 
 class SweepStopper(tune.Stopper):
-    """Tells Ray Tune to end when there is a reason to."""
+    """Ends Ray Tune when there is a reason to."""
 
     def __init__(self, stop_reason: StopReason) -> None:
         self.stop_reason = stop_reason
@@ -43,7 +43,7 @@ class SweepCallback(tune.Callback):
         self.history: dict[str, dict[int, float]] = {}
         self.started: dict[str, float] = {}
         self.failed = 0
-        self._looked = 0.0
+        self._checked = 0.0
         self._waits = ""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,9 +52,9 @@ class SweepCallback(tune.Callback):
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Look now and then at what is busy, and at whether the address is still this driver's."""
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        if now - self._checked < CHECK_SECONDS:
             return
-        self._looked = now
+        self._checked = now
         self.stop_reason.storage = self.stop_reason.storage or self.ledger.folder.lost
         self.progress.usage = usage()
         try:
@@ -62,7 +62,7 @@ class SweepCallback(tune.Callback):
             self._waits = ""
         except ValueError as error:  # machines have left; Ray waits for others without a word
             if not self._waits:
-                self.progress.say(f"no trial can be started: the cluster has shrunk ({error}); waiting for machines")
+                self.progress.log(f"no trial can be started: the cluster has shrunk ({error}); waiting for machines")
             self._waits = str(error)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -121,7 +121,7 @@ class SweepCallback(tune.Callback):
 
 
 def usage() -> str:
-    """Return how much of the cluster's CPUs and GPUs is taken, in words."""
+    """Return how much of the cluster's CPUs and GPUs is taken, as a text."""
     total, free = ray.cluster_resources(), ray.available_resources()
     parts = [
         f"{total[name] - free.get(name, 0.0):g}/{total[name]:g} {name}s"

@@ -38,12 +38,12 @@ def prepare_environment() -> None:
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    alone = {
+    local = {
         "RAY_AUTH_MODE": "disabled",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    for name, value in {**quiet, **({} if os.environ.get("RAY_ADDRESS") else alone)}.items():
+    for name, value in {**quiet, **({} if os.environ.get("RAY_ADDRESS") else local)}.items():
         os.environ.setdefault(name, value)
     path = os.environ.get("PYTHONPATH", "")
     if str(ROOT) not in path.split(os.pathsep):  # workers must find this package from wherever the sweep was started
@@ -122,7 +122,7 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
     except (OSError, OverflowError) as error:
-        why = f"{address!r}: {error} (is its head running, does a firewall stand between?)"
+        why = f"{address!r}: {error} (is its head running, is a firewall between?)"
         raise ValueError(f"`RAY_ADDRESS` must name a running Ray cluster, but got {why}") from None
 
 
@@ -156,15 +156,15 @@ def check_shared(folder: Path) -> None:
     probe = folder / f".probe-{uuid.uuid4().hex}"
     write_text_atomic(probe, "")
     try:
-        look: Any = ray.remote(num_cpus=0)(lambda path: os.path.exists(path))  # a lambda travels by value
+        exists: Any = ray.remote(num_cpus=0)(lambda path: os.path.exists(path))  # a lambda travels by value
         strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        pending = [look.options(scheduling_strategy=strategy).remote(str(probe)) for strategy in strategies]
+        pending = [exists.options(scheduling_strategy=strategy).remote(str(probe)) for strategy in strategies]
         for node, reply in zip(nodes, pending, strict=True):
             try:
-                seen = ray.get(reply, timeout=PROBE_SECONDS)
-            except ray.exceptions.RayError:  # a machine that cannot answer will hold no trial either
+                is_visible = ray.get(reply, timeout=PROBE_SECONDS)
+            except ray.exceptions.RayError:  # a machine that does not respond will hold no trial either
                 continue
-            if not seen:
+            if not is_visible:
                 raise ValueError(
                     f"`output_dir` must be on a file system that all machines share, but {node['NodeManagerHostname']} does not "
                     f"see {folder}"

@@ -145,7 +145,7 @@ def _first(spec: SweepSpec, group: Group) -> str:
 
 
 def _reruns(spec: SweepSpec) -> int:
-    searches = len(spec.groups) * spec.num_bit_widths
+    searches = len(spec.groups) * spec.num_bit_choices
     base = spec.groups[0].base
     further = sum((seed, seed) != (base.seed, base.data_seed) for seed in spec.search.seeds)
     return searches * spec.search.final_top_k * further

@@ -74,7 +74,7 @@ class Progress:
         if self.live is not None:
             self.live.stop()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Show a line that stays."""
         if self.live is not None:
             self.console.print(text, markup=False, highlight=False)
@@ -110,7 +110,7 @@ class Progress:
             if record.status == "completed"
             else f"{record.status}: {record.reason}"
         )
-        self.say(f"[{self.num_ended}/{self.total}] {trial}{value} | {how}{tail}")
+        self.log(f"[{self.num_ended}/{self.total}] {trial}{value} | {how}{tail}")
 
     def worked(self, began: float | None, ended: float | None, gpu_bytes: int) -> None:
         """Note when a trial's own work began and ended, and the most GPU memory it took."""

@@ -100,7 +100,7 @@ class SweepSearcher(Searcher):
     def num_total(self) -> int:
         """Most trials that the sweep comes to, those already there included."""
         search = self.spec.search
-        finals = search.final_top_k * self.spec.num_bit_widths
+        finals = search.final_top_k * self.spec.num_bit_choices
         return sum(search.trials + finals * len(self._further_seeds(key)) for key in self.groups)
 
     def num_left(self) -> int:
@@ -181,7 +181,7 @@ class SweepSearcher(Searcher):
                 try:
                     earlier = self.ledger.earlier = read_earlier(search.warm_start)
                 except FileNotFoundError:
-                    if not plans:  # a sweep that goes on has learnt from them, and does not stop because they are gone
+                    if not plans:  # a sweep that goes on has learned from them, and does not stop because they are gone
                         raise
             warm = warm_points(earlier or [], dimensions, config_to_dict(group.base), search.warm_start_top_k)
             # The spec's own settings open every search: what is found must beat them.

@@ -32,8 +32,8 @@ from .searcher import SweepSearcher
 
 NO_RESULT = 1
 INTERRUPTED = 130
-A_WHILE = 60.0
-"""Seconds without an answer after which a log hears that work goes on."""
+REPORT_SECONDS = 60.0
+"""Seconds without a result after which a line reports that work goes on."""
 
 
 def run_sweep(spec: SweepSpec) -> int:
@@ -61,18 +61,18 @@ def _run(spec: SweepSpec, ledger: Ledger) -> int:
     with Progress(searcher.num_total()) as progress:
         progress.known(ledger.records)
         where = spec.address or spec.output_dir
-        progress.say(f"sweep {spec.search.name} in {where}: {len(spec.groups)} groups x {spec.search.trials} trials")
+        progress.log(f"sweep {spec.search.name} in {where}: {len(spec.groups)} groups x {spec.search.trials} trials")
         if ledger.plans:
             there = f"{len(ledger.records)} trials are there already"
             rest = f"{len(searcher.interrupted)} were interrupted"
             nothing = "the sweep is finished; --num-trials +N adds N to each group"
-            progress.say(f"{there}, {nothing if was_finished else rest}")
+            progress.log(f"{there}, {nothing if was_finished else rest}")
         try:
             if searcher.num_left():
                 with cluster(spec.search) as capacity, _interruptible():  # Ray sets a handler, too
                     if capacity.note:
-                        progress.say(capacity.note)
-                    progress.say(f"{capacity.summary}; at most {capacity.trials} trials at a time")
+                        progress.log(capacity.note)
+                    progress.log(f"{capacity.summary}; at most {capacity.trials} trials at a time")
                     progress.slots = min(capacity.trials, spec.search.max_concurrent or capacity.trials)
                     if not spec.address:
                         check_shared(spec.output_dir)
@@ -81,7 +81,7 @@ def _run(spec: SweepSpec, ledger: Ledger) -> int:
                     _tune(spec, ledger, searcher, progress, stop_reason)
         except KeyboardInterrupt:
             ledger.write_tables()
-            progress.say(f"interrupted; the tables are in {where}, the same command goes on")
+            progress.log(f"interrupted; the tables are in {where}, the same command goes on")
             return INTERRUPTED
     if stop_reason.storage:
         raise OSError(f"{stop_reason.storage}; when that is mended, the same command goes on")
@@ -121,12 +121,14 @@ def _conclude(
         print(f"{key}: the {'list' if listed else 'search'} held only {found} different settings{why}", flush=True)
     empty = [group.key for group in spec.groups if not ledger.best(group.key)]
     if empty:
-        print(f"no trial was completed in {', '.join(empty)}; the lines above or trials.csv say why", flush=True)
+        print(
+            f"no trial was completed in {', '.join(empty)}; the lines above or trials.csv have the reason", flush=True
+        )
     return NO_RESULT if empty or stop_reason.failed else 0
 
 
 def _is_drawn(spec: SweepSpec) -> bool:
-    """Whether the page is there and no record has been written since: a finished sweep that is started again says so at once."""
+    """Whether the page is there and no record has been written since: a finished sweep that is started again ends at once."""
     folder = Path(spec.output_dir)
     page, records = folder / PAGE, (folder / "records").glob("*.json")
     return page.is_file() and all(file.stat().st_mtime < page.stat().st_mtime for file in records)
@@ -175,7 +177,7 @@ def _replies(tasks: Iterable[Any], waited: Callable[[], None] = lambda: None) ->
     """
     waiting = list(tasks)
     while waiting:
-        done, waiting = ray.wait(waiting, timeout=A_WHILE)
+        done, waiting = ray.wait(waiting, timeout=REPORT_SECONDS)
         if not done:
             waited()
             continue
@@ -211,11 +213,11 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
     started = time.monotonic()
     for name in names.values():
         progress.running[name] = "being made"
-    progress.say(f"synthetic sets that the trials need: {len(needed)}; those that are not there are made first")
+    progress.log(f"synthetic sets that the trials need: {len(needed)}; those that are not there are made first")
 
     def waited() -> None:
         if progress.live is None:  # a person sees the table
-            progress.say(f"{len(progress.running)} synthetic sets not ready after {time.monotonic() - started:.0f} s")
+            progress.log(f"{len(progress.running)} synthetic sets not ready after {time.monotonic() - started:.0f} s")
 
     def start(config: RunConfig) -> Any:
         return remote.remote(config, str(spec.output_dir), spec.address)
@@ -226,7 +228,7 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
         group, config = needed[recipe]
         model, seed = ledger.teachers[group.key]["name"], config.data_seed
         what = f"ready after {time.monotonic() - started:.0f} s" if reply["made"] else "there already"
-        progress.say(f"synthetic set of {model}, seed {seed}: {config.synthesis.num_images} images, {what}")
+        progress.log(f"synthetic set of {model}, seed {seed}: {config.synthesis.num_images} images, {what}")
 
 
 def _made(
@@ -264,7 +266,7 @@ def _tune(
     progress.start_clock()
     search = spec.search
     resources = {"cpu": search.cpus_per_worker, **({"gpu": search.gpus_per_worker} if search.gpus_per_worker else {})}
-    if search.workers_per_trial > 1:  # they have resources of their own; this process only starts them, on the head
+    if search.workers_per_trial > 1:  # they have separate resources; this process only starts them, on the head
         resources = {"cpu": 0, "node:__internal_head__": 0.001}
         searcher.limit = progress.slots  # Ray Tune sees nothing of the workers' resources
     with tempfile.TemporaryDirectory(prefix="synq-tune-") as scratch:

@@ -38,7 +38,7 @@ from .trial_task import TrialTask
 
 TABLES = ("trials.csv", "leaderboard.csv")
 TABLE_SHARE = 0.1
-"""Most of the driver's time that goes into rewriting the tables; in a sweep of thousands they then lag a few trials behind."""
+"""Most of the driver's time that goes into rewriting the tables; in a sweep of thousands they then miss the last few trials."""
 
 
 class Ledger:
@@ -265,7 +265,7 @@ class Ledger:
             quant = group.base.quant
             wide = quant.last_bits and quant.last_bits_for_input and quant.act_points == "relu"
             if wide and self.spec.search.two_objectives:
-                # The widths are searched, and the base may be of the one width at which this setting counts for nothing.
+                # The bit-widths are searched, and the base may have the one at which this setting counts for nothing.
                 groups[group.key]["last_input"] = "wide"
         search = self.spec.search
         space: list[Any] = [asdict(dimension) for dimension in self.spec.dimensions]
@@ -319,7 +319,7 @@ def settled_budget(search: SearchConfig, there: Mapping[str, Any]) -> SearchConf
 
 
 def _comparable(value: Any) -> Any:
-    """Paths count by their last part, so that a moved folder of weights is still the same sweep (the digest says the rest)."""
+    """Paths count by their last part, so that a moved folder of weights is still the same sweep (the digest covers the rest)."""
     if isinstance(value, dict):
         return {key: _comparable(part) for key, part in value.items()}
     return value.rsplit("/", 1)[-1] if isinstance(value, str) else value

@@ -69,25 +69,25 @@ class Lease:
 
     @property
     def lost(self) -> str:
-        """Why the folder is no longer ours; "" while it is. Once lost, always lost. Says so, too, while a renewal hangs."""
+        """Why the folder is no longer ours; "" while it is. Once lost, always lost; also while a renewal hangs."""
         silent = time.monotonic() - self._renewed
         if self._thread is not None and not self._lost and silent > self._stale_after:
-            why = self._problem or "the store does not answer"
+            why = self._problem or "the store does not respond"
             self._lost = f"`output_dir` must stay writable, but {self._storage} was not for {silent:.0f} s: {why}"
         return self._lost
 
-    def acquire(self, say: Callable[[str], None] | None = None) -> None:
+    def acquire(self, log: Callable[[str], None] | None = None) -> None:
         """Take the folder.
 
         Args:
-            say: Told once if an old lease has to be watched for a while.
+            log: Called once if an old lease has to be watched for a while.
 
         Raises:
             ValueError: Another sweep runs in the folder.
             OSError: The folder cannot be read or written.
         """
         there = self._storage.read(self._name)
-        if there is not None and self._is_alive(there, say):
+        if there is not None and self._is_alive(there, log):
             raise self._in_use(there)
         try:
             self._renewed = time.monotonic()
@@ -146,7 +146,7 @@ class Lease:
         }
         self._storage.put((json.dumps(holder) + "\n").encode(), self._name)
 
-    def _is_alive(self, there: bytes, say: Callable[[str], None] | None) -> bool:
+    def _is_alive(self, there: bytes, log: Callable[[str], None] | None) -> bool:
         """Whether the holder of a lease still runs, as far as can be seen from here."""
         holder = _content(there)
         place = _place()
@@ -154,8 +154,8 @@ class Lease:
             return False
         if abs(_age(holder)) <= self._stale_after:
             return True
-        if say is not None:
-            say(f"an old lease lies in {self._storage} ({_who(holder)}): watching it for {self._stale_after:.0f} s")
+        if log is not None:
+            log(f"an old lease lies in {self._storage} ({_who(holder)}): watching it for {self._stale_after:.0f} s")
         end = time.monotonic() + self._stale_after
         while time.monotonic() < end:
             time.sleep(min(self._every / 4, max(0.0, end - time.monotonic())))

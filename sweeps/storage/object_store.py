@@ -95,7 +95,7 @@ class Storage:
         return path
 
     def check_bucket(self) -> None:
-        """Refuse a bucket that is absent or closed to us. A store lists an absent one as if it were empty."""
+        """Reject a bucket that is absent or closed to us. A store lists an absent one as if it were empty."""
         from pyarrow.fs import FileType
 
         try:
@@ -105,7 +105,7 @@ class Storage:
                 raise
             raise ValueError(f"`output_dir` must be open to the credentials in use, but got {_line(error)}") from error
         with suppress(OSError):  # the bucket itself may be closed where its folder is open
-            if self._look(self._root.split("/")[0]).type == FileType.NotFound:
+            if self._infos(self._root.split("/")[0]).type == FileType.NotFound:
                 raise ValueError(f"`output_dir` must name an existing bucket, but got {self}")
 
     def check_writable(self) -> None:
@@ -127,7 +127,7 @@ class Storage:
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name."""
         path = self.path(name)
-        return self._attempt(lambda: bool(self._look(path).is_file), self._where(name))
+        return self._attempt(lambda: bool(self._infos(path).is_file), self._where(name))
 
     def names(self, folder: str) -> list[str]:
         """Names of the files directly below a folder, sorted; none where it is absent."""
@@ -159,7 +159,7 @@ class Storage:
         return None if memory is None else memory.getvalue()
 
     def put_folder(self, local: Path, name: str, *, last: str = "") -> None:
-        """Send every file of a local folder; the one called `last` after all others, so that its presence says the folder is whole."""
+        """Send every file of a local folder; the one called `last` after all others, so that its presence means that the folder is whole."""
         paths = [path for path in sorted(local.rglob("*")) if path.is_file() and not _is_temporary(path.name)]
         files = [path.relative_to(local).as_posix() for path in paths]
         if not files or (last and last not in files):
@@ -221,7 +221,7 @@ class Storage:
     def _where(self, name: str) -> str:
         return f"{str(self).rstrip('/')}/{name}".rstrip("/")
 
-    def _look(self, what: Any) -> Any:
+    def _infos(self, what: Any) -> Any:
         """Ask for file infos. What fsspec remembers is dropped first: other machines write here, too."""
         if self.files.type_name.startswith("py::fsspec"):
             self.files.handler.fs.invalidate_cache()
@@ -232,13 +232,13 @@ class Storage:
 
         base = self.path(folder)
         selector = FileSelector(base or "/", allow_not_found=True, recursive=recursive)
-        infos = self._attempt(lambda: self._look(selector), self._where(folder))
+        infos = self._attempt(lambda: self._infos(selector), self._where(folder))
         paths = [info.path.strip("/") for info in infos if info.is_file and not _is_temporary(info.base_name)]
         return sorted(path.removeprefix(base.strip("/")).strip("/") for path in paths)
 
     def _send(self, source: BinaryIO, path: str) -> None:
         parent, _, last = path.rpartition("/")
-        if self.files.type_name == "local":  # Python's own calls flush to the disk and tell a full one by its number
+        if self.files.type_name == "local":  # Python's own calls flush to the disk and report a full one by its errno
             with _whole(Path(path)) as file:
                 shutil.copyfileobj(source, file, CHUNK_BYTES)
         elif self.files.type_name in OBJECT_STORES:

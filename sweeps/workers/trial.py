@@ -2,12 +2,12 @@
 
 The shapes of a trial, from the search space to the table, and where each is made:
 
-    parameters  by dotted name, as Optuna has them (`GroupSearch.propose`)      kept in the plan, to replay the search
+    parameters  by dotted name, as Optuna has them (`GroupSearch.propose`)            kept in the plan, to replay the search
     overrides   settings by dotted name (`synq.sweeps.space.sample`)                  None where an idea is off
     RunConfig   the group's run with the overrides (`synq.sweeps.spec.run_config`)    kept in the plan, plans/TRIAL.json
-    TrialTask   the run, the sweep's folder, the resources (`Ledger.task`)       plain values only while Ray Tune holds them
-    RunRecord   the run and its metrics (`synq.pipeline.run`)                    records/TRIAL.json
-    row         of trials.csv; of leaderboard.csv for all seeds of a setting     (`synq.sweeps.leaderboard.records`)
+    TrialTask   the run, the sweep's folder, the resources (`Ledger.task`)            plain values only while Ray Tune holds it
+    RunRecord   the run and its metrics (`synq.pipeline.run`)                         records/TRIAL.json
+    row         of trials.csv; of leaderboard.csv for all seeds of a setting          (`synq.sweeps.leaderboard.records`)
 """
 
 import gc
@@ -38,7 +38,7 @@ STORAGE = "storage"
 
 
 class TrialFailedError(RuntimeError):
-    """A worker's part of a trial failed; its record says why."""
+    """A worker's part of a trial failed; its record has the reason."""
 
 
 def do_trial(task: TrialTask, report: Report, *, rank: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""A trial of several processes: Ray Train places the workers, Accelerate trains one student on all of them.
+"""A trial of several processes: Ray Train distributes the workers, Accelerate trains one student on all of them.
 
 Ray Tune starts `run_wide_trial` in a small separate process on the head, which starts the workers and passes their reports on. The
 workers may be on any machines. One that dies takes the others down; all are started again and go on after their last epoch.

@@ -71,7 +71,7 @@ def test_two_objectives_search_the_widths_of_a_model_as_one_group() -> None:
     only = spec_from_dict(
         {**keys, "sampler": "points", "points": [{"finetune.lr": 0.01, BITS: "W3A4"}, {BITS: "W8A8"}]}
     )
-    assert only.num_bit_widths == 2 and only.dimensions[0].name != BITS
+    assert only.num_bit_choices == 2 and only.dimensions[0].name != BITS
     with pytest.raises(ValueError, match="`points` must name `bits` in every entry"):
         spec_from_dict({**keys, "sampler": "points", "points": [{"finetune.lr": 0.01}]})
     with pytest.raises(ValueError, match="`bits` must have no entry twice"):

@@ -103,7 +103,7 @@ def test_a_long_wait_is_not_silent(local_ray: None, monkeypatch: pytest.MonkeyPa
         time.sleep(1)
         return {"sets": "made"}
 
-    monkeypatch.setattr(tuner, "A_WHILE", 0.1)
+    monkeypatch.setattr(tuner, "REPORT_SECONDS", 0.1)
     minutes: list[float] = []
     task = ray.remote(num_cpus=1)(slow).remote()
     assert list(tuner._replies([task], lambda: minutes.append(time.monotonic()))) == [(task, {"sets": "made"})]

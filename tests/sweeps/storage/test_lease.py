@@ -210,7 +210,7 @@ def test_a_renewal_that_hangs_counts_as_lost(make: Callable[..., Lease], monkeyp
     lease.acquire()
     monkeypatch.setattr(Storage, "read", lambda self, name: go.wait(30) and None)
     _until(lambda: lease.lost)
-    assert "does not answer" in lease.lost
+    assert "does not respond" in lease.lost
     go.set()
 
 
