@@ -23,7 +23,7 @@ from synq.common.exit_codes import leave
 from synq.common.seeding import make_generator, seed_everything
 from synq.config.command_line import Command
 from synq.config.command_options import INT, option
-from synq.evaluation.labelled import LabelledSet, load_labelled
+from synq.evaluation.labeled import LabeledSet, load_labeled
 from synq.teacher.cifar_resnet import cifar_resnet
 
 INPUT_SIZE = (1, 16, 16)
@@ -45,7 +45,7 @@ def shift_images(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack(crops)
 
 
-def train(data: LabelledSet, seed: int, epochs: int) -> nn.Module:
+def train(data: LabeledSet, seed: int, epochs: int) -> nn.Module:
     """Train one network with SGD, a one-cycle learning rate and random shifts; returns it after the last epoch."""
     seed_everything(seed)
     generator = make_generator(seed, "bundled teacher")
@@ -74,7 +74,7 @@ def train(data: LabelledSet, seed: int, epochs: int) -> nn.Module:
 
 
 @torch.no_grad()
-def count_correct(model: nn.Module, data: LabelledSet) -> int:
+def count_correct(model: nn.Module, data: LabeledSet) -> int:
     """Number of images of ``data`` whose largest logit is their label."""
     correct = 0
     for indices in torch.arange(len(data)).split(256):
@@ -97,11 +97,11 @@ def command(seed: int, epochs: int, output: str | None) -> None:
     torch.set_num_threads(1)  # the order of summation, and so the last bits, depend on the number of threads
     torch.use_deterministic_algorithms(True)
 
-    raw = load_labelled("digits:train", INPUT_SIZE, (0.0,), (1.0,), num_classes=NUM_CLASSES)
+    raw = load_labeled("digits:train", INPUT_SIZE, (0.0,), (1.0,), num_classes=NUM_CLASSES)
     pixels, _ = raw.batch(torch.arange(len(raw)))
     mean, std = round(float(pixels.mean()), 4), round(float(pixels.std()), 4)
-    training = load_labelled("digits:train", INPUT_SIZE, (mean,), (std,), num_classes=NUM_CLASSES)
-    heldout = load_labelled("digits", INPUT_SIZE, (mean,), (std,), num_classes=NUM_CLASSES)
+    training = load_labeled("digits:train", INPUT_SIZE, (mean,), (std,), num_classes=NUM_CLASSES)
+    heldout = load_labeled("digits", INPUT_SIZE, (mean,), (std,), num_classes=NUM_CLASSES)
 
     model = train(training, seed, epochs)
     correct = count_correct(model, heldout)

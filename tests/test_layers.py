@@ -126,13 +126,13 @@ def test_real_images_enter_through_one_package() -> None:
         for real in REAL_READERS
         if f"{name}.".startswith(f"{real}.") and not name_of(path).startswith("sweeps/reports/")
     }
-    assert found == {"synq/evaluation/labelled_sources.py"}
+    assert found == {"synq/evaluation/labeled_sources.py"}
     importers = defaultdict(set)
     for path in files("synq", "sweeps"):
         for name in own_imports(path):
             importers[name].add(module_of(path))
-    assert importers["synq.evaluation.labelled_sources"] <= {"synq.evaluation.labelled"}
-    assert importers["synq.evaluation.labelled"] <= {"synq.evaluation.measure"}
+    assert importers["synq.evaluation.labeled_sources"] <= {"synq.evaluation.labeled"}
+    assert importers["synq.evaluation.labeled"] <= {"synq.evaluation.measure"}
 
 
 def test_ray_and_optuna_stay_in_their_packages() -> None:

@@ -15,7 +15,7 @@ from support.source_tree import files, name_of
 # Part of an identifier (snake or camel case) -> what the field says.
 IDENTIFIERS = {
     "words?": "args, argv",
-    "widths": "bits (of tensors), or sizes",
+    "(?<!bit_)widths": "bits (of tensors), or sizes",
     "ends_words": "first and last layer bits",
     "said|told|says?|hear|hears": "logged, warned, printed, reported",
     "refus\\w+": "reject, raise",
@@ -24,7 +24,7 @@ IDENTIFIERS = {
     "guard": "keep_best",
     "alike": "tied",
     "doors?": "command",
-    "sites?": "cluster, location",
+    "(?<!cam_)sites?": "cluster, location",
     "merit": "sort_key",
     "halts?": "stop_reason",
     "workplace": "workspace",

@@ -20,7 +20,7 @@ CONFIG = FinetuneConfig()
 
 
 def updated(net: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """Return a whole step: loss, backward, clipping, optimiser; with a learning rate of 0, so that nothing moves."""
+    """Return a whole step: loss, backward, clipping, optimizer; with a learning rate of 0, so that nothing moves."""
     parameters = list(net.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, nesterov=True)
 

@@ -25,7 +25,7 @@ from ..driver.cluster import cluster, output_root
 from ..search_config import SearchConfig
 from ..storage.addresses import shown, split_address
 from ..storage.object_store import is_address, local_copy, open_storage
-from .facts import check_clock, check_disk, check_nodes, check_output, check_refusal
+from .facts import check_clock, check_disk, check_nodes, check_output, check_rejection
 from .site import FailedError, Passed, Site, SkippedError, below, cause, one_line
 from .work import (
     check_faults,
@@ -45,7 +45,7 @@ CHECKS: dict[str, Callable[[Site], Passed]] = {
     "output": check_output,
     "gpus": check_gpus,
     "packing": check_packing,
-    "refusal": check_refusal,
+    "refusal": check_rejection,
     "gloo": check_gloo,
     "nccl": check_nccl,
     "sweep": check_sweep,

@@ -34,7 +34,7 @@ class SweepScheduler(FIFOScheduler):
                 self.inner[group.key] = AsyncHyperBandScheduler(
                     time_attr=EPOCH,
                     metric=OBJECTIVE,
-                    mode="min" if spec.search.minimise else "max",
+                    mode="min" if spec.search.minimize else "max",
                     max_t=epochs,
                     grace_period=min(spec.search.grace_epochs, epochs),
                     reduction_factor=spec.search.reduction_factor,

@@ -98,9 +98,9 @@ def print_preview(spec: SweepSpec) -> None:
 
     left = max(0, len(spec.groups) * search.trials + reruns - len(records))
     trials = statistics.fmean(cost.trial for cost in costs.values()) * left / max(1, min(slots, left))
-    places = min(len(sets_needed(spec)), slots * search.workers_per_trial)
+    path_overrides = min(len(sets_needed(spec)), slots * search.workers_per_trial)
     print(
-        f"\nabout {_clock(sets / places + trials)} in all, were no trial stopped early ({', '.join(sorted({c.source for c in costs.values()}))})"
+        f"\nabout {_clock(sets / path_overrides + trials)} in all, were no trial stopped early ({', '.join(sorted({c.source for c in costs.values()}))})"
     )
 
 
@@ -175,7 +175,7 @@ def _cost(spec: SweepSpec, group: Group, records: list[RunRecord]) -> Cost:
     share = max(heldout, len(measure.reported) / images)
     every_epoch = (
         seconds["measure"] / 6 * heldout * epochs
-    )  # of three measurements, half on held-out, half on labelled images
+    )  # of three measurements, half on held-out, half on labeled images
     work = seconds["teacher"] + seconds["quantize"] + seconds["finetune"] * seen / images
     trial = (work + seconds["measure"] * share + every_epoch) / spec.search.workers_per_trial
     start = WIDE_START_SECONDS if spec.search.workers_per_trial > 1 else 0.0

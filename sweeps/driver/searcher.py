@@ -35,7 +35,7 @@ class SweepSearcher(Searcher):
         self.searches = {
             group.key: GroupSearch(
                 spec.dimensions,
-                minimise=spec.search.minimise,
+                minimize=spec.search.minimize,
                 second_objective=spec.search.second_objective,
                 sampler=spec.search.sampler,
                 seed=f"{spec.search.sampler_seed}/{group.key}",

@@ -154,7 +154,7 @@ def _report(spec: SweepSpec, ledger: Ledger) -> str:
 
 
 def _check_groups(spec: SweepSpec, ledger: Ledger) -> None:
-    """Open the teacher, the labelled images and the student of every group, so that what cannot work fails before hours of synthesis."""
+    """Open the teacher, the labeled images and the student of every group, so that what cannot work fails before hours of synthesis."""
     from ..workers.trial import check_run
 
     check = _remote(spec, check_run)

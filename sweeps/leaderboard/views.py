@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from synq.common.text_tables import Row, cell, plain
 from synq.config.parsing import nearest
-from synq.config.quant import protocol_words
+from synq.config.quant import protocol_label
 
 from .columns import COMPARE_COLUMNS, LEADERBOARD_COLUMNS, SETTINGS, TEXT_COLUMNS
 from .ranking import Ranking, Standing
@@ -207,7 +207,7 @@ def shown(lines: Iterable[Row]) -> list[Row]:
 
 def protocol_of(line: Row) -> str:
     """Return the protocol of a row of a leaderboard or comparison with its bit-widths, for example "B (8/8)"."""
-    return protocol_words(line["protocol"], line["first_bits"], line["last_bits"], line["layer_bits"] or "")
+    return protocol_label(line["protocol"], line["first_bits"], line["last_bits"], line["layer_bits"] or "")
 
 
 def _spread(mean: float | None, spread: float | None, form: str) -> str:

@@ -117,7 +117,7 @@ def _drops(
     }
     measured = {ranking: rows for ranking, rows in measured.items() if rows}
     if not measured:
-        return Gap(title=title, reason="no run of it was measured on labelled images")
+        return Gap(title=title, reason="no run of it was measured on labeled images")
     names = list(dict.fromkeys(name for rows in measured.values() for name in rows))
 
     def plot(canvas: Canvas) -> None:

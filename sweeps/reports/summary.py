@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any
 
 from synq.common.text_tables import Row
-from synq.config.quant import ends_words
+from synq.config.quant import first_last_label
 from synq.runs.record import RunRecord, run_protocol
 
 from ..leaderboard.columns import setting_text
@@ -33,7 +33,7 @@ def run_verdict(record: RunRecord) -> list[str]:
         spread = "" if error is None else f" ± {error:.2f} (standard error, paired by image)"
         before = "" if record.rtn_top1 is None else f" Before fine-tuning it had {record.rtn_top1:.2f} %."
         lines.append(
-            f"Top-1 {record.top1:.2f} % on {record.num_eval} labelled images; the teacher has {record.teacher_top1:.2f} %: "
+            f"Top-1 {record.top1:.2f} % on {record.num_eval} labeled images; the teacher has {record.teacher_top1:.2f} %: "
             f"a drop of {record.drop:.2f} points{spread}.{before}"
         )
     else:
@@ -43,7 +43,7 @@ def run_verdict(record: RunRecord) -> list[str]:
             if agreement is None
             else f" On the held-out synthetic images it agrees with its teacher on {agreement:.1f} %."
         )
-        lines.append(f"No labelled images were given, so the accuracy is not known.{what}")
+        lines.append(f"No labeled images were given, so the accuracy is not known.{what}")
     kl, before_kl = record.fidelity.get("kl"), record.rtn_fidelity.get("kl")
     if kl is not None and before_kl is not None:
         word = (
@@ -91,7 +91,7 @@ def label(standing: Standing) -> str:
         f"{row['model']} W{row['weight_bits']}A{row['act_bits']}",
         row["protocol"],
         row["act_points"],
-        ends_words(row["first_bits"], row["last_bits"]),
+        first_last_label(row["first_bits"], row["last_bits"]),
         row["layer_bits"] or "",
     )
     return " ".join(word for word in words if word)
@@ -109,7 +109,7 @@ def sweep_verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
         row = standing.row
         if row["top1_mean"] is None:
             lines.append(
-                f"{label(standing)}: best {row['objective']} objective {row['objective_value']:.4g} (no labelled images)."
+                f"{label(standing)}: best {row['objective']} objective {row['objective_value']:.4g} (no labeled images)."
             )
             continue
         spread = "" if row["top1_std"] is None else f" ± {row['top1_std']:.2f}"

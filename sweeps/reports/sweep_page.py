@@ -30,7 +30,11 @@ MOST_RUNS = 4
 
 
 def sweep_page(
-    sweep: SweepView, *, runs: int = MOST_RUNS, places: Mapping[str, Any] | None = None, num_images: int | None = None
+    sweep: SweepView,
+    *,
+    runs: int = MOST_RUNS,
+    path_overrides: Mapping[str, Any] | None = None,
+    num_images: int | None = None,
 ) -> Page:
     """Return the page of a sweep.
 
@@ -59,7 +63,7 @@ def sweep_page(
         ),
         Tab(title="Search", blocks=_search(sweep)),
         Tab(title="Trials", blocks=_trials(sweep)),
-        *_best_runs(sweep, standings, runs, places, num_images),
+        *_best_runs(sweep, standings, runs, path_overrides, num_images),
     ]
     return Page(
         title=f"Sweep {sweep.name}" if sweep.is_sweep else f"{len(sweep.records)} runs in {sweep.root}",
@@ -124,7 +128,7 @@ def _search(sweep: SweepView) -> list[Block]:
             group,
             sweep.dimensions,
             sweep.search_trials(group),
-            minimise=search["objective"] == "synthetic",
+            minimize=search["objective"] == "synthetic",
             objective=f"{search['objective']} objective",
         )
     return blocks
@@ -177,7 +181,7 @@ def _best_runs(
     sweep: SweepView,
     standings: Sequence[Standing],
     runs: int,
-    places: Mapping[str, Any] | None,
+    path_overrides: Mapping[str, Any] | None,
     num_images: int | None,
 ) -> list[Tab]:
     """Look into the best run of the first rankings."""
@@ -189,7 +193,7 @@ def _best_runs(
         blocks: list[Block] = [
             Words(lines=[f"Trial {name} of {sweep.paths[name]}: the first seed of the best setting."])
         ]
-        for tab in run_tabs(sweep.paths[name], sweep.records[name], places, num_images, prefix=name):
+        for tab in run_tabs(sweep.paths[name], sweep.records[name], path_overrides, num_images, prefix=name):
             blocks += tab.blocks
         blocks += [block.named(name) for block in settings_blocks(sweep.records[name])]
         tabs.append(Tab(title=label(standing), blocks=blocks))

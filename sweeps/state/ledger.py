@@ -101,7 +101,7 @@ class Ledger:
         Args:
             group: Key of the group.
             facts: name, digest and input_size of the teacher.
-            eval_digest: Fingerprint of the labelled images, "" without.
+            eval_digest: Fingerprint of the labeled images, "" without.
 
         Raises:
             ValueError: A record of the group was made with other weights or measured on other images.
@@ -112,7 +112,7 @@ class Ledger:
                 continue
             then = record.teacher.get("digest") or facts["digest"]
             labels = record.eval_digest if record.status == "completed" else eval_digest
-            for what, same in (("weights", then == facts["digest"]), ("labelled images", labels == eval_digest)):
+            for what, same in (("weights", then == facts["digest"]), ("labeled images", labels == eval_digest)):
                 if not same:
                     raise ValueError(
                         f"`output_dir` must hold one sweep, but {name} in {self.root} was made with other {what} of the same "
@@ -236,7 +236,7 @@ class Ledger:
 
     def best(self, group: str, top_k: int = 1) -> list[Plan]:
         """Completed search trials of a group, the `top_k` best first; of each bit-width, where the search goes over them."""
-        sign = 1 if self.spec.search.minimise else -1
+        sign = 1 if self.spec.search.minimize else -1
         scored: dict[str, list[tuple[float, int, Plan]]] = {}
         for plan in self.group_plans(group):
             record = self.records.get(plan.trial)

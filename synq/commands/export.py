@@ -12,9 +12,9 @@ EXAMPLES = """\
 
 
 def _failures() -> tuple[type[BaseException], ...]:
-    from synq.export.files import ExportRefusedError
+    from synq.export.files import ExportRejectedError
 
-    return (ExportRefusedError,)
+    return (ExportRejectedError,)
 
 
 @click.command(
@@ -77,7 +77,7 @@ def command(
 ) -> None:
     """Write the student of a finished run as ONNX (QuantizeLinear/DequantizeLinear), packed safetensors and a torch.export program.
 
-    Every file is run on the run's synthetic images, and on its labelled ones where it has some, and compared with the student; one that
+    Every file is run on the run's synthetic images, and on its labeled ones where it has some, and compared with the student; one that
     differs by more than the tolerance is rejected. Sizes, BitOps and the latency in ONNX Runtime, next to the float teacher's, go into the
     run's record, and with everything else into a model card (README.md and card.json) next to the files.
     """
@@ -93,7 +93,7 @@ def command(
         tolerance=Tolerance(agreement=agreement, margin=margin, mean_difference=mean_difference),
         rounds=rounds,
         threads=threads,
-        places=moved_paths(moved),
+        path_overrides=moved_paths(moved),
         progress=True,
     )
     folder, record = export_run(run, out, options)

@@ -14,7 +14,7 @@ EXAMPLES = """\
 
 
 @click.command("fidelity-study", cls=Command, examples=EXAMPLES, exit_codes="0 done, 2 input rejected, 130 interrupted")
-@argument("sweep", metavar="SWEEP_DIR", help="folder of a sweep whose teacher has labelled images")
+@argument("sweep", metavar="SWEEP_DIR", help="folder of a sweep whose teacher has labeled images")
 @option("--bits", several=True, metavar="LABEL", help="bit-widths, such as W3A3 (default: all)")
 @option("--output-dir", metavar="DIR", help="folder of the tables (default: SWEEP_DIR/fidelity_study)")
 @option("--views", several=True, metavar="NAME", help="views of the images, for a quick study (default: all)")

@@ -48,7 +48,7 @@ def command(
     from synq.sweeps.reports.make import make_report
 
     options: dict[str, Any] = {} if runs is None else {"runs": runs}
-    written = make_report(paths, output, places=moved_paths(moved), num_images=num_images, **options)
+    written = make_report(paths, output, path_overrides=moved_paths(moved), num_images=num_images, **options)
     print(f"{written[0]} and {len(written) - 1} drawings" if len(written) > 1 else written[0])
 
 

@@ -47,7 +47,7 @@ def visible(is_shown: bool, **terminal: Any) -> dict[str, Any]:
     return {"file": _LineWriter(), "bar_format": LOG_FORMAT, "leave": False, **often}
 
 
-def remark(bar: tqdm, text: str) -> None:
+def note(bar: tqdm, text: str) -> None:
     """Set the note after a progress bar: shown immediately on a terminal, with the next line in a log."""
     bar.set_postfix_str(text, refresh=not bar.disable and bar.mininterval < LOGGED_EVERY)
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from synq.config.parsing import dotted_keys, one_of
-from synq.config.run import PLACES, RunConfig
+from synq.config.run import PATH_SETTINGS, RunConfig
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -123,7 +123,7 @@ def setting_options() -> tuple[Option, ...]:
 
 def moved_options(function: Function) -> Function:
     """Add an option for every setting that is a path or a source, to tell where it is now if it was moved since the run."""
-    for key in reversed(PLACES):
+    for key in reversed(PATH_SETTINGS):
         help = "where it is now, if it was moved since the run"
         function = option(f"--{key}", parameter_name(key), metavar="PATH", is_common=False, help=help)(function)
     return function
@@ -131,4 +131,4 @@ def moved_options(function: Function) -> Function:
 
 def moved_paths(moved: Mapping[str, str | None]) -> dict[str, str]:
     """Return what the options of `moved_options` were given, by dotted key."""
-    return {key: path for key in PLACES if (path := moved[parameter_name(key)]) is not None}
+    return {key: path for key in PATH_SETTINGS if (path := moved[parameter_name(key)]) is not None}

@@ -9,12 +9,12 @@ WEIGHTS_ONLY = "last_bits=weights_only"
 """Part of `QuantConfig.layer_label` that names no single layer: the activation before the last layer has act_bits."""
 
 
-def ends_words(first_bits: int | None, last_bits: int | None) -> str:
+def first_last_label(first_bits: int | None, last_bits: int | None) -> str:
     """Return the first/last layer bits as text: "8/8", "-/8", or "" if both are as the rest."""
     return f"{first_bits or '-'}/{last_bits or '-'}" if first_bits or last_bits else ""
 
 
-def protocol_words(protocol: str, first_bits: int | None, last_bits: int | None, layer_label: str = "") -> str:
+def protocol_label(protocol: str, first_bits: int | None, last_bits: int | None, layer_label: str = "") -> str:
     """Return a protocol with the settings that make it B: "A", "B (8/8)", "B (-/8, mixed)".
 
     Args:
@@ -23,7 +23,7 @@ def protocol_words(protocol: str, first_bits: int | None, last_bits: int | None,
         layer_label: As `QuantConfig.layer_label`.
     """
     named = layer_label.split()
-    words = [ends] if (ends := ends_words(first_bits, last_bits)) else []
+    words = [ends] if (ends := first_last_label(first_bits, last_bits)) else []
     words += ["mixed"] if {*named} - {WEIGHTS_ONLY} else []
     words += [WEIGHTS_ONLY] if WEIGHTS_ONLY in named else []
     return protocol + (f" ({', '.join(words)})" if words else "")

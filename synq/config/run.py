@@ -95,24 +95,24 @@ class EvaluationConfig:
     """What the result is measured on. Nothing here changes the student."""
 
     dataset: str | None = None
-    """Labelled set: digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH, npz:FILE; none for no labels; None for
+    """Labeled set: digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH, npz:FILE; none for no labels; None for
     the teacher's own."""
     data_dir: str | None = None
     """Folder that holds the files of cifar10, cifar100 and fashion-mnist."""
     num_images: int | None = None
-    """Use only the first images of the labelled set; None is all of them."""
+    """Use only the first images of the labeled set; None is all of them."""
     batch_size: int = 256
     """Images per forward pass over all processes together."""
     heldout_images: int = 256
     """Synthetic images of other seeds on which the fidelity to the teacher is measured."""
     objective: Literal["synthetic", "selection"] = "synthetic"
     """What a sweep optimizes: synthetic (fidelity to the teacher on held-out synthetic images) or selection (top-1 on a
-    part of the labelled set)."""
+    part of the labeled set)."""
     fidelity_measure: Literal["kl", "kl_t4", "jensen_shannon", "disagreement", "logit_mse"] = "kl"
     """Measure of objective synthetic, lower is better: KL at temperature 1 or 4, Jensen-Shannon (nats), disagreement
     (percent), logit_mse."""
     selection_fraction: float = 0.2
-    """Part of the labelled set used for objective selection; the reported top-1 is measured on the rest."""
+    """Part of the labeled set used for objective selection; the reported top-1 is measured on the rest."""
     every_epoch: bool = False
     """Whether the objective is measured after every epoch, not only after the last."""
 
@@ -124,8 +124,8 @@ class EvaluationConfig:
         _between("evaluation.selection_fraction", self.selection_fraction, 0.01, 0.99)
         _one_of("evaluation.objective", self.objective, ("synthetic", "selection"))
         _one_of("evaluation.fidelity_measure", self.fidelity_measure, FIDELITY_MEASURES)
-        labelled = self.objective == "synthetic" or self.dataset != "none"
-        _require("evaluation.objective", "be synthetic where `evaluation.dataset` is none", self.objective, labelled)
+        labeled = self.objective == "synthetic" or self.dataset != "none"
+        _require("evaluation.objective", "be synthetic where `evaluation.dataset` is none", self.objective, labeled)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +161,7 @@ class RuntimeConfig:
             _between("runtime.num_threads", self.num_threads, 1)
 
 
-PLACES = ("teacher.spec", "teacher.weights", "evaluation.dataset", "evaluation.data_dir", "runtime.store_dir")
+PATH_SETTINGS = ("teacher.spec", "teacher.weights", "evaluation.dataset", "evaluation.data_dir", "runtime.store_dir")
 """Settings of a run that say where something lies. It may be moved afterwards: digests tell whether it is the same."""
 
 

@@ -72,7 +72,7 @@ def smoke_run(
     Raises:
         ValueError: A format is unknown, or its packages are missing.
     """
-    options = ExportOptions(formats=formats, rounds=0, beside_float=False)
+    options = ExportOptions(formats=formats, rounds=0, with_float=False)
     started = time.perf_counter()
     row: dict[str, Any] = {"teacher": config.teacher.spec, "status": REJECTED, "reason": ""}
     if config.runtime.num_threads is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from synq.common.progress import passing_bar
 from synq.config.run import EvaluationConfig
 from synq.evaluation import fidelity as measures
-from synq.evaluation.labelled import LabelledSet, load_labelled
+from synq.evaluation.labeled import LabeledSet, load_labeled
 from synq.quant.integer_form import integer_form
 from synq.teacher.teacher import Teacher
 
@@ -204,7 +204,7 @@ class Measure:
         settings: Settings of the evaluation.
         teacher: The reference of the fidelity.
         accelerator: Process group.
-        labelled: Labeled images, or None.
+        labeled: Labeled images, or None.
         chosen: Indices of the images for the objective "selection".
         reported: Indices of the other images, on which accuracy is reported.
         labels_digest: Fingerprint of the labeled images, "" if there are none.
@@ -215,7 +215,7 @@ class Measure:
     settings: EvaluationConfig
     teacher: Teacher
     accelerator: Accelerator
-    labelled: LabelledSet | None
+    labeled: LabeledSet | None
     chosen: Tensor
     reported: Tensor
     labels_digest: str = ""
@@ -236,9 +236,9 @@ class Measure:
             ValueError, FileNotFoundError: If the set cannot be read or does not support the objective.
         """
         spec = settings.dataset or teacher.default_dataset
-        labelled = None
+        labeled = None
         if spec is not None and spec != "none":
-            labelled = load_labelled(
+            labeled = load_labeled(
                 spec,
                 teacher.input_size,
                 teacher.mean,
@@ -247,12 +247,12 @@ class Measure:
                 data_dir=settings.data_dir,
                 limit=settings.num_images,
             )
-        rows = torch.arange(len(labelled) if labelled is not None else 0)
+        rows = torch.arange(len(labeled) if labeled is not None else 0)
         mask = torch.zeros(len(rows), dtype=torch.bool)
         if settings.objective == "selection":
-            if labelled is None:
+            if labeled is None:
                 raise ValueError("evaluation.objective must be synthetic without labeled images, but got selection")
-            mask = labelled.selection_mask(settings.selection_fraction)
+            mask = labeled.selection_mask(settings.selection_fraction)
             if not mask.any() or mask.all():
                 raise ValueError(
                     "evaluation.selection_fraction must leave images on both sides, "
@@ -262,10 +262,10 @@ class Measure:
             settings=settings,
             teacher=teacher,
             accelerator=accelerator,
-            labelled=labelled,
+            labeled=labeled,
             chosen=rows[mask],
             reported=rows[~mask],
-            labels_digest="" if labelled is None else labelled.fingerprint(),
+            labels_digest="" if labeled is None else labeled.fingerprint(),
             progress=progress,
         )
 
@@ -295,7 +295,7 @@ class Measure:
         return self._means(net, {name: measures.OBJECTIVES[name]})[name]
 
     def _accuracy(self, net: fx.GraphModule, rows: Tensor) -> Accuracy:
-        assert self.labelled is not None
+        assert self.labeled is not None
         size, teacher = self.settings.batch_size, self.teacher
         source = (self.settings.dataset, self.settings.data_dir, self.labels_digest, tuple(rows.tolist()))
         key = (teacher.digest, teacher.mean, teacher.std, *source, _placement(net), size)
@@ -304,7 +304,7 @@ class Measure:
         if is_cached and (cached := _TEACHER_ACCURACY.get(key)) is not None:
             return cached
         accuracy = evaluate(
-            net, self.labelled.batch, rows, batch_size=size, accelerator=self.accelerator, progress=self.progress
+            net, self.labeled.batch, rows, batch_size=size, accelerator=self.accelerator, progress=self.progress
         )
         if is_cached:
             _TEACHER_ACCURACY[key] = accuracy
@@ -332,7 +332,7 @@ class Measure:
         values = self._fidelity(net)
         chosen = values[self.settings.fidelity_measure]
         objective = chosen if self.settings.objective == "synthetic" else self._objective(net)
-        if self.labelled is None:
+        if self.labeled is None:
             return Measurement(objective=objective, fidelity={**values}, top1=None, top5=None, num_eval=None)
         if self._teacher is None:
             self._teacher = self._accuracy(self.teacher.graph, self.reported)

@@ -9,7 +9,7 @@ from typing import Any
 from synq import __version__
 from synq.common.files import write_json_atomic, write_text_atomic
 from synq.common.text_tables import markdown_cell, to_markdown
-from synq.config.quant import protocol_words
+from synq.config.quant import protocol_label
 from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
 from synq.runs.record import RunRecord, read_record
 
@@ -121,7 +121,7 @@ def card_markdown(values: Mapping[str, Any]) -> str:
     """
     accuracy, teacher, metrics = values["accuracy"], values["teacher"], values["deployment"]
     bits, quant = f"W{values['weight_bits']}A{values['act_bits']}", values["config"]["quant"]
-    protocol = protocol_words(values["protocol"], quant["first_bits"], quant["last_bits"])
+    protocol = protocol_label(values["protocol"], quant["first_bits"], quant["last_bits"])
     overrides = f"; except for {markdown_cell(values['layer_bits'])}" if values["layer_bits"] else ""
     lines = [f"# {markdown_cell(teacher['name'])}, {bits}", ""]
     statement = NOISE if values["images"] == "gaussian" else STATEMENT

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from synq.config.parsing import between, one_of
-from synq.config.run import PLACES
+from synq.config.run import PATH_SETTINGS
 from synq.evaluation.measure import Measure
 from synq.export.card import card_values, is_card, readable_record, siblings_of, write_card
 from synq.export.files import Checker, ExportedFile, export_onnx, export_packed, export_program
@@ -59,7 +59,7 @@ class ExportOptions:
         tolerance: Largest accepted difference of a file from the student.
         rounds: Timed runs of each model; 0 measures no latency.
         threads: Threads of ONNX Runtime in timed runs; 0: its default.
-        beside_float: Whether the float teacher is exported to ONNX too, to measure size and latency; not kept.
+        with_float: Whether the float teacher is exported to ONNX too, to measure size and latency; not kept.
         places: Current paths of the run's teacher, images and labels, by configuration key, if they were moved.
         progress: Whether a terminal shows progress bars.
     """
@@ -69,13 +69,13 @@ class ExportOptions:
     tolerance: Tolerance = field(default_factory=Tolerance)
     rounds: int = 30
     threads: int = 0
-    beside_float: bool = True
-    places: Mapping[str, Any] = field(default_factory=dict)
+    with_float: bool = True
+    path_overrides: Mapping[str, Any] = field(default_factory=dict)
     progress: bool = False
 
     def __post_init__(self) -> None:
-        for key in self.places:
-            one_of("places", key, PLACES)
+        for key in self.path_overrides:
+            one_of("places", key, PATH_SETTINGS)
         for name in self.formats:
             one_of("formats", name, FORMATS)
         for name in self.containers:
@@ -121,11 +121,11 @@ def export_run(
         The folder, and the record with its deployment metrics.
 
     Raises:
-        ExportRefusedError: If a file differs from the student by more than the tolerance; no file is written then.
+        ExportRejectedError: If a file differs from the student by more than the tolerance; no file is written then.
         FileNotFoundError, ValueError, OSError: As `open_run`; OSError also if a file cannot be written.
     """
     options, accelerator = options or ExportOptions(), accelerator or Accelerator(cpu=True)
-    run = open_run(folder, options.places, teacher)
+    run = open_run(folder, options.path_overrides, teacher)
     record, student = run.record, run.student
     target = (Path(out) if out is not None else run.folder / "export").resolve()
     _check_target(target)
@@ -194,7 +194,7 @@ def _write_files(
     if "torch" in options.formats:
         files.append(export_program(target / "model.pt2", integer_form(student.net, operations="torch"), size, check))
     metrics = _sizes(student, teacher, files)
-    if models and options.beside_float:
+    if models and options.with_float:
         float_model = write_onnx(integer_form(teacher.graph, operations="onnx"), size)
         metrics["float_onnx_bytes"] = len(float_model)
         if options.rounds:

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from synq.common.progress import remark, visible
+from synq.common.progress import note, visible
 from synq.common.seeding import make_generator
 from synq.config.run import FinetuneConfig
 from synq.finetune.augment import random_views
@@ -255,7 +255,7 @@ def finetune(
             check = (step + 1) % config.log_every == 0 or step + 1 == steps_per_epoch
             training_step(training, batch, lr, generator, meter, check=check)
             if check:
-                remark(bar, meter.summary)
+                note(bar, meter.summary)
             bar.update()
         history.append(meter.means(accelerator) | {"epoch": epoch + 1.0, "seconds": time.perf_counter() - started})
         with training.average.in_place(for_good=epoch + 1 == config.epochs):

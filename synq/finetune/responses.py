@@ -122,8 +122,8 @@ def cached_responses(
                 whole[rows[0] : rows[-1] + 1] = part
             bar.update(len(rows))
 
-    def look_up(rows: Tensor) -> Response:
+    def lookup(rows: Tensor) -> Response:
         rows = rows.to(kept[0].device, non_blocking=True)
         return one.rebuilt([whole[rows] for whole in kept])
 
-    return look_up
+    return lookup

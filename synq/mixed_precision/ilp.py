@@ -84,8 +84,8 @@ def check_limits(options: Mapping[Key, Iterable[int]], limits: Sequence[Limit]) 
             )
 
 
-def choose_widths(
-    losses: Mapping[Key, Mapping[int, float]], limits: Sequence[Limit], alike: Sequence[Sequence[Key]] = ()
+def choose_bits(
+    losses: Mapping[Key, Mapping[int, float]], limits: Sequence[Limit], tied: Sequence[Sequence[Key]] = ()
 ) -> dict[Key, int]:
     """Return the bit-width of every tensor that minimizes the sum of the losses within all limits.
 
@@ -100,7 +100,7 @@ def choose_widths(
         ValueError: The lowest bit-widths already exceed a limit.
     """
     check_limits(losses, limits)
-    found = [_Program(losses, limits, alike, scale).best() for scale in SCALES]
+    found = [_Program(losses, limits, tied, scale).best() for scale in SCALES]
     return min(found, key=lambda chosen: sum(losses[key][bits] for key, bits in chosen.items()))
 
 
@@ -117,7 +117,7 @@ class _Program:
         self,
         losses: Mapping[Key, Mapping[int, float]],
         limits: Sequence[Limit],
-        alike: Sequence[Sequence[Key]],
+        tied: Sequence[Sequence[Key]],
         scale: float,
     ) -> None:
         self.losses, self.limits, self.scale = losses, limits, scale
@@ -127,7 +127,7 @@ class _Program:
         for key, by_bits in losses.items():
             self._choice(key, by_bits)
         self.whole = self.size
-        for keys in alike:
+        for keys in tied:
             first = self.choices[keys[0]]
             for key in keys[1:]:
                 for bits, column in self.choices[key].items():

@@ -7,13 +7,13 @@ from dataclasses import replace
 from synq.config.run import QuantConfig
 from synq.mixed_precision.ilp import Key, Limit, Product
 from synq.network.op_traits import node_module
-from synq.quant.bit_patterns import WidthPatterns, layer_names
+from synq.quant.bit_patterns import BitPatterns, layer_names
 from synq.quant.cost import FLOAT_BITS, layer_calls
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer
 from synq.quant.student import Student
 
 
-class WidthProblem:
+class MixedPrecisionProblem:
     """The tensors of a student whose bit-widths are to be chosen.
 
     Args:
@@ -48,16 +48,16 @@ class WidthProblem:
             if quant.act_points == "inputs":
                 for reader in dict.fromkeys(readers):
                     reads.setdefault(reader, []).append(key)
-        self.alike = [keys for keys in reads.values() if len(keys) > 1]
+        self.tied = [keys for keys in reads.values() if len(keys) > 1]
         fixed = {key for key in self.as_given if self._is_named(key)}
         fixed |= {("activation", name) for name in student.before_last}
         if not activations:
             fixed |= {key for key in self.as_given if key[0] == "activation"}
-        while more := {key for keys in self.alike if fixed & {*keys} for key in keys} - fixed:
+        while more := {key for keys in self.tied if fixed & {*keys} for key in keys} - fixed:
             fixed |= more
         self.free = [key for key in self.as_given if key not in fixed]
         # Fixed bit-widths may differ within a group: a tensor has the largest one that its readers ask for.
-        self.alike = [keys for keys in self.alike if not fixed & {*keys}]
+        self.tied = [keys for keys in self.tied if not fixed & {*keys}]
 
     def widths(self, candidates: Sequence[int]) -> dict[Key, Sequence[int]]:
         """Return the bit-widths of every tensor to choose from."""
@@ -95,7 +95,7 @@ class WidthProblem:
                     costs[bits] += call.macs * bits * FLOAT_BITS
         return self._limit("max-bitops", most, single, products)
 
-    def with_widths(self, chosen: Mapping[Key, int]) -> QuantConfig:
+    def with_bits(self, chosen: Mapping[Key, int]) -> QuantConfig:
         """Return the configuration of a student with the chosen bit-widths."""
         weights, activations = dict(self.quant.layer_weight_bits), dict(self.quant.layer_act_bits)
         for key in self.free:
@@ -117,5 +117,5 @@ class WidthProblem:
         if placed and any(bits is not None and layer in self._names[key] for bits, layer in edges):
             return True
         setting = f"layer_{'weight' if role == 'weight' else 'act'}_bits"
-        patterns = WidthPatterns(getattr(self.quant, setting), f"quant.{setting}")
+        patterns = BitPatterns(getattr(self.quant, setting), f"quant.{setting}")
         return any(patterns.width(*layer_names(name)) is not None for name in self._names[key])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from synq.mixed_precision.ilp import Key, Limit
-    from synq.mixed_precision.problem import WidthProblem
+    from synq.mixed_precision.problem import MixedPrecisionProblem
     from synq.mixed_precision.sensitivity import Score
     from synq.quant.bit_patterns import Role
     from synq.teacher.teacher import Teacher
@@ -74,8 +74,8 @@ def search(config: RunConfig, options: SearchOptions) -> tuple[Path, str] | None
     Raises:
         ValueError: No bit-width is free, or the limits cannot be met.
     """
-    from synq.mixed_precision.ilp import check_limits, choose_widths
-    from synq.mixed_precision.problem import WidthProblem
+    from synq.mixed_precision.ilp import check_limits, choose_bits
+    from synq.mixed_precision.problem import MixedPrecisionProblem
     from synq.pipeline import prepare
     from synq.quant.student import build_student
     from synq.runtime import make_accelerator
@@ -83,7 +83,7 @@ def search(config: RunConfig, options: SearchOptions) -> tuple[Path, str] | None
 
     accelerator, teacher = make_accelerator(config.runtime), load_teacher(config.teacher)
     student = build_student(teacher, config.quant)
-    problem = WidthProblem(student, config.quant, activations=options.activations)
+    problem = MixedPrecisionProblem(student, config.quant, activations=options.activations)
     if not problem.free:
         raise ValueError(
             "`quant` must leave a bit-width to be chosen, but every one is given by name (`--quant.layer_weight_bits none` empties the names), "
@@ -106,9 +106,9 @@ def search(config: RunConfig, options: SearchOptions) -> tuple[Path, str] | None
         kls.setdefault((score.role, score.name), {})[score.bits] = score.kl
     factors = {"weight": 1.0, "activation": options.activation_factor}
     losses = {key: {bits: factors[key[0]] * kl for bits, kl in by_bits.items()} for key, by_bits in kls.items()}
-    chosen = choose_widths(problem.options(losses, options.candidates), limits, problem.alike)
+    chosen = choose_bits(problem.options(losses, options.candidates), limits, problem.tied)
 
-    found = replace(config, quant=problem.with_widths(chosen))
+    found = replace(config, quant=problem.with_bits(chosen))
     folder = Path(config.runtime.output_dir) / f"{config.name}-mixed-precision-{config_digest(found)}"
     sizes = {(row.role, row.name): row for row in student.rows}
     rows = [
@@ -155,7 +155,7 @@ def _scan(
 
 
 def _table(
-    problem: "WidthProblem",
+    problem: "MixedPrecisionProblem",
     kls: Mapping["Key", Mapping[int, float]],
     losses: Mapping["Key", Mapping[int, float]],
     chosen: Mapping["Key", int],

@@ -52,7 +52,7 @@ def classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
     return layers, nonlinear
 
 
-def made_of(net: fx.GraphModule, points: Container[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
+def value_sources(net: fx.GraphModule, points: Container[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
     """Return, for every activation, the quantization points that its values come from.
 
     Values may be pooled, normalized, reshaped or concatenated on the way. The output of a layer comes from no point,

@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from synq.config.quant import QuantConfig
 from synq.network.functional_layers import replace_layer
 from synq.network.op_traits import node_module
-from synq.network.ops import classify, made_of
+from synq.network.ops import classify, value_sources
 from synq.network.tracing import tensor_inputs
-from synq.quant.bit_patterns import WidthPatterns, layer_names
+from synq.quant.bit_patterns import BitPatterns, layer_names
 from synq.quant.cost import TensorRow, account, packed_bytes
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
 from synq.quant.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
@@ -57,7 +57,7 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
     Args:
         traced: A graph from ``trace_classifier``.
         quant: Bit-widths, quantization points, and which scales are stored or learned. Under act_points "relu", ``last_bits`` also is the
-            bit-width of the non-linearity that the last layer reads, pooled or not (``made_of``), unless ``last_bits_for_input`` is
+            bit-width of the non-linearity that the last layer reads, pooled or not (``value_sources``), unless ``last_bits_for_input`` is
             False; if the layer reads a sum, that stays float.
         cam_node: Node of ``traced`` whose output is the CAM's feature map; "" for none.
 
@@ -70,9 +70,9 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
     """
     net = copy.deepcopy(traced).eval()
     layers, nonlinear = classify(net)
-    by_name = WidthPatterns(quant.layer_weight_bits, "quant.layer_weight_bits")
-    widths = _layer_widths(layers, quant.weight_bits, quant.first_bits, quant.last_bits, by_name)
-    act_names = WidthPatterns(quant.layer_act_bits, "quant.layer_act_bits")
+    by_name = BitPatterns(quant.layer_weight_bits, "quant.layer_weight_bits")
+    widths = _layer_bits(layers, quant.weight_bits, quant.first_bits, quant.last_bits, by_name)
+    act_names = BitPatterns(quant.layer_act_bits, "quant.layer_act_bits")
     learned, stored = quant.learned_steps == "all", quant.rounding == "adaround"
     steps: WeightSteps = "learned" if learned else "stored" if stored else "live"
     for node in layers:
@@ -86,19 +86,17 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
     if quant.act_points == "relu":
         if quant.last_bits is not None and quant.last_bits_for_input:
             calls = [node for node in layers if node.target == layers[-1].target]
-            held = made_of(net, {*nonlinear})
+            held = value_sources(net, {*nonlinear})
             before_last = {source: quant.last_bits for node in calls for source in held.get(tensor_inputs(node)[0], ())}
-        widths_behind = {
-            node: act_names.width(node.name) or before_last.get(node, quant.act_bits) for node in nonlinear
-        }
-        points = {node: (widths_behind[node], list(node.users)) for node in nonlinear}
+        bits_after = {node: act_names.width(node.name) or before_last.get(node, quant.act_bits) for node in nonlinear}
+        points = {node: (bits_after[node], list(node.users)) for node in nonlinear}
     else:
-        input_widths = _layer_widths(layers, quant.act_bits, quant.first_bits, quant.last_bits, act_names)
+        input_bits = _layer_bits(layers, quant.act_bits, quant.first_bits, quant.last_bits, act_names)
         points = {}
         for node in layers:
             producer = tensor_inputs(node)[0]
             bits, users = points.get(producer, (0, []))
-            points[producer] = (max(bits, input_widths[node]), [*users, node])
+            points[producer] = (max(bits, input_bits[node]), [*users, node])
         for node in layers:
             asked, (bits, readers) = act_names.width(*layer_names(str(node.target))), points[tensor_inputs(node)[0]]
             if asked not in (None, bits):
@@ -142,7 +140,7 @@ def observe_ranges(
     """Set every activation range from ``images``, and the weights' stored scales, once; only learned scales move afterwards.
 
     Activations are observed in float behind the already quantized weights. "minmax" takes the extremes; "mse" the
-    range that minimises the mean |x - quantized x|^norm over a histogram.
+    range that minimizes the mean |x - quantized x|^norm over a histogram.
 
     Args:
         net: Network of a :class:`Student`.
@@ -150,8 +148,8 @@ def observe_ranges(
         act_range: How activation ranges are chosen.
         weight_range: "mse" also chooses a shrink factor per output channel, kept relative to the live weights.
         norm: Exponent p of the error.
-        image_range: Least and largest value of a pixel, normalised, each (1, C, 1, 1): what is beyond does not count for the quantizer of the image
-            itself, because no image has it. Synthetic ones do: their pixels are optimised without bounds.
+        image_range: Least and largest value of a pixel, normalized, each (1, C, 1, 1): what is beyond does not count for the quantizer of the image
+            itself, because no image has it. Synthetic ones do: their pixels are optimized without bounds.
         batch_size: Images per forward pass.
 
     Raises:
@@ -251,8 +249,8 @@ def _check_same(net: fx.GraphModule, traced: fx.GraphModule) -> None:
         )
 
 
-def _layer_widths(
-    layers: list[fx.Node], bits: int, first_bits: int | None, last_bits: int | None, by_name: WidthPatterns
+def _layer_bits(
+    layers: list[fx.Node], bits: int, first_bits: int | None, last_bits: int | None, by_name: BitPatterns
 ) -> dict[fx.Node, int]:
     widths = dict.fromkeys(layers, bits)
     for node in layers:

@@ -47,12 +47,14 @@ class Run:
         return train_set, heldout
 
 
-def open_run(folder: str | Path, places: Mapping[str, Any] | None = None, teacher: Teacher | None = None) -> Run:
+def open_run(
+    folder: str | Path, path_overrides: Mapping[str, Any] | None = None, teacher: Teacher | None = None
+) -> Run:
     """Open a finished run: read its record, load its teacher and student.
 
     Args:
         folder: The run's folder, the record in it, or a sweep's record of it (records/TRIAL.json).
-        places: Settings of PLACES that differ from the record's; they are in the returned settings, not in the record.
+        places: Settings of PATH_SETTINGS that differ from the record's; they are in the returned settings, not in the record.
         teacher: The run's teacher if already loaded; None loads it.
 
     Raises:
@@ -70,7 +72,7 @@ def open_run(folder: str | Path, places: Mapping[str, Any] | None = None, teache
     record = read_record(path / "record.json")
     _check_completed(record, path)
     config = config_from_dict(RunConfig, record.config, source=str(path / "record.json"))
-    config = make_absolute(with_overrides(config, places or {}))
+    config = make_absolute(with_overrides(config, path_overrides or {}))
     teacher = teacher or load_teacher(config.teacher)
     if teacher.digest != record.teacher.get("digest"):
         raise ValueError(

@@ -229,7 +229,7 @@ def finished_record(path: Path, teacher: Teacher, labels_digest: str, accelerato
         return None
     for what, then, now in (
         ("teachers", record.teacher.get("digest"), teacher.digest),
-        ("labelled sets", record.eval_digest, labels_digest),
+        ("labeled sets", record.eval_digest, labels_digest),
     ):
         if then != now:
             raise ValueError(

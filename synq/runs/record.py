@@ -14,7 +14,7 @@ from typing import Any, Literal
 from synq.common.files import read_json, write_json_atomic
 from synq.config.identity import DIGEST_FORMAT
 from synq.config.parsing import check_format
-from synq.config.quant import protocol_words
+from synq.config.quant import protocol_label
 from synq.config.run import RunConfig, config_digest, config_to_dict
 
 SCHEMA_VERSION = 2
@@ -187,7 +187,7 @@ def run_folder(config: RunConfig) -> Path:
 def run_protocol(record: RunRecord) -> str:
     """Return the protocol of a run with its first/last layer bits: "A", "B (8/8)"."""
     quant = record.config.get("quant", {})
-    return protocol_words(record.protocol, quant.get("first_bits"), quant.get("last_bits"))
+    return protocol_label(record.protocol, quant.get("first_bits"), quant.get("last_bits"))
 
 
 def summary_line(record: RunRecord) -> str:

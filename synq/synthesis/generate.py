@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from synq.common.files import read_json, write_bytes_atomic, write_json_atomic
-from synq.common.progress import remark, visible
+from synq.common.progress import note, visible
 from synq.common.seeding import make_generator
 from synq.config.run import SynthesisConfig
 from synq.network.bn_stats import ChannelStatistics, bn_targets
@@ -228,7 +228,7 @@ class _SetBuilder:
         started = time.perf_counter()
         try:
             if config.fits_start and self._fitted is None:
-                remark(bar, "fitting the initial noise")
+                note(bar, "fitting the initial noise")
             start = self._start(config)
             inversion = invert(
                 self.module,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from synq.common import progress as bars
-from synq.common.progress import passing_bar, remark, visible
+from synq.common.progress import note, passing_bar, visible
 from synq.config.run import RunConfig, config_to_dict, with_overrides
 from synq.evaluation.measure import evaluate
 from synq.pipeline import run
@@ -147,7 +147,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
     ):
         for number in range(8):
             now += 0.125
-            remark(bar, f"loss={number}")
+            note(bar, f"loss={number}")
             bar.update()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[2] for line in lines] == ["2", "4", "6", "8"], lines

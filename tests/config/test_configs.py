@@ -174,7 +174,7 @@ def test_bad_words_are_refused(line: str, message: str) -> None:
 
 
 @given(st.sampled_from(dotted_keys(RunConfig)), st.integers(0, 30))
-def test_a_slip_of_one_letter_is_recognised(key: str, position: int) -> None:
+def test_a_slip_of_one_letter_is_recognized(key: str, position: int) -> None:
     last = key.rpartition(".")[2]
     if len(last) < 4:
         return

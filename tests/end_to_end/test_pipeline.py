@@ -89,8 +89,8 @@ def test_learned_rounding_and_steps_are_recorded_and_repeatable(config: RunConfi
     assert "reconstruction" not in plain.rounding and plain.rtn_fidelity != first.rtn_fidelity
 
 
-def test_only_labels_move_when_the_labelled_images_change(config: RunConfig, tmp_path: Path) -> None:
-    """Zero-shot: the student is the same without any labelled image."""
+def test_only_labels_move_when_the_labeled_images_change(config: RunConfig, tmp_path: Path) -> None:
+    """Zero-shot: the student is the same without any labeled image."""
     with_labels = run(config)
     without = with_overrides(config, {"evaluation.dataset": "none"})
     assert run(without).top1 is None
@@ -188,7 +188,7 @@ def test_bf16_and_fp64_run(config: RunConfig) -> None:
     records = {p: run(with_overrides(config, {"runtime.precision": p})) for p in ("fp32", "bf16", "fp64")}
     losses = {p: record.loss_history[0]["loss"] for p, record in records.items()}
     assert losses["fp64"] == pytest.approx(losses["fp32"], rel=1e-3) and losses["fp64"] != losses["fp32"]
-    # bfloat16 activations land on a neighbouring 4-bit code now and then, which shows in a loss this small.
+    # bfloat16 activations land on a neighboring 4-bit code now and then, which shows in a loss this small.
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.5) and losses["bf16"] != losses["fp32"]
 
 

@@ -49,14 +49,14 @@ def test_other_weights_of_the_same_name_are_not_mixed_up(config: RunConfig, tmp_
         run(runs[1])
 
 
-def test_other_labelled_images_of_the_same_name_are_not_mixed_up(config: RunConfig, tmp_path: Path) -> None:
+def test_other_labeled_images_of_the_same_name_are_not_mixed_up(config: RunConfig, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         np.savez(tmp_path / name / "t.npz", x=rng.integers(0, 255, (20, 16, 16), dtype=np.uint8), y=np.arange(20) % 10)
     runs = [with_overrides(config, {"evaluation.dataset": f"npz:{tmp_path}/{name}/t.npz"}) for name in ("a", "b")]
     assert run(runs[0]).eval_digest
-    with pytest.raises(ValueError, match="must not mix labelled sets"):
+    with pytest.raises(ValueError, match="must not mix labeled sets"):
         run(runs[1])
 
 

@@ -92,8 +92,8 @@ def test_selection_part_and_reported_part_are_disjoint(accelerator: Accelerator)
     teacher = load_teacher(TeacherConfig())
     measure = Measure.prepare(EvaluationConfig(objective="selection", selection_fraction=0.3), teacher, accelerator)
     measure.hold_out(torch.randn(4, *teacher.input_size))
-    assert measure.labelled is not None
-    assert len(measure.chosen) + len(measure.reported) == len(measure.labelled)
+    assert measure.labeled is not None
+    assert len(measure.chosen) + len(measure.reported) == len(measure.labeled)
     assert not set(measure.chosen.tolist()) & set(measure.reported.tolist())
     result = measure(teacher.graph)
     assert result.num_eval == len(measure.reported)
@@ -270,8 +270,8 @@ def test_a_measurement_is_compared_with_the_teacher_image_by_image(
     measure = Measure.prepare(EvaluationConfig(dataset="digits", batch_size=50), teacher, accelerator)
     measure.hold_out(measured[0].heldout)
     result, own = measure(student), measure(teacher.graph)
-    assert measure.labelled is not None
-    images, labels = measure.labelled.batch(measure.reported)
+    assert measure.labeled is not None
+    images, labels = measure.labeled.batch(measure.reported)
     with torch.no_grad():
         right = [net(images).argmax(1) == labels for net in (teacher.graph, student)]
     pairs = list(zip(*(part.tolist() for part in right), strict=True))

@@ -1,4 +1,4 @@
-"""Labelled sets: layouts, sizes, fixed subsets, and every way a set can be wrong."""
+"""Labeled sets: layouts, sizes, fixed subsets, and every way a set can be wrong."""
 
 import gzip
 import struct
@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-import synq.evaluation.labelled_sources as real_sources
-from synq.evaluation.labelled import LabelledSet, fit_images, load_labelled, selection_mask
-from synq.evaluation.labelled_sources import digits_heldout_mask, from_arrays, read_idx
+import synq.evaluation.labeled_sources as real_sources
+from synq.evaluation.labeled import LabeledSet, fit_images, load_labeled, selection_mask
+from synq.evaluation.labeled_sources import digits_heldout_mask, from_arrays, read_idx
 
 COLOUR = (3, 8, 8)
 MEAN3, STD3 = (0.1, 0.2, 0.3), (0.5, 1.0, 2.0)
@@ -24,9 +24,9 @@ def write_npz(path: Path, *, num: int = 6, size: int = 8, channels: int | None =
     return images
 
 
-def load(spec: str, size: tuple[int, int, int] = COLOUR, **fields: object) -> LabelledSet:
+def load(spec: str, size: tuple[int, int, int] = COLOUR, **fields: object) -> LabeledSet:
     mean, std = ((0.0,), (1.0,)) if size[0] == 1 else (MEAN3, STD3)
-    return load_labelled(spec, size, mean, std, **{"num_classes": 3, **fields})  # type: ignore[arg-type]
+    return load_labeled(spec, size, mean, std, **{"num_classes": 3, **fields})  # type: ignore[arg-type]
 
 
 # --- digits ---
@@ -69,7 +69,7 @@ def test_npz_values_are_scaled_normalised_and_in_place(tmp_path: Path) -> None:
         data[6]
 
 
-def test_grey_images_are_repeated_for_a_colour_teacher(tmp_path: Path) -> None:
+def test_gray_images_are_repeated_for_a_color_teacher(tmp_path: Path) -> None:
     images = write_npz(tmp_path / "a.npz", channels=None)
     batch, _ = load(f"npz:{tmp_path}/a.npz").batch(torch.tensor([2]))
     restored = batch[0] * torch.tensor(STD3).view(3, 1, 1) + torch.tensor(MEAN3).view(3, 1, 1)
@@ -77,7 +77,7 @@ def test_grey_images_are_repeated_for_a_colour_teacher(tmp_path: Path) -> None:
         assert np.allclose(channel.numpy() * 255, images[2], atol=1e-3)
 
 
-def test_colour_images_are_refused_for_a_grey_teacher(tmp_path: Path) -> None:
+def test_color_images_are_refused_for_a_gray_teacher(tmp_path: Path) -> None:
     write_npz(tmp_path / "a.npz")
     with pytest.raises(ValueError, match=r"a\.npz must match a teacher of 1 channel\(s\), but have 3"):
         load(f"npz:{tmp_path}/a.npz", (1, 8, 8))
@@ -181,8 +181,8 @@ def test_absent_paths_and_unknown_specs(tmp_path: Path, monkeypatch: pytest.Monk
 def write_folder(root: Path, names: tuple[str, ...], size: tuple[int, int] = (20, 10), mode: str = "RGB") -> None:
     for number, name in enumerate(names):
         (root / name).mkdir(parents=True)
-        colour = (20 * number,) * 3 if mode == "RGB" else 20 * number
-        Image.new(mode, size, colour).save(root / name / "image.png")
+        color = (20 * number,) * 3 if mode == "RGB" else 20 * number
+        Image.new(mode, size, color).save(root / name / "image.png")
 
 
 def test_folder_labels_follow_the_sorted_names(tmp_path: Path) -> None:
@@ -212,30 +212,30 @@ def test_part_of_the_classes_by_name_is_refused(tmp_path: Path) -> None:
         load(f"imagefolder:{tmp_path}")
 
 
-def test_folder_images_are_scaled_and_cut_in_the_centre(tmp_path: Path) -> None:
+def test_folder_images_are_scaled_and_cut_in_the_center(tmp_path: Path) -> None:
     (tmp_path / "0").mkdir()
     pixels = np.zeros((448, 896, 3), np.uint8)
-    pixels[:, 448 - 196 : 448 + 196] = 255  # shorter side 448 -> 256, so the centre 392 of 448 columns are the 224 kept
+    pixels[:, 448 - 196 : 448 + 196] = 255  # shorter side 448 -> 256, so the center 392 of 448 columns are the 224 kept
     pixels[:28], pixels[-28:] = 0, 0
     Image.fromarray(pixels).save(tmp_path / "0" / "a.png")
-    data = load_labelled(f"imagefolder:{tmp_path}", (3, 224, 224), (0.0,) * 3, (1.0,) * 3, num_classes=3)
+    data = load_labeled(f"imagefolder:{tmp_path}", (3, 224, 224), (0.0,) * 3, (1.0,) * 3, num_classes=3)
     image = data[0][0]
     assert image.shape == (3, 224, 224)
     assert torch.allclose(image[:, 2:-2, 2:-2], torch.ones(3, 220, 220))
 
 
-def test_folder_grey_and_damaged_images(tmp_path: Path) -> None:
-    write_folder(tmp_path / "grey", ("0", "1"), mode="L")
-    assert load(f"imagefolder:{tmp_path}/grey", (1, 8, 8))[1][0].shape == (1, 8, 8)
-    assert load(f"imagefolder:{tmp_path}/grey")[1][0].shape == (3, 8, 8)
-    write_folder(tmp_path / "colour", ("0",))
+def test_folder_gray_and_damaged_images(tmp_path: Path) -> None:
+    write_folder(tmp_path / "gray", ("0", "1"), mode="L")
+    assert load(f"imagefolder:{tmp_path}/gray", (1, 8, 8))[1][0].shape == (1, 8, 8)
+    assert load(f"imagefolder:{tmp_path}/gray")[1][0].shape == (3, 8, 8)
+    write_folder(tmp_path / "color", ("0",))
     with pytest.raises(
         ValueError, match=r"must be grayscale for a teacher of 1 channel, but .*image\.png has mode RGB"
     ):
-        load(f"imagefolder:{tmp_path}/colour", (1, 8, 8))[0]
-    (tmp_path / "colour" / "0" / "image.png").write_bytes(b"\x89PNG nothing")
+        load(f"imagefolder:{tmp_path}/color", (1, 8, 8))[0]
+    (tmp_path / "color" / "0" / "image.png").write_bytes(b"\x89PNG nothing")
     with pytest.raises(ValueError, match=r"image .*image\.png must be readable"):
-        load(f"imagefolder:{tmp_path}/colour")[0]
+        load(f"imagefolder:{tmp_path}/color")[0]
     (tmp_path / "empty" / "0").mkdir(parents=True)
     with pytest.raises(ValueError, match="must contain images, but is empty"):
         load(f"imagefolder:{tmp_path}/empty")
@@ -315,7 +315,7 @@ def test_cifar_is_read_from_the_official_files(tmp_path: Path, monkeypatch: pyte
             self.data, self.targets = images, [3, 1, 2, 0]
 
     monkeypatch.setattr(datasets, "CIFAR10", Official)
-    data = load_labelled("cifar10", (3, 32, 32), (0.0,) * 3, (1.0,) * 3, num_classes=10, data_dir=str(tmp_path))
+    data = load_labeled("cifar10", (3, 32, 32), (0.0,) * 3, (1.0,) * 3, num_classes=10, data_dir=str(tmp_path))
     assert data.labels.tolist() == [3, 1, 2, 0]
     assert np.allclose(data[2][0].numpy() * 255, images[2].transpose(2, 0, 1), atol=1e-3)
 

@@ -42,16 +42,16 @@ def test_every_file_is_there_and_described(finished: Path, exported: Path) -> No
     assert files.keys() == names - {"README.md", "card.json"}
     for name, file in files.items():
         assert file["bytes"] == (exported / name).stat().st_size
-        synthetic, labelled = file["comparisons"]
-        assert (synthetic["source"], labelled["source"], labelled["images"]) == (
+        synthetic, labeled = file["comparisons"]
+        assert (synthetic["source"], labeled["source"], labeled["images"]) == (
             "synthetic",
             "labeled",
             record.num_eval,
         )
         assert synthetic["images"] == sum(record.config[a][b] for a, b in (("synthesis", "num_images"), ("evaluation", "heldout_images")))  # fmt: skip
-        assert labelled["student_top1"] == record.top1 == labelled["file_top1"], "what the run promised"
-        assert labelled["agreement_all"] == 100 if name != "model.pt2" else labelled["agreement_all"] > 99
-        assert labelled["max_difference"] == 0 or name == "model.pt2", "the very logits"
+        assert labeled["student_top1"] == record.top1 == labeled["file_top1"], "what the run promised"
+        assert labeled["agreement_all"] == 100 if name != "model.pt2" else labeled["agreement_all"] > 99
+        assert labeled["max_difference"] == 0 or name == "model.pt2", "the very logits"
     assert figures["packed_bytes"] == files["model.safetensors"]["bytes"] < 0.3 * figures["float_bytes"]
     assert figures["onnx_bytes"] == files["model_int8.onnx"]["bytes"] > files["model_int4.onnx"]["bytes"]
     assert figures["latency_ms"] == files["model_int8.onnx"]["latency_ms"] > 0 < figures["float_latency_ms"]
@@ -124,7 +124,7 @@ def test_a_run_that_was_moved_is_told_where_its_images_lie(finished: Path, tmp_p
     assert main([*words, "--quant.act_bits", "8"]) == 2
     assert "`--quant.act_bits` must be an option of this command, but is not" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"`places` must be one of teacher\.spec"):
-        ExportOptions(places={"quant.act_bits": 8})
+        ExportOptions(path_overrides={"quant.act_bits": 8})
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ SIZE = (3, 16, 16)
 
 
 class Normed(nn.BatchNorm2d):
-    """As timm writes it: an assertion, normalisation as a function, an activation inside the layer."""
+    """As timm writes it: an assertion, normalization as a function, an activation inside the layer."""
 
     def __init__(self, channels: int, **options: Any) -> None:
         super().__init__(channels, **options)

@@ -97,7 +97,7 @@ def test_flat_maps_give_finite_loss_and_gradient(level: float, dtype: torch.dtyp
 
 
 def test_maps_are_raw() -> None:
-    # A teacher twice as bright is another map. Normalised maps would call the two equal.
+    # A teacher twice as bright is another map. Normalized maps would call the two equal.
     features, alpha = randn(2, 3, 4, 4).abs(), torch.ones(2, 3, dtype=torch.float64)
     got = cam_loss(cam_map(2 * features, alpha), cam_map(features, alpha))
     torch.testing.assert_close(got, cam_map(features, alpha).square().sum(dim=(1, 2)))

@@ -1,4 +1,4 @@
-"""Equalisation: the right pairs, the same function, more even ranges, and kept only where it helps."""
+"""Equalization: the right pairs, the same function, more even ranges, and kept only where it helps."""
 
 import copy
 from collections.abc import Callable

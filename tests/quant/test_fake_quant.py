@@ -183,7 +183,7 @@ def test_gradient_is_that_of_the_fused_op_at_every_tie_and_edge(bits: int, signe
     oracle = torch.fake_quantize_per_channel_affine(leaf, scale, zero_point, 0, *bounds)
     assert torch.equal(got, gradient(oracle, leaf, pull)) and not torch.equal(got, pull)
     for row, s, z, p in zip(x, scale, zero_point, pull, strict=True):
-        # Neighbours of every edge of the grid, where one wrong digit of the pass band would show.
+        # Neighbors of every edge of the grid, where one wrong digit of the pass band would show.
         edges = (torch.arange(bounds[0] - 1, bounds[1] + 1) - z + 0.5) * s
         near = [edges.nextafter(torch.full_like(edges, end)) for end in (-torch.inf, torch.inf)]
         leaf = torch.cat([row, edges, *near]).requires_grad_()

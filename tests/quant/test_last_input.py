@@ -16,7 +16,7 @@ from synq.config.parsing import config_to_dict
 from synq.config.run import QuantConfig, RunConfig, TeacherConfig, config_digest, config_from_dict, with_overrides
 from synq.export.load import load_student
 from synq.export.packed import load_packed, save_packed
-from synq.mixed_precision.problem import WidthProblem
+from synq.mixed_precision.problem import MixedPrecisionProblem
 from synq.network.tracing import trace_classifier
 from synq.quant.integer_form import integer_form
 from synq.quant.student import Student, build_student, observe_ranges, quantize_model
@@ -131,7 +131,7 @@ def test_it_can_be_left_as_the_rest_and_named() -> None:
 
 def test_its_width_is_no_choice_of_a_scan() -> None:
     quant = QuantConfig(weight_bits=3, act_bits=3, last_bits=8)
-    problem = WidthProblem(_student(Residual(), last_bits=8), quant, activations=True)
+    problem = MixedPrecisionProblem(_student(Residual(), last_bits=8), quant, activations=True)
     free = {name for role, name in problem.free if role == "activation"}
     assert free == {"relu", "relu_1"} and problem.as_given["activation", "relu_2"] == 8
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from synq.config.run import QuantConfig, RunConfig, TeacherConfig, config_digest, config_from_dict, config_to_dict
 from synq.network.tracing import trace_classifier
-from synq.quant.bit_patterns import WidthPatterns
+from synq.quant.bit_patterns import BitPatterns
 from synq.quant.student import Student, build_student, quantize_model
 from synq.teacher.teacher import Teacher, load_teacher
 from synq.train import command
@@ -41,15 +41,15 @@ def bits_of(student: Student, role: str) -> dict[str, int]:
 def test_the_nearest_pattern_decides_whatever_the_order(
     widths: dict[str, int], name: str, expected: int | None
 ) -> None:
-    assert WidthPatterns(widths, "widths").width(name) == expected
-    assert WidthPatterns(dict(reversed(widths.items())), "widths").width(name) == expected
+    assert BitPatterns(widths, "widths").width(name) == expected
+    assert BitPatterns(dict(reversed(widths.items())), "widths").width(name) == expected
 
 
 def test_patterns_that_disagree_equally_near_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"one bit-width for 'ab', but the patterns '\*b' and 'a\*' are equally specific"
     ):
-        WidthPatterns({"a*": 5, "*b": 6}, "widths").width("ab")
+        BitPatterns({"a*": 5, "*b": 6}, "widths").width("ab")
 
 
 def test_weights_and_activations_of_single_layers(teacher: Teacher) -> None:

@@ -24,13 +24,13 @@ def histogram(x: Tensor, bins: int = 2048) -> HistogramObserver:
     return counted
 
 
-def centres(h: HistogramObserver) -> list[float]:
+def centers(h: HistogramObserver) -> list[float]:
     width = (h.bin_max - h.bin_min) / len(h.counts)
     return [h.bin_min + (i + 0.5) * width for i in range(len(h.counts))]
 
 
 def error_of(h: HistogramObserver, low: float, high: float, bounds: tuple[int, int], norm: float) -> float:
-    return reference.quant_error(centres(h), h.counts.tolist(), low, high, *bounds, norm)
+    return reference.quant_error(centers(h), h.counts.tolist(), low, high, *bounds, norm)
 
 
 def test_weight_minmax() -> None:
@@ -144,7 +144,7 @@ def test_search_finds_the_best_quantizer_there_is(name: str, bits: int, norm: fl
     h = histogram(SAMPLES[name][:2000], bins=64)
     bounds = quant_bounds(bits, False)
     low, high = mse_range(h.counts, h.bin_min, h.bin_max, *bounds, norm)
-    values = centres(h)
+    values = centers(h)
     best = reference.best_range_error(values, h.counts.tolist(), *bounds, norm, steps=150)
     assert error_of(h, low, high, bounds, norm) <= best * 1.01
 

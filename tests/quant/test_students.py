@@ -229,7 +229,7 @@ def test_overflowing_activations_are_named() -> None:
 
 
 def test_the_image_is_rounded_within_the_range_of_pixels() -> None:
-    """Optimised pixels go beyond black and white, images do not: only the image's own quantizer knows of it."""
+    """Optimized pixels go beyond black and white, images do not: only the image's own quantizer knows of it."""
     images = 3 * torch.randn(16, *SIZE, generator=torch.Generator().manual_seed(0))
     bounds = (torch.tensor([-1.0, -0.5, -2.0]).view(1, 3, 1, 1), torch.tensor([1.0, 1.5, 0.5]).view(1, 3, 1, 1))
     free, bounded = make("inputs", bits=4), make("inputs", bits=4)

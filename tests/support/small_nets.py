@@ -1,4 +1,4 @@
-"""Small float64 networks of every shape that equalisation and correction meet, with batch norms as after training."""
+"""Small float64 networks of every shape that equalization and correction meet, with batch norms as after training."""
 
 from collections.abc import Callable
 

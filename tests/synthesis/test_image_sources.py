@@ -17,7 +17,7 @@ from synq.synthesis.swing import draw_swings
 
 SIZE = (3, 12, 9)
 LABELS = torch.arange(15) % 5
-OPTIMISING = tuple(method for method in SYNTHESIS_METHODS if method != "gaussian")
+OPTIMIZING = tuple(method for method in SYNTHESIS_METHODS if method != "gaussian")
 QUICK = {"iterations": 6, "latent_dim": 16, "lr": 0.5}
 
 
@@ -50,7 +50,7 @@ def test_terms_are_those_of_the_images(tiny_classifier: nn.Module, method: str, 
     assert made.num_agree == (logits.argmax(1) == made.labels).sum()
 
 
-@pytest.mark.parametrize("method", OPTIMISING)
+@pytest.mark.parametrize("method", OPTIMIZING)
 @pytest.mark.parametrize("schedule", ["cosine", pytest.param("plateau", marks=pytest.mark.slow)])
 def test_the_loss_falls(tiny_classifier: nn.Module, method: str, schedule: str) -> None:
     made = _run(tiny_classifier, method=method, schedule=schedule, iterations=60, inception_weight=0.5)
@@ -92,7 +92,7 @@ def test_labels_are_assigned_or_the_teachers_answers(tiny_classifier: nn.Module,
         assert torch.equal(made.labels, LABELS)
 
 
-@pytest.mark.parametrize("method", OPTIMISING)
+@pytest.mark.parametrize("method", OPTIMIZING)
 def test_class_loss_counts_where_labels_are_assigned(tiny_classifier: nn.Module, method: str) -> None:
     plain = _run(tiny_classifier, method=method).images
     for change in ({"inception_weight": 5.0}, {"hard_sample_gamma": 2.0, "inception_weight": 0.5}):

@@ -1,4 +1,4 @@
-"""The optimisation of one shard: against a plain twin, without side effects, finite at its edges."""
+"""The optimization of one shard: against a plain twin, without side effects, finite at its edges."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The noise that images begin as: its falloff, colours and contrast are those asked for, and are found again from a teacher's statistics."""
+"""The noise that images begin as: its falloff, colors and contrast are those asked for, and are found again from a teacher's statistics."""
 
 import json
 from dataclasses import asdict

@@ -42,7 +42,7 @@ def test_a_swung_convolution_is_the_convolution_of_a_shifted_input(
     generator = torch.Generator().manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 4, kernel, stride, padding)).requires_grad_(False)
     big = torch.randn(2, 2, 15, 15, generator=generator)
-    x = big[:, :, 2:13, 2:13]  # of which the neighbourhood is known
+    x = big[:, :, 2:13, 2:13]  # of which the neighborhood is known
     plain = net(x)
     limits = [size - 1 for size in net[0].stride]
     with SwingConvolutions(net, [[(0, 0)], [(limits[0], limits[1])], [(-limits[0], 0)]]) as swing:

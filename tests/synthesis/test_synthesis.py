@@ -133,7 +133,7 @@ def test_two_processes_make_the_same_set(tmp_path: Path) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with _started([*launch, __file__, str(tmp_path / "two"), "torchrun"], stderr=subprocess.PIPE) as process:
         _, err = process.communicate(timeout=120)
-    # Judged by the artefacts: gloo aborts now and then at exit, after all work is done.
+    # Judged by the artifacts: gloo aborts now and then at exit, after all work is done.
     reports = sorted((tmp_path / "two").glob("report-*.json"))
     assert len(reports) == 2, err.decode()[-2000:]
     told = [json.loads(report.read_text()) for report in reports]

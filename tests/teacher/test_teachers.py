@@ -16,7 +16,7 @@ from torch import nn
 import synq.teacher.sources as teacher_sources
 from support.tiny_model import SIZE, trained_state
 from synq.config.run import TeacherConfig
-from synq.evaluation.labelled import load_labelled
+from synq.evaluation.labeled import load_labeled
 from synq.network.tracing import trace_classifier
 from synq.teacher.teacher import check_architecture, load_teacher, weight_digest
 
@@ -29,7 +29,7 @@ def test_bundled_teacher_reaches_the_accuracy_in_its_metadata() -> None:
     assert teacher.default_dataset == "digits"
     assert teacher.cam.kind == "closed_form"
     assert not teacher.module.training and not any(p.requires_grad for p in teacher.module.parameters())
-    digits = load_labelled("digits", teacher.input_size, teacher.mean, teacher.std, num_classes=10)
+    digits = load_labeled("digits", teacher.input_size, teacher.mean, teacher.std, num_classes=10)
     images, labels = digits.batch(torch.arange(len(digits)))
     with torch.no_grad():
         correct = int((teacher.module(images).argmax(1) == labels).sum())
@@ -48,7 +48,7 @@ def test_bundled_training_is_deterministic(root: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(str(root))
     from launch.train_bundled_teacher import train
 
-    data = load_labelled("digits:train", (1, 16, 16), (0.3,), (0.3,), num_classes=10, limit=128)
+    data = load_labeled("digits:train", (1, 16, 16), (0.3,), (0.3,), num_classes=10, limit=128)
     first, second, other = (train(data, seed, epochs=1).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
@@ -243,7 +243,7 @@ def test_real_teachers(
     teacher = load_teacher(config)
     assert (teacher.name, teacher.cam.kind, teacher.cam.cells) == (f"{name}_resnet20", "closed_form", cells)
     spec = f"npz:{data_dir}/{name}_test_a.npz"
-    data = load_labelled(spec, teacher.input_size, mean, std, num_classes=teacher.num_classes)
+    data = load_labeled(spec, teacher.input_size, mean, std, num_classes=teacher.num_classes)
     correct = 0
     with torch.no_grad():
         for rows in torch.arange(len(data)).split(250):

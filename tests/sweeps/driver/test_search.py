@@ -206,12 +206,12 @@ def test_other_files_of_the_same_name_are_refused(opened: Any) -> None:
     teacher = {"name": "net", "digest": "aa", "input_size": [1, 8, 8]}
     ledger.know(config["group"], teacher, "ee")
     record = ledger.settle(config["trial"], status="pruned", reason="weak", history=[], seconds=1.0)
-    ledger.know(config["group"], teacher, "other")  # a pruned trial's figures come from no labelled image
+    ledger.know(config["group"], teacher, "other")  # a pruned trial's figures come from no labeled image
     with pytest.raises(ValueError, match="made with other weights of the same file name: put the old file back"):
         ledger.know(config["group"], {**teacher, "digest": "bb"}, "ee")
     ledger.records[config["trial"]] = replace(record, status="completed", eval_digest="ee")
     ledger.know(config["group"], teacher, "ee")
-    with pytest.raises(ValueError, match="made with other labelled images of the same file name"):
+    with pytest.raises(ValueError, match="made with other labeled images of the same file name"):
         ledger.know(config["group"], teacher, "other")
 
 

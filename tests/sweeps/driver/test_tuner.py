@@ -190,7 +190,7 @@ def test_records_of_other_weights_or_images_are_refused(sweep: Path) -> None:
         ledger.know(group, facts, record.eval_digest)
         with pytest.raises(ValueError, match=r"was made with other weights of the same"):
             ledger.know(group, {**facts, "digest": "0" * 64}, record.eval_digest)
-        with pytest.raises(ValueError, match=r"was made with other labelled images"):
+        with pytest.raises(ValueError, match=r"was made with other labeled images"):
             ledger.know(group, facts, "0" * 64)
     finally:
         ledger.close()

@@ -97,7 +97,7 @@ def test_what_must_not_be_compared_has_ranks_of_its_own(other: RunRecord) -> Non
 
 
 @pytest.mark.parametrize("objective", ["synthetic", "selection"])
-def test_other_labelled_images_are_never_one_row(objective: str) -> None:
+def test_other_labeled_images_are_never_one_row(objective: str) -> None:
     settings = {"evaluation.objective": objective, "evaluation.dataset": "npz:here/test.npz"}
     rows = leaderboard_rows(
         [record(0.5, seed=seed, overrides=settings, eval_digest=f"e{seed}", top1=80.0 - 60.0 * seed) for seed in (0, 1)]

@@ -39,7 +39,7 @@ class ImageSource:
 
 
 def open_source(spec: str, *, num_classes: int, channels: int, data_dir: str | None) -> ImageSource:
-    """Open the set of a spec; see `synq.evaluation.labelled.load_labelled` for specs, arguments and errors."""
+    """Open the set of a spec; see `synq.evaluation.labeled.load_labeled` for specs, arguments and errors."""
     root = Path(data_dir or os.environ.get(DATA_DIR_VARIABLE) or "data").expanduser()
     kind, _, rest = spec.partition(":")
     if kind == "digits" and rest in ("", "train"):

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from synq.evaluation.labelled_sources import ImageSource, open_source
+from synq.evaluation.labeled_sources import ImageSource, open_source
 
 
-class LabelledSet(Dataset[tuple[Tensor, int]]):
+class LabeledSet(Dataset[tuple[Tensor, int]]):
     """Labeled images, preprocessed for one teacher.
 
     Attributes:
@@ -80,7 +80,7 @@ class LabelledSet(Dataset[tuple[Tensor, int]]):
         return selection_mask(self.num_total, fraction)[self.indices]
 
 
-def load_labelled(
+def load_labeled(
     spec: str,
     teacher_input_size: tuple[int, int, int],
     mean: Sequence[float],
@@ -89,7 +89,7 @@ def load_labelled(
     num_classes: int,
     data_dir: str | None = None,
     limit: int | None = None,
-) -> LabelledSet:
+) -> LabeledSet:
     """Load a set of labeled images for one teacher.
 
     Images of another size are resized bilinearly with antialiasing (folders: shorter side to size * 256 / 224, center
@@ -127,7 +127,7 @@ def load_labelled(
     indices = torch.arange(num_total)
     if limit is not None and limit < num_total:
         indices = _ranks(num_total, "limit").argsort()[:limit].sort().values
-    return LabelledSet(spec, source, indices, teacher_input_size, mean, std)
+    return LabeledSet(spec, source, indices, teacher_input_size, mean, std)
 
 
 def selection_mask(num_images: int, fraction: float) -> Tensor:
