@@ -64,7 +64,7 @@ def rows(context: Context) -> Iterator[Row]:
 
 
 def _run(file: Path, output: Path, concurrent: int, device: str, *, trials: int) -> tuple[float, float, float, int]:
-    """Run the sweep; return (seconds from first start to last end, percent in trials, seconds around a trial, at a time).
+    """Run the sweep; return (seconds from first start to last end, percent in trials, seconds around each, at a time).
 
     Raises:
         WorkerError: It failed; the message holds the end of its standard error.
