@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""`synq sweep` as a file, for `ray job submit --working-dir . -- python launch/sweep.py SPEC` from a checkout that is not installed."""
+"""`synq sweep` as a file, for a checkout that is not installed: `ray job submit ... -- python launch/sweep.py SPEC`."""
 
 import sys
 from pathlib import Path

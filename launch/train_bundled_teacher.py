@@ -1,9 +1,9 @@
 """Train the small teacher that ships with the package, on the training part of scikit-learn's digits.
 
-    python launch/train_bundled_teacher.py [--seed 0] [--epochs 60] [--output synq/teacher/assets/digits_resnet8.safetensors]
+    python launch/train_bundled_teacher.py [--seed 0] [--epochs 60] [--output FILE.safetensors]
 
-One thread, about a minute. The same seed gives the same weights on the same machine and versions; the last epoch is kept, never
-the best. Accuracy on the held-out third, command and seed are written into the file's metadata.
+One thread, about a minute. The same seed gives the same weights on the same machine and versions; the last epoch is
+kept, never the best. Accuracy on the held-out third, command and seed are written into the file's metadata.
 """
 
 import math
@@ -37,7 +37,7 @@ MAX_SHIFT = 2
 
 
 def shift_images(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image (N, C, H, W) by up to MAX_SHIFT pixels both ways; what comes in at the edges repeats the edge."""
+    """Shift each image (N, C, H, W) by up to MAX_SHIFT pixels both ways; the edge is repeated."""
     height, width = images.shape[2:]
     padded = F.pad(images, (MAX_SHIFT,) * 4, mode="replicate")
     offsets = torch.randint(0, 2 * MAX_SHIFT + 1, (len(images), 2), generator=generator).tolist()

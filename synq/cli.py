@@ -30,7 +30,7 @@ SECTIONS = {
         "report": ("synq.commands.report", "one HTML page of a run, a sweep, or several side by side"),
     },
     "check the machines": {
-        "check-cluster": ("synq.commands.check_cluster", "what a sweep needs of a Ray cluster: what works, what does not"),
+        "check-cluster": ("synq.commands.check_cluster", "what a sweep needs of a Ray cluster, and whether it works"),
         "bench": ("synq.commands.bench", "the speed of this machine and of SynQ on it"),
     },
 }  # fmt: skip

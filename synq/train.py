@@ -43,10 +43,11 @@ EXAMPLES = """\
 @click.command("train", cls=Command, settings="run", common=COMMON, examples=EXAMPLES, resumes=True)
 @config_option
 def command(config: RunConfig) -> int:
-    """Quantize a classifier without any data: synthesize images from it, train a low-bit student on them, measure the student.
+    """Quantize a classifier without any data: synthesize images, train a low-bit student on them, and measure it.
 
-    Settings come from --config FILE (TOML or JSON, with the keys below), then from the command line; TEACHER is --teacher.spec. The same
-    command started again resumes a run that was stopped, and returns at once when it is finished.
+    Settings come from --config FILE (TOML or JSON, with the keys below), then from the command line; TEACHER is
+    --teacher.spec. The same command started again resumes a run that was stopped, and returns at once when it is
+    finished.
     """
     return on_every_process(config, lambda accelerator: _run(config, accelerator))
 
@@ -85,7 +86,7 @@ def on_every_process(config: RunConfig, work: Callable[["Accelerator"], tuple[li
         lines, notes = work(accelerator)
         accelerator.end_training()
     except (ValueError, OSError, NonFiniteLossError, torch.OutOfMemoryError) as error:
-        # The launcher ends the other processes soon after one has failed. One that waits thus leaves the message to the main
+        # The launcher ends the other processes soon after one has failed. Waiting leaves the message to the main
         # process, and still reports when it alone has failed.
         if rank != 0:
             time.sleep(5)

@@ -26,7 +26,7 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-p
 
 
 def start(command: list[str], threads: int = 1) -> "subprocess.Popen[str]":
-    """Start a process with its own number of threads, in a new session, so that all it starts can be ended with it."""
+    """Start a process with its own number of threads, in a new session, so that its children can be ended with it."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
     return subprocess.Popen(

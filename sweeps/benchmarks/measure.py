@@ -35,7 +35,7 @@ def measure(
     seed: int = 0,
     output_dir: str | Path = "runs/bench",
 ) -> None:
-    """Measure groups and print them; bench.json and bench.md are written after each, so that an interrupted benchmark leaves its part.
+    """Measure groups of benchmarks, print them, and write bench.json and bench.md after each group.
 
     Args:
         groups: Names of `GROUPS`.

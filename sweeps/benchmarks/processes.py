@@ -48,7 +48,8 @@ def rows(context: Context) -> Iterator[Row]:
         value=Spread.of(efficiency),
         unit="",
         target=Target(at_least=0.9),
-        note=f"epochs of {IMAGES * scale} images: 1 process {_text(seconds['one'])}, 2 processes {_text(seconds['two'])}",
+        note=f"epochs of {IMAGES * scale} images: 1 process {_text(seconds['one'])}, "
+        f"2 processes {_text(seconds['two'])}",
     )
     if seconds["apart"]:
         yield Row(

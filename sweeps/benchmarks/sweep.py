@@ -54,15 +54,17 @@ def rows(context: Context) -> Iterator[Row]:
             first = first or rate
             yield Row(
                 group="sweep",
-                what=f"{TRIALS} trials of the demo, one thread each, {real} at a time ({number} asked for): trials per hour",
+                what=f"{TRIALS} trials of the demo, one thread each, {real} at a time ({number} asked for): "
+                "trials per hour",
                 value=Spread.of([rate]),
                 unit="/h",
-                note=f"{rate / first:.2f} times one at a time; {share:.0f} % in their own work, {around:.2f} s a trial around it",
+                note=f"{rate / first:.2f} times one at a time; {share:.0f} % in their own work, "
+                f"{around:.2f} s a trial around it",
             )
 
 
 def _run(file: Path, output: Path, concurrent: int, device: str, *, trials: int) -> tuple[float, float, float, int]:
-    """Run the sweep; return (seconds from the first start to the last end, percent in own work, seconds around a trial, at a time).
+    """Run the sweep; return (seconds from first start to last end, percent in trials, seconds around each, at a time).
 
     Raises:
         WorkerError: It failed; the message holds the end of its standard error.

@@ -1,6 +1,6 @@
-"""A separate process that fine-tunes and reports, as JSON on its last line: `python -m synq.sweeps.benchmarks.worker ...`.
+"""A separate process that fine-tunes and prints JSON on its last line: `python -m synq.sweeps.benchmarks.worker ...`.
 
-Figures that one process cannot take of itself: peak memory from a clean start, and several processes at once.
+Measurements that one process cannot take of itself: peak memory from a clean start, and several processes at once.
 """
 
 import json
@@ -30,7 +30,7 @@ SAMPLE_SECONDS = 0.05
 
 
 def own_memory() -> int:
-    """Return the bytes that this process holds, without the pages of files on a disk, which the system can take back."""
+    """Return the bytes that this process holds, without pages of files, which the system can take back."""
     with open("/proc/self/status", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)
     return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024

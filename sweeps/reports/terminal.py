@@ -49,7 +49,7 @@ def _show_run(path: Path, console: Console) -> None:
     if path.is_dir() and not (path / "record.json").exists():
         saved = path / "checkpoint.pt"
         when = f", last saved {datetime.fromtimestamp(saved.stat().st_mtime):%Y-%m-%d %H:%M}" if saved.exists() else ""
-        console.print(plain(f"run {path.name}: not finished{when}; its command, started again, goes on"))
+        console.print(plain(f"run {path.name}: not finished{when}; its command, started again, resumes"))
         return
     record = record_of(path)
     console.rule(Text(plain(f"run {record.name}: {run_label(record)}")), align="left")

@@ -36,8 +36,8 @@ EXAMPLES = """\
     "--rows",
     several=True,
     metavar="ROW",
-    help="some of: none, filter, CAM, soft labels, filter + CAM, filter + soft labels, CAM + soft labels, all, distillation only "
-    "(default: those of SPEC, or all)",
+    help="some of: none, filter, CAM, soft labels, filter + CAM, filter + soft labels, CAM + soft labels, all, "
+    "distillation only (default: those of SPEC, or all)",
 )
 @option("--jobs", type=INT, default=1, help="runs at a time, the cores divided between them (default: 1)")
 def command(
@@ -49,11 +49,11 @@ def command(
     jobs: int,
     overrides: dict[str, Any],
 ) -> None:
-    """Run one configuration with every combination of filter, CAM and soft labels, on shared seeds, and print the paired table.
+    """Run a configuration with each combination of filter, CAM and soft labels on shared seeds; print a paired table.
 
-    The configuration must have all three on. It comes from SPEC, a file that holds the whole ablation (tables go to <output_dir>/<name>), or
-    from --config, a file of one run (tables go to <output_dir>). The settings of `synq train` override it. The same command resumes an
-    ablation that was stopped.
+    The configuration must have all three on. It comes from SPEC, a file that holds the whole ablation (tables go to
+    <output_dir>/<name>), or from --config, a file of one run (tables go to <output_dir>). The settings of `synq train`
+    override it. The same command resumes an ablation that was stopped.
     """
     from synq.runs.record import summary_line
     from synq.sweeps.studies.ablation import AblationSpec, load_ablation, markdown, plan, table, write_tables

@@ -58,9 +58,9 @@ def command(
 ) -> None:
     """Measure ratios side by side in one process, alternating, and print and write a table with their spread.
 
-    Random weights and images: nothing is downloaded. The groups: what the machine can do at most (ceilings), fine-tuning steps, options
-    (layout, number format, compilation), synthesis, cost curves and memory, a population of students in one process, two processes (DDP),
-    trials of a sweep side by side.
+    Random weights and images: nothing is downloaded. The groups: what the machine can do at most (ceilings),
+    fine-tuning steps, options (layout, number format, compilation), synthesis, cost curves and memory, a population of
+    students in one process, two processes (DDP), trials of a sweep side by side.
     """
     if rounds < 1 or (threads is not None and threads < 1):
         raise ValueError(f"`rounds` and `threads` must be >= 1, but got {rounds} and {threads}")

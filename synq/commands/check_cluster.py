@@ -25,7 +25,7 @@ EXAMPLES = """\
 def command(
     output_dir: str | None, workers: int, timeout: float, skip: tuple[str, ...], json_file: str | None
 ) -> int | None:
-    """Check nodes, clocks, the folder for results, GPUs, process groups, small sweeps and a killed worker, and report what was verified."""
+    """Check nodes, clocks, the folder for results, GPUs, process groups, small sweeps and a killed worker."""
     from synq.sweeps.driver.cluster import prepare_environment
 
     prepare_environment()

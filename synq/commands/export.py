@@ -37,16 +37,17 @@ def _failures() -> tuple[type[BaseException], ...]:
     "--container",
     several=True,
     metavar="TYPE",
-    help="how ONNX holds integers: int4 (of at most 4 bits, two a byte, the smallest), int8 (in bytes), matmul (in bytes, and convolutions as "
-    "products of integer matrices, the fastest on a CPU but for grouped convolutions); or several (default: int4 where there are at most 4 "
+    help="how ONNX holds integers: int4 (of at most 4 bits, two a byte, the smallest), int8 (in bytes), matmul (in "
+    "bytes, and convolutions as products of integer matrices, the fastest on a CPU but for grouped convolutions); or "
+    "several (default: int4 where there are at most 4 "
     "bits, else int8)",
 )
 @option(
     "--agreement",
     type=FLOAT,
     default=99.9,
-    help="least percent of images with the student's class; one image may always differ, and twice as many as on which the student differs "
-    "when it adds floats (default: 99.9)",
+    help="least percent of images with the student's class; one image may always differ, and twice as many as on "
+    "which the student differs when it adds floats (default: 99.9)",
 )
 @option(
     "--margin",
@@ -75,11 +76,12 @@ def command(
     rounds: int,
     **moved: str | None,
 ) -> None:
-    """Write the student of a finished run as ONNX (QuantizeLinear/DequantizeLinear), packed safetensors and a torch.export program.
+    """Write the student of a finished run as ONNX (QDQ), packed safetensors and a torch.export program.
 
-    Every file is run on the run's synthetic images, and on its labeled ones where it has some, and compared with the student; one that
-    differs by more than the tolerance is rejected. Sizes, BitOps and the latency in ONNX Runtime, next to the float teacher's, go into the
-    run's record, and with everything else into a model card (README.md and card.json) next to the files.
+    Every file is run on the run's synthetic images, and on its labeled ones where it has some, and compared with the
+    student; one that differs by more than the tolerance is rejected. Sizes, BitOps and the latency in ONNX Runtime,
+    next to the float teacher's, go into the run's record, and with everything else into a model card (README.md and
+    card.json) next to the files.
     """
     check_paths([run], "RUN")
     from synq.common.text_tables import to_text

@@ -32,10 +32,11 @@ EXAMPLES = """\
 def command(config: RunConfig, as_json: bool) -> None:
     """Show what would be quantized in a classifier, layer by layer, and write nothing.
 
-    Every operation of the forward pass is listed with the bits that its weight (W) and output (out) would get, 32 for float and for operations
-    that only pass their input on, such as max pooling (BitOps count the bits that are read); the batch norms that guide the synthesis; where
-    class activation maps are taken, and how; parameters, multiply-accumulates (MACs), bit operations (BitOps), sizes. A classifier that
-    cannot be quantized is rejected as a run would reject it. The settings of `teacher` and `quant` count.
+    Every operation of the forward pass is listed with the bits that its weight (W) and output (out) would get, 32 for
+    float and for operations that only pass their input on, such as max pooling (BitOps count the bits that are read);
+    the batch norms that guide the synthesis; where class activation maps are taken, and how; parameters,
+    multiply-accumulates (MACs), bit operations (BitOps), sizes. A classifier that cannot be quantized is rejected as a
+    run would reject it. The settings of `teacher` and `quant` count.
     """
     from synq.common.text_tables import to_text
     from synq.diagnostics.inspection import COLUMNS, HEADINGS, inspect, summary

@@ -28,7 +28,8 @@ EXAMPLES = """\
     "--where",
     multiple=True,
     metavar="CONDITION",
-    help="only rows with COLUMN=VALUE (also != < <= > >=); all of several must hold; printed unless --output-dir is given",
+    help="only rows with COLUMN=VALUE (also != < <= > >=); all of several must hold; printed unless --output-dir is "
+    "given",
 )
 @option(
     "--single-ranking", is_flag=True, help="rank all chosen rows together; rejected where they must not be compared"
@@ -41,7 +42,8 @@ EXAMPLES = """\
     "kind",
     type=OneOf("csv", "markdown"),
     metavar="FORMAT",
-    help="what is printed: csv or markdown (default: aligned columns); markdown also writes leaderboard.md next to the CSV",
+    help="what is printed: csv or markdown (default: aligned columns); markdown also writes leaderboard.md next to "
+    "the CSV",
 )
 @option("--markdown", is_flag=True, help="--format markdown")
 @option("--columns", metavar="A,B,...", help="columns that are printed and that leaderboard.md has")
@@ -59,8 +61,8 @@ def command(
 ) -> None:
     """Rebuild the tables of sweeps from their records; several sweeps become one pair of tables.
 
-    The ranks start again for each model, bit-widths, protocol, act_points, objective and what it was measured with. A chosen row keeps the
-    rank that it has among all rows.
+    The ranks start again for each model, bit-widths, protocol, act_points, objective and what it was measured with. A
+    chosen row keeps the rank that it has among all rows.
     """
     if single_ranking and compares:
         raise ValueError("`compare` must be left out with `single-ranking`, but got both")

@@ -58,10 +58,12 @@ def command(
 ) -> None:
     """Choose the bits of every layer's weights and activations with the least KL to the teacher within limits.
 
-    Without data: each tensor is rounded alone, to each bit-width, and the KL to the teacher is measured on the run's synthetic images (made
-    first, if they are not stored yet); then the bits with the least sum are taken. The KL of an activation counts more, since fine-tuning makes up for the rounding of weights. A tensor that has its bits by name, or by first_bits or
-    last_bits, keeps them. Writes <output_dir>/<name>-mixed-precision-<digest>/: scan.csv, every tensor at every bit-width, and
-    settings.json, the same run with the bits found in quant.layer_weight_bits and quant.layer_act_bits.
+    Without data: each tensor is rounded alone, to each bit-width, and the KL to the teacher is measured on the run's
+    synthetic images (made first, if they are not stored yet); then the bits with the least sum are taken. The KL of an
+    activation counts more, since fine-tuning makes up for the rounding of weights. A tensor that has its bits by name,
+    or by first_bits or last_bits, keeps them. Writes <output_dir>/<name>-mixed-precision-<digest>/: scan.csv, every
+    tensor at every bit-width, and settings.json, the same run with the bits found in quant.layer_weight_bits and
+    quant.layer_act_bits.
     """
     from synq.mixed_precision.search import SearchOptions, search
 

@@ -37,10 +37,11 @@ EXAMPLES = """\
 )
 @option("--jobs", type=INT, default=1, help="runs at a time, the cores divided between them (default: 1)")
 def command(spec: str, seeds: tuple[int, ...], rows: tuple[str, ...], jobs: int, overrides: dict[str, Any]) -> None:
-    """Run a recipe on its seeds, with rounding to nearest, noise images and low-bit inputs next to it, and print the table.
+    """Run a recipe on its seeds, next to rounding to nearest, noise images and low-bit inputs, and print the table.
 
-    Settings of the run are those of `synq train`: folders, device, or a change of the recipe (then it is no longer compared with the metrics
-    that the file expects). Tables go to <output_dir>/<name>. The same command resumes a recipe that was stopped; finished runs are only read.
+    Settings of the run are those of `synq train`: folders, device, or a change of the recipe (then it is no longer
+    compared with the metrics that the file expects). Tables go to <output_dir>/<name>. The same command resumes a
+    recipe that was stopped; finished runs are only read.
     """
     from synq.runs.record import summary_line
     from synq.sweeps.studies.pool import run_all

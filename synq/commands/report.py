@@ -26,7 +26,8 @@ EXAMPLES = """\
     "--runs",
     type=INT,
     metavar="N",
-    help="of a sweep: analyze the best run of the first N groups, which loads their networks (default: 4; 0: only records)",
+    help="of a sweep: analyze the best run of the first N groups, which loads their networks (default: 4; 0: only "
+    "records)",
 )
 @option(
     "--images",
@@ -41,8 +42,8 @@ def command(
 ) -> None:
     """Write one self-contained HTML page (no network, no other file) and its drawings as SVG and PNG.
 
-    The drawings are in FILE_figures/ next to FILE.html. Pages are made of records and of the files of the runs; nothing is trained or
-    synthesized.
+    The drawings are in FILE_figures/ next to FILE.html. Pages are made of records and of the files of the runs; nothing
+    is trained or synthesized.
     """
     check_paths(paths)
     from synq.sweeps.reports.make import make_report

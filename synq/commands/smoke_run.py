@@ -42,7 +42,8 @@ EXAMPLES = """\
     "--formats",
     several=True,
     metavar="FORMAT",
-    help="exported formats, some of: onnx packed torch (default: packed, and onnx if its packages are installed; with --all packed)",
+    help="exported formats, some of: onnx packed torch (default: packed, and onnx if its packages are installed; with "
+    "--all packed)",
 )
 @option("--page", metavar="FILE", help="write the table of --all as Markdown")
 @click.pass_context
@@ -57,9 +58,10 @@ def command(
 ) -> int:
     """Do a run in miniature on TEACHER, from eight synthetic images to verified files, in about a minute.
 
-    Its metrics only tell whether everything works: whether the student without its rounding is the teacher bit for bit, and how many dB the
-    logits keep at W8A8. Writing and checking ONNX takes longer than all the rest. The settings of `teacher`, `quant` and `runtime` count. With --all it is done with a list of some eighty
-    architectures, untrained; exit code 1 if the result of one differs from what the list expects.
+    Its metrics only tell whether everything works: whether the student without its rounding is the teacher bit for bit,
+    and how many dB the logits keep at W8A8. Writing and checking ONNX takes longer than all the rest. The settings of
+    `teacher`, `quant` and `runtime` count. With --all it is done with a list of some eighty architectures, untrained;
+    exit code 1 if the result of one differs from what the list expects.
     """
     if run_all:
         between("jobs", jobs, 1)

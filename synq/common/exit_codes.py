@@ -62,8 +62,8 @@ def exit_code(
 def leave(code: int) -> None:
     """End the process with this exit code.
 
-    The interpreter's own exit is skipped with several processes, where gloo aborts in it now and then, and with Ray, whose threads may keep
-    the process alive.
+    The interpreter's own exit is skipped with several processes, where gloo aborts in it now and then, and with Ray,
+    whose threads may keep the process alive.
     """
     try:
         sys.stdout.flush()

@@ -59,12 +59,13 @@ def overview(program: str, version: str, sections: Mapping[str, Mapping[str, tup
     for title, commands in sections.items():
         lines += ["", f"{title}:", *(f"  {program} {name:<16} {work}" for name, (_, work) in commands.items())]
     lines += ["", f"`{program} COMMAND --help` has the essentials of a command, `--help-all` everything.",
-              "Several processes or GPUs: `accelerate launch synq/train.py` takes the arguments of `synq train`."]  # fmt: skip
+              "Several processes or GPUs: `accelerate launch synq/train.py` takes the arguments of `synq "
+              "train`."]  # fmt: skip
     return "\n".join(lines)
 
 
 def short_help(command: Described, program: str, config: RunConfig, width: int | None = None) -> str:
-    """Return the essentials of a command in fewer than 40 lines: usage, one sentence, the options used most, examples, exit codes.
+    """Return the essentials of a command in fewer than 40 lines.
 
     Args:
         command: The command.

@@ -1,4 +1,4 @@
-"""Read command lines with click: options made from the settings of a run, errors of one line, exit codes. Loads no torch.
+"""Command lines with click: options made from the settings of a run, errors of one line, exit codes. Loads no torch.
 
     @click.command("export", cls=Command, examples=EXAMPLES)
     @argument("run", metavar="RUN", help="folder of a finished run")
@@ -8,8 +8,8 @@
 
     main = command.run
 
-What click lacks: options that take several values (`--seeds 0 1 2`), the nearest option in an error, and a first argument that stands
-for an option (TEACHER for `--teacher.spec`).
+What click lacks: options that take several values (`--seeds 0 1 2`), the nearest option in an error, and a first
+argument that needs no option (TEACHER for `--teacher.spec`).
 """
 
 import importlib
@@ -37,8 +37,9 @@ class Command(click.Command):
         name: As on the command line.
         usage: What follows the program's name in the usage line; made from the options where it is empty.
         examples: Lines of examples; `%(prog)s` is the program's name.
-        settings: Which settings of a run are options: "" none; "run" all, the callback gets `config`, a RunConfig with absolute paths, and the
-            context's `obj` is the overrides by dotted key; "overrides" all, the callback gets `overrides`.
+        settings: Which settings of a run are options: "" none; "run" all, the callback gets `config`, a RunConfig with
+            absolute paths, and the context's `obj` is the overrides by dotted key; "overrides" all, the callback gets
+            `overrides`.
         common: Keys of the settings that the short help lists.
         first: Option whose value the first argument is; with "run", that is TEACHER or a file of settings.
         advice: What to do about an option that does not exist.

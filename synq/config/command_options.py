@@ -82,7 +82,7 @@ class Number(click.ParamType):
 
 
 class OneOf(click.ParamType):
-    """One of several words."""
+    """One of several choices."""
 
     name = "choice"
 
@@ -90,7 +90,7 @@ class OneOf(click.ParamType):
         self.choices = choices
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the word; raises ValueError, which names the nearest one."""
+        """Return the choice; raises ValueError, which names the nearest one."""
         one_of(label(param), value, self.choices)
         return str(value)
 
@@ -105,7 +105,7 @@ def label(param: click.Parameter | None) -> str:
 
 
 def key_of(flag: str) -> str:
-    """Return an option without its dashes, the others as underscores: "--finetune.grad-clip" is "finetune.grad_clip"."""
+    """Return "finetune.grad_clip" for "--finetune.grad-clip"."""
     return flag.removeprefix("--").replace("-", "_")
 
 
@@ -122,7 +122,7 @@ def setting_options() -> tuple[Option, ...]:
 
 
 def moved_options(function: Function) -> Function:
-    """Add an option for every setting that is a path or a source, to tell where it is now if it was moved since the run."""
+    """Add an option for every setting that names a file, a folder or a source, for one that was moved since the run."""
     for key in reversed(PATH_SETTINGS):
         help = "where it is now, if it was moved since the run"
         function = option(f"--{key}", parameter_name(key), metavar="PATH", is_common=False, help=help)(function)

@@ -1,4 +1,4 @@
-"""The list of architectures that `synq smoke-run --all` tries: what it expects of each, and the results as tables. Loads no torch."""
+"""The list of architectures that `synq smoke-run --all` tries, and the results as tables. Loads no torch."""
 
 import importlib.resources
 import tempfile
@@ -129,11 +129,16 @@ def page(rows: Sequence[Row]) -> str:
     lines = [
         "# Architectures that were tried",
         "",
-        "Made by `synq smoke-run --all --jobs 2 --page FILE`: each network, untrained and with batch-norm statistics of noise, goes",
-        "through synthesis, W4A4 quantization, two fine-tuning steps, evaluation and a verified export (packed; `--formats onnx packed` adds",
-        "ONNX, which takes longer than all the rest); or it is rejected at once. `exact`: with its quantizers bypassed the student gives the",
-        "teacher's logits bit for bit. `SQNR W8A8`: power of the teacher's logits over that of their error at 8 bits, in dB; where it is below",
-        "20 the note names the tensor that costs most by itself. Metrics of untrained networks tell that everything works, not how well.",
+        "Made by `synq smoke-run --all --jobs 2 --page FILE`: each network, untrained and with batch-norm statistics "
+        "of noise, goes",
+        "through synthesis, W4A4 quantization, two fine-tuning steps, evaluation and a verified export (packed; "
+        "`--formats onnx packed` adds",
+        "ONNX, which takes longer than all the rest); or it is rejected at once. `exact`: with its quantizers "
+        "bypassed the student gives the",
+        "teacher's logits bit for bit. `SQNR W8A8`: power of the teacher's logits over that of their error at 8 "
+        "bits, in dB; where it is below",
+        "20 the note names the tensor that costs most by itself. Metrics of untrained networks tell that everything "
+        "works, not how well.",
         "`synq smoke-run TEACHER` does the same with yours.",
         "",
         f"Commit {about['commit']}, {versions}.",

@@ -1,9 +1,10 @@
 """Smoke run: a whole run in miniature, from the synthetic images to files that an engine runs.
 
-    load_teacher [-> statistics of noise] -> exact? -> W8A8 -> W4A4 run (synthesis, two fine-tuning steps, evaluation) -> export
+    load_teacher [-> statistics of noise] -> exact? -> W8A8 -> W4A4 run (synthesis, fine-tuning, evaluation) -> export
 
-Its metrics tell whether everything works, not how well: eight images, two iterations. Random weights get batch-norm statistics of noise first;
-without them the signal of a deep network dies out or explodes on the way, and nothing could be compared.
+Its metrics tell whether everything works, not how well: eight images, two iterations. Random weights get batch-norm
+statistics of noise first; without them the signal of a deep network dies out or explodes on the way, and nothing could
+be compared.
 """
 
 import copy
@@ -42,11 +43,11 @@ from synq.teacher.teacher import Teacher, load_teacher
 
 IMAGES, ITERATIONS, STEPS = 8, 2, 2
 NOISE_IMAGES = 16
-"""Images behind the statistics that random weights get."""
+"""Images that give random weights their batch-norm statistics."""
 GOOD_DB = 20.0
 """Ratio of signal to quantization noise of the logits at W8A8 below which the worst tensor is named."""
 SCANNED = 1
-"""Images on which every tensor is measured alone, for that: it is done a hundred times and more, and names the tensor, no figure of a table."""
+"""Images on which every tensor is then measured alone: there are hundreds, and the result only names a tensor."""
 OK, REJECTED, FAILED = "works", "rejected", "fails"
 
 
@@ -65,9 +66,10 @@ def smoke_run(
         formats: What is exported; writing and checking ONNX takes longer than all the rest.
 
     Returns:
-        teacher, status ("works", "rejected" before any work, "fails" later), reason; as far as it came: input, classes, parameters, layers,
-        batch_norms, cam, exact (the student without rounding is the teacher, bit for bit), sqnr_db and agreement (percent) at W8A8, loss, bits,
-        export, seconds, note; error, the exception behind the reason, where there is one.
+        teacher, status ("works", "rejected" before any work, "fails" later), reason; as far as it came: input, classes,
+        parameters, layers, batch_norms, cam, exact (the student without rounding is the teacher, bit for bit), sqnr_db
+        and agreement (percent) at W8A8, loss, bits, export, seconds, note; error, the exception behind the reason,
+        where there is one.
 
     Raises:
         ValueError: A format is unknown, or its packages are missing.
@@ -165,7 +167,7 @@ def _small(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _at_eight_bits(teacher: Teacher, quant: QuantConfig, images: Tensor) -> dict[str, Any]:
-    """Compare the logits of a student at W8A8 with the teacher's, and name the worst tensor where they are far apart."""
+    """Compare the logits of a student at W8A8 with the teacher's; name the worst tensor where they are far apart."""
     net = build_student(teacher, QuantConfig(weight_bits=8, act_bits=8, act_points=quant.act_points)).net
     observe_ranges(net, images, act_range="minmax")
     reference, found = logits_of(teacher.graph, images), logits_of(net, images)

@@ -1,7 +1,7 @@
-"""Mixed-precision search: bits of single tensors that cost the least KL to the teacher under limits on size and bit operations.
+"""Mixed-precision search: bits of single tensors with the least KL to the teacher under size and BitOps limits.
 
-Without data: each tensor is rounded alone, to each bit-width, and the KL to the teacher is measured on the run's synthetic images; then the
-bits with the least sum within the limits are taken.
+Without data: each tensor is rounded alone, to each bit-width, and the KL to the teacher is measured on the run's
+synthetic images; then the bits with the least sum within the limits are taken.
 """
 
 import math
@@ -40,7 +40,8 @@ class SearchOptions:
         activations: Whether the bits of activations are chosen, too.
         activation_factor: Weight of the KL of an activation; that of a weight counts 1.
         max_bytes: Largest size of the integer weights in bytes; None for that of the bits as given.
-        max_bitops: Most bit operations an image; None for those of the bits as given where activations are chosen, else no limit.
+        max_bitops: Most bit operations an image; None for those of the bits as given where activations are chosen, else
+            no limit.
     """
 
     candidates: list[int]
@@ -60,9 +61,10 @@ class SearchOptions:
 def search(config: RunConfig, options: SearchOptions) -> tuple[Path, str] | None:
     """Choose the bits of single tensors and write the scan and the settings found.
 
-    Writes <output_dir>/<name>-mixed-precision-<digest>/: scan.csv, every tensor at every bit-width, and settings.json, the same run with the
-    bits found in `quant.layer_weight_bits` and `quant.layer_act_bits`. The synthetic images are made first if they are not stored yet. Of
-    several processes the main one scans and writes; the others only take part in the synthesis.
+    Writes <output_dir>/<name>-mixed-precision-<digest>/: scan.csv, every tensor at every bit-width, and settings.json,
+    the same run with the bits found in `quant.layer_weight_bits` and `quant.layer_act_bits`. The synthetic images are
+    made first if they are not stored yet. Of several processes the main one scans and writes; the others only take part
+    in the synthesis.
 
     Args:
         config: The run; its `quant` gives the bits now, and the limits where `options` has none.
@@ -86,7 +88,8 @@ def search(config: RunConfig, options: SearchOptions) -> tuple[Path, str] | None
     problem = MixedPrecisionProblem(student, config.quant, activations=options.activations)
     if not problem.free:
         raise ValueError(
-            "`quant` must leave a bit-width to be chosen, but every one is given by name (`--quant.layer_weight_bits none` empties the names), "
+            "`quant` must leave a bit-width to be chosen, but every one is given by name (`--quant.layer_weight_bits "
+            "none` empties the names), "
             "`first_bits` or `last_bits`"
         )
     limits = [problem.bytes_limit(options.max_bytes), problem.bitops_limit(options.max_bitops)]
@@ -170,7 +173,8 @@ def _table(
     ]
     lines = [
         to_text(rows, ("tensor", "role", "now", "chosen", *(f"{bits} bit" for bits in bit_widths))).rstrip(),
-        "columns of bits: KL to the teacher in nats with only this tensor quantized; their sum: activations count by --activation-factor",
+        "columns of bits: KL to the teacher in nats with only this tensor quantized; their sum: activations count by "
+        "--activation-factor",
     ]
     for label, choice in (("now", problem.as_given), ("chosen", chosen)):
         total = sum(by_bits[choice[key]] for key, by_bits in losses.items() if choice[key] in by_bits)
