@@ -2,9 +2,9 @@
 # Package:  optuna 5.0.0
 # Expected: create_study(direction="maximize", load_if_exists=True) on a study that was made to be minimized raises,
 #           or at least warns: the two cannot both be meant.
-# Happens:  the argument is ignored without a word, at every level of logging. The study goes on minimizing, and
-#           best_trial of the "maximized" top-1 is the worst trial. The same happens with another number of
-#           objectives: a study of two takes the name and the one direction is dropped.
+# Happens:  the argument is ignored; the only line that is logged says that an existing study is used. The study goes
+#           on minimizing, and best_trial of the "maximized" top-1 is the worst trial. The same happens with another
+#           number of objectives: a study of two is handed out, and the one direction is dropped.
 # Matters:  a sweep that changes its metric from a loss to an accuracy and is resumed under its old name searches for
 #           the worst setting. Check study.directions after loading.
 set -euo pipefail

@@ -25,6 +25,8 @@ from onnx import numpy_helper, parser
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 logging.disable(logging.WARNING)
+MODEL = """<ir_version: 10, opset_import: ["" : 17]>
+g (float[1,4] x) => (float[1,4] y) { y = Gemm <beta = %s> (x, w, c) }"""
 BIAS = np.array([1, -2, 3, -1], np.float32)
 ZERO = np.zeros((1, 4), np.float32)
 
@@ -50,8 +52,7 @@ def bias_factor(path, level):
 OFF, ALL = ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL
 seen = {}
 for beta in (1.0, 0.5, 2.0):
-    model = parser.parse_model("""<ir_version: 10, opset_import: ["" : 17]>
-g (float[1,4] x) => (float[1,4] y) { y = Gemm <beta = %s> (x, w, c) }""" % beta)
+    model = parser.parse_model(MODEL % beta)
     model.graph.initializer.append(numpy_helper.from_array(np.eye(4, dtype=np.float32), "w"))
     model.graph.initializer.append(numpy_helper.from_array(BIAS, "c"))
     onnx.save(model, "float.onnx")

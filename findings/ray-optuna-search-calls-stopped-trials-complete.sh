@@ -21,13 +21,13 @@ os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_USAGE_STATS_ENABLED
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_TMPDIR=os.getcwd())
 # a busy machine may take its time to start Ray
 os.environ.update(RAY_agent_register_timeout_ms="300000", RAY_raylet_start_wait_time_s="300")
-import warnings  # noqa: E402
+import warnings
 
-import optuna  # noqa: E402
-import ray  # noqa: E402
-from ray import tune  # noqa: E402
-from ray.tune.schedulers import ASHAScheduler  # noqa: E402
-from ray.tune.search.optuna import OptunaSearch  # noqa: E402
+import optuna
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
 
 warnings.simplefilter("ignore")
 optuna.logging.set_verbosity(optuna.logging.ERROR)

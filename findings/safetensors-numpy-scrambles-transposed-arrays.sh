@@ -4,7 +4,7 @@
 #           safetensors.torch does for a tensor that is not contiguous.
 # Happens:  it writes the shape of the view and the bytes of the memory underneath: what is read back has the right
 #           name, shape and type, and the values of another order. Nothing is raised or printed (the docstring asks
-#           for contiguous arrays; nothing checks it).
+#           for contiguous arrays; nothing checks it). Version 0.7.0 wrote all of these right.
 # Matters:  weights are transposed all the time between frameworks (Linear against Gemm and MatMul, OIHW against
 #           HWIO). The file loads everywhere and the model answers nonsense. Write np.ascontiguousarray(array).
 set -euo pipefail
