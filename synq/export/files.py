@@ -129,9 +129,9 @@ class Checker:
     def _sources(self) -> Iterator[tuple[str, int, Reader]]:
         """Yield the name of each set of images, its size, and its reader."""
         yield "synthetic", len(self.synthetic), lambda start, stop: (self.synthetic[start:stop], None)
-        labelled, rows = self.measure.labelled, self.measure.reported
-        if labelled is not None:
-            yield "labeled", len(rows), lambda start, stop: labelled.batch(rows[start:stop])
+        labeled, rows = self.measure.labelled, self.measure.reported
+        if labeled is not None:
+            yield "labeled", len(rows), lambda start, stop: labeled.batch(rows[start:stop])
 
 
 def export_onnx(
