@@ -24,13 +24,13 @@ def histogram(x: Tensor, bins: int = 2048) -> HistogramObserver:
     return counted
 
 
-def centres(h: HistogramObserver) -> list[float]:
+def centers(h: HistogramObserver) -> list[float]:
     width = (h.bin_max - h.bin_min) / len(h.counts)
     return [h.bin_min + (i + 0.5) * width for i in range(len(h.counts))]
 
 
 def error_of(h: HistogramObserver, low: float, high: float, bounds: tuple[int, int], norm: float) -> float:
-    return reference.quant_error(centres(h), h.counts.tolist(), low, high, *bounds, norm)
+    return reference.quant_error(centers(h), h.counts.tolist(), low, high, *bounds, norm)
 
 
 def test_weight_minmax() -> None:
@@ -50,7 +50,7 @@ def test_constant_reads_itself_at_every_step() -> None:
         assert observer.range() == (1.0, 1.0)
 
 
-def test_range_is_that_of_everything_seen_in_any_order() -> None:
+def test_range_is_that_of_all_observed_values_in_any_order() -> None:
     parts = [randn(5, 4, seed=i) * (i + 1) for i in range(4)]
     whole = torch.cat(parts)
     for order in (parts, parts[::-1]):
@@ -61,7 +61,7 @@ def test_range_is_that_of_everything_seen_in_any_order() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_range_refuses_what_is_not_finite(bad: float) -> None:
+def test_range_rejects_values_that_are_not_finite(bad: float) -> None:
     observer = RangeObserver()
     with pytest.raises(ValueError, match="at least one"):
         observer.range()
@@ -102,7 +102,7 @@ def test_histogram_counts_past_the_limit_of_float32() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 0.0), (math.nan, 1.0), (0.0, math.inf)])
-def test_histogram_refuses(low: float, high: float) -> None:
+def test_histogram_rejects(low: float, high: float) -> None:
     with pytest.raises(ValueError, match="`bin_min <= bin_max` must hold"):
         HistogramObserver(low, high)
 
@@ -144,7 +144,7 @@ def test_search_finds_the_best_quantizer_there_is(name: str, bits: int, norm: fl
     h = histogram(SAMPLES[name][:2000], bins=64)
     bounds = quant_bounds(bits, False)
     low, high = mse_range(h.counts, h.bin_min, h.bin_max, *bounds, norm)
-    values = centres(h)
+    values = centers(h)
     best = reference.best_range_error(values, h.counts.tolist(), *bounds, norm, steps=150)
     assert error_of(h, low, high, bounds, norm) <= best * 1.01
 
