@@ -1,12 +1,11 @@
 """Train the small teacher that ships with the package, on the training part of scikit-learn's digits.
 
-    python launch/train_bundled_teacher.py [--seed 0] [--epochs 60] [--output synq/teacher/assets/digits_resnet8.safetensors]
+    python launch/train_bundled_teacher.py [--seed 0] [--epochs 60] [--output FILE.safetensors]
 
-One thread, about a minute. The same seed gives the same weights on the same machine and versions; the last epoch is kept, never
-the best. Accuracy on the held-out third, command and seed are written into the file's metadata.
+One thread, about a minute. The same seed gives the same weights on the same machine and versions; the last epoch is
+kept, never the best. Accuracy on the held-out third, command and seed are written into the file's metadata.
 """
 
-import argparse
 import math
 import platform
 import sys
@@ -14,13 +13,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
+import click
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from synq.common.exit_codes import leave
 from synq.common.seeding import make_generator, seed_everything
-from synq.evaluation.labelled import LabelledSet, load_labelled
+from synq.config.command_line import Command
+from synq.config.command_options import INT, option
+from synq.evaluation.labeled import LabeledSet, load_labeled
 from synq.teacher.cifar_resnet import cifar_resnet
 
 INPUT_SIZE = (1, 16, 16)
@@ -34,7 +37,7 @@ MAX_SHIFT = 2
 
 
 def shift_images(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image (N, C, H, W) by up to MAX_SHIFT pixels both ways; what comes in at the edges repeats the edge."""
+    """Shift each image (N, C, H, W) by up to MAX_SHIFT pixels both ways; the edge is repeated."""
     height, width = images.shape[2:]
     padded = F.pad(images, (MAX_SHIFT,) * 4, mode="replicate")
     offsets = torch.randint(0, 2 * MAX_SHIFT + 1, (len(images), 2), generator=generator).tolist()
@@ -42,7 +45,7 @@ def shift_images(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack(crops)
 
 
-def train(data: LabelledSet, seed: int, epochs: int) -> nn.Module:
+def train(data: LabeledSet, seed: int, epochs: int) -> nn.Module:
     """Train one network with SGD, a one-cycle learning rate and random shifts; returns it after the last epoch."""
     seed_everything(seed)
     generator = make_generator(seed, "bundled teacher")
@@ -71,7 +74,7 @@ def train(data: LabelledSet, seed: int, epochs: int) -> nn.Module:
 
 
 @torch.no_grad()
-def count_correct(model: nn.Module, data: LabelledSet) -> int:
+def count_correct(model: nn.Module, data: LabeledSet) -> int:
     """Number of images of ``data`` whose largest logit is their label."""
     correct = 0
     for indices in torch.arange(len(data)).split(256):
@@ -80,26 +83,27 @@ def count_correct(model: nn.Module, data: LabelledSet) -> int:
     return correct
 
 
-def main() -> None:
-    """Train, measure, write."""
-    root = Path(__file__).resolve().parent.parent
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and shifts")
-    parser.add_argument("--epochs", type=int, default=60, help="passes over the training part")
-    parser.add_argument(
-        "--output", type=Path, default=root / "synq/teacher/assets/digits_resnet8.safetensors", help="file"
+@click.command("train_bundled_teacher", cls=Command)
+@option("--seed", type=INT, default=0, help="seed of weights, order and shifts (default: 0)")
+@option("--epochs", type=INT, default=60, help="passes over the training part (default: 60)")
+@option("--output", metavar="FILE", help="file of the weights (default: the one that ships with the package)")
+def command(seed: int, epochs: int, output: str | None) -> None:
+    """Train the small teacher that ships with the package, on the training part of scikit-learn's digits."""
+    file = (
+        Path(output)
+        if output
+        else Path(__file__).resolve().parent.parent / "synq/teacher/assets/digits_resnet8.safetensors"
     )
-    args = parser.parse_args()
     torch.set_num_threads(1)  # the order of summation, and so the last bits, depend on the number of threads
     torch.use_deterministic_algorithms(True)
 
-    raw = load_labelled("digits:train", INPUT_SIZE, (0.0,), (1.0,), num_classes=NUM_CLASSES)
+    raw = load_labeled("digits:train", INPUT_SIZE, (0.0,), (1.0,), num_classes=NUM_CLASSES)
     pixels, _ = raw.batch(torch.arange(len(raw)))
     mean, std = round(float(pixels.mean()), 4), round(float(pixels.std()), 4)
-    training = load_labelled("digits:train", INPUT_SIZE, (mean,), (std,), num_classes=NUM_CLASSES)
-    heldout = load_labelled("digits", INPUT_SIZE, (mean,), (std,), num_classes=NUM_CLASSES)
+    training = load_labeled("digits:train", INPUT_SIZE, (mean,), (std,), num_classes=NUM_CLASSES)
+    heldout = load_labeled("digits", INPUT_SIZE, (mean,), (std,), num_classes=NUM_CLASSES)
 
-    model = train(training, args.seed, args.epochs)
+    model = train(training, seed, epochs)
     correct = count_correct(model, heldout)
     accuracy = f"{100 * correct / len(heldout):.2f}"
     facts = {
@@ -114,21 +118,19 @@ def main() -> None:
         "accuracy": accuracy,
         "num_eval": str(len(heldout)),
         "num_train": str(len(training)),
-        "seed": str(args.seed),
-        "command": f"python launch/train_bundled_teacher.py --seed {args.seed} --epochs {args.epochs}",
+        "seed": str(seed),
+        "command": f"python launch/train_bundled_teacher.py --seed {seed} --epochs {epochs}",
         "versions": f"torch {torch.__version__}, python {platform.python_version()}",
     }
     # The batch counters are left out: inference never reads them.
     state = {k: v.contiguous() for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_name(args.output.name + ".partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
     save_file(state, partial, metadata=facts)
     partial.chmod(0o644)  # safetensors makes files that only their owner may read
-    partial.replace(args.output)
-    print(
-        f"top-1 {accuracy} % ({correct} of {len(heldout)} held-out images), {args.output.stat().st_size} bytes: {args.output}"
-    )
+    partial.replace(file)
+    print(f"top-1 {accuracy} % ({correct} of {len(heldout)} held-out images), {file.stat().st_size} bytes: {file}")
 
 
 if __name__ == "__main__":
-    main()
+    leave(command.run(program="python launch/train_bundled_teacher.py"))

@@ -8,13 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from synq.config.parsing import nearest, require
-from synq.config.run import RunConfig, config_to_dict
+from synq.config.run import RunConfig
 from synq.runs.record import RunRecord
 
 from .leaderboard.records import leaderboard_rows, load_records
-from .search_config import SearchConfig
-from .space import BITS, Dimension, read_table, setting_names, value_at
+from .space import BITS, Dimension, value_at, value_of
 
 CUTOFF, UNIT = "finetune.lowpass_cutoff", "lowpass_unit"
 Point = dict[str, Any]
@@ -41,7 +39,7 @@ def grid(dimensions: Sequence[Dimension]) -> Iterator[Point]:
 
 
 def point_params(dimensions: Sequence[Dimension], point: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the search's own parameters that stand for a point, or None where it lies outside the space."""
+    """Return the search's parameters of a point, or None where it is outside the space."""
     params: dict[str, Any] = {}
     for dimension in dimensions:
         found = dimension.point(point[dimension.name])
@@ -51,43 +49,10 @@ def point_params(dimensions: Sequence[Dimension], point: Mapping[str, Any]) -> d
     return params
 
 
-def read_points(entries: Any, search: SearchConfig) -> list[Point]:
-    """Read the [[points]] of a spec.
-
-    Args:
-        entries: A list of tables; {"finetune.lr": 0.01} and {"finetune": {"lr": 0.01}} are the same. "none" stands for None.
-        search: Says whether `bits` may be named, and whether there must be points.
-
-    Raises:
-        ValueError: An entry is no table, or names what is no setting.
-    """
-    require("points", "be a list of tables", entries, isinstance(entries, list))
-    require(
-        "points", "hold at least one table for sampler points", entries, bool(entries) or search.sampler != "points"
-    )
-    names = {*setting_names(), *([BITS] if search.two_objectives else [])}
-    return [_read_point(entry, names) for entry in entries]
-
-
-def _read_point(entry: Any, names: set[str]) -> Point:
-    point: Point = {}
-    for key, value in read_table(entry, "points").items():
-        point |= (
-            {f"{key}.{inner}": part for inner, part in value.items()} if isinstance(value, Mapping) else {key: value}
-        )
-    for name in point:
-        if name not in names:
-            raise ValueError(
-                f"`points` must name settings of finetune or quant, but got {name!r}{nearest(name, names)}"
-            )
-    return {name: None if value == "none" else value for name, value in point.items()}
-
-
 def completed(points: Sequence[Point], base: RunConfig) -> list[Point]:
     """Return points that all name the same: what only other points name is the base's."""
-    values = config_to_dict(base)
     names = dict.fromkeys(name for point in points for name in point)
-    rest = {name: value_at(values, name) for name in names}
+    rest = {name: value_of(base, name) for name in names}
     return [{**rest, **point} for point in points]
 
 
@@ -143,7 +108,7 @@ def warm_points(
 
 
 def read_earlier(paths: Sequence[str]) -> list[RunRecord]:
-    """Read the records that stand beside leaderboards.
+    """Read the records next to leaderboards.
 
     Args:
         paths: Folders of sweeps, or leaderboard.csv files in them.

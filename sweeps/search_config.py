@@ -27,9 +27,9 @@ class SearchConfig:
     more_trials: int = 0
     """Trials of each group beyond those of the finished sweep in the folder (the command line's --num-trials +N)."""
     objective: Literal["synthetic", "selection"] = "synthetic"
-    """What is optimised: synthetic (fidelity to the teacher, lower is better) or selection (top-1 on a part of the labels, higher is better)."""
+    """What is optimized: synthetic (fidelity to the teacher, lower is better) or selection (top-1 on a part of the labels, higher is better)."""
     second_objective: Literal["none", "size_bytes", "bitops"] = "none"
-    """Minimised at the same time, over the bit-widths of `bits`: the search of a model then looks for the Pareto front."""
+    """Minimized at the same time, over the bit-widths of `bits`: the search of a model then looks for the Pareto front."""
     seeds: tuple[int, ...] = ()
     """Seeds (of fine-tuning and of the synthetic set, together) on which the best settings of each group are run after the search."""
     final_top_k: int = 1
@@ -113,13 +113,13 @@ class SearchConfig:
             require("gpus_per_worker", rule, gpus, gpus in (0, 1))
 
     @property
-    def minimise(self) -> bool:
+    def minimize(self) -> bool:
         """Whether a lower objective is better."""
         return self.objective == "synthetic"
 
     @property
     def two_objectives(self) -> bool:
-        """Whether a second objective is minimised beside the first."""
+        """Whether a second objective is minimized beside the first."""
         return self.second_objective != "none"
 
     @property

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from synq.config.parsing import between, dotted_keys, nearest, one_of, require
-from synq.config.run import RunConfig, config_from_dict, config_to_dict, parse_bits
+from synq.config.parsing import between, dotted_keys, one_of, require
+from synq.config.run import RunConfig, parse_bits
 
 IDENTITY = (
     *("quant.weight_bits", "quant.act_bits", "quant.first_bits", "quant.last_bits"),
     *("quant.last_bits_for_input", "quant.layer_weight_bits", "quant.layer_act_bits", "quant.act_points"),
 )
-"""Settings that say which ranking a run belongs to: never searched over."""
+"""Settings that decide which ranking a run belongs to: never searched over."""
 
 DEFAULT_SPACE: dict[str, dict[str, Any]] = {
     "finetune.lowpass_cutoff": {"type": "float", "low": 0.4, "high": 1.6, "log": True, "optional": True},
@@ -54,7 +54,7 @@ class Dimension:
     step: float | None = None
     """Distance of the values tried."""
     values: tuple[Any, ...] = ()
-    """The choices; "none" stands for None."""
+    """The choices; "none" is None."""
     optional: bool = False
     """Whether None (the idea switched off) is tried as well as the range."""
 
@@ -98,10 +98,10 @@ class Dimension:
         if self.type == "int":
             return trial.suggest_int(self.name, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
         value = trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
-        return float(f"{value:.6g}")  # what stands in the record is what was run, readable
+        return float(f"{value:.6g}")  # readable, and the record has exactly what was run
 
     def point(self, value: Any) -> dict[str, Any] | None:
-        """Return the search's parameters that stand for `value`, or None where the dimension cannot take it."""
+        """Return the search's parameters of `value`, or None where the dimension cannot take it."""
         if self.type == "choice":
             value = "none" if value is None else value
             return {self.name: value} if value in self.values else None
@@ -145,8 +145,17 @@ def sample(dimensions: Sequence[Dimension], trial: Suggester) -> dict[str, Any]:
     return {"overrides": {dimension.name: dimension.suggest(trial) for dimension in dimensions}}
 
 
+def value_of(config: RunConfig, name: str) -> Any:
+    """Return what a run has at a dimension's name; a list, not a tuple, as in a file."""
+    if name == BITS:
+        return config.quant.label
+    part, _, key = name.partition(".")
+    value = getattr(getattr(config, part), key)
+    return list(value) if isinstance(value, tuple) else value
+
+
 def value_at(config: Mapping[str, Any], name: str) -> Any:
-    """Return what a run (as plain values) has at a dimension's name."""
+    """Return what a run, as plain values, has at a dimension's name. See `value_of`."""
     if name == BITS:
         return f"W{config['quant']['weight_bits']}A{config['quant']['act_bits']}"
     part, _, key = name.partition(".")
@@ -155,12 +164,11 @@ def value_at(config: Mapping[str, Any], name: str) -> Any:
 
 def base_values(dimensions: Sequence[Dimension], config: RunConfig) -> dict[str, Any]:
     """Return the point of a run itself."""
-    values = config_to_dict(config)
-    return {dimension.name: value_at(values, dimension.name) for dimension in dimensions}
+    return {dimension.name: value_of(config, dimension.name) for dimension in dimensions}
 
 
 def with_bits(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return overrides with the label of searched bit-widths replaced by the settings it stands for."""
+    """Return overrides with the label of searched bit-widths replaced by its two settings."""
     if BITS not in overrides:
         return dict(overrides)
     weight_bits, act_bits = parse_bits(overrides[BITS])
@@ -171,73 +179,3 @@ def with_bits(overrides: Mapping[str, Any]) -> dict[str, Any]:
 def setting_names() -> list[str]:
     """Settings that may be searched."""
     return [key for key in dotted_keys(RunConfig) if key.startswith(("finetune.", "quant.")) and key not in IDENTITY]
-
-
-def read_space(mapping: Mapping[str, Any], base: dict[str, Any]) -> tuple[Dimension, ...]:
-    """Read the [space] of a spec, or the default space where there is none.
-
-    Args:
-        mapping: The whole spec.
-        base: Its [base]; gets the cutoff's unit where the default space is used.
-
-    Raises:
-        ValueError: A name, a key or a value is wrong.
-    """
-    if "space" in mapping:
-        tables = read_table(mapping["space"], "space")
-    else:
-        tables = DEFAULT_SPACE
-        base["finetune"] = read_table(base.get("finetune", {}), "base.finetune")
-        unit = base["finetune"].setdefault("lowpass_unit", "nyquist")
-        rule = "be nyquist with the default search space (or give a [space] of your own)"
-        require("base.finetune.lowpass_unit", rule, unit, unit == "nyquist")
-    flat: dict[str, Any] = {}
-    for name, table in tables.items():  # [space.finetune.lr] is the same as [space."finetune.lr"]
-        nested = "." not in name and isinstance(table, Mapping) and "type" not in table
-        flat |= {f"{name}.{key}": value for key, value in table.items()} if nested else {name: table}
-    return tuple(_dimension(name, table) for name, table in flat.items())
-
-
-def _dimension(name: str, table: Any) -> Dimension:
-    if name in IDENTITY:
-        raise ValueError(f"`space` must not hold `{name}`: widths are groups (`bits`), act_points belongs in [base]")
-    if name.startswith("synthesis."):
-        raise ValueError(f"`space` must not hold `{name}`: the synthetic sets are made once, before the trials")
-    names = setting_names()
-    if name not in names:
-        raise ValueError(
-            f"`space.{name}` must name a setting of finetune or quant, but got an unknown one{nearest(name, names)}"
-        )
-    values = read_table(table, f"space.{name}")
-    known = tuple(_Range.__dataclass_fields__)
-    for key in values:
-        if key not in (*known, "values"):
-            raise ValueError(
-                f"`space.{name}.{key}` must be a known key, but got an unknown one{nearest(key, (*known, 'values'))}"
-            )
-    choices = values.pop("values", [])
-    require(f"space.{name}.values", "be a list", choices, isinstance(choices, list))
-    require(f"space.{name}.type", "be given (float, int or choice)", values.get("type"), "type" in values)
-    try:
-        parsed = config_from_dict(_Range, values)
-    except ValueError as error:
-        raise ValueError(f"[space.{name}] {error}") from None
-    return Dimension(name=name, values=tuple(choices), **{key: getattr(parsed, key) for key in known})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Range:
-    """The plain values of a [space.*] table, for type checks."""
-
-    type: Literal["float", "int", "choice"]
-    low: float | None = None
-    high: float | None = None
-    log: bool = False
-    step: float | None = None
-    optional: bool = False
-
-
-def read_table(value: Any, name: str) -> dict[str, Any]:
-    """Return a copy of a mapping, parts included; ValueError where `value` is none."""
-    require(name, "be a table of keys", value, isinstance(value, Mapping))
-    return {key: dict(part) if isinstance(part, Mapping) else part for key, part in value.items()}

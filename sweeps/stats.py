@@ -1,12 +1,19 @@
-"""How sure a difference is: means, spreads, Student's t over paired differences, and drops paired by image. Standard library only."""
+"""Statistics of repeated runs: means, standard deviations, paired t-tests, standard errors and rank correlation.
+
+scipy is imported where it is needed: it takes a second, which a command that only reads tables need not wait.
+"""
 
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SIGNIFICANT = 0.05
-"""A difference is called significant below this p-value; of twenty such words about nothing one is wrong."""
+"""Significance level: without any effect, one of twenty tests is called significant."""
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -22,44 +29,27 @@ def std(values: Iterable[float | None]) -> float | None:
 
 
 def t_test_p(t: float, df: int) -> float:
-    """Return the two-sided p-value of Student's t, P(|T| >= |t|), in closed form.
+    """Return the two-sided p-value of Student's t, P(|T| >= |t|).
 
-    With theta = atan(t / sqrt(df)) and c = cos(theta)^2, P(|T| < t) is for even df
-
-        sin(theta) (1 + 1/2 c + 1/2 3/4 c^2 + ...)
-
-    with df / 2 terms, and for odd df
-
-        2 / pi (theta + sin(theta) cos(theta) (1 + 2/3 c + 2/3 4/5 c^2 + ...))
-
-    with (df - 1) / 2 terms in the inner sum. For example t = 4.303 at df 2 gives 0.05.
+    For example t = 4.303 at df 2 gives 0.05.
 
     Args:
-        t: The statistic, any finite number.
+        t: The statistic.
         df: Degrees of freedom, >= 1; number of differences - 1 in a paired test.
 
     Raises:
         ValueError: `df` is below 1.
-
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
     """
     if df < 1:
         raise ValueError(f"`df` must be >= 1, but got {df}")
-    theta = math.atan(abs(t) / math.sqrt(df))
-    odd = df % 2
-    term, total = 1.0, 0.0
-    for number in range(1, (df - odd) // 2 + 1):
-        total += term
-        term *= math.cos(theta) ** 2 * (2 * number - 1 + odd) / (2 * number + odd)
-    inside = math.sin(theta) * total
-    if odd:
-        inside = 2 / math.pi * (theta + math.cos(theta) * inside)
-    return min(1.0, max(0.0, 1 - inside))
+    from scipy import stats  # takes a second to import; most commands never test anything
+
+    return float(2 * stats.t.sf(abs(t), df))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gain:
-    """What a paired comparison says."""
+    """Result of a paired t-test."""
 
     mean: float
     """Mean of the differences."""
@@ -72,17 +62,18 @@ class Gain:
 
     @property
     def significant(self) -> str:
-        """yes where p < 0.05, else no; "" where there is no p: a single difference, or no spread, is no evidence."""
+        """yes where p < 0.05, else no; "" without a p-value: a single difference, or no spread, is no evidence."""
         return "" if self.p is None else "yes" if self.p < SIGNIFICANT else "no"
 
 
 def paired_gain(differences: Sequence[float]) -> Gain | None:
-    """Test whether differences, one for each seed that two settings share, are 0 on average (paired t-test).
+    """Return the paired t-test of the differences of two settings, one difference per shared seed.
 
-    For example [1, 2, 3]: mean 2, stderr 0.577, t 3.46, p 0.074, so not significant: at three seeds |t| must exceed 4.30.
+    For example [1, 2, 3]: mean 2, stderr 0.577, t 3.46, p 0.074, so not significant: at three seeds |t| must exceed
+    4.30.
 
     Returns:
-        The gain, or None without differences.
+        The result, or None without differences.
     """
     if not differences:
         return None
@@ -90,7 +81,7 @@ def paired_gain(differences: Sequence[float]) -> Gain | None:
     if spread is None:
         return Gain(mean=average, stderr=None, t=None, p=None)
     stderr = spread / math.sqrt(len(differences))
-    # Equal decimals differ in their last binary digit, which must not become a huge t.
+    # Equal decimals may differ in the last binary digit, which must not give a huge t.
     if stderr <= 1e-9 * max(map(abs, differences)):
         return Gain(mean=average, stderr=stderr, t=None, p=None)
     t = average / stderr
@@ -100,9 +91,9 @@ def paired_gain(differences: Sequence[float]) -> Gain | None:
 def drop_stderr(lost: int, gained: int, num_images: int) -> float:
     """Return the standard error of a drop in top-1, paired by image, in percentage points.
 
-    The drop is the mean over n images of teacher_correct - student_correct, which is 1 on the b lost ones, -1 on the c gained
-    ones and 0 elsewhere: 100 sqrt((b + c) - (b - c)^2 / n) / n. For example b = 60, c = 20, n = 1,000: a drop of 4.00 with 0.885,
-    where two unpaired figures near 90 % would give 1.3.
+    The drop is the mean over n images of teacher_correct - student_correct, which is 1 on the b lost ones, -1 on the c
+    gained ones and 0 elsewhere: 100 sqrt((b + c) - (b - c)^2 / n) / n. For example b = 60, c = 20, n = 1,000: a drop of
+    4.00 +- 0.885, where two unpaired accuracies near 90 % would give 1.3.
 
     Args:
         lost: Images that only the teacher has right.
@@ -113,19 +104,42 @@ def drop_stderr(lost: int, gained: int, num_images: int) -> float:
 
 
 def pooled_stderr(first: tuple[float, int], second: tuple[float, int]) -> float | None:
-    """Return the standard error of the difference of two means over seeds, their spread taken to be the same.
+    """Return the standard error of the difference of two means over seeds, with a pooled variance.
 
     s sqrt(1 / n1 + 1 / n2) with s^2 = ((n1 - 1) s1^2 + (n2 - 1) s2^2) / (n1 + n2 - 2).
 
     Args:
-        first: Sample standard deviation and number of seeds of the one; the deviation of a single seed does not count.
-        second: The same of the other.
+        first: Sample standard deviation and number of seeds; the deviation of a single seed is ignored.
+        second: The same of the other mean.
 
     Returns:
-        The standard error, or None where both have one seed only.
+        The standard error, or None where both means have one seed.
     """
     (std1, n1), (std2, n2) = first, second
     if n1 + n2 <= 2:
         return None
     variance = ((n1 - 1) * std1**2 + (n2 - 1) * std2**2) / (n1 + n2 - 2)
     return math.sqrt(variance * (1 / n1 + 1 / n2))
+
+
+def rank_correlation(a: "np.ndarray", b: "np.ndarray") -> "np.ndarray":
+    """Return Spearman's rank correlation of each row of `a` with the same row of `b`; ties share their mean rank.
+
+    All rows in one call, where `scipy.stats.spearmanr` takes one pair of rows: thousands of bootstrap samples are
+    compared. Sums of ranks are exact, so two measures that rank equally have exactly the same correlation, which the
+    count of ties relies on.
+
+    Args:
+        a: (R, n) values.
+        b: (R, n) values.
+
+    Returns:
+        (R,) in [-1, 1]; 0 where a row of `a` or `b` is constant.
+    """
+    import numpy as np
+    from scipy import stats
+
+    x, y = (stats.rankdata(part, axis=1) for part in (a, b))
+    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+    scale = np.sqrt((x * x).sum(1) * (y * y).sum(1))
+    return np.divide((x * y).sum(1), scale, out=np.zeros(len(x)), where=scale > 0)

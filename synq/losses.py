@@ -1,4 +1,4 @@
-"""Losses of synthesis and of synthesis-aware fine-tuning: pure functions, one value an image, reduced in one place.
+"""Losses of synthesis and of synthesis-aware fine-tuning: pure functions, one value per image.
 
 Everything is computed in float32 at least, whatever the dtype of the logits.
 """
@@ -6,13 +6,15 @@ Everything is computed in float32 at least, whatever the dtype of the logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 _SMALLEST_DIFFICULTY = 1e-7
-"""Floor of 1 - p below a power (about the spacing of float32 at 1). Under it the weight is constant, so its slope is 0, not inf."""
+"""Floor of 1 - p below a power (about the spacing of float32 at 1). Under it the weight is constant, so its slope is 0,
+not inf."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -20,19 +22,19 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _one_minus_p(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 - p_label as the sum of the other probabilities: no digit is lost near p = 1, where the subtraction loses all."""
+    """Return 1 - p_label as the sum of the other probabilities: near p = 1 the subtraction would lose all digits."""
     others = F.softmax(_wide(logits), dim=1).scatter(1, labels[:, None], 0.0)
     return others.sum(dim=1).clamp(max=1.0)
 
 
 @torch.no_grad()
 def difficulty(teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """Difficulty of each image: delta = 1 - p_label, the teacher's doubt in the assigned label.
+    """Return the difficulty of each image, delta = 1 - p_label: the teacher's doubt in the assigned label.
 
     Below 0.5 the teacher predicts the label for certain. Logits (20, 0) with label 0 give 2.06e-9, not 0.
 
     Args:
-        teacher_logits: (N, K), of the very images that the student sees.
+        teacher_logits: (N, K), of the same images that the student sees.
         labels: (N,) int64, assigned labels.
 
     Returns:
@@ -44,7 +46,7 @@ def difficulty(teacher_logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def kd_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Distillation loss T^2 KL(softmax(teacher / T) || softmax(student / T)) of each image, summed over classes.
+    """Return the distillation loss T^2 KL(softmax(teacher / T) || softmax(student / T)) of each image, in nats.
 
     Args:
         student_logits: (N, K).
@@ -65,9 +67,10 @@ def kd_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) ->
 
 
 def masked_cross_entropy(student_logits: Tensor, labels: Tensor, keep_mask: Tensor) -> Tensor:
-    """Cross-entropy of each kept image, exactly 0 (and without gradient) for the others.
+    """Return the cross-entropy of each kept image, exactly 0 (and without gradient) for the others.
 
-    The caller divides by the number of *all* images. A mean over the kept ones would weight an image by how many others its rank kept.
+    The caller divides by the number of *all* images. A mean over the kept ones would weight an image by how many others
+    its rank kept.
 
     Args:
         student_logits: (N, K).
@@ -82,7 +85,7 @@ def masked_cross_entropy(student_logits: Tensor, labels: Tensor, keep_mask: Tens
 
 
 def cam_loss(teacher_map: Tensor, student_map: Tensor) -> Tensor:
-    """Squared Frobenius distance ||S_teacher - S_student||_F^2 of each image's raw maps.
+    """Return the squared Frobenius distance ||S_teacher - S_student||_F^2 of each image's raw maps.
 
     Args:
         teacher_map: (N, H, W), detached here.
@@ -95,9 +98,9 @@ def cam_loss(teacher_map: Tensor, student_map: Tensor) -> Tensor:
 
 
 def top2_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Cross-entropy of each image to the teacher's two likeliest classes, their probabilities scaled to a sum of 1.
+    """Return the cross-entropy of each image to the teacher's two likeliest classes.
 
-    Teacher probabilities (0.6, 0.3, 0.1) make the target (2/3, 1/3, 0).
+    Their probabilities are scaled to a sum of 1: teacher probabilities (0.6, 0.3, 0.1) make the target (2/3, 1/3, 0).
 
     Args:
         student_logits: (N, K), K >= 2.
@@ -112,10 +115,11 @@ def top2_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor
 
 
 def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]) -> Tensor:
-    """Relative squared distance ||F_student - F_teacher||^2 / ||F_teacher||^2 of each image's block outputs, the mean over blocks.
+    """Return the relative squared distance of each image's block outputs, the mean over blocks.
 
-    Relative, so that a weight means the same for every network and no block counts more because its activations are large. A block
-    whose teacher output is zero throughout has no measure and counts nothing.
+    ||F_student - F_teacher||^2 / ||F_teacher||^2: relative, so that a weight means the same for every network and no
+    block counts more because its activations are large. A block whose teacher output is zero throughout has no measure
+    and counts nothing.
 
     Args:
         student_blocks: (N, C, H, W) each.
@@ -136,11 +140,34 @@ def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tens
         )
     parts = []
     for student, teacher in zip(student_blocks, teacher_blocks, strict=True):
-        goal = _wide(teacher.detach()).flatten(1)
-        size = goal.square().sum(dim=1)
-        gap = (_wide(student).flatten(1) - goal).square().sum(dim=1)
+        target = _wide(teacher.detach()).flatten(1)
+        size = target.square().sum(dim=1)
+        gap = (_wide(student).flatten(1) - target).square().sum(dim=1)
         parts.append(torch.where(size > 0, gap / size.where(size > 0, torch.ones_like(size)), torch.zeros_like(gap)))
     return torch.stack(parts).mean(dim=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossWeights:
+    """Weights of the terms of :func:`synq_loss`, and what shapes them.
+
+    A term of weight 0 is reported but stays out of the sum.
+    """
+
+    kd_weight: float = 1.0
+    """Weight of the distillation."""
+    ce_weight: float
+    """lambda_CE, weight of the masked cross-entropy."""
+    cam_weight: float
+    """lambda_CAM, weight of the distance between the class activation maps."""
+    feature_weight: float = 0.0
+    """Weight of the feature alignment."""
+    kd_temperature: float = 1.0
+    """T of the distillation, > 0; 1 is the paper's equation."""
+    difficulty_threshold: float
+    """tau in [0, 1]: the largest difficulty with a hard label; 1 keeps all images."""
+    top2: bool = False
+    """Whether difficult images get the teacher's two likeliest classes instead of no label."""
 
 
 def synq_loss(
@@ -149,23 +176,17 @@ def synq_loss(
     teacher_logits: Tensor,
     teacher_map: Tensor | None,
     labels: Tensor,
+    weights: LossWeights,
     *,
-    temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    cam_weight: float,
-    difficulty_threshold: float,
     student_blocks: Sequence[Tensor] = (),
     teacher_blocks: Sequence[Tensor] = (),
-    feature_weight: float = 0.0,
-    top2: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of synthesis-aware fine-tuning, a mean over all N images.
+    """Return the loss of synthesis-aware fine-tuning, a mean over all N images, and its terms.
 
         L = 1/N sum_i [ kd_weight KD_i + ce_weight 1{delta_i <= tau} CE_i + cam_weight CAM_i + feature_weight FA_i ]
 
-    N counts every image, kept or not, so the average over equal parts of a batch is the loss of the batch (DDP averages gradients
-    this way). A term of weight 0 is reported but stays out of the sum.
+    N counts every image, kept or not, so the average over equal parts of a batch is the loss of the batch (DDP averages
+    gradients this way).
 
     Args:
         student_logits: (N, K).
@@ -173,19 +194,13 @@ def synq_loss(
         teacher_logits: (N, K), of the same images.
         teacher_map: (N, H, W) or None.
         labels: (N,) int64.
-        temperature: T of the distillation, > 0.
-        kd_weight: weight of the distillation.
-        ce_weight: lambda_CE.
-        cam_weight: lambda_CAM.
-        difficulty_threshold: tau in [0, 1]; 1 keeps all images.
-        student_blocks: block outputs for feature alignment, or none.
-        teacher_blocks: the same of the teacher.
-        feature_weight: weight of the feature alignment.
-        top2: give difficult images the teacher's two likeliest classes in place of no label.
+        weights: Weights of the terms, T, and tau.
+        student_blocks: Block outputs for feature alignment, or none.
+        teacher_blocks: The same of the teacher.
 
     Returns:
-        ``(loss, terms)``: the scalar to differentiate, and detached scalars "kd", "ce", "cam", "features" (unweighted means over N)
-        and "kept" (share of images with delta <= tau).
+        ``(loss, terms)``: the scalar to differentiate, and detached scalars "kd", "ce", "cam", "features" (unweighted
+        means over N) and "kept" (share of images with delta <= tau).
 
     Raises:
         ValueError: if only one of the maps is given.
@@ -194,10 +209,10 @@ def synq_loss(
     """
     if (student_map is None) != (teacher_map is None):
         raise ValueError("`student_map` and `teacher_map` must both be given or both be None, but got one of the two")
-    keep = difficulty(teacher_logits, labels) <= difficulty_threshold
-    kd = kd_kl(student_logits, teacher_logits, temperature).mean()
+    keep = difficulty(teacher_logits, labels) <= weights.difficulty_threshold
+    kd = kd_kl(student_logits, teacher_logits, weights.kd_temperature).mean()
     ce = masked_cross_entropy(student_logits, labels, keep)
-    if top2:
+    if weights.top2:
         ce = ce + top2_cross_entropy(student_logits, teacher_logits).where(~keep, 0.0)
     terms = {"kd": kd, "ce": ce.mean(), "cam": torch.zeros_like(kd)}
     if student_map is not None and teacher_map is not None:
@@ -205,7 +220,13 @@ def synq_loss(
     if teacher_blocks:
         terms["features"] = feature_loss(student_blocks, teacher_blocks).mean()
     loss = torch.zeros_like(kd)
-    for name, weight in (("kd", kd_weight), ("ce", ce_weight), ("cam", cam_weight), ("features", feature_weight)):
+    weight_of = {
+        "kd": weights.kd_weight,
+        "ce": weights.ce_weight,
+        "cam": weights.cam_weight,
+        "features": weights.feature_weight,
+    }
+    for name, weight in weight_of.items():
         if weight != 0 and name in terms:
             loss = loss + weight * terms[name]
     detached = {name: term.detach() for name, term in terms.items()}
@@ -213,13 +234,13 @@ def synq_loss(
 
 
 def inception_loss(logits: Tensor, labels: Tensor, hard_sample_gamma: float = 0.0) -> Tensor:
-    """Inception loss of each image, weighted towards hard ones: (1 - p_label)^gamma * CE(logits, label).
+    """Return the inception loss of each image, weighted towards hard ones: (1 - p_label)^gamma * CE(logits, label).
 
-    The weight lies in [0, 1]. It carries gradient; 1 - p is kept above 1e-7 below the power, where its slope is otherwise infinite for
-    gamma < 1 and autograd's inf * 0 would be NaN.
+    The weight lies in [0, 1]. It carries gradient; 1 - p is kept above 1e-7 below the power, where its slope is
+    otherwise infinite for gamma < 1 and autograd's inf * 0 would be NaN.
 
     Args:
-        logits: (N, K), teacher's answer to the images being made.
+        logits: (N, K), the teacher's, of the images being synthesized.
         labels: (N,) int64, classes wanted.
         hard_sample_gamma: gamma >= 0; 0 is plain cross-entropy.
 

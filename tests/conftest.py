@@ -178,7 +178,8 @@ def config(tiny_settings: dict[str, object], tmp_path: Path) -> "RunConfig":
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, object]) -> Path:
     """The folder of a finished run whose student can be exported."""
     from synq.config.run import RunConfig, with_overrides
-    from synq.pipeline import run, run_folder
+    from synq.pipeline import run
+    from synq.runs.record import run_folder
 
     folder = tmp_path_factory.mktemp("runs")
     config = with_overrides(

@@ -1,1 +1,1 @@
-"""Measure the speed of this machine and of SynQ on it."""
+"""The benchmarks of `synq bench`: one file a group of measurements."""

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synq.finetune.loop import training_loss
 from synq.finetune.responses import teacher_response
+from synq.finetune.training_loss import training_loss
 from synq.network.bn_stats import channel_moments
 from synq.network.gradcam import cam_map
 from synq.quant.fake_quant import choose_qparams, fake_quantize, fake_quantize_rectified
@@ -61,7 +61,7 @@ def kernels(device: torch.device, batch: int, channels: int = 16, side: int = 32
     images = torch.randn(batch, 3, side, side, device=device)
     values, count = x.numel() * FLOAT, x.numel()
 
-    def normalise() -> Tensor:
+    def normalize() -> Tensor:
         return F.batch_norm(x, mean, variance, gamma, beta)
 
     def quantize() -> Tensor:
@@ -90,8 +90,8 @@ def kernels(device: torch.device, batch: int, channels: int = 16, side: int = 32
             2 * convolve,
             3 * values,
         ),
-        Kernel("batch norm, forward", normalise, 2 * count, 2 * values),
-        Kernel("batch norm, backward", backward(normalise(), (x, gamma, beta), gradient), 5 * count, 3 * values),
+        Kernel("batch norm, forward", normalize, 2 * count, 2 * values),
+        Kernel("batch norm, backward", backward(normalize(), (x, gamma, beta), gradient), 5 * count, 3 * values),
         Kernel("ReLU and fake quantization, forward", quantize, 4 * count, 2 * values),
         Kernel("ReLU and fake quantization, backward", backward(quantize(), (x,), gradient), 2 * count, 3 * values),
         Kernel(

@@ -1,4 +1,4 @@
-"""Start workers in processes of their own and read what they report."""
+"""Start workers as separate processes and read what they report."""
 
 import json
 import os
@@ -19,18 +19,14 @@ class WorkerError(RuntimeError):
 ROOT = Path(synq.__file__).resolve().parent.parent
 """Folder that holds the package `synq`: a checkout, or site-packages."""
 TIMEOUT = 1800
-SOLO = [sys.executable, "-m", "synq.sweeps.benchmarks.worker"]
-
-
-def two_processes(device: str) -> list[str]:
-    """Return the words that start a worker as two processes of one group."""
-    config = "accelerate_cpu2.yaml" if device == "cpu" else "accelerate_gpu.yaml"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / config)]
-    return [*launcher, "--num_processes", "2", "-m", "synq.sweeps.benchmarks.worker"]
+WORKER = f"{__package__}.worker"
+SOLO = [sys.executable, "-m", WORKER]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", WORKER]
+"""Starts a worker as two processes of one group."""
 
 
 def start(command: list[str], threads: int = 1) -> "subprocess.Popen[str]":
-    """Start a process with its own number of threads, in a session of its own, so that all it starts can be ended with it."""
+    """Start a process with its own number of threads, in a new session, so that its children can be ended with it."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -49,7 +45,7 @@ def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
     """Wait for a process and return what it wrote.
 
     Raises:
-        WorkerError: It failed or took too long; the message holds the end of what it said.
+        WorkerError: It failed or took too long; the message holds the end of its standard error.
     """
     try:
         out, err = process.communicate(timeout=TIMEOUT)
@@ -58,8 +54,8 @@ def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
     finally:
         stop(process)
     if process.returncode != 0:
-        code, said = process.returncode, err.strip()[-500:]
-        raise WorkerError(f"a process of the benchmark must end well, but ended with {code}: {said}")
+        code, end = process.returncode, err.strip()[-500:]
+        raise WorkerError(f"a process of the benchmark must end well, but ended with {code}: {end}")
     return out, err
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from synq.config.run import RuntimeConfig
-from synq.finetune.loop import training_loss
 from synq.finetune.responses import teacher_response
+from synq.finetune.training_loss import training_loss
 from synq.losses import kd_kl
 
 from .steps import CONFIG, calls, updated
@@ -42,12 +42,12 @@ def _placed_rows(key: str, context: Context) -> Iterator[Row]:
     default, other = "channels_last", "contiguous"
     if context.device.type != "cpu":
         default, other = other, default
-    places = {
+    path_overrides = {
         default: RuntimeConfig(memory_format=default),  # type: ignore[arg-type]
         other: RuntimeConfig(memory_format=other),  # type: ignore[arg-type]
         "bf16": RuntimeConfig(precision="bf16"),
     }
-    steps = {what: _placed_step(key, runtime, context) for what, runtime in places.items()}
+    steps = {what: _placed_step(key, runtime, context) for what, runtime in path_overrides.items()}
     times = alternate(steps, rounds=max(3, context.rounds // 2), device=context.device)
     for what in (other, "bf16"):
         yield _row(f"{KINDS[key].name}: full step, {what} over {default} float32", times, what, default)

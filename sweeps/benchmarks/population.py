@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synq.finetune.loop import training_loss
 from synq.finetune.responses import Response, teacher_response
+from synq.finetune.training_loss import training_loss
 
 from .steps import CONFIG, updated
 from .subjects import Subject, build_subject

@@ -1,11 +1,11 @@
-"""Row d: two processes that train one student (DDP), one thread or one GPU each, beside a single one."""
+"""Row d: two processes that train one student (DDP), one thread or one GPU each, and a single one."""
 
 import statistics
 from collections.abc import Iterator
 
 import torch
 
-from .launcher import SOLO, result, start, stop, two_processes
+from .launcher import SOLO, TWO, result, start, stop
 from .table import Context, Row, Target
 from .timing import Spread
 
@@ -19,7 +19,7 @@ def rows(context: Context) -> Iterator[Row]:
     if device == "cuda" and torch.cuda.device_count() < 2:
         return
     scale = 1 if device == "cpu" else 16
-    words = [
+    args = [
         "--images",
         str(IMAGES * scale),
         "--batch",
@@ -31,10 +31,10 @@ def rows(context: Context) -> Iterator[Row]:
     ]
     seconds: dict[str, list[float]] = {"one": [], "two": [], "apart": []}
     for _ in range(min(ROUNDS, context.rounds)):
-        seconds["one"].append(_epoch(result(start([*SOLO, *words]))))
-        seconds["two"].append(_epoch(result(start([*two_processes(device), *words]))))
+        seconds["one"].append(_epoch(result(start([*SOLO, *args]))))
+        seconds["two"].append(_epoch(result(start([*TWO, *args]))))
         if device == "cpu":
-            side_by_side = [start([*SOLO, *words]) for _ in range(2)]
+            side_by_side = [start([*SOLO, *args]) for _ in range(2)]
             try:
                 seconds["apart"].append(statistics.mean([_epoch(result(process)) for process in side_by_side]))
             finally:
@@ -48,7 +48,8 @@ def rows(context: Context) -> Iterator[Row]:
         value=Spread.of(efficiency),
         unit="",
         target=Target(at_least=0.9),
-        note=f"epochs of {IMAGES * scale} images: 1 process {_text(seconds['one'])}, 2 processes {_text(seconds['two'])}",
+        note=f"epochs of {IMAGES * scale} images: 1 process {_text(seconds['one'])}, "
+        f"2 processes {_text(seconds['two'])}",
     )
     if seconds["apart"]:
         yield Row(

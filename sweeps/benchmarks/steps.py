@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from synq.config.run import FinetuneConfig
-from synq.finetune.loop import training_loss
 from synq.finetune.responses import teacher_response
+from synq.finetune.training_loss import training_loss
 from synq.losses import kd_kl
 from synq.synthesis.lowpass import cutoff_in_bins, gaussian_lowpass
 
@@ -20,7 +20,7 @@ CONFIG = FinetuneConfig()
 
 
 def updated(net: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """Return a whole step: loss, backward, clipping, optimiser; with a learning rate of 0, so that nothing moves."""
+    """Return a whole step: loss, backward, clipping, optimizer; with a learning rate of 0, so that nothing moves."""
     parameters = list(net.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, nesterov=True)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from synq.config.run import RuntimeConfig
+from synq.config.run import QuantConfig, RuntimeConfig
 from synq.finetune.responses import TappedNetwork
 from synq.network.cam_site import locate_cam
 from synq.network.tracing import trace_classifier, with_features
@@ -93,7 +93,7 @@ def build_subject(
     labels = torch.arange(len(images)) % kind.classes
     traced = trace_classifier(copy.deepcopy(module), kind.size)
     site = locate_cam(traced)
-    student = quantize_model(traced, weight_bits=BITS, act_bits=BITS, cam_node=site.node)
+    student = quantize_model(traced, QuantConfig(weight_bits=BITS, act_bits=BITS), cam_node=site.node)
     plain = copy.deepcopy(traced)
     for net in (traced, student.net, plain):
         place(net, runtime, device, kind.size)

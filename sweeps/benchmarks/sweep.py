@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .launcher import ROOT, WorkerError, finish, start
+from .launcher import WorkerError, finish, start
 from .table import Context, Row
 from .timing import Spread
 
@@ -54,24 +54,26 @@ def rows(context: Context) -> Iterator[Row]:
             first = first or rate
             yield Row(
                 group="sweep",
-                what=f"{TRIALS} trials of the demo, one thread each, {real} at a time ({number} asked for): trials per hour",
+                what=f"{TRIALS} trials of the demo, one thread each, {real} at a time ({number} asked for): "
+                "trials per hour",
                 value=Spread.of([rate]),
                 unit="/h",
-                note=f"{rate / first:.2f} times one at a time; {share:.0f} % in their own work, {around:.2f} s a trial around it",
+                note=f"{rate / first:.2f} times one at a time; {share:.0f} % in their own work, "
+                f"{around:.2f} s a trial around it",
             )
 
 
 def _run(file: Path, output: Path, concurrent: int, device: str, *, trials: int) -> tuple[float, float, float, int]:
-    """Run the sweep; return (seconds from the first start to the last end, percent in own work, seconds around a trial, at a time).
+    """Run the sweep; return (seconds from first start to last end, percent in trials, seconds around each, at a time).
 
     Raises:
-        WorkerError: It failed; the message holds the end of what it said.
+        WorkerError: It failed; the message holds the end of its standard error.
     """
     cores = os.cpu_count() or 1
     part = ["--cpus-per-worker", str(min(1, cores / concurrent))]
     if device == "cuda":
         part += ["--gpus-per-worker", str(1 / concurrent)]
-    words = [
+    args = [
         str(file),
         "--output-dir",
         str(output),
@@ -81,9 +83,11 @@ def _run(file: Path, output: Path, concurrent: int, device: str, *, trials: int)
         str(trials),
         *part,
     ]
-    process = start([sys.executable, str(ROOT / "launch" / "sweep.py"), *words])
+    process = start([sys.executable, "-m", "synq.cli", "sweep", *args])
     out, err = finish(process)
     found = ACCOUNT.search(out + err)
     if found is None:
-        raise WorkerError(f"the sweep of the benchmark must say how its time was used, but said {err.strip()[-500:]}")
+        raise WorkerError(
+            f"the sweep of the benchmark must print how its time was used, but printed {err.strip()[-500:]}"
+        )
     return float(found[2]), float(found[4]), float(found[5]), int(found[3])

@@ -45,7 +45,7 @@ def seconds_of_invert(subject: Subject, iterations: int, device: torch.device) -
 
 
 def seconds_of_bare(subject: Subject, iterations: int, device: torch.device) -> float:
-    """Return seconds of the teacher's forward pass and the backward pass to the pixels: no statistics, no optimiser."""
+    """Return seconds of the teacher's forward pass and the backward pass to the pixels: no statistics, no optimizer."""
     images = subject.images.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def step() -> None:

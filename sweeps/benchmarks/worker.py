@@ -1,9 +1,8 @@
-"""A process of its own that fine-tunes and reports, as JSON on its last line: `python -m synq.sweeps.benchmarks.worker ...`.
+"""A separate process that fine-tunes and prints JSON on its last line: `python -m synq.sweeps.benchmarks.worker ...`.
 
-Figures that one process cannot take of itself: peak memory from a clean start, and several processes at once.
+Measurements that one process cannot take of itself: peak memory from a clean start, and several processes at once.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -11,16 +10,19 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import click
 import torch
 from torch import Tensor
 
+from synq.config.command_line import Command
+from synq.config.command_options import INT, OneOf, option
 from synq.config.run import FinetuneConfig, RunConfig, RuntimeConfig
 from synq.finetune.loop import Epoch, finetune
-from synq.pipeline import low_pass
 from synq.runtime import make_accelerator
 from synq.synthesis.dataset import read_tensors
+from synq.synthesis.run_sets import low_pass
 
 from .subjects import TINY, build_subject
 
@@ -28,7 +30,7 @@ SAMPLE_SECONDS = 0.05
 
 
 def own_memory() -> int:
-    """Return the bytes that this process holds, without the pages of files on a disk, which the system can take back."""
+    """Return the bytes that this process holds, without pages of files, which the system can take back."""
     with open("/proc/self/status", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)
     return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
@@ -66,36 +68,37 @@ def stored_images(count: int, size: tuple[int, ...], folder: Path) -> Tensor:
     return read_tensors(file)[0]["images"]
 
 
-def main() -> None:
-    """Fine-tune as the words say, and print what it took."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--tiny", action="store_true", help="train a network so small that the images show beside it")
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="auto")
-    words = parser.parse_args()
-    accelerator = make_accelerator(RuntimeConfig(device=words.device, num_threads=words.threads))
-    subject = build_subject(TINY if words.tiny else "resnet20", accelerator.device, 0, 16)
+@click.command("worker", cls=Command)
+@option("--tiny", is_flag=True, help="train a network so small that the memory of the images is visible")
+@option("--images", type=INT, default=256, help="random images (default: 256)")
+@option("--epochs", type=INT, default=1, help="epochs (default: 1)")
+@option("--batch", type=INT, default=64, help="images a step, over all processes (default: 64)")
+@option("--threads", type=INT, default=1, help="CPU threads (default: 1)")
+@option("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", metavar="DEVICE", help="auto, cpu or cuda")
+def command(
+    tiny: bool, images: int, epochs: int, batch: int, threads: int, device: Literal["auto", "cpu", "cuda"]
+) -> None:
+    """Fine-tune on random images and print time and memory."""
+    accelerator = make_accelerator(RuntimeConfig(device=device, num_threads=threads))
+    subject = build_subject(TINY if tiny else "resnet20", accelerator.device, 0, 16)
     size = tuple(subject.images.shape[1:])
     watch = Watch()
     watch.start()
     with tempfile.TemporaryDirectory(prefix="synq-bench-") as name:
-        images = low_pass(stored_images(words.images, size, Path(name)), RunConfig(), Path(name))
-        labels = torch.arange(words.images) % 10
+        pixels = low_pass(stored_images(images, size, Path(name)), RunConfig(), Path(name))
+        labels = torch.arange(images) % 10
         stamps: list[tuple[float, int]] = []
 
         def after_epoch(_: Epoch) -> None:
             stamps.append((time.time(), own_memory()))
             watch.peak = max(watch.peak, stamps[-1][1])
 
-        config = FinetuneConfig(epochs=words.epochs, batch_size=words.batch, lr=1e-6, augment="none")
+        config = FinetuneConfig(epochs=epochs, batch_size=batch, lr=1e-6, augment="none")
         started = time.time()
         history = finetune(
             subject.student,
             subject.teacher,
-            images,
+            pixels,
             labels,
             config,
             accelerator=accelerator,
@@ -117,6 +120,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    code = command.run()
     sys.stdout.flush()
-    os._exit(0)  # gloo aborts now and then in the interpreter's own exit
+    os._exit(code)  # gloo aborts now and then in the interpreter's own exit

@@ -16,15 +16,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from synq.common.environment import environment
+from synq.common.files import write_json_atomic
 from synq.common.text_tables import to_markdown
 from synq.config.parsing import between, one_of
-from synq.runs.record import environment, write_json_atomic
 
 from ..driver.cluster import cluster, output_root
 from ..search_config import SearchConfig
 from ..storage.addresses import shown, split_address
 from ..storage.object_store import is_address, local_copy, open_storage
-from .facts import check_clock, check_disk, check_nodes, check_output, check_refusal
+from .facts import check_clock, check_disk, check_nodes, check_output, check_rejection
 from .site import FailedError, Passed, Site, SkippedError, below, cause, one_line
 from .work import (
     check_faults,
@@ -44,7 +45,7 @@ CHECKS: dict[str, Callable[[Site], Passed]] = {
     "output": check_output,
     "gpus": check_gpus,
     "packing": check_packing,
-    "refusal": check_refusal,
+    "refusal": check_rejection,
     "gloo": check_gloo,
     "nccl": check_nccl,
     "sweep": check_sweep,

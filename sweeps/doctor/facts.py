@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 
 from filelock import FileLock, Timeout
 
-from synq.runs.record import write_text_atomic
+from synq.common.files import write_text_atomic
 
 from ..driver.cluster import capacity
 from ..search_config import SearchConfig
@@ -230,7 +230,7 @@ def is_network(kind: str) -> bool:
     return kind.removeprefix("fuse.").startswith(NETWORK)
 
 
-def check_refusal(site: Site) -> Passed:
+def check_rejection(site: Site) -> Passed:
     """What can never fit is refused at once, not waited for."""
     started = time.monotonic()
     largest = max(node["resources"].get("CPU", 0.0) for node in site.nodes.values())

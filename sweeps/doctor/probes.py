@@ -15,7 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from synq.runs.record import environment, write_text_atomic
+from synq.common.environment import environment
+from synq.common.files import write_text_atomic
 
 from ..driver.cluster import ROOT
 from ..storage.object_store import cache_root, local_copy, open_storage
@@ -42,7 +43,7 @@ class NodeProbe:
         """Import what a trial imports and return what must be the same everywhere, and what the node has."""
         import torch
 
-        import synq.sweeps.workers.trial
+        import synq.sweeps.workers.entry
         import synq.sweeps.workers.wide_trial  # noqa: F401
 
         known = environment()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from synq.runs.record import read_json
+from synq.common.files import read_json
 
 from ..storage.addresses import local_copy
 from .probes import LOOK_SECONDS
@@ -324,6 +324,6 @@ def _gpus(site: Site) -> dict[str, int]:
 
 
 def _enough_cpus(site: Site, workers: int) -> None:
-    places = sum(int(node["resources"].get("CPU", 0)) for node in site.nodes.values())
-    if places < workers:
-        raise SkippedError(f"needs {workers} CPUs, but the cluster has {places}")
+    path_overrides = sum(int(node["resources"].get("CPU", 0)) for node in site.nodes.values())
+    if path_overrides < workers:
+        raise SkippedError(f"needs {workers} CPUs, but the cluster has {path_overrides}")

@@ -37,7 +37,7 @@ class Runner:
             ValueError, OSError: As `run_sweep`.
         """
         from ..driver.tuner import run_sweep
-        from ..spec import spec_from_dict
+        from ..spec_file import spec_from_dict
 
         spec, printed = spec_from_dict(values), io.StringIO()
         with redirect_stdout(printed):
@@ -89,7 +89,7 @@ def join_group(task: dict[str, Any]) -> None:
     from torch import distributed
 
     from synq.config.run import RuntimeConfig
-    from synq.pipeline import make_accelerator
+    from synq.runtime import make_accelerator
 
     rank = ray.train.get_context().get_world_rank()
 

@@ -1,4 +1,4 @@
-"""Early stopping of a sweep: successive halving (ASHA) with rungs of its own for every group."""
+"""Early stopping of a sweep: successive halving (ASHA) with separate rungs for every group."""
 
 import math
 from types import SimpleNamespace
@@ -8,20 +8,22 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 
 from ..spec import SweepSpec
 from ..state.ledger import Ledger
+from ..state.plans import Plan
+from ..state.trial_task import trial_name
 from .group_search import EPOCH, OBJECTIVE, STATUS, is_finite
-from .halt import Halt
+from .halt import StopReason
 
 
 class SweepScheduler(FIFOScheduler):
     """Stops trials that are weak in their own group; re-runs and last epochs are never stopped.
 
     A trial of several workers is not stopped by Ray Tune, which can only kill its outermost process and may leave the workers and
-    their resources behind: it is asked to stop, by a sign in the sweep's folder that its workers look for after each epoch.
+    their resources running: it is asked to stop, by a sign in the sweep's folder that its workers look for after each epoch.
     """
 
-    def __init__(self, spec: SweepSpec, ledger: Ledger, halt: Halt | None = None) -> None:
+    def __init__(self, spec: SweepSpec, ledger: Ledger, stop_reason: StopReason | None = None) -> None:
         super().__init__()
-        self.ledger, self.halt = ledger, halt or Halt()
+        self.ledger, self.stop_reason = ledger, StopReason() if stop_reason is None else stop_reason
         self.wide = spec.search.workers_per_trial > 1
         self.asked: set[str] = set()
         """Trials that were asked to stop."""
@@ -32,7 +34,7 @@ class SweepScheduler(FIFOScheduler):
                 self.inner[group.key] = AsyncHyperBandScheduler(
                     time_attr=EPOCH,
                     metric=OBJECTIVE,
-                    mode="min" if spec.search.minimise else "max",
+                    mode="min" if spec.search.minimize else "max",
                     max_t=epochs,
                     grace_period=min(spec.search.grace_epochs, epochs),
                     reduction_factor=spec.search.reduction_factor,
@@ -55,24 +57,25 @@ class SweepScheduler(FIFOScheduler):
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Enter a trial into its group's rungs, an interrupted one with what it had reported; that it went on then is settled."""
-        inner = self._of(trial)
+        plan = self._plan(trial)
+        inner = self._rungs(plan)
         if inner is not None:
             inner.on_trial_add(tune_controller, trial)
-            plan = self.ledger.plans.get(trial.config["trial"])
-            for epoch, value in plan.history if plan is not None else ():
+            for epoch, value in plan.history:
                 inner.on_trial_result(tune_controller, trial, {EPOCH: epoch, OBJECTIVE: value})
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Stop a trial that is weak in its own group."""
-        inner = self._of(trial)
+        plan = self._plan(trial)
+        inner = self._rungs(plan)
         last = STATUS in result or EPOCH not in result or result[EPOCH] >= result.get("epochs", math.inf)
-        if inner is None or last or not is_finite(result.get(OBJECTIVE)) or trial.config["trial"] in self.asked:
+        if inner is None or last or not is_finite(result.get(OBJECTIVE)) or plan.trial in self.asked:
             return TrialScheduler.CONTINUE
         decision = inner.on_trial_result(tune_controller, trial, result)
         if decision != TrialScheduler.STOP or not self.wide:
             return decision
-        self.asked.add(trial.config["trial"])
-        self.halt.guard(lambda: self.ledger.ask_to_stop(trial.config["trial"]))
+        self.asked.add(plan.trial)
+        self.stop_reason.try_write(lambda: self.ledger.ask_to_stop(plan.trial))
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -81,5 +84,8 @@ class SweepScheduler(FIFOScheduler):
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         """Nothing to take back."""
 
-    def _of(self, trial: Any) -> AsyncHyperBandScheduler | None:
-        return self.inner.get(trial.config["group"]) if trial.config["stage"] == "search" else None
+    def _plan(self, trial: Any) -> Plan:
+        return self.ledger.plans[trial_name(trial.config)]
+
+    def _rungs(self, plan: Plan) -> AsyncHyperBandScheduler | None:
+        return self.inner.get(plan.group) if plan.stage == "search" else None

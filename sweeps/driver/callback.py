@@ -8,22 +8,23 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from ..state.ledger import Ledger
+from ..state.trial_task import trial_name
 from ..workers.trial import STORAGE
 from .cluster import capacity
 from .group_search import EPOCH, OBJECTIVE, STATUS, is_finite
-from .halt import Halt
+from .halt import StopReason
 from .progress import Progress
 
 UNSEEN = "its record is not visible here: output_dir must be on a file system that all machines share"
-LOOK_SECONDS = 5.0
+CHECK_SECONDS = 5.0
 """Seconds between two looks at what the cluster has free, and at whether the sweep's address is still ours."""
 
 
-class HaltStopper(tune.Stopper):
-    """Tells Ray Tune to end when there is a reason to."""
+class SweepStopper(tune.Stopper):
+    """Ends Ray Tune when there is a reason to."""
 
-    def __init__(self, halt: Halt) -> None:
-        self.halt = halt
+    def __init__(self, stop_reason: StopReason) -> None:
+        self.stop_reason = stop_reason
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No single trial is stopped from here."""
@@ -31,18 +32,18 @@ class HaltStopper(tune.Stopper):
 
     def stop_all(self) -> bool:
         """Whether the sweep ends now."""
-        return bool(self.halt)
+        return bool(self.stop_reason)
 
 
 class SweepCallback(tune.Callback):
     """Settles each ended trial in the ledger and shows it."""
 
-    def __init__(self, ledger: Ledger, progress: Progress, halt: Halt) -> None:
-        self.ledger, self.progress, self.halt = ledger, progress, halt
+    def __init__(self, ledger: Ledger, progress: Progress, stop_reason: StopReason) -> None:
+        self.ledger, self.progress, self.stop_reason = ledger, progress, stop_reason
         self.history: dict[str, dict[int, float]] = {}
         self.started: dict[str, float] = {}
         self.failed = 0
-        self._looked = 0.0
+        self._checked = 0.0
         self._waits = ""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,22 +52,22 @@ class SweepCallback(tune.Callback):
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Look now and then at what is busy, and at whether the address is still this driver's."""
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        if now - self._checked < CHECK_SECONDS:
             return
-        self._looked = now
-        self.halt.storage = self.halt.storage or self.ledger.folder.lost
+        self._checked = now
+        self.stop_reason.storage = self.stop_reason.storage or self.ledger.folder.lost
         self.progress.usage = usage()
         try:
             capacity(self.ledger.spec.search)
             self._waits = ""
         except ValueError as error:  # machines have left; Ray waits for others without a word
             if not self._waits:
-                self.progress.say(f"no trial can be started: the cluster has shrunk ({error}); waiting for machines")
+                self.progress.log(f"no trial can be started: the cluster has shrunk ({error}); waiting for machines")
             self._waits = str(error)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Note when a trial began; a resumed one keeps the epochs it had reported."""
-        name = trial.config["trial"]
+        name = trial_name(trial.config)
         self.started.setdefault(name, time.monotonic())
         self.history.setdefault(name, dict(self.ledger.plans[name].history))
         self.progress.running.setdefault(name, "starting")
@@ -75,12 +76,12 @@ class SweepCallback(tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """Note an epoch."""
-        name, value = trial.config["trial"], result.get(OBJECTIVE)
+        name, value = trial_name(trial.config), result.get(OBJECTIVE)
         if STATUS not in result and EPOCH in result:
             if value is not None and is_finite(value):
                 history = self.history.setdefault(name, {})
                 history[result[EPOCH]] = float(value)
-                self.halt.guard(lambda: self.ledger.note(name, history))
+                self.stop_reason.try_write(lambda: self.ledger.note(name, history))
             self.progress.epoch(name, result[EPOCH], result["epochs"], value)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -88,10 +89,10 @@ class SweepCallback(tune.Callback):
         last = trial.last_result or {}
         self.progress.worked(last.get("began"), last.get("ended"), last.get("gpu_bytes", 0))
         if last.get(STATUS) == STORAGE:
-            self.halt.storage = self.halt.storage or last["reason"]
+            self.stop_reason.storage = self.stop_reason.storage or last["reason"]
         elif STATUS in last:  # it ended by itself and has written its record; read here only if it can be seen here
             self._settle(trial, "failed", UNSEEN)
-        elif not self.halt:  # else it was not judged: it goes on when the sweep does
+        elif not self.stop_reason:  # else it was not judged: it goes on when the sweep does
             epoch = last.get(EPOCH, 0)
             self._settle(trial, "pruned", f"stopped after epoch {epoch}: weak among the trials of its group")
 
@@ -102,7 +103,7 @@ class SweepCallback(tune.Callback):
         self._settle(trial, "failed", f"the worker died {trial.num_failures} times: {lines[0]}")
 
     def _settle(self, trial: Trial, status: str, reason: str) -> None:
-        name = trial.config["trial"]
+        name = trial_name(trial.config)
         history = sorted(self.history.pop(name, {}).items())
         seconds = time.monotonic() - self.started.pop(name, time.monotonic())
         last = trial.last_result or {}
@@ -114,13 +115,13 @@ class SweepCallback(tune.Callback):
             if record.status == "failed":
                 self.failed += 1
                 if self.failed >= self.ledger.spec.search.max_failed_trials:
-                    self.halt.failed = f"{self.failed} trials failed, the last one, {name}, by: {record.reason}"
+                    self.stop_reason.failed = f"{self.failed} trials failed, the last one, {name}, by: {record.reason}"
 
-        self.halt.guard(settle)
+        self.stop_reason.try_write(settle)
 
 
 def usage() -> str:
-    """Return how much of the cluster's CPUs and GPUs is taken, in words."""
+    """Return how much of the cluster's CPUs and GPUs is taken, as a text."""
     total, free = ray.cluster_resources(), ray.available_resources()
     parts = [
         f"{total[name] - free.get(name, 0.0):g}/{total[name]:g} {name}s"

@@ -1,4 +1,4 @@
-"""Where a sweep runs: on the Ray cluster it is given, or on a Ray of its own on this machine. Imports Ray only when called."""
+"""Where a sweep runs: on the Ray cluster it is given, or on a separate Ray on this machine. Imports Ray only when called."""
 
 import os
 import socket
@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import synq
-from synq.runs.record import environment, write_text_atomic
+from synq.common.environment import environment
+from synq.common.files import write_text_atomic
 
 from ..search_config import SearchConfig
 
 ROOT = Path(synq.__file__).resolve().parent.parent
 """Folder that holds the package `synq`: a checkout, or site-packages."""
 OBJECT_STORE_BYTES = 256 * 2**20
-"""Size of the object store of a Ray of our own; nothing large passes through it, sets are files."""
+"""Size of the object store of a Ray that we start; nothing large passes through it, sets are files."""
 REACH_SECONDS = 10.0
-"""How long the head of a cluster may take to answer."""
+"""How long the head of a cluster may take to accept a connection."""
 PROBE_SECONDS = 60.0
 """How long a machine may take to look for a file."""
 
@@ -37,12 +38,12 @@ def prepare_environment() -> None:
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    alone = {
+    local = {
         "RAY_AUTH_MODE": "disabled",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    for name, value in {**quiet, **({} if os.environ.get("RAY_ADDRESS") else alone)}.items():
+    for name, value in {**quiet, **({} if os.environ.get("RAY_ADDRESS") else local)}.items():
         os.environ.setdefault(name, value)
     path = os.environ.get("PYTHONPATH", "")
     if str(ROOT) not in path.split(os.pathsep):  # workers must find this package from wherever the sweep was started
@@ -64,15 +65,15 @@ class Capacity:
 
     trials: int
     """Trials that it holds at one time."""
-    words: str
-    """Its nodes, CPUs and GPUs, for the user."""
-    remark: str = ""
+    summary: str
+    """Its nodes, CPUs and GPUs, in one line."""
+    note: str = ""
     """What the user may have overlooked."""
 
 
 @contextmanager
 def cluster(search: SearchConfig) -> Iterator[Capacity]:
-    """Join the cluster that RAY_ADDRESS names (a job of Ray is told so), or start Ray on this machine alone.
+    """Join the cluster that RAY_ADDRESS names (Ray sets it for its jobs), or start Ray on this machine alone.
 
     Yields:
         How many trials it holds.
@@ -110,10 +111,10 @@ def cluster(search: SearchConfig) -> Iterator[Capacity]:
 
 
 def _check_reachable(address: str) -> None:
-    """Refuse the address of a cluster (host:port) that does not answer; Ray itself tries for minutes.
+    """Reject the address of a cluster (host:port) that cannot be reached; Ray itself tries for minutes.
 
     Raises:
-        ValueError: Nothing answers there.
+        ValueError: The connection fails.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "/" in host:
@@ -121,27 +122,27 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
     except (OSError, OverflowError) as error:
-        why = f"{address!r}: {error} (is its head running, does a firewall stand between?)"
+        why = f"{address!r}: {error} (is its head running, is a firewall between?)"
         raise ValueError(f"`RAY_ADDRESS` must name a running Ray cluster, but got {why}") from None
 
 
 def _for_workers() -> dict[str, Any]:
-    """What the workers of a joined cluster must be told: where this package lies, and which commit it is of.
+    """Return the environment of the workers of a joined cluster: where this package is, and its commit.
 
-    A job is told so by what it was submitted with; Ray refuses to have that said twice.
+    A submitted job has that from its submission, and Ray rejects it when it is given twice.
     """
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return {}
     commit = environment()["commit"]
-    told = {
+    variables = {
         "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT)),
         **({} if commit == "unknown" else {"SYNQ_COMMIT": commit}),
     }
-    return {"runtime_env": {"env_vars": told}}
+    return {"runtime_env": {"env_vars": variables}}
 
 
 def check_shared(folder: Path) -> None:
-    """Refuse a folder that a machine of the cluster does not see: its trials' records would be lost.
+    """Reject a folder that a machine of the cluster does not see: its trials' records would be lost.
 
     Raises:
         ValueError: A machine looked for a file that was just written there, and did not find it.
@@ -155,15 +156,15 @@ def check_shared(folder: Path) -> None:
     probe = folder / f".probe-{uuid.uuid4().hex}"
     write_text_atomic(probe, "")
     try:
-        look: Any = ray.remote(num_cpus=0)(lambda path: os.path.exists(path))  # a lambda travels by value
-        places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        answers = [look.options(scheduling_strategy=place).remote(str(probe)) for place in places]
-        for node, answer in zip(nodes, answers, strict=True):
+        exists: Any = ray.remote(num_cpus=0)(lambda path: os.path.exists(path))  # a lambda travels by value
+        strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        pending = [exists.options(scheduling_strategy=strategy).remote(str(probe)) for strategy in strategies]
+        for node, reply in zip(nodes, pending, strict=True):
             try:
-                seen = ray.get(answer, timeout=PROBE_SECONDS)
-            except ray.exceptions.RayError:  # a machine that cannot answer will hold no trial either
+                is_visible = ray.get(reply, timeout=PROBE_SECONDS)
+            except ray.exceptions.RayError:  # a machine that does not respond will hold no trial either
                 continue
-            if not seen:
+            if not is_visible:
                 raise ValueError(
                     f"`output_dir` must be on a file system that all machines share, but {node['NodeManagerHostname']} does not "
                     f"see {folder}"
@@ -193,27 +194,27 @@ def capacity(search: SearchConfig, nodes: Sequence[Mapping[str, float]] | None =
             raise ValueError(
                 f"`{name.lower()}s_per_worker` must be at most {most[name]:g} (the largest machine of the cluster), but got {need:g}"
             )
-    places = sum(_places(node, cpus, gpus) for node in nodes)
-    if places == 0:
+    slots = sum(_slots(node, cpus, gpus) for node in nodes)
+    if slots == 0:
         raise ValueError(
             f"`cpus_per_worker` and `gpus_per_worker` must fit one machine together, but got {cpus:g} and {gpus:g}"
         )
-    if workers > places:
+    if workers > slots:
         raise ValueError(
-            f"`workers_per_trial` must be at most {places} (as many workers of {cpus:g} CPUs and {gpus:g} GPUs does the cluster hold), "
+            f"`workers_per_trial` must be at most {slots} (as many workers of {cpus:g} CPUs and {gpus:g} GPUs does the cluster hold), "
             f"but got {workers}"
         )
     total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
     machines = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}"
     unused = gpus == 0 and total["GPU"] > 0
     return Capacity(
-        trials=places // workers,
-        words=f"{machines}, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs",
-        remark="GPUs are present but unused: --gpus-per-worker 1 gives each worker one" if unused else "",
+        trials=slots // workers,
+        summary=f"{machines}, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs",
+        note="GPUs are present but unused: --gpus-per-worker 1 gives each worker one" if unused else "",
     )
 
 
-def _places(node: Mapping[str, float], cpus: float, gpus: float) -> int:
+def _slots(node: Mapping[str, float], cpus: float, gpus: float) -> int:
     """Workers that one machine holds. A device is shared by whole parts: two halves, but not 0.6 and 0.4 of two devices."""
     counts = [node.get("CPU", 0.0) / cpus]
     if gpus:

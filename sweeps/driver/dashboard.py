@@ -45,7 +45,7 @@ def study_storage(spec: SweepSpec) -> BaseStorage | None:
                 f"`study_storage` must have no other study of the same name, but got {study.study_name} in {_shown(wanted)}; choose another `name`"
             )
         optuna.delete_study(study_name=study.study_name, storage=storage)
-    first = StudyDirection.MINIMIZE if spec.search.minimise else StudyDirection.MAXIMIZE
+    first = StudyDirection.MINIMIZE if spec.search.minimize else StudyDirection.MAXIMIZE
     modes = [first, *([StudyDirection.MINIMIZE] if spec.search.two_objectives else [])]
     for name in sorted(names):
         optuna.create_study(study_name=name, storage=storage, directions=modes).set_user_attr(OWNER, owner)

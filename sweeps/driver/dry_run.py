@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from synq import pipeline
 from synq.config.run import RunConfig, with_overrides
 from synq.evaluation.measure import forget_teachers
-from synq.runs.record import RunRecord, read_json
+from synq.runs.record import RunRecord
 from synq.synthesis.dataset import MANIFEST_FILE
+from synq.synthesis.run_sets import set_names, set_store
 from synq.synthesis.start_noise import USUAL_EVALUATIONS, enough_probes
 
 from ..leaderboard.records import load_records
@@ -22,6 +23,7 @@ from ..search_config import LISTED
 from ..space import base_values
 from ..spec import Group, SweepSpec, run_config
 from ..state.ledger import settled_budget
+from ..state.plans import read_sweep_file
 from ..storage.object_store import open_storage
 from .cluster import Capacity, capacity, cluster
 from .tuner import sets_needed
@@ -52,16 +54,16 @@ def print_preview(spec: SweepSpec) -> None:
         ValueError, OSError: What `run_sweep` would refuse at once.
     """
     notes = spec.output_dir / "sweep.json"
-    spec = replace(spec, search=settled_budget(spec.search, read_json(notes) if notes.exists() else {}))
+    spec = replace(spec, search=settled_budget(spec.search, read_sweep_file(notes)))
     search = spec.search
     place = spec.address or str(spec.output_dir)
     print(f"sweep {search.name} in {place}")
     there = not spec.address and any((spec.output_dir / "records").glob("*.json"))
     records = load_records([spec.output_dir]) if there else []
     room = _room(spec)
-    print(f"{room.words}; a trial takes {_resources(spec)}; at most {room.trials} at a time")
-    if room.remark:
-        print(room.remark)
+    print(f"{room.summary}; a trial takes {_resources(spec)}; at most {room.trials} at a time")
+    if room.note:
+        print(room.note)
     slots = min(room.trials, search.max_concurrent or room.trials)
 
     costs = {group.key: _cost(spec, group, records) for group in spec.groups}
@@ -83,8 +85,8 @@ def print_preview(spec: SweepSpec) -> None:
     print("\nsynthetic sets")
     sets = 0.0
     for group, config in sets_needed(spec).values():
-        names = pipeline.set_names(config)
-        store = pipeline.set_store(config)
+        names = set_names(config)
+        store = set_store(config)
         missing = [name for name in names if not store.is_complete(name) and not _is_sent(spec, name)]
         seconds = costs[group.key].synthesis * len(missing) / len(names)
         sets += seconds
@@ -96,9 +98,9 @@ def print_preview(spec: SweepSpec) -> None:
 
     left = max(0, len(spec.groups) * search.trials + reruns - len(records))
     trials = statistics.fmean(cost.trial for cost in costs.values()) * left / max(1, min(slots, left))
-    places = min(len(sets_needed(spec)), slots * search.workers_per_trial)
+    path_overrides = min(len(sets_needed(spec)), slots * search.workers_per_trial)
     print(
-        f"\nabout {_clock(sets / places + trials)} in all, were no trial stopped early ({', '.join(sorted({c.source for c in costs.values()}))})"
+        f"\nabout {_clock(sets / path_overrides + trials)} in all, were no trial stopped early ({', '.join(sorted({c.source for c in costs.values()}))})"
     )
 
 
@@ -143,7 +145,7 @@ def _first(spec: SweepSpec, group: Group) -> str:
 
 
 def _reruns(spec: SweepSpec) -> int:
-    searches = len(spec.groups) * spec.num_widths
+    searches = len(spec.groups) * spec.num_bit_choices
     base = spec.groups[0].base
     further = sum((seed, seed) != (base.seed, base.data_seed) for seed in spec.search.seeds)
     return searches * spec.search.final_top_k * further
@@ -173,7 +175,7 @@ def _cost(spec: SweepSpec, group: Group, records: list[RunRecord]) -> Cost:
     share = max(heldout, len(measure.reported) / images)
     every_epoch = (
         seconds["measure"] / 6 * heldout * epochs
-    )  # of three measurements, half on held-out, half on labelled images
+    )  # of three measurements, half on held-out, half on labeled images
     work = seconds["teacher"] + seconds["quantize"] + seconds["finetune"] * seen / images
     trial = (work + seconds["measure"] * share + every_epoch) / spec.search.workers_per_trial
     start = WIDE_START_SECONDS if spec.search.workers_per_trial > 1 else 0.0

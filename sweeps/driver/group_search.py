@@ -30,7 +30,7 @@ class GroupSearch(OptunaSearch):
         self,
         dimensions: tuple[Dimension, ...],
         *,
-        minimise: bool,
+        minimize: bool,
         second_objective: str = "none",
         sampler: str,
         seed: str,
@@ -42,8 +42,8 @@ class GroupSearch(OptunaSearch):
 
         Args:
             dimensions: The search space.
-            minimise: Whether a lower objective is better.
-            second_objective: Field of a trial's result that is minimised at the same time; none for one objective.
+            minimize: Whether a lower objective is better.
+            second_objective: Field of a trial's result that is minimized at the same time; none for one objective.
             sampler: tpe, gp, nsga2, or anything else for random ones.
             seed: Text from which every proposal's random numbers follow.
             num_startup: Trials before tpe and gp begin to learn; also the population of nsga2.
@@ -54,7 +54,7 @@ class GroupSearch(OptunaSearch):
         self.sampler_name, self.seed_text, self.num_startup = sampler, seed, num_startup
         self.reported: dict[str, set[int]] = {}
         self.metrics = [OBJECTIVE, *([second_objective] if second_objective != "none" else [])]
-        modes = ["min" if minimise else "max", "min"][: len(self.metrics)]
+        modes = ["min" if minimize else "max", "min"][: len(self.metrics)]
         one = len(self.metrics) == 1
         super().__init__(
             partial(sample, dimensions),

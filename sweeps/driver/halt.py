@@ -1,20 +1,20 @@
-"""Why a sweep must end before its trials do. Knows neither Ray nor torch."""
+"""Why a sweep ends before its trials do. Knows neither Ray nor torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 
 @dataclass
-class Halt:
-    """Why a sweep must end before its trials do; asked by Ray Tune after every result."""
+class StopReason:
+    """Why a sweep ends before its trials do; false while there is no reason. Ray Tune checks it after every result."""
 
     failed: str = ""
     """Too many trials failed: how many, and the last one's reason."""
     storage: str = ""
-    """The disk or the store refused."""
+    """The disk or the object store failed."""
 
-    def guard(self, write: Callable[[], object]) -> None:
-        """Write; an error of the disk or the store ends the sweep in order, rather than Ray Tune's loop with its traceback."""
+    def try_write(self, write: Callable[[], object]) -> None:
+        """Call `write`; an error of the disk or the store becomes the reason, rather than a traceback out of Ray Tune's loop."""
         try:
             write()
         except OSError as error:

@@ -14,15 +14,8 @@ from rich.table import Table
 
 from synq.runs.record import RunRecord, summary_line
 
+from ..leaderboard.columns import RUN_COLUMNS, SWEEP_COLUMNS, In, headings
 from ..leaderboard.records import Row, cell
-
-SHOWN = ("rank", "model", "weight_bits", "act_bits", "act_points", "objective_value", "top1_mean", "top1_std", "num_seeds", "num_failed",
-         "teacher_top1", "rtn_top1", "drop", "lowpass_cutoff", "cam_weight", "ce_weight", "difficulty_threshold", "lr", "seconds")  # fmt: skip
-HEADINGS = {
-    "weight_bits": "W", "act_bits": "A", "act_points": "points", "objective_value": "objective", "top1_mean": "top1", "top1_std": "std",
-    "num_seeds": "n", "num_failed": "failed", "teacher_top1": "teacher", "rtn_top1": "RTN", "lowpass_cutoff": "cutoff",
-    "cam_weight": "cam", "ce_weight": "ce", "difficulty_threshold": "tau", "seconds": "s",
-}  # fmt: skip
 
 ENDS = ("completed", "pruned", "failed")
 
@@ -81,7 +74,7 @@ class Progress:
         if self.live is not None:
             self.live.stop()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Show a line that stays."""
         if self.live is not None:
             self.console.print(text, markup=False, highlight=False)
@@ -117,7 +110,7 @@ class Progress:
             if record.status == "completed"
             else f"{record.status}: {record.reason}"
         )
-        self.say(f"[{self.num_ended}/{self.total}] {trial}{value} | {how}{tail}")
+        self.log(f"[{self.num_ended}/{self.total}] {trial}{value} | {how}{tail}")
 
     def worked(self, began: float | None, ended: float | None, gpu_bytes: int) -> None:
         """Note when a trial's own work began and ended, and the most GPU memory it took."""
@@ -180,16 +173,16 @@ class Progress:
 def print_leaderboard(rows: Sequence[Row], *, live: bool | None = None) -> None:
     """Print a leaderboard: a drawn table for a person, aligned plain text for a log."""
     watched = sys.stdout.isatty() if live is None else live
-    texts = [[_short(row.get(column)) for column in SHOWN] for row in rows]
-    headings = [HEADINGS.get(column, column) for column in SHOWN]
+    texts = [[_short(row.get(column)) for column in SWEEP_COLUMNS] for row in rows]
+    heads = [*headings(column for column in RUN_COLUMNS if In.SWEEP in column.tables).values()]
     if watched:
-        table = Table(*headings)
+        table = Table(*heads)
         for row, cells in zip(rows, texts, strict=True):
             table.add_row(*cells, style="bold" if row.get("rank") == 1 else None)
         Console().print(table)
         return
-    widths = [max(len(line[i]) for line in [headings, *texts]) for i in range(len(headings))]
-    for line in [headings, *texts]:
+    widths = [max(len(line[i]) for line in [heads, *texts]) for i in range(len(heads))]
+    for line in [heads, *texts]:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)).rstrip(), flush=True)
 
 

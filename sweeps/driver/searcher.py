@@ -1,13 +1,13 @@
-"""The search of a sweep: one of each group, served in turn, behind the single face Ray Tune wants.
+"""The search of a sweep: one of each group, served in turn, as the single searcher that Ray Tune takes.
 
-Nothing here has a state of its own that counts: what was proposed stands in the ledger's plans, what came of it in its records, and
+Nothing here has state that counts: what was proposed is in the ledger's plans, what came of it in its records, and
 every search is rebuilt from them when a driver starts again.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from optuna.storages import BaseStorage
 from ray.tune.search import Searcher
@@ -16,9 +16,10 @@ from synq.config.run import RunConfig, config_digest, config_to_dict
 
 from ..points import Point, grid, point_params, read_earlier, warm_points
 from ..search_config import LISTED
-from ..space import base_values, value_at
+from ..space import base_values, value_of
 from ..spec import Group, SweepSpec, run_config
-from ..state.ledger import Ledger, Plan
+from ..state.ledger import Ledger
+from ..state.plans import Plan
 from .group_search import EPOCH, OBJECTIVE, STATUS, GroupSearch
 
 MAX_PROPOSALS = 32
@@ -34,7 +35,7 @@ class SweepSearcher(Searcher):
         self.searches = {
             group.key: GroupSearch(
                 spec.dimensions,
-                minimise=spec.search.minimise,
+                minimize=spec.search.minimize,
                 second_objective=spec.search.second_objective,
                 sampler=spec.search.sampler,
                 seed=f"{spec.search.sampler_seed}/{group.key}",
@@ -74,14 +75,14 @@ class SweepSearcher(Searcher):
         """Nothing to restore."""
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the configuration of the next trial, None where one must be awaited, FINISHED after the last."""
+        """Return the task of the next trial as plain values, None where one must be awaited, FINISHED after the last."""
         if self.limit is not None and len(self.live) >= self.limit:
             return None
         plan = self._next(trial_id)
         if plan is None:
             return None if self._waiting() else Searcher.FINISHED
         self.live[trial_id] = plan.trial
-        return self.ledger.task(plan)
+        return self.ledger.task(plan).to_dict()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass a result to the search of its group."""
@@ -99,7 +100,7 @@ class SweepSearcher(Searcher):
     def num_total(self) -> int:
         """Most trials that the sweep comes to, those already there included."""
         search = self.spec.search
-        finals = search.final_top_k * self.spec.num_widths
+        finals = search.final_top_k * self.spec.num_bit_choices
         return sum(search.trials + finals * len(self._further_seeds(key)) for key in self.groups)
 
     def num_left(self) -> int:
@@ -180,7 +181,7 @@ class SweepSearcher(Searcher):
                 try:
                     earlier = self.ledger.earlier = read_earlier(search.warm_start)
                 except FileNotFoundError:
-                    if not plans:  # a sweep that goes on has learnt from them, and does not stop because they are gone
+                    if not plans:  # a sweep that goes on has learned from them, and does not stop because they are gone
                         raise
             warm = warm_points(earlier or [], dimensions, config_to_dict(group.base), search.warm_start_top_k)
             # The spec's own settings open every search: what is found must beat them.
@@ -203,18 +204,18 @@ class SweepSearcher(Searcher):
                     yield _plan(name, key, "final", best.index, best.params, config)
 
     def _overrides(self, plan: Plan) -> Point:
-        return {dimension.name: value_at(plan.config, dimension.name) for dimension in self.spec.dimensions}
+        return {dimension.name: value_of(plan.config, dimension.name) for dimension in self.spec.dimensions}
 
     def _current(self, plan: Plan) -> Plan:
         """Return an interrupted plan with the files and folders of today: the sweep, its weights or its data may have moved."""
-        seeds = (plan.config["seed"], plan.config["data_seed"])
+        seeds = (plan.config.seed, plan.config.data_seed)
         config = run_config(self.spec, self.groups[plan.group], self._overrides(plan), seeds=seeds)
         if config_digest(config) != plan.config_digest:
             raise ValueError(
                 f"`{self.ledger.root / 'plans' / plan.trial}.json` must be a plan of this sweep, but it asks for another run; "
                 "remove it to have the trial proposed again"
             )
-        return replace(plan, config=config_to_dict(config))
+        return replace(plan, config=config)
 
     def _further_seeds(self, key: str) -> list[int]:
         """Seeds of a group's re-runs; the one that the search itself ran on is there already."""
@@ -227,7 +228,7 @@ class SweepSearcher(Searcher):
         return any(plan.stage == "search" and self._further_seeds(plan.group) for plan in plans)
 
     def _replay(self, key: str) -> None:
-        """Tell a group's search everything that stands in the ledger."""
+        """Replay everything that the ledger has of a group into its search."""
         for plan in self.ledger.group_plans(key):
             record = self.ledger.records.get(plan.trial)
             if record is None or point_params(self.spec.dimensions, self._overrides(plan)) is None:
@@ -247,7 +248,9 @@ def study_name(spec: SweepSpec, group: Group) -> str:
     return f"{spec.search.name}-{group.key}"
 
 
-def _plan(trial: str, group: str, stage: str, index: int, params: Point, config: RunConfig) -> Plan:
+def _plan(
+    trial: str, group: str, stage: Literal["search", "final"], index: int, params: Point, config: RunConfig
+) -> Plan:
     digest = config_digest(config)
     return Plan(
         trial=trial,
@@ -255,7 +258,7 @@ def _plan(trial: str, group: str, stage: str, index: int, params: Point, config:
         stage=stage,
         index=index,
         params=params,
-        config=config_to_dict(config),
+        config=config,
         config_digest=digest,
     )
 

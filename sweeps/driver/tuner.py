@@ -14,25 +14,26 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
-from synq.config.run import RunConfig, config_to_dict
+from synq.config.run import RunConfig
 
 from ..reports import PAGE
 from ..search_config import LISTED
 from ..spec import Group, SweepSpec, run_config
 from ..state.ledger import Ledger
 from ..state.plans import set_recipe
+from ..state.trial_task import trial_name
 from .asha import SweepScheduler
-from .callback import HaltStopper, SweepCallback
+from .callback import SweepCallback, SweepStopper
 from .cluster import check_shared, cluster
 from .dashboard import study_storage
-from .halt import Halt
+from .halt import StopReason
 from .progress import Progress, print_leaderboard
 from .searcher import SweepSearcher
 
 NO_RESULT = 1
 INTERRUPTED = 130
-A_WHILE = 60.0
-"""Seconds without an answer after which a log hears that work goes on."""
+REPORT_SECONDS = 60.0
+"""Seconds without a result after which a line reports that work goes on."""
 
 
 def run_sweep(spec: SweepSpec) -> int:
@@ -43,7 +44,7 @@ def run_sweep(spec: SweepSpec) -> int:
         go on).
 
     Raises:
-        ValueError, OSError: Something the user should mend; nothing was computed in vain.
+        ValueError, OSError: Something the user should mend, found before anything was computed.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     ledger = Ledger(spec)
@@ -55,46 +56,55 @@ def run_sweep(spec: SweepSpec) -> int:
 
 
 def _run(spec: SweepSpec, ledger: Ledger) -> int:
-    searcher, halt = SweepSearcher(spec, ledger, study_storage(spec)), Halt()
+    searcher, stop_reason = SweepSearcher(spec, ledger, study_storage(spec)), StopReason()
     was_finished = not searcher.num_left()
     with Progress(searcher.num_total()) as progress:
         progress.known(ledger.records)
         where = spec.address or spec.output_dir
-        progress.say(f"sweep {spec.search.name} in {where}: {len(spec.groups)} groups x {spec.search.trials} trials")
+        progress.log(f"sweep {spec.search.name} in {where}: {len(spec.groups)} groups x {spec.search.trials} trials")
         if ledger.plans:
             there = f"{len(ledger.records)} trials are there already"
             rest = f"{len(searcher.interrupted)} were interrupted"
             nothing = "the sweep is finished; --num-trials +N adds N to each group"
-            progress.say(f"{there}, {nothing if was_finished else rest}")
+            progress.log(f"{there}, {nothing if was_finished else rest}")
         try:
             if searcher.num_left():
-                with cluster(spec.search) as capacity, _interruptible():  # Ray sets a handler of its own
-                    if capacity.remark:
-                        progress.say(capacity.remark)
-                    progress.say(f"{capacity.words}; at most {capacity.trials} trials at a time")
+                with cluster(spec.search) as capacity, _interruptible():  # Ray sets a handler, too
+                    if capacity.note:
+                        progress.log(capacity.note)
+                    progress.log(f"{capacity.summary}; at most {capacity.trials} trials at a time")
                     progress.slots = min(capacity.trials, spec.search.max_concurrent or capacity.trials)
                     if not spec.address:
                         check_shared(spec.output_dir)
                     _check_groups(spec, ledger)
                     _make_sets(spec, ledger, progress)
-                    _tune(spec, ledger, searcher, progress, halt)
+                    _tune(spec, ledger, searcher, progress, stop_reason)
         except KeyboardInterrupt:
             ledger.write_tables()
-            progress.say(f"interrupted; the tables are in {where}, the same command goes on")
+            progress.log(f"interrupted; the tables are in {where}, the same command goes on")
             return INTERRUPTED
-    if halt.storage:
-        raise OSError(f"{halt.storage}; when that is mended, the same command goes on")
+    if stop_reason.storage:
+        raise OSError(f"{stop_reason.storage}; when that is mended, the same command goes on")
     ledger.write_tables()
     is_drawn = was_finished and _is_drawn(spec)  # a page that was drawn while trials ran may lack the last ones
-    return _conclude(spec, ledger, searcher, progress, halt, is_drawn=is_drawn)
+    return _conclude(spec, ledger, searcher, progress, stop_reason, is_drawn=is_drawn)
 
 
 def _conclude(
-    spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Progress, halt: Halt, *, is_drawn: bool
+    spec: SweepSpec,
+    ledger: Ledger,
+    searcher: SweepSearcher,
+    progress: Progress,
+    stop_reason: StopReason,
+    *,
+    is_drawn: bool,
 ) -> int:
     """Print what came out, draw the page unless it `is_drawn` already, and return the exit code."""
-    if halt.failed:
-        print(f"stopped: {halt.failed}. The same command goes on; --retry-failed runs failed trials again", flush=True)
+    if stop_reason.failed:
+        print(
+            f"stopped: {stop_reason.failed}. The same command goes on; --retry-failed runs failed trials again",
+            flush=True,
+        )
     elif not searcher.num_left():
         ledger.finish()
     print_leaderboard(ledger.tables.leaderboard_rows())
@@ -111,12 +121,14 @@ def _conclude(
         print(f"{key}: the {'list' if listed else 'search'} held only {found} different settings{why}", flush=True)
     empty = [group.key for group in spec.groups if not ledger.best(group.key)]
     if empty:
-        print(f"no trial was completed in {', '.join(empty)}; the lines above or trials.csv say why", flush=True)
-    return NO_RESULT if empty or halt.failed else 0
+        print(
+            f"no trial was completed in {', '.join(empty)}; the lines above or trials.csv have the reason", flush=True
+        )
+    return NO_RESULT if empty or stop_reason.failed else 0
 
 
 def _is_drawn(spec: SweepSpec) -> bool:
-    """Whether the page is there and no record has been written since: a finished sweep that is started again says so at once."""
+    """Whether the page is there and no record has been written since: a finished sweep that is started again ends at once."""
     folder = Path(spec.output_dir)
     page, records = folder / PAGE, (folder / "records").glob("*.json")
     return page.is_file() and all(file.stat().st_mtime < page.stat().st_mtime for file in records)
@@ -142,37 +154,40 @@ def _report(spec: SweepSpec, ledger: Ledger) -> str:
 
 
 def _check_groups(spec: SweepSpec, ledger: Ledger) -> None:
-    """Open the teacher, the labelled images and the student of every group: what cannot work is said before hours of synthesis."""
+    """Open the teacher, the labeled images and the student of every group, so that what cannot work fails before hours of synthesis."""
     from ..workers.trial import check_run
 
-    task = _task(spec, check_run)
-    waiting = {task.remote(config_to_dict(run_config(spec, group, {}))): group for group in spec.groups}
-    for ready, answer in _answers(waiting):
-        group, facts = waiting[ready], answer["teacher"]
-        ledger.know(group.key, {**facts, "name": group.named or facts["name"]}, answer["eval_digest"])
+    check = _remote(spec, check_run)
+    waiting = {check.remote(run_config(spec, group, {})): group for group in spec.groups}
+    for ready, reply in _replies(waiting):
+        group, facts = waiting[ready], reply["teacher"]
+        ledger.know(group.key, {**facts, "name": group.named or facts["name"]}, reply["eval_digest"])
 
 
-def _task(spec: SweepSpec, function: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """A function as a task of Ray with the resources of one worker of a trial."""
+def _remote(spec: SweepSpec, function: Callable[..., dict[str, Any]]) -> Any:
+    """Return a function as a remote function of Ray, with the resources of one worker of a trial."""
     search = spec.search
     return ray.remote(num_cpus=search.cpus_per_worker, num_gpus=search.gpus_per_worker, max_retries=2)(function)
 
 
-def _answers(tasks: Iterable[Any], waited: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Give tasks with their answers as they come in; an error ends the others and is raised. `waited` is called every minute without one."""
+def _replies(tasks: Iterable[Any], waited: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield Ray tasks with their results as they finish; an error cancels the rest and is raised.
+
+    `waited` is called after each minute in which none finished.
+    """
     waiting = list(tasks)
     while waiting:
-        done, waiting = ray.wait(waiting, timeout=A_WHILE)
+        done, waiting = ray.wait(waiting, timeout=REPORT_SECONDS)
         if not done:
             waited()
             continue
         (ready,) = done
-        answer = ray.get(ready)
-        if "error" in answer:
+        reply = ray.get(ready)
+        if "error" in reply:
             for other in waiting:
                 ray.cancel(other, force=True)
-            raise ValueError(answer["error"])
-        yield ready, answer
+            raise ValueError(reply["error"])
+        yield ready, reply
 
 
 def sets_needed(spec: SweepSpec) -> dict[str, tuple[Group, RunConfig]]:
@@ -182,7 +197,7 @@ def sets_needed(spec: SweepSpec) -> dict[str, tuple[Group, RunConfig]]:
         base = group.base
         for seeds in dict.fromkeys([(base.seed, base.data_seed), *((seed, seed) for seed in spec.search.seeds)]):
             config = run_config(spec, group, {}, seeds=seeds)
-            needed.setdefault(set_recipe(config_to_dict(config)), (group, config))
+            needed.setdefault(set_recipe(config), (group, config))
     return needed
 
 
@@ -194,39 +209,39 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
     names = {
         recipe: f"synthetic set {group.model} seed {config.data_seed}" for recipe, (group, config) in needed.items()
     }
-    places = {"trial": "", "config_digest": "", "address": spec.address, "folder": str(spec.output_dir)}
-    task = _task(spec, make_sets)
+    remote = _remote(spec, make_sets)
     started = time.monotonic()
     for name in names.values():
         progress.running[name] = "being made"
-    progress.say(f"synthetic sets that the trials need: {len(needed)}; those that are not there are made first")
+    progress.log(f"synthetic sets that the trials need: {len(needed)}; those that are not there are made first")
 
     def waited() -> None:
         if progress.live is None:  # a person sees the table
-            progress.say(f"{len(progress.running)} synthetic sets not ready after {time.monotonic() - started:.0f} s")
+            progress.log(f"{len(progress.running)} synthetic sets not ready after {time.monotonic() - started:.0f} s")
 
-    for _, answer, recipe in _made(task, places, needed, waited, apart=spec.address != ""):
+    def start(config: RunConfig) -> Any:
+        return remote.remote(config, str(spec.output_dir), spec.address)
+
+    for reply, recipe in _made(start, needed, waited, apart=spec.address != ""):
         progress.running.pop(names[recipe], None)
-        ledger.sets[recipe] = answer["sets"]
+        ledger.sets[recipe] = reply["sets"]
         group, config = needed[recipe]
         model, seed = ledger.teachers[group.key]["name"], config.data_seed
-        what = f"ready after {time.monotonic() - started:.0f} s" if answer["made"] else "there already"
-        progress.say(f"synthetic set of {model}, seed {seed}: {config.synthesis.num_images} images, {what}")
+        what = f"ready after {time.monotonic() - started:.0f} s" if reply["made"] else "there already"
+        progress.log(f"synthetic set of {model}, seed {seed}: {config.synthesis.num_images} images, {what}")
 
 
 def _made(
-    task: Any,
-    places: dict[str, str],
+    start: Callable[[RunConfig], Any],
     needed: dict[str, tuple[Group, RunConfig]],
     waited: Callable[[], None],
     *,
     apart: bool,
-) -> Iterator[tuple[Any, dict[str, Any], str]]:
-    """Give the answers of the tasks that make sets, with their recipes.
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield what `make_sets` returned for each recipe, with the recipe.
 
     Args:
-        task: Makes the sets of a run.
-        places: Where they go.
+        start: Starts the Ray task that makes the sets of a run.
         needed: Runs by recipe.
         waited: Called every minute in which none is done.
         apart: Whether machines share no folder, and so no lock: the held-out set, which all data seeds of a model have in common,
@@ -237,19 +252,21 @@ def _made(
         first.setdefault(group.model, recipe)
     rest = [recipe for recipe in needed if recipe not in first.values()]
     for recipes in [list(first.values()), rest] if apart else [list(needed)]:
-        waiting = {task.remote({**places, "config": config_to_dict(needed[recipe][1])}): recipe for recipe in recipes}
-        for ready, answer in _answers(waiting, waited):
-            yield ready, answer, waiting[ready]
+        waiting = {start(needed[recipe][1]): recipe for recipe in recipes}
+        for ready, reply in _replies(waiting, waited):
+            yield reply, waiting[ready]
 
 
-def _tune(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Progress, halt: Halt) -> None:
+def _tune(
+    spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Progress, stop_reason: StopReason
+) -> None:
     """Run the trials that are left. Ray's own state is thrown away: the ledger is what a later start resumes from."""
-    from ..workers.trial import run_trial
+    from ..workers.entry import run_trial
 
     progress.start_clock()
     search = spec.search
     resources = {"cpu": search.cpus_per_worker, **({"gpu": search.gpus_per_worker} if search.gpus_per_worker else {})}
-    if search.workers_per_trial > 1:  # they have resources of their own; this process only starts them, on the head
+    if search.workers_per_trial > 1:  # they have separate resources; this process only starts them, on the head
         resources = {"cpu": 0, "node:__internal_head__": 0.001}
         searcher.limit = progress.slots  # Ray Tune sees nothing of the workers' resources
     with tempfile.TemporaryDirectory(prefix="synq-tune-") as scratch:
@@ -257,18 +274,18 @@ def _tune(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Pr
             tune.with_resources(run_trial, resources),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=SweepScheduler(spec, ledger, halt),
+                scheduler=SweepScheduler(spec, ledger, stop_reason),
                 num_samples=searcher.num_total() + len(ledger.plans),
                 reuse_actors=True,
-                trial_name_creator=_trial_name,
-                trial_dirname_creator=_trial_name,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
             ),
             run_config=tune.RunConfig(
                 name=time.strftime("%Y%m%d-%H%M%S"),
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[SweepCallback(ledger, progress, halt)],
-                stop=HaltStopper(halt),
+                callbacks=[SweepCallback(ledger, progress, stop_reason)],
+                stop=SweepStopper(stop_reason),
                 failure_config=tune.FailureConfig(max_failures=search.max_failures),
             ),
         )
@@ -276,8 +293,8 @@ def _tune(spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Pr
     shutil.rmtree(spec.output_dir / "ray", ignore_errors=True)
 
 
-def _trial_name(trial: Trial) -> str:
-    return str(trial.config["trial"])
+def _name(trial: Trial) -> str:
+    return trial_name(trial.config)
 
 
 @contextmanager

@@ -1,18 +1,16 @@
-"""Runs as rows, and rows in their ranks: what a table says of a record, and what may be compared with what. No Ray, no torch.
+"""Runs as table rows, and rows in their ranks: which runs may be compared, and how they are ordered. No Ray, no torch.
 
-Ranks start again for everything that must not be compared (`Ranking`): model and its weights (`teacher_digest`, first 16 digits),
-bit-widths (those of the first and last layer too; empty: as the rest), protocol, act_points, objective, the images and the fidelity
-measure of the objective, and the labelled images. Within a ranking a row is one setting; its runs differ in their seeds only.
-Settings measured on more seeds come first, because one lucky seed is no evidence; then the better mean objective. `num_data_seeds`
-counts the synthetic sets' seeds behind a row: 1 with num_seeds > 1 says that data_seed was fixed, so that top1_std leaves out what
-the set contributes. `pareto_size` and `pareto_bitops` look across bit-widths: 1 where no other row that was measured in the same way
-is at least as good in mean objective and size (bit operations) and better in one of them.
+Ranks restart for everything that must not be compared (`Ranking`): model and its weights (`teacher_digest`), bit-widths
+(those of the first and last layer too), protocol, act_points, objective, the images and the fidelity measure of the
+objective, and the labeled images. Within a ranking a row is one setting; its runs differ in their seeds only. Settings
+measured on more seeds come first, because one lucky seed is no evidence; then the better mean objective. `pareto_size`
+and `pareto_bitops` look across bit-widths: 1 where no other row that was measured in the same way is at least as good
+in mean objective and size (bit operations) and better in one of them. What each column holds: `columns.py`.
 """
 
 import functools
 import json
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,39 +18,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from synq.common.text_tables import Row, csv_line
-from synq.config.identity import idle_keys
+from synq.config.identity import inactive_keys
 from synq.config.run import FinetuneConfig, RunConfig, config_digest, config_from_dict
 from synq.runs.record import DEPLOYED, RunRecord
 
-LEADERBOARD_COLUMNS = (
-    "rank", "model", "weight_bits", "act_bits", "protocol", "act_points", "objective", "objective_value", "top1_mean", "top1_std",
-    "num_seeds", "num_failed", "teacher_top1", "rtn_top1", "drop", "num_eval", "size_bytes", "bitops", "lowpass_cutoff", "cam_weight",
-    "ce_weight", "difficulty_threshold", "lr", "set_digest", "config_digest", "commit", "versions", "device", "seconds",
-    "num_data_seeds", "first_bits", "last_bits", "teacher_digest", "best", "pareto_size", "pareto_bitops", "fidelity_measure",
-    *DEPLOYED, "layer_bits",
-)  # fmt: skip
-"""Columns of leaderboard.csv. New ones are appended; none is ever renamed."""
-TRIAL_COLUMNS = (
-    "trial", "status", "reason", "model", "weight_bits", "act_bits", "protocol", "act_points", "objective", "objective_value", "top1",
-    "top5", "teacher_top1", "rtn_top1", "drop", "num_eval", "seed", "data_seed", "size_bytes", "bitops", "lowpass_cutoff", "cam_weight",
-    "ce_weight", "difficulty_threshold", "lr", "kept_share", "set_digest", "heldout_digest", "config_digest", "commit", "versions",
-    "device", "host", "started", "seconds", *DEPLOYED,
-)  # fmt: skip
-"""Columns of trials.csv. New ones are appended; none is ever renamed."""
-TEXT_COLUMNS = frozenset(
-    ("model", "protocol", "act_points", "objective", "set_digest", "config_digest", "commit", "versions", "device",
-     "teacher_digest", "fidelity_measure", "layer_bits")
-)  # fmt: skip
-"""Columns of leaderboard.csv that hold texts; the others hold numbers."""
-SETTINGS = ("lowpass_cutoff", "cam_weight", "ce_weight", "difficulty_threshold", "lr")
+from ..stats import mean, std
+from .columns import LEADERBOARD_COLUMNS, RUN_COLUMNS, SETTINGS, TRIAL_COLUMNS, setting_cells
+
 PLACED = LEADERBOARD_COLUMNS.index("best")
 """From here on a row depends on the other rows, for three columns."""
-OWN = ("name", "finetune", "seed", "data_seed")
+PER_RUN = ("name", "finetune", "seed", "data_seed")
+"""Keys of a configuration that differ between the runs of a sweep."""
 TRAINING = tuple(part.name for part in fields(FinetuneConfig) if part.name != "log_every")
+MEANS = tuple(column.key for column in RUN_COLUMNS if column.over_seeds == "mean")
+COLLECTED = tuple(column.key for column in RUN_COLUMNS if column.over_seeds == "all")
 
 
 class Ranking(NamedTuple):
-    """What rows share that may be ranked against each other."""
+    """What rows have in common that may be ranked together."""
 
     model: str
     weight_bits: int
@@ -72,59 +55,59 @@ class Ranking(NamedTuple):
     fidelity_measure: str
 
     def order(self) -> tuple[Any, ...]:
-        """Sort key; wide widths first."""
-        widths = (-self.weight_bits, -self.act_bits)
+        """Return the sort key of rankings: high bit-widths first."""
+        bits = (-self.weight_bits, -self.act_bits)
         edges = (-(self.first_bits or 0), -(self.last_bits or 0))
-        return (self.model, *widths, self.protocol, *edges, *self[6:])
+        return (self.model, *bits, self.protocol, *edges, *self[6:])
 
     def group(self) -> tuple[Any, ...]:
-        """What is known of a run before anything is measured, its teacher apart."""
+        """Return what is known before a run has measured anything, except its teacher."""
         return self[:9]
 
     def measure(self) -> tuple[str, ...]:
-        """What the figures were measured with: the teacher's weights, the very images, labelled ones included, and the measure."""
+        """Return what the metrics were measured with: the teacher's weights, all images and the fidelity measure."""
         return self[9:]
 
     def family(self) -> "Ranking":
-        """The same at any width: rows that a Pareto front may hold together."""
+        """Return the ranking without its bit-widths: rows of one family share a Pareto front."""
         return self._replace(weight_bits=0, act_bits=0, first_bits=None, last_bits=None, layer_bits="")
 
 
 class Setting(NamedTuple):
-    """Equal for two runs exactly if `config_digest(..., with_seeds=False)` is."""
+    """Key of a setting: equal for two runs exactly if `config_digest(..., with_seeds=False)` is."""
 
     shared: str
-    """That digest for a run of the same teacher, images, widths and measurement that does not train."""
+    """That digest for a run of the same teacher, images, bit-widths and evaluation without training."""
     training: tuple[Any, ...]
-    """How it trains."""
+    """The values of the fine-tuning's keys; None where a key is inactive."""
 
 
 def read_setting(config: Mapping[str, Any], source: str = "") -> tuple[RunConfig, Setting]:
-    """Check the configuration of a record and name its setting.
+    """Check the configuration of a record and return it with the key of its setting.
 
-    Reading a configuration and making its digest take a millisecond each. The runs of a sweep differ in their training and their
-    seeds, so everything else is read and named once.
+    Parsing a configuration and computing its digest take a millisecond each. The runs of a sweep differ in their
+    training and their seeds only, so everything else is parsed and digested once (`_shared` caches it).
 
     Args:
-        config: As it stands in the record.
-        source: Where it stands, for messages.
+        config: The configuration as recorded.
+        source: Name of its file, for messages.
 
     Raises:
         ValueError: As `config_from_dict`.
     """
     try:
-        shared, digest = _shared(json.dumps({key: value for key, value in config.items() if key not in OWN}))
+        shared, digest = _shared(json.dumps({key: value for key, value in config.items() if key not in PER_RUN}))
         finetune = config_from_dict(FinetuneConfig, config.get("finetune", {}))
-        own = {key: config[key] for key in OWN if key in config}
+        own = {key: config[key] for key in PER_RUN if key in config}
         if any(type(own.get(key, 0)) is not int for key in ("seed", "data_seed")):
             raise TypeError("seed")
         whole = replace(shared, **{**own, "finetune": finetune})
     except (ValueError, TypeError):
-        config_from_dict(RunConfig, config, source=source)  # the same refusal, with the key's full name
+        config_from_dict(RunConfig, config, source=source)  # the same error, with the key's full name
         raise
     values = {name: getattr(finetune, name) for name in TRAINING}
-    idle = idle_keys(values, whole.quant.learned_steps)
-    return whole, Setting(digest, tuple(None if name in idle else value for name, value in values.items()))
+    inactive = inactive_keys(values, whole.quant.learned_steps)
+    return whole, Setting(digest, tuple(None if name in inactive else value for name, value in values.items()))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -135,18 +118,18 @@ def _shared(text: str) -> tuple[RunConfig, str]:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the tables need of a record; it costs far less memory."""
+    """What the tables keep of a record; it takes far less memory."""
 
     ranking: Ranking
-    """Where the run would be ranked; what a failed one has not measured is empty."""
+    """Where the run would be ranked; what a failed run has not measured is empty."""
     setting: Setting
-    """What it shares with its repetitions on other seeds."""
+    """Key that it shares with its repetitions on other seeds."""
     row: Row
     """Its row of trials.csv."""
     line: str
-    """The row as text."""
-    place: tuple[Any, ...]
-    """Sort key of trials.csv; the line decides between two runs of one name, so that no order of reading can."""
+    """The row as a line of CSV."""
+    sort_key: tuple[Any, ...]
+    """Sort key of trials.csv; the line decides between two runs of one name, so that the order of reading cannot."""
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -161,25 +144,25 @@ class Run:
 
 
 def read_run(record: RunRecord, source: str = "") -> Run:
-    """Return what the tables need of a record.
+    """Return what the tables keep of a record.
 
     Args:
         record: The record.
-        source: Where it was read, for messages; by default its name is said.
+        source: Name of its file, for messages; by default the record's name is used.
 
     Raises:
-        ValueError: The configuration does not read.
+        ValueError: The configuration is damaged.
     """
     config, setting = read_setting(record.config, source or f"record {record.name}")
     row: Row = {column: getattr(record, column, None) for column in TRIAL_COLUMNS}
-    row |= _settings(record, config)
+    trained = bool(record.config.get("finetune"))
+    row |= setting_cells(config.finetune, record.teacher.get("input_size")) if trained else dict.fromkeys(SETTINGS)
     versions = " ".join(f"{name}={version}" for name, version in sorted(record.versions.items()))
     row |= {"trial": record.name, "seconds": record.total_seconds, "versions": versions}
     row |= {column: record.deployment.get(column) for column in DEPLOYED}
     ranking, line = _ranking(record, config), csv_line(row.values())
-    return Run(
-        ranking, setting, row, line, (ranking.order()[:9], record.name, record.config_digest, record.started, line)
-    )
+    sort_key = (ranking.order()[:9], record.name, record.config_digest, record.started, line)
+    return Run(ranking, setting, row, line, sort_key)
 
 
 def _ranking(record: RunRecord, config: RunConfig) -> Ranking:
@@ -205,22 +188,9 @@ def _ranking(record: RunRecord, config: RunConfig) -> Ranking:
     )
 
 
-def _settings(record: RunRecord, config: RunConfig) -> Row:
-    """The searched settings; the cutoff always in DFT bins, None (no filter) as a word, because an empty cell reads as unknown."""
-    if not record.config.get("finetune"):
-        return dict.fromkeys(SETTINGS)
-    values = {name: getattr(config.finetune, name) for name in SETTINGS}
-    if values["lowpass_cutoff"] is None:
-        values["lowpass_cutoff"] = "None"
-    elif config.finetune.lowpass_unit == "nyquist":
-        size = record.teacher.get("input_size")  # unknown where a run failed before its teacher was loaded
-        values["lowpass_cutoff"] = values["lowpass_cutoff"] * min(size[-2:]) / 2 if size else None
-    return values
-
-
 @dataclass(slots=True)
 class Standing:
-    """One row of the leaderboard and what places it among the others."""
+    """One row of the leaderboard with what decides its rank."""
 
     ranking: Ranking
     """Rows of other rankings are not compared with it."""
@@ -229,10 +199,11 @@ class Standing:
     objective_std: float | None
     """Sample standard deviation of the objective over the seeds; None for one seed."""
     cost: float = field(init=False)
-    """The mean objective, so that lower is better."""
+    """The mean objective, with its sign such that lower is better."""
     head: str = field(init=False)
+    """The cells before `best` as text, the rank left out."""
     tail: str = field(init=False)
-    """The cells that do not depend on other rows, as text: those before and those after the ones that do."""
+    """The cells after those that depend on other rows, as text."""
 
     def __post_init__(self) -> None:
         self.cost = self.row["objective_value"] * (-1 if self.ranking.objective == "selection" else 1)
@@ -240,12 +211,12 @@ class Standing:
         self.head = csv_line(cells[1:PLACED])
         self.tail = csv_line([None, *cells[PLACED + 3 :]])
 
-    def merit(self) -> tuple[Any, ...]:
-        """Sort key within a ranking; the text decides between rows that are equally good."""
+    def sort_key(self) -> tuple[Any, ...]:
+        """Return the sort key within a ranking; the text decides between rows that are equally good."""
         return (-self.row["num_seeds"], self.cost, self.row["config_digest"], self.head)
 
     def line(self) -> str:
-        """The row as a line of CSV."""
+        """Return the row as a line of CSV."""
         row = self.row
         size, bitops = ("" if row[mark] is None else row[mark] for mark in ("pareto_size", "pareto_bitops"))
         return f"{row['rank']},{self.head},{row['best']},{size},{bitops}{self.tail}"
@@ -254,10 +225,12 @@ class Standing:
 def standings(runs: Iterable[Run]) -> list[Standing]:
     """Return the rows of one setting: one for each ranking in which it has a result.
 
-    objective_value, top1_mean, teacher_top1, rtn_top1 and drop are means over the setting's completed seeds (`num_seeds`), top1_std is
-    the sample standard deviation (denominator num_seeds - 1; empty for one seed), seconds is the mean of one run. set_digest and
-    config_digest are those of the completed run with the lowest seeds. num_failed counts seeds on which a run of the setting failed
-    and none was completed, here or in another folder. A pruned run is no result: it neither ranks nor counts.
+    `Column.over_seeds` states how a column joins the setting's completed runs (`num_seeds`); "first" is the run with
+    the lowest seeds. top1_std has the denominator num_seeds - 1. num_failed counts seeds on which a run of the setting
+    failed and none was completed, here or in another folder. A pruned run is not a result: it neither ranks nor counts.
+
+    Args:
+        runs: The runs of one setting.
     """
     results: dict[Ranking, list[Run]] = defaultdict(list)
     failed = []
@@ -281,19 +254,16 @@ def standings(runs: Iterable[Run]) -> list[Standing]:
 
 def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int) -> Standing:
     by_seed: dict[tuple[int, int], Row] = {}
-    # Its whole content decides between two records of one run, so that no order of reading can.
+    # The whole content decides between two records of one run, so that the order of reading cannot.
     for run in sorted(runs, key=lambda run: (run.seeds, run.row["started"], run.row["host"], repr(run.row))):
         by_seed.setdefault(run.seeds, run.row)  # the same run twice (merged sweeps) counts once
     kept = list(by_seed.values())
     row: Row = {column: kept[0].get(column) for column in LEADERBOARD_COLUMNS}
+    row |= {column: mean(run[column] for run in kept) for column in MEANS}
+    row |= {column: "; ".join(sorted({run[column] for run in kept})) for column in COLLECTED}
     row |= {
-        column: _mean(kept, column)
-        for column in ("objective_value", "teacher_top1", "rtn_top1", "drop", "seconds", *DEPLOYED)
-    }
-    row |= {column: "; ".join(sorted({run[column] for run in kept})) for column in ("commit", "versions", "device")}
-    row |= {
-        "top1_mean": _mean(kept, "top1"),
-        "top1_std": _std(kept, "top1"),
+        "top1_mean": mean(run["top1"] for run in kept),
+        "top1_std": std(run["top1"] for run in kept),
         "num_seeds": len(kept),
         "num_failed": num_failed,
         "num_data_seeds": len({data_seed for _, data_seed in by_seed}),
@@ -303,18 +273,4 @@ def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int) -> Standin
         "teacher_digest": ranking.teacher_digest[:16],
         "fidelity_measure": ranking.fidelity_measure,
     }
-    return Standing(ranking, row, _std(kept, "objective_value"))
-
-
-def _known(rows: Iterable[Row], column: str) -> list[float]:
-    return [row[column] for row in rows if row[column] is not None]
-
-
-def _mean(rows: Iterable[Row], column: str) -> float | None:
-    values = _known(rows, column)
-    return statistics.fmean(values) if values else None
-
-
-def _std(rows: Iterable[Row], column: str) -> float | None:
-    values = _known(rows, column)
-    return statistics.stdev(values) if len(values) > 1 else None
+    return Standing(ranking, row, std(run["objective_value"] for run in kept))

@@ -1,30 +1,32 @@
-"""trials.csv and leaderboard.csv of records that come one at a time: what a record costs is paid once, writing again is cheap."""
+"""trials.csv and leaderboard.csv of records that arrive one at a time: each is parsed once, rewriting is cheap."""
 
 import math
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from synq.common.files import write_text_atomic
 from synq.common.text_tables import Row, csv_line
-from synq.runs.record import RunRecord, write_text_atomic
+from synq.runs.record import RunRecord
 
-from .ranking import LEADERBOARD_COLUMNS, TRIAL_COLUMNS, Ranking, Run, Standing, read_run, standings
+from .columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
+from .ranking import Ranking, Run, Standing, read_run, standings
 
 
 class Tables:
-    """The tables of the records added so far; the order in which they were added leaves no trace.
+    """The tables of the records added so far; they do not depend on the order of adding.
 
-    Only what a new record touches is worked out again: its own row, the rows of its setting, the ranking they stand in and the
-    Pareto fronts of rows measured in the same way. The records themselves are not kept.
+    Only what a new record changes is computed again: its own row, the rows of its setting, their ranking and the Pareto
+    fronts of rows measured in the same way. The records themselves are not kept.
     """
 
     def __init__(self, records: Iterable[RunRecord] = ()) -> None:
-        """Begin with some records; two equal ones count once."""
+        """Start with some records; two equal ones count once."""
         self._runs: dict[Hashable, Run] = {}
         self._settings: dict[Hashable, dict[Hashable, Run]] = {}
         self._rows: dict[Hashable, list[Standing]] = {}
         self._rankings: dict[Ranking, dict[Hashable, Standing]] = {}
-        self._touched: dict[Hashable, None] = {}
+        self._changed: dict[Hashable, None] = {}
         for record in records:
             self.add(record)
 
@@ -36,12 +38,12 @@ class Tables:
 
         Args:
             record: The record; its configuration is checked here.
-            name: What the record may be replaced or discarded by: an earlier record of that name goes. Without one the record
-                stands beside all others, unless an equal one is there: the same run read from two folders.
-            source: Where it was read, for messages.
+            name: Key by which the record is replaced or discarded: an earlier record of that name is removed. Without
+                one the record is kept next to all others, except an equal one: the same run read from two folders.
+            source: Name of its file, for messages.
 
         Raises:
-            ValueError: The configuration does not read.
+            ValueError: The configuration is damaged.
         """
         run = read_run(record, source)
         key = (tuple(run.row.values()), run.ranking, run.setting) if name is None else name
@@ -49,10 +51,10 @@ class Tables:
         self._runs[key] = run
         setting = _setting(run)
         self._settings.setdefault(setting, {})[key] = run
-        self._touched[setting] = None
+        self._changed[setting] = None
 
     def discard(self, name: str) -> None:
-        """Forget the record added under a name, if there is one."""
+        """Remove the record added under a name, if there is one."""
         self._remove(name)
 
     def trial_rows(self) -> list[Row]:
@@ -60,19 +62,19 @@ class Tables:
         return [dict(run.row) for run in self._sorted_runs()]
 
     def leaderboard_rows(self) -> list[Row]:
-        """Return one row per setting with at least one completed run, ranked within its ranking; see `standings` of ranking.py."""
+        """Return one ranked row per setting with at least one completed run; see `ranking.standings`."""
         return [dict(standing.row) for standing in self.standings()]
 
     def standings(self) -> list[Standing]:
-        """Return the rows of the leaderboard together with what places them. They are this table's own: read, never changed."""
-        self._work_out()
+        """Return the rows of the leaderboard with what decides their ranks. They are not copies: do not change them."""
+        self._update()
         return [standing for ranking in self._sorted_rankings() for standing in self._rankings[ranking].values()]
 
     def write(self, folder: str | Path) -> None:
-        """Write trials.csv and leaderboard.csv into `folder`, each by rename.
+        """Write trials.csv and leaderboard.csv into `folder`, each atomically.
 
         Raises:
-            OSError: The folder or the disk refuses.
+            OSError: The folder cannot be written, or the disk is full.
         """
         trials = [csv_line(TRIAL_COLUMNS), *(run.line for run in self._sorted_runs())]
         write_text_atomic(Path(folder) / "trials.csv", "\n".join(trials) + "\n")
@@ -84,19 +86,19 @@ class Tables:
         if run is not None:
             setting = _setting(run)
             del self._settings[setting][key]
-            self._touched[setting] = None
+            self._changed[setting] = None
 
     def _sorted_runs(self) -> Iterable[Run]:
-        self._runs = dict(sorted(self._runs.items(), key=lambda item: item[1].place))  # nearly sorted: linear time
+        self._runs = dict(sorted(self._runs.items(), key=lambda item: item[1].sort_key))  # nearly sorted: linear time
         return self._runs.values()
 
     def _sorted_rankings(self) -> list[Ranking]:
         return sorted(self._rankings, key=Ranking.order)
 
-    def _work_out(self) -> None:
-        """Bring the rows of the touched settings, their rankings and fronts up to date."""
+    def _update(self) -> None:
+        """Update the rows of the changed settings, their rankings and Pareto fronts."""
         rankings: dict[Ranking, None] = {}
-        for setting in self._touched:
+        for setting in self._changed:
             for old in self._rows.pop(setting, ()):
                 del self._rankings[old.ranking][setting]
                 rankings[old.ranking] = None
@@ -108,9 +110,9 @@ class Tables:
             for new in self._rows[setting]:
                 self._rankings.setdefault(new.ranking, {})[setting] = new
                 rankings[new.ranking] = None
-        self._touched = {}
+        self._changed = {}
         for ranking in rankings:
-            rows = dict(sorted(self._rankings.pop(ranking).items(), key=lambda item: item[1].merit()))
+            rows = dict(sorted(self._rankings.pop(ranking).items(), key=lambda item: item[1].sort_key()))
             for rank, standing in enumerate(rows.values(), start=1):
                 standing.row |= {"rank": rank, "best": int(rank == 1)}
             if rows:
@@ -126,18 +128,19 @@ class Tables:
 
 
 def _setting(run: Run) -> tuple[Any, ...]:
-    """Runs that may stand behind one row."""
+    """Return the key of the runs that may share a row."""
     return (run.ranking.group(), run.setting)
 
 
 def mark_front(rows: Iterable[Standing], column: str, mark: str) -> None:
-    """Set `mark` to 1 for the rows on the Pareto front of mean objective and `column`, else 0; None where the column is unknown.
+    """Set `mark` to 1 for the rows on the Pareto front of mean objective and `column`, else 0; None where the column is
+    unknown.
 
-    A row is on the front if no other is at least as good in both and better in one: two equal rows are both on it.
+    A row is on the front if no other is at least as good in both and better in one: two tied rows are both on it.
 
     Args:
         rows: Rows that may be compared.
-        column: size_bytes or bitops; less is better.
+        column: size_bytes or bitops; lower is better.
         mark: Column that is set.
     """
     points = []
@@ -147,9 +150,9 @@ def mark_front(rows: Iterable[Standing], column: str, mark: str) -> None:
         standing.row[mark] = 0 if known else None
         if known:
             points.append((price, standing.cost, number, standing.row))
-    best, paid = math.inf, math.inf
+    best_cost, best_price = math.inf, math.inf
     for price, cost, _, row in sorted(points):
-        # Who comes before is no dearer, so only a better objective, or the very same point, is not beaten.
-        if cost < best or (cost, price) == (best, paid):
+        # Earlier points are no more expensive, so only a better objective, or a tie in both, is on the front.
+        if cost < best_cost or (cost, price) == (best_cost, best_price):
             row[mark] = 1
-            best, paid = cost, price
+            best_cost, best_price = cost, price

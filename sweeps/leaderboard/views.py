@@ -1,4 +1,4 @@
-"""Which rows of a leaderboard are shown, and sweeps side by side. Refuses to put into one order what cannot be compared."""
+"""Selected rows of a leaderboard, and sweeps compared. Rows that cannot be compared are never ranked together."""
 
 import hashlib
 import math
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from synq.common.text_tables import Row, cell, plain
 from synq.config.parsing import nearest
-from synq.config.quant import protocol_words
+from synq.config.quant import protocol_label
 
-from .ranking import LEADERBOARD_COLUMNS, SETTINGS, TEXT_COLUMNS, Ranking, Standing
+from .columns import COMPARE_COLUMNS, LEADERBOARD_COLUMNS, SETTINGS, TEXT_COLUMNS
+from .ranking import Ranking, Standing
 
 OPERATORS: dict[str, Callable[[int, int], bool]] = {
     "<=": operator.le,
@@ -21,14 +22,6 @@ OPERATORS: dict[str, Callable[[int, int], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-COMPARE_COLUMNS = (
-    "model", "weight_bits", "act_bits", "protocol", "first_bits", "last_bits", "act_points", "objective", "fidelity_measure", "measure",
-    "path", "objective_value", "objective_diff", "objective_stderr", "top1_mean", "top1_std", "num_seeds", "drop", "top1_diff",
-    "top1_stderr", *SETTINGS, "teacher_digest", "config_digest", "layer_bits",
-)  # fmt: skip
-"""Columns of compare.csv. `measure` is the same for rows that were measured on the same images, with the same teacher and measure."""
-SHOWN_COLUMNS = ("model", "W", "A", "protocol", "points", "objective", "measure", "path", "value", "value diff", "top1", "n", "drop", "top1 diff")  # fmt: skip
-"""Columns of compare.md and of the terminal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +33,15 @@ class Condition:
     sign: str
     """One of = != < <= > >=."""
     text: str
-    """What the cell is compared with."""
+    """Value that the cell is compared with."""
     number: float | None
-    """The same as a number, in a column of numbers."""
+    """The same as a number; None where texts are compared."""
 
     def holds(self, row: Row) -> bool:
-        """Whether a row satisfies it. Numbers are equal if the table shows them so; an empty cell is unequal to any number."""
+        """Return whether a row satisfies it.
+
+        Numbers are equal if they are printed alike; an empty cell is unequal to any number.
+        """
         value = row[self.column]
         if self.number is None:
             same = self.text in (cell(value), plain(value))
@@ -57,16 +53,17 @@ class Condition:
 
 
 def parse_condition(text: str) -> Condition:
-    """Read a condition such as "weight_bits=4", "top1_mean>=90" or "lowpass_cutoff!=None".
+    """Parse a condition such as "weight_bits=4" or "top1_mean>=90".
 
     Raises:
-        ValueError: It reads otherwise, names no column of the leaderboard, or does not suit the column's values.
+        ValueError: It has another form, names no column of the leaderboard, or does not suit the column's values.
     """
     match = re.fullmatch(r"\s*([\w-]+)\s*(<=|>=|!=|=|<|>)(.*)", text, flags=re.DOTALL)
     if match is None:
         raise ValueError(f"`where` must read COLUMN, one of = != < <= > >=, VALUE, but got {text!r}")
     column, sign, value = check_column("where", match[1].replace("-", "_")), match[2], " ".join(match[3].split())
-    if column in TEXT_COLUMNS or value in (("", "None") if column == "lowpass_cutoff" else ("",)):
+    words = SETTINGS[column].words if column in SETTINGS else ()
+    if column in TEXT_COLUMNS or value in ("", *words):
         if sign not in ("=", "!="):
             raise ValueError(f"`where` must compare the texts of {column} by = or !=, but got {text!r}")
         return Condition(column, sign, value, None)
@@ -83,7 +80,7 @@ def check_column(name: str, column: str) -> str:
     """Return `column` if leaderboard.csv has it.
 
     Args:
-        name: What the column was given as, for the message.
+        name: Option by which the column was given, for the message.
         column: The column.
 
     Raises:
@@ -96,26 +93,28 @@ def check_column(name: str, column: str) -> str:
 
 
 def choose(rows: Iterable[Standing], conditions: Sequence[Condition]) -> list[Standing]:
-    """Return the rows for which every condition holds, in their order and with the ranks they have among all rows."""
+    """Return the rows for which every condition holds, in their order and with their ranks among all rows."""
     return [standing for standing in rows if all(condition.holds(standing.row) for condition in conditions)]
 
 
 def check_chosen(chosen: Sequence[Standing], rows: Sequence[Standing], conditions: Sequence[Condition]) -> None:
-    """Refuse conditions under which nothing is left.
+    """Reject conditions that no row satisfies.
 
     Args:
-        chosen: The rows that are left.
+        chosen: The rows that satisfy them.
         rows: All rows.
         conditions: The conditions.
 
     Raises:
-        ValueError: No row is left; of a text that no row has, the nearest that one has is named.
+        ValueError: There is none; for a text that no row has, the nearest existing one is named.
     """
     if chosen or not conditions:
         return
     bad = next((condition for condition in conditions if not choose(rows, [condition])), None)
     if bad is None:
-        raise ValueError(f"`where` must leave a row, but got conditions of which no row of {len(rows)} fulfils all")
+        raise ValueError(
+            f"`where` must leave a row, but got conditions of which none of {len(rows)} rows satisfies all"
+        )
     texts = {plain(standing.row[bad.column]) for standing in rows} if bad.number is None else ()
     raise ValueError(
         f"`where` must leave a row, but got {bad.column}{bad.sign}{bad.text}, which holds for none of {len(rows)}"
@@ -124,21 +123,22 @@ def check_chosen(chosen: Sequence[Standing], rows: Sequence[Standing], condition
 
 
 def single_ranking(rows: Sequence[Standing]) -> list[Row]:
-    """Return rows in one order, ranked from 1 on.
+    """Return rows ranked together, from 1 on.
 
     Raises:
-        ValueError: They are of several rankings; the message names what they differ in.
+        ValueError: They belong to several rankings; the message names the differences.
     """
     rankings = dict.fromkeys(standing.ranking for standing in rows)
     if len(rankings) > 1:
         raise ValueError(
-            f"`single_ranking` must be given rows that can be compared, but got {differences(rankings)}; narrow them by --where"
+            f"`single_ranking` must be given rows that can be compared, but got {differences(rankings)}; "
+            "narrow them by --where"
         )
     return [{**rows[i].row, "rank": i + 1, "best": int(i == 0)} for i in range(len(rows))]
 
 
 def differences(rankings: Iterable[Ranking]) -> str:
-    """Say in what rankings differ, for example "protocol A and B, weight_bits 3 and 4"."""
+    """Return how rankings differ, for example "protocol A and B, weight_bits 3 and 4"."""
     parts = []
     for name, values in zip(Ranking._fields, zip(*rankings, strict=True), strict=True):
         texts = sorted({plain(value)[:16] or "none" for value in values})
@@ -152,8 +152,8 @@ def differences(rankings: Iterable[Ranking]) -> str:
 def compare(tables: Mapping[str, Sequence[Standing]]) -> list[Row]:
     """Return the best row of each path in each ranking, those of a ranking together.
 
-    A difference is that to the first path; its standard error is sqrt(s1^2 / n1 + s2^2 / n2) for the sample standard deviations s
-    over n runs, empty where an n is 1. The runs of two paths count as independent of each other.
+    A difference is to the first path; its standard error is sqrt(s1^2 / n1 + s2^2 / n2) for the sample standard
+    deviations s over n runs, empty where an n is 1. The runs of two paths count as independent.
 
     Args:
         tables: Rows in the order of their ranks, by path.
@@ -189,29 +189,25 @@ def _difference(name: str, column: str, one: Standing, other: Standing) -> Row:
 
 
 def shown(lines: Iterable[Row]) -> list[Row]:
-    """Return the lines of a comparison for a person: fewer columns, means with their spread."""
+    """Return the lines of a comparison as texts of COMPARE_SHOWN: means ± their standard deviation or error."""
     return [
         {
             **line,
-            "W": line["weight_bits"],
-            "A": line["act_bits"],
             "protocol": protocol_of(line),
-            "points": line["act_points"],
             "objective": " ".join(word for word in (line["objective"], line["fidelity_measure"]) if word),
-            "value": _spread(line["objective_value"], None, ".4g"),
-            "value diff": _spread(line["objective_diff"], line["objective_stderr"], "+.4g"),
-            "top1": _spread(line["top1_mean"], line["top1_std"], ".2f"),
-            "n": line["num_seeds"],
+            "objective_value": _spread(line["objective_value"], None, ".4g"),
+            "objective_diff": _spread(line["objective_diff"], line["objective_stderr"], "+.4g"),
+            "top1_mean": _spread(line["top1_mean"], line["top1_std"], ".2f"),
             "drop": _spread(line["drop"], None, ".2f"),
-            "top1 diff": _spread(line["top1_diff"], line["top1_stderr"], "+.2f"),
+            "top1_diff": _spread(line["top1_diff"], line["top1_stderr"], "+.2f"),
         }
         for line in lines
     ]
 
 
 def protocol_of(line: Row) -> str:
-    """Return the protocol of a row of a leaderboard or comparison in words."""
-    return protocol_words(line["protocol"], line["first_bits"], line["last_bits"], line["layer_bits"] or "")
+    """Return the protocol of a row of a leaderboard or comparison with its bit-widths, for example "B (8/8)"."""
+    return protocol_label(line["protocol"], line["first_bits"], line["last_bits"], line["layer_bits"] or "")
 
 
 def _spread(mean: float | None, spread: float | None, form: str) -> str:

@@ -5,12 +5,13 @@ from typing import Any
 
 from matplotlib.figure import Figure as Canvas
 
+from ..leaderboard.columns import COMPARE_SHOWN, COMPARE_TABLE, PAGE_COLUMNS, RUN_COLUMNS, page_texts
 from ..leaderboard.ranking import Ranking, Standing
-from ..leaderboard.views import SHOWN_COLUMNS, compare, shown
+from ..leaderboard.views import compare, shown
 from .drawing import COLORS, draw
 from .page import Block, Figure, Gap, Page, Tab, Table, slug
 from .published import Reference, references
-from .summary import BOARD_COLUMNS, BOARD_HEADINGS, DECIMALS, foot, label
+from .summary import foot, label
 from .sweep_figures import pareto, trust
 from .sweep_page import by_ranking
 from .sweep_view import SweepView
@@ -37,7 +38,14 @@ def comparison_page(sweeps: Sequence[SweepView]) -> Page:
         caption = (
             f"The best row of each in every ranking; differences are to {names[0]}, ± their standard error over seeds."
         )
-        side = Table(name="compare", title="Side by side", caption=caption, columns=SHOWN_COLUMNS, rows=lines)
+        side = Table(
+            name="compare",
+            title="Side by side",
+            caption=caption,
+            columns=COMPARE_SHOWN,
+            rows=lines,
+            **page_texts(COMPARE_TABLE),
+        )
         tabs.insert(0, Tab(title="Side by side", blocks=[side]))
     tabs += [Tab(title=name, blocks=_one(name, sweep)) for name, sweep in zip(names, sweeps, strict=True)]
     records = [record for sweep in sweeps for record in sweep.records.values()]
@@ -109,7 +117,7 @@ def _drops(
     }
     measured = {ranking: rows for ranking, rows in measured.items() if rows}
     if not measured:
-        return Gap(title=title, reason="no run of it was measured on labelled images")
+        return Gap(title=title, reason="no run of it was measured on labeled images")
     names = list(dict.fromkeys(name for rows in measured.values() for name in rows))
 
     def plot(canvas: Canvas) -> None:
@@ -176,10 +184,9 @@ def _one(name: str, sweep: SweepView) -> list[Block]:
         name=f"leaderboard-{place}",
         title=f"Leaderboard of {name}",
         caption=f"{len(standings)} settings of {sweep.root}.",
-        columns=BOARD_COLUMNS,
+        columns=PAGE_COLUMNS,
         rows=[standing.row for standing in standings],
-        headings=BOARD_HEADINGS,
-        decimals=DECIMALS,
+        **page_texts(RUN_COLUMNS),
         bold=[standing.row["rank"] == 1 for standing in standings],
     )
     return [

@@ -66,15 +66,15 @@ def spectra(found: Spectra | str) -> list[Figure | Gap]:
     low, high = min(map(np.min, levels.values())), max(map(np.max, levels.values()))
 
     def plot_maps(canvas: Canvas) -> None:
-        places = panels(canvas, len(levels), columns=3)
-        for axes, (name, level) in zip(places, levels.items(), strict=True):
+        path_overrides = panels(canvas, len(levels), columns=3)
+        for axes, (name, level) in zip(path_overrides, levels.items(), strict=True):
             height, width = level.shape
             edges = (-width / 2, width / 2, height / 2, -height / 2)
             shown = axes.imshow(level, vmin=low, vmax=high, cmap="viridis", extent=edges)
             axes.set(title=name.partition(" (")[0], xlabel="DFT bins across")
             axes.grid(False)
-        places[0].set_ylabel("DFT bins down")
-        canvas.colorbar(shown, ax=places, label="log10 mean amplitude", shrink=0.8)
+        path_overrides[0].set_ylabel("DFT bins down")
+        canvas.colorbar(shown, ax=path_overrides, label="log10 mean amplitude", shrink=0.8)
 
     def plot_profiles(canvas: Canvas) -> None:
         axes = canvas.subplots()

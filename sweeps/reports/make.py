@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from synq.commands.arguments import check_paths
+from synq.common.files import check_paths
 from synq.config.parsing import between
 
 from ..reports import PAGE
@@ -20,7 +20,7 @@ def make_report(
     output: str | Path | None = None,
     *,
     runs: int = MOST_RUNS,
-    places: Mapping[str, Any] | None = None,
+    path_overrides: Mapping[str, Any] | None = None,
     num_images: int | None = None,
 ) -> list[Path]:
     """Write the page of some paths.
@@ -50,12 +50,12 @@ def make_report(
         target = target / PAGE
     if target is not None and target.suffix not in (".html", ".htm"):
         raise ValueError(f"`output` must end in .html or be a folder, but got {output}")
-    page, default = _page(found, runs, places, num_images)
+    page, default = _page(found, runs, path_overrides, num_images)
     return write_page(page, target or default)
 
 
 def _page(
-    paths: Sequence[Path], runs: int, places: Mapping[str, Any] | None, num_images: int | None
+    paths: Sequence[Path], runs: int, path_overrides: Mapping[str, Any] | None, num_images: int | None
 ) -> tuple[Page, Path]:
     """Return the page, and where it goes by default."""
     if len(paths) > 1:
@@ -64,8 +64,8 @@ def _page(
     if path.is_file() and path.name != "record.json":  # a sweep's record: its run lies elsewhere, or at another address
         own = path.resolve().parent
         folder = own.parent if own.name == "records" else own
-        return run_page(path, places, num_images), folder / f"{path.stem}.html"
+        return run_page(path, path_overrides, num_images), folder / f"{path.stem}.html"
     if is_run(path):
         folder = path.parent if path.is_file() else path
-        return run_page(folder, places, num_images), folder / PAGE
-    return sweep_page(read_sweep(path), runs=runs, places=places, num_images=num_images), path / PAGE
+        return run_page(folder, path_overrides, num_images), folder / PAGE
+    return sweep_page(read_sweep(path), runs=runs, path_overrides=path_overrides, num_images=num_images), path / PAGE

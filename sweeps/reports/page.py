@@ -13,8 +13,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from synq.common.files import write_bytes_atomic, write_text_atomic
 from synq.common.text_tables import Row, plain
-from synq.runs.record import write_bytes_atomic, write_text_atomic
 
 MOST_SVG_BYTES = 300_000
 """A drawing that takes more as SVG stands in the page as PNG; the file beside the page is SVG all the same."""
@@ -73,8 +73,9 @@ class Table:
         caption: What its rows and columns are.
         columns: Keys of the rows, in order.
         rows: The rows.
-        headings: Shorter words for some columns.
-        decimals: Digits behind the point in some columns; elsewhere four digits in all.
+        headings: Headings by key; a column without one is headed by its key.
+        meanings: What columns mean, by key, for a tooltip.
+        decimals: Decimal places by key; elsewhere four significant digits.
         bold: Whether a row stands out.
     """
 
@@ -84,6 +85,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Row]
     headings: Mapping[str, str] = field(default_factory=dict)
+    meanings: Mapping[str, str] = field(default_factory=dict)
     decimals: Mapping[str, int] = field(default_factory=dict)
     bold: Sequence[bool] = ()
 

@@ -54,7 +54,7 @@ def references(model: str, bits: str, protocol: str, num_classes: int) -> list[R
 
 
 def _words(model: str) -> set[str]:
-    """Words of a name, and every two neighbours as one: "ResNet-20" holds "resnet20"."""
+    """Words of a name, and every two neighbors as one: "ResNet-20" holds "resnet20"."""
     words = re.findall(r"[a-z0-9]+", model.lower())
     return {*words, *(first + second for first, second in itertools.pairwise(words))}
 

@@ -27,17 +27,17 @@ def error_by_difficulty(found: Answers | str, threshold: float, *, uses_labels: 
     """Error rate against difficulty (paper, Fig. 3); without labels the share of other answers than the teacher's."""
     title = (
         "Errors against difficulty"
-        if not isinstance(found, Answers) or found.labelled
+        if not isinstance(found, Answers) or found.labeled
         else "Disagreement against difficulty"
     )
     if isinstance(found, str):
         return Gap(title=title, reason=found)
     bins = np.minimum((found.difficulty * NUM_DIFFICULTY_BINS).astype(int), NUM_DIFFICULTY_BINS - 1)
     counts = np.bincount(bins, minlength=NUM_DIFFICULTY_BINS)
-    reference = found.labels if found.labelled else found.teacher
+    reference = found.labels if found.labeled else found.teacher
     wrong = {
         "student": found.student != reference,
-        **({"teacher": found.teacher != reference} if found.labelled else {}),
+        **({"teacher": found.teacher != reference} if found.labeled else {}),
     }
     middles = (np.arange(NUM_DIFFICULTY_BINS) + 0.5) / NUM_DIFFICULTY_BINS
 
@@ -61,7 +61,7 @@ def error_by_difficulty(found: Answers | str, threshold: float, *, uses_labels: 
             )
         axes.axvline(threshold, color="#4f5d73", linestyle="--", label=f"difficulty_threshold {threshold:g}")
         axes.set(xlim=(0, 1), ylim=(-14, 108), xlabel="difficulty: 1 - the teacher's probability of the label")
-        axes.set_ylabel("error rate [%]" if found.labelled else "other class than the teacher's [%]")
+        axes.set_ylabel("error rate [%]" if found.labeled else "other class than the teacher's [%]")
         canvas.legend(loc="outside right upper")
 
     caption = (
@@ -129,16 +129,18 @@ def layer_errors(found: Sequence[LayerError] | str) -> Figure | Gap:
 
     def plot(canvas: Canvas) -> None:
         axes = canvas.subplots()
-        places = range(len(found))
-        axes.plot([_finite(layer.weight_db) for layer in found], places, "o", label="weight alone", color=COLORS[0])
+        path_overrides = range(len(found))
+        axes.plot(
+            [_finite(layer.weight_db) for layer in found], path_overrides, "o", label="weight alone", color=COLORS[0]
+        )
         axes.plot(
             [_finite(layer.output_db) for layer in found],
-            places,
+            path_overrides,
             "s",
             label="output, all before it included",
             color=COLORS[1],
         )
-        axes.set_yticks(places, [f"{layer.name} ({layer.bits} bit)" for layer in found])
+        axes.set_yticks(path_overrides, [f"{layer.name} ({layer.bits} bit)" for layer in found])
         axes.set(xlabel="signal to quantization noise [dB], more is better", ylim=(len(found) - 0.4, -0.6))
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.4, 1 + 0.5 / max(2.0, ROW * len(found))), ncols=2, frameon=False
@@ -146,7 +148,7 @@ def layer_errors(found: Sequence[LayerError] | str) -> Figure | Gap:
 
     caption = (
         f"{len(found)} layers from input to output: 10 log10 of the power of the teacher's values over that of the student's difference "
-        "from them, fine-tuning included. The layer that is far below its neighbours is the first candidate for more bits."
+        "from them, fine-tuning included. The layer that is far below its neighbors is the first candidate for more bits."
     )
     return draw("layers", title, caption, plot, (6.8, 1.2 + ROW * max(len(found), 4)))
 
@@ -234,7 +236,7 @@ def confusion(found: Answers | str, num_classes: int) -> Figure | Gap:
             axes.grid(False)
             canvas.colorbar(shown, label="images on which they differ", ticks=MaxNLocator(integer=True))
 
-        return draw("confusion", title, f"{about} Colour: only where they differ.", plot, (5.6, 4.4))
+        return draw("confusion", title, f"{about} Color: only where they differ.", plot, (5.6, 4.4))
     differing = [(int(count), f"{t} -> {s}") for (t, s), count in zip(pairs.T, counts, strict=True) if t != s]
     if not differing:
         return Gap(title=title, reason=f"{about} There is nothing to draw.")

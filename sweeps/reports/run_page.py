@@ -17,7 +17,7 @@ from .sweep_view import record_of
 LAYER_COLUMNS = ("name", "kind", "role", "bits", "shape", "parameters", "macs", "bitops")
 
 
-def run_page(path: str | Path, places: Mapping[str, Any] | None = None, num_images: int | None = None) -> Page:
+def run_page(path: str | Path, path_overrides: Mapping[str, Any] | None = None, num_images: int | None = None) -> Page:
     """Return the page of a run.
 
     Args:
@@ -34,7 +34,10 @@ def run_page(path: str | Path, places: Mapping[str, Any] | None = None, num_imag
         title=f"Run {record.name}: {run_label(record)}",
         verdict=run_verdict(record),
         facts=run_facts(record),
-        tabs=[*run_tabs(path, record, places, num_images), Tab(title="Settings", blocks=settings_blocks(record))],
+        tabs=[
+            *run_tabs(path, record, path_overrides, num_images),
+            Tab(title="Settings", blocks=settings_blocks(record)),
+        ],
         foot=foot([record]),
     )
 
@@ -42,7 +45,7 @@ def run_page(path: str | Path, places: Mapping[str, Any] | None = None, num_imag
 def run_tabs(
     path: Path,
     record: RunRecord,
-    places: Mapping[str, Any] | None = None,
+    path_overrides: Mapping[str, Any] | None = None,
     num_images: int | None = None,
     prefix: str = "",
 ) -> list[Tab]:
@@ -55,7 +58,7 @@ def run_tabs(
         prefix: Put before the names of drawings and tables, which are those of files and of places in the page.
     """
     try:
-        probe: Probe | str = probe_run(path, places, num_images)
+        probe: Probe | str = probe_run(path, path_overrides, num_images)
     except (
         Exception,
         SystemExit,
@@ -128,7 +131,7 @@ def settings_blocks(record: RunRecord) -> list[Block]:
         f"commit {record.commit}, host {record.host}, started {record.started}",
         f"synthetic set {record.set_digest or 'unknown'}",
         f"held-out set {record.heldout_digest or 'unknown'}",
-        f"labelled images {record.eval_digest or 'none'}",
+        f"labeled images {record.eval_digest or 'none'}",
         ", ".join(versions),
     ]
     return [*blocks, Words(title="Where it comes from", lines=about, listed=True)]

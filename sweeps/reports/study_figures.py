@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from synq.runs.record import RunRecord
 
-from ..space import Dimension, value_at
+from ..space import Dimension, value_of
 from ..state.plans import Plan
 from .drawing import failed, finish, style
 from .page import Figure, Gap, slug
@@ -34,7 +34,7 @@ def study_figures(
     dimensions: Sequence[Dimension],
     trials: Iterable[tuple[Plan, RunRecord]],
     *,
-    minimise: bool,
+    minimize: bool,
     objective: str,
 ) -> list[Figure | Gap]:
     """Return history, importances, parallel coordinates and slices of one group's search.
@@ -43,10 +43,10 @@ def study_figures(
         group: Its key.
         dimensions: The search space; empty where the trials were a list of points.
         trials: Its ended trials.
-        minimise: Whether a lower objective is better.
+        minimize: Whether a lower objective is better.
         objective: Name of the objective, for the axes.
     """
-    study = _study(dimensions, trials, minimise)
+    study = _study(dimensions, trials, minimize)
     done = study.get_trials(states=[TrialState.COMPLETE])
     varied = [name for name in _names(dimensions) if len({repr(trial.params.get(name)) for trial in done}) > 1]
     head, place = f"{group}: ", slug(group)
@@ -87,7 +87,7 @@ def study_figures(
                 functools.partial(plots.plot_slice, study, params=varied, target=_top1, target_name="top-1 [%]"),
                 f"slices-top1-{place}",
                 f"{head}top-1 against each setting",
-                f"The same with top-1 on the labelled images, which the search did not see unless its objective is `selection`; {count}.",
+                f"The same with top-1 on the labeled images, which the search did not see unless its objective is `selection`; {count}.",
                 size=(2.3 * len(varied) + 0.8, 3.2),
             )
         )
@@ -131,7 +131,7 @@ def _figure(
                     one.set_title("", loc=side)
                 one.grid(grid)
                 for drawn in one.collections:
-                    if drawn.get_cmap().name.startswith("Blues"):  # whose first colours are hardly seen on white
+                    if drawn.get_cmap().name.startswith("Blues"):  # whose first colors are hardly seen on white
                         shades = np.linspace(0.35, 1.0, 256)
                         back = shades[::-1] if drawn.get_cmap().name.endswith("_r") else shades
                         drawn.set_cmap(ListedColormap(matplotlib.colormaps["Blues"](back)))
@@ -145,12 +145,12 @@ def _figure(
             pyplot.switch_backend(backend)
 
 
-def _study(dimensions: Sequence[Dimension], trials: Iterable[tuple[Plan, RunRecord]], minimise: bool) -> optuna.Study:
+def _study(dimensions: Sequence[Dimension], trials: Iterable[tuple[Plan, RunRecord]], minimize: bool) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="minimize" if minimise else "maximize")
+    study = optuna.create_study(direction="minimize" if minimize else "maximize")
     ranges = dict(zip(_names(dimensions), map(_distribution, dimensions), strict=True))
     for plan, record in trials:
-        values = [_value(dimension, value_at(plan.config, dimension.name)) for dimension in dimensions]
+        values = [_value(dimension, value_of(plan.config, dimension.name)) for dimension in dimensions]
         params = dict(zip(ranges, values, strict=True))
         state = STATES[record.status]
         if state == TrialState.COMPLETE and record.objective_value is None:

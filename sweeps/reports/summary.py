@@ -5,28 +5,13 @@ from datetime import datetime
 from typing import Any
 
 from synq.common.text_tables import Row
-from synq.config.quant import ends_words
+from synq.config.quant import first_last_label
 from synq.runs.record import RunRecord, run_protocol
 
-from ..leaderboard.ranking import SETTINGS, Standing
+from ..leaderboard.columns import setting_text
+from ..leaderboard.ranking import Standing
 from ..stats import drop_stderr
 from .sweep_view import SweepView
-
-BOARD_COLUMNS = (
-    "rank", "model", "weight_bits", "act_bits", "top1_mean", "top1_std", "num_seeds", "drop", "objective_value", *SETTINGS, "protocol",
-    "act_points", "layer_bits", "first_bits", "last_bits", "teacher_top1", "rtn_top1", "num_eval", "num_failed", "size_bytes", "bitops",
-    "objective", "fidelity_measure", "seconds",
-)  # fmt: skip
-BOARD_HEADINGS = {
-    "weight_bits": "W", "act_bits": "A", "act_points": "points", "objective_value": "value", "top1_mean": "top-1", "top1_std": "std",
-    "num_seeds": "n", "num_failed": "failed", "teacher_top1": "teacher", "rtn_top1": "before", "num_eval": "images",
-    "lowpass_cutoff": "cutoff [bins]", "difficulty_threshold": "tau", "size_bytes": "bytes",
-}  # fmt: skip
-PERCENTS = ("top1", "top5", "top1_mean", "top1_std", "teacher_top1", "rtn_top1", "drop")
-DECIMALS = {**dict.fromkeys(PERCENTS, 2), "size_bytes": 0, "bitops": 0, "seconds": 0}
-BEST_COLUMNS = (
-    "model", "weight_bits", "act_bits", "protocol", "act_points", "top1_mean", "top1_std", "num_seeds", "drop", "objective_value", "setting", "trial"
-)  # fmt: skip
 
 
 def run_label(record: RunRecord) -> str:
@@ -48,7 +33,7 @@ def run_verdict(record: RunRecord) -> list[str]:
         spread = "" if error is None else f" ± {error:.2f} (standard error, paired by image)"
         before = "" if record.rtn_top1 is None else f" Before fine-tuning it had {record.rtn_top1:.2f} %."
         lines.append(
-            f"Top-1 {record.top1:.2f} % on {record.num_eval} labelled images; the teacher has {record.teacher_top1:.2f} %: "
+            f"Top-1 {record.top1:.2f} % on {record.num_eval} labeled images; the teacher has {record.teacher_top1:.2f} %: "
             f"a drop of {record.drop:.2f} points{spread}.{before}"
         )
     else:
@@ -58,7 +43,7 @@ def run_verdict(record: RunRecord) -> list[str]:
             if agreement is None
             else f" On the held-out synthetic images it agrees with its teacher on {agreement:.1f} %."
         )
-        lines.append(f"No labelled images were given, so the accuracy is not known.{what}")
+        lines.append(f"No labeled images were given, so the accuracy is not known.{what}")
     kl, before_kl = record.fidelity.get("kl"), record.rtn_fidelity.get("kl")
     if kl is not None and before_kl is not None:
         word = (
@@ -106,7 +91,7 @@ def label(standing: Standing) -> str:
         f"{row['model']} W{row['weight_bits']}A{row['act_bits']}",
         row["protocol"],
         row["act_points"],
-        ends_words(row["first_bits"], row["last_bits"]),
+        first_last_label(row["first_bits"], row["last_bits"]),
         row["layer_bits"] or "",
     )
     return " ".join(word for word in words if word)
@@ -124,7 +109,7 @@ def sweep_verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
         row = standing.row
         if row["top1_mean"] is None:
             lines.append(
-                f"{label(standing)}: best {row['objective']} objective {row['objective_value']:.4g} (no labelled images)."
+                f"{label(standing)}: best {row['objective']} objective {row['objective_value']:.4g} (no labeled images)."
             )
             continue
         spread = "" if row["top1_std"] is None else f" ± {row['top1_std']:.2f}"
@@ -177,7 +162,7 @@ def best_rows(sweep: SweepView, standings: Sequence[Standing]) -> list[Row]:
     rows = []
     for standing in leaders(standings):
         name = run_of(sweep, standing)
-        settings = "" if name is None else _settings(sweep.records[name].config["finetune"])
+        settings = "" if name is None else setting_text(sweep.records[name].config["finetune"])
         rows.append(standing.row | {"setting": settings, "trial": name})
     return rows
 
@@ -191,15 +176,3 @@ def run_of(sweep: SweepView, standing: Standing) -> str | None:
         if record.config_digest == standing.row["config_digest"] and record.status == "completed"
     ]
     return min(found) if found else None
-
-
-def _settings(finetune: Mapping[str, Any]) -> str:
-    """The searched settings as the configuration has them, the cutoff with its unit: so they can be given again."""
-    parts = []
-    for name in SETTINGS:
-        value = finetune.get(name)
-        if name == "lowpass_cutoff":
-            parts.append(f"{name} off" if value is None else f"{name} {value:.4g} {finetune.get('lowpass_unit', '')}")
-        elif value is not None:
-            parts.append(f"{name} {value:.4g}")
-    return ", ".join(parts)

@@ -12,7 +12,7 @@ from synq.common.text_tables import Row
 from synq.runs.record import RunRecord
 
 from ..leaderboard.ranking import Standing
-from ..studies.rank_table import rank_correlation
+from ..stats import rank_correlation
 from .drawing import COLORS, draw, panels
 from .page import Figure, Gap
 
@@ -30,7 +30,7 @@ STATUS_COLORS = {"completed": COLORS[0], "pruned": "#b9c3cf", "failed": COLORS[1
 MARKERS = "osD^vPX*"
 
 
-def rank_agreement(trials: Sequence[tuple[float, float]], *, minimise: bool) -> tuple[float, float, float] | None:
+def rank_agreement(trials: Sequence[tuple[float, float]], *, minimize: bool) -> tuple[float, float, float] | None:
     """Return Spearman's correlation of (objective, top-1) pairs and its 95 % bootstrap interval; +1: the objective ranks as top-1 does.
 
     None for fewer than LEAST_TRIALS, or where one of the two is the same for all.
@@ -38,7 +38,7 @@ def rank_agreement(trials: Sequence[tuple[float, float]], *, minimise: bool) -> 
     if len(trials) < LEAST_TRIALS:
         return None
     scores, top1 = np.array(trials, dtype=float).T
-    scores = -scores if minimise else scores
+    scores = -scores if minimize else scores
     if np.ptp(scores) == 0 or np.ptp(top1) == 0:
         return None
     drawn = np.random.default_rng(0).integers(0, len(top1), (NUM_BOOTSTRAP, len(top1)))
@@ -54,7 +54,7 @@ def trust(groups: Mapping[str, Sequence[RunRecord]], *, searched: bool) -> tuple
         searched: Whether they are those of a search, all of one seed; else runs of any seed.
     """
     title = "Can the objective be trusted?"
-    labelled = {
+    labeled = {
         name: [
             (float(r.objective_value), float(r.top1))
             for r in records
@@ -62,16 +62,16 @@ def trust(groups: Mapping[str, Sequence[RunRecord]], *, searched: bool) -> tuple
         ]
         for name, records in groups.items()
     }
-    few = [name for name, pairs in labelled.items() if len(pairs) < 2]
-    if not any(labelled.values()):
-        return Gap(title=title, reason="no completed trial was measured on labelled images"), []
-    labelled = {name: pairs for name, pairs in labelled.items() if len(pairs) > 1}
-    if not labelled:
+    few = [name for name, pairs in labeled.items() if len(pairs) < 2]
+    if not any(labeled.values()):
+        return Gap(title=title, reason="no completed trial was measured on labeled images"), []
+    labeled = {name: pairs for name, pairs in labeled.items() if len(pairs) > 1}
+    if not labeled:
         return Gap(title=title, reason="no group has two completed trials with labels"), []
-    kinds = {name: next(iter(groups[name])).objective for name in labelled}
+    kinds = {name: next(iter(groups[name])).objective for name in labeled}
     words, notes = {}, []
-    for name, pairs in labelled.items():
-        found = rank_agreement(pairs, minimise=kinds[name] == "synthetic")
+    for name, pairs in labeled.items():
+        found = rank_agreement(pairs, minimize=kinds[name] == "synthetic")
         spread = max(top1 for _, top1 in pairs) - min(top1 for _, top1 in pairs)
         if found is None:
             words[name] = f"{name}\nn = {len(pairs)}"
@@ -83,17 +83,17 @@ def trust(groups: Mapping[str, Sequence[RunRecord]], *, searched: bool) -> tuple
         )
 
     def plot(canvas: Canvas) -> None:
-        for axes, (name, pairs) in zip(panels(canvas, len(labelled), columns=3), labelled.items(), strict=True):
+        for axes, (name, pairs) in zip(panels(canvas, len(labeled), columns=3), labeled.items(), strict=True):
             axes.scatter([value for value, _ in pairs], [top1 for _, top1 in pairs], s=16, alpha=0.7)
             axes.set_title(words[name], fontsize=8)
             axes.set(xlabel=f"{kinds[name]} objective", ylabel="top-1 [%]")
             axes.locator_params(axis="x", nbins=4)
 
-    columns, rows = min(3, len(labelled)), -(-len(labelled) // 3)
+    columns, rows = min(3, len(labeled)), -(-len(labeled) // 3)
     caption: str = (
         f"A dot for each completed {'trial of the search (one seed)' if searched else 'run, whatever its seed'}; rho is Spearman's rank "
         f"correlation with its 95 % bootstrap interval, from {LEAST_TRIALS} of them on; +1 says that the objective ({_OBJECTIVES}) ranks "
-        "settings as the labelled images that are reported on do. A low rho where top-1 hardly varies says only that the settings are equally good."
+        "settings as the labeled images that are reported on do. A low rho where top-1 hardly varies says only that the settings are equally good."
     ) + (f" Groups with fewer than two such trials are left out: {len(few)}." if few else "")
     return draw("trust", title, caption, plot, (max(4.6, 3.4 * columns), 0.3 + 2.9 * rows)), notes
 

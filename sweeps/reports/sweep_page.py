@@ -6,15 +6,12 @@ from typing import Any
 from synq.common.text_tables import Row
 from synq.runs.record import RunRecord
 
-from ..leaderboard.ranking import TRIAL_COLUMNS, Ranking, Standing, read_run
+from ..leaderboard.columns import BEST_TABLE, PAGE_COLUMNS, RUN_COLUMNS, TRIAL_COLUMNS, keys, page_texts
+from ..leaderboard.ranking import Ranking, Standing, read_run
 from .page import Block, Gap, Page, Tab, Table, Words
 from .run_page import run_tabs, settings_blocks
 from .study_figures import study_figures
 from .summary import (
-    BEST_COLUMNS,
-    BOARD_COLUMNS,
-    BOARD_HEADINGS,
-    DECIMALS,
     best_rows,
     foot,
     label,
@@ -27,13 +24,17 @@ from .sweep_figures import pareto, timeline, trust
 from .sweep_view import SweepView
 
 LONG = ("versions", "commit", "host", "heldout_digest", "set_digest")
-"""Columns of trials.csv that say the same for nearly all rows; the CSV has them."""
+"""Columns of trials.csv that are equal in nearly all rows, left out of the page."""
 MOST_RUNS = 4
 """Groups whose best run is looked into."""
 
 
 def sweep_page(
-    sweep: SweepView, *, runs: int = MOST_RUNS, places: Mapping[str, Any] | None = None, num_images: int | None = None
+    sweep: SweepView,
+    *,
+    runs: int = MOST_RUNS,
+    path_overrides: Mapping[str, Any] | None = None,
+    num_images: int | None = None,
 ) -> Page:
     """Return the page of a sweep.
 
@@ -49,10 +50,9 @@ def sweep_page(
         name="leaderboard",
         title="Leaderboard",
         caption="A row for each setting, ranked within its model, widths and protocol; the first of each ranking is marked. leaderboard.csv of a sweep has all columns.",
-        columns=_said(rows, BOARD_COLUMNS),
+        columns=_filled(rows, PAGE_COLUMNS),
         rows=rows,
-        headings=BOARD_HEADINGS,
-        decimals=DECIMALS,
+        **page_texts(RUN_COLUMNS),
         bold=[row["rank"] == 1 for row in rows],
     )
     tabs = [
@@ -63,7 +63,7 @@ def sweep_page(
         ),
         Tab(title="Search", blocks=_search(sweep)),
         Tab(title="Trials", blocks=_trials(sweep)),
-        *_best_runs(sweep, standings, runs, places, num_images),
+        *_best_runs(sweep, standings, runs, path_overrides, num_images),
     ]
     return Page(
         title=f"Sweep {sweep.name}" if sweep.is_sweep else f"{len(sweep.records)} runs in {sweep.root}",
@@ -74,8 +74,8 @@ def sweep_page(
     )
 
 
-def _said(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
-    """Return the columns that say anything."""
+def _filled(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
+    """Return the columns in which any row has a cell."""
     return [column for column in columns if any(row.get(column) not in (None, "") for row in rows)]
 
 
@@ -87,10 +87,9 @@ def best_table(sweep: SweepView, standings: Sequence[Standing]) -> list[Block]:
         name="best",
         title="Best settings",
         caption=caption,
-        columns=BEST_COLUMNS,
+        columns=keys(BEST_TABLE),
         rows=rows,
-        headings=BOARD_HEADINGS,
-        decimals=DECIMALS,
+        **page_texts(BEST_TABLE),
     )
     records = [sweep.paths[row["trial"]] for row in rows if row["trial"] in sweep.paths]
     ways = [f"synq export {path if path.name != 'record.json' else path.parent}" for path in records]
@@ -129,7 +128,7 @@ def _search(sweep: SweepView) -> list[Block]:
             group,
             sweep.dimensions,
             sweep.search_trials(group),
-            minimise=search["objective"] == "synthetic",
+            minimize=search["objective"] == "synthetic",
             objective=f"{search['objective']} objective",
         )
     return blocks
@@ -142,7 +141,7 @@ def _trials(sweep: SweepView) -> list[Block]:
         if record.status == "failed"
     ]
     rows = sweep.tables.trial_rows()
-    columns = _said(rows, [column for column in TRIAL_COLUMNS if column not in LONG])
+    columns = _filled(rows, [column for column in TRIAL_COLUMNS if column not in LONG])
     waiting = [{"trial": name, "epochs": len(sweep.plans[name].history)} for name in sweep.running]
     blocks: list[Block] = []
     if failures:
@@ -166,7 +165,14 @@ def _trials(sweep: SweepView) -> list[Block]:
     if rows:
         caption = "A row for each trial; trials.csv has all columns."
         blocks.append(
-            Table(name="trials", title="All trials", caption=caption, columns=columns, rows=rows, decimals=DECIMALS)
+            Table(
+                name="trials",
+                title="All trials",
+                caption=caption,
+                columns=columns,
+                rows=rows,
+                **page_texts(RUN_COLUMNS),
+            )
         )
     return blocks
 
@@ -175,7 +181,7 @@ def _best_runs(
     sweep: SweepView,
     standings: Sequence[Standing],
     runs: int,
-    places: Mapping[str, Any] | None,
+    path_overrides: Mapping[str, Any] | None,
     num_images: int | None,
 ) -> list[Tab]:
     """Look into the best run of the first rankings."""
@@ -187,7 +193,7 @@ def _best_runs(
         blocks: list[Block] = [
             Words(lines=[f"Trial {name} of {sweep.paths[name]}: the first seed of the best setting."])
         ]
-        for tab in run_tabs(sweep.paths[name], sweep.records[name], places, num_images, prefix=name):
+        for tab in run_tabs(sweep.paths[name], sweep.records[name], path_overrides, num_images, prefix=name):
             blocks += tab.blocks
         blocks += [block.named(name) for block in settings_blocks(sweep.records[name])]
         tabs.append(Tab(title=label(standing), blocks=blocks))

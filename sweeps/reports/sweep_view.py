@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from synq.runs.record import RunRecord, read_json, read_record
+from synq.runs.record import RunRecord, read_record
 
 from ..leaderboard.ranking import Standing
 from ..leaderboard.records import record_files
 from ..leaderboard.tables import Tables
 from ..space import Dimension
-from ..state.plans import Plan, read_plan
+from ..state.plans import Plan, read_plan, read_sweep_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +135,8 @@ def _about(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: It is damaged, or of something else.
     """
-    if not path.is_file():
-        return {}
-    about = read_json(path)
-    if (
-        not isinstance(about, dict)
-        or not isinstance(about.get("search"), dict)
-        or not isinstance(about.get("groups"), dict)
-    ):
+    about = read_sweep_file(path)
+    if about and not (isinstance(about.get("search"), dict) and isinstance(about.get("groups"), dict)):
         raise ValueError(f"`{path}` must hold a sweep's search and groups, but it does not")
     return about
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from synq.runs.record import write_json_atomic
+from synq.common.files import write_json_atomic
 
 from ..storage.lease import Lease
 from ..storage.object_store import Storage, open_storage

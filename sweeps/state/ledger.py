@@ -2,7 +2,7 @@
 
 Layout::
 
-    sweep.json            what the sweep is; a changed one is refused
+    sweep.json            what the sweep is; a changed one is rejected
     plans/TRIAL.json      written when a trial is proposed: its settings, its run, later its objective per epoch
     plans/TRIAL.stop      asks a trial of several workers to stop
     records/TRIAL.json    written when a trial has ended: completed, pruned or failed
@@ -23,19 +23,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
-from synq.runs.record import RunRecord, environment, read_json, read_record, write_json_atomic, write_record
+from synq.common.environment import environment
+from synq.common.files import read_json, write_json_atomic
+from synq.config.run import config_digest, config_to_dict
+from synq.runs.record import RunRecord, read_record, write_record
 
 from ..leaderboard.records import Tables
 from ..search_config import SearchConfig
-from ..space import BITS, value_at
+from ..space import BITS, value_of
 from ..spec import SweepSpec
 from .folder import SweepFolder
-from .plans import FORMAT, Plan, plan_values, read_plan, set_recipe, unfinished_record
+from .plans import FORMAT, Plan, plan_values, read_plan, read_sweep_file, set_recipe, unfinished_record
+from .trial_task import TrialTask
 
 TABLES = ("trials.csv", "leaderboard.csv")
 TABLE_SHARE = 0.1
-"""Most of the driver's time that goes into rewriting the tables; in a sweep of thousands they then lag a few trials behind."""
+"""Most of the driver's time that goes into rewriting the tables; in a sweep of thousands they then miss the last few trials."""
 
 
 class Ledger:
@@ -59,7 +62,7 @@ class Ledger:
         self._tables_due = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Ray Tune pickles its parts for a resume of its own, which is not used: the folder is the state
+        return {}  # Ray Tune pickles its parts for its own resume, which is not used: the folder is the state
 
     def open(self) -> None:
         """Take the folder: lock it, check that it holds this sweep, read what is there.
@@ -93,12 +96,12 @@ class Ledger:
         self.tables.add(record, path.stem, source=str(path))
 
     def know(self, group: str, facts: dict[str, Any], eval_digest: str) -> None:
-        """Note what a group's teacher is, and refuse to go on with records of other files of the same name.
+        """Note what a group's teacher is, and reject records that other files of the same name gave.
 
         Args:
             group: Key of the group.
             facts: name, digest and input_size of the teacher.
-            eval_digest: Fingerprint of the labelled images, "" without.
+            eval_digest: Fingerprint of the labeled images, "" without.
 
         Raises:
             ValueError: A record of the group was made with other weights or measured on other images.
@@ -109,7 +112,7 @@ class Ledger:
                 continue
             then = record.teacher.get("digest") or facts["digest"]
             labels = record.eval_digest if record.status == "completed" else eval_digest
-            for what, same in (("weights", then == facts["digest"]), ("labelled images", labels == eval_digest)):
+            for what, same in (("weights", then == facts["digest"]), ("labeled images", labels == eval_digest)):
                 if not same:
                     raise ValueError(
                         f"`output_dir` must hold one sweep, but {name} in {self.root} was made with other {what} of the same "
@@ -117,27 +120,27 @@ class Ledger:
                     )
 
     def record_path(self, trial: str) -> Path:
-        """Where the record of a trial stands."""
+        """Return the path of a trial's record."""
         return self.root / "records" / f"{trial}.json"
 
-    def task(self, plan: Plan) -> dict[str, Any]:
-        """Return what a worker is told of a trial, as plain values."""
-        return {
-            "trial": plan.trial,
-            "group": plan.group,
-            "stage": plan.stage,
-            "config": plan.config,
-            "config_digest": plan.config_digest,
-            "teacher": self.teachers.get(plan.group, {}),
-            "second_objective": self.spec.search.second_objective,
-            "sets": self.sets.get(set_recipe(plan.config), []),
-            "folder": str(self.root),
-            "address": self.spec.address,
-            "gpus": self.spec.search.gpus_per_worker,
-            "workers": self.spec.search.workers_per_trial,
-            "cpus": self.spec.search.cpus_per_worker,
-            "max_failures": self.spec.search.max_failures,
-        }
+    def task(self, plan: Plan) -> TrialTask:
+        """Return the task of a planned trial: its run, the sweep's folder, its resources."""
+        return TrialTask(
+            trial=plan.trial,
+            group=plan.group,
+            stage=plan.stage,
+            config=plan.config,
+            config_digest=plan.config_digest,
+            teacher=self.teachers.get(plan.group, {}),
+            second_objective=self.spec.search.second_objective,
+            sets=tuple(self.sets.get(set_recipe(plan.config), [])),
+            folder=str(self.root),
+            address=self.spec.address,
+            gpus=self.spec.search.gpus_per_worker,
+            workers=self.spec.search.workers_per_trial,
+            cpus=self.spec.search.cpus_per_worker,
+            max_failures=self.spec.search.max_failures,
+        )
 
     def add_plan(self, plan: Plan) -> None:
         """Write a plan (again)."""
@@ -204,7 +207,6 @@ class Ledger:
             record = read_record(path)
         else:
             self._environment = self._environment or environment()
-            config = config_from_dict(RunConfig, plan.config)
             teacher = self.teachers.get(plan.group, {})
             values = {
                 **self._environment,
@@ -213,7 +215,7 @@ class Ledger:
                 "total_seconds": seconds,
                 "objective_value": history[-1][1] if history else None,
             }
-            record = unfinished_record(config, trial, status=status, reason=reason, teacher=teacher, values=values)
+            record = unfinished_record(plan.config, trial, status=status, reason=reason, teacher=teacher, values=values)
             write_record(path, record)
             self.folder.send(f"records/{path.name}")
         self.records[trial] = record
@@ -234,12 +236,12 @@ class Ledger:
 
     def best(self, group: str, top_k: int = 1) -> list[Plan]:
         """Completed search trials of a group, the `top_k` best first; of each bit-width, where the search goes over them."""
-        sign = 1 if self.spec.search.minimise else -1
+        sign = 1 if self.spec.search.minimize else -1
         scored: dict[str, list[tuple[float, int, Plan]]] = {}
         for plan in self.group_plans(group):
             record = self.records.get(plan.trial)
             if record is not None and record.status == "completed" and _finite(record.objective_value):
-                place = scored.setdefault(value_at(plan.config, BITS), [])
+                place = scored.setdefault(value_of(plan.config, BITS), [])
                 place.append((sign * float(record.objective_value or 0.0), plan.index, plan))
         return [plan for part in scored.values() for *_, plan in sorted(part, key=lambda item: item[:2])[:top_k]]
 
@@ -250,7 +252,7 @@ class Ledger:
         self.folder.write("sweep.json", {**there, "finished": number})
 
     def _check_identity(self) -> None:
-        """Refuse a folder that holds another sweep: its trials would be mixed with these."""
+        """Reject a folder that holds another sweep: its trials would be mixed with these."""
         groups = {}
         for group in self.spec.groups:
             values = config_to_dict(group.base)
@@ -263,7 +265,7 @@ class Ledger:
             quant = group.base.quant
             wide = quant.last_bits and quant.last_bits_for_input and quant.act_points == "relu"
             if wide and self.spec.search.two_objectives:
-                # The widths are searched, and the base may be of the one width at which this setting counts for nothing.
+                # The bit-widths are searched, and the base may have the one at which this setting counts for nothing.
                 groups[group.key]["last_input"] = "wide"
         search = self.spec.search
         space: list[Any] = [asdict(dimension) for dimension in self.spec.dimensions]
@@ -272,11 +274,10 @@ class Ledger:
         both = [search.objective, search.second_objective] if search.two_objectives else search.objective
         mine = json.loads(json.dumps({"format": FORMAT, "objective": both, "groups": groups, "space": space}))
         path = self.root / "sweep.json"
-        there: Any = {}
-        if path.exists():
-            there = read_json(path)
-            for key in ("format", "objective", "groups", "space"):
-                if not isinstance(there, dict) or _comparable(there.get(key)) != _comparable(mine[key]):
+        there = read_sweep_file(path)
+        if there:
+            for key in ("objective", "groups", "space"):
+                if _comparable(there.get(key)) != _comparable(mine[key]):
                     raise ValueError(
                         f"`output_dir` must be new or hold the same sweep, but {self.root} holds one with other {key}; another "
                         "`name` in the spec, or `--output-dir`, begins a new one"
@@ -318,7 +319,7 @@ def settled_budget(search: SearchConfig, there: Mapping[str, Any]) -> SearchConf
 
 
 def _comparable(value: Any) -> Any:
-    """Paths count by their last part, so that a moved folder of weights is still the same sweep (the digest says the rest)."""
+    """Paths count by their last part, so that a moved folder of weights is still the same sweep (the digest covers the rest)."""
     if isinstance(value, dict):
         return {key: _comparable(part) for key, part in value.items()}
     return value.rsplit("/", 1)[-1] if isinstance(value, str) else value

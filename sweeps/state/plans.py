@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from synq.config.identity import settings_of_its_day
-from synq.config.run import RunConfig, config_digest, config_to_dict
-from synq.runs.record import RunRecord, read_json
+from synq.common.files import read_json
+from synq.config.parsing import check_format
+from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
+from synq.runs.record import RunRecord
 
-FORMAT = 1
+FORMAT = 2
+"""Format of plans and of sweep.json."""
 REASON_LENGTH = 500
 
 
@@ -22,14 +24,14 @@ class Plan:
     """Name of the trial; the stem of its files."""
     group: str
     """Key of its group."""
-    stage: str
+    stage: Literal["search", "final"]
     """search, or final for a re-run on a further seed."""
     index: int
     """Number within the group's search; for a re-run, that of the trial it repeats."""
     params: dict[str, Any]
     """The search's own parameters, from which the proposal can be replayed."""
-    config: dict[str, Any]
-    """The run, resolved."""
+    config: RunConfig
+    """The run."""
     config_digest: str
     """Digest of the run."""
     history: list[tuple[int, float]] = field(default_factory=list)
@@ -43,33 +45,45 @@ def read_plan(path: Path) -> Plan:
         ValueError: The file is damaged or of another version.
     """
     content = read_json(path)
-    if (
-        not isinstance(content, dict)
-        or content.pop("format", None) != FORMAT
-        or set(content) != set(Plan.__dataclass_fields__)
-    ):
+    if isinstance(content, dict) and "format" in content:
+        check_format(path, "the plan of a trial", content.pop("format"), FORMAT, "run the sweep again in a new folder")
+    if not isinstance(content, dict) or set(content) != set(Plan.__dataclass_fields__):
         raise ValueError(
             f"`{path}` must hold the plan of a trial; remove it and its record to have the trial proposed again"
         )
-    return Plan(
-        **{
-            **content,
-            "config": settings_of_its_day(content["config"]),
-            "history": [(int(epoch), float(value)) for epoch, value in content["history"] if value is not None],
-        }
-    )
+    config = config_from_dict(RunConfig, content["config"], source=str(path))
+    history = [(int(epoch), float(value)) for epoch, value in content["history"] if value is not None]
+    return Plan(**{**content, "config": config, "history": history})
+
+
+def read_sweep_file(path: Path) -> dict[str, Any]:
+    """Return the content of a sweep.json, {} if there is none.
+
+    Raises:
+        ValueError: The file is damaged or of another version.
+    """
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    if not isinstance(content, dict) or "format" not in content:
+        raise ValueError(f"`{path}` must hold a sweep's search and groups, but it does not")
+    cure = "another `name` in the spec, or `--output-dir`, begins a new sweep"
+    check_format(path, "a sweep", content["format"], FORMAT, cure)
+    return content
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
-    """Return what stands in a plan's file."""
+    """Return the content of a plan's file: plain values, the run as nested tables."""
+    values = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
     params = {key: list(value) if isinstance(value, tuple) else value for key, value in plan.params.items()}
-    return {"format": FORMAT, **asdict(plan), "params": params}
+    return {"format": FORMAT, **values, "params": params, "config": config_to_dict(plan.config)}
 
 
-def set_recipe(config: Mapping[str, Any]) -> str:
-    """Return what decides the synthetic sets of a run (as plain values), as one text."""
-    evaluation = {key: config["evaluation"][key] for key in ("heldout_images",)}
-    return json.dumps([config["teacher"], config["synthesis"], evaluation, config["data_seed"]], sort_keys=True)
+def set_recipe(config: RunConfig) -> str:
+    """Return what decides the synthetic sets of a run, as one text."""
+    teacher, synthesis = config_to_dict(config.teacher), config_to_dict(config.synthesis)
+    evaluation = {"heldout_images": config.evaluation.heldout_images}
+    return json.dumps([teacher, synthesis, evaluation, config.data_seed], sort_keys=True)
 
 
 def unfinished_record(

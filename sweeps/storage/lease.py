@@ -3,7 +3,7 @@
 It is one small object: who holds it (owner, host, process), a counter that the holder moves on, and the time. Clocks of two machines
 may differ, so a time alone takes nothing away from anybody: a lease whose time looks recent is respected, and one that looks old (or
 lies in the future) is watched for `stale_after` seconds and taken over only if it does not move. A holder that could not renew it for
-as long counts it as lost by itself, by a clock of its own. Of two that take a free lease together the last writer has it: both
+as long counts it as lost by itself, by a separate clock. Of two that take a free lease together the last writer has it: both
 wait a moment and read it again, and later each renewal reads before it writes.
 """
 
@@ -16,10 +16,20 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from .object_store import Storage
+
+class SmallObjects(Protocol):
+    """What a lease needs of the folder that it protects: small objects by name. `str()` is the folder's address."""
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of an object, None where it does not exist."""
+
+    def put(self, content: bytes, name: str) -> None:
+        """Write an object as a whole."""
+
+    def delete(self, name: str) -> None:
+        """Remove an object; a missing one is no error."""
 
 
 class Lease:
@@ -27,7 +37,7 @@ class Lease:
 
     def __init__(
         self,
-        storage: "Storage",
+        storage: SmallObjects,
         name: str = "sweep.lease.json",
         *,
         every: float = 20.0,
@@ -59,25 +69,25 @@ class Lease:
 
     @property
     def lost(self) -> str:
-        """Why the folder is no longer ours; "" while it is. Once lost, always lost. Says so, too, while a renewal hangs."""
+        """Why the folder is no longer ours; "" while it is. Once lost, always lost; also while a renewal hangs."""
         silent = time.monotonic() - self._renewed
         if self._thread is not None and not self._lost and silent > self._stale_after:
-            why = self._problem or "the store does not answer"
+            why = self._problem or "the store does not respond"
             self._lost = f"`output_dir` must stay writable, but {self._storage} was not for {silent:.0f} s: {why}"
         return self._lost
 
-    def acquire(self, say: Callable[[str], None] | None = None) -> None:
+    def acquire(self, log: Callable[[str], None] | None = None) -> None:
         """Take the folder.
 
         Args:
-            say: Told once if an old lease has to be watched for a while.
+            log: Called once if an old lease has to be watched for a while.
 
         Raises:
             ValueError: Another sweep runs in the folder.
             OSError: The folder cannot be read or written.
         """
         there = self._storage.read(self._name)
-        if there is not None and self._is_alive(there, say):
+        if there is not None and self._is_alive(there, log):
             raise self._in_use(there)
         try:
             self._renewed = time.monotonic()
@@ -136,16 +146,16 @@ class Lease:
         }
         self._storage.put((json.dumps(holder) + "\n").encode(), self._name)
 
-    def _is_alive(self, there: bytes, say: Callable[[str], None] | None) -> bool:
-        """Whether the holder of a lease still runs, as far as can be told from here."""
+    def _is_alive(self, there: bytes, log: Callable[[str], None] | None) -> bool:
+        """Whether the holder of a lease still runs, as far as can be seen from here."""
         holder = _content(there)
         place = _place()
         if place and holder.get("place") == place and _birth(holder["pid"]) not in ("unknown", holder.get("birth")):
             return False
         if abs(_age(holder)) <= self._stale_after:
             return True
-        if say is not None:
-            say(f"an old lease lies in {self._storage} ({_who(holder)}): watching it for {self._stale_after:.0f} s")
+        if log is not None:
+            log(f"an old lease lies in {self._storage} ({_who(holder)}): watching it for {self._stale_after:.0f} s")
         end = time.monotonic() + self._stale_after
         while time.monotonic() < end:
             time.sleep(min(self._every / 4, max(0.0, end - time.monotonic())))
@@ -177,7 +187,7 @@ def _who(holder: dict[str, Any]) -> str:
 
 
 def _place() -> str:
-    """What a process number is valid in: this start of this machine, this container. "" where that cannot be told."""
+    """What a process number is valid in: this start of this machine, this container. "" where that is unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{platform.node()} {boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,6 +1,6 @@
 """A sweep's folder in an object store, by address: s3://bucket/path, gs://, abfs://, hdfs://, file:///mnt/x, or what fsspec knows.
 
-The driver and the trials work on copies on their own machines and send what counts. Whatever stands under a name is whole: an object
+The driver and the trials work on copies on their own machines and send what counts. A file under its final name is always whole: an object
 store shows an object when it is closed, and elsewhere a file is written under another name and renamed. What is replaced and what is
 listed must be seen at once by all machines, as S3, Google and Azure promise. Knows neither Ray nor torch.
 """
@@ -23,9 +23,8 @@ from typing import Any, BinaryIO, TypeVar
 from filelock import FileLock
 
 from .addresses import cache_root, connect, is_address, local_copy, shown, split_address
-from .lease import Lease
 
-__all__ = ["Lease", "Storage", "cache_root", "is_address", "local_copy", "open_storage"]
+__all__ = ["Storage", "cache_root", "is_address", "local_copy", "open_storage"]
 
 T = TypeVar("T")
 F = TypeVar("F", bound=BinaryIO)
@@ -52,7 +51,7 @@ def open_storage(address: str) -> "Storage":
     Credentials come from the environment, or from where else the store's own tools look for them.
 
     Raises:
-        ValueError: The scheme is unknown, the bucket is absent, or the credentials are missing or refused.
+        ValueError: The scheme is unknown, the bucket is absent, or the credentials are missing or rejected.
         OSError: The store cannot be reached.
     """
     parts = split_address(address)
@@ -62,7 +61,7 @@ def open_storage(address: str) -> "Storage":
         files, root = connect(parts)
     except (ValueError, ImportError, NotImplementedError) as error:
         raise ValueError(f"`output_dir` must be an address to open, but got {shown(parts)}: {_line(error)}") from error
-    except Exception as error:  # no answer; each back end has types of its own
+    except Exception as error:  # no connection; each back end has separate exception types
         raise _failure(error, shown(parts)) from error
     storage = Storage(address, files, root)
     if files.type_name in OBJECT_STORES:
@@ -96,7 +95,7 @@ class Storage:
         return path
 
     def check_bucket(self) -> None:
-        """Refuse a bucket that is absent or closed to us. A store lists an absent one as if it were empty."""
+        """Reject a bucket that is absent or closed to us. A store lists an absent one as if it were empty."""
         from pyarrow.fs import FileType
 
         try:
@@ -106,7 +105,7 @@ class Storage:
                 raise
             raise ValueError(f"`output_dir` must be open to the credentials in use, but got {_line(error)}") from error
         with suppress(OSError):  # the bucket itself may be closed where its folder is open
-            if self._look(self._root.split("/")[0]).type == FileType.NotFound:
+            if self._infos(self._root.split("/")[0]).type == FileType.NotFound:
                 raise ValueError(f"`output_dir` must name an existing bucket, but got {self}")
 
     def check_writable(self) -> None:
@@ -128,7 +127,7 @@ class Storage:
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name."""
         path = self.path(name)
-        return self._attempt(lambda: bool(self._look(path).is_file), self._where(name))
+        return self._attempt(lambda: bool(self._infos(path).is_file), self._where(name))
 
     def names(self, folder: str) -> list[str]:
         """Names of the files directly below a folder, sorted; none where it is absent."""
@@ -160,7 +159,7 @@ class Storage:
         return None if memory is None else memory.getvalue()
 
     def put_folder(self, local: Path, name: str, *, last: str = "") -> None:
-        """Send every file of a local folder; the one called `last` after all others, so that its presence says the folder is whole."""
+        """Send every file of a local folder; the one called `last` after all others, so that its presence means that the folder is whole."""
         paths = [path for path in sorted(local.rglob("*")) if path.is_file() and not _is_temporary(path.name)]
         files = [path.relative_to(local).as_posix() for path in paths]
         if not files or (last and last not in files):
@@ -222,7 +221,7 @@ class Storage:
     def _where(self, name: str) -> str:
         return f"{str(self).rstrip('/')}/{name}".rstrip("/")
 
-    def _look(self, what: Any) -> Any:
+    def _infos(self, what: Any) -> Any:
         """Ask for file infos. What fsspec remembers is dropped first: other machines write here, too."""
         if self.files.type_name.startswith("py::fsspec"):
             self.files.handler.fs.invalidate_cache()
@@ -233,13 +232,13 @@ class Storage:
 
         base = self.path(folder)
         selector = FileSelector(base or "/", allow_not_found=True, recursive=recursive)
-        infos = self._attempt(lambda: self._look(selector), self._where(folder))
+        infos = self._attempt(lambda: self._infos(selector), self._where(folder))
         paths = [info.path.strip("/") for info in infos if info.is_file and not _is_temporary(info.base_name)]
         return sorted(path.removeprefix(base.strip("/")).strip("/") for path in paths)
 
     def _send(self, source: BinaryIO, path: str) -> None:
         parent, _, last = path.rpartition("/")
-        if self.files.type_name == "local":  # Python's own calls flush to the disk and tell a full one by its number
+        if self.files.type_name == "local":  # Python's own calls flush to the disk and report a full one by its errno
             with _whole(Path(path)) as file:
                 shutil.copyfileobj(source, file, CHUNK_BYTES)
         elif self.files.type_name in OBJECT_STORES:
@@ -292,7 +291,7 @@ class Storage:
         for pause in (*PAUSES, 0.0):
             try:
                 return function()
-            except Exception as error:  # each back end has types of its own
+            except Exception as error:  # each back end has separate exception types
                 if not pause or not _may_pass(error):
                     raise _failure(error, *ends) from error
             time.sleep(pause)

@@ -1,8 +1,9 @@
-"""What each idea of SynQ buys: one run with every combination of filter, CAM and soft labels, paired on shared seeds.
+"""Ablation of SynQ's components: every combination of low-pass filter, CAM loss and soft labels, paired on shared
+seeds.
 
-Every row of a bit-width is trained on the same synthetic sets with the same seeds, so a difference between rows is a
-difference between ideas. Runs are ordinary runs: a stopped ablation goes on where it was, a finished one is only read.
-The rows are those of the paper's ablation (its Table 3) and distillation alone.
+Every row of a bit-width is trained on the same synthetic sets with the same seeds, so a difference between rows is the
+effect of components. The runs are ordinary runs: an interrupted ablation resumes, a completed run is only read. The
+rows are those of the paper's ablation (its Table 3) and distillation alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,22 +11,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from synq.common.files import write_text_atomic
 from synq.common.text_tables import to_csv, to_markdown
+from synq.config.finetune import SWITCHED_OFF
 from synq.config.run import RunConfig, parse_bits, with_overrides
-from synq.runs.record import RunRecord, write_text_atomic
+from synq.runs.record import RunRecord
 
+from ..leaderboard.columns import ABLATION_TABLE, headings, keys
 from ..stats import Gain, mean, paired_gain, std
 from .settings_file import check_bits, check_rows, check_seeds, read_settings
 
 Overrides = Mapping[str, Any]
 Cell = tuple[str, str, int]
 
-IDEAS: dict[str, Overrides] = {
-    "filter": {"finetune.lowpass_cutoff": None},
-    "CAM": {"finetune.cam_weight": 0.0},
-    "soft labels": {"finetune.difficulty_threshold": 1.0},
-}
-"""How each idea is switched off. Without soft labels every image has a hard label, as in the methods before SynQ."""
+IDEAS: dict[str, Overrides] = {idea: {f"finetune.{key}": off} for idea, (key, off) in SWITCHED_OFF.items()}
+"""Overrides that switch each idea off. Without soft labels every image has a hard label, as in the methods before SynQ."""
 DISTILLATION = "distillation only"
 """The row without any hard label, CAM or filter."""
 ROWS: dict[str, tuple[str, ...]] = {
@@ -39,23 +39,22 @@ ROWS: dict[str, tuple[str, ...]] = {
     "all": ("filter", "CAM", "soft labels"),
     DISTILLATION: (),
 }
-"""Rows by name: the ideas that are on."""
+"""Rows by name: the components that are on."""
 REFERENCE = "none"
-COLUMNS = (
-    "bits", "protocol", "act_points", "row", "num_seeds", "teacher_top1", "rtn_top1", "top1_mean", "top1_std", "drop_mean",
-    "gain_over_none", "gain_stderr", "kl_mean", "kept_share", "num_eval", "seconds_mean", "filter", "cam", "soft_labels", "gain_t",
-    "gain_p", "significant",
+SHOWN = (
+    "bits", "row", "filter", "cam", "soft_labels", "num_seeds", "rtn_top1", "top1_mean", "drop_mean", "gain_over_none",
+    "gain_t", "gain_p", "significant", "kl_mean",
 )  # fmt: skip
-"""Columns of ablation.csv. New ones are appended."""
+"""Columns of ablation.md; standard deviations and errors are in the cells of what they belong to."""
 NOTE = """\
-x: on. Gain: top-1 minus that of `none`, paired by seed, ± the standard error of the mean difference; t = gain / standard error.
-p: two-sided paired t-test; significant: yes where p < 0.05, for each row on its own; - where one seed, or no spread, tells nothing.
+x: on. Gain: top-1 minus that of `none`, paired by seed, ± its standard error; t = gain / standard error.
+p: two-sided paired t-test of each row alone; significant: yes where p < 0.05; -: one seed or no spread, no test.
 """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AblationSpec:
-    """An ablation in one file."""
+    """The file of an ablation."""
 
     name: str
     """Name of the runs and of the folder of the tables."""
@@ -66,7 +65,7 @@ class AblationSpec:
     rows: tuple[str, ...] = tuple(ROWS)
     """Rows, in this order."""
     base: RunConfig = field(default_factory=RunConfig)
-    """The run with every idea on; its name is `name`, its widths and seeds are not used."""
+    """The run with every component on; its name is `name`, its bit-widths and seeds are not used."""
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -79,7 +78,7 @@ def load_ablation(path: str | Path) -> AblationSpec:
 
     Raises:
         FileNotFoundError: The file is absent.
-        ValueError: It is damaged, or a key is unknown, absent or out of its range.
+        ValueError: It is damaged, or a key is unknown, missing or out of range.
     """
     spec = read_settings(AblationSpec, path, "ablation", required=("name", "bits", "seeds"), base="base")
     try:
@@ -91,7 +90,7 @@ def load_ablation(path: str | Path) -> AblationSpec:
 
 
 def row_overrides(row: str) -> dict[str, Any]:
-    """Return what a row changes of the run with every idea on."""
+    """Return the overrides of a row over the run with every component on."""
     off = {key: value for idea, changes in IDEAS.items() if idea not in ROWS[row] for key, value in changes.items()}
     return {**off, "finetune.ce_weight": 0.0} if row == DISTILLATION else off
 
@@ -102,21 +101,13 @@ def plan(
     """Return the run of every (bits, row, seed); a seed drives both the synthetic set and the fine-tuning.
 
     Raises:
-        ValueError: If an idea is already off in `base`, so that switching it off would compare a run with itself, or if a list
-            is empty or names what there is not.
+        ValueError: A component is already off in `base`, so that a run would be compared with itself, or a list is
+            empty or has an unknown entry.
     """
-    settings = base.finetune
-    for name, off in (
-        ("lowpass_cutoff", settings.lowpass_cutoff is None),
-        ("cam_weight", settings.cam_weight == 0),
-        ("ce_weight", settings.ce_weight == 0),
-        ("difficulty_threshold", settings.difficulty_threshold >= 1),
-        ("epochs", settings.epochs == 0),
-    ):
-        if off:
-            raise ValueError(
-                f"`finetune.{name}` must be on in the run that is ablated, but got {getattr(settings, name)}"
-            )
+    for name, off in (*SWITCHED_OFF.values(), ("ce_weight", 0.0), ("epochs", 0)):
+        value = getattr(base.finetune, name)
+        if value == off:
+            raise ValueError(f"`finetune.{name}` must be on in the run that is ablated, but got {value}")
     check_bits(bits)
     check_seeds(seeds)
     check_rows(rows, ROWS)
@@ -133,8 +124,8 @@ def plan(
 def table(records: Mapping[Cell, RunRecord]) -> list[dict[str, Any]]:
     """Return one line per (bits, row), in the order given.
 
-    The gain is the mean over seeds of top1(row) - top1("none") on the same seed: pairing takes out what the seeds share.
-    What its columns mean is said at `Gain` and `paired_gain`.
+    The gain is the mean over seeds of top1(row) - top1("none") on the same seed: pairing removes the variance that the
+    rows share. The columns are those of `columns.ABLATION_TABLE`; for the statistics see `stats.paired_gain`.
     """
     lines = []
     for label, row in dict.fromkeys((label, row) for label, row, _ in records):
@@ -178,42 +169,36 @@ def _gain_cells(gain: Gain | None) -> dict[str, Any]:
 
 
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table as Markdown, with what its columns mean below."""
-    shown = []
-    for line in lines:
-        shown.append(
-            {
-                "bits": line["bits"],
-                "row": line["row"],
-                "filter": line["filter"],
-                "CAM": line["cam"],
-                "soft labels": line["soft_labels"],
-                "seeds": line["num_seeds"],
-                "RTN top-1": figure(line["rtn_top1"]),
-                "top-1": figure(line["top1_mean"], spread=line["top1_std"]),
-                "drop": figure(line["drop_mean"]),
-                "gain over none": figure(line["gain_over_none"], spread=line["gain_stderr"], signed=True),
-                "t": figure(line["gain_t"]),
-                "p": figure(line["gain_p"], 3),
-                "significant": line["significant"] or "-",
-                "held-out KL": figure(line["kl_mean"], 4),
-            }
-        )
-    return to_markdown(shown, list(shown[0]) if shown else ()) + "\n" + NOTE
+    """Return the table as Markdown, followed by a legend."""
+    shown = [
+        {
+            **line,
+            "rtn_top1": format_value(line["rtn_top1"]),
+            "top1_mean": format_value(line["top1_mean"], spread=line["top1_std"]),
+            "drop_mean": format_value(line["drop_mean"]),
+            "gain_over_none": format_value(line["gain_over_none"], spread=line["gain_stderr"], signed=True),
+            "gain_t": format_value(line["gain_t"]),
+            "gain_p": format_value(line["gain_p"], 3),
+            "significant": line["significant"] or "-",
+            "kl_mean": format_value(line["kl_mean"], 4),
+        }
+        for line in lines
+    ]
+    return to_markdown(shown, SHOWN, headings(ABLATION_TABLE)) + "\n" + NOTE
 
 
 def write_tables(folder: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Write ablation.csv and ablation.md, by rename.
+    """Write ablation.csv and ablation.md, atomically.
 
     Raises:
-        OSError: The folder or the disk refuses.
+        OSError: The folder cannot be written, or the disk is full.
     """
-    write_text_atomic(folder / "ablation.csv", to_csv(lines, COLUMNS))
+    write_text_atomic(folder / "ablation.csv", to_csv(lines, keys(ABLATION_TABLE)))
     write_text_atomic(folder / "ablation.md", markdown(lines))
 
 
-def figure(value: float | None, digits: int = 2, *, spread: float | None = None, signed: bool = False) -> str:
-    """Return a number for a table: "90.61", "90.61 ± 0.16", "+0.36 ± 0.22", or "-" where there is none."""
+def format_value(value: float | None, digits: int = 2, *, spread: float | None = None, signed: bool = False) -> str:
+    """Return a number as text: "90.61", "90.61 ± 0.16", "+0.36 ± 0.22", or "-" for None."""
     if value is None:
         return "-"
     text = f"{value:{'+' if signed else ''}.{digits}f}"

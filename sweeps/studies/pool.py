@@ -1,8 +1,9 @@
-"""Several runs side by side on one machine, without Ray."""
+"""Parallel runs in processes of one machine, without Ray."""
 
 import os
-from collections.abc import Callable, Generator, Hashable, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import replace
 from multiprocessing import get_context
@@ -20,22 +21,22 @@ Result = TypeVar("Result")
 def run_all(
     runs: Mapping[Cell, RunConfig], jobs: int, on_done: Callable[[Cell, RunRecord], None]
 ) -> dict[Cell, RunRecord]:
-    """Do all runs, finished ones are only read: one after the other in this process, or in `jobs` processes at a time.
+    """Execute all runs: sequentially in this process, or in `jobs` processes at a time; completed runs are only read.
 
-    Side by side the cores are divided between the processes, unless the runs say their threads. A terminal shows how many runs are
-    done and, where there is one at a time, how far it is.
+    Parallel processes share the cores evenly, unless the runs set their threads. A terminal shows how many runs are
+    done and, if they are sequential, the progress of the current one.
 
     Args:
-        runs: The runs, by whatever names them.
-        jobs: Runs at a time.
-        on_done: Called with each run as it ends, in this process.
+        runs: The runs by key.
+        jobs: Number of parallel runs.
+        on_done: Called in this process with each run as it ends.
 
     Returns:
-        The records, by the same names, in the order in which the runs ended.
+        The records by the same keys, in the order in which the runs ended.
 
     Raises:
-        ValueError: If `jobs` is below 1.
-        Exception: The first error of a run, after the runs under way have ended.
+        ValueError: `jobs` is below 1.
+        Exception: The first error of a run, after the current runs have ended.
     """
     if jobs < 1:
         raise ValueError(f"`jobs` must be >= 1, but got {jobs}")
@@ -44,25 +45,25 @@ def run_all(
     with (
         passing_bar(len(runs), "runs", "run", is_shown=is_shown) as bar,
         closing(
-            _side_by_side(runs, jobs) if jobs > 1 else _in_turn(runs)
+            _parallel(runs, jobs) if jobs > 1 else _sequential(runs)
         ) as finished,  # an error stops the others at once
     ):
         for cell, record in finished:
             done[cell] = record
-            bar.clear()  # what is printed takes its place, and it is drawn again below
+            bar.clear()  # `on_done` prints; the bar is drawn again below
             on_done(cell, record)
             bar.update()
     return done
 
 
-def _in_turn(runs: Mapping[Cell, RunConfig]) -> Generator[tuple[Cell, RunRecord], None, None]:
-    from synq.pipeline import run  # torch, which a refused command line need not wait for
+def _sequential(runs: Mapping[Cell, RunConfig]) -> Generator[tuple[Cell, RunRecord], None, None]:
+    from synq.pipeline import run  # imports torch, which a rejected command line need not wait for
 
     for cell, config in runs.items():
         yield cell, run(config)
 
 
-def _side_by_side(runs: Mapping[Cell, RunConfig], jobs: int) -> Generator[tuple[Cell, RunRecord], None, None]:
+def _parallel(runs: Mapping[Cell, RunConfig], jobs: int) -> Generator[tuple[Cell, RunRecord], None, None]:
     threads = threads_each(jobs)
     shared = {
         cell: replace(run, runtime=replace(run.runtime, progress=False, num_threads=run.runtime.num_threads or threads))
@@ -72,18 +73,18 @@ def _side_by_side(runs: Mapping[Cell, RunConfig], jobs: int) -> Generator[tuple[
 
 
 def threads_each(jobs: int) -> int:
-    """Return the threads of each of `jobs` processes that share this machine's cores."""
+    """Return the number of threads of each of `jobs` processes that share this machine's cores."""
     return max(1, (os.cpu_count() or 1) // jobs)
 
 
 def in_processes(
     work: Callable[[Task], Result], tasks: Mapping[Cell, Task], jobs: int
 ) -> Generator[tuple[Cell, Result], None, None]:
-    """Give (name, `work(task)`) of every task as it is done, `jobs` at a time in fresh processes.
+    """Yield (key, `work(task)`) of every task as it completes, `jobs` at a time in new processes.
 
-    Whoever stops listening, by an error or by leaving, stops the tasks that have not begun.
+    Closing the generator, also by an error, cancels the tasks that have not started.
     """
-    # Fresh interpreters: a forked torch may hang on the locks of threads that are gone.
+    # Spawned interpreters: a forked torch may hang on the locks of threads that no longer exist.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(work, task): cell for cell, task in tasks.items()}
         try:
@@ -92,6 +93,39 @@ def in_processes(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def surviving_crashes(
+    work: Callable[[Task], Result], tasks: Mapping[Cell, Task], jobs: int, crashed: Callable[[Task], Result]
+) -> Iterator[tuple[Cell, Result]]:
+    """Yield (name, `work(task)`) of every task as it is done: in this process where `jobs` is 1, or in that many fresh ones.
+
+    Args:
+        work: What to do with a task.
+        tasks: The tasks, by whatever names them.
+        jobs: Tasks at a time.
+        crashed: Returns the result of a task whose process died.
+    """
+    if jobs == 1:
+        yield from ((cell, work(task)) for cell, task in tasks.items())
+        return
+    waiting = dict(tasks)
+    while waiting:
+        try:
+            for cell, result in in_processes(work, dict(waiting), jobs):
+                del waiting[cell]
+                yield cell, result
+        except BrokenProcessPool:  # by one of those that were running: each of them once more, by itself
+            for cell in list(waiting)[:jobs]:
+                yield cell, _by_itself(work, waiting.pop(cell), crashed)
+
+
+def _by_itself(work: Callable[[Task], Result], task: Task, crashed: Callable[[Task], Result]) -> Result:
+    try:
+        ((_, result),) = in_processes(work, {0: task}, 1)
+    except BrokenProcessPool:
+        return crashed(task)
+    return result
 
 
 def _run_one(config: RunConfig) -> RunRecord:

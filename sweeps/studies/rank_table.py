@@ -1,4 +1,4 @@
-"""How well each of many measures ranks settings: rank correlation with top-1, with bootstrap intervals, as rows, CSV and Markdown."""
+"""Rank correlation of fidelity measures with top-1, with bootstrap intervals, as CSV and Markdown."""
 
 import csv
 import io
@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from synq.runs.record import write_text_atomic
+from synq.common.files import write_text_atomic
+
+from ..leaderboard.columns import FIDELITY_TABLE, keys
+from ..stats import rank_correlation
 
 Values = dict[tuple[str, str], float]
 """(view, measure) -> mean over images, lower is better."""
 NUM_BOOTSTRAP = 2000
-COLUMNS = ("group", "view", "measure", "num_trials", "spearman", "low", "high", "kendall", "spearman_top_half", "picked_top1",
-    "best_top1", "regret", "beats_reference")  # fmt: skip
 REFERENCE = ("plain", "kl")
-"""The measure that others must beat."""
+"""The measure that others are compared with."""
 MEANS = ("spearman", "kendall", "spearman_top_half", "picked_top1", "best_top1", "regret")
 """Columns that the rows over all groups average."""
 
@@ -27,10 +28,9 @@ MEANS = ("spearman", "kendall", "spearman_top_half", "picked_top1", "best_top1",
 def table(groups: Mapping[str, Sequence[tuple[float, Values]]]) -> list[dict[str, Any]]:
     """Return one row per group, view and measure, and, with several groups, rows of the mean over groups; best first.
 
-    A row: Spearman's rank correlation of -measure with top-1 (+1: ranks as top-1 does) and its 95 % bootstrap interval over
-    trials; Kendall's tau; Spearman among the better half by top-1; top-1 of the trial that the measure picks, and how far it is
-    below the best one (`regret`, points); the share of the bootstrap samples in which it ranks better than plain KL (a tie is half;
-    0.975 is where a one-sided test at 2.5 % would be). In the mean over groups each group is resampled by itself.
+    The columns are those of `columns.FIDELITY_TABLE`. Spearman's rank correlation is +1 where the measure ranks as
+    top-1 does. In `beats_reference` a tie counts half; 0.975 corresponds to a one-sided test at 2.5 %. For the mean
+    over groups each group is resampled independently.
     """
     rows = []
     draws: dict[str, dict[tuple[str, str], np.ndarray]] = {}
@@ -76,7 +76,7 @@ def _add_intervals(rows: Sequence[dict[str, Any]], draws: Mapping[tuple[str, str
 def _joint(
     rows: Sequence[Mapping[str, Any]], draws: Mapping[str, Mapping[tuple[str, str], np.ndarray]]
 ) -> list[dict[str, Any]]:
-    """Means over groups. Each group's samples are put in an order of their own, the same for all measures."""
+    """Return the means over groups; each group's bootstrap samples are permuted, equally for all measures."""
     orders = [np.random.default_rng(1 + i).permutation(NUM_BOOTSTRAP) for i in range(len(draws))]
     joint, joint_draws = [], {}
     for name in next(iter(draws.values())):
@@ -91,35 +91,27 @@ def _joint(
     return joint
 
 
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation of each row of a and b, (R, n) -> (R,); ties share their mean rank; 0 where a row is constant."""
-    x, y = (stats.rankdata(part, axis=1) for part in (a, b))
-    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-    scale = np.sqrt((x * x).sum(1) * (y * y).sum(1))
-    return np.divide((x * y).sum(1), scale, out=np.zeros(len(x)), where=scale > 0)
-
-
 def markdown(rows: Iterable[Mapping[str, Any]], best: int) -> str:
-    """Return the `best` first rows of each group, and plain KL, as a Markdown table."""
-    head = "| group | place | measure | view | n | Spearman | 95 % | beats KL | Kendall | upper half | regret |"
+    """Return the first `best` rows of each group, and the reference, as a Markdown table."""
+    head = "| group | rank | measure | view | n | Spearman | 95 % | beats KL | Kendall | upper half | regret |"
     parts = [head, "|" + "---|" * 11]
-    place: dict[str, int] = defaultdict(int)
+    rank: dict[str, int] = defaultdict(int)
     for row in rows:
-        place[row["group"]] += 1
-        if place[row["group"]] > best and (row["view"], row["measure"]) != REFERENCE:
+        rank[row["group"]] += 1
+        if rank[row["group"]] > best and (row["view"], row["measure"]) != REFERENCE:
             continue
         numbers = [row["spearman"], row.get("beats_reference"), row["kendall"], row["spearman_top_half"], row["regret"]]
         own, beats, *others = ("" if number is None else f"{number:.2f}" for number in numbers)
-        cells = [row["group"], place[row["group"]], row["measure"], row["view"], row["num_trials"], own]
+        cells = [row["group"], rank[row["group"]], row["measure"], row["view"], row["num_trials"], own]
         cells += [f"{row['low']:.2f} .. {row['high']:.2f}", beats, *others]
         parts.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(parts) + "\n"
 
 
 def write_tables(folder: Path, rows: Sequence[Mapping[str, Any]], best: int) -> None:
-    """Write fidelity_study.csv (all rows) and fidelity_study.md (the best), by rename."""
+    """Write fidelity_study.csv (all rows) and fidelity_study.md (the best), atomically."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, keys(FIDELITY_TABLE), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text_atomic(folder / "fidelity_study.csv", text.getvalue())

@@ -1,14 +1,14 @@
-"""A recipe: one chosen setting in full, run on several seeds beside what it must beat, and compared with the figures it promises.
+"""A recipe: one complete setting, run on several seeds next to its baselines and compared with its expected results.
 
-The rows of its table use the same teacher, labelled images and seeds:
+The rows of its table share the teacher, labeled images and seeds:
 
-    ptq        the students of the recipe's own runs before their fine-tuning; costs no run
-    noise      everything the same, but Gaussian noise in place of the synthetic images
-    inputs     everything the same, but low-bit inputs of every layer, the image included, in place of low-bit non-linearities
+    ptq        the students of the recipe's runs before fine-tuning; needs no run
+    noise      Gaussian noise instead of the synthetic images
+    inputs     quantized inputs of every layer, the image included, instead of quantized non-linearities
     recipe     the setting itself
-    published  a figure of somebody else, from the recipe's file; never measured here
+    published  a published result, from the recipe's file; never measured here
 
-Runs are ordinary runs: a stopped recipe goes on where it was, a finished run is only read. Knows neither Ray nor torch.
+The runs are ordinary runs: an interrupted recipe resumes, a completed run is only read. Knows neither Ray nor torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from synq.common.files import write_text_atomic
 from synq.common.text_tables import to_csv, to_markdown
 from synq.config.parsing import between, require
 from synq.config.run import (
@@ -31,10 +32,11 @@ from synq.config.run import (
     parse_bits,
     with_overrides,
 )
-from synq.runs.record import RunRecord, write_text_atomic
+from synq.runs.record import RunRecord
 
+from ..leaderboard.columns import RECIPE_TABLE, headings, keys
 from ..stats import drop_stderr, mean, pooled_stderr, std
-from .ablation import figure
+from .ablation import format_value
 from .settings_file import check_rows, check_seeds, read_part, read_settings
 
 Cell = tuple[str, int]
@@ -44,25 +46,25 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "inputs": {"quant.act_points": "inputs"},
     RECIPE: {},
 }
-"""Rows that are runs, and what each changes of the recipe."""
-COLUMNS = (
-    "row", "model", "protocol", "act_points", "bits", "num_seeds", "seeds", "teacher_top1", "top1_mean", "top1_std", "drop_mean",
-    "drop_stderr", "num_eval", "seconds_mean", "commit", "device", "source",
+"""Rows that are runs, and their overrides over the recipe."""
+SHOWN = (
+    "row", "protocol", "act_points", "bits", "num_seeds", "teacher_top1", "top1_mean", "drop_mean", "seconds_mean",
+    "source",
 )  # fmt: skip
-"""Columns of recipe.csv. New ones are appended."""
+"""Columns of recipe.md; standard deviations and errors are in the cells of what they belong to."""
 NOTE = """\
-top-1: mean ± standard deviation over the seeds. Drop: teacher minus student, ± its standard error, paired on the same images.
-Seconds of one run, its synthetic images included.
+top-1: mean ± standard deviation over the seeds. Drop: teacher minus student, ± its standard error, paired on the same
+images. Seconds of one run, its synthetic images included.
 """
 TOLERANCE = 3
-"""Standard errors within which a new measurement agrees with the expected one."""
+"""A measurement agrees with the expected result within so many standard errors."""
 ROUNDING = 0.005
-"""Half of the last digit of a figure written with two decimals."""
+"""Largest rounding error of a number with two decimals."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Expected:
-    """What was measured of the recipe's own row; every key belongs to it. Numbers in percent unless said otherwise."""
+    """Expected result of the recipe's row; every key is required. Numbers in percent unless stated otherwise."""
 
     top1: float
     """Mean over the seeds."""
@@ -71,7 +73,7 @@ class Expected:
     drop: float
     """Mean of teacher minus student, in percentage points."""
     images: int
-    """Labelled images behind the figures."""
+    """Number of labeled images it was measured on."""
     teacher_top1: float
     """Top-1 of the teacher on them."""
     seeds: tuple[int, ...]
@@ -79,7 +81,7 @@ class Expected:
     commit: str
     """Commit of the code."""
     hardware: str
-    """Machine in words."""
+    """Description of the machine."""
     minutes: float
     """Minutes for all seeds of the row."""
 
@@ -95,14 +97,14 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """A figure of somebody else at the same widths."""
+    """A published result at the same bit-widths."""
 
     top1: float
-    """Their top-1, in percent."""
+    """Published top-1, in percent."""
     teacher_top1: float
-    """Top-1 of their own teacher, in percent."""
+    """Top-1 of the teacher in the publication, in percent."""
     source: str
-    """Where it stands."""
+    """Publication and table."""
 
     def __post_init__(self) -> None:
         for name in ("top1", "teacher_top1"):
@@ -111,7 +113,7 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """A recipe's file."""
+    """The file of a recipe."""
 
     name: str
     """Name of the runs and of the folder of the tables."""
@@ -122,29 +124,29 @@ class Recipe:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The pre-trained classifier."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """The measurement."""
+    """The evaluation."""
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     """The synthetic images."""
     quant: QuantConfig = field(default_factory=QuantConfig)
-    """The low-bit student, its widths apart: they are `bits`."""
+    """The quantization of the student, except its bit-widths: they are `bits`."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    """The training of the student."""
+    """The fine-tuning of the student."""
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-    """The learning of the rounding, where there is one."""
+    """The learning of the rounding, if any."""
     expected: Expected | None = None
-    """What was measured, where it was."""
+    """Expected result, if known."""
     published: Published | None = None
-    """What somebody else published, where they did."""
+    """Published result, if any."""
 
     def __post_init__(self) -> None:
         parse_bits(self.bits)
         check_seeds(self.seeds)
 
     def base(self) -> RunConfig:
-        """Return the run of the recipe's own row, its seeds left at 0.
+        """Return the run of the recipe's row, with seeds 0.
 
         Raises:
-            ValueError: The settings do not go together.
+            ValueError: The settings are inconsistent.
         """
         parts = ("teacher", "evaluation", "synthesis", "quant", "finetune", "reconstruction")
         config = RunConfig(name=self.name, **{part: getattr(self, part) for part in parts})
@@ -157,7 +159,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
     Raises:
         FileNotFoundError: The file is absent.
-        ValueError: It is damaged, or a key is unknown (the nearest good one is named), absent or out of its range.
+        ValueError: It is damaged, or a key is unknown (the nearest known one is named), missing or out of range.
     """
     content, source = load_config(path, "spec"), str(path)
     parts: dict[str, Any] = {}
@@ -175,10 +177,15 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] | None = None) -> dict[Cell, RunConfig]:
-    """Return the run of every (row, seed), without `rows` of all but those that would be the recipe; a seed drives images and training.
+    """Return the run of every (row, seed); a seed drives both the synthetic set and the fine-tuning.
+
+    Args:
+        base: The run of the recipe's row.
+        seeds: The seeds.
+        rows: Rows to run; by default all that differ from the recipe, and the recipe.
 
     Raises:
-        ValueError: If a row that is named would be the recipe itself, or a list is empty or names what there is not.
+        ValueError: A named row would equal the recipe, or a list is empty or has an unknown entry.
     """
     check_seeds(seeds)
     check_rows(list(ROWS) if rows is None else rows, ROWS)
@@ -186,7 +193,7 @@ def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] | None = Non
     for row in set(itself).intersection(rows or ()):
         for key, value in ROWS[row].items():
             require(key, f"be another one where there is a row {row} (choose other `rows`)", value, False)
-    # Activations that are named are those of the recipe's own rule.
+    # Activations given by name exist under the recipe's own `act_points` only.
     unfit = ["inputs"] if base.quant.layer_act_bits else []
     order = [row for row in ROWS if row in (rows or set(ROWS).difference(itself, unfit))]
     return {
@@ -197,11 +204,11 @@ def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] | None = Non
 
 
 def table(records: Mapping[Cell, RunRecord], published: Published | None = None) -> list[dict[str, Any]]:
-    """Return one line per row, in the order given after ptq, and the published figure last.
+    """Return one line per row, in the order given after ptq, and the published result last.
 
-    drop_stderr is the mean of the seeds' standard errors (`drop_stderr`): the seeds share their images, so more seeds do not make it
-    smaller; it bounds that of the mean drop from above. seconds_mean counts the synthesis of each set for every row that uses it,
-    whichever run made it; a set that was there before costs nothing.
+    drop_stderr is the mean of the seeds' standard errors (`stats.drop_stderr`), an upper bound of that of the mean
+    drop: the seeds share their images, so more seeds do not make it smaller. seconds_mean includes the synthesis of a
+    set in every row that uses it, whichever run made it; a set that existed before costs nothing.
     """
     made: dict[str, float] = {}
     for record in records.values():
@@ -236,18 +243,15 @@ def table(records: Mapping[Cell, RunRecord], published: Published | None = None)
             }
         )
     if published is not None:
-        figures = {
-            "teacher_top1": published.teacher_top1,
-            "top1_mean": published.top1,
-            "drop_mean": published.teacher_top1 - published.top1,
-        }
+        teacher, top1 = published.teacher_top1, published.top1
+        numbers = {"teacher_top1": teacher, "top1_mean": top1, "drop_mean": teacher - top1}
         bits = lines[0]["bits"] if lines else ""
-        lines.append({"row": "published", "bits": bits, **figures, "source": published.source})
-    return [{column: line.get(column) for column in COLUMNS} for line in lines]
+        lines.append({"row": "published", "bits": bits, **numbers, "source": published.source})
+    return [{column: line.get(column) for column in keys(RECIPE_TABLE)} for line in lines]
 
 
 def _before_finetuning(record: RunRecord) -> RunRecord:
-    """The record of a run as if it had ended before its fine-tuning."""
+    """Return the record of a run as if it had ended before its fine-tuning."""
     measured = record.rtn_top1 is not None and record.teacher_top1 is not None
     total = record.total_seconds
     return replace(
@@ -273,30 +277,32 @@ def _seconds(record: RunRecord, synthesis: float) -> float | None:
 
 
 def compare(expected: Expected, records: Mapping[Cell, RunRecord], same_settings: bool = True) -> str:
-    """Return one line that says whether the recipe's own row agrees with what is expected of it.
+    """Return one line that compares the recipe's row with its expected result.
 
-    It agrees within 3 standard errors of the difference of two means over seeds (`pooled_stderr`), the rounding of the expected
-    figure to two decimals allowed. Figures of other settings, images or teachers are not compared.
+    It agrees within 3 standard errors of the difference of two means over seeds (`stats.pooled_stderr`) plus the
+    rounding error of the expected top-1. Results of other settings, images or teachers are not compared.
 
     Args:
-        expected: From the recipe's file.
+        expected: The expected result.
         records: The runs, by (row, seed).
-        same_settings: Whether the runs have the file's settings.
+        same_settings: Whether the runs use the file's settings unchanged.
     """
     runs = [record for (row, _), record in records.items() if row == RECIPE]
-    head = f"expected {figure(expected.top1, spread=expected.std)} (commit {expected.commit}, {expected.hardware})"
+    head = (
+        f"expected {format_value(expected.top1, spread=expected.std)} (commit {expected.commit}, {expected.hardware})"
+    )
     top1 = mean(record.top1 for record in runs)
     if top1 is None:
         return f"{head}, not measured"
     spread = std(record.top1 for record in runs)
-    text = f"{head}, measured {figure(top1, spread=spread)}"
+    text = f"{head}, measured {format_value(top1, spread=spread)}"
     images, teacher = runs[0].num_eval, runs[0].teacher_top1
     if not same_settings:
         return f"{text}: not compared, the settings were changed"
     if images != expected.images:
         return f"{text}: not compared, on {images} images and not on {expected.images}"
     if teacher is None or abs(teacher - expected.teacher_top1) > ROUNDING + 1e-9:
-        return f"{text}: not compared, the teacher has {figure(teacher)} and not {expected.teacher_top1:.2f}"
+        return f"{text}: not compared, the teacher has {format_value(teacher)} and not {expected.teacher_top1:.2f}"
     stderr = pooled_stderr((expected.std, len(expected.seeds)), (spread or 0.0, len(runs)))
     if stderr is None:
         return f"{text}: not compared, one seed each has no standard error"
@@ -305,47 +311,39 @@ def compare(expected: Expected, records: Mapping[Cell, RunRecord], same_settings
 
 
 def same_result(first: RunConfig, second: RunConfig) -> bool:
-    """Return whether two runs have the same result, their seeds apart."""
+    """Return whether two runs differ in their seeds only."""
     return config_digest(first, with_seeds=False) == config_digest(second, with_seeds=False)
 
 
 def markdown(lines: Sequence[Mapping[str, Any]], comparison: str = "") -> str:
-    """Return the table as Markdown, with what its columns mean, where it was measured and the comparison below."""
+    """Return the table as Markdown, followed by a legend, the conditions of the measurement and the comparison."""
     shown = [
         {
-            "row": line["row"],
+            **line,
             "protocol": line["protocol"] or "-",
             "act_points": line["act_points"] or "-",
-            "bits": line["bits"],
-            "seeds": line["num_seeds"] or "-",
-            "teacher": figure(line["teacher_top1"]),
-            "top-1": figure(line["top1_mean"], spread=line["top1_std"]),
-            "drop": figure(line["drop_mean"], spread=line["drop_stderr"]),
-            "seconds": figure(line["seconds_mean"], 0),
-            "source": line["source"],
+            "num_seeds": line["num_seeds"] or "-",
+            "teacher_top1": format_value(line["teacher_top1"]),
+            "top1_mean": format_value(line["top1_mean"], spread=line["top1_std"]),
+            "drop_mean": format_value(line["drop_mean"], spread=line["drop_stderr"]),
+            "seconds_mean": format_value(line["seconds_mean"], 0),
         }
         for line in lines
     ]
-    parts = [to_markdown(shown, list(shown[0]) if shown else ()), "\n", NOTE]
+    parts = [to_markdown(shown, SHOWN, headings(RECIPE_TABLE)), "\n", NOTE]
     measured = next((line for line in lines if line["num_seeds"]), None)
     if measured is not None:
-        images = "no labelled images" if measured["num_eval"] is None else f"{measured['num_eval']} labelled images"
-        facts = (
-            measured["model"],
-            f"seeds {measured['seeds']}",
-            images,
-            f"commit {measured['commit']}",
-            measured["device"],
-        )
-        parts.append(" | ".join(facts) + "\n")
+        images = "no labeled images" if measured["num_eval"] is None else f"{measured['num_eval']} labeled images"
+        where = f"commit {measured['commit']} | {measured['device']}"
+        parts.append(f"{measured['model']} | seeds {measured['seeds']} | {images} | {where}\n")
     return "".join(parts) + (comparison and f"\n{comparison}\n")
 
 
 def write_tables(folder: Path, lines: Sequence[dict[str, Any]], comparison: str = "") -> None:
-    """Write recipe.csv and recipe.md, by rename.
+    """Write recipe.csv and recipe.md, atomically.
 
     Raises:
-        OSError: The folder or the disk refuses.
+        OSError: The folder cannot be written, or the disk is full.
     """
-    write_text_atomic(folder / "recipe.csv", to_csv(lines, COLUMNS))
+    write_text_atomic(folder / "recipe.csv", to_csv(lines, keys(RECIPE_TABLE)))
     write_text_atomic(folder / "recipe.md", markdown(lines, comparison))

@@ -1,34 +1,34 @@
-"""Files that describe several runs of one setting (an ablation, a recipe), read strictly. Knows neither Ray nor torch."""
+"""Parsing of files that describe several runs of one setting (ablations, recipes). Knows neither Ray nor torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from synq.config.file_kinds import read_as
-from synq.config.parsing import config_from_dict, dotted_keys, nearest, parse_overrides, require
-from synq.config.run import RunConfig, load_config, parse_bits
+from synq.config.parsing import config_from_dict, dotted_keys, nearest, require
+from synq.config.run import load_config, parse_bits
 
 T = TypeVar("T")
 VARIED = {"quant.weight_bits": "bits", "quant.act_bits": "bits", "seed": "seeds", "data_seed": "seeds"}
-"""Settings of a run that such a file says at its top, and where."""
+"""Settings of a run that such a file holds at its top level, and under which key."""
 
 
 def read_settings(
     cls: type[T], path: str | Path, kind: str, *, required: Iterable[str], base: str = "", apart: Iterable[str] = ()
 ) -> T:
-    """Read a TOML or JSON file into a dataclass.
+    """Parse a TOML or JSON file into a dataclass.
 
     Args:
-        cls: The dataclass, parts of a `RunConfig` among its fields.
+        cls: The dataclass; some of its fields are parts of a `RunConfig`.
         path: The file.
-        kind: Which one it should be, of those in file_kinds.py.
-        required: Top keys that must be there.
-        base: Table of the file that holds the run's settings; "" for the file itself.
-        apart: Top keys that are read elsewhere; the dataclass must have defaults for them.
+        kind: Expected kind of file, one of `file_kinds.py`.
+        required: Required top-level keys.
+        base: Table that holds the run's settings; "" for the top level.
+        apart: Top-level keys that are parsed elsewhere; the dataclass must have defaults for them.
 
     Raises:
         FileNotFoundError: The file is absent.
-        ValueError: It is damaged, lacks a key, has an unknown one, or says the widths or seeds in two places.
+        ValueError: It is damaged, a key is missing or unknown, or bit-widths or seeds are given twice.
     """
     content = load_config(path, "spec")
     with read_as(kind, content, path):
@@ -41,24 +41,24 @@ def _read(
     prefix = f"{base}." if base else ""
     for key in required:
         if key not in content:
-            raise ValueError(f"{source}: `{key}` must be given, but is not there")
+            raise ValueError(f"{source}: `{key}` must be given, but is missing")
     for name, instead in {**VARIED, **({"name": "name"} if base else {})}.items():
         table: Any = content.get(base, {}) if base else content
         *parts, last = name.split(".")
         for part in parts:
             table = table.get(part, {}) if isinstance(table, Mapping) else {}
         if isinstance(table, Mapping) and last in table:
-            rule = f"be left out (the file's own `{instead}` says it)"
+            rule = f"be left out (it is set by the file's `{instead}`)"
             raise ValueError(f"{source}: `{prefix}{name}` must {rule}, but got {table[last]!r}")
     left = {key: value for key, value in content.items() if key not in set(apart)}
     return config_from_dict(cls, left, source=source)
 
 
 def read_part(cls: type[T], table: Any, name: str, source: str) -> T:
-    """Read a table that may be left out as a whole, but holds every key of `cls` where it is there.
+    """Parse an optional table that must hold every key of `cls`.
 
     Raises:
-        ValueError: A key is absent, unknown or of another type.
+        ValueError: A key is missing, unknown or of another type.
     """
     require(name, "be a table of keys", table, isinstance(table, Mapping))
     for key in table:
@@ -67,18 +67,18 @@ def read_part(cls: type[T], table: Any, name: str, source: str) -> T:
             raise ValueError(f"{source}: `{name}.{key}` must be a known key, but got an unknown one{hint}")
     for key in dotted_keys(cls):
         if key not in table:
-            raise ValueError(f"{source}: `{name}.{key}` must be given where there is a [{name}], but is not there")
+            raise ValueError(f"{source}: `{name}.{key}` must be given in a table [{name}], but is missing")
     return config_from_dict(cls, table, source=f"{source} [{name}]")
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Refuse a list without seeds or with one twice, which would count one run as two."""
+    """Reject an empty list of seeds, or one with duplicates, which would count one run as two."""
     require("seeds", "have at least one entry", list(seeds), len(seeds) > 0)
     require("seeds", "have no entry twice", list(seeds), len(set(seeds)) == len(seeds))
 
 
 def check_bits(bits: Sequence[str]) -> None:
-    """Refuse a list without bit-widths, with one twice, or with what is none."""
+    """Reject an empty list of bit-widths, or one with duplicates or invalid entries."""
     require("bits", "have at least one entry", list(bits), len(bits) > 0)
     require("bits", "have no entry twice", list(bits), len(set(bits)) == len(bits))
     for label in bits:
@@ -86,7 +86,7 @@ def check_bits(bits: Sequence[str]) -> None:
 
 
 def check_rows(rows: Sequence[str], known: Iterable[str]) -> None:
-    """Refuse names of rows that are not known, and a list without any."""
+    """Reject an empty list of rows, or one with unknown names."""
     known = tuple(known)
     require("rows", "have at least one entry", list(rows), len(rows) > 0)
     for row in rows:
@@ -94,14 +94,13 @@ def check_rows(rows: Sequence[str], known: Iterable[str]) -> None:
             raise ValueError(f"`rows` must be some of {', '.join(known)}, but got {row!r}{nearest(row, known)}")
 
 
-def read_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Read the settings of a run from the words of a command whose own options say widths and seeds.
+def check_overrides(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings of a run by dotted key, of a command whose own options give bit-widths and seeds.
 
     Raises:
-        ValueError: A key is unknown, or set by those options.
+        ValueError: One of them is set by those options.
     """
-    overrides = parse_overrides(RunConfig, words)
     for name, instead in VARIED.items():
         if name in overrides:
-            raise ValueError(f"`{name}` must be left out (`{instead}` says it), but got {overrides[name]}")
+            raise ValueError(f"`{name}` must be left out (`{instead}` sets it), but got {overrides[name]}")
     return overrides

@@ -1,4 +1,4 @@
-"""A trial's view of its sweep's folder, on whichever machine it runs: a folder that all machines see, or this machine's copy of an address.
+"""A trial's view of its sweep's folder, on any machine: a folder that all machines see, or this machine's copy of an address.
 
 Sent to the address: each epoch's checkpoint, the run's files, its record. Fetched once by each machine: the synthetic sets. Knows
 neither Ray nor torch.
@@ -6,12 +6,12 @@ neither Ray nor torch.
 
 import errno
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
-from synq.config.run import RunConfig, config_from_dict
+from synq.config.run import RunConfig
 from synq.runs.record import RunRecord, read_record, write_record
 from synq.synthesis.dataset import MANIFEST_FILE
 
@@ -49,33 +49,30 @@ def _marked(function: Callable[P, T]) -> Callable[P, T]:
 _opened = _marked(open_storage)
 
 
-class Workplace:
-    """Where one trial reads and writes."""
+class Workspace:
+    """The files of a sweep as one worker reads and writes them."""
 
-    def __init__(self, task: Mapping[str, Any]) -> None:
-        """Open the place.
+    def __init__(self, folder: str, address: str = "") -> None:
+        """Open the folder.
 
         Args:
-            task: What the worker was told of the trial (`Ledger.task`).
+            folder: The sweep's folder, where all machines see it.
+            address: The sweep's address in an object store, "" without one; `folder` is then not used.
         """
-        address = task["address"]
         self.storage: Storage | None = None
         if address:
             self.storage = _opened(address)
-        self.root = local_copy(address) if address else Path(task["folder"])
-        self.name: str = task["trial"]
-        self.digest: str = task["config_digest"]
+        self.root = local_copy(address) if address else Path(folder)
 
-    def config(self, values: Mapping[str, Any]) -> RunConfig:
+    def localize(self, config: RunConfig) -> RunConfig:
         """Return a run with its folders on this machine."""
-        config = config_from_dict(RunConfig, values)
         if self.storage is None:
             return config
         runs, store = str(self.root / "runs"), str(self.root / "store")
         return replace(config, runtime=replace(config.runtime, output_dir=runs, store_dir=store))
 
     def check_present(self) -> None:
-        """Refuse a sweep's folder that has gone, rather than begin a new one in its place (an unmounted disk).
+        """Reject a sweep's folder that has gone, rather than begin a new one (an unmounted disk).
 
         Raises:
             OSError: It has gone.
@@ -84,19 +81,19 @@ class Workplace:
             raise StorageError(f"`output_dir` must stay in place during a sweep, but {self.root} has gone")
 
     @_marked
-    def record(self) -> RunRecord | None:
-        """Return the trial's record, if it has one already; what this machine keeps of an earlier sweep at the address is none."""
-        path = self._record_path()
+    def record(self, trial: str, config_digest: str) -> RunRecord | None:
+        """Return the record of a trial, None where there is none or it is another run's (an earlier sweep's at the same address)."""
+        path = self._record_path(trial)
         if self.storage is not None and not self.storage.get(f"records/{path.name}", path):
             path.unlink(missing_ok=True)
         record = read_record(path) if path.exists() else None
-        return record if record is not None and record.config_digest == self.digest else None
+        return record if record is not None and record.config_digest == config_digest else None
 
     @_marked
     def finish(self, record: RunRecord) -> None:
-        """Write the trial's record."""
+        """Write a trial's record."""
         self.check_present()
-        path = self._record_path()
+        path = self._record_path(record.name)
         write_record(path, record)
         if self.storage is not None:
             self.storage.put(path, f"records/{path.name}")
@@ -146,13 +143,13 @@ class Workplace:
                 self.storage.put_folder(self.root / "store" / name, f"store/{name}", last=MANIFEST_FILE)
 
     @_marked
-    def asked_to_stop(self) -> bool:
-        """Whether the sweep wants the trial to end after this epoch."""
-        name = f"plans/{self.name}.stop"
+    def asked_to_stop(self, trial: str) -> bool:
+        """Whether the sweep wants a trial to end after this epoch."""
+        name = f"plans/{trial}.stop"
         return self.storage.exists(name) if self.storage is not None else (self.root / name).exists()
 
-    def _record_path(self) -> Path:
-        return self.root / "records" / f"{self.name}.json"
+    def _record_path(self, trial: str) -> Path:
+        return self.root / "records" / f"{trial}.json"
 
 
 def is_storage_error(error: BaseException) -> bool:

@@ -1,123 +1,73 @@
-#!/usr/bin/env python3
-"""Measure the speed of this machine and of SynQ on it: `synq/commands/bench.py [--only GROUP ...] [--output-dir DIR] ...`."""
+"""`synq bench`: the speed of this machine and of SynQ on it."""
 
-import argparse
-import importlib
-import os
-import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
-if __name__ == "__main__":  # as a file, its own folder comes first on the path, not the project
-    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+import click
 
-from synq.commands.arguments import Parser
-from synq.sweeps.benchmarks.launcher import WorkerError
-from synq.train import USER_ERROR, report_error
+from synq.config.command_line import Command
+from synq.config.command_options import INT, OneOf, option
 
-if TYPE_CHECKING:
-    from synq.sweeps.benchmarks.table import Context, Row
-
-GROUPS = {
-    "ceilings": "What the machine can do: matrix product, memory, and each kernel's share of it",
-    "steps": "A fine-tuning step",
-    "options": "Layout, number format, compilation",
-    "synthesis": "Synthesis",
-    "curves": "Cost curves and memory",
-    "population": "Several students in one process",
-    "processes": "Two processes (DDP)",
-    "sweep": "Trials side by side",
-}
+GROUPS = ("ceilings", "steps", "options", "synthesis", "curves", "population", "processes", "sweep")
+EXAMPLES = """\
+  %(prog)s                               all groups, about half an hour on two CPU cores
+  %(prog)s --only steps synthesis --rounds 3"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _failures() -> tuple[type[BaseException], ...]:
+    from synq.sweeps.benchmarks.launcher import WorkerError
+
+    return (WorkerError,)
+
+
+@click.command(
+    "bench",
+    cls=Command,
+    examples=EXAMPLES,
+    exit_codes="0 measured (a missed target is no error), 1 a process failed, 2 input rejected, 130 interrupted",
+    failures=_failures,
+)
+@option(
+    "--only",
+    several=True,
+    type=OneOf(*GROUPS),
+    metavar="GROUP",
+    help=f"some of: {' '.join(GROUPS)} (default: all)",
+)
+@option("--skip", several=True, type=OneOf(*GROUPS), metavar="GROUP", help="groups to leave out")
+@option(
+    "--device",
+    type=OneOf("auto", "cpu", "cuda"),
+    default="auto",
+    metavar="DEVICE",
+    help="auto, cpu or cuda (default: a GPU if there is one)",
+)
+@option("--threads", metavar="N", type=INT, help="CPU threads (default: PyTorch's, one per core)")
+@option("--rounds", metavar="N", type=INT, default=9, help="rounds of each comparison (default: 9)")
+@option("--seed", metavar="N", type=INT, default=0, help="seed of weights and images (default: 0)")
+@option(
+    "--output-dir", metavar="DIR", default="runs/bench", help="folder of bench.json and bench.md (default: runs/bench)"
+)
+def command(
+    only: tuple[str, ...],
+    skip: tuple[str, ...],
+    device: Literal["auto", "cpu", "cuda"],
+    threads: int | None,
+    rounds: int,
+    seed: int,
+    output_dir: str,
+) -> None:
     """Measure ratios side by side in one process, alternating, and print and write a table with their spread.
 
-    Random weights and images: nothing is downloaded. All groups take about half an hour on two CPU cores. Exit code 0: measured (a missed
-    target is a figure, not an error), 1: a process of it failed, 2: the words were refused.
+    Random weights and images: nothing is downloaded. The groups: what the machine can do at most (ceilings),
+    fine-tuning steps, options (layout, number format, compilation), synthesis, cost curves and memory, a population of
+    students in one process, two processes (DDP), trials of a sweep side by side.
     """
-    listing = "; ".join(f"{name}: {title.lower()}" for name, title in GROUPS.items())
-    parser = Parser(prog="synq bench", description=main.__doc__, epilog=listing)
-    parser.add_argument("--only", metavar="GROUP", nargs="+", choices=GROUPS, help="groups to measure (default: all)")
-    parser.add_argument("--skip", metavar="GROUP", nargs="+", choices=GROUPS, default=[], help="groups to leave out")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
-    )
-    parser.add_argument(
-        "--threads", metavar="N", type=int, help="CPU threads (default: what PyTorch takes, one per core)"
-    )
-    parser.add_argument("--rounds", metavar="N", type=int, default=9, help="rounds of each comparison (default: 9)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of weights and images (default: 0)")
-    parser.add_argument(
-        "--output-dir", metavar="DIR", default="runs/bench", help="for bench.json and bench.md (default: runs/bench)"
-    )
-    words = parser.parse_args(argv)
-    if words.rounds < 1 or (words.threads is not None and words.threads < 1):
-        report_error(ValueError(f"--rounds and --threads must be >= 1, but got {words.rounds} and {words.threads}"))
-        return USER_ERROR
-    chosen = [name for name in (words.only or GROUPS) if name not in words.skip]
-    try:
-        measure(chosen, words)
-    except (ValueError, OSError) as error:
-        report_error(error)
-        return USER_ERROR
-    except WorkerError as error:
-        report_error(error)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if rounds < 1 or (threads is not None and threads < 1):
+        raise ValueError(f"`rounds` and `threads` must be >= 1, but got {rounds} and {threads}")
+    from synq.sweeps.benchmarks.measure import measure
+
+    chosen = [name for name in (only or GROUPS) if name not in skip]
+    measure(chosen, device=device, threads=threads, rounds=rounds, seed=seed, output_dir=output_dir)
 
 
-def measure(chosen: Iterable[str], words: argparse.Namespace) -> None:
-    """Measure the chosen groups; what is there is written after each, so that an interrupted benchmark leaves its part."""
-    import torch
-
-    from synq.config.run import RuntimeConfig
-    from synq.runs.record import write_bytes_atomic, write_json_atomic
-    from synq.runtime import make_accelerator
-    from synq.sweeps.benchmarks.table import Context, as_json, machine, markdown
-
-    device = make_accelerator(RuntimeConfig(device=words.device, num_threads=words.threads)).device
-    context = Context(device=device, threads=torch.get_num_threads(), rounds=words.rounds, seed=words.seed)
-    folder = Path(words.output_dir)
-    facts, done = machine(context), []
-    write_json_atomic(
-        folder / "bench.json", as_json([], facts)
-    )  # a folder that cannot be written is told before the work
-    for name in chosen:
-        torch.manual_seed(context.seed)
-        started, rows = time.perf_counter(), []
-        print(f"\n{GROUPS[name]}", flush=True)
-        for row in _rows_of(name)(context):
-            rows.append(row)
-            what, value, spread, target, _ = row.cells()
-            print(
-                f"  {what}: {value}" + (f" ({spread})" if spread else "") + (f"   [{target}]" if target else ""),
-                flush=True,
-            )
-        if not rows:
-            print("  nothing to measure on this device")
-        print(f"  {time.perf_counter() - started:.0f} s", flush=True)
-        done.append((GROUPS[name], rows))
-        write_json_atomic(folder / "bench.json", as_json(done, facts))
-        write_bytes_atomic(folder / "bench.md", markdown(done, facts).encode())
-    missed = [row for _, rows in done for row in rows if row.verdict() == "NO"]
-    print(
-        f"\n{folder / 'bench.md'} | {sum(row.target is not None for _, rows in done for row in rows)} targets, {len(missed)} missed"
-    )
-
-
-def _rows_of(name: str) -> "Callable[[Context], Iterable[Row]]":
-    """Return the function that measures one group; only what is asked for is imported."""
-    function: Callable[[Context], Iterable[Row]] = importlib.import_module(f"synq.sweeps.benchmarks.{name}").rows
-    return function
-
-
-if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # Ray's threads may otherwise hold the process after the work is done
+main = command.run

@@ -1,54 +1,37 @@
-#!/usr/bin/env python3
-"""Verify a cluster before hours are spent on it: `synq/commands/check_cluster.py [--output-dir DIR_OR_ADDRESS] [--workers N] ...`."""
+"""`synq check-cluster`: verify a Ray cluster before hours are spent on it."""
 
-import os
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+import click
 
-if __name__ == "__main__":  # as a file, its own folder comes first on the path, not the project
-    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+from synq.config.command_line import Command
+from synq.config.command_options import FLOAT, INT, option
 
-from synq.commands.arguments import Parser, exit_code
-from synq.sweeps.driver.cluster import prepare_environment
+EXAMPLES = """\
+  %(prog)s                                               this machine, or the cluster that RAY_ADDRESS names
+  %(prog)s --output-dir s3://bucket/sweeps --workers 4 --json report.json
+  %(prog)s --skip nccl faults"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check nodes, clocks, the place for results, GPUs, process groups, small sweeps and a killed worker, and say what was verified.
+@click.command(
+    "check-cluster",
+    cls=Command,
+    examples=EXAMPLES,
+    exit_codes="0 nothing failed, 1 a check failed, 2 input rejected or no cluster, 130 interrupted",
+)
+@option("--output-dir", metavar="DIR_OR_ADDRESS", help="where results will be: a folder or s3://... (default: runs)")
+@option("--workers", type=INT, metavar="N", default=2, help="processes that must work together (default: 2)")
+@option("--timeout", type=FLOAT, metavar="SECONDS", default=120.0, help="limit of each check (default: 120)")
+@option("--skip", several=True, metavar="NAME", help="checks to leave out, such as nccl faults")
+@option("--json", "json_file", metavar="FILE", help="also write everything found as JSON")
+def command(
+    output_dir: str | None, workers: int, timeout: float, skip: tuple[str, ...], json_file: str | None
+) -> int | None:
+    """Check nodes, clocks, the folder for results, GPUs, process groups, small sweeps and a killed worker."""
+    from synq.sweeps.driver.cluster import prepare_environment
 
-    Exit code 0: nothing failed, 1: something did, 2: the words were refused or there is no cluster.
-    """
-    parser = Parser(prog="synq check-cluster", description=main.__doc__)
-    parser.add_argument(
-        "--output-dir", metavar="DIR_OR_ADDRESS", help="where results will lie: a folder or s3://... (default: runs)"
-    )
-    parser.add_argument(
-        "--workers", metavar="N", type=int, default=2, help="processes that must work together (default: 2)"
-    )
-    parser.add_argument(
-        "--timeout", metavar="SECONDS", type=float, default=120.0, help="limit of each check (default: 120)"
-    )
-    parser.add_argument(
-        "--skip", metavar="NAME", nargs="+", default=[], help="checks to leave out, such as nccl faults"
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write everything found as JSON")
-    arguments = parser.parse_args(argv)
     prepare_environment()
     from synq.sweeps.doctor.check import check_cluster
 
-    return exit_code(
-        lambda: check_cluster(
-            output_dir=arguments.output_dir,
-            workers=arguments.workers,
-            timeout=arguments.timeout,
-            skip=arguments.skip,
-            json_file=arguments.json,
-        )
-    )
+    return check_cluster(output_dir=output_dir, workers=workers, timeout=timeout, skip=list(skip), json_file=json_file)
 
 
-if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # Ray's threads, and a check that hangs, may otherwise hold the process
+main = command.run

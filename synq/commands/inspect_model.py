@@ -1,51 +1,46 @@
-#!/usr/bin/env python3
-"""What SynQ will do with a classifier, layer by layer: `synq/commands/inspect_model.py [TEACHER] [--json] [--config FILE] [--KEY VALUE ...]`."""
+"""`synq inspect`: what SynQ would do with a classifier, layer by layer."""
 
 import json
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-if __name__ == "__main__":  # as a file, its own folder comes first on the path, not the project
-    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+import click
 
-from synq.commands.arguments import exit_code
-from synq.config.run import RunConfig, make_absolute
-from synq.train import read_command_line
+from synq.config.command_line import Command
+from synq.config.command_options import config_option, option
+from synq.config.run import RunConfig
+from synq.train import TEACHER_SETTINGS
 
-HELP = """\
-usage: synq inspect [TEACHER] [--json] [--config FILE] [--KEY VALUE ...]
-
-Shows what would be done with a classifier, and makes nothing: every operation of its forward pass with the width that weight (W) and output
-(out) would get, 32 for float and for what only hands on its input, such as max pooling (BitOps count the width that is read); the batch norms that guide the synthesis; where class activation maps are taken, and how; parameters,
-multiply-accumulates (MACs), bit operations (BitOps), sizes. A classifier that cannot be quantized is refused as a run would refuse it.
-
-  TEACHER        as `--teacher.spec`: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME or FILE.py:FUNCTION (default: the bundled one);
-                 the first word, before any key
-  --json         one JSON object instead of tables
-  --KEY VALUE    as for `synq train`; those of `teacher` and `quant` count, for example --teacher.weights random, --quant.weight_bits 3"""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print what `synq.diagnostics.inspection` finds and return the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if any(word in ("-h", "--help") for word in words):
-        print(HELP)
-        return 0
-    as_json = "--json" in words
-    words = [word for word in words if word != "--json"]
-
-    def work() -> None:
-        config, _ = read_command_line(words)
-        _show(make_absolute(config), as_json)
-
-    return exit_code(work)
+COMMON = (
+    *TEACHER_SETTINGS,
+    *(
+        "teacher.output",
+        "quant.weight_bits",
+        "quant.act_bits",
+        "quant.first_bits",
+        "quant.last_bits",
+        "quant.act_points",
+    ),
+)
+EXAMPLES = """\
+  %(prog)s                                              the classifier that ships with SynQ
+  %(prog)s torchvision:resnet18 --teacher.weights random --quant.weight_bits 3
+  %(prog)s FILE.py:FUNCTION --teacher.weights random --teacher.input_size 3 32 32 --json"""
 
 
-def _show(config: RunConfig, as_json: bool) -> None:
+@click.command("inspect", cls=Command, settings="run", common=COMMON, examples=EXAMPLES)
+@config_option
+@option("--json", "as_json", is_flag=True, help="print one JSON object instead of tables")
+def command(config: RunConfig, as_json: bool) -> None:
+    """Show what would be quantized in a classifier, layer by layer, and write nothing.
+
+    Every operation of the forward pass is listed with the bits that its weight (W) and output (out) would get, 32 for
+    float and for operations that only pass their input on, such as max pooling (BitOps count the bits that are read);
+    the batch norms that guide the synthesis; where class activation maps are taken, and how; parameters,
+    multiply-accumulates (MACs), bit operations (BitOps), sizes. A classifier that cannot be quantized is rejected as a
+    run would reject it. The settings of `teacher` and `quant` count.
+    """
     from synq.common.text_tables import to_text
     from synq.diagnostics.inspection import COLUMNS, HEADINGS, inspect, summary
-    from synq.pipeline import build_student
+    from synq.quant.student import build_student
     from synq.teacher.teacher import load_teacher
 
     teacher = load_teacher(config.teacher)
@@ -53,12 +48,10 @@ def _show(config: RunConfig, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    rows = [
-        {name: value or None for name, value in row.items()} for row in found["layers"]
-    ]  # a table of zeros is hard to read
+    # A table of zeros is hard to read.
+    rows = [{name: value or None for name, value in row.items()} for row in found["layers"]]
     print(to_text(rows, COLUMNS, HEADINGS))
     print(summary(found), end="", flush=True)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = command.run

@@ -1,13 +1,180 @@
-#!/usr/bin/env python3
-"""Tables of sweeps from their records, merged, filtered or compared: `synq/commands/leaderboard.py PATH... [--where weight_bits=4] [--compare]`."""
+"""`synq leaderboard`: tables of sweeps from their records, merged, filtered or compared."""
 
+import os
 import sys
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
-if __name__ == "__main__":  # as a file, its own folder comes first on the path, not the project
-    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+import click
 
-from synq.sweeps.leaderboard.records import main
+from synq.common.files import check_paths
+from synq.config.command_line import Command
+from synq.config.command_options import OneOf, argument, option
 
-if __name__ == "__main__":
-    sys.exit(main())
+EXAMPLES = """\
+  %(prog)s runs/demo                                     make the tables of a sweep again
+  %(prog)s runs/monday runs/tuesday --output-dir both    one pair of tables from two sweeps; the same run counts once
+  %(prog)s runs/demo --where weight_bits=4 --where "top1_mean>=90"
+  %(prog)s runs/demo --where model=cifar10_resnet20 --where weight_bits=4 --where act_bits=4 --single-ranking
+  %(prog)s runs/demo --print --format markdown --columns rank,model,weight_bits,act_bits,top1_mean,top1_std
+  %(prog)s runs/before runs/after --compare --output-dir comparison"""
+
+
+@click.command("leaderboard", cls=Command, examples=EXAMPLES, exit_codes="0 done, 2 input rejected, 130 interrupted")
+@argument("paths", nargs=-1, required=True, metavar="PATH", help="folder of a sweep or a run, or a record file")
+@option("--output-dir", metavar="DIR", help="folder for the tables; needed for more than one PATH (default: PATH)")
+@option(
+    "--where",
+    multiple=True,
+    metavar="CONDITION",
+    help="only rows with COLUMN=VALUE (also != < <= > >=); all of several must hold; printed unless --output-dir is "
+    "given",
+)
+@option(
+    "--single-ranking", is_flag=True, help="rank all chosen rows together; rejected where they must not be compared"
+)
+@option(
+    "--compare", "compares", is_flag=True, help="the best row of each PATH side by side, with differences to the first"
+)
+@option(
+    "--format",
+    "kind",
+    type=OneOf("csv", "markdown"),
+    metavar="FORMAT",
+    help="what is printed: csv or markdown (default: aligned columns); markdown also writes leaderboard.md next to "
+    "the CSV",
+)
+@option("--markdown", is_flag=True, help="--format markdown")
+@option("--columns", metavar="A,B,...", help="columns that are printed and that leaderboard.md has")
+@option("--print", "prints", is_flag=True, help="print the rows; files are then only written to --output-dir")
+def command(
+    paths: tuple[str, ...],
+    output_dir: str | None,
+    where: tuple[str, ...],
+    single_ranking: bool,
+    compares: bool,
+    kind: str | None,
+    markdown: bool,
+    columns: str | None,
+    prints: bool,
+) -> None:
+    """Rebuild the tables of sweeps from their records; several sweeps become one pair of tables.
+
+    The ranks start again for each model, bit-widths, protocol, act_points, objective and what it was measured with. A
+    chosen row keeps the rank that it has among all rows.
+    """
+    if single_ranking and compares:
+        raise ValueError("`compare` must be left out with `single-ranking`, but got both")
+    check_paths(paths)
+    kind = kind or ("markdown" if markdown else None)
+    if compares:
+        _compare(paths, where, output_dir, kind, columns)
+    else:
+        _rebuild(paths, where, output_dir, kind, columns, prints=prints, ranks_together=single_ranking)
+
+
+def _rebuild(
+    paths: Sequence[str],
+    where: Sequence[str],
+    output_dir: str | None,
+    kind: str | None,
+    column_names: str | None,
+    *,
+    prints: bool,
+    ranks_together: bool,
+) -> None:
+    """Write one leaderboard of all paths, or choose rows of it."""
+    from synq.common.files import write_text_atomic
+    from synq.common.text_tables import to_csv, to_markdown, to_text
+    from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS, RUN_COLUMNS, TERMINAL_COLUMNS, headings
+    from synq.sweeps.leaderboard.records import read_tables
+    from synq.sweeps.leaderboard.views import check_chosen, choose, parse_condition, protocol_of, single_ranking
+
+    conditions = [parse_condition(text) for text in where]
+    columns = _columns(column_names)
+    chosen = bool(conditions or ranks_together)
+    writes = output_dir is not None or not (chosen or prints)
+    if writes and output_dir is None and (len(paths) > 1 or not Path(paths[0]).is_dir()):
+        raise ValueError(f"`output_dir` must be given unless PATH is one folder, but got {' '.join(paths)}")
+    folder = Path(output_dir or paths[0])
+    if writes and chosen and any((folder / name).exists() for name in ("records", "record.json")):
+        raise ValueError(f"`output_dir` must be another folder than a sweep's where rows are chosen, but got {folder}")
+    tables = read_tables(paths)
+    known = tables.standings()
+    standings = choose(known, conditions)
+    check_chosen(standings, known, conditions)
+    rows = single_ranking(standings) if ranks_together else [standing.row for standing in standings]
+    names = ["leaderboard.csv"] if chosen else ["trials.csv", "leaderboard.csv"]
+    if writes and chosen:
+        write_text_atomic(folder / "leaderboard.csv", to_csv(rows, LEADERBOARD_COLUMNS))
+    elif writes:
+        tables.write(folder)
+    if writes and kind == "markdown":
+        names.append("leaderboard.md")
+        write_text_atomic(folder / "leaderboard.md", to_markdown(rows, columns or LEADERBOARD_COLUMNS))
+    printed = prints or not writes
+    if writes:
+        count = f"{len(rows)} rows of {len(tables)} records" if chosen else f"{len(tables)} records"
+        note = f"{count} -> {', '.join(str(folder / name) for name in names)}"
+        print(note, file=sys.stderr if printed else sys.stdout)  # standard output is the table's
+    if printed and kind is None:
+        named = rows if columns else [{**row, "protocol": protocol_of(row)} for row in rows]
+        _show(to_text(named, columns or TERMINAL_COLUMNS, headings(RUN_COLUMNS)))
+    elif printed:
+        as_text = to_csv if kind == "csv" else to_markdown
+        _show(as_text(rows, columns or LEADERBOARD_COLUMNS))
+
+
+def _compare(
+    paths: Sequence[str], where: Sequence[str], output_dir: str | None, kind: str | None, column_names: str | None
+) -> None:
+    """Print the best rows of each path; also write them where a folder is named."""
+    from synq.common.files import write_text_atomic
+    from synq.common.text_tables import to_csv, to_markdown, to_text
+    from synq.sweeps.leaderboard.columns import COMPARE_COLUMNS, COMPARE_SHOWN, COMPARE_TABLE, headings
+    from synq.sweeps.leaderboard.records import read_tables
+    from synq.sweeps.leaderboard.views import check_chosen, choose, compare, differences, parse_condition, shown
+
+    conditions = [parse_condition(text) for text in where]
+    if len({os.path.realpath(path) for path in paths}) < max(2, len(paths)):
+        raise ValueError(f"`compare` must be given two or more different PATHs, but got {' '.join(paths)}")
+    if column_names:
+        raise ValueError(f"`columns` must be left out with `compare`, but got {column_names}")
+    labels = [os.path.basename(os.path.normpath(path)) for path in paths]
+    if len(set(labels)) < len(labels):
+        labels = list(paths)
+    known = {label: read_tables([path]).standings() for label, path in zip(labels, paths, strict=True)}
+    chosen = {label: choose(rows, conditions) for label, rows in known.items()}
+    check_chosen([*chain(*chosen.values())], [*chain(*known.values())], conditions)
+    lines = compare(chosen)
+    readable = shown(lines)
+    if output_dir is not None:
+        folder = Path(output_dir)
+        write_text_atomic(folder / "compare.csv", to_csv(lines, COMPARE_COLUMNS))
+        write_text_atomic(folder / "compare.md", to_markdown(readable, COMPARE_SHOWN, headings(COMPARE_TABLE)))
+        print(f"{len(lines)} rows -> {folder / 'compare.csv'}, {folder / 'compare.md'}", file=sys.stderr)
+    rankings = {standing.ranking for rows in chosen.values() for standing in rows}
+    if len(rankings) == len(lines) > 1:
+        print(f"synq: no two PATHs have rows that may be compared: {differences(rankings)}", file=sys.stderr)
+    if kind == "csv":
+        _show(to_csv(lines, COMPARE_COLUMNS))
+    else:
+        as_text = to_text if kind is None else to_markdown
+        _show(as_text(readable, COMPARE_SHOWN, headings(COMPARE_TABLE)))
+
+
+def _columns(text: str | None) -> list[str]:
+    """Return the columns that are asked for; none for the usual ones."""
+    from synq.sweeps.leaderboard.views import check_column
+
+    return [check_column("columns", name.strip().replace("-", "_")) for name in (text or "").split(",") if name.strip()]
+
+
+def _show(text: str) -> None:
+    """Print a table, also where the terminal lacks a letter of it."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+
+
+main = command.run

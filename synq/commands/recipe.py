@@ -1,61 +1,60 @@
-#!/usr/bin/env python3
-"""A chosen setting on several seeds, beside its baselines: `synq/commands/recipe.py SPEC [--seeds 0 1 2] [--jobs N] [--rows ...] [--KEY VALUE ...]`."""
+"""`synq recipe`: chosen settings on several seeds, next to their baselines."""
 
-import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-if __name__ == "__main__":  # as a file, its own folder comes first on the path, not the project
-    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+import click
 
-from synq.commands.arguments import Parser, exit_code
+from synq.commands import run_failures
+from synq.config.command_line import Command
+from synq.config.command_options import INT, option
 from synq.config.run import make_absolute, with_overrides
-from synq.runs.record import RunRecord, summary_line
-from synq.sweeps.studies.pool import run_all
-from synq.sweeps.studies.recipes import (
-    ROWS,
-    Cell,
-    compare,
-    load_recipe,
-    markdown,
-    plan,
-    same_result,
-    table,
-    write_tables,
+
+EXAMPLES = """\
+  %(prog)s sweeps/specs/recipes/digits_resnet8_w3a3.toml
+  %(prog)s sweeps/specs/recipes/cifar10_resnet20_a_w4a4.toml --jobs 2 --runtime.output_dir out
+  %(prog)s SPEC --seeds 0 --rows recipe"""
+
+
+@click.command(
+    "recipe",
+    cls=Command,
+    settings="overrides",
+    usage="SPEC [options] [--KEY VALUE ...]",
+    first="--spec",
+    common=("runtime.output_dir", "runtime.store_dir", "runtime.device", "runtime.num_threads", "evaluation.data_dir"),
+    examples=EXAMPLES,
+    resumes=True,
+    failures=run_failures,
 )
-from synq.sweeps.studies.settings_file import read_overrides
+@option("--spec", metavar="SPEC", required=True, help="file of a recipe; as the first argument it needs no --spec")
+@option("--seeds", several=True, type=INT, help="seeds of data and training (default: those of the file)")
+@option(
+    "--rows",
+    several=True,
+    metavar="ROW",
+    help="some of: noise inputs recipe (default: all that differ from the recipe)",
+)
+@option("--jobs", type=INT, default=1, help="runs at a time, the cores divided between them (default: 1)")
+def command(spec: str, seeds: tuple[int, ...], rows: tuple[str, ...], jobs: int, overrides: dict[str, Any]) -> None:
+    """Run a recipe on its seeds, next to rounding to nearest, noise images and low-bit inputs, and print the table.
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the recipe in SPEC on its seeds, with plain rounding, noise for images and low-bit inputs beside it, and print the table.
-
-    Every other word is a setting of the run, as for synq/train.py: folders, device, or a change of the recipe (then it is no longer
-    compared with the figures that the file expects). Tables go to <output_dir>/<name>. The same command resumes a recipe that was
-    stopped; finished runs are only read.
+    Settings of the run are those of `synq train`: folders, device, or a change of the recipe (then it is no longer
+    compared with the metrics that the file expects). Tables go to <output_dir>/<name>. The same command resumes a
+    recipe that was stopped; finished runs are only read.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="synq recipe", usage="%(prog)s SPEC [options]", description=main.__doc__)
-    parser.add_argument(
-        "--spec", metavar="SPEC", required=True, help="file of a recipe; as the first word it needs no --spec"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, help="seeds of data and training (default: those of the file)")
-    parser.add_argument(
-        "--rows", nargs="+", metavar="ROW", help=f"some of: {' '.join(ROWS)} (default: all that differ from the recipe)"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, the cores divided between them (default: 1)"
-    )
-    arguments, rest = parser.parse_beside_settings(words, "--spec")
-    return exit_code(lambda: _cook(arguments, rest), resumes=True)
+    from synq.runs.record import summary_line
+    from synq.sweeps.studies.pool import run_all
+    from synq.sweeps.studies.recipes import compare, load_recipe, markdown, plan, same_result, table, write_tables
+    from synq.sweeps.studies.settings_file import check_overrides
 
-
-def _cook(arguments: argparse.Namespace, words: Sequence[str]) -> None:
-    recipe = load_recipe(arguments.spec)
+    recipe = load_recipe(spec)
     written = recipe.base()
-    base = make_absolute(with_overrides(written, read_overrides(words)))
-    runs = plan(base, arguments.seeds or recipe.seeds, arguments.rows)
-    records = run_all(runs, arguments.jobs, _say)
+    base = make_absolute(with_overrides(written, check_overrides(overrides)))
+    runs = plan(base, seeds or recipe.seeds, list(rows) or None)
+    records = run_all(
+        runs, jobs, lambda cell, record: print(f"{cell[0]} seed {cell[1]}: {summary_line(record)}", flush=True)
+    )
     records = {cell: records[cell] for cell in runs}
     lines = table(records, recipe.published)
     comparison = ""
@@ -67,10 +66,4 @@ def _cook(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     print(folder / "recipe.csv", flush=True)
 
 
-def _say(cell: Cell, record: RunRecord) -> None:
-    row, seed = cell
-    print(f"{row} seed {seed}: {summary_line(record)}", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = command.run

@@ -1,68 +1,56 @@
-#!/usr/bin/env python3
-"""A page that shows what came of a run, a sweep, or several sweeps side by side: `synq/commands/report.py PATH... [--output FILE] [--runs N]`."""
+"""`synq report`: one HTML page of a run, a sweep, or several sweeps side by side."""
 
-import argparse
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-if __name__ == "__main__":  # as a file, its own folder comes first on the path, not the project
-    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+import click
 
-from synq.commands.arguments import Parser, check_paths, exit_code
-from synq.config.run import PLACES
+from synq.common.files import check_paths
+from synq.config.command_line import Command
+from synq.config.command_options import INT, argument, moved_options, moved_paths, option
 
 EXAMPLES = """\
-examples:
   %(prog)s runs/demo                               the page of a sweep, finished or not: runs/demo/report.html
   %(prog)s runs/run-DIGEST                         the page of one run
   %(prog)s runs/demo/records/TRIAL.json            the page of one trial of a sweep
-  %(prog)s runs/monday runs/tuesday --output c.html   two sweeps side by side, with the published figures
-
-Beside FILE.html lie FILE_figures/*.svg and *.png. Pages are made of records and of what the runs left; nothing is trained or synthesised.
-"""
+  %(prog)s runs/monday runs/tuesday --output c.html   two sweeps side by side, with the published metrics"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write one self-contained HTML page (no network, no other file) and its drawings as SVG and PNG."""
-    parser = Parser(
-        prog="synq report",
-        description=main.__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="folder of a sweep or a run, or a record file")
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="where the page goes (default: report.html in PATH; TRIAL.html beside the records' folder; comparison.html)",
-    )
-    parser.add_argument(
-        "--runs", type=int, default=None, metavar="N",
-        help="of a sweep: look into the best run of the first N groups, which loads their networks (default: 4; 0: records alone)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--images",
-        type=int,
-        default=None,
-        metavar="N",
-        help="images that the networks of a run are asked about (default: as many as take seconds)",
-    )
-    for name in PLACES:
-        parser.add_argument(f"--{name}", metavar="PLACE", help="where it lies now, if it was moved since the run")
-    arguments = parser.parse_args(argv)
-    return exit_code(lambda: _report(arguments))
+@click.command("report", cls=Command, examples=EXAMPLES, exit_codes="0 done, 2 input rejected, 130 interrupted")
+@argument("paths", nargs=-1, required=True, metavar="PATH", help="folder of a sweep or a run, or a record file")
+@option(
+    "--output",
+    metavar="FILE",
+    help="the page (default: report.html in PATH; TRIAL.html next to the records' folder; comparison.html)",
+)
+@option(
+    "--runs",
+    type=INT,
+    metavar="N",
+    help="of a sweep: analyze the best run of the first N groups, which loads their networks (default: 4; 0: only "
+    "records)",
+)
+@option(
+    "--images",
+    "num_images",
+    type=INT,
+    metavar="N",
+    help="images that the networks of a run are evaluated on (default: as many as take seconds)",
+)
+@moved_options
+def command(
+    paths: tuple[str, ...], output: str | None, runs: int | None, num_images: int | None, **moved: str | None
+) -> None:
+    """Write one self-contained HTML page (no network, no other file) and its drawings as SVG and PNG.
 
-
-def _report(arguments: argparse.Namespace) -> None:
-    check_paths(arguments.paths)
+    The drawings are in FILE_figures/ next to FILE.html. Pages are made of records and of the files of the runs; nothing
+    is trained or synthesized.
+    """
+    check_paths(paths)
     from synq.sweeps.reports.make import make_report
 
-    places = {name: place for name in PLACES if (place := getattr(arguments, name)) is not None}
-    options = {} if arguments.runs is None else {"runs": arguments.runs}
-    written = make_report(arguments.paths, arguments.output, places=places, num_images=arguments.images, **options)
-    print(f"{written[0]} and {len(written) - 1} drawings beside it" if len(written) > 1 else written[0])
+    options: dict[str, Any] = {} if runs is None else {"runs": runs}
+    written = make_report(paths, output, path_overrides=moved_paths(moved), num_images=num_images, **options)
+    print(f"{written[0]} and {len(written) - 1} drawings" if len(written) > 1 else written[0])
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = command.run

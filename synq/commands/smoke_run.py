@@ -1,269 +1,131 @@
-#!/usr/bin/env python3
-"""Does everything work on a classifier? `synq/commands/smoke_run.py [TEACHER] [--KEY VALUE ...]`, or `--all [--jobs N] [--only WORD ...] [--page FILE]`."""
+"""`synq smoke-run`: a run in miniature on one classifier, or on the list of architectures."""
 
-import argparse
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-if __name__ == "__main__":  # as a file, its own folder comes first on the path, not the project
-    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+import click
 
-from synq.commands.arguments import Parser, exit_code
+from synq.common.exit_codes import report_error
 from synq.common.progress import passing_bar
-from synq.common.text_tables import Row, to_markdown, to_text
-from synq.config.parsing import between, require
-from synq.config.run import RunConfig, RuntimeConfig, TeacherConfig, config_from_dict, load_config, make_absolute
-from synq.runs.record import environment, write_text_atomic
-from synq.sweeps.studies.pool import in_processes, threads_each
-from synq.train import read_command_line, report_error
+from synq.config.command_line import Command
+from synq.config.command_options import INT, config_option, option
+from synq.config.parsing import between
+from synq.config.run import RunConfig
+from synq.sweeps.studies.pool import threads_each
+from synq.train import TEACHER_SETTINGS
 
-LIST = Path(__file__).resolve().parent.parent / "diagnostics" / "architectures.toml"
-PAGE_COLUMNS = (
-    "teacher",
-    "input",
-    "result",
-    "parameters",
-    "layers",
-    "batch norms",
-    "map",
-    "exact",
-    "SQNR W8A8",
-    "export",
-    "s",
-    "note",
+IGNORED = ("synthesis", "finetune", "evaluation", "reconstruction")
+COMMON = (
+    *TEACHER_SETTINGS,
+    *(
+        "teacher.num_classes",
+        "teacher.output",
+        "teacher.cam_layer",
+        "quant.weight_bits",
+        "quant.act_bits",
+        "quant.act_points",
+    ),
 )
-SHOWN_COLUMNS = ("teacher", "input", "result", "map", "exact", "SQNR W8A8", "s")
-HALF = 0.5
-"""Mean and standard deviation of images that no weights say anything about."""
+EXAMPLES = """\
+  %(prog)s torchvision:resnet18 --teacher.weights random
+  %(prog)s FILE.py:FUNCTION --teacher.weights W.pth --teacher.input_size 3 32 32 --teacher.mean 0.5 --teacher.std 0.5
+  %(prog)s --all --jobs 2 --only resnet"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One network of the list.
+@click.command("smoke-run", cls=Command, settings="run", common=COMMON, examples=EXAMPLES)
+@config_option
+@option("--all", "run_all", is_flag=True, help="try the architectures of the list instead of TEACHER")
+@option("--only", several=True, metavar="TEXT", help="of these, those with a TEXT in their name")
+@option("--jobs", type=INT, default=1, help="architectures at a time, the cores divided between them (default: 1)")
+@option(
+    "--formats",
+    several=True,
+    metavar="FORMAT",
+    help="exported formats, some of: onnx packed torch (default: packed, and onnx if its packages are installed; with "
+    "--all packed)",
+)
+@option("--page", metavar="FILE", help="write the table of --all as Markdown")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    config: RunConfig,
+    run_all: bool,
+    only: tuple[str, ...],
+    jobs: int,
+    formats: tuple[str, ...],
+    page: str | None,
+) -> int:
+    """Do a run in miniature on TEACHER, from eight synthetic images to verified files, in about a minute.
 
-    Attributes:
-        teacher: Where it comes from.
-        group: Title of its group.
-        refused: Part of the message with which it is to be refused; "" where it is to work.
+    Its metrics only tell whether everything works: whether the student without its rounding is the teacher bit for bit,
+    and how many dB the logits keep at W8A8. Writing and checking ONNX takes longer than all the rest. The settings of
+    `teacher`, `quant` and `runtime` count. With --all it is done with a list of some eighty architectures, untrained;
+    exit code 1 if the result of one differs from what the list expects.
     """
-
-    teacher: TeacherConfig
-    group: str
-    refused: str = ""
-
-    def agrees(self, row: Row) -> bool:
-        """Whether what happened is what the list says."""
-        if self.refused:
-            return row["status"] == "refused" and self.refused in row["reason"]
-        return bool(row["status"] == "works")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Do a run in miniature on TEACHER, from eight synthetic images to verified ONNX and packed files: a minute, before hours are spent.
-
-    Its figures only say that everything works: whether the student without its rounding is the teacher bit for bit, and how many dB the logits
-    keep at W8A8. Every other word is a setting of `teacher`, `quant` or `runtime`, as for `synq train`. With --all it is done with the networks
-    of synq/diagnostics/architectures.toml, untrained; exit code 1 if one of them does otherwise than the list says.
-    """
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="synq rehearse", usage="%(prog)s [TEACHER] [options]", description=main.__doc__)
-    parser.add_argument("--all", action="store_true", help="try the networks of the list instead of TEACHER")
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="WORD", help="of these, those with a WORD in their name"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="networks at a time, the cores divided between them (default: 1)"
-    )
-    parser.add_argument(
-        "--formats", nargs="+", metavar="FORMAT",
-        help="what is exported, some of: onnx packed torch (default: onnx, if its packages are there, and packed; with --all packed, because ONNX takes longer than all the rest)",
-    )  # fmt: skip
-    parser.add_argument("--page", metavar="FILE", help="write the table of --all as Markdown")
-    arguments, rest = parser.parse_beside_settings(words)
-    failed: list[str] = []
-    work = _all if arguments.all else _one
-    return exit_code(lambda: failed.extend(work(arguments, rest))) or int(bool(failed))
+    if run_all:
+        between("jobs", jobs, 1)
+        if ctx.obj:
+            raise ValueError(f"`--all` must be given without settings and TEACHER, but got {' '.join(ctx.obj)}")
+        return _all(only, jobs, formats or ("packed",), page)
+    for name, value in (("only", only), ("page", page)):
+        if value:
+            raise ValueError(f"`{name}` must be left out without `--all`, but got {value!r}")
+    for part in IGNORED:
+        if any(key.startswith(f"{part}.") for key in ctx.obj):
+            raise ValueError(f"`{part}` must be left out: a smoke run sets it, only teacher, quant and runtime count")
+    return _one(config, formats or _formats())
 
 
-def read_list(only: Sequence[str] = ()) -> list[Entry]:
-    """Return the networks of the list, or those with one of the words in their name.
+def _one(config: RunConfig, formats: Sequence[str]) -> int:
+    from synq.diagnostics.architectures import shown, smoke_run_in_scratch
 
-    Raises:
-        ValueError: If none is left, or the file is damaged.
-    """
-    content = load_config(LIST)
-    entries = []
-    for group in content["groups"]:
-        for network in group["networks"]:
-            given = {"spec": network} if isinstance(network, str) else dict(network)
-            refused = given.pop("refused", "")
-            size = given.setdefault("input_size", group.get("input_size", content["input_size"]))
-            given |= {"weights": "random", "mean": [HALF] * size[0], "std": [HALF] * size[0]}
-            if not given["spec"].startswith("launch."):
-                given["num_classes"] = content["num_classes"]
-            teacher = config_from_dict(TeacherConfig, given, source=str(LIST))
-            entries.append(Entry(teacher=teacher, group=group["title"], refused=refused))
-    kept = [entry for entry in entries if not only or any(word in entry.teacher.spec for word in only)]
-    if not kept:
-        raise ValueError(f"`only` must be part of a name in {LIST.name}, but got {' '.join(only)}")
-    return kept
-
-
-def rehearse_entry(entry: Entry, threads: int | None = None, formats: Sequence[str] = ("packed",)) -> Row:
-    """Rehearse one network of the list in a folder of its own, gone afterwards."""
-    config = RunConfig(teacher=entry.teacher, runtime=RuntimeConfig(device="cpu", num_threads=threads))
-    row = _rehearse(config, lambda stage: None, formats)
-    row.pop("error", None)  # an exception need not survive the way between processes
-    return {**row, "group": entry.group, "as_listed": entry.agrees(row)}
-
-
-def _rehearse(config: RunConfig, say: Callable[[str], None], formats: Sequence[str]) -> Row:
-    from synq.diagnostics.smoke_run import rehearse
-
-    with tempfile.TemporaryDirectory(prefix="synq-rehearsal-") as folder:
-        return rehearse(config, Path(folder), say, formats)
-
-
-def _one(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
-    for name in ("only", "page"):
-        require(name, "be left out without `--all`", getattr(arguments, name), not getattr(arguments, name))
-    config = make_absolute(read_command_line(words)[0])
-    for part in ("synthesis", "finetune", "evaluation", "reconstruction"):
-        if any(word.startswith(f"--{part}.") for word in words):
-            raise ValueError(
-                f"`{part}` must be left out: a rehearsal has its own, only teacher, quant and runtime count"
-            )
-    formats = arguments.formats or _formats()
-    row = _rehearse(config, lambda stage: print(f"  {stage}", flush=True), formats)
-    error = row.get("error")
-    if row["status"] == "refused":
-        raise ValueError(row["reason"]) from error
-    for name, value in _shown(row).items():
+    row = smoke_run_in_scratch(config, formats, lambda stage: print(f"  {stage}", flush=True))
+    if row["status"] == "rejected":
+        raise ValueError(row["reason"]) from row.get("error")
+    for name, value in shown(row).items():
         if value not in (None, ""):
             print(f"{name:<12} {value}", flush=True)
     if row["status"] == "works":
-        return []
+        return 0
     failure = RuntimeError(row["reason"])
-    failure.__cause__ = error
+    failure.__cause__ = row.get("error")
     report_error(failure)
-    return [row["teacher"]]
+    return 1
 
 
 def _formats() -> tuple[str, ...]:
     from synq.export.export import missing_packages
 
-    if missing := missing_packages():
-        print(
-            f"synq: without ONNX, for which {missing[0]} is missing: pip install 'synq[export]'",
-            file=sys.stderr,
-            flush=True,
-        )
+    missing = missing_packages()
+    if missing:
+        note = f"synq: without ONNX, for which {missing[0]} is missing: pip install 'synq[export]'"
+        print(note, file=sys.stderr, flush=True)
     return ("packed",) if missing else ("onnx", "packed")
 
 
-def _all(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
-    between("jobs", arguments.jobs, 1)
-    if words:
-        raise ValueError(f"`--all` must stand without settings and TEACHER, but got {' '.join(words)}")
-    entries = read_list(arguments.only)
-    rows: dict[int, Row] = {}
+def _all(only: Sequence[str], jobs: int, formats: Sequence[str], page_file: str | None) -> int:
+    from synq.common.files import write_text_atomic
+    from synq.diagnostics.architectures import crashed_row, page, read_list, smoke_run_entry, summary_lines
+    from synq.sweeps.studies.pool import surviving_crashes
+
+    entries = dict(enumerate(read_list(only)))
+    work: Callable[..., dict] = partial(
+        smoke_run_entry, threads=threads_each(jobs) if jobs > 1 else None, formats=formats
+    )  # type: ignore[type-arg]
+    rows = {}
     with passing_bar(len(entries), "networks", "network", is_shown=True) as bar:
-        for number, row in in_turn(entries, arguments.jobs, arguments.formats or ("packed",)):
+        for number, row in surviving_crashes(work, entries, jobs, crashed_row):
             rows[number] = row
-            otherwise = "" if row["as_listed"] else ", OTHERWISE THAN LISTED"
+            note = "" if row["as_listed"] else ", NOT AS LISTED"
             bar.clear()  # the line takes its place, and it is drawn again below
-            print(f"{row['teacher']}: {row['status']}{otherwise}, {row['seconds']:.0f} s {row['reason']}", flush=True)
+            print(f"{row['teacher']}: {row['status']}{note}, {row['seconds']:.0f} s {row['reason']}", flush=True)
             bar.update()
-    ordered = [rows[number] for number in range(len(entries))]
-    print(to_text([_shown(row) for row in ordered], SHOWN_COLUMNS))
-    wrong = [row["teacher"] for row in ordered if not row["as_listed"]]
-    print(f"{len(ordered)} networks, {sum(row['status'] == 'works' for row in ordered)} work, "
-          f"{len(wrong)} otherwise than listed{': ' + ', '.join(wrong) if wrong else ''}", flush=True)  # fmt: skip
-    if arguments.page:
-        write_text_atomic(arguments.page, page(ordered))
-    return wrong
+    ordered = [rows[number] for number in entries]
+    print(summary_lines(ordered), flush=True)
+    if page_file:
+        write_text_atomic(page_file, page(ordered))
+    return int(not all(row["as_listed"] for row in ordered))
 
 
-def in_turn(entries: Sequence[Entry], jobs: int, formats: Sequence[str]) -> Iterator[tuple[int, Row]]:
-    """Give every row as it is done: one after the other in this process, or in `jobs` fresh ones, whatever becomes of those."""
-    if jobs == 1:
-        yield from ((number, rehearse_entry(entry, None, formats)) for number, entry in enumerate(entries))
-        return
-    work = partial(rehearse_entry, threads=threads_each(jobs), formats=formats)
-    waiting = dict(enumerate(entries))
-    while waiting:
-        try:
-            for number, row in in_processes(work, dict(waiting), jobs):
-                del waiting[number]
-                yield number, row
-        except BrokenProcessPool:  # by one of those that were under way: each of them once more, alone
-            for number in list(waiting)[:jobs]:
-                yield number, _alone(work, waiting.pop(number))
-
-
-def _alone(work: Callable[[Entry], Row], entry: Entry) -> Row:
-    try:
-        ((_, row),) = in_processes(work, {0: entry}, 1)
-    except BrokenProcessPool:
-        reason = "its process died: a crash in compiled code, or too little memory"
-        spec = entry.teacher.spec
-        return {
-            "teacher": spec,
-            "status": "fails",
-            "reason": reason,
-            "seconds": 0.0,
-            "group": entry.group,
-            "as_listed": False,
-        }
-    return row
-
-
-def page(rows: Sequence[Row]) -> str:
-    """Return the table of all networks as a Markdown page, group by group."""
-    about = environment()
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(about["versions"].items()))
-    lines = [
-        "# Networks that were tried",
-        "",
-        "Made by `synq rehearse --all --jobs 2 --page FILE`: each network, untrained and with batch-norm statistics of noise, goes",
-        "through synthesis, W4A4 quantization, two fine-tuning steps, evaluation and a verified export (packed; `--formats onnx packed` adds ONNX, which takes longer than all the rest); or it is refused at once.",
-        "`exact`: with its quantizers bypassed the student gives the teacher's logits bit for bit. `SQNR W8A8`: power of the teacher's logits over",
-        "that of their error at 8 bits, in dB; where it is below 20 the note names the tensor that costs most by itself. Figures of untrained networks",
-        "say that everything works, not how well. `synq rehearse TEACHER` does the same with yours.",
-        "",
-        f"Commit {about['commit']}, {versions}.",
-    ]  # fmt: skip
-    for group in dict.fromkeys(row["group"] for row in rows):
-        shown = [_shown(row) for row in rows if row["group"] == group]
-        lines += ["", f"## {group}", "", to_markdown(shown, PAGE_COLUMNS).rstrip()]
-    return "\n".join(lines) + "\n"
-
-
-def _shown(row: Row) -> dict[str, Any]:
-    """Return a row in the words of the table."""
-    sqnr = row.get("sqnr_db")
-    parameters = row.get("parameters")
-    return {
-        "teacher": row["teacher"].removeprefix("synq.diagnostics.example_networks:"),
-        "input": row.get("input", ""),
-        "result": row["status"],
-        "parameters": "" if parameters is None else f"{parameters:,}",
-        "layers": row.get("layers"),
-        "batch norms": row.get("batch_norms"),
-        "map": row.get("cam", ""),
-        "exact": {True: "yes", False: "no"}.get(row.get("exact"), ""),  # type: ignore[arg-type]
-        "SQNR W8A8": "" if sqnr is None else f"{sqnr:.1f} dB",
-        "export": row.get("export", ""),
-        "s": f"{row['seconds']:.0f}",
-        "note": row["reason"] or row.get("note", ""),
-    }
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = command.run

@@ -1,1 +1,1 @@
-"""Tools that know nothing of networks: atomic files, progress bars, seeds, text tables. Importing it loads no torch."""
+"""Utilities that know nothing of networks: atomic files, progress bars, seeds, text tables. Loads without torch."""

@@ -1,4 +1,4 @@
-"""Rows as text: CSV, Markdown and aligned columns. The same rows give the same bytes everywhere, and every cell is safe to open."""
+"""Tables as text: CSV, Markdown and aligned columns. The output is deterministic, and untrusted cells are escaped."""
 
 import csv
 import io
@@ -13,18 +13,19 @@ MARKDOWN = str.maketrans(
 
 
 def cell(value: Any) -> str:
-    """Return a CSV cell: numbers with up to 8 significant digits, None and NaN empty, texts safe to open in a spreadsheet.
+    """Format a value as a CSV cell that is safe to open in a spreadsheet.
 
-    A text that starts with = + - @ (or a tab or a line end before it) would be run as a formula there; it gets a leading apostrophe.
+    Numbers have up to 8 significant digits; None, NaN and infinity are empty. A spreadsheet would run a text that
+    starts with = + - @ (after optional whitespace) as a formula, so such a text gets a leading apostrophe.
     """
     text = plain(value)
     return text if isinstance(value, int | float) or not text.startswith(("=", "+", "-", "@")) else f"'{text}"
 
 
 def plain(value: Any) -> str:
-    """Return a value as one line for a reader that runs no formulas, otherwise as `cell`.
+    """Format a value as one line of text, as `cell` does but without escaping formulas.
 
-    A character that cannot be seen, such as one that steers a terminal, becomes a question mark.
+    Non-printable characters, such as terminal control codes, become question marks.
     """
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
@@ -35,37 +36,43 @@ def plain(value: Any) -> str:
 
 
 def csv_line(values: Iterable[Any]) -> str:
-    """Return values as one line of CSV, without its line end."""
+    """Format values as one line of CSV, without the newline."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="").writerow([cell(value) for value in values])
     return buffer.getvalue()
 
 
 def to_csv(rows: Iterable[Row], columns: Sequence[str]) -> str:
-    """Return rows as CSV text with a header; the same rows give the same bytes."""
+    """Format rows as CSV text with a header line of `columns`; a missing key gives an empty cell."""
     lines = [csv_line(columns), *(csv_line(row.get(column) for column in columns) for row in rows)]
     return "\n".join(lines) + "\n"
 
 
 def markdown_cell(value: Any) -> str:
-    """Return a cell of a Markdown table: one line, with every character that Markdown or HTML would act on as a plain one."""
+    """Format a value as a cell of a Markdown table: one line, special characters of Markdown and HTML escaped."""
     return plain(value).translate(MARKDOWN)
 
 
-def to_markdown(rows: Iterable[Row], columns: Sequence[str]) -> str:
-    """Return rows as a Markdown table."""
-    lines = [[markdown_cell(column) for column in columns], ["---"] * len(columns)]
+def to_markdown(rows: Iterable[Row], columns: Sequence[str], headings: Mapping[str, str] | None = None) -> str:
+    """Format rows as a Markdown table; a missing key gives an empty cell.
+
+    Args:
+        rows: The rows.
+        columns: Keys of the rows, in order.
+        headings: Headings by key; a column without one is headed by its key.
+    """
+    lines = [[markdown_cell((headings or {}).get(column, column)) for column in columns], ["---"] * len(columns)]
     lines += [[markdown_cell(row.get(column)) for column in columns] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def to_text(rows: Iterable[Row], columns: Sequence[str], headings: Mapping[str, str] | None = None) -> str:
-    """Return rows as aligned columns for a person; fractions have 4 significant digits.
+    """Format rows as right-aligned columns for a terminal; fractions have 4 significant digits.
 
     Args:
-        rows: The rows.
-        columns: Keys of the rows, in order.
-        headings: Shorter words for some columns.
+        rows: Mappings from column to value.
+        columns: Columns to print, in order.
+        headings: Shorter headings for some columns.
     """
     lines = [[(headings or {}).get(column, column) for column in columns]]
     lines += [[_short(row.get(column)) for column in columns] for row in rows]

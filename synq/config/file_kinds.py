@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-COMMANDS = {"run": "synq train", "recipe": "synq recipe", "sweep": "synq sweep", "ablation": "synq/commands/ablate.py"}
+COMMANDS = {"run": "synq train", "recipe": "synq recipe", "sweep": "synq sweep", "ablation": "synq ablate"}
 PARTS = frozenset(("teacher", "synthesis", "quant", "reconstruction", "finetune", "evaluation", "runtime"))
 """Tables of a run, at the top of its own file and of a recipe's."""
 OF_SWEEPS = frozenset(

@@ -1,4 +1,4 @@
-"""How the quantized student is trained, as frozen values. Standard library only."""
+"""The configuration of fine-tuning. Standard library only."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +15,7 @@ class FinetuneConfig:
     batch_size: int = 64
     """Images per step over all processes together; must divide by the number of processes."""
     optimizer: Literal["sgd", "adam"] = "sgd"
-    """Optimiser of the student's parameters."""
+    """Optimizer of the student's parameters."""
     lr: float = 0.01
     """Largest learning rate."""
     momentum: float = 0.9
@@ -33,7 +33,8 @@ class FinetuneConfig:
     grad_clip: float | None = 1.0
     """Largest norm of the whole gradient; None does not clip."""
     grad_clip_relative: float | None = 0.1
-    """Largest norm of the gradient of each weight tensor, behind grad_clip, as a share of the tensor's own norm; None does not clip."""
+    """Largest norm of the gradient of each weight tensor, after grad_clip, as a share of the tensor's own norm; None
+    does not clip."""
     kd_temperature: float = 4.0
     """Temperature T of the distillation loss T^2 KL(teacher / T || student / T)."""
     kd_weight: float = 1.0
@@ -41,7 +42,8 @@ class FinetuneConfig:
     ce_weight: float = 0.1
     """Weight of the cross-entropy to the assigned label on images the teacher finds easy."""
     hard_labels: Literal["drop", "top2"] = "drop"
-    """What a difficult image gets in place of its hard label: nothing (drop, the paper's), or its teacher's two likeliest classes."""
+    """What a difficult image gets instead of its hard label: nothing (drop, the paper's), or its teacher's two
+    likeliest classes."""
     cam_weight: float = 20.0
     """Weight of the distance between the class activation maps of teacher and student; it belongs to `cam_method`."""
     cam_method: Literal["gradcam", "gradcam++", "cam"] = "gradcam"
@@ -49,11 +51,13 @@ class FinetuneConfig:
     feature_weight: float = 0.0
     """Weight of the relative squared distance between the outputs of each block of teacher and student."""
     perturb_weight: float = 0.0
-    """Weight of the distillation on perturbed images, each made harder for the student by one signed gradient step (lambda_P)."""
+    """Weight of the distillation on perturbed images, each made harder for the student by one signed gradient step
+    (lambda_P)."""
     perturb_size: float = 0.02
-    """Size of that step, in normalised units of the input."""
+    """Size of that step, in normalized units of the input."""
     difficulty_threshold: float = 0.5
-    """Largest difficulty (1 - teacher's probability of the label) at which the cross-entropy counts; 1 keeps every image."""
+    """Largest difficulty (1 - teacher's probability of the label) at which the cross-entropy counts; 1 keeps every
+    image."""
     lowpass_cutoff: float | None = 1.0
     """Cutoff D0 of the Gaussian low-pass filter on the images, in `lowpass_unit`; None does not filter."""
     lowpass_unit: Literal["bins", "nyquist"] = "nyquist"
@@ -61,11 +65,13 @@ class FinetuneConfig:
     train_bn: bool = True
     """Whether the batch-norm scale and shift are trained; their running statistics never are."""
     ema_decay: float | None = None
-    """Decay of an average of the weights over the steps, which becomes the student at the end; None takes the last weights."""
+    """Decay of an average of the weights over the steps, which becomes the student at the end; None takes the last
+    weights."""
     step_lr_factor: float = 1.0
     """Learning rate of learned quantization steps, as a multiple of that of the weights."""
     augment: Literal["none", "flip_shift", "mixup", "cutmix"] = "none"
-    """Random views of each training batch: flip and shift, or a blend (mixup) or collage (cutmix) of two images; the teacher runs live."""
+    """Random views of each training batch: flip and shift, or a blend (mixup) or collage (cutmix) of two images; the
+    teacher runs live."""
     log_every: int = 10
     """Steps between two updates of the progress line."""
 
@@ -102,3 +108,11 @@ class FinetuneConfig:
         one_of("finetune.augment", self.augment, ("none", "flip_shift", "mixup", "cutmix"))
         one_of("finetune.hard_labels", self.hard_labels, ("drop", "top2"))
         one_of("finetune.cam_method", self.cam_method, ("gradcam", "gradcam++", "cam"))
+
+
+SWITCHED_OFF: dict[str, tuple[str, float | None]] = {
+    "filter": ("lowpass_cutoff", None),
+    "CAM": ("cam_weight", 0.0),
+    "soft labels": ("difficulty_threshold", 1.0),
+}
+"""SynQ's three ideas: the setting of `FinetuneConfig` that each is, and the value that switches it off."""

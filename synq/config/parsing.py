@@ -1,4 +1,4 @@
-"""Strict traffic between plain mappings (TOML, JSON, dotted overrides) and frozen dataclasses. Knows no field of any of them."""
+"""Strict conversion between plain mappings (TOML, JSON, dotted overrides) and frozen dataclasses."""
 
 import dataclasses
 import difflib
@@ -22,8 +22,33 @@ def require(name: str, rule: str, value: object, holds: bool) -> None:
         raise ValueError(f"`{name}` must {rule}, but got {value!r}")
 
 
+def check_format(path: str | Path, what: str, found: object, current: int, cure: str) -> None:
+    """Raise if a file has another format number than this version of SynQ writes.
+
+    Args:
+        path: The file.
+        what: What it holds, for the message.
+        found: Its format number; None if it has none.
+        current: The number that this version writes.
+        cure: What the user should do about a file of an earlier version.
+
+    Raises:
+        ValueError: "`PATH` must hold WHAT of format 2, but got format 1, written by an earlier version of SynQ: CURE".
+    """
+    if found == current:
+        return
+    if isinstance(found, int) and found > current:
+        age, cure = "a later", f"update SynQ, or {cure}"
+    else:
+        age = "an earlier"
+    got = "no format number" if found is None else f"format {found}"
+    raise ValueError(
+        f"`{path}` must hold {what} of format {current}, but got {got}, written by {age} version of SynQ: {cure}"
+    )
+
+
 def between(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Refuse a number outside [low, high] ((low, high] with `open_low`), NaN and infinities."""
+    """Raise for a number outside [low, high] ((low, high] with `open_low`), NaN and infinities."""
     try:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number beyond what a float can hold
@@ -36,7 +61,7 @@ def between(name: str, value: float, low: float, high: float = math.inf, *, open
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
-    """Refuse a value that is not among `choices`, naming the nearest of them."""
+    """Raise for a value that is not among `choices`, naming the nearest of them."""
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(
@@ -45,7 +70,7 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return "; did you mean `x`?" for the choice most like `word`, or "" where none is alike.
+    """Return "; did you mean `x`?" for the choice most similar to `word`, or "" if none is similar.
 
     A dotted choice is also found by its last part: `nearest("lr", ["finetune.lr"])` names `finetune.lr`.
     """
@@ -59,15 +84,15 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def dotted_keys(cls: type) -> list[str]:
-    """Every key of a configuration class as it is written on the command line, for example `finetune.lr`."""
+    """Return every key of a configuration class as written on the command line, for example `finetune.lr`."""
     return list(_dotted_hints(cls))
 
 
 def config_from_dict(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
     """Build `cls` from a mapping of plain values, nested parts included; missing keys keep their defaults.
 
-    Lists become tuples and whole numbers become floats where the field asks for it; nothing else is converted. TOML has no null:
-    the word "none" stands for None where None is allowed and a text is not.
+    Lists become tuples and whole numbers become floats if the field asks for it; nothing else is converted. TOML has no
+    null: the string "none" means None if None is allowed and a string is not.
 
     Args:
         cls: A configuration dataclass.
@@ -128,6 +153,8 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
             rule = "be one value (in TOML, a name with dots stands in quotes)"
             require(f"{name}.{key}", rule, part, not isinstance(part, Mapping))
         return {key: _convert(args[1], part, f"{name}.{key}", root) for key, part in value.items()}
+    if hint is Any:
+        return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
@@ -142,7 +169,7 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
 
 
 def config_to_dict(config: object) -> dict[str, Any]:
-    """Return the configuration as plain JSON values: parts become dicts, tuples become lists; nothing is shared with it."""
+    """Return the configuration as plain JSON values, a deep copy: parts become dicts, tuples become lists."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"a configuration object is needed, but got {config!r}")
     values = {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
@@ -177,32 +204,24 @@ def with_overrides(config: T, overrides: Mapping[str, Any]) -> T:
     return config_from_dict(type(config), mapping)
 
 
-def parse_overrides(cls: type, words: Sequence[str]) -> dict[str, Any]:
-    """Read command-line words such as `--finetune.lr 1e-4` or `--finetune.lr=1e-4` as dotted overrides.
+def values_from_text(cls: type, text: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Convert the values of settings as they were written, `{"finetune.lr": ["1e-4"]}`, to the types of their fields.
 
-    A truth value is always written out (true or false), so that no word can mean its opposite. The values are only read here;
-    `with_overrides` checks them, with the same messages as for a file. Of a key given twice the last value counts.
+    A truth value is always written out (true or false), so that no argument can mean its opposite. The values are only read here;
+    `with_overrides` checks them, with the same messages as for a file.
+
+    Args:
+        cls: A configuration dataclass.
+        text: The arguments after each option, by dotted key.
 
     Raises:
-        ValueError: For an unknown key (the nearest good one is named) or a missing value.
+        ValueError: A key is unknown (the nearest one is named) or a value is missing.
     """
     hints = _dotted_hints(cls)
-    overrides: dict[str, Any] = {}
-    position = 0
-    while position < len(words):
-        flag, equals, value = words[position].partition("=")
-        position += 1
-        if not flag.startswith("--"):
-            raise ValueError(f"each setting must read --KEY VALUE, but got {flag!r} where a key was expected")
-        key = flag[2:].replace("-", "_")
+    for key in text:
         if key not in hints:
             raise ValueError(f"`{key}` must be a known key, but got an unknown one{nearest(key, hints)}")
-        values = [value] if equals else []
-        while not equals and position < len(words) and not words[position].startswith("--"):
-            values.append(words[position])
-            position += 1
-        overrides[key] = _read(hints[key], values, key)
-    return overrides
+    return {key: _read(hints[key], list(values), key) for key, values in text.items()}
 
 
 @functools.cache
@@ -218,7 +237,7 @@ def _dotted_hints(cls: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _read(hint: Any, words: list[str], name: str) -> Any:
-    """Words as a value of the kind that `hint` asks for; what does not read so stays text, for the check to refuse by name."""
+    """Convert text to the type that `hint` asks for; what cannot be converted stays text, for the check to reject by name."""
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
     optional = len(kinds) < len(typing.get_args(hint))
     kind = kinds[0] if optional else hint

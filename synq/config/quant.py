@@ -1,4 +1,4 @@
-"""Which numbers become low-bit and how they are rounded, as frozen values. Standard library only."""
+"""The configuration of quantization: bit-widths, ranges, rounding. Standard library only."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,16 +6,16 @@ from typing import Literal
 from synq.config.parsing import between, one_of, require
 
 WEIGHTS_ONLY = "last_bits=weights_only"
-"""The word of `QuantConfig.layer_label` that names no single layer: the activation before the last one has act_bits."""
+"""Part of `QuantConfig.layer_label` that names no single layer: the activation before the last layer has act_bits."""
 
 
-def ends_words(first_bits: int | None, last_bits: int | None) -> str:
-    """Return the widths of the first and last layer for people: "8/8", "-/8", or nothing where both are as the rest."""
+def first_last_label(first_bits: int | None, last_bits: int | None) -> str:
+    """Return the first/last layer bits as text: "8/8", "-/8", or "" if both are as the rest."""
     return f"{first_bits or '-'}/{last_bits or '-'}" if first_bits or last_bits else ""
 
 
-def protocol_words(protocol: str, first_bits: int | None, last_bits: int | None, layer_label: str = "") -> str:
-    """Return a protocol with what makes it one, for people: "A", "B (8/8)", "B (-/8, mixed)", "B (8/8, last_bits=weights_only)".
+def protocol_label(protocol: str, first_bits: int | None, last_bits: int | None, layer_label: str = "") -> str:
+    """Return a protocol with the settings that make it B: "A", "B (8/8)", "B (-/8, mixed)".
 
     Args:
         protocol: A or B.
@@ -23,7 +23,7 @@ def protocol_words(protocol: str, first_bits: int | None, last_bits: int | None,
         layer_label: As `QuantConfig.layer_label`.
     """
     named = layer_label.split()
-    words = [ends] if (ends := ends_words(first_bits, last_bits)) else []
+    words = [ends] if (ends := first_last_label(first_bits, last_bits)) else []
     words += ["mixed"] if {*named} - {WEIGHTS_ONLY} else []
     words += [WEIGHTS_ONLY] if WEIGHTS_ONLY in named else []
     return protocol + (f" ({', '.join(words)})" if words else "")
@@ -31,38 +31,47 @@ def protocol_words(protocol: str, first_bits: int | None, last_bits: int | None,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
-    """Which numbers become low-bit, at which width, and how their ranges are found."""
+    """Bit-widths, quantization points, and how ranges and rounding are chosen."""
 
     weight_bits: int = 4
     """Bits of the weights, 2 to 8."""
     act_bits: int = 4
     """Bits of the activations, 2 to 8."""
     first_bits: int | None = None
-    """Bits of the first layer's weights and input (under act_points relu the image is float); None is the same as the rest (protocol A)."""
+    """Bits of the first layer's weights and input (under act_points relu the image is float); None is the same as the
+    rest (protocol A)."""
     last_bits: int | None = None
     """Bits of the last layer's weights and input; None is the same as the rest (protocol A)."""
     last_bits_for_input: bool = True
-    """Under act_points relu, whether last_bits is also the width of the non-linearity that the last layer reads (QDrop); else act_bits."""
+    """Under act_points relu, whether last_bits is also the width of the non-linearity that the last layer reads
+    (QDrop); else act_bits."""
     layer_weight_bits: dict[str, int] = field(default_factory=dict)
-    """Bits of the weights of single layers, by name or pattern, whatever weight_bits, first_bits and last_bits say; as words: conv1=8 'stage1*=6'."""
+    """Bits of the weights of single layers, by name or pattern, whatever weight_bits, first_bits and last_bits say; as
+    words: conv1=8 'stage1*=6'."""
     layer_act_bits: dict[str, int] = field(default_factory=dict)
-    """Bits of single activations: under act_points inputs by the layer that reads it, under relu by the node of the non-linearity (`synq inspect`)."""
+    """Bits of single activations: under act_points inputs by the layer that reads it, under relu by the node of the
+    non-linearity (`synq inspect`)."""
     act_points: Literal["relu", "inputs"] = "relu"
-    """Which activations are low-bit: relu (after every non-linearity) or inputs (the input of every convolution and linear layer)."""
+    """Which activations are low-bit: relu (after every non-linearity) or inputs (the input of every convolution and
+    linear layer)."""
     weight_range: Literal["minmax", "mse"] = "minmax"
-    """Range of the weights per output channel: smallest and largest value, or clipped to the least quantization error."""
+    """Range of the weights per output channel: smallest and largest value, or clipped to the least quantization
+    error."""
     act_range: Literal["minmax", "mse"] = "mse"
     """Range of each activation: smallest and largest value seen, or clipped to the least quantization error."""
     mse_norm: float = 2.4
-    """Exponent p of the quantization error |x - x_q|^p that a clipped range minimises."""
+    """Exponent p of the quantization error |x - x_q|^p that a clipped range minimizes."""
     calib_images: int = 256
     """Synthetic images on which activation ranges are observed, at most; afterwards they are frozen."""
     equalization: bool = False
-    """Whether channels between two convolutions are scaled to like ranges before rounding, with the same function (cross-layer)."""
+    """Whether channels between two convolutions are scaled to like ranges before rounding, with the same function
+    (cross-layer)."""
     bn_correction: bool = False
-    """Whether the rounded student's batch-norm scale and shift are set so that it sees the teacher's statistics; kept where KL falls."""
+    """Whether the rounded student's batch-norm scale and shift are set so that it sees the teacher's statistics; kept
+    where KL falls."""
     learned_steps: Literal["none", "activations", "all"] = "none"
-    """Quantization steps that are trained with the weights (LSQ): none (protocol A), activations, or all (weights too)."""
+    """Quantization steps that are trained with the weights (LSQ): none (protocol A), activations, or all (weights
+    too)."""
     rounding: Literal["nearest", "adaround"] = "nearest"
     """How weights become integers before fine-tuning: nearest (protocol A), or learned block by block (adaround)."""
 
@@ -84,12 +93,12 @@ class QuantConfig:
 
     @property
     def label(self) -> str:
-        """Short name of the widths, for example W4A4."""
+        """Return the bit-widths in short, for example W4A4."""
         return f"W{self.weight_bits}A{self.act_bits}"
 
     @property
     def protocol(self) -> str:
-        """A: every layer has the low width, ranges are static; B: another width in a layer, or learned steps or rounding."""
+        """Return A if all bit-widths are the same, ranges static and rounding to nearest; else B."""
         first = self.first_bits in (None, self.weight_bits) and self.first_bits in (None, self.act_bits)
         last = self.last_bits in (None, self.weight_bits) and self.last_bits in (None, self.act_bits)
         static = self.learned_steps == "none" and self.rounding == "nearest"
@@ -100,7 +109,7 @@ class QuantConfig:
 
     @property
     def layer_label(self) -> str:
-        """The widths of single layers in words, for example "conv1=W8 head*=W8 relu=A8"; empty where none is another one (protocol A)."""
+        """Return the bit-widths of single layers as text, for example "conv1=W8 head*=W8 relu=A8"; "" in protocol A."""
         if self.protocol == "A":
             return ""
         named = [(self.layer_weight_bits, "W"), (self.layer_act_bits, "A")]
@@ -114,7 +123,7 @@ class ReconstructionConfig:
     """How rounding is learned, block by block, where `quant.rounding` is adaround."""
 
     iterations: int = 500
-    """Optimiser steps per block."""
+    """Optimizer steps per block."""
     batch_size: int = 32
     """Images per step."""
     images: int = 1024

@@ -1,20 +1,20 @@
-"""What a run is: frozen values, checked where they are defined. Standard library only, so that every door may import it.
+"""The configuration of a run: frozen dataclasses, validated where they are defined. Standard library only.
 
-A configuration is a `RunConfig` of seven parts. Mappings (TOML, JSON, dotted overrides) become one through `config_from_dict`, which
-is strict: an unknown key or a value of another type is refused, never dropped or guessed.
+A configuration is a `RunConfig` of seven parts. Mappings (TOML, JSON, dotted overrides) become one through
+`config_from_dict`, which is strict: an unknown key or a value of another type is rejected, never dropped or guessed.
 """
 
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from synq.config.file_kinds import read_as
 from synq.config.finetune import FinetuneConfig
-from synq.config.identity import config_digest, make_absolute, settings_of_its_day
+from synq.config.identity import DIGEST_FORMAT, config_digest, make_absolute
 from synq.config.parsing import between as _between
-from synq.config.parsing import config_from_dict, config_to_dict, load_config, parse_bits, with_overrides
+from synq.config.parsing import check_format, config_from_dict, config_to_dict, load_config, parse_bits, with_overrides
 from synq.config.parsing import one_of as _one_of
 from synq.config.parsing import require as _require
 from synq.config.quant import QuantConfig, ReconstructionConfig
@@ -45,9 +45,11 @@ class TeacherConfig:
     """The pre-trained classifier that is to be quantized."""
 
     spec: str = "bundled:digits_resnet8"
-    """Which model: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, FILE.py:FACTORY or PACKAGE.MODULE:FACTORY."""
+    """Which model: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, FILE.py:FACTORY or
+    PACKAGE.MODULE:FACTORY."""
     weights: str | None = None
-    """Weights file (.safetensors, .pth, .th), a weights name of torchvision such as IMAGENET1K_V1, or random (untrained)."""
+    """Weights file (.safetensors, .pth, .th), a weights name of torchvision such as IMAGENET1K_V1, or random
+    (untrained)."""
     num_classes: int | None = None
     """Number of classes, where the model cannot tell."""
     input_size: tuple[int, int, int] | None = None
@@ -55,9 +57,11 @@ class TeacherConfig:
     mean: tuple[float, ...] | None = None
     """Mean per channel, on the scale 0..1, that was subtracted when the teacher was trained. Never guessed."""
     std: tuple[float, ...] | None = None
-    """Standard deviation per channel, on the scale 0..1, by which the teacher's training images were divided. Never guessed."""
+    """Standard deviation per channel, on the scale 0..1, by which the teacher's training images were divided. Never
+    guessed."""
     cam_layer: str | None = None
-    """Module or graph node whose output the class activation map is taken from; None finds it by the model's structure."""
+    """Module or graph node whose output the class activation map is taken from; None finds it by the model's
+    structure."""
     output: str | None = None
     """Where the logits are in what the model returns: key, position or attribute; None where it returns just them."""
 
@@ -91,21 +95,24 @@ class EvaluationConfig:
     """What the result is measured on. Nothing here changes the student."""
 
     dataset: str | None = None
-    """Labelled set: digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH, npz:FILE; none for no labels; None for the teacher's own."""
+    """Labeled set: digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH, npz:FILE; none for no labels; None for
+    the teacher's own."""
     data_dir: str | None = None
     """Folder that holds the files of cifar10, cifar100 and fashion-mnist."""
     num_images: int | None = None
-    """Use only the first images of the labelled set; None is all of them."""
+    """Use only the first images of the labeled set; None is all of them."""
     batch_size: int = 256
     """Images per forward pass over all processes together."""
     heldout_images: int = 256
     """Synthetic images of other seeds on which the fidelity to the teacher is measured."""
     objective: Literal["synthetic", "selection"] = "synthetic"
-    """What a sweep optimises: synthetic (fidelity to the teacher on held-out synthetic images) or selection (top-1 on a part of the labelled set)."""
+    """What a sweep optimizes: synthetic (fidelity to the teacher on held-out synthetic images) or selection (top-1 on a
+    part of the labeled set)."""
     fidelity_measure: Literal["kl", "kl_t4", "jensen_shannon", "disagreement", "logit_mse"] = "kl"
-    """Measure of objective synthetic, lower is better: KL at temperature 1 or 4, Jensen-Shannon (nats), disagreement (percent), logit_mse."""
+    """Measure of objective synthetic, lower is better: KL at temperature 1 or 4, Jensen-Shannon (nats), disagreement
+    (percent), logit_mse."""
     selection_fraction: float = 0.2
-    """Part of the labelled set used for objective selection; the reported top-1 is measured on the rest."""
+    """Part of the labeled set used for objective selection; the reported top-1 is measured on the rest."""
     every_epoch: bool = False
     """Whether the objective is measured after every epoch, not only after the last."""
 
@@ -117,8 +124,8 @@ class EvaluationConfig:
         _between("evaluation.selection_fraction", self.selection_fraction, 0.01, 0.99)
         _one_of("evaluation.objective", self.objective, ("synthetic", "selection"))
         _one_of("evaluation.fidelity_measure", self.fidelity_measure, FIDELITY_MEASURES)
-        labelled = self.objective == "synthetic" or self.dataset != "none"
-        _require("evaluation.objective", "be synthetic where `evaluation.dataset` is none", self.objective, labelled)
+        labeled = self.objective == "synthetic" or self.dataset != "none"
+        _require("evaluation.objective", "be synthetic where `evaluation.dataset` is none", self.objective, labeled)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +161,7 @@ class RuntimeConfig:
             _between("runtime.num_threads", self.num_threads, 1)
 
 
-PLACES = ("teacher.spec", "teacher.weights", "evaluation.dataset", "evaluation.data_dir", "runtime.store_dir")
+PATH_SETTINGS = ("teacher.spec", "teacher.weights", "evaluation.dataset", "evaluation.data_dir", "runtime.store_dir")
 """Settings of a run that say where something lies. It may be moved afterwards: digests tell whether it is the same."""
 
 
@@ -196,18 +203,23 @@ class RunConfig:
 def load_run(path: str | Path) -> RunConfig:
     """Read the settings of one run from a TOML or JSON file; keys that it leaves out have their defaults.
 
-    A part of a JSON file with every key but some that came later is what a run wrote about itself (config.json) before they came: they
-    mean what was done then, and the run is the same.
+    A `config.json` that a run wrote holds every key and the format number of its version.
 
     Raises:
-        OSError, ValueError: As `load_config` and `config_from_dict`.
+        OSError, ValueError: As `load_config` and `config_from_dict`; or a run of another version of SynQ wrote the
+            file.
     """
     content = load_config(path)
+    if Path(path).suffix == ".json" and ("format" in content or _is_incomplete(content)):
+        cure = "write the settings that you want into a new file and run it again"
+        check_format(path, "the settings of a run", content.pop("format", None), DIGEST_FORMAT, cure)
     with read_as("run", content, path):
-        config = config_from_dict(RunConfig, content, source=str(path))
-    if Path(path).suffix != ".json":
-        return config
-    filled = settings_of_its_day(content)
-    parts = {part: keys for part, keys in config_to_dict(config).items() if isinstance(keys, dict) and part in content}
-    whole = [part for part, keys in parts.items() if filled[part].keys() >= keys.keys()]
-    return config_from_dict(RunConfig, {**content, **{part: filled[part] for part in whole}}, source=str(path))
+        return config_from_dict(RunConfig, content, source=str(path))
+
+
+def _is_incomplete(content: dict[str, Any]) -> bool:
+    """Return whether a mapping has every part of a run, as no one writes by hand, but lacks keys of a part."""
+    whole = config_to_dict(RunConfig())
+    parts = {key: keys for key, keys in whole.items() if isinstance(keys, dict)}
+    named = whole.keys() <= content.keys() and all(isinstance(content[part], dict) for part in parts)
+    return named and any(keys.keys() - content[part].keys() for part, keys in parts.items())

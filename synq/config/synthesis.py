@@ -6,7 +6,7 @@ from typing import Literal
 from synq.config.parsing import between, one_of
 
 PIXEL_METHODS = ("inversion", "zeroq")
-"""Those that optimise pixels, which begin as noise."""
+"""Those that optimize pixels, which begin as noise."""
 SYNTHESIS_METHODS = ("inversion", "zeroq", "gdfq", "genie", "gaussian")
 
 
@@ -15,28 +15,33 @@ class SynthesisConfig:
     """How the synthetic images are made. Everything here, the teacher and `data_seed` decide which set is used."""
 
     method: Literal["inversion", "zeroq", "gdfq", "genie", "gaussian"] = "inversion"
-    """What makes the images: inversion (pixels optimised for statistics and labels, the paper's), zeroq (pixels, statistics alone), gdfq
-    (a conditional generator), genie (latents and their generator), gaussian (plain noise, to compare with)."""
+    """What makes the images: inversion (pixels optimized for statistics and labels, the paper's), zeroq (pixels,
+    statistics alone), gdfq (a conditional generator), genie (latents and their generator), gaussian (plain noise, to
+    compare with)."""
     num_images: int = 1024
     """Number of training images to make."""
     shard_size: int = 256
-    """Images optimised together; batch-norm statistics are matched over one shard, so larger is better until memory ends."""
+    """Images optimized together; batch-norm statistics are matched over one shard, so larger is better until memory
+    ends."""
     iterations: int = 100
-    """Optimiser steps per shard."""
+    """Optimizer steps per shard."""
     lr: float = 0.1
-    """Learning rate of Adam on the pixels (normalised units) or the latents; of gdfq, which has neither, on its centers' pixels."""
+    """Learning rate of Adam on the pixels (normalized units) or the latents; of gdfq, which has neither, on its
+    centers' pixels."""
     generator_lr: float = 0.01
     """Learning rate of Adam on the weights of a generator (gdfq, genie)."""
     latent_dim: int = 128
     """Numbers behind each image of a generator (gdfq, genie)."""
     swing_conv: bool | None = None
-    """Whether strided convolutions of the teacher see randomly shifted inputs during synthesis; None: for genie alone."""
+    """Whether strided convolutions of the teacher see randomly shifted inputs during synthesis; None: for genie
+    alone."""
     start: Literal["fitted", "white"] = "fitted"
-    """What optimised pixels begin as: noise whose falloff over frequency, colours, contrast and mean fit the teacher's statistics, or white
-    noise N(0, 1), the paper's, which wants several times as many steps, at `lr` 0.2 to 0.5. Where generators or gaussian make the images it
-    counts for centers and for the held-out images."""
+    """What optimized pixels begin as: noise whose falloff over frequency, colors, contrast and mean fit the teacher's
+    statistics, or white noise N(0, 1), the paper's, which wants several times as many steps, at `lr` 0.2 to 0.5. Where
+    generators or gaussian make the images it counts for centers and for the held-out images."""
     schedule: Literal["cosine", "plateau"] = "cosine"
-    """How the learning rate falls: by a cosine to 0 over the iterations, or at each plateau of the loss (the paper's; wants 1,000)."""
+    """How the learning rate falls: by a cosine to 0 over the iterations, or at each plateau of the loss (the paper's;
+    wants 1,000)."""
     plateau_patience: int = 50
     """Steps without improvement after which the learning rate falls."""
     plateau_factor: float = 0.1
@@ -44,21 +49,24 @@ class SynthesisConfig:
     bns_weight: float = 1.0
     """Weight of the batch-norm-statistics loss; it belongs to `bns_form`."""
     bns_form: Literal["std_sum", "var_mean"] = "std_sum"
-    """std_sum: squared distances of means and standard deviations, summed over channels; var_mean: variances, averaged."""
+    """std_sum: squared distances of means and standard deviations, summed over channels; var_mean: variances,
+    averaged."""
     inception_weight: float = 0.05
-    """Weight of the cross-entropy to the assigned label; 0 leaves only the batch-norm statistics. At 1 nearly every image is certain."""
+    """Weight of the cross-entropy to the assigned label; 0 leaves only the batch-norm statistics. At 1 nearly every
+    image is certain."""
     hard_sample_gamma: float = 0.0
     """Exponent of the hard-sample weight (1 - p)^gamma on the cross-entropy; 0 is the plain cross-entropy."""
     calib_centers: bool = False
-    """Whether one optimised image per class supplies a second statistics target for the deep layers."""
+    """Whether one optimized image per class supplies a second statistics target for the deep layers."""
     center_iterations: int = 200
-    """Optimiser steps for the calibration centers."""
+    """Optimizer steps for the calibration centers."""
     center_weight: float = 1.0
     """Weight of the second statistics target."""
     center_depth: float = 0.5
     """Share of the batch-norm layers, deepest first, that get the second target."""
     augment: Literal["none", "flip_shift"] = "none"
-    """Whether each step sees the images flipped and shifted at random; it then takes several times as many steps to the same statistics."""
+    """Whether each step sees the images flipped and shifted at random; it then takes several times as many steps to the
+    same statistics."""
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -84,7 +92,7 @@ class SynthesisConfig:
 
     @property
     def assigns_labels(self) -> bool:
-        """Whether labels are assigned before and their loss counts; otherwise they are the teacher's answers to the images."""
+        """Whether labels are assigned before and their loss counts; otherwise they are the teacher's predictions."""
         return self.method not in ("zeroq", "gaussian")
 
     @property

@@ -37,7 +37,7 @@ def sequential() -> nn.Module:
 
 
 def one_channel() -> nn.Module:
-    """Grey images."""
+    """Gray images."""
     return nn.Sequential(*_block(1, 16), *_block(16, 32, 2), *_head(32))
 
 

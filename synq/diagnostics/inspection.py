@@ -5,10 +5,10 @@ from typing import Any
 from torch import fx
 
 from synq.common.text_tables import Row
-from synq.config.quant import protocol_words
+from synq.config.quant import protocol_label
 from synq.config.run import QuantConfig
 from synq.network.bn_stats import bn_targets
-from synq.network.tracing import node_module
+from synq.network.op_traits import node_module
 from synq.quant.cost import FLOAT_BITS, TensorRow, float_bytes
 from synq.quant.student import Student
 from synq.teacher.teacher import Teacher
@@ -86,14 +86,14 @@ def summary(found: dict[str, Any]) -> str:
         else "none, the CAM term is off"
     )
     named = f" ({student['layer_bits']})" if student["layer_bits"] else ""
-    protocol = protocol_words(student["protocol"], student["first_bits"], student["last_bits"])
+    protocol = protocol_label(student["protocol"], student["first_bits"], student["last_bits"])
     floats: dict[str, int] = {}
     for row in rows:
         if row["output_bits"] == FLOAT_BITS:
             floats[row["kind"]] = floats.get(row["kind"], 0) + 1
     lines = {
         "teacher": f"{teacher['spec']}: {teacher['parameters']:,} parameters, {_mib(teacher['bytes'])}, {teacher['classes']} classes",
-        "images": f"{size}, normalised (x - {_numbers(teacher['mean'])}) / {_numbers(teacher['std'])}",
+        "images": f"{size}, normalized (x - {_numbers(teacher['mean'])}) / {_numbers(teacher['std'])}",
         "synthesis": f"guided by {len(norms['batch_norms'])} batch norms of {norms['channels']:,} channels",
         "map": f"{at}; {cam['reason']}",
         "student": (

@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, fx, nn
 
-from synq.config.run import RunConfig
 from synq.diagnostics.probe_parts import (
     NUM_BINS,
     REACH,
@@ -29,18 +28,16 @@ from synq.diagnostics.probe_parts import (
     RangeCount,
     Spectra,
 )
+from synq.evaluation.fidelity import logits_of, sqnr_db
 from synq.evaluation.measure import Measure
 from synq.finetune.responses import TappedNetwork, teacher_response
-from synq.mixed_precision.sensitivity import logits_of, sqnr_db
 from synq.network.tracing import with_features
-from synq.pipeline import build_student, low_pass
 from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.quant.prepare import prepare_student
-from synq.quant.student import Student
-from synq.runs.finished import open_run, synthetic_sets
-from synq.runs.record import RunRecord
+from synq.quant.student import Student, build_student
+from synq.runs.finished import Run, open_run
 from synq.synthesis.lowpass import cutoff_in_bins
-from synq.teacher.teacher import Teacher
+from synq.synthesis.run_sets import low_pass
 
 NUM_IMAGES, LEAST_IMAGES = 1024, 64
 """Images that teacher and student are asked about: many small ones, few large ones."""
@@ -56,7 +53,9 @@ BATCH, LAYER_BATCH = 64, 4
 T = TypeVar("T")
 
 
-def probe_run(folder: str | Path, places: Mapping[str, Any] | None = None, num_images: int | None = None) -> Probe:
+def probe_run(
+    folder: str | Path, path_overrides: Mapping[str, Any] | None = None, num_images: int | None = None
+) -> Probe:
     """Look into a finished run, on the CPU.
 
     Args:
@@ -67,11 +66,11 @@ def probe_run(folder: str | Path, places: Mapping[str, Any] | None = None, num_i
     Raises:
         FileNotFoundError, ValueError: As ``open_run``: without teacher and student there is nothing to look into.
     """
-    _, record, config, teacher, student = open_run(folder, places)
-    bounded = max(LEAST_IMAGES, min(NUM_IMAGES, NUM_PIXELS // math.prod(teacher.input_size)))
-    seen = _Seen(record, config, teacher, student, num_images or bounded)
+    run = open_run(folder, path_overrides)
+    bounded = max(LEAST_IMAGES, min(NUM_IMAGES, NUM_PIXELS // math.prod(run.teacher.input_size)))
+    seen = _Seen(run, num_images or bounded)
     return Probe(
-        record=record,
+        record=run.record,
         images=_or_why(seen.grid),
         spectra=_or_why(seen.spectra),
         answers=_or_why(seen.answers),
@@ -91,41 +90,40 @@ def _or_why(part: Callable[[], T]) -> T | str:
 class _Seen:
     """A run opened, and the images that its parts are computed on."""
 
-    def __init__(
-        self, record: RunRecord, config: RunConfig, teacher: Teacher, student: Student, num_images: int
-    ) -> None:
-        self.record, self.config, self.teacher, self.student = record, config, teacher, student
+    def __init__(self, run: Run, num_images: int) -> None:
+        self.run, self.record, self.config = run, run.record, run.config
+        self.teacher, self.student = run.teacher, run.student
         self.num_images = num_images
         self.no_labels = ""
 
     @functools.cached_property
     def _sets(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Images and labels of the held-out and of the training set."""
-        heldout, train = synthetic_sets(self.config, self.teacher, self.record)
+        train, heldout = self.run.synthetic_sets()
         return (heldout.images, heldout.labels), (train.images, train.labels)
 
     @functools.cached_property
-    def _labelled(self) -> tuple[Tensor, Tensor] | None:
-        """Labelled images that accuracy is reported on, evenly spread, where the run has some that still can be read."""
+    def _labeled(self) -> tuple[Tensor, Tensor] | None:
+        """Labeled images that accuracy is reported on, evenly spread, where the run has some that still can be read."""
         try:
             measure = Measure.prepare(self.config.evaluation, self.teacher, Accelerator(cpu=True))
         except (ValueError, OSError) as error:
-            self.no_labels = f" (the labelled ones cannot be read: {' '.join(str(error).split())})"
+            self.no_labels = f" (the labeled ones cannot be read: {' '.join(str(error).split())})"
             return None
-        if measure.labelled is None:
+        if measure.labeled is None:
             return None
         if measure.labels_digest != self.record.eval_digest:
-            self.no_labels = " (the labelled ones are others than the run was measured on)"
+            self.no_labels = " (the labeled ones are others than the run was measured on)"
             return None
         rows = _spread(measure.reported, self.num_images)
-        return measure.labelled.batch(rows)
+        return measure.labeled.batch(rows)
 
     @functools.cached_property
     def _questions(self) -> tuple[str, bool, Tensor, Tensor]:
-        """Images that both networks answer, with their labels: labelled ones, else held-out synthetic ones."""
-        labelled = self._labelled
-        if labelled is not None:
-            return "labelled images", True, *labelled
+        """Images that both networks answer, with their labels: labeled ones, else held-out synthetic ones."""
+        labeled = self._labeled
+        if labeled is not None:
+            return "labeled images", True, *labeled
         images, labels = self._sets[0]
         rows = _spread(torch.arange(len(labels)), self.num_images)
         return f"held-out synthetic images{self.no_labels}", False, images[rows], labels[rows]
@@ -154,9 +152,9 @@ class _Seen:
         kinds = {"synthetic": images, "filtered": low_pass(images, self.config, None)}
         if self.config.finetune.lowpass_cutoff is None:
             del kinds["filtered"]
-        labelled = self._labelled
-        if labelled is not None:
-            kinds["labelled (only looked at here)"] = labelled[0]
+        labeled = self._labeled
+        if labeled is not None:
+            kinds["labeled (only looked at here)"] = labeled[0]
         amplitudes = {name: _amplitude(part) for name, part in kinds.items()}
         settings, (height, width) = self.config.finetune, images.shape[2:]
         cutoff = settings.lowpass_cutoff
@@ -168,12 +166,12 @@ class _Seen:
         )
 
     def answers(self) -> Answers:
-        source, labelled, images, labels = self._questions
+        source, labeled, images, labels = self._questions
         told, got = logits_of(self.teacher.graph, images), logits_of(self.student.net, images)
         sure = told.double().softmax(1).gather(1, labels[:, None])[:, 0]
         arrays = (labels.numpy(), told.argmax(1).numpy(), got.argmax(1).numpy(), (1 - sure).numpy())
         names = ("labels", "teacher", "student", "difficulty")
-        return Answers(source=source, labelled=labelled, **dict(zip(names, arrays, strict=True)))
+        return Answers(source=source, labeled=labeled, **dict(zip(names, arrays, strict=True)))
 
     def maps(self) -> Maps:
         site = self.teacher.cam
@@ -274,7 +272,7 @@ class _Seen:
         return scale * (quantizer.quant_min - zero), scale * (quantizer.quant_max - zero)
 
     def _bright(self, images: Tensor) -> np.ndarray:
-        """Normalised images (N, C, H, W) as brightness, black 0 and white 1: (N, H, W, 3), or 1 for other numbers of channels."""
+        """Normalized images (N, C, H, W) as brightness, black 0 and white 1: (N, H, W, 3), or 1 for other numbers of channels."""
         black, white = self.teacher.pixel_range()
         bright = (images - black) / (white - black)
         bright = bright if bright.shape[1] == 3 else bright[:, :1]

@@ -54,13 +54,13 @@ class Answers:
 
     Attributes:
         source: What the images are, in words.
-        labelled: Whether `labels` are true ones; else they are the classes that the images were made for.
+        labeled: Whether `labels` are true ones; else they are the classes that the images were made for.
         labels, teacher, student: (N,) classes.
         difficulty: (N,) 1 - the teacher's probability of the label.
     """
 
     source: str
-    labelled: bool
+    labeled: bool
     labels: np.ndarray
     teacher: np.ndarray
     student: np.ndarray

@@ -1,9 +1,10 @@
-"""A whole run in miniature: does everything work on this classifier, from its images to files that an engine runs?
+"""Smoke run: a whole run in miniature, from the synthetic images to files that an engine runs.
 
-    load_teacher [-> statistics of noise] -> exact? -> W8A8 -> W4A4 run (synthesis, two fine-tuning steps, evaluation) -> export
+    load_teacher [-> statistics of noise] -> exact? -> W8A8 -> W4A4 run (synthesis, fine-tuning, evaluation) -> export
 
-Its figures say that something works, not how well: eight images, two iterations. Random weights get batch-norm statistics of noise first;
-without them the signal of a deep network dies out or explodes on the way, and nothing could be compared.
+Its metrics tell whether everything works, not how well: eight images, two iterations. Random weights get batch-norm
+statistics of noise first; without them the signal of a deep network dies out or explodes on the way, and nothing could
+be compared.
 """
 
 import copy
@@ -28,72 +29,76 @@ from synq.config.run import (
     SynthesisConfig,
     TeacherConfig,
 )
+from synq.evaluation.fidelity import logits_of, sqnr_db
 from synq.export.export import ExportOptions, export_run
-from synq.mixed_precision.sensitivity import logits_of, scan_quantizers, sqnr_db
+from synq.mixed_precision.sensitivity import scan_quantizers
 from synq.network.bn_stats import bn_targets
-from synq.pipeline import build_student, run, run_folder, set_names, set_store
+from synq.pipeline import run
 from synq.quant.layers import quantizers_bypassed
-from synq.quant.student import observe_ranges
+from synq.quant.student import build_student, observe_ranges
+from synq.runs.record import run_folder
+from synq.synthesis.run_sets import set_names, set_store
 from synq.teacher.sources import RANDOM
 from synq.teacher.teacher import Teacher, load_teacher
 
 IMAGES, ITERATIONS, STEPS = 8, 2, 2
 NOISE_IMAGES = 16
-"""Images behind the statistics that random weights get."""
+"""Images that give random weights their batch-norm statistics."""
 GOOD_DB = 20.0
 """Ratio of signal to quantization noise of the logits at W8A8 below which the worst tensor is named."""
 SCANNED = 1
-"""Images on which every tensor is measured alone, for that: it is done a hundred times and more, and names the tensor, no figure of a table."""
-OK, REFUSED, FAILED = "works", "refused", "fails"
+"""Images on which every tensor is then measured alone: there are hundreds, and the result only names a tensor."""
+OK, REJECTED, FAILED = "works", "rejected", "fails"
 
 
-def rehearse(
+def smoke_run(
     config: RunConfig,
     folder: Path,
-    say: Callable[[str], None] = lambda stage: None,
+    on_stage: Callable[[str], None] = lambda stage: None,
     formats: Sequence[str] = ("onnx", "packed"),
 ) -> dict[str, Any]:
     """Do a run in miniature and export it.
 
     Args:
-        config: Its `teacher`, `quant` and `runtime` count; widths of `quant` are those of the run.
+        config: Its `teacher`, `quant` and `runtime` count; the bits of `quant` are those of the run.
         folder: An empty folder for its files.
-        say: Told each stage as it begins.
+        on_stage: Called with the name of each stage as it begins.
         formats: What is exported; writing and checking ONNX takes longer than all the rest.
 
     Returns:
-        teacher, status ("works", "refused" before any work, "fails" later), reason; as far as it came: input, classes, parameters, layers,
-        batch_norms, cam, exact (the student without rounding is the teacher, bit for bit), sqnr_db and agreement (percent) at W8A8, loss, bits,
-        export, seconds, note; error, the exception behind the reason, where there is one.
+        teacher, status ("works", "rejected" before any work, "fails" later), reason; as far as it came: input, classes,
+        parameters, layers, batch_norms, cam, exact (the student without rounding is the teacher, bit for bit), sqnr_db
+        and agreement (percent) at W8A8, loss, bits, export, seconds, note; error, the exception behind the reason,
+        where there is one.
 
     Raises:
         ValueError: A format is unknown, or its packages are missing.
     """
-    options = ExportOptions(formats=formats, rounds=0, beside_float=False)
+    options = ExportOptions(formats=formats, rounds=0, with_float=False)
     started = time.perf_counter()
-    row: dict[str, Any] = {"teacher": config.teacher.spec, "status": REFUSED, "reason": ""}
+    row: dict[str, Any] = {"teacher": config.teacher.spec, "status": REJECTED, "reason": ""}
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
     try:
-        say("load")
+        on_stage("load")
         teacher = load_teacher(config.teacher)
         row |= _facts(teacher)
         build_student(teacher, config.quant)
         row["status"] = FAILED
         if config.teacher.weights == RANDOM:
-            say("statistics of noise for random weights")
+            on_stage("statistics of noise for random weights")
             config = replace(config, teacher=_with_statistics(teacher, config.teacher, folder / "weights.safetensors"))
             teacher = load_teacher(config.teacher)
-        say("compare with the teacher bit for bit")
+        on_stage("compare with the teacher bit for bit")
         row["exact"] = _is_exact(teacher, config.quant)
-        say("synthesis, fine-tuning, evaluation")
+        on_stage("synthesis, fine-tuning, evaluation")
         small = _small(config, folder)
         placed = replace(teacher, graph=copy.deepcopy(teacher.graph))  # on the run's device; ours stays for the rest
         record = run(small, teacher=placed)
         row |= {"bits": config.quant.label, "loss": record.loss_history[-1]["loss"]}
-        say("W8A8")
+        on_stage("W8A8")
         row |= _at_eight_bits(teacher, config.quant, _images(small, teacher))
-        say("export")
+        on_stage("export")
         _, exported = export_run(run_folder(small), options=options, teacher=teacher)
         row["export"] = ", ".join(file["container"] or file["format"] for file in exported.deployment["files"])
         if not row["exact"]:
@@ -101,7 +106,7 @@ def rehearse(
         elif not math.isfinite(row["loss"]):
             row["reason"] = "the loss of the fine-tuning is not finite"
         row["status"] = FAILED if row["reason"] else OK
-    except Exception as error:  # whatever goes wrong with somebody's network is what is asked for
+    except Exception as error:  # whatever goes wrong with a user's network is the result
         row |= {"reason": " ".join(str(error).split()) or type(error).__name__, "error": error}
     row["seconds"] = time.perf_counter() - started
     return row
@@ -152,7 +157,7 @@ def _is_exact(teacher: Teacher, quant: QuantConfig) -> bool:
 def _small(config: RunConfig, folder: Path) -> RunConfig:
     return replace(
         config,
-        name="rehearsal",
+        name="smoke-run",
         synthesis=SynthesisConfig(num_images=IMAGES, shard_size=IMAGES, iterations=ITERATIONS, start="white"),
         reconstruction=ReconstructionConfig(iterations=STEPS, images=IMAGES, batch_size=IMAGES // STEPS),
         finetune=FinetuneConfig(epochs=1, batch_size=IMAGES // STEPS),
@@ -162,7 +167,7 @@ def _small(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _at_eight_bits(teacher: Teacher, quant: QuantConfig, images: Tensor) -> dict[str, Any]:
-    """Compare the logits of a student at W8A8 with the teacher's, and name the worst tensor where they are far apart."""
+    """Compare the logits of a student at W8A8 with the teacher's; name the worst tensor where they are far apart."""
     net = build_student(teacher, QuantConfig(weight_bits=8, act_bits=8, act_points=quant.act_points)).net
     observe_ranges(net, images, act_range="minmax")
     reference, found = logits_of(teacher.graph, images), logits_of(net, images)

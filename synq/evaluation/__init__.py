@@ -1,1 +1,1 @@
-"""Measure students. Real, labelled images are read here and nowhere else."""
+"""Evaluation of students; the only package that reads real, labeled images."""

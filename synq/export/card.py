@@ -7,10 +7,11 @@ from statistics import mean, stdev
 from typing import Any
 
 from synq import __version__
+from synq.common.files import write_json_atomic, write_text_atomic
 from synq.common.text_tables import markdown_cell, to_markdown
-from synq.config.quant import protocol_words
+from synq.config.quant import protocol_label
 from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
-from synq.runs.record import RunRecord, read_record, write_json_atomic, write_text_atomic
+from synq.runs.record import RunRecord, read_record
 
 CARD_VERSION = 1
 FILE_COLUMNS = (
@@ -51,7 +52,7 @@ def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, A
         record: The run's record, with its deployment metrics.
         siblings: Completed runs with the same settings, one per seed, including this run.
     """
-    config = config_from_dict(RunConfig, record.config)  # an older record may lack what has come since
+    config = config_from_dict(RunConfig, record.config)
     tops = [run.top1 for run in siblings if run.top1 is not None]
     floats = [row for row in record.layers if row["bits"] == 32]
     return {
@@ -120,7 +121,7 @@ def card_markdown(values: Mapping[str, Any]) -> str:
     """
     accuracy, teacher, metrics = values["accuracy"], values["teacher"], values["deployment"]
     bits, quant = f"W{values['weight_bits']}A{values['act_bits']}", values["config"]["quant"]
-    protocol = protocol_words(values["protocol"], quant["first_bits"], quant["last_bits"])
+    protocol = protocol_label(values["protocol"], quant["first_bits"], quant["last_bits"])
     overrides = f"; except for {markdown_cell(values['layer_bits'])}" if values["layer_bits"] else ""
     lines = [f"# {markdown_cell(teacher['name'])}, {bits}", ""]
     statement = NOISE if values["images"] == "gaussian" else STATEMENT
@@ -283,8 +284,7 @@ def _stays_float(rows: Sequence[Mapping[str, Any]], norms: int) -> str:
     kinds: dict[str, int] = {}
     for row in rows:
         if row["kind"] not in ("BatchNorm2d", "BatchNorm1d", "batch_norm"):
-            kind = row["kind"].removeprefix("Quant")  # older records have it
-            kinds[kind] = kinds.get(kind, 0) + 1
+            kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
     listed = ", ".join(f"{number} {PLAIN_NAMES.get(kind, kind)}" for kind, number in kinds.items())
     kept = f"; {norms} batch norms, as a gain and a shift per channel" if norms else ""
     return f"outputs of {listed}; biases{kept}" if listed else f"biases{kept}"

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from synq.config.parsing import between, one_of
-from synq.config.run import PLACES
+from synq.config.run import PATH_SETTINGS
 from synq.evaluation.measure import Measure
 from synq.export.card import card_values, is_card, readable_record, siblings_of, write_card
 from synq.export.files import Checker, ExportedFile, export_onnx, export_packed, export_program
@@ -29,7 +29,7 @@ from synq.export.verify import Tolerance, latencies
 from synq.quant.cost import float_bytes
 from synq.quant.integer_form import integer_form
 from synq.quant.student import Student
-from synq.runs.finished import open_run, synthetic_sets
+from synq.runs.finished import open_run
 from synq.runs.record import DEPLOYED, RunRecord, read_record, write_record
 from synq.teacher.teacher import Teacher
 
@@ -59,7 +59,7 @@ class ExportOptions:
         tolerance: Largest accepted difference of a file from the student.
         rounds: Timed runs of each model; 0 measures no latency.
         threads: Threads of ONNX Runtime in timed runs; 0: its default.
-        beside_float: Whether the float teacher is exported to ONNX too, to measure size and latency; not kept.
+        with_float: Whether the float teacher is exported to ONNX too, to measure size and latency; not kept.
         places: Current paths of the run's teacher, images and labels, by configuration key, if they were moved.
         progress: Whether a terminal shows progress bars.
     """
@@ -69,13 +69,13 @@ class ExportOptions:
     tolerance: Tolerance = field(default_factory=Tolerance)
     rounds: int = 30
     threads: int = 0
-    beside_float: bool = True
-    places: Mapping[str, Any] = field(default_factory=dict)
+    with_float: bool = True
+    path_overrides: Mapping[str, Any] = field(default_factory=dict)
     progress: bool = False
 
     def __post_init__(self) -> None:
-        for key in self.places:
-            one_of("places", key, PLACES)
+        for key in self.path_overrides:
+            one_of("places", key, PATH_SETTINGS)
         for name in self.formats:
             one_of("formats", name, FORMATS)
         for name in self.containers:
@@ -121,20 +121,22 @@ def export_run(
         The folder, and the record with its deployment metrics.
 
     Raises:
-        ExportRefusedError: If a file differs from the student by more than the tolerance; no file is written then.
+        ExportRejectedError: If a file differs from the student by more than the tolerance; no file is written then.
         FileNotFoundError, ValueError, OSError: As `open_run`; OSError also if a file cannot be written.
     """
     options, accelerator = options or ExportOptions(), accelerator or Accelerator(cpu=True)
-    run, record, config, teacher, student = open_run(folder, options.places, teacher)
-    target = (Path(out) if out is not None else run / "export").resolve()
+    run = open_run(folder, options.path_overrides, teacher)
+    record, student = run.record, run.student
+    target = (Path(out) if out is not None else run.folder / "export").resolve()
     _check_target(target)
-    siblings, copies = siblings_of(record, run), _sweep_records(run, record)
+    siblings, copies = siblings_of(record, run.folder), _sweep_records(run.folder, record)
     with _draft_of(target) as draft:  # first, so that a place that cannot be written to costs no work
+        train_set, heldout = run.synthetic_sets()
         check = Checker(
             form=integer_form(student.net),
             simulated=student.net,
-            synthetic=torch.cat([part.images for part in synthetic_sets(config, teacher, record)]),
-            measure=Measure.prepare(config.evaluation, teacher, accelerator),
+            synthetic=torch.cat([heldout.images, train_set.images]),
+            measure=Measure.prepare(run.config.evaluation, run.teacher, accelerator),
             tolerance=options.tolerance,
             progress=options.progress,
         )
@@ -143,10 +145,10 @@ def export_run(
                 "`RUN` must have the labeled images with which it was evaluated, but they have changed or are missing: "
                 "give their current path with `--evaluation.dataset`"
             )
-        record = replace(record, deployment=_write_files(draft, record, teacher, student, check, options))
+        record = replace(record, deployment=_write_files(draft, record, run.teacher, student, check, options))
         write_card(draft, card_values(record, siblings))
         _publish(draft, target)
-    for path in (run / "record.json", *copies):
+    for path in (run.folder / "record.json", *copies):
         there = read_record(path)
         # An export of fewer formats keeps the columns that it did not measure.
         kept = {key: there.deployment.get(key) for key in DEPLOYED if record.deployment.get(key) is None}
@@ -192,7 +194,7 @@ def _write_files(
     if "torch" in options.formats:
         files.append(export_program(target / "model.pt2", integer_form(student.net, operations="torch"), size, check))
     metrics = _sizes(student, teacher, files)
-    if models and options.beside_float:
+    if models and options.with_float:
         float_model = write_onnx(integer_form(teacher.graph, operations="onnx"), size)
         metrics["float_onnx_bytes"] = len(float_model)
         if options.rounds:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from synq.common.files import write_bytes_atomic
 from synq.common.progress import passing_bar
 from synq.evaluation.measure import Measure
 from synq.export.packed import load_packed, save_packed
 from synq.export.verify import Comparison, Engine, Tolerance, compare, count_kernels, engine_of, open_session
-from synq.runs.record import write_bytes_atomic
 
 if TYPE_CHECKING:
     import onnx
@@ -28,7 +28,7 @@ Reader = Callable[[int, int], tuple[Tensor, Tensor | None]]
 """(start, stop) -> images and labels of these rows of a set; labels are None for synthetic images."""
 
 
-class ExportRefusedError(RuntimeError):
+class ExportRejectedError(RuntimeError):
     """The outputs of an exported file differ from those of its student by more than the tolerance."""
 
 
@@ -95,7 +95,7 @@ class Checker:
             One comparison for each set of images.
 
         Raises:
-            ExportRefusedError: If a comparison exceeds the tolerance.
+            ExportRejectedError: If a comparison exceeds the tolerance.
         """
         comparisons, sources = [], list(self._sources())
         passes = 1 if self.reference_logits else 3  # the first call also runs the student, in both of its forms
@@ -109,7 +109,7 @@ class Checker:
                 comparisons.append(self._compare(engine, source, parts, read, bar))
                 violation = self.tolerance.violation(comparisons[-1], self.simulation[source])
                 if violation:
-                    raise ExportRefusedError(f"{name} was not written: {violation}")
+                    raise ExportRejectedError(f"{name} was not written: {violation}")
         return tuple(comparisons)
 
     def _run_form(self, images: Tensor, bar: tqdm) -> Tensor:
@@ -129,7 +129,7 @@ class Checker:
     def _sources(self) -> Iterator[tuple[str, int, Reader]]:
         """Yield the name of each set of images, its size, and its reader."""
         yield "synthetic", len(self.synthetic), lambda start, stop: (self.synthetic[start:stop], None)
-        labeled, rows = self.measure.labelled, self.measure.reported
+        labeled, rows = self.measure.labeled, self.measure.reported
         if labeled is not None:
             yield "labeled", len(rows), lambda start, stop: labeled.batch(rows[start:stop])
 
@@ -149,7 +149,7 @@ def export_onnx(
         Metadata of the file, and its content.
 
     Raises:
-        ExportRefusedError: As `Checker`.
+        ExportRejectedError: As `Checker`.
         ValueError, OSError: If the file cannot be written.
     """
     from synq.export.onnx_graph import write_container
@@ -177,7 +177,7 @@ def export_packed(
         check: Compares the loaded network with the student.
 
     Raises:
-        ExportRefusedError: As `Checker`.
+        ExportRejectedError: As `Checker`.
         OSError: If the file cannot be written.
     """
     draft = path.with_name(f".{path.name}.draft")
@@ -200,7 +200,7 @@ def export_program(path: Path, form: fx.GraphModule, input_size: tuple[int, int,
         check: Compares the program with the student.
 
     Raises:
-        ExportRefusedError: As `Checker`.
+        ExportRejectedError: As `Checker`.
         OSError: If the file cannot be written.
     """
     shapes = ({0: torch.export.Dim("N", min=1)},)

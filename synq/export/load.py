@@ -5,10 +5,9 @@ from pathlib import Path
 
 from torch import fx
 
-from synq.config.identity import settings_of_its_day
 from synq.config.run import RunConfig, config_from_dict
 from synq.export.packed import load_packed, read_packed
-from synq.pipeline import build_student
+from synq.quant.student import build_student
 from synq.teacher.sources import RANDOM
 from synq.teacher.teacher import load_teacher
 
@@ -30,7 +29,7 @@ def load_student(path: str | Path, spec: str | None = None) -> fx.GraphModule:
     about = facts["about"]
     if "config" not in about:
         raise ValueError(f"a packed student must name its teacher, but {path} does not")
-    config = config_from_dict(RunConfig, settings_of_its_day(about["config"]), source=str(path))
+    config = config_from_dict(RunConfig, about["config"], source=str(path))
     architecture = replace(
         config.teacher,
         spec=spec or config.teacher.spec,

@@ -1,13 +1,18 @@
-"""The integer form of a student in one safetensors file, every code at its real width.
+"""The integer form of a student in one safetensors file, each weight code at its own bit-width.
 
-    <layer>.codes   uint8, the codes minus their smallest possible value, packed side by side (`packing.py`)
-    *.zero_point    int8, the zero points of all layers' channels, one behind the other in the order of `layers`
-    *.gain          float32, what follows the sum of a layer's channel (`integer_form.py`), likewise; those of batch norms behind them
-    *.shift         float32, likewise, of the layers that have one, and of batch norms
-    <name>          float32, whatever else the network holds, as PReLU slopes
+    <layer>.codes   uint8, the codes minus their smallest possible value, packed (`pack`)
+    *.zero_point    int8, the zero points of all layers' output channels, concatenated in the order of `layers`
+    *.gain          float32, the factor on each channel's accumulator (`integer_form.py`); then those of the batch norms
+    *.shift         float32, likewise, of the layers that have one and of the batch norms
+    <name>          float32, every other tensor of the network, such as PReLU slopes
 
-and in the header's metadata: `format` and `version`, `layers`, `activations` and `norms` (JSON: names, widths, shapes, scales), `structure` (SHA-256 of
-the graph), `about` (JSON: free), `digest` (SHA-256 over tensors and metadata). What computes with these numbers is not in the file: `load_packed` wants the network.
+The header's metadata: `format` and `version`, `layers`, `activations` and `norms` (JSON: names, bits, shapes, scales),
+`structure` (SHA-256 of the graph), `about` (JSON, free), `digest` (SHA-256 over tensors and metadata). The file does
+not hold the network: `load_packed` is given one.
+
+Packing: code i occupies the bits [i b, (i + 1) b) of the stream, least significant bit first; bit j of the stream is
+    bit j mod 8 of
+byte j div 8. Codes are stored unsigned, as code - quant_min, so the bytes are the same on every machine.
 """
 
 import hashlib
@@ -23,24 +28,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, fx
 
-from synq.export.packing import pack, unpack
+from synq.common.files import write_bytes_atomic
+from synq.config.parsing import check_format
 from synq.quant.integer_form import integer_form
 from synq.quant.integer_layers import ChannelAffine, Codes, IntegerActivation, IntegerLayer
-from synq.runs.record import write_bytes_atomic
 
-FORMAT, VERSION = "synq packed student", "2"
+FORMAT, VERSION = "synq packed student", 3
 
 
 def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any] | None = None) -> int:
-    """Write an integer form, by rename, and return the size of the file in bytes.
+    """Write an integer form atomically and return the size of the file in bytes.
 
     Args:
         path: The file.
         form: A network of ``integer_form``.
-        about: What else the file should say of itself, as plain JSON values.
+        about: Further metadata, as plain JSON values.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: The folder cannot be written, or the disk is full.
     """
     layers, activations = integer_parts(form)
     tensors: dict[str, Tensor] = {}
@@ -56,7 +61,7 @@ def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any]
     tensors |= _others(form)
     metadata = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": str(VERSION),
         "layers": _to_json(
             [
                 [name, layer.integer_weight.bits, list(layer.integer_weight.codes.shape), layer.shift is not None]
@@ -75,10 +80,11 @@ def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any]
 
 
 def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and metadata (`layers`, `activations`, `norms`, `about` as values) of a packed file, checked against its digest.
+    """Return tensors and metadata (`layers`, `activations`, `norms`, `about` as values) of a packed file, checked
+    against its digest.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file is missing.
         ValueError: It is damaged, of another kind or version.
     """
     path = Path(path)
@@ -93,11 +99,9 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"a packed student must be a safetensors file, but {path} is damaged: {error}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"a packed student must say that it is one, but {path} is some other safetensors file")
-    if metadata.get("version") != VERSION:
-        raise ValueError(
-            f"a packed student must be of version {VERSION}, but {path} is of version {metadata.get('version')}: "
-            "read it with the SynQ that wrote it"
-        )
+    version = metadata.get("version", "")
+    number = int(version) if version.isdigit() else None
+    check_format(path, "a packed student", number, VERSION, "run it again and export it")
     if metadata.pop("digest", None) != _digest(tensors, metadata):
         raise ValueError(f"a packed student must match its digest, but {path} does not: its content was changed")
     facts = {name: json.loads(metadata[name]) for name in ("layers", "activations", "norms", "about")}
@@ -105,12 +109,12 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
-    """Return the integer form that a packed file holds, bit by bit the one that was written.
+    """Return the integer form that a packed file holds, bitwise equal to the one that was written.
 
     Args:
         path: The file.
-        student: The network of a ``Student`` of the same teacher and widths; only its structure counts, its numbers are not used and
-            its ranges need not be observed.
+        student: The network of a ``Student`` of the same teacher and bit-widths; only its structure is used, not its
+            parameters, and its ranges need not be observed.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -132,11 +136,11 @@ def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
     channels_of = [[name, len(norm.gain)] for name, norm in norms.items()]
     if facts["norms"] != channels_of or facts["structure"] != _structure(form):
         raise ValueError(
-            f"a packed student must fit its network, but that of {path} computes something else than this one"
+            f"a packed student must fit its network, but {path} was written from a network that computes something else"
         )
-    widths = [shape[0] for _, _, shape in found]
-    zero_points = iter(tensors["*.zero_point"].split(widths))
-    channels = [*widths, *(len(norm.gain) for norm in norms.values())]
+    sizes = [shape[0] for _, _, shape in found]
+    zero_points = iter(tensors["*.zero_point"].split(sizes))
+    channels = [*sizes, *(len(norm.gain) for norm in norms.values())]
     shifted = [*(has_shift for *_, has_shift in facts["layers"]), *(True for _ in norms)]
     gains = iter(tensors["*.gain"].split(channels))
     shifts = iter(tensors["*.shift"].split([number for number, has in zip(channels, shifted, strict=True) if has]))
@@ -174,7 +178,7 @@ def channel_affines(form: fx.GraphModule) -> dict[str, ChannelAffine]:
 
 
 def _others(form: fx.GraphModule) -> dict[str, Tensor]:
-    """What the network holds besides its integer layers and its batch norms."""
+    """Return the tensors of the network except those of integer layers and batch norms."""
     layers, _ = integer_parts(form)
     parts = {"integer_weight.codes", "integer_weight.zero_point", "gain", "shift"}
     own = {f"{name}.{part}" for name in (*layers, *channel_affines(form)) for part in parts}
@@ -182,7 +186,7 @@ def _others(form: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def _structure(form: fx.GraphModule) -> str:
-    """Return 64 hexadecimal digits of what the network computes, its numbers apart: the graph, and the settings of its layers."""
+    """Return the SHA-256 digest of the graph and of the settings of its layers, without their tensors."""
     called = [form.get_submodule(str(node.target)) for node in form.graph.nodes if node.op == "call_module"]
     settings = [part.extra_repr() if isinstance(part, IntegerLayer) else repr(part) for part in called]
     settings = [
@@ -202,3 +206,45 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 def _to_json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Return the bytes that ``count`` codes of ``bits`` bits take."""
+    return -(-count * bits // 8)
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Return codes, any shape, in [0, 2^bits), as a row of bytes; unused bits of the last one are 0.
+
+    ``pack(np.array([1, 2, 3]), 3)`` gives the bytes 0b11010001 and 0: 1 + (2 << 3) + (3 << 6), of which 8 bits go in
+    the first.
+
+    Raises:
+        ValueError: If ``bits`` is not in [1, 8], or a code does not fit in it.
+    """
+    _check_bits(bits)
+    flat = np.asarray(codes).reshape(-1)
+    if flat.size and not (int(flat.min()) >= 0 and int(flat.max()) < 2**bits):
+        raise ValueError(f"codes must be in [0, {2**bits - 1}] for {bits} bits, but got {flat.min()} to {flat.max()}")
+    spread = np.unpackbits(flat.astype(np.uint8)[:, None], axis=1, count=bits, bitorder="little")
+    return np.packbits(spread.reshape(-1), bitorder="little")
+
+
+def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Return the ``count`` codes of ``bits`` bits in a row of bytes, as uint8 (count,).
+
+    Raises:
+        ValueError: If the row has another length than so many codes take.
+    """
+    _check_bits(bits)
+    if packed.size != packed_size(count, bits):
+        raise ValueError(
+            f"{count} codes of {bits} bits must take {packed_size(count, bits)} bytes, but got {packed.size}"
+        )
+    stream = np.unpackbits(packed.astype(np.uint8, copy=False), count=count * bits, bitorder="little")
+    return np.packbits(stream.reshape(count, bits), axis=1, bitorder="little").reshape(count)
+
+
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be in [1, 8], but got {bits}")

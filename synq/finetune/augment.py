@@ -1,4 +1,4 @@
-"""Random views of training images, drawn for a whole global batch at once, so that 1 and n processes see the same.
+"""Random augmentation of training images, drawn for a whole global batch at once, so that 1 and n processes see the same views.
 
 Flips and shifts keep an image's class; a blend or a collage of two images keeps that of the larger part.
 """

@@ -1,4 +1,4 @@
-"""The state of a student before its fine-tuning and after each epoch, as files that are whole or absent."""
+"""Checkpoints of a student, before its fine-tuning and after each epoch, written atomically."""
 
 import copy
 import io
@@ -9,14 +9,21 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from synq.common.files import write_bytes_atomic
+from synq.config.parsing import check_format
 from synq.finetune.ema import WeightAverage
-from synq.runs.record import write_bytes_atomic
 
 M = TypeVar("M", bound=nn.Module)
+FORMAT = 2
+"""Format of `checkpoint.pt` and `prepared.pt`."""
 
 
 def check_same_epoch(epoch: int, path: Path | None, accelerator: Accelerator) -> None:
-    """Refuse to resume where only some processes see the checkpoint: they would wait for one another for ever."""
+    """Raise if only some processes see the checkpoint: they would wait for one another forever.
+
+    Raises:
+        ValueError: Names the epochs that the processes find.
+    """
     epochs = accelerator.gather(torch.tensor([epoch], device=accelerator.device)).tolist()
     if len(set(epochs)) > 1:
         raise ValueError(
@@ -46,7 +53,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path | None, identity: str, net: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage
 ) -> list[dict[str, float]]:
-    """Put the state in ``path`` into network, optimizer and average; returns the epochs done, none where there is no file.
+    """Load ``path`` into network, optimizer and average; return the history of its epochs, [] without a file.
 
     Raises:
         ValueError: If the file is damaged, or its identity is not ``identity``.
@@ -59,7 +66,7 @@ def load_checkpoint(
         optimizer.load_state_dict(state["optimizer"])
         average.load_state_dict(state["average"])
         history: list[dict[str, float]] = state["history"]
-    except Exception as error:  # unpickling and loading raise many types; a damaged file must name itself
+    except Exception as error:  # unpickling and loading raise many types; the message must name the damaged file
         raise _unreadable(path, error) from error
     return history
 
@@ -67,21 +74,21 @@ def load_checkpoint(
 def save_prepared(
     path: Path, identity: str, net: nn.Module, reference: nn.Module | None, report: dict[str, Any]
 ) -> None:
-    """Write a student as it stands before its fine-tuning, by rename: a killed run need not round it a second time.
+    """Write a student before its fine-tuning, by rename, so that a killed run does not repeat the rounding.
 
     Args:
         path: The file.
         identity: What it belongs to (teacher and images).
         net: The student's network.
-        reference: The float network that it imitates, where that is not the teacher.
-        report: What was done, as plain values.
+        reference: The float network that it imitates, unless that is the teacher.
+        report: Report of ``prepare_student``, as plain values.
     """
     scaled = None if reference is None else reference.state_dict()
     write_state(path, identity, {"model": net.state_dict(), "reference": scaled, "report": report})
 
 
 def load_prepared(path: Path, identity: str, net: nn.Module, teacher: M) -> tuple[M, dict[str, Any]]:
-    """Put what ``save_prepared`` wrote into ``net``; returns the float network that it imitates, and the report.
+    """Load a file of ``save_prepared`` into ``net``; return the float network that it imitates, and the report.
 
     Raises:
         ValueError: If the file is damaged, or its identity is not ``identity``.
@@ -99,14 +106,14 @@ def load_prepared(path: Path, identity: str, net: nn.Module, teacher: M) -> tupl
 
 
 def write_state(path: Path, identity: str, state: dict[str, Any]) -> None:
-    """Write plain values and tensors to ``path``, by rename, with what they belong to."""
+    """Write plain values and tensors to ``path``, by rename, with the identity of the run."""
     buffer = io.BytesIO()
-    torch.save({"identity": identity, **state}, buffer)
+    torch.save({"format": FORMAT, "identity": identity, **state}, buffer)
     write_bytes_atomic(path, buffer.getvalue())
 
 
 def read_state(path: Path, identity: str) -> dict[str, Any]:
-    """Return what ``write_state`` wrote, on the CPU.
+    """Read a file of ``write_state``, on the CPU.
 
     Raises:
         ValueError: If the file is damaged, or its identity is not ``identity``.
@@ -114,12 +121,14 @@ def read_state(path: Path, identity: str) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found = state["identity"]
+        number = state.get("format")
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
+    check_format(path, "the state of a run", number, FORMAT, "remove it and run it again")
     if found != identity:
         raise ValueError(
-            f"runtime.output_dir must not mix runs: {path} belongs to other teacher weights or images of the same name. "
-            "Choose another output_dir, or remove it"
+            f"runtime.output_dir must not mix runs: {path} belongs to other teacher weights or images of the same name."
+            " Choose another output_dir, or remove it"
         )
     return state
 

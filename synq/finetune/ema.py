@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Averages parameters: after step t, average = d_t average + (1 - d_t) parameter, d_t = min(decay, (t + 1) / (t + 10)).
+    """Exponential moving average of parameters: after step t, average = d_t average + (1 - d_t) parameter, d_t = min(decay, (t + 1) / (t + 10)).
 
-    The decay rises with the steps, so that the weights from before the training are soon forgotten. Parameters are equal on all
+    The decay rises with the steps, so that the weights from before the training are soon forgotten. Parameters are synchronized between
     processes, and so are their averages.
 
     Args:
-        parameters: What is averaged, in place on its device.
+        parameters: The parameters to average; averages lie on their devices.
         decay: Decay in [0, 1); None averages nothing and costs nothing.
     """
 
@@ -27,7 +27,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the parameters after one step."""
+        """Update the averages with the parameters after one step."""
         if not self._parameters:
             return
         decay = min(self._decay, (self._steps + 1) / (self._steps + 10))
@@ -36,7 +36,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self, for_good: bool = False) -> Iterator[None]:
-        """Let the parameters be their averages inside the ``with`` block, or from it on."""
+        """Replace the parameters by their averages inside the ``with`` block, or for good."""
         if not self._parameters:
             yield
             return
@@ -54,17 +54,17 @@ class WeightAverage:
             parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what ``load_state_dict`` takes."""
+        """Return the number of steps and the averages, for ``load_state_dict``."""
         return {"steps": self._steps, "averages": self._averages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; an average of other parameters is refused.
+        """Restore a state of ``state_dict``.
 
         Raises:
             ValueError: If the numbers of tensors differ.
         """
         if len(state["averages"]) != len(self._averages):
-            raise ValueError(f"the average holds {len(state['averages'])} tensors in place of {len(self._averages)}")
+            raise ValueError(f"the average holds {len(state['averages'])} tensors instead of {len(self._averages)}")
         self._steps = state["steps"]
         for own, saved in zip(self._averages, state["averages"], strict=True):
             own.copy_(saved)

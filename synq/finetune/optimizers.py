@@ -1,4 +1,4 @@
-"""The optimiser of a fine-tuning: weights and learned quantization steps in groups of their own."""
+"""The optimizer of a fine-tuning: separate parameter groups of weights and of learned quantization steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,25 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from synq.config.run import FinetuneConfig
-from synq.quant.fake_quant import SCALE_EPS
 from synq.quant.layers import step_parameters
+from synq.quant.lsq import keep_positive
 
 TINY = 1e-12
 LEAST_NORM = 1e-3
-"""Norm that a weight tensor counts with at least, so that one of zeros can learn."""
-SMALLEST_STEP = 1 / 64
-"""A learned step is kept at or above this share of its first value."""
+"""Least norm of a weight tensor in `clip_relative`, so that a tensor of zeros can learn."""
 
 
 def make_optimizer(net: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """Return the optimiser of the parameters of ``net`` that require a gradient.
+    """Return the optimizer of the parameters of ``net`` that require a gradient.
 
-    Every group holds "lr_factor", by which the learning rate of a step of training is to be multiplied: 1 for the weights,
-    ``step_lr_factor`` for learned steps, which have no weight decay either: pulled to zero, a step would be no regularisation.
+    Every group holds "lr_factor", by which the learning rate of a step of training is to be multiplied: 1 for the
+    weights, ``step_lr_factor`` for learned steps, which have no weight decay either: pulled to zero, a step would be no
+    regularization.
 
     Args:
         net: The student; its learned steps hold their first values.
-        config: Optimiser, momentum, weight decay, step_lr_factor.
+        config: Optimizer, momentum, weight decay, step_lr_factor.
     """
     steps = [step for step in step_parameters(net) if step.requires_grad]
     known = {id(step) for step in steps}
@@ -47,11 +46,12 @@ def make_optimizer(net: nn.Module, config: FinetuneConfig) -> torch.optim.Optimi
 
 @torch.no_grad()
 def clip_relative(parameters: Sequence[nn.Parameter], share: float | None) -> None:
-    """Shrink, in place, the gradient of each weight tensor whose norm exceeds ``share`` of the tensor's own.
+    """Shrink, in place, the gradient of each weight tensor whose norm exceeds ``share`` of the norm of the tensor.
 
-    ``grad_clip`` bounds the whole step. In networks of depthwise convolutions a few small tensors take nearly all of it: their relative
-    change is then ten times that of any layer of a ResNet, and fine-tuning with the same learning rate ruins them. Vectors (biases, scale and
-    shift of batch norms, steps) are left alone: near zero their norm says nothing. Nothing waits for the device.
+    ``grad_clip`` bounds the whole step. In networks of depthwise convolutions a few small tensors take nearly all of
+    it: their relative change is then ten times that of any layer of a ResNet, and fine-tuning with the same learning
+        rate ruins them. Vectors (biases, scale and
+    shift of batch norms, steps) are not clipped: near zero their norm has no meaning. Nothing waits for the device.
 
     Args:
         parameters: Those with a gradient count.
@@ -67,22 +67,3 @@ def clip_relative(parameters: Sequence[nn.Parameter], share: float | None) -> No
     found = torch._foreach_norm(gradients)
     factors = [(share * w.clamp(min=LEAST_NORM) / (g + TINY)).clamp(max=1.0) for w, g in zip(own, found, strict=True)]
     torch._foreach_mul_(gradients, factors)
-
-
-def keep_positive(optimizer: torch.optim.Optimizer, steps: Sequence[Tensor]) -> None:
-    """After every step of ``optimizer``, lift each of the learned ``steps`` to ``SMALLEST_STEP`` of its present value at least.
-
-    The steps themselves are trained, not their logarithms: LSQ's factor makes the update of s itself commensurate with that of a
-    weight. So one large update could carry s to zero or below, where the grid ends. It is set back after the update (a projection),
-    and every reader of a scale finds it positive. NaN stays NaN, for the loss to show.
-    """
-    if not steps:
-        return
-    floors = [(step.detach() * SMALLEST_STEP).clamp(min=SCALE_EPS) for step in steps]
-
-    @torch.no_grad()
-    def project(*_: object) -> None:
-        for step, floor in zip(steps, floors, strict=True):
-            torch.maximum(step, floor, out=step)
-
-    optimizer.register_step_post_hook(project)

@@ -1,4 +1,4 @@
-"""What a network answers to a batch in one forward pass: logits, class-activation maps, outputs of its blocks."""
+"""The response of a network to a batch in one forward pass: logits, class-activation maps, outputs of its blocks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -14,30 +14,30 @@ from synq.network.gradcam import CamMethod, cam_map, cam_weights, closed_form_we
 from synq.quant.layers import effective_weight
 
 CACHE_BATCH = 128
-"""Images per teacher forward when its answers are computed once; independent of the training batch."""
+"""Images per forward pass of the teacher when its responses are cached; independent of the training batch."""
 CACHE_BYTES = 2**30
-"""Answers that take more are not kept: the teacher runs live."""
+"""Largest cache of responses; beyond it the teacher runs in every step."""
 
 
 class Response(NamedTuple):
-    """A network's answer to N images."""
+    """The response of a network to N images."""
 
     logits: Tensor
     """(N, K)."""
     cam: Tensor | None
-    """(N, H, W) class-activation maps of the assigned labels; None where they are not asked for."""
+    """(N, H, W) class-activation maps of the assigned labels; None if they are not computed."""
     blocks: tuple[Tensor, ...] = ()
     """Outputs of its blocks, (N, C, H, W) each, for feature alignment."""
 
     def tensors(self) -> Iterator[Tensor]:
-        """Give every tensor there is, in a fixed order."""
+        """Yield every tensor, in a fixed order."""
         yield self.logits
         if self.cam is not None:
             yield self.cam
         yield from self.blocks
 
     def rebuilt(self, tensors: list[Tensor]) -> "Response":
-        """Return an answer of the same parts made of other tensors, in the order of `tensors`."""
+        """Return a response of the same parts with other tensors, in the order of `tensors`."""
         rest = list(tensors)
         logits = rest.pop(0)
         return Response(logits, None if self.cam is None else rest.pop(0), tuple(rest))
@@ -45,13 +45,13 @@ class Response(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TappedNetwork:
-    """A network that gives (logits, features, block outputs...) in one pass, and what its class-activation map needs.
+    """A network with outputs (logits, features, block outputs...) in one pass, and what its class-activation map needs.
 
     Attributes:
         net: From ``with_features``; the features are A of ``site``.
-        site: Where the map is taken, and how its channel weights can be had.
+        site: Where the map is taken, and how its channel weights are computed.
         method: How the map is made of features and gradients.
-        with_cam: Whether maps are asked for.
+        with_cam: Whether maps are computed.
     """
 
     net: fx.GraphModule
@@ -65,7 +65,7 @@ class TappedNetwork:
         return self.with_cam and self.site.differentiates(self.method)
 
     def response(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Response:
-        """Return what ``net`` put out, with the maps (N, H, W) of ``labels`` (N,) in place of the features they come from."""
+        """Return the response in given outputs of ``net``, with the maps (N, H, W) of ``labels`` (N,)."""
         logits, features, *blocks = outputs
         return Response(logits, self._map(logits, features, labels) if self.with_cam else None, tuple(blocks))
 
@@ -82,7 +82,7 @@ class TappedNetwork:
 
 
 def teacher_response(teacher: TappedNetwork, images: Tensor, labels: Tensor) -> Response:
-    """Return the frozen teacher's answer to ``images`` (N, C, H, W), detached, in float32 or wider."""
+    """Return the frozen teacher's response to ``images`` (N, C, H, W), detached, in float32 or wider."""
     with torch.set_grad_enabled(teacher.differentiates):
         response = teacher.response(teacher.net(images), labels)
     return response.rebuilt([t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in response.tensors()])
@@ -96,17 +96,17 @@ def cached_responses(
     *,
     progress: bool = False,
 ) -> Callable[[Tensor], Response] | None:
-    """Compute the teacher's answers to all images once; None where keeping them takes more than `CACHE_BYTES`.
+    """Compute the teacher's responses to all images once; return None if the cache would take more than `CACHE_BYTES`.
 
     Args:
         teacher: The frozen teacher.
-        take: Gives images and labels of some rows, on the teacher's device.
-        num_images: How many there are.
+        take: Returns images and labels of some rows, on the teacher's device.
+        num_images: Number of images.
         autocast: Makes the context of the forward passes.
         progress: Whether a terminal shows a progress bar.
 
     Returns:
-        A function from row numbers to the answers to these images.
+        A function from row numbers to the responses to these images.
     """
     with autocast():
         one = teacher_response(teacher, *take(torch.arange(1)))
@@ -114,7 +114,7 @@ def cached_responses(
         return None
     # At once in full size: small pieces between large passing ones would keep the heap from shrinking.
     kept = [t.new_empty(num_images, *t.shape[1:]) for t in one.tensors()]
-    with passing_bar(num_images, "teacher's answers", "image", is_shown=progress) as bar:
+    with passing_bar(num_images, "teacher's logits", "image", is_shown=progress) as bar:
         for rows in torch.arange(num_images).split(CACHE_BATCH):
             with autocast():
                 found = teacher_response(teacher, *take(rows))
@@ -122,8 +122,8 @@ def cached_responses(
                 whole[rows[0] : rows[-1] + 1] = part
             bar.update(len(rows))
 
-    def look_up(rows: Tensor) -> Response:
+    def lookup(rows: Tensor) -> Response:
         rows = rows.to(kept[0].device, non_blocking=True)
         return one.rebuilt([whole[rows] for whole in kept])
 
-    return look_up
+    return lookup

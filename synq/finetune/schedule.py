@@ -1,4 +1,4 @@
-"""Which images a step sees and at which learning rate: pure functions of seed, epoch and step, so a resumed run needs no state."""
+"""Order of the images and learning rate of each step: pure functions, so a resumed run needs no state."""
 
 import math
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> It
 
 
 def local_batch_size(batch_size: int, num_processes: int) -> int:
-    """Return the images per process and step.
+    """Return the number of images per process and step.
 
     Raises:
         ValueError: If the global batch does not divide evenly: unequal shares would train another loss.
@@ -35,7 +35,7 @@ def local_batch_size(batch_size: int, num_processes: int) -> int:
 
 
 def lr_at(step: int, steps_per_epoch: int, config: FinetuneConfig) -> float:
-    """Return the learning rate of a step (counted over all epochs): a pure function, so a resumed run needs no state."""
+    """Return the learning rate of a step, counted over all epochs."""
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)

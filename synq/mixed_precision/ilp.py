@@ -1,11 +1,13 @@
-"""Which widths cost least fidelity and stay within limits: one width a tensor, found by an integer program. No data, no network.
+"""Mixed-precision search: one bit-width per tensor, found by integer linear programming. No data, no network.
 
-    losses: KL(teacher || that tensor alone at b bits)        from `sensitivity.py`
-    limits: packed bytes of the weights; bit operations, where a layer's MACs count by its own bits and by those of its input
+    minimize    sum over tensors of KL(teacher || student with that tensor alone at b bits)    from `sensitivity.py`
+    subject to  packed bytes of the weights, and bit operations: MACs x weight bits x activation bits of each layer
 
-Source: ZeroQ (arXiv 2001.00281), section 3.2, takes the sum of the losses of single layers for the loss of the whole and finds the front
-by dynamic programming; HAWQ-V3 (arXiv 2011.10680), section 3.4, by an integer program, one width for a layer's weights and input
-together. Here the two are chosen apart, and activations that several layers read count once.
+Source: ZeroQ (arXiv 2001.00281), section 3.2, approximates the loss of the whole by the sum of the losses of single
+    layers and finds
+the Pareto front by dynamic programming; HAWQ-V3 (arXiv 2011.10680), section 3.4, uses an integer linear program with
+one bit-width for a layer's weights and input. Here they are chosen separately, and an activation that several layers
+read counts once.
 """
 
 import math
@@ -22,20 +24,22 @@ from scipy import optimize, sparse
 from synq.quant.bit_patterns import Role
 
 Key: TypeAlias = tuple[Role, str]
-"""A tensor of a student: what it is, and the name of its layer or activation."""
+"""A tensor of a student: its role, and the name of its layer or activation."""
 SCALES = (1e4, 1e6)
-"""What the largest loss and every limit are in the program: the solver's tolerances, 1e-6, are absolute. Two, of which the better counts: once in
-hundreds of awkward problems HiGHS calls a choice the best that is far from it, and not at both."""
+"""Values to which the largest loss and every limit are scaled: the solver's tolerances, 1e-6, are absolute. The better
+of two solutions
+counts: once in hundreds of badly scaled problems HiGHS reports a solution as optimal that is far from it, never at both
+    scales."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """A term of a limit: factor x bits of `tensor` x the most bits among `others`.
+    """A term of a limit: factor x bits of `tensor` x the largest bit-width among `others`.
 
     Attributes:
-        factor: For bit operations, the multiply-accumulates of an image.
+        factor: For bit operations, the MACs of one image.
         tensor: The layer's weight.
-        others: What the input of the layer comes from, at least one; several where parts were joined.
+        others: The activations that form the layer's input, at least one; several where they were concatenated.
     """
 
     factor: float
@@ -45,13 +49,13 @@ class Product:
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """A sum that must not exceed `most`: of what single tensors cost at a width, and of products.
+    """A constraint: the costs of single tensors at their bit-widths plus those of products must not exceed `most`.
 
     Attributes:
-        name: Of the setting, for messages.
-        most: Largest sum.
-        single: By tensor and width; may leave tensors out.
-        products: Terms that two widths decide.
+        name: Name of the option that sets it, for messages.
+        most: Upper bound of the sum.
+        single: Cost by tensor and bit-width; may leave tensors out.
+        products: Terms that depend on two bit-widths.
     """
 
     name: str
@@ -60,57 +64,60 @@ class Limit:
     products: Sequence[Product] = ()
 
     def spent(self, chosen: Mapping[Key, int]) -> float:
-        """Return the sum at the widths ``chosen``."""
+        """Return the sum for the bit-widths ``chosen``."""
         products = (p.factor * chosen[p.tensor] * max(chosen[other] for other in p.others) for p in self.products)
         return sum(costs[chosen[key]] for key, costs in self.single.items()) + sum(products)
 
 
-def check_limits(widths: Mapping[Key, Iterable[int]], limits: Sequence[Limit]) -> None:
-    """Refuse limits that even the least widths of every tensor exceed.
+def check_limits(options: Mapping[Key, Iterable[int]], limits: Sequence[Limit]) -> None:
+    """Reject limits that even the lowest bit-width of every tensor exceeds.
 
     Raises:
-        ValueError: With what these cost.
+        ValueError: A limit cannot be met; the message holds the lowest possible cost.
     """
     for limit in limits:
-        least = limit.spent({key: min(options) for key, options in widths.items()})
-        if least > limit.most:
+        lowest = limit.spent({key: min(bits) for key, bits in options.items()})
+        if lowest > limit.most:
             raise ValueError(
-                f"`{limit.name}` must be at least {math.ceil(least)}, what the least of the widths to choose from cost, but it is {limit.most:g}"
+                f"`{limit.name}` must be at least {math.ceil(lowest)}, the cost of the lowest bit-widths to choose "
+                f"from, but got {limit.most:g}"
             )
 
 
-def choose_widths(
-    losses: Mapping[Key, Mapping[int, float]], limits: Sequence[Limit], alike: Sequence[Sequence[Key]] = ()
+def choose_bits(
+    losses: Mapping[Key, Mapping[int, float]], limits: Sequence[Limit], tied: Sequence[Sequence[Key]] = ()
 ) -> dict[Key, int]:
-    """Return the width of every tensor for which the sum of the losses is least within all limits.
+    """Return the bit-width of every tensor that minimizes the sum of the losses within all limits.
 
-    Least to 1e-10 of the largest loss.
+    The sum is minimal up to 1e-10 of the largest loss.
 
     Args:
-        losses: By tensor and width, finite; a tensor whose width is given has one.
-        limits: All over tensors and widths of ``losses``, none falling with more bits.
-        alike: Tensors that must have one width, with the same widths to choose from.
+        losses: Finite loss by tensor and bit-width; a tensor with a given bit-width has one entry.
+        limits: Constraints over tensors and bit-widths of ``losses``, none falling with more bits.
+        alike: Groups of tensors that must share a bit-width, with the same bit-widths to choose from.
 
     Raises:
-        ValueError: If the least widths already exceed a limit.
+        ValueError: The lowest bit-widths already exceed a limit.
     """
     check_limits(losses, limits)
-    found = [_Program(losses, limits, alike, scale).best() for scale in SCALES]
+    found = [_Program(losses, limits, tied, scale).best() for scale in SCALES]
     return min(found, key=lambda chosen: sum(losses[key][bits] for key, bits in chosen.items()))
 
 
 class _Program:
-    """One column a tensor and width, 1 where that is chosen; for products one a pair of widths, 1 where both are.
+    """The integer linear program: a binary variable per tensor and bit-width, and one per pair of bit-widths of a
+    product.
 
-    The latter need not be asked to be whole: their sums over either width are the columns of the other's choice, and where these
-    are 0 and 1 only the product is left. The most bits of several inputs are a choice of their own, at least that of each.
+    The latter may be continuous: their sums over either bit-width equal the variables of the other, and where those are
+    0 or 1, the pairs are too. The largest bit-width of several inputs has variables of its own, bounded below by each
+    input's bit-width.
     """
 
     def __init__(
         self,
         losses: Mapping[Key, Mapping[int, float]],
         limits: Sequence[Limit],
-        alike: Sequence[Sequence[Key]],
+        tied: Sequence[Sequence[Key]],
         scale: float,
     ) -> None:
         self.losses, self.limits, self.scale = losses, limits, scale
@@ -120,7 +127,7 @@ class _Program:
         for key, by_bits in losses.items():
             self._choice(key, by_bits)
         self.whole = self.size
-        for keys in alike:
+        for keys in tied:
             first = self.choices[keys[0]]
             for key in keys[1:]:
                 for bits, column in self.choices[key].items():
@@ -130,20 +137,20 @@ class _Program:
             self.rows.append(({c: scale * cost / (limit.most or 1.0) for c, cost in costs.items()}, -np.inf, scale))
 
     def best(self) -> dict[Key, int]:
-        """Return the best widths within the limits."""
+        """Return the optimal bit-widths within the limits."""
         while True:
             chosen = self.solve()
             if all(limit.spent(chosen) <= limit.most for limit in self.limits):
                 return chosen
-            self.forbid(chosen)  # above a limit by less than the solver can tell
+            self.forbid(chosen)  # above a limit by less than the solver's tolerance
 
     def forbid(self, chosen: Mapping[Key, int]) -> None:
-        """Rule out exactly these widths."""
+        """Exclude exactly this solution."""
         columns = [self.choices[key][bits] for key, bits in chosen.items()]
         self.rows.append((dict.fromkeys(columns, 1.0), -np.inf, len(columns) - 1))
 
     def solve(self) -> dict[Key, int]:
-        """Return the best widths of those that are not ruled out."""
+        """Return the optimal bit-widths among those that are not excluded."""
         loss = np.zeros(self.size)
         for key, by_bits in self.losses.items():
             for bits, value in by_bits.items():
@@ -163,18 +170,18 @@ class _Program:
                 options={"mip_rel_gap": 0},
             )
         if found.x is None:
-            raise RuntimeError(f"no widths were found: {found.message}")
+            raise RuntimeError(f"the solver found no bit-widths: {found.message}")
         return {key: next(b for b, c in self.choices[key].items() if found.x[c] > 0.5) for key in self.losses}
 
-    def _choice(self, key: Key | tuple[Key, ...], widths: Mapping[int, float] | Sequence[int]) -> dict[int, int]:
-        columns = {bits: self.size + index for index, bits in enumerate(widths)}
+    def _choice(self, key: Key | tuple[Key, ...], options: Mapping[int, float] | Sequence[int]) -> dict[int, int]:
+        columns = {bits: self.size + index for index, bits in enumerate(options)}
         self.size += len(columns)
         self.choices[key] = columns
         self.rows.append((dict.fromkeys(columns.values(), 1.0), 1, 1))
         return columns
 
     def _most_of(self, keys: tuple[Key, ...]) -> dict[int, int]:
-        """Return the columns of the most bits of several tensors."""
+        """Return the variables of the largest bit-width of several tensors."""
         if len(keys) == 1:
             return self.choices[keys[0]]
         if keys not in self.choices:
@@ -186,7 +193,7 @@ class _Program:
         return self.choices[keys]
 
     def _costs(self, limit: Limit) -> dict[int, float]:
-        """Return what each column adds to the sum of a limit."""
+        """Return the coefficient of each variable in the sum of a limit."""
         costs = {
             self.choices[key][bits]: cost
             for key, by_bits in limit.single.items()
@@ -207,12 +214,12 @@ class _Program:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep standard output free of what the solver's C++ code prints there although it is told not to."""
+    """Suppress what the solver's C++ code prints on standard output in spite of its options."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
+        with open(os.devnull, "wb") as devnull:
+            os.dup2(devnull.fileno(), 1)
         yield
     finally:
         os.dup2(kept, 1)

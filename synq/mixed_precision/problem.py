@@ -1,4 +1,4 @@
-"""What `width_choice.py` is asked about a student: which widths are free, what each costs, and how the answer is said in a configuration."""
+"""Mixed-precision search of a student: tensors with free bit-widths, their costs, and the resulting configuration."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,32 +6,33 @@ from dataclasses import replace
 
 from synq.config.run import QuantConfig
 from synq.mixed_precision.ilp import Key, Limit, Product
-from synq.network.tracing import node_module
-from synq.quant.bit_patterns import WidthPatterns, layer_names
+from synq.network.op_traits import node_module
+from synq.quant.bit_patterns import BitPatterns, layer_names
 from synq.quant.cost import FLOAT_BITS, layer_calls
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer
 from synq.quant.student import Student
 
 
-class WidthProblem:
-    """The tensors of a student whose widths are to be chosen.
+class MixedPrecisionProblem:
+    """The tensors of a student whose bit-widths are to be chosen.
 
     Args:
-        student: Built with ``quant``.
-        quant: Its widths; what is given there by name, or by the place of the layer, is no choice.
-        activations: Whether activations have a choice, too.
+        student: Student built with ``quant``.
+        quant: Its bit-widths; one given by name, or for the first or last layer, is fixed.
+        activations: Whether the bit-widths of activations are free, too.
 
     Attributes:
-        as_given: Width of every weight and quantized activation, in order of execution.
-        free: Those that have a choice.
-        alike: Activations that must have one width, because `quant.layer_act_bits` names a layer that reads them all.
+        as_given: Bit-width of every weight and quantized activation, in order of execution.
+        free: Tensors whose bit-width is to be chosen.
+        alike: Groups of activations that must share a bit-width, because `quant.layer_act_bits` names a layer that
+            reads them all.
     """
 
     def __init__(self, student: Student, quant: QuantConfig, *, activations: bool) -> None:
         self.quant = quant
         self._rows = {row.name: row for row in student.rows if row.role == "weight"}
         self._calls = layer_calls(student.net)
-        # Under which names the configuration gives a width.
+        # The names by which the configuration sets a bit-width.
         self._names: dict[Key, tuple[str, ...]] = {("weight", name): (name,) for name in self._rows}
         self.as_given: dict[Key, int] = {("weight", name): row.bits for name, row in self._rows.items()}
         reads: dict[str, list[Key]] = {}
@@ -47,32 +48,32 @@ class WidthProblem:
             if quant.act_points == "inputs":
                 for reader in dict.fromkeys(readers):
                     reads.setdefault(reader, []).append(key)
-        self.alike = [keys for keys in reads.values() if len(keys) > 1]
+        self.tied = [keys for keys in reads.values() if len(keys) > 1]
         fixed = {key for key in self.as_given if self._is_named(key)}
         fixed |= {("activation", name) for name in student.before_last}
         if not activations:
             fixed |= {key for key in self.as_given if key[0] == "activation"}
-        while more := {key for keys in self.alike if fixed & {*keys} for key in keys} - fixed:
+        while more := {key for keys in self.tied if fixed & {*keys} for key in keys} - fixed:
             fixed |= more
         self.free = [key for key in self.as_given if key not in fixed]
-        # Given widths may differ where they meet: a tensor gets the most bits that its readers ask for.
-        self.alike = [keys for keys in self.alike if not fixed & {*keys}]
+        # Fixed bit-widths may differ within a group: a tensor has the largest one that its readers ask for.
+        self.tied = [keys for keys in self.tied if not fixed & {*keys}]
 
     def widths(self, candidates: Sequence[int]) -> dict[Key, Sequence[int]]:
-        """Return the widths of every tensor to choose from."""
+        """Return the bit-widths of every tensor to choose from."""
         return {key: candidates if key in self.free else [bits] for key, bits in self.as_given.items()}
 
     def options(
         self, losses: Mapping[Key, Mapping[int, float]], candidates: Sequence[int]
     ) -> dict[Key, dict[int, float]]:
-        """Return the losses of those widths; 0 for a width that is given and was not measured."""
+        """Return the losses of those bit-widths; 0 for a fixed one that was not measured."""
         return {
             key: {b: losses[key][b] if key in self.free else losses.get(key, {}).get(b, 0.0) for b in options}
             for key, options in self.widths(candidates).items()
         }
 
     def bytes_limit(self, most: float | None) -> Limit:
-        """Return the limit on the packed codes of all weights; None for what they are as given."""
+        """Return the limit on the packed bytes of all weights; None for those of the bit-widths as given."""
         single: dict[Key, dict[int, float]] = {
             ("weight", name): {bits: math.ceil(row.numel * bits / 8) for bits in range(2, 9)}
             for name, row in self._rows.items()
@@ -80,7 +81,7 @@ class WidthProblem:
         return self._limit("max-bytes", most, single, ())
 
     def bitops_limit(self, most: float | None) -> Limit:
-        """Return the limit on the bit operations of an image; None for what they are as given."""
+        """Return the limit on the bit operations of one image; None for those of the bit-widths as given."""
         single: dict[Key, dict[int, float]] = {}
         products = []
         for call in self._calls:
@@ -94,8 +95,8 @@ class WidthProblem:
                     costs[bits] += call.macs * bits * FLOAT_BITS
         return self._limit("max-bitops", most, single, products)
 
-    def with_widths(self, chosen: Mapping[Key, int]) -> QuantConfig:
-        """Return the configuration of a student with the chosen widths."""
+    def with_bits(self, chosen: Mapping[Key, int]) -> QuantConfig:
+        """Return the configuration of a student with the chosen bit-widths."""
         weights, activations = dict(self.quant.layer_weight_bits), dict(self.quant.layer_act_bits)
         for key in self.free:
             names = weights if key[0] == "weight" else activations
@@ -110,11 +111,11 @@ class WidthProblem:
 
     def _is_named(self, key: Key) -> bool:
         role, _ = key
-        # By calls: the last one may be of a layer that was called before.
-        ends = [(self.quant.first_bits, self._calls[0].layer), (self.quant.last_bits, self._calls[-1].layer)]
+        # By calls: the last call may be of a layer that was called before.
+        edges = [(self.quant.first_bits, self._calls[0].layer), (self.quant.last_bits, self._calls[-1].layer)]
         placed = role == "weight" or self.quant.act_points == "inputs"
-        if placed and any(bits is not None and layer in self._names[key] for bits, layer in ends):
+        if placed and any(bits is not None and layer in self._names[key] for bits, layer in edges):
             return True
         setting = f"layer_{'weight' if role == 'weight' else 'act'}_bits"
-        patterns = WidthPatterns(getattr(self.quant, setting), f"quant.{setting}")
+        patterns = BitPatterns(getattr(self.quant, setting), f"quant.{setting}")
         return any(patterns.width(*layer_names(name)) is not None for name in self._names[key])

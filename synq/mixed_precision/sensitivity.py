@@ -1,11 +1,10 @@
-"""How much each tensor's rounding costs by itself. No data but synthetic images.
+"""Sensitivity of a student to the quantization of each single tensor, on synthetic images.
 
-    one tensor at b bits, all else float -> KL(teacher || that)        for every weight and activation; of several students, every width
+    one tensor at b bits, everything else in float -> KL(teacher || student)        for every weight and activation
 
-Source: ZeroQ (arXiv 2001.00281), section 3.2, measures layers so. What is chosen from it: ``width_choice.py``.
+Source: ZeroQ (arXiv 2001.00281), section 3.2. What is chosen from it: ``ilp.py``.
 """
 
-import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from synq.common.progress import visible
-from synq.evaluation.fidelity import kl
-from synq.network.tracing import node_module
+from synq.evaluation.fidelity import kl, sqnr_db
+from synq.network.op_traits import node_module
 from synq.quant.bit_patterns import Role
 from synq.quant.layers import (
     ACT_QUANTIZERS,
@@ -33,14 +32,15 @@ Quantizer = WeightQuantizer | ActQuantizer
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What one tensor's rounding does to the logits while everything else is float.
+    """Effect of quantizing one tensor, everything else in float, on the logits.
 
     Attributes:
         name: Module of the layer, or of the activation's quantizer.
         role: "weight" or "activation".
-        bits: Its width.
+        bits: Its bit-width.
         kl: Mean KL(teacher || student) at T = 1 in nats.
-        sqnr_db: 10 log10 of the power of the teacher's logits over that of the difference; infinite where there is none.
+        sqnr_db: 10 log10 of the power of the teacher's logits over that of the difference; infinite without a
+            difference.
     """
 
     name: str
@@ -48,19 +48,6 @@ class Score:
     bits: int
     kl: float
     sqnr_db: float
-
-
-def sqnr_db(reference: Tensor, found: Tensor) -> float:
-    """Return the signal-to-quantization-noise ratio of ``found`` in dB, 10 log10(sum r^2 / sum (r - f)^2); infinite where they are equal."""
-    signal, noise = reference.double().square().sum(), (reference.double() - found.double()).square().sum()
-    return math.inf if noise == 0 else float(10 * torch.log10(signal / noise))
-
-
-@torch.no_grad()
-def logits_of(net: fx.GraphModule, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Return the logits (N, K) of images (N, C, H, W), in batches."""
-    like = next(net.parameters())
-    return torch.cat([net(batch.to(like)) for batch in images.split(batch_size)])
 
 
 def scan_quantizers(
@@ -72,16 +59,16 @@ def scan_quantizers(
     batch_size: int = 64,
     progress: bool = False,
 ) -> list[Score]:
-    """Measure every quantizer of a student alone, as it is, in the order of its modules.
+    """Measure every quantizer of a student with all others bypassed, in the order of its modules.
 
-    What stands before a quantizer is as in the float network, which is computed once a batch: half of the work.
+    The layers before a quantizer are those of the float network, computed once per batch: half of the work.
 
     Args:
-        net: Network of a student, its ranges observed; unchanged afterwards.
+        net: Network of a student with observed ranges; unchanged afterwards.
         images: (N, C, H, W).
         reference: The teacher's logits (N, K) on them.
-        roles: Which are measured.
-        batch_size: Images at a time; every tensor between layers is kept for so many.
+        roles: Which tensors are measured.
+        batch_size: Images per batch; the output of every layer is kept for one batch.
         progress: Whether a terminal shows a progress bar.
     """
     found: list[tuple[str, Role, nn.Module, Quantizer]] = []
@@ -94,10 +81,10 @@ def scan_quantizers(
     batches = images.split(batch_size)
     with tqdm(total=len(batches) * len(found), desc="tensors", **visible(progress, leave=False)) as bar:
         for batch in batches:
-            behind = _Behind(net, batch)
+            suffix = SuffixRunner(net, batch)
             for parts, (_, _, module, quantizer) in zip(logits, found, strict=True):
-                with _alone(net, quantizer):
-                    parts.append(behind(module))
+                with only_quantizer(net, quantizer):
+                    parts.append(suffix(module))
                 bar.update()
     return [
         Score(
@@ -111,8 +98,8 @@ def scan_quantizers(
     ]
 
 
-class _Behind:
-    """Computes anew what stands behind one module of a network, the rest is as it was in a pass in float.
+class SuffixRunner:
+    """Run the part of a network that starts at one module; everything before it is kept from a pass in float.
 
     Args:
         net: Network of a student.
@@ -126,22 +113,23 @@ class _Behind:
         with quantizers_bypassed(net):
             kept.run(self.images)
         self.values = kept.env
-        self.again = fx.Interpreter(net)
+        self.interpreter = fx.Interpreter(net)
 
     @torch.no_grad()
     def __call__(self, module: nn.Module) -> Tensor:
-        """Return the logits (N, K) with ``module`` as it is now."""
+        """Return the logits (N, K), from ``module`` on computed with the quantizers as they are now."""
         before: dict[fx.Node, Any] = {}
         for node in self.net.graph.nodes:
             if node_module(self.net, node) is module:
                 break
             before[node] = self.values[node]
-        logits: Tensor = self.again.run(self.images, initial_env=before)
+        logits: Tensor = self.interpreter.run(self.images, initial_env=before)
         return logits
 
 
 @contextmanager
-def _alone(net: fx.GraphModule, quantizer: Quantizer) -> Iterator[None]:
+def only_quantizer(net: fx.GraphModule, quantizer: Quantizer) -> Iterator[None]:
+    """Bypass every quantizer of a network but one."""
     with quantizers_bypassed(net):
         quantizer.enabled = True
         yield

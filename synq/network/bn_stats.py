@@ -1,4 +1,4 @@
-"""Batch-norm statistics as a picture of the training data: collect them from a forward pass, compare them, pool them."""
+"""Batch-norm statistics: collect them in a forward pass, compare them with the running statistics, pool them."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 SUMMED_AT_ONCE = 2**14
-"""Values per channel that are added one after another in float32."""
+"""Most values per channel that are summed sequentially in float32."""
 
 
 class ChannelStatistics(NamedTuple):
@@ -21,8 +21,8 @@ class ChannelStatistics(NamedTuple):
     Attributes:
         mean: Mean per channel, shape (C,).
         variance: Biased variance per channel, shape (C,), without eps.
-        eps: The layer's own eps.
-        num_values: Values behind each channel's statistics (images times positions); 0 where unknown (a layer's running statistics).
+        eps: The layer's eps.
+        num_values: Number of values per channel (images times positions); 0 if unknown (running statistics of a layer).
     """
 
     mean: Tensor
@@ -32,13 +32,13 @@ class ChannelStatistics(NamedTuple):
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance per channel, by whichever kernel reads ``x`` the fastest; free of cancellation."""
+    """Return mean and biased variance per channel with the fastest kernel for the layout of ``x``."""
     dims = [0, *range(2, x.dim())]
     if x.is_cuda:
         variance, mean = torch.var_mean(x, dims, correction=0)
     elif x.dtype == torch.float32 and x.dim() == 4 and not x.is_contiguous() and _is_channels_last(x):
-        # Two vectorised reads and no write; in the other layout the same kernel is slower than what follows. It adds value after value:
-        # some ten thousand at a time keep four digits, a whole batch of large images not three. So the rows of all images go in parts.
+        # Two vectorized reads and no write; for contiguous tensors this kernel is slower than the code below. It sums
+        # sequentially: ten thousand values keep four digits, a whole batch of large images not three. Hence the parts.
         width = x.shape[3]
         rows = x.permute(0, 2, 3, 1).reshape(-1, 1, width, x.shape[1]).permute(0, 3, 1, 2)  # (N H, C, 1, W), a view
         parts = rows.split(max(1, SUMMED_AT_ONCE // width))
@@ -48,7 +48,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
         counts = torch.tensor([len(part) for part in parts])
         mean, variance = pool_statistics(torch.stack(means), torch.stack(variances), counts)
     else:
-        # On CPU var_mean runs Welford's recurrence value by value: two plain sums are 4 times faster.
+        # On the CPU var_mean runs Welford's recurrence one value at a time: two plain sums are 4 times faster.
         mean = x.mean(dims)
         variance = (x - _per_channel(mean, x)).square_().mean(dims)
     return mean, variance
@@ -59,9 +59,10 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _moment_slopes(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a, b (C,) with d loss / d x = a_c x + b_c.
+    """Return a and b, each (C,), with d loss / d x = a_c x + b_c.
 
-    d mean_c / d x = 1 / n and d variance_c / d x = 2 (x - mean_c) / n, so a = 2 g_variance / n and b = g_mean / n - a mean.
+    d mean_c / d x = 1 / n and d variance_c / d x = 2 (x - mean_c) / n, hence a = 2 g_variance / n and
+    b = g_mean / n - a mean.
     """
     count = x.numel() // x.shape[1]
     slope = grad_variance * (2 / count)
@@ -71,7 +72,7 @@ def _moment_slopes(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_variance: Te
 class _ChannelMoments(torch.autograd.Function):
     """Mean and biased variance per channel, with the gradient of both in one pass over the input.
 
-    Autograd's own formula for var_mean reads the input several times more.
+    Autograd's formula for var_mean reads the input several more times.
     """
 
     @staticmethod
@@ -91,7 +92,7 @@ class _ChannelMoments(torch.autograd.Function):
 class _WatchedBatchNorm(torch.autograd.Function):
     """A frozen batch norm by its running statistics, y = scale x + shift, together with the moments of x.
 
-    As one function, the three gradients that meet in x are added in two passes; apart they take five.
+    As one function, the sum of the three gradients with respect to x takes two passes; separately it takes five.
     """
 
     @staticmethod
@@ -139,7 +140,8 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean_c = sum x_c / n, variance_c = sum (x_c - mean_c)^2 / n, over images and positions (n = N * H * W).
 
     Args:
-        x: Shape (N, C, ...), floating point; below float32 it is read as float32, because sums over many values need the digits.
+        x: Shape (N, C, ...), floating point; float16 and bfloat16 are converted to float32, because sums over many
+            values need the precision.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
@@ -154,9 +156,9 @@ def _tracked_layers(module: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def bn_targets(module: nn.Module) -> dict[str, ChannelStatistics]:
-    """Return the running statistics of every batch-norm layer, by name: what the training data looked like from inside.
+    """Return the running statistics of every batch-norm layer, by name.
 
-    The tensors are the layers' own, not copies.
+    The tensors are those of the layers, not copies.
 
     Raises:
         ValueError: If no layer keeps running statistics.
@@ -167,7 +169,8 @@ def bn_targets(module: nn.Module) -> dict[str, ChannelStatistics]:
         targets[name] = ChannelStatistics(layer.running_mean, layer.running_var, layer.eps, 0)
     if not targets:
         raise ValueError(
-            f"`teacher` must hold BatchNorm layers with running statistics, but got {type(module).__name__} without any; "
+            "`teacher` must hold BatchNorm layers with running statistics, "
+            f"but got {type(module).__name__} without any; "
             "choose a teacher with BatchNorm (synthesis matches their statistics)"
         )
     return targets
@@ -179,11 +182,11 @@ def _is_plain_and_frozen(layer: _BatchNorm) -> bool:
 
 
 class BatchNormInputs:
-    """Context manager that collects the statistics of every batch-norm input of a module's forward passes, with gradient.
+    """Collect the statistics of every batch-norm input in a module's forward passes, with gradient (a context manager).
 
-    Hooks exist inside the `with` block only, also when it is left by an exception. Only layers with running statistics are
-    watched; a layer that the forward pass does not reach is absent from the result. A frozen layer of PyTorch's own kind computes its
-    output and the statistics in one function; others keep their forward and are read by a hook.
+    Hooks exist only inside the `with` block, also if an exception leaves it. Only layers with running statistics are
+    watched; a layer that the forward pass does not reach is missing from the result. A frozen layer with PyTorch's
+    forward computes its output and the statistics in one function; others keep their forward and get a hook.
 
     Example:
         with BatchNormInputs(teacher) as inputs:
@@ -212,7 +215,7 @@ class BatchNormInputs:
         for handle in self._handles:
             handle.remove()
         for layer in self._replaced:
-            del layer.forward  # the class's own shows again
+            del layer.forward  # the method of the class is visible again
         self._handles.clear()
         self._replaced.clear()
         self._collected.clear()
@@ -225,7 +228,7 @@ class BatchNormInputs:
 
         return collect
 
-    def _fused_forward(self, name: str, layer: _BatchNorm, input: Tensor) -> Tensor:  # the name of nn.BatchNorm's own
+    def _fused_forward(self, name: str, layer: _BatchNorm, input: Tensor) -> Tensor:  # named as in nn.BatchNorm2d
         if input.dtype in (torch.float16, torch.bfloat16):
             self._add(name, layer, input, *channel_moments(input))
             return type(layer).forward(layer, input)
@@ -237,12 +240,12 @@ class BatchNormInputs:
 
     def _add(self, name: str, layer: _BatchNorm, x: Tensor, mean: Tensor, variance: Tensor) -> None:
         found = ChannelStatistics(mean, variance, layer.eps, x.numel() // x.shape[1])
-        if name in self._collected:  # One layer used at several places: its running statistics saw all of them.
+        if name in self._collected:  # A layer called several times: its running statistics cover all calls.
             found = _pool([self._collected[name], found])
         self._collected[name] = found
 
     def take(self) -> dict[str, ChannelStatistics]:
-        """Return what was collected since the last call, by layer name in order of execution, and forget it."""
+        """Return the statistics collected since the last call, by layer name in order of execution, and clear them."""
         collected, self._collected = self._collected, {}
         return collected
 
@@ -254,27 +257,28 @@ def bns_loss(
 ) -> Tensor:
     """Return the distance of batch-norm statistics from their targets, a scalar; the mean over layers.
 
-    std_sum:  (1 / L) sum_l ||mu_l - mu*_l||^2 + ||sigma_l - sigma*_l||^2, norms summed over channels, sigma = sqrt(variance + eps)
-    var_mean: the same with variances in place of sigma, and the mean over channels in place of the sum.
+    std_sum:  (1 / L) sum_l ||mu_l - mu*_l||^2 + ||sigma_l - sigma*_l||^2, summed over channels, with
+              sigma = sqrt(variance + eps)
+    var_mean: the same with variances instead of sigma, and the mean over channels instead of the sum.
 
-    Two channels, statistics (0, 1) and (0, 4) against targets (1, 1) and (0, 1), eps 0: std_sum gives 1 + 1 = 2, var_mean
-    gives 1/2 + 9/2 = 5. A weight that suits one form does not suit the other.
+    Two channels, statistics (0, 1) and (0, 4) against targets (1, 1) and (0, 1), eps 0: std_sum gives 1 + 1 = 2,
+    var_mean gives 1/2 + 9/2 = 5. A `bns_weight` that suits one form does not suit the other.
 
     Args:
-        statistics: Statistics of a forward pass. Layers without a target do not count.
-        targets: Their goals. Layers that are absent from `statistics` do not count.
-        form: Which of the two.
+        statistics: Statistics of a forward pass. Layers without a target are ignored.
+        targets: Target statistics. Layers that are missing in `statistics` are ignored.
+        form: One of the two.
 
     Raises:
-        ValueError: If no layer is in both.
+        ValueError: If no layer is in both, or `form` is neither of the two.
 
-    Source: SynQ (arXiv 2603.18423), section 3; var_mean is the form of published code. eps under the root differs from the paper
-    on purpose: the plain root has an infinite slope at a dead channel.
+    Source: SynQ (arXiv 2603.18423), section 3; var_mean is the form of published code. eps under the root differs from
+    the paper on purpose: the square root without it has an infinite slope at a dead channel.
     """
     names = [name for name in targets if name in statistics]
     if not names:
         raise ValueError("`targets` must share at least one batch-norm layer with `statistics`, but got none")
-    # One long vector of all layers' channels: a handful of kernels in place of a handful per layer.
+    # One vector of the channels of all layers: a few kernels instead of a few per layer.
     mean_gap = _join(statistics[name].mean for name in names) - _join(targets[name].mean for name in names)
     spread = _join(statistics[name].variance + statistics[name].eps for name in names)
     target_spread = _join(targets[name].variance + targets[name].eps for name in names)
@@ -293,9 +297,10 @@ def _join(parts: Iterable[Tensor]) -> Tensor:
 
 
 def pool_statistics(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of a whole from those of its parts, which may differ in size.
+    """Return mean and biased variance of a set of values from those of its parts, which may differ in size.
 
-    mean = sum_s w_s mean_s and variance = sum_s w_s variance_s + sum_s w_s (mean_s - mean)^2, with w_s = count_s / sum(counts).
+    mean = sum_s w_s mean_s and variance = sum_s w_s variance_s + sum_s w_s (mean_s - mean)^2, with
+    w_s = count_s / sum(counts).
 
     One value 0 and three values 4: means (0, 4), variances (0, 0), counts (1, 3) give mean 3, variance 3.
 
@@ -305,7 +310,7 @@ def pool_statistics(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[T
         counts: Shape (S,), values in each part; at least one is positive.
 
     Returns:
-        Two tensors of shape (C,), in the type of `means`; summed in float64.
+        Two tensors of shape (C,), in the dtype of `means`; summed in float64.
     """
     weights = (counts.double() / counts.double().sum()).unsqueeze(1)
     mean = (weights * means).sum(0)

@@ -1,4 +1,4 @@
-"""Find where a network's class-activation map is taken: by structure, never by "the last convolution found"."""
+"""Location of a network's class activation map, found by the structure of the head."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,12 +13,12 @@ from synq.network.tracing import tensor_inputs, with_features
 
 @dataclass(frozen=True, kw_only=True)
 class CamSite:
-    """Where the class-activation map of a network is taken, and how its channel weights are computed.
+    """The layer whose output the class activation map weights, and how the channel weights are computed.
 
     Attributes:
         node: Name of the graph node whose output is A, the (N, C, H, W) feature map; empty when ``kind`` is "none".
-        kind: "closed_form" where the head is average pooling, flatten and one linear layer; "autograd" where the
-            head is not linear in A; "none" where the network has no spatial feature before its classifier.
+        kind: "closed_form" if the head is average pooling, flatten and one linear layer; "autograd" if the head is not
+            linear in A; "none" if the network has no spatial feature before its classifier.
         channels, height, width: Size of A.
         cells: Number of pooled cells per channel that the classifier reads (1 for a global average pool).
         linear: Module name of the classifier, for "closed_form".
@@ -35,25 +35,28 @@ class CamSite:
     reason: str = ""
 
     def differentiates(self, method: CamMethod) -> bool:
-        """Tell whether a map of ``method`` costs a backward pass through the head: Grad-CAM++ asks each position, not the mean."""
+        """Return whether a map of ``method`` needs a backward pass through the head.
+
+        Grad-CAM++ reads the gradient at each position, which the closed form gives only for a global average pool.
+        """
         return self.kind == "autograd" or (self.kind == "closed_form" and method == "gradcam++" and self.cells > 1)
 
 
 def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
-    """Find the last spatial feature before the classifier and how its CAM weights are computed.
+    """Return the last spatial feature before the classifier and how its CAM weights are computed.
 
-    The head is read from the structure and then checked by numbers: "closed_form" is only answered when the closed
-    form equals autograd on this very network.
+    The head is read from the structure and then checked numerically: "closed_form" is returned only if the closed form
+    equals autograd on this network.
 
     Args:
         traced: A graph from :func:`trace_classifier`.
-        override: Node or module name of A chosen by the user; None finds it by structure.
+        override: Node or module name of A, chosen by the user; None finds it by structure.
 
     Returns:
-        The site; ``kind`` is "none" where no spatial feature precedes the classifier.
+        The location; its ``kind`` is "none" if no spatial feature precedes the classifier.
 
     Raises:
-        ValueError: If ``override`` names no node with a (N, C, H, W) output on the way from the image to the logits.
+        ValueError: If ``override`` names no node with an (N, C, H, W) output on the path from the image to the logits.
     """
     feature, linear = _walk_head(traced)
     if override is not None:
@@ -71,16 +74,16 @@ def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
     cells, rest = divmod(weight.shape[1], channels)
     if rest or (height * width) % cells:
         return CamSite(node=feature.name, kind="autograd", reason="pooled cells do not tile the map", **size)
-    site = CamSite(
+    location = CamSite(
         node=feature.name, kind="closed_form", cells=cells, linear=linear, reason="pool, flatten, linear", **size
     )
-    if not _closed_form_holds(traced, site):
+    if not _closed_form_holds(traced, location):
         return CamSite(node=feature.name, kind="autograd", reason="the head is not linear in its features", **size)
-    return site
+    return location
 
 
 def _walk_head(traced: fx.GraphModule) -> tuple[fx.Node | None, str | None]:
-    """Walk from the output back to A. Returns (A or None, classifier name where the head has exactly one layer)."""
+    """Walk from the output back to A; return A or None, and the classifier's name if the head has exactly one layer."""
     node: fx.Node = next(n for n in traced.graph.nodes if n.op == "output")
     linear: str | None = None
     plain = True
@@ -96,7 +99,7 @@ def _walk_head(traced: fx.GraphModule) -> tuple[fx.Node | None, str | None]:
             source = tensor_inputs(node)[0]
             if len(source.meta["shape"]) == 4:
                 return source, linear if plain else None
-            continue  # one axis after another, or pixels in a row: A lies further up
+            continue  # one axis after another, or flattened pixels: A is further up
         if is_passive(traced, node):
             continue
         if len(shape) == 4 and shape[2] * shape[3] > 1:
@@ -107,11 +110,11 @@ def _walk_head(traced: fx.GraphModule) -> tuple[fx.Node | None, str | None]:
         linear = str(node.target) if is_classifier else linear
 
 
-def _closed_form_holds(traced: fx.GraphModule, site: CamSite) -> bool:
-    """Compare both forms of alpha on random images: exact for a linear head, far apart for any other."""
-    network = with_features(traced, site.node)
+def _closed_form_holds(traced: fx.GraphModule, location: CamSite) -> bool:
+    """Compare both forms of alpha on random images: equal for a linear head, far apart for any other."""
+    network = with_features(traced, location.node)
     placeholder = next(n for n in traced.graph.nodes if n.op == "placeholder")
-    weight = _weight_of(traced.get_submodule(site.linear or ""))
+    weight = _weight_of(traced.get_submodule(location.linear or ""))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(4, *placeholder.meta["shape"][1:], generator=generator).to(weight)
     labels = torch.arange(4, device=weight.device) % weight.shape[0]
@@ -119,7 +122,7 @@ def _closed_form_holds(traced: fx.GraphModule, site: CamSite) -> bool:
         logits, features = network(images)
         by_autograd = autograd_weights(logits, features, labels, retain_graph=False)
     closed = closed_form_weights(
-        weight.detach().flatten(1), labels, site.channels, site.cells, site.height * site.width
+        weight.detach().flatten(1), labels, location.channels, location.cells, location.height * location.width
     )
     return torch.allclose(closed, by_autograd, rtol=1e-3, atol=1e-6 * float(by_autograd.abs().max() + 1e-12) + 1e-9)
 

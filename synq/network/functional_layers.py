@@ -1,6 +1,7 @@
-"""Layers that are called as functions on the tensors of one module, turned into layers that every rule knows.
+"""Rewriting of functional calls on the parameters of one module (``F.conv2d(x, self.weight)``) as layers.
 
-timm writes its batch norms so, with the activation inside the module, and everybody their convolutions with TensorFlow's padding:
+timm writes its batch norms this way, with the activation inside the module, and convolutions with TensorFlow's padding
+are usually written this way:
 
     bn: weight, bias, running_mean, running_var, act       F.batch_norm(x, bn.running_mean, ...), then bn.act
  -> bn: nn.BatchNorm2d with the same tensors, and act      bn(x), then bn.act
@@ -22,10 +23,10 @@ _CONV_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "group
 
 
 def functions_as_layers(traced: fx.GraphModule) -> None:
-    """Turn ``F.batch_norm``, ``F.conv2d`` and ``F.linear`` on the tensors of one module into a layer of that name, in place.
+    """Rewrite ``F.batch_norm``, ``F.conv2d`` and ``F.linear`` on the tensors of one module as a layer, in place.
 
-    It holds the same tensors under the same names, so files of weights fit as before. Calls that leave one of them out, or take them
-    from elsewhere, stay as they are.
+    The layer has the module's name and the same tensors under the same names, so weight files still fit. Calls that
+    leave out one of the tensors, or take some from another module, are not rewritten.
 
     Args:
         traced: A graph in evaluation mode whose nodes carry shapes in ``meta["shape"]``.
@@ -43,7 +44,7 @@ def functions_as_layers(traced: fx.GraphModule) -> None:
 
 
 def replace_layer(net: fx.GraphModule, name: str, layer: nn.Module) -> None:
-    """Put ``layer`` in the place of the submodule ``name``, with those modules below that one that the graph calls on their own."""
+    """Replace the submodule ``name`` by ``layer``; children of the old one that the graph calls move to the new one."""
     called = [f"{node.target}." for node in net.graph.nodes if node.op in ("call_module", "get_attr")]
     for child_name, child in net.get_submodule(name).named_children():
         if any(target.startswith(f"{name}.{child_name}.") for target in called):
@@ -52,7 +53,7 @@ def replace_layer(net: fx.GraphModule, name: str, layer: nn.Module) -> None:
 
 
 def bare_holder(module: nn.Module) -> nn.Module:
-    """Return a module with the submodules of ``module`` and none of its tensors."""
+    """Return a module with the submodules of ``module`` and without its tensors."""
     holder = nn.Module()
     for name, child in module.named_children():
         holder.add_module(name, child)
@@ -71,7 +72,7 @@ def _norm_as_layer(traced: fx.GraphModule, node: fx.Node) -> None:
     holder = traced.get_submodule(name)
     if not _holds(holder, _given(call), STATISTICS):
         return
-    if type(holder) is nn.Module:  # of torch.fx: a bare holder of tensors and of what is called below it
+    if type(holder) is nn.Module:  # made by torch.fx: holds the tensors and the submodules that the graph calls
         variance = holder.get_buffer("running_var")
         norm = nn.BatchNorm2d(
             len(variance), eps=call["eps"], affine=False, device=variance.device, dtype=variance.dtype
@@ -84,7 +85,7 @@ def _norm_as_layer(traced: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _product_as_layer(traced: fx.GraphModule, node: fx.Node) -> None:
-    """Convolutions and products with a weight that is no parameter (computed, fixed), or not the only one of its module, stay as they are."""
+    """Rewrite a convolution or linear product if its weight and bias are all the tensors of one module."""
     call: dict[str, Any] = {**_CONV_DEFAULTS, **dict(zip(_CONV_ARGUMENTS, node.args, strict=False)), **node.kwargs}
     name = _owner({field: call[field] for field in AFFINE})
     if name is None:
@@ -100,7 +101,7 @@ def _product_as_layer(traced: fx.GraphModule, node: fx.Node) -> None:
     made = _conv_of(holder, call) if node.target is F.conv2d else _linear_of(holder)
     if type(holder) is nn.Module:
         replace_layer(traced, name, _filled(made, holder))
-    elif repr(holder) != repr(made):  # called before, with other settings
+    elif repr(holder) != repr(made):  # a layer since an earlier call, which had other settings
         return
     _call_layer(node, name, call["input"])
 
@@ -134,7 +135,7 @@ def _given(call: dict[str, Any]) -> set[str]:
 
 
 def _owner(fields: dict[str, object]) -> str | None:
-    """Return the name of the one module whose tensors these are, each under its own name."""
+    """Return the name of the one module that has these tensors, each as the attribute of its argument's name."""
     owners = set()
     for field, source in fields.items():
         if source is None and field in AFFINE:
@@ -149,14 +150,14 @@ def _owner(fields: dict[str, object]) -> str | None:
 
 
 def _holds(holder: nn.Module, used: set[str], statistics: Iterable[str]) -> bool:
-    """Tell whether a module holds statistics as buffers, and as parameters just the affine tensors that are used."""
+    """Return whether a module has the statistics as buffers and, as parameters, exactly the affine tensors used."""
     buffers, parameters = dict(holder.named_buffers(recurse=False)), dict(holder.named_parameters(recurse=False))
     held = {field for field in AFFINE if isinstance(getattr(holder, field, None), Tensor)}
     return set(statistics) <= buffers.keys() and held == used and used <= parameters.keys()
 
 
 def _filled(layer: nn.Module, holder: nn.Module) -> nn.Module:
-    """Give a new layer the very tensors of ``holder``, and return it in evaluation mode."""
+    """Register the tensors of ``holder`` in a new layer, and return it in evaluation mode."""
     for name, parameter in holder.named_parameters(recurse=False):
         layer.register_parameter(name, parameter)
     for name, buffer in holder.named_buffers(recurse=False):

@@ -1,7 +1,8 @@
-"""Class activation maps of a classifier: S = ReLU(sum_k alpha_k A^k); in Grad-CAM alpha_k = mean_{h,w} d y_label / d A^k_{hw}.
+"""Class activation maps of a classifier: S = ReLU(sum_k alpha_k A^k).
 
-Maps are raw: dividing a map by its own range blows up where it is nearly flat. No hook is registered and no second forward pass made:
-the features come out of the very forward pass that made the logits.
+In Grad-CAM alpha_k = mean_{h,w} d y_label / d A^k_{hw}. Maps are not normalized: dividing a nearly flat map by its
+range would blow it up. No hook is registered and no second forward pass is made: the features come from the forward
+pass that computed the logits.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ CamMethod = Literal["gradcam", "gradcam++", "cam"]
 def closed_form_weights(
     linear_weight: Tensor, labels: Tensor, num_channels: int, pool_cells: int, spatial: int
 ) -> Tensor:
-    """Grad-CAM weights of "average pool -> flatten -> one linear layer", without a backward pass.
+    """Return the Grad-CAM weights of a head "average pool, flatten, one linear layer", without a backward pass.
 
         alpha_k = sum over cells of W[label, k, cell] / (H W)
 
-    Every pooled cell is a mean, so the derivatives that reach one channel through it add up to W[label, k, cell], whatever the cell's
-    size. Not valid where a non-linearity lies between pool and logits (MobileNetV3): :func:`autograd_weights` there.
+    Every pooled cell is a mean, so the derivatives of the positions in it add up to W[label, k, cell], whatever the
+    size of the cell. Not valid with a non-linearity between pool and logits (MobileNetV3): use `autograd_weights`.
 
     Args:
-        linear_weight: (K, C * cells), columns ordered channel first as ``flatten`` leaves them; the student's is its fake-quantized one.
+        linear_weight: (K, C * cells), columns in the order of ``flatten``, channels first; fake-quantized in a student.
         labels: (N,) int64, classes of the maps.
         num_channels: C.
-        pool_cells: cells the pool leaves per channel (1 for a global pool, 4 for 2 x 2).
+        pool_cells: Number of cells per channel after the pool (1 for a global pool, 4 for 2 x 2).
         spatial: H * W of the tensor that enters the pool.
 
     Returns:
         alpha (N, C), detached, dtype of ``linear_weight``.
 
     Raises:
-        ValueError: if the linear layer does not have num_channels * pool_cells inputs.
+        ValueError: If the linear layer does not have num_channels * pool_cells inputs.
     """
     if linear_weight.shape[1] != num_channels * pool_cells:
         raise ValueError(
@@ -47,11 +48,11 @@ def closed_form_weights(
 
 
 def logit_gradient(logits: Tensor, features: Tensor, labels: Tensor, retain_graph: bool) -> Tensor:
-    """d logit_label / d A by differentiation, for any head.
+    """Return d logit_label / d A by autograd, for any head.
 
-    ``torch.autograd.grad`` towards ``features`` alone: no parameter's gradient is touched, so DDP's reducer does not see this pass.
-    One backward pass serves the batch; images must not influence one another (BatchNorm in eval mode). Quantizers behind ``features``
-    pass the gradient straight through (zero where they clip).
+    ``torch.autograd.grad`` is called for ``features`` only: no parameter's gradient changes, so DDP's reducer does not
+    run. One backward pass is enough for the batch; images must not influence one another (BatchNorm in eval mode).
+    Quantizers after ``features`` use the straight-through estimator (zero where they clip).
 
     Args:
         logits: (N, K), computed from ``features`` with gradients enabled.
@@ -68,26 +69,27 @@ def logit_gradient(logits: Tensor, features: Tensor, labels: Tensor, retain_grap
 
 
 def autograd_weights(logits: Tensor, features: Tensor, labels: Tensor, retain_graph: bool) -> Tensor:
-    """Grad-CAM weights alpha (N, C), detached, by differentiation, for any head: see :func:`logit_gradient`."""
+    """Return the Grad-CAM weights alpha (N, C), detached, by autograd, for any head; see :func:`logit_gradient`."""
     return logit_gradient(logits, features, labels, retain_graph).mean(dim=(2, 3))
 
 
 def cam_weights(features: Tensor, gradient: Tensor, method: CamMethod) -> Tensor:
-    """Weight of every channel in the map of each image.
+    """Return the weight of every channel in the map of each image.
 
     With g = d logit / d A and sums and means over positions of a channel:
 
     gradcam:    mean g                                             (Selvaraju et al., ICCV 2017)
-    gradcam++:  sum of g^2 / (2 g^2 + g^3 sum A) * ReLU(g)         (Chattopadhay et al., WACV 2018; the score is exp(logit))
-    cam:        sum g, the classifier's own weight where the head is a global average pool and one linear layer (Zhou et al., CVPR 2016)
+    gradcam++:  sum of g^2 / (2 g^2 + g^3 sum A) * ReLU(g)         (Chattopadhay et al., WACV 2018, score exp(logit))
+    cam:        sum g, which is the classifier's weight if the head is a global average pool and one linear layer
+                (Zhou et al., CVPR 2016)
 
-    So one channel of 4 positions with A = 1 and g = 0.5 everywhere weighs 0.5, 0.5 and 2. A weight of the loss suits one method
-    only: their maps differ in size.
+    One channel of 4 positions with A = 1 and g = 0.5 everywhere has the weights 0.5, 0.5 and 2. A ``cam_weight`` suits
+    one method only, because the maps of the methods differ in magnitude.
 
     Args:
-        features: A (N, C, H, W); gradcam++ takes it as a constant.
-        gradient: g (N, C, H, W), or (N, C, 1, 1) where it is the same at every position.
-        method: Which of the three.
+        features: A (N, C, H, W); a constant in gradcam++.
+        gradient: g (N, C, H, W), or (N, C, 1, 1) if it is the same at every position.
+        method: One of the three.
 
     Returns:
         (N, C), detached.
@@ -99,7 +101,7 @@ def cam_weights(features: Tensor, gradient: Tensor, method: CamMethod) -> Tensor
     if method == "cam":
         return repeats * gradient.sum(dim=(2, 3)).detach()
     square = gradient.square()
-    # The formula presumes A >= 0; a signed A could bring the denominator near 0 at a positive g, and the weight to any size.
+    # The formula assumes A >= 0: with a signed A the denominator could be near 0 at a positive g.
     total = features.detach().relu().to(gradient.dtype).sum(dim=(2, 3), keepdim=True)
     denominator = 2 * square + square * gradient * total
     share = square / denominator.where(denominator != 0, torch.ones_like(denominator))
@@ -107,15 +109,16 @@ def cam_weights(features: Tensor, gradient: Tensor, method: CamMethod) -> Tensor
 
 
 def cam_map(features: Tensor, alpha: Tensor, rectified: bool = True) -> Tensor:
-    """Raw class activation map ReLU(sum_k alpha_k A^k).
+    """Return the class activation map ReLU(sum_k alpha_k A^k), not normalized.
 
     Args:
         features: A (N, C, H, W).
         alpha: (N, C).
-        rectified: False leaves out the ReLU, as CAM has none.
+        rectified: Whether to apply the ReLU; CAM has none.
 
     Returns:
-        (N, H, W), in the wider dtype of the two, also under autocast: the loss squares these sums, bfloat16 is too coarse.
+        (N, H, W), in the wider dtype of the two, also under autocast: the loss squares these sums, for which bfloat16
+        is too coarse.
     """
     dtype = torch.promote_types(features.dtype, alpha.dtype)
     with torch.autocast(features.device.type, enabled=False):

@@ -1,10 +1,11 @@
 """Describe every operation that a traced network may contain, in one table.
 
-`OPERATIONS` holds one row per operation: every spelling of it (module classes, functions, tensor methods, bare names) and its traits. Tracing,
-classification, block boundaries, the CAM location, cross-layer equalization and the cost account all query this table and keep no list themselves.
+`OPERATIONS` has one row per operation: every spelling of it (module classes, functions, tensor methods, bare names) and
+its traits. Tracing, classification, block boundaries, the CAM location, cross-layer equalization and the cost account
+query this table and have no lists themselves.
 
-To add an operation, add one `OpTraits` row to `OPERATIONS`, or one more spelling to the row of the same operation, and its line to the table of
-expectations in `tests/network/test_op_traits.py`. An operation without a row is rejected by `classify`, which names the operation.
+To add an operation, add one `OpTraits` row to `OPERATIONS`, or one more spelling to the row of the same operation, and
+extend the table of expectations in `tests/network/test_op_traits.py`. `classify` rejects an operation without a row.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,13 +50,13 @@ class OpTraits:
         name: Name of the operation, unique in the table.
         kind: What it is to a quantizer.
         modules: Module classes; a subclass without a row has the traits of its nearest base class.
-        functions: Functions, matched by identity: a function of the same name from another library is a different operation.
+        functions: Functions, matched by identity: one of the same name from another library is another operation.
         methods: Names of tensor methods.
         names: Bare names of functions and methods, of whatever library.
-        keeps_values: Selects or moves values (or fills in zeros), so that the output lies on the quantization grid of the input.
+        keeps_values: Selects or moves values (or fills in zeros): the output is on the quantization grid of the input.
         joins: Its output holds the values of several inputs.
         returns_tuple: May return a tuple: parts of an activation, or sizes.
-        positively_homogeneous: f(s x) = s f(x) for every channel c and scale s_c > 0 (with PyTorch's default arguments).
+        positively_homogeneous: f(s x) = s f(x) for scales s_c > 0 per channel.
         averages: Mean over a window of positions of each channel, whose derivative is the same at each position.
         resamples: Changes the resolution of a feature map and computes no feature, so that a block does not end at it.
         reduces_dims: Reduces the axes given by its argument ``dim``; its other traits hold for H and W only.
@@ -253,7 +254,7 @@ OPERATIONS: tuple[OpTraits, ...] = (
 
 
 def traits_of(net: fx.GraphModule, node: fx.Node) -> OpTraits:
-    """Return the row of the operation that ``node`` calls, or `UNKNOWN`; inputs, parameters and the output call none."""
+    """Return the row of the operation that ``node`` calls, else `UNKNOWN` (also for inputs, parameters, the output)."""
     keys: tuple[object, ...] = ()
     if node.op == "call_module":
         keys = type(node_module(net, node)).__mro__

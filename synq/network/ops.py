@@ -1,4 +1,4 @@
-"""What an operation of a network's graph is to a quantizer: a layer with a weight, a non-linearity, or neither."""
+"""Classification of the nodes of a traced network for quantization: layers, non-linearities, everything else."""
 
 from collections.abc import Container
 
@@ -8,18 +8,20 @@ from synq.network.op_traits import OpKind, OpTraits, is_passive, node_module, op
 
 
 def classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Sort the nodes into layers with a weight and non-linearities, each in order of execution.
+    """Return the layers with a weight and the non-linearities of a network, each in order of execution.
 
-    What depends on parameters only (a scale, reshaped) is no activation, and neither are sizes.
+    Tensors that depend on parameters only (a reshaped scale) are not activations, and neither are sizes.
 
     Args:
-        net: A graph from ``trace_classifier``, shapes recorded.
+        net: A graph from ``trace_classifier``, with shapes recorded.
 
     Returns:
-        Convolutions and linear layers; operations whose output is a new set of values.
+        Two lists of nodes: convolutions and linear layers; operations whose output is a quantization point under
+        ``act_points = "relu"``.
 
     Raises:
-        ValueError: If an operation is neither and not known to be harmless, if there is no layer, or if the network ends in a softmax.
+        ValueError: If an operation on activations is not in the table of `op_traits.py`, if there is no layer with a
+            weight, or if the network ends in a softmax.
     """
     layers: list[fx.Node] = []
     nonlinear: list[fx.Node] = []
@@ -43,36 +45,40 @@ def classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
         last = last.all_input_nodes[0]
     if operation_name(last) == "softmax" or isinstance(node_module(net, last), nn.Softmax):
         raise ValueError(
-            f"teacher must return logits, but its last operation, {last.name!r}, is a softmax: return what enters it"
+            f"teacher must return logits, but its last operation, {last.name!r}, is a softmax: return its input"
         )
     if not layers:
         raise ValueError("teacher must have a convolution or linear layer to quantize, but none was found in its graph")
     return layers, nonlinear
 
 
-def made_of(net: fx.GraphModule, points: Container[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
-    """Return, for every activation, those `points` whose values it holds: as they are, pooled, normalised, reshaped or joined.
+def value_sources(net: fx.GraphModule, points: Container[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
+    """Return, for every activation, the quantization points that its values come from.
 
-    What a layer makes holds none, and neither does a sum or product of different activations: it is a new value. A sum of two pools of
-    one point holds that point.
+    Values may be pooled, normalized, reshaped or concatenated on the way. The output of a layer comes from no point,
+    and neither does a sum or product of different activations, which is a new value. The sum of two pools of one point
+    comes from that point.
 
     Args:
-        net: A graph with its shapes recorded.
-        points: Nodes that make activations.
+        net: A graph with shapes recorded.
+        points: Nodes whose outputs are quantized.
+
+    Returns:
+        For each activation the set of its points, possibly empty.
     """
-    held: dict[fx.Node, frozenset[fx.Node]] = {}
+    sources_of: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in net.graph.nodes:
         # Sizes and reshaped parameters lead to no activation.
-        sources = [held[source] for source in node.all_input_nodes if source in held]
+        sources = [sources_of[source] for source in node.all_input_nodes if source in sources_of]
         if node in points:
-            held[node] = frozenset([node])
+            sources_of[node] = frozenset([node])
         elif node.op == "placeholder" or traits_of(net, node).kind is OpKind.LAYER:
-            held[node] = frozenset()
+            sources_of[node] = frozenset()
         elif sources and not _is_number(net, node):
             of_one = len(sources) == 1 or (len({*sources}) == 1 and len(sources[0]) == 1)
             kept = sources if of_one or traits_of(net, node).joins else []
-            held[node] = frozenset().union(*kept)
-    return held
+            sources_of[node] = frozenset().union(*kept)
+    return sources_of
 
 
 def _is_number(net: fx.GraphModule, node: fx.Node) -> bool:
@@ -81,14 +87,14 @@ def _is_number(net: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _is_known(node: fx.Node, traits: OpTraits) -> bool:
-    """Return whether the quantization of an operation on activations is known; a function must return one tensor or parts of one."""
+    """Return whether the table knows an operation on activations; a function must return one tensor or parts of one."""
     if node.op != "call_module" and node.meta.get("shape") is None:
         return traits.returns_tuple
     return traits.kind not in (OpKind.UNKNOWN, OpKind.NUMBER)
 
 
 def _is_nonlinear_product(node: fx.Node, kind: OpKind, activations: set[fx.Node]) -> bool:
-    """Return whether activations are multiplied or divided by an activation (a gate, a square), not by a number or a parameter."""
+    """Return whether an activation is multiplied or divided by an activation, not by a number or a parameter."""
     are_activations = [isinstance(f, fx.Node) and f in activations for f in (*node.args, *node.kwargs.values())]
     if kind is OpKind.QUOTIENT:
         return any(are_activations[1:])

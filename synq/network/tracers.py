@@ -1,4 +1,4 @@
-"""How a forward pass becomes a graph: by names alone, or beside real tensors where the code asks how large something is."""
+"""Tracers that turn a forward pass into a graph: symbolically, or with real tensors where the code reads sizes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,25 +9,25 @@ from torch import Tensor, fx, nn
 
 
 class LayerTracer(fx.Tracer):
-    """Keep plain convolutions, linear layers and BatchNorms whole, also when subclassed without a new computation."""
+    """Trace with convolutions, linear layers and batch norms as leaves, including subclasses that compute the same."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.Conv2d) and type(m)._conv_forward is not nn.Conv2d._conv_forward:
-            return False  # it does something to its weight: that must stand in the graph
+            return False  # it transforms its weight: the graph must contain that
         for kind in (nn.Conv2d, nn.Linear, nn.BatchNorm2d):
             if isinstance(m, kind) and type(m).forward is kind.forward:
                 return True
-        # timm's linear layer has a forward of its own for TorchScript only; it computes what nn.Linear computes.
+        # timm's linear layer overrides forward for TorchScript only; it computes what nn.Linear computes.
         if isinstance(m, nn.Linear) and (type(m).__module__, type(m).__name__) == ("timm.layers.linear", "Linear"):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
 
 class SizedTracer(LayerTracer):
-    """Trace beside real tensors, so that code may decide by the size of a feature, as padding of TensorFlow's kind does.
+    """Trace with real tensors, so that code may branch on the size of a feature, as TensorFlow's "same" padding does.
 
-    Every channel, height and width is a plain number then, true for images of the size of ``sample`` only; the number of images stays open.
-    Slower than `LayerTracer`, because each operation is really computed.
+    Channels, height and width become plain numbers, valid for images of the size of ``sample`` only; the number of
+    images stays symbolic. Slower than `LayerTracer`, because each operation is computed.
 
     Args:
         sample: (N, C, H, W) images.
@@ -53,7 +53,7 @@ class SizedTracer(LayerTracer):
 
     @contextmanager
     def _untraced(self) -> Iterator[None]:
-        """Let modules compute inside the ``with`` block: torch.fx has replaced what they do when they are called or asked."""
+        """Restore the methods of ``nn.Module`` that torch.fx patches, so that modules compute in the ``with`` block."""
         traced = {name: getattr(nn.Module, name) for name in self._plain}
         for name, method in self._plain.items():
             setattr(nn.Module, name, method)
@@ -78,7 +78,7 @@ class SizedTracer(LayerTracer):
 
 
 class _SizedProxy(fx.Proxy):
-    """A tensor whose sizes are known, but for the number of images."""
+    """Proxy of a tensor whose sizes are known, except for the number of images."""
 
     tracer: SizedTracer
 

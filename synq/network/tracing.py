@@ -1,7 +1,7 @@
-"""Turn a classifier into a ``torch.fx`` graph.
+"""Tracing of a classifier into a ``torch.fx`` graph.
 
-Everything that reads or rewrites a network goes through this graph: activations written as functions (``F.relu(x)``,
-``x.relu_()``) are nodes like any module, so no tensor can escape a rule unseen.
+Everything that reads or rewrites a network uses this graph: activations written as functions (``F.relu(x)``,
+``x.relu_()``) are nodes like any module, so that no rule about operations can miss one.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ _INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 class FeatureTap(nn.Module):
-    """Identity that makes its output differentiable for the network behind it.
+    """Identity whose output requires a gradient.
 
-    In a frozen teacher nothing requires a gradient; the autograd CAM needs d logit / d A all the same. With gradients
-    enabled, A becomes a leaf here, so that only the head is recorded; in a student A already carries its graph.
+    In a frozen teacher nothing requires a gradient, but the autograd CAM needs d logit / d A. With gradients enabled, A
+    becomes a leaf here, so that autograd records only the head; in a student A already has its graph.
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -52,11 +52,11 @@ class _ShapeRecorder(fx.Interpreter):
 def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModule:
     """Trace a classifier in evaluation mode; parameters and buffers are shared with ``module``.
 
-    In-place operations become out-of-place ones, and later readers of the overwritten tensor read the result, which
-    is what they saw before. A batch norm or convolution that is called as a function on the tensors of one module (timm's layers, which
-    add an activation or a padding) becomes that layer again. What the logits do not depend on is left out: it costs time, and parameters without a
-    gradient stop a distributed run. Every node carries the shape of its output for a batch of two in
-    ``meta["shape"]``.
+    In-place operations become out-of-place ones, and later readers of the overwritten tensor read the result, as they
+    did before. A batch norm or convolution that is called as a function on the tensors of one module (timm's layers,
+    which add an activation or a padding) becomes a layer. Nodes that the logits do not depend on are removed: they
+    cost time, and parameters without a gradient stop a distributed run. Every node has the shape of its output for a
+    batch of two in ``meta["shape"]``.
 
     Args:
         module: Classifier mapping (N, C, H, W) to logits (N, K). Put into evaluation mode.
@@ -67,7 +67,7 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
 
     Raises:
         ValueError: If the forward pass depends on tensor values, fails on ``input_size``, or does not return one
-            (N, K) tensor; if a weight is computed from others, or a layer carries a hook.
+            (N, K) tensor; if a weight is computed from other tensors, or a layer has a hook.
     """
     module.eval()
     name = type(module).__name__
@@ -79,7 +79,7 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
         logits = _ShapeRecorder(traced).run(sample)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 2:
         raise ValueError(
-            f"teacher must return one (N, classes) tensor of logits, but {name} returned {_in_words(logits)}"
+            f"teacher must return one (N, classes) tensor of logits, but {name} returned {_describe(logits)}"
         )
     _check_no_hooks(traced)
     _make_out_of_place(traced)
@@ -92,16 +92,16 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
 
 
 def _trace(module: nn.Module, sample: Tensor) -> fx.Graph:
-    """Trace by names alone, or, where the code asks for sizes, for images of the size of ``sample``."""
+    """Trace symbolically, or, if the code needs sizes, for images of the size of ``sample``."""
     try:
         return LayerTracer().trace(module)
-    except Exception as error:  # torch.fx raises many types; all of them mean the same to the user
+    except Exception as error:  # torch.fx raises many types, all with the same meaning for the user
         channels, height, width = sample.shape[1:]
         with accepting(type(module).__name__, (channels, height, width)):
             module(sample.clone())
         try:
             return SizedTracer(sample).trace(module)
-        except Exception:  # the same trouble in other words: the first are the plainer ones
+        except Exception:  # the same cause: the first message is the clearer one
             raise ValueError(
                 f"teacher must be traceable by torch.fx, but {type(module).__name__} is not: {_first_line(error)}. "
                 "Remove control flow that depends on tensor values from its forward pass"
@@ -109,10 +109,10 @@ def _trace(module: nn.Module, sample: Tensor) -> fx.Graph:
 
 
 def check_plain_weights(module: nn.Module) -> None:
-    """Refuse layers whose weight or bias is computed from other tensors (weight norm, spectral norm, pruning).
+    """Raise on layers whose weight or bias is computed from other tensors (weight norm, spectral norm, pruning).
 
     Raises:
-        ValueError: Naming the layer.
+        ValueError: If there is one; the message names it.
     """
     for name, part in module.named_modules():
         if not isinstance(part, (_ConvNd, nn.Linear, _BatchNorm)):
@@ -121,14 +121,14 @@ def check_plain_weights(module: nn.Module) -> None:
             tensor = getattr(part, field, None)
             if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter) and field not in part._buffers:
                 raise ValueError(
-                    f"teacher must have plain weights, but the {field} of layer {name!r} is computed from other tensors "
-                    "(weight norm, spectral norm, pruning): remove the parametrization first, for example by "
+                    f"teacher must have plain weights, but the {field} of layer {name!r} is computed from other "
+                    "tensors (weight norm, spectral norm, pruning): remove the parametrization first, for example by "
                     "torch.nn.utils.parametrize.remove_parametrizations"
                 )
 
 
 def batchnorm_parameters(traced: fx.GraphModule) -> list[nn.Parameter]:
-    """Return the affine parameters of all batch norms, of layers and of ``F.batch_norm`` calls alike, each once."""
+    """Return the affine parameters of all batch norms, both layers and ``F.batch_norm`` calls, each once."""
     found: dict[nn.Parameter, None] = {}
     for module in traced.modules():
         if isinstance(module, _BatchNorm):
@@ -142,14 +142,14 @@ def batchnorm_parameters(traced: fx.GraphModule) -> list[nn.Parameter]:
 
 
 def with_features(traced: fx.GraphModule, node_name: str, others: Sequence[str] = ()) -> fx.GraphModule:
-    """Return a network that gives (logits (N, K), features (N, C, H, W), outputs of ``others``...) in one forward pass.
+    """Return a network that also returns features: (logits (N, K), features (N, C, H, W), outputs of ``others``...).
 
     Parameters and submodules are shared with ``traced``; no hook is installed.
 
     Args:
         traced: A graph of a teacher or a student.
-        node_name: Node whose output are the features.
-        others: Further nodes whose outputs are given too.
+        node_name: Node whose output is the features.
+        others: More nodes whose outputs are returned.
 
     Raises:
         ValueError: If there is no such node.
@@ -190,13 +190,14 @@ def _check_no_hooks(traced: fx.GraphModule) -> None:
         module = node_module(traced, node)
         if module is not None and (module._forward_hooks or module._forward_pre_hooks):
             raise ValueError(
-                f"teacher must compute in its forward passes, but layer {node.target!r} ({type(module).__name__}) carries "
-                "a forward hook, which its quantized form would lose: remove the hook or write it into the forward pass"
+                f"teacher must compute in its forward passes, but layer {node.target!r} ({type(module).__name__}) "
+                "carries a forward hook, which its quantized form would lose: remove the hook or write it into the "
+                "forward pass"
             )
 
 
 def _make_out_of_place(traced: fx.GraphModule) -> None:
-    # Collected first: a module that is called twice is in place at both calls.
+    # Collected first: a module that is called twice works in place at both calls.
     inplace_modules = {module for module in traced.modules() if getattr(module, "inplace", False)}
     for module in inplace_modules:
         module.inplace = False  # type: ignore[assignment]
@@ -237,7 +238,7 @@ def _make_out_of_place(traced: fx.GraphModule) -> None:
 
 
 def _drop_shape_assertions(traced: fx.GraphModule) -> None:
-    """Drop assertions about shapes: they held for images of this size, and each would count as a reader of its tensor."""
+    """Remove assertions about shapes: they passed for this input size, and each would count as a user of its tensor."""
     for node in list(traced.graph.nodes):
         if node.op == "call_function" and node.target is torch._assert:
             condition = node.args[0] if node.args else None
@@ -256,7 +257,7 @@ def _nodes_until(graph: fx.Graph, last: fx.Node) -> list[fx.Node]:
 
 @contextmanager
 def accepting(name: str, input_size: tuple[int, int, int]) -> Iterator[None]:
-    """Say it as the user's error where a forward pass on images of ``input_size`` inside the ``with`` block fails."""
+    """Raise a ValueError for the user if a forward pass on images of ``input_size`` in the ``with`` block fails."""
     try:
         with torch.no_grad():
             yield
@@ -267,23 +268,26 @@ def accepting(name: str, input_size: tuple[int, int, int]) -> Iterator[None]:
 
 
 def output_getters(returned: object) -> dict[str, Callable[[Any], Any]]:
-    """Return how to take each value that a forward pass returned, by key, name or position in words; nothing for a single value."""
+    """Return a getter for each value that a forward pass returned, by key, field name or position.
+
+    Empty if it returned a single value.
+    """
     if isinstance(returned, Mapping):
         return {str(key): operator.itemgetter(key) for key in returned}
     if dataclasses.is_dataclass(returned):
         return {field.name: operator.attrgetter(field.name) for field in dataclasses.fields(returned)}
     if not isinstance(returned, Sequence):
         return {}
-    positions = {str(place): operator.itemgetter(place) for place in range(len(returned))}
-    names = {name: operator.itemgetter(place) for place, name in enumerate(getattr(returned, "_fields", ()))}
+    positions = {str(index): operator.itemgetter(index) for index in range(len(returned))}
+    names = {name: operator.itemgetter(index) for index, name in enumerate(getattr(returned, "_fields", ()))}
     return {**names, **positions}
 
 
-def _in_words(returned: object) -> str:
+def _describe(returned: object) -> str:
     if isinstance(returned, Tensor):
         return f"one of shape {tuple(returned.shape)}"
-    kind, places = type(returned).__name__.removeprefix("immutable_"), list(output_getters(returned))
-    return f"a {kind}" + (f"; name the one in it by `teacher.output`: {', '.join(places)}" if places else "")
+    kind, keys = type(returned).__name__.removeprefix("immutable_"), list(output_getters(returned))
+    return f"a {kind}" + (f"; name the one in it by `teacher.output`: {', '.join(keys)}" if keys else "")
 
 
 def _first_dtype(module: nn.Module) -> torch.dtype:

@@ -36,10 +36,9 @@ from tqdm import tqdm
 from synq.common.progress import visible
 from synq.common.seeding import make_generator
 from synq.config.run import ReconstructionConfig
-from synq.finetune.optimizers import keep_positive
 from synq.network.blocks import block_ends, segment
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear
-from synq.quant.lsq import fake_quantize_learned
+from synq.quant.lsq import fake_quantize_learned, keep_positive
 from synq.quant.soft_rounding import SoftRounding
 
 CACHE_BATCH = 128

@@ -15,7 +15,7 @@ Role = Literal["weight", "activation"]
 """Kind of a tensor with a bit-width."""
 
 
-class WidthPatterns:
+class BitPatterns:
     """Look up bit-widths by name or pattern (* any characters, ? one, [ab] one of them; case-sensitive).
 
     Args:

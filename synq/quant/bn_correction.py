@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.network.bn_stats import channel_moments, pool_statistics
-from synq.network.tracing import node_module
-from synq.quant.keep_best import Agree, answers, keep_best, mean_kl
+from synq.network.op_traits import node_module
+from synq.quant.keep_best import Synchronize, keep_best, logits_of, mean_kl
 
 LARGEST_RATIO = 2.0
 """Largest factor by which the scale of a batch norm grows or shrinks."""
@@ -25,7 +25,12 @@ _Moments = tuple[Tensor, Tensor]
 
 
 def correct_statistics(
-    net: fx.GraphModule, reference: fx.GraphModule, images: Tensor, *, batch_size: int = 64, agree: Agree = dict
+    net: fx.GraphModule,
+    reference: fx.GraphModule,
+    images: Tensor,
+    *,
+    batch_size: int = 64,
+    synchronize: Synchronize = dict,
 ) -> dict[str, Any]:
     """Correct the batch norms and biases of a student, in place, if that reduces the KL divergence from its teacher.
 
@@ -47,7 +52,7 @@ def correct_statistics(
         reference: The float network with the same node names: the teacher, or the network returned by ``equalize``.
         images: (N, C, H, W) synthetic images on the device of both.
         batch_size: Images per forward pass. All activations that are still needed are kept, of all images of the half.
-        agree: Makes figures the same on all processes.
+        synchronize: Makes metrics the same on all processes.
 
     Returns:
         Report with "kept" (the choice), "kl" (mean KL of each choice, in nats), and the numbers of correctable
@@ -67,8 +72,8 @@ def correct_statistics(
     changes = {"none": lambda: None}
     for name, with_deviation in (("mean", False), ("mean and deviation", True)):
         changes[name] = partial(correct_layers, net, targets, measured.split(batch_size), with_deviation=with_deviation)
-    wanted = answers(reference, judged, batch_size)
-    kept, costs = keep_best(net, changes, lambda: mean_kl(wanted, net, judged, batch_size), agree)
+    wanted = logits_of(reference, judged, batch_size)
+    kept, costs = keep_best(net, changes, lambda: mean_kl(wanted, net, judged, batch_size), synchronize)
     return {**report, "kept": kept, "kl": costs}
 
 

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.network.op_traits import OpKind, node_module, traits_of
 from synq.network.tracing import tensor_inputs
-from synq.quant.keep_best import Agree, answers, keep_best, mean_kl
+from synq.quant.keep_best import Synchronize, keep_best, logits_of, mean_kl
 from synq.quant.layers import ActQuantizer
 
 STRENGTHS = (0.5, 1.0)
@@ -239,7 +239,7 @@ def equalize(
     teacher: fx.GraphModule,
     images: Tensor,
     observe: Callable[[fx.GraphModule], object],
-    agree: Agree = dict,
+    synchronize: Synchronize = dict,
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
     """Equalize a quantized student, in place, with the strength that gives the smallest KL divergence from the teacher.
 
@@ -251,7 +251,7 @@ def equalize(
         teacher: Graph of its teacher; not modified.
         images: (N, C, H, W) synthetic images on the device of both.
         observe: Sets the ranges of ``net``, from whatever they are.
-        agree: Makes figures the same on all processes.
+        synchronize: Makes metrics the same on all processes.
 
     Returns:
         The float network that the student approximates tensor by tensor: the teacher, or a copy with the same scales,
@@ -278,9 +278,9 @@ def equalize(
         _scale(net, pairs, scales[name])
         observe(net)
 
-    wanted = answers(teacher, images)
+    wanted = logits_of(teacher, images)
     changes = {name: partial(change, name) for name in scales}
-    kept, costs = keep_best(net, changes, lambda: mean_kl(wanted, net, images), agree)
+    kept, costs = keep_best(net, changes, lambda: mean_kl(wanted, net, images), synchronize)
     reference = teacher if kept == "none" else _scale(copy.deepcopy(teacher), pairs, scales[kept])
     rows = [
         {

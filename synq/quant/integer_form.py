@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.network.functional_layers import bare_holder, replace_layer
-from synq.network.tracing import node_module
+from synq.network.op_traits import node_module
 from synq.quant.integer_layers import (
     ChannelAffine,
     Codes,

@@ -1,4 +1,4 @@
-"""Keep a change of a student only where it helps: several changes tried from one start, the one nearest to the teacher stays."""
+"""Keep the best of several changes of a student, by its KL divergence from the teacher."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from synq.evaluation.fidelity import kl
+from synq.losses import kd_kl
 
-Agree = Callable[[dict[str, float]], dict[str, float]]
-"""How the processes of a run come to the same figures, and so to the same choice; ``dict`` where there is one process."""
+Synchronize = Callable[[dict[str, float]], dict[str, float]]
+"""Gives all processes of a run the same metrics, and so the same choice; ``dict`` for a single process."""
 
 
 @torch.no_grad()
-def answers(net: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
+def logits_of(net: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
     """Return the logits (N, K) of images (N, C, H, W), on the device of both."""
     return torch.cat([net(batch) for batch in images.split(batch_size)])
 
@@ -27,20 +27,24 @@ def mean_kl(teacher_logits: Tensor, net: nn.Module, images: Tensor, batch_size: 
         images: (N, C, H, W).
         batch_size: Images per forward pass.
     """
-    found = float(kl(teacher_logits, answers(net, images, batch_size)).mean())
-    return found if math.isfinite(found) else math.inf
+    student_logits = logits_of(net, images, batch_size)
+    divergence = float(kd_kl(student_logits.double(), teacher_logits.double(), 1.0).mean())
+    return divergence if math.isfinite(divergence) else math.inf
 
 
 def keep_best(
-    net: nn.Module, changes: Mapping[str, Callable[[], object]], cost: Callable[[], float], agree: Agree = dict
+    net: nn.Module,
+    changes: Mapping[str, Callable[[], object]],
+    cost: Callable[[], float],
+    synchronize: Synchronize = dict,
 ) -> tuple[str, dict[str, float]]:
-    """Try changes of ``net``, each from the state it has now, and leave it in the one of least cost.
+    """Try changes of ``net``, each from its current state, and keep the one of least cost.
 
     Args:
         net: Changed in place, parameters and buffers only.
         changes: By name, each changes ``net`` when called. Of equal costs the first wins.
-        cost: Value of ``net`` as it stands, lower is better.
-        agree: Makes the costs the same on all processes.
+        cost: Evaluates ``net``, lower is better.
+        synchronize: Makes the costs the same on all processes.
 
     Returns:
         Name of the change that stays; all costs by name.
@@ -50,7 +54,7 @@ def keep_best(
         net.load_state_dict(start)
         change()
         costs[name], ends[name] = cost(), _copied(net)
-    costs = agree(costs)
+    costs = synchronize(costs)
     best = min(costs, key=costs.__getitem__)
     net.load_state_dict(ends[best])
     return best, costs

@@ -15,6 +15,7 @@ values of one image, as in the paper, so that it does not depend on the batch si
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ import torch
 from torch import Tensor
 
 from synq.quant.fake_quant import SCALE_EPS, _broadcast_to_axis, _gradient_band
+
+SMALLEST_STEP = 1 / 64
+"""A learned step is kept at or above this share of its first value."""
 
 
 def gradient_factor(count: int, quant_max: int) -> float:
@@ -130,3 +134,22 @@ class _LearnedScalePerTensorCpu(torch.autograd.Function):
         derivative = torch.sub(out, derivative, out=derivative).mul_(gradient)
         grad_scale = derivative.sum().mul_(ctx.factor / ctx.step).to(ctx.dtype).reshape(ctx.shape)
         return grad_input, grad_scale, None, None, None, None
+
+
+def keep_positive(optimizer: torch.optim.Optimizer, steps: Sequence[Tensor]) -> None:
+    """Clamp each learned step, after every update by ``optimizer``, to at least ``SMALLEST_STEP`` of its current value.
+
+    The steps themselves are trained, not their logarithms: LSQ's gradient scale makes the update of s commensurate with
+    that of a weight, so a large update could make s zero or negative. This projection keeps every scale positive. NaN
+    stays NaN, so that the loss shows it.
+    """
+    if not steps:
+        return
+    floors = [(step.detach() * SMALLEST_STEP).clamp(min=SCALE_EPS) for step in steps]
+
+    @torch.no_grad()
+    def project(*_: object) -> None:
+        for step, floor in zip(steps, floors, strict=True):
+            torch.maximum(step, floor, out=step)
+
+    optimizer.register_step_post_hook(project)

@@ -9,7 +9,7 @@ from synq.config.run import RunConfig
 from synq.quant.adaround import reconstruct
 from synq.quant.bn_correction import correct_statistics
 from synq.quant.equalization import equalize
-from synq.quant.keep_best import Agree
+from synq.quant.keep_best import Synchronize
 from synq.quant.student import observe_ranges
 
 
@@ -21,7 +21,7 @@ def prepare_student(
     device: torch.device,
     *,
     image_range: tuple[Tensor, Tensor] | None = None,
-    agree: Agree = dict,
+    synchronize: Synchronize = dict,
     progress: bool = False,
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
     """Calibrate a student, in place, and apply the configured steps before fine-tuning.
@@ -38,7 +38,7 @@ def prepare_student(
         config: Used are ``quant``, ``reconstruction`` and ``seed``.
         device: Device of the computation.
         image_range: As for ``observe_ranges``.
-        agree: Makes figures, by which something is kept or not, the same on all processes.
+        synchronize: Makes the metrics by which a change is kept the same on all processes.
         progress: Whether a terminal shows a progress bar.
 
     Returns:
@@ -65,7 +65,7 @@ def prepare_student(
     reference: fx.GraphModule = teacher
     report: dict[str, Any] = {}
     if quant.equalization:
-        reference, report["equalization"] = equalize(net, teacher, calib, observe, agree)
+        reference, report["equalization"] = equalize(net, teacher, calib, observe, synchronize)
     else:
         observe(net)
     if quant.rounding == "adaround":
@@ -74,5 +74,5 @@ def prepare_student(
         )
         report["reconstruction"] = learned.rows()
     if quant.bn_correction:
-        report["bn_correction"] = correct_statistics(net, reference, calib, agree=agree)
+        report["bn_correction"] = correct_statistics(net, reference, calib, synchronize=synchronize)
     return reference, report

@@ -1,20 +1,23 @@
 """Build the quantized student from the teacher's graph, observe its activation ranges, and account for every tensor."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
+from synq.config.quant import QuantConfig
 from synq.network.functional_layers import replace_layer
-from synq.network.ops import classify, made_of
-from synq.network.tracing import node_module, tensor_inputs
-from synq.quant.bit_patterns import WidthPatterns, layer_names
+from synq.network.op_traits import node_module
+from synq.network.ops import classify, value_sources
+from synq.network.tracing import tensor_inputs
+from synq.quant.bit_patterns import BitPatterns, layer_names
 from synq.quant.cost import TensorRow, account, packed_bytes
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
 from synq.quant.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
+from synq.teacher.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,40 +44,22 @@ class Student:
     before_last: frozenset[str] = frozenset()
 
 
-def quantize_model(
-    traced: fx.GraphModule,
-    *,
-    weight_bits: int,
-    act_bits: int,
-    act_points: Literal["relu", "inputs"] = "relu",
-    first_bits: int | None = None,
-    last_bits: int | None = None,
-    last_bits_for_input: bool = True,
-    layer_weight_bits: Mapping[str, int] | None = None,
-    layer_act_bits: Mapping[str, int] | None = None,
-    cam_node: str = "",
-    learned_steps: Literal["none", "activations", "all"] = "none",
-    rounding: Literal["nearest", "adaround"] = "nearest",
-) -> Student:
-    """Round a traced teacher to a low-bit student; the teacher is not touched.
+def build_student(teacher: Teacher, quant: QuantConfig) -> Student:
+    """Quantize a teacher's graph; see `quantize_model`."""
+    return quantize_model(teacher.graph, quant, cam_node=teacher.cam.node)
+
+
+def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str = "") -> Student:
+    """Return a low-bit copy of a traced network, its weights rounded to nearest; the network itself is not changed.
 
     Activation ranges are unset afterwards: call :func:`observe_ranges` before the student runs.
 
     Args:
         traced: A graph from ``trace_classifier``.
-        weight_bits: Width of all weights, 2..8.
-        act_bits: Width of all quantized activations, 2..8.
-        act_points: "relu": after every non-linearity. "inputs": the input of every convolution and linear layer.
-        first_bits: Width of the first layer's weight (and of its input, under "inputs"); None for ``weight_bits``.
-        last_bits: Width of the last layer's weight and input; None for ``weight_bits`` and ``act_bits``.
-        last_bits_for_input: False: under "relu" of its weight alone. The input is the non-linearity that the layer reads, pooled or not
-            (``made_of``); where it reads a sum, that stays float.
-        layer_weight_bits: Width of the weights of single layers, by the layer's name or a pattern of names; goes before the above.
-        layer_act_bits: Width of single activations, by the name of the layer that reads it under "inputs", by the node of
-            the non-linearity under "relu".
+        quant: Bit-widths, quantization points, and which scales are stored or learned. Under act_points "relu", ``last_bits`` also is the
+            bit-width of the non-linearity that the last layer reads, pooled or not (``value_sources``), unless ``last_bits_for_input`` is
+            False; if the layer reads a sum, that stays float.
         cam_node: Node of ``traced`` whose output is the CAM's feature map; "" for none.
-        learned_steps: Whose scales are parameters: "activations" or "all" (the weights' too, which then no longer follow the weights).
-        rounding: "adaround": the weights' scales are stored, because a learned rounding holds on the grid it was learned on.
 
     Returns:
         The student, in evaluation mode.
@@ -85,10 +70,11 @@ def quantize_model(
     """
     net = copy.deepcopy(traced).eval()
     layers, nonlinear = classify(net)
-    by_name = WidthPatterns(layer_weight_bits or {}, "quant.layer_weight_bits")
-    widths = _layer_widths(layers, weight_bits, first_bits, last_bits, by_name)
-    act_names = WidthPatterns(layer_act_bits or {}, "quant.layer_act_bits")
-    steps: WeightSteps = "learned" if learned_steps == "all" else "stored" if rounding == "adaround" else "live"
+    by_name = BitPatterns(quant.layer_weight_bits, "quant.layer_weight_bits")
+    widths = _layer_bits(layers, quant.weight_bits, quant.first_bits, quant.last_bits, by_name)
+    act_names = BitPatterns(quant.layer_act_bits, "quant.layer_act_bits")
+    learned, stored = quant.learned_steps == "all", quant.rounding == "adaround"
+    steps: WeightSteps = "learned" if learned else "stored" if stored else "live"
     for node in layers:
         module = node_module(net, node)
         if isinstance(module, nn.Conv2d) and not isinstance(module, QuantConv2d):
@@ -97,20 +83,20 @@ def quantize_model(
             replace_layer(net, str(node.target), QuantLinear.from_float(module, widths[node], steps).eval())
 
     before_last: dict[fx.Node, int] = {}
-    if act_points == "relu":
-        if last_bits is not None and last_bits_for_input:
+    if quant.act_points == "relu":
+        if quant.last_bits is not None and quant.last_bits_for_input:
             calls = [node for node in layers if node.target == layers[-1].target]
-            held = made_of(net, {*nonlinear})
-            before_last = {source: last_bits for node in calls for source in held.get(tensor_inputs(node)[0], ())}
-        widths_behind = {node: act_names.width(node.name) or before_last.get(node, act_bits) for node in nonlinear}
-        points = {node: (widths_behind[node], list(node.users)) for node in nonlinear}
+            held = value_sources(net, {*nonlinear})
+            before_last = {source: quant.last_bits for node in calls for source in held.get(tensor_inputs(node)[0], ())}
+        bits_after = {node: act_names.width(node.name) or before_last.get(node, quant.act_bits) for node in nonlinear}
+        points = {node: (bits_after[node], list(node.users)) for node in nonlinear}
     else:
-        input_widths = _layer_widths(layers, act_bits, first_bits, last_bits, act_names)
+        input_bits = _layer_bits(layers, quant.act_bits, quant.first_bits, quant.last_bits, act_names)
         points = {}
         for node in layers:
             producer = tensor_inputs(node)[0]
             bits, users = points.get(producer, (0, []))
-            points[producer] = (max(bits, input_widths[node]), [*users, node])
+            points[producer] = (max(bits, input_bits[node]), [*users, node])
         for node in layers:
             asked, (bits, readers) = act_names.width(*layer_names(str(node.target))), points[tensor_inputs(node)[0]]
             if asked not in (None, bits):
@@ -123,8 +109,8 @@ def quantize_model(
     act_names.check_all_fit()
     taps = {}
     for node, (bits, users) in points.items():
-        quantizer = _insert_quantizer(net, node, users, ActQuantizer(bits, learned_steps != "none"))
-        if act_points == "relu":
+        quantizer = _insert_quantizer(net, node, users, ActQuantizer(bits, quant.learned_steps != "none"))
+        if quant.act_points == "relu":
             taps[node.name] = quantizer.name
     net.graph.lint()
     net.recompile()
@@ -154,7 +140,7 @@ def observe_ranges(
     """Set every activation range from ``images``, and the weights' stored scales, once; only learned scales move afterwards.
 
     Activations are observed in float behind the already quantized weights. "minmax" takes the extremes; "mse" the
-    range that minimises the mean |x - quantized x|^norm over a histogram.
+    range that minimizes the mean |x - quantized x|^norm over a histogram.
 
     Args:
         net: Network of a :class:`Student`.
@@ -162,8 +148,8 @@ def observe_ranges(
         act_range: How activation ranges are chosen.
         weight_range: "mse" also chooses a shrink factor per output channel, kept relative to the live weights.
         norm: Exponent p of the error.
-        image_range: Least and largest value of a pixel, normalised, each (1, C, 1, 1): what is beyond does not count for the quantizer of the image
-            itself, because no image has it. Synthetic ones do: their pixels are optimised without bounds.
+        image_range: Least and largest value of a pixel, normalized, each (1, C, 1, 1): what is beyond does not count for the quantizer of the image
+            itself, because no image has it. Synthetic ones do: their pixels are optimized without bounds.
         batch_size: Images per forward pass.
 
     Raises:
@@ -263,8 +249,8 @@ def _check_same(net: fx.GraphModule, traced: fx.GraphModule) -> None:
         )
 
 
-def _layer_widths(
-    layers: list[fx.Node], bits: int, first_bits: int | None, last_bits: int | None, by_name: WidthPatterns
+def _layer_bits(
+    layers: list[fx.Node], bits: int, first_bits: int | None, last_bits: int | None, by_name: BitPatterns
 ) -> dict[fx.Node, int]:
     widths = dict.fromkeys(layers, bits)
     for node in layers:

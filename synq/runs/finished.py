@@ -1,32 +1,65 @@
-"""What a finished run has left, opened again: record, settings, teacher, student, synthetic sets."""
+"""Open a finished run again: record, settings, teacher, student, synthetic sets."""
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from synq.config.run import RunConfig, config_from_dict, make_absolute, with_overrides
-from synq.pipeline import build_student, set_names, set_store
-from synq.quant.student import Student
+from synq.quant.student import Student, build_student
 from synq.runs.record import RunRecord, read_record
 from synq.synthesis.dataset import SyntheticSet
+from synq.synthesis.run_sets import set_names, set_store
+from synq.synthesis.store import SetStore
 from synq.teacher.teacher import Teacher, load_teacher
 from synq.teacher.weight_files import read_weights
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A finished run, opened again."""
+
+    folder: Path
+    """The run's folder."""
+    record: RunRecord
+    """Its record."""
+    config: RunConfig
+    """Its settings, with paths as they are now."""
+    teacher: Teacher
+    """Its teacher, loaded again."""
+    student: Student
+    """Its fine-tuned student, on the CPU."""
+
+    def synthetic_sets(self) -> tuple[SyntheticSet, SyntheticSet]:
+        """Return the training and the held-out set from the run's store; they are never synthesized again.
+
+        Raises:
+            FileNotFoundError: The store no longer has them.
+            ValueError: They differ from those of the record.
+        """
+        store = set_store(self.config)
+        digests = (self.record.set_digest, self.record.heldout_digest)
+        train_set, heldout = (
+            _load_set(store, name, digest)
+            for name, digest in zip(set_names(self.config, self.teacher), digests, strict=True)
+        )
+        return train_set, heldout
+
+
 def open_run(
-    folder: str | Path, places: Mapping[str, Any] | None = None, teacher: Teacher | None = None
-) -> tuple[Path, RunRecord, RunConfig, Teacher, Student]:
-    """Return folder, record, settings, teacher and student of a finished run.
+    folder: str | Path, path_overrides: Mapping[str, Any] | None = None, teacher: Teacher | None = None
+) -> Run:
+    """Open a finished run: read its record, load its teacher and student.
 
     Args:
         folder: The run's folder, the record in it, or a sweep's record of it (records/TRIAL.json).
-        places: Settings of PLACES that differ from the record's; they are in the returned settings, not in the record.
-        teacher: The run's teacher, where it is there already; None loads it.
+        places: Settings of PATH_SETTINGS that differ from the record's; they are in the returned settings, not in the record.
+        teacher: The run's teacher if already loaded; None loads it.
 
     Raises:
         FileNotFoundError: It is no run, or not a finished one.
-        ValueError: A file is damaged, or the teacher is another one than then.
+        ValueError: A file is damaged, or the teacher's weights are not those of the run.
     """
     path = Path(folder).resolve()
     if _is_trial(path):
@@ -39,12 +72,12 @@ def open_run(
     record = read_record(path / "record.json")
     _check_completed(record, path)
     config = config_from_dict(RunConfig, record.config, source=str(path / "record.json"))
-    config = make_absolute(with_overrides(config, places or {}))
+    config = make_absolute(with_overrides(config, path_overrides or {}))
     teacher = teacher or load_teacher(config.teacher)
     if teacher.digest != record.teacher.get("digest"):
         raise ValueError(
-            f"`RUN` must be of the teacher {config.teacher.spec} as it is now, but {path} is of other weights, or of a version of SynQ or "
-            "PyTorch that traced them otherwise"
+            f"`RUN` must be of the teacher {config.teacher.spec} as it is now, but {path} is of other weights, or of a "
+            "version of SynQ or PyTorch that traced them otherwise"
         )
     student = build_student(teacher, config.quant)
     weights = path / "student.safetensors"
@@ -57,32 +90,18 @@ def open_run(
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"`RUN` must hold a student of its teacher, but {weights} is none: {reason}") from error
-    return path, record, config, teacher, student
+    return Run(folder=path, record=record, config=config, teacher=teacher, student=student)
 
 
-def synthetic_sets(config: RunConfig, teacher: Teacher, record: RunRecord) -> tuple[SyntheticSet, SyntheticSet]:
-    """Return the held-out and the training set of a run, from its store; they are never made anew.
-
-    Raises:
-        FileNotFoundError: The store has them no longer.
-        ValueError: They are others than those of the record.
-    """
-    store = set_store(config)
-    sets = []
-    names = reversed(set_names(config, teacher))
-    for name, digest in zip(names, (record.heldout_digest, record.set_digest), strict=True):
-        found = store.load(name)
-        if found is None:
-            hint = (
-                "`--runtime.store_dir` says where it is now, `synq synthesize` with the run's settings makes it again"
-            )
-            raise FileNotFoundError(
-                f"`RUN` must find its synthetic images, but {store.path(name)} is not there: {hint}"
-            )
-        if found.digest != digest:
-            raise ValueError(f"`RUN` must find its synthetic images, but those in {found.path} are others")
-        sets.append(found)
-    return sets[0], sets[1]
+def _load_set(store: SetStore, name: str, digest: str) -> SyntheticSet:
+    """Load a set of a run and compare it with the digest in the record."""
+    found = store.load(name)
+    if found is None:
+        hint = "`--runtime.store_dir` says where it is now, `synq synthesize` with the run's settings makes it again"
+        raise FileNotFoundError(f"`RUN` must find its synthetic images, but {store.path(name)} is not there: {hint}")
+    if found.digest != digest:
+        raise ValueError(f"`RUN` must find its synthetic images, but those in {found.path} differ from them")
+    return found
 
 
 def _check_completed(record: RunRecord, path: Path) -> None:
@@ -91,7 +110,7 @@ def _check_completed(record: RunRecord, path: Path) -> None:
 
 
 def _one_of(path: Path) -> str:
-    """Say what to give in the place of a folder that is no run."""
+    """Return the hint for a folder that is no run."""
     for file in sorted((path / "records").glob("*.json")):
         with suppress(ValueError):  # a damaged one does not hide the others
             if read_record(file).status == "completed" and _run_folder(file).is_dir():
@@ -100,7 +119,7 @@ def _one_of(path: Path) -> str:
 
 
 def _is_trial(path: Path) -> bool:
-    """Whether it is a sweep's record of a trial."""
+    """Return whether a path is a sweep's record of a trial."""
     return path.suffix == ".json" and path.parent.name == "records" and path.is_file()
 
 

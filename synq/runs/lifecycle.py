@@ -1,28 +1,56 @@
-"""Fill the record of a run with what is known before and after its fine-tuning."""
+"""The life of a run's record: filled before and after fine-tuning, written at the end or on failure, read again."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
+from synq.common.environment import environment
+from synq.common.files import write_bytes_atomic
 from synq.config.run import RunConfig, config_digest, config_to_dict
 from synq.evaluation.measure import Measurement
-from synq.finetune.loop import Epoch
+from synq.finetune.loop import Epoch, NonFiniteLossError
 from synq.quant.student import Student
-from synq.runs.record import RunRecord, environment, read_record
+from synq.runs.record import RunRecord, read_record, write_record
 from synq.synthesis.dataset import SyntheticSet
 from synq.teacher.teacher import Teacher
 
 NOTABLE = 0.01
-"""Rise of the KL to the teacher, in nats, below which nobody need hear of it: at 8 bit it is all but zero before and after."""
+"""Rise of the KL to the teacher, in nats, below which no warning is due: at 8 bits it is nearly zero before and
+after."""
 FAR = 0.5
-"""KL to the teacher, in nats, above which a student is another classifier rather than a copy."""
+"""KL to the teacher, in nats, above which a student is no longer a copy of its teacher."""
 FEW = 0.5
-"""Share of synthetic images with the assigned class below which the images cannot stand for the classes."""
+"""Share of synthetic images classified as assigned below which the images do not represent the classes."""
+
+
+class StageTimer:
+    """Wall-clock seconds of each stage of a run, on this process.
+
+    Attributes:
+        started: Start of the run, UTC.
+        seconds: Seconds by stage; those of a stage entered twice add up.
+    """
+
+    def __init__(self) -> None:
+        self.started = datetime.now(UTC)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time until the end of the context to `stage`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
 def blank_record(
@@ -33,7 +61,9 @@ def blank_record(
     heldout: SyntheticSet,
     eval_digest: str,
     accelerator: Accelerator,
+    *,
     started: datetime,
+    rounding: dict[str, Any],
 ) -> RunRecord:
     """Return the record with everything that is known before the fine-tuning."""
     cam = teacher.cam
@@ -53,8 +83,8 @@ def blank_record(
     agreement = train_set.manifest["agreement"]
     if agreement < FEW and config.synthesis.assigns_labels:
         warnings.append(
-            f"the teacher gives only {100 * agreement:.0f} % of the synthetic images the class that they should show: the images are "
-            "not finished; raise `synthesis.iterations`, or try another `synthesis.lr`"
+            f"the teacher gives only {100 * agreement:.0f} % of the synthetic images the class that they should show: "
+            "the images are not finished; raise `synthesis.iterations`, or try another `synthesis.lr`"
         )
     return RunRecord(
         name=config.name,
@@ -78,8 +108,28 @@ def blank_record(
         warnings=warnings,
         device=_device_name(accelerator),
         started=started.isoformat(timespec="seconds"),
+        rounding=rounding,
         **environment(),
     )
+
+
+@contextmanager
+def failure_recorded(folder: Path, record: RunRecord, accelerator: Accelerator) -> Iterator[None]:
+    """Write a record with status "failed" if fine-tuning diverges; the error goes on."""
+    try:
+        yield
+    except NonFiniteLossError as error:
+        if accelerator.is_main_process:
+            write_record(folder / "record.json", replace(record, status="failed", reason=str(error)))
+        raise
+
+
+def save(folder: Path, record: RunRecord, student: nn.Module, accelerator: Accelerator) -> None:
+    """Write the result of a run, on the main process: the student's `state_dict`, then the record."""
+    if accelerator.is_main_process:
+        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in student.state_dict().items()}
+        write_bytes_atomic(folder / "student.safetensors", safetensors.torch.save(state))
+        write_record(folder / "record.json", record)
 
 
 def complete_record(
@@ -91,7 +141,7 @@ def complete_record(
     seconds: dict[str, float],
     codes_changed: float,
 ) -> RunRecord:
-    """Return ``record`` with what was measured of teacher, rounded student and fine-tuned student (the last epoch)."""
+    """Return ``record`` with the measurements of teacher, rounded student and fine-tuned student (the last epoch)."""
     return replace(
         record,
         objective_value=final.objective,
@@ -122,7 +172,7 @@ def complete_record(
 
 
 def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
-    """Say when the difficulty threshold decides nothing (METHOD: after the inception loss most images are easy)."""
+    """Warn if the difficulty threshold has no effect (after the inception loss most images are easy)."""
     tau = settings["difficulty_threshold"]
     if not history or settings["ce_weight"] == 0 or tau >= 1:
         return []
@@ -137,25 +187,26 @@ def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
 
 
 def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:
-    """Say when the fine-tuning has moved the student away from the teacher, as far as synthetic images can tell."""
+    """Warn if fine-tuning increased the KL to the teacher on the held-out synthetic images."""
     before, after = rounded.fidelity["kl"], final.fidelity["kl"]
     if before is None or after is None or after < 1.1 * before or after - before < NOTABLE:
         return []
     return [
-        f"the fine-tuning made the student worse: KL to the teacher on held-out synthetic images {before:.3g} before, {after:.3g} after; "
-        "lower `finetune.lr`, or search it in a sweep"
+        f"the fine-tuning made the student worse: KL to the teacher on held-out synthetic images {before:.3g} before, "
+        f"{after:.3g} after; lower `finetune.lr`, or search it in a sweep"
     ]
 
 
 def _distance_warnings(quant: dict[str, Any], final: Measurement) -> list[str]:
-    """Say what may help a student that ends far from its teacher, where there are widths to choose."""
+    """Suggest mixed precision when the final KL is large and bit-widths are uniform."""
     distance = final.fidelity["kl"]
-    narrowest = quant["weight_bits"] == 2  # no weight can pay for wider tensors
+    narrowest = quant["weight_bits"] == 2  # no weight can be narrower to make up for wider tensors
     if distance is None or not distance >= FAR or narrowest or quant["layer_weight_bits"] or quant["layer_act_bits"]:
         return []
     return [
-        f"the student is far from its teacher: KL {distance:.2g} on held-out synthetic images; `synq widths --activations` with the same settings "
-        "finds which tensors do it, and widths for them at no more bytes and bit operations"
+        f"the student is far from its teacher: KL {distance:.2g} on held-out synthetic images; "
+        "`synq mixed-precision --activations` with the same settings finds which tensors do it, and bits for them at no "
+        "more bytes and bit operations"
     ]
 
 
@@ -167,10 +218,10 @@ def _device_name(accelerator: Accelerator) -> str:
 
 
 def finished_record(path: Path, teacher: Teacher, labels_digest: str, accelerator: Accelerator) -> RunRecord | None:
-    """Return the record of a finished run. The main process looks, so that all go the same way.
+    """Return the record of a finished run, as the main process finds it; None if the run is not completed.
 
     Raises:
-        ValueError: If it is a run on another teacher or other labelled images.
+        ValueError: If the record is of another teacher or other labeled images.
     """
     found = [read_record(path) if accelerator.is_main_process and path.exists() else None]
     record = broadcast_object_list(found)[0]
@@ -178,7 +229,7 @@ def finished_record(path: Path, teacher: Teacher, labels_digest: str, accelerato
         return None
     for what, then, now in (
         ("teachers", record.teacher.get("digest"), teacher.digest),
-        ("labelled sets", record.eval_digest, labels_digest),
+        ("labeled sets", record.eval_digest, labels_digest),
     ):
         if then != now:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The course of a run in TensorBoard, Weights & Biases or MLflow, through the trackers of Accelerate. The record does not depend on it."""
+"""Log a run to TensorBoard, Weights & Biases or MLflow, through the trackers of Accelerate."""
 
 import json
 import os
@@ -9,54 +9,40 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import is_mlflow_available, is_tensorboard_available, is_wandb_available
 
+from synq.common.files import read_json, write_json_atomic
 from synq.config.parsing import dotted_keys
 from synq.config.run import RunConfig
 from synq.finetune.schedule import lr_at
-from synq.runs.record import RunRecord, read_json, write_json_atomic
+from synq.runs.record import RunRecord
 
-PACKAGES = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "mlflow": is_mlflow_available}
-"""Whether what a tracker needs is installed. Accelerate itself only warns, and tracks nothing."""
 PROJECT = "synq"
-"""Project (wandb) or experiment (mlflow) where the user's environment names none."""
+"""Project (wandb) or experiment (mlflow) if the user's environment names none."""
 NOTE_FILE = "tracker.json"
-"""In the run's folder: which tracker knows the run, and by what name, for a run that is resumed."""
-FIGURES = (
+"""File in the run's folder with the tracker's id of the run, for a run that is resumed."""
+METRICS = (
     *("objective_value", "teacher_top1", "rtn_top1", "top1", "top5", "drop", "num_eval", "lost", "gained"),
     *("kept_share", "codes_changed", "size_bytes", "bitops", "total_seconds"),
 )
-"""Fields of a record that are logged at its end."""
-
-
-def check_tracker(tracker: str) -> None:
-    """Refuse a tracker whose package is missing.
-
-    Raises:
-        ValueError: It is; the message says how to install it.
-    """
-    if tracker != "none" and not PACKAGES[tracker]():
-        raise ValueError(
-            f"`runtime.tracker` must be one whose package is installed, but got {tracker}: pip install {tracker}"
-        )
+"""Fields of a record that are logged at the end of a run."""
 
 
 class RunLog:
-    """What one run tells its tracker, in the main process: nothing at all where `runtime.tracker` is none.
+    """Log one run to its tracker, on the main process; without a `runtime.tracker` every method does nothing.
 
-    A context, at whose end the tracker is closed, however the run ends: a process may do another one after it.
+    A context manager, which closes the tracker however the run ends: a process may do another run after it.
     """
 
     def __init__(self, config: RunConfig, folder: Path, accelerator: Accelerator) -> None:
-        """Take what is logged and where; nothing is written yet.
+        """Check the tracker; nothing is written yet.
 
         Args:
             config: The run.
             folder: Its folder.
-            accelerator: Process group, made for that tracker (`make_accelerator`).
+            accelerator: Process group, made for the same tracker (`make_accelerator`).
 
         Raises:
-            ValueError: It was made for another one.
+            ValueError: `accelerator` was made for another tracker.
         """
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.tracker, self.is_on = config.runtime.tracker, False
@@ -82,10 +68,10 @@ class RunLog:
             mlflow.set_tracking_uri(None)
 
     def start(self) -> None:
-        """Open the tracker and log the configuration; a resumed run is found again by its note, and logs only what follows.
+        """Open the tracker and log the configuration; a resumed run continues under the id in its note file.
 
         Raises:
-            ValueError: It cannot be opened: no login, say, or no server.
+            ValueError: It cannot be opened, for example without a login or a server.
         """
         if self.tracker == "none":
             return
@@ -100,7 +86,7 @@ class RunLog:
             if not is_resumed:
                 for tracker in self.accelerator.trackers:
                     tracker.store_init_configuration(_flat(self.config))
-        except Exception as error:  # whatever the packages raise, each its own kinds
+        except Exception as error:  # each package raises its own types
             lines = str(error).strip().splitlines() or [repr(error)]
             raise ValueError(
                 f"`runtime.tracker` must be one that can be opened here, but got {self.tracker}: {lines[0]}"
@@ -109,7 +95,7 @@ class RunLog:
             write_json_atomic(note, {"tracker": self.tracker, "id": self._id()})
 
     def epoch(self, epoch: dict[str, float]) -> None:
-        """Log the mean loss terms of an epoch, its objective where it was measured, and the learning rate of its last step."""
+        """Log the mean loss terms of an epoch, its objective if measured, and the learning rate of its last step."""
         if not self.is_on:
             return
         number, finetune = int(epoch["epoch"]), self.config.finetune
@@ -119,10 +105,10 @@ class RunLog:
         self._log("train", values, number)
 
     def end(self, record: RunRecord) -> None:
-        """Log the figures of the finished run, as of its last epoch."""
+        """Log the metrics of the finished run, at its last epoch."""
         if not self.is_on:
             return
-        values = {name: getattr(record, name) for name in FIGURES}
+        values = {name: getattr(record, name) for name in METRICS}
         values |= {f"fidelity_{name}": value for name, value in record.fidelity.items()}
         values |= {f"rtn_fidelity_{name}": value for name, value in record.rtn_fidelity.items()}
         self._log("result", values, self.config.finetune.epochs)
@@ -132,10 +118,10 @@ class RunLog:
         self._try(lambda: self.accelerator.log({f"{group}/{name}": value for name, value in known.items()}, step=step))
 
     def _try(self, work: Callable[[], None]) -> None:
-        """Do something with the tracker; the run does not hang on who watches it, so what goes wrong there is said and ends the watching."""
+        """Call the tracker; if it fails, warn and stop logging: the run does not depend on its tracker."""
         try:
             work()
-        except Exception as error:  # whatever the packages raise: a server that has gone, say
+        except Exception as error:  # each package raises its own types, for example for a lost server
             self.is_on = False
             lines = str(error).strip().splitlines() or [repr(error)]
             warnings.warn(f"{self.tracker} failed, the run goes on without it: {lines[0]}", stacklevel=3)
@@ -146,7 +132,7 @@ class RunLog:
         return os.environ.get("WANDB_PROJECT", PROJECT) if self.tracker == "wandb" else PROJECT
 
     def _options(self, known_id: str) -> dict[str, Any]:
-        """Return what the tracker is opened with: the run's name, and its id where the tracker knows it already."""
+        """Return the tracker's init arguments: the run's name, and its id if the tracker knows it already."""
         if self.tracker == "tensorboard":
             return {}
         options: dict[str, Any] = {"name" if self.tracker == "wandb" else "run_name": self.folder.name}
@@ -155,12 +141,12 @@ class RunLog:
         return options
 
     def _id(self) -> str:
-        """Return the id that the tracker gave the run, "" where it has none."""
+        """Return the tracker's id of the run, "" if it has none."""
         run = self.accelerator.get_tracker(self.tracker, unwrap=True)
         return {"wandb": lambda: run.id, "mlflow": lambda: run.info.run_id}.get(self.tracker, str)()
 
     def _choose_mlflow_store(self) -> None:
-        """Let MLflow write into the run's folder, where neither the environment nor a program around this one names a place."""
+        """Let MLflow write into the run's folder unless the environment or the calling program names another store."""
         if self.tracker == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ and self.accelerator.is_main_process:
             import mlflow
 
@@ -171,7 +157,7 @@ class RunLog:
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration by dotted keys; what is no number, text or None (lists, tables) as JSON."""
+    """Return the configuration by dotted keys; lists and tables as JSON."""
     values = {key: reduce(getattr, key.split("."), config) for key in dotted_keys(RunConfig)}
     plain = (str, int, float, type(None))
     return {key: value if isinstance(value, plain) else json.dumps(value) for key, value in values.items()}

@@ -1,1 +1,1 @@
-"""Make the synthetic images: inversion of the teacher, generators, the store of finished sets, the low-pass filter."""
+"""Synthesis of the training images: model inversion, generators, the store of finished sets, the low-pass filter."""

@@ -1,4 +1,4 @@
-"""A synthetic set: images and labels in one memory-mapped file, with a manifest that says how they were made."""
+"""Synthetic set: images and labels in one memory-mapped file, with a manifest of how they were synthesized."""
 
 import hashlib
 import json
@@ -11,27 +11,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from synq.runs.record import read_json
+from synq.common.files import read_json
+from synq.config.parsing import check_format
 
-FORMAT_VERSION = 1
-"""Version of the files, and of the way sets are made: whoever changes either so that old sets no longer hold raises it."""
+FORMAT_VERSION = 2
+"""Version of the file format and of the synthesis; any change that invalidates existing sets must increase it."""
 DATA_FILE = "images.safetensors"
 MANIFEST_FILE = "manifest.json"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class SyntheticSet:
-    """Images made from a teacher, with the class each was made for."""
+    """Images synthesized from a teacher, with one label per image."""
 
     images: Tensor
-    """Shape (N, C, H, W), float32, in the teacher's normalised space. Memory-mapped: processes share one copy; writing into it changes
-    this process's copy only, never the file."""
+    """Shape (N, C, H, W), float32, normalized as the teacher's input. Memory-mapped copy-on-write: processes share one
+    copy, and writes change the memory of this process only, never the file."""
     labels: Tensor
-    """Shape (N,), int64, the assigned classes."""
+    """Shape (N,), int64: the assigned classes."""
     digest: str
-    """64 hexadecimal digits over the content of images and labels."""
+    """SHA-256 over the contents of images and labels, 64 hexadecimal digits; see `set_digest`."""
     manifest: dict[str, Any]
-    """What made the set and how well it went: teacher, config, seed, purpose, shards with their digests, loss terms, seconds."""
+    """Provenance and results of the synthesis: teacher, settings, seed, purpose, shards with their digests, loss terms,
+    duration in seconds."""
     path: Path
     """Folder of the set."""
 
@@ -40,13 +42,13 @@ class SyntheticSet:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor, without a copy."""
+    """Return the bytes of a CPU tensor; a contiguous tensor is not copied."""
     flat: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 
 
 def content_digest(images: Tensor, labels: Tensor) -> str:
-    """Return SHA-256 over shape and bytes of images and labels, as 64 hexadecimal digits."""
+    """Return the SHA-256 of the shapes and bytes of images and labels, as 64 hexadecimal digits."""
     digest = hashlib.sha256(json.dumps([list(images.shape), list(labels.shape)]).encode())
     digest.update(tensor_bytes(images))
     digest.update(tensor_bytes(labels))
@@ -54,51 +56,59 @@ def content_digest(images: Tensor, labels: Tensor) -> str:
 
 
 def set_digest(shard_digests: list[str]) -> str:
-    """Return the digest of a whole set: SHA-256 over the digests of its shards, in order."""
+    """Return the digest of a set: the SHA-256 of the digests of its shards, in order, as 64 hexadecimal digits."""
     return hashlib.sha256("\n".join(shard_digests).encode()).hexdigest()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the memory-mapped tensors of a safetensors file and its metadata.
+    """Return the memory-mapped tensors and the metadata of a safetensors file.
 
     Raises:
-        ValueError: The file is cut short or not safetensors; the message names it and the cure.
+        ValueError: If the file is truncated or not a safetensors file; the message names the file and the cure.
     """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise damaged(path, str(error)) from None
+        raise damage_error(path, str(error)) from None
 
 
-def damaged(path: Path, what: str) -> ValueError:
-    """Return the error for a damaged file or folder."""
+def damage_error(path: Path, what: str) -> ValueError:
+    """Return the ValueError for a damaged file or folder.
+
+    Args:
+        path: The file or folder.
+        what: Description of the damage.
+    """
     return ValueError(f"`{path}` must be intact, but got damage ({what}); remove it and run the same command again")
 
 
 def load_set(path: Path) -> SyntheticSet:
-    """Load a finished set and check every shard of it against its digest.
+    """Load a finished set and verify each shard against its digest.
+
+    Args:
+        path: Folder of the set.
 
     Raises:
-        FileNotFoundError: There is no set.
-        ValueError: The set is damaged or of another version; the message names the folder, the shard and the cure.
+        FileNotFoundError: If there is no set.
+        ValueError: If the set is damaged or of another format version; the message names the folder, the shard and the
+            cure.
     """
     try:
         manifest = read_json(path / MANIFEST_FILE)
     except ValueError as error:
-        raise damaged(path, str(error)) from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"`{path}` must have format version {FORMAT_VERSION}, but got {version}; remove it to remake it"
-        )
+        raise damage_error(path, str(error)) from None
+    if not isinstance(manifest, dict):
+        raise damage_error(path, f"{MANIFEST_FILE} does not describe the images")
+    cure = "remove it and run the same command again"
+    check_format(path, "a synthetic set", manifest.get("format_version"), FORMAT_VERSION, cure)
     file = path / DATA_FILE
     if not file.exists():
-        raise damaged(path, f"{DATA_FILE} is missing")
+        raise damage_error(path, f"{DATA_FILE} is missing")
     tensors, _ = read_tensors(file)
     images, labels = tensors.get("images"), tensors.get("labels")
     if images is None or labels is None or images.shape[0] != labels.shape[0]:
-        raise damaged(path, f"{DATA_FILE} does not hold images and labels of one length")
+        raise damage_error(path, f"{DATA_FILE} must contain as many labels as images")
     try:
         stops = tuple(int(shard["stop"]) for shard in manifest["shards"])
         expected = [str(shard["digest"]) for shard in manifest["shards"]]
@@ -106,22 +116,28 @@ def load_set(path: Path) -> SyntheticSet:
         if not stops or stops[-1] != labels.numel():
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        raise damaged(path, f"{MANIFEST_FILE} does not describe the images") from None
+        raise damage_error(path, f"{MANIFEST_FILE} does not describe the images") from None
     status = file.stat()
     found = _shard_digests(str(file), stops, (status.st_ino, status.st_mtime_ns, status.st_size))
-    for index, (stop, was, digest) in enumerate(zip(stops, expected, found, strict=True)):
-        if was != digest:
+    for index, (stop, recorded, digest) in enumerate(zip(stops, expected, found, strict=True)):
+        if recorded != digest:
             start = stops[index - 1] if index else 0
-            raise damaged(path, f"shard {index}, images {start} to {stop - 1}, differs from its digest")
+            raise damage_error(path, f"shard {index}, images {start} to {stop - 1}, differs from its digest")
     digest = set_digest(list(found))
     if whole != digest:
-        raise damaged(path, f"{MANIFEST_FILE} does not fit its own shards")
+        raise damage_error(path, f"{MANIFEST_FILE} does not match the digests of its shards")
     return SyntheticSet(images=images, labels=labels, digest=digest, manifest=manifest, path=path)
 
 
 @lru_cache(maxsize=16)
 def _shard_digests(file: str, stops: tuple[int, ...], identity: tuple[int, int, int]) -> tuple[str, ...]:
-    """Digest each shard's rows. Remembered per state of the file: a worker that runs many trials reads gigabytes once."""
+    """Return the digest of each shard, cached by the state of the file: a worker of many trials reads gigabytes once.
+
+    Args:
+        file: Path of the safetensors file.
+        stops: Index after the last image of each shard.
+        identity: Inode, modification time in nanoseconds and size of the file, part of the cache's key.
+    """
     tensors, _ = read_tensors(Path(file))
     starts = (0, *stops[:-1])
     return tuple(

@@ -1,4 +1,4 @@
-"""Make the synthetic set of a teacher, or find it in the store: shards, divided over whoever takes part, resumed where a run stopped."""
+"""Synthesis of the images of a teacher, in shards that several processes share and that an interrupted run resumes."""
 
 import copy
 import io
@@ -16,11 +16,11 @@ from filelock import Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from synq.common.progress import remark, visible
+from synq.common.files import read_json, write_bytes_atomic, write_json_atomic
+from synq.common.progress import note, visible
 from synq.common.seeding import make_generator
 from synq.config.run import SynthesisConfig
 from synq.network.bn_stats import ChannelStatistics, bn_targets
-from synq.runs.record import read_json, write_bytes_atomic, write_json_atomic
 from synq.runtime import to_layout
 from synq.synthesis.centers import center_targets, pack_statistics, split_evenly, unpack_statistics
 from synq.synthesis.dataset import SyntheticSet
@@ -34,17 +34,25 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.2
 START_FILE = "start.json"
-"""The noise that the shards of an unfinished set begin as."""
+"""File with the initial noise of all shards of an unfinished set."""
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 SHOW_EVERY = 5
-"""Steps between two readings of the loss for the progress bar; each reading waits for the device."""
+"""Steps between two updates of the progress bar; each reads the loss and so waits for the device."""
 
 
 def balanced_labels(num_images: int, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Return labels, shape (num_images,), int64: one random order of all classes after another.
+    """Draw balanced labels: concatenated random permutations of all classes, truncated to `num_images`.
 
-    Every class occurs floor or ceil of num_images / num_classes times, in the whole and, to within one, in every stretch of it that
-    starts at a multiple of num_classes.
+    Each class occurs floor or ceil of num_images / num_classes times. The same is true of each range of the labels
+    that starts at a multiple of num_classes.
+
+    Args:
+        num_images: Number of labels.
+        num_classes: Number of classes K.
+        generator: CPU generator.
+
+    Returns:
+        Shape (num_images,), int64, in [0, K).
     """
     num_rounds = math.ceil(num_images / num_classes)
     rounds = [torch.randperm(num_classes, generator=generator) for _ in range(num_rounds)]
@@ -62,44 +70,46 @@ def ensure_set(
     device: torch.device | None = None,
     progress: bool = True,
 ) -> SyntheticSet:
-    """Return the synthetic set of these settings; make it first if the store has it not. Every method makes it this way.
+    """Return the synthetic set of these settings; synthesize it first if it is not in the store.
 
-    Every process that wants the set calls this: the processes of one run, and other runs too. Each takes a shard that nobody is
-    making (a lock tells), makes it, writes it by rename and looks for the next one; so the work is divided without a message between
-    processes, what a killed process leaves is taken over, and a finished shard is never made again. Shard i is seeded by (seed,
-    purpose, i): the set does not depend on who makes it. On one kind of device it is equal bit by bit.
+    All processes that need the set call this function, those of one run as well as those of other runs. Each process
+    repeatedly locks a shard that is neither finished nor locked, synthesizes it and writes it by an atomic rename. The
+    processes share the work without communication, the shards of a killed process are taken over, and a finished shard
+    is never synthesized again. Shard i is seeded by (seed, purpose, i), so the set does not depend on which process
+    synthesizes which shard; on the same kind of device it is bitwise reproducible.
 
-    Calibration centers are pixels optimised for statistics and labels, whatever method makes the images behind them: a center has to
-    show its class, which statistics alone and noise do not ask for, and one image a class is too little to train a generator.
+    Calibration centers are always pixels optimized for statistics and labels, whatever the method of the images: a
+    center must represent its class, which neither statistics alone nor noise achieve, and one image per class is too
+    little to train a generator.
 
     Args:
-        teacher: The classifier, on the CPU; it is not changed.
-        config: How the images are made. For a held-out set the caller sets `num_images`.
+        teacher: The classifier, on the CPU; not changed.
+        config: Settings of the synthesis. For a held-out set the caller sets `num_images`.
         seed: Seed of the set (`data_seed`).
-        store: Where sets are kept; all processes must see the same folder.
-        purpose: train, or heldout: images of other random streams, for measuring.
-        accelerator: Tells the device, and at which shard a process begins; None for one process.
-        device: Where to compute, if there is no accelerator; None is the CPU.
-        progress: Whether a terminal shows a progress bar.
+        store: Store of the sets; all processes must share its folder.
+        purpose: train, or heldout for a set of other random streams that is used for measurements.
+        accelerator: Process group, which gives the device and the first shard of each process; None for one process.
+        device: Device to compute on if there is no accelerator; None means the CPU.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: A set or shard in the store is damaged, the optimisation diverged, or memory did not suffice.
-        OSError: The store cannot be written.
+        ValueError: If a set or shard in the store is damaged, the optimization diverges, or memory does not suffice.
+        OSError: If the store cannot be written.
+        FileNotFoundError: If the finished set is removed during the run.
     """
     key = store.key(teacher.digest, config, seed, input_size=teacher.input_size, purpose=purpose)
     found = store.load(key)
     if found is None:
-        maker = _Maker(teacher, config, seed, store, key, purpose, accelerator, device, progress)
-        maker.make()
+        _SetBuilder(teacher, config, seed, store, key, purpose, accelerator, device, progress).build()
         found = store.load(key)
         if found is None:
             raise FileNotFoundError(f"`{store.path(key)}` must stay in place during the run, but it was removed")
-    store.discard_leftovers(key)
+    store.remove_stale_parts(key)
     return found
 
 
-class _Maker:
-    """One process's share in making one set."""
+class _SetBuilder:
+    """Synthesizes one set together with the other processes."""
 
     def __init__(
         self,
@@ -113,48 +123,48 @@ class _Maker:
         device: torch.device | None,
         progress: bool,
     ) -> None:
-        if (
-            config.method == "gaussian"
-        ):  # the rest is not in the set's name, so it must not show in the manifest's terms
+        if config.method == "gaussian":
+            # The other settings are not part of the key, so they must not change the loss terms in the manifest.
             config = SynthesisConfig(method="gaussian", num_images=config.num_images, shard_size=config.shard_size)
         self.teacher, self.config, self.seed, self.purpose = teacher, config, seed, purpose
         self.store, self.key = store, key
         self.rank: int = accelerator.process_index if accelerator else 0
-        self.world: int = accelerator.num_processes if accelerator else 1
+        self.world_size: int = accelerator.num_processes if accelerator else 1
         self.device = accelerator.device if accelerator else (device or torch.device("cpu"))
         self.is_shown: bool = progress and (accelerator is None or accelerator.is_local_main_process)
-        # A copy, because the teacher stays where it is; channels_last is the faster layout of convolutions on CPU and GPU.
+        # A copy, because the teacher stays on the CPU; convolutions are faster in channels_last on CPU and GPU.
         module: nn.Module = copy.deepcopy(teacher.module)
         self.module = module.eval().requires_grad_(False).to(self.device)
         to_layout(self.module, torch.channels_last, teacher.input_size)
         self.targets = bn_targets(self.module)
         self._fitted: StartNoise | None = None
 
-    def make(self) -> None:
+    def build(self) -> None:
+        """Synthesize calibration centers and shards with the other processes, and assemble the set."""
         config, classes = self.config, self.teacher.num_classes
-        deep: dict[str, ChannelStatistics] | None = None
+        deep_targets: dict[str, ChannelStatistics] | None = None
         if config.calib_centers:
             batches = split_evenly(classes, config.shard_size)
-            by_pixels = replace(
+            center_config = replace(
                 config, method="inversion", swing_conv=config.swings, iterations=config.center_iterations
             )
             files = self._files("centers", len(batches))
 
-            def make_centers(index: int, bar: tqdm) -> None:
+            def build_centers(index: int, bar: tqdm) -> None:
                 labels = torch.arange(batches[index].start, batches[index].stop)
-                made, info = self._invert("centers", index, labels, by_pixels, None, bar)
-                self.store.write_part(files[index], pack_statistics(made.statistics), info)
+                inversion, info = self._invert("centers", index, labels, center_config, None, bar)
+                self.store.write_part(files[index], pack_statistics(inversion.statistics), info)
 
-            self._share(files, make_centers, [len(batch) for batch in batches], f"{self.purpose} centers")
+            self._build_parts(files, build_centers, [len(batch) for batch in batches], f"{self.purpose} centers")
             if self.store.is_complete(self.key):
                 return
             try:
                 parts = [unpack_statistics(self.store.read_part(file)[0]) for file in files]
             except FileNotFoundError:
-                if self.store.is_complete(self.key):  # Another process finished just now and cleared the parts away.
+                if self.store.is_complete(self.key):  # Another process has just finished the set and removed its parts.
                     return
                 raise
-            deep = {
+            deep_targets = {
                 name: part._replace(mean=part.mean.to(self.device), variance=part.variance.to(self.device))
                 for name, part in center_targets(parts, config.center_depth).items()
             }
@@ -163,18 +173,18 @@ class _Maker:
         shards = split_evenly(config.num_images, config.shard_size)
         files = self._files("shard", len(shards))
 
-        def make_shard(index: int, bar: tqdm) -> None:
+        def build_shard(index: int, bar: tqdm) -> None:
             part = labels[shards[index].start : shards[index].stop]
-            made, info = self._invert("shard", index, part, config, deep, bar)
-            self.store.write_part(files[index], {"images": made.images, "labels": made.labels}, info)
+            inversion, info = self._invert("shard", index, part, config, deep_targets, bar)
+            self.store.write_part(files[index], {"images": inversion.images, "labels": inversion.labels}, info)
 
-        self._share(files, make_shard, [len(shard) for shard in shards], f"{self.purpose} images")
+        self._build_parts(files, build_shard, [len(shard) for shard in shards], f"{self.purpose} images")
         with self.store.lock(self.key, "set"):
             if not self.store.is_complete(self.key):
                 self.store.assemble(self.key, files, self._describe)
 
     def _start(self, config: SynthesisConfig) -> StartNoise:
-        """Return the noise that pixels begin as: fitted by whoever comes first, read by everybody else, so that a set has one."""
+        """Return the initial noise; the first process fits and stores it, all others read it, so it is one per set."""
         if not config.fits_start:
             return WHITE
         if self._fitted is None:
@@ -203,7 +213,7 @@ class _Maker:
         index: int,
         labels: Tensor,
         config: SynthesisConfig,
-        deep: dict[str, ChannelStatistics] | None,
+        deep_targets: dict[str, ChannelStatistics] | None,
         bar: tqdm,
     ) -> tuple[Inversion, dict[str, Any]]:
         shown = 0
@@ -218,38 +228,46 @@ class _Maker:
         started = time.perf_counter()
         try:
             if config.fits_start and self._fitted is None:
-                remark(bar, "fitting the noise that they begin as")
+                note(bar, "fitting the initial noise")
             start = self._start(config)
-            made = invert(
+            inversion = invert(
                 self.module,
                 labels,
                 self.teacher.input_size,
                 self.targets,
                 config=config,
                 generator=make_generator("synthesis", self.seed, self.purpose, kind, index),
-                center_targets=deep,
+                center_targets=deep_targets,
                 start=start,
                 device=self.device,
                 on_iteration=None if bar.disable else show,
             )
         except torch.OutOfMemoryError:
             raise ValueError(
-                f"`synthesis.shard_size` must fit into the memory of {self.device}, but got {self.config.shard_size}; lower it"
+                f"`synthesis.shard_size` must fit into the memory of {self.device}, but got {self.config.shard_size}; "
+                "lower it"
             ) from None
         info = {
-            "terms": made.terms,
-            "agreement": made.num_agree / len(labels),
+            "terms": inversion.terms,
+            "agreement": inversion.num_agree / len(labels),
             **({"start_noise": asdict(start)} if config.fits_start else {}),
             "seconds": round(time.perf_counter() - started, 3),
             "device": str(self.device),
             "torch": torch.__version__,
         }
-        return made, info
+        return inversion, info
 
-    def _share(self, files: list[Path], make: Callable[[int, tqdm], None], sizes: list[int], title: str) -> None:
-        """Make what is missing of `files`, together with every other process that does the same, until all exist."""
-        own = list(range(self.rank % len(files), len(files), self.world)) if files else []
-        order = own + [index for index in range(len(files)) if index not in own]
+    def _build_parts(self, files: list[Path], build: Callable[[int, tqdm], None], sizes: list[int], title: str) -> None:
+        """Build the missing parts together with the other processes, and return when all exist.
+
+        Args:
+            files: File of each part.
+            build: Builds and writes the part of an index; it advances the bar by the number of images.
+            sizes: Number of images of each part.
+            title: Description of the progress bar.
+        """
+        first = list(range(self.rank % len(files), len(files), self.world_size)) if files else []
+        order = first + [index for index in range(len(files)) if index not in first]
         bar: tqdm = tqdm(
             total=sum(sizes),
             desc=title,
@@ -260,17 +278,17 @@ class _Maker:
             while order:
                 waiting = []
                 for index in order:
-                    if self.store.is_complete(self.key):  # Others put it together while this process looked on.
+                    if self.store.is_complete(self.key):  # Another process has assembled the set in the meantime.
                         return
                     if files[index].exists():
                         if not bar.disable:
-                            bar.initial += sizes[index]  # Not made here, so it must not count as speed.
+                            bar.initial += sizes[index]  # Not built here, so it must not count in the rate.
                             bar.update(sizes[index])
                         continue
-                    with _try_lock(self.store, self.key, files[index].stem) as mine:
-                        # Looked at again under the lock: its last holder may have finished the shard or the whole set.
-                        if mine and not files[index].exists() and not self.store.is_complete(self.key):
-                            make(index, bar)
+                    with _try_lock(self.store, self.key, files[index].stem) as acquired:
+                        # Checked again under the lock: its last holder may have finished the shard or the whole set.
+                        if acquired and not files[index].exists() and not self.store.is_complete(self.key):
+                            build(index, bar)
                         else:
                             waiting.append(index)
                 if len(waiting) == len(order):
@@ -298,7 +316,7 @@ class _Maker:
 
 @contextmanager
 def _try_lock(store: SetStore, key: str, part: str) -> Iterator[bool]:
-    """Hold the lock of one part if it is free; say whether it is held."""
+    """Acquire the lock of one part without blocking; yield whether it was acquired."""
     lock = store.lock(key, part)
     try:
         lock.acquire(blocking=False)
@@ -311,14 +329,21 @@ def _try_lock(store: SetStore, key: str, part: str) -> Iterator[bool]:
         lock.release()
 
 
-def write_npz(path: str | Path, made: SyntheticSet, teacher: Teacher) -> None:
-    """Write a synthetic set for other tools, by rename: `images` (N, C, H, W) float32, normalised as the network takes them, `labels` (N,)
-    int64, and the `mean` and `std` of the normalisation.
+def write_npz(path: str | Path, synthetic: SyntheticSet, teacher: Teacher) -> None:
+    """Write a synthetic set as an NPZ file for other tools, atomically.
+
+    The arrays are `images` (N, C, H, W), float32, normalized as the network's input; `labels` (N,), int64; and `mean`
+    and `std` of the normalization, each (C,), float32.
+
+    Args:
+        path: Output file.
+        synthetic: The set.
+        teacher: Its teacher.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: If the file cannot be written.
     """
     buffer = io.BytesIO()
     mean, std = (np.asarray(values, np.float32) for values in (teacher.mean, teacher.std))
-    np.savez(buffer, images=made.images.float().numpy(), labels=made.labels.numpy(), mean=mean, std=std)
+    np.savez(buffer, images=synthetic.images.float().numpy(), labels=synthetic.labels.numpy(), mean=mean, std=std)
     write_bytes_atomic(path, buffer.getvalue())

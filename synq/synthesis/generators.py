@@ -1,4 +1,4 @@
-"""The network that turns random numbers into images, for synthesis by a generator: small, for any image size."""
+"""Image generator: a small convolutional network from latent vectors to images of any size."""
 
 import itertools
 import math
@@ -8,31 +8,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDEST, NARROWEST = 64, 32
-"""Channels of the first map; each doubling of the size halves them, down to the second number."""
+"""Channels of the first feature map, and the lower bound; each upsampling halves the channels down to the bound."""
 LARGEST_START = 8
-"""Pixels of the shorter side of the first map, at most."""
+"""Maximum length in pixels of the shorter side of the first feature map."""
 SLOPE = 0.2
-"""Slope of the leaky ReLU below zero."""
+"""Negative slope of the leaky ReLU."""
 
 
 def map_sizes(height: int, width: int) -> list[tuple[int, int]]:
-    """Return the sizes of a generator's maps, from the first, made of the latents, to the image's.
+    """Return the sizes (height, width) in pixels of a generator's feature maps, from the first to the image.
 
-    Each is half of the next, rounded up, so any size is reached without a rest: 32 x 32 takes 8, 16, 32, and 9 x 30 takes 5 x 15,
-    9 x 30. At least one doubling; as many as bring the shorter side to 8 or below.
+    Each size is half of the next, rounded up, so that every image size can be reached: 32 x 32 gives 8 x 8, 16 x 16,
+    32 x 32; and 9 x 30 gives 5 x 15, 9 x 30. There is at least one upsampling, and as many as the first map needs for
+    its shorter side to be at most `LARGEST_START`.
+
+    Args:
+        height: Image height in pixels, >= 1.
+        width: Image width in pixels, >= 1.
     """
     doublings = max(1, math.ceil(math.log2(min(height, width) / LARGEST_START)))
     return [(math.ceil(height / 2**left), math.ceil(width / 2**left)) for left in range(doublings, -1, -1)]
 
 
 class ConditionalBatchNorm(nn.Module):
-    """Batch norm with a scale and a shift for each class: y_i = scale[class_i] * (x_i - mean) / sqrt(variance + eps) + shift[class_i].
+    """Batch normalization with a separate scale and shift for each class.
 
-    Mean and variance are those of the batch, always: no running statistics are kept.
+    y_i = scale[class_i] * (x_i - mean) / sqrt(variance + eps) + shift[class_i]
+
+    Mean and variance are always those of the batch; there are no running statistics.
 
     Args:
-        num_classes: Rows of the tables; 1 is the plain batch norm.
-        channels: C.
+        num_classes: Number of classes K; 1 gives plain batch normalization.
+        channels: Number of channels C. Scale and shift have shape (K, C).
     """
 
     def __init__(self, num_classes: int, channels: int) -> None:
@@ -41,30 +48,33 @@ class ConditionalBatchNorm(nn.Module):
         self.shift = nn.Parameter(torch.zeros(num_classes, channels))
 
     def forward(self, x: Tensor, classes: Tensor) -> Tensor:
-        """Return the maps, shape (N, C, H, W), normalised; `classes` has shape (N,), int64."""
+        """Normalize feature maps (N, C, H, W); `classes` has shape (N,), int64, in [0, num_classes)."""
         x = F.batch_norm(x, None, None, training=True)
         scale, shift = (F.embedding(classes, table)[:, :, None, None] for table in (self.scale, self.shift))
         return torch.addcmul(shift, x, scale)
 
 
 class ImageGenerator(nn.Module):
-    """Latents -> linear -> first map -> (double the size, convolution 3 x 3) as often as needed -> convolution -> images.
+    """Generator network: latent vectors -> linear -> (upsample by 2, 3 x 3 convolution) x n -> convolution -> images.
 
-    Batch norm with the statistics of the batch follows each layer, so the images of one batch belong together. The class enters by
-    its scales and shifts. The last one begins at 1 and 0, so the first images have mean 0 and standard deviation 1 in each channel,
-    as noise N(0, 1) in the teacher's normalised space has, and may drift to where the teacher wants them.
+    Batch normalization with the statistics of the batch follows each layer, so the images of one batch depend on each
+    other. The class is an input of the conditional scales and shifts. The scale and shift of the last normalization
+    start at 1 and 0: the initial images have mean 0 and standard deviation 1 in each channel, like noise N(0, 1) in the
+    teacher's normalized input space, and both parameters are trained.
 
-    The weights begin as N(0, 1 / fan-in), drawn from `generator` alone; PyTorch's global random state is neither read nor moved.
+    The weights are initialized to N(0, 1 / fan-in), drawn from `generator` only; PyTorch's global random state is
+    neither read nor changed.
 
     Args:
-        latent_dim: Numbers behind each image.
+        latent_dim: Dimension of the latent vectors.
         input_size: Channels, height, width of the images.
-        generator: CPU generator of the first weights.
-        num_classes: Classes that the images are conditioned on; 1 for none.
+        generator: CPU generator for the initial weights.
+        num_classes: Number of classes that the images are conditioned on; 1 for an unconditional generator.
 
-    Source: the shape is that of DCGAN (arXiv 1511.06434) with nearest-neighbour doubling, as GDFQ (ECCV 2020) and Genie (CVPR 2023)
-    have it. On purpose it is narrower than theirs and begins with a smaller map (at 224 pixels 0.5 million weights, not 50), and has
-    no tanh before the last batch norm: at rates that a few hundred steps need, it saturates and the images stand still.
+    Source: the architecture of DCGAN (arXiv 1511.06434) with nearest-neighbor upsampling, as in GDFQ (ECCV 2020) and
+    Genie (CVPR 2023). It deliberately differs from theirs: fewer channels and a smaller first map (0.5 instead of 50
+    million weights at 224 pixels), and no tanh before the last batch normalization. At the learning rates that a few
+    hundred steps need, the tanh saturates and the images stop changing.
     """
 
     def __init__(
@@ -73,32 +83,32 @@ class ImageGenerator(nn.Module):
         super().__init__()
         channels, height, width = input_size
         self.sizes = map_sizes(height, width)
-        widths = [max(NARROWEST, WIDEST >> index) for index in range(len(self.sizes))]
-        with torch.device("meta"):  # without memory, and so without a draw from the global random state
-            self.linear = nn.Linear(latent_dim, widths[0] * math.prod(self.sizes[0]), bias=False)
-            steps = itertools.pairwise(widths)
-            self.convolutions = nn.ModuleList(nn.Conv2d(old, new, 3, padding=1, bias=False) for old, new in steps)
-            self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1, bias=False)
+        num_channels = [max(NARROWEST, WIDEST >> index) for index in range(len(self.sizes))]
+        with torch.device("meta"):  # allocates nothing, so the default initializers draw no random numbers
+            self.linear = nn.Linear(latent_dim, num_channels[0] * math.prod(self.sizes[0]), bias=False)
+            pairs = itertools.pairwise(num_channels)
+            self.convolutions = nn.ModuleList(nn.Conv2d(old, new, 3, padding=1, bias=False) for old, new in pairs)
+            self.to_image = nn.Conv2d(num_channels[-1], channels, 3, padding=1, bias=False)
         self.to_empty(device="cpu")
         with torch.no_grad():
             for weight in self.parameters():
                 fan_in = weight[0].numel()
                 weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(fan_in))
-        self.norms = nn.ModuleList(ConditionalBatchNorm(num_classes, size) for size in widths)
+        self.norms = nn.ModuleList(ConditionalBatchNorm(num_classes, channel_count) for channel_count in num_channels)
         self.image_norm = ConditionalBatchNorm(1, channels)
 
     def forward(self, latents: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Return images, shape (N, C, H, W), in the layout channels_last.
+        """Generate images (N, C, H, W) in channels_last memory format.
 
         Args:
             latents: Shape (N, latent_dim).
-            classes: Shape (N,), int64, below `num_classes`; None is class 0 for all.
+            classes: Shape (N,), int64, in [0, num_classes); None is class 0 for all.
         """
-        nothing = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
-        classes = nothing if classes is None else classes
+        class_zero = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
+        classes = class_zero if classes is None else classes
         x = self.linear(latents).view(len(latents), *self.sizes[0], -1).permute(0, 3, 1, 2)
         x = self.norms[0](x, classes)
         for convolution, norm, size in zip(self.convolutions, self.norms[1:], self.sizes[1:], strict=True):
             x = F.interpolate(x, size=size, mode="nearest")
             x = F.leaky_relu(norm(convolution(x), classes), SLOPE)
-        return self.image_norm(self.to_image(x), nothing)
+        return self.image_norm(self.to_image(x), class_zero)

@@ -1,4 +1,4 @@
-"""Where the images of a shard come from: pixels, latents behind a generator, or a generator of classes. One interface for the loop."""
+"""Parametrizations of a shard's images: pixels, latent vectors with a generator, or a class-conditional generator."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -11,13 +11,13 @@ from synq.synthesis.generators import ImageGenerator
 from synq.synthesis.start_noise import WHITE, StartNoise
 
 
-class Group(NamedTuple):
-    """Parameters that share a learning rate.
+class ParameterGroup(NamedTuple):
+    """Parameters with a common learning rate.
 
     Attributes:
-        setting: The setting of `synthesis` that holds the rate, for messages.
-        lr: The rate at the start.
-        parameters: Leaves on the device, which ask for gradient.
+        setting: Name of the setting of `synthesis` with the learning rate, for messages.
+        lr: Initial learning rate.
+        parameters: Leaf tensors on the device that require a gradient.
     """
 
     setting: str
@@ -26,21 +26,21 @@ class Group(NamedTuple):
 
 
 class ImageSource(Protocol):
-    """What the loop of synthesis asks of a method.
+    """Interface of a synthesis method to the optimization loop.
 
-    The labels are not the source's: image i of every batch shows the i-th assigned label.
+    Labels are assigned outside the source: image i of every batch belongs to label i of the shard.
     """
 
-    groups: list[Group]
-    """What is optimised."""
+    groups: list[ParameterGroup]
+    """The optimized parameters."""
 
     def images(self) -> Tensor:
-        """Return the images of the next step, shape (N, C, H, W), on the device; after the last step, the images of the shard."""
+        """Return the images (N, C, H, W) of the next step, on the device; after the last step, the final images."""
         ...
 
 
 class PixelSource:
-    """The pixels themselves, which begin as the noise that `start` makes of N(0, 1)."""
+    """Optimizes the pixels directly, initialized with noise of the distribution `start`."""
 
     def __init__(
         self,
@@ -52,16 +52,16 @@ class PixelSource:
         device: torch.device,
         start: StartNoise,
     ) -> None:
-        pixels = start.shape(torch.randn((num_images, *input_size), generator=generator))
+        pixels = start.apply(torch.randn((num_images, *input_size), generator=generator))
         self._pixels = pixels.to(device, memory_format=torch.channels_last).requires_grad_()
-        self.groups = [Group("lr", config.lr, [self._pixels])]
+        self.groups = [ParameterGroup("lr", config.lr, [self._pixels])]
 
     def images(self) -> Tensor:
         return self._pixels
 
 
 class LatentSource:
-    """One latent vector an image, which begins as N(0, 1), and a generator of the shard; both are optimised.
+    """Optimizes one latent vector per image, initialized with N(0, 1), and one generator per shard.
 
     Source: Genie (CVPR 2023), section 3.1.
     """
@@ -79,22 +79,27 @@ class LatentSource:
         self._latents = latents.to(device).requires_grad_()
         self._network = _make_network(config, input_size, generator, device)
         weights = list(self._network.parameters())
-        self.groups = [Group("lr", config.lr, [self._latents]), Group("generator_lr", config.generator_lr, weights)]
+        self.groups = [
+            ParameterGroup("lr", config.lr, [self._latents]),
+            ParameterGroup("generator_lr", config.generator_lr, weights),
+        ]
 
     def images(self) -> Tensor:
         return self._network(self._latents)
 
 
 class GeneratorSource:
-    """A conditional generator of the shard: each batch is made of fresh noise, by the scales and shifts of its labels.
+    """Optimizes one class-conditional generator per shard; each step draws new noise.
 
-    The labels of each batch are the shard's own, which are balanced already, and not drawn anew: noise is drawn for each image, so
-    their order says nothing, and a generator that serves one shard needs no class that the shard does not have.
+    Every batch has the labels of the shard, which are already balanced, instead of newly drawn labels: each image gets
+    new noise, so the order of the labels carries no information, and a generator that serves one shard needs no class
+    that the shard lacks.
 
-    Source: GDFQ (ECCV 2020), section 3.2. Its code has two ways to tell the class: by the noise multiplied with an embedding of the
-    class, and by batch norms that are conditional, for ImageNet. We take the second for all: of the product, whose sign is the
-    noise's, the generator does not learn the classes within a few hundred steps. There one generator serves the whole training; here
-    each shard has its own, so that shards stay independent of each other and of whoever makes them.
+    Source: GDFQ (ECCV 2020), section 3.2. Its code conditions on the class in two ways: it multiplies the noise with an
+    embedding of the class, or, for ImageNet, uses conditional batch normalization. We always use the latter: the sign
+    of the product depends on the noise, and the generator does not learn the classes from it within a few hundred
+    steps. GDFQ trains one generator for the whole training; here each shard has a separate one, so that shards are
+    independent of each other and of the process that synthesizes them.
     """
 
     def __init__(
@@ -111,10 +116,10 @@ class GeneratorSource:
         self._network = _make_network(config, input_size, generator, device, len(classes))
         self._shape = (labels.numel(), config.latent_dim)
         self._generator = generator
-        self.groups = [Group("generator_lr", config.generator_lr, list(self._network.parameters()))]
+        self.groups = [ParameterGroup("generator_lr", config.generator_lr, list(self._network.parameters()))]
 
     def images(self) -> Tensor:
-        # Drawn on the CPU, so that it does not depend on the device; from pinned memory the copy does not wait for it either.
+        # Drawn on the CPU, so that the values do not depend on the device; pinned memory makes the copy asynchronous.
         noise = torch.randn(self._shape, generator=self._generator, pin_memory=self._rows.is_cuda)
         return self._network(noise.to(self._rows.device, non_blocking=True), self._rows)
 
@@ -139,15 +144,15 @@ def make_source(
     device: torch.device,
     start: StartNoise = WHITE,
 ) -> ImageSource:
-    """Return where the images of one shard come from, by `config.method`.
+    """Create the image source of one shard for `config.method`.
 
     Args:
-        labels: Shape (N,), int64, the class each image is to show.
+        labels: Shape (N,), int64: the target class of each image.
         input_size: Channels, height, width in pixels.
-        config: Method, learning rates, size of the latents.
-        generator: CPU generator: of the start, and of the noise of each step.
-        device: Where the images are to be.
-        start: The noise that pixels begin as; a generator has none.
+        config: Method, learning rates, dimension of the latent vectors.
+        generator: CPU generator for the initial values and for the noise of each step.
+        device: Device of the images.
+        start: Distribution of the initial pixels; generators ignore it.
     """
     if config.method == "gdfq":
         return GeneratorSource(labels, input_size, config=config, generator=generator, device=device)

@@ -1,4 +1,4 @@
-"""Turn a frozen classifier into images: optimise one shard, by any method, until the classifier sees its own training data."""
+"""Model inversion: optimize one shard of images, by any method, to match the batch-norm statistics of a classifier."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,40 +10,41 @@ from torch import Tensor, nn
 from synq.config.run import SynthesisConfig
 from synq.losses import inception_loss
 from synq.network.bn_stats import BatchNormInputs, ChannelStatistics, bns_loss
-from synq.synthesis.image_sources import Group, make_source
+from synq.synthesis.image_sources import ParameterGroup, make_source
 from synq.synthesis.start_noise import WHITE, StartNoise
 from synq.synthesis.swing import SwingConvolutions, draw_swings
 
 SHIFT_PARTS = 8
-"""The random shift reaches up to 1/8 of the image's side: 4 pixels at 32, 28 at 224."""
+"""The random shift is at most 1/8 of the image's side: 4 pixels at 32, 28 at 224."""
 PLATEAU_THRESHOLD = 1e-4
-"""A loss counts as an improvement when it is lower than the best by this share of it."""
+"""Relative threshold: a loss below best * (1 - threshold) counts as an improvement."""
 TERMS = ("total", "inception", "bns", "centers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inversion:
-    """The images of one shard and what the teacher says of them. All on the CPU."""
+    """The synthesized images of one shard with their labels, losses and statistics; all tensors are on the CPU."""
 
     images: Tensor
-    """Shape (N, C, H, W), float32, in the teacher's normalised space: the last state of the optimisation."""
+    """Shape (N, C, H, W), float32, normalized as the teacher's input: the images after the last step."""
     labels: Tensor
-    """Shape (N,), int64: the labels assigned before, or, where the method uses none, the teacher's answers to these images."""
+    """Shape (N,), int64: the assigned labels, or the teacher's predictions if the method assigns none."""
     terms: dict[str, float]
-    """Loss terms of exactly these images, without augmentation: total, inception, bns, centers."""
+    """Loss terms of the final images without augmentation: total, inception, bns, centers."""
     num_agree: int
-    """Images whose largest logit is that of their label."""
+    """Number of images whose label is the teacher's top-1 prediction."""
     history: Tensor
-    """Shape (iterations,), the loss before each step, of the augmented view."""
+    """Shape (iterations,): the loss of the augmented images before each step."""
     statistics: dict[str, ChannelStatistics]
-    """Batch-norm input statistics of these images, in order of execution."""
+    """Statistics of the batch-norm inputs for the final images, by layer in order of execution."""
 
 
 class PlateauLr:
-    """A learning rate that falls when the loss stands still, kept on the device: reading it or the loss never waits for the GPU.
+    """Learning rate that is reduced when the loss stops improving, kept on the device to avoid synchronization.
 
-    After more than `patience` steps in a row without a loss below best * (1 - 1e-4) the rate is multiplied by `factor`. The same
-    rule as torch.optim.lr_scheduler.ReduceLROnPlateau, which needs the loss as a Python number.
+    After more than `patience` consecutive steps without a loss below best * (1 - 1e-4), the rate is multiplied by
+    `factor`. This is the rule of torch.optim.lr_scheduler.ReduceLROnPlateau, which needs the loss as a Python number
+    and so would wait for the GPU at each step.
     """
 
     def __init__(self, lr: float, patience: int, factor: float, device: torch.device) -> None:
@@ -54,17 +55,17 @@ class PlateauLr:
         self._factor = factor
 
     def step(self, loss: Tensor) -> None:
-        """Take the loss of one step (a detached scalar; positive or zero) and change `lr` in place."""
+        """Update `lr` in place after one step; `loss` is a detached scalar tensor, >= 0."""
         better = loss < self._best * (1 - PLATEAU_THRESHOLD)
         self._best = torch.where(better, loss, self._best)
         self._num_bad = torch.where(better, 0.0, self._num_bad + 1)
-        stuck = self._num_bad > self._patience
-        self.lr.copy_(torch.where(stuck, self.lr * self._factor, self.lr))
-        self._num_bad = torch.where(stuck, 0.0, self._num_bad)
+        plateau = self._num_bad > self._patience
+        self.lr.copy_(torch.where(plateau, self.lr * self._factor, self.lr))
+        self._num_bad = torch.where(plateau, 0.0, self._num_bad)
 
 
 class CosineLr:
-    """A learning rate that falls from `lr` to 0 by half a cosine over `iterations` steps; the loss is not looked at."""
+    """Learning rate that decays from `lr` to 0 along half a cosine over `iterations` steps; the loss is ignored."""
 
     def __init__(self, lr: float, iterations: int, device: torch.device) -> None:
         self.lr = torch.tensor(lr, device=device)
@@ -73,15 +74,20 @@ class CosineLr:
         self._done = 0
 
     def step(self, loss: Tensor) -> None:
-        """Change `lr` in place; one step was done."""
+        """Update `lr` in place after one step; `loss` is ignored."""
         self._done += 1
         self.lr.fill_(self._start * 0.5 * (1 + math.cos(math.pi * self._done / self._iterations)))
 
 
 def mirror_roll(images: Tensor, flip: bool, shift: tuple[int, int]) -> Tensor:
-    """Mirror all images left to right (when `flip`) and move them in a circle by `shift` = (rows, columns) pixels.
+    """Flip all images horizontally if `flip`, and shift them circularly.
 
-    Circular, so that no pixel is lost and the batch-norm statistics of the first layer do not change.
+    The shift is circular so that no pixel is lost and the statistics of the pixels do not change.
+
+    Args:
+        images: Shape (N, C, H, W).
+        flip: Whether to flip left to right.
+        shift: Rows and columns in pixels; positive shifts down and to the right.
     """
     if flip:
         images = images.flip(-1)
@@ -91,7 +97,7 @@ def mirror_roll(images: Tensor, flip: bool, shift: tuple[int, int]) -> Tensor:
 def _draw_views(
     augment: str, iterations: int, height: int, width: int, generator: torch.Generator
 ) -> list[tuple[bool, tuple[int, int]]]:
-    """Draw the flips and shifts of all steps at once, as Python numbers: no step waits for the device to learn its shift."""
+    """Draw the flips and shifts (rows, columns) of all steps as Python numbers, so that no step reads the device."""
     if augment == "none":
         return [(False, (0, 0))] * iterations
     flips = torch.randint(0, 2, (iterations,), generator=generator).tolist()
@@ -100,7 +106,7 @@ def _draw_views(
     return [(bool(flip), (down, right)) for flip, down, right in zip(flips, *shifts, strict=True)]
 
 
-def _make_rate(lr: float, config: SynthesisConfig, iterations: int, device: torch.device) -> "CosineLr | PlateauLr":
+def _make_schedule(lr: float, config: SynthesisConfig, iterations: int, device: torch.device) -> "CosineLr | PlateauLr":
     if config.schedule == "plateau":
         return PlateauLr(lr, config.plateau_patience, config.plateau_factor, device)
     return CosineLr(lr, iterations, device)
@@ -120,36 +126,43 @@ def invert(
     device: torch.device | None = None,
     on_iteration: Callable[[int, Tensor], None] | None = None,
 ) -> Inversion:
-    """Optimise one shard of images with Adam on whatever `config.method` makes them from.
+    """Synthesize one shard of images by optimizing the parameters of `config.method` with Adam.
 
-    The cosine is ours: over a few hundred iterations the paper's plateau rule fires too late (the noise of lr 0.5 hides the plateau)
-    or too early, and shards end 5 to 30 times further from the statistics (docs/results/LOG.md).
+    L = inception_weight * mean_i (1 - p_i)^gamma CE_i
+        + bns_weight * BNS(targets) + center_weight * bns_weight * BNS(center_targets)
 
-    L = inception_weight * mean_i (1 - p_i)^gamma CE_i + bns_weight * BNS(targets) + center_weight * bns_weight * BNS(center_targets)
+    The first term is absent for zeroq and gaussian, which assign no labels; gaussian does no step at all. All learning
+    rates of a method follow the same schedule. The cosine schedule is ours: over a few hundred iterations the plateau
+    rule of the paper triggers too late (at lr 0.5 noise hides the plateau) or too early, and the final statistics are 5
+    to 30 times further from the targets (docs/results/LOG.md).
 
-    The first term is absent for zeroq and gaussian, which assign no labels; gaussian takes no step at all. Every rate of a method
-    follows the schedule. The images after the last step are returned, not those of the lowest loss: each step sees another random
-    view, so the lowest loss is mostly a lucky view. Nothing waits for the device inside the loop. Randomness is drawn on the CPU, so
-    that the start does not depend on the device.
+    The images after the last step are returned, not those of the lowest loss: each step uses another random
+    augmentation, so the lowest loss mostly reflects a favorable draw. The loop never synchronizes with the device.
+    Random numbers are drawn on the CPU, so the initial values do not depend on the device.
 
     Args:
         module: The teacher in eval mode, on `device`. Its parameters get no gradient and are not changed.
-        labels: Shape (N,), int64, the class each image is to show.
+        labels: Shape (N,), int64: the target class of each image.
         input_size: Channels, height, width in pixels.
-        targets: Batch-norm statistics to reach, on `device`.
-        config: Method, weights, learning rates, augmentation.
-        generator: CPU generator of the start, the views and the swings, and of a generator's noise.
-        iterations: Steps; None takes `config.iterations`.
-        center_targets: A second set of statistics to reach, for some of the layers; None for none.
-        start: The noise that pixels begin as: what `fit_start` found, or white. A generator has none.
-        device: Where to compute; None is the CPU.
-        on_iteration: Called after each step with the number of steps done and the loss (a tensor on the device).
+        targets: Target batch-norm statistics by layer, on `device`.
+        config: Method, loss weights, learning rates, augmentation.
+        generator: CPU generator for the initial values, the augmentation, the swing shifts and the noise of a
+            conditional generator.
+        iterations: Number of steps, >= 0; None means `config.iterations`.
+        center_targets: Second set of target statistics for some of the layers, on `device`; None for no second target.
+        start: Distribution of the initial pixels: the result of `fit_start`, or white noise. Generators ignore it.
+        device: Device to compute on; None means the CPU.
+        on_iteration: Callback after each step with the number of finished steps and the loss (a scalar on the device).
+
+    Returns:
+        Images, labels, loss terms and statistics of the shard, on the CPU.
 
     Raises:
-        ValueError: If a term or a pixel is not finite at the end, with the term's name and the learning rates of the method.
+        ValueError: If a loss term or a pixel is not finite at the end; the message names the term and the learning
+            rates.
 
-    Source: SynQ (arXiv 2603.18423), section 3, step 1; hard samples: HAST (CVPR 2023); second target: TexQ (NeurIPS 2023); statistics
-    alone: ZeroQ (CVPR 2020); the generators: `synq.synthesis.image_sources`.
+    Source: SynQ (arXiv 2603.18423), section 3, step 1; hard samples: HAST (CVPR 2023); second target: TexQ (NeurIPS
+    2023); statistics only: ZeroQ (CVPR 2020); generators: see `synq.synthesis.image_sources`.
     """
     assert not any(part.training for part in module.modules()), "the teacher must be in eval mode"
     device = torch.device("cpu") if device is None else device
@@ -159,14 +172,17 @@ def invert(
     labels = labels.to(device)
     views = _draw_views(config.augment, iterations, *input_size[1:], generator)
     swings = draw_swings(module, iterations, generator) if config.swings else []
-    rates = [_make_rate(group.lr, config, iterations, device) for group in source.groups]
-    groups = [{"params": group.parameters, "lr": rate.lr} for group, rate in zip(source.groups, rates, strict=True)]
-    # Fused: one kernel a step, and the only form that takes the learning rate as a device tensor.
+    schedules = [_make_schedule(group.lr, config, iterations, device) for group in source.groups]
+    groups = [
+        {"params": group.parameters, "lr": schedule.lr}
+        for group, schedule in zip(source.groups, schedules, strict=True)
+    ]
+    # Fused: one kernel per step, and the only implementation that accepts the learning rate as a device tensor.
     optimizer = torch.optim.Adam(groups, fused=True)
     parameters = [parameter for group in source.groups for parameter in group.parameters]
     gradients = [torch.empty_like(parameter) for parameter in parameters]
-    for parameter, place in zip(parameters, gradients, strict=True):
-        parameter.grad = place
+    for parameter, buffer in zip(parameters, gradients, strict=True):
+        parameter.grad = buffer
     history = torch.zeros(iterations, device=device)
 
     def terms_of(logits: Tensor, statistics: Mapping[str, ChannelStatistics]) -> dict[str, Tensor]:
@@ -187,20 +203,20 @@ def invert(
     with BatchNormInputs(module) as inputs:
         with SwingConvolutions(module, swings) as swing:
             for step, (flip, shift) in enumerate(views):
-                swing.turn(step)
+                swing.set_step(step)
                 images = source.images()
                 view = mirror_roll(images, flip, shift)
-                # Never the pixels themselves: a teacher may normalise its input in place.
+                # A clone, because a teacher may normalize its input in place.
                 logits = module(view.clone() if view is images else view)
                 loss = terms_of(logits, inputs.take())["total"]
-                # grad, not backward: nothing is left in the teacher, whatever its parameters ask for. Copied into place, because
-                # the fused step wants gradient and parameter in one memory layout.
-                for place, gradient in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
-                    place.copy_(gradient)
+                # grad instead of backward, which would accumulate gradients in the teacher's parameters. Copied into
+                # buffers, because the fused step needs gradient and parameter in the same memory format.
+                for buffer, gradient in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
+                    buffer.copy_(gradient)
                 loss = loss.detach()
                 optimizer.step()
-                for rate in rates:
-                    rate.step(loss)
+                for schedule in schedules:
+                    schedule.step(loss)
                 history[step] = loss
                 if on_iteration is not None:
                     on_iteration(step + 1, loss)
@@ -224,16 +240,16 @@ def invert(
     )
 
 
-def _check_finite(values: Mapping[str, float], groups: list[Group]) -> None:
-    broken = [(name, value) for name, value in values.items() if not math.isfinite(value)]
-    if not broken:
+def _check_finite(values: Mapping[str, float], groups: list[ParameterGroup]) -> None:
+    not_finite = [(name, value) for name, value in values.items() if not math.isfinite(value)]
+    if not not_finite:
         return
-    name, value = broken[0]
+    name, value = not_finite[0]
     if not groups:
         raise ValueError(f"`teacher` must give finite values on noise, but got {name} = {value}")
     fields = " and ".join(f"`synthesis.{group.setting}`" for group in groups)
     rates = ", ".join(f"{group.setting} {group.lr}" for group in groups)
     raise ValueError(
-        f"{fields} must keep the optimisation finite, but got {name} = {value} with {rates}; lower "
+        f"{fields} must keep the optimization finite, but got {name} = {value} with {rates}; lower "
         f"{'it' if len(groups) == 1 else 'them'}, or lower `synthesis.bns_weight`"
     )

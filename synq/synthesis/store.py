@@ -1,4 +1,4 @@
-"""The store of synthetic sets: content-addressed folders, unfinished ones that can be resumed, writes that are whole or absent."""
+"""Store of synthetic sets: content-addressed folders, resumable unfinished sets, atomic writes."""
 
 import hashlib
 import json
@@ -13,17 +13,16 @@ from filelock import FileLock
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from synq.config.identity import LATER_SETTINGS
+from synq.common.files import write_bytes_atomic, write_json_atomic
 from synq.config.run import SynthesisConfig, config_to_dict
 from synq.config.synthesis import PIXEL_METHODS
-from synq.runs.record import write_bytes_atomic, write_json_atomic
 from synq.synthesis.dataset import (
     DATA_FILE,
     FORMAT_VERSION,
     MANIFEST_FILE,
     SyntheticSet,
     content_digest,
-    damaged,
+    damage_error,
     load_set,
     read_tensors,
     set_digest,
@@ -34,22 +33,27 @@ Purpose = Literal["train", "heldout"]
 CENTER_FIELDS = ("center_iterations", "center_weight", "center_depth")
 GENERATOR_FIELDS = ("generator_lr", "latent_dim")
 LABEL_FIELDS = ("inception_weight", "hard_sample_gamma")
-NEW_FIELDS = {"method": "inversion", "swing_conv": False, **LATER_SETTINGS["synthesis"]}
-"""Settings that came after the first sets were made, with the value that those sets have: so they keep their names."""
 
 
 def set_identity(
     teacher_digest: str, input_size: tuple[int, int, int], config: SynthesisConfig, seed: int, purpose: Purpose
 ) -> dict[str, Any]:
-    """Return what decides a set, as plain JSON values, and nothing else: above all nothing of quantization and fine-tuning.
+    """Return everything that determines a set, as plain JSON values.
 
-    Device, number of processes and of threads are absent: they change a set by rounding at most. The input size is present: many
-    classifiers take any. Settings of what a method does not have (calibration centers, a generator, pixels, assigned labels) do not
-    count. Calibration centers are pixels with labels, whatever the method.
+    The identity includes the input size, since many classifiers accept any. It excludes quantization and fine-tuning,
+    and also the device and the numbers of processes and threads, which change a set by rounding at most. Settings that
+    the method does not use (those of calibration centers, generators, pixels or assigned labels) are left out.
+    Calibration centers are pixels with labels for every method.
+
+    Args:
+        teacher_digest: Digest of the teacher, see `synq.teacher.teacher.weight_digest`.
+        input_size: Channels, height, width in pixels.
+        config: Settings of the synthesis.
+        seed: Seed of the set.
+        purpose: train, or heldout for the measurement set.
     """
     settings = config_to_dict(config) | {"swing_conv": config.swings}
-    unused = {name for name, value in NEW_FIELDS.items() if settings[name] == value}
-    unused |= set() if config.method in ("gdfq", "genie") else set(GENERATOR_FIELDS)
+    unused = set() if config.method in ("gdfq", "genie") else set(GENERATOR_FIELDS)
     if not config.calib_centers:
         unused |= set(CENTER_FIELDS)
         unused |= set() if config.assigns_labels else set(LABEL_FIELDS)
@@ -69,12 +73,12 @@ def set_identity(
 
 
 class SetStore:
-    """Folder of synthetic sets. Layout:
+    """Folder of synthetic sets.
 
-    KEY/                  a finished set: images.safetensors, manifest.json; never changed
+    KEY/                  a finished set: images.safetensors, manifest.json; never modified
     KEY.partial/          finished shards of an unfinished set
-    KEY.assembling/       a set that was being put together; left behind only by a kill, then made anew
-    locks/                one empty file per lock; the system frees the lock of a killed process
+    KEY.assembling/       a set that is being assembled; if the process is killed, the next one starts over
+    locks/                one empty file per lock; the system releases the locks of a killed process
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -89,7 +93,7 @@ class SetStore:
         input_size: tuple[int, int, int],
         purpose: Purpose = "train",
     ) -> str:
-        """Return the set's name: 32 hexadecimal digits of SHA-256 over `set_identity`."""
+        """Return the key of a set: the first 32 hexadecimal digits of the SHA-256 of its `set_identity`."""
         identity = set_identity(teacher_digest, input_size, config, seed, purpose)
         text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -99,33 +103,37 @@ class SetStore:
         return self.root / key
 
     def partial(self, key: str) -> Path:
-        """Return the folder of an unfinished set's shards."""
+        """Return the folder of the shards of an unfinished set."""
         return self.root / f"{key}.partial"
 
     def is_complete(self, key: str) -> bool:
-        """Return whether the set is finished. A finished set appears as a whole, by rename."""
+        """Return whether the set is finished; its folder appears by an atomic rename."""
         return self.path(key).is_dir()
 
     def load(self, key: str) -> SyntheticSet | None:
-        """Return a finished set, checked against its digests, or None.
+        """Load a finished set and verify its digests; return None if there is none.
 
         Raises:
-            ValueError: The set is damaged, or belongs to another key.
+            ValueError: If the set is damaged or belongs to another key.
         """
         if not self.is_complete(key):
             return None
         if not (self.path(key) / MANIFEST_FILE).exists():
-            raise damaged(self.path(key), f"{MANIFEST_FILE} is missing")
+            raise damage_error(self.path(key), f"{MANIFEST_FILE} is missing")
         loaded = load_set(self.path(key))
         if loaded.manifest["key"] != key:
-            raise damaged(self.path(key), f"it is the set {loaded.manifest['key']} under another name")
+            raise damage_error(self.path(key), f"it is the set {loaded.manifest['key']} under another name")
         return loaded
 
     def lock(self, key: str, part: str) -> FileLock:
-        """Return the lock of one part of a set (a shard, or the putting together).
+        """Return the file lock of one part of a set.
+
+        Args:
+            key: Key of the set.
+            part: Name of a shard, "start" for the fit of the initial noise, or "set" for assembling the set.
 
         Raises:
-            OSError: The store cannot be written; the message names it.
+            OSError: If the store cannot be written; the message names it.
         """
         folder = self.root / "locks"
         try:
@@ -135,10 +143,15 @@ class SetStore:
         return FileLock(folder / f"{key}.{part}.lock")
 
     def write_part(self, path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Write one part of an unfinished set: whole or not at all, with a digest of its content.
+        """Write one part of an unfinished set atomically, with a digest of its contents.
+
+        Args:
+            path: File in the folder `partial`.
+            tensors: Tensors to store, by name.
+            info: JSON values to store with them.
 
         Raises:
-            OSError: The store cannot be written or the disk is full; the message names the file.
+            OSError: If the store cannot be written or the disk is full; the message names the file.
         """
         content = {name: tensor.contiguous() for name, tensor in tensors.items()}
         metadata = {"digest": _digest(content), "info": json.dumps(dict(info))}
@@ -148,28 +161,29 @@ class SetStore:
         """Return the tensors (memory-mapped) and the info of one part.
 
         Raises:
-            ValueError: The part is damaged; the message names it and the cure.
+            ValueError: If the part is damaged; the message names the file and the cure.
         """
         tensors, metadata = read_tensors(path)
         if metadata.get("digest") != _digest(tensors):
-            raise damaged(path, "its content differs from its digest")
+            raise damage_error(path, "its content differs from its digest")
         return tensors, json.loads(metadata["info"])
 
     def assemble(
         self, key: str, shards: list[Path], describe: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
     ) -> None:
-        """Put a set together from its shards and let it appear as a whole. The caller holds the set's lock.
+        """Assemble a set from its shards and publish it by an atomic rename. The caller must hold the lock of the set.
 
-        Memory: one shard at a time, whatever the size of the set.
+        The shards are memory-mapped and written one after the other, so memory does not grow with the size of the set.
 
         Args:
-            key: The set.
-            shards: Its parts, in order.
-            describe: Makes the rest of the manifest of the shards' entries (start, stop, digest, and the info of `write_part`).
+            key: Key of the set.
+            shards: Files of its shards, in order.
+            describe: Returns further entries of the manifest from the shards' entries (start, stop, digest, and the
+                info of `write_part`).
 
         Raises:
-            ValueError: A shard is damaged.
-            OSError: The store cannot be written or the disk is full; the shards stay.
+            ValueError: If a shard is damaged.
+            OSError: If the store cannot be written or the disk is full; the shards are kept.
         """
         folder = self.root / f"{key}.assembling"
         entries: list[dict[str, Any]] = []
@@ -199,10 +213,11 @@ class SetStore:
             raise OSError(error.errno, error.strerror, str(self.path(key))) from error
         self._remove_parts(key)
 
-    def discard_leftovers(self, key: str) -> None:
-        """Remove the shards of a finished set, which a kill right after its completion leaves behind.
+    def remove_stale_parts(self, key: str) -> None:
+        """Remove the shards of a finished set that remain if a process was killed right after it completed the set.
 
-        Whoever holds the set's lock removes them itself; a store that cannot be written keeps them.
+        Does nothing if another process holds the lock of the set, which then removes them, or if the store is
+        read-only.
         """
         if self.is_complete(key) and self.partial(key).exists():
             with suppress(OSError), self.lock(key, "set").acquire(blocking=False):  # Timeout is an OSError, too
@@ -224,9 +239,9 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _write_stacked(path: Path, parts: list[dict[str, Tensor]]) -> None:
-    """Write images and labels of all parts, one behind the other, as one safetensors file, without joining them in memory.
+    """Write the concatenated images and labels of all parts as one safetensors file, without a copy in memory.
 
-    The format: length of the header (8 bytes, little endian), header in JSON, then the tensors' bytes.
+    Format: length of the header (8 bytes, little endian), header in JSON, bytes of the tensors.
     """
     header: dict[str, Any] = {}
     offset = 0
@@ -236,7 +251,7 @@ def _write_stacked(path: Path, parts: list[dict[str, Tensor]]) -> None:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the images start at a multiple of 8, as the format asks
+    text += b" " * (-len(text) % 8)  # aligns the images to 8 bytes, as the format requires
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in header:

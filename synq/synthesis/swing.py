@@ -1,4 +1,4 @@
-"""Swing convolutions: strided convolutions that see a randomly shifted input, so that every pixel position gets its share of gradient."""
+"""Swing convolutions: strided convolutions with a randomly shifted input, so that all pixels get similar gradients."""
 
 from collections.abc import Sequence
 from types import TracebackType
@@ -8,21 +8,21 @@ import torch
 from torch import Tensor, nn
 
 Shift = tuple[int, int]
-"""Rows and columns, in pixels; positive moves the content up and to the left."""
+"""Rows and columns in pixels; positive shifts the content up and to the left."""
 
 
 def reflect_shift(x: Tensor, shift: Shift) -> Tensor:
-    """Shift maps by some pixels, the border mirrored: out[..., i, j] = x[..., m(i + down), m(j + right)].
+    """Shift feature maps with reflection at the border: out[..., i, j] = x[..., m(i + down), m(j + right)].
 
-    m mirrors a position at the first and the last one, without repeating them: -1 is 1, and H is H - 2. It is what padding by
-    reflection on all sides and cropping back to the old size gives, but adds nothing at random on a GPU: the gradient is a sum of
-    slices, where PyTorch's own padding adds atomically.
+    m reflects an index at the first and the last position without repeating them: -1 maps to 1, and H maps to H - 2.
+    The result equals reflection padding on all sides followed by a crop to the original size. Its gradient is a sum of
+    slices and so deterministic on a GPU, where the backward pass of PyTorch's reflection padding uses atomic additions.
 
-    A row (a, b, c, d) shifted by 1 is (b, c, d, c), by -1 (b, a, b, c).
+    A row (a, b, c, d) shifted by 1 is (b, c, d, c); shifted by -1 it is (b, a, b, c).
 
     Args:
         x: Shape (..., H, W).
-        shift: Rows and columns (down, right); beyond H - 1 and W - 1 there is nothing to mirror, so it is cut to these.
+        shift: Rows and columns (down, right) in pixels; clamped to [-(H - 1), H - 1] and [-(W - 1), W - 1].
     """
     return _shift_axis(_shift_axis(x, -2, shift[0]), -1, shift[1])
 
@@ -38,20 +38,21 @@ def _shift_axis(x: Tensor, axis: int, offset: int) -> Tensor:
 
 
 def strided_convolutions(module: nn.Module) -> list[nn.Conv2d]:
-    """Return the two-dimensional convolutions that step by more than one pixel on an axis, in order of their names."""
+    """Return the 2d convolutions with a stride above 1 on any axis, in the order of `module.modules()`."""
     return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d) and max(layer.stride) > 1]
 
 
 def draw_swings(module: nn.Module, num_steps: int, generator: torch.Generator) -> list[list[Shift]]:
-    """Draw the shifts of all steps at once, as Python numbers: no step waits for the device to learn its shift.
+    """Draw the shifts of all steps as Python numbers, so that no step waits for the device.
 
     Args:
-        module: The network whose strided convolutions are to swing.
-        num_steps: Steps to draw for.
+        module: The network with the strided convolutions.
+        num_steps: Number of steps.
         generator: CPU generator.
 
     Returns:
-        Per step a shift for each of `strided_convolutions(module)`: whole numbers, uniform from -(stride - 1) to stride - 1.
+        For each step, one shift for each of `strided_convolutions(module)`: integers, uniform in
+        [-(stride - 1), stride - 1].
     """
     limits = [limit - 1 for layer in strided_convolutions(module) for limit in layer.stride]
     columns = [torch.randint(-limit, limit + 1, (num_steps,), generator=generator).tolist() for limit in limits]
@@ -60,33 +61,35 @@ def draw_swings(module: nn.Module, num_steps: int, generator: torch.Generator) -
 
 
 class SwingConvolutions:
-    """Context manager in which the strided convolutions of a module see their input shifted, in each step anew.
+    """Context manager that shifts the inputs of a module's strided convolutions, by new shifts at each step.
 
-    A convolution of stride s reads some positions more often than others, or not at all (kernel 1, stride 2 reads one pixel in
-    four), and leaves the images a pattern of s x s pixels. Shifted by up to s - 1 pixels each way, all positions take turns.
+    A convolution of stride s reads some positions more often than others, or never (kernel 1 with stride 2 reads one
+    pixel in four), which causes a checkerboard pattern of period s in synthesized images. Random shifts of up to s - 1
+    pixels in each direction distribute the gradient over all positions.
 
-    Hooks exist inside the `with` block only, also when it is left by an exception. Without shifts it does nothing.
+    The hooks are registered inside the `with` block only and removed even after an exception. Without shifts the
+    context manager does nothing.
 
     Example:
         swings = draw_swings(teacher, 100, generator)
         with SwingConvolutions(teacher, swings) as swing:
             for step in range(100):
-                swing.turn(step)
+                swing.set_step(step)
                 logits = teacher(images)
 
-    Source: Genie (CVPR 2023), section 3.2: padding by reflection by stride - 1, then a random crop of the old size.
+    Source: Genie (CVPR 2023), section 3.2: reflection padding by stride - 1, then a random crop of the original size.
     """
 
     def __init__(self, module: nn.Module, swings: Sequence[Sequence[Shift]]) -> None:
         self._layers = strided_convolutions(module) if swings else []
         self._swings = swings
-        self._now: Sequence[Shift] = [(0, 0)] * len(self._layers)
+        self._shifts: Sequence[Shift] = [(0, 0)] * len(self._layers)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def turn(self, step: int) -> None:
-        """Take the shifts of step `step`; before the first call the convolutions stand still."""
+    def set_step(self, step: int) -> None:
+        """Use the shifts of step `step`; before the first call nothing is shifted."""
         if self._swings:
-            self._now = self._swings[step]
+            self._shifts = self._swings[step]
 
     def __enter__(self) -> Self:
         for index, layer in enumerate(self._layers):
@@ -102,6 +105,6 @@ class SwingConvolutions:
 
     def _hook(self, index: int) -> Any:
         def shifted(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return reflect_shift(args[0], self._now[index]), *args[1:]
+            return reflect_shift(args[0], self._shifts[index]), *args[1:]
 
         return shifted

@@ -1,1 +1,1 @@
-"""Load the pre-trained classifier: sources, weight files, and the classifiers that ship with the package."""
+"""The pre-trained classifier: model sources, weight files, and the models that are part of the package."""

@@ -1,4 +1,4 @@
-"""Small residual networks for small images: the project's own teachers are built from this one family."""
+"""Residual networks for small images, the architecture of the bundled teachers."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class PadShortcut(nn.Module):
-    """Parameter-free shortcut: every second pixel, zero channels appended on both sides (option A of the paper)."""
+    """Parameter-free shortcut: subsampling by 2, with zero channels padded on both sides (option A of the paper)."""
 
     def __init__(self, num_extra: int) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class PadShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)) with two 3x3 convolutions."""
+    """Residual block relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)) with two 3 x 3 convolutions."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Stem, three stages at full, half and quarter resolution, global average pool, one linear layer."""
+    """ResNet: stem, three stages at full, half and quarter resolution, global average pooling, linear layer."""
 
     def __init__(self, depth: int, num_classes: int, in_channels: int, width: int) -> None:
         super().__init__()
@@ -66,16 +66,17 @@ def cifar_resnet(depth: int, num_classes: int, in_channels: int = 3, width: int 
     """Build an untrained residual network for small images.
 
     Args:
-        depth: number of weighted layers, 6 n + 2 with n >= 1 (8, 14, 20, 32, ...); n blocks in each of three stages.
-        num_classes: number of logits, >= 2.
-        in_channels: channels of the image, >= 1.
-        width: channels of the first stage, >= 1; the later stages have twice and four times as many.
+        depth: Number of layers with weights, 6 n + 2 with n >= 1 (8, 14, 20, 32, ...); n blocks in each of three
+            stages.
+        num_classes: Number of logits, >= 2.
+        in_channels: Channels of the image, >= 1.
+        width: Channels of the first stage, >= 1; the later stages have twice and four times as many.
 
     Returns:
-        The network with He-normal convolutions (fan out) and BatchNorm at its identity.
+        The network, with convolutions in Kaiming normal initialization (fan out) and BatchNorm as the identity.
 
     Raises:
-        ValueError: if an argument is outside its range.
+        ValueError: If an argument is outside its range.
 
     Source: He et al., Deep Residual Learning for Image Recognition, 2015, section 4.2 (option A shortcuts).
     """

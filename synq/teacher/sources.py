@@ -1,4 +1,4 @@
-"""Where teachers come from: one builder per source, each a function from a configuration to a module and its facts."""
+"""Sources of teachers: one function per source, which builds the module and collects its metadata."""
 
 import difflib
 import importlib
@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from synq.config.identity import WEIGHT_SUFFIXES
 from synq.config.run import TeacherConfig
 from synq.teacher.cifar_resnet import cifar_resnet
-from synq.teacher.weight_files import WEIGHT_SUFFIXES, is_weight_file, load_weights
+from synq.teacher.weight_files import is_weight_file, load_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 RANDOM = "random"
@@ -27,9 +28,15 @@ RANDOM = "random"
 
 @dataclass(frozen=True, kw_only=True)
 class SourceModel:
-    """A module as its source gives it; None where the source cannot tell.
+    """A model with the metadata that its source provides; None for unknown values.
 
-    `mean` and `std` are per channel, for images in [0, 1]; `input_size` is (C, H, W).
+    Attributes:
+        module: The model.
+        name: Short name of letters, digits and underscores.
+        num_classes: Number of logits.
+        input_size: (C, H, W).
+        mean, std: Normalization per channel, for images in [0, 1].
+        default_dataset: Spec of the labeled images to evaluate on by default.
     """
 
     module: nn.Module
@@ -42,12 +49,12 @@ class SourceModel:
 
 
 def build_source(config: TeacherConfig) -> SourceModel:
-    """Build the model that `config.spec` names and fill it with `config.weights`.
+    """Build the model of `config.spec` and load `config.weights` into it.
 
     Raises:
-        ValueError: if the spec, the model's name or the weights are not known, or a package is not installed.
-        FileNotFoundError: if a file that the configuration names does not exist.
-        ConnectionError: if pre-trained weights have to be fetched and cannot be.
+        ValueError: If the spec, the model's name or the weights are unknown, or a package is not installed.
+        FileNotFoundError: If a file of the configuration does not exist.
+        ConnectionError: If pre-trained weights must be downloaded but cannot be.
     """
     kind, _, rest = config.spec.partition(":")
     builders: dict[str, Callable[[str, TeacherConfig], SourceModel]] = {
@@ -58,8 +65,8 @@ def build_source(config: TeacherConfig) -> SourceModel:
     }
     if not rest:
         forms = "bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, FILE.py:FACTORY or MODULE:FACTORY"
-        raise ValueError(f"`teacher.spec` must read {forms}, but got {config.spec!r}")
-    # A factory may draw random weights: every process, and every start of the same command, must get the same ones.
+        raise ValueError(f"`teacher.spec` must have the form {forms}, but got {config.spec!r}")
+    # A factory may initialize weights randomly: every process and every run must get the same weights.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if kind in builders:
@@ -68,7 +75,10 @@ def build_source(config: TeacherConfig) -> SourceModel:
 
 
 def slug(*parts: str) -> str:
-    """Join parts to a name of letters, digits and underscores: ("timm", "resnet18.a1_in1k") -> "timm_resnet18_a1_in1k"."""
+    """Join parts into a lower-case name of letters, digits and underscores.
+
+    ("timm", "resnet18.a1_in1k") gives "timm_resnet18_a1_in1k".
+    """
     return re.sub(r"[^0-9A-Za-z]+", "_", "_".join(part for part in parts if part)).strip("_").lower()
 
 
@@ -81,21 +91,21 @@ def _bundled(name: str, config: TeacherConfig) -> SourceModel:
         raise ValueError(f"`teacher.weights` must be left out for a bundled teacher, but got {config.weights!r}")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = file.metadata()
+            metadata = file.metadata()
     except SafetensorError as error:
         raise ValueError(f"the bundled teacher {path} must be readable, but is damaged ({error}); reinstall") from error
-    channels, height, width = (int(part) for part in facts["input_size"].split(","))
-    module = cifar_resnet(int(facts["depth"]), int(facts["num_classes"]), channels, int(facts["width"]))
+    channels, height, width = (int(part) for part in metadata["input_size"].split(","))
+    module = cifar_resnet(int(metadata["depth"]), int(metadata["num_classes"]), channels, int(metadata["width"]))
     if config.weights is None:
         load_weights(module, path)
     return SourceModel(
         module=module,
         name=slug(name, config.weights or ""),
-        num_classes=int(facts["num_classes"]),
+        num_classes=int(metadata["num_classes"]),
         input_size=(channels, height, width),
-        mean=tuple(float(part) for part in facts["mean"].split(",")),
-        std=tuple(float(part) for part in facts["std"].split(",")),
-        default_dataset=facts["dataset"],
+        mean=tuple(float(part) for part in metadata["mean"].split(",")),
+        std=tuple(float(part) for part in metadata["std"].split(",")),
+        default_dataset=metadata["dataset"],
     )
 
 
@@ -110,9 +120,9 @@ def _torchvision(name: str, config: TeacherConfig) -> SourceModel:
     if config.weights is None or config.weights == "DEFAULT":
         entry = default
     elif config.weights == RANDOM:
-        entry = default  # its transforms tell the input size and the normalisation the architecture is used with
+        entry = default  # for the usual input size and normalization of the architecture
     elif file:
-        # A file downloaded by hand keeps its name, and the name tells which entry it is; any other file cannot tell.
+        # A downloaded file keeps its name, which identifies its entry; for any other file the entry is unknown.
         entry = next((e for e in entries.values() if e.url.rsplit("/", 1)[-1] == Path(file).name), None)
     elif config.weights in entries:
         entry = entries[config.weights]
@@ -126,13 +136,13 @@ def _torchvision(name: str, config: TeacherConfig) -> SourceModel:
     if file:
         load_weights(module, file)
     label = "" if pretrained is default else Path(file).stem if file else (config.weights or "")
-    facts: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     if entry is not None:
         transforms = entry.transforms()
-        facts = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
-        facts["input_size"] = (3, int(transforms.crop_size[0]), int(transforms.crop_size[0]))
-        facts["num_classes"] = extra.get("num_classes", len(entry.meta["categories"]))
-    return SourceModel(module=module, name=slug("torchvision", name, label), **facts)
+        metadata = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
+        metadata["input_size"] = (3, int(transforms.crop_size[0]), int(transforms.crop_size[0]))
+        metadata["num_classes"] = extra.get("num_classes", len(entry.meta["categories"]))
+    return SourceModel(module=module, name=slug("torchvision", name, label), **metadata)
 
 
 def _timm(name: str, config: TeacherConfig) -> SourceModel:
@@ -145,32 +155,32 @@ def _timm(name: str, config: TeacherConfig) -> SourceModel:
         raise ValueError(
             f"`teacher.weights` must name a weight file or be {RANDOM!r}: timm has no weights for {name!r}"
         )
-    fetch = config.weights is None
-    module: Any = _build(config.spec, lambda: timm.create_model(name, pretrained=fetch, **extra), fetch)
+    pretrained = config.weights is None
+    module: Any = _build(config.spec, lambda: timm.create_model(name, pretrained=pretrained, **extra), pretrained)
     if file:
         load_weights(module, file)
-    facts = module.pretrained_cfg
-    # The architecture's own default is another training run's normalisation: a user's file must bring its own.
+    metadata = module.pretrained_cfg
+    # The default normalization of the architecture may not be that of a user's file, so it must be given explicitly.
     known = file is None
     return SourceModel(
         module=module,
         name=slug("timm", name, Path(file).stem if file else config.weights or ""),
         num_classes=module.num_classes,
-        input_size=tuple(facts["input_size"]),
-        mean=tuple(facts["mean"]) if known else None,
-        std=tuple(facts["std"]) if known else None,
+        input_size=tuple(metadata["input_size"]),
+        mean=tuple(metadata["mean"]) if known else None,
+        std=tuple(metadata["std"]) if known else None,
     )
 
 
 def _pytorchcv(name: str, config: TeacherConfig) -> SourceModel:
     provider = _package("pytorchcv.model_provider", "pytorchcv")
-    names = sorted(provider._models)  # the library's only list of names
+    names = sorted(provider._models)  # the library has no public list of its models
     if name not in names:
         raise _unknown("a model of pytorchcv", name, names)
     file = _file_or_random("pytorchcv", config)
     extra = {"num_classes": config.num_classes} if config.num_classes and config.weights is not None else {}
-    fetch = config.weights is None
-    module: Any = _build(config.spec, lambda: provider.get_model(name, pretrained=fetch, **extra), fetch)
+    pretrained = config.weights is None
+    module: Any = _build(config.spec, lambda: provider.get_model(name, pretrained=pretrained, **extra), pretrained)
     if file:
         load_weights(module, file)
     size = getattr(module, "in_size", None)
@@ -194,7 +204,8 @@ def _factory(config: TeacherConfig, sources: list[str]) -> SourceModel:
         model = factory()
     except Exception as error:  # the user's code may raise anything
         raise ValueError(
-            f"the factory {config.spec} must be callable without arguments and return a model, but raised {_one_line(error)}"
+            f"the factory {config.spec} must be callable without arguments and return a model, "
+            f"but raised {_one_line(error)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"the factory {config.spec} must return a torch.nn.Module, but got {type(model).__name__}")
@@ -212,8 +223,8 @@ def _load_file(target: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up by name
-    sys.path.append(str(path.parent))  # behind everything else: the file may import its neighbours, not shadow us
+    sys.modules[name] = module  # dataclasses and pickle look up a class's module by name
+    sys.path.append(str(path.parent))  # last, so that the files in this folder can be imported but shadow no package
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the user's code may raise anything
@@ -243,7 +254,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _file_or_random(source: str, config: TeacherConfig) -> str | None:
-    """The weight file, or None for the source's own weights and for random ones."""
+    """Return the path of the weight file, or None for the default weights of the source and for random weights."""
     if config.weights is None or config.weights == RANDOM:
         return None
     if is_weight_file(config.weights):
@@ -259,21 +270,22 @@ def _package(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"`teacher.spec` must name an installed package, but {package} cannot be imported ({error}): pip install {package}"
+            f"`teacher.spec` must name an installed package, but {package} cannot be imported ({error}): "
+            f"pip install {package}"
         ) from error
 
 
-def _build(spec: str, build: Callable[[], nn.Module], fetch: bool) -> nn.Module:
-    """Build a model; where its weights come over the network, every failure to get them reads the same."""
+def _build(spec: str, build: Callable[[], nn.Module], pretrained: bool) -> nn.Module:
+    """Build a model; report any failure to obtain pre-trained weights as a ConnectionError."""
     with warnings.catch_warnings():
-        # GoogLeNet and Inception announce another way to draw weights, and then get them from a file.
+        # GoogLeNet and Inception warn about their weight initialization, although the weights are loaded afterwards.
         warnings.filterwarnings("ignore", "The default weight initialization", FutureWarning)
-        if not fetch:
+        if not pretrained:
             return build()
-        return _fetched(spec, build)
+        return _build_pretrained(spec, build)
 
 
-def _fetched(spec: str, build: Callable[[], nn.Module]) -> nn.Module:
+def _build_pretrained(spec: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
     except Exception as error:  # urllib, httpx, huggingface_hub and hash checks have no common base class

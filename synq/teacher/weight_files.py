@@ -1,4 +1,4 @@
-"""Weight files: read one safely, find the state dict in it, load it strictly into a module."""
+"""Weight files: safe reading, search of the state dict, strict loading into a module."""
 
 import argparse
 import pickle
@@ -13,31 +13,31 @@ from torch import Tensor, nn
 
 from synq.config.identity import WEIGHT_SUFFIXES
 
-# Where training scripts put the weights, in order of preference: averaged weights are what their authors report.
+# Keys under which training scripts store the state dict, by preference: authors report results of averaged weights.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
-# What wrappers (DataParallel, torch.compile, AveragedModel, Lightning) put before every name.
+# Prefixes that wrappers (DataParallel, torch.compile, AveragedModel, Lightning) add to every name.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 _NUM_SHOWN = 3
 
 
 def is_weight_file(weights: str) -> bool:
-    """Tell a path from a weights name: a path has a known suffix or a separator."""
+    """Return whether `weights` is a path instead of a weights name: it has a known suffix or a path separator."""
     return weights.lower().endswith(WEIGHT_SUFFIXES) or "/" in weights or "\\" in weights
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the state dict of a weight file; nothing in the file is executed.
+    """Read the state dict of a weight file without executing any code in it.
 
     Args:
         path: ``.safetensors``, or a file of ``torch.save`` (read with ``weights_only=True``). The state dict may be
             nested under state_dict_ema, model_ema, state_dict, model_state_dict, model or net (in that order).
 
     Returns:
-        Name to tensor, on the CPU, as stored.
+        Tensors by name, on the CPU, with the stored dtypes.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, holds something else than tensors, or needs unsafe unpickling.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is damaged, contains no tensors, or requires unsafe unpickling.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -47,18 +47,19 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Load a weight file into ``module``, every name and shape matching.
+    """Load a weight file into ``module`` strictly: all names and shapes must match.
 
-    Prefixes that wrappers put before every name (``module.``, ``_orig_mod.``, ...) are removed. BatchNorm's batch
-    counters may be absent: inference does not read them.
+    Prefixes that wrappers add to every name (``module.``, ``_orig_mod.``, ...) are removed. The batch counters of
+    BatchNorm may be absent: inference does not read them.
 
     Args:
-        module: the untrained model; changed in place.
-        path: see `read_weights`.
+        module: The untrained model; changed in place.
+        path: See `read_weights`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if names or shapes differ; the first few are listed with the side on which they stand.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If names or shapes differ; the message lists the first few, and whether the model or the file lacks
+            them.
     """
     expected = module.state_dict()
     given = _without_prefix(read_weights(path), set(expected))
@@ -67,18 +68,18 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     reshaped = [name for name in expected if name in given and given[name].shape != expected[name].shape]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} tensors of the model are not in the file ({_few(missing)})")
+        problems.append(f"{len(missing)} tensors of the model are not in the file ({_join_first(missing)})")
     if extra:
-        problems.append(f"{len(extra)} tensors of the file are not in the model ({_few(extra)})")
+        problems.append(f"{len(extra)} tensors of the file are not in the model ({_join_first(extra)})")
     if reshaped:
         shapes = [f"{name} {tuple(given[name].shape)} in the file, {tuple(expected[name].shape)}" for name in reshaped]
-        problems.append(f"{len(reshaped)} shapes differ ({_few(shapes)} in the model)")
+        problems.append(f"{len(reshaped)} shapes differ ({_join_first(shapes)} in the model)")
     if problems:
         hint = "; the file's classifier has another number of classes: set `teacher.num_classes`"
         only_head = not missing and not extra and all(_differs_in_rows(given[n], expected[n]) for n in reshaped)
         what = "; ".join(problems) + (hint if only_head and len(reshaped) <= 2 else "")
         raise ValueError(f"`teacher.weights` must match the model {type(module).__name__}, but got {path}: {what}")
-    # In the module's own dictionary, which says the versions of its layers: MNASNet refuses tensors without one.
+    # Into the module's state dict, whose metadata has the versions of the layers: MNASNet rejects a dict without.
     expected.update({name: tensor for name, tensor in given.items() if name in expected})
     module.load_state_dict(expected)
 
@@ -91,7 +92,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> object:
-    # Scores saved beside the weights are often numpy scalars or an argparse namespace: plain data, safe to admit.
+    # Metrics stored with the weights are often NumPy scalars or an argparse namespace: plain data, safe to unpickle.
     scalar = np.float64(0).__reduce__()[0]
     dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
     safe: list[object] = [
@@ -106,11 +107,12 @@ def _read_torch(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"`teacher.weights` must hold plain tensors, but got {path}, which is damaged or holds Python objects that "
-            "are not loaded for safety; where the model was trained, run torch.save(model.state_dict(), FILE)"
+            f"`teacher.weights` must contain plain tensors, but got {path}, which is damaged or contains Python "
+            "objects that are not loaded for safety; "
+            "where the model was trained, run torch.save(model.state_dict(), FILE)"
         ) from error
     except (RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        reason = str(error).splitlines()[0] if str(error) else "it is truncated"
         raise ValueError(
             f"`teacher.weights` must be a readable file of torch.save, but got {path}: {reason}"
         ) from error
@@ -125,7 +127,8 @@ def _find_state_dict(content: object, path: Path) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
         raise ValueError(
-            f"`teacher.weights` must hold a state dict (names and tensors), but got {path} with {type(content).__name__}"
+            f"`teacher.weights` must contain a state dict (names and tensors), but got {path} "
+            f"with {type(content).__name__}"
         )
     return tensors
 
@@ -143,6 +146,6 @@ def _differs_in_rows(given: Tensor, expected: Tensor) -> bool:
     return given.ndim == expected.ndim and given.shape[1:] == expected.shape[1:] and given.ndim in (1, 2, 4)
 
 
-def _few(names: list[str]) -> str:
+def _join_first(names: list[str]) -> str:
     more = ", ..." if len(names) > _NUM_SHOWN else ""
     return ", ".join(names[:_NUM_SHOWN]) + more

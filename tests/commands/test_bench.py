@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from synq.commands.bench import GROUPS, main
-from synq.finetune.loop import training_loss
+from synq.commands import bench
+from synq.commands.bench import main
 from synq.finetune.responses import teacher_response
+from synq.finetune.training_loss import training_loss
 from synq.sweeps.benchmarks import ceilings, curves, population, steps, synthesis
-from synq.sweeps.benchmarks.launcher import SOLO, WorkerError, result, start
+from synq.sweeps.benchmarks.launcher import SOLO, TWO, WorkerError, result, start
+from synq.sweeps.benchmarks.measure import GROUPS, rows_of
 from synq.sweeps.benchmarks.subjects import TINY, Subject, build_subject
 from synq.sweeps.benchmarks.table import Context, Row, Target, as_json, machine, markdown
 from synq.sweeps.benchmarks.textbook import textbook_loss
@@ -141,11 +143,7 @@ def test_the_door_writes_what_it_prints(
 @pytest.mark.parametrize("words", [["--only", "nothing"], ["--rounds", "0"], ["--threads", "-1"]])
 def test_wrong_words_are_refused(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*words, "--output-dir", str(tmp_path / "out")]
-    try:
-        code = main(words)
-    except SystemExit as end:
-        code = int(end.code or 0)
-    assert code == 2 and "error" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(words) == 2 and "error" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
@@ -157,7 +155,12 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
 
 
 def test_every_group_has_its_module() -> None:
-    from synq.commands.bench import _rows_of
-
+    assert tuple(GROUPS) == bench.GROUPS
     for name in GROUPS:
-        assert callable(_rows_of(name))
+        assert callable(rows_of(name))
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_student_together() -> None:
+    args = ["--tiny", "--images", "32", "--batch", "8", "--epochs", "2", "--device", "cpu"]
+    assert result(start([*TWO, *args]))["processes"] == 2

@@ -1,65 +1,121 @@
-"""How the doors read their words and say what is wrong."""
+"""How commands read their arguments, what their help shows, and how errors are reported."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import click
 import pytest
 
-from synq.commands.arguments import Parser, check_paths, exit_code
+from synq import cli
+from synq.common.exit_codes import exit_code
+from synq.config.command_help import GROUPS, field_docs, short_help
+from synq.config.command_line import Command
+from synq.config.command_options import FLOAT, INT, OneOf, argument, option
+from synq.config.parsing import dotted_keys
+from synq.config.run import RunConfig, make_absolute, with_overrides
+
+MAX_CPU_SECONDS = 0.4
+HELP_LINES = 40
 
 
-@pytest.fixture
-def parser() -> Parser:
-    parser = Parser(prog="synq anything")
-    parser.add_argument("--max-bytes", type=float)
-    parser.add_argument("--activations", action="store_true")
-    return parser
+@click.command("anything", cls=Command, settings="run")
+@option("--config", "config_files", metavar="FILE", multiple=True, rule="name one file")
+@option("--max-bytes", type=FLOAT)
+@option("--seeds", several=True, type=INT)
+@option("--activations", is_flag=True)
+def with_settings(**_: object) -> None:
+    """Take the settings of a run."""
 
 
-def _refused(parser: Parser, words: list[str], capsys: pytest.CaptureFixture[str], *, alone: bool = False) -> str:
-    with pytest.raises(SystemExit) as exit_of:
-        parser.parse_args(words) if alone else parser.parse_beside_settings(words)
-    assert exit_of.value.code == 2
+@click.command("plain", cls=Command)
+@argument("path", metavar="PATH", help="a path")
+@option("--max-bytes", type=FLOAT)
+@option("--format", "kind", type=OneOf("csv", "markdown"))
+@option("--only", several=True)
+@option("--where", multiple=True)
+@option("--activations", is_flag=True)
+def without_settings(**_: object) -> None:
+    """Take none."""
+
+
+def rejected(command: Command, args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert command.run(args) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line.removeprefix("synq: error: ")
 
 
-def test_own_options_and_settings_of_a_run_stand_in_any_order(parser: Parser) -> None:
-    words = ["timm:resnet18", "--seed", "3", "--activations", "--quant.layer_weight_bits", "fc=8", "--max-bytes=5"]
-    arguments, rest = parser.parse_beside_settings([*words, "--config=a.toml"])
-    assert (arguments.activations, arguments.max_bytes) == (True, 5.0)
-    left = ["--teacher.spec", "timm:resnet18", "--seed", "3", "--quant.layer_weight_bits", "fc=8", "--config=a.toml"]
-    assert rest == left
-    assert parser.parse_beside_settings(["run.toml", "--activations"])[1] == ["--config", "run.toml"]
-    assert parser.parse_beside_settings(["3", "--activations"], "--max-bytes")[0].max_bytes == 3
-    assert parser.parse_beside_settings(["--finetune.grad-clip", "1"])[1]
+def get(name: str) -> Command:
+    command = cli.GROUP.get_command(click.Context(cli.GROUP), name)
+    assert command is not None
+    return command
 
 
-def test_a_mistyped_option_gets_the_nearest_one(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _refused(parser, ["--max-byte", "3"], capsys).endswith("but is neither; did you mean `--max-bytes`?")
-    for words in (["--finetune.lrr=3"], ["--lr", "1"], ["--act_bits", "3"], ["--images", "3"], ["--hel", "3"]):
-        assert parser.parse_beside_settings(words)[1] == words, "refused with the settings"
-    assert _refused(parser, ["--max_byte=3"], capsys).startswith("`--max_byte` must be an option of this command or")
-    assert _refused(parser, [""], capsys, alone=True).endswith("; see --help")
-    line = _refused(parser, ["--activation"], capsys, alone=True)
-    assert line == "unrecognized arguments: --activation; did you mean `--activations`?"
-    assert _refused(parser, ["--zzz", "3"], capsys, alone=True) == "unrecognized arguments: --zzz 3; see --help"
-    assert _refused(parser, ["--max-bytes", "x"], capsys).endswith("invalid float value: 'x'; see --help")
+def test_own_options_and_settings_of_a_run_stand_in_any_order(tmp_path: Path) -> None:
+    args = ["timm:resnet18", "--seed", "3", "--activations", "--quant.layer_weight_bits", "fc=8", "--max-bytes=5"]
+    found = with_settings.read([*args, "--seeds", "0", "1", "--finetune.grad-clip", "none"])
+    assert (found["activations"], found["max_bytes"], found["seeds"]) == (True, 5.0, (0, 1))
+    overrides = {"teacher.spec": "timm:resnet18", "seed": 3, "quant.layer_weight_bits": {"fc": 8}}
+    wanted = with_overrides(RunConfig(), {**overrides, "finetune.grad_clip": None})
+    assert found["config"] == make_absolute(wanted)
+    file = tmp_path / "run.toml"
+    file.write_text("seed = 7\n")
+    for start in ([str(file)], ["--config", str(file)], [f"--config={file}"]):
+        assert with_settings.read([*start, "--activations"])["config"].seed == 7
+    assert with_settings.read(["--seeds", "0", "1", "--seeds", "2"])["seeds"] == (2,), "the last list counts"
+    found = without_settings.read(["--only", "a", "b", "--where", "x", "--max_bytes", "-1", "--where", "y", "--", "-z"])
+    assert (found["only"], found["where"], found["max_bytes"], found["path"]) == (("a", "b"), ("x", "y"), -1.0, "-z")
 
 
-def test_a_teacher_behind_the_options_is_told_its_place(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
-    line = _refused(parser, ["--activations", "timm:resnet18"], capsys)
+def test_a_mistyped_option_gets_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    line = rejected(with_settings, ["--max_byte=3"], capsys)
+    assert line == (
+        "`--max_byte` must be an option of this command or a setting of a run, but is neither; did you mean `--max-bytes`?"
+    )
+    for arg, hint in (("--finetune.lrr=3", "`finetune.lr`"), ("--lr", "`synthesis.lr` or `finetune.lr`")):
+        assert rejected(with_settings, [arg, "1"], capsys).endswith(f"but got an unknown one; did you mean {hint}?")
+    line = rejected(without_settings, ["--activation"], capsys)
+    assert line == "`--activation` must be an option of this command, but is not; did you mean `--activations`?"
+    line = rejected(without_settings, ["--zzz", "3"], capsys)
+    assert line == "`--zzz` must be an option of this command, but is not; see --help"
+    assert rejected(without_settings, ["-x"], capsys).startswith("`-x` must be an option of this command")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "`PATH` must be given, but is not; see --help"),
+        (["a", "b"], "got unexpected extra argument (b); see --help"),
+        (["a", "--max-bytes", "x"], "`max-bytes` must be a number, but got 'x'"),
+        (["a", "--max-bytes", "--activations"], "`max-bytes` must be given one value, but got none"),
+        (["a", "--format", "csw"], "`format` must be one of csv, markdown, but got 'csw'; did you mean `csv`?"),
+        (["a", "--activations=yes"], "`activations` must be given without a value, but got 'yes'"),
+        (["--help=quant"], "`help` must be given without a group for this command, but got 'quant'; see --help-all"),
+    ],
+)
+def test_wrong_values_are_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rejected(without_settings, args, capsys) == message
+
+
+def test_a_teacher_behind_the_options_is_told_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    line = rejected(with_settings, ["--activations", "timm:resnet18"], capsys)
     assert line == "each setting must read --KEY VALUE, and TEACHER must come first, but got timm:resnet18; see --help"
 
 
-def test_only_the_first_word_stands_alone(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
-    line = _refused(parser, ["timm:resnet18", "run.toml", "--activations"], capsys)
-    assert line.startswith("only the first word may stand without its key, but got 'run.toml' behind 'timm:resnet18'")
+def test_only_the_first_word_stands_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    line = rejected(with_settings, ["timm:resnet18", "run.toml", "--activations"], capsys)
+    assert line.startswith(
+        "only the first argument may come without its option, but got 'run.toml' after 'timm:resnet18'"
+    )
 
 
-def test_paths_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    check_paths([tmp_path])
-    with pytest.raises(FileNotFoundError, match=r"`RUN` must exist, but got .*nothing"):
-        check_paths([tmp_path, tmp_path / "nothing"], "RUN")
+def test_one_process_of_several_reports_what_all_have_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert with_settings.run(["--nosuch", "1"]) == 2 and with_settings.run(["--help"]) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_fault_of_ours_is_not_hidden_and_an_interruption_has_its_code(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,3 +129,85 @@ def test_a_fault_of_ours_is_not_hidden_and_an_interruption_has_its_code(capsys: 
     assert exit_code(lambda: None) == 0
     with pytest.raises(RuntimeError, match="ours"):
         exit_code(lambda: fault(RuntimeError("ours")))
+    assert exit_code(lambda: fault(RecursionError("of a run")), failures=lambda: (RecursionError,)) == 1
+    assert capsys.readouterr().err == "synq: error: of a run\n"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_short_help_fits_on_a_screen(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([name, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: synq {name} ") and "examples:" in lines and len(lines) < HELP_LINES
+    assert lines[-1].startswith("exit codes: 0 ") and lines[-1].endswith(", 130 interrupted")
+    assert max(map(len, lines)) <= 125
+    assert len(short_help(get(name), f"synq {name}", RunConfig(), 80).splitlines()) < HELP_LINES, "in 80 columns"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_whole_help_has_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = get(name)
+    assert cli.run([name, "--help-all"]) == 0
+    text = capsys.readouterr().out
+    listed = {line.split()[0] for line in text.splitlines() if line.startswith("  --")}
+    wanted = {param.opts[0] for param in command.get_params(click.Context(command)) if isinstance(param, click.Option)}
+    assert wanted == listed and all(param.help for param in command.own_options)
+    assert all(param.metavar in text for param in command.own_arguments)
+
+
+def test_the_help_of_a_group_has_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = dotted_keys(RunConfig)
+    assert {key.rpartition(".")[0] for key in keys} == {"", *GROUPS}
+    for group in GROUPS:
+        assert cli.run(["train", f"--help={group}"]) == 0
+        text = capsys.readouterr().out
+        listed = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+        assert listed == [f"--{key}" for key in keys if key.startswith(f"{group}.")]
+    assert cli.run(["train", "--help=quantt"]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"synq: error: `help` must be one of {', '.join(GROUPS)}, but got 'quantt'; did you mean `quant`?\n"
+    )
+
+
+def test_every_setting_has_a_docstring() -> None:
+    docs = field_docs(RunConfig)
+    assert not [key for key in dotted_keys(RunConfig) if not docs[key]]
+    assert docs["finetune.lr"] == "Largest learning rate." and docs["quant"]
+
+
+def test_names_in_the_help_are_those_of_the_library() -> None:
+    from synq.sweeps.studies import ablation, recipes
+
+    for name, rows in (("ablate", ablation.ROWS), ("recipe", recipes.ROWS)):
+        (text,) = (param.help or "" for param in get(name).own_options if param.opts == ["--rows"])
+        assert all(row in text for row in rows)
+
+
+def cpu_seconds(args: list[str]) -> float:
+    """Return the processor time of `python -m synq.cli` with these arguments."""
+    code = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run([sys.executable, '-m', 'synq.cli', *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(used.ru_utime + used.ru_stime)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["train", "--help-all"]], ids=" ".join)
+def test_the_help_takes_little_processor_time(args: list[str]) -> None:
+    best = min(cpu_seconds(args) for _ in range(5))  # whatever else the machine does only adds to it
+    assert best < MAX_CPU_SECONDS, f"{best:.2f} s"
+
+
+@pytest.mark.parametrize("name", ["", *cli.COMMANDS])
+def test_the_help_imports_nothing_large(name: str) -> None:
+    code = (
+        "import sys\nfrom synq.cli import run\n"
+        f"assert run({[*([name] if name else []), '--help']!r}) == 0\n"
+        "large = {'torch', 'ray', 'optuna', 'pandas', 'numpy', 'rich', 'tqdm', 'sweeps', 'launch'}\n"
+        "print(sorted(large & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stderr.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Work that takes long is seen: a bar on a terminal, after a while; lines now and then in a log."""
+"""Progress of long work: a bar on a terminal, after a delay; lines at intervals in a log."""
 
 import json
 import os
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from synq.common import progress as bars
-from synq.common.progress import passing_bar, remark, visible
+from synq.common.progress import note, passing_bar, visible
 from synq.config.run import RunConfig, config_to_dict, with_overrides
 from synq.evaluation.measure import evaluate
-from synq.pipeline import run, run_folder
+from synq.pipeline import run
+from synq.runs.record import run_folder
 from synq.sweeps.studies.pool import run_all
 
 SCRIPT = """
@@ -32,13 +33,13 @@ bars.APPEARS_AFTER = float(sys.argv[2])
 from synq.commands.export import main
 from synq.sweeps.studies.pool import run_all
 from synq.config.run import RunConfig, config_from_dict
-from synq.pipeline import run_folder
+from synq.runs.record import run_folder
 config = config_from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
 run_all({"only": config}, 1, lambda cell, record: print("done", cell, flush=True))
-words = ["--formats", "packed", "--agreement", "0", "--mean-difference", "9"]
-assert main([str(run_folder(config)), *words]) == 0
+arguments = ["--formats", "packed", "--agreement", "0", "--mean-difference", "9"]
+assert main([str(run_folder(config)), *arguments]) == 0
 """
-TITLES = ("runs:", "train images:", "fine-tune:", "labelled images:", "teacher's answers:", "check model.safetensors:")
+TITLES = ("runs:", "train images:", "fine-tune:", "labeled images:", "teacher's answers:", "check model.safetensors:")
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def _on_a_terminal(command: list[str], cwd: Path) -> str:
     try:
         while part := os.read(own, 65536):
             written += part
-    except OSError:  # what a terminal answers when the last writer has left
+    except OSError:  # raised by a terminal after its last writer has closed it
         pass
     os.close(own)
     assert process.wait(60) == 0, written.decode()
@@ -133,7 +134,7 @@ def test_counting_counts_the_same_below_a_bar(
     assert count(True) == quiet and capsys.readouterr().err == "", "no terminal"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert count(False) == quiet and capsys.readouterr().err == ""
-    assert count(True) == quiet and "labelled images:" in capsys.readouterr().err
+    assert count(True) == quiet and "labeled images:" in capsys.readouterr().err
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +147,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
     ):
         for number in range(8):
             now += 0.125
-            remark(bar, f"loss={number}")
+            note(bar, f"loss={number}")
             bar.update()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[2] for line in lines] == ["2", "4", "6", "8"], lines
@@ -159,7 +160,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err == ""
 
 
-def test_a_log_that_refuses_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_fails_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")

@@ -99,7 +99,7 @@ def test_the_digest_counts_exactly_what_decides_the_result(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("off", "idle"),
+    ("off", "inactive"),
     [
         ({"quant.rounding": "nearest"}, {"reconstruction.iterations": 7, "reconstruction.drop_prob": 0.1}),
         ({"quant.last_bits": None}, {"quant.last_bits_for_input": False}),
@@ -110,18 +110,18 @@ def test_the_digest_counts_exactly_what_decides_the_result(key: str) -> None:
     ],
     ids=str,
 )
-def test_settings_of_what_is_off_do_not_count(off: dict[str, object], idle: dict[str, object]) -> None:
+def test_settings_of_what_is_off_do_not_count(off: dict[str, object], inactive: dict[str, object]) -> None:
     without = with_overrides(EVERYTHING_ON, off)
-    assert config_digest(with_overrides(without, idle)) == config_digest(without)
-    assert config_digest(with_overrides(EVERYTHING_ON, idle)) != config_digest(EVERYTHING_ON)
+    assert config_digest(with_overrides(without, inactive)) == config_digest(without)
+    assert config_digest(with_overrides(EVERYTHING_ON, inactive)) != config_digest(EVERYTHING_ON)
 
 
 def test_the_digest_is_fixed_for_ever_and_knows_repetitions() -> None:
     # A change here orphans every finished run of every user: raise DIGEST_FORMAT knowingly.
-    of_that_day = {"augment": "flip_shift", "start": "white", "iterations": 200, "lr": 0.5}
-    settings: dict[str, object] = {f"synthesis.{name}": value for name, value in of_that_day.items()}
+    changed = {"augment": "flip_shift", "start": "white", "iterations": 200, "lr": 0.5}
+    settings: dict[str, object] = {f"synthesis.{name}": value for name, value in changed.items()}
     plain = with_overrides(RunConfig(), settings | {"finetune.grad_clip_relative": None})
-    assert config_digest(plain) == "5542101fb872ec25"
+    assert config_digest(plain) == "f69c876d1895c01d"
     repeated = with_overrides(plain, {"seed": 5, "data_seed": 6})
     assert config_digest(repeated) != config_digest(plain)
     assert config_digest(repeated, with_seeds=False) == config_digest(plain, with_seeds=False) != config_digest(plain)
@@ -129,7 +129,7 @@ def test_the_digest_is_fixed_for_ever_and_knows_repetitions() -> None:
 
 @pytest.mark.parametrize("method", ["inversion", "zeroq", "gdfq", "genie", "gaussian"])
 def test_the_start_counts_for_every_method(method: str) -> None:
-    """The held-out images are optimised pixels whatever makes the training images, and the objective is measured on them."""
+    """The held-out images are optimized pixels whatever makes the training images, and the objective is measured on them."""
     base = with_overrides(RunConfig(), {"synthesis.method": method})
     assert config_digest(base) != config_digest(with_overrides(base, {"synthesis.start": "white"}))
 

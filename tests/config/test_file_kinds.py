@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from synq.config.run import load_run
-from synq.sweeps.spec import load_spec
+from synq.sweeps.spec_file import load_spec
 from synq.sweeps.studies.ablation import load_ablation
 from synq.sweeps.studies.recipes import load_recipe
 
@@ -23,7 +23,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "sweep": load_spec,
     "ablation": load_ablation,
 }
-COMMANDS = {"run": "synq train", "recipe": "synq recipe", "sweep": "synq sweep", "ablation": "synq/commands/ablate.py"}
+COMMANDS = {"run": "synq train", "recipe": "synq recipe", "sweep": "synq sweep", "ablation": "synq ablate"}
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -46,7 +46,7 @@ def test_an_error_in_the_right_file_is_left_alone(tmp_path: Path) -> None:
         load_run(tmp_path / "run.toml")
     assert "looks like" not in str(caught.value)
     (tmp_path / "recipe.toml").write_text("name = 'a'\nseeds = [0]\n[teacher]\n")
-    with pytest.raises(ValueError, match=r"`bits` must be given, but is not there$"):
+    with pytest.raises(ValueError, match=r"`bits` must be given, but is missing$"):
         load_recipe(tmp_path / "recipe.toml")
     (tmp_path / "odd.toml").write_text("oddity = 1\n")
     with pytest.raises(ValueError, match="oddity") as caught:

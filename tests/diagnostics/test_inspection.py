@@ -11,7 +11,7 @@ from torch import nn
 from synq.cli import run
 from synq.config.run import QuantConfig, TeacherConfig
 from synq.diagnostics.inspection import GUIDES, HERE, inspect, summary
-from synq.pipeline import build_student
+from synq.quant.student import build_student
 from synq.teacher.teacher import Teacher, load_teacher
 
 

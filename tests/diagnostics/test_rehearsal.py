@@ -1,4 +1,4 @@
-"""A run in miniature on many architectures: each works, or is refused for the reason that the list gives."""
+"""A smoke run of many architectures: each works, or is rejected for the reason that the list gives."""
 
 import json
 import math
@@ -8,10 +8,11 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from synq.cli import run
-from synq.commands.smoke_run import Entry, in_turn, page, read_list, rehearse_entry
 from synq.common.text_tables import Row
 from synq.config.run import RunConfig, RuntimeConfig, TeacherConfig
-from synq.diagnostics.smoke_run import GOOD_DB, rehearse
+from synq.diagnostics.architectures import OWN, Entry, crashed_row, page, read_list, smoke_run_entry
+from synq.diagnostics.smoke_run import GOOD_DB, smoke_run
+from synq.sweeps.studies.pool import surviving_crashes
 from synq.teacher.teacher import Teacher, load_teacher
 
 SAMPLE = ("functional", "gated", "one_channel", "five_channels", "linear_only", "two_heads", "convolutional_head")
@@ -27,7 +28,7 @@ def name_of(entry: Entry) -> str:
 
 def check(row: Row, entry: Entry) -> None:
     assert row["as_listed"], row
-    if entry.refused:
+    if entry.rejected:
         assert row["seconds"] < 60, "at once"
         return
     assert row["exact"] is True and math.isfinite(row["loss"]) and row["export"] in ("packed", "int4, packed")
@@ -36,33 +37,33 @@ def check(row: Row, entry: Entry) -> None:
 
 def marked(entry: Entry) -> ParameterSet:
     """The entry, slow where a library makes it: that takes seconds."""
-    own = entry.teacher.spec.startswith("launch.")
+    own = entry.teacher.spec.startswith(OWN)
     return pytest.param(entry, id=name_of(entry), marks=() if own else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("entry", [marked(entry) for entry in read_list((*SAMPLE, *OF_LIBRARIES))])
 def test_a_sample_of_the_list(entry: Entry) -> None:
-    check(rehearse_entry(entry, 1), entry)
+    check(smoke_run_entry(entry, 1), entry)
 
 
-@pytest.mark.parametrize("entry", [marked(entry) for entry in read_list() if entry.refused])
-def test_what_is_listed_as_refused_is_refused_at_once(entry: Entry) -> None:
-    check(rehearse_entry(entry, 1), entry)
+@pytest.mark.parametrize("entry", [marked(entry) for entry in read_list() if entry.rejected])
+def test_what_is_listed_as_rejected_is_rejected_at_once(entry: Entry) -> None:
+    check(smoke_run_entry(entry, 1), entry)
 
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("entry", [entry for entry in read_list() if not entry.refused], ids=name_of)
+@pytest.mark.parametrize("entry", [entry for entry in read_list() if not entry.rejected], ids=name_of)
 def test_the_whole_list(entry: Entry) -> None:
-    check(rehearse_entry(entry, 2, ("onnx", "packed")), entry)
+    check(smoke_run_entry(entry, 2, ("onnx", "packed")), entry)
 
 
 def test_the_list_has_what_users_bring() -> None:
     entries = read_list()
-    works = [entry for entry in entries if not entry.refused]
+    works = [entry for entry in entries if not entry.rejected]
     assert len(works) >= 40 and len({name_of(entry) for entry in works}) == len(works)
     assert {entry.teacher.spec.partition(":")[0] for entry in works} == {
-        *("torchvision", "timm", "pytorchcv", "synq.diagnostics.example_networks")
+        *("torchvision", "timm", "pytorchcv", OWN.removesuffix(":"))
     }
     assert {entry.teacher.input_size[0] for entry in works if entry.teacher.input_size} == {1, 3, 5}
     with pytest.raises(ValueError, match="`only` must be part of a name"):
@@ -81,10 +82,10 @@ def test_a_network_that_fails_on_the_way_says_where(tmp_path: Path) -> None:
         "        return self.fc(y.mean((2, 3)))\n"
     )
     teacher = TeacherConfig(spec=f"{path}:Bad", weights="random", input_size=(3, 8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
-    said: list[str] = []
-    row = rehearse(RunConfig(teacher=teacher, runtime=RuntimeConfig(device="cpu")), tmp_path, said.append)
+    stages: list[str] = []
+    row = smoke_run(RunConfig(teacher=teacher, runtime=RuntimeConfig(device="cpu")), tmp_path, stages.append)
     assert row["status"] == "fails" and "modified by an inplace operation" in row["reason"]
-    assert said[-1] == "synthesis, fine-tuning, evaluation" and row["exact"] is True
+    assert stages[-1] == "synthesis, fine-tuning, evaluation" and row["exact"] is True
 
 
 def test_the_teacher_is_loaded_as_it_is_and_with_its_statistics_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,32 +95,40 @@ def test_the_teacher_is_loaded_as_it_is_and_with_its_statistics_and_no_more(monk
         loaded.append(config)
         return load_teacher(config)
 
-    for module in ("rehearsal", "pipeline", "finished_runs"):
+    for module in ("diagnostics.smoke_run", "pipeline", "runs.finished"):
         monkeypatch.setattr(f"synq.{module}.load_teacher", counted)
     (entry,) = read_list(["convolutional_head"])
-    check(rehearse_entry(entry, 1), entry)
+    check(smoke_run_entry(entry, 1), entry)
     assert [Path(config.weights or "").name for config in loaded] == ["random", "weights.safetensors"]
 
 
 def test_the_page_is_markdown_with_every_row(tmp_path: Path) -> None:
     target = tmp_path / "page.md"
-    words = ["rehearse", "--all", "--only", "example_networks:no_norm", "example_networks:audio", "--page", str(target)]
+    words = [
+        "smoke-run",
+        "--all",
+        "--only",
+        "example_networks:no_norm",
+        "example_networks:audio",
+        "--page",
+        str(target),
+    ]
     assert run(words) == 0
     text = target.read_text()
     assert ("| audio |" in text and "| no\\_norm |" in text) or "| no_norm |" in text
-    assert text.count("| refused |") == 2 and "without BatchNorm layers" in text
+    assert text.count("| rejected |") == 2 and "without BatchNorm layers" in text
     worked: Row = {"teacher": "a|b", "group": "G", "status": "works", "reason": "", "seconds": 1.0, "sqnr_db": math.inf}
     assert "## G" in page([worked]) and "a\\|b" in page([worked])
 
 
 def test_otherwise_than_listed_is_exit_code_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     listed = tmp_path / "list.json"
-    network = {"spec": "synq.diagnostics.example_networks:no_norm"}
+    network = {"spec": f"{OWN}no_norm"}
     listed.write_text(
         json.dumps({"input_size": [3, 8, 8], "num_classes": 10, "groups": [{"title": "T", "networks": [network]}]})
     )
-    monkeypatch.setattr("synq.commands.smoke_run.LIST", listed)
-    assert run(["rehearse", "--all"]) == 1
+    monkeypatch.setattr("synq.diagnostics.architectures.LIST", listed)
+    assert run(["smoke-run", "--all"]) == 1
 
 
 @pytest.mark.slow
@@ -127,10 +136,10 @@ def test_a_process_that_dies_is_a_row_and_the_others_go_on(tmp_path: Path) -> No
     path = tmp_path / "dies.py"
     path.write_text("import os\ndef die():\n    os.abort()\n")
     facts = {"weights": "random", "input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    specs = [f"{path}:die", "synq.diagnostics.example_networks:no_norm", "synq.diagnostics.example_networks:no_norm"]
+    specs = [f"{path}:die", f"{OWN}no_norm", f"{OWN}no_norm"]
     entries = [Entry(teacher=TeacherConfig(spec=spec, **facts), group="T") for spec in specs]  # type: ignore[arg-type]
-    rows = dict(in_turn(entries, 2, ["packed"]))
-    assert [rows[number]["status"] for number in range(3)] == ["fails", "refused", "refused"]
+    rows = dict(surviving_crashes(smoke_run_entry, dict(enumerate(entries)), 2, crashed_row))
+    assert [rows[number]["status"] for number in range(3)] == ["fails", "rejected", "rejected"]
     assert "its process died" in rows[0]["reason"]
     assert "| fails |" in page(list(rows.values()))
 
@@ -140,12 +149,12 @@ def test_a_process_that_dies_is_a_row_and_the_others_go_on(tmp_path: Path) -> No
     [
         (["nosuch"], "`teacher.spec` must read SOURCE:NAME"),
         (["torchvision:vit_b_16", "--teacher.weights", "random"], "is a transformer"),
-        (["--all", "--quant.weight_bits", "3"], "`--all` must stand without settings"),
+        (["--all", "--quant.weight_bits", "3"], "`--all` must be given without settings"),
         (["--only", "resnet"], "`only` must be left out without `--all`"),
-        (["--finetune.lr", "5"], "`finetune` must be left out: a rehearsal has its own"),
+        (["--finetune.lr", "5"], "`finetune` must be left out: a smoke run sets it"),
         (["--all", "--jobs", "0"], "`jobs` must be a finite number >= 1"),
     ],
 )
-def test_bad_words_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["rehearse", *words]) == 2
+def test_bad_arguments_are_rejected(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["smoke-run", *words]) == 2
     assert message in capsys.readouterr().err

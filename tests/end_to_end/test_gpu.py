@@ -1,4 +1,4 @@
-"""What CPU tests cannot see: device placement, kernels that differ, host synchronisation."""
+"""What CPU tests cannot see: device placement, kernels that differ, host synchronization."""
 
 from pathlib import Path
 from typing import Any

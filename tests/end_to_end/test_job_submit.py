@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from synq.sweeps.leaderboard.records import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
+from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -19,9 +19,10 @@ from synq.config.run import RunConfig, TeacherConfig, with_overrides
 from synq.config.synthesis import SYNTHESIS_METHODS
 from synq.evaluation.measure import Accuracy, evaluate
 from synq.finetune.loop import NonFiniteLossError
-from synq.pipeline import build_student, low_pass, prepare, run, run_folder, set_names
-from synq.quant.student import observe_ranges
-from synq.runs.record import read_record
+from synq.pipeline import prepare, run
+from synq.quant.student import build_student, observe_ranges
+from synq.runs.record import read_record, run_folder
+from synq.synthesis.run_sets import low_pass, set_names
 from synq.teacher.teacher import load_teacher
 
 
@@ -88,8 +89,8 @@ def test_learned_rounding_and_steps_are_recorded_and_repeatable(config: RunConfi
     assert "reconstruction" not in plain.rounding and plain.rtn_fidelity != first.rtn_fidelity
 
 
-def test_only_labels_move_when_the_labelled_images_change(config: RunConfig, tmp_path: Path) -> None:
-    """Zero-shot: the student is the same without any labelled image."""
+def test_only_labels_move_when_the_labeled_images_change(config: RunConfig, tmp_path: Path) -> None:
+    """Zero-shot: the student is the same without any labeled image."""
     with_labels = run(config)
     without = with_overrides(config, {"evaluation.dataset": "none"})
     assert run(without).top1 is None
@@ -145,7 +146,7 @@ def test_a_fine_tuning_that_harms_is_said(config: RunConfig) -> None:
     assert any("the fine-tuning made the student worse: KL" in text for text in harmed.warnings)
     rounded = run(with_overrides(config, {"finetune.epochs": 0}))
     assert not any("worse" in text for text in rounded.warnings)
-    assert [any("synq widths" in text for text in record.warnings) for record in (harmed, rounded)] == [
+    assert [any("synq mixed-precision" in text for text in record.warnings) for record in (harmed, rounded)] == [
         record.fidelity["kl"] >= 0.5 for record in (harmed, rounded)
     ]
     assert (
@@ -187,7 +188,7 @@ def test_bf16_and_fp64_run(config: RunConfig) -> None:
     records = {p: run(with_overrides(config, {"runtime.precision": p})) for p in ("fp32", "bf16", "fp64")}
     losses = {p: record.loss_history[0]["loss"] for p, record in records.items()}
     assert losses["fp64"] == pytest.approx(losses["fp32"], rel=1e-3) and losses["fp64"] != losses["fp32"]
-    # bfloat16 activations land on a neighbouring 4-bit code now and then, which shows in a loss this small.
+    # bfloat16 activations land on a neighboring 4-bit code now and then, which shows in a loss this small.
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.5) and losses["bf16"] != losses["fp32"]
 
 
@@ -235,8 +236,8 @@ def test_large_sets_are_filtered_onto_disk_and_give_the_same_run(
         made.append(shape)
         return scratch_tensor(shape, dtype, folder)
 
-    monkeypatch.setattr("synq.pipeline.LARGE_SET_BYTES", 1)
-    monkeypatch.setattr("synq.pipeline.scratch_tensor", watched)
+    monkeypatch.setattr("synq.synthesis.lowpass.LARGE_SET_BYTES", 1)
+    monkeypatch.setattr("synq.synthesis.lowpass.scratch_tensor", watched)
     on_disk = run(with_overrides(config, {"runtime.output_dir": str(tmp_path / "disk")}))
     assert made == [(32, 1, 16, 16)]
     assert (
@@ -263,7 +264,7 @@ def test_the_teacher_of_many_runs_is_counted_once(config: RunConfig, monkeypatch
         return evaluate(net, *rest, **options)
 
     monkeypatch.setattr("synq.evaluation.measure.evaluate", counting)
-    monkeypatch.setattr("synq.evaluation.measure._TEACHERS", {})
+    monkeypatch.setattr("synq.evaluation.measure._TEACHER_ACCURACY", {})
     records = [run(with_overrides(config, {"seed": seed})) for seed in (1, 2)]
     assert counted == [False, True, True, True, True]
     assert records[0].teacher_top1 == records[1].teacher_top1
@@ -325,7 +326,7 @@ def test_a_stopped_run_is_not_rounded_a_second_time(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("rounded again")
 
-    monkeypatch.setattr("synq.pipeline.prepare_student", refuse)
+    monkeypatch.setattr("synq.finetune.networks.prepare_student", refuse)
     resumed = run(again)
     assert resumed.rounding == whole.rounding and set(whole.rounding) == {
         "equalization", "bn_correction", "reconstruction"

@@ -10,7 +10,9 @@ import safetensors.torch
 import torch
 
 from synq.config.run import RunConfig, with_overrides
-from synq.pipeline import check, make_accelerator, prepare, run, run_folder
+from synq.pipeline import check, prepare, run
+from synq.runs.record import run_folder
+from synq.runtime import make_accelerator
 
 
 def test_other_weights_of_the_same_name_are_not_mixed_up(config: RunConfig, tmp_path: Path) -> None:
@@ -47,14 +49,14 @@ def test_other_weights_of_the_same_name_are_not_mixed_up(config: RunConfig, tmp_
         run(runs[1])
 
 
-def test_other_labelled_images_of_the_same_name_are_not_mixed_up(config: RunConfig, tmp_path: Path) -> None:
+def test_other_labeled_images_of_the_same_name_are_not_mixed_up(config: RunConfig, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         np.savez(tmp_path / name / "t.npz", x=rng.integers(0, 255, (20, 16, 16), dtype=np.uint8), y=np.arange(20) % 10)
     runs = [with_overrides(config, {"evaluation.dataset": f"npz:{tmp_path}/{name}/t.npz"}) for name in ("a", "b")]
     assert run(runs[0]).eval_digest
-    with pytest.raises(ValueError, match="must not mix labelled sets"):
+    with pytest.raises(ValueError, match="must not mix labeled sets"):
         run(runs[1])
 
 
@@ -102,7 +104,7 @@ def test_refusals_come_before_any_work(config: RunConfig, tmp_path: Path) -> Non
 
 def test_a_small_disk_is_refused_before_the_images_are_made(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = with_overrides(config, {"finetune.lowpass_cutoff": 0.6})
-    monkeypatch.setattr("synq.pipeline.LARGE_SET_BYTES", 1)
+    monkeypatch.setattr("synq.synthesis.lowpass.LARGE_SET_BYTES", 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(
         OSError, match=r"runtime\.output_dir must have .* MiB free for the filtered images of 1 processes"

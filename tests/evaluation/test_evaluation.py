@@ -1,4 +1,4 @@
-"""Counts are exact under any batch size; fidelity is what its formulas say; nothing moves while measuring."""
+"""Counts are exact under any batch size; fidelity is what its formulas say; measuring changes nothing."""
 
 import copy
 import math
@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, fx, nn
 
-from synq.config.run import FIDELITY_MEASURES, EvaluationConfig, TeacherConfig
+from synq.config.run import FIDELITY_MEASURES, EvaluationConfig, QuantConfig, TeacherConfig
 from synq.evaluation.fidelity import OBJECTIVES, kl, logit_mse
-from synq.evaluation.measure import Accuracy, Measure, Reference, evaluate, fidelity, lost_and_gained
+from synq.evaluation.measure import Accuracy, Measure, TeacherLogits, evaluate, fidelity, lost_and_gained
 from synq.quant.integer_form import integer_form
 from synq.quant.student import observe_ranges, quantize_model
 from synq.teacher.teacher import Teacher, load_teacher
@@ -49,29 +49,29 @@ def test_top5_of_three_classes_is_everything(accelerator: Accelerator) -> None:
     assert (got.top1, got.top5) == (100.0, 100.0)
 
 
-def test_nothing_to_count_is_refused(accelerator: Accelerator) -> None:
-    with pytest.raises(ValueError, match="at least one labelled image"):
+def test_nothing_to_count_is_rejected(accelerator: Accelerator) -> None:
+    with pytest.raises(ValueError, match="at least one labeled image"):
         evaluate(Echo(), lambda rows: (rows, rows), torch.arange(0), batch_size=2, accelerator=accelerator)
 
 
 def test_fidelity_by_hand(accelerator: Accelerator) -> None:
-    wanted = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
+    reference_logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
 
     class Other(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.where(x == x.amax(1, keepdim=True), 0.0, math.log(3)).flip(1)
 
-    got = _fidelity(Other(), wanted, 1, accelerator)
+    got = _fidelity(Other(), reference_logits, 1, accelerator)
     # Image 1: (1/2, 1/2) against (1/2, 1/2). Image 2: (3/4, 1/4) against (3/4, 1/4).
     assert got["kl"] == pytest.approx(0.0, abs=1e-7)
-    uniform = _fidelity(lambda_module(lambda x: 0 * x), wanted, 2, accelerator)
+    uniform = _fidelity(lambda_module(lambda x: 0 * x), reference_logits, 2, accelerator)
     expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert uniform["kl"] == pytest.approx(expected / 2, rel=1e-6)
     assert uniform["logit_mse"] == pytest.approx((math.log(3) / 2) ** 2 / 2, rel=1e-6)
 
 
 def _fidelity(student: nn.Module, images: Tensor, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
-    reference = Reference.of(Echo(), images, batch_size=batch_size, accelerator=accelerator)
+    reference = TeacherLogits.compute(Echo(), images, batch_size=batch_size, accelerator=accelerator)
     return fidelity(reference, student, {"kl": kl, "logit_mse": logit_mse}, accelerator=accelerator)
 
 
@@ -82,7 +82,7 @@ def lambda_module(function: object) -> nn.Module:
 def test_measuring_has_no_side_effect(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
     before = {key: value.clone() for key, value in tiny_classifier.state_dict().items()}
     x = torch.randn(10, 3, 8, 8)
-    reference = Reference.of(tiny_classifier, x, batch_size=4, accelerator=accelerator)
+    reference = TeacherLogits.compute(tiny_classifier, x, batch_size=4, accelerator=accelerator)
     fidelity(reference, tiny_classifier, {"kl": kl}, accelerator=accelerator)
     assert all(torch.equal(value, before[key]) for key, value in tiny_classifier.state_dict().items())
     assert not [m for m in tiny_classifier.modules() if m._forward_hooks]
@@ -92,8 +92,8 @@ def test_selection_part_and_reported_part_are_disjoint(accelerator: Accelerator)
     teacher = load_teacher(TeacherConfig())
     measure = Measure.prepare(EvaluationConfig(objective="selection", selection_fraction=0.3), teacher, accelerator)
     measure.hold_out(torch.randn(4, *teacher.input_size))
-    assert measure.labelled is not None
-    assert len(measure.chosen) + len(measure.reported) == len(measure.labelled)
+    assert measure.labeled is not None
+    assert len(measure.chosen) + len(measure.reported) == len(measure.labeled)
     assert not set(measure.chosen.tolist()) & set(measure.reported.tolist())
     result = measure(teacher.graph)
     assert result.num_eval == len(measure.reported)
@@ -109,7 +109,7 @@ def test_synthetic_objective_of_the_teacher_itself_is_zero(accelerator: Accelera
     assert (result.top1, result.num_eval) == (None, None)
 
 
-def test_selection_without_labels_is_refused(accelerator: Accelerator) -> None:
+def test_selection_without_labels_is_rejected(accelerator: Accelerator) -> None:
     with pytest.raises(ValueError, match=r"evaluation.objective.* must be synthetic"):
         Measure.prepare(
             EvaluationConfig(dataset="none", objective="selection"), load_teacher(TeacherConfig()), accelerator
@@ -121,7 +121,7 @@ def measured(accelerator: Accelerator) -> tuple[Measure, fx.GraphModule]:
     """A prepared measure without labels, and a 3-bit student."""
     teacher = load_teacher(TeacherConfig())
     images = torch.randn(30, *teacher.input_size, generator=torch.Generator().manual_seed(0))
-    student = quantize_model(teacher.graph, weight_bits=3, act_bits=3)
+    student = quantize_model(teacher.graph, QuantConfig(weight_bits=3, act_bits=3))
     observe_ranges(student.net, images, act_range="mse")
     return _measure(accelerator, teacher, images), student.net
 
@@ -171,7 +171,7 @@ def test_objective_is_the_same_for_every_trial_and_batch_size(
     assert split.objective(student) == pytest.approx(one.objective(student), rel=1e-5)
 
 
-def test_teacher_answers_once_and_again_after_a_new_set(
+def test_teacher_runs_once_and_again_after_a_new_set(
     measured: tuple[Measure, fx.GraphModule], accelerator: Accelerator
 ) -> None:
     """The objective is measured after every epoch: it may cost the student's forward passes, not the teacher's."""
@@ -216,7 +216,7 @@ def test_several_processes_share_the_images_and_sum(
 ) -> None:
     one, student = measured
     whole = fidelity(
-        Reference.of(one.teacher.graph, one.heldout, batch_size=8, accelerator=accelerator),
+        TeacherLogits.compute(one.teacher.graph, one.heldout, batch_size=8, accelerator=accelerator),
         student,
         {"kl": kl, "logit_mse": logit_mse},
         accelerator=accelerator,
@@ -225,14 +225,14 @@ def test_several_processes_share_the_images_and_sum(
     for index in range(count):
         rank = Rank(index, count)
         rank.others = others
-        reference = Reference.of(one.teacher.graph, one.heldout, batch_size=8, accelerator=rank)  # type: ignore[arg-type]
+        reference = TeacherLogits.compute(one.teacher.graph, one.heldout, batch_size=8, accelerator=rank)  # type: ignore[arg-type]
         got = fidelity(reference, student, {"kl": kl, "logit_mse": logit_mse}, accelerator=rank)  # type: ignore[arg-type]
         assert rank.mine is not None and rank.mine[-1] == 30 / count
         others = [*others, rank.mine]
     assert got == pytest.approx(whole, rel=1e-5), "the last process has everybody's sums"
 
 
-def _answers(logits: Tensor, labels: Tensor, rows: Tensor, rank: object, batch_size: int = 7) -> Accuracy:
+def _evaluated(logits: Tensor, labels: Tensor, rows: Tensor, rank: object, batch_size: int = 7) -> Accuracy:
     return evaluate(
         Echo(),
         lambda part: (logits[part], labels[part]),
@@ -254,7 +254,7 @@ def test_lost_and_gained_are_exact_on_any_number_of_processes(num_images: int, c
     for index in range(count):
         rank = Rank(index, count)
         rank.others = [torch.tensor([0, 0, 1])]  # the share of the others, who have seen something
-        first, second = (_answers(logits, labels, rows, rank) for logits in (before, after))
+        first, second = (_evaluated(logits, labels, rows, rank) for logits in (before, after))
         rank.others = others
         found = lost_and_gained(first, second, accelerator=rank)  # type: ignore[arg-type]
         assert rank.mine is not None
@@ -270,8 +270,8 @@ def test_a_measurement_is_compared_with_the_teacher_image_by_image(
     measure = Measure.prepare(EvaluationConfig(dataset="digits", batch_size=50), teacher, accelerator)
     measure.hold_out(measured[0].heldout)
     result, own = measure(student), measure(teacher.graph)
-    assert measure.labelled is not None
-    images, labels = measure.labelled.batch(measure.reported)
+    assert measure.labeled is not None
+    images, labels = measure.labeled.batch(measure.reported)
     with torch.no_grad():
         right = [net(images).argmax(1) == labels for net in (teacher.graph, student)]
     pairs = list(zip(*(part.tolist() for part in right), strict=True))

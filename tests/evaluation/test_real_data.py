@@ -1,4 +1,4 @@
-"""Labelled sets: layouts, sizes, fixed subsets, and every way a set can be wrong."""
+"""Labeled sets: layouts, sizes, fixed subsets, and every way a set can be wrong."""
 
 import gzip
 import struct
@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-import synq.evaluation.labelled_sources as real_sources
-from synq.evaluation.labelled import LabelledSet, fit_images, load_labelled, selection_mask
-from synq.evaluation.labelled_sources import digits_heldout_mask, from_arrays, read_idx
+import synq.evaluation.labeled_sources as labeled_sources
+from synq.evaluation.labeled import LabeledSet, fit_images, load_labeled, selection_mask
+from synq.evaluation.labeled_sources import digits_heldout_mask, from_arrays, read_idx
 
 COLOUR = (3, 8, 8)
 MEAN3, STD3 = (0.1, 0.2, 0.3), (0.5, 1.0, 2.0)
@@ -24,9 +24,9 @@ def write_npz(path: Path, *, num: int = 6, size: int = 8, channels: int | None =
     return images
 
 
-def load(spec: str, size: tuple[int, int, int] = COLOUR, **fields: object) -> LabelledSet:
+def load(spec: str, size: tuple[int, int, int] = COLOUR, **fields: object) -> LabeledSet:
     mean, std = ((0.0,), (1.0,)) if size[0] == 1 else (MEAN3, STD3)
-    return load_labelled(spec, size, mean, std, **{"num_classes": 3, **fields})  # type: ignore[arg-type]
+    return load_labeled(spec, size, mean, std, **{"num_classes": 3, **fields})  # type: ignore[arg-type]
 
 
 # --- digits ---
@@ -55,7 +55,7 @@ def test_digits_pixels_are_sklearns() -> None:
 # --- one image's way ---
 
 
-def test_npz_values_are_scaled_normalised_and_in_place(tmp_path: Path) -> None:
+def test_npz_values_are_scaled_normalized_and_in_place(tmp_path: Path) -> None:
     images = write_npz(tmp_path / "a.npz")
     data = load(f"npz:{tmp_path}/a.npz")
     expected = (images.astype(np.float64) / 255 - MEAN3) / STD3
@@ -69,7 +69,7 @@ def test_npz_values_are_scaled_normalised_and_in_place(tmp_path: Path) -> None:
         data[6]
 
 
-def test_grey_images_are_repeated_for_a_colour_teacher(tmp_path: Path) -> None:
+def test_gray_images_are_repeated_for_a_color_teacher(tmp_path: Path) -> None:
     images = write_npz(tmp_path / "a.npz", channels=None)
     batch, _ = load(f"npz:{tmp_path}/a.npz").batch(torch.tensor([2]))
     restored = batch[0] * torch.tensor(STD3).view(3, 1, 1) + torch.tensor(MEAN3).view(3, 1, 1)
@@ -77,16 +77,16 @@ def test_grey_images_are_repeated_for_a_colour_teacher(tmp_path: Path) -> None:
         assert np.allclose(channel.numpy() * 255, images[2], atol=1e-3)
 
 
-def test_colour_images_are_refused_for_a_grey_teacher(tmp_path: Path) -> None:
+def test_color_images_are_rejected_for_a_gray_teacher(tmp_path: Path) -> None:
     write_npz(tmp_path / "a.npz")
-    with pytest.raises(ValueError, match=r"a\.npz must fit a teacher of 1 channel\(s\), but have 3"):
+    with pytest.raises(ValueError, match=r"a\.npz must match a teacher of 1 channel\(s\), but have 3"):
         load(f"npz:{tmp_path}/a.npz", (1, 8, 8))
     with pytest.raises(ValueError, match="must have 1 channel"):
         fit_images(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), (1, 4, 4))
 
 
 def test_resizing_averages_when_shrinking() -> None:
-    # Half the columns are white, just those that plain bilinear sampling at 4 i + 1.5 looks at: it would see white alone.
+    # Half of the columns are white: those that bilinear sampling without antialiasing reads, at 4 i + 1.5.
     columns = torch.tensor([0, 255, 255, 0], dtype=torch.uint8).repeat(8).expand(1, 1, 32, 32)
     shrunk = fit_images(columns, (1, 8, 8))
     assert torch.allclose(shrunk, torch.full((1, 1, 8, 8), 0.5), atol=0.15)
@@ -98,13 +98,13 @@ def test_resizing_averages_when_shrinking() -> None:
 
 
 def test_selection_mask_is_fixed_for_ever() -> None:
-    # The first chosen numbers, computed with hashlib alone: int(sha256(f"selection:{i}").hexdigest()[:12], 16) / 2**48 < 0.2
+    # The first selected indices, from hashlib only: int(sha256(f"selection:{i}").hexdigest()[:12], 16) / 2**48 < 0.2
     assert torch.nonzero(selection_mask(40, 0.2)).flatten().tolist() == [1, 8, 33]
     assert torch.equal(selection_mask(40, 0.2), selection_mask(1000, 0.2)[:40])
     assert abs(float(selection_mask(5000, 0.2).float().mean()) - 0.2) < 0.02
     assert not selection_mask(100, 0.0).any() and selection_mask(100, 1.0).all()
     assert not (selection_mask(500, 0.2) & ~selection_mask(500, 0.5)).any()
-    with pytest.raises(ValueError, match=r"`selection_fraction` must lie in 0\.\.1, but got 1\.5"):
+    with pytest.raises(ValueError, match=r"`selection_fraction` must be in 0\.\.1, but got 1\.5"):
         selection_mask(3, 1.5)
 
 
@@ -135,14 +135,14 @@ def test_limit_draws_from_the_whole_of_a_sorted_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x": np.zeros((2, 8, 8, 3), np.uint8)}, r"arrays `x` and `y`, but holds x"),
+        ({"x": np.zeros((2, 8, 8, 3), np.uint8)}, r"arrays `x` and `y`, but has x"),
         ({"x": np.zeros((2, 8, 8, 3), np.float32), "y": np.zeros(2, int)}, r"images of .* uint8 .* float32"),
         ({"x": np.zeros((2, 3, 8, 8), np.uint8), "y": np.zeros(2, int)}, r"images of .*but got \(2, 3, 8, 8\)"),
         ({"x": np.zeros((2, 8, 8, 3), np.uint8), "y": np.zeros(3, int)}, r"must be \(2,\) integers.*\(3,\)"),
         ({"x": np.zeros((2, 8, 8, 3), np.uint8), "y": np.zeros(2)}, r"must be \(2,\) integers.*float64"),
-        ({"x": np.zeros((2, 8, 8, 3), np.uint8), "y": np.array([0, 3])}, r"must lie in 0\.\.2 .* but got 0\.\.3"),
+        ({"x": np.zeros((2, 8, 8, 3), np.uint8), "y": np.array([0, 3])}, r"must be in 0\.\.2 .* but got 0\.\.3"),
         ({"x": np.zeros((2, 8, 8, 3), np.uint8), "y": np.array([-1, 0])}, r"but got -1\.\.0"),
-        ({"x": np.zeros((0, 8, 8, 3), np.uint8), "y": np.zeros(0, int)}, r"must hold images, but is empty"),
+        ({"x": np.zeros((0, 8, 8, 3), np.uint8), "y": np.zeros(0, int)}, r"must contain images, but is empty"),
         ({"x": np.array([{}], dtype=object), "y": np.zeros(1, int)}, r"cannot be used: .*allow_pickle"),
     ],
 )
@@ -181,8 +181,8 @@ def test_absent_paths_and_unknown_specs(tmp_path: Path, monkeypatch: pytest.Monk
 def write_folder(root: Path, names: tuple[str, ...], size: tuple[int, int] = (20, 10), mode: str = "RGB") -> None:
     for number, name in enumerate(names):
         (root / name).mkdir(parents=True)
-        colour = (20 * number,) * 3 if mode == "RGB" else 20 * number
-        Image.new(mode, size, colour).save(root / name / "image.png")
+        color = (20 * number,) * 3 if mode == "RGB" else 20 * number
+        Image.new(mode, size, color).save(root / name / "image.png")
 
 
 def test_folder_labels_follow_the_sorted_names(tmp_path: Path) -> None:
@@ -202,40 +202,42 @@ def test_folder_numbers_are_labels_by_value(tmp_path: Path) -> None:
     row = data.labels.tolist().index(10)
     restored = data[row][0] * torch.tensor(STD3).view(3, 1, 1) + torch.tensor(MEAN3).view(3, 1, 1)
     assert torch.allclose(restored * 255, torch.full((3, 8, 8), 20.0), atol=0.01)
-    with pytest.raises(ValueError, match=r"must lie in 0\.\.2 .*but got 2\.\.10"):
+    with pytest.raises(ValueError, match=r"must be in 0\.\.2 .*but got 2\.\.10"):
         load(f"imagefolder:{tmp_path}")
 
 
-def test_part_of_the_classes_by_name_is_refused(tmp_path: Path) -> None:
+def test_part_of_the_classes_by_name_is_rejected(tmp_path: Path) -> None:
     write_folder(tmp_path, ("cat", "dog"))
-    with pytest.raises(ValueError, match=r"one folder per class of the teacher \(3\), but has 2; .*class number"):
+    with pytest.raises(ValueError, match=r"one folder per class of the teacher \(3\), but has 2; .*class index"):
         load(f"imagefolder:{tmp_path}")
 
 
-def test_folder_images_are_scaled_and_cut_in_the_centre(tmp_path: Path) -> None:
+def test_folder_images_are_scaled_and_cut_in_the_center(tmp_path: Path) -> None:
     (tmp_path / "0").mkdir()
     pixels = np.zeros((448, 896, 3), np.uint8)
-    pixels[:, 448 - 196 : 448 + 196] = 255  # shorter side 448 -> 256, so the centre 392 of 448 columns are the 224 kept
+    pixels[:, 448 - 196 : 448 + 196] = 255  # shorter side 448 -> 256, so the center 392 of 448 columns are the 224 kept
     pixels[:28], pixels[-28:] = 0, 0
     Image.fromarray(pixels).save(tmp_path / "0" / "a.png")
-    data = load_labelled(f"imagefolder:{tmp_path}", (3, 224, 224), (0.0,) * 3, (1.0,) * 3, num_classes=3)
+    data = load_labeled(f"imagefolder:{tmp_path}", (3, 224, 224), (0.0,) * 3, (1.0,) * 3, num_classes=3)
     image = data[0][0]
     assert image.shape == (3, 224, 224)
     assert torch.allclose(image[:, 2:-2, 2:-2], torch.ones(3, 220, 220))
 
 
-def test_folder_grey_and_damaged_images(tmp_path: Path) -> None:
-    write_folder(tmp_path / "grey", ("0", "1"), mode="L")
-    assert load(f"imagefolder:{tmp_path}/grey", (1, 8, 8))[1][0].shape == (1, 8, 8)
-    assert load(f"imagefolder:{tmp_path}/grey")[1][0].shape == (3, 8, 8)
-    write_folder(tmp_path / "colour", ("0",))
-    with pytest.raises(ValueError, match=r"must be grey for a teacher of 1 channel, but .*image\.png has mode RGB"):
-        load(f"imagefolder:{tmp_path}/colour", (1, 8, 8))[0]
-    (tmp_path / "colour" / "0" / "image.png").write_bytes(b"\x89PNG nothing")
+def test_folder_gray_and_damaged_images(tmp_path: Path) -> None:
+    write_folder(tmp_path / "gray", ("0", "1"), mode="L")
+    assert load(f"imagefolder:{tmp_path}/gray", (1, 8, 8))[1][0].shape == (1, 8, 8)
+    assert load(f"imagefolder:{tmp_path}/gray")[1][0].shape == (3, 8, 8)
+    write_folder(tmp_path / "color", ("0",))
+    with pytest.raises(
+        ValueError, match=r"must be grayscale for a teacher of 1 channel, but .*image\.png has mode RGB"
+    ):
+        load(f"imagefolder:{tmp_path}/color", (1, 8, 8))[0]
+    (tmp_path / "color" / "0" / "image.png").write_bytes(b"\x89PNG nothing")
     with pytest.raises(ValueError, match=r"image .*image\.png must be readable"):
-        load(f"imagefolder:{tmp_path}/colour")[0]
+        load(f"imagefolder:{tmp_path}/color")[0]
     (tmp_path / "empty" / "0").mkdir(parents=True)
-    with pytest.raises(ValueError, match="must hold images, but is empty"):
+    with pytest.raises(ValueError, match="must contain images, but is empty"):
         load(f"imagefolder:{tmp_path}/empty")
 
 
@@ -274,7 +276,7 @@ def test_data_folder_comes_from_the_environment(tmp_path: Path, monkeypatch: pyt
 def test_damaged_idx_files(tmp_path: Path) -> None:
     values = np.zeros((2, 3), np.uint8)
     for name, content, message in (
-        ("a", idx_bytes(values)[:-1], r"must hold \(2, 3\) bytes"),
+        ("a", idx_bytes(values)[:-1], r"must contain \(2, 3\) bytes"),
         ("b", b"\0\0\x09\x01", "must be an IDX file"),
         ("c", b"", "must be an IDX file"),
         ("d", idx_bytes(values)[:6], "is damaged"),
@@ -295,8 +297,10 @@ def test_sets_by_name_without_a_network(tmp_path: Path, name: str, monkeypatch: 
 
     for kind in ("CIFAR10", "CIFAR100", "FashionMNIST"):
         monkeypatch.setattr(datasets, kind, offline)
-    monkeypatch.setattr(real_sources, "FASHION_MNIST_FOLDERS", ())
-    with pytest.raises(ConnectionError, match=f"data set {name} must lie in .*no network; fetch it on another machine"):
+    monkeypatch.setattr(labeled_sources, "FASHION_MNIST_FOLDERS", ())
+    with pytest.raises(
+        ConnectionError, match=f"data set {name} must be in .*no network; download it on another machine"
+    ):
         load(name, (3, 32, 32), num_classes=100, data_dir=str(tmp_path / "new"))
 
 
@@ -311,7 +315,7 @@ def test_cifar_is_read_from_the_official_files(tmp_path: Path, monkeypatch: pyte
             self.data, self.targets = images, [3, 1, 2, 0]
 
     monkeypatch.setattr(datasets, "CIFAR10", Official)
-    data = load_labelled("cifar10", (3, 32, 32), (0.0,) * 3, (1.0,) * 3, num_classes=10, data_dir=str(tmp_path))
+    data = load_labeled("cifar10", (3, 32, 32), (0.0,) * 3, (1.0,) * 3, num_classes=10, data_dir=str(tmp_path))
     assert data.labels.tolist() == [3, 1, 2, 0]
     assert np.allclose(data[2][0].numpy() * 255, images[2].transpose(2, 0, 1), atol=1e-3)
 

@@ -9,7 +9,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from synq.config.run import TeacherConfig
+from synq.config.run import QuantConfig, TeacherConfig
 from synq.export.onnx_graph import Container, write_onnx
 from synq.export.verify import Comparison, Engine, compare, engine_of, open_session
 from synq.network.tracing import trace_classifier
@@ -46,7 +46,7 @@ WIDTHS = pytest.mark.parametrize(("bits", "container"), [(8, "int8"), (4, "int4"
 
 def exported(net: fx.GraphModule, sample: Tensor, bits: int, container: Container) -> tuple[Tensor, Engine, nn.Module]:
     """Return the logits of ``sample`` of the student's integer form, what runs its file, and the student."""
-    student = quantize_model(net, weight_bits=bits, act_bits=bits, act_points="inputs")
+    student = quantize_model(net, QuantConfig(weight_bits=bits, act_bits=bits, act_points="inputs"))
     observe_ranges(student.net, sample[:64], act_range="mse")
     with torch.no_grad():
         form = integer_form(student.net)

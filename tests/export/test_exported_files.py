@@ -10,7 +10,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from synq.export.files import Checker, ExportRefusedError, export_onnx
+from synq.export.files import Checker, ExportRejectedError, export_onnx
 from synq.export.onnx_graph import onnx_graph
 from synq.export.verify import Tolerance
 from synq.quant.integer_form import integer_form
@@ -18,14 +18,15 @@ from synq.runs.finished import open_run
 
 
 class NoLabels:
-    """A measurement without labelled images, for a `Checker`."""
+    """A measurement without labeled images, for a `Checker`."""
 
-    labelled, reported = None, torch.arange(0)
+    labeled, reported = None, torch.arange(0)
 
 
 @pytest.mark.slow
 def test_a_file_with_other_logits_is_rejected_and_not_written(finished: Path, tmp_path: Path) -> None:
-    *_, teacher, student = open_run(finished)
+    run = open_run(finished)
+    teacher, student = run.teacher, run.student
     form = integer_form(student.net, operations="onnx")
     layer = form.get_submodule("linear.integer_weight")
     layer.codes.copy_(-layer.codes.clamp(min=-7))  # type: ignore[union-attr, operator]
@@ -33,7 +34,7 @@ def test_a_file_with_other_logits_is_rejected_and_not_written(finished: Path, tm
 
     check = Checker(integer_form(student.net), student.net, images, NoLabels(), Tolerance())  # type: ignore[arg-type]
     with pytest.raises(
-        ExportRefusedError, match=r"model\.onnx was not written: it predicts another class than the student"
+        ExportRejectedError, match=r"model\.onnx was not written: it predicts another class than the student"
     ):
         export_onnx(tmp_path / "model.onnx", "int8", onnx_graph(form, teacher.input_size), check)
     assert list(tmp_path.iterdir()) == []
@@ -53,7 +54,7 @@ def test_no_file_is_held_to_more_than_the_simulation(unsure: int) -> None:
     moved = torch.tensor([0.0, 0.4])
     if unsure > 10:
         with pytest.raises(
-            ExportRefusedError, match=r"cannot be verified: with float sums the student .* 50 of 100 synthetic"
+            ExportRejectedError, match=r"cannot be verified: with float sums the student .* 50 of 100 synthetic"
         ):
             check("file", lambda x: x + moved)
         return
@@ -61,5 +62,5 @@ def test_no_file_is_held_to_more_than_the_simulation(unsure: int) -> None:
     (own,) = check.simulation.values()
     assert (found.differing, own.differing, own.max_difference) == (5, 5, 0.5)
     wrong = r"100 of 100 synthetic images \(0.00 % agree, but at least 99.9 % must; with float sums the student differs for 5\)"
-    with pytest.raises(ExportRefusedError, match=wrong):
+    with pytest.raises(ExportRejectedError, match=wrong):
         check("file", lambda x: x + 25 * moved)

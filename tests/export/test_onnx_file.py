@@ -15,6 +15,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from onnx import TensorProto, numpy_helper  # noqa: E402
 
 from support.onnx_graphs import graph_of  # noqa: E402
+from synq.config.run import QuantConfig  # noqa: E402
 from synq.export.onnx_graph import Container, onnx_graph, write_container, write_onnx  # noqa: E402
 from synq.export.verify import compare, count_kernels, engine_of, latencies, open_session  # noqa: E402
 from synq.network.tracing import trace_classifier  # noqa: E402
@@ -77,7 +78,7 @@ class Narrow(nn.Module):
 
 def test_tensors_that_are_alike_at_different_widths_keep_their_types() -> None:
     traced = trace_classifier(Narrow().eval().requires_grad_(False), SIZE)
-    made = quantize_model(traced, weight_bits=4, act_bits=4, first_bits=8)
+    made = quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4, first_bits=8))
     observe_ranges(made.net, images(), act_range="minmax")
     graph = onnx_graph(integer_form(made.net, operations="onnx"), SIZE)
     for container in ("int4", "int8"):

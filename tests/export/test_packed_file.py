@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +15,8 @@ from torch import nn
 
 from support.integer_students import images, student
 from support.small_nets import Residual, plain
-from synq.export.packed import load_packed, read_packed, save_packed
+from synq.config.run import QuantConfig
+from synq.export.packed import load_packed, pack, packed_size, read_packed, save_packed, unpack
 from synq.network.tracing import trace_classifier
 from synq.quant.integer_form import integer_form
 from synq.quant.integer_layers import IntegerActivation
@@ -60,7 +62,7 @@ def test_random_shapes_and_widths_come_back(
         parts += [nn.PReLU(fan_out)]
     net = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 3))
     traced = trace_classifier(net.eval().requires_grad_(False), (3, 5, 5))
-    made = quantize_model(traced, weight_bits=bits, act_bits=bits)
+    made = quantize_model(traced, QuantConfig(weight_bits=bits, act_bits=bits))
     sample = torch.randn(4, 3, 5, 5)
     observe_ranges(made.net, sample, act_range="minmax")
     form = integer_form(made.net)
@@ -88,7 +90,7 @@ def test_a_network_that_computes_something_else_is_refused(change: str, tmp_path
 
     save_packed(tmp_path / "x.safetensors", integer_form(student(net(1, nn.ReLU)).net))
     other = student(net(2, nn.ReLU) if change == "stride" else net(1, nn.Hardswish))
-    with pytest.raises(ValueError, match="computes something else than this one"):
+    with pytest.raises(ValueError, match="was written from a network that computes something else"):
         load_packed(tmp_path / "x.safetensors", other.net)
 
 
@@ -121,10 +123,14 @@ def test_what_is_no_packed_student_of_this_network_is_refused(tmp_path: Path) ->
     layers[0][1] = 3
     rewritten(path, {"layers": json.dumps(layers)})
     refused("must match its digest")
-    rewritten(path, {"version": "1"})
-    refused("must be of version 2, but .* is of version 1: read it with the SynQ that wrote it")
+    for version, got in (
+        ("2", "got format 2, written by an earlier"),
+        ("x", "got no format number, written by an earlier"),
+    ):
+        rewritten(path, {"version": version})
+        refused(f"must hold a packed student of format 3, but {got} version of SynQ: run it again and export it")
     rewritten(path, {"format": "something"})
-    refused("some other safetensors file")
+    refused("must have the format")
     whole = path.read_bytes()
     for length in (0, 7, 100, len(whole) - 1):
         path.write_bytes(whole[:length])
@@ -134,3 +140,31 @@ def test_what_is_no_packed_student_of_this_network_is_refused(tmp_path: Path) ->
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"x\.safetensors does not exist"):
         load_packed(path, made.net)
+
+
+def test_the_layout_by_hand() -> None:
+    assert pack(np.array([1, 2, 3]), 3).tolist() == [0b11_010_001, 0b0]
+    assert pack(np.array([[1, 2], [15, 0]]), 4).tolist() == [0x21, 0x0F]
+    assert pack(np.array([7]), 8).tolist() == [7] and pack(np.array([], dtype=int), 5).size == 0
+
+
+@given(st.integers(1, 8).flatmap(lambda b: st.tuples(st.just(b), st.lists(st.integers(0, 2**b - 1), max_size=70))))
+def test_every_code_comes_back(case: tuple[int, list[int]]) -> None:
+    bits, codes = case
+    packed = pack(np.array(codes, dtype=np.int64), bits)
+    assert packed.dtype == np.uint8 and packed.size == packed_size(len(codes), bits) == -(-len(codes) * bits // 8)
+    assert unpack(packed, bits, len(codes)).tolist() == codes
+    # The stream is the binary number whose digits are the codes.
+    number = sum(code << (bits * place) for place, code in enumerate(codes))
+    assert int.from_bytes(packed.tobytes(), "little") == number
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"codes must be in \[0, 7\] for 3 bits, but got 0 to 8"):
+        pack(np.array([0, 8]), 3)
+    with pytest.raises(ValueError, match="but got -1 to 2"):
+        pack(np.array([2, -1]), 3)
+    with pytest.raises(ValueError, match=r"bits must be in \[1, 8\], but got 9"):
+        pack(np.array([0]), 9)
+    with pytest.raises(ValueError, match="3 codes of 3 bits must take 2 bytes, but got 1"):
+        unpack(np.zeros(1, np.uint8), 3, 3)

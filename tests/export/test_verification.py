@@ -37,14 +37,14 @@ def test_a_comparison_by_hand() -> None:
 
 
 def test_no_images_is_no_comparison() -> None:
-    with pytest.raises(ValueError, match="at least one image, but there are no labelled images"):
-        compare(lambda images: images, [], source="labelled")
+    with pytest.raises(ValueError, match="at least one image, but there are no labeled images"):
+        compare(lambda images: images, [], source="labeled")
 
 
 def result(differing: int, decided: int, mean_difference: float = 0.0) -> Comparison:
     agreement = 100 * (1 - differing / decided)
     return Comparison(
-        source="labelled",
+        source="labeled",
         images=decided,
         margin=0.0,
         decided=decided,
@@ -62,7 +62,7 @@ def result(differing: int, decided: int, mean_difference: float = 0.0) -> Compar
 def test_one_image_in_a_thousand_may_differ(differing: int, decided: int, good: bool) -> None:
     violation = Tolerance().violation(result(differing, decided))
     assert (violation == "") is good
-    assert good or f"for {differing} of {decided} labelled images" in violation
+    assert good or f"for {differing} of {decided} labeled images" in violation
 
 
 def test_logits_must_be_near_and_finite() -> None:
@@ -87,4 +87,4 @@ def test_what_cannot_be_checked() -> None:
     assert Tolerance().violation(result(50, 1000), result(100, 1000)) == "", "a tenth is not too much"
     assert Tolerance().violation(result(1, 1000), shaky) == "", "it agrees all the same"
     nothing = replace(result(0, 100), decided=0, margin=7.0)
-    assert "for none of 100 labelled images" in Tolerance().violation(nothing)
+    assert "for none of 100 labeled images" in Tolerance().violation(nothing)

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from support.finetune_tools import CONFIG, images, labels, networks, taps, train
-from synq.finetune.loop import NonFiniteLossError, finetune, harder_images, training_loss
+from synq.finetune.loop import NonFiniteLossError, finetune
 from synq.finetune.responses import teacher_response
+from synq.finetune.training_loss import harder_images, training_loss
 from synq.losses import difficulty, feature_loss
 from synq.quant.layers import QuantConv2d, QuantLinear
 from synq.synthesis.lowpass import gaussian_lowpass

@@ -1,5 +1,5 @@
 import math
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from support import reference
 from synq.losses import (
+    LossWeights,
     cam_loss,
     difficulty,
     feature_loss,
@@ -38,13 +39,7 @@ def batch(num_images: int = 8, classes: int = 4) -> dict[str, Tensor]:
     }
 
 
-SETTINGS: dict[str, Any] = {
-    "temperature": 4.0,
-    "kd_weight": 1.5,
-    "ce_weight": 0.1,
-    "cam_weight": 20.0,
-    "difficulty_threshold": 0.5,
-}
+WEIGHTS = LossWeights(kd_temperature=4.0, kd_weight=1.5, ce_weight=0.1, cam_weight=20.0, difficulty_threshold=0.5)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
@@ -89,8 +84,8 @@ def test_difficulty_keeps_its_digits_near_certainty() -> None:
 def test_threshold_one_keeps_all_and_half_keeps_only_what_the_teacher_gets_right() -> None:
     x = batch()
     hopeless = dict(x, teacher_logits=torch.full((8, 4), 50.0).scatter(1, x["labels"][:, None], -50.0))
-    assert float(synq_loss(**hopeless, **dict(SETTINGS, difficulty_threshold=1.0))[1]["kept"]) == 1.0
-    assert float(synq_loss(**hopeless, **SETTINGS)[1]["kept"]) == 0.0
+    assert float(synq_loss(**hopeless, weights=replace(WEIGHTS, difficulty_threshold=1.0))[1]["kept"]) == 1.0
+    assert float(synq_loss(**hopeless, weights=WEIGHTS)[1]["kept"]) == 0.0
     kept = difficulty(x["teacher_logits"], x["labels"]) < 0.5
     assert 0 < int(kept.sum()) < 8
     assert torch.equal(x["teacher_logits"].argmax(1)[kept], x["labels"][kept])
@@ -118,15 +113,15 @@ def test_masked_images_cost_nothing() -> None:
 def test_masking_all_gives_zero_and_no_nan() -> None:
     # A mean over the kept images would be 0 / 0 here.
     x = batch()
-    loss, terms = synq_loss(**x, **dict(SETTINGS, difficulty_threshold=0.0))
+    loss, terms = synq_loss(**x, weights=replace(WEIGHTS, difficulty_threshold=0.0))
     assert float(terms["kept"]) == 0.0 and float(terms["ce"]) == 0.0 and bool(torch.isfinite(loss))
 
 
 def test_whole_loss_against_twin() -> None:
     x = batch()
-    loss, terms = synq_loss(**x, **SETTINGS)
+    loss, terms = synq_loss(**x, weights=WEIGHTS)
     names = ("student_logits", "student_map", "teacher_logits", "teacher_map", "labels")
-    want = reference.synq_loss(*(x[name].tolist() for name in names), *SETTINGS.values())
+    want = reference.synq_loss(*(x[name].tolist() for name in names), 4.0, 1.5, 0.1, 20.0, 0.5)
     assert float(loss) == pytest.approx(want, rel=1e-12)
     assert float(terms["kept"]) == 0.5
     total = 1.5 * terms["kd"] + 0.1 * terms["ce"] + 20.0 * terms["cam"]
@@ -139,10 +134,10 @@ def test_mean_of_two_halves_is_the_whole(threshold: float) -> None:
     # Trap 6: the halves keep different shares; a denominator of kept images would make another loss and another gradient.
     x = batch()
     x["student_logits"].requires_grad_()
-    options = dict(SETTINGS, difficulty_threshold=threshold)
-    whole, terms = synq_loss(**x, **options)
+    weights = replace(WEIGHTS, difficulty_threshold=threshold)
+    whole, terms = synq_loss(**x, weights=weights)
     (gradient,) = torch.autograd.grad(whole, x["student_logits"])
-    parts = [synq_loss(**{k: v[rows] for k, v in x.items()}, **options) for rows in (slice(0, 4), slice(4, 8))]
+    parts = [synq_loss(**{k: v[rows] for k, v in x.items()}, weights=weights) for rows in (slice(0, 4), slice(4, 8))]
     if threshold == 0.5:
         assert [float(p[1]["kept"]) for p in parts] == [1.0, 0.0]
     halves = (parts[0][0] + parts[1][0]) / 2
@@ -157,29 +152,29 @@ def test_teacher_side_gets_no_gradient() -> None:
     x = batch()
     for name in ("student_logits", "student_map", "teacher_logits", "teacher_map"):
         x[name].requires_grad_()
-    synq_loss(**x, **SETTINGS)[0].backward()
+    synq_loss(**x, weights=WEIGHTS)[0].backward()
     assert x["teacher_logits"].grad is None and x["teacher_map"].grad is None
     assert x["student_logits"].grad is not None and x["student_map"].grad is not None
 
 
 def test_terms_of_weight_zero_and_absent_maps() -> None:
     x = batch()
-    with_maps, terms = synq_loss(**x, **dict(SETTINGS, cam_weight=0.0))
-    without, bare = synq_loss(**dict(x, student_map=None, teacher_map=None), **SETTINGS)
+    with_maps, terms = synq_loss(**x, weights=replace(WEIGHTS, cam_weight=0.0))
+    without, bare = synq_loss(**dict(x, student_map=None, teacher_map=None), weights=WEIGHTS)
     assert float(with_maps) == float(without)
     assert float(terms["cam"]) > 0 and float(bare["cam"]) == 0
     broken = dict(x, student_map=x["student_map"] * float("nan"))
-    assert bool(torch.isfinite(synq_loss(**broken, **dict(SETTINGS, cam_weight=0.0))[0]))
-    assert bool(torch.isnan(synq_loss(**broken, **SETTINGS)[0]))  # a NaN that counts is never hidden
+    assert bool(torch.isfinite(synq_loss(**broken, weights=replace(WEIGHTS, cam_weight=0.0))[0]))
+    assert bool(torch.isnan(synq_loss(**broken, weights=WEIGHTS)[0]))  # a NaN that counts is never hidden
     with pytest.raises(ValueError, match="must both be given"):
-        synq_loss(**dict(x, teacher_map=None), **SETTINGS)
+        synq_loss(**dict(x, teacher_map=None), weights=WEIGHTS)
 
 
 def test_half_precision_logits_are_widened() -> None:
     x = {k: v if k == "labels" else v.bfloat16() for k, v in batch().items()}
-    loss, terms = synq_loss(**x, **SETTINGS)
+    loss, terms = synq_loss(**x, weights=WEIGHTS)
     assert loss.dtype == torch.float32 and all(t.dtype == torch.float32 for t in terms.values())
-    wide = synq_loss(**{k: v if k == "labels" else v.float() for k, v in x.items()}, **SETTINGS)[0]
+    wide = synq_loss(**{k: v if k == "labels" else v.float() for k, v in x.items()}, weights=WEIGHTS)[0]
     assert float(loss) == pytest.approx(float(wide), rel=1e-6)
 
 
@@ -262,8 +257,7 @@ def test_difficult_images_get_two_labels_in_place_of_none() -> None:
         "teacher_map": None,
         "labels": torch.tensor([0, 0]),  # easy for the teacher, difficult for it
     }
-    settings = dict(SETTINGS, difficulty_threshold=0.5)
-    dropped, two = (synq_loss(**x, **settings, top2=top2)[1]["ce"] for top2 in (False, True))
+    dropped, two = (synq_loss(**x, weights=replace(WEIGHTS, top2=top2))[1]["ce"] for top2 in (False, True))
     extra = top2_cross_entropy(x["student_logits"], x["teacher_logits"])[1] / 2
     torch.testing.assert_close(two - dropped, extra)
 
@@ -272,7 +266,9 @@ def test_block_terms_enter_the_loss_by_their_weight() -> None:
     blocks = ([torch.zeros(4, 1, 2, 2)], [torch.ones(4, 1, 2, 2)])
     x = {"student_logits": torch.randn(4, 3), "teacher_logits": torch.randn(4, 3), "labels": torch.zeros(4).long()}
     x |= {"student_map": None, "teacher_map": None}
-    plain = synq_loss(**x, **SETTINGS)[0]
-    loss, terms = synq_loss(**x, **SETTINGS, student_blocks=blocks[0], teacher_blocks=blocks[1], feature_weight=3.0)
+    plain = synq_loss(**x, weights=WEIGHTS)[0]
+    loss, terms = synq_loss(
+        **x, weights=replace(WEIGHTS, feature_weight=3.0), student_blocks=blocks[0], teacher_blocks=blocks[1]
+    )
     assert float(terms["features"]) == 1.0
     torch.testing.assert_close(loss - plain, torch.tensor(3.0))

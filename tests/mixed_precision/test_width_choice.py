@@ -16,10 +16,9 @@ from torch import nn
 from support.small_nets import trained
 from synq.cli import run
 from synq.config.run import QuantConfig, RunConfig, TeacherConfig, config_from_dict
-from synq.mixed_precision.ilp import Key, Limit, Product, choose_widths
-from synq.mixed_precision.problem import WidthProblem
-from synq.pipeline import build_student
-from synq.quant.student import Student, quantize_model
+from synq.mixed_precision.ilp import Key, Limit, Product, choose_bits
+from synq.mixed_precision.problem import MixedPrecisionProblem
+from synq.quant.student import Student, build_student, quantize_model
 from synq.teacher.teacher import load_teacher
 
 WIDTHS = [2, 4, 8]
@@ -47,10 +46,10 @@ def test_the_chosen_widths_are_the_best_of_all_that_fit(data: st.DataObject) -> 
         for weight in weights
         if activations
     ]
-    alike = [activations] if len(activations) > 1 and data.draw(st.booleans()) else []
+    tied = [activations] if len(activations) > 1 and data.draw(st.booleans()) else []
     free = [Limit(name="a", most=math.inf, single=single), Limit(name="b", most=math.inf, products=products)]
     everything = [dict(zip(keys, choice, strict=True)) for choice in itertools.product(*(losses[key] for key in keys))]
-    everything = [choice for choice in everything if all(len({choice[key] for key in same}) == 1 for same in alike)]
+    everything = [choice for choice in everything if all(len({choice[key] for key in same}) == 1 for same in tied)]
     sample = data.draw(st.sampled_from(everything))
     limits = [Limit(name=x.name, most=x.spent(sample), single=x.single, products=x.products) for x in free]
 
@@ -60,7 +59,7 @@ def test_the_chosen_widths_are_the_best_of_all_that_fit(data: st.DataObject) -> 
     def fits(choice: dict[Key, int]) -> bool:
         return all(limit.spent(choice) <= limit.most for limit in limits)
 
-    chosen = choose_widths(losses, limits, alike)
+    chosen = choose_bits(losses, limits, tied)
     assert chosen in everything and fits(chosen)
     assert total(chosen) == pytest.approx(min(total(choice) for choice in everything if fits(choice)), rel=1e-6)
 
@@ -76,7 +75,7 @@ def test_differences_below_the_solvers_tolerance_count() -> None:
         everything = [dict(zip(keys, choice, strict=True)) for choice in itertools.product(WIDTHS, repeat=4)]
         most = Limit(name="a", most=math.inf, single=single).spent(draw.choice(everything))
         limit = Limit(name="a", most=most, single=single)
-        chosen = choose_widths(losses, [limit])
+        chosen = choose_bits(losses, [limit])
         fitting = (choice for choice in everything if limit.spent(choice) <= most)
         best = min(sum(losses[key][bits] for key, bits in choice.items()) for choice in fitting)
         assert sum(losses[key][bits] for key, bits in chosen.items()) == pytest.approx(best, rel=1e-6)
@@ -86,9 +85,9 @@ def test_limits_below_the_least_widths_are_refused() -> None:
     key: Key = ("weight", "a")
     with pytest.raises(
         ValueError,
-        match="`max-bytes` must be at least 10, what the least of the widths to choose from cost, but it is 9",
+        match="`max-bytes` must be at least 10, the cost of the lowest bit-widths to choose from, but got 9",
     ):
-        choose_widths({key: {2: 1.0}}, [Limit(name="max-bytes", most=9, single={key: {2: 10}})])
+        choose_bits({key: {2: 1.0}}, [Limit(name="max-bytes", most=9, single={key: {2: 10}})])
 
 
 def test_a_limit_counts_the_most_bits_of_joined_inputs() -> None:
@@ -101,12 +100,12 @@ def test_a_limit_counts_the_most_bits_of_joined_inputs() -> None:
 def test_the_problem_of_a_student_counts_what_its_account_counts(points: str) -> None:
     quant = QuantConfig(act_points=points, weight_bits=3, act_bits=5, layer_weight_bits={"conv1": 7})  # type: ignore[arg-type]
     teacher = load_teacher(TeacherConfig())
-    problem = WidthProblem(build_student(teacher, quant), quant, activations=True)
+    problem = MixedPrecisionProblem(build_student(teacher, quant), quant, activations=True)
     assert problem.bitops_limit(None).most == build_student(teacher, quant).bitops
     assert ("weight", "conv1") not in problem.free and ("weight", "linear") in problem.free
     changed = {key: 2 + index % 7 for index, key in enumerate(problem.free)}
-    student = build_student(teacher, problem.with_widths(changed))
-    again = WidthProblem(student, quant, activations=True)
+    student = build_student(teacher, problem.with_bits(changed))
+    again = MixedPrecisionProblem(student, quant, activations=True)
     assert again.as_given == {**problem.as_given, **changed}
     assert problem.bitops_limit(None).spent(again.as_given) == student.bitops
     weights = [row for row in student.rows if row.role == "weight"]
@@ -118,11 +117,11 @@ def test_the_problem_of_a_student_counts_what_its_account_counts(points: str) ->
 def test_what_is_named_or_placed_is_no_choice() -> None:
     quant = QuantConfig(act_points="inputs", first_bits=8, last_bits=7, layer_act_bits={"stage1_0_conv2": 5})
     student = build_student(load_teacher(TeacherConfig()), quant)
-    problem = WidthProblem(student, quant, activations=True)
+    problem = MixedPrecisionProblem(student, quant, activations=True)
     fixed = {key: bits for key, bits in problem.as_given.items() if key not in problem.free}
     assert sorted(fixed.values()) == [5, 7, 7, 8, 8]
     assert {("weight", "conv1"), ("weight", "linear")} < set(fixed)
-    only_weights = WidthProblem(student, quant, activations=False)
+    only_weights = MixedPrecisionProblem(student, quant, activations=False)
     assert {role for role, _ in only_weights.free} == {"weight"}
 
 
@@ -149,23 +148,25 @@ def test_layers_that_are_called_twice(points: str, ends: dict[str, int]) -> None
     def build(quant: QuantConfig) -> Student:
         return quantize_model(
             teacher,
-            weight_bits=4,
-            act_bits=4,
-            act_points=quant.act_points,
-            first_bits=quant.first_bits,
-            last_bits=quant.last_bits,
-            layer_weight_bits=quant.layer_weight_bits,
-            layer_act_bits=quant.layer_act_bits,
+            QuantConfig(
+                weight_bits=4,
+                act_bits=4,
+                act_points=quant.act_points,
+                first_bits=quant.first_bits,
+                last_bits=quant.last_bits,
+                layer_weight_bits=quant.layer_weight_bits,
+                layer_act_bits=quant.layer_act_bits,
+            ),
         )
 
     student = build(quant)
-    problem = WidthProblem(student, quant, activations=True)
+    problem = MixedPrecisionProblem(student, quant, activations=True)
     losses = {key: {b: (1 + i % 3) * 4.0**-b for b in WIDTHS} for i, key in enumerate(problem.as_given)}
     limits = [problem.bytes_limit(None), problem.bitops_limit(None)]
     assert limits[1].most == student.bitops
-    chosen = choose_widths(problem.options(losses, WIDTHS), limits, problem.alike)
-    made = build(problem.with_widths(chosen))
-    assert WidthProblem(made, quant, activations=True).as_given == chosen
+    chosen = choose_bits(problem.options(losses, WIDTHS), limits, problem.tied)
+    made = build(problem.with_bits(chosen))
+    assert MixedPrecisionProblem(made, quant, activations=True).as_given == chosen
     assert made.bitops <= student.bitops
     if "last_bits" in ends:
         assert chosen["weight", "shared"] == 8 and ("weight", "beside") in problem.free
@@ -179,10 +180,10 @@ def _words(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder that `synq widths` makes for the bundled teacher."""
-    folder = tmp_path_factory.mktemp("widths")
-    assert run(["widths", "bundled:digits_resnet8", "--candidates", "3", "4", "6", *_words(folder)]) == 0
-    (made,) = folder.glob("run-widths-*")
+    """Folder that `synq mixed-precision` makes for the bundled teacher."""
+    folder = tmp_path_factory.mktemp("mixed-precision")
+    assert run(["mixed-precision", "bundled:digits_resnet8", "--candidates", "3", "4", "6", *_words(folder)]) == 0
+    (made,) = folder.glob("run-mixed-precision-*")
     return made
 
 
@@ -205,7 +206,7 @@ def test_activations_are_chosen_within_the_bit_operations(
 ) -> None:
     words = ["--candidates", "3", "4", "6", "--quant.act_points", points, *_words(found.parent)]
     words += ["--runtime.precision", "fp64"] if points == "inputs" else []
-    assert run(["widths", "bundled:digits_resnet8", "--activations", *words]) == 0
+    assert run(["mixed-precision", "bundled:digits_resnet8", "--activations", *words]) == 0
     out = capsys.readouterr().out
     config = config_from_dict(RunConfig, json.loads(Path(out.split()[-1]).read_text()))
     assert len({*config.quant.layer_act_bits.values()}) > 1
@@ -228,12 +229,21 @@ def test_activations_are_chosen_within_the_bit_operations(
     ],
 )
 def test_bad_words_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["widths", *words]) == 2
+    assert run(["mixed-precision", *words]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_widths_that_are_named_stay_and_count(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    again = ["widths", "--config", str(found / "settings.json"), "--max-bytes", "inf", "--candidates", "3", "8"]
+    again = [
+        "mixed-precision",
+        "--config",
+        str(found / "settings.json"),
+        "--max-bytes",
+        "inf",
+        "--candidates",
+        "3",
+        "8",
+    ]
     named = ["--quant.layer_weight_bits", "conv1=5,stage1_0_conv1=6", "--quant.last_bits", "7"]
     assert run([*again, *named, "--max-bitops", "1e99"]) == 0
     out = capsys.readouterr().out
@@ -248,7 +258,7 @@ def test_widths_that_are_named_stay_and_count(found: Path, capsys: pytest.Captur
 
 def test_activations_alone_can_be_chosen(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", str(found / "settings.json"), "--quant.layer_weight_bits", "*=4", "--candidates", "3", "8"]
-    assert run(["widths", "--activations", *words]) == 0
+    assert run(["mixed-precision", "--activations", *words]) == 0
     config = config_from_dict(RunConfig, json.loads(Path(capsys.readouterr().out.split()[-1]).read_text()))
     assert config.quant.layer_weight_bits == {"*": 4} and {*config.quant.layer_act_bits.values()} == {3, 8}
 
@@ -256,7 +266,7 @@ def test_activations_alone_can_be_chosen(found: Path, capsys: pytest.CaptureFixt
 def test_limits_that_cannot_be_met_are_refused_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["widths", "bundled:digits_resnet8", "--candidates", "8", *_words(tmp_path)]) == 2
+    assert run(["mixed-precision", "bundled:digits_resnet8", "--candidates", "8", *_words(tmp_path)]) == 2
     assert "`max-bytes` must be at least" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
@@ -264,11 +274,11 @@ def test_limits_that_cannot_be_met_are_refused_before_any_work(
     ("words", "message"),
     [
         (["--quant.layer_weight_bits", "none", "--max-bytes", "100"], "`max-bytes` must be at least"),
-        ([], "`quant` must leave a width to be chosen"),
+        ([], "`quant` must leave a bit-width to be chosen"),
     ],
 )
 def test_what_leaves_no_choice_is_one_line(
     found: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["widths", "--config", str(found / "settings.json"), *words]) == 2
+    assert run(["mixed-precision", "--config", str(found / "settings.json"), *words]) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Families of the model libraries: each can be traced and rounded at both rules, and each is itself without its rounding."""
+"""Model families: each can be traced and quantized under both rules, and computes the same without its rounding."""
 
 import copy
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from synq.config.run import QuantConfig
 from synq.network.cam_site import locate_cam
 from synq.network.tracing import trace_classifier
 from synq.quant.student import quantize_model
@@ -50,11 +51,13 @@ def test_family(build: Callable[[str], Any], name: str, cam: str) -> None:
     noise = torch.randn(2, *size)
     with torch.no_grad():
         assert torch.allclose(traced(noise), module(noise), atol=1e-5)
-    site = locate_cam(traced)
-    assert site.kind == cam
+    location = locate_cam(traced)
+    assert location.kind == cam
     layers = sum(isinstance(part, nn.Conv2d | nn.Linear) for part in module.modules())
     for act_points in ("relu", "inputs"):
-        student = quantize_model(traced, weight_bits=4, act_bits=4, act_points=act_points, cam_node=site.node)
+        student = quantize_model(
+            traced, QuantConfig(weight_bits=4, act_bits=4, act_points=act_points), cam_node=location.node
+        )
         weights = [row for row in student.rows if row.role == "weight"]
         assert len(weights) == layers and {row.bits for row in weights} == {4}
         assert student.bitops > 0 and student.cam_node

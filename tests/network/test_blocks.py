@@ -44,7 +44,7 @@ def test_branches_hold_no_cut() -> None:
 
 
 def part(traced: fx.GraphModule, nodes: list[fx.Node], last: fx.Node, cut: fx.Node | None = None) -> fx.GraphModule:
-    """The network of ``nodes`` up to ``last``; ``cut`` is its input. Fails where a node reads another tensor."""
+    """Return the network of ``nodes`` up to ``last`` with the input ``cut``; fails if a node reads another tensor."""
     graph = fx.Graph()
     values = {} if cut is None else {cut: graph.placeholder("cut")}
     for node in nodes:
@@ -55,15 +55,15 @@ def part(traced: fx.GraphModule, nodes: list[fx.Node], last: fx.Node, cut: fx.No
     return fx.GraphModule(traced, graph)
 
 
-def test_every_cut_carries_the_whole_network() -> None:
-    """From the tensor at a cut alone the rest of the graph computes the logits."""
+def test_every_cut_is_the_only_input_of_the_rest() -> None:
+    """The rest of the graph computes the logits from the tensor at a cut alone."""
     traced = trace_classifier(Branched(), (3, 8, 8))
     images = torch.randn(2, 3, 8, 8)
     nodes = [node for node in traced.graph.nodes if node.op != "output"]
     for cut in cut_nodes(traced):
-        behind = nodes[nodes.index(cut) + 1 :]
+        rest = nodes[nodes.index(cut) + 1 :]
         middle = part(traced, nodes, cut)(images)
-        logits = part(traced, behind, nodes[-1], cut)(middle) if behind else middle
+        logits = part(traced, rest, nodes[-1], cut)(middle) if rest else middle
         torch.testing.assert_close(logits, traced(images))
 
 

@@ -1,4 +1,4 @@
-"""Batch-norm statistics: values and gradients against slow twins, hooks, pooling."""
+"""Batch-norm statistics: values and gradients against slow reference functions, hooks, pooling."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def _net() -> nn.Sequential:
 
 
 def _num_hooks(module: nn.Module) -> int:
-    """Hooks, and forwards that were put in place of a layer's own."""
+    """Hooks, and instance attributes that replace a layer's forward."""
     hooks = sum(len(part._forward_pre_hooks) + len(part._forward_hooks) for part in module.modules())
     return hooks + sum("forward" in vars(part) for part in module.modules())
 
@@ -59,7 +59,7 @@ def test_moments_of_many_values_in_either_layout(offset: float) -> None:
 
 @pytest.mark.parametrize("shape", [(16, 3, 112, 112), (3, 2, 224, 224)])
 def test_sums_over_large_images_keep_their_digits(shape: tuple[int, ...]) -> None:
-    """One kernel of PyTorch adds value after value: over a whole batch at once its variance is 1e-3 too small."""
+    """One of PyTorch's kernels sums sequentially: over a whole batch at once its variance is 1e-3 too small."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).relu() + 0.1
     wanted = x.double().numpy()
     mean, variance = channel_moments(x.contiguous(memory_format=torch.channels_last))
@@ -151,7 +151,7 @@ def test_collects_the_input_of_each_layer() -> None:
     assert list(found) == ["1", "4"] and found["4"].eps == 1e-3
 
 
-def test_no_hook_stays_behind() -> None:  # trap 5
+def test_no_hook_remains() -> None:  # trap 5
     net, x = _net(), torch.randn(2, 2, 8, 8)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with BatchNormInputs(net):
@@ -202,7 +202,7 @@ def test_bns_loss_in_numbers() -> None:
     found, goal = {"a": _statistics([0, 0], [1, 4])}, {"a": _statistics([1, 0], [1, 1])}
     assert bns_loss(found, goal, "std_sum").item() == pytest.approx(2)
     assert bns_loss(found, goal, "var_mean").item() == pytest.approx(5)
-    # The mean over layers, whatever their widths; layers that only one side has do not count.
+    # The mean over layers, whatever their numbers of channels; layers that only one side has do not count.
     found |= {"b": _statistics([0], [1]), "only here": _statistics([9], [9])}
     goal |= {"b": _statistics([3], [1]), "only there": _statistics([9], [9])}
     assert bns_loss(found, goal, "std_sum").item() == pytest.approx((2 + 9) / 2)

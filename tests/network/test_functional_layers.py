@@ -1,4 +1,4 @@
-"""Layers that are called as functions: which become layers, and what holds for them then."""
+"""Functional calls that are rewritten as layers, and what the other stages do with these layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from synq.network.tracing import batchnorm_parameters, node_module, operation_name, trace_classifier
+from synq.config.run import QuantConfig
+from synq.network.op_traits import node_module, operation_name
+from synq.network.tracing import batchnorm_parameters, trace_classifier
 from synq.quant.bn_correction import correct_statistics
 from synq.quant.equalization import equalize
 from synq.quant.integer_form import integer_form
@@ -18,7 +20,7 @@ SIZE = (3, 16, 16)
 
 
 class Normed(nn.BatchNorm2d):
-    """As timm writes it: an assertion, normalisation as a function, an activation inside the layer."""
+    """As timm writes it: an assertion, normalization as a function, an activation inside the layer."""
 
     def __init__(self, channels: int, **options: Any) -> None:
         super().__init__(channels, **options)
@@ -33,7 +35,7 @@ class Normed(nn.BatchNorm2d):
 
 
 class Body(nn.Module):
-    """A convolution, what `rest` makes of it, a mean and a classifier; `extra` are further modules."""
+    """A convolution, `rest`, a mean and a classifier; `extra` are more modules."""
 
     def __init__(self, rest: Callable[["Body", Tensor], Tensor], **extra: nn.Module) -> None:
         super().__init__()
@@ -85,7 +87,11 @@ def trainable(normed: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "how", ["own statistics", "two modules", "other eps", "flat", "with and without", "a layer without", "frozen", "trainable"]
+    "how",
+    [
+        *("own statistics", "two modules", "other eps", "flat", "with and without", "a layer without"),
+        *("frozen", "trainable"),
+    ],
 )  # fmt: skip
 def test_what_is_no_plain_batch_norm_stays_a_call(how: str) -> None:
     normed, other, plain = Normed(6), Normed(6), nn.BatchNorm2d(6)
@@ -140,7 +146,7 @@ def parts() -> tuple[fx.GraphModule, fx.GraphModule, Tensor]:
 
     net = Body(rest, first=Normed(6), conv2=nn.Conv2d(6, 6, 3), second=Normed(6))
     traced, images = trace_classifier(net.requires_grad_(False), SIZE), torch.randn(32, *SIZE)
-    student = quantize_model(traced, weight_bits=4, act_bits=4, act_points="inputs").net
+    student = quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4, act_points="inputs")).net
     observe_ranges(student, images, act_range="mse")
     return traced, student, images
 
@@ -170,7 +176,7 @@ def test_they_are_corrected_equalized_and_exported_like_any_other(
 
 
 class Scaled(nn.Conv2d):
-    """A convolution as a function, behind a padding of its own."""
+    """A functional convolution after a separate padding."""
 
     def __init__(self, *sizes: int, **options: Any) -> None:
         super().__init__(*sizes, **options)
@@ -182,7 +188,7 @@ class Scaled(nn.Conv2d):
 
 
 class Product(nn.Module):
-    """A linear layer written by hand, over channels that stand last."""
+    """A functional linear layer on the last axis."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +212,7 @@ def test_a_product_as_a_function_is_a_layer_and_goes_all_the_way(made: Callable[
     traced, images = trace_classifier(net.requires_grad_(False), SIZE), torch.randn(16, *SIZE)
     assert type(traced.get_submodule("part")) is kind and torch.equal(traced(images), net(images))
     assert traced.state_dict().keys() == net.state_dict().keys()
-    student = quantize_model(traced, weight_bits=4, act_bits=4, act_points="inputs")
+    student = quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4, act_points="inputs"))
     observe_ranges(student.net, images, act_range="mse")
     assert [row.name for row in student.rows if row.role == "weight"] == ["conv", "part", "fc"]
     with torch.no_grad():
@@ -214,7 +220,7 @@ def test_a_product_as_a_function_is_a_layer_and_goes_all_the_way(made: Callable[
 
 
 @pytest.mark.parametrize("how", ["computed", "fixed", "twice", "scaled"])
-def test_what_is_no_plain_product_stays_a_call_and_is_refused(how: str) -> None:
+def test_what_is_no_plain_product_stays_a_call_and_is_rejected(how: str) -> None:
     def rest(net: Body, x: Tensor) -> Tensor:
         part: Any = net.part
         if how == "computed":
@@ -234,7 +240,7 @@ def test_what_is_no_plain_product_stays_a_call_and_is_refused(how: str) -> None:
     x = torch.randn(2, *SIZE)
     assert torch.equal(traced(x), net(x))
     with pytest.raises(ValueError, match=r"node 'conv2d(_1)?' is conv2d: its tensors would stay float"):
-        quantize_model(traced, weight_bits=4, act_bits=4)
+        quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4))
 
 
 def test_a_product_of_weights_alone_is_no_layer() -> None:
@@ -249,7 +255,9 @@ def test_a_product_of_weights_alone_is_no_layer() -> None:
     net = Body(lambda net, x: net.part(x), part=Table())  # type: ignore[operator]
     traced, x = trace_classifier(net.requires_grad_(False), SIZE), torch.randn(3, *SIZE)
     assert torch.equal(traced(x), net(x)) and any(node.target is F.linear for node in traced.graph.nodes)
-    assert [row.name for row in quantize_model(traced, weight_bits=4, act_bits=4).rows if row.role == "weight"] == [
+    assert [
+        row.name for row in quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4)).rows if row.role == "weight"
+    ] == [
         "conv",
         "fc",
     ]
@@ -262,5 +270,5 @@ def test_modules_below_a_layer_stay_only_where_they_are_called() -> None:
             self.spare = nn.Linear(3, 3)
 
     net = Body(lambda net, x: net.part(x), part=Spare())  # type: ignore[operator]
-    student = quantize_model(trace_classifier(net.requires_grad_(False), SIZE), weight_bits=4, act_bits=4)
+    student = quantize_model(trace_classifier(net.requires_grad_(False), SIZE), QuantConfig(weight_bits=4, act_bits=4))
     assert not any("spare" in name for name in student.net.state_dict())

@@ -35,7 +35,7 @@ def test_closed_form_is_grad_cam(pool: int, height: int, width: int) -> None:
 
 
 def test_autograd_weights_against_finite_differences() -> None:
-    # A head with a non-linearity behind the pool, where the closed form does not hold.
+    # A head with a non-linearity after the pool, where the closed form does not hold.
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8), nn.Hardswish(), nn.Linear(8, 4)
@@ -97,13 +97,13 @@ def test_flat_maps_give_finite_loss_and_gradient(level: float, dtype: torch.dtyp
 
 
 def test_maps_are_raw() -> None:
-    # A teacher twice as bright is another map. Normalised maps would call the two equal.
+    # A teacher twice as bright is another map. Normalized maps would call the two equal.
     features, alpha = randn(2, 3, 4, 4).abs(), torch.ones(2, 3, dtype=torch.float64)
     got = cam_loss(cam_map(2 * features, alpha), cam_map(features, alpha))
     torch.testing.assert_close(got, cam_map(features, alpha).square().sum(dim=(1, 2)))
 
 
-def test_closed_form_refuses_a_layer_of_another_size() -> None:
+def test_closed_form_rejects_a_layer_of_another_size() -> None:
     # MobileNetV2-like slip: the classifier's own width in place of the features'.
     with pytest.raises(ValueError, match=r"num_channels \* pool_cells = 6 \* 4, but got 6"):
         closed_form_weights(torch.zeros(5, 6), torch.tensor([0]), 6, 4, 64)
@@ -128,7 +128,7 @@ def test_the_three_methods_by_hand() -> None:
 
 
 @pytest.mark.parametrize("method", ["gradcam", "gradcam++", "cam"])
-def test_one_number_a_channel_stands_for_a_constant_gradient(method: Literal["gradcam", "gradcam++", "cam"]) -> None:
+def test_one_number_per_channel_is_a_constant_gradient(method: Literal["gradcam", "gradcam++", "cam"]) -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.rand(3, 5, 4, 6, generator=generator)
     gradient = torch.randn(3, 5, 1, 1, generator=generator)

@@ -1,4 +1,4 @@
-"""Networks whose code asks how large a feature is: traced beside real tensors, and only where names alone do not do."""
+"""Networks whose code reads the size of a feature: traced with real tensors, and only if symbolic tracing fails."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synq.config.run import TeacherConfig
+from synq.config.run import QuantConfig, TeacherConfig
 from synq.network.tracers import LayerTracer, SizedTracer
 from synq.network.tracing import trace_classifier
 from synq.quant.student import observe_ranges, quantize_model
@@ -19,7 +19,7 @@ SIZE = (3, 15, 12)
 
 
 class SamePadded(nn.Conv2d):
-    """TensorFlow's padding: as much as the size needs, more on the right."""
+    """Convolution with TensorFlow's "same" padding, which depends on the input size."""
 
     def forward(self, x: Tensor) -> Tensor:
         pads = []
@@ -48,7 +48,7 @@ def shuffled(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("rest", [lambda x: x, shuffled])
-def test_sizes_are_numbers_and_the_number_of_images_stays_open(rest: Callable[[Tensor], Tensor]) -> None:
+def test_sizes_are_numbers_and_the_number_of_images_stays_symbolic(rest: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     net = Net(rest).eval()
     with pytest.raises(Exception, match=r"control flow|Proxy object"):
@@ -58,7 +58,7 @@ def test_sizes_are_numbers_and_the_number_of_images_stays_open(rest: Callable[[T
     for count in (1, 2, 7):
         x = torch.randn(count, *SIZE)
         assert torch.equal(traced(x), net(x))
-    student = quantize_model(traced, weight_bits=8, act_bits=8).net
+    student = quantize_model(traced, QuantConfig(weight_bits=8, act_bits=8)).net
     x = torch.randn(16, *SIZE)
     observe_ranges(student, x, act_range="minmax")
     with torch.no_grad():
@@ -73,12 +73,12 @@ def test_sizes_are_numbers_and_the_number_of_images_stays_open(rest: Callable[[T
         lambda x: x * float(x.mean()),
     ],
 )
-def test_what_hangs_on_values_or_the_number_of_images_is_refused(rest: Callable[[Tensor], Tensor]) -> None:
+def test_dependence_on_values_or_on_the_number_of_images_is_rejected(rest: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(ValueError, match=r"traceable by torch.fx"):
         trace_classifier(Net(rest).eval(), SIZE)
 
 
-def test_a_number_of_images_that_got_into_the_graph_is_refused(tmp_path: Path) -> None:
+def test_a_graph_with_a_fixed_number_of_images_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "moved.py"
     path.write_text(
         "import torch\nfrom torch import nn\n"
@@ -86,10 +86,11 @@ def test_a_number_of_images_that_got_into_the_graph_is_refused(tmp_path: Path) -
         "    def __init__(self):\n        super().__init__()\n"
         "        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)\n"
         "    def forward(self, x):\n        y = torch.relu(self.bn(self.conv(x))).flatten(2).permute(2, 0, 1)\n"
-        "        length, count, channels = y.shape\n        if channels > 1:\n            y = y.reshape(length, count, channels)\n        y = y.mean(0)\n        return self.fc(y)\n"
+        "        length, count, channels = y.shape\n        if channels > 1:\n"
+        "            y = y.reshape(length, count, channels)\n        y = y.mean(0)\n        return self.fc(y)\n"
     )
     facts = {"weights": "random", "input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    with pytest.raises(ValueError, match="must compute any number of images alike"):
+    with pytest.raises(ValueError, match="must accept any batch size"):
         load_teacher(TeacherConfig(spec=f"{path}:Moved", **facts))  # type: ignore[arg-type]
 
 

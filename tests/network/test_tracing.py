@@ -1,4 +1,4 @@
-"""The graph of a classifier, and where its class-activation map is taken."""
+"""Tracing of a classifier, and the location of its class activation map."""
 
 import copy
 from collections.abc import Callable
@@ -17,7 +17,7 @@ SIZE = (3, 16, 16)
 
 
 class Functional(nn.Module):
-    """Activations as functions, methods and in-place operators; a residual that reads what was overwritten."""
+    """Activations as functions, methods and in-place operators; the shortcut reads an overwritten tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Functional(nn.Module):
 
 
 class Head(nn.Module):
-    """A backbone with a head given from outside."""
+    """A backbone with the given head."""
 
     def __init__(self, head: nn.Module, channels: int = 6) -> None:
         super().__init__()
@@ -111,15 +111,15 @@ def test_no_in_place_operation_is_left_and_later_readers_see_the_result() -> Non
 
 
 @pytest.mark.parametrize("name", list(heads()))
-def test_cam_site_by_structure(name: str) -> None:
+def test_cam_location_by_structure(name: str) -> None:
     head, kind, cells = heads()[name]
     torch.manual_seed(0)
     traced = trace_classifier(Head(head), SIZE)
-    site = locate_cam(traced)
-    assert (site.kind, site.node) == (kind, "relu")
-    assert (site.channels, site.height, site.width) == (6, 8, 8)
+    location = locate_cam(traced)
+    assert (location.kind, location.node) == (kind, "relu")
+    assert (location.channels, location.height, location.width) == (6, 8, 8)
     if kind == "closed_form":
-        assert site.cells == cells
+        assert location.cells == cells
 
 
 @pytest.mark.parametrize("name", ["global pool", "2x2 pool", "no pool", "1x1 conv classifier"])
@@ -127,22 +127,22 @@ def test_closed_form_equals_autograd_grad_cam(name: str) -> None:
     torch.manual_seed(1)
     net = Head(heads()[name][0]).double()
     traced = trace_classifier(net, SIZE)
-    site = locate_cam(traced)
-    tapped = with_features(traced, site.node)
+    location = locate_cam(traced)
+    tapped = with_features(traced, location.node)
     x, labels = torch.randn(4, *SIZE, dtype=torch.float64), torch.tensor([0, 3, 1, 4])
     logits, features = tapped(x)
     slow = cam_map(features, autograd_weights(logits, features, labels, retain_graph=False))
-    weight = traced.get_submodule(site.linear).weight.flatten(1)
-    fast = cam_map(features, closed_form_weights(weight, labels, site.channels, site.cells, 64))
+    weight = traced.get_submodule(location.linear).weight.flatten(1)
+    fast = cam_map(features, closed_form_weights(weight, labels, location.channels, location.cells, 64))
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
     assert slow.max() > 0
 
 
-def test_last_convolution_that_is_the_classifier_is_not_the_cam_site() -> None:
+def test_last_convolution_that_is_the_classifier_is_not_the_cam_location() -> None:
     """Trap: "the last conv" of MobileNetV2 is its 1x1 classifier."""
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 5, 1), nn.Flatten())
-    site = locate_cam(trace_classifier(Head(head), SIZE))
-    assert site.node == "relu" and site.height * site.width == 64
+    location = locate_cam(trace_classifier(Head(head), SIZE))
+    assert location.node == "relu" and location.height * location.width == 64
 
 
 def test_no_spatial_feature_means_no_cam() -> None:
@@ -154,14 +154,14 @@ def test_no_spatial_feature_means_no_cam() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(x.flatten(1))
 
-    site = locate_cam(trace_classifier(Vector(), SIZE))
-    assert site.kind == "none" and "no spatial feature" in site.reason
+    location = locate_cam(trace_classifier(Vector(), SIZE))
+    assert location.kind == "none" and "no spatial feature" in location.reason
 
 
 def test_override_names_another_layer_and_is_checked() -> None:
     traced = trace_classifier(Head(heads()["global pool"][0]), SIZE)
-    site = locate_cam(traced, "conv")
-    assert (site.node, site.kind) == ("conv", "autograd")
+    location = locate_cam(traced, "conv")
+    assert (location.node, location.kind) == ("conv", "autograd")
     with pytest.raises(ValueError, match=r"teacher.cam_layer must name a node .* got 'layer9'"):
         locate_cam(traced, "layer9")
 
@@ -200,14 +200,14 @@ def test_feature_tap_opens_a_graph_only_where_none_is() -> None:
         (lambda self, x: x @ torch.ones(3, 3), "failed on them"),
     ],
 )
-def test_refusals_say_what_is_wrong(forward: object, message: str) -> None:
+def test_rejections_name_the_cause(forward: object, message: str) -> None:
     odd = type("Odd", (nn.Module,), {"forward": forward})()
     with pytest.raises(ValueError, match=message):
         trace_classifier(odd, SIZE)
 
 
 class Body(nn.Module):
-    """Convolution and BatchNorm, then what `rest` makes of it, a mean and a classifier; `extra` are further modules."""
+    """Convolution and BatchNorm, then `rest`, a mean and a classifier; `extra` are more modules."""
 
     def __init__(self, rest: Callable[["Body", Tensor], Tensor], **extra: nn.Module) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ def test_what_the_logits_do_not_read_is_left_out() -> None:
     assert not [node for node in traced.graph.nodes if str(node.target) == "aux"]
 
 
-def test_hooks_on_layers_are_refused_by_name() -> None:
+def test_hooks_on_layers_are_rejected_by_name() -> None:
     net = Body(lambda net, x: x)
     net.conv.register_forward_hook(lambda module, args, out: 2 * out)
     with pytest.raises(ValueError, match=r"layer 'conv' \(Conv2d\) carries a forward hook"):
@@ -273,14 +273,14 @@ def test_hooks_on_layers_are_refused_by_name() -> None:
         lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
     ],
 )
-def test_computed_weights_are_refused_by_name(wrap: Callable[[nn.Module], nn.Module]) -> None:
+def test_computed_weights_are_rejected_by_name(wrap: Callable[[nn.Module], nn.Module]) -> None:
     net = Body(lambda net, x: x)
     net.fc = wrap(net.fc)
     with pytest.raises(ValueError, match=r"the weight of layer 'fc' is computed .* remove the parametrization first"):
         trace_classifier(net, SIZE)
 
 
-def test_override_off_the_way_to_the_logits_is_refused() -> None:
+def test_override_off_the_path_to_the_logits_is_rejected() -> None:
     def with_side(net: Body, x: Tensor) -> Tensor:
         torch._assert(net.side(x).sum() > -1e9, "kept by an assertion only")  # type: ignore[operator]
         return x.relu()

@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from support.small_nets import NETS, SIZE, images, rounded, trained
-from synq.network.tracing import node_module, trace_classifier
+from synq.network.op_traits import node_module
+from synq.network.tracing import trace_classifier
 from synq.quant.bn_correction import LARGEST_RATIO, correct_layers, correct_statistics, correctable
-from synq.quant.keep_best import answers, mean_kl
+from synq.quant.keep_best import logits_of, mean_kl
 from synq.quant.student import observe_ranges
 
 Moments = tuple[Tensor, Tensor]
@@ -201,7 +202,7 @@ def test_correction_is_kept_where_it_helps_and_the_teacher_is_untouched() -> Non
     assert report["kept"] != "none" and report["batch_norms"] == 4 and report["biases"] == 1
     assert report["kl"][report["kept"]] == min(report["kl"].values()) < 0.7 * report["kl"]["none"]
     fresh = images(64, seed=9)  # neither measured nor judged on
-    wanted = answers(traced, fresh)
+    wanted = logits_of(traced, fresh)
     assert mean_kl(wanted, student.net, fresh) < 0.8 * mean_kl(wanted, alone.net, fresh)
     again = rounded(traced, 3, images(64))
     assert correct_statistics(again.net, traced, images(64), batch_size=10) == report
@@ -227,7 +228,7 @@ def test_processes_follow_the_synchronized_metrics() -> None:
     traced = trained(NETS["depthwise"][0]())
     student = rounded(traced, 3, images(64))
     told: Callable[[dict[str, float]], dict[str, float]] = lambda own: {**own, "none": -1.0}  # noqa: E731
-    report = correct_statistics(student.net, traced, images(64), agree=told)
+    report = correct_statistics(student.net, traced, images(64), synchronize=told)
     alone = rounded(traced, 3, images(64)).net.state_dict()
     assert report["kept"] == "none" and report["kl"]["none"] == -1.0
     assert all(torch.equal(value, alone[key]) for key, value in student.net.state_dict().items())

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from support.small_nets import NETS, SIZE, images, rounded, trained
-from synq.network.tracing import node_module, trace_classifier
+from synq.config.run import QuantConfig
+from synq.network.op_traits import node_module
+from synq.network.tracing import trace_classifier
 from synq.quant.equalization import (
     LARGEST,
     channel_ranges,
@@ -20,7 +22,7 @@ from synq.quant.equalization import (
     scale_pair,
     weight_ranges,
 )
-from synq.quant.keep_best import answers, mean_kl
+from synq.quant.keep_best import logits_of, mean_kl
 from synq.quant.layers import ActQuantizer, quantizers_bypassed
 from synq.quant.student import observe_ranges, quantize_model
 
@@ -71,7 +73,7 @@ def test_any_scales_leave_the_function_as_it_is(name: str) -> None:
 def test_an_equalised_student_is_the_teacher_up_to_rounding(name: str, act_points: Literal["relu", "inputs"]) -> None:
     traced = trained(NETS[name][0]())
     before = {key: value.clone() for key, value in traced.state_dict().items()}
-    student = quantize_model(traced, weight_bits=3, act_bits=3, act_points=act_points)
+    student = quantize_model(traced, QuantConfig(weight_bits=3, act_bits=3, act_points=act_points))
     reference, report = equalize(student.net, traced, images(64), observe)
     assert all(torch.equal(value, before[key]) for key, value in traced.state_dict().items()), "the teacher was touched"
     assert report["kl"][report["kept"]] == min(report["kl"].values()) and set(report["kl"]) == {"none", "0.5", "1.0"}
@@ -80,7 +82,7 @@ def test_an_equalised_student_is_the_teacher_up_to_rounding(name: str, act_point
         torch.testing.assert_close(student.net(x), traced(x), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(reference(x), traced(x), rtol=1e-10, atol=1e-10)
     assert (reference is traced) == (report["kept"] == "none")
-    wanted = answers(traced, images(64))
+    wanted = logits_of(traced, images(64))
     assert mean_kl(wanted, student.net, images(64)) == report["kl"][report["kept"]], (
         "the ranges are those of the choice"
     )
@@ -117,7 +119,7 @@ def test_the_reference_has_the_students_channels() -> None:
 def test_a_planted_imbalance_is_repaired(name: str) -> None:
     traced = trained(NETS[name][0]())
     producer, consumer, _ = {"residual": ("bn2", "conv3", ""), "depthwise": ("4", "6", "")}.get(name, NETS[name][1][0])
-    even = mean_kl(answers(traced, images(64)), rounded(traced, observed=images(64)).net, images(64))
+    even = mean_kl(logits_of(traced, images(64)), rounded(traced, observed=images(64)).net, images(64))
     plant(traced, producer, consumer, 1, 100.0)
     student = rounded(traced)
     _, report = equalize(student.net, traced, images(64), observe)
@@ -312,7 +314,7 @@ def test_equalisation_is_kept_only_where_kl_falls() -> None:
         traced = trained(NETS["pooled"][0](), seed)
         student = rounded(traced, 8)
         _, report = equalize(student.net, traced, images(64), observe)
-        wanted = answers(traced, images(64))
+        wanted = logits_of(traced, images(64))
         alone = mean_kl(wanted, rounded(traced, 8, images(64)).net, images(64))
         assert report["kl"]["none"] == alone >= mean_kl(wanted, student.net, images(64))
         chosen.add(report["kept"])

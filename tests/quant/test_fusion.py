@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from synq.config.run import QuantConfig
 from synq.network.tracing import trace_classifier, with_features
 from synq.quant.fake_quant import fake_quantize, fake_quantize_rectified
 from synq.quant.fusion import RectifiedQuantizer, fuse_rectified
@@ -36,7 +37,7 @@ class Mixed(nn.Module):
 def test_a_joined_network_is_the_network(act_points: str, layout: torch.memory_format) -> None:
     torch.manual_seed(0)
     traced = trace_classifier(Mixed(), (3, 8, 8))
-    student = quantize_model(traced, weight_bits=4, act_bits=3, act_points=act_points)  # type: ignore[arg-type]
+    student = quantize_model(traced, QuantConfig(weight_bits=4, act_bits=3, act_points=act_points))  # type: ignore[arg-type]
     images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     observe_ranges(student.net, images, act_range="mse")
     node = next(node.name for node in student.net.graph.nodes if node.op == "placeholder")
@@ -58,7 +59,7 @@ def test_a_joined_network_is_the_network(act_points: str, layout: torch.memory_f
 
 
 def test_what_may_not_be_joined_stays() -> None:
-    student = quantize_model(trace_classifier(Mixed(), (3, 8, 8)), weight_bits=4, act_bits=4)
+    student = quantize_model(trace_classifier(Mixed(), (3, 8, 8)), QuantConfig(weight_bits=4, act_bits=4))
     node = next(node.name for node in student.net.graph.nodes if node.op == "placeholder")
     assert fuse_rectified(with_features(student.net, node)) == 0, "no range is known yet"
     for module in student.net.modules():
@@ -85,7 +86,7 @@ def test_joined_function_at_every_edge(bits: int) -> None:
 
 
 def test_other_number_formats_and_compilers_take_the_two_steps() -> None:
-    student = quantize_model(trace_classifier(Mixed(), (3, 8, 8)), weight_bits=4, act_bits=4)
+    student = quantize_model(trace_classifier(Mixed(), (3, 8, 8)), QuantConfig(weight_bits=4, act_bits=4))
     observe_ranges(student.net, torch.randn(4, 3, 8, 8), act_range="minmax")
     node = next(node.name for node in student.net.graph.nodes if node.op == "placeholder")
     joined = with_features(student.net, node)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from support.integer_students import images, student
 from support.small_nets import SIZE, Dense, Residual, depthwise, plain
+from synq.config.run import QuantConfig
 from synq.export.packed import load_packed, read_packed, save_packed
 from synq.network.tracing import trace_classifier
 from synq.quant.integer_form import codes_of, integer_form
@@ -139,7 +140,7 @@ def test_a_batch_norm_without_statistics_stays() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.AdaptiveAvgPool2d(1))
     net.extend([nn.Flatten(), nn.Linear(4, 5)])
     traced = trace_classifier(net.eval().requires_grad_(False), SIZE)
-    made = quantize_model(traced, weight_bits=4, act_bits=4)
+    made = quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4))
     observe_ranges(made.net, images(), act_range="minmax")
     form = integer_form(made.net)
     assert isinstance(form.get_submodule("1"), nn.BatchNorm2d) and near(form(images()), made.net(images()))

@@ -16,11 +16,10 @@ from synq.config.parsing import config_to_dict
 from synq.config.run import QuantConfig, RunConfig, TeacherConfig, config_digest, config_from_dict, with_overrides
 from synq.export.load import load_student
 from synq.export.packed import load_packed, save_packed
-from synq.mixed_precision.problem import WidthProblem
+from synq.mixed_precision.problem import MixedPrecisionProblem
 from synq.network.tracing import trace_classifier
-from synq.pipeline import build_student
 from synq.quant.integer_form import integer_form
-from synq.quant.student import Student, observe_ranges, quantize_model
+from synq.quant.student import Student, build_student, observe_ranges, quantize_model
 from synq.runs.record import RunRecord, read_record, summary_line, write_record
 from synq.sweeps.leaderboard.records import leaderboard_rows
 from synq.sweeps.leaderboard.views import protocol_of
@@ -62,7 +61,7 @@ class _Head(nn.Module):
 
 def _student(net: nn.Module, **options: object) -> Student:
     traced = trace_classifier(trained(net), SIZE)
-    return quantize_model(traced, weight_bits=3, act_bits=3, **options)  # type: ignore[arg-type]
+    return quantize_model(traced, QuantConfig(weight_bits=3, act_bits=3, **options))  # type: ignore[arg-type]
 
 
 def _activations(student: Student) -> dict[str, int]:
@@ -132,44 +131,40 @@ def test_it_can_be_left_as_the_rest_and_named() -> None:
 
 def test_its_width_is_no_choice_of_a_scan() -> None:
     quant = QuantConfig(weight_bits=3, act_bits=3, last_bits=8)
-    problem = WidthProblem(_student(Residual(), last_bits=8), quant, activations=True)
+    problem = MixedPrecisionProblem(_student(Residual(), last_bits=8), quant, activations=True)
     free = {name for role, name in problem.free if role == "activation"}
     assert free == {"relu", "relu_1"} and problem.as_given["activation", "relu_2"] == 8
 
 
-def test_older_runs_keep_their_digest_and_are_ranked_apart(tmp_path: Path) -> None:
-    """Until there was this setting, the activation before the last layer had the width of the rest."""
-    new = RunConfig(quant=QuantConfig(last_bits=8))
-    stored = config_to_dict(new)
-    del stored["quant"]["last_bits_for_input"]
-    write_record(tmp_path / "old.json", RunRecord(config=stored))
-    old = config_from_dict(RunConfig, read_record(tmp_path / "old.json").config)
-    assert not old.quant.last_bits_for_input and config_digest(old) != config_digest(new)
-    assert (old.quant.layer_label, new.quant.layer_label) == ("last_bits=weights_only", "")
-    for words in ({"quant.act_points": "inputs"}, {"quant.last_bits": None}, {"quant.last_bits": 4}):
-        narrow, wide = with_overrides(old, words), with_overrides(new, words)
-        assert config_digest(narrow) == config_digest(wide) and narrow.quant.layer_label == ""
-    # As in test_the_digest_is_fixed_for_ever, with the digest of the code before this setting.
-    of_that_day = {"augment": "flip_shift", "start": "white", "iterations": 200, "lr": 0.5}
-    settings: dict[str, object] = {f"synthesis.{name}": value for name, value in of_that_day.items()}
-    assert config_digest(with_overrides(old, settings | {"finetune.grad_clip_relative": None})) == "5f2bef598b718e5b"
+def test_runs_of_both_kinds_have_digests_and_labels_of_their_kind(tmp_path: Path) -> None:
+    wide = RunConfig(quant=QuantConfig(last_bits=8))
+    write_record(tmp_path / "narrow.json", RunRecord(config=config_to_dict(_narrow(wide))))
+    narrow = config_from_dict(RunConfig, read_record(tmp_path / "narrow.json").config)
+    assert not narrow.quant.last_bits_for_input and config_digest(narrow) != config_digest(wide)
+    assert (narrow.quant.layer_label, wide.quant.layer_label) == ("last_bits=weights_only", "")
+    for changes in ({"quant.act_points": "inputs"}, {"quant.last_bits": None}, {"quant.last_bits": 4}):
+        one, other = with_overrides(narrow, changes), with_overrides(wide, changes)
+        assert config_digest(one) == config_digest(other) and one.quant.layer_label == "", "inactive"
 
 
-def test_a_packed_file_from_before_the_setting_still_opens(tmp_path: Path) -> None:
+def _narrow(config: RunConfig) -> RunConfig:
+    return with_overrides(config, {"quant.last_bits_for_input": False})
+
+
+def test_a_packed_file_opens_as_the_kind_it_is(tmp_path: Path) -> None:
     teacher = load_teacher(TeacherConfig())
     quant = QuantConfig(last_bits=8, last_bits_for_input=False)
     student = build_student(teacher, quant)
     sample = torch.randn(4, *teacher.input_size)
     observe_ranges(student.net, sample, act_range="minmax")
     config = config_to_dict(RunConfig(quant=quant))
-    del config["quant"]["last_bits_for_input"]
     about = {"config": config, "input_size": list(teacher.input_size), "num_classes": teacher.num_classes}
     form = integer_form(student.net)
-    save_packed(tmp_path / "old.safetensors", form, about)
-    assert torch.equal(load_student(tmp_path / "old.safetensors")(sample), form(sample))
+    save_packed(tmp_path / "narrow.safetensors", form, about)
+    assert torch.equal(load_student(tmp_path / "narrow.safetensors")(sample), form(sample))
     wide = build_student(teacher, QuantConfig(last_bits=8)).net
     with pytest.raises(ValueError, match=r"relu_6', 4\) where .*relu_6', 8\) is wanted"):
-        load_packed(tmp_path / "old.safetensors", wide)
+        load_packed(tmp_path / "narrow.safetensors", wide)
 
 
 def test_a_search_over_widths_does_not_go_on_with_students_of_another_kind(tmp_path: Path) -> None:

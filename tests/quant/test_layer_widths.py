@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from synq.config.run import QuantConfig, RunConfig, TeacherConfig, config_digest, config_from_dict, config_to_dict
 from synq.network.tracing import trace_classifier
-from synq.pipeline import build_student
-from synq.quant.bit_patterns import WidthPatterns
-from synq.quant.student import Student, quantize_model
+from synq.quant.bit_patterns import BitPatterns
+from synq.quant.student import Student, build_student, quantize_model
 from synq.teacher.teacher import Teacher, load_teacher
-from synq.train import read_command_line
+from synq.train import command
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +41,15 @@ def bits_of(student: Student, role: str) -> dict[str, int]:
 def test_the_nearest_pattern_decides_whatever_the_order(
     widths: dict[str, int], name: str, expected: int | None
 ) -> None:
-    assert WidthPatterns(widths, "widths").width(name) == expected
-    assert WidthPatterns(dict(reversed(widths.items())), "widths").width(name) == expected
+    assert BitPatterns(widths, "widths").width(name) == expected
+    assert BitPatterns(dict(reversed(widths.items())), "widths").width(name) == expected
 
 
 def test_equally_specific_patterns_that_disagree_are_rejected() -> None:
     with pytest.raises(
         ValueError, match=r"one bit-width for 'ab', but the patterns '\*b' and 'a\*' are equally specific"
     ):
-        WidthPatterns({"a*": 5, "*b": 6}, "widths").width("ab")
+        BitPatterns({"a*": 5, "*b": 6}, "widths").width("ab")
 
 
 def test_weights_and_activations_of_single_layers(teacher: Teacher) -> None:
@@ -85,12 +84,12 @@ def test_layers_that_read_one_tensor_have_one_width_for_it() -> None:
 
     traced = trace_classifier(Fork(), (3, 8, 8))
     widths = {"weight_bits": 4, "act_bits": 4, "act_points": "inputs"}
-    same = quantize_model(traced, **widths, layer_act_bits={"a": 8, "b": 8})  # type: ignore[arg-type]
+    same = quantize_model(traced, QuantConfig(**widths, layer_act_bits={"a": 8, "b": 8}))  # type: ignore[arg-type]
     assert bits_of(same, "activation")["relu"] == 8
     with pytest.raises(
         ValueError, match="must say one width for layers that read the same tensor, but got 2 for b and 4 for a"
     ):
-        quantize_model(traced, **widths, layer_act_bits={"b": 2})  # type: ignore[arg-type]
+        quantize_model(traced, QuantConfig(**widths, layer_act_bits={"b": 2}))  # type: ignore[arg-type]
 
 
 def test_a_name_goes_before_first_and_last_bits(teacher: Teacher) -> None:
@@ -146,16 +145,16 @@ def test_words_tables_and_records_say_the_same() -> None:
         "equals": ["--quant.layer_weight_bits=features.0=8,head*=6"],
     }
     for words in spellings.values():
-        from_words, _ = read_command_line(words)
-        assert from_words == from_table and config_digest(from_words) == config_digest(from_table)
+        from_words = command.read(words)["config"]
+        assert from_words.quant == from_table.quant and config_digest(from_words) == config_digest(from_table)
     stored = config_to_dict(from_table)
     assert config_from_dict(RunConfig, stored) == from_table and stored["quant"]["layer_weight_bits"] == widths
     stored["quant"]["layer_weight_bits"].clear()
     assert from_table.quant.layer_weight_bits == widths, "nothing is shared"
-    assert read_command_line(["--quant.layer_weight_bits", "none"])[0] == RunConfig()
+    assert command.read(["--quant.layer_weight_bits", "none"])["config"] == command.read([])["config"]
     for words, message in ((["conv1"], "must be given as NAME=VALUE"), (["a=3", "a=4"], "must have no name twice")):
         with pytest.raises(ValueError, match=message):
-            read_command_line(["--quant.layer_weight_bits", *words])
+            command.read(["--quant.layer_weight_bits", *words])
 
 
 def test_runs_without_them_keep_their_digest_and_mixed_ones_are_protocol_b(tmp_path: Path) -> None:

@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from synq.config.run import FinetuneConfig
+from synq.config.run import FinetuneConfig, QuantConfig
 from synq.finetune.loop import finetune
-from synq.finetune.optimizers import SMALLEST_STEP, make_optimizer
+from synq.finetune.optimizers import make_optimizer
 from synq.finetune.responses import TappedNetwork
 from synq.network.cam_site import locate_cam
 from synq.network.tracing import trace_classifier, with_features
 from synq.quant.fake_quant import SCALE_EPS, choose_qparams, dequantize, fake_quantize, quant_bounds, quantize
 from synq.quant.fusion import fuse_rectified
 from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear, WeightQuantizer, effective_weight, step_parameters
-from synq.quant.lsq import fake_quantize_learned, gradient_factor
+from synq.quant.lsq import SMALLEST_STEP, fake_quantize_learned, gradient_factor
 from synq.quant.student import Student, observe_ranges, quantize_model
 
 SIZE = (3, 8, 8)
@@ -184,7 +184,9 @@ def images(count: int = 24) -> Tensor:
 def student_of(net: nn.Module, steps: Steps, bits: int = 3, observed: bool = True, **options: Any) -> Student:
     traced = trace_classifier(net, SIZE)
     made = quantize_model(
-        traced, weight_bits=bits, act_bits=bits, cam_node=locate_cam(traced).node, learned_steps=steps, **options
+        traced,
+        QuantConfig(weight_bits=bits, act_bits=bits, learned_steps=steps, **options),
+        cam_node=locate_cam(traced).node,
     )
     if observed:
         observe_ranges(made.net, images(), act_range="mse", weight_range="mse")

@@ -22,7 +22,7 @@ from support.reconstruct_tools import (
     within_reach,
 )
 from synq.common.seeding import make_generator
-from synq.config.run import ReconstructionConfig, TeacherConfig
+from synq.config.run import QuantConfig, ReconstructionConfig, TeacherConfig
 from synq.network.blocks import block_ends, segment
 from synq.quant.adaround import (
     ReconstructionReport,
@@ -241,7 +241,9 @@ def test_exponent_of_the_rounding_term() -> None:
 
 def test_learned_weight_steps_and_double_precision() -> None:
     traced, images = traced_of(Bottlenecks).double(), smooth(32, SIZE, 0).double()
-    student = quantize_model(traced, weight_bits=3, act_bits=3, rounding="adaround", learned_steps="all").net.double()
+    student = quantize_model(
+        traced, QuantConfig(weight_bits=3, act_bits=3, rounding="adaround", learned_steps="all")
+    ).net.double()
     observe_ranges(student, images, act_range="mse")
     grids = {name: layer.weight_quantizer.scale.detach().clone() for name, layer in layers_of(student).items()}
     report = reconstruct(student, traced, images, QUICK, seed=0, device=CPU)
@@ -260,5 +262,5 @@ def test_invalid_reconstructions_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"`quant\.rounding` must be adaround .* stem\.0 has no stored scale"):
         reconstruct(live, traced, images, QUICK, seed=0, device=CPU)
     nodes = {node.name: node for node in traced.graph.nodes}
-    with pytest.raises(ValueError, match="must be all that add is computed from, but got blocks_0_0"):
+    with pytest.raises(ValueError, match="must be the only input of the segment that ends at add, but got blocks_0_0"):
         segment(traced, nodes["blocks_0_0"], nodes["add"])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.student_tools import SIZE, Points, Residual, make, trained
+from synq.config.run import QuantConfig
 from synq.network.tracing import trace_classifier
 from synq.quant.cost import float_bytes
 from synq.quant.fake_quant import dequantize, fake_quantize, quantize
@@ -38,7 +39,7 @@ def test_inputs_rule_quantizes_the_input_of_every_layer_once() -> None:
 @pytest.mark.parametrize("act_points", ["relu", "inputs"])
 def test_bypassed_student_is_the_teacher_bit_for_bit(act_points: Points) -> None:
     net = trained(Residual())
-    student = quantize_model(trace_classifier(net, SIZE), weight_bits=2, act_bits=2, act_points=act_points)
+    student = quantize_model(trace_classifier(net, SIZE), QuantConfig(weight_bits=2, act_bits=2, act_points=act_points))
     x = torch.randn(4, *SIZE)
     with torch.no_grad(), quantizers_bypassed(student.net):
         assert torch.equal(student.net(x), net(x))
@@ -51,7 +52,7 @@ def test_teacher_is_not_touched() -> None:
     net = trained(Residual())
     traced = trace_classifier(net, SIZE)
     before = copy.deepcopy(traced.state_dict())
-    student = quantize_model(traced, weight_bits=3, act_bits=3)
+    student = quantize_model(traced, QuantConfig(weight_bits=3, act_bits=3))
     observe_ranges(student.net, torch.randn(8, *SIZE), act_range="mse", weight_range="mse")
     with torch.no_grad():
         next(student.net.parameters()).add_(1)
@@ -66,7 +67,7 @@ def test_eight_bit_student_is_near_the_teacher_and_two_bit_is_not() -> None:
     x = torch.randn(64, *SIZE)
     noise = {}
     for bits in (8, 4, 2):
-        student = quantize_model(trace_classifier(net, SIZE), weight_bits=bits, act_bits=bits)
+        student = quantize_model(trace_classifier(net, SIZE), QuantConfig(weight_bits=bits, act_bits=bits))
         observe_ranges(student.net, x, act_range="minmax")
         with torch.no_grad():
             noise[bits] = float((student.net(x) - net(x)).norm() / net(x).norm())

@@ -14,13 +14,14 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from support.sweep_tools import tiny, write_spec
 from synq import train
+from synq.common.files import read_json
 from synq.config.parsing import dotted_keys
 from synq.config.run import RunConfig, config_digest, with_overrides
 from synq.finetune.loop import NonFiniteLossError
 from synq.finetune.schedule import lr_at
-from synq.pipeline import run, run_folder
-from synq.runs.record import read_json, read_record
-from synq.runs.tracking import FIGURES
+from synq.pipeline import run
+from synq.runs.record import read_record, run_folder
+from synq.runs.tracking import METRICS
 
 Curves = dict[str, list[tuple[int, float]]]
 
@@ -58,7 +59,7 @@ def test_epochs_and_figures_are_those_of_the_record(config: RunConfig) -> None:
     for tag, name in terms.items():
         assert found[f"train/{tag}"] == [(n, pytest.approx(e[name])) for n, e in enumerate(record.loss_history, 1)]
     assert found["train/lr"] == [(n, pytest.approx(lr_at(2 * n - 1, 2, config.finetune))) for n in (1, 2, 3)]
-    figures = {name: getattr(record, name) for name in FIGURES}
+    figures = {name: getattr(record, name) for name in METRICS}
     figures |= {f"fidelity_{name}": value for name, value in record.fidelity.items()}
     figures |= {f"rtn_fidelity_{name}": value for name, value in record.rtn_fidelity.items()}
     assert {"top1", "drop", "fidelity_kl", "rtn_fidelity_kl"} <= set(figures)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from synq.config.run import RuntimeConfig
+from synq.config.run import QuantConfig, RuntimeConfig
 from synq.network.tracing import trace_classifier
 from synq.quant.layers import QuantConv2d
 from synq.quant.student import quantize_model
@@ -32,7 +32,7 @@ def test_layouts(runtime: RuntimeConfig, device: torch.device, wanted: torch.mem
 
 def test_placing_a_network_gives_its_weights_format_and_layout(tiny_classifier: nn.Module) -> None:
     traced = trace_classifier(tiny_classifier, (3, 8, 8))
-    student = quantize_model(traced, weight_bits=4, act_bits=4)  # its ranges are not observed yet
+    student = quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4))  # its ranges are not observed yet
     place(student.net, RuntimeConfig(precision="fp64"), CPU, (3, 8, 8))
     kernels = [p for p in student.net.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
     assert kernels and all(p.dtype == torch.float64 and not p.is_contiguous() for p in kernels)

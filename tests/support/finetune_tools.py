@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from synq.config.run import FinetuneConfig
+from synq.config.run import FinetuneConfig, QuantConfig
 from synq.finetune.loop import finetune
 from synq.finetune.responses import TappedNetwork
 from synq.network.blocks import block_ends
@@ -20,7 +20,7 @@ def networks(net: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Tapped
     """A teacher and its W4A4 student."""
     traced = trace_classifier(net, SIZE).to(dtype)
     site = locate_cam(traced)
-    student = quantize_model(traced, weight_bits=4, act_bits=4, cam_node=site.node)
+    student = quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4), cam_node=site.node)
     observe_ranges(student.net, images().to(dtype), act_range="minmax")
     return (
         TappedNetwork(net=with_features(student.net, student.cam_node), site=site),
@@ -48,7 +48,7 @@ def taps(net: nn.Module, weight_bits: int = 4) -> tuple[TappedNetwork, TappedNet
     """Student and teacher with the outputs of their blocks."""
     traced = trace_classifier(net, SIZE)
     site = locate_cam(traced)
-    student = quantize_model(traced, weight_bits=weight_bits, act_bits=8, cam_node=site.node)
+    student = quantize_model(traced, QuantConfig(weight_bits=weight_bits, act_bits=8), cam_node=site.node)
     observe_ranges(student.net, images(), act_range="minmax")
     names = [node.name for node in block_ends(traced)[:-1]]
     behind = [student.taps.get(name, name) for name in names]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from support.small_nets import SIZE
+from synq.config.run import QuantConfig
 from synq.network.tracing import trace_classifier
 from synq.quant.student import Student, observe_ranges, quantize_model
 
@@ -26,7 +27,7 @@ def student(
             module.weight.data[0] = 0.0  # and this one is dead
             nn.init.uniform_(module.bias, -0.5, 0.5)
     traced = trace_classifier(net.eval().requires_grad_(False), SIZE)
-    made = quantize_model(traced, weight_bits=bits, act_bits=bits, act_points=act_points)
+    made = quantize_model(traced, QuantConfig(weight_bits=bits, act_bits=bits, act_points=act_points))
     if observed:
         observe_ranges(made.net, images(), act_range="minmax")
     return made

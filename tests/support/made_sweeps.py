@@ -8,10 +8,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from synq.common.files import write_json_atomic
 from synq.config.run import RunConfig, config_digest, config_to_dict, with_overrides
-from synq.runs.record import RunRecord, write_json_atomic, write_record
+from synq.runs.record import RunRecord, write_record
 from synq.sweeps.space import DEFAULT_SPACE, Dimension
-from synq.sweeps.state.plans import Plan, plan_values
+from synq.sweeps.state.plans import FORMAT, Plan, plan_values
 
 BEGIN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -65,7 +66,7 @@ def made_sweep(
     write_json_atomic(
         folder / "sweep.json",
         {
-            "format": 1,
+            "format": FORMAT,
             "objective": "synthetic",
             "groups": {key: {} for key in groups},
             "space": space,
@@ -86,7 +87,7 @@ def made_sweep(
             params = {key: item for key, item in point.items() if item is not None}
             history = [(epoch, value * (1 + 1 / epoch)) for epoch in (1, 2, 3)]
             plan = Plan(
-                trial=trial, group=group, stage="search", index=index, params=params, config=config_to_dict(config),
+                trial=trial, group=group, stage="search", index=index, params=params, config=config,
                 config_digest=config_digest(config), history=history,
             )  # fmt: skip
             write_json_atomic(folder / "plans" / f"{trial}.json", plan_values(plan))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from synq.config.run import ReconstructionConfig
+from synq.config.run import QuantConfig, ReconstructionConfig
 from synq.network.tracing import trace_classifier
 from synq.quant.layers import QuantConv2d, QuantLinear, effective_weight
 from synq.quant.soft_rounding import REACH
@@ -25,7 +25,9 @@ def smooth(count: int, size: tuple[int, int, int], seed: int) -> Tensor:
 def student_of(
     traced: fx.GraphModule, images: Tensor, bits: tuple[int, int] = (3, 3), **options: Any
 ) -> fx.GraphModule:
-    made = quantize_model(traced, weight_bits=bits[0], act_bits=bits[1], **{"rounding": "adaround", **options})
+    made = quantize_model(
+        traced, QuantConfig(weight_bits=bits[0], act_bits=bits[1], **{"rounding": "adaround", **options})
+    )
     observe_ranges(made.net, images, act_range="mse")
     return made.net
 

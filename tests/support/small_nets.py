@@ -1,4 +1,4 @@
-"""Small float64 networks of every shape that equalisation and correction meet, with batch norms as after training."""
+"""Small float64 networks of every shape that equalization and correction meet, with batch norms as after training."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from synq.config.run import QuantConfig
 from synq.network.tracing import trace_classifier
 from synq.quant.student import Student, observe_ranges, quantize_model
 
@@ -115,7 +116,7 @@ def images(count: int, seed: int = 1) -> Tensor:
 
 def rounded(traced: fx.GraphModule, bits: int = 4, observed: Tensor | None = None) -> Student:
     """Return a student of ``bits`` bits, with its ranges observed on images where they are given."""
-    student = quantize_model(traced, weight_bits=bits, act_bits=bits)
+    student = quantize_model(traced, QuantConfig(weight_bits=bits, act_bits=bits))
     if observed is not None:
         observe_ranges(student.net, observed, act_range="minmax")
     return student

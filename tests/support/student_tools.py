@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from synq.config.run import QuantConfig
 from synq.network.tracing import trace_classifier
 from synq.quant.student import Student, quantize_model
 
@@ -51,4 +52,6 @@ def make(act_points: Points = "relu", bits: int = 4, net: nn.Module | None = Non
         for n in reversed(list(traced.graph.nodes))
         if len(n.meta.get("shape") or ()) == 4 and n.meta["shape"][2] > 1
     )
-    return quantize_model(traced, weight_bits=bits, act_bits=bits, act_points=act_points, cam_node=node, **options)
+    return quantize_model(
+        traced, QuantConfig(weight_bits=bits, act_bits=bits, act_points=act_points, **options), cam_node=node
+    )

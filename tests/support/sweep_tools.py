@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from synq.sweeps.spec import SweepSpec, spec_from_dict
+from synq.sweeps.spec import SweepSpec
+from synq.sweeps.spec_file import spec_from_dict
 
 TINY: dict[str, Any] = {
     "bits": ["W8A8", "W3A3"],

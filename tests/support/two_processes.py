@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from synq.common.seeding import derive_seed
-from synq.config.run import FinetuneConfig, RuntimeConfig
+from synq.config.run import FinetuneConfig, QuantConfig, RuntimeConfig
 from synq.finetune.loop import finetune
 from synq.finetune.responses import TappedNetwork, teacher_response
 from synq.finetune.schedule import epoch_batches, local_batch_size
@@ -71,7 +71,7 @@ def train_case(kind: str, steps: Literal["none", "all"]) -> dict[str, Any]:
     traced = trace_classifier(classifier(kind).double(), SIZE)
     site = locate_cam(traced)
     assert site.kind == kind
-    student = quantize_model(traced, weight_bits=4, act_bits=8, cam_node=site.node, learned_steps=steps)
+    student = quantize_model(traced, QuantConfig(weight_bits=4, act_bits=8, learned_steps=steps), cam_node=site.node)
     images = torch.randn(BATCH, *SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(BATCH) % 5
     observe_ranges(student.net, images, act_range="minmax")

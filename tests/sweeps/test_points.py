@@ -12,7 +12,8 @@ from synq.config.run import RunConfig, config_digest, config_to_dict, with_overr
 from synq.runs.record import RunRecord, write_record
 from synq.sweeps.points import grid, grid_size, point_params, read_earlier, warm_points
 from synq.sweeps.space import BITS
-from synq.sweeps.spec import run_config, spec_from_dict
+from synq.sweeps.spec import run_config
+from synq.sweeps.spec_file import spec_from_dict
 
 SPACE = {
     "finetune.lr": {"type": "choice", "values": [0.1, 0.01]},
@@ -70,7 +71,7 @@ def test_two_objectives_search_the_widths_of_a_model_as_one_group() -> None:
     only = spec_from_dict(
         {**keys, "sampler": "points", "points": [{"finetune.lr": 0.01, BITS: "W3A4"}, {BITS: "W8A8"}]}
     )
-    assert only.num_widths == 2 and only.dimensions[0].name != BITS
+    assert only.num_bit_choices == 2 and only.dimensions[0].name != BITS
     with pytest.raises(ValueError, match="`points` must name `bits` in every entry"):
         spec_from_dict({**keys, "sampler": "points", "points": [{"finetune.lr": 0.01}]})
     with pytest.raises(ValueError, match="`bits` must have no entry twice"):

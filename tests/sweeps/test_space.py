@@ -8,7 +8,8 @@ import pytest
 from synq.config.run import config_digest, with_overrides
 from synq.sweeps.points import point_params
 from synq.sweeps.space import Dimension, base_values, sample
-from synq.sweeps.spec import DEMO_SPEC, load_spec, run_config, spec_from_dict
+from synq.sweeps.spec import run_config
+from synq.sweeps.spec_file import DEMO_SPEC, check_spec, load_spec, parse_spec, resolve_spec, spec_from_dict
 
 
 class Fixed:
@@ -241,3 +242,25 @@ def test_overrides_win_and_the_root_moves_relative_folders(tmp_path: Path) -> No
     assert spec.search.num_trials == 5 and spec.output_dir == tmp_path / "home" / "runs" / "mine"
     with pytest.raises(FileNotFoundError, match="`spec` must name an existing file"):
         load_spec(tmp_path / "absent.toml")
+
+
+def test_a_spec_is_parsed_as_written_then_resolved_then_checked(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNQ_WEIGHTS", "w.safetensors")
+    written = parse_spec(
+        {
+            "name": "mine",
+            "models": [{"spec": "nets.py:tiny", "weights": "$SYNQ_WEIGHTS", "dataset": "npz:a.npz"}],
+            "points": [{"finetune": {"lr": 5.0, "lowpass_cutoff": "none"}}],
+        }
+    )
+    (model,) = written.models
+    assert (model.teacher.spec, model.teacher.weights) == ("nets.py:tiny", "w.safetensors")
+    assert model.name == "" and model.settings == {"evaluation": {"dataset": "npz:a.npz"}}
+    assert (written.search.output_dir, written.search.num_trials) == ("none", None)
+    assert written.space is None and written.base == {} and written.bits == ("W4A4",)
+    assert written.points == ({"finetune.lr": 5.0, "finetune.lowpass_cutoff": None},)
+    spec = resolve_spec(written)
+    assert spec.search.output_dir == str(in_tmp / "runs" / "mine") and spec.search.num_trials == 8
+    assert spec.groups[0].base.teacher.weights == str(in_tmp / "w.safetensors") and len(spec.dimensions) == 5
+    with pytest.raises(ValueError, match="`points` must lie in the search space"):
+        check_spec(spec)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from synq.config.run import RunConfig, config_from_dict, load_config, make_absolute
-from synq.sweeps.spec import load_spec, run_config
+from synq.sweeps.spec import run_config
+from synq.sweeps.spec_file import load_spec
 from synq.sweeps.studies.ablation import load_ablation, plan
 from synq.sweeps.studies.recipes import load_recipe
 from synq.sweeps.studies.recipes import plan as plan_recipe

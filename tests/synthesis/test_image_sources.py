@@ -1,4 +1,4 @@
-"""The methods of synthesis: each runs, falls, is decided by its seed, labels its images, and leaves the teacher as it was."""
+"""The methods of synthesis: each lowers its loss, depends on its seed only, labels its images, keeps the teacher."""
 
 import math
 from typing import cast
@@ -17,7 +17,7 @@ from synq.synthesis.swing import draw_swings
 
 SIZE = (3, 12, 9)
 LABELS = torch.arange(15) % 5
-OPTIMISING = tuple(method for method in SYNTHESIS_METHODS if method != "gaussian")
+OPTIMIZING = tuple(method for method in SYNTHESIS_METHODS if method != "gaussian")
 QUICK = {"iterations": 6, "latent_dim": 16, "lr": 0.5}
 
 
@@ -50,7 +50,7 @@ def test_terms_are_those_of_the_images(tiny_classifier: nn.Module, method: str, 
     assert made.num_agree == (logits.argmax(1) == made.labels).sum()
 
 
-@pytest.mark.parametrize("method", OPTIMISING)
+@pytest.mark.parametrize("method", OPTIMIZING)
 @pytest.mark.parametrize("schedule", ["cosine", pytest.param("plateau", marks=pytest.mark.slow)])
 def test_the_loss_falls(tiny_classifier: nn.Module, method: str, schedule: str) -> None:
     made = _run(tiny_classifier, method=method, schedule=schedule, iterations=60, inception_weight=0.5)
@@ -82,17 +82,17 @@ def test_the_teacher_stays_as_it_was(tiny_classifier: nn.Module, method: str) ->
 
 
 @pytest.mark.parametrize("method", SYNTHESIS_METHODS)
-def test_labels_are_assigned_or_the_teachers_answers(tiny_classifier: nn.Module, method: str) -> None:
+def test_labels_are_assigned_or_the_teachers_predictions(tiny_classifier: nn.Module, method: str) -> None:
     made = _run(tiny_classifier, method=method)
     assert made.labels.dtype == torch.int64
     if method in ("zeroq", "gaussian"):
         assert torch.equal(made.labels, _measured(tiny_classifier, made)[0].argmax(1)) and made.num_agree == 15
-        assert not torch.equal(made.labels, LABELS), "the case needs answers that differ from the assigned labels"
+        assert not torch.equal(made.labels, LABELS), "the case needs predictions that differ from the assigned labels"
     else:
         assert torch.equal(made.labels, LABELS)
 
 
-@pytest.mark.parametrize("method", OPTIMISING)
+@pytest.mark.parametrize("method", OPTIMIZING)
 def test_class_loss_counts_where_labels_are_assigned(tiny_classifier: nn.Module, method: str) -> None:
     plain = _run(tiny_classifier, method=method).images
     for change in ({"inception_weight": 5.0}, {"hard_sample_gamma": 2.0, "inception_weight": 0.5}):
@@ -208,7 +208,7 @@ def test_each_step_swings_anew_as_a_plain_loop_with_padding_and_cropping(tiny_cl
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_inversion_is_bit_for_bit_the_plain_loop_on_pixels(tiny_classifier: nn.Module, seed: int) -> None:
-    """The order of the draws and of every operation: sets of an earlier version keep their names, so they must keep their images."""
+    """The order of random draws and operations: sets of an earlier version keep their keys, and so their images."""
     made = _run(tiny_classifier, seed=seed, iterations=12, augment="flip_shift")
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn((15, *SIZE), generator=generator).contiguous(memory_format=torch.channels_last)
@@ -233,7 +233,7 @@ def test_inversion_is_bit_for_bit_the_plain_loop_on_pixels(tiny_classifier: nn.M
 
 
 @pytest.mark.parametrize(
-    ("method", "words"),
+    ("method", "message"),
     [
         ("inversion", r"^`synthesis\.lr` must keep .* total = nan with lr 0\.5; lower it, or"),
         ("zeroq", r"^`synthesis\.lr` must keep .* total = nan with lr 0\.5; lower it, or"),
@@ -245,7 +245,7 @@ def test_inversion_is_bit_for_bit_the_plain_loop_on_pixels(tiny_classifier: nn.M
         ("gaussian", r"^`teacher` must give finite values on noise, but got total = nan$"),
     ],
 )
-def test_divergence_names_the_rates_of_the_method(tiny_classifier: nn.Module, method: str, words: str) -> None:
+def test_divergence_names_the_rates_of_the_method(tiny_classifier: nn.Module, method: str, message: str) -> None:
     cast(nn.Sequential, tiny_classifier)[0].weight.mul_(float("nan"))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         _run(tiny_classifier, method=method, iterations=2)

@@ -1,4 +1,4 @@
-"""The noise that images begin as: its falloff, colours and contrast are those asked for, and are found again from a teacher's statistics."""
+"""Initial noise: it has the requested spectrum, channel correlation and contrast, and the fit recovers them."""
 
 import json
 from dataclasses import asdict
@@ -51,15 +51,15 @@ def _fit(
 
 def test_the_defaults_are_white_noise_itself() -> None:
     white = _white(2, 3, 8, 6)
-    assert WHITE.shape(white) is white
-    almost = StartNoise(exponent=1e-9).shape(white)
+    assert WHITE.apply(white) is white
+    almost = StartNoise(exponent=1e-9).apply(white)
     torch.testing.assert_close(almost, white, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 36), (15, 33)])
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
 def test_the_amplitude_falls_by_the_exponent(size: tuple[int, int], exponent: float) -> None:
-    noise = StartNoise(exponent=exponent).shape(_white(256, 1, *size))
+    noise = StartNoise(exponent=exponent).apply(_white(256, 1, *size))
     power = torch.fft.fft2(noise).abs().square().mean((0, 1))
     frequency = torch.hypot(torch.fft.fftfreq(size[0])[:, None], torch.fft.fftfreq(size[1]))
     above = frequency > 1 / max(size)  # below it the amplitude is held
@@ -73,7 +73,7 @@ def test_the_amplitude_falls_by_the_exponent(size: tuple[int, int], exponent: fl
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_channels_correlate_and_contrast_is_the_deviation(correlation: float, channels: int) -> None:
-    noise = StartNoise(exponent=0.5, correlation=correlation, contrast=(0.6,)).shape(_white(512, channels, 16, 12))
+    noise = StartNoise(exponent=0.5, correlation=correlation, contrast=(0.6,)).apply(_white(512, channels, 16, 12))
     values = noise.transpose(0, 1).flatten(1)
     found = torch.corrcoef(values)
     torch.testing.assert_close(found, found.new_full(found.shape, correlation).fill_diagonal_(1), rtol=0, atol=0.03)
@@ -82,7 +82,7 @@ def test_channels_correlate_and_contrast_is_the_deviation(correlation: float, ch
 
 def _distance(net: nn.Module, noise: StartNoise, white: Tensor) -> float:
     with torch.no_grad(), BatchNormInputs(net) as inputs:
-        net(noise.shape(white).clone())
+        net(noise.apply(white).clone())
         return bns_loss(inputs.take(), bn_targets(net), "std_sum").item()
 
 
@@ -100,21 +100,21 @@ def test_the_fit_finds_noise_near_what_a_network_was_shown(
     truth: StartNoise, form: Literal["std_sum", "var_mean"]
 ) -> None:
     size = (3, 24, 20)
-    net = Edges(truth.shape(_white(2048, *size)))
+    net = Edges(truth.apply(_white(2048, *size)))
     found, unseen = _fit(net, size, form=form), _white(512, *size, seed=9)
     assert len(found.contrast) == len(found.mean) == 3
     near, white = _distance(net, found, unseen), _distance(net, WHITE, unseen)
     assert near < 0.15 * white
-    shown, made = truth.shape(unseen), found.shape(unseen)
+    shown, made = truth.apply(unseen), found.apply(unseen)
     torch.testing.assert_close(made.mean((0, 2, 3)), shown.mean((0, 2, 3)), rtol=0, atol=0.15)
 
 
-def test_the_exponent_is_found_where_the_network_tells_it() -> None:
+def test_the_exponent_is_found_where_the_network_reveals_it() -> None:
     """Of one channel, many filters of different size leave nothing else to explain what they saw."""
     found = []
     for exponent in (0.5, 1.0, 1.5):
         noise = StartNoise(exponent=exponent, contrast=(0.7,))
-        found.append(_fit(Edges(noise.shape(_white(2048, 1, 16, 16))), (1, 16, 16)))
+        found.append(_fit(Edges(noise.apply(_white(2048, 1, 16, 16))), (1, 16, 16)))
     assert [noise.exponent for noise in found] == pytest.approx([0.5, 1.0, 1.5], abs=0.3)
     assert all(noise.correlation == 0.0 for noise in found), "there is nothing to correlate with"
 
@@ -127,7 +127,7 @@ def test_white_noise_stays_where_nothing_is_nearer() -> None:
 
 def test_the_generator_decides_and_the_teacher_stays() -> None:
     size = (3, 12, 12)
-    net = Edges(StartNoise(exponent=1.0, correlation=0.7).shape(_white(512, *size)))
+    net = Edges(StartNoise(exponent=1.0, correlation=0.7).apply(_white(512, *size)))
     before = {name: value.clone() for name, value in net.state_dict().items()}
     state = torch.get_rng_state()
     first = _fit(net, size)
@@ -140,11 +140,11 @@ def test_the_generator_decides_and_the_teacher_stays() -> None:
 
 def test_a_teacher_that_changes_its_input_gets_a_copy() -> None:
     size = (3, 12, 12)
-    shown = StartNoise(exponent=1.0, correlation=0.7).shape(_white(512, *size))
+    shown = StartNoise(exponent=1.0, correlation=0.7).apply(_white(512, *size))
     assert _fit(Edges(shown, in_place=True), size) == _fit(Edges(shown), size) != WHITE
 
 
-def test_a_teacher_without_finite_answers_gets_white_noise_which_the_optimisation_refuses() -> None:
+def test_a_teacher_without_finite_logits_gets_white_noise_which_the_optimization_rejects() -> None:
     size = (3, 8, 8)
     net = Edges(_white(64, *size))
     net.conv1.weight.mul_(float("nan"))
@@ -154,7 +154,7 @@ def test_a_teacher_without_finite_answers_gets_white_noise_which_the_optimisatio
 @pytest.mark.parametrize("variance", [10.0, 300.0])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_search_that_diverges_keeps_the_best_it_has_seen(variance: float, seed: int) -> None:
-    """Statistics that no noise of these few numbers has: the line search runs into infinities, and must not lose what was found."""
+    """Statistics that no noise of these parameters has: the line search diverges and must keep the best parameters."""
     size = (3, 12, 12)
     net = Edges(_white(64, *size))
     for norm in (net.bn1, net.bn2):

@@ -1,4 +1,4 @@
-"""Swing convolutions: the shift against padding and cropping, what a shifted convolution gives, and that nothing stays behind."""
+"""Swing convolutions: the shift against padding and cropping, the output of a shifted convolution, removal of hooks."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ def test_shift_is_padding_and_cropping(down: int, right: int) -> None:
     made = reflect_shift(x, (down, right))
     assert torch.equal(made, expected)
     weight = torch.randn(made.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (gradient,), (wanted,) = (torch.autograd.grad((y * weight).sum(), x) for y in (made, expected))
-    torch.testing.assert_close(gradient, wanted)
+    (gradient,), (reference,) = (torch.autograd.grad((y * weight).sum(), x) for y in (made, expected))
+    torch.testing.assert_close(gradient, reference)
 
 
 def test_shift_of_a_row() -> None:
@@ -42,16 +42,16 @@ def test_a_swung_convolution_is_the_convolution_of_a_shifted_input(
     generator = torch.Generator().manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 4, kernel, stride, padding)).requires_grad_(False)
     big = torch.randn(2, 2, 15, 15, generator=generator)
-    x = big[:, :, 2:13, 2:13]  # of which the neighbourhood is known
+    x = big[:, :, 2:13, 2:13]  # of which the neighborhood is known
     plain = net(x)
     limits = [size - 1 for size in net[0].stride]
     with SwingConvolutions(net, [[(0, 0)], [(limits[0], limits[1])], [(-limits[0], 0)]]) as swing:
         assert torch.equal(net(x), plain), "before the first turn"
-        swing.turn(0)
+        swing.set_step(0)
         assert torch.equal(net(x), plain)
-        swing.turn(1)
+        swing.set_step(1)
         shifted = net(x)
-        swing.turn(2)
+        swing.set_step(2)
         back = net(x)
     assert shifted.shape == back.shape == plain.shape
     assert not torch.equal(shifted, plain)
@@ -71,7 +71,7 @@ def test_every_position_gets_gradient() -> None:
     total = torch.zeros_like(x)
     with SwingConvolutions(net, swings) as swing:
         for step in range(40):
-            swing.turn(step)
+            swing.set_step(step)
             total += torch.autograd.grad(net(x).sum(), x)[0].abs()
     assert (total > 0).all()
 
@@ -89,14 +89,14 @@ def test_draws_cover_the_range_of_each_layer() -> None:
     assert draw_swings(nn.Conv2d(1, 1, 3), 2, torch.Generator()) == [[], []]
 
 
-def test_nothing_stays_behind(make_classifier: object) -> None:
+def test_no_hook_remains(make_classifier: object) -> None:
     net = make_classifier()  # type: ignore[operator]
     before = {name: value.clone() for name, value in net.state_dict().items()}
     x: Tensor = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = net(x)
     with pytest.raises(RuntimeError, match="in the block"), SwingConvolutions(net, [[(1, 1)]]) as swing:
         assert [bool(layer._forward_pre_hooks) for layer in strided_convolutions(net)] == [True]
-        swing.turn(0)
+        swing.set_step(0)
         assert not torch.equal(net(x), plain)
         raise RuntimeError("in the block")
     assert torch.equal(net(x), plain)
@@ -107,5 +107,5 @@ def test_nothing_stays_behind(make_classifier: object) -> None:
 def test_without_shifts_no_hook() -> None:
     net = nn.Conv2d(1, 1, 3, 2)
     with SwingConvolutions(net, []) as swing:
-        swing.turn(0)
+        swing.set_step(0)
         assert not net._forward_pre_hooks

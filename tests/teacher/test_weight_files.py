@@ -59,7 +59,7 @@ def test_missing_batch_counters_do_not_matter(tmp_path: Path) -> None:
             r"5\.weight \(7, 4\) in the file, \(5, 4\).*set `teacher.num_classes`",
         ),
         (lambda s: s.update({"0.weight": torch.ones(4, 1, 3, 3)}), r"0\.weight \(4, 1, 3, 3\) in the file"),
-        (lambda s: s["5.weight"].fill_(float("nan")), r"must be finite, but tiny holds NaN .*\(5\.weight\)"),
+        (lambda s: s["5.weight"].fill_(float("nan")), r"must be finite, but tiny has NaN .*\(5\.weight\)"),
         (lambda s: s["1.running_var"].fill_(float("inf")), r"must be finite, .*\(1\.running_var\)"),
         (lambda s: s["1.running_var"].fill_(-1.0), r"must be >= 0, .*1\.running_var"),
     ],
@@ -91,16 +91,16 @@ class Payload:
         return Path.touch, (Path("executed"),)  # type: ignore[return-value]
 
 
-def test_unsafe_files_are_refused_and_not_run(
+def test_unsafe_files_are_rejected_and_not_run(
     make_config: Callable[..., TeacherConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": trained_state(), "extra": Payload()}, "bad.pth")
-    with pytest.raises(ValueError, match=r"must hold plain tensors.*torch\.save\(model\.state_dict"):
+    with pytest.raises(ValueError, match=r"must contain plain tensors.*torch\.save\(model\.state_dict"):
         load_teacher(make_config(weights=str(tmp_path / "bad.pth")))
     assert not Path("executed").exists()
     torch.save(cifar_resnet(8, 3, width=2), "module.pth")
-    with pytest.raises(ValueError, match="must hold plain tensors"):
+    with pytest.raises(ValueError, match="must contain plain tensors"):
         read_weights("module.pth")
 
 
@@ -118,7 +118,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
 
 def test_files_without_a_state_dict(tmp_path: Path) -> None:
     torch.save([torch.ones(2)], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match=r"must hold a state dict .* with list"):
+    with pytest.raises(ValueError, match=r"must contain a state dict .* with list"):
         read_weights(tmp_path / "list.pth")
 
 
@@ -131,7 +131,7 @@ def test_absent_weight_file(make_config: Callable[..., TeacherConfig], tmp_path:
 
 
 def test_a_network_that_asks_for_the_versions_of_its_layers(tmp_path: Path) -> None:
-    """MNASNet of torchvision refuses tensors without a version, which no safetensors file has."""
+    """MNASNet of torchvision rejects tensors without a version, which no safetensors file has."""
     config = TeacherConfig(spec="torchvision:mnasnet0_5", weights="random", num_classes=7)
     module = teacher_sources.build_source(config).module
     path = tmp_path / "mnasnet.safetensors"

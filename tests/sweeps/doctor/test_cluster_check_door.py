@@ -52,7 +52,7 @@ def address() -> Iterator[str]:
         nodes.shutdown()
 
 
-DOOR = [sys.executable, "synq/commands/check_cluster.py"]
+DOOR = [sys.executable, "-m", "synq.cli", "check-cluster"]
 
 
 @pytest.mark.slow

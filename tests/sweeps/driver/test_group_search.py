@@ -11,7 +11,7 @@ def group_search(**keys: Any) -> Any:
     from synq.sweeps.driver.group_search import GroupSearch
 
     dimensions = (Dimension(name="finetune.lr", type="float", low=1e-4, high=1e-1, log=True),)
-    values = {"minimise": True, "sampler": "tpe", "seed": "s", "num_startup": 2, "study_name": "x", **keys}
+    values = {"minimize": True, "sampler": "tpe", "seed": "s", "num_startup": 2, "study_name": "x", **keys}
     return GroupSearch(dimensions, **values)
 
 

@@ -11,19 +11,71 @@ from typing import Any
 import pytest
 
 from support.sweep_tools import TINY, tiny
+from synq.config.run import RunConfig
+from synq.sweeps.driver.halt import StopReason
 from synq.sweeps.driver.progress import Progress
 from synq.sweeps.state.ledger import Ledger
+from synq.sweeps.state.plans import Plan
+from synq.sweeps.state.trial_task import TrialTask
+
+
+def make_task(**fields: Any) -> TrialTask:
+    values: dict[str, Any] = {
+        "trial": "net-W4A4-t000",
+        "group": "net-W4A4",
+        "stage": "search",
+        "config": RunConfig(),
+        "config_digest": "aa",
+        "teacher": {},
+        "second_objective": "none",
+        "sets": (),
+        "folder": "folder",
+        "address": "",
+        "workers": 1,
+        "cpus": 1.0,
+        "gpus": 0.0,
+        "max_failures": 3,
+    }
+    return TrialTask(**{**values, **fields})
+
+
+def test_a_task_travels_as_plain_values_and_is_read_strictly() -> None:
+    import json
+
+    task = make_task(sets=("a", "b"), teacher={"name": "net", "input_size": [1, 8, 8]}, second_objective="bitops")
+    values = json.loads(json.dumps(task.to_dict()))
+    assert TrialTask.from_dict(values) == task and TrialTask.from_dict(task.to_dict()) == task
+    assert values["config"]["finetune"]["lr"] == task.config.finetune.lr
+    for changed, message in (
+        ({"folder": 3}, "a trial's task: `folder` must be a text, but got 3"),
+        ({"workers": 1.5}, "`workers` must be a whole number, but got 1.5"),
+        ({"stage": "serach"}, "`stage` must be one of search, final, but got 'serach'; did you mean `search`?"),
+        ({"sest": []}, "`sest` must be a known key, but got an unknown one; did you mean `sets`?"),
+        ({"config": {"finetune": {"lrr": 1.0}}}, "`config.finetune.lrr` must be a known key"),
+    ):
+        with pytest.raises(ValueError) as error:
+            TrialTask.from_dict({**values, **changed})
+        assert message in str(error.value)
+    del values["address"], values["gpus"]
+    with pytest.raises(ValueError, match="must have every key of TrialTask, but address, gpus is missing"):
+        TrialTask.from_dict(values)
 
 
 def test_rungs_are_kept_apart_by_group_and_spare_last_epochs_and_reruns(tmp_path: Path) -> None:
     from synq.sweeps.driver.asha import SweepScheduler
 
     spec = tiny(tmp_path, reduction_factor=2, base={**TINY["base"], "finetune": {"epochs": 4, "batch_size": 16}})
-    scheduler = SweepScheduler(spec, Ledger(spec))
+    ledger = Ledger(spec)
+    reason = StopReason()
+    scheduler = SweepScheduler(spec, ledger, reason)
+    assert scheduler.stop_reason is reason, "a disk that fails when the scheduler writes must end the sweep"
 
-    def result(name: str, group: str, epoch: int, value: float | None, stage: str = "search", **more: Any) -> str:
-        trial = SimpleNamespace(trial_id=name, config={"trial": name, "group": group, "stage": stage})
+    def result(name: str, group: str, epoch: int, value: float | None, stage: Any = "search", **more: Any) -> str:
+        trial = SimpleNamespace(trial_id=name, config={"trial": name})
         if name not in seen:
+            ledger.plans[name] = Plan(
+                trial=name, group=group, stage=stage, index=0, params={}, config=RunConfig(), config_digest=""
+            )
             scheduler.on_trial_add(None, trial)
             seen.add(name)
         return scheduler.on_trial_result(None, trial, {"epoch": epoch, "epochs": 4, "objective_value": value, **more})
@@ -44,7 +96,6 @@ def test_rungs_are_kept_apart_by_group_and_spare_last_epochs_and_reruns(tmp_path
 def opened(tmp_path: Path) -> Iterator[Callable[..., tuple[Any, Ledger, Any]]]:
     """Open a sweep's folder as a driver that starts does: `(searcher, ledger, callback)`; ends the one before."""
     from synq.sweeps.driver.callback import SweepCallback
-    from synq.sweeps.driver.halt import Halt
     from synq.sweeps.driver.searcher import SweepSearcher
 
     ledgers: list[Ledger] = []
@@ -56,7 +107,11 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., tuple[Any, Ledger, Any]]]:
         ledgers.append(Ledger(spec))
         ledgers[-1].open()
         searcher = SweepSearcher(ledgers[-1].spec, ledgers[-1])
-        return searcher, ledgers[-1], SweepCallback(ledgers[-1], Progress(searcher.num_total(), live=False), Halt())
+        return (
+            searcher,
+            ledgers[-1],
+            SweepCallback(ledgers[-1], Progress(searcher.num_total(), live=False), StopReason()),
+        )
 
     yield start
     for ledger in ledgers:
@@ -151,12 +206,12 @@ def test_other_files_of_the_same_name_are_refused(opened: Any) -> None:
     teacher = {"name": "net", "digest": "aa", "input_size": [1, 8, 8]}
     ledger.know(config["group"], teacher, "ee")
     record = ledger.settle(config["trial"], status="pruned", reason="weak", history=[], seconds=1.0)
-    ledger.know(config["group"], teacher, "other")  # a pruned trial's figures come from no labelled image
+    ledger.know(config["group"], teacher, "other")  # a pruned trial's figures come from no labeled image
     with pytest.raises(ValueError, match="made with other weights of the same file name: put the old file back"):
         ledger.know(config["group"], {**teacher, "digest": "bb"}, "ee")
     ledger.records[config["trial"]] = replace(record, status="completed", eval_digest="ee")
     ledger.know(config["group"], teacher, "ee")
-    with pytest.raises(ValueError, match="made with other labelled images of the same file name"):
+    with pytest.raises(ValueError, match="made with other labeled images of the same file name"):
         ledger.know(config["group"], teacher, "other")
 
 
@@ -164,21 +219,12 @@ def test_the_name_that_the_spec_gives_a_model_stands_in_its_records(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import synq.sweeps.workers.trial as trial
-    from synq.config.run import RunConfig
     from synq.runs.record import RunRecord
 
     monkeypatch.setattr(trial.pipeline, "run", lambda *_, **__: RunRecord(model="digits_resnet8"))
-    task = {
-        "trial": "t000",
-        "teacher": {"name": "my_net", "digest": "aa"},
-        "folder": str(tmp_path),
-        "address": "",
-        "sets": [],
-        "config_digest": "",
-        "workers": 1,
-    }
-    place = trial.Workplace(task)
-    assert trial._run(RunConfig(), task, place, print).model == "my_net"
+    task = make_task(folder=str(tmp_path), teacher={"name": "my_net", "digest": "aa"})
+    workspace = trial.Workspace(task.folder)
+    assert trial._run(task.config, task, workspace, print).model == "my_net"
 
 
 def test_the_console_command_does_not_wait_for_threads_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,10 +232,10 @@ def test_the_console_command_does_not_wait_for_threads_of_ray(monkeypatch: pytes
 
     codes: list[int] = []
     monkeypatch.setattr(synq.cli, "run", lambda argv: 3)
-    monkeypatch.setattr(synq.cli, "leave", lambda code: None)
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
-    synq.cli.main()
+    with pytest.raises(SystemExit):  # only here, where os._exit returns
+        synq.cli.main()
     assert codes == [3]
 
 
@@ -270,25 +316,24 @@ def test_a_diverged_epoch_does_not_keep_a_sweep_from_going_on(opened: Any) -> No
 
 def test_a_record_of_another_run_is_no_record(opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine may keep its copy of what was at an address before; trials of other sweeps have the same names."""
-    from synq.config.run import RunConfig, config_from_dict
     from synq.sweeps.state.plans import unfinished_record
-    from synq.sweeps.workers.workspace import Workplace
+    from synq.sweeps.workers.workspace import Workspace
 
     monkeypatch.setenv("SYNQ_CACHE_DIR", str(tmp_path / "cache"))
     searcher, _, _ = opened()
-    task = searcher.suggest("x")
-    config = config_from_dict(RunConfig, task["config"])
-    record = unfinished_record(config, task["trial"], status="failed", reason="then", teacher={})
-    here = Workplace(task)
+    task = TrialTask.from_dict(searcher.suggest("x"))
+    known = (task.trial, task.config_digest)
+    record = unfinished_record(task.config, task.trial, status="failed", reason="then", teacher={})
+    here = Workspace(task.folder)
     here.finish(record)
-    assert here.record() == record
-    assert Workplace({**task, "config_digest": "other"}).record() is None
+    assert here.record(*known) == record
+    assert here.record(task.trial, "other") is None
     (tmp_path / "bucket").mkdir()
-    there = Workplace({**task, "address": f"file://{tmp_path}/bucket"})
+    there = Workspace(task.folder, f"file://{tmp_path}/bucket")
     there.finish(record)
-    assert there.record() == record
-    (tmp_path / "bucket" / "records" / f"{task['trial']}.json").unlink()
-    assert there.record() is None, "what the address no longer has is no record"
+    assert there.record(*known) == record
+    (tmp_path / "bucket" / "records" / f"{task.trial}.json").unlink()
+    assert there.record(*known) is None, "what the address no longer has is no record"
 
 
 def test_a_password_stays_out_of_files_and_messages(opened: Any, tmp_path: Path) -> None:

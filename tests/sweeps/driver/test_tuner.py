@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from launch.sweep import main
 from support.sweep_tools import LR, rows, tiny
+from synq.commands.sweep import main
 from synq.sweeps.driver.cluster import check_shared, prepare_environment
-from synq.sweeps.leaderboard.records import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
+from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 from synq.sweeps.state.ledger import Ledger
 
 
@@ -103,10 +103,10 @@ def test_a_long_wait_is_not_silent(local_ray: None, monkeypatch: pytest.MonkeyPa
         time.sleep(1)
         return {"sets": "made"}
 
-    monkeypatch.setattr(tuner, "A_WHILE", 0.1)
+    monkeypatch.setattr(tuner, "REPORT_SECONDS", 0.1)
     minutes: list[float] = []
     task = ray.remote(num_cpus=1)(slow).remote()
-    assert list(tuner._answers([task], lambda: minutes.append(time.monotonic()))) == [(task, {"sets": "made"})]
+    assert list(tuner._replies([task], lambda: minutes.append(time.monotonic()))) == [(task, {"sets": "made"})]
     assert len(minutes) >= 5
 
 
@@ -147,7 +147,7 @@ def test_an_interrupted_trial_is_taken_up_first(sweep: Path, tmp_path: Path) -> 
         searcher = SweepSearcher(spec, ledger)
         assert searcher.num_left() == 1
         taken: Any = searcher.suggest("again")
-        assert taken["trial"] == lost.stem and taken["config"] == ledger.plans[lost.stem].config
+        assert taken == ledger.task(ledger.plans[lost.stem]).to_dict() and taken["trial"] == lost.stem
         searcher.on_trial_complete("again", {"objective_value": 1.0, "status": "completed", "epoch": 2})
         states = [trial.state.name for trial in searcher.searches[taken["group"]].study.get_trials()]
         assert "RUNNING" not in states and len(states) == 3
@@ -190,7 +190,7 @@ def test_records_of_other_weights_or_images_are_refused(sweep: Path) -> None:
         ledger.know(group, facts, record.eval_digest)
         with pytest.raises(ValueError, match=r"was made with other weights of the same"):
             ledger.know(group, {**facts, "digest": "0" * 64}, record.eval_digest)
-        with pytest.raises(ValueError, match=r"was made with other labelled images"):
+        with pytest.raises(ValueError, match=r"was made with other labeled images"):
             ledger.know(group, facts, "0" * 64)
     finally:
         ledger.close()
@@ -283,11 +283,9 @@ def test_an_unwritable_folder_is_one_line(in_tmp: Path, capsys: pytest.CaptureFi
 
 
 def test_a_wrong_word_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    from launch.sweep import main
+    from synq.commands.sweep import main
 
-    with pytest.raises(SystemExit) as stop:
-        main(["spec.toml", "--seeds", "3"])
-    assert stop.value.code == 2
+    assert main(["spec.toml", "--seeds", "3"]) == 2
     assert capsys.readouterr().err.strip().splitlines() == [
-        "synq: error: unrecognized arguments: --seeds 3; everything else stands in the spec (--help, README)"
+        "synq: error: `--seeds` must be an option of this command, but is not; everything else is set in the spec (see --help, README)"
     ]

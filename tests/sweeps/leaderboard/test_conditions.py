@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from support.records import bits, folder_of, record
-from synq.sweeps.leaderboard.records import Tables, main
+from synq.commands.leaderboard import main
+from synq.sweeps.leaderboard.records import Tables
 from synq.sweeps.leaderboard.views import choose, parse_condition
 
 CHOICES = [record(0.1 + 0.2, overrides=bits(4)), record(0.5, overrides=bits(3), model="b net")]
@@ -79,4 +80,4 @@ def test_conditions_that_only_together_leave_nothing_are_refused(
 ) -> None:
     path = folder_of(tmp_path / "a", CHOICES)
     assert main([path, "--where", "weight_bits=4", "--where", "model=b net"]) == 2
-    assert "of which no row of 4 fulfils all" in capsys.readouterr().err
+    assert "of which none of 4 rows satisfies all" in capsys.readouterr().err

@@ -10,19 +10,11 @@ from typing import Any
 import pytest
 
 from support.records import record
+from synq.commands.leaderboard import main
 from synq.runs.record import RunRecord, write_record
 from synq.sweeps.driver.progress import Progress
-from synq.sweeps.leaderboard.records import (
-    LEADERBOARD_COLUMNS,
-    TRIAL_COLUMNS,
-    cell,
-    leaderboard_rows,
-    load_records,
-    main,
-    to_csv,
-    trial_rows,
-    write_tables,
-)
+from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
+from synq.sweeps.leaderboard.records import cell, leaderboard_rows, load_records, to_csv, trial_rows, write_tables
 
 COLUMNS = (
     "rank, model, weight_bits, act_bits, protocol, act_points, objective, objective_value, top1_mean, top1_std, num_seeds, num_failed, "
@@ -105,7 +97,7 @@ def test_what_must_not_be_compared_has_ranks_of_its_own(other: RunRecord) -> Non
 
 
 @pytest.mark.parametrize("objective", ["synthetic", "selection"])
-def test_other_labelled_images_are_never_one_row(objective: str) -> None:
+def test_other_labeled_images_are_never_one_row(objective: str) -> None:
     settings = {"evaluation.objective": objective, "evaluation.dataset": "npz:here/test.npz"}
     rows = leaderboard_rows(
         [record(0.5, seed=seed, overrides=settings, eval_digest=f"e{seed}", top1=80.0 - 60.0 * seed) for seed in (0, 1)]

@@ -121,8 +121,8 @@ def test_a_copied_record_is_one_run_and_a_repeated_run_is_listed_twice() -> None
 
 def test_the_fidelity_measure_is_part_of_what_may_be_compared() -> None:
     mixed = {"evaluation.fidelity_measure": "logit_mse", "finetune.lr": 2e-3}
-    labelled = {"evaluation.objective": "selection", "evaluation.dataset": "digits"}
-    rows = leaderboard_rows([record(0.3), record(0.1, overrides=mixed), record(50.0, overrides=labelled)])
+    labeled = {"evaluation.objective": "selection", "evaluation.dataset": "digits"}
+    rows = leaderboard_rows([record(0.3), record(0.1, overrides=mixed), record(50.0, overrides=labeled)])
     assert [(row["fidelity_measure"], row["rank"]) for row in rows] == [("", 1), ("kl", 1), ("logit_mse", 1)]
 
 
@@ -163,5 +163,5 @@ def test_runs_share_a_row_exactly_if_the_digest_of_their_setting_is_the_same() -
     assert seen[True] | seen[False] == set(dotted_keys(RunConfig)) - both
     assert {"seed", "data_seed", "name", "finetune.log_every", "runtime.device"} <= seen[True]
     assert {"finetune.lr", "quant.act_bits", "runtime.precision", "synthesis.lr"} <= seen[False]
-    normalised = with_overrides(base, {"teacher.mean": [0.5], "teacher.std": [0.5]})
-    assert read_setting(config_to_dict(normalised))[1] != key
+    normalized = with_overrides(base, {"teacher.mean": [0.5], "teacher.std": [0.5]})
+    assert read_setting(config_to_dict(normalized))[1] != key

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from support.records import bits, record, table
+from synq.commands.leaderboard import main
 from synq.common.text_tables import to_csv
 from synq.runs.record import RunRecord
-from synq.sweeps.leaderboard.records import LEADERBOARD_COLUMNS, Tables, leaderboard_rows, main, write_tables
+from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS
+from synq.sweeps.leaderboard.records import Tables, leaderboard_rows, write_tables
 
 
 def read_tables_of(folder: Path) -> tuple[bytes, bytes]:

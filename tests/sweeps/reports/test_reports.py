@@ -75,10 +75,10 @@ def test_importance_and_trust_find_what_was_put_in(sweep: SweepView) -> None:
     figure, notes = trust(groups, searched=True)
     assert isinstance(figure, Figure) and len(notes) == 2 and all("can be trusted" in note for note in notes)
     upside_down = [(-float(r.objective_value or 0), float(r.top1 or 0)) for r in groups["net W4A4 A relu"]]
-    found = rank_agreement(upside_down, minimise=True)
+    found = rank_agreement(upside_down, minimize=True)
     assert found is not None and found[0] < -0.8 and found[1] <= found[0] <= found[2]
-    assert rank_agreement(upside_down[:4], minimise=True) is None
-    assert rank_agreement([(1.0, 90.0)] * 9, minimise=True) is None
+    assert rank_agreement(upside_down[:4], minimize=True) is None
+    assert rank_agreement([(1.0, 90.0)] * 9, minimize=True) is None
 
 
 def test_a_timeline_puts_no_two_trials_of_one_time_into_a_lane(sweep: SweepView) -> None:
@@ -110,7 +110,7 @@ def test_the_same_sweep_gives_the_same_drawings(single: SweepView, page: Page) -
         "group-W3A3",
         single.dimensions,
         single.search_trials("group-W3A3"),
-        minimise=True,
+        minimize=True,
         objective="synthetic objective",
     )
     for figure in (pair, *again):
@@ -128,10 +128,10 @@ def test_what_is_missing_says_why(tmp_path: Path) -> None:
         write_record(path, RunRecord(**{**values, **blank, "started": ""}))
     page = sweep_page(read_sweep(folder), runs=1)
     reasons = {gap.title: gap.reason for gap in _blocks(page, Gap)}
-    assert "no completed trial was measured on labelled images" in reasons["Can the objective be trusted?"]
+    assert "no completed trial was measured on labeled images" in reasons["Can the objective be trusted?"]
     assert "no record says when" in reasons["Trials in time"]
     assert "record.json" in reasons["Images, maps, layers and answers"]  # the made sweep has no runs
-    assert "no labelled images" in " ".join(page.verdict)
+    assert "no labeled images" in " ".join(page.verdict)
 
 
 def test_a_sweep_that_runs_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

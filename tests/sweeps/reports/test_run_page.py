@@ -11,8 +11,8 @@ from synq.commands.report import main as report
 from synq.config.run import RunConfig, with_overrides
 from synq.diagnostics.probe import _amplitude, _profile, probe_run
 from synq.diagnostics.probe_parts import REACH, Probe
-from synq.pipeline import run, run_folder
-from synq.runs.record import read_record
+from synq.pipeline import run
+from synq.runs.record import read_record, run_folder
 from synq.sweeps.reports.page import Figure, Gap, Table
 from synq.sweeps.reports.run_page import run_page
 from synq.synthesis.lowpass import gaussian_lowpass
@@ -41,7 +41,7 @@ def test_a_runs_page_has_every_part(finished: Path) -> None:
     assert {figure.name for figure in page.figures()} == DRAWINGS
     assert not [block for tab in page.tabs for block in tab.blocks if isinstance(block, Gap)]
     record = read_record(finished / "record.json")
-    assert f"Top-1 {record.top1:.2f} % on {record.num_eval} labelled images" in page.verdict[0]
+    assert f"Top-1 {record.top1:.2f} % on {record.num_eval} labeled images" in page.verdict[0]
     settings = next(
         block for tab in page.tabs for block in tab.blocks if isinstance(block, Table) and block.name == "settings"
     )
@@ -49,8 +49,8 @@ def test_a_runs_page_has_every_part(finished: Path) -> None:
 
 
 def test_answers_are_those_of_the_record(probe: Probe) -> None:
-    """All 64 labelled images are asked, so the shares are the record's own figures."""
-    assert not isinstance(probe.answers, str) and probe.answers.labelled
+    """All 64 labeled images are asked, so the shares are the record's own figures."""
+    assert not isinstance(probe.answers, str) and probe.answers.labeled
     found, record = probe.answers, probe.record
     assert len(found.labels) == record.num_eval == 64
     assert 100 * (found.teacher == found.labels).mean() == pytest.approx(record.teacher_top1)
@@ -100,7 +100,7 @@ def test_maps_of_three_networks_on_the_same_images(probe: Probe) -> None:
 @pytest.mark.slow
 def test_without_labels_the_synthetic_images_are_asked(finished: Path) -> None:
     probe = probe_run(finished, {"evaluation.dataset": "none"})
-    assert not isinstance(probe.answers, str) and not probe.answers.labelled
+    assert not isinstance(probe.answers, str) and not probe.answers.labeled
     assert probe.answers.source == "held-out synthetic images" and len(probe.answers.labels) == 16
     np.savez(finished.parent / "other.npz", x=np.zeros((9, 16, 16), np.uint8), y=np.zeros(9, np.int64))
     other = probe_run(finished, {"evaluation.dataset": f"npz:{finished.parent / 'other.npz'}"})

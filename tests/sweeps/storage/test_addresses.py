@@ -57,7 +57,7 @@ def test_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("nope://b/x", "nope"),
         ("s3:///x", "bucket"),
-        ("s3://b/x?colour=red", "colour"),
+        ("s3://b/x?color=red", "color"),
         ("file:///x?region=a", "options"),
         ("file://b/x", "hostname"),
         ("runs/x", "an address"),

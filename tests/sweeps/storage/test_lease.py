@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from synq.sweeps.storage import lease as lease_module
-from synq.sweeps.storage.object_store import Lease, Storage, open_storage
+from synq.sweeps.storage.lease import Lease
+from synq.sweeps.storage.object_store import Storage, open_storage
 
 NAME = "sweep.lease.json"
 ROOT = Path(__file__).resolve().parents[3]
@@ -94,7 +95,7 @@ def test_of_several_at_once_one_gets_it(make: Callable[..., Lease]) -> None:
 def test_the_lease_of_a_killed_process_of_this_machine_is_taken_at_once(
     store: Storage, make: Callable[..., Lease]
 ) -> None:
-    code = "import sys; from synq.sweeps.storage.object_store import *; Lease(open_storage(sys.argv[1]), settle=0).acquire(); print(1, flush=True); sys.stdin.read()"
+    code = "import sys; from synq.sweeps.storage.lease import Lease; from synq.sweeps.storage.object_store import open_storage; Lease(open_storage(sys.argv[1]), settle=0).acquire(); print(1, flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, store.address], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -209,7 +210,7 @@ def test_a_renewal_that_hangs_counts_as_lost(make: Callable[..., Lease], monkeyp
     lease.acquire()
     monkeypatch.setattr(Storage, "read", lambda self, name: go.wait(30) and None)
     _until(lambda: lease.lost)
-    assert "does not answer" in lease.lost
+    assert "does not respond" in lease.lost
     go.set()
 
 

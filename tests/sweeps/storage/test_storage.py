@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from synq.sweeps.storage import object_store as storage
-from synq.sweeps.storage.object_store import Lease, Storage, open_storage
+from synq.sweeps.storage.lease import Lease
+from synq.sweeps.storage.object_store import Storage, open_storage
 
 ROOT = Path(__file__).resolve().parents[3]
 ODD = "a b/é #%+.json"

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from synq.commands.ablate import main
+from synq.common.files import read_json
 from synq.config.run import RunConfig, config_to_dict, with_overrides
 from synq.finetune.loop import NonFiniteLossError
-from synq.runs.record import RunRecord, read_json
-from synq.sweeps.studies.ablation import COLUMNS, DISTILLATION, IDEAS, ROWS, load_ablation, markdown, plan, table
+from synq.runs.record import RunRecord
+from synq.sweeps.leaderboard.columns import ABLATION_TABLE, keys
+from synq.sweeps.studies.ablation import DISTILLATION, IDEAS, ROWS, load_ablation, markdown, plan, table
 
 BASE = with_overrides(RunConfig(), {"finetune.lowpass_cutoff": 8.0, "finetune.difficulty_threshold": 0.6})
 PAPER = ("none", "filter", "CAM", "soft labels", "filter + CAM", "filter + soft labels", "CAM + soft labels", "all")
@@ -84,7 +86,7 @@ def test_gains_are_paired_by_seed() -> None:
     assert (both["significant"], alone["significant"], none["significant"]) == ("no", "yes", "")
     assert alone["gain_over_none"] == pytest.approx(-1.6 / 3)
     assert both["top1_mean"] == 72.0 and both["top1_std"] == pytest.approx(9.0)
-    assert none["gain_over_none"] is None and none["gain_p"] is None and set(none) == set(COLUMNS)
+    assert none["gain_over_none"] is None and none["gain_p"] is None and set(none) == set(keys(ABLATION_TABLE))
     assert [both[key] for key in ("filter", "cam", "soft_labels")] == ["x", "x", ""]
     shown = [line.split(" | ") for line in markdown(list(lines.values())).splitlines()[:5]]
     assert shown[0][1:6] == ["row", "filter", "CAM", "soft labels", "seeds"]
@@ -130,7 +132,7 @@ def test_the_door_runs_a_spec_and_resumes(tmp_path: Path, capsys: pytest.Capture
     assert "| W3A3 | soft labels |  |  | x | 1 |" in out
     with (tmp_path / "mine" / "ablation.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["row"] for line in lines] == ["none", "soft labels"] and tuple(lines[0]) == COLUMNS
+    assert [line["row"] for line in lines] == ["none", "soft labels"] and tuple(lines[0]) == keys(ABLATION_TABLE)
     records = {path: read_json(path) for path in tmp_path.glob("mine-*/record.json")}
     by_threshold = {r["config"]["finetune"]["difficulty_threshold"]: r for r in records.values()}
     assert set(by_threshold) == {1.0, 0.5} and {r["seed"] for r in records.values()} == {5}
@@ -162,7 +164,10 @@ def test_the_form_with_settings_in_words_writes_into_the_output_folder(
             ("epochs = 1", "epoch = 1"),
             "`base.finetune.epoch` must be a known key, but got an unknown one; did you mean",
         ),
-        (("calib_images = 32", "weight_bits = 3"), "`base.quant.weight_bits` must be left out (the file's own `bits`"),
+        (
+            ("calib_images = 32", "weight_bits = 3"),
+            "`base.quant.weight_bits` must be left out (it is set by the file's `bits`",
+        ),
         (("[base.synthesis]", "[base]\nname = 'x'\n[base.synthesis]"), "`base.name` must be left out"),
         (("lowpass_cutoff = 0.5", 'lowpass_cutoff = "none"'), "`finetune.lowpass_cutoff` must be on"),
         (('bits = ["W3A3"]', 'bits = ["W3"]'), "`bits` must read W<2..8>A<2..8>"),
@@ -190,7 +195,7 @@ def test_a_run_that_dies_is_one_line_and_code_1(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("synq.commands.ablate.run_all", fail)
+    monkeypatch.setattr("synq.sweeps.studies.pool.run_all", fail)
     assert main(["--finetune.lowpass_cutoff", "3"]) == 1
     line = capsys.readouterr().err
     assert line.startswith("synq: error: ") and words in line and line.count("\n") == 1
@@ -200,7 +205,9 @@ def test_tables_that_cannot_be_written_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "ablation.csv").mkdir()
-    monkeypatch.setattr("synq.commands.ablate.run_all", lambda runs, *_: {cell: record(80.0, cell[2]) for cell in runs})
+    monkeypatch.setattr(
+        "synq.sweeps.studies.pool.run_all", lambda runs, *_: {cell: record(80.0, cell[2]) for cell in runs}
+    )
     assert main(["--finetune.lowpass_cutoff", "3", "--runtime.output_dir", str(tmp_path)]) == 2
     line = capsys.readouterr().err
     assert line.startswith("synq: error: ") and "ablation.csv" in line and line.count("\n") == 1
@@ -212,8 +219,8 @@ def test_tables_that_cannot_be_written_are_one_line(
         (["--finetune.cam_weight", "0"], "finetune.cam_weight"),
         (["--bits", "W1A1"], "W1A1"),
         (["--rows", "nothing off"], "nothing off"),
-        (["--seed", "3"], "`seed` must be left out (`seeds` says it)"),
-        (["--quant.weight_bits", "3"], "`quant.weight_bits` must be left out (`bits` says it)"),
+        (["--seed", "3"], "`seed` must be left out (`seeds` sets it)"),
+        (["--quant.weight_bits", "3"], "`quant.weight_bits` must be left out (`bits` sets it)"),
         (["absent.toml"], "absent.toml"),
         (["--config", "absent.toml"], "absent.toml"),
     ],

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from synq.config.run import RunConfig, with_overrides
-from synq.pipeline import run, run_folder
-from synq.runs.record import RunRecord
+from synq.pipeline import run
+from synq.runs.record import RunRecord, run_folder
 from synq.sweeps.studies.pool import run_all
 
 

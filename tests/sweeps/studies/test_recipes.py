@@ -9,20 +9,12 @@ from typing import Any
 import pytest
 
 from synq.commands.recipe import main
+from synq.common.files import read_json
 from synq.config.parsing import parse_bits
 from synq.config.run import config_to_dict, with_overrides
-from synq.runs.record import RunRecord, read_json, read_record
-from synq.sweeps.studies.recipes import (
-    COLUMNS,
-    Expected,
-    Published,
-    compare,
-    load_recipe,
-    markdown,
-    plan,
-    same_result,
-    table,
-)
+from synq.runs.record import RunRecord, read_record
+from synq.sweeps.leaderboard.columns import RECIPE_TABLE, keys
+from synq.sweeps.studies.recipes import Expected, Published, compare, load_recipe, markdown, plan, same_result, table
 
 ONE_THREAD = ("--runtime.device", "cpu", "--runtime.num_threads", "1")
 FILE = """
@@ -95,10 +87,10 @@ def test_a_recipe_is_the_whole_setting_and_its_rows_differ_in_one_thing(file: Pa
             "`synthesis.iteration` must be a known key, but got an unknown one; did you",
         ),
         (("seeds = [0, 4]", "seeds = [4, 4]"), "`seeds` must have no entry twice"),
-        (("seeds = [0, 4]", "seeds = [0, 4]\nseed = 1"), "`seed` must be left out (the file's own `seeds` says it)"),
+        (("seeds = [0, 4]", "seeds = [0, 4]\nseed = 1"), "`seed` must be left out (it is set by the file's `seeds`)"),
         (
             ("calib_images = 32", "weight_bits = 3"),
-            "`quant.weight_bits` must be left out (the file's own `bits` says it)",
+            "`quant.weight_bits` must be left out (it is set by the file's `bits`)",
         ),
         (
             ("[published]", "[publshed]"),
@@ -177,7 +169,7 @@ def test_the_table_by_hand() -> None:
         ("recipe", 1): record(89.0, set_digest="s1", lost=40, gained=10),
     }
     ptq, other, own, paper = table(records, Published(top1=88.11, teacher_top1=93.89, source="a | b"))
-    assert tuple(own) == COLUMNS and (own["row"], own["bits"], own["seeds"]) == ("recipe", "W3A3", "0 1")
+    assert tuple(own) == keys(RECIPE_TABLE) and (own["row"], own["bits"], own["seeds"]) == ("recipe", "W3A3", "0 1")
     assert own["top1_mean"] == 88.5 and own["top1_std"] == pytest.approx(math.sqrt(0.5)) and own["drop_mean"] == 3.5
     errors = [100 * math.sqrt(80 - 1.6) / 1000, 100 * math.sqrt(50 - 0.9) / 1000]
     assert own["drop_stderr"] == pytest.approx(statistics.fmean(errors))
@@ -191,14 +183,14 @@ def test_the_table_by_hand() -> None:
     text = markdown([ptq, own, paper], "expected ...")
     assert "| recipe | A | relu | W3A3 | 2 | 92.00 | 88.50 ± 0.71 | 3.50 ± 0.79 | 65 | measured |" in text
     assert "| published | - | - | W3A3 | - | 93.89 | 88.11 | 5.78 | - | a \\| b |" in text
-    assert "net | seeds 0 1 | 1000 labelled images | commit abc | cpu\n" in text and text.endswith("\nexpected ...\n")
+    assert "net | seeds 0 1 | 1000 labeled images | commit abc | cpu\n" in text and text.endswith("\nexpected ...\n")
 
 
 def test_a_teacher_without_labels_has_a_table_too() -> None:
     blind = record(0.0, num_eval=None, teacher_top1=None, drop=None, lost=None, gained=None, rtn_top1=None)
     _, line = table({("recipe", 0): RunRecord(**{**config_to_dict(blind), "top1": None})})
     assert (line["top1_mean"], line["drop_mean"], line["drop_stderr"]) == (None, None, None)
-    assert "| 1 | - | - | - | 10 |" in markdown([line]) and "no labelled images" in markdown([line])
+    assert "| 1 | - | - | - | 10 |" in markdown([line]) and "no labeled images" in markdown([line])
 
 
 PROMISE = Expected(
@@ -289,7 +281,7 @@ def test_words_that_change_the_result_are_told_from_those_that_do_not(file: Path
     [
         (["absent.toml"], "absent.toml"),
         (["FILE", "--rows", "recipes"], "but got 'recipes'; did you mean `recipe`?"),
-        (["FILE", "--seed", "3"], "`seed` must be left out (`seeds` says it)"),
+        (["FILE", "--seed", "3"], "`seed` must be left out (`seeds` sets it)"),
         (["FILE", "--finetune.lrr", "3"], "`finetune.lrr` must be a known key"),
         (["FILE", "--jobs", "0"], "`jobs` must be >= 1"),
     ],

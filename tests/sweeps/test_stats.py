@@ -4,9 +4,12 @@ import math
 import random
 import statistics
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from synq.sweeps.stats import Gain, drop_stderr, mean, paired_gain, pooled_stderr, std, t_test_p
+from support import reference
+from synq.sweeps.stats import Gain, drop_stderr, mean, paired_gain, pooled_stderr, rank_correlation, std, t_test_p
 
 
 @pytest.mark.parametrize(
@@ -91,3 +94,14 @@ def test_two_means_with_one_spread() -> None:
     assert pooled_stderr((0.3, 3), (0.1, 2)) == pytest.approx(math.sqrt((2 * 0.09 + 0.01) / 3 * (1 / 3 + 1 / 2)))
     assert pooled_stderr((0.3, 3), (9.9, 1)) == pytest.approx(0.3 * math.sqrt(4 / 3)), "one seed has no spread"
     assert pooled_stderr((0.0, 1), (0.0, 1)) is None
+
+
+def test_rank_correlation_equals_scipy_and_the_twin_with_ties() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 6, (50, 9)).astype(float), rng.normal(size=(50, 9))
+    got = rank_correlation(a, b)
+    assert got.tolist() == pytest.approx([stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)])
+    assert got.tolist() == pytest.approx(
+        [reference.spearman(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    )
+    assert rank_correlation(np.ones((1, 4)), b[:1, :4]).tolist() == [0.0], "a measure that says nothing ranks nothing"

@@ -1,4 +1,4 @@
-"""The labelled sets behind `real_data`: where their files lie and how they are read. Pixels are uint8 throughout."""
+"""Sources of labeled images: location and decoding of the files of each supported set, as uint8 pixels."""
 
 import difflib
 import gzip
@@ -26,12 +26,12 @@ CROP_RATIO = 256 / 224
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Labels of a whole set, and a reader for some of its images.
+    """All labels of a set, and a function that reads its images.
 
     Attributes:
         labels: (N,) int64.
-        read: (image numbers (n,) int64, teacher's (C, H, W)) -> images (n, C, H, W) uint8, C in {1, 3}. Sets whose images
-            differ in size bring them to the teacher's.
+        read: (indices (n,) int64, input size (C, H, W) of the teacher) -> images (n, C, H, W) uint8, C in {1, 3}.
+            Sets with images of different sizes resize them to the input size.
     """
 
     labels: Tensor
@@ -39,7 +39,7 @@ class ImageSource:
 
 
 def open_source(spec: str, *, num_classes: int, channels: int, data_dir: str | None) -> ImageSource:
-    """Open the set that a spec names; see `synq.evaluation.labelled.load_labelled` for specs, arguments and errors."""
+    """Open the set of a spec; see `synq.evaluation.labeled.load_labeled` for specs, arguments and errors."""
     root = Path(data_dir or os.environ.get(DATA_DIR_VARIABLE) or "data").expanduser()
     kind, _, rest = spec.partition(":")
     if kind == "digits" and rest in ("", "train"):
@@ -59,20 +59,20 @@ def open_source(spec: str, *, num_classes: int, channels: int, data_dir: str | N
         raise ValueError(f"`evaluation.dataset` must be one of {', '.join(forms)}, but got {spec!r}{hint}")
     found = source.read(torch.arange(min(1, len(source.labels))), (channels, 0, 0)).shape[1]
     if found not in (channels, 1):
-        raise ValueError(f"images of {spec} must fit a teacher of {channels} channel(s), but have {found}")
+        raise ValueError(f"images of {spec} must match a teacher of {channels} channel(s), but have {found}")
     return source
 
 
 def from_arrays(images: Any, labels: Any, where: str) -> ImageSource:
-    """Wrap arrays after checking them.
+    """Create an image source from arrays.
 
     Args:
         images: (N, H, W) or (N, H, W, C) uint8, C in {1, 3}.
         labels: (N,) integers.
-        where: what to name in an error.
+        where: Name of the source, for messages.
 
     Raises:
-        ValueError: if a shape or a type differs.
+        ValueError: If a shape or dtype is not supported.
     """
     images, labels = np.asarray(images), np.asarray(labels)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
@@ -82,7 +82,7 @@ def from_arrays(images: Any, labels: Any, where: str) -> ImageSource:
         raise ValueError(
             f"labels of {where} must be ({len(images)},) integers, one per image, but got {labels.shape} {labels.dtype}"
         )
-    pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))  # PyTorch wants to be able to write
+    pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))  # PyTorch warns about read-only arrays
     pixels = pixels[..., None] if pixels.ndim == 3 else pixels
 
     def read(indices: Tensor, _: tuple[int, int, int]) -> Tensor:
@@ -92,7 +92,10 @@ def from_arrays(images: Any, labels: Any, where: str) -> ImageSource:
 
 
 def digits_heldout_mask(num_images: int) -> np.ndarray:
-    """(num_images,) bool: the held-out third of `digits`. Fixed for ever: image i by SHA-256 of "digits:i" below 1/3."""
+    """Return the mask (num_images,), bool, of the held-out third of `digits`.
+
+    The split is fixed: image i is held out if the SHA-256 of "digits:i", scaled to [0, 1), is below 1/3.
+    """
     ranks = [
         int(hashlib.sha256(f"digits:{index}".encode()).hexdigest()[:12], 16) / 2**48 for index in range(num_images)
     ]
@@ -100,7 +103,7 @@ def digits_heldout_mask(num_images: int) -> np.ndarray:
 
 
 def _digits(train: bool) -> ImageSource:
-    """Scikit-learn's 8x8 digits (1,797 images, values 0..16), stretched to 0..255; no download."""
+    """Load scikit-learn's 8 x 8 digits (1,797 images, values 0..16), scaled to 0..255; no download."""
     from sklearn.datasets import load_digits  # a slow import that only this set needs
 
     images, labels = load_digits(return_X_y=True)
@@ -110,7 +113,7 @@ def _digits(train: bool) -> ImageSource:
 
 
 def _torchvision_set(name: str, root: Path) -> ImageSource:
-    """The official test part of CIFAR, from ``root``, fetched into it when it is not there."""
+    """Load the official test split of CIFAR from ``root``, and download it first if it is missing."""
     from torchvision import datasets
 
     kind = getattr(datasets, name)
@@ -122,7 +125,7 @@ def _torchvision_set(name: str, root: Path) -> ImageSource:
 
 
 def _download(name: str, root: Path, fetch: Callable[[], Any]) -> Any:
-    """Fetch once, whatever the number of processes: the others wait and then find the files."""
+    """Download a set once: a lock makes the other processes wait and then find the files."""
     root.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(root / f".{name}.lock"):
@@ -131,18 +134,18 @@ def _download(name: str, root: Path, fetch: Callable[[], Any]) -> Any:
         if isinstance(error, PermissionError):
             raise
         raise ConnectionError(
-            f"data set {name.lower()} must lie in {root} or be reachable, but the download failed: {error}; "
-            "fetch it on another machine and give its folder as `evaluation.data_dir`"
+            f"data set {name.lower()} must be in {root} or be reachable, but the download failed: {error}; "
+            "download it on another machine and give its folder as `evaluation.data_dir`"
         ) from error
 
 
 def _fashion_mnist(root: Path) -> ImageSource:
-    """The 10,000 test images: from Debian's package, from ``root``, or fetched into ``root``."""
+    """Load the 10,000 test images from ``root`` or Debian's package, or download them into ``root``."""
     names = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
     inside = (root, root / "fashion-mnist", root / "FashionMNIST" / "raw")
     for folder in (*inside, *FASHION_MNIST_FOLDERS):
         files = [next((f for f in (folder / name, folder / f"{name}.gz") if f.is_file()), None) for name in names]
-        # Plain MNIST uses the same file names, so a folder that is called after it does not count.
+        # MNIST uses the same file names, so the path of the folder must contain "fashion".
         if files[0] is not None and files[1] is not None and "fashion" in folder.resolve().as_posix().lower():
             return from_arrays(read_idx(files[0]), read_idx(files[1]), str(folder))
     from torchvision import datasets
@@ -152,10 +155,15 @@ def _fashion_mnist(root: Path) -> ImageSource:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read an IDX file of unsigned bytes, plain or gzipped: 00 00 08 ndim, then ndim big-endian sizes, then the bytes.
+    """Read an IDX file of unsigned bytes, plain or gzipped.
+
+    Format: the bytes 00 00 08 ndim, then ndim big-endian uint32 sizes, then the values.
+
+    Returns:
+        A uint8 array of the shape in the file.
 
     Raises:
-        ValueError: if the file is damaged or holds another type.
+        ValueError: If the file is damaged or contains another type.
     """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -165,20 +173,22 @@ def read_idx(path: Path) -> np.ndarray:
         raise ValueError(f"{path} must be an IDX file of unsigned bytes, but starts with {raw[:4]!r}")
     start = 4 + 4 * raw[3]
     if len(raw) < start:
-        raise ValueError(f"{path} must hold {raw[3]} sizes after its first bytes, but is damaged: it ends too early")
+        raise ValueError(f"{path} must contain {raw[3]} sizes after its first bytes, but is damaged: it is truncated")
     shape = tuple(int(size) for size in np.frombuffer(raw[4:start], dtype=">u4"))
     if len(raw) - start != int(np.prod(shape)):
-        raise ValueError(f"{path} must hold {shape} bytes, but is damaged: {len(raw) - start} bytes follow its header")
+        raise ValueError(
+            f"{path} must contain {shape} bytes, but is damaged: {len(raw) - start} bytes follow its header"
+        )
     return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape)
 
 
 def _npz(path: Path) -> ImageSource:
     try:
-        # Opened here: NumPy leaves the file of a damaged archive open.
+        # Opened explicitly, because NumPy does not close the file of a damaged archive.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             missing = [key for key in ("x", "y") if key not in content.files]
             if missing:
-                raise ValueError(f"it must hold arrays `x` and `y`, but holds {', '.join(content.files) or 'nothing'}")
+                raise ValueError(f"it must contain arrays `x` and `y`, but has {', '.join(content.files) or 'none'}")
             images, labels = content["x"], content["y"]
     except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"npz file {path} cannot be used: {error}") from error
@@ -186,16 +196,16 @@ def _npz(path: Path) -> ImageSource:
 
 
 def _imagefolder(root: Path, num_classes: int, channels: int) -> ImageSource:
-    """One folder per class: labels are the numbers that the folders are called by, or else their alphabetical order."""
+    """Open a folder of class folders; labels are the numbers in the folder names, or else the alphabetical order."""
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if folders and all(folder.name.isdecimal() for folder in folders):
-        numbers = [int(folder.name) for folder in folders]  # by value: in alphabetical order "10" stands before "2"
+        numbers = [int(folder.name) for folder in folders]  # by value: alphabetically, "10" precedes "2"
     elif len(folders) == num_classes:
         numbers = list(range(num_classes))
     else:
         raise ValueError(
-            f"image folder {root} must hold one folder per class of the teacher ({num_classes}), but has {len(folders)}; "
-            "for a part of the classes call each folder by its class number"
+            f"image folder {root} must contain one folder per class of the teacher ({num_classes}), "
+            f"but has {len(folders)}; for a subset of the classes name each folder by its class index"
         )
     found = [
         (file, number)
@@ -212,19 +222,21 @@ def _imagefolder(root: Path, num_classes: int, channels: int) -> ImageSource:
 
 
 def _read_image(file: Path, size: tuple[int, int, int]) -> Tensor:
-    """(C, H, W) uint8: shorter side to size * 256 / 224, then the centre, as ImageNet models are evaluated."""
+    """Read an image as (C, H, W) uint8: resize to size * 256 / 224, then center crop, as in ImageNet evaluation."""
     channels, height, width = size
     try:
         with Image.open(file) as opened:
-            grey = opened.mode in ("1", "L")
-            if channels == 1 and not grey:
-                raise ValueError(f"images must be grey for a teacher of 1 channel, but {file} has mode {opened.mode}")
+            is_gray = opened.mode in ("1", "L")
+            if channels == 1 and not is_gray:
+                raise ValueError(
+                    f"images must be grayscale for a teacher of 1 channel, but {file} has mode {opened.mode}"
+                )
             image = opened.convert("L" if channels == 1 else "RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"image {file} must be readable, but is damaged: {error}") from error
     scale = max(height * CROP_RATIO / image.height, width * CROP_RATIO / image.width)
     scaled = (max(round(image.width * scale), width), max(round(image.height * scale), height))
-    image = image.resize(scaled, Image.Resampling.BILINEAR)  # Pillow widens the kernel when shrinking: antialiased
+    image = image.resize(scaled, Image.Resampling.BILINEAR)  # Pillow antialiases by a wider kernel when downscaling
     left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
     pixels = np.array(image.crop((left, top, left + width, top + height)))
     return torch.from_numpy(pixels.reshape(height, width, -1)).permute(2, 0, 1)

@@ -1,7 +1,7 @@
-"""Labelled real images, for reporting accuracy only. Nothing else of the package may read a real image.
+"""Labeled real images, used only to report accuracy; no other part of the package may read a real image.
 
-Every set is an indexable data set of (normalised image, label) for one teacher, and knows which image of the full set each entry
-is, so that fixed subsets stay the same subsets under any limit.
+Each set is a map-style data set of (normalized image, label) for one teacher. It knows the index of each entry in the
+full set, so that fixed subsets consist of the same images under any limit.
 """
 
 import hashlib
@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from synq.evaluation.labelled_sources import ImageSource, open_source
+from synq.evaluation.labeled_sources import ImageSource, open_source
 
 
-class LabelledSet(Dataset[tuple[Tensor, int]]):
-    """Labelled images as one teacher wants to see them.
+class LabeledSet(Dataset[tuple[Tensor, int]]):
+    """Labeled images, preprocessed for one teacher.
 
     Attributes:
-        name: the spec it was loaded from.
-        labels: (N,) int64 on the CPU.
-        indices: (N,) int64, number of each image in the full set.
-        num_total: images in the full set.
+        name: The spec of the set.
+        labels: (N,) int64, on the CPU.
+        indices: (N,) int64, index of each image in the full set.
+        num_total: Number of images in the full set.
     """
 
     def __init__(
@@ -47,20 +47,27 @@ class LabelledSet(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image (C, H, W) float32, normalised, and its label."""
+        """Return one normalized image, (C, H, W) float32, and its label."""
         images, labels = self.batch(torch.tensor([range(len(self))[index]]))
         return images[0], int(labels[0])
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (n, C, H, W) float32, normalised, and labels (n,) int64 for ``indices`` (n,) int64 in [0, len)."""
+        """Return the images and labels of a batch.
+
+        Args:
+            indices: (n,) int64, in [0, len(self)).
+
+        Returns:
+            Normalized images (n, C, H, W) float32, and labels (n,) int64.
+        """
         raw = self._source.read(self.indices[indices], self._input_size)
         images = fit_images(raw, self._input_size)
         return (images - self._mean) / self._std, self.labels[indices]
 
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits over all labels, their numbers in the full set, and the first 64 images.
+        """Return a digest (16 hexadecimal digits) of all labels, all indices in the full set, and the first 64 images.
 
-        Tells two sets of one name apart without reading gigabytes of images.
+        It distinguishes two sets with the same name without reading gigabytes of images.
         """
         images, _ = self.batch(torch.arange(min(64, len(self))))
         digest = hashlib.sha256(f"{self.num_total} {tuple(images.shape)}".encode())
@@ -69,11 +76,11 @@ class LabelledSet(Dataset[tuple[Tensor, int]]):
         return digest.hexdigest()[:16]
 
     def selection_mask(self, fraction: float) -> Tensor:
-        """(N,) bool: the part of this set that settings may be chosen on; the same images under any limit."""
+        """Return the mask (N,), bool, of the images that settings may be selected on; independent of the limit."""
         return selection_mask(self.num_total, fraction)[self.indices]
 
 
-def load_labelled(
+def load_labeled(
     spec: str,
     teacher_input_size: tuple[int, int, int],
     mean: Sequence[float],
@@ -82,62 +89,69 @@ def load_labelled(
     num_classes: int,
     data_dir: str | None = None,
     limit: int | None = None,
-) -> LabelledSet:
-    """Open a labelled set for one teacher.
+) -> LabeledSet:
+    """Load a set of labeled images for one teacher.
 
-    Images of another size are resized bilinearly with antialiasing (folders: shorter side to size * 256 / 224, centre crop);
-    grey images are repeated for a teacher of three channels; colour images for a teacher of one channel are refused.
+    Images of another size are resized bilinearly with antialiasing (folders: shorter side to size * 256 / 224, center
+    crop). Grayscale images are repeated for a teacher of three channels; color images for a teacher of one channel are
+    rejected.
 
     Args:
         spec: digits (or digits:train), cifar10, cifar100, fashion-mnist, imagefolder:PATH or npz:FILE.
         teacher_input_size: (C, H, W).
-        mean, std: per channel, for images in [0, 1].
-        num_classes: labels must lie in [0, num_classes).
-        data_dir: folder in which sets asked for by name lie or are put; None = $SYNQ_DATA_DIR, or ./data where that is unset.
-        limit: number of images; None or more than there are = all. The subset is fixed (chosen by a hash of the image's number,
-            kept in order), and a smaller one lies within a larger one.
+        mean, std: Normalization per channel, for images in [0, 1].
+        num_classes: Number of classes K; labels must be in [0, K).
+        data_dir: Folder of named sets, into which they are also downloaded; None means $SYNQ_DATA_DIR, or ./data if
+            that is not set.
+        limit: Maximum number of images; None for all. The subset is fixed (selected by a hash of the index, in the
+            original order), and a smaller subset is contained in a larger one.
 
     Raises:
-        ValueError: if the spec is unknown, a file is damaged or of another layout, or labels or channels do not fit.
-        FileNotFoundError: if a file or folder does not exist.
-        ConnectionError: if a set asked for by name has to be fetched and cannot be.
+        ValueError: If the spec is unknown, a file is damaged or has an unsupported layout, or labels or channels do
+            not match the teacher.
+        FileNotFoundError: If a file or folder does not exist.
+        ConnectionError: If a named set must be downloaded but cannot be.
     """
     source = open_source(spec, num_classes=num_classes, channels=teacher_input_size[0], data_dir=data_dir)
     num_total = len(source.labels)
     if num_total == 0:
-        raise ValueError(f"data set {spec} must hold images, but is empty")
+        raise ValueError(f"data set {spec} must contain images, but is empty")
     low, high = int(source.labels.min()), int(source.labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(
-            f"labels of {spec} must lie in 0..{num_classes - 1} (the teacher has {num_classes} classes), but got {low}..{high}"
+            f"labels of {spec} must be in 0..{num_classes - 1} (the teacher has {num_classes} classes), "
+            f"but got {low}..{high}"
         )
     if limit is not None and limit < 1:
         raise ValueError(f"`num_images` must be at least 1, but got {limit}")
     indices = torch.arange(num_total)
     if limit is not None and limit < num_total:
         indices = _ranks(num_total, "limit").argsort()[:limit].sort().values
-    return LabelledSet(spec, source, indices, teacher_input_size, mean, std)
+    return LabeledSet(spec, source, indices, teacher_input_size, mean, std)
 
 
 def selection_mask(num_images: int, fraction: float) -> Tensor:
-    """Which images settings may be chosen on: those whose hashed number falls below ``fraction``.
+    """Return the mask of the images that settings may be selected on: those whose hash is below ``fraction``.
 
-    Fixed for ever, whatever the number of images: image i is chosen or not by i alone.
+    The split is fixed: whether image i is selected depends only on i, not on the number of images.
 
     Args:
-        num_images: size of the full set.
-        fraction: in [0, 1].
+        num_images: Size of the full set.
+        fraction: Expected fraction of selected images, in [0, 1].
 
     Returns:
         (num_images,) bool.
+
+    Raises:
+        ValueError: If ``fraction`` is not in [0, 1].
     """
     if not 0 <= fraction <= 1:
-        raise ValueError(f"`selection_fraction` must lie in 0..1, but got {fraction}")
+        raise ValueError(f"`selection_fraction` must be in 0..1, but got {fraction}")
     return _ranks(num_images, "selection") < fraction
 
 
 def fit_images(images: Tensor, input_size: tuple[int, int, int]) -> Tensor:
-    """Scale images to [0, 1] and fit them to the teacher's size and channels.
+    """Scale images to [0, 1], and resize and expand them to the teacher's input size and channels.
 
     Args:
         images: (N, C, H, W) uint8, C in {1, 3}.
@@ -147,7 +161,7 @@ def fit_images(images: Tensor, input_size: tuple[int, int, int]) -> Tensor:
         (N, C, H, W) float32 in [0, 1].
 
     Raises:
-        ValueError: if the channels cannot be fitted.
+        ValueError: If the channels do not match and the images are not grayscale.
     """
     channels, height, width = input_size
     scaled = images.to(torch.float32) / 255
@@ -161,7 +175,7 @@ def fit_images(images: Tensor, input_size: tuple[int, int, int]) -> Tensor:
 
 
 def _ranks(num_images: int, purpose: str) -> Tensor:
-    """(num_images,) float64 in [0, 1): an evenly spread number for every image, from its number and the purpose alone."""
+    """Return a hash of index and purpose for each image, (num_images,) float64, uniform in [0, 1)."""
 
     def rank(index: int) -> float:
         return int.from_bytes(hashlib.sha256(f"{purpose}:{index}".encode()).digest()[:6], "big") / 2**48

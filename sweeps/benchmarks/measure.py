@@ -1,0 +1,80 @@
+"""Measure groups of benchmarks and write their table: what `synq bench` does."""
+
+import importlib
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from synq.common.files import write_json_atomic, write_text_atomic
+from synq.config.run import RuntimeConfig
+from synq.runtime import make_accelerator
+
+from .table import Context, Row, as_json, machine, markdown
+
+GROUPS = {
+    "ceilings": "What the machine can do: matrix product, memory, and each kernel's share of it",
+    "steps": "A fine-tuning step",
+    "options": "Layout, number format, compilation",
+    "synthesis": "Synthesis",
+    "curves": "Cost curves and memory",
+    "population": "Several students in one process",
+    "processes": "Two processes (DDP)",
+    "sweep": "Trials side by side",
+}
+
+
+def measure(
+    groups: Iterable[str],
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int | None = None,
+    rounds: int = 9,
+    seed: int = 0,
+    output_dir: str | Path = "runs/bench",
+) -> None:
+    """Measure groups of benchmarks, print them, and write bench.json and bench.md after each group.
+
+    Args:
+        groups: Names of `GROUPS`.
+        device: auto takes a GPU where there is one.
+        threads: CPU threads; None leaves them to PyTorch.
+        rounds: Rounds of each comparison.
+        seed: Seed of weights and images.
+        output_dir: Folder of the files.
+
+    Raises:
+        OSError: The folder cannot be written.
+        WorkerError: A process of the benchmark failed.
+    """
+    accelerator = make_accelerator(RuntimeConfig(device=device, num_threads=threads))
+    context = Context(device=accelerator.device, threads=torch.get_num_threads(), rounds=rounds, seed=seed)
+    folder, facts, done = Path(output_dir), machine(context), []
+    # A folder that cannot be written is reported before the work.
+    write_json_atomic(folder / "bench.json", as_json([], facts))
+    for name in groups:
+        torch.manual_seed(context.seed)
+        started, rows = time.perf_counter(), []
+        print(f"\n{GROUPS[name]}", flush=True)
+        for row in rows_of(name)(context):
+            rows.append(row)
+            what, value, spread, target, _ = row.cells()
+            ends = (f" ({spread})" if spread else "") + (f"   [{target}]" if target else "")
+            print(f"  {what}: {value}{ends}", flush=True)
+        if not rows:
+            print("  nothing to measure on this device")
+        print(f"  {time.perf_counter() - started:.0f} s", flush=True)
+        done.append((GROUPS[name], rows))
+        write_json_atomic(folder / "bench.json", as_json(done, facts))
+        write_text_atomic(folder / "bench.md", markdown(done, facts))
+    all_rows = [row for _, rows in done for row in rows]
+    targets, missed = sum(row.target is not None for row in all_rows), sum(row.verdict() == "NO" for row in all_rows)
+    print(f"\n{folder / 'bench.md'} | {targets} targets, {missed} missed")
+
+
+def rows_of(name: str) -> Callable[[Context], Iterable[Row]]:
+    """Return the function that measures one group; only the module of that group is imported."""
+    function: Callable[[Context], Iterable[Row]] = importlib.import_module(f"{__package__}.{name}").rows
+    return function

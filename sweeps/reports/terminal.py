@@ -1,0 +1,97 @@
+"""Runs and sweeps as text for a terminal: what `synq show` prints."""
+
+import io
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from synq.common.text_tables import plain
+
+from ..leaderboard.columns import BEST_TABLE
+from .summary import (
+    best_rows,
+    run_facts,
+    run_label,
+    run_verdict,
+    sweep_facts,
+    sweep_verdict,
+)
+from .sweep_view import is_run, read_sweep, record_of
+
+MOST_FAILURES = 5
+"""Failures that are shown; the page and trials.csv have all."""
+
+
+def show(paths: Sequence[str | Path]) -> None:
+    """Print the results of runs and sweeps, finished or not: the best settings, metrics, failures.
+
+    Args:
+        paths: Folders of sweeps or runs, or record files.
+
+    Raises:
+        OSError, ValueError: A path holds neither, or something damaged.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without such letters gets question marks, not a traceback
+    # A pipe has no width, and a table that is cut off would be of no use to the reader.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    for path in map(Path, paths):
+        (_show_run if is_run(path) else _show_sweep)(path, console)
+
+
+def _show_run(path: Path, console: Console) -> None:
+    if path.is_dir() and not (path / "record.json").exists():
+        saved = path / "checkpoint.pt"
+        when = f", last saved {datetime.fromtimestamp(saved.stat().st_mtime):%Y-%m-%d %H:%M}" if saved.exists() else ""
+        console.print(plain(f"run {path.name}: not finished{when}; its command, started again, resumes"))
+        return
+    record = record_of(path)
+    console.rule(Text(plain(f"run {record.name}: {run_label(record)}")), align="left")
+    for line in run_verdict(record):
+        console.print(plain(line))
+    _table(console, ("", ""), run_facts(record))
+    if record.loss_history:
+        terms = [name for name in record.loss_history[-1] if name not in ("epoch", "seconds")]
+        ends = [record.loss_history[0], record.loss_history[-1]]
+        rows = [(name, *(_number(line.get(name)) for line in ends)) for name in terms]
+        _table(console, ("term", "first epoch", f"epoch {len(record.loss_history)}"), rows)
+    console.print(f"more: synq report {path}")
+
+
+def _show_sweep(path: Path, console: Console) -> None:
+    sweep = read_sweep(path)
+    standings = sweep.standings()
+    console.rule(Text(plain(f"sweep {sweep.name}")), align="left")
+    for line in sweep_verdict(sweep, standings):
+        console.print(plain(line))
+    _table(console, ("", ""), sweep_facts(sweep))
+    rows = [
+        tuple(_number(row[column.key], column.decimals) for column in BEST_TABLE) for row in best_rows(sweep, standings)
+    ]
+    if rows:
+        _table(console, [column.heading for column in BEST_TABLE], rows)
+    failures = [(name, record.reason) for name, record in sweep.records.items() if record.status == "failed"]
+    if failures:
+        _table(console, ("failed trial", "reason"), failures[:MOST_FAILURES])
+    if len(failures) > MOST_FAILURES:
+        console.print(f"and {len(failures) - MOST_FAILURES} more, in trials.csv")
+    console.print(f"all settings: synq leaderboard {path} --print; pictures: synq report {path}")
+
+
+def _table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*heads, show_header=any(heads))
+    for row in rows:
+        table.add_row(*(Text(plain(cell)) for cell in row))  # no markup and no control characters from names
+    console.print(table)
+
+
+def _number(value: Any, decimals: int | None = None) -> str:
+    if isinstance(value, int | float) and decimals is not None:
+        return f"{value:.{decimals}f}"
+    return f"{value:.4g}" if isinstance(value, float) else plain(value)

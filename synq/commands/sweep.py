@@ -1,0 +1,63 @@
+"""`synq sweep`: a search over models, bit-widths and settings, and its leaderboard."""
+
+from typing import Any
+
+import click
+
+from synq.config.command_line import Command
+from synq.config.command_options import FLOAT, INT, argument, option
+
+EXAMPLES = """\
+  %(prog)s                                              a small demo of the classifier that ships with SynQ
+  %(prog)s sweeps/specs/cifar10_resnet20.toml --num-trials 20 --max-concurrent 2
+  %(prog)s SPEC --dry-run
+  ray job submit --working-dir . -- python launch/sweep.py SPEC        on a cluster"""
+
+
+@click.command(
+    "sweep",
+    cls=Command,
+    examples=EXAMPLES,
+    advice="everything else is set in the spec (see --help, README)",
+    exit_codes="0 done, 1 a group has no completed trial or too many failed, 2 input rejected, 130 interrupted",
+    resumes=True,
+)
+@argument("spec", required=False, metavar="SPEC", help="a .toml or .json file (default: a small demo)")
+@option("--output-dir", metavar="DIR_OR_ADDRESS", help="folder of the sweep, or s3://... (default: runs/NAME)")
+@option("--num-trials", metavar="N", help="trials of each (model, bits) group; +N: that many more than it has")
+@option("--max-concurrent", metavar="N", type=INT, help="most trials at one time")
+@option("--workers-per-trial", metavar="N", type=INT, help="processes that train one student together")
+@option("--cpus-per-worker", metavar="X", type=FLOAT, help="CPU cores and threads of each of them")
+@option("--gpus-per-worker", metavar="X", type=FLOAT, help="GPUs of each; parts such as 0.25 share one, 0 is the CPU")
+@option("--retry-failed", is_flag=True, help="run trials again that failed before")
+@option("--no-report", is_flag=True, help="end without making report.html")
+@option("--dry-run", is_flag=True, help="print what would be run, on what and for how long, and stop")
+def command(
+    spec: str | None, num_trials: str | None, retry_failed: bool, no_report: bool, dry_run: bool, **given: Any
+) -> int:
+    """Run a sweep over models, bit-widths and settings and rank the results.
+
+    The same command resumes a sweep that was stopped.
+    """
+    options = {key: value for key, value in given.items() if value is not None}
+    if num_trials is not None:
+        if not num_trials.removeprefix("+").isdecimal():
+            raise ValueError(f"`num-trials` must be a whole number N or +N, but got {num_trials!r}")
+        options["more_trials" if num_trials.startswith("+") else "num_trials"] = int(num_trials)
+    options |= ({"retry_failed": True} if retry_failed else {}) | ({"report": False} if no_report else {})
+    from synq.sweeps.driver.cluster import output_root, prepare_environment
+    from synq.sweeps.spec_file import DEMO_SPEC, load_spec
+
+    resolved = load_spec(spec or DEMO_SPEC, options, root=output_root())
+    prepare_environment()
+    if dry_run:
+        from synq.sweeps.driver.dry_run import print_preview
+
+        print_preview(resolved)
+        return 0
+    from synq.sweeps.driver.tuner import run_sweep
+
+    return run_sweep(resolved)
+
+
+main = command.run

@@ -1,0 +1,58 @@
+"""`synq synthesize`: the synthetic images of a run, without the run."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from synq.config.command_line import Command
+from synq.config.command_options import config_option, option
+from synq.config.run import RunConfig
+from synq.train import TEACHER_SETTINGS, on_every_process
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+COMMON = (
+    *TEACHER_SETTINGS,
+    *("synthesis.method", "synthesis.num_images", "synthesis.shard_size", "synthesis.iterations", "synthesis.lr"),
+    *("data_seed", "evaluation.heldout_images", "runtime.output_dir", "runtime.store_dir"),
+)
+EXAMPLES = """\
+  %(prog)s torchvision:resnet18 --teacher.weights IMAGENET1K_V1 --synthesis.num_images 256
+  %(prog)s --config run.toml --npz images.npz"""
+
+
+@click.command("synthesize", cls=Command, settings="run", common=COMMON, examples=EXAMPLES, resumes=True)
+@config_option
+@option(
+    "--npz",
+    metavar="FILE.npz",
+    rule="name a file that ends in .npz",
+    help="also write the training images for other tools' calibration: arrays `images` (N, C, H, W) float32, "
+    "normalized as the network takes them, `labels` (N,), `mean` and `std` per channel",
+)
+def command(config: RunConfig, npz: str | None) -> int:
+    """Synthesize the training images of a run, and the held-out ones, and stop.
+
+    `synq train` with the same settings finds them in the store. Every key of a run is accepted; teacher, synthesis,
+    data_seed and evaluation.heldout_images decide the images.
+    """
+    if npz is not None and not npz.endswith(".npz"):
+        raise ValueError(f"`npz` must name a file that ends in .npz, but got {npz!r}")
+
+    def work(accelerator: "Accelerator") -> tuple[list[str], list[str]]:
+        from synq.pipeline import prepare
+        from synq.synthesis.generate import write_npz
+        from synq.teacher.teacher import load_teacher
+
+        sets = prepare(config, accelerator=accelerator)
+        lines = [f"{part.path} | {len(part.labels)} images" for part in sets]
+        if npz is not None and accelerator.is_main_process:
+            write_npz(npz, sets[0], load_teacher(config.teacher))
+            lines.append(f"{npz} | {len(sets[0].labels)} images")
+        return lines, []
+
+    return on_every_process(config, work)
+
+
+main = command.run

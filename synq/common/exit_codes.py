@@ -1,0 +1,75 @@
+"""Exit codes of commands, and errors as one line on standard error. Loads no torch."""
+
+import os
+import sys
+from collections.abc import Callable
+
+RUN_FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+
+
+def report_error(error: BaseException) -> None:
+    """Print one line on standard error; SYNQ_TRACEBACK=1 in the environment adds the traceback."""
+    if os.environ.get("SYNQ_TRACEBACK", "0") not in ("", "0"):
+        import traceback
+
+        traceback.print_exception(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"`{error.filename}` cannot be used: {error.strerror or text}"
+    print(f"synq: error: {text}", file=sys.stderr, flush=True)
+
+
+def exit_code(
+    work: Callable[[], int | None],
+    *,
+    resumes: bool = False,
+    failures: Callable[[], tuple[type[BaseException], ...]] = tuple,
+) -> int:
+    """Call `work` and return the exit code of the process; an error is one line on standard error.
+
+    Args:
+        work: What to do; a number that it returns is the exit code.
+        resumes: Whether the same command, started again, continues where it was interrupted.
+        failures: Returns the RuntimeErrors that are the failure of a run.
+
+    Returns:
+        0 done, 1 a run failed, 2 the input was rejected, 130 interrupted.
+    """
+    try:
+        code = work() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of standard output, such as `head`, has read enough
+        return 0
+    except (ValueError, OSError) as error:
+        report_error(error)
+        return USER_ERROR
+    except RuntimeError as error:
+        from concurrent.futures import BrokenExecutor
+
+        if isinstance(error, BrokenExecutor):
+            reason = "a run's process died (too little memory?); the same command goes on, fewer `--jobs` need less"
+            error = RuntimeError(reason)
+        elif not isinstance(error, failures()):
+            raise
+        report_error(error)
+        return RUN_FAILED
+    except KeyboardInterrupt:
+        print("synq: interrupted" + ("; the same command resumes" if resumes else ""), file=sys.stderr, flush=True)
+        return INTERRUPTED
+
+
+def leave(code: int) -> None:
+    """End the process with this exit code.
+
+    The interpreter's own exit is skipped with several processes, where gloo aborts in it now and then, and with Ray,
+    whose threads may keep the process alive.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or "ray" in sys.modules:
+        os._exit(code)
+    sys.exit(code)

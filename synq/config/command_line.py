@@ -1,0 +1,314 @@
+"""Command lines with click: options made from the settings of a run, errors of one line, exit codes. Loads no torch.
+
+    @click.command("export", cls=Command, examples=EXAMPLES)
+    @argument("run", metavar="RUN", help="folder of a finished run")
+    @option("--formats", several=True, help="some of: onnx packed torch")
+    def command(run: str, formats: tuple[str, ...]) -> None:
+        \"\"\"Write the student of a finished run as ONNX.\"\"\"
+
+    main = command.run
+
+What click lacks: options that take several values (`--seeds 0 1 2`), the nearest option in an error, and a first
+argument that needs no option (TEACHER for `--teacher.spec`).
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import click
+
+from synq.common.exit_codes import USER_ERROR, exit_code
+from synq.config.command_help import GROUPS, full_help, group_help, overview, short_help
+from synq.config.command_options import Argument, Option, key_of, label, parameter_name, setting_options
+from synq.config.parsing import dotted_keys, nearest, one_of, values_from_text, with_overrides
+from synq.config.run import RunConfig, load_run, make_absolute
+
+HELP_FLAGS = ("-h", "--help")
+
+
+class Command(click.Command):
+    """A command whose errors are one line on standard error; options are never abbreviated.
+
+    Args:
+        name: As on the command line.
+        usage: What follows the program's name in the usage line; made from the options where it is empty.
+        examples: Lines of examples; `%(prog)s` is the program's name.
+        settings: Which settings of a run are options: "" none; "run" all, the callback gets `config`, a RunConfig with
+            absolute paths, and the context's `obj` is the overrides by dotted key; "overrides" all, the callback gets
+            `overrides`.
+        common: Keys of the settings that the short help lists.
+        first: Option whose value the first argument is; with "run", that is TEACHER or a file of settings.
+        advice: What to do about an option that does not exist.
+        exit_codes: What the codes mean.
+        resumes: Whether the same command, started again, continues where it was interrupted.
+        failures: Returns the RuntimeErrors that are the failure of a run, not of this program.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        *,
+        usage: str = "",
+        examples: str = "",
+        settings: str = "",
+        common: Sequence[str] = (),
+        first: str = "",
+        advice: str = "see --help",
+        exit_codes: str = "0 done, 1 a run failed, 2 input rejected, 130 interrupted",
+        resumes: bool = False,
+        failures: Callable[[], tuple[type[BaseException], ...]] = tuple,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name, add_help_option=False, **kwargs)
+        self.usage, self.examples, self.exit_codes = usage, examples, exit_codes
+        self.settings, self.common = settings, common
+        self.first = "--teacher.spec" if settings == "run" else first
+        self.advice, self.resumes, self.failures = advice, resumes, failures
+
+    @property
+    def own_options(self) -> list[Option]:
+        """Return the options that are no settings of a run."""
+        return [param for param in self.params if isinstance(param, Option)]
+
+    @property
+    def own_arguments(self) -> list[Argument]:
+        """Return the positional arguments."""
+        return [param for param in self.params if isinstance(param, Argument)]
+
+    @property
+    def usage_line(self) -> str:
+        """Return what follows the program's name in the usage line."""
+        if self.usage:
+            return self.usage
+        names = [f"{param.metavar}{'...' if param.nargs < 0 else ''}" for param in self.own_arguments]
+        parts = [name if param.required else f"[{name}]" for name, param in zip(names, self.own_arguments, strict=True)]
+        if self.settings == "run":
+            parts += ["[TEACHER | FILE.toml]"]
+        return " ".join([*parts, "[options]", *(["[--KEY VALUE ...]"] if self.settings else [])])
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the parameters of the command and the settings of a run."""
+        return [*self.params, *(setting_options() if self.settings else ())]
+
+    def run(self, argv: Sequence[str] | None = None, program: str = "") -> int:
+        """Run the command and return its exit code.
+
+        Args:
+            argv: The arguments; None takes those of the process.
+            program: Name of the program in the help; "synq NAME" where it is empty.
+        """
+        args = list(sys.argv[1:] if argv is None else argv)
+        work = partial(self._work, args, program or f"synq {self.name}")
+        return exit_code(work, resumes=self.resumes, failures=self.failures)
+
+    def read(self, args: Sequence[str]) -> dict[str, Any]:
+        """Return what the callback gets for these arguments, without calling it.
+
+        Raises:
+            ValueError: An argument is unknown, missing or out of range.
+            OSError: A file of settings cannot be read.
+        """
+        return self._parse(args, f"synq {self.name}").params
+
+    def _work(self, args: Sequence[str], program: str) -> int:
+        try:
+            ctx = self._parse(args, program)
+        except click.exceptions.Exit as end:
+            return end.exit_code
+        except (ValueError, OSError):
+            if os.environ.get("RANK", "0") != "0":  # every process has read the same arguments
+                return USER_ERROR
+            raise
+        with ctx:
+            return int(self.invoke(ctx) or 0)
+
+    def _parse(self, args: Sequence[str], program: str) -> click.Context:
+        try:
+            return self.make_context(program, list(args))
+        except click.MissingParameter as error:
+            name = label(error.param)
+            raise ValueError(f"`{name}` must be given, but is not; {self.advice}") from None
+        except click.UsageError as error:
+            message = error.format_message().rstrip(".")
+            raise ValueError(f"{message[:1].lower()}{message[1:]}; {self.advice}") from None
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments, or print the help and leave.
+
+        Raises:
+            ValueError: As `read`.
+        """
+        if self.first:
+            args = name_first_argument(args, self.first, takes_file=self.settings == "run")
+        level = next((arg for arg in args if arg in HELP_FLAGS or arg.startswith(("--help=", "--help-all"))), None)
+        if level is not None:
+            self._print_help(ctx, level, args)
+            ctx.exit()
+        given, positional = self._collect(args)
+        attached = [flag if value is None else f"{flag}={value}" for flag, values in given.items() for value in values]
+        rest = super().parse_args(ctx, [*attached, "--", *positional])
+        self._read_settings(ctx)
+        return rest
+
+    def _read_settings(self, ctx: click.Context) -> None:
+        if not self.settings:
+            return
+        text = {key: ctx.params.pop(parameter_name(key)) for key in dotted_keys(RunConfig)}
+        overrides = values_from_text(RunConfig, {key: values for key, values in text.items() if values})
+        if self.settings == "overrides":
+            ctx.params["overrides"] = overrides
+        else:
+            ctx.params["config"] = make_absolute(read_run(ctx.params.pop("config_files"), overrides))
+            ctx.obj = overrides
+
+    def _collect(self, args: Sequence[str]) -> tuple[dict[str, list[str | None]], list[str]]:
+        """Return the values of each option, None for a flag's, and the positional arguments."""
+        known = {key_of(flag): param for param in self.get_params(None) for flag in param.opts}  # type: ignore[arg-type]
+        left, positional = list(args), list[str]()
+        given: dict[str, list[str | None]] = {}
+        while left:
+            arg = left.pop(0)
+            if arg == "--":
+                positional += left
+                break
+            if not arg.startswith("-") or arg == "-":
+                self._check_positional(arg)
+                positional.append(arg)
+                continue
+            flag, equals, value = arg.partition("=")
+            param = known.get(key_of(flag))
+            if not isinstance(param, Option) or not flag.startswith("--"):
+                raise ValueError(self._unknown(flag))
+            flag = param.opts[0]
+            if param.is_flag:
+                if equals:
+                    raise ValueError(f"`{label(param)}` must be given without a value, but got {value!r}")
+                given[flag] = [None]
+                continue
+            values: list[str | None] = [value] if equals else []
+            while not equals and left and not left[0].startswith("--") and (param.several or not values):
+                values.append(left.pop(0))
+            if not values:
+                raise ValueError(f"`{label(param)}` must {param.rule}, but got none")
+            given[flag] = [*given.get(flag, []), *values] if param.multiple and not param.several else values
+        return given, positional
+
+    def _check_positional(self, arg: str) -> None:
+        if self.settings:
+            name = "TEACHER" if self.settings == "run" else self.first.removeprefix("--").upper()
+            order = f", and {name} must come first" if name else ""
+            raise ValueError(f"each setting must read --KEY VALUE{order}, but got {arg}; {self.advice}")
+
+    def _unknown(self, flag: str) -> str:
+        flags = {key_of(name): name for param in self.own_options for name in param.opts}
+        if not self.settings:
+            hint = nearest(flag, flags.values()) or f"; {self.advice}"
+            return f"`{flag}` must be an option of this command, but is not{hint}"
+        key, keys = key_of(flag), dotted_keys(RunConfig)
+        hint = nearest(key, [*flags, *keys])
+        for name, written in flags.items():
+            if f"`{name}`" in hint:
+                hint = hint.replace(f"`{name}`", f"`{written}`")
+                return f"`{flag}` must be an option of this command or a setting of a run, but is neither{hint}"
+        return f"`{key}` must be a known key, but got an unknown one{nearest(key, keys)}"
+
+    def _print_help(self, ctx: click.Context, level: str, args: Sequence[str]) -> None:
+        program, config = ctx.info_name or "", RunConfig()
+        if self.settings == "run":  # the help shows the values that a run with these arguments would have
+            given, _ = self._collect([arg for arg in args if arg != level])
+            text = {key: given[f"--{key}"] for key in dotted_keys(RunConfig) if f"--{key}" in given}
+            config = read_run(given.get("--config", []), values_from_text(RunConfig, text))  # type: ignore[arg-type]
+        if level == "--help-all":
+            text_of_help = full_help(self, program, config)
+        elif level in HELP_FLAGS:
+            text_of_help = short_help(self, program, config)
+        elif level.startswith("--help="):
+            group = level.removeprefix("--help=")
+            if not self.settings:
+                raise ValueError(
+                    f"`help` must be given without a group for this command, but got {group!r}; see --help-all"
+                )
+            one_of("help", group, GROUPS)
+            text_of_help = group_help(program, config, group)
+        else:
+            raise ValueError(self._unknown(level.partition("=")[0]))
+        if os.environ.get("RANK", "0") == "0":
+            print(text_of_help, flush=True)
+
+
+def name_first_argument(args: Sequence[str], first: str, *, takes_file: bool) -> list[str]:
+    """Return the arguments with the option of the first one, where that is no option itself.
+
+    Args:
+        args: The arguments.
+        first: The option.
+        takes_file: Whether a first argument that ends in .toml or .json is the value of `--config`.
+
+    Raises:
+        ValueError: The second argument has no option either.
+    """
+    if not args or args[0].startswith("-"):
+        return list(args)
+    if len(args) > 1 and not args[1].startswith("-"):
+        cure = "; `--config FILE` names settings, `--teacher.spec` the teacher" if takes_file else ""
+        raise ValueError(
+            f"only the first argument may come without its option, but got {args[1]!r} after {args[0]!r}{cure}"
+        )
+    return ["--config" if takes_file and args[0].endswith((".toml", ".json")) else first, *args]
+
+
+def read_run(files: Sequence[str], overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the settings of a file, or the defaults, with overrides by dotted key.
+
+    Raises:
+        ValueError: There are two files; a key is unknown or a value out of range.
+        OSError: The file cannot be read.
+    """
+    if len(files) > 1:
+        raise ValueError("`config` must name one file, but got two")
+    return with_overrides(load_run(files[0]) if files else RunConfig(), overrides)
+
+
+class CommandGroup(click.Group):
+    """Commands by purpose; a module is imported when its command is called, and holds it as `command`.
+
+    Args:
+        name: The program.
+        version: What `--version` prints.
+        sections: Title -> command -> (module, what it does).
+    """
+
+    def __init__(self, name: str, version: str, sections: Mapping[str, Mapping[str, tuple[str, str]]]) -> None:
+        super().__init__(name)
+        self.version, self.sections = version, sections
+        self.modules = {name: module for part in sections.values() for name, (module, _) in part.items()}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the help."""
+        return list(self.modules)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> Command | None:
+        """Import a command; None where there is none of this name."""
+        module = self.modules.get(cmd_name)
+        return None if module is None else importlib.import_module(module).command
+
+    def run(self, argv: Sequence[str]) -> int:
+        """Run the command that the first argument names and return its exit code."""
+        return exit_code(partial(self._work, list(argv)))
+
+    def _work(self, args: list[str]) -> int:
+        if not args or args[0] in (*HELP_FLAGS, "help", "--help-all"):
+            print(overview(self.name or "", self.version, self.sections), flush=True)
+            return 0
+        if args[0] == "--version":
+            print(f"{self.name} {self.version}", flush=True)
+            return 0
+        command = self.get_command(click.Context(self), args[0])
+        if command is None:
+            names, hint = ", ".join(self.modules), nearest(args[0], self.modules)
+            raise ValueError(f"`COMMAND` must be one of {names}, but got {args[0]!r}{hint}")
+        return command.run(args[1:], f"{self.name} {args[0]}")

@@ -1,0 +1,134 @@
+"""Options and arguments of commands: what click lacks, and one option for every setting of a run. Loads no torch."""
+
+import functools
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import click
+
+from synq.config.parsing import dotted_keys, one_of
+from synq.config.run import PATH_SETTINGS, RunConfig
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Option(click.Option):
+    """An option with one value, or with several: `--seeds 0 1 2`.
+
+    Attributes:
+        several: Whether it takes all arguments up to the next option; given twice, the last list counts.
+        rule: What its value must be, for the message where there is none.
+        is_common: Whether the short help lists it.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        several: bool = False,
+        multiple: bool = False,
+        rule: str = "be given one value",
+        is_common: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **{**kwargs, "multiple": several or multiple})
+        self.several, self.rule, self.is_common = several, rule, is_common
+
+
+class Argument(click.Argument):
+    """A positional argument with a line of help."""
+
+    def __init__(self, *args: Any, help: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.help = help
+
+
+option = partial(click.option, cls=Option)
+argument = partial(click.argument, cls=Argument)
+config_option = option(
+    "--config",
+    "config_files",
+    metavar="FILE",
+    multiple=True,
+    rule="name one file",
+    help="TOML or JSON file of settings, with the keys below; options override it",
+)
+
+
+class WholeNumber(click.ParamType):
+    """A whole number."""
+
+    name = "int"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number; raises ValueError."""
+        try:
+            return int(value)
+        except ValueError:
+            raise ValueError(f"`{label(param)}` must be a whole number, but got {value!r}") from None
+
+
+class Number(click.ParamType):
+    """A number, also inf and nan, which the command checks."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number; raises ValueError."""
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"`{label(param)}` must be a number, but got {value!r}") from None
+
+
+class OneOf(click.ParamType):
+    """One of several choices."""
+
+    name = "choice"
+
+    def __init__(self, *choices: str) -> None:
+        self.choices = choices
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the choice; raises ValueError, which names the nearest one."""
+        one_of(label(param), value, self.choices)
+        return str(value)
+
+
+INT, FLOAT = WholeNumber(), Number()
+
+
+def label(param: click.Parameter | None) -> str:
+    if isinstance(param, click.Option):
+        return param.opts[0].removeprefix("--")
+    return "" if param is None else str(param.metavar or param.name)
+
+
+def key_of(flag: str) -> str:
+    """Return "finetune.grad_clip" for "--finetune.grad-clip"."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def parameter_name(key: str) -> str:
+    """Return the name of the click parameter of a setting."""
+    return "setting_" + key.replace(".", "__")
+
+
+@functools.cache
+def setting_options() -> tuple[Option, ...]:
+    """Return an option for every setting of a run."""
+    keys = dotted_keys(RunConfig)
+    return tuple(Option([f"--{key}", parameter_name(key)], several=True, type=click.UNPROCESSED) for key in keys)
+
+
+def moved_options(function: Function) -> Function:
+    """Add an option for every setting that names a file, a folder or a source, for one that was moved since the run."""
+    for key in reversed(PATH_SETTINGS):
+        help = "where it is now, if it was moved since the run"
+        function = option(f"--{key}", parameter_name(key), metavar="PATH", is_common=False, help=help)(function)
+    return function
+
+
+def moved_paths(moved: Mapping[str, str | None]) -> dict[str, str]:
+    """Return what the options of `moved_options` were given, by dotted key."""
+    return {key: path for key in PATH_SETTINGS if (path := moved[parameter_name(key)]) is not None}

@@ -1,0 +1,98 @@
+"""The networks of a fine-tuning, teacher and student: placed on the device, calibrated, outputs tapped."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, fx
+
+from synq.config.run import RunConfig
+from synq.finetune.checkpoints import load_prepared, save_prepared
+from synq.finetune.responses import TappedNetwork
+from synq.network.blocks import block_ends
+from synq.network.tracing import with_features
+from synq.quant.fusion import fuse_rectified
+from synq.quant.prepare import prepare_student
+from synq.quant.student import Student
+from synq.runtime import exists_on_main, place, same_metrics, synchronize_parameters
+from synq.teacher.teacher import Teacher
+
+
+def prepare_networks(
+    config: RunConfig,
+    teacher: Teacher,
+    student: Student,
+    images: Tensor,
+    accelerator: Accelerator,
+    *,
+    prepared: Path,
+    identity: str,
+) -> tuple[TappedNetwork, TappedNetwork, dict[str, Any]]:
+    """Place teacher and student, calibrate the student's quantizers, and tap what the loss compares.
+
+    Args:
+        config: The run.
+        teacher: Its graph is moved to the device, in place.
+        student: From `build_student`; moved and calibrated in place.
+        images: (N, C, H, W) synthetic images, filtered as those of the fine-tuning.
+        accelerator: Process group; every process ends with the same student.
+        prepared: File of a calibrated student, read if it exists; written if more was done than rounding to nearest.
+        identity: What `prepared` belongs to (teacher and images).
+
+    Returns:
+        (teacher, student, report of `prepare_student`).
+
+    Raises:
+        ValueError: As `prepare_student`, or `prepared` is damaged or another run's.
+    """
+    for net in (teacher.graph, student.net):
+        place(net, config.runtime, accelerator.device, teacher.input_size)
+    if exists_on_main(prepared):
+        reference, report = load_prepared(prepared, identity, student.net, teacher.graph)
+    else:
+        reference, report = prepare_student(
+            student.net,
+            teacher.graph,
+            images,
+            config,
+            accelerator.device,
+            image_range=teacher.pixel_range(),
+            synchronize=same_metrics,
+            progress=config.runtime.progress and accelerator.is_main_process,
+        )
+        if report and accelerator.is_main_process:
+            save_prepared(prepared, identity, student.net, None if reference is teacher.graph else reference, report)
+    synchronize_parameters(student.net)  # GPUs may have summed the ranges in different orders
+    return *_tapped(config, teacher, reference, student), report
+
+
+def aligned_blocks(config: RunConfig, teacher: Teacher) -> list[str]:
+    """Return the nodes of the teacher whose outputs the feature loss aligns; the logits have a separate loss.
+
+    Raises:
+        ValueError: If there is a feature loss, but no block before the logits.
+    """
+    wanted = config.finetune.feature_weight > 0
+    blocks = [node.name for node in block_ends(teacher.graph)[:-1]] if wanted else []
+    if wanted and not blocks:
+        raise ValueError("finetune.feature_weight must be 0 for this teacher, which has no block before its logits")
+    return blocks
+
+
+def _tapped(
+    config: RunConfig, teacher: Teacher, reference: fx.GraphModule, student: Student
+) -> tuple[TappedNetwork, TappedNetwork]:
+    """Return teacher and student with the CAM's feature map and the aligned blocks among their outputs."""
+    cam, student_node = teacher.cam, student.cam_node
+    if cam.kind == "none":  # the tap still needs a tensor; the image itself costs nothing and is never read
+        cam, student_node = replace(cam, node=_input_node(teacher.graph)), _input_node(student.net)
+    blocks = aligned_blocks(config, teacher)
+    teacher_net = with_features(reference, cam.node, blocks)
+    student_net = with_features(student.net, student_node, [student.taps.get(name, name) for name in blocks])
+    fuse_rectified(student_net)
+    return TappedNetwork(net=teacher_net, site=cam), TappedNetwork(net=student_net, site=cam)
+
+
+def _input_node(net: fx.GraphModule) -> str:
+    return str(next(node.name for node in net.graph.nodes if node.op == "placeholder"))

@@ -1,0 +1,86 @@
+"""The loss of one fine-tuning step: the student's response compared with the teacher's to the same images."""
+
+import torch
+from torch import Tensor, nn
+
+from synq.config.finetune import FinetuneConfig
+from synq.finetune.responses import Response, TappedNetwork
+from synq.losses import LossWeights, kd_kl, synq_loss
+
+
+def loss_weights(config: FinetuneConfig) -> LossWeights:
+    """Return the weights of the loss as a configuration has them."""
+    return LossWeights(
+        kd_weight=config.kd_weight,
+        ce_weight=config.ce_weight,
+        cam_weight=config.cam_weight,
+        feature_weight=config.feature_weight,
+        kd_temperature=config.kd_temperature,
+        difficulty_threshold=config.difficulty_threshold,
+        top2=config.hard_labels == "top2",
+    )
+
+
+def training_loss(
+    model: nn.Module,
+    student: TappedNetwork,
+    target: Response,
+    images: Tensor,
+    labels: Tensor,
+    config: FinetuneConfig,
+    harder: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run one forward pass of the student and return the SynQ loss on it.
+
+    Args:
+        model: ``student.net`` as prepared for this process group: its forward is the one whose gradients DDP averages.
+        student: Gives the maps.
+        target: The teacher's response to the same images.
+        images: (N, C, H, W), filtered; N is the share of this process.
+        labels: (N,) assigned labels.
+        config: Weights, temperature and threshold.
+        harder: From ``harder_images``, if `perturb_weight` is above 0.
+
+    Returns:
+        (mean over the N images, terms by name). All shares being equal, the mean over processes is the global one.
+    """
+    count = len(images)
+    # One forward pass for both, or DDP would average half of the gradient.
+    outputs = model(images if harder is None else torch.cat([images, harder[0]]))
+    clean = outputs if harder is None else tuple(output[:count] for output in outputs)
+    response = student.response(clean, labels)
+    loss, terms = synq_loss(
+        response.logits,
+        response.cam,
+        target.logits,
+        target.cam,
+        labels,
+        loss_weights(config),
+        student_blocks=response.blocks,
+        teacher_blocks=target.blocks,
+    )
+    if harder is not None:
+        perturbed = kd_kl(outputs[0][count:], harder[1], config.kd_temperature).mean()
+        loss, terms["perturbed"] = loss + config.perturb_weight * perturbed, perturbed.detach()
+    if config.kd_weight == 0 and config.ce_weight == 0:  # DDP waits for a gradient of every parameter, the head's too
+        loss = loss + 0.0 * outputs[0].sum()
+    return loss, terms
+
+
+def harder_images(
+    student: TappedNetwork, teacher: TappedNetwork, images: Tensor, labels: Tensor, size: float
+) -> tuple[Tensor, Tensor]:
+    """Return images (N, C, H, W) that are more difficult for the student, and the teacher's logits (N, K) of them.
+
+    x + size * sign(d CE(student(x), label) / d x); the gradient bypasses DDP's reducer and reaches no parameter.
+
+    Source: sample difficulty promotion of HAST (CVPR 2023); the difficulty 1 - p_label rises where the cross-entropy
+        does.
+    """
+    with torch.enable_grad():
+        pixels = images.detach().requires_grad_()
+        loss = nn.functional.cross_entropy(student.net(pixels)[0], labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, pixels)
+    harder = (images + size * gradient.sign()).detach()
+    with torch.no_grad():
+        return harder, teacher.net(harder)[0]

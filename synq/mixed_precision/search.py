@@ -1,0 +1,185 @@
+"""Mixed-precision search: bits of single tensors with the least KL to the teacher under size and BitOps limits.
+
+Without data: each tensor is rounded alone, to each bit-width, and the KL to the teacher is measured on the run's
+synthetic images; then the bits with the least sum within the limits are taken.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from synq.common.files import write_json_atomic, write_text_atomic
+from synq.common.progress import visible
+from synq.common.text_tables import to_csv, to_text
+from synq.config.parsing import between, require
+from synq.config.run import QuantConfig, RunConfig, config_digest, config_to_dict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from synq.mixed_precision.ilp import Key, Limit
+    from synq.mixed_precision.problem import MixedPrecisionProblem
+    from synq.mixed_precision.sensitivity import Score
+    from synq.quant.bit_patterns import Role
+    from synq.teacher.teacher import Teacher
+
+COLUMNS = ("tensor", "role", "bits", "kl", "sqnr_db", "numel", "macs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What is searched, and under which limits.
+
+    Attributes:
+        candidates: Bit-widths to choose from, each in [2, 8].
+        activations: Whether the bits of activations are chosen, too.
+        activation_factor: Weight of the KL of an activation; that of a weight counts 1.
+        max_bytes: Largest size of the integer weights in bytes; None for that of the bits as given.
+        max_bitops: Most bit operations an image; None for those of the bits as given where activations are chosen, else
+            no limit.
+    """
+
+    candidates: list[int]
+    activations: bool
+    activation_factor: float
+    max_bytes: float | None
+    max_bitops: float | None
+
+    def __post_init__(self) -> None:
+        for bits in self.candidates:
+            between("candidates", bits, 2, 8)
+        between("activation-factor", self.activation_factor, 0)
+        for name, most in (("max-bytes", self.max_bytes), ("max-bitops", self.max_bitops)):
+            require(name, "be a number >= 0", most, most is None or most >= 0)
+
+
+def search(config: RunConfig, options: SearchOptions) -> tuple[Path, str] | None:
+    """Choose the bits of single tensors and write the scan and the settings found.
+
+    Writes <output_dir>/<name>-mixed-precision-<digest>/: scan.csv, every tensor at every bit-width, and settings.json,
+    the same run with the bits found in `quant.layer_weight_bits` and `quant.layer_act_bits`. The synthetic images are
+    made first if they are not stored yet. Of several processes the main one scans and writes; the others only take part
+    in the synthesis.
+
+    Args:
+        config: The run; its `quant` gives the bits now, and the limits where `options` has none.
+        options: Candidates and limits.
+
+    Returns:
+        The file of settings, and the scan and its sums as a table; None in all processes but the main one.
+
+    Raises:
+        ValueError: No bit-width is free, or the limits cannot be met.
+    """
+    from synq.mixed_precision.ilp import check_limits, choose_bits
+    from synq.mixed_precision.problem import MixedPrecisionProblem
+    from synq.pipeline import prepare
+    from synq.quant.student import build_student
+    from synq.runtime import make_accelerator
+    from synq.teacher.teacher import load_teacher
+
+    accelerator, teacher = make_accelerator(config.runtime), load_teacher(config.teacher)
+    student = build_student(teacher, config.quant)
+    problem = MixedPrecisionProblem(student, config.quant, activations=options.activations)
+    if not problem.free:
+        raise ValueError(
+            "`quant` must leave a bit-width to be chosen, but every one is given by name (`--quant.layer_weight_bits "
+            "none` empties the names), "
+            "`first_bits` or `last_bits`"
+        )
+    limits = [problem.bytes_limit(options.max_bytes), problem.bitops_limit(options.max_bitops)]
+    if options.max_bitops is None and not options.activations:
+        limits[1] = replace(limits[1], most=math.inf)
+    check_limits(problem.widths(options.candidates), limits)
+    train_set, _ = prepare(config, accelerator=accelerator)
+    bit_widths = sorted({*options.candidates, *(problem.as_given[key] for key in problem.free)})
+    if not accelerator.is_main_process:  # the main process alone shows the progress of the scan
+        config = replace(config, runtime=replace(config.runtime, progress=False))
+    scores = _scan(config, teacher, train_set.images, bit_widths, accelerator.device, activations=options.activations)
+    if not accelerator.is_main_process:  # the others have only made images
+        return None
+
+    kls: dict[Key, dict[int, float]] = {}
+    for score in scores:
+        kls.setdefault((score.role, score.name), {})[score.bits] = score.kl
+    factors = {"weight": 1.0, "activation": options.activation_factor}
+    losses = {key: {bits: factors[key[0]] * kl for bits, kl in by_bits.items()} for key, by_bits in kls.items()}
+    chosen = choose_bits(problem.options(losses, options.candidates), limits, problem.tied)
+
+    found = replace(config, quant=problem.with_bits(chosen))
+    folder = Path(config.runtime.output_dir) / f"{config.name}-mixed-precision-{config_digest(found)}"
+    sizes = {(row.role, row.name): row for row in student.rows}
+    rows = [
+        {"tensor": score.name, "role": score.role, "bits": score.bits, "kl": score.kl, "sqnr_db": score.sqnr_db}
+        | {"numel": sizes[score.role, score.name].numel, "macs": sizes[score.role, score.name].macs}
+        for score in scores
+    ]
+    write_text_atomic(folder / "scan.csv", to_csv(rows, COLUMNS))
+    write_json_atomic(folder / "settings.json", config_to_dict(found))
+    return folder / "settings.json", _table(problem, kls, losses, chosen, bit_widths, limits)
+
+
+def _scan(
+    config: RunConfig,
+    teacher: "Teacher",
+    images: "Tensor",
+    bit_widths: Sequence[int],
+    device: "torch.device",
+    *,
+    activations: bool,
+) -> list["Score"]:
+    """Measure every tensor alone at every bit-width, in a student that has this bit-width everywhere."""
+    from synq.evaluation.fidelity import logits_of
+    from synq.mixed_precision.sensitivity import scan_quantizers
+    from synq.quant.prepare import prepare_student
+    from synq.quant.student import build_student
+    from synq.runtime import dtype_of, place
+    from synq.synthesis.run_sets import low_pass
+
+    quant = config.quant
+    images = low_pass(images[: quant.calib_images], config).to(device, dtype_of(config.runtime))
+    place(teacher.graph, config.runtime, device, teacher.input_size)
+    reference, scores = logits_of(teacher.graph, images), []
+    ranges = {name: getattr(quant, name) for name in ("weight_range", "act_range", "mse_norm", "calib_images")}
+    for bits in tqdm(bit_widths, desc="bit-widths", **visible(config.runtime.progress, leave=False)):
+        uniform = QuantConfig(weight_bits=bits, act_bits=bits, act_points=quant.act_points, **ranges)
+        net = build_student(teacher, uniform).net
+        place(net, config.runtime, device, teacher.input_size)
+        uniform_run = replace(config, quant=uniform)
+        prepare_student(net, teacher.graph, images, uniform_run, device, image_range=teacher.pixel_range())
+        roles: tuple[Role, ...] = ("weight", "activation") if activations else ("weight",)
+        scores += scan_quantizers(net, images, reference, roles=roles, progress=config.runtime.progress)
+    return scores
+
+
+def _table(
+    problem: "MixedPrecisionProblem",
+    kls: Mapping["Key", Mapping[int, float]],
+    losses: Mapping["Key", Mapping[int, float]],
+    chosen: Mapping["Key", int],
+    bit_widths: Sequence[int],
+    limits: Sequence["Limit"],
+) -> str:
+    """Return the scan with the bits as given and as chosen, and the sums of both."""
+    rows = [
+        {"tensor": key[1], "role": key[0], "now": problem.as_given[key], "chosen": chosen[key]}
+        | {f"{bits} bit": kl for bits, kl in by_bits.items()}
+        for key, by_bits in kls.items()
+    ]
+    lines = [
+        to_text(rows, ("tensor", "role", "now", "chosen", *(f"{bits} bit" for bits in bit_widths))).rstrip(),
+        "columns of bits: KL to the teacher in nats with only this tensor quantized; their sum: activations count by "
+        "--activation-factor",
+    ]
+    for label, choice in (("now", problem.as_given), ("chosen", chosen)):
+        total = sum(by_bits[choice[key]] for key, by_bits in losses.items() if choice[key] in by_bits)
+        size, bitops = (limit.spent(choice) for limit in limits)
+        lines.append(
+            f"{label + ':':<8} their sum {total:.4g}, {size:,.0f} bytes of weights, {bitops:,.0f} bit operations"
+        )
+    return "".join(f"{line}\n" for line in lines)

@@ -1,0 +1,92 @@
+"""The synthetic sets of a run, training and held-out: keys in the store, synthesis if missing, low-pass filter."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from synq.config.run import RunConfig, SynthesisConfig, make_absolute
+from synq.synthesis.dataset import SyntheticSet
+from synq.synthesis.generate import ensure_set
+from synq.synthesis.lowpass import check_lowpass_space, cutoff_in_bins, lowpass_set
+from synq.synthesis.store import Purpose, SetStore
+from synq.teacher.teacher import Teacher, load_teacher
+
+HELDOUT_SEED = 0
+"""Seed of every held-out set. One constant, so that all runs of a teacher share one set; its purpose, "heldout",
+separates its random stream from that of training sets."""
+
+
+def set_store(config: RunConfig) -> SetStore:
+    """Return the store of a run's synthetic sets."""
+    return SetStore(config.runtime.store_dir or Path(config.runtime.output_dir) / "store")
+
+
+def set_names(config: RunConfig, teacher: Teacher | None = None) -> list[str]:
+    """Return the keys of a run's training and held-out set in the store, whether or not the store has them.
+
+    Args:
+        config: The run.
+        teacher: Its teacher if already loaded; None loads it.
+    """
+    config = make_absolute(config)
+    teacher = teacher or load_teacher(config.teacher)
+    return [
+        set_store(config).key(teacher.digest, settings, seed, input_size=teacher.input_size, purpose=purpose)
+        for settings, seed, purpose in _set_requests(config)
+    ]
+
+
+def ensure_sets(config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> tuple[SyntheticSet, SyntheticSet]:
+    """Return the training and the held-out set of a run, synthesized first unless the store has them.
+
+    Raises:
+        ValueError, OSError: As `ensure_set`.
+    """
+    store, progress = set_store(config), config.runtime.progress
+    train_set, heldout = (
+        ensure_set(teacher, settings, seed, store, accelerator=accelerator, purpose=purpose, progress=progress)
+        for settings, seed, purpose in _set_requests(config)
+    )
+    return train_set, heldout
+
+
+def low_pass(images: Tensor, config: RunConfig, folder: Path | None = None) -> Tensor:
+    """Return images (N, C, H, W) low-pass filtered as `config.finetune` says, or unchanged if it has no cutoff.
+
+    Args:
+        images: Normalized images.
+        config: The run.
+        folder: As for `lowpass_set`.
+    """
+    settings = config.finetune
+    if settings.lowpass_cutoff is None:
+        return images
+    height, width = images.shape[-2:]
+    return lowpass_set(images, cutoff_in_bins(settings.lowpass_cutoff, settings.lowpass_unit, height, width), folder)
+
+
+def check_space(folder: Path, config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:
+    """Raise, before the synthesis, if the disk of `folder` cannot hold the filtered images of this machine's processes.
+
+    Raises:
+        OSError: As `check_lowpass_space`.
+    """
+    if config.finetune.lowpass_cutoff is not None:
+        copies = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        check_lowpass_space(folder, config.synthesis.num_images, teacher.input_size, copies)
+
+
+def _set_requests(
+    config: RunConfig,
+) -> tuple[tuple[SynthesisConfig, int, Purpose], tuple[SynthesisConfig, int, Purpose]]:
+    """Return settings, seed and purpose of a run's training set and of its held-out set.
+
+    The held-out images are optimized pixels whatever method makes the training set, so that all methods are compared on
+    the same images.
+    """
+    number = config.evaluation.heldout_images
+    heldout = replace(config.synthesis, num_images=number, method="inversion", swing_conv=None)
+    return (config.synthesis, config.data_seed, "train"), (heldout, HELDOUT_SEED, "heldout")

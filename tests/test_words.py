@@ -1,0 +1,115 @@
+"""The field's standard terms: words of a private dialect, and British spellings, in identifiers and prose of the source are rejected.
+
+docs/concepts.md has the glossary. Prose is every docstring, comment and text of a file, so messages and help are part of it.
+"""
+
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from support.source_tree import files, name_of
+
+# Part of an identifier (snake or camel case) -> what the field says.
+IDENTIFIERS = {
+    "words?": "args, argv",
+    "(?<!bit_)widths": "bits (of tensors), or sizes",
+    "ends_words": "first and last layer bits",
+    "said|told|says?|hear|hears": "logged, warned, printed, reported",
+    "refus\\w+": "reject, raise",
+    "stands?|beside|behind|whoever": "is, next to, after, any process",
+    "answers?|answered": "logits, outputs, reply",
+    "guard": "keep_best",
+    "alike": "tied",
+    "doors?": "command",
+    "(?<!cam_)sites?": "cluster, location",
+    "merit": "sort_key",
+    "halts?": "stop_reason",
+    "workplace": "workspace",
+    "rehears\\w+": "smoke_run",
+    "remarks?": "note",
+    "places": "paths",
+    "idle": "inactive",
+    "seen|look|alone|made_of|of_its_day": "recorded, probe, only, source, (gone)",
+}
+PROSE = {
+    r"\bwords\b": "args, argv",
+    r"(?<!bit-)\bwidths\b|\bwidth choice\b": "bit-widths, mixed-precision search",
+    r"\bthe ends\b": "first and last layer",
+    r"\bsaid\b|\btold\b|\bsays?\b|\btells?\b|\bhears? of\b": "logged, warned, printed, reported, given",
+    r"\brefus\w+": "reject, raise",
+    r"\bstands?\b(?!-)": "is",
+    r"\bbeside\b|\bbehind\b|\bwhoever\b": "next to, after, any process",
+    r"\bof (its|their) own\b": "separate, dedicated",
+    r"\bin the place of\b": "instead of",
+    r"\banswer\w*": "logits, outputs, reply",
+    r"\balike\b": "equal, tied",
+    r"\bdoors?\b": "command",
+    r"\bsites?\b(?!-)": "cluster, location",
+    r"\bmerit\b|\bhalts?\b|\bworkplace\b|\brehears\w+|\bremarks?\b": "sort_key, stop, workspace, smoke run, note",
+    r"(?<!decimal )\bplaces\b": "paths",
+    r"\bidle\b": "inactive",
+}
+BRITISH = (
+    r"\w*(?:colour|behaviour|favour|neighbour|labelled|modelled|cancelled|travelled|artefact|catalogue|grey|centre|whilst|learnt)\w*"
+    r"|\w*(?:optim|equal|normal|quant|minim|maxim|summar|initial|serial|recogn|organ|parallel|regular|visual|synchron|general|special)is(?:e|ed|es|er|ing|ation)\b"
+    r"|\banalyse\w*|\blicence\w*"
+)
+FIGURES = "sweeps/reports/"
+"""The one package where a figure is a drawing; elsewhere a number is a metric, a value or a result."""
+SOURCES = files("synq", "sweeps", "launch")
+
+
+def _parts(identifier: str) -> str:
+    """Return an identifier in snake case between underscores: `CamSite` is `_cam_site_`."""
+    return f"_{re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', identifier).lower()}_"
+
+
+def faults(text: str, *, figures: bool = False) -> list[str]:
+    """Return a line for each word that the field does not use: its line, the word, the standard term."""
+    found = []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        where = token.start[0]
+        if token.type == tokenize.NAME:
+            for pattern, term in IDENTIFIERS.items():
+                if re.search(f"_(?:{pattern})_", _parts(token.string)):
+                    found.append(f"{where}: identifier `{token.string}`: {term}")
+            found += [f"{where}: `{token.string}`: American spelling"] if re.search(BRITISH, token.string, re.I) else []
+        elif token.type in (tokenize.STRING, tokenize.COMMENT, getattr(tokenize, "FSTRING_MIDDLE", -1)):
+            prose = PROSE if figures else {**PROSE, r"\bfigures?\b": "metric, value, result"}
+            for pattern, term in [*prose.items(), (BRITISH, "American spelling")]:
+                for match in re.finditer(pattern, token.string, re.I):
+                    line = where + token.string[: match.start()].count("\n")
+                    found.append(f"{line}: {match[0]!r}: {term}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_the_source_speaks_the_language_of_the_field(path: Path) -> None:
+    found = faults(path.read_text(encoding="utf-8"), figures=name_of(path).startswith(FIGURES))
+    assert not found, f"{name_of(path)}:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def read(words): pass",
+        "class CamSite: pass",
+        "import_widths = 1",
+        '"""Say what was told."""',
+        "x = 1  # it stands beside the other",
+        'raise ValueError(f"{x} is refused")',
+        "colour = 1",
+        '"""Optimise the pixels."""',
+        '"""The figures of a run."""',
+    ],
+)
+def test_a_word_of_the_list_is_found(text: str) -> None:
+    assert faults(text + "\n")
+
+
+def test_standard_terms_pass() -> None:
+    text = '"""Return bit-widths, site-packages, decimal places; a stand-alone summary."""\nwidth, height, words_per_minute = 1, 2, 3\n'
+    assert faults(text) == ["2: identifier `words_per_minute`: args, argv"]
