@@ -123,7 +123,7 @@ def test_a_moved_run_gets_the_path_of_its_images(finished: Path, tmp_path: Path,
     assert after.deployment["packed_bytes"] and after.config == there, "the record stays that of its run"
     assert main([*words, "--quant.act_bits", "8"]) == 2
     assert "`--quant.act_bits` must be an option of this command, but is not" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"`places` must be one of teacher\.spec"):
+    with pytest.raises(ValueError, match=r"`path_overrides` must be one of teacher\.spec"):
         ExportOptions(path_overrides={"quant.act_bits": 8})
 
 
