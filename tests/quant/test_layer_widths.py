@@ -1,4 +1,4 @@
-"""Widths of single layers: by name and pattern, from the command line to the record and the files."""
+"""Bit-widths of single layers, by name and pattern, from the command line to the record and the files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_the_nearest_pattern_decides_whatever_the_order(
     assert BitPatterns(dict(reversed(widths.items())), "widths").width(name) == expected
 
 
-def test_patterns_that_disagree_equally_near_are_refused() -> None:
+def test_equally_specific_patterns_that_disagree_are_rejected() -> None:
     with pytest.raises(
         ValueError, match=r"one bit-width for 'ab', but the patterns '\*b' and 'a\*' are equally specific"
     ):
@@ -111,7 +111,7 @@ def test_a_name_goes_before_first_and_last_bits(teacher: Teacher) -> None:
         ("layer_act_bits", {"*function*": 8}, r"which matches none"),
     ],
 )
-def test_a_name_that_fits_nothing_is_refused(
+def test_a_name_that_matches_nothing_is_rejected(
     teacher: Teacher, field: str, widths: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
