@@ -10,7 +10,7 @@ from synq.config.command_line import CommandGroup
 SECTIONS = {
     "look at a classifier": {
         "inspect": ("synq.commands.inspect_model", "what would be quantized in a classifier, layer by layer"),
-        "smoke-run": ("synq.commands.smoke_run", "a run in miniature: does everything work on this classifier?"),
+        "smoke-run": ("synq.commands.smoke_run", "the pipeline in miniature: does everything work on this classifier?"),
     },
     "quantize it": {
         "train": ("synq.train", "one run: synthesize images, train the low-bit student, measure it"),

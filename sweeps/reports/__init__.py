@@ -1,4 +1,4 @@
-"""Pages that show what came of runs and sweeps."""
+"""HTML reports and terminal summaries of runs and sweeps."""
 
 PAGE = "report.html"
-"""Name of a page in the folder of its run or sweep."""
+"""Default file name of a report in the folder of its run or sweep."""

@@ -1,4 +1,4 @@
-"""Several sweeps side by side: the best of each in every ranking, with what papers report, protocol by protocol."""
+"""Page that compares several sweeps: the best setting of each in every ranking, with published results."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,10 +18,10 @@ from .sweep_view import SweepView
 
 PROTOCOLS = {
     "A": "Protocol A: every layer low-bit, static ranges",
-    "B": "Protocol B: some layers wider, learned steps or learned rounding",
+    "B": "Protocol B: some layers with more bits, learned step sizes or learned rounding",
 }
 REFERENCE = "SynQ"
-"""Method whose figure is drawn; the table has all."""
+"""Method whose published result is drawn; the table has all methods."""
 
 
 def comparison_page(sweeps: Sequence[SweepView]) -> Page:
@@ -38,7 +38,7 @@ def comparison_page(sweeps: Sequence[SweepView]) -> Page:
         caption = (
             f"The best row of each in every ranking; differences are to {names[0]}, ± their standard error over seeds."
         )
-        side = Table(
+        comparison = Table(
             name="compare",
             title="Side by side",
             caption=caption,
@@ -46,7 +46,7 @@ def comparison_page(sweeps: Sequence[SweepView]) -> Page:
             rows=lines,
             **page_texts(COMPARE_TABLE),
         )
-        tabs.insert(0, Tab(title="Side by side", blocks=[side]))
+        tabs.insert(0, Tab(title="Side by side", blocks=[comparison]))
     tabs += [Tab(title=name, blocks=_one(name, sweep)) for name, sweep in zip(names, sweeps, strict=True)]
     records = [record for sweep in sweeps for record in sweep.records.values()]
     return Page(
@@ -59,13 +59,13 @@ def comparison_page(sweeps: Sequence[SweepView]) -> Page:
 
 
 def _names(sweeps: Sequence[SweepView]) -> list[str]:
-    """Names of the sweeps; their folders where two have one name."""
+    """Return the names of the sweeps; a name that is not unique is replaced by the folder."""
     names = [sweep.name for sweep in sweeps]
     return [name if names.count(name) == 1 else str(sweep.root) for name, sweep in zip(names, sweeps, strict=True)]
 
 
 def _best(tables: Mapping[str, Sequence[Standing]]) -> dict[Ranking, dict[str, Standing]]:
-    """The first row of each sweep in each ranking."""
+    """Return the first row of each sweep in each ranking."""
     best: dict[Ranking, dict[str, Standing]] = {}
     for name, rows in tables.items():
         for standing in rows:
@@ -76,18 +76,19 @@ def _best(tables: Mapping[str, Sequence[Standing]]) -> dict[Ranking, dict[str, S
 def _verdict(tables: Mapping[str, Sequence[Standing]], best: Mapping[Ranking, Mapping[str, Standing]]) -> list[str]:
     shared = sum(len(rows) > 1 for rows in best.values())
     lines = [
-        f"{len(tables)} sweeps with {len(best)} rankings in all; {shared} of them are in more than one and can be compared."
+        f"{len(tables)} sweeps with {len(best)} rankings in total; {shared} of them are in more than one sweep and can "
+        "be compared."
     ]
     if not shared:
         lines.append(
-            "No ranking is in two of them: rows are compared only with the same teacher, widths, protocol, act_points and the same images behind "
-            "the figures."
+            "No ranking is in two sweeps: rows are comparable only with the same teacher, bit-widths, protocol, "
+            "act_points and evaluation images."
         )
     return lines
 
 
 def _classes(sweeps: Sequence[SweepView]) -> dict[str, int]:
-    """Number of classes of each model, as far as a record says it."""
+    """Return the number of classes of each model whose records have it."""
     records = [record for sweep in sweeps for record in sweep.records.values()]
     return {record.model: int(record.teacher["num_classes"]) for record in records if record.teacher.get("num_classes")}
 
@@ -100,7 +101,7 @@ def _protocol(protocol: str, best: Mapping[Ranking, Mapping[str, Standing]], cla
             ranking.model, f"W{ranking.weight_bits}A{ranking.act_bits}", protocol, classes.get(ranking.model, 0)
         )
         for ranking in part
-        if ranking.act_points == "relu"  # as the papers have it
+        if ranking.act_points == "relu"  # the quantization points of the papers
     }
     return [_drops(title, protocol, part, found), _published(protocol, found)]
 
@@ -117,24 +118,29 @@ def _drops(
     }
     measured = {ranking: rows for ranking, rows in measured.items() if rows}
     if not measured:
-        return Gap(title=title, reason="no run of it was measured on labeled images")
+        return Gap(title=title, reason="no run was evaluated on labeled images")
     names = list(dict.fromkeys(name for rows in measured.values() for name in rows))
 
     def plot(canvas: Canvas) -> None:
         axes = canvas.subplots()
-        for place, (ranking, rows) in enumerate(measured.items()):
+        for position, (ranking, rows) in enumerate(measured.items()):
             for name, row in rows.items():
                 i = names.index(name)
                 shift = (i - (len(names) - 1) / 2) * 0.6 / len(names)
                 axes.errorbar(
-                    row["drop"], place + shift, xerr=row["top1_std"], fmt="o", color=COLORS[i % len(COLORS)], capsize=2
+                    row["drop"],
+                    position + shift,
+                    xerr=row["top1_std"],
+                    fmt="o",
+                    color=COLORS[i % len(COLORS)],
+                    capsize=2,
                 )
             for one in found.get(ranking, ()):
                 if REFERENCE in one.method:
-                    axes.vlines(one.drop, place - 0.4, place + 0.4, color="#4f5d73", linestyle="--")
+                    axes.vlines(one.drop, position - 0.4, position + 0.4, color="#4f5d73", linestyle="--")
                     axes.annotate(
                         one.method,
-                        (one.drop, place - 0.4),
+                        (one.drop, position - 0.4),
                         (2, 0),
                         textcoords="offset points",
                         fontsize=7,
@@ -144,29 +150,37 @@ def _drops(
         for i, name in enumerate(names):
             axes.plot([], [], "o", color=COLORS[i % len(COLORS)], label=name)
         axes.set_yticks(range(len(measured)), [label(next(iter(part[ranking].values()))) for ranking in measured])
-        axes.set(xlabel="drop in top-1 from the teacher [points], less is better", ylim=(len(measured) - 0.4, -0.6))
+        axes.set(
+            xlabel="top-1 drop from the teacher [percentage points], lower is better", ylim=(len(measured) - 0.4, -0.6)
+        )
         canvas.legend(loc="outside lower center", ncols=2)
 
     caption = (
-        f"A dot for the best setting of each sweep, n = {sum(map(len, measured.values()))}; bars: standard deviation over seeds. Dashed: the published drop of "
-        f"{REFERENCE} for a network of that name with the paper's own weights (act_points relu alone), so the drop is compared, not the top-1."
+        f"Dots: best setting of each sweep, n = {sum(map(len, measured.values()))}; bars: standard deviation over "
+        f"seeds. Dashed: the drop published for {REFERENCE} on a network of that name with the weights of the paper "
+        "(only for act_points relu); compare the drop, not the top-1."
     )
     return draw(f"drops-{slug(protocol)}", title, caption, plot, (8.0, 1.6 + 0.5 * len(measured)))
 
 
 def _published(protocol: str, found: Mapping[Ranking, Sequence[Reference]]) -> Table | Gap:
-    title = f"Published figures, protocol {protocol}"
+    title = f"Published results, protocol {protocol}"
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for ranking, parts in found.items():
         bits = f"W{ranking.weight_bits}A{ranking.act_bits}"
         for one in parts:
             rows[one.network, bits, one.method] = {
-                "network": one.network, "bits": bits, "method": one.method, "top-1": one.top1, "teacher": one.teacher_top1, "drop": one.drop
-            }  # fmt: skip
+                "network": one.network,
+                "bits": bits,
+                "method": one.method,
+                "top-1": one.top1,
+                "teacher": one.teacher_top1,
+                "drop": one.drop,
+            }
     if not rows:
-        return Gap(title=title, reason="none is known for networks of these names at these widths")
+        return Gap(title=title, reason="there are none for networks of these names at these bit-widths")
     columns = ("network", "bits", "method", "top-1", "teacher", "drop")
-    caption = "As the papers report them, on their own weights and images; never measured here."
+    caption = "As reported in the papers, with their weights and images; not measured by SynQ."
     return Table(
         name=f"published-{slug(protocol)}",
         title=title,
@@ -179,9 +193,9 @@ def _published(protocol: str, found: Mapping[Ranking, Sequence[Reference]]) -> T
 
 def _one(name: str, sweep: SweepView) -> list[Block]:
     standings = sweep.standings()
-    place = slug(name)
+    prefix = slug(name)
     board = Table(
-        name=f"leaderboard-{place}",
+        name=f"leaderboard-{prefix}",
         title=f"Leaderboard of {name}",
         caption=f"{len(standings)} settings of {sweep.root}.",
         columns=PAGE_COLUMNS,
@@ -191,5 +205,8 @@ def _one(name: str, sweep: SweepView) -> list[Block]:
     )
     return [
         board,
-        *(block.named(place) for block in (trust(by_ranking(sweep), searched=sweep.is_sweep)[0], *pareto(standings))),
+        *(
+            block.with_prefix(prefix)
+            for block in (trust(by_ranking(sweep), searched=sweep.is_sweep)[0], *pareto(standings))
+        ),
     ]

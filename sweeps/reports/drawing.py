@@ -1,4 +1,4 @@
-"""Drawings as SVG and PNG, by Matplotlib, without a display and without its global state."""
+"""Figures as SVG and PNG by Matplotlib, without a display and without pyplot's global state."""
 
 import io
 import warnings
@@ -18,7 +18,7 @@ from .page import Figure, Gap
 PIXELS_PER_INCH = 100
 COLORS = ("#0b6bcb", "#d1495b", "#2e8b57", "#b8860b", "#7a4fbf", "#4f5d73", "#008b8b", "#c06014")
 STYLE: Any = {
-    "text.parse_math": False,  # a name with two dollars in it is a name, not a formula
+    "text.parse_math": False,  # a name may contain two dollar signs
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.grid": True,
@@ -27,16 +27,16 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.prop_cycle": cycler(color=COLORS),
-    "svg.hashsalt": "synq",  # the same drawing is the same file
+    "svg.hashsalt": "synq",  # makes files reproducible
     "figure.dpi": PIXELS_PER_INCH,
 }
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in our style inside the ``with`` block."""
+    """Set the style of our figures inside the ``with`` block."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # names may hold any letter
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # names may contain any character
         warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)  # very small axes
         yield
 
@@ -44,13 +44,13 @@ def style() -> Iterator[None]:
 def draw(
     name: str, title: str, caption: str, plot: Callable[[Canvas], None], size: tuple[float, float] = (6.4, 3.6)
 ) -> Figure | Gap:
-    """Make a drawing; one that fails becomes a gap that says so, because the rest of the page is worth having.
+    """Return a figure, or a gap with the error if it cannot be drawn, so that the rest of the page is still made.
 
     Args:
-        name: Of its files.
-        title: What it is; stands above the drawing, not in it.
-        caption: What it shows, with n.
-        plot: Draws on an empty canvas; called in our style.
+        name: Name of its files, without extension.
+        title: Heading above the figure.
+        caption: Description of the figure, with the sample size n.
+        plot: Draws on an empty Matplotlib figure.
         size: Width and height in inches of 100 pixels.
     """
     try:
@@ -59,17 +59,23 @@ def draw(
             FigureCanvasAgg(canvas)
             plot(canvas)
             return finish(canvas, name, title, caption)
-    except Exception as error:  # of Matplotlib, for figures that no axis can hold
+    except Exception as error:  # raised by Matplotlib for values that no axis can show
         return failed(title, error)
 
 
 def failed(title: str, error: Exception) -> Gap:
-    """What stands in the place of a drawing that could not be made."""
+    """Return the gap for a figure that could not be drawn."""
     return Gap(title=title, reason=f"it could not be drawn ({type(error).__name__}: {' '.join(str(error).split())})")
 
 
 def finish(canvas: Canvas, name: str, title: str, caption: str, *, tight: bool = False) -> Figure:
-    """Turn a canvas that has been drawn on into a figure of a page; tight: cut to what is drawn, for a layout that is not ours."""
+    """Save a Matplotlib figure as a figure of a page.
+
+    Args:
+        canvas: The Matplotlib figure.
+        name, title, caption: As for ``draw``.
+        tight: Crop to the drawn area, for a layout that is not ours.
+    """
     for axes in canvas.axes:
         _plain_numbers(axes)
     files = {}
@@ -80,17 +86,17 @@ def finish(canvas: Canvas, name: str, title: str, caption: str, *, tight: bool =
         buffer = io.BytesIO()
         canvas.savefig(buffer, format=ending, bbox_inches="tight" if tight else None, **options)  # type: ignore[arg-type]
         files[ending] = buffer.getvalue()
-        canvas.set_layout_engine("none")  # what has been laid out once need not be a second time
+        canvas.set_layout_engine("none")  # the layout need not be computed again
     width = int(canvas.get_figwidth() * PIXELS_PER_INCH)
     return Figure(name=name, title=title, caption=caption, svg=files["svg"], png=files["png"], width=width)
 
 
 def _plain_numbers(axes: Axes) -> None:
-    """Write 0.001 where a logarithmic axis would write a power as a formula, which is not read here."""
+    """Label logarithmic axes with plain numbers such as 0.001, since formulas are not parsed."""
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
             low, high = sorted(axis.get_view_interval())
-            narrow = 0 < high < 10 * low  # powers of ten alone would leave hardly a number on it
+            narrow = 0 < high < 10 * low  # with powers of ten only, the axis would have almost no tick labels
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
             if narrow:
@@ -99,7 +105,7 @@ def _plain_numbers(axes: Axes) -> None:
 
 
 def panels(canvas: Canvas, number: int, columns: int = 2, **options: Any) -> list[Axes]:
-    """Return ``number`` axes in a grid of at most ``columns`` columns; the others of the grid are left out."""
+    """Return ``number`` axes in a grid of at most ``columns`` columns; unused cells of the grid are removed."""
     columns = min(columns, number)
     rows = -(-number // columns)
     grid = canvas.subplots(rows, columns, squeeze=False, **options)

@@ -1,4 +1,7 @@
-"""Drawings of a run's images: synthetic ones and their spectra, class-activation maps. Each takes plain arrays and gives a figure, or says why not."""
+"""Figures of a run's images: synthetic images, their spectra, class activation maps.
+
+Each function takes plain arrays, or the reason why there are none, and returns a figure or a gap with the reason.
+"""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +14,7 @@ from .page import Figure, Gap
 
 
 def image_grid(grid: ImageGrid | str, cutoff: str) -> Figure | Gap:
-    """Synthetic images by class, before and after the filter (paper, Fig. 1)."""
+    """Return a figure of synthetic images by class, before and after the low-pass filter (paper, Fig. 1)."""
     title = "Synthetic images before and after the low-pass filter"
     if isinstance(grid, str):
         return Gap(title=title, reason=grid)
@@ -19,20 +22,20 @@ def image_grid(grid: ImageGrid | str, cutoff: str) -> Figure | Gap:
 
     def plot(canvas: Canvas) -> None:
         for axes, images, name in zip(
-            panels(canvas, 2), (grid.before, grid.after), ("as synthesised", "filtered"), strict=True
+            panels(canvas, 2), (grid.before, grid.after), ("synthesized", "filtered"), strict=True
         ):
             _show_tiles(axes, images)
-            axes.set_title(f"{name}: a row a class")
+            axes.set_title(f"{name}: one row per class")
             height = images.shape[2]
             axes.set_yticks([(i + 0.5) * height for i in range(classes)], [str(c) for c in grid.classes])
             axes.set_ylabel("class")
 
     caption = (
-        f"{each} images of each of {classes} classes, of {grid.num_images} in the set. Filter: {cutoff}. Brightness from black to "
-        f"white; {100 * grid.clipped:.0f} % of the pixels shown lie beyond and are clipped here, not in the run."
-        + ("" if grid.channels in (1, 3) else f" The first of {grid.channels} channels.")
+        f"{each} images of each of {classes} classes, of {grid.num_images} in the set. Filter: {cutoff}. "
+        f"{100 * grid.clipped:.0f} % of the pixels are outside the range from black to white; they are clipped in this "
+        "figure only, not in the run." + ("" if grid.channels in (1, 3) else f" First of {grid.channels} channels.")
     )
-    tile = 3.8 / each  # inches of an image's width, of two grids side by side
+    tile = 3.8 / each  # width of one image in inches, with two grids side by side
     height = 0.5 + classes * tile * grid.before.shape[2] / grid.before.shape[3]
     return draw("images", title, caption, plot, (8.8, min(10.0, max(1.6, height))))
 
@@ -57,7 +60,7 @@ def _pixels(image: np.ndarray) -> np.ndarray:
 
 
 def spectra(found: Spectra | str) -> list[Figure | Gap]:
-    """Amplitude spectra and their radial profiles (paper, Figs. 1 and 5)."""
+    """Return figures of amplitude spectra and of their radial profiles (paper, Figs. 1 and 5)."""
     title = "Amplitude spectra"
     if isinstance(found, str):
         return [Gap(title=title, reason=found)]
@@ -66,15 +69,15 @@ def spectra(found: Spectra | str) -> list[Figure | Gap]:
     low, high = min(map(np.min, levels.values())), max(map(np.max, levels.values()))
 
     def plot_maps(canvas: Canvas) -> None:
-        path_overrides = panels(canvas, len(levels), columns=3)
-        for axes, (name, level) in zip(path_overrides, levels.items(), strict=True):
+        axes_list = panels(canvas, len(levels), columns=3)
+        for axes, (name, level) in zip(axes_list, levels.items(), strict=True):
             height, width = level.shape
             edges = (-width / 2, width / 2, height / 2, -height / 2)
             shown = axes.imshow(level, vmin=low, vmax=high, cmap="viridis", extent=edges)
-            axes.set(title=name.partition(" (")[0], xlabel="DFT bins across")
+            axes.set(title=name.partition(" (")[0], xlabel="horizontal DFT bins")
             axes.grid(False)
-        path_overrides[0].set_ylabel("DFT bins down")
-        canvas.colorbar(shown, ax=path_overrides, label="log10 mean amplitude", shrink=0.8)
+        axes_list[0].set_ylabel("vertical DFT bins")
+        canvas.colorbar(shown, ax=axes_list, label="log10 mean amplitude", shrink=0.8)
 
     def plot_profiles(canvas: Canvas) -> None:
         axes = canvas.subplots()
@@ -85,17 +88,17 @@ def spectra(found: Spectra | str) -> list[Figure | Gap]:
         axes.set(yscale="log", xlabel="distance from zero frequency [DFT bins]", ylabel="mean amplitude")
         axes.legend()
 
-    what = "Magnitude of the two-dimensional Fourier transform, averaged over images and channels, zero frequency in the middle"
-    rings = "The same as means over rings; a filter lowers what lies to the right."
+    spectrum = "Magnitude of the two-dimensional DFT, mean over images and channels, zero frequency in the center"
+    radial = "Means of the spectra over rings; the low-pass filter lowers the right part."
     return [
-        draw("spectra", title, f"{what} ({counts}).", plot_maps, (2.6 * len(levels) + 0.6, 2.9)),
-        draw("spectrum-profile", "Radial profile of the spectra", f"{rings} {counts}.", plot_profiles),
+        draw("spectra", title, f"{spectrum} ({counts}).", plot_maps, (2.6 * len(levels) + 0.6, 2.9)),
+        draw("spectrum-profile", "Radial profile of the spectra", f"{radial} {counts}.", plot_profiles),
     ]
 
 
 def cam_overlays(found: Maps | str) -> Figure | Gap:
-    """Class-activation maps of teacher, rounded network and student on the same images (paper, Fig. 2)."""
-    title = "Where the networks look"
+    """Return a figure of the class activation maps of several networks on the same images (paper, Fig. 2)."""
+    title = "Class activation maps"
     if isinstance(found, str):
         return Gap(title=title, reason=found)
     number, names = len(found.images), list(found.maps)
@@ -121,7 +124,7 @@ def cam_overlays(found: Maps | str) -> Figure | Gap:
                     axes.set_ylabel(name.replace(" to ", " to\n"))
 
     caption = (
-        f"Grad-CAM of the image's class on {number} {found.source}, raw, bright where they are large, one scale for an image's column. "
-        "A student that has learned the teacher's maps looks like the first row of them, not like the second."
+        f"Grad-CAM of the label on {number} {found.source}, not normalized, large values bright, one color scale per "
+        "column. The maps of a fine-tuned student should resemble the teacher's more than those before fine-tuning do."
     )
     return draw("cam", title, caption, plot, (0.6 + 1.05 * number, 0.3 + 1.05 * (len(names) + 1)))

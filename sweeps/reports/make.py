@@ -1,4 +1,4 @@
-"""From paths to the page that suits them: of one run, of one sweep, or of several side by side."""
+"""Entry point of the reports: the page of one run, of one sweep, or a comparison of several."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,20 +23,21 @@ def make_report(
     path_overrides: Mapping[str, Any] | None = None,
     num_images: int | None = None,
 ) -> list[Path]:
-    """Write the page of some paths.
+    """Write the report of a run or a sweep, or a comparison of several.
 
     Args:
-        paths: One run or sweep; or several, for a comparison.
-        output: The page's file; None: report.html in the path's own folder, comparison.html here for several.
+        paths: One run or sweep, or several for a comparison.
+        output: HTML file or folder of the page; None means report.html in the folder of the run or sweep, and
+            comparison.html in the current folder for several paths.
         runs: As for ``sweep_page``.
-        places, num_images: As for ``run_page``.
+        path_overrides, num_images: As for ``run_page``.
 
     Returns:
-        The page's path, then those of its drawings.
+        The path of the page, then those of its figures.
 
     Raises:
-        FileNotFoundError, ValueError: A path is absent, holds no record, or is damaged.
-        OSError: The folder or the disk refuses.
+        FileNotFoundError, ValueError: A path does not exist, has no record, or is damaged.
+        OSError: The folder cannot be written.
     """
     between("runs", runs, 0)
     if num_images is not None:
@@ -44,7 +45,9 @@ def make_report(
     found = [Path(path) for path in paths]
     check_paths(found)
     if len({path.resolve() for path in found}) < len(found):
-        raise ValueError(f"`PATH` must be different ones for a comparison, but got {' '.join(map(str, paths))}")
+        raise ValueError(
+            f"`PATH` must be different folders or files for a comparison, but got {' '.join(map(str, paths))}"
+        )
     target = None if output is None else Path(output)
     if target is not None and target.is_dir():
         target = target / PAGE
@@ -57,13 +60,13 @@ def make_report(
 def _page(
     paths: Sequence[Path], runs: int, path_overrides: Mapping[str, Any] | None, num_images: int | None
 ) -> tuple[Page, Path]:
-    """Return the page, and where it goes by default."""
+    """Return the page and its default path."""
     if len(paths) > 1:
         return comparison_page([read_sweep(path) for path in paths]), Path("comparison.html")
     path = paths[0]
-    if path.is_file() and path.name != "record.json":  # a sweep's record: its run lies elsewhere, or at another address
-        own = path.resolve().parent
-        folder = own.parent if own.name == "records" else own
+    if path.is_file() and path.name != "record.json":  # the record of a trial: its run is in another folder
+        parent = path.resolve().parent
+        folder = parent.parent if parent.name == "records" else parent
         return run_page(path, path_overrides, num_images), folder / f"{path.stem}.html"
     if is_run(path):
         folder = path.parent if path.is_file() else path

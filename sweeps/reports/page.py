@@ -1,6 +1,7 @@
-"""A page as plain values, and as one HTML file that needs nothing else: no network, no other file, no script to be read or printed.
+"""Content of a page as dataclasses, and its rendering as one self-contained HTML file.
 
-Every text of a page goes through the template's escaping, so that a name that holds HTML is shown as it is written.
+A page needs no network and no other file, and can be read and printed without scripts. The template escapes every
+text, so that HTML in a name is shown as text.
 """
 
 import base64
@@ -17,20 +18,20 @@ from synq.common.files import write_bytes_atomic, write_text_atomic
 from synq.common.text_tables import Row, plain
 
 MOST_SVG_BYTES = 300_000
-"""A drawing that takes more as SVG stands in the page as PNG; the file beside the page is SVG all the same."""
+"""A figure whose SVG is larger is embedded as PNG; the separate SVG file is written anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A drawing.
+    """Figure of a page.
 
     Attributes:
-        name: Of its files, letters, digits and dashes.
-        title: What it is.
-        caption: What it shows, of how many (n), and how to read it.
-        svg: As SVG.
-        png: As PNG.
-        width: In pixels on the page.
+        name: Name of its files without extension: letters, digits and dashes.
+        title: Heading.
+        caption: Description, with the sample size n and how to read the figure.
+        svg: The figure as SVG.
+        png: The figure as PNG.
+        width: Width on the page in pixels.
     """
 
     name: str
@@ -40,43 +41,43 @@ class Figure:
     png: bytes
     width: int
 
-    def named(self, prefix: str) -> "Figure":
-        """The same under a name of its own, for a page that has several of its kind."""
+    def with_prefix(self, prefix: str) -> "Figure":
+        """Return the figure with a prefix in its name, for a page that has several of its kind."""
         return replace(self, name=slug(f"{prefix}-{self.name}"))
 
     @property
     def source(self) -> str:
-        """The drawing as an address of its own, for an `img` element: what stands in it can run no script."""
+        """The figure as a data URL for an `img` element, in which scripts do not run."""
         kind, content = ("svg+xml", self.svg) if len(self.svg) <= MOST_SVG_BYTES else ("png", self.png)
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """What stands in the place of a drawing or a table that could not be made."""
+    """Note in place of a figure or table that could not be made."""
 
     title: str
     reason: str
 
-    def named(self, prefix: str) -> "Gap":
-        """Itself: it has no name."""
+    def with_prefix(self, prefix: str) -> "Gap":
+        """Return the block unchanged, since it has no name."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table whose rows a reader sorts and filters.
+    """Table that readers can sort and filter.
 
     Attributes:
         name: Letters, digits and dashes.
-        title: What it is.
-        caption: What its rows and columns are.
+        title: Heading.
+        caption: Description of its rows and columns.
         columns: Keys of the rows, in order.
         rows: The rows.
-        headings: Headings by key; a column without one is headed by its key.
-        meanings: What columns mean, by key, for a tooltip.
-        decimals: Decimal places by key; elsewhere four significant digits.
-        bold: Whether a row stands out.
+        headings: Column headings by key; the default is the key.
+        meanings: Tooltips of the columns by key.
+        decimals: Decimal places by key; other columns have four significant digits.
+        bold: Whether each row is highlighted; empty for none.
     """
 
     name: str
@@ -89,12 +90,15 @@ class Table:
     decimals: Mapping[str, int] = field(default_factory=dict)
     bold: Sequence[bool] = ()
 
-    def named(self, prefix: str) -> "Table":
-        """The same under a name of its own."""
+    def with_prefix(self, prefix: str) -> "Table":
+        """Return the table with a prefix in its name."""
         return replace(self, name=slug(f"{prefix}-{self.name}"))
 
     def cells(self) -> Iterator[tuple[bool, str, list[tuple[str, str]]]]:
-        """Give each row as (stands out, further words that find it, cells); a cell is its text and the number that it is sorted by, "" for none."""
+        """Yield (highlighted, extra search text, cells) of each row.
+
+        A cell is its text and the number that it is sorted by, "" for none.
+        """
         for i, row in enumerate(self.rows):
             bits = f"w{row['weight_bits']}a{row['act_bits']}" if {"weight_bits", "act_bits"} <= row.keys() else ""
             cells = [_cell(row.get(column), self.decimals.get(column)) for column in self.columns]
@@ -102,41 +106,41 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
-    """Paragraphs, or a list."""
+class Text:
+    """Paragraphs, or a bulleted list."""
 
     title: str = ""
     lines: Sequence[str] = ()
     listed: bool = False
 
-    def named(self, prefix: str) -> "Words":
-        """Itself: it has no name."""
+    def with_prefix(self, prefix: str) -> "Text":
+        """Return the block unchanged, since it has no name."""
         return self
 
 
-Block = Figure | Gap | Table | Words
+Block = Figure | Gap | Table | Text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tab:
-    """A part of a page that is shown alone; all of them are, one after another, in print and without scripts."""
+    """Part of a page, shown one at a time; in print and without scripts all are shown, one after another."""
 
     title: str
     blocks: Sequence[Block]
     name: str = ""
-    """Its place in the page's address; the page gives it one of its own."""
+    """Fragment of the page's URL; `Page` makes it unique."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A whole page.
+    """Whole page.
 
     Attributes:
-        title: What it is about.
-        verdict: Sentences that answer: did it work, can it be trusted.
-        facts: Short figures with their names.
+        title: Heading.
+        verdict: Sentences about the result: whether it worked, whether it can be trusted.
+        facts: Pairs of name and value for the head of the page.
         tabs: The parts.
-        foot: Where it comes from.
+        foot: Provenance: records, commit, versions, date.
     """
 
     title: str
@@ -146,29 +150,29 @@ class Page:
     foot: str
 
     def __post_init__(self) -> None:
-        """Give every tab, drawing and table a name of its own: they are places in the page and names of files."""
+        """Make the names of tabs, figures and tables unique, since they are URL fragments and file names."""
         taken: dict[str, int] = {}
         tabs = []
         for tab in self.tabs:
             blocks = [
-                replace(block, name=_free(block.name, taken)) if isinstance(block, Figure | Table) else block
+                replace(block, name=_unique(block.name, taken)) if isinstance(block, Figure | Table) else block
                 for block in tab.blocks
             ]
-            tabs.append(replace(tab, name=_free(f"tab-{slug(tab.title)}", taken), blocks=blocks))
+            tabs.append(replace(tab, name=_unique(f"tab-{slug(tab.title)}", taken), blocks=blocks))
         object.__setattr__(self, "tabs", tabs)
 
     def figures(self) -> Iterator[Figure]:
-        """Give every drawing."""
+        """Yield every figure."""
         yield from (block for tab in self.tabs for block in tab.blocks if isinstance(block, Figure))
 
 
 def slug(text: str) -> str:
-    """Return a text as letters, digits and dashes, for a file's name or an address; never empty."""
+    """Return a text reduced to letters, digits and dashes, for a file name or URL; never empty."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "part"
 
 
-def _free(name: str, taken: dict[str, int]) -> str:
-    """Return the name, with a number behind it where it is taken already."""
+def _unique(name: str, taken: dict[str, int]) -> str:
+    """Return the name, with a number appended if it is already taken."""
     found = name
     while found in taken:
         taken[name] += 1
@@ -192,13 +196,13 @@ def render(page: Page) -> str:
 
 
 def write_page(page: Page, path: str | Path) -> list[Path]:
-    """Write a page, and its drawings as SVG and PNG in a folder beside it, each by rename.
+    """Write a page, and its figures as SVG and PNG in a folder next to it, each file atomically.
 
     Returns:
-        The page's path, then those of the drawings.
+        The path of the page, then those of the figures.
 
     Raises:
-        OSError: The folder or the disk refuses.
+        OSError: The folder cannot be written.
     """
     path = Path(path)
     folder = path.with_name(f"{path.stem}_figures")

@@ -1,4 +1,4 @@
-"""Figures of papers for the networks they are about, as reference lines beside what was measured here."""
+"""Published results of zero-shot quantization, for comparison with our measurements."""
 
 import functools
 import itertools
@@ -11,13 +11,13 @@ from importlib import resources
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A published figure.
+    """Published result of one method.
 
     Attributes:
-        method: Its name.
-        network: The network and data in words; weights are the paper's own.
-        top1: In percent.
-        teacher_top1: Of the paper's float network.
+        method: Name of the method.
+        network: Name of network and data set; the weights are those of the paper.
+        top1: Top-1 accuracy in percent.
+        teacher_top1: Top-1 accuracy of the paper's float network in percent.
     """
 
     method: str
@@ -27,36 +27,36 @@ class Reference:
 
     @property
     def drop(self) -> float:
-        """teacher_top1 - top1, in points."""
+        """Accuracy drop teacher_top1 - top1, in percentage points."""
         return self.teacher_top1 - self.top1
 
 
 def references(model: str, bits: str, protocol: str, num_classes: int) -> list[Reference]:
-    """Return what is published of a network of that name, best first; none for one that no paper of the list has.
+    """Return the published results for a network of that name, best first.
 
     Args:
         model: Short name of the model, for example "cifar10_resnet20".
-        bits: For example "W4A4".
+        bits: Bits of weights and activations, for example "W4A4".
         protocol: A or B.
-        num_classes: Its number of classes, which tells data apart that the name does not say.
+        num_classes: Number of classes, which distinguishes data sets if the name does not.
     """
-    words = _words(model)
+    tokens = _tokens(model)
     found = []
     for network in _networks():
-        same = num_classes == network["num_classes"] and words.issuperset(network["words"])
-        if not same or words.intersection(network["without"]):
+        same = num_classes == network["num_classes"] and tokens.issuperset(network["tokens"])
+        if not same or tokens.intersection(network["without"]):
             continue
-        for method, figures in network.get(protocol, {}).items():
-            if bits in figures:
-                drops = {"top1": figures[bits], "teacher_top1": network["teacher_top1"]}
-                found.append(Reference(method=method, network=network["name"], **drops))
+        for method, results in network.get(protocol, {}).items():
+            if bits in results:
+                accuracies = {"top1": results[bits], "teacher_top1": network["teacher_top1"]}
+                found.append(Reference(method=method, network=network["name"], **accuracies))
     return sorted(found, key=lambda one: -one.top1)
 
 
-def _words(model: str) -> set[str]:
-    """Words of a name, and every two neighbors as one: "ResNet-20" holds "resnet20"."""
-    words = re.findall(r"[a-z0-9]+", model.lower())
-    return {*words, *(first + second for first, second in itertools.pairwise(words))}
+def _tokens(model: str) -> set[str]:
+    """Return the tokens of a name and all pairs of neighbors joined: "ResNet-20" has the token "resnet20"."""
+    tokens = re.findall(r"[a-z0-9]+", model.lower())
+    return {*tokens, *(first + second for first, second in itertools.pairwise(tokens))}
 
 
 @functools.cache

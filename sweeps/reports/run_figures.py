@@ -1,4 +1,7 @@
-"""Drawings of a run's fine-tuning, layers and answers. Each takes plain values and gives a figure, or says why not."""
+"""Figures of a run's fine-tuning, layers and predictions.
+
+Each function takes plain values, or the reason why there are none, and returns a figure or a gap with the reason.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,27 +10,30 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
-from synq.diagnostics.probe_parts import REACH, Answers, LayerError, RangeCount
+from synq.diagnostics.probe_parts import REACH, LayerError, Predictions, RangeCount
 from synq.runs.record import RunRecord
 
 from .drawing import COLORS, draw
 from .page import Figure, Gap
 
 MOST_CLASSES = 20
-"""Classes up to which a confusion is drawn as a matrix; with more of them its largest entries are."""
+"""Most classes for a confusion matrix; with more classes its largest entries are drawn as bars."""
 NUM_CONFUSED = 15
 NUM_DIFFICULTY_BINS = 10
 NO_LOSS = ("epoch", "seconds", "lr", "kept", "objective_value", "gradient norm")
-"""What stands beside the terms of the loss in an epoch's line."""
+"""Keys of an epoch in `loss_history` that are not loss terms."""
 ROW = 0.16
-"""Height of one layer's line in inches."""
+"""Height of the row of one layer in inches."""
 
 
-def error_by_difficulty(found: Answers | str, threshold: float, *, uses_labels: bool) -> Figure | Gap:
-    """Error rate against difficulty (paper, Fig. 3); without labels the share of other answers than the teacher's."""
+def error_by_difficulty(found: Predictions | str, threshold: float, *, uses_labels: bool) -> Figure | Gap:
+    """Return a figure of the error rate against difficulty (paper, Fig. 3).
+
+    Without labels the rate is that of disagreement with the teacher.
+    """
     title = (
         "Errors against difficulty"
-        if not isinstance(found, Answers) or found.labeled
+        if not isinstance(found, Predictions) or found.labeled
         else "Disagreement against difficulty"
     )
     if isinstance(found, str):
@@ -61,26 +67,26 @@ def error_by_difficulty(found: Answers | str, threshold: float, *, uses_labels: 
             )
         axes.axvline(threshold, color="#4f5d73", linestyle="--", label=f"difficulty_threshold {threshold:g}")
         axes.set(xlim=(0, 1), ylim=(-14, 108), xlabel="difficulty: 1 - the teacher's probability of the label")
-        axes.set_ylabel("error rate [%]" if found.labeled else "other class than the teacher's [%]")
+        axes.set_ylabel("error rate [%]" if found.labeled else "disagreement with the teacher [%]")
         canvas.legend(loc="outside right upper")
 
     caption = (
-        f"{len(found.labels)} {found.source} in {NUM_DIFFICULTY_BINS} bins; the small figures are the images in each, the bars one standard error. Below 0.5 the teacher "
-        "cannot be wrong about the label. "
+        f"{len(found.labels)} {found.source} in {NUM_DIFFICULTY_BINS} bins; small numbers: images per bin; bars: one "
+        "standard error. Below 0.5 the teacher always predicts the label. "
         + (
-            "Synthetic images right of the dashed line have no hard label in training."
+            "In training, synthetic images right of the dashed line have no hard label."
             if uses_labels
-            else "No hard label was used in training."
+            else "No hard labels were used in training."
         )
     )
     return draw("difficulty", title, caption, plot)
 
 
 def losses(record: RunRecord) -> list[Figure | Gap]:
-    """Loss terms and, where it was measured, the objective by epoch."""
+    """Return figures of the loss terms and, if it was measured, of the objective by epoch."""
     history = record.loss_history
     if not history:
-        return [Gap(title="Loss by epoch", reason="the run trained for no epoch")]
+        return [Gap(title="Loss by epoch", reason="no epoch was trained")]
     terms = [name for name in history[-1] if name not in NO_LOSS]
     epochs = [int(line.get("epoch", i + 1)) for i, line in enumerate(history)]
 
@@ -94,7 +100,10 @@ def losses(record: RunRecord) -> list[Figure | Gap]:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         canvas.legend(loc="outside right upper")
 
-    caption = f"Means over each of {len(history)} epochs: the loss, and its terms before their weights (log scale; a term that is zero is left out)."
+    caption = (
+        f"Means over each of {len(history)} epochs: the loss and its unweighted terms (log scale; terms that are zero "
+        "are left out)."
+    )
     figures: list[Figure | Gap] = [draw("losses", "Loss by epoch", caption, plot)]
     values = [
         (epoch, line["objective_value"])
@@ -122,33 +131,32 @@ def losses(record: RunRecord) -> list[Figure | Gap]:
 
 
 def layer_errors(found: Sequence[LayerError] | str) -> Figure | Gap:
-    """Signal to quantization noise of each layer."""
+    """Return a figure of the signal-to-quantization-noise ratio (SQNR) of each layer."""
     title = "Quantization error of each layer"
     if isinstance(found, str):
         return Gap(title=title, reason=found)
 
     def plot(canvas: Canvas) -> None:
         axes = canvas.subplots()
-        path_overrides = range(len(found))
-        axes.plot(
-            [_finite(layer.weight_db) for layer in found], path_overrides, "o", label="weight alone", color=COLORS[0]
-        )
+        positions = range(len(found))
+        axes.plot([_finite(layer.weight_db) for layer in found], positions, "o", label="weight", color=COLORS[0])
         axes.plot(
             [_finite(layer.output_db) for layer in found],
-            path_overrides,
+            positions,
             "s",
-            label="output, all before it included",
+            label="output, with all layers before it quantized",
             color=COLORS[1],
         )
-        axes.set_yticks(path_overrides, [f"{layer.name} ({layer.bits} bit)" for layer in found])
-        axes.set(xlabel="signal to quantization noise [dB], more is better", ylim=(len(found) - 0.4, -0.6))
+        axes.set_yticks(positions, [f"{layer.name} ({layer.bits} bit)" for layer in found])
+        axes.set(xlabel="SQNR [dB], higher is better", ylim=(len(found) - 0.4, -0.6))
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.4, 1 + 0.5 / max(2.0, ROW * len(found))), ncols=2, frameon=False
         )
 
     caption = (
-        f"{len(found)} layers from input to output: 10 log10 of the power of the teacher's values over that of the student's difference "
-        "from them, fine-tuning included. The layer that is far below its neighbors is the first candidate for more bits."
+        f"{len(found)} layers from input to output. Signal-to-quantization-noise ratio: 10 log10 of the power of the "
+        "teacher's values over that of the difference of the fine-tuned student. A layer far below its neighbors is "
+        "the first candidate for more bits."
     )
     return draw("layers", title, caption, plot, (6.8, 1.2 + ROW * max(len(found), 4)))
 
@@ -158,12 +166,12 @@ def _finite(value: float) -> float:
 
 
 def range_strips(found: Sequence[RangeCount] | str) -> Figure | Gap:
-    """Histograms of what enters each activation quantizer, in units of its range."""
+    """Return a figure of the histogram of each activation quantizer's input, in units of its range."""
     title = "Activations and their ranges"
     if isinstance(found, str):
         return Gap(title=title, reason=found)
     if not found:
-        return Gap(title=title, reason="no activation of this student is quantized")
+        return Gap(title=title, reason="this student has no quantized activation")
 
     def plot(canvas: Canvas) -> None:
         axes = canvas.subplots()
@@ -177,36 +185,36 @@ def range_strips(found: Sequence[RangeCount] | str) -> Figure | Gap:
             extent=(-REACH, REACH, len(found), 0),
             interpolation="nearest",
         )
-        ends = [max(-one.low, one.high) for one in found]
+        bounds = [max(-one.low, one.high) for one in found]
         for values in (
-            [one.low / end for one, end in zip(found, ends, strict=True)],
-            [one.high / end for one, end in zip(found, ends, strict=True)],
+            [one.low / bound for one, bound in zip(found, bounds, strict=True)],
+            [one.high / bound for one, bound in zip(found, bounds, strict=True)],
         ):
             axes.vlines(values, np.arange(len(found)) + 0.1, np.arange(len(found)) + 0.9, color=COLORS[1], linewidth=2)
         axes.set_yticks(
             np.arange(len(found)) + 0.5,
             [f"{one.name.removeprefix('act_quantizers.')} ({one.bits} bit)" for one in found],
         )
-        least = min(one.low / end for one, end in zip(found, ends, strict=True))
-        axes.set(xlabel="value / larger end of the range", xlim=(-REACH if least < 0 else -0.1, REACH))
+        least = min(one.low / bound for one, bound in zip(found, bounds, strict=True))
+        axes.set(xlabel="value / largest absolute bound of the range", xlim=(-REACH if least < 0 else -0.1, REACH))
         axes.grid(False)
-        canvas.colorbar(shown, label="log10 share of the values")
+        canvas.colorbar(shown, label="log10 fraction of the values")
 
     clipped = max(found, key=lambda one: one.clipped)
     caption = (
-        f"A line for each of {len(found)} quantized activations; the red marks are the ends of its range. Most is cut off at "
-        f"{clipped.name.removeprefix('act_quantizers.')}: {100 * clipped.clipped:.2g} % of the values."
+        f"One row for each of {len(found)} quantized activations; red marks: bounds of its range. Most values are "
+        f"clipped at {clipped.name.removeprefix('act_quantizers.')}: {100 * clipped.clipped:.2g} %."
     )
     return draw("ranges", title, caption, plot, (6.8, 1.0 + ROW * max(len(found), 4)))
 
 
-def confusion(found: Answers | str, num_classes: int) -> Figure | Gap:
-    """Answers of the teacher against those of the student."""
-    title = "Teacher against student"
+def confusion(found: Predictions | str, num_classes: int) -> Figure | Gap:
+    """Return a figure of the classes predicted by the teacher against those predicted by the student."""
+    title = "Predicted classes of teacher and student"
     if isinstance(found, str):
         return Gap(title=title, reason=found)
     same = 100 * float((found.teacher == found.student).mean())
-    about = f"{len(found.labels)} {found.source}; the two agree on {same:.1f} %."
+    about = f"{len(found.labels)} {found.source}; teacher and student agree on {same:.1f} %."
     pairs, counts = np.unique(np.stack([found.teacher, found.student]), axis=1, return_counts=True)
     if num_classes <= MOST_CLASSES:
         matrix = np.zeros((num_classes, num_classes), dtype=int)
@@ -230,23 +238,23 @@ def confusion(found: Answers | str, num_classes: int) -> Figure | Gap:
                             fontsize=7,
                             color="white" if dark else "black",
                         )
-            axes.set(xlabel="class by the student", ylabel="class by the teacher")
+            axes.set(xlabel="class predicted by the student", ylabel="class predicted by the teacher")
             axes.set_xticks(range(num_classes))
             axes.set_yticks(range(num_classes))
             axes.grid(False)
-            canvas.colorbar(shown, label="images on which they differ", ticks=MaxNLocator(integer=True))
+            canvas.colorbar(shown, label="images with different predictions", ticks=MaxNLocator(integer=True))
 
-        return draw("confusion", title, f"{about} Color: only where they differ.", plot, (5.6, 4.4))
+        return draw("confusion", title, f"{about} Color: only different predictions.", plot, (5.6, 4.4))
     differing = [(int(count), f"{t} -> {s}") for (t, s), count in zip(pairs.T, counts, strict=True) if t != s]
     if not differing:
-        return Gap(title=title, reason=f"{about} There is nothing to draw.")
+        return Gap(title=title, reason=f"{about} There is no difference to draw.")
     differing = sorted(differing, key=lambda pair: -pair[0])[:NUM_CONFUSED]
 
     def plot_bars(canvas: Canvas) -> None:
         axes = canvas.subplots()
         axes.barh([name for _, name in differing], [count for count, _ in differing])
         axes.invert_yaxis()
-        axes.set(xlabel="images", ylabel="class by the teacher -> by the student")
+        axes.set(xlabel="images", ylabel="class of the teacher -> of the student")
 
     return draw(
         "confusion",

@@ -1,4 +1,4 @@
-"""The page of one run: did it work, what was it made of, where does it lose."""
+"""Page of one run: result, training, images, predictions, layers, settings."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from synq.diagnostics.probe_parts import Probe
 from synq.runs.record import RunRecord
 
 from .image_figures import cam_overlays, image_grid, spectra
-from .page import Block, Gap, Page, Tab, Table, Words
+from .page import Block, Gap, Page, Tab, Table, Text
 from .run_figures import confusion, error_by_difficulty, layer_errors, losses, range_strips
 from .summary import foot, run_facts, run_label, run_verdict
 from .sweep_view import record_of
@@ -21,8 +21,9 @@ def run_page(path: str | Path, path_overrides: Mapping[str, Any] | None = None, 
     """Return the page of a run.
 
     Args:
-        path: Its folder, its record, or a sweep's record of it. A run without a result has a page as well, of its record alone.
-        places: Where its teacher, images and labels lie now, as for ``open_run``.
+        path: Folder of the run, its record, or the record of a trial of a sweep. A failed or pruned run has a page of
+            its record only.
+        path_overrides: Current paths of teacher, images and labels, as for ``open_run``.
         num_images: As for ``probe_run``.
 
     Raises:
@@ -49,62 +50,59 @@ def run_tabs(
     num_images: int | None = None,
     prefix: str = "",
 ) -> list[Tab]:
-    """Return what is to be seen of a run, in tabs.
+    """Return the figures and tables of a run in tabs.
 
     Args:
         path: As for ``run_page``.
-        record: Its record.
-        places, num_images: As for ``run_page``.
-        prefix: Put before the names of drawings and tables, which are those of files and of places in the page.
+        record: The record of the run.
+        path_overrides, num_images: As for ``run_page``.
+        prefix: Prefix of the names of figures and tables, which are file names and URL fragments.
     """
     try:
         probe: Probe | str = probe_run(path, path_overrides, num_images)
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # the teacher's own code runs here; what the record says is still worth a page
+    except (Exception, SystemExit) as error:  # of the teacher's code; the page of the record is still made
         probe = " ".join(str(error).split()) or type(error).__name__
     if isinstance(probe, str):
-        seen: dict[str, Sequence[Block]] = {
+        blocks_by_title: dict[str, Sequence[Block]] = {
             "Training": losses(record),
-            "Images": [Gap(title="Images, maps, layers and answers", reason=probe)],
+            "Images": [Gap(title="Images, predictions, activation maps and layers", reason=probe)],
         }
     else:
         settings, classes = record.config["finetune"], int(record.teacher.get("num_classes") or 0)
-        seen = {
+        blocks_by_title = {
             "Training": losses(record),
-            "Images": [image_grid(probe.images, _filter_words(settings)), *spectra(probe.spectra)],
-            "Answers": [
+            "Images": [image_grid(probe.images, _filter_text(settings)), *spectra(probe.spectra)],
+            "Predictions": [
                 cam_overlays(probe.maps),
                 error_by_difficulty(
-                    probe.answers, settings["difficulty_threshold"], uses_labels=settings["ce_weight"] > 0
+                    probe.predictions, settings["difficulty_threshold"], uses_labels=settings["ce_weight"] > 0
                 ),
-                confusion(probe.answers, classes),
+                confusion(probe.predictions, classes),
             ],
             "Layers": [layer_errors(probe.layers), range_strips(probe.ranges), _layer_table(record)],
         }
     return [
-        Tab(title=title, blocks=[block.named(prefix) if prefix else block for block in blocks])
-        for title, blocks in seen.items()
+        Tab(title=title, blocks=[block.with_prefix(prefix) if prefix else block for block in blocks])
+        for title, blocks in blocks_by_title.items()
     ]
 
 
-def _filter_words(settings: Mapping[str, Any]) -> str:
+def _filter_text(settings: Mapping[str, Any]) -> str:
     cutoff = settings.get("lowpass_cutoff")
     return "none" if cutoff is None else f"Gaussian, D0 = {cutoff:g} {settings.get('lowpass_unit')}"
 
 
 def _layer_table(record: RunRecord) -> Table | Gap:
     if not record.layers:
-        return Gap(title="Widths", reason="the record names no layers")
+        return Gap(title="Bits", reason="the record has no layers")
     columns = [name for name in LAYER_COLUMNS if any(name in row for row in record.layers)]
     columns += sorted({name for row in record.layers for name in row} - set(LAYER_COLUMNS))
-    caption = "Every weight and activation with its width; 32 is float."
-    return Table(name="widths", title="Widths", caption=caption, columns=columns, rows=record.layers)
+    caption = "Bits of each weight and activation; 32 means float."
+    return Table(name="bits", title="Bits", caption=caption, columns=columns, rows=record.layers)
 
 
 def settings_blocks(record: RunRecord) -> list[Block]:
-    """Return the settings of a run, the time of its stages, and where it comes from."""
+    """Return the settings of a run, the time of its stages, and its provenance."""
     rows = [{"setting": name, "value": value} for name, value in flat(record.config)]
     seconds = [{"stage": name, "seconds": value} for name, value in record.seconds.items()]
     blocks: list[Block] = [
@@ -134,11 +132,11 @@ def settings_blocks(record: RunRecord) -> list[Block]:
         f"labeled images {record.eval_digest or 'none'}",
         ", ".join(versions),
     ]
-    return [*blocks, Words(title="Where it comes from", lines=about, listed=True)]
+    return [*blocks, Text(title="Provenance", lines=about, listed=True)]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Give every value of nested mappings with its dotted name."""
+    """Yield every value of nested mappings with its dotted name."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{name}.")

@@ -1,6 +1,8 @@
-"""Optuna's own drawings of a search: what its parameters did. The only file of the reports that knows Optuna.
+"""Optuna's figures of a search: history, importances, parallel coordinates, slices.
 
-The study is rebuilt from plans and records, so that a page can be made of any sweep at any time, without its storage.
+No other file of the reports uses Optuna.
+
+The study is rebuilt from plans and records, so that any sweep can have a page at any time, without Optuna's storage.
 """
 
 import functools
@@ -23,8 +25,8 @@ from .drawing import failed, finish, style
 from .page import Figure, Gap, slug
 
 STATES = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-BEYOND = 0.15
-"""A range's value for "off" lies this share of it beyond its upper end."""
+OFF_MARGIN = 0.15
+"""An optional range encodes "off" above its upper bound, by this fraction of the range."""
 LEAST_TRIALS = 3
 Plot = Callable[..., Any]
 
@@ -40,44 +42,46 @@ def study_figures(
     """Return history, importances, parallel coordinates and slices of one group's search.
 
     Args:
-        group: Its key.
-        dimensions: The search space; empty where the trials were a list of points.
-        trials: Its ended trials.
+        group: Key of the group.
+        dimensions: The search space; empty if the trials were a list of points.
+        trials: The finished trials of the group.
         minimize: Whether a lower objective is better.
-        objective: Name of the objective, for the axes.
+        objective: Axis label of the objective.
     """
     study = _study(dimensions, trials, minimize)
     done = study.get_trials(states=[TrialState.COMPLETE])
     varied = [name for name in _names(dimensions) if len({repr(trial.params.get(name)) for trial in done}) > 1]
-    head, place = f"{group}: ", slug(group)
+    heading, suffix = f"{group}: ", slug(group)
     count = f"n = {len(done)} completed trials"
     if len(done) < LEAST_TRIALS or not varied:
         reason = (
             f"it takes {LEAST_TRIALS} completed trials that differ in a searched setting; this search has {len(done)}"
         )
-        return [Gap(title=f"{head}what the settings did", reason=reason)]
+        return [Gap(title=f"{heading}effect of the settings", reason=reason)]
     same = len({trial.value for trial in done}) == 1
     plots = optuna.visualization.matplotlib
     figures: list[Figure | Gap] = [
         _figure(
             functools.partial(plots.plot_optimization_history, study, target_name=objective),
-            f"history-{place}",
-            f"{head}the search's course",
-            f"Objective of each completed trial in the order of proposal, and the best so far; {count}.",
+            f"history-{suffix}",
+            f"{heading}optimization history",
+            f"Objective of each completed trial in order of proposal, and best value so far; {count}.",
         ),
         _figure(
             functools.partial(plots.plot_parallel_coordinate, study, params=varied, target_name=objective),
-            f"parallel-{place}",
-            f"{head}settings together",
-            f"A line for each completed trial through its settings, dark where the objective is good; {count}.{_offs(dimensions)}",
+            f"parallel-{suffix}",
+            f"{heading}parallel coordinates",
+            f"One line through the settings of each completed trial, dark for a good objective; {count}."
+            f"{_off_note(dimensions)}",
             size=(1.5 * len(varied) + 2.2, 4.0),
             grid=False,
         ),
         _figure(
             functools.partial(plots.plot_slice, study, params=varied, target_name=objective),
-            f"slices-{place}",
-            f"{head}sensitivity to each setting",
-            f"Objective against one setting at a time, the others as they came; shade: order of the trials; {count} (paper, Fig. 7).{_offs(dimensions)}",
+            f"slices-{suffix}",
+            f"{heading}objective against each setting",
+            f"Objective against one setting at a time, with the others as sampled; shade: order of the trials; {count} "
+            f"(paper, Fig. 7).{_off_note(dimensions)}",
             size=(2.3 * len(varied) + 0.8, 3.2),
         ),
     ]
@@ -85,14 +89,17 @@ def study_figures(
         figures.append(
             _figure(
                 functools.partial(plots.plot_slice, study, params=varied, target=_top1, target_name="top-1 [%]"),
-                f"slices-top1-{place}",
-                f"{head}top-1 against each setting",
-                f"The same with top-1 on the labeled images, which the search did not see unless its objective is `selection`; {count}.",
+                f"slices-top1-{suffix}",
+                f"{heading}top-1 against each setting",
+                "The same for top-1 on the labeled images, which the search does not use unless its objective is "
+                f"`selection`; {count}.",
                 size=(2.3 * len(varied) + 0.8, 3.2),
             )
         )
     if same:
-        figures.insert(1, Gap(title=f"{head}importance of the settings", reason="all trials have the same objective"))
+        figures.insert(
+            1, Gap(title=f"{heading}importance of the settings", reason="all trials have the same objective")
+        )
         return figures
     importance = _figure(
         functools.partial(
@@ -101,10 +108,10 @@ def study_figures(
             params=varied,
             evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
         ),
-        f"importance-{place}",
-        f"{head}importance of the settings",
-        "What each setting explains of the objective's variance by itself, as a share of what all of them do (fANOVA; the bars add up to 1, what settings do "
-        f"together is left out); {count}. With fewer than some twenty trials it says little.",
+        f"importance-{suffix}",
+        f"{heading}importance of the settings",
+        "Share of the objective's variance that each setting explains on its own (fANOVA, main effects only, "
+        f"normalized to sum 1); {count}. Unreliable with fewer than about twenty trials.",
         size=(6.4, 1.2 + 0.35 * len(varied)),
     )
     figures.insert(1, importance)
@@ -114,14 +121,14 @@ def study_figures(
 def _figure(
     plot: Plot, name: str, title: str, caption: str, size: tuple[float, float] = (6.4, 3.4), grid: bool = True
 ) -> Figure | Gap:
-    """Draw with one of Optuna's functions, which use Matplotlib's global state: what they open is closed again."""
+    """Draw with a function of Optuna; figures that it opens in pyplot are closed."""
     from matplotlib import pyplot
 
     backend, before = pyplot.get_backend(), set(pyplot.get_fignums())
     pyplot.switch_backend("agg")  # a machine with a display would open a window
     try:
         with style(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Optuna about itself, and of Matplotlib about Optuna's calls
+            warnings.simplefilter("ignore")  # Optuna's experimental features, and Matplotlib's deprecations in them
             axes = plot()
             canvas = axes.figure if hasattr(axes, "figure") else axes.flatten()[0].figure
             canvas.set_size_inches(*size)
@@ -131,7 +138,7 @@ def _figure(
                     one.set_title("", loc=side)
                 one.grid(grid)
                 for drawn in one.collections:
-                    if drawn.get_cmap().name.startswith("Blues"):  # whose first colors are hardly seen on white
+                    if drawn.get_cmap().name.startswith("Blues"):  # whose first colors are almost invisible on white
                         shades = np.linspace(0.35, 1.0, 256)
                         back = shades[::-1] if drawn.get_cmap().name.endswith("_r") else shades
                         drawn.set_cmap(ListedColormap(matplotlib.colormaps["Blues"](back)))
@@ -162,7 +169,7 @@ def _study(dimensions: Sequence[Dimension], trials: Iterable[tuple[Plan, RunReco
 def _trial(
     params: dict[str, Any], ranges: dict[str, BaseDistribution], state: TrialState, plan: Plan, record: RunRecord
 ) -> FrozenTrial:
-    # A sweep extended by points of its own may hold values beyond the ranges it began with.
+    # A sweep extended by listed points may have values outside the ranges of its search space.
     kept = {
         name: value for name, value in params.items() if ranges[name]._contains(ranges[name].to_internal_repr(value))
     }
@@ -182,7 +189,7 @@ def _top1(trial: FrozenTrial) -> float:
 
 
 def _names(dimensions: Sequence[Dimension]) -> list[str]:
-    """Short names: the last part where no other dimension has it."""
+    """Return short names: the last part of each name if it is unique, else the whole name."""
     last = [dimension.name.rpartition(".")[2] for dimension in dimensions]
     return [
         short if last.count(short) == 1 else dimension.name for short, dimension in zip(last, dimensions, strict=True)
@@ -190,18 +197,18 @@ def _names(dimensions: Sequence[Dimension]) -> list[str]:
 
 
 def _off(dimension: Dimension) -> float | int:
-    """The number that stands for "off" of an optional range: a little beyond its upper end."""
+    """Return the number that encodes "off" in an optional range: slightly above its upper bound."""
     assert dimension.low is not None and dimension.high is not None
     if dimension.log:
-        off = dimension.high * (dimension.high / dimension.low) ** BEYOND
+        off = dimension.high * (dimension.high / dimension.low) ** OFF_MARGIN
     else:
-        off = dimension.high + BEYOND * (dimension.high - dimension.low)
+        off = dimension.high + OFF_MARGIN * (dimension.high - dimension.low)
     return round(off) + 1 if dimension.type == "int" else float(f"{off:.3g}")
 
 
-def _offs(dimensions: Sequence[Dimension]) -> str:
-    words = [f"{dimension.name} {_off(dimension):g} stands for off" for dimension in dimensions if dimension.optional]
-    return f" {'; '.join(words)}." if words else ""
+def _off_note(dimensions: Sequence[Dimension]) -> str:
+    notes = [f"{dimension.name} {_off(dimension):g} means off" for dimension in dimensions if dimension.optional]
+    return f" {'; '.join(notes)}." if notes else ""
 
 
 def _value(dimension: Dimension, value: Any) -> Any:

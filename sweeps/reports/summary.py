@@ -1,4 +1,7 @@
-"""What came of a run or a sweep, in sentences and short figures: the head of its page, and what `synq show` prints. No torch, no drawings."""
+"""Summary of a run or a sweep in sentences and short facts, for pages and `synq show`.
+
+Imports neither torch nor Matplotlib.
+"""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -15,59 +18,51 @@ from .sweep_view import SweepView
 
 
 def run_label(record: RunRecord) -> str:
-    """Name a run's model, widths, protocol and points in one line."""
+    """Return a run's model, bits, protocol and quantization points in one line."""
     return f"{record.model} W{record.weight_bits}A{record.act_bits} {record.protocol} {record.act_points}"
 
 
 def run_verdict(record: RunRecord) -> list[str]:
-    """Say in sentences how a run went."""
+    """Return the result of a run in sentences."""
     if record.status != "completed":
-        return [
-            f"The run {'was stopped early' if record.status == 'pruned' else 'failed'}: {record.reason or 'no reason is recorded'}."
-        ]
+        outcome = "was stopped early" if record.status == "pruned" else "failed"
+        return [f"The run {outcome}: {record.reason or 'no reason is recorded'}."]
     lines = []
     if record.top1 is not None and record.teacher_top1 is not None and record.num_eval:
         error = None
         if record.lost is not None and record.gained is not None:
             error = drop_stderr(record.lost, record.gained, record.num_eval)
         spread = "" if error is None else f" ± {error:.2f} (standard error, paired by image)"
-        before = "" if record.rtn_top1 is None else f" Before fine-tuning it had {record.rtn_top1:.2f} %."
+        before = "" if record.rtn_top1 is None else f" Before fine-tuning it was {record.rtn_top1:.2f} %."
         lines.append(
-            f"Top-1 {record.top1:.2f} % on {record.num_eval} labeled images; the teacher has {record.teacher_top1:.2f} %: "
-            f"a drop of {record.drop:.2f} points{spread}.{before}"
+            f"Top-1 {record.top1:.2f} % on {record.num_eval} labeled images; the teacher has "
+            f"{record.teacher_top1:.2f} %: a drop of {record.drop:.2f} percentage points{spread}.{before}"
         )
     else:
         agreement = record.fidelity.get("agreement")
-        what = (
-            ""
-            if agreement is None
-            else f" On the held-out synthetic images it agrees with its teacher on {agreement:.1f} %."
-        )
-        lines.append(f"No labeled images were given, so the accuracy is not known.{what}")
+        fidelity = ""
+        if agreement is not None:
+            fidelity = f" Student and teacher agree on {agreement:.1f} % of the held-out synthetic images."
+        lines.append(f"No labeled images were given, so the accuracy is unknown.{fidelity}")
     kl, before_kl = record.fidelity.get("kl"), record.rtn_fidelity.get("kl")
     if kl is not None and before_kl is not None:
-        word = (
-            "nearer to"
-            if kl < before_kl
-            else "farther from"
-            if kl > before_kl
-            else "neither nearer to nor farther from"
-        )
+        change = "reduced" if kl < before_kl else "increased" if kl > before_kl else "did not change"
         lines.append(
-            f"Fine-tuning brought the student {word} its teacher on held-out synthetic images: KL {before_kl:.4g} before, {kl:.4g} after."
+            f"Fine-tuning {change} the KL to the teacher on held-out synthetic images: {before_kl:.4g} before, "
+            f"{kl:.4g} after."
         )
     return lines + [f"Note: {text}" for text in record.warnings]
 
 
 def run_facts(record: RunRecord) -> list[tuple[str, str]]:
-    """Return the figures that stand at the head of a run's page."""
+    """Return the facts at the head of a run's page, as pairs of name and value."""
     known: list[tuple[str, str | None]] = [
         ("model", record.model or record.name),
         ("bits", f"W{record.weight_bits}A{record.act_bits}"),
         ("protocol", f"{run_protocol(record)}, {record.act_points}"),
         ("seeds", f"{record.seed} / data {record.data_seed}"),
         ("size, packed", None if record.size_bytes is None else f"{record.size_bytes / 1024:,.0f} KiB"),
-        ("BitOps", None if record.bitops is None else f"{record.bitops / 1e9:.3g} G an image"),
+        ("BitOps", None if record.bitops is None else f"{record.bitops / 1e9:.3g} G per image"),
         ("codes changed", None if record.codes_changed is None else f"{100 * record.codes_changed:.1f} %"),
         ("images kept for hard labels", None if record.kept_share is None else f"{100 * record.kept_share:.0f} %"),
         ("time", None if record.total_seconds is None else f"{record.total_seconds:.0f} s"),
@@ -77,24 +72,25 @@ def run_facts(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def foot(records: Sequence[RunRecord]) -> str:
-    """Say by which code and packages, and when, what a page shows was made."""
+    """Return the provenance of a page in one line: records, commits, versions, date."""
     commits = sorted({record.commit for record in records})
     versions = sorted({f"torch {record.versions['torch']}" for record in records if "torch" in record.versions})
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
-    return f"{len(records)} record{'' if len(records) == 1 else 's'} of commit {', '.join(commits)}; {', '.join(versions) or 'versions unknown'}. Page made {now}."
+    count = f"{len(records)} record{'' if len(records) == 1 else 's'}"
+    return f"{count} of commit {', '.join(commits)}; {', '.join(versions) or 'versions unknown'}. Page made {now}."
 
 
 def label(standing: Standing) -> str:
-    """Name a ranking in words, for example "resnet20 W4A4 A relu"."""
+    """Return the name of a ranking, for example "resnet20 W4A4 A relu"."""
     row = standing.row
-    words = (
+    parts = (
         f"{row['model']} W{row['weight_bits']}A{row['act_bits']}",
         row["protocol"],
         row["act_points"],
         first_last_label(row["first_bits"], row["last_bits"]),
         row["layer_bits"] or "",
     )
-    return " ".join(word for word in words if word)
+    return " ".join(part for part in parts if part)
 
 
 def leaders(standings: Sequence[Standing]) -> list[Standing]:
@@ -103,41 +99,41 @@ def leaders(standings: Sequence[Standing]) -> list[Standing]:
 
 
 def sweep_verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
-    """Say in sentences what a sweep has found, what failed and what is still to come."""
+    """Return the result of a sweep in sentences: best settings, failures, unfinished trials."""
     lines = []
     for standing in leaders(standings):
         row = standing.row
         if row["top1_mean"] is None:
             lines.append(
-                f"{label(standing)}: best {row['objective']} objective {row['objective_value']:.4g} (no labeled images)."
+                f"{label(standing)}: best {row['objective']} objective {row['objective_value']:.4g} "
+                "(no labeled images)."
             )
             continue
         spread = "" if row["top1_std"] is None else f" ± {row['top1_std']:.2f}"
         seeds = f"{row['num_seeds']} seed{'' if row['num_seeds'] == 1 else 's'}"
         lines.append(
-            f"{label(standing)}: top-1 {row['top1_mean']:.2f}{spread} ({seeds}, {row['num_eval']} images), a drop of {row['drop']:.2f} from the "
-            f"teacher's {row['teacher_top1']:.2f}; {_before(row)}."
+            f"{label(standing)}: top-1 {row['top1_mean']:.2f}{spread} ({seeds}, {row['num_eval']} images), a drop of "
+            f"{row['drop']:.2f} from the teacher's {row['teacher_top1']:.2f}; {_before(row)}."
         )
     if not lines:
-        lines.append("No trial was completed yet.")
+        lines.append("No trial is completed yet.")
     failed = sum(record.status == "failed" for record in sweep.records.values())
     if failed:
-        lines.append(f"{failed} trials failed; the part Trials says why.")
+        lines.append(f"{failed} trials failed; the tab Trials has the reasons.")
     if sweep.running:
         lines.append(
-            f"{len(sweep.running)} trials are not finished: the sweep runs, or was interrupted and goes on by the same command."
+            f"{len(sweep.running)} trials are not finished: the sweep is running, or was interrupted and is resumed by "
+            "the same command."
         )
     return lines + [f"Not read: {text}" for text in sweep.unread]
 
 
 def _before(row: Mapping[str, Any]) -> str:
-    return (
-        "before fine-tuning it is not known" if row["rtn_top1"] is None else f"{row['rtn_top1']:.2f} before fine-tuning"
-    )
+    return "unknown before fine-tuning" if row["rtn_top1"] is None else f"{row['rtn_top1']:.2f} before fine-tuning"
 
 
 def sweep_facts(sweep: SweepView) -> list[tuple[str, str]]:
-    """Return the figures that stand at the head of a sweep's page."""
+    """Return the facts at the head of a sweep's page, as pairs of name and value."""
     counts = {
         status: sum(record.status == status for record in sweep.records.values())
         for status in ("completed", "pruned", "failed")
@@ -158,7 +154,7 @@ def sweep_facts(sweep: SweepView) -> list[tuple[str, str]]:
 
 
 def best_rows(sweep: SweepView, standings: Sequence[Standing]) -> list[Row]:
-    """Return the first row of each ranking, with its settings and the trial in a cell each."""
+    """Return the first row of each ranking, with columns for its settings and its trial."""
     rows = []
     for standing in leaders(standings):
         name = run_of(sweep, standing)
@@ -168,7 +164,7 @@ def best_rows(sweep: SweepView, standings: Sequence[Standing]) -> list[Row]:
 
 
 def run_of(sweep: SweepView, standing: Standing) -> str | None:
-    """Name of the first run behind a row."""
+    """Return the name of the first completed run of a row, or None."""
     records = sweep.records.items()
     found = [
         name

@@ -1,4 +1,4 @@
-"""Drawings of a sweep from its records: can the objective be trusted, what accuracy costs, which trial ran where and when."""
+"""Figures of a sweep from its records: objective against top-1, accuracy against cost, timeline of the trials."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,23 +17,28 @@ from .drawing import COLORS, draw, panels
 from .page import Figure, Gap
 
 LEAST_TRIALS = 8
-"""Trials from which a rank correlation is worth a number."""
+"""Smallest number of trials for a rank correlation."""
 NUM_BOOTSTRAP = 2000
-MOST_KINDS = 12
-"""Kinds of students that a legend names."""
-MOST_NAMED = 4
-"""Kinds of students up to which the ends of a front bear their widths: with more of them names lie upon names."""
+MOST_SERIES = 12
+"""Most series in a legend."""
+MOST_LABELED_SERIES = 4
+"""Most series for which the settings on the Pareto front are labeled; more labels would overlap."""
 MOST_LANES = 40
-"""Lanes of a timeline that are drawn."""
-UNITS = {"size_bytes": ("size of the parameters [KiB]", 1024.0), "bitops": ("BitOps of an image [G]", 1e9)}
+"""Most lanes of a timeline."""
+UNITS = {"size_bytes": ("size of the parameters [KiB]", 1024.0), "bitops": ("BitOps per image [G]", 1e9)}
 STATUS_COLORS = {"completed": COLORS[0], "pruned": "#b9c3cf", "failed": COLORS[1]}
 MARKERS = "osD^vPX*"
 
 
 def rank_agreement(trials: Sequence[tuple[float, float]], *, minimize: bool) -> tuple[float, float, float] | None:
-    """Return Spearman's correlation of (objective, top-1) pairs and its 95 % bootstrap interval; +1: the objective ranks as top-1 does.
+    """Return Spearman's rank correlation of (objective, top-1) pairs and its 95 % bootstrap interval.
 
-    None for fewer than LEAST_TRIALS, or where one of the two is the same for all.
+    Args:
+        trials: Pairs of objective and top-1.
+        minimize: Whether a lower objective is better; +1 then means that the lowest objective has the highest top-1.
+
+    Returns:
+        (rho, low, high), or None for fewer than LEAST_TRIALS pairs or if objective or top-1 is constant.
     """
     if len(trials) < LEAST_TRIALS:
         return None
@@ -47,11 +52,11 @@ def rank_agreement(trials: Sequence[tuple[float, float]], *, minimize: bool) -> 
 
 
 def trust(groups: Mapping[str, Sequence[RunRecord]], *, searched: bool) -> tuple[Figure | Gap, list[str]]:
-    """Objective against top-1 of each group's completed trials, and what it says in sentences.
+    """Return a figure of objective against top-1 of each group's completed trials, and the conclusions in sentences.
 
     Args:
-        groups: Trials that may be compared: of one ranking.
-        searched: Whether they are those of a search, all of one seed; else runs of any seed.
+        groups: Comparable trials, those of one ranking, by name of the ranking.
+        searched: Whether they are the trials of a search, all of one seed; else runs of any seed.
     """
     title = "Can the objective be trusted?"
     labeled = {
@@ -64,57 +69,59 @@ def trust(groups: Mapping[str, Sequence[RunRecord]], *, searched: bool) -> tuple
     }
     few = [name for name, pairs in labeled.items() if len(pairs) < 2]
     if not any(labeled.values()):
-        return Gap(title=title, reason="no completed trial was measured on labeled images"), []
+        return Gap(title=title, reason="no completed trial was evaluated on labeled images"), []
     labeled = {name: pairs for name, pairs in labeled.items() if len(pairs) > 1}
     if not labeled:
-        return Gap(title=title, reason="no group has two completed trials with labels"), []
+        return Gap(title=title, reason="no group has two completed trials with top-1"), []
     kinds = {name: next(iter(groups[name])).objective for name in labeled}
-    words, notes = {}, []
+    titles, notes = {}, []
     for name, pairs in labeled.items():
         found = rank_agreement(pairs, minimize=kinds[name] == "synthetic")
         spread = max(top1 for _, top1 in pairs) - min(top1 for _, top1 in pairs)
         if found is None:
-            words[name] = f"{name}\nn = {len(pairs)}"
+            titles[name] = f"{name}\nn = {len(pairs)}"
             continue
-        words[name] = f"{name}\nrho = {found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}], n = {len(pairs)}"
+        titles[name] = f"{name}\nrho = {found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}], n = {len(pairs)}"
         notes.append(
-            f"{name}: the objective ranks {len(pairs)} trials with Spearman's rho = {found[0]:.2f} "
-            f"(95 % {found[1]:.2f} to {found[2]:.2f}) to top-1, which varies by {spread:.2f} points: {_trust_word(found)}."
+            f"{name}: the rank correlation of objective and top-1 over {len(pairs)} trials is Spearman's rho = "
+            f"{found[0]:.2f} (95 % interval {found[1]:.2f} to {found[2]:.2f}); top-1 varies by {spread:.2f} percentage "
+            f"points: {_conclusion(found)}."
         )
 
     def plot(canvas: Canvas) -> None:
         for axes, (name, pairs) in zip(panels(canvas, len(labeled), columns=3), labeled.items(), strict=True):
             axes.scatter([value for value, _ in pairs], [top1 for _, top1 in pairs], s=16, alpha=0.7)
-            axes.set_title(words[name], fontsize=8)
+            axes.set_title(titles[name], fontsize=8)
             axes.set(xlabel=f"{kinds[name]} objective", ylabel="top-1 [%]")
             axes.locator_params(axis="x", nbins=4)
 
     columns, rows = min(3, len(labeled)), -(-len(labeled) // 3)
     caption: str = (
-        f"A dot for each completed {'trial of the search (one seed)' if searched else 'run, whatever its seed'}; rho is Spearman's rank "
-        f"correlation with its 95 % bootstrap interval, from {LEAST_TRIALS} of them on; +1 says that the objective ({_OBJECTIVES}) ranks "
-        "settings as the labeled images that are reported on do. A low rho where top-1 hardly varies says only that the settings are equally good."
-    ) + (f" Groups with fewer than two such trials are left out: {len(few)}." if few else "")
+        f"One dot for each completed {'trial of the search (one seed)' if searched else 'run of any seed'}; rho is "
+        f"Spearman's rank correlation with its 95 % bootstrap interval, for at least {LEAST_TRIALS} trials. At +1 the "
+        f"objective ({_OBJECTIVES}) ranks settings exactly as top-1 on the reported images does. A low rho with almost "
+        "constant top-1 only means that the settings are equally good."
+    ) + (f" Groups left out, since they have fewer than two such trials: {len(few)}." if few else "")
     return draw("trust", title, caption, plot, (max(4.6, 3.4 * columns), 0.3 + 2.9 * rows)), notes
 
 
-_OBJECTIVES = "synthetic: without labels, lower is better; selection: top-1 on other images, higher is better"
+_OBJECTIVES = "synthetic: label-free, lower is better; selection: top-1 on other images, higher is better"
 
 
-def _trust_word(found: tuple[float, float, float]) -> str:
+def _conclusion(found: tuple[float, float, float]) -> str:
     if found[1] > 0.5:
         return "it can be trusted here"
     if found[1] > 0:
         return "it helps, but does not decide between close settings"
-    return "it was not shown to rank them"
+    return "it was not shown to rank settings"
 
 
 def pareto(standings: Sequence[Standing]) -> list[Figure | Gap]:
-    """Accuracy (or the objective, without labels) against size and BitOps, the best settings joined."""
-    title = "What accuracy costs"
+    """Return a figure of accuracy (without labels, the objective) against size and BitOps, with the Pareto front."""
+    title = "Accuracy against cost"
     rows = [standing.row for standing in standings if any(standing.row[column] is not None for column in UNITS)]
     if not rows:
-        return [Gap(title=title, reason="no trial was completed" if not standings else "no record says the size")]
+        return [Gap(title=title, reason="no record has the size" if standings else "no trial is completed")]
     by_top1 = all(row["top1_mean"] is not None for row in rows)
     value, label = ("top1_mean", "top-1 [%]") if by_top1 else ("objective_value", "objective")
     series: dict[str, list[Row]] = defaultdict(list)
@@ -122,67 +129,68 @@ def pareto(standings: Sequence[Standing]) -> list[Figure | Gap]:
         series[f"{row['model']} {row['protocol']} {row['act_points']}"].append(row)
 
     def plot(canvas: Canvas) -> None:
-        for axes, (column, (words, unit)) in zip(panels(canvas, 2), UNITS.items(), strict=True):
+        for axes, (column, (axis_label, unit)) in zip(panels(canvas, 2), UNITS.items(), strict=True):
             for i, (name, part) in enumerate(series.items()):
                 known = [row for row in part if row[column] is not None]
                 color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-                prices, values = [row[column] / unit for row in known], [row[value] for row in known]
-                named = column == "size_bytes" and i < MOST_KINDS
-                words_of = f"{name} (n = {len(known)})" if named else None
-                axes.scatter(prices, values, s=14, alpha=0.45, color=color, marker=marker, label=words_of)
+                costs, values = [row[column] / unit for row in known], [row[value] for row in known]
+                named = column == "size_bytes" and i < MOST_SERIES
+                series_label = f"{name} (n = {len(known)})" if named else None
+                axes.scatter(costs, values, s=14, alpha=0.45, color=color, marker=marker, label=series_label)
                 best = front(known, column, value, higher=by_top1 or part[0]["objective"] == "selection")
                 axes.plot([row[column] / unit for row in best], [row[value] for row in best], color=color, linewidth=1)
-                for row in best if len(series) <= MOST_NAMED else ():
-                    place = (row[column] / unit, row[value])
+                for row in best if len(series) <= MOST_LABELED_SERIES else ():
+                    position = (row[column] / unit, row[value])
                     bits = f"W{row['weight_bits']}A{row['act_bits']}"
-                    axes.annotate(bits, place, (4, 4), textcoords="offset points", fontsize=7, color=color)
-            axes.set(xlabel=words, ylabel=label)
+                    axes.annotate(bits, position, (4, 4), textcoords="offset points", fontsize=7, color=color)
+            axes.set(xlabel=axis_label, ylabel=label)
         canvas.legend(loc="outside lower center", ncols=2, fontsize=7)
 
     caption = (
-        f"A mark for each of {len(rows)} settings of the leaderboard ({'mean over its seeds' if by_top1 else 'no labels: the objective in place of accuracy'}); "
-        "a line joins the settings of rank 1 that no other of rank 1 of the same kind beats in both."
-        + (f" The first {MOST_KINDS} of {len(series)} kinds are named." if len(series) > MOST_KINDS else "")
+        f"One mark for each of {len(rows)} settings of the leaderboard "
+        f"({'mean over seeds' if by_top1 else 'no labels: the objective instead of accuracy'}); lines: Pareto front of "
+        "the settings of rank 1 with the same model, protocol and act_points."
+        + (f" The legend has the first {MOST_SERIES} of {len(series)} series." if len(series) > MOST_SERIES else "")
     )
-    return [draw("pareto", title, caption, plot, (8.4, 3.6 + 0.09 * min(len(series), MOST_KINDS)))]
+    return [draw("pareto", title, caption, plot, (8.4, 3.6 + 0.09 * min(len(series), MOST_SERIES)))]
 
 
-def front(rows: Iterable[Row], price: str, value: str, *, higher: bool) -> list[Row]:
-    """Return the rows of rank 1 that no other of them beats in both columns, cheapest first.
+def front(rows: Iterable[Row], cost: str, value: str, *, higher: bool) -> list[Row]:
+    """Return the Pareto front of the rows of rank 1, cheapest first.
 
     Args:
-        rows: Rows of a leaderboard that may be compared but for their widths.
-        price: Column of which less is better.
-        value: Column of what it buys.
-        higher: Whether more of that is better.
+        rows: Rows of a leaderboard that are comparable except for their bits.
+        cost: Column to minimize.
+        value: Column to optimize.
+        higher: Whether `value` is maximized.
     """
     sign = -1 if higher else 1
     best: list[Row] = []
-    for row in sorted((row for row in rows if row["rank"] == 1), key=lambda row: (row[price], sign * row[value])):
+    for row in sorted((row for row in rows if row["rank"] == 1), key=lambda row: (row[cost], sign * row[value])):
         if not best or sign * row[value] < sign * best[-1][value]:
             best.append(row)
     return best
 
 
 def timeline(records: Iterable[RunRecord]) -> Figure | Gap:
-    """Which trial ran when on which machine."""
-    title = "Trials in time"
+    """Return a figure of when and on which machine each trial ran."""
+    title = "Timeline of the trials"
     spans: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     devices: dict[str, str] = {}
-    """Of each machine, as far as a finished trial says it."""
+    """Device of each machine, if a finished trial recorded it."""
     missing = 0
     for record in records:
         if not record.started or not record.total_seconds:
             missing += 1
             continue
         begun = datetime.fromisoformat(record.started).timestamp()
-        place = record.host or "unknown"
-        devices[place] = devices.get(place) or record.device
-        spans[place].append((begun, begun + record.total_seconds, record.status))
+        host = record.host or "unknown"
+        devices[host] = devices.get(host) or record.device
+        spans[host].append((begun, begun + record.total_seconds, record.status))
     if not spans:
-        return Gap(title=title, reason="no record says when its trial ran")
+        return Gap(title=title, reason="no record has a start time")
     first = min(begun for part in spans.values() for begun, _, _ in part)
-    lanes = [(place, lane) for place, part in sorted(spans.items()) for lane in _lanes(part)]
+    lanes = [(host, lane) for host, part in sorted(spans.items()) for lane in _lanes(part)]
 
     def plot(canvas: Canvas) -> None:
         axes = canvas.subplots()
@@ -202,23 +210,21 @@ def timeline(records: Iterable[RunRecord]) -> Figure | Gap:
         axes.invert_yaxis()
         axes.set_xlabel("minutes since the first trial began")
         shown = {status for _, lane in lanes for *_, status in lane}
-        for status in [word for word in STATUS_COLORS if word in shown]:
+        for status in [name for name in STATUS_COLORS if name in shown]:
             axes.barh([0], [0], color=STATUS_COLORS[status], label=status)
         axes.grid(axis="y", visible=False)
         canvas.legend(loc="outside right upper")
 
     number = sum(map(len, spans.values()))
-    caption = f"A bar for each of {number} trials, in as many lanes of a machine as ran there at one time."
-    caption += (
-        f" {missing} trials were stopped before they wrote when they began, and are not shown." if missing else ""
-    )
+    caption = f"One bar for each of {number} trials; a machine has as many lanes as trials ran there concurrently."
+    caption += f" {missing} trials without a start time are not shown." if missing else ""
     caption += f" The first {MOST_LANES} of {len(lanes)} lanes." if len(lanes) > MOST_LANES else ""
-    caption += " A trial that was resumed is drawn from its last start, with all its time."
+    caption += " A resumed trial starts at its last start, with its total time."
     return draw("timeline", title, caption, plot, (8.4, 1.1 + 0.22 * min(len(lanes), MOST_LANES)))
 
 
 def _lanes(spans: Iterable[tuple[float, float, str]]) -> list[list[tuple[float, float, str]]]:
-    """Divide spans into as few rows as hold no two at one time."""
+    """Assign time spans to as few lanes as possible such that no two spans of a lane overlap."""
     lanes: list[list[tuple[float, float, str]]] = []
     for span in sorted(spans):
         free: Any = next((lane for lane in lanes if lane[-1][1] <= span[0] + 1e-6), None)

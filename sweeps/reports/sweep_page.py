@@ -1,4 +1,4 @@
-"""The page of a sweep: what is best, can it be trusted, which settings matter, what failed."""
+"""Page of a sweep: best settings, reliability of the objective, effect of the settings, failures."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from synq.runs.record import RunRecord
 
 from ..leaderboard.columns import BEST_TABLE, PAGE_COLUMNS, RUN_COLUMNS, TRIAL_COLUMNS, keys, page_texts
 from ..leaderboard.ranking import Ranking, Standing, read_run
-from .page import Block, Gap, Page, Tab, Table, Words
+from .page import Block, Gap, Page, Tab, Table, Text
 from .run_page import run_tabs, settings_blocks
 from .study_figures import study_figures
 from .summary import (
@@ -23,10 +23,10 @@ from .summary import (
 from .sweep_figures import pareto, timeline, trust
 from .sweep_view import SweepView
 
-LONG = ("versions", "commit", "host", "heldout_digest", "set_digest")
-"""Columns of trials.csv that are equal in nearly all rows, left out of the page."""
+OMITTED = ("versions", "commit", "host", "heldout_digest", "set_digest")
+"""Columns of trials.csv with the same value in almost all rows, left out of the page."""
 MOST_RUNS = 4
-"""Groups whose best run is looked into."""
+"""Number of groups whose best run is analyzed."""
 
 
 def sweep_page(
@@ -39,9 +39,10 @@ def sweep_page(
     """Return the page of a sweep.
 
     Args:
-        sweep: What was read of it.
-        runs: Of how many groups, the first ones of the leaderboard, the best run is looked into; that loads networks and images.
-        places, num_images: As for ``run_page``.
+        sweep: The sweep, from ``read_sweep``.
+        runs: Number of groups, from the top of the leaderboard, whose best run is analyzed, which loads networks and
+            images.
+        path_overrides, num_images: As for ``run_page``.
     """
     standings = sweep.standings()
     rows = [standing.row for standing in standings]
@@ -49,7 +50,8 @@ def sweep_page(
     board = Table(
         name="leaderboard",
         title="Leaderboard",
-        caption="A row for each setting, ranked within its model, widths and protocol; the first of each ranking is marked. leaderboard.csv of a sweep has all columns.",
+        caption="One row for each setting, ranked within its model, bit-widths and protocol; the first of each ranking "
+        "is highlighted. leaderboard.csv has all columns.",
         columns=_filled(rows, PAGE_COLUMNS),
         rows=rows,
         **page_texts(RUN_COLUMNS),
@@ -59,7 +61,7 @@ def sweep_page(
         Tab(title="Overview", blocks=[*best_table(sweep, standings), trusted, *pareto(standings)]),
         Tab(
             title="Leaderboard",
-            blocks=[board if standings else Gap(title="Leaderboard", reason="no trial was completed yet")],
+            blocks=[board if standings else Gap(title="Leaderboard", reason="no trial is completed yet")],
         ),
         Tab(title="Search", blocks=_search(sweep)),
         Tab(title="Trials", blocks=_trials(sweep)),
@@ -75,12 +77,12 @@ def sweep_page(
 
 
 def _filled(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
-    """Return the columns in which any row has a cell."""
+    """Return the columns that are not empty in all rows."""
     return [column for column in columns if any(row.get(column) not in (None, "") for row in rows)]
 
 
 def best_table(sweep: SweepView, standings: Sequence[Standing]) -> list[Block]:
-    """The best setting of each ranking; nothing where there is none."""
+    """Return a table of the best setting of each ranking, or no block if there is none."""
     caption = "The first row of each ranking: most seeds, then the best mean objective."
     rows = best_rows(sweep, standings)
     table = Table(
@@ -92,12 +94,15 @@ def best_table(sweep: SweepView, standings: Sequence[Standing]) -> list[Block]:
         **page_texts(BEST_TABLE),
     )
     records = [sweep.paths[row["trial"]] for row in rows if row["trial"] in sweep.paths]
-    ways = [f"synq export {path if path.name != 'record.json' else path.parent}" for path in records]
-    return [table, Words(title="To a file that an engine runs", lines=ways, listed=True)] if rows else []
+    commands = [f"synq export {path if path.name != 'record.json' else path.parent}" for path in records]
+    return [table, Text(title="Export the best runs", lines=commands, listed=True)] if rows else []
 
 
 def by_ranking(sweep: SweepView) -> dict[str, list[RunRecord]]:
-    """Completed trials of each ranking, by its name: only they may be compared. Of a sweep those of its search, which have one seed."""
+    """Return the completed trials of each ranking, which are comparable, by name of the ranking.
+
+    Of a sweep only the trials of the search, which have the same seed.
+    """
     found: dict[Ranking, list[RunRecord]] = {}
     for name, record in sweep.records.items():
         searched = not sweep.is_sweep or (name in sweep.plans and sweep.plans[name].stage == "search")
@@ -105,20 +110,20 @@ def by_ranking(sweep: SweepView) -> dict[str, list[RunRecord]]:
             found.setdefault(read_run(record, str(sweep.paths[name])).ranking, []).append(record)
     groups: dict[str, list[RunRecord]] = {}
     for ranking in sorted(found, key=Ranking.order):
-        words = f"{ranking.model} W{ranking.weight_bits}A{ranking.act_bits} {ranking.protocol} {ranking.act_points}"
-        name = words if words not in groups else f"{words} ({len(groups)})"  # other images, another objective
+        base = f"{ranking.model} W{ranking.weight_bits}A{ranking.act_bits} {ranking.protocol} {ranking.act_points}"
+        name = base if base not in groups else f"{base} ({len(groups)})"  # other images or another objective
         groups[name] = found[ranking]
     return groups
 
 
 def _search(sweep: SweepView) -> list[Block]:
     if not sweep.is_sweep:
-        return [Gap(title="The search", reason="this folder holds runs that no sweep has proposed")]
+        return [Gap(title="Search", reason="the runs of this folder are not trials of a search")]
     if not sweep.dimensions:
         return [
             Gap(
-                title="The search",
-                reason="the trials were listed in the spec, not searched; the leaderboard compares them",
+                title="Search",
+                reason="the trials are listed in the spec, not searched; the leaderboard compares them",
             )
         ]
     search = sweep.about["search"]
@@ -141,7 +146,7 @@ def _trials(sweep: SweepView) -> list[Block]:
         if record.status == "failed"
     ]
     rows = sweep.tables.trial_rows()
-    columns = _filled(rows, [column for column in TRIAL_COLUMNS if column not in LONG])
+    columns = _filled(rows, [column for column in TRIAL_COLUMNS if column not in OMITTED])
     waiting = [{"trial": name, "epochs": len(sweep.plans[name].history)} for name in sweep.running]
     blocks: list[Block] = []
     if failures:
@@ -149,21 +154,21 @@ def _trials(sweep: SweepView) -> list[Block]:
             Table(
                 name="failures",
                 title="Failures",
-                caption="Trials that failed, and why.",
+                caption="Failed trials with their reasons.",
                 columns=("trial", "reason", "seconds", "host"),
                 rows=failures,
             )
         )
     else:
-        blocks.append(Words(title="Failures", lines=["No trial failed."]))
+        blocks.append(Text(title="Failures", lines=["No trial failed."]))
     if waiting:
-        caption = "Trials without a result, with the epochs that they have reported."
+        caption = "Trials without a result, with the number of epochs that they have reported."
         blocks.append(
             Table(name="unfinished", title="Not finished", caption=caption, columns=("trial", "epochs"), rows=waiting)
         )
     blocks.append(timeline(sweep.records.values()))
     if rows:
-        caption = "A row for each trial; trials.csv has all columns."
+        caption = "One row for each trial; trials.csv has all columns."
         blocks.append(
             Table(
                 name="trials",
@@ -184,17 +189,15 @@ def _best_runs(
     path_overrides: Mapping[str, Any] | None,
     num_images: int | None,
 ) -> list[Tab]:
-    """Look into the best run of the first rankings."""
+    """Return a tab for the best run of each of the first rankings."""
     tabs = []
     for standing in leaders(standings)[:runs]:
         name = run_of(sweep, standing)
         if name is None:
             continue
-        blocks: list[Block] = [
-            Words(lines=[f"Trial {name} of {sweep.paths[name]}: the first seed of the best setting."])
-        ]
+        blocks: list[Block] = [Text(lines=[f"Trial {name} ({sweep.paths[name]}): first seed of the best setting."])]
         for tab in run_tabs(sweep.paths[name], sweep.records[name], path_overrides, num_images, prefix=name):
             blocks += tab.blocks
-        blocks += [block.named(name) for block in settings_blocks(sweep.records[name])]
+        blocks += [block.with_prefix(name) for block in settings_blocks(sweep.records[name])]
         tabs.append(Tab(title=label(standing), blocks=blocks))
     return tabs

@@ -1,4 +1,7 @@
-"""A sweep, or a folder of runs, read for its page: records, plans, tables. Knows neither Ray, Optuna nor torch, and locks nothing."""
+"""Read-only view of a sweep, or a folder of runs, for its page: records, plans, tables.
+
+Imports neither Ray, Optuna nor torch, and takes no lock.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,18 +19,18 @@ from ..state.plans import Plan, read_plan, read_sweep_file
 
 @dataclass(frozen=True, kw_only=True)
 class SweepView:
-    """What a page needs of a sweep.
+    """Sweep, or folder of runs, as plain values.
 
     Attributes:
-        name: Its name.
+        name: Name of the sweep.
         root: Its folder.
-        about: What sweep.json says; empty for a folder of runs.
+        about: Content of sweep.json; empty for a folder of runs.
         dimensions: The search space.
         plans: Proposed trials by name.
-        records: Ended trials by name.
-        tables: Their tables.
-        paths: File of each record.
-        unread: Records that could not be read, each with the reason: one that is damaged does not hide the others.
+        records: Records of finished trials by name.
+        tables: Tables of the records.
+        paths: File of each record by name.
+        unread: Errors of records and plans that could not be read; they do not prevent the page.
     """
 
     name: str
@@ -42,12 +45,12 @@ class SweepView:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether it has a search: not so for a folder of single runs."""
+        """Whether this is a sweep, not a folder of single runs."""
         return bool(self.about)
 
     @property
     def running(self) -> list[str]:
-        """Trials without a record: they run, wait, or were interrupted."""
+        """Trials without a record: running, waiting or interrupted."""
         return [trial for trial in self.plans if trial not in self.records]
 
     def standings(self) -> list[Standing]:
@@ -55,7 +58,7 @@ class SweepView:
         return self.tables.standings()
 
     def search_trials(self, group: str) -> list[tuple[Plan, RunRecord]]:
-        """Return the ended trials of a group's search, in the order in which they were proposed; not the re-runs on other seeds."""
+        """Return the finished trials of a group's search in order of proposal, without the re-runs on other seeds."""
         found = [plan for plan in self.plans.values() if plan.group == group and plan.stage == "search"]
         ended = [(plan, self.records[plan.trial]) for plan in found if plan.trial in self.records]
         return sorted(ended, key=lambda pair: pair[0].index)
@@ -67,9 +70,9 @@ class SweepView:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is one run, or a record of one, rather than a folder of several."""
-    own = any((path / name).is_file() for name in ("record.json", "config.json"))
-    return path.is_file() or (own and not (path / "records").is_dir())
+    """Return whether a path is one run, or its record, rather than a folder of several."""
+    has_run_files = any((path / name).is_file() for name in ("record.json", "config.json"))
+    return path.is_file() or (has_run_files and not (path / "records").is_dir())
 
 
 def record_of(path: Path) -> RunRecord:
@@ -81,13 +84,13 @@ def record_of(path: Path) -> RunRecord:
     """
     if path.is_dir() and not (path / "record.json").exists():
         raise FileNotFoundError(
-            f"`PATH` must be a finished run, but {path} is not: its command, started again, goes on"
+            f"`PATH` must be a finished run, but {path} is not: start its command again to resume it"
         )
     return read_record(path / "record.json" if path.is_dir() else path)
 
 
 def read_sweep(path: str | Path) -> SweepView:
-    """Read a sweep, or a folder of runs; while it runs, too.
+    """Read a sweep, or a folder of runs, finished or not.
 
     Raises:
         FileNotFoundError: There is no record and no plan.
@@ -97,13 +100,13 @@ def read_sweep(path: str | Path) -> SweepView:
     about = _about(root / "sweep.json")
     unread: list[str] = []
     records, paths, tables = {}, {}, Tables()
-    for file in _record_files(root, begun=bool(about)):
+    for file in _record_files(root, may_be_empty=bool(about)):
         name = file.stem if file.parent.name == "records" else file.parent.name
-        if name in records:  # a folder that holds several sweeps
+        if name in records:  # a folder with several sweeps
             name = str(file.relative_to(root).with_suffix(""))
         try:
             record = read_record(file)
-            tables.add(record, name if about else None, source=str(file))  # a run in two folders is one run
+            tables.add(record, name if about else None, source=str(file))  # a run in two folders counts once
             records[name], paths[name] = record, file
         except (ValueError, FileNotFoundError) as error:
             unread.append(" ".join(str(error).split()))
@@ -130,10 +133,10 @@ def read_sweep(path: str | Path) -> SweepView:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    """What sweep.json says, {} where there is none.
+    """Return the content of sweep.json, or {} if there is no such file.
 
     Raises:
-        ValueError: It is damaged, or of something else.
+        ValueError: The file is damaged, or is not a file of a sweep.
     """
     about = read_sweep_file(path)
     if about and not (isinstance(about.get("search"), dict) and isinstance(about.get("groups"), dict)):
@@ -141,15 +144,15 @@ def _about(path: Path) -> dict[str, Any]:
     return about
 
 
-def _record_files(root: Path, *, begun: bool) -> Sequence[Path]:
+def _record_files(root: Path, *, may_be_empty: bool) -> Sequence[Path]:
     try:
         return record_files([root])
     except FileNotFoundError:
-        if not begun:
+        if not may_be_empty:
             raise
         return []
 
 
 def _dimensions(about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The space as sweep.json has it; a list of points has names alone."""
+    """Return the search space of sweep.json; a list of points has only names, which are left out."""
     return [one for one in about.get("space", []) if isinstance(one, dict)]

@@ -1,4 +1,4 @@
-"""Runs and sweeps as text for a terminal: what `synq show` prints."""
+"""Summary of runs and sweeps for a terminal, as printed by `synq show`."""
 
 import io
 import sys
@@ -25,7 +25,7 @@ from .summary import (
 from .sweep_view import is_run, read_sweep, record_of
 
 MOST_FAILURES = 5
-"""Failures that are shown; the page and trials.csv have all."""
+"""Most failures that are printed; the page and trials.csv have all."""
 
 
 def show(paths: Sequence[str | Path]) -> None:
@@ -35,11 +35,11 @@ def show(paths: Sequence[str | Path]) -> None:
         paths: Folders of sweeps or runs, or record files.
 
     Raises:
-        OSError, ValueError: A path holds neither, or something damaged.
+        OSError, ValueError: A path is neither a run nor a sweep, or a file is damaged.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without such letters gets question marks, not a traceback
-    # A pipe has no width, and a table that is cut off would be of no use to the reader.
+        sys.stdout.reconfigure(errors="replace")  # characters that the terminal lacks are printed as question marks
+    # A pipe has no width; a truncated table would be useless.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
     for path in map(Path, paths):
         (_show_run if is_run(path) else _show_sweep)(path, console)
@@ -49,7 +49,7 @@ def _show_run(path: Path, console: Console) -> None:
     if path.is_dir() and not (path / "record.json").exists():
         saved = path / "checkpoint.pt"
         when = f", last saved {datetime.fromtimestamp(saved.stat().st_mtime):%Y-%m-%d %H:%M}" if saved.exists() else ""
-        console.print(plain(f"run {path.name}: not finished{when}; its command, started again, resumes"))
+        console.print(plain(f"run {path.name}: not finished{when}; start its command again to resume it"))
         return
     record = record_of(path)
     console.rule(Text(plain(f"run {record.name}: {run_label(record)}")), align="left")
@@ -58,8 +58,8 @@ def _show_run(path: Path, console: Console) -> None:
     _table(console, ("", ""), run_facts(record))
     if record.loss_history:
         terms = [name for name in record.loss_history[-1] if name not in ("epoch", "seconds")]
-        ends = [record.loss_history[0], record.loss_history[-1]]
-        rows = [(name, *(_number(line.get(name)) for line in ends)) for name in terms]
+        epochs = [record.loss_history[0], record.loss_history[-1]]
+        rows = [(name, *(_number(line.get(name)) for line in epochs)) for name in terms]
         _table(console, ("term", "first epoch", f"epoch {len(record.loss_history)}"), rows)
     console.print(f"more: synq report {path}")
 
@@ -81,11 +81,11 @@ def _show_sweep(path: Path, console: Console) -> None:
         _table(console, ("failed trial", "reason"), failures[:MOST_FAILURES])
     if len(failures) > MOST_FAILURES:
         console.print(f"and {len(failures) - MOST_FAILURES} more, in trials.csv")
-    console.print(f"all settings: synq leaderboard {path} --print; pictures: synq report {path}")
+    console.print(f"all settings: synq leaderboard {path} --print; figures: synq report {path}")
 
 
-def _table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*heads, show_header=any(heads))
+def _table(console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*headings, show_header=any(headings))
     for row in rows:
         table.add_row(*(Text(plain(cell)) for cell in row))  # no markup and no control characters from names
     console.print(table)

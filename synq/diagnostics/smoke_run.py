@@ -1,10 +1,10 @@
-"""Smoke run: a whole run in miniature, from the synthetic images to files that an engine runs.
+"""Smoke run: the whole pipeline in miniature, from synthetic images to exported files.
 
     load_teacher [-> statistics of noise] -> exact? -> W8A8 -> W4A4 run (synthesis, fine-tuning, evaluation) -> export
 
-Its metrics tell whether everything works, not how well: eight images, two iterations. Random weights get batch-norm
-statistics of noise first; without them the signal of a deep network dies out or explodes on the way, and nothing could
-be compared.
+Its metrics show whether everything works, not how well: eight images, two iterations. A network with random weights
+first gets batch-norm statistics of noise; without them the activations of a deep network vanish or explode, and no
+comparison would be meaningful.
 """
 
 import copy
@@ -43,11 +43,11 @@ from synq.teacher.teacher import Teacher, load_teacher
 
 IMAGES, ITERATIONS, STEPS = 8, 2, 2
 NOISE_IMAGES = 16
-"""Images that give random weights their batch-norm statistics."""
+"""Noise images from which networks with random weights get their batch-norm statistics."""
 GOOD_DB = 20.0
-"""Ratio of signal to quantization noise of the logits at W8A8 below which the worst tensor is named."""
+"""SQNR of the logits at W8A8 in dB below which the worst tensor is reported."""
 SCANNED = 1
-"""Images on which every tensor is then measured alone: there are hundreds, and the result only names a tensor."""
+"""Images for the search for the worst tensor: there are hundreds of tensors, and only a name is reported."""
 OK, REJECTED, FAILED = "works", "rejected", "fails"
 
 
@@ -57,19 +57,19 @@ def smoke_run(
     on_stage: Callable[[str], None] = lambda stage: None,
     formats: Sequence[str] = ("onnx", "packed"),
 ) -> dict[str, Any]:
-    """Do a run in miniature and export it.
+    """Run the whole pipeline in miniature and export the student.
 
     Args:
-        config: Its `teacher`, `quant` and `runtime` count; the bits of `quant` are those of the run.
-        folder: An empty folder for its files.
+        config: Only `teacher`, `quant` and `runtime` are used.
+        folder: An empty folder for all files.
         on_stage: Called with the name of each stage as it begins.
-        formats: What is exported; writing and checking ONNX takes longer than all the rest.
+        formats: Formats to export; writing and verifying ONNX takes longer than everything else.
 
     Returns:
-        teacher, status ("works", "rejected" before any work, "fails" later), reason; as far as it came: input, classes,
-        parameters, layers, batch_norms, cam, exact (the student without rounding is the teacher, bit for bit), sqnr_db
-        and agreement (percent) at W8A8, loss, bits, export, seconds, note; error, the exception behind the reason,
-        where there is one.
+        teacher, status ("works", "rejected" before any work, "fails" later), reason, seconds; for the stages that were
+        reached also input, classes, parameters, layers, batch_norms, cam, exact (with quantizers bypassed, the
+        student's logits equal the teacher's bit for bit), sqnr_db and agreement (percent) at W8A8, loss, bits, export,
+        note; and error, the exception that caused the failure.
 
     Raises:
         ValueError: A format is unknown, or its packages are missing.
@@ -82,7 +82,7 @@ def smoke_run(
     try:
         on_stage("load")
         teacher = load_teacher(config.teacher)
-        row |= _facts(teacher)
+        row |= _teacher_properties(teacher)
         build_student(teacher, config.quant)
         row["status"] = FAILED
         if config.teacher.weights == RANDOM:
@@ -92,8 +92,8 @@ def smoke_run(
         on_stage("compare with the teacher bit for bit")
         row["exact"] = _is_exact(teacher, config.quant)
         on_stage("synthesis, fine-tuning, evaluation")
-        small = _small(config, folder)
-        placed = replace(teacher, graph=copy.deepcopy(teacher.graph))  # on the run's device; ours stays for the rest
+        small = _miniature(config, folder)
+        placed = replace(teacher, graph=copy.deepcopy(teacher.graph))  # the run moves it to its device
         record = run(small, teacher=placed)
         row |= {"bits": config.quant.label, "loss": record.loss_history[-1]["loss"]}
         on_stage("W8A8")
@@ -102,17 +102,17 @@ def smoke_run(
         _, exported = export_run(run_folder(small), options=options, teacher=teacher)
         row["export"] = ", ".join(file["container"] or file["format"] for file in exported.deployment["files"])
         if not row["exact"]:
-            row["reason"] = "the student without its rounding differs from the teacher"
+            row["reason"] = "with quantizers bypassed, the student differs from the teacher"
         elif not math.isfinite(row["loss"]):
-            row["reason"] = "the loss of the fine-tuning is not finite"
+            row["reason"] = "the fine-tuning loss is not finite"
         row["status"] = FAILED if row["reason"] else OK
-    except Exception as error:  # whatever goes wrong with a user's network is the result
+    except Exception as error:  # any error of a user's network is a result
         row |= {"reason": " ".join(str(error).split()) or type(error).__name__, "error": error}
     row["seconds"] = time.perf_counter() - started
     return row
 
 
-def _facts(teacher: Teacher) -> dict[str, Any]:
+def _teacher_properties(teacher: Teacher) -> dict[str, Any]:
     cam = teacher.cam
     return {
         "input": " x ".join(map(str, teacher.input_size)),
@@ -125,26 +125,26 @@ def _facts(teacher: Teacher) -> dict[str, Any]:
 
 
 def _with_statistics(teacher: Teacher, config: TeacherConfig, path: Path) -> TeacherConfig:
-    """Give every batch norm of a teacher the statistics of noise, in a file of weights as a user would bring it."""
+    """Set all batch-norm statistics of a teacher to those of noise and save its weights as a user would."""
     module = teacher.module
     noise = torch.randn(NOISE_IMAGES, *teacher.input_size, generator=torch.Generator().manual_seed(0))
     for norm in module.modules():
         if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
             norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over passes, not a moving one
+            norm.momentum = None  # cumulative instead of exponential moving average
             norm.train()
     with torch.no_grad():
         module(noise)
     state = {name: tensor.contiguous().clone() for name, tensor in module.eval().state_dict().items()}
     safetensors.torch.save_file(state, path)
-    facts = {"num_classes": teacher.num_classes, "input_size": teacher.input_size}
-    return replace(config, weights=str(path), mean=teacher.mean, std=teacher.std, **facts)  # type: ignore[arg-type]
+    properties = {"num_classes": teacher.num_classes, "input_size": teacher.input_size}
+    return replace(config, weights=str(path), mean=teacher.mean, std=teacher.std, **properties)  # type: ignore[arg-type]
 
 
 def _images(config: RunConfig, teacher: Teacher) -> Tensor:
-    found = set_store(config).load(set_names(config, teacher)[0])
-    assert found is not None
-    return found.images
+    stored = set_store(config).load(set_names(config, teacher)[0])
+    assert stored is not None
+    return stored.images
 
 
 def _is_exact(teacher: Teacher, quant: QuantConfig) -> bool:
@@ -154,7 +154,7 @@ def _is_exact(teacher: Teacher, quant: QuantConfig) -> bool:
         return torch.equal(student(noise.clone()), teacher.module(noise.clone()))
 
 
-def _small(config: RunConfig, folder: Path) -> RunConfig:
+def _miniature(config: RunConfig, folder: Path) -> RunConfig:
     return replace(
         config,
         name="smoke-run",
@@ -167,14 +167,14 @@ def _small(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _at_eight_bits(teacher: Teacher, quant: QuantConfig, images: Tensor) -> dict[str, Any]:
-    """Compare the logits of a student at W8A8 with the teacher's; name the worst tensor where they are far apart."""
+    """Compare logits of teacher and W8A8 student; report the worst tensor if their SQNR is below GOOD_DB."""
     net = build_student(teacher, QuantConfig(weight_bits=8, act_bits=8, act_points=quant.act_points)).net
     observe_ranges(net, images, act_range="minmax")
-    reference, found = logits_of(teacher.graph, images), logits_of(net, images)
-    row: dict[str, Any] = {"sqnr_db": sqnr_db(reference, found)}
-    row["agreement"] = 100 * float((reference.argmax(1) == found.argmax(1)).double().mean())
+    reference, logits = logits_of(teacher.graph, images), logits_of(net, images)
+    row: dict[str, Any] = {"sqnr_db": sqnr_db(reference, logits)}
+    row["agreement"] = 100 * float((reference.argmax(1) == logits.argmax(1)).double().mean())
     if row["sqnr_db"] < GOOD_DB:
         few = slice(SCANNED)
         worst = min(scan_quantizers(net, images[few], reference[few]), key=lambda score: score.sqnr_db)
-        row["note"] = f"worst alone at W8A8: {worst.role} {worst.name}, {worst.sqnr_db:.1f} dB"
+        row["note"] = f"worst tensor at W8A8: {worst.role} {worst.name}, {worst.sqnr_db:.1f} dB"
     return row

@@ -1,4 +1,4 @@
-"""What `synq inspect` says of a classifier is what a run would do with it."""
+"""`synq inspect` reports what a run would do with a classifier."""
 
 import json
 import subprocess
@@ -10,12 +10,12 @@ from torch import nn
 
 from synq.cli import run
 from synq.config.run import QuantConfig, TeacherConfig
-from synq.diagnostics.inspection import GUIDES, HERE, inspect, summary
+from synq.diagnostics.inspection import CAM_NOTE, SYNTHESIS_NOTE, inspect, summary
 from synq.quant.student import build_student
 from synq.teacher.teacher import Teacher, load_teacher
 
 
-def looked_at(teacher: Teacher, **quant: object) -> dict:  # type: ignore[type-arg]
+def inspected(teacher: Teacher, **quant: object) -> dict:  # type: ignore[type-arg]
     config = QuantConfig(**quant)  # type: ignore[arg-type]
     return inspect(teacher, build_student(teacher, config), config)
 
@@ -26,7 +26,7 @@ def teacher() -> Teacher:
 
 
 def test_sums_are_those_of_the_student_and_its_layers(teacher: Teacher) -> None:
-    found, config = looked_at(teacher, weight_bits=3, act_bits=5), QuantConfig(weight_bits=3, act_bits=5)
+    found, config = inspected(teacher, weight_bits=3, act_bits=5), QuantConfig(weight_bits=3, act_bits=5)
     student = build_student(teacher, config)
     assert found["student"]["bytes"] == student.size_bytes and found["student"]["bits"] == "W3A5"
     assert found["student"]["bitops"] == student.bitops == sum(row["bitops"] for row in found["layers"])
@@ -37,8 +37,8 @@ def test_sums_are_those_of_the_student_and_its_layers(teacher: Teacher) -> None:
     json.dumps(found, allow_nan=False)
 
 
-def test_every_operation_has_its_line_and_its_widths(teacher: Teacher) -> None:
-    rows = {row["node"]: row for row in looked_at(teacher, first_bits=8)["layers"]}
+def test_every_operation_has_a_row_with_its_bits(teacher: Teacher) -> None:
+    rows = {row["node"]: row for row in inspected(teacher, first_bits=8)["layers"]}
     nodes = [node.name for node in teacher.graph.graph.nodes if node.op not in ("output", "get_attr")]
     assert list(rows) == nodes
     assert (rows["conv1"]["weight_bits"], rows["conv1"]["macs"], rows["conv1"]["bitops"]) == (8, 18432, 18432 * 8 * 32)
@@ -46,12 +46,12 @@ def test_every_operation_has_its_line_and_its_widths(teacher: Teacher) -> None:
     assert (second["weight_bits"], second["bitops"], second["output"]) == (4, second["macs"] * 16, "8 x 16 x 16")
     assert [rows[name]["output_bits"] for name in ("x", "conv1", "bn1", "relu")] == [32, 32, 32, 4]
     assert rows["x"]["kind"] == "image" and rows["linear"]["kind"] == "Linear"
-    assert [row["node"] for row in rows.values() if HERE in row["note"]] == ["relu_6"]
+    assert [row["node"] for row in rows.values() if CAM_NOTE in row["note"]] == ["relu_6"]
     guides = [name for name, module in teacher.module.named_modules() if isinstance(module, nn.BatchNorm2d)]
-    assert sum(GUIDES in row["note"] for row in rows.values()) == len(guides)
+    assert sum(SYNTHESIS_NOTE in row["note"] for row in rows.values()) == len(guides)
 
 
-def test_a_layer_that_is_called_twice_is_counted_once_in_weights_and_twice_in_work(tmp_path: Path) -> None:
+def test_a_layer_called_twice_counts_its_parameters_once_and_its_macs_twice(tmp_path: Path) -> None:
     path = tmp_path / "twice.py"
     source = """
 import torch
@@ -66,15 +66,15 @@ class Twice(nn.Module):
 """
     path.write_text(source)
     spec = TeacherConfig(spec=f"{path}:Twice", weights="random", input_size=(3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1))
-    found = looked_at(load_teacher(spec))
+    found = inspected(load_teacher(spec))
     convs = [row for row in found["layers"] if row["kind"] == "Conv2d"]
     assert [row["parameters"] for row in convs] == [84, 0]
     assert [row["macs"] for row in convs] == [2 * 81 * 64, 0]
     assert convs[0]["bitops"] == 81 * 64 * 4 * (32 + 4), "the image is float, the second input has 4 bits"
 
 
-def test_the_summary_names_what_counts(teacher: Teacher) -> None:
-    text = summary(looked_at(teacher))
+def test_the_summary_has_a_line_for_each_part(teacher: Teacher) -> None:
+    text = summary(inspected(teacher))
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert list(lines) == ["teacher", "images", "synthesis", "map", "student", "float"]
     assert "19,074 parameters" in lines["teacher"] and "7 batch norms of 120 channels" in lines["synthesis"]
@@ -104,22 +104,24 @@ def test_the_command_prints_tables_or_json(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["nosuch"], "`teacher.spec` must read SOURCE:NAME"),
         (["--quant.weight_bits", "9"], "must be a whole number in"),
         (["torchvision:vit_b_16", "--teacher.weights", "random"], "is a transformer"),
     ],
 )
-def test_what_a_run_refuses_is_refused_here(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["inspect", *words]) == 2
+def test_input_that_a_run_rejects_is_rejected(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["inspect", *args]) == 2
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--help"], pytest.param(["inspect"], marks=pytest.mark.slow)])
-def test_a_reader_who_leaves_early_is_no_error(words: list[str]) -> None:
+@pytest.mark.parametrize("args", [["--help"], pytest.param(["inspect"], marks=pytest.mark.slow)])
+def test_a_pipe_closed_early_is_no_error(args: list[str]) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "synq.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-u", "-m", "synq.cli", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()

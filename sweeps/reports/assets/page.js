@@ -1,5 +1,5 @@
 "use strict";
-// Tabs, sorting and filtering of what the page already holds. Without scripts everything is there, one part after another.
+// Tabs, sorting and filtering. Without scripts all parts of the page are shown, one after another.
 (() => {
   const tabs = [...document.querySelectorAll("[role=tab]")];
   const show = (tab) => {
@@ -10,7 +10,7 @@
       document.getElementById(other.getAttribute("aria-controls")).hidden = !chosen;
     }
   };
-  const fromAddress = () => tabs.find((tab) => `#${tab.id}` === location.hash) || tabs[0];
+  const fromFragment = () => tabs.find((tab) => `#${tab.id}` === location.hash) || tabs[0];
   tabs.forEach((tab, i) => {
     tab.addEventListener("click", () => {
       history.replaceState(null, "", `#${tab.id}`);
@@ -26,25 +26,33 @@
   });
   if (tabs.length > 1) {
     document.querySelector("nav[role=tablist]").hidden = false;
-    show(fromAddress());
-    addEventListener("hashchange", () => show(fromAddress()));
+    show(fromFragment());
+    addEventListener("hashchange", () => show(fromFragment()));
   }
 
   const valueOf = (cell) => (cell.dataset.number === undefined ? cell.textContent : Number(cell.dataset.number));
   const isEmpty = (value) => value === "" || Number.isNaN(value);
-  // Numbers before texts; what is empty comes last, whichever way the others are sorted.
+  // Numbers before texts; empty cells come last in either order.
   const compare = (a, b, sign) => {
     if (isEmpty(a) || isEmpty(b)) return isEmpty(a) - isEmpty(b);
     if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
     return sign * (typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true }));
   };
-  const holds = { ">": (a, b) => a > b, "<": (a, b) => a < b, ">=": (a, b) => a >= b, "<=": (a, b) => a <= b, "=": (a, b) => a === b };
+  const operators = {
+    ">": (a, b) => a > b,
+    "<": (a, b) => a < b,
+    ">=": (a, b) => a >= b,
+    "<=": (a, b) => a <= b,
+    "=": (a, b) => a === b,
+  };
 
   for (const block of document.querySelectorAll(".table")) {
     const body = block.querySelector("tbody");
     const heads = [...block.querySelectorAll("th")];
     const rows = [...body.rows];
-    const texts = new Map(rows.map((row) => [row, [...row.cells].map((cell) => cell.textContent).concat(row.dataset.words || "").join(" ").toLowerCase()]));
+    const searchText = (row) =>
+      [...[...row.cells].map((cell) => cell.textContent), row.dataset.search || ""].join(" ").toLowerCase();
+    const texts = new Map(rows.map((row) => [row, searchText(row)]));
     heads.forEach((head, column) => {
       head.querySelector("button").addEventListener("click", () => {
         const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
@@ -58,27 +66,28 @@
 
     const input = block.querySelector("input");
     const count = block.querySelector("output");
-    const columnOf = (name) =>
-      heads.findIndex((head) => [head.dataset.column, head.textContent.replace(/\[.*/, "").trim()].some((text) => text.toLowerCase() === name));
+    const namesOf = (head) => [head.dataset.column, head.textContent.replace(/\[.*/, "").trim()];
+    const columnOf = (name) => heads.findIndex((head) => namesOf(head).some((text) => text.toLowerCase() === name));
     let unknown = [];
-    const test = (word) => {
-      const [, name, sign, text] = /^([^<>=]+)(<=|>=|<|>|=)(.*)$/.exec(word) || [];
+    const test = (term) => {
+      const [, name, sign, text] = /^([^<>=]+)(<=|>=|<|>|=)(.*)$/.exec(term) || [];
       const column = name === undefined ? -1 : columnOf(name);
       if (name !== undefined && column < 0) unknown.push(name);
-      if (column < 0) return (row) => texts.get(row).includes(word);
+      if (column < 0) return (row) => texts.get(row).includes(term);
       const number = Number(text);
       return (row) => {
         const value = valueOf(row.cells[column]);
-        if (typeof value === "number" && text !== "") return holds[sign](value, number);
+        if (typeof value === "number" && text !== "") return operators[sign](value, number);
         return sign === "=" && String(value).toLowerCase() === text;
       };
     };
     const filter = () => {
       unknown = [];
-      const tests = input.value.toLowerCase().replace(/\s*(<=|>=|<|>|=)\s*/g, "$1").split(/\s+/).filter(Boolean).map(test);
+      const terms = input.value.toLowerCase().replace(/\s*(<=|>=|<|>|=)\s*/g, "$1").split(/\s+/).filter(Boolean);
+      const tests = terms.map(test);
       let shown = 0;
       for (const row of rows) {
-        row.hidden = !tests.every((holdsFor) => holdsFor(row));
+        row.hidden = !tests.every((matches) => matches(row));
         shown += !row.hidden;
       }
       count.textContent = `${shown} of ${rows.length}${unknown.map((name) => `, no column ${name} here`).join("")}`;

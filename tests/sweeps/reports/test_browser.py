@@ -1,4 +1,4 @@
-"""Pages in a real browser, headless Chromium: nothing complains, nothing is cut off, sort, filter and tabs do what they say."""
+"""Pages in headless Chromium: no errors, no overflow; tabs, sorting and filtering work."""
 
 import shutil
 from collections.abc import Iterator
@@ -33,29 +33,27 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a sweep whose model has a name that no one should run."""
+    """Write the page of a sweep whose model has HTML and a script in its name."""
     folder = tmp_path_factory.mktemp("made")
     made_sweep(folder, trials=12, bits=("W4A4",), model=HOSTILE)
     return write_page(sweep_page(read_sweep(folder), runs=0), folder / "report.html")[0]
 
 
-def opened(browser: Any, path: Path, size: dict[str, int]) -> tuple[Any, list[str]]:
-    """Open a page and keep what it complains about."""
+def open_page(browser: Any, path: Path, size: dict[str, int]) -> tuple[Any, list[str]]:
+    """Open a page and collect its errors, warnings, dialogs and network requests."""
     page = browser.new_page(viewport=size)
-    complaints: list[str] = []
-    page.on(
-        "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
-    )
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    page.on("request", lambda request: complaints.append(request.url) if request.url.startswith("http") else None)
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
     page.goto(path.as_uri())
-    return page, complaints
+    return page, problems
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_every_part_fits_the_screen_and_every_drawing_is_drawn(browser: Any, path: Path, size: dict[str, int]) -> None:
-    page, complaints = opened(browser, path, size)
+def test_every_tab_fits_the_screen_and_every_figure_is_shown(browser: Any, path: Path, size: dict[str, int]) -> None:
+    page, problems = open_page(browser, path, size)
     tabs = page.locator("[role=tab]")
     titles = tabs.all_inner_texts()
     assert titles == ["Overview", "Leaderboard", "Search", "Trials"]
@@ -72,12 +70,12 @@ def test_every_part_fits_the_screen_and_every_drawing_is_drawn(browser: Any, pat
             "all => all.map(image => [image.naturalWidth, image.clientWidth, image.clientHeight])"
         )
         assert all(natural > 0 and width > 200 and height > 50 for natural, width, height in sizes), sizes
-    assert drawn == 8 and not complaints
+    assert drawn == 8 and not problems
     page.close()
 
 
 def test_a_click_on_a_heading_sorts(browser: Any, path: Path) -> None:
-    page, complaints = opened(browser, path, DESKTOP)
+    page, problems = open_page(browser, path, DESKTOP)
     page.get_by_role("tab", name="Leaderboard").click()
     head = page.locator("#table-leaderboard th[data-column=top1_mean]")
     column = head.evaluate("cell => cell.cellIndex")
@@ -92,12 +90,12 @@ def test_a_click_on_a_heading_sorts(browser: Any, path: Path) -> None:
     assert head.get_attribute("aria-sort") == "ascending" and values() == sorted(before) and len(before) == 9
     head.locator("button").click()
     assert head.get_attribute("aria-sort") == "descending" and values() == sorted(before, reverse=True)
-    assert not complaints
+    assert not problems
     page.close()
 
 
-def test_what_is_empty_is_sorted_last_either_way(browser: Any, path: Path) -> None:
-    page, _ = opened(browser, path, DESKTOP)
+def test_empty_cells_are_sorted_last_in_either_order(browser: Any, path: Path) -> None:
+    page, _ = open_page(browser, path, DESKTOP)
     page.get_by_role("tab", name="Trials").click()
     head = page.locator("#table-trials th[data-column=top1]")
     column = head.evaluate("cell => cell.cellIndex")
@@ -109,7 +107,7 @@ def test_what_is_empty_is_sorted_last_either_way(browser: Any, path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "shown"),
+    ("query", "shown"),
     [
         ("failed", 1),
         ("w4a4", 12),
@@ -123,28 +121,28 @@ def test_what_is_empty_is_sorted_last_either_way(browser: Any, path: Path) -> No
         ("nosuch", 0),
     ],
 )
-def test_words_filter_the_rows(browser: Any, path: Path, words: str, shown: int) -> None:
-    page, complaints = opened(browser, path, DESKTOP)
+def test_search_terms_filter_the_rows(browser: Any, path: Path, query: str, shown: int) -> None:
+    page, problems = open_page(browser, path, DESKTOP)
     page.get_by_role("tab", name="Trials").click()
-    page.locator("#table-trials input").fill(words)
+    page.locator("#table-trials input").fill(query)
     assert page.locator("#table-trials tbody tr:visible").count() == shown
     assert page.locator("#table-trials output").inner_text() == f"{shown} of 12"
     page.locator("#table-trials input").fill("foo>3")
     assert page.locator("#table-trials output").inner_text() == "0 of 12, no column foo here"
     page.locator("#table-trials input").fill("")
-    assert page.locator("#table-trials tbody tr:visible").count() == 12 and not complaints
+    assert page.locator("#table-trials tbody tr:visible").count() == 12 and not problems
     page.close()
 
 
-def test_a_name_that_holds_html_is_text(browser: Any, path: Path) -> None:
-    page, complaints = opened(browser, path, DESKTOP)
+def test_html_in_a_name_is_shown_as_text(browser: Any, path: Path) -> None:
+    page, problems = open_page(browser, path, DESKTOP)
     assert HOSTILE in page.locator("#table-best td").first.inner_text()
-    assert page.locator("img[src=x]").count() == 0 and not complaints
+    assert page.locator("img[src=x]").count() == 0 and not problems
     page.close()
 
 
-def test_in_print_and_without_scripts_everything_is_there(browser: Any, path: Path) -> None:
-    page, _ = opened(browser, path, DESKTOP)
+def test_all_tabs_are_shown_in_print_and_without_scripts(browser: Any, path: Path) -> None:
+    page, _ = open_page(browser, path, DESKTOP)
     page.emulate_media(media="print")
     assert page.locator("section:visible").count() == 4 and not page.locator("nav").is_visible()
     page.close()
@@ -156,8 +154,8 @@ def test_in_print_and_without_scripts_everything_is_there(browser: Any, path: Pa
     context.close()
 
 
-def test_an_address_opens_its_tab_and_arrows_go_on(browser: Any, path: Path) -> None:
-    page, _ = opened(browser, path, DESKTOP)
+def test_a_url_fragment_opens_its_tab_and_arrow_keys_switch_tabs(browser: Any, path: Path) -> None:
+    page, _ = open_page(browser, path, DESKTOP)
     page.goto(f"{path.as_uri()}#tab-search")
     assert page.locator("section:visible h2").inner_text() == "Search"
     page.locator("#tab-search").press("ArrowRight")
@@ -165,13 +163,13 @@ def test_an_address_opens_its_tab_and_arrows_go_on(browser: Any, path: Path) -> 
     page.close()
 
 
-def test_a_thousand_trials_are_a_page_that_opens_at_once(browser: Any, tmp_path: Path) -> None:
+def test_a_page_of_a_thousand_trials_opens_in_two_seconds(browser: Any, tmp_path: Path) -> None:
     made_sweep(tmp_path, trials=500)
     path = write_page(sweep_page(read_sweep(tmp_path), runs=0), tmp_path / "report.html")[0]
     assert path.stat().st_size < 10e6
-    page, complaints = opened(browser, path, DESKTOP)
+    page, problems = open_page(browser, path, DESKTOP)
     assert page.evaluate(FIRST_PAINT) < 2000
     page.get_by_role("tab", name="Trials").click()
     page.locator("#table-trials input").fill("w3a3 status=failed")
-    assert page.locator("#table-trials output").inner_text() == "50 of 1000" and not complaints
+    assert page.locator("#table-trials output").inner_text() == "50 of 1000" and not problems
     page.close()

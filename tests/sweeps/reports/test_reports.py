@@ -1,4 +1,4 @@
-"""Pages of sweeps: made of records alone, true to them, safe to open."""
+"""Pages of sweeps: they agree with the records, and HTML in names is escaped."""
 
 import re
 from html import unescape
@@ -10,7 +10,7 @@ from support.made_sweeps import damage, made_sweep
 from synq.commands.report import main as report
 from synq.runs.record import RunRecord, read_record, write_record
 from synq.sweeps.reports.comparison_page import comparison_page
-from synq.sweeps.reports.page import Figure, Gap, Page, Tab, Table, Words, render, write_page
+from synq.sweeps.reports.page import Figure, Gap, Page, Tab, Table, Text, render, write_page
 from synq.sweeps.reports.published import references
 from synq.sweeps.reports.study_figures import study_figures
 from synq.sweeps.reports.sweep_figures import front, pareto, rank_agreement, timeline, trust
@@ -27,7 +27,7 @@ def sweep(folder: Path) -> SweepView:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> SweepView:
-    """A sweep of one group: its drawings take half the time."""
+    """Read a sweep of one group, whose figures take half the time."""
     return read_sweep(made_sweep(tmp_path_factory.mktemp("single"), bits=("W3A3",)))
 
 
@@ -44,7 +44,7 @@ def _table(page: Page, name: str) -> Table:
     return next(block for block in _blocks(page, Table) if block.name == name)
 
 
-def test_a_sweeps_page_has_every_part(page: Page) -> None:
+def test_the_page_of_a_sweep_has_every_tab_and_figure(page: Page) -> None:
     assert [tab.title for tab in page.tabs] == ["Overview", "Leaderboard", "Search", "Trials"]
     names = {figure.name for figure in page.figures()}
     groups = ("group-w3a3",)
@@ -56,7 +56,7 @@ def test_a_sweeps_page_has_every_part(page: Page) -> None:
     assert not _blocks(page, Gap)
 
 
-def test_figures_on_a_page_are_those_of_the_records(page: Page, single: SweepView) -> None:
+def test_values_on_a_page_are_those_of_the_records(page: Page, single: SweepView) -> None:
     board = _table(page, "leaderboard")
     completed = [record for record in single.records.values() if record.status == "completed"]
     assert len(board.rows) == len(completed) == 21  # of 30: 3 failed, 6 were stopped
@@ -68,8 +68,8 @@ def test_figures_on_a_page_are_those_of_the_records(page: Page, single: SweepVie
     assert len(failures.rows) == 3 and all("for the sake of the test" in row["reason"] for row in failures.rows)
 
 
-def test_importance_and_trust_find_what_was_put_in(sweep: SweepView) -> None:
-    """The made objective hangs on the learning rate, and top-1 on the objective."""
+def test_rank_correlation_finds_the_known_dependence(sweep: SweepView) -> None:
+    """In the generated records top-1 depends on the objective."""
     groups = by_ranking(sweep)
     assert [len(part) for part in groups.values()] == [21, 21]
     figure, notes = trust(groups, searched=True)
@@ -81,14 +81,14 @@ def test_importance_and_trust_find_what_was_put_in(sweep: SweepView) -> None:
     assert rank_agreement([(1.0, 90.0)] * 9, minimize=True) is None
 
 
-def test_a_timeline_puts_no_two_trials_of_one_time_into_a_lane(sweep: SweepView) -> None:
+def test_the_timeline_counts_trials_without_a_start_time(sweep: SweepView) -> None:
     figure = timeline(sweep.records.values())
     assert isinstance(figure, Figure)
-    assert "54 trials" in figure.caption and "6 trials were stopped before they wrote" in figure.caption
+    assert "54 trials" in figure.caption and "6 trials without a start time" in figure.caption
     assert isinstance(timeline([RunRecord()]), Gap)
 
 
-def test_names_that_hold_html_or_formulas_are_shown_as_text(tmp_path: Path) -> None:
+def test_html_and_formulas_in_names_are_shown_as_text(tmp_path: Path) -> None:
     folder = made_sweep(tmp_path, trials=3, bits=("W4A4",), model=HOSTILE)
     for path in sorted((folder / "records").glob("*.json"))[:1]:
         record = read_record(path)
@@ -98,7 +98,7 @@ def test_names_that_hold_html_or_formulas_are_shown_as_text(tmp_path: Path) -> N
     text = render(page)
     assert "<img src=x" not in text and text.count("</script>") == 1
     assert HOSTILE in unescape(text)
-    # Two dollars are no formula for Matplotlib either, which would refuse this one.
+    # Matplotlib does not parse the formula either, which would be invalid.
     assert {figure.name for figure in page.figures()} == {"trust", "pareto", "timeline"}
 
 
@@ -117,10 +117,10 @@ def test_the_same_sweep_gives_the_same_drawings(single: SweepView, page: Page) -
         assert isinstance(figure, Figure) and figure.svg == before[figure.name], figure
 
 
-def test_what_is_missing_says_why(tmp_path: Path) -> None:
+def test_missing_figures_have_a_reason(tmp_path: Path) -> None:
     folder = made_sweep(tmp_path / "few", trials=2, bits=("W4A4",))
     reasons = {gap.title: gap.reason for gap in _blocks(sweep_page(read_sweep(folder), runs=0), Gap)}
-    assert "it takes 3 completed trials" in reasons["group-W4A4: what the settings did"]
+    assert "it takes 3 completed trials" in reasons["group-W4A4: effect of the settings"]
     for path in (folder / "records").glob("*.json"):
         record = read_record(path)
         values = {name: getattr(record, name) for name in RunRecord.__dataclass_fields__}
@@ -128,27 +128,27 @@ def test_what_is_missing_says_why(tmp_path: Path) -> None:
         write_record(path, RunRecord(**{**values, **blank, "started": ""}))
     page = sweep_page(read_sweep(folder), runs=1)
     reasons = {gap.title: gap.reason for gap in _blocks(page, Gap)}
-    assert "no completed trial was measured on labeled images" in reasons["Can the objective be trusted?"]
-    assert "no record says when" in reasons["Trials in time"]
-    assert "record.json" in reasons["Images, maps, layers and answers"]  # the made sweep has no runs
+    assert "no completed trial was evaluated on labeled images" in reasons["Can the objective be trusted?"]
+    assert "no record has a start time" in reasons["Timeline of the trials"]
+    assert "record.json" in reasons["Images, predictions, activation maps and layers"]  # the made sweep has no runs
     assert "no labeled images" in " ".join(page.verdict)
 
 
-def test_a_sweep_that_runs_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_sweep_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = made_sweep(tmp_path, trials=4)
     records = sorted((folder / "records").glob("*.json"))
     for path in records[:4]:
         path.unlink()
     damage(records[4])
     page = sweep_page(read_sweep(folder), runs=0)
-    assert "5 trials are not finished" in " ".join(page.verdict)  # a record that cannot be read is none
+    assert "5 trials are not finished" in " ".join(page.verdict)  # a record that cannot be read counts as missing
     assert f"Not read: `{records[4]}`" in " ".join(page.verdict)
     assert len(_table(page, "unfinished").rows) == 5 and _table(page, "unfinished").rows[0]["epochs"] == 3
     for path in records[5:]:
         path.unlink()
     records[4].unlink()
     assert report([str(folder), "--runs", "0"]) == 0
-    assert "No trial was completed yet" in (folder / "report.html").read_text()
+    assert "No trial is completed yet" in (folder / "report.html").read_text()
     assert not list(folder.glob("*.lock"))  # a page never takes the sweep
 
 
@@ -175,7 +175,7 @@ def test_two_sweeps_side_by_side(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert report([str(folder), str(other)]) == 0 and (tmp_path / "comparison.html").exists()
 
 
-def test_published_figures_are_those_of_the_network(tmp_path: Path) -> None:
+def test_published_results_match_the_network(tmp_path: Path) -> None:
     (best, *others) = references("cifar10_resnet20", "W4A4", "A", 10)
     assert (best.method, best.top1, round(best.drop, 2)) == ("SynQ", 92.76, 1.13) and len(others) == 6
     assert references("CIFAR100-ResNet-20", "W3A3", "A", 100)[0].top1 == 57.28
@@ -195,10 +195,10 @@ def test_a_folder_of_runs_has_a_page_without_a_search(folder: Path, tmp_path: Pa
     view = read_sweep(tmp_path)
     assert not view.is_sweep and len(view.records) == 3
     page = sweep_page(view, runs=0)
-    assert "no sweep has proposed" in next(gap.reason for gap in _blocks(page, Gap) if gap.title == "The search")
+    assert "are not trials of a search" in next(gap.reason for gap in _blocks(page, Gap) if gap.title == "Search")
 
 
-def test_the_front_is_of_rank_one_alone_and_ties_do_not_matter(sweep: SweepView) -> None:
+def test_the_pareto_front_has_only_rank_one_and_no_ties(sweep: SweepView) -> None:
     rows = [
         {"rank": 1, "cost": 1, "top": 90.0},
         {"rank": 1, "cost": 1, "top": 90.0},
@@ -209,7 +209,7 @@ def test_the_front_is_of_rank_one_alone_and_ties_do_not_matter(sweep: SweepView)
     assert [row["top"] for row in front(rows, "cost", "top", higher=False)] == [90.0, 89.0]
 
 
-def test_what_cannot_be_drawn_is_a_gap(tmp_path: Path) -> None:
+def test_a_figure_that_cannot_be_drawn_is_a_gap(tmp_path: Path) -> None:
     folder = made_sweep(tmp_path, trials=3, bits=("W4A4",))
     for i, path in enumerate(sorted((folder / "records").glob("*.json"))):
         record = read_record(path)
@@ -221,7 +221,7 @@ def test_what_cannot_be_drawn_is_a_gap(tmp_path: Path) -> None:
     )
 
 
-def test_names_of_tabs_tables_and_files_are_their_own(tmp_path: Path) -> None:
+def test_names_of_tabs_and_tables_are_unique(tmp_path: Path) -> None:
     table = Table(name="t", title="T", caption="C", columns=("a",), rows=[{"a": 1}])
     page = Page(
         title="P",
@@ -245,7 +245,7 @@ def test_a_folder_of_two_sweeps_keeps_the_trials_of_both(tmp_path: Path) -> None
     assert len(view.tables.trial_rows()) == 8
 
 
-def test_cells_of_a_table_are_sorted_by_their_numbers(tmp_path: Path) -> None:
+def test_cells_have_rounded_text_and_exact_sort_keys(tmp_path: Path) -> None:
     rows = [
         {"a": 0.123456789, "b": None},
         {"a": float("nan"), "b": "x"},
@@ -256,12 +256,12 @@ def test_cells_of_a_table_are_sorted_by_their_numbers(tmp_path: Path) -> None:
     cells = [cells for *_, cells in table.cells()]
     assert cells[0] == [("0.12", "0.123456789"), ("", "")] and cells[1] == [("", ""), ("x", "")]
     assert cells[2] == [("12.00", "12"), ("True", "")] and cells[3][0] == ("12345.60", "12345.6")
-    page = Page(title="P", verdict=[], facts=[], foot="f", tabs=[Tab(title="T", blocks=[table, Words(lines=["w"])])])
+    page = Page(title="P", verdict=[], facts=[], foot="f", tabs=[Tab(title="T", blocks=[table, Text(lines=["w"])])])
     (written,) = write_page(page, tmp_path / "page.html")
     assert 'data-number="0.123456789">0.12<' in written.read_text()
 
 
-def test_settings_of_the_best_are_as_they_can_be_given(page: Page) -> None:
+def test_settings_of_the_best_rows_are_readable(page: Page) -> None:
     rows = _table(page, "best").rows
     for row in rows:
         assert re.search(r"lowpass_cutoff (off|[\d.]+ nyquist), cam_weight [\d.]+, .*lr [\d.e-]+", row["setting"]), row[

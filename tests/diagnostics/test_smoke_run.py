@@ -1,4 +1,4 @@
-"""A smoke run of many architectures: each works, or is rejected for the reason that the list gives."""
+"""Smoke runs of many architectures: each works, or is rejected with the message that the list expects."""
 
 import json
 import math
@@ -16,9 +16,9 @@ from synq.sweeps.studies.pool import surviving_crashes
 from synq.teacher.teacher import Teacher, load_teacher
 
 SAMPLE = ("functional", "gated", "one_channel", "five_channels", "linear_only", "two_heads", "convolutional_head")
-"""Networks written by hand, the small ones: the whole list is a slow test."""
+"""Small example networks; the whole list is a slow test."""
 OF_LIBRARIES = ("timm:lcnet_050", "pytorchcv:preresnet20_cifar10")
-"""Hardswish and gates, norms before convolutions."""
+"""Networks with hardswish and gates, and with batch norms before convolutions."""
 
 
 def name_of(entry: Entry) -> str:
@@ -32,11 +32,11 @@ def check(row: Row, entry: Entry) -> None:
         assert row["seconds"] < 60, "at once"
         return
     assert row["exact"] is True and math.isfinite(row["loss"]) and row["export"] in ("packed", "int4, packed")
-    assert row["sqnr_db"] >= GOOD_DB or row["note"].startswith("worst alone at W8A8: "), row
+    assert row["sqnr_db"] >= GOOD_DB or row["note"].startswith("worst tensor at W8A8: "), row
 
 
 def marked(entry: Entry) -> ParameterSet:
-    """The entry, slow where a library makes it: that takes seconds."""
+    """Return the entry, marked as slow if the network comes from a library, which takes seconds."""
     own = entry.teacher.spec.startswith(OWN)
     return pytest.param(entry, id=name_of(entry), marks=() if own else pytest.mark.slow)
 
@@ -47,7 +47,7 @@ def test_a_sample_of_the_list(entry: Entry) -> None:
 
 
 @pytest.mark.parametrize("entry", [marked(entry) for entry in read_list() if entry.rejected])
-def test_what_is_listed_as_rejected_is_rejected_at_once(entry: Entry) -> None:
+def test_networks_listed_as_rejected_are_rejected_at_once(entry: Entry) -> None:
     check(smoke_run_entry(entry, 1), entry)
 
 
@@ -58,7 +58,7 @@ def test_the_whole_list(entry: Entry) -> None:
     check(smoke_run_entry(entry, 2, ("onnx", "packed")), entry)
 
 
-def test_the_list_has_what_users_bring() -> None:
+def test_the_list_covers_libraries_and_input_sizes() -> None:
     entries = read_list()
     works = [entry for entry in entries if not entry.rejected]
     assert len(works) >= 40 and len({name_of(entry) for entry in works}) == len(works)
@@ -70,8 +70,8 @@ def test_the_list_has_what_users_bring() -> None:
         read_list(["nosuch"])
 
 
-def test_a_network_that_fails_on_the_way_says_where(tmp_path: Path) -> None:
-    """Its forward pass works until somebody asks for a gradient."""
+def test_a_network_that_fails_during_the_run_reports_the_stage(tmp_path: Path) -> None:
+    """The forward pass works, the backward pass does not."""
     path = tmp_path / "bad.py"
     path.write_text(
         "import torch\nfrom torch import nn\n"
@@ -88,7 +88,9 @@ def test_a_network_that_fails_on_the_way_says_where(tmp_path: Path) -> None:
     assert stages[-1] == "synthesis, fine-tuning, evaluation" and row["exact"] is True
 
 
-def test_the_teacher_is_loaded_as_it_is_and_with_its_statistics_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_teacher_is_loaded_once_before_and_once_after_its_statistics_are_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     loaded: list[TeacherConfig] = []
 
     def counted(config: TeacherConfig) -> Teacher:
@@ -104,7 +106,7 @@ def test_the_teacher_is_loaded_as_it_is_and_with_its_statistics_and_no_more(monk
 
 def test_the_page_is_markdown_with_every_row(tmp_path: Path) -> None:
     target = tmp_path / "page.md"
-    words = [
+    args = [
         "smoke-run",
         "--all",
         "--only",
@@ -113,7 +115,7 @@ def test_the_page_is_markdown_with_every_row(tmp_path: Path) -> None:
         "--page",
         str(target),
     ]
-    assert run(words) == 0
+    assert run(args) == 0
     text = target.read_text()
     assert ("| audio |" in text and "| no\\_norm |" in text) or "| no_norm |" in text
     assert text.count("| rejected |") == 2 and "without BatchNorm layers" in text
@@ -121,7 +123,7 @@ def test_the_page_is_markdown_with_every_row(tmp_path: Path) -> None:
     assert "## G" in page([worked]) and "a\\|b" in page([worked])
 
 
-def test_otherwise_than_listed_is_exit_code_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unexpected_result_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     listed = tmp_path / "list.json"
     network = {"spec": f"{OWN}no_norm"}
     listed.write_text(
@@ -132,7 +134,7 @@ def test_otherwise_than_listed_is_exit_code_one(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_process_that_crashes_is_a_row_and_the_others_continue(tmp_path: Path) -> None:
     path = tmp_path / "dies.py"
     path.write_text("import os\ndef die():\n    os.abort()\n")
     facts = {"weights": "random", "input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -145,7 +147,7 @@ def test_a_process_that_dies_is_a_row_and_the_others_go_on(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["nosuch"], "`teacher.spec` must read SOURCE:NAME"),
         (["torchvision:vit_b_16", "--teacher.weights", "random"], "is a transformer"),
@@ -155,6 +157,6 @@ def test_a_process_that_dies_is_a_row_and_the_others_go_on(tmp_path: Path) -> No
         (["--all", "--jobs", "0"], "`jobs` must be a finite number >= 1"),
     ],
 )
-def test_bad_arguments_are_rejected(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["smoke-run", *words]) == 2
+def test_bad_arguments_are_rejected(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["smoke-run", *args]) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The doors of pages and of `synq show`: what they print, what is one line, and a page that fails undoes nothing."""
+"""`synq report` and `synq show`: output, one-line errors, and a failed report does not affect the sweep."""
 
 import shutil
 from pathlib import Path
@@ -14,27 +14,29 @@ from synq.sweeps.reports.summary import sweep_verdict
 from synq.sweeps.reports.sweep_view import read_sweep
 
 
-def test_wrong_words_are_one_line(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words, said in (
+def test_invalid_arguments_are_one_line_errors(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for args, message in (
         ([str(tmp_path / "nosuch")], "`PATH` must exist"),
         ([str(tmp_path)], "must hold run records"),
         ([str(folder), str(folder)], "`PATH` must be different ones"),
         ([str(folder), "--runs", "-1"], "`runs` must"),
         ([str(folder), "--images", "0"], "`images` must"),
     ):
-        assert report(words) == 2
+        assert report(args) == 2
         error = capsys.readouterr().err
-        assert said in error and error.count("\n") == 1
+        assert message in error and error.count("\n") == 1
     assert show([str(tmp_path / "nosuch")]) == 2
 
 
-def test_a_sweep_file_of_something_else_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_sweep_file_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "sweep.json").write_text("{}")
     assert show([str(tmp_path)]) == 2 and report([str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("must hold a sweep's search and groups") == 2
 
 
-def test_a_report_that_fails_does_not_undo_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_report_does_not_fail_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
     import synq.sweeps.reports.make
@@ -56,18 +58,18 @@ def test_a_report_that_fails_does_not_undo_the_sweep(tmp_path: Path, monkeypatch
         assert _report(spec, None).startswith("no report.html: ")  # type: ignore[arg-type]
 
 
-def test_the_folder_of_records_alone_is_refused_by_the_name_of_its_sweep(
+def test_the_folder_of_records_is_rejected_with_the_path_of_its_sweep(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert show([str(folder / "records")]) == 2
     assert f"must be the whole sweep, {folder.resolve()}, but got" in capsys.readouterr().err
 
 
-def test_an_export_of_a_sweep_names_a_trial_that_can_be_exported(
+def test_the_error_of_exporting_a_sweep_names_an_exportable_trial(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export([str(folder)]) == 2
-    assert "give the folder of one run" in capsys.readouterr().err, "none of its runs is here"
+    assert "give the folder of one run" in capsys.readouterr().err, "none of its runs exists"
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     done = [path for path in sorted((copy / "records").iterdir()) if read_record(path).status == "completed"]
     record = read_record(done[1])
@@ -76,7 +78,7 @@ def test_an_export_of_a_sweep_names_a_trial_that_can_be_exported(
     assert f"it is a sweep, give one of its trials, such as {done[1]}" in capsys.readouterr().err
 
 
-def test_show_prints_the_essentials(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_the_verdict(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert show([str(folder)]) == 0
     text = capsys.readouterr().out
     for line in sweep_verdict(read_sweep(folder), read_sweep(folder).standings()):
@@ -93,14 +95,16 @@ def test_show_prints_the_essentials(folder: Path, tmp_path: Path, capsys: pytest
     assert "a drop of" in text and "± 0.63 (standard error, paired by image)" in " ".join(text.split())
 
 
-def test_an_unfinished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "checkpoint.pt").write_text("")
     assert show([str(tmp_path)]) == 0 and "not finished, last saved" in capsys.readouterr().out
     assert report([str(tmp_path)]) == 2 and "must be a finished run" in capsys.readouterr().err
 
 
-def test_a_page_goes_to_an_html_file_alone(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_is_only_written_to_an_html_file(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     notes = tmp_path / "notes.csv"
     notes.write_text("mine")
     assert report([str(folder), "--runs", "0", "--output", str(notes)]) == 2
