@@ -189,7 +189,7 @@ class _Seen:
         }
         maps = {}
         for name, (net, node) in networks.items():
-            found = teacher_response(TappedNetwork(net=with_features(net, node), site=site), images, labels).cam
+            found = teacher_response(TappedNetwork(net=with_features(net, node), cam_site=site), images, labels).cam
             assert found is not None
             maps[name] = found.numpy()
         return Maps(source=source, images=self._bright(images).clip(0, 1), labels=labels.numpy(), maps=maps)
