@@ -172,7 +172,7 @@ def test_the_help_of_a_group_has_its_settings(capsys: pytest.CaptureFixture[str]
 def test_every_setting_has_a_docstring() -> None:
     docs = field_docs(RunConfig)
     assert not [key for key in dotted_keys(RunConfig) if not docs[key]]
-    assert docs["finetune.lr"] == "Largest learning rate." and docs["quant"]
+    assert docs["finetune.lr"] == "Peak learning rate." and docs["quant"]
 
 
 def test_names_in_the_help_are_those_of_the_library() -> None:

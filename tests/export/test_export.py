@@ -116,7 +116,7 @@ def test_a_moved_run_gets_the_path_of_its_images(finished: Path, tmp_path: Path,
     write_record(folder / "record.json", replace(record, config=there))
     words = [str(folder), "--formats", "packed", "--rounds", "0", *ANY]
     assert main(words) == 2
-    assert "`--runtime.store_dir` says where it is now" in capsys.readouterr().err
+    assert "give its new folder by `--runtime.store_dir`" in capsys.readouterr().err
     shutil.copytree(finished.parent / "store", tmp_path / "images")
     assert main([*words, "--runtime.store_dir", str(tmp_path / "images")]) == 0
     after = read_record(folder / "record.json")

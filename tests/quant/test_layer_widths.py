@@ -87,7 +87,7 @@ def test_layers_that_read_one_tensor_have_one_width_for_it() -> None:
     same = quantize_model(traced, QuantConfig(**widths, layer_act_bits={"a": 8, "b": 8}))  # type: ignore[arg-type]
     assert bits_of(same, "activation")["relu"] == 8
     with pytest.raises(
-        ValueError, match="must say one width for layers that read the same tensor, but got 2 for b and 4 for a"
+        ValueError, match="must set one bit-width for layers that read the same tensor, but got 2 for b and 4 for a"
     ):
         quantize_model(traced, QuantConfig(**widths, layer_act_bits={"b": 2}))  # type: ignore[arg-type]
 
@@ -127,7 +127,7 @@ def test_a_name_that_matches_nothing_is_rejected(
         (["conv1"], r"must be a table of names and values, but got \['conv1'\]"),
         (
             {"stage1": {"0": 8}},
-            r"`quant.layer_weight_bits.stage1` must be one value \(in TOML, a name with dots stands in quotes\)",
+            r"`quant.layer_weight_bits.stage1` must be one value \(in TOML, quote a name with dots\)",
         ),
     ],
 )

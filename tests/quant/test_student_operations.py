@@ -184,7 +184,7 @@ def test_layers_with_a_custom_forward_are_rejected() -> None:
         make(net=net)
     net = Residual()
     net.fc = Doubled(8, 5)
-    with pytest.raises(ValueError, match=r"with all rounding switched off the student's logits differ .* by \d"):
+    with pytest.raises(ValueError, match=r"with all quantizers bypassed the student's logits differ .* by \d"):
         make(net=net)
 
 
