@@ -173,10 +173,12 @@ def machine_id() -> str:
 def code_digest(root: Path) -> str:
     """Return a digest of the package's source files below `root`, 12 hexadecimal digits.
 
-    The commit is not enough: a worker only knows the one that the driver passed to it.
+    The commit is not enough: a worker only knows the one that the driver passed to it. In a checkout synq/sweeps is a
+    link, in a wheel and in an uploaded working directory a folder: all three give the same digest.
     """
     digest = hashlib.sha256()
-    for path in sorted(path for part in ("synq", "sweeps") for path in (root / part).rglob("*.py")):
+    folders = os.walk(root / "synq", followlinks=True)
+    for path in sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py")):
         digest.update(f"{path.relative_to(root).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:12]
 

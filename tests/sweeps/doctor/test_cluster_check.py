@@ -1,6 +1,7 @@
 """The checks of a cluster: their table, and every failure that can be reproduced here."""
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -120,7 +121,11 @@ def test_the_digest_of_the_code_changes_with_one_file(tmp_path: Path) -> None:
             (tmp_path / copy / part).write_text("x = 1")
     here, there = tmp_path / "here", tmp_path / "there"
     assert code_digest(here) == code_digest(there)
-    (there / "sweeps" / "deep" / "b.py").write_text("x = 2")
+    (here / "synq" / "sweeps").symlink_to("../sweeps")  # a checkout; the other is installed or uploaded
+    shutil.copytree(there / "sweeps", there / "synq" / "sweeps")
+    shutil.rmtree(there / "sweeps")
+    assert code_digest(here) == code_digest(there)
+    (there / "synq" / "sweeps" / "deep" / "b.py").write_text("x = 2")
     assert code_digest(here) != code_digest(there)
 
 
