@@ -14,9 +14,8 @@ from .timing import Spread
 
 CONCURRENT = (1, 2, 4)
 TRIALS = 8
-ACCOUNT = re.compile(
-    r"(\d+) trials in ([\d.]+) s, (\d+) at a time: (\d+) % of the time in their own work, ([\d.]+) s a trial"
-)
+ACCOUNT = re.compile(r"(\d+) trials in ([\d.]+) s, (\d+) at a time: (\d+) % of the time in [^,]+, ([\d.]+) s a trial")
+"""The line about the use of time that a sweep prints at its end."""
 
 
 def spec(folder: Path, device: str) -> dict[str, object]:
