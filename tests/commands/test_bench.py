@@ -1,4 +1,4 @@
-"""The benchmark: its arithmetic, its slow twin, its rows, and the door. No figure of speed is asserted here."""
+"""The benchmark: its arithmetic, its reference implementation, its rows and its command. No speed is asserted."""
 
 import json
 import re
@@ -30,7 +30,7 @@ KIND = replace(TINY, batch={"cpu": 4})
 
 @pytest.fixture
 def subject(monkeypatch: pytest.MonkeyPatch) -> Subject:
-    """A small network in place of every other, so that rows are a matter of seconds."""
+    """Replace every network by a small one, so that rows take seconds."""
     for module in (steps, ceilings, synthesis, population, curves):
         monkeypatch.setattr(module, "KINDS", {"resnet20": KIND}, raising=False)
     for module in (steps, ceilings, synthesis, population):
@@ -41,10 +41,10 @@ def subject(monkeypatch: pytest.MonkeyPatch) -> Subject:
     return build_subject(KIND, CPU, 0)
 
 
-def test_the_textbook_twin_computes_the_loss_and_the_gradient_of_the_fast_step(subject: Subject) -> None:
+def test_the_textbook_implementation_has_the_loss_and_gradient_of_the_fast_step(subject: Subject) -> None:
     student, teacher, images, labels = subject.student, subject.teacher, subject.images.double(), subject.labels
     for net in (student.net, teacher.net):
-        net.double()  # student and teacher nearly agree: in float32 their difference has few digits
+        net.double()  # the logits are almost equal: in float32 their difference has few digits
     config = replace(steps.CONFIG, difficulty_threshold=0.9, ce_weight=0.5)
     filtered = gaussian_lowpass(images, 5.0)
     view = teacher_response(teacher, filtered, labels)
@@ -60,7 +60,7 @@ def test_the_textbook_twin_computes_the_loss_and_the_gradient_of_the_fast_step(s
     assert float((slow_gradient - fast_gradient).norm() / fast_gradient.norm()) < 1e-9
 
 
-def test_every_round_runs_every_call_once_in_turning_order() -> None:
+def test_every_round_runs_every_call_once_in_rotating_order() -> None:
     order: list[str] = []
     calls: dict[str, Callable[[], None]] = {name: lambda name=name: order.append(name) for name in "abc"}  # type: ignore[misc]
     times = alternate(calls, rounds=3, device=CPU)
@@ -75,7 +75,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
 
 
-def test_a_table_says_what_was_missed() -> None:
+def test_a_table_marks_missed_targets() -> None:
     def row(value: float, target: Target | None) -> Row:
         return Row(group="g", what="w", value=Spread(value, value / 2, value), unit="x", target=target)
 
@@ -88,7 +88,7 @@ def test_a_table_says_what_was_missed() -> None:
     assert found["facts"]["torch"] == torch.__version__
 
 
-def test_steps_leave_the_student_as_it_was(subject: Subject) -> None:
+def test_steps_do_not_change_the_student(subject: Subject) -> None:
     before = {name: value.clone() for name, value in subject.student.net.state_dict().items()}
     for step in steps.calls(subject).values():
         step()
@@ -100,7 +100,7 @@ def test_steps_leave_the_student_as_it_was(subject: Subject) -> None:
     [(steps, 7), (ceilings, 15), (synthesis, 3), pytest.param(population, 4, marks=pytest.mark.slow)],
     ids=["steps", "ceilings", "synthesis", "population"],
 )
-def test_groups_give_their_rows(subject: Subject, monkeypatch: pytest.MonkeyPatch, group: object, count: int) -> None:
+def test_groups_return_their_rows(subject: Subject, monkeypatch: pytest.MonkeyPatch, group: object, count: int) -> None:
     monkeypatch.setattr(ceilings, "MATRIX", {"cpu": 64})
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**20})
     found = list(group.rows(CONTEXT))  # type: ignore[attr-defined]
@@ -116,19 +116,19 @@ def test_fit_through_zero() -> None:
 
 @pytest.mark.slow
 def test_a_worker_trains_on_disk_and_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--tiny", "--images", "24", "--batch", "8", "--epochs", "3", "--device", "cpu"]
-    found = result(start([*SOLO, *words]))
+    args = ["--tiny", "--images", "24", "--batch", "8", "--epochs", "3", "--device", "cpu"]
+    found = result(start([*SOLO, *args]))
     assert len(found["epoch_seconds"]) == 3 == len(found["memory_after_epoch"])
     assert found["processes"] == 1 and found["peak"] >= max(found["memory_after_epoch"]) > 2**20
 
 
 @pytest.mark.slow
-def test_a_worker_that_fails_says_why() -> None:
+def test_a_failed_worker_has_a_reason() -> None:
     with pytest.raises(WorkerError, match=r"(?s)process of the benchmark must end well.*batch_size"):
         result(start([*SOLO, "--tiny", "--images", "4", "--batch", "8", "--device", "cpu"]))
 
 
-def test_the_door_writes_what_it_prints(
+def test_the_command_writes_what_it_prints(
     subject: Subject, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["--only", "steps", "--rounds", "1", "--device", "cpu", "--output-dir", str(tmp_path)]) == 0
@@ -140,13 +140,13 @@ def test_the_door_writes_what_it_prints(
     assert re.search(r"bench\.md \| 3 targets, \d missed", out)
 
 
-@pytest.mark.parametrize("words", [["--only", "nothing"], ["--rounds", "0"], ["--threads", "-1"]])
-def test_wrong_words_are_refused(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*words, "--output-dir", str(tmp_path / "out")]
-    assert main(words) == 2 and "error" in capsys.readouterr().err and not (tmp_path / "out").exists()
+@pytest.mark.parametrize("args", [["--only", "nothing"], ["--rounds", "0"], ["--threads", "-1"]])
+def test_invalid_arguments_are_rejected(args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [*args, "--output-dir", str(tmp_path / "out")]
+    assert main(args) == 2 and "error" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+def test_a_folder_that_cannot_be_written_is_rejected_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
