@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _SMALLEST_DIFFICULTY = 1e-7
-"""Floor of 1 - p below a power (about the spacing of float32 at 1). Under it the weight is constant, so its slope is 0,
-not inf."""
+"""Floor of 1 - p as the base of a power, about the spacing of float32 at 1: below it the gradient is 0 instead of
+infinite."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -22,23 +22,23 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _one_minus_p(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return 1 - p_label as the sum of the other probabilities: near p = 1 the subtraction would lose all digits."""
+    """Return 1 - p_label as the sum of the other probabilities: near p = 1 the subtraction would lose all precision."""
     others = F.softmax(_wide(logits), dim=1).scatter(1, labels[:, None], 0.0)
     return others.sum(dim=1).clamp(max=1.0)
 
 
 @torch.no_grad()
 def difficulty(teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the difficulty of each image, delta = 1 - p_label: the teacher's doubt in the assigned label.
+    """Return the difficulty of each image, delta = 1 - p_label, with the teacher's probability of the assigned label.
 
-    Below 0.5 the teacher predicts the label for certain. Logits (20, 0) with label 0 give 2.06e-9, not 0.
+    Below 0.5 the label is the teacher's prediction. Logits (20, 0) with label 0 give 2.06e-9, not 0.
 
     Args:
-        teacher_logits: (N, K), of the same images that the student sees.
+        teacher_logits: (N, K), for the same images as the student's.
         labels: (N,) int64, assigned labels.
 
     Returns:
-        (N,) in [0, 1] (never above 1, so a threshold of 1 keeps all), detached.
+        (N,) in [0, 1] (never above 1, so that a threshold of 1 keeps all), detached.
 
     Source: SynQ section 3, difficulty-aware loss.
     """
@@ -67,10 +67,10 @@ def kd_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) ->
 
 
 def masked_cross_entropy(student_logits: Tensor, labels: Tensor, keep_mask: Tensor) -> Tensor:
-    """Return the cross-entropy of each kept image, exactly 0 (and without gradient) for the others.
+    """Return the cross-entropy of each kept image, and exactly 0 (without gradient) for the others.
 
-    The caller divides by the number of *all* images. A mean over the kept ones would weight an image by how many others
-    its rank kept.
+    The caller divides by the number of *all* images. With a mean over the kept ones, the weight of an image would
+    depend on how many others its process keeps.
 
     Args:
         student_logits: (N, K).
@@ -98,9 +98,10 @@ def cam_loss(teacher_map: Tensor, student_map: Tensor) -> Tensor:
 
 
 def top2_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Return the cross-entropy of each image to the teacher's two likeliest classes.
+    """Return the cross-entropy of each image to the teacher's two most likely classes.
 
-    Their probabilities are scaled to a sum of 1: teacher probabilities (0.6, 0.3, 0.1) make the target (2/3, 1/3, 0).
+    Their probabilities are normalized to a sum of 1: teacher probabilities (0.6, 0.3, 0.1) give the target
+    (2/3, 1/3, 0).
 
     Args:
         student_logits: (N, K), K >= 2.
@@ -117,9 +118,8 @@ def top2_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor
 def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]) -> Tensor:
     """Return the relative squared distance of each image's block outputs, the mean over blocks.
 
-    ||F_student - F_teacher||^2 / ||F_teacher||^2: relative, so that a weight means the same for every network and no
-    block counts more because its activations are large. A block whose teacher output is zero throughout has no measure
-    and counts nothing.
+    ||F_student - F_teacher||^2 / ||F_teacher||^2: relative, so that the loss weight is comparable between networks and
+    no block dominates because its activations are large. A block whose teacher output is all zero has loss 0.
 
     Args:
         student_blocks: (N, C, H, W) each.
@@ -149,25 +149,25 @@ def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tens
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossWeights:
-    """Weights of the terms of :func:`synq_loss`, and what shapes them.
+    """Weights of the terms of :func:`synq_loss`, the distillation temperature and the difficulty threshold.
 
-    A term of weight 0 is reported but stays out of the sum.
+    A term of weight 0 is reported but not added to the sum.
     """
 
     kd_weight: float = 1.0
-    """Weight of the distillation."""
+    """Weight of the distillation loss."""
     ce_weight: float
     """lambda_CE, weight of the masked cross-entropy."""
     cam_weight: float
-    """lambda_CAM, weight of the distance between the class activation maps."""
+    """lambda_CAM, weight of the squared distance between the class activation maps."""
     feature_weight: float = 0.0
     """Weight of the feature alignment."""
     kd_temperature: float = 1.0
-    """T of the distillation, > 0; 1 is the paper's equation."""
+    """Temperature T of the distillation loss, > 0; 1 is the paper's equation."""
     difficulty_threshold: float
-    """tau in [0, 1]: the largest difficulty with a hard label; 1 keeps all images."""
+    """tau in [0, 1]: largest difficulty at which the cross-entropy counts; 1 keeps all images."""
     top2: bool = False
-    """Whether difficult images get the teacher's two likeliest classes instead of no label."""
+    """Whether the target of difficult images is the teacher's two most likely classes instead of none."""
 
 
 def synq_loss(
@@ -185,18 +185,18 @@ def synq_loss(
 
         L = 1/N sum_i [ kd_weight KD_i + ce_weight 1{delta_i <= tau} CE_i + cam_weight CAM_i + feature_weight FA_i ]
 
-    N counts every image, kept or not, so the average over equal parts of a batch is the loss of the batch (DDP averages
-    gradients this way).
+    N counts all images, kept or not, so that the average over equal parts of a batch is the loss of the batch, as in
+    DDP's averaging of gradients.
 
     Args:
         student_logits: (N, K).
         student_map: (N, H, W), or None for no CAM term (both maps or neither).
-        teacher_logits: (N, K), of the same images.
+        teacher_logits: (N, K), for the same images.
         teacher_map: (N, H, W) or None.
         labels: (N,) int64.
-        weights: Weights of the terms, T, and tau.
-        student_blocks: Block outputs for feature alignment, or none.
-        teacher_blocks: The same of the teacher.
+        weights: Weights of the terms, T and tau.
+        student_blocks: Block outputs (N, C, H, W) of the student for feature alignment; may be empty.
+        teacher_blocks: Block outputs of the teacher, of the same shapes.
 
     Returns:
         ``(loss, terms)``: the scalar to differentiate, and detached scalars "kd", "ce", "cam", "features" (unweighted
@@ -234,14 +234,14 @@ def synq_loss(
 
 
 def inception_loss(logits: Tensor, labels: Tensor, hard_sample_gamma: float = 0.0) -> Tensor:
-    """Return the inception loss of each image, weighted towards hard ones: (1 - p_label)^gamma * CE(logits, label).
+    """Return the hard-sample-weighted inception loss of each image: (1 - p_label)^gamma * CE(logits, label).
 
-    The weight lies in [0, 1]. It carries gradient; 1 - p is kept above 1e-7 below the power, where its slope is
-    otherwise infinite for gamma < 1 and autograd's inf * 0 would be NaN.
+    The weight is in [0, 1] and has a gradient. 1 - p is clamped to at least 1e-7 in the power: its derivative at 0 is
+    infinite for gamma < 1, and autograd's inf * 0 would be NaN.
 
     Args:
-        logits: (N, K), the teacher's, of the images being synthesized.
-        labels: (N,) int64, classes wanted.
+        logits: (N, K), the teacher's, for the images being synthesized.
+        labels: (N,) int64, target classes.
         hard_sample_gamma: gamma >= 0; 0 is plain cross-entropy.
 
     Returns:

@@ -1,4 +1,4 @@
-"""One run, from a pre-trained classifier and no data to a measured low-bit student: the stages in a row.
+"""One run, from a pre-trained classifier and no data to a measured low-bit student: the stages in order.
 
     load_teacher -> synthesize -> low-pass filter -> quantize and calibrate -> finetune -> evaluate -> record
 
@@ -35,16 +35,16 @@ def run(
     on_checkpoint: Callable[[Path], None] | None = None,
     teacher: Teacher | None = None,
 ) -> RunRecord:
-    """Run all stages, or resume an interrupted run; return the record of a completed one unchanged.
+    """Run all stages, or resume an interrupted run; return the record of a completed run unchanged.
 
-    Files go to `<output_dir>/<name>-<digest>/`: `config.json`, `prepared.pt` (if more was done than rounding to
-    nearest), `checkpoint.pt` (last finished epoch), `student.safetensors`, `record.json` (last).
+    Writes to `<output_dir>/<name>-<digest>/`: `config.json`, `prepared.pt` (the calibrated student, if more was done
+    than rounding to nearest), `checkpoint.pt` (last finished epoch), `student.safetensors`, and last `record.json`.
 
     Args:
         config: The run.
         accelerator: Process group; None makes one from `config.runtime`.
         on_epoch: Called on every process after every epoch with epoch, epochs, objective_value and the loss terms.
-        on_checkpoint: Called on the main process with the path of every checkpoint once it is written.
+        on_checkpoint: Called on the main process with the path of each written checkpoint.
         teacher: The result of `load_teacher(config.teacher)` if already loaded; its graph is moved to the run's device.
             None loads it.
 
@@ -52,7 +52,8 @@ def run(
         The record, on every process.
 
     Raises:
-        ValueError, OSError: Bad input, before anything is written.
+        ValueError: Invalid input, before anything is written.
+        OSError: A file cannot be read or written.
         NonFiniteLossError: Fine-tuning diverged; a record with status "failed" was written.
     """
     config = make_absolute(config)
@@ -126,30 +127,31 @@ def run(
 
 
 def check(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple[Teacher, Measure]:
-    """Open everything a run needs except its images, so that bad input is reported before hours of synthesis.
+    """Load everything a run needs except its synthetic images, to report invalid input before hours of synthesis.
 
     Returns:
         The teacher, and the measurement with its labeled images.
 
     Raises:
-        ValueError, OSError: As `run`.
+        ValueError: As `run`.
+        OSError: As `run`.
     """
     config = make_absolute(config)
     return _open(config, accelerator or make_accelerator(config.runtime), None)[:2]
 
 
 def prepare(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple[SyntheticSet, SyntheticSet]:
-    """Return the synthetic sets of a run, training and held-out, synthesized first unless the store has them."""
+    """Return the training and the held-out set of a run, synthesized first unless the store has them."""
     config = make_absolute(config)
     accelerator = accelerator or make_accelerator(config.runtime)
     return ensure_sets(config, _open(config, accelerator, None)[0], accelerator)
 
 
 def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) -> tuple[Teacher, Measure, Student]:
-    """Load the teacher, open the labeled images, build the student: every check of the input is here."""
+    """Load the teacher, open the labeled images and build the student, which checks all input."""
     teacher = teacher or load_teacher(config.teacher)
     if broadcast_object_list([teacher.digest])[0] != teacher.digest:
-        raise ValueError("teacher.spec must give every process the same network, but its weights differ between them")
+        raise ValueError("teacher.spec must give all processes the same network, but its weights differ between them")
     check_compilable(config, teacher.cam, accelerator.device)
     aligned_blocks(config, teacher)
     measure = Measure.prepare(config.evaluation, teacher, accelerator, progress=config.runtime.progress)
@@ -163,7 +165,7 @@ def _epoch_callback(
     log: RunLog,
     on_epoch: Callable[[dict[str, float]], None] | None,
 ) -> Callable[[Epoch], None]:
-    """Return a callback for the end of an epoch: measure the objective if asked for, log, call `on_epoch`."""
+    """Return a callback for the end of an epoch: measure the objective if configured, log, call `on_epoch`."""
 
     def after_epoch(epoch: Epoch) -> None:
         if on_epoch is not None or config.evaluation.every_epoch:

@@ -1,4 +1,4 @@
-"""Where a run computes: process group, device, dtype, memory format, compilation."""
+"""The runtime of a run: process group, device, dtype, memory format, compilation."""
 
 import os
 from pathlib import Path
@@ -21,14 +21,14 @@ from synq.network.cam_site import CamSite
 from synq.quant.layers import quantizers_bypassed
 
 TRACKER_PACKAGES = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "mlflow": is_mlflow_available}
-"""Tests whether the package of a tracker is installed. Accelerate itself only warns, and tracks nothing."""
+"""Tracker -> function that returns whether its package is installed. Accelerate would only warn, and log nothing."""
 
 
 def check_tracker(tracker: str) -> None:
-    """Raise if the package of a tracker is not installed.
+    """Check that the package of a tracker is installed.
 
     Raises:
-        ValueError: It is not; the message names the command that installs it.
+        ValueError: It is not; the message has the command that installs it.
     """
     if tracker != "none" and not TRACKER_PACKAGES[tracker]():
         raise ValueError(
@@ -37,11 +37,11 @@ def check_tracker(tracker: str) -> None:
 
 
 def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
-    """Return the process group and precision of a run.
+    """Return the process group of a run, after setting the number of threads.
 
     Raises:
-        ValueError: If the device or the tracker's package is not there, or several processes were started but did not
-            join.
+        ValueError: If the device or the tracker's package is missing, Accelerate is configured to accumulate gradients,
+            or several processes were started but did not join.
     """
     check_tracker(runtime.tracker)
     if runtime.num_threads is not None:
@@ -50,10 +50,10 @@ def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
         raise ValueError("runtime.device must be one that is present, but got cuda and PyTorch sees no GPU")
     on_cpu = runtime.device == "cpu" or not torch.cuda.is_available()
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started == 1:  # a process may do several runs; Accelerate would keep the first one's device and precision
+    if started == 1:  # a process may do several runs; Accelerate would keep the device and precision of the first
         AcceleratorState._reset_state(reset_partial_state=True)
-    # Precision is handled where the networks run: Accelerate's own would cut the CAM's features off the logits' graph.
-    # Buffers (ranges, running statistics) are synchronized once, by the fine-tuning, and never change afterwards.
+    # Autocast is applied around the networks: Accelerate's would detach the CAM's features from the logits' graph.
+    # Buffers (ranges, running statistics) are synchronized once, before fine-tuning, and are constant afterwards.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -81,10 +81,10 @@ def dtype_of(runtime: RuntimeConfig) -> torch.dtype:
 
 
 def layout_of(runtime: RuntimeConfig, device: torch.device) -> torch.memory_format:
-    """Return the memory format of weights; convolutions pass it on to the activations after them.
+    """Return the memory format of weights; convolutions propagate it to their outputs.
 
-    "auto": channels_last on CPU, where it was measured to win (docs/results/BENCHMARKS.md), and under bf16, for which the
-    GPU's kernels are written; contiguous for float32 on a GPU.
+    "auto": channels_last on CPU, where it was measured to be faster (docs/results/BENCHMARKS.md), and under bf16, for
+    which GPU kernels expect it; contiguous for float32 on a GPU.
     """
     chosen = runtime.memory_format
     if chosen == "auto":
@@ -100,9 +100,12 @@ def place(net: nn.Module, runtime: RuntimeConfig, device: torch.device, input_si
 
 @torch.no_grad()
 def to_layout(net: nn.Module, layout: torch.memory_format, input_size: tuple[int, int, int]) -> torch.memory_format:
-    """Convert a network's weights to a memory format, in place; fall back to contiguous if it cannot run otherwise.
+    """Convert a network's weights to a memory format, in place; fall back to contiguous if its forward pass fails.
 
-    A network that flattens a map of several cells by ``x.view(n, -1)`` fails in channels_last.
+    A network that flattens a feature map by ``x.view(n, -1)`` fails in channels_last.
+
+    Returns:
+        The memory format that the network has now.
     """
     net.to(memory_format=layout)  # type: ignore[call-overload]
     if layout is torch.channels_last:
@@ -117,7 +120,7 @@ def to_layout(net: nn.Module, layout: torch.memory_format, input_size: tuple[int
 
 
 def check_compilable(config: RunConfig, cam: CamSite, device: torch.device) -> None:
-    """Raise for what torch.compile would only report in the first step, hours later.
+    """Check that torch.compile can be used, before hours of synthesis.
 
     Raises:
         ValueError: If the student's map needs the graph between its features and logits, which compilation hides, or
@@ -125,15 +128,15 @@ def check_compilable(config: RunConfig, cam: CamSite, device: torch.device) -> N
     """
     if not config.runtime.compile:
         return
-    if cam.differentiates(config.finetune.cam_method) and config.finetune.cam_weight > 0:
+    if config.finetune.uses_cam and cam.differentiates(config.finetune.cam_method):
         raise ValueError(
-            "runtime.compile must be false for this teacher and finetune.cam_method: its class-activation map is taken "
-            "by differentiation inside the network, which a compiled network hides. Switch it off, or set "
+            "runtime.compile must be false for this teacher and finetune.cam_method: its class activation map needs a "
+            "gradient inside the network, which a compiled network hides. Disable compilation, or set "
             "finetune.cam_weight to 0"
         )
     try:
         torch.compile(lambda x: (x * 2).relu())(torch.ones(4, device=device))
-    except Exception as error:  # whatever a compiler's absence looks like; a CPU wants g++, a GPU wants Triton and gcc
+    except Exception as error:  # a missing compiler has many types: a CPU needs g++, a GPU needs Triton and gcc
         text = str(error).strip().splitlines()
         raise ValueError(
             f"runtime.compile must be false here, because torch.compile fails: {text[0] if text else error!r}"
@@ -141,19 +144,22 @@ def check_compilable(config: RunConfig, cam: CamSite, device: torch.device) -> N
 
 
 def synchronize_parameters(net: nn.Module) -> None:
-    """Broadcast the main process's parameters and buffers, learned steps and ranges among them.
+    """Broadcast the main process's parameters and buffers, which include learned step sizes and ranges.
 
-    GPUs sum in different orders: what follows from a sum would otherwise differ between processes for the whole run.
+    GPUs sum in different orders, so values computed on each process may differ; they must be equal for the whole run.
     """
     for tensor in (*net.parameters(), *net.buffers()):
         broadcast(tensor.detach())
 
 
 def exists_on_main(path: Path) -> bool:
-    """Return whether the main process finds a file: processes that disagreed would wait for one another forever."""
+    """Return, on all processes, whether a file exists for the main process.
+
+    Processes with different results would wait for one another forever.
+    """
     return bool(broadcast_object_list([path.exists()])[0])
 
 
 def same_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the metrics of the main process on all processes: a choice by them must be the same everywhere."""
+    """Return the main process's metrics on all processes, so that decisions based on them agree."""
     return dict(broadcast_object_list([metrics])[0])

@@ -32,7 +32,7 @@ IDENTIFIERS = {
     "remarks?": "note",
     "places": "paths",
     "idle": "inactive",
-    "seen|look|alone|made_of|of_its_day": "recorded, probe, only, source, (gone)",
+    "look|alone|made_of|of_its_day": "probe, only, source, (gone)",
 }
 PROSE = {
     r"\bwords\b": "args, argv",

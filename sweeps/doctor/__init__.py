@@ -1,1 +1,1 @@
-"""Check a cluster before a sweep uses it."""
+"""Checks of a Ray cluster before a sweep uses it."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from synq.common.text_tables import Row, csv_line
-from synq.config.identity import inactive_keys
+from synq.config.finetune import inactive_keys
 from synq.config.run import FinetuneConfig, RunConfig, config_digest, config_from_dict
 from synq.runs.record import DEPLOYED, RunRecord
 

@@ -1,1 +1,1 @@
-"""Where a sweep's files are: folders, object stores, and the lease that one driver holds on them."""
+"""Storage of a sweep's files: addresses, object stores, and the lease that gives one driver exclusive access."""

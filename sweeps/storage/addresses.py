@@ -1,4 +1,7 @@
-"""Addresses of folders in object stores (s3://bucket/path), and where a machine keeps its copy of one. Knows neither Ray nor torch."""
+"""Addresses of folders in object stores (s3://bucket/path), and the local folder for the copy of one.
+
+Imports neither Ray nor torch.
+"""
 
 import hashlib
 import os
@@ -9,24 +12,28 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 ARROW_SCHEMES = ("file", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
-"""Schemes, besides s3, that pyarrow opens; all others are left to fsspec."""
+"""Schemes besides s3 that pyarrow opens; fsspec opens all others."""
 
 
 def is_address(text: str) -> bool:
-    """Whether a text is an address (scheme://...) and not a folder."""
+    """Return whether a text is an address (scheme://...) rather than a folder."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
 def cache_root() -> Path:
-    """Return this machine's folder for copies: $SYNQ_CACHE_DIR, else $XDG_CACHE_HOME/synq, else ~/.cache/synq."""
-    own = os.environ.get("SYNQ_CACHE_DIR")
-    if own:
-        return Path(own).expanduser().absolute()
+    """Return the cache folder for copies: $SYNQ_CACHE_DIR, else $XDG_CACHE_HOME/synq, else ~/.cache/synq."""
+    folder = os.environ.get("SYNQ_CACHE_DIR")
+    if folder:
+        return Path(folder).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "synq"
 
 
 def local_copy(address: str) -> Path:
-    """Return this machine's folder for an address: named by its last part and by a digest, which tells two addresses apart."""
+    """Return the local folder for the copy of an address, named by the last part of the address and a digest of it.
+
+    Raises:
+        ValueError: The text is not an address.
+    """
     parts = split_address(address)
     path = unquote(parts.path).rstrip("/")
     last = re.sub(r"[^A-Za-z0-9._-]+", "_", path.rpartition("/")[2] or parts.netloc).strip("._") or "sweep"
@@ -35,10 +42,10 @@ def local_copy(address: str) -> Path:
 
 
 def split_address(address: str) -> SplitResult:
-    """Return the parts of an address.
+    """Split an address into its parts.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is not an address.
     """
     if not is_address(address):
         raise ValueError(f"`output_dir` must be an address (scheme://...), but got {address!r}")
@@ -51,17 +58,20 @@ def split_address(address: str) -> SplitResult:
 
 
 def shown(parts: SplitResult) -> str:
-    """The address without its options, and without user:password@."""
+    """Return an address for messages: without options, and without user:password@."""
     user, _, host = parts.netloc.rpartition("@")
     return f"{parts.scheme}://{host if ':' in user else parts.netloc}{parts.path}"
 
 
 def connect(parts: SplitResult) -> tuple[Any, str]:
-    """Return the file system of an address, as pyarrow has it, and the folder in it.
+    """Open the file system of an address.
+
+    Returns:
+        The `pyarrow.fs.FileSystem`, and the path of the folder in it.
 
     Raises:
-        ValueError: The scheme is unknown or takes no such options.
-        ImportError: What the scheme needs is not installed.
+        ValueError: The scheme is unknown or does not take the options of the address.
+        ImportError: A package that the scheme requires is not installed.
     """
     from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
@@ -82,7 +92,10 @@ def connect(parts: SplitResult) -> tuple[Any, str]:
 
 
 def _connect_s3(parts: SplitResult) -> tuple[Any, str]:
-    """As `connect`. By hand, since Arrow does not read AWS_ENDPOINT_URL here, and asks Amazon where another server's bucket lies."""
+    """Open an S3 file system as `connect` does, with AWS_ENDPOINT_URL and the region resolved here.
+
+    Arrow's own parser of addresses ignores AWS_ENDPOINT_URL, and queries Amazon for the region of any bucket.
+    """
     from pyarrow.fs import S3FileSystem, resolve_s3_region
 
     options = dict(parse_qsl(parts.query))
@@ -90,12 +103,12 @@ def _connect_s3(parts: SplitResult) -> tuple[Any, str]:
     bucket = parts.netloc.rpartition("@")[2]
     if unknown or not bucket:
         raise ValueError(f"it takes no option {unknown[0]!r}" if unknown else "it names no bucket")
-    own = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    scheme, _, host = options.get("endpoint_override", own).rpartition("://")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    scheme, _, host = options.get("endpoint_override", endpoint).rpartition("://")
     region = options.get("region")
     if not region and not host:
-        with suppress(OSError):  # a closed network; the next call says what is wrong, if anything is
+        with suppress(OSError):  # no network; if that matters, the next call raises
             region = resolve_s3_region(bucket)
     region = region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    where = {"endpoint_override": host.rstrip("/") or None, "scheme": options.get("scheme") or scheme or "https"}
-    return S3FileSystem(region=region, **where), bucket + unquote(parts.path).rstrip("/")
+    server = {"endpoint_override": host.rstrip("/") or None, "scheme": options.get("scheme") or scheme or "https"}
+    return S3FileSystem(region=region, **server), bucket + unquote(parts.path).rstrip("/")

@@ -1,10 +1,13 @@
-"""The lease that keeps a second driver out of a folder in an object store, which has no locks. Knows neither Ray nor torch.
+"""A lease that gives one driver exclusive access to a folder in an object store, which has no locks.
 
-It is one small object: who holds it (owner, host, process), a counter that the holder moves on, and the time. Clocks of two machines
-may differ, so a time alone takes nothing away from anybody: a lease whose time looks recent is respected, and one that looks old (or
-lies in the future) is watched for `stale_after` seconds and taken over only if it does not move. A holder that could not renew it for
-as long counts it as lost by itself, by a separate clock. Of two that take a free lease together the last writer has it: both
-wait a moment and read it again, and later each renewal reads before it writes.
+The lease is one small object with the holder (owner, host, process), a counter that each renewal increments, and the
+time. Since the clocks of two machines may differ, the time alone never ends a lease: one with a recent time is
+respected; one with an old time (or a time in the future) is watched for `stale_after` seconds and taken over only if
+its counter does not change. A holder that could not renew its lease for that long treats it as lost, by its monotonic
+clock. If two drivers take a free lease at the same time, the last writer gets it: both wait a moment and read it
+again, and later each renewal reads before it writes.
+
+Imports neither Ray nor torch.
 """
 
 import json
@@ -20,20 +23,20 @@ from typing import Any, Protocol
 
 
 class SmallObjects(Protocol):
-    """What a lease needs of the folder that it protects: small objects by name. `str()` is the folder's address."""
+    """Interface to the folder that a lease protects: small objects by name. `str()` returns the folder's address."""
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of an object, None where it does not exist."""
+        """Return the content of an object, or None if it does not exist."""
 
     def put(self, content: bytes, name: str) -> None:
-        """Write an object as a whole."""
+        """Write an object atomically."""
 
     def delete(self, name: str) -> None:
-        """Remove an object; a missing one is no error."""
+        """Remove an object, if it exists."""
 
 
 class Lease:
-    """The right to write into a folder."""
+    """An exclusive right to write into a folder, which a thread renews until it is released."""
 
     def __init__(
         self,
@@ -44,17 +47,18 @@ class Lease:
         stale_after: float = 90.0,
         settle: float = 2.0,
     ) -> None:
-        """Name a lease; `acquire` takes it.
+        """Create a lease object without taking the lease; `acquire` takes it.
 
         Args:
             storage: The folder.
-            name: Name of the lease in it.
+            name: Name of the lease object in the folder.
             every: Seconds from one renewal to the next.
-            stale_after: Seconds without a renewal after which a lease is lost to its holder and free to others; the same for all.
-            settle: Seconds in which two that take it together must both have written.
+            stale_after: Seconds without a renewal after which the lease is lost to its holder and free to others; must
+                be the same for all drivers.
+            settle: Seconds to wait after writing a free lease, so that concurrent writers see each other.
 
         Raises:
-            ValueError: A single renewal that fails would already lose it.
+            ValueError: `stale_after` is not more than twice `every`, so that one failed renewal would lose the lease.
         """
         if not 0 < 2 * every < stale_after:
             raise ValueError(f"`stale_after` must be more than twice `every`, but got {stale_after:g} and {every:g}")
@@ -69,7 +73,7 @@ class Lease:
 
     @property
     def lost(self) -> str:
-        """Why the folder is no longer ours; "" while it is. Once lost, always lost; also while a renewal hangs."""
+        """Reason why the lease was lost, "" while held. A lost lease stays lost; a renewal that hangs loses it."""
         silent = time.monotonic() - self._renewed
         if self._thread is not None and not self._lost and silent > self._stale_after:
             why = self._problem or "the store does not respond"
@@ -77,25 +81,25 @@ class Lease:
         return self._lost
 
     def acquire(self, log: Callable[[str], None] | None = None) -> None:
-        """Take the folder.
+        """Take the lease and start the thread that renews it.
 
         Args:
-            log: Called once if an old lease has to be watched for a while.
+            log: Called once with a message if an old lease has to be watched for `stale_after` seconds.
 
         Raises:
-            ValueError: Another sweep runs in the folder.
+            ValueError: Another driver holds the lease.
             OSError: The folder cannot be read or written.
         """
-        there = self._storage.read(self._name)
-        if there is not None and self._is_alive(there, log):
-            raise self._in_use(there)
+        content = self._storage.read(self._name)
+        if content is not None and self._is_alive(content, log):
+            raise self._in_use(content)
         try:
             self._renewed = time.monotonic()
             self._write()
             time.sleep(self._settle)
-            there = self._storage.read(self._name)
-            if there is None or _content(there).get("owner") != self._owner:
-                raise self._in_use(there or b"")
+            content = self._storage.read(self._name)
+            if content is None or _holder(content).get("owner") != self._owner:
+                raise self._in_use(content or b"")
         except BaseException:
             self.release()
             raise
@@ -103,33 +107,33 @@ class Lease:
         self._thread.start()
 
     def release(self) -> None:
-        """Give the folder back, if it is ours."""
+        """Stop renewing the lease and remove it, if it is still held."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(self._every)
             if (
                 self._thread.is_alive() or self.lost
-            ):  # a renewal that hangs may write after us; the lease grows old by itself
+            ):  # a renewal that hangs may still write; the lease expires by itself
                 return
             self._thread = None
-        with suppress(OSError):  # as above
-            there = self._storage.read(self._name)
-            if there is not None and _content(there).get("owner") == self._owner:
+        with suppress(OSError):  # the lease expires by itself
+            content = self._storage.read(self._name)
+            if content is not None and _holder(content).get("owner") == self._owner:
                 self._storage.delete(self._name)
 
     def _renew(self) -> None:
         while not self._stop.wait(self._every):
             started = time.monotonic()
             try:
-                there = self._storage.read(self._name)
-                if there is not None and _content(there).get("owner") != self._owner:
-                    self._lost = str(self._in_use(there))
+                content = self._storage.read(self._name)
+                if content is not None and _holder(content).get("owner") != self._owner:
+                    self._lost = str(self._in_use(content))
                     return
                 self._write()
             except OSError as error:
                 self._problem = str(error)
                 continue
-            if self.lost:  # by a clock of ours: another one may have started meanwhile
+            if self.lost:  # by the monotonic clock: another driver may have started meanwhile
                 return
             self._renewed = started
 
@@ -139,38 +143,42 @@ class Lease:
             "owner": self._owner,
             "host": platform.node(),
             "pid": os.getpid(),
-            "place": _place(),
-            "birth": _birth(os.getpid()),
+            "place": _pid_namespace(),
+            "birth": _start_time(os.getpid()),
             "beat": self._beat,
             "time": time.time(),
         }
         self._storage.put((json.dumps(holder) + "\n").encode(), self._name)
 
-    def _is_alive(self, there: bytes, log: Callable[[str], None] | None) -> bool:
-        """Whether the holder of a lease still runs, as far as can be seen from here."""
-        holder = _content(there)
-        place = _place()
-        if place and holder.get("place") == place and _birth(holder["pid"]) not in ("unknown", holder.get("birth")):
+    def _is_alive(self, content: bytes, log: Callable[[str], None] | None) -> bool:
+        """Return whether the holder of a lease still runs, as far as this machine can determine."""
+        holder = _holder(content)
+        namespace = _pid_namespace()
+        if (
+            namespace
+            and holder.get("place") == namespace
+            and _start_time(holder["pid"]) not in ("unknown", holder.get("birth"))
+        ):
             return False
         if abs(_age(holder)) <= self._stale_after:
             return True
         if log is not None:
-            log(f"an old lease lies in {self._storage} ({_who(holder)}): watching it for {self._stale_after:.0f} s")
+            log(f"old lease in {self._storage} ({_who(holder)}): watching it for {self._stale_after:.0f} s")
         end = time.monotonic() + self._stale_after
         while time.monotonic() < end:
             time.sleep(min(self._every / 4, max(0.0, end - time.monotonic())))
-            now = self._storage.read(self._name)
-            if now != there:
-                return now is not None
+            latest = self._storage.read(self._name)
+            if latest != content:
+                return latest is not None
         return False
 
-    def _in_use(self, there: bytes) -> ValueError:
-        who = _who(_content(there))
+    def _in_use(self, content: bytes) -> ValueError:
+        who = _who(_holder(content))
         return ValueError(f"`output_dir` must not be in use, but another sweep runs in {self._storage} ({who})")
 
 
-def _content(text: bytes) -> dict[str, Any]:
-    """The holder of a lease; of a damaged one, somebody without a name whose time is long past."""
+def _holder(text: bytes) -> dict[str, Any]:
+    """Read the holder of a lease; a damaged lease has an unknown holder with time 0, so it counts as old."""
     try:
         holder = json.loads(text)
         return {**holder, "pid": int(holder["pid"]), "time": float(holder["time"])}
@@ -183,11 +191,12 @@ def _age(holder: dict[str, Any]) -> float:
 
 
 def _who(holder: dict[str, Any]) -> str:
-    return f"host {holder.get('host', 'unknown')}, pid {holder['pid']}, last sign of life {max(0.0, _age(holder)):.0f} s ago"
+    age = max(0.0, _age(holder))
+    return f"host {holder.get('host', 'unknown')}, pid {holder['pid']}, last renewal {age:.0f} s ago"
 
 
-def _place() -> str:
-    """What a process number is valid in: this start of this machine, this container. "" where that is unknown."""
+def _pid_namespace() -> str:
+    """Return host, boot id and pid namespace, within which a pid is unique; "" if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{platform.node()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -195,8 +204,11 @@ def _place() -> str:
         return ""
 
 
-def _birth(pid: int) -> str:
-    """When a process of this place started, in ticks: numbers are used again. "ended" if it did, "unknown" if it is hidden from us."""
+def _start_time(pid: int) -> str:
+    """Return the start time of a process of this pid namespace, in clock ticks since boot, since pids are reused.
+
+    Returns "ended" if it has ended, and "unknown" if its status is not readable.
+    """
     try:
         os.kill(pid, 0)
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

@@ -1,14 +1,15 @@
-"""A sweep's folder in an object store, by address: s3://bucket/path, gs://, abfs://, hdfs://, file:///mnt/x, or what fsspec knows.
+"""A sweep's folder in an object store, by address: s3://bucket/path, gs://, abfs://, hdfs://, file://, or fsspec's.
 
-The driver and the trials work on copies on their own machines and send what counts. A file under its final name is always whole: an object
-store shows an object when it is closed, and elsewhere a file is written under another name and renamed. What is replaced and what is
-listed must be seen at once by all machines, as S3, Google and Azure promise. Knows neither Ray nor torch.
+The driver and the trials work on local copies and upload the results. A file is never visible in part: an object store
+publishes an object when it is closed; on other file systems a file is written under a temporary name and renamed.
+Overwrites and listings must be strongly consistent, as S3, Google Cloud Storage and Azure guarantee.
+
+Imports neither Ray nor torch.
 """
 
 import errno
 import io
 import os
-import re
 import shutil
 import threading
 import time
@@ -23,46 +24,43 @@ from typing import Any, BinaryIO, TypeVar
 from filelock import FileLock
 
 from .addresses import cache_root, connect, is_address, local_copy, shown, split_address
+from .errors import DENIED, as_os_error, is_transient, one_line
 
 __all__ = ["Storage", "cache_root", "is_address", "local_copy", "open_storage"]
 
 T = TypeVar("T")
 F = TypeVar("F", bound=BinaryIO)
 CHUNK_BYTES = 16 * 2**20
-"""Most of one file that is in memory at a time."""
+"""Maximum part of a file that is in memory at a time."""
 THREADS = 16
-"""Files that travel at a time."""
+"""Maximum number of concurrent transfers."""
 PAUSES = (0.5, 1.0, 2.0, 4.0)
-"""Seconds before each further attempt after an error that may pass."""
+"""Seconds before each retry after a transient error."""
 OBJECT_STORES = ("s3", "gcs", "abfs")
-"""File systems, as pyarrow names them, that show an object when it is closed."""
-MAY_PASS = re.compile(
-    r"time.?out|timed out|slow.?down|unavailable|throttl|too many requests|try again|internal.?(failure|error)|network"
-    r"|connect|changed while|\b(429|500|502|503|504)\b",
-    re.IGNORECASE,
-)
-DENIED = re.compile(r"ACCESS_DENIED|ACCESS_KEY|SIGNATURE|TOKEN|[Cc]redential|[Aa]uthenticat|[Ff]orbidden|\b40[13]\b")
+"""File systems, by pyarrow's type name, that publish an object when it is closed."""
 
 
 def open_storage(address: str) -> "Storage":
     """Open the folder of an address; it need not exist yet.
 
-    A server other than Amazon's is named by AWS_ENDPOINT_URL or in the address: s3://bucket/path?endpoint_override=http://host:9000.
-    Credentials come from the environment, or from where else the store's own tools look for them.
+    A server other than Amazon's is named by AWS_ENDPOINT_URL or in the address:
+    s3://bucket/path?endpoint_override=http://host:9000.
+    Credentials come from the environment or the other sources that the store's client library reads.
 
     Raises:
         ValueError: The scheme is unknown, the bucket is absent, or the credentials are missing or rejected.
         OSError: The store cannot be reached.
     """
     parts = split_address(address)
-    if parts.password is not None:  # it would travel in every plan and every message
+    if parts.password is not None:  # it would appear in every plan and every message
         raise ValueError(f"`output_dir` must carry no password (set it in the environment), but got {shown(parts)}")
     try:
         files, root = connect(parts)
     except (ValueError, ImportError, NotImplementedError) as error:
-        raise ValueError(f"`output_dir` must be an address to open, but got {shown(parts)}: {_line(error)}") from error
+        why = f"{shown(parts)}: {one_line(error)}"
+        raise ValueError(f"`output_dir` must be an address to open, but got {why}") from error
     except Exception as error:  # no connection; each back end has separate exception types
-        raise _failure(error, shown(parts)) from error
+        raise as_os_error(error, shown(parts)) from error
     storage = Storage(address, files, root)
     if files.type_name in OBJECT_STORES:
         storage.check_bucket()
@@ -70,32 +68,36 @@ def open_storage(address: str) -> "Storage":
 
 
 class Storage:
-    """One folder of an object store. Names are relative to it, with slashes. Threads may share it; it can be pickled.
+    """One folder of an object store. Names are relative to it, with slashes. Thread-safe and picklable.
 
-    Errors that may pass are given some seconds; those that stay are an OSError of one line with the address and the cause.
+    Transient errors are retried for some seconds; others raise a one-line OSError with the address and the cause.
     """
 
     def __init__(self, address: str, files: Any, root: str) -> None:
         self.address = address
         self.files = files
-        """The store, as a file system of pyarrow."""
+        """The store, as a `pyarrow.fs.FileSystem`."""
         self._root = root.rstrip("/")
 
     def __str__(self) -> str:
-        """The address without options, to be shown."""
+        """Return the address without options, for messages."""
         return shown(split_address(self.address))
 
     def path(self, name: str) -> str:
-        """Where a name lies in `files`."""
+        """Return the path of a name in `files`.
+
+        Raises:
+            ValueError: The name leads out of the folder, or has wildcards that fsspec would expand.
+        """
         if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"`name` must stay below the folder, but got {name!r}")
         path = f"{self._root}/{name}".rstrip("/")
-        if self.files.type_name.startswith("py::") and set(path) & set("*?["):  # fsspec moves by patterns
+        if self.files.type_name.startswith("py::") and set(path) & set("*?["):  # fsspec expands wildcards when it moves
             raise ValueError(f"`name` must have none of *?[ in a store of this kind, but got {self._where(name)!r}")
         return path
 
     def check_bucket(self) -> None:
-        """Reject a bucket that is absent or closed to us. A store lists an absent one as if it were empty."""
+        """Raise ValueError for a bucket that is absent or denies access; a store lists an absent one as empty."""
         from pyarrow.fs import FileType
 
         try:
@@ -103,8 +105,9 @@ class Storage:
         except OSError as error:
             if not DENIED.search(str(error)):
                 raise
-            raise ValueError(f"`output_dir` must be open to the credentials in use, but got {_line(error)}") from error
-        with suppress(OSError):  # the bucket itself may be closed where its folder is open
+            why = one_line(error)
+            raise ValueError(f"`output_dir` must be open to the credentials in use, but got {why}") from error
+        with suppress(OSError):  # the credentials may cover the folder only
             if self._infos(self._root.split("/")[0]).type == FileType.NotFound:
                 raise ValueError(f"`output_dir` must name an existing bucket, but got {self}")
 
@@ -112,29 +115,29 @@ class Storage:
         """Write, read and remove a small object.
 
         Raises:
-            OSError: One of them failed.
+            OSError: One of the three failed.
         """
         probe = f".probe-{uuid.uuid4().hex}"
         try:
             self.put(b"probe", probe)
             if self.read(probe) != b"probe":
-                raise OSError("what was written cannot be read back")
+                raise OSError("an object must read back as written, but does not")
             self.delete(probe)
         except OSError as error:
-            text = f"`output_dir` must be writable, but got {self}: {_line(error)}"
+            text = f"`output_dir` must be writable, but got {self}: {one_line(error)}"
             raise OSError(error.errno or errno.EIO, text) from error
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file of that name."""
+        """Return whether a file of that name exists."""
         path = self.path(name)
         return self._attempt(lambda: bool(self._infos(path).is_file), self._where(name))
 
     def names(self, folder: str) -> list[str]:
-        """Names of the files directly below a folder, sorted; none where it is absent."""
+        """Return the sorted names of the files directly below a folder; empty if the folder is absent."""
         return self._list(folder, recursive=False)
 
     def put(self, content: Path | bytes, name: str) -> None:
-        """Send a local file, or the content itself. A reader finds what was there before or all of the new."""
+        """Upload a local file, or bytes, atomically: a reader gets either the old or the new content."""
         path = self.path(name)
 
         def send() -> None:
@@ -146,20 +149,27 @@ class Storage:
         if threading.current_thread() is not threading.main_thread():
             call()
             return
-        with ThreadPoolExecutor(1) as thread:  # Ctrl-C in the midst would close the object, and so publish half of it
+        # In the main thread, Ctrl-C during the upload would close the object, and so publish a part of it.
+        with ThreadPoolExecutor(1) as thread:
             thread.submit(call).result()
 
     def get(self, name: str, local: Path) -> bool:
-        """Fetch a file, under a temporary name until it is whole. Returns False where there is none."""
+        """Download a file to `local` atomically, and return whether it exists."""
         return self._fetch(name, lambda: _whole(local), str(local)) is not None
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a small file, or None where there is none."""
+        """Return the content of a small file, or None if it does not exist."""
         memory = self._fetch(name, lambda: nullcontext(io.BytesIO()))
         return None if memory is None else memory.getvalue()
 
     def put_folder(self, local: Path, name: str, *, last: str = "") -> None:
-        """Send every file of a local folder; the one called `last` after all others, so that its presence means that the folder is whole."""
+        """Upload every file of a local folder, the one named `last` after all others.
+
+        The presence of `last` then implies that the folder is complete.
+
+        Raises:
+            ValueError: The folder is empty or has no file `last`.
+        """
         paths = [path for path in sorted(local.rglob("*")) if path.is_file() and not _is_temporary(path.name)]
         files = [path.relative_to(local).as_posix() for path in paths]
         if not files or (last and last not in files):
@@ -169,12 +179,15 @@ class Storage:
             self.put(local / last, f"{name}/{last}")
 
     def get_folder(self, name: str, local: Path) -> bool:
-        """Fetch a folder whose content no longer changes, unless this machine has it. It appears as a whole, by rename.
+        """Download an immutable folder atomically, by rename, unless `local` exists.
 
-        Of several processes of one machine that ask at the same time one downloads; the others wait for it.
+        Of several concurrent processes of one machine, one downloads; the others wait for it.
 
         Returns:
-            Whether this call downloaded it. If not, and `local` is still absent, then the store has no such folder.
+            Whether this call downloaded the folder. If not, and `local` is still absent, the store has no such folder.
+
+        Raises:
+            OSError: A download failed, or a file vanished during it.
         """
         if local.is_dir():
             return False
@@ -183,21 +196,26 @@ class Storage:
             files = [] if local.is_dir() else self._list(name, recursive=True)
             if not files:
                 return False
-            coming = local.with_name(f".{local.name}.coming")  # ours by the lock, a killed download's rest included
-            shutil.rmtree(coming, ignore_errors=True)
+            # The lock makes this folder ours, including what a killed download left in it.
+            partial_folder = local.with_name(f".{local.name}.coming")
+            shutil.rmtree(partial_folder, ignore_errors=True)
             try:
-                if not all(_each(lambda file: self.get(f"{name}/{file}", coming / file), files)):
-                    raise OSError(f"{self._where(name)}: a file vanished while the folder was fetched")
-                os.replace(coming, local)
+                if not all(_each(lambda file: self.get(f"{name}/{file}", partial_folder / file), files)):
+                    raise OSError(f"{self._where(name)}: a file vanished while the folder was downloaded")
+                os.replace(partial_folder, local)
             finally:
-                shutil.rmtree(coming, ignore_errors=True)
+                shutil.rmtree(partial_folder, ignore_errors=True)
         return True
 
     def get_all(self, folders: Sequence[str], local: Path) -> int:
-        """Make the files directly below some folders here what they are in the store; those that the store lacks are removed here.
+        """Mirror the files directly below some folders from the store; local files that the store lacks are removed.
+
+        Args:
+            folders: Names of the folders in the store.
+            local: Folder that has them on this machine.
 
         Returns:
-            How many were fetched.
+            The number of files downloaded.
         """
         found = {folder: self.names(folder) for folder in folders}
         for folder, names in found.items():
@@ -205,11 +223,11 @@ class Storage:
             for path in set((local / folder).iterdir()) - {local / folder / name for name in names}:
                 if path.is_file():
                     path.unlink(missing_ok=True)
-        wanted = [f"{folder}/{name}" for folder, names in found.items() for name in names]
-        return sum(_each(lambda name: self.get(name, local / name), wanted))
+        paths = [f"{folder}/{name}" for folder, names in found.items() for name in names]
+        return sum(_each(lambda name: self.get(name, local / name), paths))
 
     def delete(self, name: str) -> None:
-        """Remove a file; a missing one is fine."""
+        """Remove a file, if it exists."""
         path = self.path(name)
 
         def remove() -> None:
@@ -222,7 +240,7 @@ class Storage:
         return f"{str(self).rstrip('/')}/{name}".rstrip("/")
 
     def _infos(self, what: Any) -> Any:
-        """Ask for file infos. What fsspec remembers is dropped first: other machines write here, too."""
+        """Return file infos, after invalidating fsspec's cache, since other machines write to the store as well."""
         if self.files.type_name.startswith("py::fsspec"):
             self.files.handler.fs.invalidate_cache()
         return self.files.get_file_info(what)
@@ -238,7 +256,7 @@ class Storage:
 
     def _send(self, source: BinaryIO, path: str) -> None:
         parent, _, last = path.rpartition("/")
-        if self.files.type_name == "local":  # Python's own calls flush to the disk and report a full one by its errno
+        if self.files.type_name == "local":  # Python's I/O flushes to the disk and reports a full one by its errno
             with _whole(Path(path)) as file:
                 shutil.copyfileobj(source, file, CHUNK_BYTES)
         elif self.files.type_name in OBJECT_STORES:
@@ -250,27 +268,27 @@ class Storage:
                 self._write(source, temporary)
                 self.files.move(temporary, path)
             except Exception:
-                with suppress(Exception):  # the first error counts
+                with suppress(Exception):  # report the first error
                     self.files.delete_file(temporary)
                 raise
 
     def _write(self, source: BinaryIO, path: str) -> None:
-        """Write a stream by pieces. Not by `pyarrow.fs.copy_files`, which drops the errors of closing: the upload's success."""
+        """Write a stream in chunks; `pyarrow.fs.copy_files` would ignore an error when the upload completes."""
         chunk = source.read(CHUNK_BYTES)
         stream = self.files.open_output_stream(path, compression=None)
         while chunk:
             stream.write(chunk)
-            stream.flush()  # pieces travel in the background: without this, the whole file would wait in memory
+            stream.flush()  # chunks upload in the background: without this, the whole file could queue in memory
             try:
                 chunk = source.read(CHUNK_BYTES)
-            except OSError:  # of the local disk; what is begun can only be closed
+            except OSError:  # of the local disk; an upload that has started can only be closed
                 stream.close()
                 self.files.delete_file(path)
                 raise
         stream.close()
 
     def _fetch(self, name: str, make: Callable[[], AbstractContextManager[F]], *ends: str) -> F | None:
-        """Copy a file into what `make` opens and return that; None where there is no such file."""
+        """Copy a file into the file object that `make` opens and return it; None if the file does not exist."""
         path = self.path(name)
 
         def fetch() -> F | None:
@@ -287,24 +305,28 @@ class Storage:
         return self._attempt(fetch, self._where(name), *ends)
 
     def _attempt(self, function: Callable[[], T], *ends: str) -> T:
-        """Call a function of the store, again after errors that may pass. The error that remains names both ends of the way."""
+        """Call a function of the store, retrying after transient errors.
+
+        Raises:
+            OSError: The last error; it names `ends`, the source and target of the transfer.
+        """
         for pause in (*PAUSES, 0.0):
             try:
                 return function()
             except Exception as error:  # each back end has separate exception types
-                if not pause or not _may_pass(error):
-                    raise _failure(error, *ends) from error
+                if not pause or not is_transient(error):
+                    raise as_os_error(error, *ends) from error
             time.sleep(pause)
         raise AssertionError("unreachable")
 
 
 @contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` when the block ends, and vanishes when it fails."""
+    """Open a temporary file that replaces `path` when the block ends, and is removed when the block fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(_temporary(path.name))
     try:
-        with temporary.open("xb") as file:  # not by mkstemp, whose mode hides a file from others on a shared disk
+        with temporary.open("xb") as file:  # not mkstemp: its mode 0600 locks other users out
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -325,21 +347,3 @@ def _is_temporary(name: str) -> bool:
 def _each(function: Callable[[str], T], names: Iterable[str]) -> list[T]:
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(function, names))
-
-
-def _may_pass(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno:
-        lost = (errno.ESTALE, errno.EHOSTUNREACH, errno.ENETUNREACH)
-        return isinstance(error, ConnectionError | TimeoutError) or error.errno in lost
-    text = f"{type(error).__name__} {error}"
-    return MAY_PASS.search(text) is not None and not DENIED.search(text)
-
-
-def _failure(error: Exception, *ends: str) -> OSError:
-    number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return OSError(number, _line(text) or type(error).__name__, ends[0], None, *ends[1:])
-
-
-def _line(text: object) -> str:
-    return " ".join(str(text).split())[:400]

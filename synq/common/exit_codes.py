@@ -44,6 +44,11 @@ def exit_code(
     except (ValueError, OSError) as error:
         report_error(error)
         return USER_ERROR
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "synq":  # a fault of ours, not of the environment
+            raise
+        report_error(ImportError(_import_reason(error)))
+        return USER_ERROR
     except RuntimeError as error:
         from concurrent.futures import BrokenExecutor
 
@@ -57,6 +62,16 @@ def exit_code(
     except KeyboardInterrupt:
         print("synq: interrupted" + ("; the same command resumes" if resumes else ""), file=sys.stderr, flush=True)
         return INTERRUPTED
+
+
+def _import_reason(error: BaseException) -> str:
+    """Return why a required package cannot be imported; the first error of a chain has the reason."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return (
+        f"a required package cannot be imported: {str(error).rstrip('.')}; `python -m pip check` shows which installed packages disagree "
+        "(a separate virtual environment for SynQ avoids the requirements of others)"
+    )
 
 
 def leave(code: int) -> None:

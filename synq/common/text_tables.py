@@ -76,8 +76,8 @@ def to_text(rows: Iterable[Row], columns: Sequence[str], headings: Mapping[str, 
     """
     lines = [[(headings or {}).get(column, column) for column in columns]]
     lines += [[_short(row.get(column)) for column in columns] for row in rows]
-    widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
-    padded = ("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
+    lengths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
+    padded = ("  ".join(text.rjust(length) for text, length in zip(line, lengths, strict=True)) for line in lines)
     return "".join(f"{line.rstrip()}\n" for line in padded)
 
 

@@ -1,1 +1,1 @@
-"""Settings of a run as frozen dataclasses, their strict parsing, digests and command line. Importing it loads no torch."""
+"""Settings of a run as frozen dataclasses: strict parsing, digests, the command line. Importing it loads no torch."""

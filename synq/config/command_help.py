@@ -1,4 +1,4 @@
-"""Text of `--help`, from the docstrings under the fields of the settings of a run. Loads no torch."""
+"""The text of `--help`, made from the docstrings under the fields of the settings. Loads no torch."""
 
 import ast
 import dataclasses
@@ -20,12 +20,13 @@ GROUPS = tuple(part.name for part in dataclasses.fields(RunConfig) if dataclasse
 """Tables of the settings: teacher, synthesis, quant, reconstruction, finetune, evaluation, runtime."""
 MIN_WIDTH, MAX_WIDTH = 80, 120
 LEFT_WIDTH = 42
-"""Columns of the options; a longer one gets a line to itself."""
+"""Maximum width of the column of options, in characters; a longer option gets a separate line."""
 ONE_LINE_CHOICES = 24
+"""Maximum length of the choices of a setting next to its option, in characters; longer ones follow its help."""
 
 
 class Described(Protocol):
-    """What the help needs to know of a command; see `Command`."""
+    """The attributes of a command that its help shows; see `Command`."""
 
     help: str | None
     settings: str
@@ -44,12 +45,12 @@ class Described(Protocol):
 
 
 def overview(program: str, version: str, sections: Mapping[str, Mapping[str, tuple[str, str]]]) -> str:
-    """Return the help of a program: its commands by purpose, one line each.
+    """Return the help of a program: its commands by section, one line each.
 
     Args:
-        program: Its name.
-        version: Of the program.
-        sections: Title -> command -> (module, what it does).
+        program: Name of the program.
+        version: Version of the program.
+        sections: Title -> command -> (module, summary of the command).
     """
     lines = [
         f"usage: {program} COMMAND ...",
@@ -65,13 +66,13 @@ def overview(program: str, version: str, sections: Mapping[str, Mapping[str, tup
 
 
 def short_help(command: Described, program: str, config: RunConfig, width: int | None = None) -> str:
-    """Return the essentials of a command in fewer than 40 lines.
+    """Return the short help of a command, fewer than 40 lines.
 
     Args:
         command: The command.
-        program: How the user called it.
-        config: Whose values are shown as defaults.
-        width: Columns; None for those of the terminal, 80 to 120.
+        program: The program and command as the user called it.
+        config: Its values are shown as defaults.
+        width: Line width in characters; None takes that of the terminal, 80 to 120.
     """
     width = width or _width()
     sentence = (command.help or "").partition("\n\n")[0]
@@ -88,7 +89,7 @@ def short_help(command: Described, program: str, config: RunConfig, width: int |
 
 
 def full_help(command: Described, program: str, config: RunConfig) -> str:
-    """Return everything about a command: its description, all options and all settings."""
+    """Return the full help of a command: its description, all options and all settings."""
     width = _width()
     lines = _usage(command, program, width)
     for part in (command.help or "").split("\n\n"):
@@ -101,7 +102,7 @@ def full_help(command: Described, program: str, config: RunConfig) -> str:
 
 
 def group_help(program: str, config: RunConfig, group: str) -> str:
-    """Return all settings of one group in full."""
+    """Return the help of all settings of one group."""
     return "\n".join(_group_lines(config, group, _width()))
 
 
@@ -121,7 +122,7 @@ def _closing(command: Described, program: str) -> list[str]:
 
 
 def _own(command: Described) -> list[tuple[str, str, bool]]:
-    """Return (option or argument, help, whether it is common) of a command, its settings apart."""
+    """Return (option or argument, help, whether it is common) of a command, without the settings."""
     rows = [(argument.metavar or "", str(argument.help), True) for argument in command.own_arguments]
     for option in command.own_options:
         value = (
@@ -138,7 +139,7 @@ def _width() -> int:
 
 
 def _definitions(rows: Sequence[tuple[str, str]], width: int, *, one_line: bool = False) -> list[str]:
-    """Return lines of two columns; with `one_line` each row is one line, cut off where it does not fit."""
+    """Return the lines of a table of two columns; with `one_line`, each row is truncated to one line."""
     column = min(max((len(left) for left, _ in rows), default=0), LEFT_WIDTH) + 2
     lines = []
     for left, right in rows:
@@ -155,7 +156,7 @@ def _definitions(rows: Sequence[tuple[str, str]], width: int, *, one_line: bool 
 
 
 def _cut(text: str, room: int) -> str:
-    """Return a line of help whose default is in brackets at its end, whatever has to be cut off before."""
+    """Return one line of help with the default in brackets at its end; the text before it is truncated to fit."""
     start, _, default = text.rpartition("(default: ")
     end = f" [{default[:-1]}]"
     start = start.rstrip()
@@ -165,7 +166,7 @@ def _cut(text: str, room: int) -> str:
 
 
 def settings_rows(config: RunConfig, keys: Iterable[str]) -> list[tuple[str, str]]:
-    """Return (option with its type, docstring and value in `config`) of settings by dotted key."""
+    """Return (option with its type, docstring and value in `config`) of each setting, given by dotted key."""
     docs, hints = field_docs(RunConfig), _hints(RunConfig)
     rows = []
     for key in keys:
@@ -173,15 +174,15 @@ def settings_rows(config: RunConfig, keys: Iterable[str]) -> list[tuple[str, str
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part)
-        ends = [f"{doc} " if (doc := docs[key]) else "", f"One of {choices}. " if choices else ""]
+        parts = [f"{doc} " if (doc := docs[key]) else "", f"One of {choices}. " if choices else ""]
         default = name.rpartition("|")[2] if value is None else _text(value)
-        rows.append((f"--{key} {name}", f"{''.join(ends)}(default: {default})"))
+        rows.append((f"--{key} {name}", f"{''.join(parts)}(default: {default})"))
     return rows
 
 
 @functools.cache
 def field_docs(cls: type, prefix: str = "") -> dict[str, str]:
-    """Return the docstring under each field of a configuration class, by dotted key; parts of parts included."""
+    """Return the docstring under each field of a configuration class by dotted key, nested parts included."""
     found: dict[str, str] = {}
     written = _docs_in(cls.__module__).get(cls.__name__, {})
     for field in dataclasses.fields(cls):
@@ -193,7 +194,7 @@ def field_docs(cls: type, prefix: str = "") -> dict[str, str]:
 
 @functools.cache
 def _docs_in(module: str) -> dict[str, dict[str, str]]:
-    """Return class -> field -> docstring of a module; nothing where its source is not there."""
+    """Return class -> field -> docstring of a module; empty if its source file is missing."""
     path = Path(sys.modules[module].__file__ or "")
     if path.suffix != ".py" or not path.is_file():
         return {}
@@ -220,7 +221,7 @@ def _hints(cls: type, prefix: str = "") -> dict[str, Any]:
 
 
 def _metavar(hint: Any) -> tuple[str, str]:
-    """Return the type of a setting as the help writes it, and its choices where they are too long for that."""
+    """Return the type of a setting as shown next to its option, and its choices if they are too long for that."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         (inner,) = (arg for arg in args if arg is not types.NoneType)
@@ -238,7 +239,7 @@ def _metavar(hint: Any) -> tuple[str, str]:
 
 
 def _text(value: Any) -> str:
-    """Return a value as it is written on the command line."""
+    """Return a value as written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Command lines with click: options made from the settings of a run, errors of one line, exit codes. Loads no torch.
+"""Command lines on top of click: an option per setting of a run, one-line errors, exit codes. Loads no torch.
 
     @click.command("export", cls=Command, examples=EXAMPLES)
     @argument("run", metavar="RUN", help="folder of a finished run")
@@ -8,8 +8,8 @@
 
     main = command.run
 
-What click lacks: options that take several values (`--seeds 0 1 2`), the nearest option in an error, and a first
-argument that needs no option (TEACHER for `--teacher.spec`).
+Beyond click: options that take several values (`--seeds 0 1 2`), the most similar option in an error message, and a
+first argument without its option (TEACHER for `--teacher.spec`).
 """
 
 import importlib
@@ -35,17 +35,17 @@ class Command(click.Command):
 
     Args:
         name: As on the command line.
-        usage: What follows the program's name in the usage line; made from the options where it is empty.
+        usage: The usage line after the program's name; made from the options if empty.
         examples: Lines of examples; `%(prog)s` is the program's name.
         settings: Which settings of a run are options: "" none; "run" all, the callback gets `config`, a RunConfig with
             absolute paths, and the context's `obj` is the overrides by dotted key; "overrides" all, the callback gets
             `overrides`.
-        common: Keys of the settings that the short help lists.
-        first: Option whose value the first argument is; with "run", that is TEACHER or a file of settings.
-        advice: What to do about an option that does not exist.
-        exit_codes: What the codes mean.
-        resumes: Whether the same command, started again, continues where it was interrupted.
-        failures: Returns the RuntimeErrors that are the failure of a run, not of this program.
+        common: Dotted keys of the settings in the short help.
+        first: Option that the first argument is the value of; with "run", `--teacher.spec` or `--config`.
+        advice: Advice at the end of the message about an unknown option.
+        exit_codes: Meaning of the exit codes.
+        resumes: Whether the same command, started again, resumes an interrupted one.
+        failures: Returns the types of RuntimeError that mean a failed run, not a bug of this program.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Command(click.Command):
 
     @property
     def own_options(self) -> list[Option]:
-        """Return the options that are no settings of a run."""
+        """Return the options that are not settings of a run."""
         return [param for param in self.params if isinstance(param, Option)]
 
     @property
@@ -81,7 +81,7 @@ class Command(click.Command):
 
     @property
     def usage_line(self) -> str:
-        """Return what follows the program's name in the usage line."""
+        """Return the usage line after the program's name."""
         if self.usage:
             return self.usage
         names = [f"{param.metavar}{'...' if param.nargs < 0 else ''}" for param in self.own_arguments]
@@ -98,19 +98,19 @@ class Command(click.Command):
         """Run the command and return its exit code.
 
         Args:
-            argv: The arguments; None takes those of the process.
-            program: Name of the program in the help; "synq NAME" where it is empty.
+            argv: The arguments; None takes `sys.argv[1:]`.
+            program: Name of the program in the help; "synq NAME" if empty.
         """
         args = list(sys.argv[1:] if argv is None else argv)
         work = partial(self._work, args, program or f"synq {self.name}")
         return exit_code(work, resumes=self.resumes, failures=self.failures)
 
     def read(self, args: Sequence[str]) -> dict[str, Any]:
-        """Return what the callback gets for these arguments, without calling it.
+        """Return the parameters of the callback for these arguments, without calling it.
 
         Raises:
             ValueError: An argument is unknown, missing or out of range.
-            OSError: A file of settings cannot be read.
+            OSError: A settings file cannot be read.
         """
         return self._parse(args, f"synq {self.name}").params
 
@@ -137,7 +137,7 @@ class Command(click.Command):
             raise ValueError(f"{message[:1].lower()}{message[1:]}; {self.advice}") from None
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the arguments, or print the help and leave.
+        """Parse the arguments; on a help flag, print the help and exit.
 
         Raises:
             ValueError: As `read`.
@@ -241,12 +241,12 @@ class Command(click.Command):
 
 
 def name_first_argument(args: Sequence[str], first: str, *, takes_file: bool) -> list[str]:
-    """Return the arguments with the option of the first one, where that is no option itself.
+    """Return the arguments with an option inserted before the first one, unless that is an option itself.
 
     Args:
         args: The arguments.
-        first: The option.
-        takes_file: Whether a first argument that ends in .toml or .json is the value of `--config`.
+        first: The option to insert.
+        takes_file: Whether to insert `--config` before an argument that ends in .toml or .json.
 
     Raises:
         ValueError: The second argument has no option either.
@@ -262,10 +262,10 @@ def name_first_argument(args: Sequence[str], first: str, *, takes_file: bool) ->
 
 
 def read_run(files: Sequence[str], overrides: Mapping[str, Any]) -> RunConfig:
-    """Return the settings of a file, or the defaults, with overrides by dotted key.
+    """Return the settings of a file, or the defaults without one, with overrides by dotted key.
 
     Raises:
-        ValueError: There are two files; a key is unknown or a value out of range.
+        ValueError: There are two files, a key is unknown, or a value is out of range.
         OSError: The file cannot be read.
     """
     if len(files) > 1:
@@ -274,12 +274,12 @@ def read_run(files: Sequence[str], overrides: Mapping[str, Any]) -> RunConfig:
 
 
 class CommandGroup(click.Group):
-    """Commands by purpose; a module is imported when its command is called, and holds it as `command`.
+    """Commands by section; the module of a command, with the attribute `command`, is imported when it is called.
 
     Args:
-        name: The program.
-        version: What `--version` prints.
-        sections: Title -> command -> (module, what it does).
+        name: Name of the program.
+        version: Version that `--version` prints.
+        sections: Title -> command -> (module, summary of the command).
     """
 
     def __init__(self, name: str, version: str, sections: Mapping[str, Mapping[str, tuple[str, str]]]) -> None:
@@ -288,16 +288,16 @@ class CommandGroup(click.Group):
         self.modules = {name: module for part in sections.values() for name, (module, _) in part.items()}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of the help."""
+        """Return the names of the commands in the order of the help."""
         return list(self.modules)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> Command | None:
-        """Import a command; None where there is none of this name."""
+        """Import and return a command; None if there is none of this name."""
         module = self.modules.get(cmd_name)
         return None if module is None else importlib.import_module(module).command
 
     def run(self, argv: Sequence[str]) -> int:
-        """Run the command that the first argument names and return its exit code."""
+        """Run the command named by the first argument and return its exit code."""
         return exit_code(partial(self._work, list(argv)))
 
     def _work(self, args: list[str]) -> int:

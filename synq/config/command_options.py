@@ -1,4 +1,4 @@
-"""Options and arguments of commands: what click lacks, and one option for every setting of a run. Loads no torch."""
+"""Options and arguments of commands: extensions of click, and one option per setting of a run. Loads no torch."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -17,8 +17,8 @@ class Option(click.Option):
     """An option with one value, or with several: `--seeds 0 1 2`.
 
     Attributes:
-        several: Whether it takes all arguments up to the next option; given twice, the last list counts.
-        rule: What its value must be, for the message where there is none.
+        several: Whether it takes all arguments up to the next option; if given twice, the last list counts.
+        rule: Requirement for its value, for the message if the value is missing.
         is_common: Whether the short help lists it.
     """
 
@@ -56,12 +56,12 @@ config_option = option(
 
 
 class WholeNumber(click.ParamType):
-    """A whole number."""
+    """An integer."""
 
     name = "int"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number; raises ValueError."""
+        """Return the number; raise ValueError if it is none."""
         try:
             return int(value)
         except ValueError:
@@ -69,12 +69,12 @@ class WholeNumber(click.ParamType):
 
 
 class Number(click.ParamType):
-    """A number, also inf and nan, which the command checks."""
+    """A floating-point number; inf and nan pass, the command checks them."""
 
     name = "float"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the number; raises ValueError."""
+        """Return the number; raise ValueError if it is none."""
         try:
             return float(value)
         except ValueError:
@@ -90,7 +90,7 @@ class OneOf(click.ParamType):
         self.choices = choices
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the choice; raises ValueError, which names the nearest one."""
+        """Return the choice; raise ValueError, which names the most similar one, if it is none."""
         one_of(label(param), value, self.choices)
         return str(value)
 
@@ -99,6 +99,7 @@ INT, FLOAT = WholeNumber(), Number()
 
 
 def label(param: click.Parameter | None) -> str:
+    """Return the name of a parameter in messages: an option without its dashes, an argument's metavar."""
     if isinstance(param, click.Option):
         return param.opts[0].removeprefix("--")
     return "" if param is None else str(param.metavar or param.name)
@@ -116,19 +117,19 @@ def parameter_name(key: str) -> str:
 
 @functools.cache
 def setting_options() -> tuple[Option, ...]:
-    """Return an option for every setting of a run."""
+    """Return one option for each setting of a run."""
     keys = dotted_keys(RunConfig)
     return tuple(Option([f"--{key}", parameter_name(key)], several=True, type=click.UNPROCESSED) for key in keys)
 
 
 def moved_options(function: Function) -> Function:
-    """Add an option for every setting that names a file, a folder or a source, for one that was moved since the run."""
+    """Add an option for each setting that is a path, for files moved since the run."""
     for key in reversed(PATH_SETTINGS):
-        help = "where it is now, if it was moved since the run"
+        help = "new path, if it was moved since the run"
         function = option(f"--{key}", parameter_name(key), metavar="PATH", is_common=False, help=help)(function)
     return function
 
 
 def moved_paths(moved: Mapping[str, str | None]) -> dict[str, str]:
-    """Return what the options of `moved_options` were given, by dotted key."""
+    """Return the values given to the options of `moved_options`, by dotted key."""
     return {key: path for key in PATH_SETTINGS if (path := moved[parameter_name(key)]) is not None}

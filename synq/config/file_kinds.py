@@ -1,4 +1,4 @@
-"""Four kinds of settings files and the commands that take them: a file given to the wrong one is told where it belongs."""
+"""Recognition of the four kinds of settings files, so that an error can name the command that takes a file."""
 
 import shlex
 from collections.abc import Iterator, Mapping
@@ -8,15 +8,15 @@ from typing import Any
 
 COMMANDS = {"run": "synq train", "recipe": "synq recipe", "sweep": "synq sweep", "ablation": "synq ablate"}
 PARTS = frozenset(("teacher", "synthesis", "quant", "reconstruction", "finetune", "evaluation", "runtime"))
-"""Tables of a run, at the top of its own file and of a recipe's."""
+"""Tables at the top level of a run's file and of a recipe."""
 OF_SWEEPS = frozenset(
     ("models", "space", "points", "num_trials", "max_concurrent", "sampler", "scheduler", "objective", "grace_epochs")
 )
-"""Keys that only a sweep's file has at its top; name, bits and seeds it shares with others."""
+"""Top-level keys that only the file of a sweep has; name, bits and seeds occur in others, too."""
 
 
 def kind_of(content: Mapping[str, Any]) -> str:
-    """Return the kind of file that the top keys speak for, one of COMMANDS, or "" where they leave it open."""
+    """Return the kind of file, a key of COMMANDS, that the top-level keys indicate, or "" if they are ambiguous."""
     keys = content.keys()
     if keys & OF_SWEEPS:
         return "sweep"
@@ -24,16 +24,21 @@ def kind_of(content: Mapping[str, Any]) -> str:
         return "ablation"
     if not keys & PARTS or "base" in keys:
         return ""
-    own = keys & {"bits", "seeds"}
-    return "recipe" if len(own) == 2 else "" if own else "run"
+    present = keys & {"bits", "seeds"}
+    return "recipe" if len(present) == 2 else "" if present else "run"
 
 
 @contextmanager
 def read_as(kind: str, content: Mapping[str, Any], path: str | Path) -> Iterator[None]:
-    """Say of a file that is refused within the block which command it was made for, if that is another one.
+    """Add the right command to a ValueError raised within the block, if the file looks like one of another kind.
+
+    Args:
+        kind: The expected kind, a key of COMMANDS.
+        content: Content of the file.
+        path: The file, for the message.
 
     Raises:
-        ValueError: The refusal, with that command.
+        ValueError: The one raised within the block, with the command that takes such a file.
     """
     try:
         yield

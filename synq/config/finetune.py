@@ -1,79 +1,84 @@
 """The configuration of fine-tuning. Standard library only."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from synq.config.parsing import between, one_of, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneConfig:
-    """How the quantized student is trained on the synthetic images."""
+    """Fine-tuning of the quantized student on the synthetic images."""
 
     epochs: int = 15
-    """Passes over the synthetic images; 0 leaves round-to-nearest."""
+    """Number of passes over the synthetic images; 0 skips fine-tuning and keeps the student as calibrated."""
     batch_size: int = 64
-    """Images per step over all processes together; must divide by the number of processes."""
+    """Images per optimizer step, over all processes together; must be divisible by the number of processes."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Optimizer of the student's parameters."""
     lr: float = 0.01
-    """Largest learning rate."""
+    """Peak learning rate."""
     momentum: float = 0.9
-    """Nesterov momentum of sgd (0: none); the first beta of adam."""
+    """Nesterov momentum of sgd (0: none); beta_1 of adam."""
     weight_decay: float = 1e-4
-    """Weight decay (L2)."""
+    """L2 penalty added to the gradient."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
-    """How the learning rate falls: cosine to 0, by steps, or not at all."""
+    """How the learning rate decays: cosine to 0, step by step_factor every step_epochs, or constant."""
     step_epochs: int = 10
-    """Epochs between two falls of the learning rate, for schedule step."""
+    """Epochs between two decays of the learning rate under schedule step."""
     step_factor: float = 0.1
-    """Factor of each fall of the learning rate, for schedule step."""
+    """Factor of each decay of the learning rate under schedule step."""
     warmup_epochs: float = 0.0
-    """Epochs (parts allowed) over which the learning rate rises from 0."""
+    """Epochs (fractions allowed) of linear warmup of the learning rate from 0."""
     grad_clip: float | None = 1.0
-    """Largest norm of the whole gradient; None does not clip."""
+    """Maximum L2 norm of the gradient over all parameters; None disables clipping."""
     grad_clip_relative: float | None = 0.1
-    """Largest norm of the gradient of each weight tensor, after grad_clip, as a share of the tensor's own norm; None
-    does not clip."""
+    """Maximum norm of the gradient of each weight tensor, as a fraction of the norm of the tensor, after grad_clip;
+    None disables it."""
     kd_temperature: float = 4.0
     """Temperature T of the distillation loss T^2 KL(teacher / T || student / T)."""
     kd_weight: float = 1.0
     """Weight of the distillation loss."""
     ce_weight: float = 0.1
-    """Weight of the cross-entropy to the assigned label on images the teacher finds easy."""
+    """Weight lambda_CE of the cross-entropy to the assigned label, on images with a difficulty up to
+    difficulty_threshold."""
     hard_labels: Literal["drop", "top2"] = "drop"
-    """What a difficult image gets instead of its hard label: nothing (drop, the paper's), or its teacher's two
-    likeliest classes."""
+    """Target of the cross-entropy on difficult images: none (drop, as in the paper), or the teacher's two most likely
+    classes (top2)."""
     cam_weight: float = 20.0
-    """Weight of the distance between the class activation maps of teacher and student; it belongs to `cam_method`."""
+    """Weight lambda_CAM of the squared distance between the class activation maps of teacher and student; 0 disables
+    the term. Tune it per cam_method."""
     cam_method: Literal["gradcam", "gradcam++", "cam"] = "gradcam"
-    """How the maps are made: gradcam (the paper's), gradcam++, or cam (the classifier's own weights, no ReLU)."""
+    """How class activation maps are computed: gradcam (the paper's), gradcam++, or cam (weights of the classifier, no
+    ReLU)."""
     feature_weight: float = 0.0
-    """Weight of the relative squared distance between the outputs of each block of teacher and student."""
+    """Weight of the relative squared distance between the block outputs of teacher and student; 0 disables the term."""
     perturb_weight: float = 0.0
-    """Weight of the distillation on perturbed images, each made harder for the student by one signed gradient step
-    (lambda_P)."""
+    """Weight lambda_P of the distillation loss on perturbed images, made harder for the student by one signed gradient
+    step; 0 disables the term."""
     perturb_size: float = 0.02
-    """Size of that step, in normalized units of the input."""
+    """Size of that step, in units of the normalized input."""
     difficulty_threshold: float = 0.5
-    """Largest difficulty (1 - teacher's probability of the label) at which the cross-entropy counts; 1 keeps every
+    """Largest difficulty tau (1 - teacher's probability of the label) at which the cross-entropy counts; 1 keeps every
     image."""
     lowpass_cutoff: float | None = 1.0
-    """Cutoff D0 of the Gaussian low-pass filter on the images, in `lowpass_unit`; None does not filter."""
+    """Cutoff D0 of the Gaussian low-pass filter on the images, in lowpass_unit; None disables the filter."""
     lowpass_unit: Literal["bins", "nyquist"] = "nyquist"
-    """Unit of the cutoff: DFT bins (the paper's), or the share of the Nyquist frequency (1 at 32 pixels is 16 bins)."""
+    """Unit of lowpass_cutoff: bins of the DFT (the paper's), or fraction of the Nyquist frequency (1.0 at 32 pixels is
+    16 bins)."""
     train_bn: bool = True
-    """Whether the batch-norm scale and shift are trained; their running statistics never are."""
+    """Whether batch-norm scale and shift are trained; running statistics never change."""
     ema_decay: float | None = None
-    """Decay of an average of the weights over the steps, which becomes the student at the end; None takes the last
-    weights."""
+    """Decay per step of an exponential moving average of the weights, which becomes the final student; None keeps the
+    last weights."""
     step_lr_factor: float = 1.0
-    """Learning rate of learned quantization steps, as a multiple of that of the weights."""
+    """Learning rate of learned quantization step sizes, as a multiple of the learning rate of the weights."""
     augment: Literal["none", "flip_shift", "mixup", "cutmix"] = "none"
-    """Random views of each training batch: flip and shift, or a blend (mixup) or collage (cutmix) of two images; the
-    teacher runs live."""
+    """Augmentation of each training batch: flip and shift, mixup or cutmix. The teacher's logits are then computed in
+    every step."""
     log_every: int = 10
-    """Steps between two updates of the progress line."""
+    """Optimizer steps between two updates of the progress bar."""
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 0), ("batch_size", 1), ("step_epochs", 1), ("log_every", 1)):
@@ -109,10 +114,31 @@ class FinetuneConfig:
         one_of("finetune.hard_labels", self.hard_labels, ("drop", "top2"))
         one_of("finetune.cam_method", self.cam_method, ("gradcam", "gradcam++", "cam"))
 
+    @property
+    def uses_cam(self) -> bool:
+        """Whether the loss has a CAM term; a teacher without a location for the maps disables it all the same."""
+        return self.cam_weight > 0
+
+
+def inactive_keys(finetune: Mapping[str, Any], learned_steps: str) -> set[str]:
+    """Return the keys of `finetune` that have no effect because the term they belong to is disabled.
+
+    Args:
+        finetune: A `FinetuneConfig` as a mapping.
+        learned_steps: `quant.learned_steps` of the same run.
+    """
+    active = {
+        "perturb_size": finetune["perturb_weight"] != 0,
+        "cam_method": finetune["cam_weight"] != 0,
+        "hard_labels": finetune["ce_weight"] != 0,
+        "step_lr_factor": learned_steps != "none",
+    }
+    return {key for key, is_active in active.items() if not is_active}
+
 
 SWITCHED_OFF: dict[str, tuple[str, float | None]] = {
     "filter": ("lowpass_cutoff", None),
     "CAM": ("cam_weight", 0.0),
     "soft labels": ("difficulty_threshold", 1.0),
 }
-"""SynQ's three ideas: the setting of `FinetuneConfig` that each is, and the value that switches it off."""
+"""SynQ's three ideas: the field of `FinetuneConfig` that controls each, and the value that disables it."""

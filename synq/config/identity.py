@@ -1,12 +1,13 @@
-"""The identity of a run: the digest of the settings that determine its result. Works on plain values."""
+"""The identity of a run: the digest of the settings that determine its result. Standard library only."""
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
+from synq.config.finetune import inactive_keys
 from synq.config.parsing import config_to_dict, with_overrides
 
 T = TypeVar("T")
@@ -19,10 +20,10 @@ FOLDERS = (("evaluation", "data_dir"), ("runtime", "output_dir"), ("runtime", "s
 
 
 def absolute_path(path: str) -> str:
-    """Return `path` as absolute, ~ and $VARIABLES expanded; an address such as s3://bucket is only expanded.
+    """Return `path` as absolute, ~ and $VARIABLES expanded; an address such as s3://bucket stays as it is.
 
     Raises:
-        ValueError: If a variable is not set: nobody means a file called "$NAME/...".
+        ValueError: A variable in the path is not set: a file called "$NAME/..." is never meant.
     """
     expanded = os.path.expandvars(os.path.expanduser(path))
     unset = re.search(r"\$(\w+|\{\w+\})", expanded)
@@ -55,38 +56,25 @@ def _changed(
 
 
 def make_absolute(config: T) -> T:
-    """Return a copy whose file paths are absolute, seen from the current folder (a trial runs in a separate folder).
+    """Return a copy whose file paths are absolute, relative to the current folder (a trial runs in a separate folder).
 
-    Covers weights files, FILE.py:FACTORY, npz:FILE, imagefolder:PATH and every folder; addresses (s3://...) are left
-    alone.
+    Covers weights files, FILE.py:FACTORY, npz:FILE, imagefolder:PATH and every folder; addresses (s3://...) stay.
     """
     values = config_to_dict(config)
     specs = _changed(values, SPECS, lambda spec: map_spec_path(spec, absolute_path))
     return with_overrides(config, specs | _changed(values, FOLDERS, absolute_path))
 
 
-def inactive_keys(finetune: Mapping[str, Any], learned_steps: str) -> set[str]:
-    """Return the keys of `finetune` that have no effect because the term they belong to is switched off."""
-    switches = {
-        "perturb_size": finetune["perturb_weight"] != 0,
-        "cam_method": finetune["cam_weight"] != 0,
-        "hard_labels": finetune["ce_weight"] != 0,
-        "step_lr_factor": learned_steps != "none",
-    }
-    return {key for key, is_on in switches.items() if not is_on}
-
-
 def config_digest(config: object, *, with_seeds: bool = True) -> str:
-    """Return 16 hexadecimal digits that identify everything in a `RunConfig` that determines its result.
+    """Return the digest of everything in a `RunConfig` that determines its result, 16 hexadecimal digits.
 
-    Left out: the name, folders, device, memory format, compilation, threads, progress, tracker, the evaluation's batch
-        size, and inactive
-    keys. Files count by their name only, so that a checkout may move; the record has a separate digest of the teacher's
-    weights.
+    Excluded: the name, folders, device, memory format, compilation, threads, progress, tracker, the batch size of the
+    evaluation, and inactive keys. Files count by their name only, so that a checkout may move; the record has a
+    separate digest of the teacher's weights.
 
     Args:
         config: The run.
-        with_seeds: False leaves out `seed` and `data_seed`: equal for all repetitions of one setting.
+        with_seeds: False excludes `seed` and `data_seed`: the digest is then equal for all seeds of one setting.
     """
     values = config_to_dict(config)
     names = _changed(

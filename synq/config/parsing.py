@@ -27,10 +27,10 @@ def check_format(path: str | Path, what: str, found: object, current: int, cure:
 
     Args:
         path: The file.
-        what: What it holds, for the message.
+        what: Its content, for the message.
         found: Its format number; None if it has none.
-        current: The number that this version writes.
-        cure: What the user should do about a file of an earlier version.
+        current: The format number of this version.
+        cure: What to do about a file of an earlier version, for the message.
 
     Raises:
         ValueError: "`PATH` must hold WHAT of format 2, but got format 1, written by an earlier version of SynQ: CURE".
@@ -48,20 +48,20 @@ def check_format(path: str | Path, what: str, found: object, current: int, cure:
 
 
 def between(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Raise for a number outside [low, high] ((low, high] with `open_low`), NaN and infinities."""
+    """Raise ValueError unless a value is a finite number in [low, high], or in (low, high] with `open_low`."""
     try:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond what a float can hold
-        number = False
+        is_finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of float
+        is_finite = False
     if high < math.inf:
         rule = f"be a number in {'(' if open_low else '['}{low:g}, {high:g}]"
     else:
         rule = f"be a finite number {'>' if open_low else '>='} {low:g}"
-    require(name, rule, value, number and (low < value if open_low else low <= value) and value <= high)
+    require(name, rule, value, is_finite and (low < value if open_low else low <= value) and value <= high)
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raise for a value that is not among `choices`, naming the nearest of them."""
+    """Raise ValueError unless `value` is one of `choices`; the message names the most similar one."""
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(
@@ -69,38 +69,39 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
         )
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return "; did you mean `x`?" for the choice most similar to `word`, or "" if none is similar.
+def nearest(text: str, choices: Iterable[str]) -> str:
+    """Return "; did you mean `x`?" for the choice most similar to `text`, or "" if none is similar.
 
     A dotted choice is also found by its last part: `nearest("lr", ["finetune.lr"])` names `finetune.lr`.
     """
     choices = list(choices)
-    by_end = [choice for choice in choices if choice.rpartition(".")[2] == word.rpartition(".")[2]]
-    found = by_end or difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    last = text.rpartition(".")[2]
+    same_last = [choice for choice in choices if choice.rpartition(".")[2] == last]
+    found = same_last or difflib.get_close_matches(text, choices, n=1, cutoff=0.6)
     if not found:
-        ends = {choice.rpartition(".")[2]: choice for choice in choices}
-        found = [ends[end] for end in difflib.get_close_matches(word.rpartition(".")[2], ends, n=1, cutoff=0.7)]
+        by_last = {choice.rpartition(".")[2]: choice for choice in choices}
+        found = [by_last[part] for part in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
     return "; did you mean " + " or ".join(f"`{choice}`" for choice in found[:3]) + "?" if found else ""
 
 
 def dotted_keys(cls: type) -> list[str]:
-    """Return every key of a configuration class as written on the command line, for example `finetune.lr`."""
+    """Return every dotted key of a configuration class, for example `finetune.lr`."""
     return list(_dotted_hints(cls))
 
 
 def config_from_dict(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
-    """Build `cls` from a mapping of plain values, nested parts included; missing keys keep their defaults.
+    """Build `cls` from a mapping of plain values, nested parts included; missing keys have their defaults.
 
-    Lists become tuples and whole numbers become floats if the field asks for it; nothing else is converted. TOML has no
-    null: the string "none" means None if None is allowed and a string is not.
+    Lists become tuples, and whole numbers floats, according to the type of the field; nothing else is converted. TOML
+    has no null: the string "none" means None if None is allowed and a string is not.
 
     Args:
         cls: A configuration dataclass.
-        mapping: Keys are field names; parts are mappings themselves.
-        source: Where the mapping was read, for messages.
+        mapping: Keys are field names; nested parts are mappings.
+        source: Origin of the mapping, for messages.
 
     Raises:
-        ValueError: For an unknown key (the nearest good one is named), another type, or a value out of range.
+        ValueError: For an unknown key (the message names the most similar one), a wrong type, or a value out of range.
     """
     try:
         return _build(cls, mapping, "", cls)
@@ -150,7 +151,7 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise ValueError(f"`{name}` must be a table of names and values, but got {value!r}")
         for key, part in value.items():
-            rule = "be one value (in TOML, a name with dots stands in quotes)"
+            rule = "be one value (in TOML, quote a name with dots)"
             require(f"{name}.{key}", rule, part, not isinstance(part, Mapping))
         return {key: _convert(args[1], part, f"{name}.{key}", root) for key, part in value.items()}
     if hint is Any:
@@ -163,13 +164,13 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
                 f"`{name}` must be a number below 1e308, but got one of {len(str(abs(value)))} digits"
             ) from None
     if type(value) is not hint:
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise ValueError(f"`{name}` must be {words[hint]}, but got {value!r}")
+        expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        raise ValueError(f"`{name}` must be {expected[hint]}, but got {value!r}")
     return value
 
 
 def config_to_dict(config: object) -> dict[str, Any]:
-    """Return the configuration as plain JSON values, a deep copy: parts become dicts, tuples become lists."""
+    """Return a deep copy of a configuration as plain JSON values: parts become dicts, tuples become lists."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"a configuration object is needed, but got {config!r}")
     values = {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
@@ -205,17 +206,17 @@ def with_overrides(config: T, overrides: Mapping[str, Any]) -> T:
 
 
 def values_from_text(cls: type, text: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Convert the values of settings as they were written, `{"finetune.lr": ["1e-4"]}`, to the types of their fields.
+    """Convert settings from text, `{"finetune.lr": ["1e-4"]}`, to the types of their fields.
 
-    A truth value is always written out (true or false), so that no argument can mean its opposite. The values are only read here;
-    `with_overrides` checks them, with the same messages as for a file.
+    A Boolean is always written as true or false, so that no argument can mean its opposite. Values are only converted
+    here; `with_overrides` checks them, with the same messages as for a file.
 
     Args:
         cls: A configuration dataclass.
-        text: The arguments after each option, by dotted key.
+        text: The arguments of each option, by dotted key.
 
     Raises:
-        ValueError: A key is unknown (the nearest one is named) or a value is missing.
+        ValueError: A key is unknown (the message names the most similar one) or a value is missing.
     """
     hints = _dotted_hints(cls)
     for key in text:
@@ -236,49 +237,53 @@ def _dotted_hints(cls: Any, prefix: str = "") -> dict[str, Any]:
     return hints
 
 
-def _read(hint: Any, words: list[str], name: str) -> Any:
-    """Convert text to the type that `hint` asks for; what cannot be converted stays text, for the check to reject by name."""
+def _read(hint: Any, args: list[str], name: str) -> Any:
+    """Convert arguments to the type `hint`; an invalid one stays text, for the later check to reject by name."""
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
     optional = len(kinds) < len(typing.get_args(hint))
     kind = kinds[0] if optional else hint
-    if optional and words == ["None"]:
+    if optional and args == ["None"]:
         return None
     if typing.get_origin(kind) is tuple:
-        words = [part for word in words for part in word.split(",") if part]  # 3 32 32 and 3,32,32 are the same
-        return [_read(typing.get_args(kind)[0], [word], name) for word in words] if words != ["none"] else "none"
-    if typing.get_origin(kind) is dict:  # conv1=8,fc=8 and conv1=8 fc=8 are the same; none is no entry
-        if words == ["none"]:
+        args = [part for arg in args for part in arg.split(",") if part]  # 3 32 32 and 3,32,32 are the same
+        return [_read(typing.get_args(kind)[0], [arg], name) for arg in args] if args != ["none"] else "none"
+    if typing.get_origin(kind) is dict:  # conv1=8,fc=8 and conv1=8 fc=8 are the same; none is an empty table
+        if args == ["none"]:
             return {}
-        pairs = [part.rpartition("=") for word in words for part in word.split(",") if part]
+        pairs = [part.rpartition("=") for arg in args for part in arg.split(",") if part]
         if not all(key and value for key, _, value in pairs):
             raise ValueError(
-                f"`{name}` must be given as NAME=VALUE NAME=VALUE, such as conv1=8, but got {' '.join(words)}"
+                f"`{name}` must be given as NAME=VALUE NAME=VALUE, such as conv1=8, but got {' '.join(args)}"
             )
         if len({key for key, _, _ in pairs}) < len(pairs):
-            raise ValueError(f"`{name}` must have no name twice, but got {' '.join(words)}")
+            raise ValueError(f"`{name}` must have no name twice, but got {' '.join(args)}")
         return {key: _read(typing.get_args(kind)[1], [value], f"{name}.{key}") for key, _, value in pairs}
-    if len(words) != 1:
-        raise ValueError(f"`{name}` must be given one value, but got {' '.join(words) or 'none'}")
-    word = words[0]
-    readers: dict[Any, Callable[[str], Any]] = {bool: _truth, int: int, float: float}
+    if len(args) != 1:
+        raise ValueError(f"`{name}` must be given one value, but got {' '.join(args) or 'none'}")
+    arg = args[0]
+    readers: dict[Any, Callable[[str], Any]] = {bool: _read_bool, int: int, float: float}
     try:
-        return readers[kind](word) if kind in readers else word
+        return readers[kind](arg) if kind in readers else arg
     except ValueError:
-        return word
+        return arg
 
 
-def _truth(word: str) -> bool:
-    if word.lower() not in ("true", "false"):
-        raise ValueError(word)
-    return word.lower() == "true"
+def _read_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
 
 
 def load_config(path: str | Path, name: str = "config") -> dict[str, Any]:
-    """Read a TOML or JSON file as a dict; the suffix decides. Messages call it `name`.
+    """Read a TOML or JSON file as a dict.
+
+    Args:
+        path: The file; its suffix, .toml or .json, is its format.
+        name: The name of the file in messages.
 
     Raises:
-        FileNotFoundError: The file is absent.
-        ValueError: The file is not valid, or of another kind.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not valid, has another suffix, or holds no table.
     """
     path = Path(path)
     if path.suffix not in (".toml", ".json"):
@@ -296,10 +301,10 @@ def load_config(path: str | Path, name: str = "config") -> dict[str, Any]:
 
 
 def parse_bits(label: str) -> tuple[int, int]:
-    """Read a bit-width label: "W3A8" is 3-bit weights and 8-bit activations.
+    """Return the bits of weights and activations in a label: "W3A8" gives (3, 8).
 
     Raises:
-        ValueError: The label reads otherwise, or a width is outside [2, 8].
+        ValueError: The label has another form, or a bit-width is outside [2, 8].
     """
     match = re.fullmatch(r"W([2-8])A([2-8])", label)
     if match is None:

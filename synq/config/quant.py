@@ -6,83 +6,82 @@ from typing import Literal
 from synq.config.parsing import between, one_of, require
 
 WEIGHTS_ONLY = "last_bits=weights_only"
-"""Part of `QuantConfig.layer_label` that names no single layer: the activation before the last layer has act_bits."""
+"""Part of `QuantConfig.layer_label`, though no single layer: the last layer has last_bits, its input act_bits."""
 
 
 def first_last_label(first_bits: int | None, last_bits: int | None) -> str:
-    """Return the first/last layer bits as text: "8/8", "-/8", or "" if both are as the rest."""
+    """Return the first/last layer bits as text: "8/8", "-/8", or "" if both equal those of the other layers."""
     return f"{first_bits or '-'}/{last_bits or '-'}" if first_bits or last_bits else ""
 
 
 def protocol_label(protocol: str, first_bits: int | None, last_bits: int | None, layer_label: str = "") -> str:
-    """Return a protocol with the settings that make it B: "A", "B (8/8)", "B (-/8, mixed)".
+    """Return a protocol with the bit-widths that make it B: "A", "B (8/8)", "B (-/8, mixed)".
 
     Args:
         protocol: A or B.
-        first_bits, last_bits: As in `QuantConfig`.
+        first_bits: As in `QuantConfig`.
+        last_bits: As in `QuantConfig`.
         layer_label: As `QuantConfig.layer_label`.
     """
     named = layer_label.split()
-    words = [ends] if (ends := first_last_label(first_bits, last_bits)) else []
-    words += ["mixed"] if {*named} - {WEIGHTS_ONLY} else []
-    words += [WEIGHTS_ONLY] if WEIGHTS_ONLY in named else []
-    return protocol + (f" ({', '.join(words)})" if words else "")
+    parts = [label] if (label := first_last_label(first_bits, last_bits)) else []
+    parts += ["mixed"] if {*named} - {WEIGHTS_ONLY} else []
+    parts += [WEIGHTS_ONLY] if WEIGHTS_ONLY in named else []
+    return protocol + (f" ({', '.join(parts)})" if parts else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
-    """Bit-widths, quantization points, and how ranges and rounding are chosen."""
+    """Quantization of the student: bit-widths, quantization points, ranges and rounding."""
 
     weight_bits: int = 4
-    """Bits of the weights, 2 to 8."""
+    """Bit-width of the weights, 2 to 8."""
     act_bits: int = 4
-    """Bits of the activations, 2 to 8."""
+    """Bit-width of the activations, 2 to 8."""
     first_bits: int | None = None
-    """Bits of the first layer's weights and input (under act_points relu the image is float); None is the same as the
-    rest (protocol A)."""
+    """Bit-width of the first layer's weights and input (under act_points relu the input image stays float); None uses
+    weight_bits and act_bits (protocol A)."""
     last_bits: int | None = None
-    """Bits of the last layer's weights and input; None is the same as the rest (protocol A)."""
+    """Bit-width of the last layer's weights and input; None uses weight_bits and act_bits (protocol A)."""
     last_bits_for_input: bool = True
-    """Under act_points relu, whether last_bits is also the width of the non-linearity that the last layer reads
-    (QDrop); else act_bits."""
+    """Under act_points relu, whether last_bits also applies to the activation that the last layer reads (as in QDrop);
+    false keeps act_bits there."""
     layer_weight_bits: dict[str, int] = field(default_factory=dict)
-    """Bits of the weights of single layers, by name or pattern, whatever weight_bits, first_bits and last_bits say; as
-    words: conv1=8 'stage1*=6'."""
+    """Bit-width of the weights of single layers, by name or pattern, such as conv1=8 'stage1*=6'; overrides
+    weight_bits, first_bits and last_bits."""
     layer_act_bits: dict[str, int] = field(default_factory=dict)
-    """Bits of single activations: under act_points inputs by the layer that reads it, under relu by the node of the
-    non-linearity (`synq inspect`)."""
+    """Bit-width of single activations, named by the layer that reads it (act_points inputs) or by the node of the
+    non-linearity (relu); `synq inspect` lists them."""
     act_points: Literal["relu", "inputs"] = "relu"
-    """Which activations are low-bit: relu (after every non-linearity) or inputs (the input of every convolution and
-    linear layer)."""
+    """Which activations are quantized: relu (the output of every non-linearity) or inputs (the input of every
+    convolution and linear layer)."""
     weight_range: Literal["minmax", "mse"] = "minmax"
-    """Range of the weights per output channel: smallest and largest value, or clipped to the least quantization
-    error."""
+    """Range of the weights per output channel: minmax, or mse (clipped to minimize the quantization error)."""
     act_range: Literal["minmax", "mse"] = "mse"
-    """Range of each activation: smallest and largest value seen, or clipped to the least quantization error."""
+    """Range of each activation tensor: minmax, or mse (clipped to minimize the quantization error)."""
     mse_norm: float = 2.4
-    """Exponent p of the quantization error |x - x_q|^p that a clipped range minimizes."""
+    """Exponent p of the quantization error |x - x_q|^p that range mse minimizes."""
     calib_images: int = 256
-    """Synthetic images on which activation ranges are observed, at most; afterwards they are frozen."""
+    """Maximum number of synthetic images on which activation ranges are calibrated; the ranges are fixed afterwards."""
     equalization: bool = False
-    """Whether channels between two convolutions are scaled to like ranges before rounding, with the same function
-    (cross-layer)."""
+    """Whether cross-layer equalization rescales the channels between two convolutions before rounding; the function
+    stays the same."""
     bn_correction: bool = False
-    """Whether the rounded student's batch-norm scale and shift are set so that it sees the teacher's statistics; kept
-    where KL falls."""
+    """Whether batch-norm scale and shift are re-estimated after rounding, so that activations have the teacher's
+    statistics; kept if the KL to the teacher falls."""
     learned_steps: Literal["none", "activations", "all"] = "none"
-    """Quantization steps that are trained with the weights (LSQ): none (protocol A), activations, or all (weights
-    too)."""
+    """Quantization step sizes trained with the weights (LSQ): none (protocol A), activations, or all (weights too)."""
     rounding: Literal["nearest", "adaround"] = "nearest"
-    """How weights become integers before fine-tuning: nearest (protocol A), or learned block by block (adaround)."""
+    """Rounding of weights before fine-tuning: nearest (protocol A), or learned block by block (adaround)."""
 
     def __post_init__(self) -> None:
-        widths: dict[str, object] = {name: getattr(self, name) for name in ("weight_bits", "act_bits")}
-        widths |= {name: bits for name in ("first_bits", "last_bits") if (bits := getattr(self, name)) is not None}
+        bit_widths: dict[str, object] = {name: getattr(self, name) for name in ("weight_bits", "act_bits")}
+        bit_widths |= {name: bits for name in ("first_bits", "last_bits") if (bits := getattr(self, name)) is not None}
         for name in ("layer_weight_bits", "layer_act_bits"):
-            widths |= {f"{name}.{pattern}": bits for pattern, bits in getattr(self, name).items()}
-        for name, bits in widths.items():
-            good = isinstance(bits, int) and not isinstance(bits, bool) and 2 <= bits <= 8
-            require(f"quant.{name}", "be a whole number in [2, 8]", bits, good)
+            bit_widths |= {f"{name}.{pattern}": bits for pattern, bits in getattr(self, name).items()}
+        for name, bits in bit_widths.items():
+            is_valid = isinstance(bits, int) and not isinstance(bits, bool) and 2 <= bits <= 8
+            require(f"quant.{name}", "be a whole number in [2, 8]", bits, is_valid)
         one_of("quant.act_points", self.act_points, ("relu", "inputs"))
         one_of("quant.learned_steps", self.learned_steps, ("none", "activations", "all"))
         one_of("quant.rounding", self.rounding, ("nearest", "adaround"))
@@ -93,12 +92,12 @@ class QuantConfig:
 
     @property
     def label(self) -> str:
-        """Return the bit-widths in short, for example W4A4."""
+        """Return the bit-widths as a short label, for example W4A4."""
         return f"W{self.weight_bits}A{self.act_bits}"
 
     @property
     def protocol(self) -> str:
-        """Return A if all bit-widths are the same, ranges static and rounding to nearest; else B."""
+        """Return A if bit-widths are uniform, step sizes not learned and weights rounded to nearest; else B."""
         first = self.first_bits in (None, self.weight_bits) and self.first_bits in (None, self.act_bits)
         last = self.last_bits in (None, self.weight_bits) and self.last_bits in (None, self.act_bits)
         static = self.learned_steps == "none" and self.rounding == "nearest"
@@ -113,35 +112,37 @@ class QuantConfig:
         if self.protocol == "A":
             return ""
         named = [(self.layer_weight_bits, "W"), (self.layer_act_bits, "A")]
-        words = [f"{pattern}={role}{widths[pattern]}" for widths, role in named for pattern in sorted(widths)]
-        narrow = self.act_points == "relu" and not self.last_bits_for_input
-        return " ".join([*words, WEIGHTS_ONLY] if narrow and self.last_bits not in (None, self.act_bits) else words)
+        parts = [f"{pattern}={role}{bits_of[pattern]}" for bits_of, role in named for pattern in sorted(bits_of)]
+        weights_only = self.act_points == "relu" and not self.last_bits_for_input
+        return " ".join(
+            [*parts, WEIGHTS_ONLY] if weights_only and self.last_bits not in (None, self.act_bits) else parts
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReconstructionConfig:
-    """How rounding is learned, block by block, where `quant.rounding` is adaround."""
+    """Learned rounding of the weights, block by block (AdaRound, BRECQ), under `quant.rounding` adaround."""
 
     iterations: int = 500
     """Optimizer steps per block."""
     batch_size: int = 32
-    """Images per step."""
+    """Images per optimizer step."""
     images: int = 1024
-    """Synthetic images used, at most."""
+    """Maximum number of synthetic images used."""
     rounding_lr: float = 1e-2
-    """Learning rate of Adam on the rounding of the weights."""
+    """Learning rate of Adam for the rounding variables of the weights."""
     step_lr: float = 4e-5
-    """Learning rate of Adam on the activations' steps; 0 leaves them as observed."""
+    """Learning rate of Adam for the step sizes of the activations; 0 keeps the calibrated ones."""
     drop_prob: float = 0.5
-    """Probability with which an activation stays float during reconstruction (QDrop); 0 quantizes all."""
+    """Probability that an activation stays float during reconstruction (QDrop); 0 quantizes all of them."""
     rounding_weight: float = 0.01
-    """Weight of the term that drives each rounding to 0 or 1."""
+    """Weight of the regularizer that drives each rounding variable to 0 or 1."""
     warmup: float = 0.2
-    """Share of the steps before that term is switched on."""
+    """Fraction of the steps before the regularizer is switched on."""
     beta_start: float = 20.0
-    """Its exponent at first; it falls to `beta_end`."""
+    """Initial exponent beta of the regularizer; it decays to beta_end."""
     beta_end: float = 2.0
-    """Its exponent at last."""
+    """Final exponent beta of the regularizer."""
 
     def __post_init__(self) -> None:
         for name, low in (("iterations", 1), ("batch_size", 1), ("images", 1)):

@@ -42,28 +42,30 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
-    """The pre-trained classifier that is to be quantized."""
+    """The pre-trained classifier to quantize."""
 
     spec: str = "bundled:digits_resnet8"
     """Which model: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, FILE.py:FACTORY or
     PACKAGE.MODULE:FACTORY."""
     weights: str | None = None
     """Weights file (.safetensors, .pth, .th), a weights name of torchvision such as IMAGENET1K_V1, or random
-    (untrained)."""
+    (untrained); None takes those of the source."""
     num_classes: int | None = None
-    """Number of classes, where the model cannot tell."""
+    """Number of classes; None reads it from the model."""
     input_size: tuple[int, int, int] | None = None
-    """Input as channels, height, width in pixels, where the model cannot tell."""
+    """Input size as channels, height and width in pixels; None reads it from the model."""
     mean: tuple[float, ...] | None = None
-    """Mean per channel, on the scale 0..1, that was subtracted when the teacher was trained. Never guessed."""
+    """Mean per channel, on the scale 0..1, of the normalization that the teacher was trained with; None reads it from
+    the model. Never guessed."""
     std: tuple[float, ...] | None = None
-    """Standard deviation per channel, on the scale 0..1, by which the teacher's training images were divided. Never
+    """Standard deviation per channel, on the scale 0..1, of that normalization; None reads it from the model. Never
     guessed."""
     cam_layer: str | None = None
-    """Module or graph node whose output the class activation map is taken from; None finds it by the model's
-    structure."""
+    """Module or graph node whose output class activation maps are computed from; None finds it from the structure of
+    the model."""
     output: str | None = None
-    """Where the logits are in what the model returns: key, position or attribute; None where it returns just them."""
+    """Location of the logits in the model's output: a key, index or attribute; None if the output is the logits
+    tensor."""
 
     def __post_init__(self) -> None:
         _require("teacher.spec", "read SOURCE:NAME, for example torchvision:resnet18", self.spec, ":" in self.spec)
@@ -71,13 +73,13 @@ class TeacherConfig:
             _between("teacher.num_classes", self.num_classes, 2)
         size, mean, std = self.input_size, self.mean, self.std
         if size is not None:
-            good = len(size) == 3 and all(part >= 1 for part in size)
-            _require("teacher.input_size", "be three numbers >= 1 (channels, height, width)", size, good)
+            is_valid = len(size) == 3 and all(part >= 1 for part in size)
+            _require("teacher.input_size", "be three numbers >= 1 (channels, height, width)", size, is_valid)
         _require("teacher.std", "be given exactly when `teacher.mean` is", std, (mean is None) == (std is None))
         if mean is not None and std is not None:
             channels = size[0] if size is not None else len(mean)
             _require("teacher.mean", f"hold one finite number per channel ({channels})", mean, _finite(mean, channels))
-            rule = "be of images in [0, 1] (divide by 255 what is of pixels in 0..255)"
+            rule = "be on the scale of images in [0, 1] (divide values for pixels in 0..255 by 255)"
             _require("teacher.mean", rule, mean, all(abs(part) <= 1 for part in mean))
             positive = _finite(std, channels) and all(part > 0 for part in std)
             _require("teacher.std", f"hold one number > 0 per channel ({channels})", std, positive)
@@ -92,29 +94,29 @@ FIDELITY_MEASURES = ("kl", "kl_t4", "jensen_shannon", "disagreement", "logit_mse
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    """What the result is measured on. Nothing here changes the student."""
+    """Measurement of the result. No setting here changes the student."""
 
     dataset: str | None = None
-    """Labeled set: digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH, npz:FILE; none for no labels; None for
-    the teacher's own."""
+    """Labeled set for top-1: digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH or npz:FILE; none skips it;
+    None takes the set of the bundled teacher."""
     data_dir: str | None = None
-    """Folder that holds the files of cifar10, cifar100 and fashion-mnist."""
+    """Folder with the files of cifar10, cifar100 and fashion-mnist."""
     num_images: int | None = None
-    """Use only the first images of the labeled set; None is all of them."""
+    """Number of images of the labeled set to use, from its start; None uses all."""
     batch_size: int = 256
-    """Images per forward pass over all processes together."""
+    """Images per forward pass, over all processes together."""
     heldout_images: int = 256
-    """Synthetic images of other seeds on which the fidelity to the teacher is measured."""
+    """Number of synthetic images, made with other seeds, on which the fidelity to the teacher is measured."""
     objective: Literal["synthetic", "selection"] = "synthetic"
-    """What a sweep optimizes: synthetic (fidelity to the teacher on held-out synthetic images) or selection (top-1 on a
-    part of the labeled set)."""
+    """Metric that a sweep optimizes: synthetic (fidelity to the teacher on held-out synthetic images) or selection
+    (top-1 on a part of the labeled set)."""
     fidelity_measure: Literal["kl", "kl_t4", "jensen_shannon", "disagreement", "logit_mse"] = "kl"
-    """Measure of objective synthetic, lower is better: KL at temperature 1 or 4, Jensen-Shannon (nats), disagreement
-    (percent), logit_mse."""
+    """Metric of objective synthetic, lower is better: KL at temperature 1 or 4 and Jensen-Shannon divergence (nats),
+    disagreement (percent), or mean squared error of the logits."""
     selection_fraction: float = 0.2
-    """Part of the labeled set used for objective selection; the reported top-1 is measured on the rest."""
+    """Fraction of the labeled set used for objective selection; the reported top-1 is measured on the rest."""
     every_epoch: bool = False
-    """Whether the objective is measured after every epoch, not only after the last."""
+    """Whether the objective is measured after every epoch; false measures it after the last only."""
 
     def __post_init__(self) -> None:
         for name, low in (("batch_size", 1), ("heldout_images", 1)):
@@ -130,26 +132,27 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeConfig:
-    """Where and on what the run happens. Only `precision` may change its numbers beyond rounding order."""
+    """Folders, device and precision. Only `precision` may change results beyond the order of rounding."""
 
     output_dir: str = "runs"
-    """Folder for the run's own folder (record, checkpoint, student)."""
+    """Folder in which every run gets a folder (record, checkpoint, student)."""
     store_dir: str | None = None
-    """Folder of the synthetic sets; None is the folder store inside `output_dir`."""
+    """Folder of the synthetic sets, shared by runs; None is store/ in output_dir."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device; auto takes a GPU where there is one."""
+    """Device; auto takes a GPU if there is one."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Arithmetic of fine-tuning: fp32, bf16 (autocast) or fp64 (for checks)."""
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
-    """Layout of weights and activations; auto is channels_last on CPU and under bf16, the faster one there."""
+    """Memory format of weights and activations; auto is channels_last on CPU and under bf16, where it is faster."""
     compile: bool = False
-    """Whether torch.compile builds the student's step (minutes once; slower on CPU, see docs/results/BENCHMARKS.md)."""
+    """Whether to compile the student with torch.compile (takes minutes once; slower on CPU, see
+    docs/results/BENCHMARKS.md)."""
     num_threads: int | None = None
-    """CPU threads of each process; None leaves the choice to the machine."""
+    """CPU threads of each process; None keeps PyTorch's default."""
     progress: bool = True
-    """Whether progress is shown."""
+    """Whether to show progress bars."""
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
-    """Where the loss terms of every epoch and the result are logged, too; each but none needs its package."""
+    """Experiment tracker for the loss terms of every epoch and the result; each one but none needs its package."""
 
     def __post_init__(self) -> None:
         _require("runtime.output_dir", "name a folder", self.output_dir, bool(self.output_dir.strip()))
@@ -162,7 +165,7 @@ class RuntimeConfig:
 
 
 PATH_SETTINGS = ("teacher.spec", "teacher.weights", "evaluation.dataset", "evaluation.data_dir", "runtime.store_dir")
-"""Settings of a run that say where something lies. It may be moved afterwards: digests tell whether it is the same."""
+"""Settings of a run that are paths. The files may be moved afterwards: digests identify their content."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,19 +173,19 @@ class RunConfig:
     """One run: from a pre-trained classifier to a measured low-bit student."""
 
     name: str = "run"
-    """Name of the run; the first part of its folder's name."""
+    """Name of the run, the first part of the name of its folder."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The pre-trained classifier."""
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     """The synthetic images."""
     quant: QuantConfig = field(default_factory=QuantConfig)
-    """The low-bit student."""
+    """The quantized student."""
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-    """The learning of the rounding, where there is one."""
+    """Learned rounding, under quant.rounding adaround."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    """The training of the student."""
+    """Fine-tuning of the student."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """The measurement."""
+    """Measurement of the result."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Folders, device and precision."""
     seed: int = 0
@@ -201,24 +204,24 @@ class RunConfig:
 
 
 def load_run(path: str | Path) -> RunConfig:
-    """Read the settings of one run from a TOML or JSON file; keys that it leaves out have their defaults.
+    """Read the settings of one run from a TOML or JSON file; missing keys have their defaults.
 
-    A `config.json` that a run wrote holds every key and the format number of its version.
+    A `config.json` written by a run has every key, and the number of its format.
 
     Raises:
-        OSError, ValueError: As `load_config` and `config_from_dict`; or a run of another version of SynQ wrote the
-            file.
+        OSError: As `load_config`.
+        ValueError: As `load_config` and `config_from_dict`, or the file has the format of another version of SynQ.
     """
     content = load_config(path)
     if Path(path).suffix == ".json" and ("format" in content or _is_incomplete(content)):
-        cure = "write the settings that you want into a new file and run it again"
+        cure = "write the settings into a new file and run it again"
         check_format(path, "the settings of a run", content.pop("format", None), DIGEST_FORMAT, cure)
     with read_as("run", content, path):
         return config_from_dict(RunConfig, content, source=str(path))
 
 
 def _is_incomplete(content: dict[str, Any]) -> bool:
-    """Return whether a mapping has every part of a run, as no one writes by hand, but lacks keys of a part."""
+    """Return whether a mapping has every part of a run, like a written `config.json`, but lacks keys of a part."""
     whole = config_to_dict(RunConfig())
     parts = {key: keys for key, keys in whole.items() if isinstance(keys, dict)}
     named = whole.keys() <= content.keys() and all(isinstance(content[part], dict) for part in parts)

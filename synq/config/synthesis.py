@@ -1,4 +1,4 @@
-"""How the synthetic images are made, as frozen values. Standard library only."""
+"""The configuration of image synthesis. Standard library only."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,67 +6,67 @@ from typing import Literal
 from synq.config.parsing import between, one_of
 
 PIXEL_METHODS = ("inversion", "zeroq")
-"""Those that optimize pixels, which begin as noise."""
+"""Methods that optimize pixels, starting from noise."""
 SYNTHESIS_METHODS = ("inversion", "zeroq", "gdfq", "genie", "gaussian")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SynthesisConfig:
-    """How the synthetic images are made. Everything here, the teacher and `data_seed` decide which set is used."""
+    """Synthesis of the images. All of these settings, the teacher and `data_seed` identify a synthetic set."""
 
     method: Literal["inversion", "zeroq", "gdfq", "genie", "gaussian"] = "inversion"
-    """What makes the images: inversion (pixels optimized for statistics and labels, the paper's), zeroq (pixels,
-    statistics alone), gdfq (a conditional generator), genie (latents and their generator), gaussian (plain noise, to
-    compare with)."""
+    """How images are made: inversion (pixels optimized for batch-norm statistics and labels, the paper's), zeroq
+    (pixels, statistics alone), gdfq (a conditional generator), genie (latents and their generator), gaussian (Gaussian
+    noise, a baseline)."""
     num_images: int = 1024
-    """Number of training images to make."""
+    """Number of synthetic training images."""
     shard_size: int = 256
-    """Images optimized together; batch-norm statistics are matched over one shard, so larger is better until memory
-    ends."""
+    """Images optimized together. Batch-norm statistics are matched over one shard: larger is better, up to the memory
+    limit."""
     iterations: int = 100
     """Optimizer steps per shard."""
     lr: float = 0.1
-    """Learning rate of Adam on the pixels (normalized units) or the latents; of gdfq, which has neither, on its
-    centers' pixels."""
+    """Learning rate of Adam for the pixels (in normalized units) or the latents; under gdfq, for the pixels of the
+    calibration centers."""
     generator_lr: float = 0.01
-    """Learning rate of Adam on the weights of a generator (gdfq, genie)."""
+    """Learning rate of Adam for the weights of the generator (gdfq, genie)."""
     latent_dim: int = 128
-    """Numbers behind each image of a generator (gdfq, genie)."""
+    """Dimension of the latent vector of each image (gdfq, genie)."""
     swing_conv: bool | None = None
-    """Whether strided convolutions of the teacher see randomly shifted inputs during synthesis; None: for genie
-    alone."""
+    """Whether strided convolutions of the teacher get randomly shifted inputs during synthesis; None: only under
+    genie."""
     start: Literal["fitted", "white"] = "fitted"
-    """What optimized pixels begin as: noise whose falloff over frequency, colors, contrast and mean fit the teacher's
-    statistics, or white noise N(0, 1), the paper's, which wants several times as many steps, at `lr` 0.2 to 0.5. Where
-    generators or gaussian make the images it counts for centers and for the held-out images."""
+    """Initial pixels: fitted (noise whose spectrum, colors, contrast and mean are fitted to the teacher's statistics)
+    or white (N(0, 1), the paper's; needs several times the iterations, at lr 0.2 to 0.5). With generators and gaussian
+    it applies to calibration centers and held-out images."""
     schedule: Literal["cosine", "plateau"] = "cosine"
-    """How the learning rate falls: by a cosine to 0 over the iterations, or at each plateau of the loss (the paper's;
-    wants 1,000)."""
+    """How the learning rate decays: cosine to 0 over the iterations, or at each plateau of the loss (the paper's; needs
+    about 1,000 iterations)."""
     plateau_patience: int = 50
-    """Steps without improvement after which the learning rate falls."""
+    """Steps without improvement before the learning rate decays under schedule plateau."""
     plateau_factor: float = 0.1
-    """Factor by which the learning rate falls on a plateau."""
+    """Factor of each decay of the learning rate under schedule plateau."""
     bns_weight: float = 1.0
-    """Weight of the batch-norm-statistics loss; it belongs to `bns_form`."""
+    """Weight of the batch-norm-statistics loss. Tune it per bns_form."""
     bns_form: Literal["std_sum", "var_mean"] = "std_sum"
-    """std_sum: squared distances of means and standard deviations, summed over channels; var_mean: variances,
-    averaged."""
+    """Batch-norm-statistics loss: std_sum (squared distances of means and standard deviations, summed over channels) or
+    var_mean (of means and variances, averaged)."""
     inception_weight: float = 0.05
-    """Weight of the cross-entropy to the assigned label; 0 leaves only the batch-norm statistics. At 1 nearly every
-    image is certain."""
+    """Weight of the cross-entropy to the assigned label; 0 leaves only the batch-norm statistics. At 1 the teacher is
+    certain of nearly every image."""
     hard_sample_gamma: float = 0.0
-    """Exponent of the hard-sample weight (1 - p)^gamma on the cross-entropy; 0 is the plain cross-entropy."""
+    """Exponent gamma of the hard-sample weight (1 - p)^gamma on the cross-entropy; 0 is the plain cross-entropy."""
     calib_centers: bool = False
-    """Whether one optimized image per class supplies a second statistics target for the deep layers."""
+    """Whether one optimized image per class (a calibration center) gives the deep layers a second statistics target."""
     center_iterations: int = 200
     """Optimizer steps for the calibration centers."""
     center_weight: float = 1.0
     """Weight of the second statistics target."""
     center_depth: float = 0.5
-    """Share of the batch-norm layers, deepest first, that get the second target."""
+    """Fraction of the batch-norm layers, deepest first, that get the second target."""
     augment: Literal["none", "flip_shift"] = "none"
-    """Whether each step sees the images flipped and shifted at random; it then takes several times as many steps to the
-    same statistics."""
+    """Augmentation of the images in each optimizer step: random flip and shift. It needs several times the
+    iterations."""
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -92,15 +92,15 @@ class SynthesisConfig:
 
     @property
     def assigns_labels(self) -> bool:
-        """Whether labels are assigned before and their loss counts; otherwise they are the teacher's predictions."""
+        """Whether labels are assigned before synthesis and enter its loss; else they are the teacher's predictions."""
         return self.method not in ("zeroq", "gaussian")
 
     @property
     def fits_start(self) -> bool:
-        """Whether the noise that pixels begin as is fitted to the teacher first."""
+        """Whether the initial noise of the pixels is fitted to the teacher first."""
         return self.start == "fitted" and self.method in PIXEL_METHODS
 
     @property
     def swings(self) -> bool:
-        """Whether strided convolutions see shifted inputs, the default of the method put in."""
+        """Whether strided convolutions get shifted inputs, with None replaced by the default of the method."""
         return self.method == "genie" if self.swing_conv is None else self.swing_conv

@@ -208,7 +208,7 @@ class ReportData:
         }
         maps = {}
         for name, (net, node) in networks.items():
-            found = teacher_response(TappedNetwork(net=with_features(net, node), site=cam_site), images, labels).cam
+            found = teacher_response(TappedNetwork(net=with_features(net, node), cam_site=cam_site), images, labels).cam
             assert found is not None
             maps[name] = found.numpy()
         return Maps(source=source, images=self._to_pixels(images).clip(0, 1), labels=labels.numpy(), maps=maps)

@@ -1,6 +1,6 @@
-"""Label-free fidelity of a student to its teacher: measures on the logits of both.
+"""Label-free fidelity of a student to its teacher: measures of the distance between their logits.
 
-A measure maps the logits of teacher and student on the same images to one value per image, lower is better.
+A measure maps the logits of teacher and student for the same images to one value per image; lower is better.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def jensen_shannon(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 
 
 def disagreement(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """Return 100 where the predicted classes differ, else 0: the mean is a percentage; arguments as for `kl`."""
+    """Return 100 for each image whose predicted classes differ, else 0, so that the mean is in percent; as `kl`."""
     return 100.0 * (teacher_logits.argmax(1) != student_logits.argmax(1)).double()
 
 
@@ -60,7 +60,7 @@ def centered(logits: Tensor) -> Tensor:
 
 
 def sqnr_db(reference: Tensor, found: Tensor) -> float:
-    """Return the signal-to-quantization-noise ratio of ``found`` in dB; infinite where it equals ``reference``.
+    """Return the signal-to-quantization-noise ratio of ``found`` in dB; infinite if it equals ``reference``.
 
     10 log10(sum r^2 / sum (r - f)^2), sums over all elements.
     """
@@ -82,6 +82,6 @@ OBJECTIVES: dict[str, Measure] = {
     "disagreement": disagreement,
     "logit_mse": logit_mse,
 }
-"""Measures that a sweep may minimize, on unperturbed held-out images: no perturbation has ranked settings better. A
-measure that a student can make smaller than the teacher itself does (cross-entropy with the teacher's classes, by
-higher confidence) is excluded."""
+"""Measures that a sweep may minimize, on unperturbed held-out images: no perturbation ranked settings better. Measures
+that the teacher itself does not minimize (cross-entropy with the teacher's classes, which higher confidence lowers) are
+excluded."""

@@ -60,7 +60,7 @@ class ExportOptions:
         rounds: Timed runs of each model; 0 measures no latency.
         threads: Threads of ONNX Runtime in timed runs; 0: its default.
         with_float: Whether the float teacher is exported to ONNX too, to measure size and latency; not kept.
-        places: Current paths of the run's teacher, images and labels, by configuration key, if they were moved.
+        path_overrides: Current paths of the run's teacher, images and labels, by configuration key, if they were moved.
         progress: Whether a terminal shows progress bars.
     """
 
@@ -75,7 +75,7 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         for key in self.path_overrides:
-            one_of("places", key, PATH_SETTINGS)
+            one_of("path_overrides", key, PATH_SETTINGS)
         for name in self.formats:
             one_of("formats", name, FORMATS)
         for name in self.containers:

@@ -1,6 +1,6 @@
-"""Random augmentation of training images, drawn for a whole global batch at once, so that 1 and n processes see the same views.
+"""Random augmentation of training images, drawn for a whole global batch: 1 and n processes get the same views.
 
-Flips and shifts keep an image's class; a blend or a collage of two images keeps that of the larger part.
+Flips and shifts keep the class of an image; mixup and cutmix keep that of the image with the larger share.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 def random_views(
     images: Tensor,
     batch: Tensor,
-    own: slice,
+    share: slice,
     take: Callable[[Tensor], tuple[Tensor, Tensor]],
     kind: Literal["none", "flip_shift", "mixup", "cutmix"],
     generator: torch.Generator,
@@ -21,35 +21,38 @@ def random_views(
     """Return one random view of every image of this process.
 
     Args:
-        images: (N, C, H, W), the images ``batch[own]``.
-        batch: (B,) row numbers of the global batch.
-        own: The part of it that this process has.
-        take: Gives images and labels of some rows: partners may be any of the global batch.
-        kind: Which views.
+        images: (N, C, H, W), the images ``batch[share]``.
+        batch: (B,) int64, row numbers of the global batch.
+        share: Slice of the global batch that this process computes.
+        take: Returns images and labels by row numbers: the second image of a pair may be any of the global batch.
+        kind: The augmentation.
         generator: CPU generator, in the same state on every process.
+
+    Returns:
+        (N, C, H, W).
     """
     if kind == "none":
         return images
     if kind == "flip_shift":
-        return flip_shift(images, generator, offset=own.start, total=len(batch))
-    partners, _ = take(batch[torch.randperm(len(batch), generator=generator)][own])
+        return flip_shift(images, generator, offset=share.start, total=len(batch))
+    partners, _ = take(batch[torch.randperm(len(batch), generator=generator)][share])
     shares = 0.5 + 0.5 * torch.rand(len(batch), generator=generator)
     if kind == "mixup":
-        return torch.lerp(partners, images, shares[own].to(images)[:, None, None, None])
+        return torch.lerp(partners, images, shares[share].to(images)[:, None, None, None])
     corners = torch.rand(len(batch), 2, generator=generator)
-    return _collage(images, partners, shares[own], corners[own])
+    return _cutmix(images, partners, shares[share], corners[share])
 
 
-def _collage(images: Tensor, partners: Tensor, shares: Tensor, corners: Tensor) -> Tensor:
-    """Put a rectangle of each partner, of the image's proportions and 1 - share of its area, at a random place of the image."""
+def _cutmix(images: Tensor, partners: Tensor, shares: Tensor, corners: Tensor) -> Tensor:
+    """Paste a random rectangle of each partner into its image, of the same aspect ratio and 1 - share of the area."""
     height, width = images.shape[-2:]
     side = (1 - shares).sqrt()
     rows, columns = torch.arange(height)[None, :], torch.arange(width)[None, :]
     inside = []
-    for place, size, corner in ((rows, height, corners[:, :1]), (columns, width, corners[:, 1:])):
+    for index, size, corner in ((rows, height, corners[:, :1]), (columns, width, corners[:, 1:])):
         length = (side * size).round()[:, None]
         start = (corner * (size - length + 1)).floor()
-        inside.append((place >= start) & (place < start + length))
+        inside.append((index >= start) & (index < start + length))
     pasted = (inside[0][:, :, None] & inside[1][:, None, :])[:, None].to(images.device)
     return torch.where(pasted, partners, images)
 
@@ -59,13 +62,13 @@ def flip_shift(
 ) -> Tensor:
     """Flip each image left-right with probability 1/2 and shift it by up to ``max_shift`` of its size, edges mirrored.
 
-    The draws are made for a whole global batch and sliced, so that processes that hold parts of it see the views that
-    one process would see.
+    Random numbers are drawn for the whole global batch and sliced, so that the views do not depend on the number of
+    processes.
 
     Args:
         images: (N, C, H, W), any float dtype and device.
         generator: CPU generator.
-        max_shift: Largest shift as a share of the height and width, in [0, 0.5].
+        max_shift: Maximum shift as a fraction of the height and width, in [0, 0.5].
         offset: Position of ``images[0]`` in the global batch.
         total: Size of the global batch; None for N.
 

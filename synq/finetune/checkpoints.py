@@ -19,10 +19,10 @@ FORMAT = 2
 
 
 def check_same_epoch(epoch: int, path: Path | None, accelerator: Accelerator) -> None:
-    """Raise if only some processes see the checkpoint: they would wait for one another forever.
+    """Check that all processes see the same checkpoint: otherwise they would wait for one another forever.
 
     Raises:
-        ValueError: Names the epochs that the processes find.
+        ValueError: They do not; the message names the epochs that the processes find.
     """
     epochs = accelerator.gather(torch.tensor([epoch], device=accelerator.device)).tolist()
     if len(set(epochs)) > 1:
@@ -40,7 +40,7 @@ def save_checkpoint(
     average: WeightAverage,
     history: list[dict[str, float]],
 ) -> None:
-    """Write the state after an epoch to ``path``, by rename."""
+    """Write the state after an epoch to ``path``, atomically."""
     state = {
         "model": net.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -74,13 +74,13 @@ def load_checkpoint(
 def save_prepared(
     path: Path, identity: str, net: nn.Module, reference: nn.Module | None, report: dict[str, Any]
 ) -> None:
-    """Write a student before its fine-tuning, by rename, so that a killed run does not repeat the rounding.
+    """Write a calibrated student, atomically, so that a run resumed before its first checkpoint repeats no rounding.
 
     Args:
         path: The file.
-        identity: What it belongs to (teacher and images).
+        identity: Digests of teacher and images.
         net: The student's network.
-        reference: The float network that it imitates, unless that is the teacher.
+        reference: The float network that the student approximates, if it is not the teacher itself.
         report: Report of ``prepare_student``, as plain values.
     """
     scaled = None if reference is None else reference.state_dict()
@@ -88,7 +88,7 @@ def save_prepared(
 
 
 def load_prepared(path: Path, identity: str, net: nn.Module, teacher: M) -> tuple[M, dict[str, Any]]:
-    """Load a file of ``save_prepared`` into ``net``; return the float network that it imitates, and the report.
+    """Load a file of ``save_prepared`` into ``net``; return the float network that it approximates, and the report.
 
     Raises:
         ValueError: If the file is damaged, or its identity is not ``identity``.
@@ -101,12 +101,12 @@ def load_prepared(path: Path, identity: str, net: nn.Module, teacher: M) -> tupl
             reference = copy.deepcopy(teacher)
             reference.load_state_dict(state["reference"])
         return reference, state["report"]
-    except Exception as error:  # as above
+    except Exception as error:  # see load_checkpoint
         raise _unreadable(path, error) from error
 
 
 def write_state(path: Path, identity: str, state: dict[str, Any]) -> None:
-    """Write plain values and tensors to ``path``, by rename, with the identity of the run."""
+    """Write plain values and tensors to ``path``, atomically, with the identity of the run."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "identity": identity, **state}, buffer)
     write_bytes_atomic(path, buffer.getvalue())
@@ -122,7 +122,7 @@ def read_state(path: Path, identity: str) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found = state["identity"]
         number = state.get("format")
-    except Exception as error:  # as above
+    except Exception as error:  # see load_checkpoint
         raise _unreadable(path, error) from error
     check_format(path, "the state of a run", number, FORMAT, "remove it and run it again")
     if found != identity:

@@ -1,4 +1,4 @@
-"""An exponential moving average of a student's parameters over the steps of its fine-tuning."""
+"""Exponential moving average (EMA) of the student's parameters over the steps of fine-tuning."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Exponential moving average of parameters: after step t, average = d_t average + (1 - d_t) parameter, d_t = min(decay, (t + 1) / (t + 10)).
+    """Exponential moving average of parameters.
 
-    The decay rises with the steps, so that the weights from before the training are soon forgotten. Parameters are synchronized between
+    After step t: average = d_t average + (1 - d_t) parameter, with d_t = min(decay, (t + 1) / (t + 10)). The decay
+    rises with the steps, so that the initial weights are soon forgotten. Parameters are synchronized between
     processes, and so are their averages.
 
     Args:
-        parameters: The parameters to average; averages lie on their devices.
-        decay: Decay in [0, 1); None averages nothing and costs nothing.
+        parameters: The parameters to average; averages are on the same devices.
+        decay: Decay in [0, 1); None disables averaging, at no cost.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float | None) -> None:
@@ -36,29 +37,29 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self, for_good: bool = False) -> Iterator[None]:
-        """Replace the parameters by their averages inside the ``with`` block, or for good."""
+        """Replace the parameters by their averages inside the ``with`` block, or permanently with ``for_good``."""
         if not self._parameters:
             yield
             return
-        own = [parameter.detach().clone() for parameter in self._parameters]
-        self._put(self._averages)
+        current = [parameter.detach().clone() for parameter in self._parameters]
+        self._copy_to_parameters(self._averages)
         try:
             yield
         finally:
             if not for_good:
-                self._put(own)
+                self._copy_to_parameters(current)
 
     @torch.no_grad()
-    def _put(self, values: list[Tensor]) -> None:
+    def _copy_to_parameters(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self._parameters, values, strict=True):
             parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps and the averages, for ``load_state_dict``."""
+        """Return the number of steps and the averages."""
         return {"steps": self._steps, "averages": self._averages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state of ``state_dict``.
+        """Load a state from ``state_dict``.
 
         Raises:
             ValueError: If the numbers of tensors differ.
@@ -66,5 +67,5 @@ class WeightAverage:
         if len(state["averages"]) != len(self._averages):
             raise ValueError(f"the average holds {len(state['averages'])} tensors instead of {len(self._averages)}")
         self._steps = state["steps"]
-        for own, saved in zip(self._averages, state["averages"], strict=True):
-            own.copy_(saved)
+        for average, saved in zip(self._averages, state["averages"], strict=True):
+            average.copy_(saved)

@@ -1,8 +1,8 @@
 """Synthesis-aware fine-tuning of a quantized student, on 1..n processes.
 
-A step costs one student forward and one backward pass. The images are filtered before; the teacher's logits and maps
-are computed once unless the images are augmented; the class-activation maps come from the features of the same forward
-passes (SynQ, section 4; the closed form of the CAM weights is ours).
+A step costs one forward and one backward pass of the student. The images are already low-pass filtered; the teacher's
+logits and maps are computed once unless the images are augmented; class activation maps come from the features of the
+same forward passes (SynQ, section 4; the closed form of the CAM weights is ours).
 """
 
 import math
@@ -40,14 +40,14 @@ class NonFiniteLossError(RuntimeError):
 
 
 class LossMeter:
-    """Sums of the terms of an epoch, kept on the device; reading them is the only host synchronization."""
+    """Sums of the loss terms over the steps of an epoch, on the device; reading them is the only host sync."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self.steps = 0
         self.sums: dict[str, Tensor] = {}
         self.summary = ""
-        """Running means as of the last ``check``: "loss 0.1 kd 0.05", short enough for a narrow terminal."""
+        """Running means at the last ``check``, for a progress bar: "loss 0.1 kd 0.05"."""
 
     def add(self, terms: dict[str, Tensor]) -> None:
         """Add the terms of one step."""
@@ -57,10 +57,10 @@ class LossMeter:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def check(self) -> None:
-        """Update ``summary``; raise if a sum is not finite (a NaN once added never leaves).
+        """Update ``summary`` and check that every sum is finite (a NaN once added stays).
 
         Raises:
-            NonFiniteLossError: Names the term, the epoch and the step.
+            NonFiniteLossError: A sum is not finite; the message names the term, the epoch and the step.
         """
         means = {name: float(value) / self.steps for name, value in self.sums.items()}
         for name, value in sorted(means.items(), key=lambda item: item[0] == "loss"):
@@ -81,19 +81,19 @@ class LossMeter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
-    """What every step of a fine-tuning uses.
+    """Networks, optimizer and data of a fine-tuning, the same in every step.
 
     Attributes:
         student: The quantized network.
         teacher: The frozen teacher.
         model: ``student.net``, wrapped by DDP if there are several processes.
-        parameters: The trained ones.
-        optimizer: Of ``parameters``.
-        average: Of ``parameters``.
-        take: Gives images and labels of some rows, on the device.
-        cached: Gives the teacher's responses to the images of some rows; None if they are computed in every step.
-        share: The part of a global batch that this process has.
-        autocast: Makes the context of the forward passes.
+        parameters: The trained parameters of ``model``.
+        optimizer: Optimizer of ``parameters``.
+        average: Moving average of ``parameters``.
+        take: Returns images and labels by row numbers, on the device.
+        cached: Returns the teacher's responses by row numbers; None if they are computed in every step.
+        share: Slice of the global batch that this process computes.
+        autocast: Returns the context of the forward passes.
         config: Settings.
         accelerator: Process group.
     """
@@ -119,14 +119,14 @@ def training_step(
 
     Args:
         training: Networks, optimizer, data.
-        batch: (B,) row numbers of the global batch.
+        batch: (B,) int64, row numbers of the global batch.
         lr: Learning rate of this step.
-        generator: Of the augmentation, in the same state on every process.
-        meter: Takes the terms of the loss and the gradient norm.
-        check: Whether to read the meter before the update, the only host synchronization.
+        generator: Generator of the augmentation, in the same state on every process.
+        meter: Accumulates the loss terms and the gradient norm.
+        check: Whether to check the meter before the update, the only host synchronization.
 
     Raises:
-        NonFiniteLossError: As ``LossMeter.check``; the weights are those of the step before.
+        NonFiniteLossError: As ``LossMeter.check``; the weights are then still those of the previous step.
     """
     student, teacher, config = training.student, training.teacher, training.config
     rows = batch[training.share]
@@ -170,40 +170,40 @@ def finetune(
 ) -> list[Epoch]:
     """Train the student's float weights through its fake quantizers, in place; the last epoch is the result.
 
-    BatchNorm statistics and activation ranges stay as they are; networks stay in evaluation mode. Killed and called
-    again with the same ``checkpoint``, it resumes after the last finished epoch and ends bit-equal.
+    BatchNorm statistics and activation ranges are frozen; networks stay in evaluation mode. Called again with the same
+    ``checkpoint`` after an interruption, it resumes after the last finished epoch and gives a bit-identical result.
 
     Args:
-        student: The quantized network with observed ranges, on the device of ``accelerator``.
+        student: The quantized network with calibrated ranges, on the device of ``accelerator``.
         teacher: The frozen teacher, on the same device.
         images: (N, C, H, W) filtered synthetic images, the same on every process.
         labels: (N,) int64 assigned labels.
         config: Epochs, *global* batch size, optimizer, loss.
         accelerator: Process group.
         seed: Seed of the order of the images and of their augmentation.
-        bf16: Run both networks under autocast to bfloat16; weights, losses and maps stay float32.
-        compiled: Whether to compile the student's passes with torch.compile; not if its map needs autograd.
-        checkpoint: File of the last finished epoch; None keeps none.
-        identity: What the checkpoint belongs to (teacher and images); a file of another one is rejected.
+        bf16: Whether both networks run under autocast to bfloat16; weights, losses and maps stay float32.
+        compiled: Whether to compile the student with torch.compile; not possible if its map needs autograd.
+        checkpoint: Checkpoint file of the last finished epoch; None writes none.
+        identity: Digests of teacher and images; a checkpoint with another identity is rejected.
         on_epoch: Called on every process after every epoch, before its checkpoint, with the epoch's mean terms; it may
             add to them.
-        on_checkpoint: Called on the main process with the path of each checkpoint, once it is written.
+        on_checkpoint: Called on the main process with the path of each written checkpoint.
         progress: Whether to show a progress bar (on the main process).
 
     Returns:
         Mean loss terms of each epoch, in order.
 
     Raises:
-        ValueError: If the batch size is not divisible by the number of processes or exceeds the images, or the
-            checkpoint is damaged or another run's.
-        NonFiniteLossError: If a term or the gradient norm is not finite.
+        ValueError: If the batch size is not divisible by the number of processes or exceeds the number of images, or
+            if the checkpoint is damaged or has another identity.
+        NonFiniteLossError: If a loss term or the gradient norm is not finite.
     """
     share = local_batch_size(config.batch_size, accelerator.num_processes)
     steps_per_epoch = len(images) // config.batch_size
     if steps_per_epoch == 0 and config.epochs > 0:
         raise ValueError(f"finetune.batch_size must be <= the {len(images)} images, but got {config.batch_size}")
     shown = progress and accelerator.is_main_process
-    with_cam = config.cam_weight > 0 and student.site.kind != "none"
+    with_cam = config.uses_cam and student.cam_site.kind != "none"
     student, teacher = (replace(part, method=config.cam_method, with_cam=with_cam) for part in (student, teacher))
     parameters = _trainable(student.net, config.train_bn)
     synchronize_parameters(student.net)
@@ -217,7 +217,7 @@ def finetune(
     history = load_checkpoint(checkpoint, identity, student.net, optimizer, average)
     check_same_epoch(len(history), checkpoint, accelerator)
     autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
-    images, labels = _near(images, accelerator.device), _near(labels, accelerator.device)
+    images, labels = _on_device(images, accelerator.device), _on_device(labels, accelerator.device)
 
     def take(rows: Tensor) -> tuple[Tensor, Tensor]:
         return _take(images, rows, accelerator.device), _take(labels, rows, accelerator.device)
@@ -244,7 +244,7 @@ def finetune(
         initial=len(history) * steps_per_epoch,
         desc="fine-tune",
         unit="step",
-        **visible(shown, leave=None),  # it stays if it is the only bar, not below a bar over runs
+        **visible(shown, leave=None),  # stays on screen if it is the only bar, but not below a bar over runs
     )
     for epoch in range(len(history), config.epochs):
         meter, started = LossMeter(epoch), time.perf_counter()
@@ -269,7 +269,7 @@ def finetune(
     return history
 
 
-def _near(tensor: Tensor, device: torch.device) -> Tensor:
+def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return ``tensor`` on the GPU if it takes at most a quarter of the free memory, else unchanged."""
     if device.type != "cuda" or tensor.numel() * tensor.element_size() > torch.cuda.mem_get_info(device)[0] // 4:
         return tensor
@@ -279,12 +279,12 @@ def _near(tensor: Tensor, device: torch.device) -> Tensor:
 def _take(tensor: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     taken = tensor[rows.to(tensor.device)]
     if device.type == "cuda" and taken.device.type == "cpu":
-        taken = taken.pin_memory()  # only a copy from pinned memory overlaps with the device's work
+        taken = taken.pin_memory()  # only a copy from pinned memory overlaps with kernels
     return taken.to(device, non_blocking=True)
 
 
 def _trainable(net: fx.GraphModule, train_bn: bool) -> list[nn.Parameter]:
-    """Set `requires_grad` of all parameters; return the trained ones."""
+    """Set `requires_grad` of all parameters and return those to train."""
     frozen = set() if train_bn else {id(parameter) for parameter in batchnorm_parameters(net)}
     for parameter in net.parameters():
         parameter.requires_grad_(id(parameter) not in frozen)

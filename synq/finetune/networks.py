@@ -1,4 +1,4 @@
-"""The networks of a fine-tuning, teacher and student: placed on the device, calibrated, outputs tapped."""
+"""Preparation of teacher and student for fine-tuning: placement on the device, calibration, tapped outputs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,22 +29,22 @@ def prepare_networks(
     prepared: Path,
     identity: str,
 ) -> tuple[TappedNetwork, TappedNetwork, dict[str, Any]]:
-    """Place teacher and student, calibrate the student's quantizers, and tap what the loss compares.
+    """Move teacher and student to the device, calibrate the student, and tap the outputs that the loss compares.
 
     Args:
         config: The run.
         teacher: Its graph is moved to the device, in place.
         student: From `build_student`; moved and calibrated in place.
-        images: (N, C, H, W) synthetic images, filtered as those of the fine-tuning.
-        accelerator: Process group; every process ends with the same student.
+        images: (N, C, H, W) synthetic images, low-pass filtered as for fine-tuning.
+        accelerator: Process group; the student is the same on every process afterwards.
         prepared: File of a calibrated student, read if it exists; written if more was done than rounding to nearest.
-        identity: What `prepared` belongs to (teacher and images).
+        identity: Digests of teacher and images; a file with another identity is rejected.
 
     Returns:
         (teacher, student, report of `prepare_student`).
 
     Raises:
-        ValueError: As `prepare_student`, or `prepared` is damaged or another run's.
+        ValueError: As `prepare_student`, or `prepared` is damaged or has another identity.
     """
     for net in (teacher.graph, student.net):
         place(net, config.runtime, accelerator.device, teacher.input_size)
@@ -68,14 +68,14 @@ def prepare_networks(
 
 
 def aligned_blocks(config: RunConfig, teacher: Teacher) -> list[str]:
-    """Return the nodes of the teacher whose outputs the feature loss aligns; the logits have a separate loss.
+    """Return the names of the teacher's nodes whose outputs the feature loss compares, without the logits.
 
     Raises:
-        ValueError: If there is a feature loss, but no block before the logits.
+        ValueError: If the feature loss is enabled, but there is no block before the logits.
     """
-    wanted = config.finetune.feature_weight > 0
-    blocks = [node.name for node in block_ends(teacher.graph)[:-1]] if wanted else []
-    if wanted and not blocks:
+    is_enabled = config.finetune.feature_weight > 0
+    blocks = [node.name for node in block_ends(teacher.graph)[:-1]] if is_enabled else []
+    if is_enabled and not blocks:
         raise ValueError("finetune.feature_weight must be 0 for this teacher, which has no block before its logits")
     return blocks
 
@@ -85,13 +85,13 @@ def _tapped(
 ) -> tuple[TappedNetwork, TappedNetwork]:
     """Return teacher and student with the CAM's feature map and the aligned blocks among their outputs."""
     cam, student_node = teacher.cam, student.cam_node
-    if cam.kind == "none":  # the tap still needs a tensor; the image itself costs nothing and is never read
+    if cam.kind == "none":  # the tap still needs a tensor: the input image costs nothing and is never read
         cam, student_node = replace(cam, node=_input_node(teacher.graph)), _input_node(student.net)
     blocks = aligned_blocks(config, teacher)
     teacher_net = with_features(reference, cam.node, blocks)
     student_net = with_features(student.net, student_node, [student.taps.get(name, name) for name in blocks])
     fuse_rectified(student_net)
-    return TappedNetwork(net=teacher_net, site=cam), TappedNetwork(net=student_net, site=cam)
+    return TappedNetwork(net=teacher_net, cam_site=cam), TappedNetwork(net=student_net, cam_site=cam)
 
 
 def _input_node(net: fx.GraphModule) -> str:

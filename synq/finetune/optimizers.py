@@ -1,4 +1,4 @@
-"""The optimizer of a fine-tuning: separate parameter groups of weights and of learned quantization steps."""
+"""The optimizer of fine-tuning, with parameter groups for weights and for learned step sizes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,19 +11,18 @@ from synq.quant.layers import step_parameters
 from synq.quant.lsq import keep_positive
 
 TINY = 1e-12
-LEAST_NORM = 1e-3
-"""Least norm of a weight tensor in `clip_relative`, so that a tensor of zeros can learn."""
+MIN_NORM = 1e-3
+"""Minimum norm of a weight tensor in `clip_relative`, so that a tensor of zeros can learn."""
 
 
 def make_optimizer(net: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
     """Return the optimizer of the parameters of ``net`` that require a gradient.
 
-    Every group holds "lr_factor", by which the learning rate of a step of training is to be multiplied: 1 for the
-    weights, ``step_lr_factor`` for learned steps, which have no weight decay either: pulled to zero, a step would be no
-    regularization.
+    Each group has the key "lr_factor", by which the scheduled learning rate is to be multiplied: 1 for weights,
+    ``step_lr_factor`` for learned step sizes. These have no weight decay: shrinking a step size does not regularize.
 
     Args:
-        net: The student; its learned steps hold their first values.
+        net: The student; its learned step sizes are initialized.
         config: Optimizer, momentum, weight decay, step_lr_factor.
     """
     steps = [step for step in step_parameters(net) if step.requires_grad]
@@ -46,16 +45,16 @@ def make_optimizer(net: nn.Module, config: FinetuneConfig) -> torch.optim.Optimi
 
 @torch.no_grad()
 def clip_relative(parameters: Sequence[nn.Parameter], share: float | None) -> None:
-    """Shrink, in place, the gradient of each weight tensor whose norm exceeds ``share`` of the norm of the tensor.
+    """Clip, in place, the norm of the gradient of each weight tensor to ``share`` times the norm of the tensor.
 
-    ``grad_clip`` bounds the whole step. In networks of depthwise convolutions a few small tensors take nearly all of
+    ``grad_clip`` bounds the whole step. In networks with depthwise convolutions a few small tensors take nearly all of
     it: their relative change is then ten times that of any layer of a ResNet, and fine-tuning with the same learning
-        rate ruins them. Vectors (biases, scale and
-    shift of batch norms, steps) are not clipped: near zero their norm has no meaning. Nothing waits for the device.
+    rate destroys them. Vectors (biases, batch-norm parameters, step sizes) are not clipped: near zero their norm has no
+    meaning. There is no host synchronization.
 
     Args:
-        parameters: Those with a gradient count.
-        share: None does not clip.
+        parameters: Parameters; those without a gradient are skipped.
+        share: Maximum ratio of the norms, > 0; None does not clip.
 
     Source: adaptive gradient clipping (arXiv 2102.06171), section 4, there by rows.
     """
@@ -63,7 +62,6 @@ def clip_relative(parameters: Sequence[nn.Parameter], share: float | None) -> No
     if share is None or not weights:
         return
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    own = torch._foreach_norm(weights)
-    found = torch._foreach_norm(gradients)
-    factors = [(share * w.clamp(min=LEAST_NORM) / (g + TINY)).clamp(max=1.0) for w, g in zip(own, found, strict=True)]
+    norms = zip(torch._foreach_norm(weights), torch._foreach_norm(gradients), strict=True)
+    factors = [(share * w.clamp(min=MIN_NORM) / (g + TINY)).clamp(max=1.0) for w, g in norms]
     torch._foreach_mul_(gradients, factors)

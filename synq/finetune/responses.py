@@ -1,4 +1,4 @@
-"""The response of a network to a batch in one forward pass: logits, class-activation maps, outputs of its blocks."""
+"""The response of a network to a batch in one forward pass: logits, class activation maps, block outputs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -16,18 +16,18 @@ from synq.quant.layers import effective_weight
 CACHE_BATCH = 128
 """Images per forward pass of the teacher when its responses are cached; independent of the training batch."""
 CACHE_BYTES = 2**30
-"""Largest cache of responses; beyond it the teacher runs in every step."""
+"""Maximum size of the cache of responses in bytes; beyond it the teacher runs in every step."""
 
 
 class Response(NamedTuple):
-    """The response of a network to N images."""
+    """Outputs of a network for N images that the loss compares."""
 
     logits: Tensor
-    """(N, K)."""
+    """Logits (N, K)."""
     cam: Tensor | None
-    """(N, H, W) class-activation maps of the assigned labels; None if they are not computed."""
+    """Class activation maps (N, H, W) of the assigned labels; None if they are not computed."""
     blocks: tuple[Tensor, ...] = ()
-    """Outputs of its blocks, (N, C, H, W) each, for feature alignment."""
+    """Outputs of the network's blocks, (N, C, H, W) each, for feature alignment."""
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor, in a fixed order."""
@@ -45,32 +45,32 @@ class Response(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TappedNetwork:
-    """A network with outputs (logits, features, block outputs...) in one pass, and what its class-activation map needs.
+    """A network that returns (logits, features, block outputs...) in one pass, and the options of its maps.
 
     Attributes:
-        net: From ``with_features``; the features are A of ``site``.
-        site: Where the map is taken, and how its channel weights are computed.
-        method: How the map is made of features and gradients.
-        with_cam: Whether maps are computed.
+        net: Network from ``with_features``; the features are A of ``cam_site``.
+        cam_site: Layer whose output the maps weight, and how the channel weights are computed.
+        method: Method of the class activation maps.
+        with_cam: Whether to compute the maps.
     """
 
     net: fx.GraphModule
-    site: CamSite
+    cam_site: CamSite
     method: CamMethod = "gradcam"
     with_cam: bool = True
 
     @property
     def differentiates(self) -> bool:
-        """Whether a map costs a backward pass through the head."""
-        return self.with_cam and self.site.differentiates(self.method)
+        """Whether the maps need a backward pass through the head."""
+        return self.with_cam and self.cam_site.differentiates(self.method)
 
     def response(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Response:
-        """Return the response in given outputs of ``net``, with the maps (N, H, W) of ``labels`` (N,)."""
+        """Return the response for given outputs of ``net``, with maps (N, H, W) of the classes ``labels`` (N,)."""
         logits, features, *blocks = outputs
         return Response(logits, self._map(logits, features, labels) if self.with_cam else None, tuple(blocks))
 
     def _map(self, logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        site = self.site
+        site = self.cam_site
         if self.differentiates:
             gradient = logit_gradient(logits, features, labels, retain_graph=True)
         else:
@@ -96,23 +96,24 @@ def cached_responses(
     *,
     progress: bool = False,
 ) -> Callable[[Tensor], Response] | None:
-    """Compute the teacher's responses to all images once; return None if the cache would take more than `CACHE_BYTES`.
+    """Compute the teacher's responses to all images once and return a lookup of them.
 
     Args:
         teacher: The frozen teacher.
-        take: Returns images and labels of some rows, on the teacher's device.
+        take: Returns images and labels by row numbers, on the teacher's device.
         num_images: Number of images.
-        autocast: Makes the context of the forward passes.
-        progress: Whether a terminal shows a progress bar.
+        autocast: Returns the context of the forward passes.
+        progress: Whether to show a progress bar, on a terminal.
 
     Returns:
-        A function from row numbers to the responses to these images.
+        A function from row numbers (B,) to the responses to these images; None if the cache would be larger than
+        `CACHE_BYTES`.
     """
     with autocast():
         one = teacher_response(teacher, *take(torch.arange(1)))
     if num_images * sum(t.numel() * t.element_size() for t in one.tensors()) > CACHE_BYTES:
         return None
-    # At once in full size: small pieces between large passing ones would keep the heap from shrinking.
+    # Allocated in full size first: small tensors between large temporary ones would fragment the heap.
     kept = [t.new_empty(num_images, *t.shape[1:]) for t in one.tensors()]
     with passing_bar(num_images, "teacher's logits", "image", is_shown=progress) as bar:
         for rows in torch.arange(num_images).split(CACHE_BATCH):

@@ -1,4 +1,4 @@
-"""Order of the images and learning rate of each step: pure functions, so a resumed run needs no state."""
+"""Data order and learning-rate schedule of fine-tuning: pure functions, so a resumed run needs no state."""
 
 import math
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from synq.config.run import FinetuneConfig
 
 
 def epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Yield the row numbers of each global batch of an epoch; the incomplete last batch is dropped.
+    """Yield the row numbers (B,) of each global batch of an epoch; an incomplete last batch is dropped.
 
-    Every process draws the same order and takes its slice, so 1 and n processes see the same samples.
+    Every process draws the same order and takes a slice of each batch, so 1 and n processes see the same samples.
     """
     order = torch.randperm(num_images, generator=make_generator("order", seed, epoch))
     for start in range(0, num_images - batch_size + 1, batch_size):
@@ -24,7 +24,7 @@ def local_batch_size(batch_size: int, num_processes: int) -> int:
     """Return the number of images per process and step.
 
     Raises:
-        ValueError: If the global batch does not divide evenly: unequal shares would train another loss.
+        ValueError: If the global batch is not divisible: with unequal shares the averaged gradient would differ.
     """
     share, rest = divmod(batch_size, num_processes)
     if rest:
@@ -35,7 +35,7 @@ def local_batch_size(batch_size: int, num_processes: int) -> int:
 
 
 def lr_at(step: int, steps_per_epoch: int, config: FinetuneConfig) -> float:
-    """Return the learning rate of a step, counted over all epochs."""
+    """Return the learning rate of a step; steps are counted over all epochs, from 0."""
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)

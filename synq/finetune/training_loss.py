@@ -9,7 +9,7 @@ from synq.losses import LossWeights, kd_kl, synq_loss
 
 
 def loss_weights(config: FinetuneConfig) -> LossWeights:
-    """Return the weights of the loss as a configuration has them."""
+    """Return the loss weights of a configuration."""
     return LossWeights(
         kd_weight=config.kd_weight,
         ce_weight=config.ce_weight,
@@ -33,19 +33,20 @@ def training_loss(
     """Run one forward pass of the student and return the SynQ loss on it.
 
     Args:
-        model: ``student.net`` as prepared for this process group: its forward is the one whose gradients DDP averages.
-        student: Gives the maps.
+        model: ``student.net``, wrapped by DDP if there are several processes, so that gradients are averaged.
+        student: Computes the maps from the outputs of ``model``.
         target: The teacher's response to the same images.
-        images: (N, C, H, W), filtered; N is the share of this process.
-        labels: (N,) assigned labels.
+        images: (N, C, H, W), filtered; N is the number of images of this process.
+        labels: (N,) int64, assigned labels.
         config: Weights, temperature and threshold.
-        harder: From ``harder_images``, if `perturb_weight` is above 0.
+        harder: Result of ``harder_images``, if `perturb_weight` is above 0.
 
     Returns:
-        (mean over the N images, terms by name). All shares being equal, the mean over processes is the global one.
+        (loss, terms by name): means over the N images. N is the same on every process, so the mean over processes is
+        the mean over the global batch.
     """
     count = len(images)
-    # One forward pass for both, or DDP would average half of the gradient.
+    # One forward pass for both: DDP averages the gradients of one forward pass only.
     outputs = model(images if harder is None else torch.cat([images, harder[0]]))
     clean = outputs if harder is None else tuple(output[:count] for output in outputs)
     response = student.response(clean, labels)
@@ -62,7 +63,7 @@ def training_loss(
     if harder is not None:
         perturbed = kd_kl(outputs[0][count:], harder[1], config.kd_temperature).mean()
         loss, terms["perturbed"] = loss + config.perturb_weight * perturbed, perturbed.detach()
-    if config.kd_weight == 0 and config.ce_weight == 0:  # DDP waits for a gradient of every parameter, the head's too
+    if config.kd_weight == 0 and config.ce_weight == 0:  # DDP waits for the gradients of all parameters
         loss = loss + 0.0 * outputs[0].sum()
     return loss, terms
 
@@ -70,7 +71,7 @@ def training_loss(
 def harder_images(
     student: TappedNetwork, teacher: TappedNetwork, images: Tensor, labels: Tensor, size: float
 ) -> tuple[Tensor, Tensor]:
-    """Return images (N, C, H, W) that are more difficult for the student, and the teacher's logits (N, K) of them.
+    """Return adversarially perturbed images (N, C, H, W), harder for the student, and the teacher's logits (N, K).
 
     x + size * sign(d CE(student(x), label) / d x); the gradient bypasses DDP's reducer and reaches no parameter.
 

@@ -1,13 +1,12 @@
-"""Mixed-precision search: one bit-width per tensor, found by integer linear programming. No data, no network.
+"""Mixed-precision search: one bit-width per tensor, found by integer linear programming. Needs no data, no network.
 
-    minimize    sum over tensors of KL(teacher || student with that tensor alone at b bits)    from `sensitivity.py`
+    minimize    sum over tensors of KL(teacher || student with only that tensor quantized, to b bits)   `sensitivity.py`
     subject to  packed bytes of the weights, and bit operations: MACs x weight bits x activation bits of each layer
 
-Source: ZeroQ (arXiv 2001.00281), section 3.2, approximates the loss of the whole by the sum of the losses of single
-    layers and finds
-the Pareto front by dynamic programming; HAWQ-V3 (arXiv 2011.10680), section 3.4, uses an integer linear program with
-one bit-width for a layer's weights and input. Here they are chosen separately, and an activation that several layers
-read counts once.
+Source: ZeroQ (arXiv 2001.00281), section 3.2, approximates the loss of the network by the sum of the losses of single
+layers and finds the Pareto front by dynamic programming; HAWQ-V3 (arXiv 2011.10680), section 3.4, uses an integer
+linear program with one bit-width for a layer's weights and input. Here they are chosen separately, and an activation
+that several layers read counts once.
 """
 
 import math
@@ -26,20 +25,19 @@ from synq.quant.bit_patterns import Role
 Key: TypeAlias = tuple[Role, str]
 """A tensor of a student: its role, and the name of its layer or activation."""
 SCALES = (1e4, 1e6)
-"""Values to which the largest loss and every limit are scaled: the solver's tolerances, 1e-6, are absolute. The better
-of two solutions
-counts: once in hundreds of badly scaled problems HiGHS reports a solution as optimal that is far from it, never at both
-    scales."""
+"""Values that the largest loss and every limit are scaled to: the tolerances of the solver, 1e-6, are absolute. Both
+scales are solved and the better solution is taken: once in hundreds of badly scaled problems HiGHS reports a solution
+far from the optimum as optimal, but never at both scales."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """A term of a limit: factor x bits of `tensor` x the largest bit-width among `others`.
+    """A term of a limit: factor x bit-width of `tensor` x largest bit-width of `others`.
 
     Attributes:
         factor: For bit operations, the MACs of one image.
         tensor: The layer's weight.
-        others: The activations that form the layer's input, at least one; several where they were concatenated.
+        others: The activations that form the layer's input, at least one; several if they are concatenated.
     """
 
     factor: float
@@ -49,13 +47,13 @@ class Product:
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """A constraint: the costs of single tensors at their bit-widths plus those of products must not exceed `most`.
+    """A constraint: costs of single tensors at their bit-widths plus products must not exceed `most`.
 
     Attributes:
-        name: Name of the option that sets it, for messages.
+        name: Option that sets the limit, for messages.
         most: Upper bound of the sum.
-        single: Cost by tensor and bit-width; may leave tensors out.
-        products: Terms that depend on two bit-widths.
+        single: Cost by tensor and bit-width; missing tensors cost nothing.
+        products: Terms that depend on several bit-widths.
     """
 
     name: str
@@ -64,16 +62,16 @@ class Limit:
     products: Sequence[Product] = ()
 
     def spent(self, chosen: Mapping[Key, int]) -> float:
-        """Return the sum for the bit-widths ``chosen``."""
+        """Return the cost of the bit-widths ``chosen``."""
         products = (p.factor * chosen[p.tensor] * max(chosen[other] for other in p.others) for p in self.products)
         return sum(costs[chosen[key]] for key, costs in self.single.items()) + sum(products)
 
 
 def check_limits(options: Mapping[Key, Iterable[int]], limits: Sequence[Limit]) -> None:
-    """Reject limits that even the lowest bit-width of every tensor exceeds.
+    """Check that the lowest bit-width of every tensor meets all limits.
 
     Raises:
-        ValueError: A limit cannot be met; the message holds the lowest possible cost.
+        ValueError: A limit cannot be met; the message has the lowest possible cost.
     """
     for limit in limits:
         lowest = limit.spent({key: min(bits) for key, bits in options.items()})
@@ -92,12 +90,12 @@ def choose_bits(
     The sum is minimal up to 1e-10 of the largest loss.
 
     Args:
-        losses: Finite loss by tensor and bit-width; a tensor with a given bit-width has one entry.
-        limits: Constraints over tensors and bit-widths of ``losses``, none falling with more bits.
-        alike: Groups of tensors that must share a bit-width, with the same bit-widths to choose from.
+        losses: Finite loss by tensor and bit-width; a tensor with a fixed bit-width has one entry.
+        limits: Constraints over the tensors and bit-widths of ``losses``; no cost may decrease with more bits.
+        tied: Groups of tensors that must share a bit-width, with the same candidates.
 
     Raises:
-        ValueError: The lowest bit-widths already exceed a limit.
+        ValueError: The lowest bit-widths exceed a limit.
     """
     check_limits(losses, limits)
     found = [_Program(losses, limits, tied, scale).best() for scale in SCALES]
@@ -105,12 +103,11 @@ def choose_bits(
 
 
 class _Program:
-    """The integer linear program: a binary variable per tensor and bit-width, and one per pair of bit-widths of a
-    product.
+    """The integer linear program: a binary variable per tensor and bit-width, and one per pair of a product.
 
-    The latter may be continuous: their sums over either bit-width equal the variables of the other, and where those are
-    0 or 1, the pairs are too. The largest bit-width of several inputs has variables of its own, bounded below by each
-    input's bit-width.
+    The variables of pairs may be continuous: their sums over either bit-width equal the variables of the other, so
+    they are 0 or 1 if those are. The largest bit-width of several inputs has separate variables, bounded below by the
+    bit-width of each input.
     """
 
     def __init__(
@@ -142,10 +139,10 @@ class _Program:
             chosen = self.solve()
             if all(limit.spent(chosen) <= limit.most for limit in self.limits):
                 return chosen
-            self.forbid(chosen)  # above a limit by less than the solver's tolerance
+            self.forbid(chosen)  # exceeds a limit by less than the solver's tolerance
 
     def forbid(self, chosen: Mapping[Key, int]) -> None:
-        """Exclude exactly this solution."""
+        """Exclude this one solution by a constraint."""
         columns = [self.choices[key][bits] for key, bits in chosen.items()]
         self.rows.append((dict.fromkeys(columns, 1.0), -np.inf, len(columns) - 1))
 
@@ -201,20 +198,20 @@ class _Program:
             if bits in self.choices[key]
         }
         for product in limit.products:
-            mine, theirs = self.choices[product.tensor], self._most_of(product.others)
-            pairs = {(a, b): self.size + index for index, (a, b) in enumerate((a, b) for a in mine for b in theirs)}
+            weight, inputs = self.choices[product.tensor], self._most_of(product.others)
+            pairs = {(a, b): self.size + index for index, (a, b) in enumerate((a, b) for a in weight for b in inputs)}
             self.size += len(pairs)
-            for bits, column in mine.items():
-                self.rows.append(({pairs[bits, b]: 1.0 for b in theirs} | {column: -1.0}, 0, 0))
-            for bits, column in theirs.items():
-                self.rows.append(({pairs[a, bits]: 1.0 for a in mine} | {column: -1.0}, 0, 0))
+            for bits, column in weight.items():
+                self.rows.append(({pairs[bits, b]: 1.0 for b in inputs} | {column: -1.0}, 0, 0))
+            for bits, column in inputs.items():
+                self.rows.append(({pairs[a, bits]: 1.0 for a in weight} | {column: -1.0}, 0, 0))
             costs |= {column: product.factor * a * b for (a, b), column in pairs.items()}
         return costs
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress what the solver's C++ code prints on standard output in spite of its options."""
+    """Suppress the standard output of the solver's C++ code, which its options do not disable."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:

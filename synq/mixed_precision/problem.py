@@ -1,4 +1,4 @@
-"""Mixed-precision search of a student: tensors with free bit-widths, their costs, and the resulting configuration."""
+"""The mixed-precision problem of a student: tensors with free bit-widths, their costs, the resulting configuration."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,21 +18,21 @@ class MixedPrecisionProblem:
 
     Args:
         student: Student built with ``quant``.
-        quant: Its bit-widths; one given by name, or for the first or last layer, is fixed.
+        quant: Its bit-widths; those set by name, or for the first or last layer, are fixed.
         activations: Whether the bit-widths of activations are free, too.
 
     Attributes:
         as_given: Bit-width of every weight and quantized activation, in order of execution.
         free: Tensors whose bit-width is to be chosen.
-        alike: Groups of activations that must share a bit-width, because `quant.layer_act_bits` names a layer that
-            reads them all.
+        tied: Groups of activations that must share a bit-width, because one entry of `quant.layer_act_bits`, the name
+            of a layer that reads them all, sets it.
     """
 
     def __init__(self, student: Student, quant: QuantConfig, *, activations: bool) -> None:
         self.quant = quant
         self._rows = {row.name: row for row in student.rows if row.role == "weight"}
         self._calls = layer_calls(student.net)
-        # The names by which the configuration sets a bit-width.
+        # The names in the configuration that set the bit-width of a tensor.
         self._names: dict[Key, tuple[str, ...]] = {("weight", name): (name,) for name in self._rows}
         self.as_given: dict[Key, int] = {("weight", name): row.bits for name, row in self._rows.items()}
         reads: dict[str, list[Key]] = {}
@@ -56,24 +56,24 @@ class MixedPrecisionProblem:
         while more := {key for keys in self.tied if fixed & {*keys} for key in keys} - fixed:
             fixed |= more
         self.free = [key for key in self.as_given if key not in fixed]
-        # Fixed bit-widths may differ within a group: a tensor has the largest one that its readers ask for.
+        # Fixed bit-widths may differ within a group: a tensor has the largest one of those set for its readers.
         self.tied = [keys for keys in self.tied if not fixed & {*keys}]
 
-    def widths(self, candidates: Sequence[int]) -> dict[Key, Sequence[int]]:
-        """Return the bit-widths of every tensor to choose from."""
+    def bits_options(self, candidates: Sequence[int]) -> dict[Key, Sequence[int]]:
+        """Return the possible bit-widths of every tensor: `candidates` if it is free, else the fixed one."""
         return {key: candidates if key in self.free else [bits] for key, bits in self.as_given.items()}
 
     def options(
         self, losses: Mapping[Key, Mapping[int, float]], candidates: Sequence[int]
     ) -> dict[Key, dict[int, float]]:
-        """Return the losses of those bit-widths; 0 for a fixed one that was not measured."""
+        """Return the losses of the possible bit-widths, with 0 for a fixed one that was not measured."""
         return {
             key: {b: losses[key][b] if key in self.free else losses.get(key, {}).get(b, 0.0) for b in options}
-            for key, options in self.widths(candidates).items()
+            for key, options in self.bits_options(candidates).items()
         }
 
     def bytes_limit(self, most: float | None) -> Limit:
-        """Return the limit on the packed bytes of all weights; None for those of the bit-widths as given."""
+        """Return the limit on the packed size of all weights in bytes; None takes that of the given bit-widths."""
         single: dict[Key, dict[int, float]] = {
             ("weight", name): {bits: math.ceil(row.numel * bits / 8) for bits in range(2, 9)}
             for name, row in self._rows.items()
@@ -81,7 +81,7 @@ class MixedPrecisionProblem:
         return self._limit("max-bytes", most, single, ())
 
     def bitops_limit(self, most: float | None) -> Limit:
-        """Return the limit on the bit operations of one image; None for those of the bit-widths as given."""
+        """Return the limit on the bit operations per image; None takes those of the given bit-widths."""
         single: dict[Key, dict[int, float]] = {}
         products = []
         for call in self._calls:
@@ -111,10 +111,10 @@ class MixedPrecisionProblem:
 
     def _is_named(self, key: Key) -> bool:
         role, _ = key
-        # By calls: the last call may be of a layer that was called before.
-        edges = [(self.quant.first_bits, self._calls[0].layer), (self.quant.last_bits, self._calls[-1].layer)]
-        placed = role == "weight" or self.quant.act_points == "inputs"
-        if placed and any(bits is not None and layer in self._names[key] for bits, layer in edges):
+        # In order of calls: the last call may be of a layer that was called before.
+        first_last = [(self.quant.first_bits, self._calls[0].layer), (self.quant.last_bits, self._calls[-1].layer)]
+        named_by_layer = role == "weight" or self.quant.act_points == "inputs"
+        if named_by_layer and any(bits is not None and layer in self._names[key] for bits, layer in first_last):
             return True
         setting = f"layer_{'weight' if role == 'weight' else 'act'}_bits"
         patterns = BitPatterns(getattr(self.quant, setting), f"quant.{setting}")

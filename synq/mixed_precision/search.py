@@ -1,7 +1,7 @@
-"""Mixed-precision search: bits of single tensors with the least KL to the teacher under size and BitOps limits.
+"""Mixed-precision search: the bit-width of each tensor, minimizing the KL to the teacher under size and BitOps limits.
 
-Without data: each tensor is rounded alone, to each bit-width, and the KL to the teacher is measured on the run's
-synthetic images; then the bits with the least sum within the limits are taken.
+Needs no real data: the KL to the teacher with a single tensor quantized, at each candidate bit-width, is measured on
+the run's synthetic images; then the bit-widths with the smallest sum within the limits are chosen.
 """
 
 import math
@@ -33,15 +33,15 @@ COLUMNS = ("tensor", "role", "bits", "kl", "sqnr_db", "numel", "macs")
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """What is searched, and under which limits.
+    """Candidates and limits of a mixed-precision search.
 
     Attributes:
         candidates: Bit-widths to choose from, each in [2, 8].
-        activations: Whether the bits of activations are chosen, too.
-        activation_factor: Weight of the KL of an activation; that of a weight counts 1.
-        max_bytes: Largest size of the integer weights in bytes; None for that of the bits as given.
-        max_bitops: Most bit operations an image; None for those of the bits as given where activations are chosen, else
-            no limit.
+        activations: Whether to choose the bit-widths of activations, too.
+        activation_factor: Factor >= 0 of the KL of an activation in the sum; that of a weight has factor 1.
+        max_bytes: Maximum size of the integer weights in bytes; None takes that of the given bit-widths.
+        max_bitops: Maximum number of bit operations per image; None takes that of the given bit-widths if activations
+            are chosen, else sets no limit.
     """
 
     candidates: list[int]
@@ -59,19 +59,19 @@ class SearchOptions:
 
 
 def search(config: RunConfig, options: SearchOptions) -> tuple[Path, str] | None:
-    """Choose the bits of single tensors and write the scan and the settings found.
+    """Choose the bit-width of each tensor; write the sensitivity scan and the resulting settings.
 
-    Writes <output_dir>/<name>-mixed-precision-<digest>/: scan.csv, every tensor at every bit-width, and settings.json,
-    the same run with the bits found in `quant.layer_weight_bits` and `quant.layer_act_bits`. The synthetic images are
-    made first if they are not stored yet. Of several processes the main one scans and writes; the others only take part
-    in the synthesis.
+    Writes to <output_dir>/<name>-mixed-precision-<digest>/: scan.csv, every tensor at every bit-width, and
+    settings.json, the same run with the chosen bit-widths in `quant.layer_weight_bits` and `quant.layer_act_bits`. The
+    synthetic images are made first if they are not stored yet. The main process scans and writes; other processes only
+    take part in the synthesis.
 
     Args:
-        config: The run; its `quant` gives the bits now, and the limits where `options` has none.
+        config: The run; its `quant` has the given bit-widths, and the limits if `options` has none.
         options: Candidates and limits.
 
     Returns:
-        The file of settings, and the scan and its sums as a table; None in all processes but the main one.
+        The settings file, and the scan with its sums as a table; None in all processes but the main one.
 
     Raises:
         ValueError: No bit-width is free, or the limits cannot be met.
@@ -88,20 +88,19 @@ def search(config: RunConfig, options: SearchOptions) -> tuple[Path, str] | None
     problem = MixedPrecisionProblem(student, config.quant, activations=options.activations)
     if not problem.free:
         raise ValueError(
-            "`quant` must leave a bit-width to be chosen, but every one is given by name (`--quant.layer_weight_bits "
-            "none` empties the names), "
-            "`first_bits` or `last_bits`"
+            "`quant` must leave a bit-width to choose, but all are set by name (`--quant.layer_weight_bits none` "
+            "clears the names), `first_bits` or `last_bits`"
         )
     limits = [problem.bytes_limit(options.max_bytes), problem.bitops_limit(options.max_bitops)]
     if options.max_bitops is None and not options.activations:
         limits[1] = replace(limits[1], most=math.inf)
-    check_limits(problem.widths(options.candidates), limits)
+    check_limits(problem.bits_options(options.candidates), limits)
     train_set, _ = prepare(config, accelerator=accelerator)
     bit_widths = sorted({*options.candidates, *(problem.as_given[key] for key in problem.free)})
     if not accelerator.is_main_process:  # the main process alone shows the progress of the scan
         config = replace(config, runtime=replace(config.runtime, progress=False))
     scores = _scan(config, teacher, train_set.images, bit_widths, accelerator.device, activations=options.activations)
-    if not accelerator.is_main_process:  # the others have only made images
+    if not accelerator.is_main_process:
         return None
 
     kls: dict[Key, dict[int, float]] = {}
@@ -133,7 +132,7 @@ def _scan(
     *,
     activations: bool,
 ) -> list["Score"]:
-    """Measure every tensor alone at every bit-width, in a student that has this bit-width everywhere."""
+    """Measure the sensitivity of every tensor at every bit-width, each in a student of uniform bit-width."""
     from synq.evaluation.fidelity import logits_of
     from synq.mixed_precision.sensitivity import scan_quantizers
     from synq.quant.prepare import prepare_student
@@ -165,7 +164,7 @@ def _table(
     bit_widths: Sequence[int],
     limits: Sequence["Limit"],
 ) -> str:
-    """Return the scan with the bits as given and as chosen, and the sums of both."""
+    """Return the scan as a table, with the given and the chosen bit-widths and the sums of both."""
     rows = [
         {"tensor": key[1], "role": key[0], "now": problem.as_given[key], "chosen": chosen[key]}
         | {f"{bits} bit": kl for bits, kl in by_bits.items()}

@@ -1,8 +1,8 @@
-"""Sensitivity of a student to the quantization of each single tensor, on synthetic images.
+"""Sensitivity of a student to the quantization of each tensor, on synthetic images.
 
     one tensor at b bits, everything else in float -> KL(teacher || student)        for every weight and activation
 
-Source: ZeroQ (arXiv 2001.00281), section 3.2. What is chosen from it: ``ilp.py``.
+``ilp.py`` chooses bit-widths by it. Source: ZeroQ (arXiv 2001.00281), section 3.2.
 """
 
 from collections.abc import Collection, Iterator
@@ -32,7 +32,7 @@ Quantizer = WeightQuantizer | ActQuantizer
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Effect of quantizing one tensor, everything else in float, on the logits.
+    """Sensitivity of the logits to the quantization of one tensor, with everything else in float.
 
     Attributes:
         name: Module of the layer, or of the activation's quantizer.
@@ -61,15 +61,18 @@ def scan_quantizers(
 ) -> list[Score]:
     """Measure every quantizer of a student with all others bypassed, in the order of its modules.
 
-    The layers before a quantizer are those of the float network, computed once per batch: half of the work.
+    Everything before a quantizer is float, and computed once per batch for all of them: this halves the work.
 
     Args:
-        net: Network of a student with observed ranges; unchanged afterwards.
+        net: Network of a student with calibrated ranges; unchanged afterwards.
         images: (N, C, H, W).
-        reference: The teacher's logits (N, K) on them.
-        roles: Which tensors are measured.
-        batch_size: Images per batch; the output of every layer is kept for one batch.
-        progress: Whether a terminal shows a progress bar.
+        reference: The teacher's logits (N, K) for these images.
+        roles: Roles of the tensors to measure.
+        batch_size: Images per batch; the outputs of all layers are kept in memory for one batch.
+        progress: Whether to show a progress bar, on a terminal.
+
+    Returns:
+        One score per quantizer.
     """
     found: list[tuple[str, Role, nn.Module, Quantizer]] = []
     for name, module in net.named_modules():
@@ -99,7 +102,7 @@ def scan_quantizers(
 
 
 class SuffixRunner:
-    """Run the part of a network that starts at one module; everything before it is kept from a pass in float.
+    """Run the part of a network from one module on; everything before it is reused from one forward pass in float.
 
     Args:
         net: Network of a student.
@@ -117,7 +120,7 @@ class SuffixRunner:
 
     @torch.no_grad()
     def __call__(self, module: nn.Module) -> Tensor:
-        """Return the logits (N, K), from ``module`` on computed with the quantizers as they are now."""
+        """Return the logits (N, K), computed from ``module`` on with the currently enabled quantizers."""
         before: dict[fx.Node, Any] = {}
         for node in self.net.graph.nodes:
             if node_module(self.net, node) is module:
@@ -129,7 +132,7 @@ class SuffixRunner:
 
 @contextmanager
 def only_quantizer(net: fx.GraphModule, quantizer: Quantizer) -> Iterator[None]:
-    """Bypass every quantizer of a network but one."""
+    """Bypass every quantizer of a network but one in the ``with`` block."""
     with quantizers_bypassed(net):
         quantizer.enabled = True
         yield

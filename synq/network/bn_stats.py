@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 SUMMED_AT_ONCE = 2**14
-"""Most values per channel that are summed sequentially in float32."""
+"""Maximum number of values per channel that are summed sequentially in float32."""
 
 
 class ChannelStatistics(NamedTuple):
@@ -89,7 +89,7 @@ class _ChannelMoments(torch.autograd.Function):
         return torch.addcmul(_per_channel(offset, x), x, _per_channel(slope, x))
 
 
-class _WatchedBatchNorm(torch.autograd.Function):
+class _BatchNormWithMoments(torch.autograd.Function):
     """A frozen batch norm by its running statistics, y = scale x + shift, together with the moments of x.
 
     As one function, the sum of the three gradients with respect to x takes two passes; separately it takes five.
@@ -185,7 +185,7 @@ class BatchNormInputs:
     """Collect the statistics of every batch-norm input in a module's forward passes, with gradient (a context manager).
 
     Hooks exist only inside the `with` block, also if an exception leaves it. Only layers with running statistics are
-    watched; a layer that the forward pass does not reach is missing from the result. A frozen layer with PyTorch's
+    tracked; a layer that the forward pass does not reach is missing from the result. A frozen layer with PyTorch's
     forward computes its output and the statistics in one function; others keep their forward and get a hook.
 
     Example:
@@ -232,7 +232,7 @@ class BatchNormInputs:
         if input.dtype in (torch.float16, torch.bfloat16):
             self._add(name, layer, input, *channel_moments(input))
             return type(layer).forward(layer, input)
-        out, mean, variance = _WatchedBatchNorm.apply(
+        out, mean, variance = _BatchNormWithMoments.apply(
             input, layer.weight, layer.bias, layer.running_mean, layer.running_var, layer.eps
         )
         self._add(name, layer, input, mean, variance)

@@ -83,8 +83,8 @@ def cam_weights(features: Tensor, gradient: Tensor, method: CamMethod) -> Tensor
     cam:        sum g, which is the classifier's weight if the head is a global average pool and one linear layer
                 (Zhou et al., CVPR 2016)
 
-    One channel of 4 positions with A = 1 and g = 0.5 everywhere has the weights 0.5, 0.5 and 2. A ``cam_weight`` suits
-    one method only, because the maps of the methods differ in magnitude.
+    One channel of 4 positions with A = 1 and g = 0.5 everywhere has the weights 0.5, 0.5 and 2. The weight of
+    the CAM term must be tuned per method, because the maps of the methods differ in magnitude.
 
     Args:
         features: A (N, C, H, W); a constant in gradcam++.

@@ -1,4 +1,4 @@
-"""Keep the best of several changes of a student, by its KL divergence from the teacher."""
+"""Selection of the best of several changes of a student, by its KL divergence from the teacher."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from synq.losses import kd_kl
 
 Synchronize = Callable[[dict[str, float]], dict[str, float]]
-"""Gives all processes of a run the same metrics, and so the same choice; ``dict`` for a single process."""
+"""Returns the same metrics on all processes, so that they choose the same; ``dict`` for a single process."""
 
 
 @torch.no_grad()
@@ -19,11 +19,11 @@ def logits_of(net: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
 
 
 def mean_kl(teacher_logits: Tensor, net: nn.Module, images: Tensor, batch_size: int = 64) -> float:
-    """Return the mean over images of KL(teacher || net) at T = 1, in nats; infinity where it is not finite.
+    """Return the mean over images of KL(teacher || net) at T = 1, in nats; infinity if it is not finite.
 
     Args:
-        teacher_logits: (N, K), of the same images.
-        net: Maps images to logits.
+        teacher_logits: (N, K), for the same images.
+        net: (N, C, H, W) -> logits (N, K).
         images: (N, C, H, W).
         batch_size: Images per forward pass.
     """
@@ -38,25 +38,25 @@ def keep_best(
     cost: Callable[[], float],
     synchronize: Synchronize = dict,
 ) -> tuple[str, dict[str, float]]:
-    """Try changes of ``net``, each from its current state, and keep the one of least cost.
+    """Apply each change of ``net`` to its current state, and keep the one with the lowest cost.
 
     Args:
         net: Changed in place, parameters and buffers only.
-        changes: By name, each changes ``net`` when called. Of equal costs the first wins.
-        cost: Evaluates ``net``, lower is better.
-        synchronize: Makes the costs the same on all processes.
+        changes: Functions that change ``net``, by name. Of equal costs the first wins.
+        cost: Evaluates ``net``; lower is better.
+        synchronize: Returns the same costs on all processes.
 
     Returns:
-        Name of the change that stays; all costs by name.
+        (name of the change that is kept, all costs by name).
     """
-    start, costs, ends = _copied(net), {}, {}
+    initial, costs, states = _copied(net), {}, {}
     for name, change in changes.items():
-        net.load_state_dict(start)
+        net.load_state_dict(initial)
         change()
-        costs[name], ends[name] = cost(), _copied(net)
+        costs[name], states[name] = cost(), _copied(net)
     costs = synchronize(costs)
     best = min(costs, key=costs.__getitem__)
-    net.load_state_dict(ends[best])
+    net.load_state_dict(states[best])
     return best, costs
 
 

@@ -1,4 +1,4 @@
-"""Build the quantized student from the teacher's graph, observe its activation ranges, and account for every tensor."""
+"""The quantized student: built from the teacher's graph, calibrated on images, with the cost of every tensor."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -22,17 +22,17 @@ from synq.teacher.teacher import Teacher
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A quantized network and its account.
+    """A quantized network and its cost.
 
     Attributes:
         net: (N, C, H, W) -> logits (N, K); in evaluation mode.
         cam_node: Node of ``net`` whose output is A, the tensor that enters the pool, after its fake quantization.
-        taps: Node of ``net`` whose output is that of a node of the teacher's graph after its fake quantization, by the latter's name;
-            a name that is not there stands for itself.
-        rows: Every weight and activation with its width.
-        size_bytes: Packed size: weights at their width, zero point, gain and shift per channel.
+        taps: Node of the teacher's graph -> node of ``net`` with its fake-quantized output; a missing node has the same
+            name in both.
+        rows: Every weight and activation with its bit-width.
+        size_bytes: Packed size: weights at their bit-width; zero point, gain and shift per channel.
         bitops: Sum over layers of MACs x weight bits x input bits, per image; a float operand counts 32.
-        before_last: Under "relu", the non-linearities that have the last layer's width because it reads them, unless named otherwise.
+        before_last: Under act_points "relu", the non-linearities with the last layer's bit-width because it reads them.
     """
 
     net: fx.GraphModule
@@ -50,44 +50,46 @@ def build_student(teacher: Teacher, quant: QuantConfig) -> Student:
 
 
 def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str = "") -> Student:
-    """Return a low-bit copy of a traced network, its weights rounded to nearest; the network itself is not changed.
+    """Return a fake-quantized copy of a traced network, its weights rounded to nearest; the network is not changed.
 
-    Activation ranges are unset afterwards: call :func:`observe_ranges` before the student runs.
+    Activation ranges are unset afterwards: call :func:`observe_ranges` before the first forward pass.
 
     Args:
         traced: A graph from ``trace_classifier``.
-        quant: Bit-widths, quantization points, and which scales are stored or learned. Under act_points "relu", ``last_bits`` also is the
-            bit-width of the non-linearity that the last layer reads, pooled or not (``value_sources``), unless ``last_bits_for_input`` is
-            False; if the layer reads a sum, that stays float.
+        quant: Bit-widths, quantization points, and which scales are stored or learned. Under act_points "relu",
+            ``last_bits`` is also the bit-width of the non-linearity that the last layer reads, pooled or not
+            (``value_sources``), unless ``last_bits_for_input`` is False; if the layer reads a sum, that stays float.
         cam_node: Node of ``traced`` whose output is the CAM's feature map; "" for none.
 
     Returns:
         The student, in evaluation mode.
 
     Raises:
-        ValueError: If a tensor that the rule covers would stay float: an operation with weights or a non-linearity
-            that is not known here; if the student without its rounding is not the teacher; or if a name or pattern fits nothing.
+        ValueError: If an operation is unknown, so that a tensor to quantize would stay float; if the student with its
+            quantizers bypassed differs from the teacher; or if a name or pattern of `quant` matches nothing.
     """
     net = copy.deepcopy(traced).eval()
     layers, nonlinear = classify(net)
     by_name = BitPatterns(quant.layer_weight_bits, "quant.layer_weight_bits")
-    widths = _layer_bits(layers, quant.weight_bits, quant.first_bits, quant.last_bits, by_name)
+    weight_bits = _layer_bits(layers, quant.weight_bits, quant.first_bits, quant.last_bits, by_name)
     act_names = BitPatterns(quant.layer_act_bits, "quant.layer_act_bits")
     learned, stored = quant.learned_steps == "all", quant.rounding == "adaround"
     steps: WeightSteps = "learned" if learned else "stored" if stored else "live"
     for node in layers:
         module = node_module(net, node)
         if isinstance(module, nn.Conv2d) and not isinstance(module, QuantConv2d):
-            replace_layer(net, str(node.target), QuantConv2d.from_float(module, widths[node], steps).eval())
+            replace_layer(net, str(node.target), QuantConv2d.from_float(module, weight_bits[node], steps).eval())
         elif isinstance(module, nn.Linear) and not isinstance(module, QuantLinear):
-            replace_layer(net, str(node.target), QuantLinear.from_float(module, widths[node], steps).eval())
+            replace_layer(net, str(node.target), QuantLinear.from_float(module, weight_bits[node], steps).eval())
 
     before_last: dict[fx.Node, int] = {}
     if quant.act_points == "relu":
         if quant.last_bits is not None and quant.last_bits_for_input:
             calls = [node for node in layers if node.target == layers[-1].target]
-            held = value_sources(net, {*nonlinear})
-            before_last = {source: quant.last_bits for node in calls for source in held.get(tensor_inputs(node)[0], ())}
+            sources = value_sources(net, {*nonlinear})
+            before_last = {
+                point: quant.last_bits for node in calls for point in sources.get(tensor_inputs(node)[0], ())
+            }
         bits_after = {node: act_names.width(node.name) or before_last.get(node, quant.act_bits) for node in nonlinear}
         points = {node: (bits_after[node], list(node.users)) for node in nonlinear}
     else:
@@ -98,12 +100,12 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
             bits, users = points.get(producer, (0, []))
             points[producer] = (max(bits, input_bits[node]), [*users, node])
         for node in layers:
-            asked, (bits, readers) = act_names.width(*layer_names(str(node.target))), points[tensor_inputs(node)[0]]
-            if asked not in (None, bits):
+            named, (bits, readers) = act_names.width(*layer_names(str(node.target))), points[tensor_inputs(node)[0]]
+            if named not in (None, bits):
                 others = ", ".join(str(reader.target) for reader in readers if reader is not node)
                 raise ValueError(
-                    f"`quant.layer_act_bits` must say one width for layers that read the same tensor, but got {asked} for {node.target} and "
-                    f"{bits} for {others}"
+                    "`quant.layer_act_bits` must set one bit-width for layers that read the same tensor, but got "
+                    f"{named} for {node.target} and {bits} for {others}"
                 )
     by_name.check_all_fit()
     act_names.check_all_fit()
@@ -137,19 +139,19 @@ def observe_ranges(
     image_range: tuple[Tensor, Tensor] | None = None,
     batch_size: int = 256,
 ) -> None:
-    """Set every activation range from ``images``, and the weights' stored scales, once; only learned scales move afterwards.
+    """Calibrate a student: set its activation ranges from ``images``, and the stored scales of its weights.
 
-    Activations are observed in float behind the already quantized weights. "minmax" takes the extremes; "mse" the
-    range that minimizes the mean |x - quantized x|^norm over a histogram.
+    Later, only learned scales change. Activations are observed in float, with the weights already quantized. "minmax"
+    takes the extremes; "mse" the range that minimizes the mean |x - quantized x|^norm over a histogram.
 
     Args:
         net: Network of a :class:`Student`.
-        images: (N, C, H, W) synthetic images, filtered as those of the fine-tuning, on the device of ``net``.
+        images: (N, C, H, W) synthetic images, low-pass filtered as for fine-tuning, on the device of ``net``.
         act_range: How activation ranges are chosen.
-        weight_range: "mse" also chooses a shrink factor per output channel, kept relative to the live weights.
-        norm: Exponent p of the error.
-        image_range: Least and largest value of a pixel, normalized, each (1, C, 1, 1): what is beyond does not count for the quantizer of the image
-            itself, because no image has it. Synthetic ones do: their pixels are optimized without bounds.
+        weight_range: "mse" also chooses a clipping ratio per output channel, relative to the range of the weights.
+        norm: Exponent p of the quantization error.
+        image_range: Minimum and maximum of normalized pixels, each (1, C, 1, 1). The image's quantizer observes values
+            clamped to it: pixels of synthetic images are optimized without bounds, those of real images have them.
         batch_size: Images per forward pass.
 
     Raises:
@@ -168,21 +170,23 @@ def observe_ranges(
         str(node.target) for node in net.graph.nodes if any(s.op == "placeholder" for s in node.all_input_nodes)
     }
 
-    def seen(name: str, x: Tensor) -> Tensor:
+    def clamped(name: str, x: Tensor) -> Tensor:
         if image_range is None or name not in of_image:
             return x
         low, high = (bound.to(x) for bound in image_range)
         return x.clamp(low, high)
 
     extremes: dict[str, RangeObserver] = {}
-    _observe(net, batches, lambda name, x: extremes.setdefault(name, RangeObserver()).update(seen(name, x)))
+    _observe(net, batches, lambda name, x: extremes.setdefault(name, RangeObserver()).update(clamped(name, x)))
     try:
         ranges = {name: observer.range() for name, observer in extremes.items()}
     except ValueError as error:
         raise ValueError(f"{error}: the teacher overflows on the synthetic images") from error
     if act_range == "mse":
         histograms = {name: HistogramObserver(low, high) for name, (low, high) in ranges.items() if low < high}
-        _observe(net, batches, lambda name, x: histograms[name].update(seen(name, x)) if name in histograms else None)
+        _observe(
+            net, batches, lambda name, x: histograms[name].update(clamped(name, x)) if name in histograms else None
+        )
         for name, histogram in histograms.items():
             quantizer = net.get_submodule(name)
             assert isinstance(quantizer, ActQuantizer)
@@ -196,7 +200,7 @@ def observe_ranges(
 
 @torch.no_grad()
 def weight_codes(net: fx.GraphModule) -> dict[str, Tensor]:
-    """Return the integer weights of every quantized layer as int8 on the CPU, by the layer's name."""
+    """Return the integer weights of every quantized layer by name, int8, on the CPU."""
     codes = {}
     for name, layer in net.named_modules():
         if isinstance(layer, (QuantConv2d, QuantLinear)):
@@ -205,61 +209,62 @@ def weight_codes(net: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def share_changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
-    """Return the share (0..1) of integer weights that differ between two calls of ``weight_codes`` on one network."""
+    """Return the share (0..1) of integer weights that differ between two results of ``weight_codes``."""
     changed = sum(int((codes != after[name]).sum()) for name, codes in before.items())
     return changed / sum(codes.numel() for codes in before.values())
 
 
-class _Observation(fx.Interpreter):
-    """Runs a student with its activation quantizers replaced by a look at what enters them."""
+class _ActivationRecorder(fx.Interpreter):
+    """Run a student with its activation quantizers bypassed, and pass their inputs to a function."""
 
-    def __init__(self, net: fx.GraphModule, look: Callable[[str, Tensor], None]) -> None:
+    def __init__(self, net: fx.GraphModule, record: Callable[[str, Tensor], None]) -> None:
         super().__init__(net)
-        self.look = look
+        self.record = record
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(self.fetch_attr(target), ActQuantizer):
-            self.look(target, args[0].detach())
+            self.record(target, args[0].detach())
             return args[0]
         return super().call_module(target, args, kwargs)
 
 
 @torch.no_grad()
-def _observe(net: fx.GraphModule, batches: Iterable[Tensor], look: Callable[[str, Tensor], None]) -> None:
-    interpreter = _Observation(net, look)
+def _observe(net: fx.GraphModule, batches: Iterable[Tensor], record: Callable[[str, Tensor], None]) -> None:
+    interpreter = _ActivationRecorder(net, record)
     for batch in batches:
         interpreter.run(batch)
 
 
 @torch.no_grad()
 def _check_same(net: fx.GraphModule, traced: fx.GraphModule) -> None:
-    """Refuse a student that, with its quantizers bypassed, computes anything else than the teacher's graph."""
+    """Raise ValueError unless a student with its quantizers bypassed computes the same as the teacher's graph."""
     like = next(traced.parameters())
     size = next(node for node in traced.graph.nodes if node.op == "placeholder").meta["shape"]
     noise = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(like)
     with quantizers_bypassed(net):
-        found, wanted = net(noise), traced(noise)
-    # The same kernels on the same numbers: equal bit by bit, but for a GPU that may choose another kernel each time.
-    same = torch.equal(found, wanted) if like.device.type == "cpu" else torch.allclose(found, wanted, 1e-3, 1e-3)
+        found, expected = net(noise), traced(noise)
+    # The same kernels on the same inputs: bit-identical on a CPU; a GPU may choose other kernels each time.
+    same = torch.equal(found, expected) if like.device.type == "cpu" else torch.allclose(found, expected, 1e-3, 1e-3)
     if not same:
         raise ValueError(
-            "teacher must be built of layers that compute what their type says, but with all rounding switched off the "
-            f"student's logits differ from the teacher's by {float((found - wanted).abs().max()):.3g}: a layer's own "
-            "forward pass was lost. Write it with plain Conv2d, Linear and standard activations"
+            "teacher must be built of layers with the standard forward pass of their type, but with all quantizers "
+            f"bypassed the student's logits differ from the teacher's by {float((found - expected).abs().max()):.3g}: "
+            "a custom forward pass was lost. Write it with plain Conv2d, Linear and standard activations"
         )
 
 
 def _layer_bits(
     layers: list[fx.Node], bits: int, first_bits: int | None, last_bits: int | None, by_name: BitPatterns
 ) -> dict[fx.Node, int]:
-    widths = dict.fromkeys(layers, bits)
+    """Return the bit-width of each layer: by name, else of the first or last layer, else ``bits``."""
+    bits_of = dict.fromkeys(layers, bits)
     for node in layers:
         if node.target == layers[-1].target and last_bits is not None:
-            widths[node] = last_bits
+            bits_of[node] = last_bits
         if node.target == layers[0].target and first_bits is not None:
-            widths[node] = first_bits
-        widths[node] = by_name.width(*layer_names(str(node.target))) or widths[node]
-    return widths
+            bits_of[node] = first_bits
+        bits_of[node] = by_name.width(*layer_names(str(node.target))) or bits_of[node]
+    return bits_of
 
 
 def _insert_quantizer(net: fx.GraphModule, node: fx.Node, users: list[fx.Node], quantizer: ActQuantizer) -> fx.Node:

@@ -1,4 +1,4 @@
-"""Open a finished run again: record, settings, teacher, student, synthetic sets."""
+"""Loading of a finished run: record, settings, teacher, student, synthetic sets."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,25 +18,25 @@ from synq.teacher.weight_files import read_weights
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """A finished run, opened again."""
+    """A finished run, loaded from its folder."""
 
     folder: Path
     """The run's folder."""
     record: RunRecord
     """Its record."""
     config: RunConfig
-    """Its settings, with paths as they are now."""
+    """Its settings, with the current paths."""
     teacher: Teacher
-    """Its teacher, loaded again."""
+    """Its teacher."""
     student: Student
     """Its fine-tuned student, on the CPU."""
 
     def synthetic_sets(self) -> tuple[SyntheticSet, SyntheticSet]:
-        """Return the training and the held-out set from the run's store; they are never synthesized again.
+        """Load the training and the held-out set from the run's store; they are never synthesized again.
 
         Raises:
-            FileNotFoundError: The store no longer has them.
-            ValueError: They differ from those of the record.
+            FileNotFoundError: A set is not in the store.
+            ValueError: The digest of a set differs from the record.
         """
         store = set_store(self.config)
         digests = (self.record.set_digest, self.record.heldout_digest)
@@ -50,15 +50,16 @@ class Run:
 def open_run(
     folder: str | Path, path_overrides: Mapping[str, Any] | None = None, teacher: Teacher | None = None
 ) -> Run:
-    """Open a finished run: read its record, load its teacher and student.
+    """Load a finished run: its record, teacher and student.
 
     Args:
-        folder: The run's folder, the record in it, or a sweep's record of it (records/TRIAL.json).
-        places: Settings of PATH_SETTINGS that differ from the record's; they are in the returned settings, not in the record.
+        folder: The run's folder, the record in it, or a sweep's record of the trial (records/TRIAL.json).
+        path_overrides: New values, by dotted key, of settings in PATH_SETTINGS whose files were moved since the run;
+            the returned settings have them, the record is unchanged.
         teacher: The run's teacher if already loaded; None loads it.
 
     Raises:
-        FileNotFoundError: It is no run, or not a finished one.
+        FileNotFoundError: The folder has no finished run.
         ValueError: A file is damaged, or the teacher's weights are not those of the run.
     """
     path = Path(folder).resolve()
@@ -67,7 +68,7 @@ def open_run(
     path = _run_folder(path)
     if not (path / "record.json").is_file():
         started = (path / "checkpoint.pt").exists() or (path / "config.json").exists()
-        hint = "it is not finished, start its command again" if started else _one_of(path)
+        hint = "it is not finished, start its command again" if started else _hint_for(path)
         raise FileNotFoundError(f"`RUN` must hold record.json, but {path} does not: {hint}")
     record = read_record(path / "record.json")
     _check_completed(record, path)
@@ -76,8 +77,8 @@ def open_run(
     teacher = teacher or load_teacher(config.teacher)
     if teacher.digest != record.teacher.get("digest"):
         raise ValueError(
-            f"`RUN` must be of the teacher {config.teacher.spec} as it is now, but {path} is of other weights, or of a "
-            "version of SynQ or PyTorch that traced them otherwise"
+            f"`RUN` must be of the current weights of teacher {config.teacher.spec}, but {path} is of other weights, or "
+            "of a version of SynQ or PyTorch that traces the teacher in another way"
         )
     student = build_student(teacher, config.quant)
     weights = path / "student.safetensors"
@@ -97,10 +98,10 @@ def _load_set(store: SetStore, name: str, digest: str) -> SyntheticSet:
     """Load a set of a run and compare it with the digest in the record."""
     found = store.load(name)
     if found is None:
-        hint = "`--runtime.store_dir` says where it is now, `synq synthesize` with the run's settings makes it again"
-        raise FileNotFoundError(f"`RUN` must find its synthetic images, but {store.path(name)} is not there: {hint}")
+        hint = "give its new folder by `--runtime.store_dir`, or run `synq synthesize` with the same settings"
+        raise FileNotFoundError(f"`RUN` must find its synthetic images, but {store.path(name)} does not exist: {hint}")
     if found.digest != digest:
-        raise ValueError(f"`RUN` must find its synthetic images, but those in {found.path} differ from them")
+        raise ValueError(f"`RUN` must find its synthetic images, but those in {found.path} are others")
     return found
 
 
@@ -109,8 +110,8 @@ def _check_completed(record: RunRecord, path: Path) -> None:
         raise ValueError(f"`RUN` must be a completed run, but {path} is {record.status}: {record.reason}")
 
 
-def _one_of(path: Path) -> str:
-    """Return the hint for a folder that is no run."""
+def _hint_for(path: Path) -> str:
+    """Return the advice for a folder that is not a run."""
     for file in sorted((path / "records").glob("*.json")):
         with suppress(ValueError):  # a damaged one does not hide the others
             if read_record(file).status == "completed" and _run_folder(file).is_dir():

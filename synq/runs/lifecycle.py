@@ -1,4 +1,4 @@
-"""The life of a run's record: filled before and after fine-tuning, written at the end or on failure, read again."""
+"""The record of a run over its lifetime: created before fine-tuning, completed and written after it or on failure."""
 
 import time
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ from synq.runs.record import RunRecord, read_record, write_record
 from synq.synthesis.dataset import SyntheticSet
 from synq.teacher.teacher import Teacher
 
-NOTABLE = 0.01
-"""Rise of the KL to the teacher, in nats, below which no warning is due: at 8 bits it is nearly zero before and
+MIN_KL_INCREASE = 0.01
+"""Smallest increase of the KL to the teacher, in nats, that gives a warning: at 8 bits it is nearly 0 before and
 after."""
-FAR = 0.5
-"""KL to the teacher, in nats, above which a student is no longer a copy of its teacher."""
-FEW = 0.5
-"""Share of synthetic images classified as assigned below which the images do not represent the classes."""
+LARGE_KL = 0.5
+"""KL to the teacher, in nats, from which on mixed precision is suggested."""
+MIN_AGREEMENT = 0.5
+"""Share (0..1) of synthetic images classified as assigned, below which they do not represent the classes."""
 
 
 class StageTimer:
@@ -38,7 +38,7 @@ class StageTimer:
 
     Attributes:
         started: Start of the run, UTC.
-        seconds: Seconds by stage; those of a stage entered twice add up.
+        seconds: Seconds by stage, summed if a stage is entered several times.
     """
 
     def __init__(self) -> None:
@@ -65,9 +65,21 @@ def blank_record(
     started: datetime,
     rounding: dict[str, Any],
 ) -> RunRecord:
-    """Return the record with everything that is known before the fine-tuning."""
+    """Return the record with everything that is known before fine-tuning.
+
+    Args:
+        config: The run.
+        teacher: The teacher.
+        student: The student.
+        train_set: Synthetic training set.
+        heldout: Held-out synthetic set.
+        eval_digest: Digest of the labeled images, "" without labels.
+        accelerator: Process group.
+        started: Start of the run, UTC.
+        rounding: Report of `prepare_student`.
+    """
     cam = teacher.cam
-    facts: dict[str, Any] = {
+    teacher_fields: dict[str, Any] = {
         "spec": teacher.spec,
         "digest": teacher.digest,
         "name": teacher.name,
@@ -78,13 +90,13 @@ def blank_record(
         "cam": {"node": cam.node, "kind": cam.kind, "reason": cam.reason},
     }
     warnings = []
-    if cam.kind == "none" and config.finetune.cam_weight > 0:
+    if cam.kind == "none" and config.finetune.uses_cam:
         warnings.append(f"the CAM term is off: {cam.reason}")
     agreement = train_set.manifest["agreement"]
-    if agreement < FEW and config.synthesis.assigns_labels:
+    if agreement < MIN_AGREEMENT and config.synthesis.assigns_labels:
         warnings.append(
-            f"the teacher gives only {100 * agreement:.0f} % of the synthetic images the class that they should show: "
-            "the images are not finished; raise `synthesis.iterations`, or try another `synthesis.lr`"
+            f"the teacher classifies only {100 * agreement:.0f} % of the synthetic images as their assigned class: "
+            "synthesis has not converged; raise `synthesis.iterations`, or try another `synthesis.lr`"
         )
     return RunRecord(
         name=config.name,
@@ -92,7 +104,7 @@ def blank_record(
         config_digest=config_digest(config),
         seed=config.seed,
         data_seed=config.data_seed,
-        teacher=facts,
+        teacher=teacher_fields,
         model=teacher.name,
         weight_bits=config.quant.weight_bits,
         act_bits=config.quant.act_bits,
@@ -115,7 +127,7 @@ def blank_record(
 
 @contextmanager
 def failure_recorded(folder: Path, record: RunRecord, accelerator: Accelerator) -> Iterator[None]:
-    """Write a record with status "failed" if fine-tuning diverges; the error goes on."""
+    """Write a record with status "failed" if fine-tuning in the ``with`` block diverges, and raise the error again."""
     try:
         yield
     except NonFiniteLossError as error:
@@ -125,7 +137,7 @@ def failure_recorded(folder: Path, record: RunRecord, accelerator: Accelerator) 
 
 
 def save(folder: Path, record: RunRecord, student: nn.Module, accelerator: Accelerator) -> None:
-    """Write the result of a run, on the main process: the student's `state_dict`, then the record."""
+    """Write the student's `state_dict` and then the record, on the main process."""
     if accelerator.is_main_process:
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in student.state_dict().items()}
         write_bytes_atomic(folder / "student.safetensors", safetensors.torch.save(state))
@@ -141,7 +153,17 @@ def complete_record(
     seconds: dict[str, float],
     codes_changed: float,
 ) -> RunRecord:
-    """Return ``record`` with the measurements of teacher, rounded student and fine-tuned student (the last epoch)."""
+    """Return ``record`` with the results of a finished run.
+
+    Args:
+        record: From `blank_record`.
+        teacher: Measurement of the teacher.
+        rounded: Measurement of the student before fine-tuning.
+        final: Measurement of the student after the last epoch.
+        history: Mean loss terms of each epoch.
+        seconds: Seconds by stage.
+        codes_changed: Share (0..1) of the integer weights that fine-tuning changed.
+    """
     return replace(
         record,
         objective_value=final.objective,
@@ -172,7 +194,7 @@ def complete_record(
 
 
 def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
-    """Warn if the difficulty threshold has no effect (after the inception loss most images are easy)."""
+    """Warn if nearly all or nearly no images keep their hard label (the inception loss makes most of them easy)."""
     tau = settings["difficulty_threshold"]
     if not history or settings["ce_weight"] == 0 or tau >= 1:
         return []
@@ -180,33 +202,35 @@ def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
     if 0.01 <= share <= 0.99:
         return []
     if share > 0.99:
-        remedy = "no fault, but a stronger filter leaves more of them difficult"
+        remedy = "this is no error, but a stronger low-pass filter makes more images difficult"
     else:
-        remedy = "hard labels count for nothing; a larger one, or a weaker filter, keeps more"
-    return [f"difficulty_threshold {tau} is inert: {100 * share:.1f} % of the images keep their hard label; {remedy}"]
+        remedy = "raise it, or weaken the low-pass filter, to use hard labels"
+    return [
+        f"difficulty_threshold {tau} has no effect: {100 * share:.1f} % of the images keep their hard label; {remedy}"
+    ]
 
 
 def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:
     """Warn if fine-tuning increased the KL to the teacher on the held-out synthetic images."""
     before, after = rounded.fidelity["kl"], final.fidelity["kl"]
-    if before is None or after is None or after < 1.1 * before or after - before < NOTABLE:
+    if before is None or after is None or after < 1.1 * before or after - before < MIN_KL_INCREASE:
         return []
     return [
-        f"the fine-tuning made the student worse: KL to the teacher on held-out synthetic images {before:.3g} before, "
+        f"fine-tuning made the student worse: KL to the teacher on held-out synthetic images {before:.3g} before, "
         f"{after:.3g} after; lower `finetune.lr`, or search it in a sweep"
     ]
 
 
 def _distance_warnings(quant: dict[str, Any], final: Measurement) -> list[str]:
     """Suggest mixed precision when the final KL is large and bit-widths are uniform."""
-    distance = final.fidelity["kl"]
-    narrowest = quant["weight_bits"] == 2  # no weight can be narrower to make up for wider tensors
-    if distance is None or not distance >= FAR or narrowest or quant["layer_weight_bits"] or quant["layer_act_bits"]:
+    kl = final.fidelity["kl"]
+    at_minimum = quant["weight_bits"] == 2  # no weight can have fewer bits to compensate for tensors with more
+    if kl is None or not kl >= LARGE_KL or at_minimum or quant["layer_weight_bits"] or quant["layer_act_bits"]:
         return []
     return [
-        f"the student is far from its teacher: KL {distance:.2g} on held-out synthetic images; "
-        "`synq mixed-precision --activations` with the same settings finds which tensors do it, and bits for them at no "
-        "more bytes and bit operations"
+        f"the student is far from its teacher: KL {kl:.2g} on held-out synthetic images; "
+        "`synq mixed-precision --activations` with the same settings finds the most sensitive tensors, and bit-widths "
+        "for them at the same size and number of bit operations"
     ]
 
 
@@ -218,10 +242,10 @@ def _device_name(accelerator: Accelerator) -> str:
 
 
 def finished_record(path: Path, teacher: Teacher, labels_digest: str, accelerator: Accelerator) -> RunRecord | None:
-    """Return the record of a finished run, as the main process finds it; None if the run is not completed.
+    """Return the record of a completed run, as read by the main process, on all processes; None if there is none.
 
     Raises:
-        ValueError: If the record is of another teacher or other labeled images.
+        ValueError: If the record belongs to another teacher or other labeled images.
     """
     found = [read_record(path) if accelerator.is_main_process and path.exists() else None]
     record = broadcast_object_list(found)[0]

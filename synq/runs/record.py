@@ -1,8 +1,4 @@
-"""The record of a run, and atomic writes of files. Standard library only.
-
-Every result file is written under a temporary name in the same folder, flushed to the disk and renamed: neither a
-reader nor a run killed at any instant leaves or finds half of it.
-"""
+"""The record of a run: its fields, its JSON file, its summary line. Standard library only."""
 
 import dataclasses
 import functools
@@ -19,15 +15,15 @@ from synq.config.run import RunConfig, config_digest, config_to_dict
 
 SCHEMA_VERSION = 2
 DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms")
-"""Keys of `deployment` that are columns of the tables, filled by an export."""
+"""Keys of `deployment` that are columns of the leaderboard; `synq export` fills them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """Everything that is reported of one run, as one JSON file. Percent unless stated otherwise; None: not measured."""
+    """Result and settings of one run, stored as one JSON file. Accuracies in percent; None: not measured."""
 
     schema_version: int = SCHEMA_VERSION
-    """Format of the record. Raise it with every change that gives a field of an existing record another meaning."""
+    """Format of the record. Raise it with every change of the meaning of a field."""
     status: Literal["completed", "failed", "pruned"] = "completed"
     """How the run ended."""
     reason: str = ""
@@ -47,13 +43,13 @@ class RunRecord:
     model: str = ""
     """The teacher's short name."""
     weight_bits: int = 0
-    """Bits of the weights."""
+    """Bit-width of the weights."""
     act_bits: int = 0
-    """Bits of the activations."""
+    """Bit-width of the activations."""
     protocol: str = ""
-    """A: all layers low-bit, static; B: first or last layer at another bit-width, or learned steps or rounding."""
+    """A: uniform bit-widths, step sizes not learned, rounding to nearest; B: anything else."""
     act_points: str = ""
-    """Which activations are low-bit: relu or inputs."""
+    """Which activations are quantized: relu or inputs."""
     objective: str = ""
     """Objective of a sweep: synthetic or selection."""
     objective_value: float | None = None
@@ -94,7 +90,7 @@ class RunRecord:
     layers: list[dict[str, Any]] = field(default_factory=list)
     """Every weight and activation with its bit-width; 32 is float."""
     commit: str = "unknown"
-    """Commit of the code; -dirty where files differ from it."""
+    """Commit of the code, with -dirty if there were uncommitted changes."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of Python and of the packages used."""
     device: str = ""
@@ -106,7 +102,7 @@ class RunRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of each stage."""
     total_seconds: float | None = None
-    """Seconds of the whole run, earlier parts of a resumed one included."""
+    """Seconds of the whole run, including those before it was resumed."""
     codes_changed: float | None = None
     """Share (0..1) of the integer weights that fine-tuning changed."""
     lost: int | None = None
@@ -119,27 +115,27 @@ class RunRecord:
     rtn_gained: int | None = None
     """As `gained`, before fine-tuning."""
     rounding: dict[str, Any] = field(default_factory=dict)
-    """Reports of equalization, BatchNorm correction and AdaRound, if they were done before fine-tuning."""
+    """Reports of equalization, batch-norm correction and AdaRound, if they were done before fine-tuning."""
     deployment: dict[str, Any] = field(default_factory=dict)
-    """Of the exported files: sizes in bytes, milliseconds of one image on a CPU, comparisons with the student; empty
+    """Exported files: sizes in bytes, latency in milliseconds per image on a CPU, comparison with the student; empty
     before an export."""
 
 
 def write_config(path: str | Path, config: RunConfig) -> None:
-    """Write the resolved settings of a run as JSON, by rename; `load_run` reads them."""
+    """Write the resolved settings of a run as JSON, atomically; `load_run` reads them."""
     write_json_atomic(path, {"format": DIGEST_FORMAT, **config_to_dict(config)})
 
 
 def write_record(path: str | Path, record: RunRecord) -> None:
-    """Write a record as JSON, by rename."""
+    """Write a record as JSON, atomically."""
     write_json_atomic(path, {part.name: getattr(record, part.name) for part in dataclasses.fields(record)})
 
 
 def read_record(path: str | Path) -> RunRecord:
-    """Read a record.
+    """Read a record from JSON.
 
     Raises:
-        FileNotFoundError: The file is absent.
+        FileNotFoundError: The file does not exist.
         ValueError: The file is damaged, of another version, or not a record.
     """
     content = read_json(path)
@@ -191,7 +187,7 @@ def run_protocol(record: RunRecord) -> str:
 
 
 def summary_line(record: RunRecord) -> str:
-    """Return a run in one line: "resnet20 W4A4 A relu | teacher 91.48 | RTN 80.90 | final 90.40 | 132 s"."""
+    """Return a one-line summary: "resnet20 W4A4 A relu | teacher 91.48 | RTN 80.90 | final 90.40 | 132 s"."""
     quant = record.config.get("quant", {})
     mixed = " mixed" if quant.get("layer_weight_bits") or quant.get("layer_act_bits") else ""
     bits = f"W{record.weight_bits}A{record.act_bits}{mixed}"

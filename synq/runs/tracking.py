@@ -1,4 +1,4 @@
-"""Log a run to TensorBoard, Weights & Biases or MLflow, through the trackers of Accelerate."""
+"""Logging of a run to TensorBoard, Weights & Biases or MLflow, through the trackers of Accelerate."""
 
 import json
 import os
@@ -17,9 +17,9 @@ from synq.finetune.schedule import lr_at
 from synq.runs.record import RunRecord
 
 PROJECT = "synq"
-"""Project (wandb) or experiment (mlflow) if the user's environment names none."""
+"""Default project (wandb) or experiment (mlflow); environment variables of the tracker override it."""
 NOTE_FILE = "tracker.json"
-"""File in the run's folder with the tracker's id of the run, for a run that is resumed."""
+"""File in the run's folder with the run's id in the tracker, for resuming."""
 METRICS = (
     *("objective_value", "teacher_top1", "rtn_top1", "top1", "top5", "drop", "num_eval", "lost", "gained"),
     *("kept_share", "codes_changed", "size_bytes", "bitops", "total_seconds"),
@@ -28,9 +28,9 @@ METRICS = (
 
 
 class RunLog:
-    """Log one run to its tracker, on the main process; without a `runtime.tracker` every method does nothing.
+    """Log one run to its tracker, on the main process; with `runtime.tracker` none, every method does nothing.
 
-    A context manager, which closes the tracker however the run ends: a process may do another run after it.
+    A context manager that closes the tracker at the end, because a process may do several runs.
     """
 
     def __init__(self, config: RunConfig, folder: Path, accelerator: Accelerator) -> None:
@@ -50,14 +50,14 @@ class RunLog:
         if self.tracker != "none" and self.tracker not in map(str, accelerator.log_with):
             made = ", ".join(map(str, accelerator.log_with)) or "none"
             raise ValueError(
-                f"`accelerator` must be made with log_with={self.tracker!r}, as runtime.tracker says, but got {made}"
+                f"`accelerator` must be made with log_with={self.tracker!r}, as in runtime.tracker, but got {made}"
             )
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Not `end_training`, which would end the process group of the caller, too.
+        # Not `end_training`, which would also destroy the process group of the caller.
         if self.tracker != "none":
             for tracker in self.accelerator.trackers if self.is_on else ():
                 self._try(tracker.finish)
@@ -68,19 +68,19 @@ class RunLog:
             mlflow.set_tracking_uri(None)
 
     def start(self) -> None:
-        """Open the tracker and log the configuration; a resumed run continues under the id in its note file.
+        """Open the tracker and log the configuration; a resumed run continues under the id in `NOTE_FILE`.
 
         Raises:
-            ValueError: It cannot be opened, for example without a login or a server.
+            ValueError: The tracker cannot be opened, for example without a login or a server.
         """
         if self.tracker == "none":
             return
         note = self.folder / NOTE_FILE
-        known = read_json(note) if note.exists() else {}
-        is_resumed = known.get("tracker") == self.tracker
+        saved = read_json(note) if note.exists() else {}
+        is_resumed = saved.get("tracker") == self.tracker
         try:
             self._choose_mlflow_store()
-            options = self._options(known["id"] if is_resumed else "")
+            options = self._options(saved["id"] if is_resumed else "")
             self.accelerator.init_trackers(self._project(), init_kwargs={self.tracker: options})
             self.is_on = True
             if not is_resumed:
@@ -114,50 +114,50 @@ class RunLog:
         self._log("result", values, self.config.finetune.epochs)
 
     def _log(self, group: str, values: dict[str, Any], step: int) -> None:
-        known = {name.replace(" ", "_"): value for name, value in values.items() if value is not None}
-        self._try(lambda: self.accelerator.log({f"{group}/{name}": value for name, value in known.items()}, step=step))
+        measured = {name.replace(" ", "_"): value for name, value in values.items() if value is not None}
+        metrics = {f"{group}/{name}": value for name, value in measured.items()}
+        self._try(lambda: self.accelerator.log(metrics, step=step))
 
     def _try(self, work: Callable[[], None]) -> None:
-        """Call the tracker; if it fails, warn and stop logging: the run does not depend on its tracker."""
+        """Call the tracker; if it fails, warn and stop logging, so that the run continues."""
         try:
             work()
         except Exception as error:  # each package raises its own types, for example for a lost server
             self.is_on = False
             lines = str(error).strip().splitlines() or [repr(error)]
-            warnings.warn(f"{self.tracker} failed, the run goes on without it: {lines[0]}", stacklevel=3)
+            warnings.warn(f"{self.tracker} failed, the run continues without it: {lines[0]}", stacklevel=3)
 
     def _project(self) -> str:
-        if self.tracker == "tensorboard":  # its files go to this folder; an absolute path wins over `project_dir`
+        if self.tracker == "tensorboard":  # the folder of its files; an absolute path overrides `project_dir`
             return str(self.folder / "tensorboard")
         return os.environ.get("WANDB_PROJECT", PROJECT) if self.tracker == "wandb" else PROJECT
 
-    def _options(self, known_id: str) -> dict[str, Any]:
-        """Return the tracker's init arguments: the run's name, and its id if the tracker knows it already."""
+    def _options(self, run_id: str) -> dict[str, Any]:
+        """Return the tracker's init arguments: the name of the run, and its id in the tracker if it is resumed."""
         if self.tracker == "tensorboard":
             return {}
         options: dict[str, Any] = {"name" if self.tracker == "wandb" else "run_name": self.folder.name}
-        if known_id:
-            options |= {"id": known_id, "resume": "allow"} if self.tracker == "wandb" else {"run_id": known_id}
+        if run_id:
+            options |= {"id": run_id, "resume": "allow"} if self.tracker == "wandb" else {"run_id": run_id}
         return options
 
     def _id(self) -> str:
-        """Return the tracker's id of the run, "" if it has none."""
+        """Return the id of the run in the tracker, "" if it has none."""
         run = self.accelerator.get_tracker(self.tracker, unwrap=True)
         return {"wandb": lambda: run.id, "mlflow": lambda: run.info.run_id}.get(self.tracker, str)()
 
     def _choose_mlflow_store(self) -> None:
-        """Let MLflow write into the run's folder unless the environment or the calling program names another store."""
+        """Set MLflow's store to the run's folder, unless the environment sets another one."""
         if self.tracker == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ and self.accelerator.is_main_process:
             import mlflow
 
-            mlflow.set_tracking_uri(
-                f"sqlite:///{self.folder / 'mlflow.db'}"
-            )  # plain files are no longer taken by MLflow 3
+            # A database, because MLflow 3 no longer accepts a folder of files.
+            mlflow.set_tracking_uri(f"sqlite:///{self.folder / 'mlflow.db'}")
             self._set_mlflow = True
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration by dotted keys; lists and tables as JSON."""
+    """Return the configuration by dotted key, with lists and tables as JSON."""
     values = {key: reduce(getattr, key.split("."), config) for key in dotted_keys(RunConfig)}
     plain = (str, int, float, type(None))
     return {key: value if isinstance(value, plain) else json.dumps(value) for key, value in values.items()}

@@ -54,7 +54,7 @@ def ensure_sets(config: RunConfig, teacher: Teacher, accelerator: Accelerator) -
 
 
 def low_pass(images: Tensor, config: RunConfig, folder: Path | None = None) -> Tensor:
-    """Return images (N, C, H, W) low-pass filtered as `config.finetune` says, or unchanged if it has no cutoff.
+    """Return images (N, C, H, W) low-pass filtered at the cutoff of `config.finetune`, or unchanged if it has none.
 
     Args:
         images: Normalized images.

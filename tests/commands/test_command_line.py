@@ -175,7 +175,7 @@ def test_the_help_of_a_group_has_its_settings(capsys: pytest.CaptureFixture[str]
 def test_every_setting_has_a_docstring() -> None:
     docs = field_docs(RunConfig)
     assert not [key for key in dotted_keys(RunConfig) if not docs[key]]
-    assert docs["finetune.lr"] == "Largest learning rate." and docs["quant"]
+    assert docs["finetune.lr"] == "Peak learning rate." and docs["quant"]
 
 
 def test_rows_in_the_help_are_those_of_the_library() -> None:
@@ -214,3 +214,25 @@ def test_the_help_imports_nothing_large(name: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stderr.strip() == "[]"
+
+
+def test_packages_that_do_not_fit_together_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A package installed later may downgrade NumPy below what pandas needs: W&B's `sweeps` 0.3.0 asks for numpy < 2."""
+
+    def work() -> None:
+        try:
+            raise ImportError("Please upgrade numpy to >= 2.0.2")
+        except ImportError as error:
+            raise ImportError("C extension not built") from error
+
+    assert exit_code(work) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Please upgrade numpy to >= 2.0.2; `python -m pip check`" in line and "C extension" not in line
+
+
+def test_a_module_of_ours_that_is_missing_is_no_fault_of_the_environment() -> None:
+    def work() -> None:
+        raise ModuleNotFoundError("No module named 'synq.absent'", name="synq.absent")
+
+    with pytest.raises(ModuleNotFoundError):
+        exit_code(work)

@@ -51,12 +51,12 @@ def test_the_help_has_every_setting_with_its_value(capsys: pytest.CaptureFixture
     keys = dotted_keys(RunConfig)
     assert [key for key in keys if not re.search(rf"--{re.escape(key)} [^-].*?\(default: ", text)] == []
     assert text.count("(default: ") == len(keys)
-    assert "--config FILE" in text and "Largest learning rate. (default: 0.01)" in text
+    assert "--config FILE" in text and "Peak learning rate. (default: 0.01)" in text
     (in_tmp / "a.toml").write_text("[finetune]\nlr = 0.25\n")
     assert train.main(["--help-all", "--config", "a.toml"]) == 0
-    assert "Largest learning rate. (default: 0.25)" in " ".join(capsys.readouterr().out.split())
+    assert "Peak learning rate. (default: 0.25)" in " ".join(capsys.readouterr().out.split())
     assert train.main(["a.toml", "--finetune.lr", "0.125", "-h"]) == 0
-    assert "Largest learning rate. [0.125]" in capsys.readouterr().out
+    assert "Peak learning rate. [0.125]" in capsys.readouterr().out
     assert os.listdir(in_tmp) == ["a.toml"]
 
 

@@ -1,4 +1,4 @@
-"""Work that takes long is seen: a bar on a terminal, after a while; lines now and then in a log."""
+"""Progress of long work: a bar on a terminal, after a delay; lines at intervals in a log."""
 
 import json
 import os
@@ -36,8 +36,8 @@ from synq.config.run import RunConfig, config_from_dict
 from synq.runs.record import run_folder
 config = config_from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
 run_all({"only": config}, 1, lambda cell, record: print("done", cell, flush=True))
-words = ["--formats", "packed", "--agreement", "0", "--mean-difference", "9"]
-assert main([str(run_folder(config)), *words]) == 0
+arguments = ["--formats", "packed", "--agreement", "0", "--mean-difference", "9"]
+assert main([str(run_folder(config)), *arguments]) == 0
 """
 TITLES = ("runs:", "train images:", "fine-tune:", "labeled images:", "teacher's answers:", "check model.safetensors:")
 
@@ -62,7 +62,7 @@ def _on_a_terminal(command: list[str], cwd: Path) -> str:
     try:
         while part := os.read(own, 65536):
             written += part
-    except OSError:  # what a terminal answers when the last writer has left
+    except OSError:  # raised by a terminal after its last writer has closed it
         pass
     os.close(own)
     assert process.wait(60) == 0, written.decode()
@@ -160,7 +160,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err == ""
 
 
-def test_a_log_that_refuses_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_fails_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")

@@ -43,10 +43,10 @@ def test_without_nameless_files_one_is_made_and_taken_away(tmp_path: Path, monke
 
 
 def test_a_file_that_cannot_be_mapped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: object, **__: object) -> torch.Tensor:
+    def fail_to_map(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("unable to mmap 48 bytes")
 
-    monkeypatch.setattr("torch.from_file", refused)
+    monkeypatch.setattr("torch.from_file", fail_to_map)
     with pytest.raises(OSError, match=r"unable to mmap.*while reserving"):
         scratch_tensor((3, 4), torch.float32, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -59,7 +59,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_its_bytes_are_not_the_process_own(tmp_path: Path) -> None:
-    """A process that may have no more than 64 MiB of memory of its own writes 256 MiB."""
+    """A process that may have no more than 64 MiB of private memory writes 256 MiB."""
     code = f"""
 import resource, torch
 from pathlib import Path
@@ -70,11 +70,11 @@ resource.setrlimit(resource.RLIMIT_DATA, (used + 2**26, used + 2**26))
 try:
     torch.empty(2**26)
 except RuntimeError:
-    print("refused in memory")
+    print("rejected in memory")
 tensor = scratch_tensor((2**26,), torch.float32, Path({str(tmp_path)!r}))
 for part in tensor.split(2**20):
     part.fill_(1.0)
 print(int(tensor[:: 2**20].sum()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split("\n")[:2] == ["refused in memory", "64"], done.stderr
+    assert done.stdout.split("\n")[:2] == ["rejected in memory", "64"], done.stderr

@@ -28,7 +28,7 @@ def test_same_seed_in_another_process() -> None:
 
 
 @pytest.mark.parametrize("parts", [(), (1.0,), (True,), (None,)])
-def test_refuses_other_parts(parts: tuple[object, ...]) -> None:
+def test_rejects_other_parts(parts: tuple[object, ...]) -> None:
     with pytest.raises(ValueError, match="`parts` must"):
         derive_seed(*parts)  # type: ignore[arg-type]
 

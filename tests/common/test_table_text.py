@@ -1,4 +1,4 @@
-"""Rows as Markdown, CSV and aligned text: no cell leaves its place."""
+"""Rows as Markdown, CSV and aligned text: no cell breaks the table."""
 
 from support.records import markdown_cells, record, table
 from synq.common.text_tables import to_csv, to_markdown, to_text
@@ -8,7 +8,7 @@ from synq.sweeps.leaderboard.records import leaderboard_rows
 NASTY = '=1|2 <b>`x`</b>\r\n"q", \\| [a](b) \x1b[2J'
 
 
-def test_a_cell_cannot_leave_its_place_in_markdown_csv_or_text() -> None:
+def test_a_cell_cannot_break_a_table_of_markdown_csv_or_text() -> None:
     rows = leaderboard_rows([record(0.1, model=NASTY, device="\u2028`", top1=None)])
     shown = '=1|2 <b>`x`</b> "q", \\| [a](b) ?[2J'
     head, rule, line = to_markdown(rows, LEADERBOARD_COLUMNS).split("\n")[:-1]

@@ -78,7 +78,7 @@ def head(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[Head]
     """`ray start --head` in a copy of the project whose demo is a matter of seconds."""
     project, home = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("home")
     for name in ("synq", "sweeps", "launch"):
-        shutil.copytree(root / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(root / name, project / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", ".rayignore"):
         shutil.copy(root / name, project / name)
     (project / "sweeps" / "specs" / "demo.toml").write_text(SPEC)

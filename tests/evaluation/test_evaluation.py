@@ -1,4 +1,4 @@
-"""Counts are exact under any batch size; fidelity is what its formulas say; nothing moves while measuring."""
+"""Counts are exact under any batch size; fidelity is what its formulas say; measuring changes nothing."""
 
 import copy
 import math
@@ -49,22 +49,22 @@ def test_top5_of_three_classes_is_everything(accelerator: Accelerator) -> None:
     assert (got.top1, got.top5) == (100.0, 100.0)
 
 
-def test_nothing_to_count_is_refused(accelerator: Accelerator) -> None:
+def test_nothing_to_count_is_rejected(accelerator: Accelerator) -> None:
     with pytest.raises(ValueError, match="at least one labeled image"):
         evaluate(Echo(), lambda rows: (rows, rows), torch.arange(0), batch_size=2, accelerator=accelerator)
 
 
 def test_fidelity_by_hand(accelerator: Accelerator) -> None:
-    wanted = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
+    reference_logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
 
     class Other(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.where(x == x.amax(1, keepdim=True), 0.0, math.log(3)).flip(1)
 
-    got = _fidelity(Other(), wanted, 1, accelerator)
+    got = _fidelity(Other(), reference_logits, 1, accelerator)
     # Image 1: (1/2, 1/2) against (1/2, 1/2). Image 2: (3/4, 1/4) against (3/4, 1/4).
     assert got["kl"] == pytest.approx(0.0, abs=1e-7)
-    uniform = _fidelity(lambda_module(lambda x: 0 * x), wanted, 2, accelerator)
+    uniform = _fidelity(lambda_module(lambda x: 0 * x), reference_logits, 2, accelerator)
     expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert uniform["kl"] == pytest.approx(expected / 2, rel=1e-6)
     assert uniform["logit_mse"] == pytest.approx((math.log(3) / 2) ** 2 / 2, rel=1e-6)
@@ -109,7 +109,7 @@ def test_synthetic_objective_of_the_teacher_itself_is_zero(accelerator: Accelera
     assert (result.top1, result.num_eval) == (None, None)
 
 
-def test_selection_without_labels_is_refused(accelerator: Accelerator) -> None:
+def test_selection_without_labels_is_rejected(accelerator: Accelerator) -> None:
     with pytest.raises(ValueError, match=r"evaluation.objective.* must be synthetic"):
         Measure.prepare(
             EvaluationConfig(dataset="none", objective="selection"), load_teacher(TeacherConfig()), accelerator
@@ -171,7 +171,7 @@ def test_objective_is_the_same_for_every_trial_and_batch_size(
     assert split.objective(student) == pytest.approx(one.objective(student), rel=1e-5)
 
 
-def test_teacher_answers_once_and_again_after_a_new_set(
+def test_teacher_runs_once_and_again_after_a_new_set(
     measured: tuple[Measure, fx.GraphModule], accelerator: Accelerator
 ) -> None:
     """The objective is measured after every epoch: it may cost the student's forward passes, not the teacher's."""
@@ -232,7 +232,7 @@ def test_several_processes_share_the_images_and_sum(
     assert got == pytest.approx(whole, rel=1e-5), "the last process has everybody's sums"
 
 
-def _answers(logits: Tensor, labels: Tensor, rows: Tensor, rank: object, batch_size: int = 7) -> Accuracy:
+def _evaluated(logits: Tensor, labels: Tensor, rows: Tensor, rank: object, batch_size: int = 7) -> Accuracy:
     return evaluate(
         Echo(),
         lambda part: (logits[part], labels[part]),
@@ -254,7 +254,7 @@ def test_lost_and_gained_are_exact_on_any_number_of_processes(num_images: int, c
     for index in range(count):
         rank = Rank(index, count)
         rank.others = [torch.tensor([0, 0, 1])]  # the share of the others, who have seen something
-        first, second = (_answers(logits, labels, rows, rank) for logits in (before, after))
+        first, second = (_evaluated(logits, labels, rows, rank) for logits in (before, after))
         rank.others = others
         found = lost_and_gained(first, second, accelerator=rank)  # type: ignore[arg-type]
         assert rank.mine is not None

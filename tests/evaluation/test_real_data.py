@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-import synq.evaluation.labeled_sources as real_sources
+import synq.evaluation.labeled_sources as labeled_sources
 from synq.evaluation.labeled import LabeledSet, fit_images, load_labeled, selection_mask
 from synq.evaluation.labeled_sources import digits_heldout_mask, from_arrays, read_idx
 
@@ -55,7 +55,7 @@ def test_digits_pixels_are_sklearns() -> None:
 # --- one image's way ---
 
 
-def test_npz_values_are_scaled_normalised_and_in_place(tmp_path: Path) -> None:
+def test_npz_values_are_scaled_normalized_and_in_place(tmp_path: Path) -> None:
     images = write_npz(tmp_path / "a.npz")
     data = load(f"npz:{tmp_path}/a.npz")
     expected = (images.astype(np.float64) / 255 - MEAN3) / STD3
@@ -77,7 +77,7 @@ def test_gray_images_are_repeated_for_a_color_teacher(tmp_path: Path) -> None:
         assert np.allclose(channel.numpy() * 255, images[2], atol=1e-3)
 
 
-def test_color_images_are_refused_for_a_gray_teacher(tmp_path: Path) -> None:
+def test_color_images_are_rejected_for_a_gray_teacher(tmp_path: Path) -> None:
     write_npz(tmp_path / "a.npz")
     with pytest.raises(ValueError, match=r"a\.npz must match a teacher of 1 channel\(s\), but have 3"):
         load(f"npz:{tmp_path}/a.npz", (1, 8, 8))
@@ -86,7 +86,7 @@ def test_color_images_are_refused_for_a_gray_teacher(tmp_path: Path) -> None:
 
 
 def test_resizing_averages_when_shrinking() -> None:
-    # Half the columns are white, just those that plain bilinear sampling at 4 i + 1.5 looks at: it would see white alone.
+    # Half of the columns are white: those that bilinear sampling without antialiasing reads, at 4 i + 1.5.
     columns = torch.tensor([0, 255, 255, 0], dtype=torch.uint8).repeat(8).expand(1, 1, 32, 32)
     shrunk = fit_images(columns, (1, 8, 8))
     assert torch.allclose(shrunk, torch.full((1, 1, 8, 8), 0.5), atol=0.15)
@@ -98,7 +98,7 @@ def test_resizing_averages_when_shrinking() -> None:
 
 
 def test_selection_mask_is_fixed_for_ever() -> None:
-    # The first chosen numbers, computed with hashlib alone: int(sha256(f"selection:{i}").hexdigest()[:12], 16) / 2**48 < 0.2
+    # The first selected indices, from hashlib only: int(sha256(f"selection:{i}").hexdigest()[:12], 16) / 2**48 < 0.2
     assert torch.nonzero(selection_mask(40, 0.2)).flatten().tolist() == [1, 8, 33]
     assert torch.equal(selection_mask(40, 0.2), selection_mask(1000, 0.2)[:40])
     assert abs(float(selection_mask(5000, 0.2).float().mean()) - 0.2) < 0.02
@@ -206,7 +206,7 @@ def test_folder_numbers_are_labels_by_value(tmp_path: Path) -> None:
         load(f"imagefolder:{tmp_path}")
 
 
-def test_part_of_the_classes_by_name_is_refused(tmp_path: Path) -> None:
+def test_part_of_the_classes_by_name_is_rejected(tmp_path: Path) -> None:
     write_folder(tmp_path, ("cat", "dog"))
     with pytest.raises(ValueError, match=r"one folder per class of the teacher \(3\), but has 2; .*class index"):
         load(f"imagefolder:{tmp_path}")
@@ -297,7 +297,7 @@ def test_sets_by_name_without_a_network(tmp_path: Path, name: str, monkeypatch: 
 
     for kind in ("CIFAR10", "CIFAR100", "FashionMNIST"):
         monkeypatch.setattr(datasets, kind, offline)
-    monkeypatch.setattr(real_sources, "FASHION_MNIST_FOLDERS", ())
+    monkeypatch.setattr(labeled_sources, "FASHION_MNIST_FOLDERS", ())
     with pytest.raises(
         ConnectionError, match=f"data set {name} must be in .*no network; download it on another machine"
     ):

@@ -1,4 +1,4 @@
-"""From a run's folder to files that answer as its student does, and a card that says what they are."""
+"""Export of a finished run: files with the student's logits, and a model card that describes them."""
 
 import json
 import shutil
@@ -108,7 +108,7 @@ def test_a_selected_student_does_not_claim_to_be_free_of_data(finished: Path, ex
     assert NOISE in text and STATEMENT not in text
 
 
-def test_a_run_that_was_moved_is_told_where_its_images_lie(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_a_moved_run_gets_the_path_of_its_images(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     folder = tmp_path / "run"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("export"))
     record = read_record(folder / "record.json")
@@ -116,14 +116,14 @@ def test_a_run_that_was_moved_is_told_where_its_images_lie(finished: Path, tmp_p
     write_record(folder / "record.json", replace(record, config=there))
     words = [str(folder), "--formats", "packed", "--rounds", "0", *ANY]
     assert main(words) == 2
-    assert "`--runtime.store_dir` says where it is now" in capsys.readouterr().err
+    assert "give its new folder by `--runtime.store_dir`" in capsys.readouterr().err
     shutil.copytree(finished.parent / "store", tmp_path / "images")
     assert main([*words, "--runtime.store_dir", str(tmp_path / "images")]) == 0
     after = read_record(folder / "record.json")
     assert after.deployment["packed_bytes"] and after.config == there, "the record stays that of its run"
     assert main([*words, "--quant.act_bits", "8"]) == 2
     assert "`--quant.act_bits` must be an option of this command, but is not" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"`places` must be one of teacher\.spec"):
+    with pytest.raises(ValueError, match=r"`path_overrides` must be one of teacher\.spec"):
         ExportOptions(path_overrides={"quant.act_bits": 8})
 
 
@@ -143,7 +143,9 @@ class Turned(nn.Module):
 
 
 @pytest.mark.usefixtures("broken")
-def test_the_door_says_refusals_in_one_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_rejected_files_in_one_line(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(finished), "--formats", "packed", "--out", str(tmp_path / "x")]) == 1
     line = capsys.readouterr().err
     assert line.startswith("synq: error: model.safetensors was not written: it predicts another class")
@@ -161,7 +163,7 @@ def test_the_door_says_refusals_in_one_line(finished: Path, tmp_path: Path, caps
         (["--formats", "packed", "--container", "int4"], "`container` must be left out"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(finished: Path, words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_invalid_options_are_rejected(finished: Path, words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     assert main([str(finished), *words]) == 2
     assert complaint in capsys.readouterr().err
 
@@ -240,7 +242,7 @@ def test_an_export_is_whole_whatever_lies_around(
     (tmp_path / "runs" / "run-other" / "record.json").write_text("[]")
     (folder / "export" / "mine.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in (folder / "export").iterdir()}
-    # Refused: what was there stays, the card included.
+    # Rejected: the earlier files stay, including the card.
     request.getfixturevalue("broken")
     assert main([str(folder), "--formats", "packed"]) == 1
     monkeypatch.undo()
@@ -280,7 +282,7 @@ def test_images_that_are_gone_are_not_made_anew(
         (damaged(lambda f: write_record(f / "record.json", replace(read_record(f / "record.json"), teacher={"digest": "0"}))), "of other weights"),
     ],
 )  # fmt: skip
-def test_what_is_no_finished_run_is_refused(
+def test_a_folder_without_a_finished_run_is_rejected(
     make: Callable[[Path, Path], Path], message: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(make(finished, tmp_path))]) == 2

@@ -1,4 +1,4 @@
-"""Exports of networks that people use, at the widths that they ask for, in ONNX Runtime with its default options."""
+"""Exports of common networks at common bit-widths, in ONNX Runtime with its default options."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def network(spec: str) -> fx.GraphModule:
 
 
 def noise(count: int) -> Tensor:
-    """Blobs rather than pixels, so that random weights answer differently."""
+    """Blobs rather than pixels, so that networks with random weights give different logits."""
     small = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return torch.nn.functional.interpolate(small, (SIDE, SIDE), mode="bilinear")
 
@@ -93,7 +93,7 @@ def digits() -> tuple[fx.GraphModule, Tensor]:
 @pytest.mark.long
 @WIDTHS
 def test_a_trained_mobilenet_v2_and_what_it_leaves_open(digits: tuple[fx.GraphModule, Tensor], bits: int, container: Container) -> None:  # fmt: skip
-    """52 layers carry every rounding on: where sums are those of floats, a student is not wholly of its own opinion."""
+    """Errors propagate through 52 layers: with float sums, the student does not always agree with its integer form."""
     net, sample = digits
     wanted, engine, student = exported(net, sample, bits, container)
 

@@ -1,4 +1,4 @@
-"""A file is written only if it answers as the student does, and is held to no more than the simulation."""
+"""A file is written only if it has the student's logits, up to the difference of the simulation."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class NoLabels:
 
 
 @pytest.mark.slow
-def test_a_file_that_answers_otherwise_is_refused_and_not_left_behind(finished: Path, tmp_path: Path) -> None:
+def test_a_file_with_other_logits_is_rejected_and_not_written(finished: Path, tmp_path: Path) -> None:
     run = open_run(finished)
     teacher, student = run.teacher, run.student
     form = integer_form(student.net, operations="onnx")

@@ -1,4 +1,4 @@
-"""Convolutions written as products of integer matrices answer as the student does, whatever their strides, paddings and zero points."""
+"""Convolutions as integer matrix products have the student's logits, for all strides, paddings and zero points."""
 
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +32,7 @@ def kinds(model: bytes) -> list[str]:
 
 
 class SideBySide(nn.Module):
-    """Convolutions that read the same negative and positive activations, each with logits of its own. A graph costs seconds, not its size."""
+    """Convolutions of the same negative and positive activations, each with separate logits; one graph is exported faster."""
 
     def __init__(self, *settings: dict[str, Any], channels: int = MIN_CHANNELS) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def test_every_shape_of_convolution_is_the_same_function(bits: int) -> None:
     found, wanted = (engine_of(open_session(model))(sample) for model in (products, plain_model))
     for setting, *logits in zip(SHAPES, *(x.split(5, 1) for x in (found, wanted, form(sample))), strict=True):
         assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2]), setting
-        assert len(logits[0].unique(dim=0)) > 1, "its logits tell images apart"
+        assert len(logits[0].unique(dim=0)) > 1, "its logits differ between images"
 
 
 @pytest.mark.parametrize(

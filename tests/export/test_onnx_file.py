@@ -1,4 +1,4 @@
-"""ONNX files answer in ONNX Runtime as the student does, and hold integers of the width they say."""
+"""ONNX files have the student's logits in ONNX Runtime, and integers of the declared types."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def types(model: bytes) -> tuple[set[int], set[int]]:
     ("bits", "container", "act_points", "make"),
     [(4, "int4", "inputs", Residual), pytest.param(3, "int4", "relu", plain, marks=pytest.mark.slow), (3, "int8", "inputs", plain), (8, "int8", "inputs", Residual)],
 )  # fmt: skip
-def test_onnx_runtime_answers_as_the_student(
+def test_onnx_runtime_gives_the_logits_of_the_student(
     bits: int, container: Container, act_points: str, make: type[nn.Module]
 ) -> None:
     form, graph = graph_of(make, bits, act_points)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def test_onnx_runtime_answers_as_the_student(
 
 
 class Narrow(nn.Module):
-    """Layers whose zero points are alike at different widths: ``torch.onnx`` makes one tensor of them."""
+    """Layers of different bit-widths with equal zero points, which ``torch.onnx`` merges into one initializer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,6 +122,6 @@ class Erfinv(nn.Module):
         return self.fc(torch.relu(self.conv(x)).sort(dim=1)[0].unfold(2, 2, 2).erfinv().mean((2, 3, 4)))
 
 
-def test_what_onnx_cannot_say_is_refused() -> None:
+def test_operations_without_onnx_export_are_rejected() -> None:
     with pytest.raises(ValueError, match="the student cannot be exported to ONNX"):
         write_onnx(torch.fx.symbolic_trace(Erfinv().eval()), SIZE)

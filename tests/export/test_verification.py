@@ -1,4 +1,4 @@
-"""Comparisons by hand, and what is refused."""
+"""Comparisons computed by hand, and differences that exceed the tolerance."""
 
 import math
 from dataclasses import replace

@@ -138,7 +138,7 @@ def test_bf16_with_a_cam_by_autograd(accelerator: Accelerator) -> None:
         nn.Linear(8, 7), nn.Hardswish(), nn.Linear(7, 5),
     )  # fmt: skip
     student, teacher = networks(net.eval().requires_grad_(False))
-    assert student.site.kind == "autograd"
+    assert student.cam_site.kind == "autograd"
     history = finetune(student, teacher, images(), labels(), CONFIG, accelerator=accelerator, seed=0, bf16=True)
     assert history[0]["cam"] > 0
 

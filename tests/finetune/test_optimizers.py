@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from synq.finetune.optimizers import LEAST_NORM, clip_relative
+from synq.finetune.optimizers import MIN_NORM, clip_relative
 
 
 def _parameter(values: torch.Tensor, gradient: torch.Tensor | None) -> nn.Parameter:
@@ -38,4 +38,4 @@ def test_a_zero_gradient_stays_finite_and_a_zero_weight_can_learn() -> None:
     still, dead = _parameter(torch.ones(2, 2), torch.zeros(2, 2)), _parameter(torch.zeros(2, 2), torch.ones(2, 2))
     clip_relative([still, dead], 0.05)
     assert still.grad is not None and torch.equal(still.grad, torch.zeros(2, 2))
-    assert dead.grad is not None and 0 < float(dead.grad.norm()) == pytest.approx(0.05 * LEAST_NORM)
+    assert dead.grad is not None and 0 < float(dead.grad.norm()) == pytest.approx(0.05 * MIN_NORM)

@@ -274,7 +274,7 @@ def test_limits_that_cannot_be_met_are_refused_before_any_work(
     ("words", "message"),
     [
         (["--quant.layer_weight_bits", "none", "--max-bytes", "100"], "`max-bytes` must be at least"),
-        ([], "`quant` must leave a bit-width to be chosen"),
+        ([], "`quant` must leave a bit-width to choose"),
     ],
 )
 def test_what_leaves_no_choice_is_one_line(

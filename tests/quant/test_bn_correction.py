@@ -209,7 +209,7 @@ def test_correction_is_kept_where_it_helps_and_the_teacher_is_untouched() -> Non
     assert all(torch.equal(value, student.net.state_dict()[key]) for key, value in again.net.state_dict().items())
 
 
-def test_the_guard_keeps_a_student_that_correction_would_harm() -> None:
+def test_keep_best_keeps_a_student_that_correction_would_harm() -> None:
     """The images of the statistics overflow the ranges, those that judge do not."""
     traced = trained(NETS["pooled"][0]())
     x = images(32)
@@ -224,7 +224,7 @@ def test_the_guard_keeps_a_student_that_correction_would_harm() -> None:
     assert all(torch.equal(value, before[key]) for key, value in student.net.state_dict().items())
 
 
-def test_processes_follow_the_figures_they_are_told() -> None:
+def test_processes_follow_the_synchronized_metrics() -> None:
     traced = trained(NETS["depthwise"][0]())
     student = rounded(traced, 3, images(64))
     told: Callable[[dict[str, float]], dict[str, float]] = lambda own: {**own, "none": -1.0}  # noqa: E731

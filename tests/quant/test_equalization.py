@@ -1,4 +1,4 @@
-"""Equalization: the right pairs, the same function, more even ranges, and kept only where it helps."""
+"""Cross-layer equalization: the right pairs, the same function, more similar ranges, kept only if it helps."""
 
 import copy
 from collections.abc import Callable
@@ -146,7 +146,7 @@ def test_reported_ranges_are_those_of_the_equalised_network() -> None:
 def test_ranges_of_activations_by_hand_over_all_batches_and_cells() -> None:
     traced = trained(NETS["plain"][0]())
     x = images(10)
-    x[9] *= 30  # the largest value stands in the last, incomplete batch
+    x[9] *= 30  # the largest value is in the last, incomplete batch
     pairs = find_pairs(traced)  # no point: the range at the consumer counts
     found = channel_ranges(traced, pairs, x, batch_size=4)
     out = values(traced, x)
@@ -196,7 +196,7 @@ def test_dead_channels_keep_their_scale_and_nearly_dead_ones_are_bounded() -> No
 
     traced = trained(NETS["pooled"][0]())
     with torch.no_grad():
-        traced.get_submodule("1").weight[0], traced.get_submodule("1").bias[0] = 0.0, -1.0  # behind the ReLU always 0
+        traced.get_submodule("1").weight[0], traced.get_submodule("1").bias[0] = 0.0, -1.0  # always 0 after the ReLU
         traced.get_submodule("5").weight[:, 1] = 0.0
     student = rounded(traced)
     _, report = equalize(student.net, traced, images(64), observe)
@@ -220,7 +220,7 @@ def test_depthwise_weights_have_a_range_for_each_channel_so_that_the_activation_
 
 
 class Middle(nn.Module):
-    """Convolution, batch norm, what `middle` makes of it, a convolution and a classifier behind a GELU."""
+    """Convolution, batch norm, what `middle` makes of it, a convolution, a GELU and a classifier."""
 
     def __init__(self, middle: Callable[["Middle", Tensor], Tensor]) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class Middle(nn.Module):
         (lambda net, x: F.interpolate(x, scale_factor=2.0), False),
     ],
 )
-def test_what_stands_between_two_layers_decides(middle: Callable[[Middle, Tensor], Tensor], passes: bool) -> None:
+def test_operations_between_two_layers_decide(middle: Callable[[Middle, Tensor], Tensor], passes: bool) -> None:
     traced = trained(Middle(middle))
     assert [(pair.producer, pair.consumer) for pair in find_pairs(traced)] == [("bn", "conv2")] * passes
 
@@ -270,7 +270,7 @@ def test_layers_with_other_readers_are_left_alone() -> None:
     assert pairs(net) == [("0", "2"), ("2", "4"), ("4", "6")]
     net[4].weight = net[2].weight  # tied
     assert pairs(net) == []
-    net[4] = net[2]  # one layer at two places
+    net[4] = net[2]  # one layer, called twice
     assert pairs(net) == []
     net[4] = nn.Conv2d(8, 8, 1)
     net[4].bias = net[0].bias

@@ -47,7 +47,7 @@ def test_bounds(bits: int, signed: bool, bounds: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 32])
-def test_bounds_refuse(bits: int) -> None:
+def test_bounds_reject(bits: int) -> None:
     with pytest.raises(ValueError, match=rf"`bits` must lie in 2..8, but got {bits}"):
         quant_bounds(bits, True)
 
@@ -94,7 +94,7 @@ def test_codes_are_those_of_the_fused_op(bits: int, signed: bool, dtype: torch.d
 
 
 def test_division_would_not_do() -> None:
-    # Shows that the tie inputs above can tell the two rules apart: dividing by the scale gives other codes on some of them.
+    # The tie inputs above distinguish the two rules: dividing by the scale gives other codes for some of them.
     scale, zero_point = ranges(4, True, 12, 4)
     x = inputs(scale, 16, torch.float32, 4)
     divided = (torch.round(x / scale[:, None]).int() + zero_point[:, None]).clamp(-8, 7)
@@ -183,7 +183,7 @@ def test_gradient_is_that_of_the_fused_op_at_every_tie_and_edge(bits: int, signe
     oracle = torch.fake_quantize_per_channel_affine(leaf, scale, zero_point, 0, *bounds)
     assert torch.equal(got, gradient(oracle, leaf, pull)) and not torch.equal(got, pull)
     for row, s, z, p in zip(x, scale, zero_point, pull, strict=True):
-        # Neighbors of every edge of the grid, where one wrong digit of the pass band would show.
+        # Neighbors of every edge of the grid, where one wrong digit of the gradient band would show.
         edges = (torch.arange(bounds[0] - 1, bounds[1] + 1) - z + 0.5) * s
         near = [edges.nextafter(torch.full_like(edges, end)) for end in (-torch.inf, torch.inf)]
         leaf = torch.cat([row, edges, *near]).requires_grad_()
@@ -195,7 +195,7 @@ def test_gradient_is_that_of_the_fused_op_at_every_tie_and_edge(bits: int, signe
 
 @given(st.floats(2.0**-26, 2.0**99, width=32), st.integers(2, 8), st.integers(0, 255))
 @settings(max_examples=200, deadline=None)
-def test_pass_band_is_exact_for_any_step(step: float, bits: int, offset: int) -> None:
+def test_gradient_band_is_exact_for_any_step(step: float, bits: int, offset: int) -> None:
     low, high = 0 - offset % 2**bits, 2**bits - 1 - offset % 2**bits
     inverse = float(np.float32(1) / np.float32(step))
     below, above = (np.float32(edge) for edge in _gradient_band(inverse, low, high))

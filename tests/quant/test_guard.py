@@ -8,7 +8,7 @@ from torch import nn
 from synq.quant.keep_best import keep_best, mean_kl
 
 
-def test_the_guard_keeps_the_network_that_is_nearest() -> None:
+def test_keep_best_keeps_the_network_of_least_cost() -> None:
     net = nn.Linear(1, 1, bias=False).requires_grad_(False)
     net.weight.fill_(3.0)
 

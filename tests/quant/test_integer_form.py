@@ -102,7 +102,7 @@ def test_parts_that_are_called_twice_stay_shared(act_points: Literal["relu", "in
 
 
 class Peeking(nn.Module):
-    """Reads a batch norm's and a layer's own tensors beside calling them."""
+    """Reads the parameters of a batch norm and of a layer, and calls both."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -90,7 +90,7 @@ def test_of_a_gate_the_product_is_read() -> None:
 
 
 class _TwiceLast(nn.Module):
-    """The last layer is called twice, and a non-linearity stands behind it."""
+    """The last layer is called twice, and followed by a non-linearity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class _TwiceLast(nn.Module):
         return F.hardtanh(self.last(y)).mean((2, 3))
 
 
-def test_every_call_of_the_last_layer_counts_and_nothing_behind_it() -> None:
+def test_every_call_of_the_last_layer_counts_and_nothing_after_it() -> None:
     assert _activations(_student(_TwiceLast(), last_bits=8)) == {"relu": 8, "silu": 8, "hardtanh": 3}
 
 

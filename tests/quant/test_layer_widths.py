@@ -1,4 +1,4 @@
-"""Widths of single layers: by name and pattern, from the command line to the record and the files."""
+"""Bit-widths of single layers, by name and pattern, from the command line to the record and the files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_the_nearest_pattern_decides_whatever_the_order(
     assert BitPatterns(dict(reversed(widths.items())), "widths").width(name) == expected
 
 
-def test_patterns_that_disagree_equally_near_are_refused() -> None:
+def test_equally_specific_patterns_that_disagree_are_rejected() -> None:
     with pytest.raises(
         ValueError, match=r"one bit-width for 'ab', but the patterns '\*b' and 'a\*' are equally specific"
     ):
@@ -87,7 +87,7 @@ def test_layers_that_read_one_tensor_have_one_width_for_it() -> None:
     same = quantize_model(traced, QuantConfig(**widths, layer_act_bits={"a": 8, "b": 8}))  # type: ignore[arg-type]
     assert bits_of(same, "activation")["relu"] == 8
     with pytest.raises(
-        ValueError, match="must say one width for layers that read the same tensor, but got 2 for b and 4 for a"
+        ValueError, match="must set one bit-width for layers that read the same tensor, but got 2 for b and 4 for a"
     ):
         quantize_model(traced, QuantConfig(**widths, layer_act_bits={"b": 2}))  # type: ignore[arg-type]
 
@@ -111,7 +111,7 @@ def test_a_name_goes_before_first_and_last_bits(teacher: Teacher) -> None:
         ("layer_act_bits", {"*function*": 8}, r"which matches none"),
     ],
 )
-def test_a_name_that_fits_nothing_is_refused(
+def test_a_name_that_matches_nothing_is_rejected(
     teacher: Teacher, field: str, widths: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -127,7 +127,7 @@ def test_a_name_that_fits_nothing_is_refused(
         (["conv1"], r"must be a table of names and values, but got \['conv1'\]"),
         (
             {"stage1": {"0": 8}},
-            r"`quant.layer_weight_bits.stage1` must be one value \(in TOML, a name with dots stands in quotes\)",
+            r"`quant.layer_weight_bits.stage1` must be one value \(in TOML, quote a name with dots\)",
         ),
     ],
 )

@@ -257,8 +257,8 @@ def train(
     net_with = with_features(made.net, made.cam_node)
     if fused:
         assert fuse_rectified(net_with) == 2
-    student = TappedNetwork(net=net_with, site=site)
-    teacher = TappedNetwork(net=with_features(traced, site.node), site=site)
+    student = TappedNetwork(net=net_with, cam_site=site)
+    teacher = TappedNetwork(net=with_features(traced, site.node), cam_site=site)
     config = dataclasses.replace(FinetuneConfig(epochs=4, batch_size=8, lr=1e-2, cam_weight=1.0), **options)
     finetune(
         student,

@@ -50,7 +50,7 @@ def test_constant_reads_itself_at_every_step() -> None:
         assert observer.range() == (1.0, 1.0)
 
 
-def test_range_is_that_of_everything_seen_in_any_order() -> None:
+def test_range_is_that_of_all_observed_values_in_any_order() -> None:
     parts = [randn(5, 4, seed=i) * (i + 1) for i in range(4)]
     whole = torch.cat(parts)
     for order in (parts, parts[::-1]):
@@ -61,7 +61,7 @@ def test_range_is_that_of_everything_seen_in_any_order() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_range_refuses_what_is_not_finite(bad: float) -> None:
+def test_range_rejects_values_that_are_not_finite(bad: float) -> None:
     observer = RangeObserver()
     with pytest.raises(ValueError, match="at least one"):
         observer.range()
@@ -102,7 +102,7 @@ def test_histogram_counts_past_the_limit_of_float32() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 0.0), (math.nan, 1.0), (0.0, math.inf)])
-def test_histogram_refuses(low: float, high: float) -> None:
+def test_histogram_rejects(low: float, high: float) -> None:
     with pytest.raises(ValueError, match="`bin_min <= bin_max` must hold"):
         HistogramObserver(low, high)
 

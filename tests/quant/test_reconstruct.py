@@ -254,7 +254,7 @@ def test_learned_weight_steps_and_double_precision() -> None:
             assert effective_weight(layer).dtype == torch.float64 and within_reach(layer)
 
 
-def test_what_cannot_be_reconstructed_is_refused() -> None:
+def test_invalid_reconstructions_are_rejected() -> None:
     traced, images = traced_of(Bottlenecks), smooth(8, SIZE, 0)
     with pytest.raises(ValueError, match=r"`reconstruction\.images` must be >= 1"):
         reconstruct(student_of(traced, images), traced, images[:0], QUICK, seed=0, device=CPU)

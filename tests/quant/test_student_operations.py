@@ -1,4 +1,4 @@
-"""Operations that a student meets: each is rounded, passes its values on, or is refused by name."""
+"""Operations in a student: each is quantized, keeps its values, or is rejected by name."""
 
 from collections.abc import Callable
 
@@ -41,7 +41,7 @@ def test_activations_written_in_any_way_are_quantized(activation: object) -> Non
 
 
 @pytest.mark.parametrize("how", ["module", "function"])
-def test_a_softmax_at_the_end_is_refused(how: str) -> None:
+def test_a_softmax_at_the_end_is_rejected(how: str) -> None:
     class Probabilities(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -60,7 +60,7 @@ def test_a_softmax_at_the_end_is_refused(how: str) -> None:
         make(net=Probabilities())
 
 
-def test_unknown_operations_are_refused_by_name() -> None:
+def test_unknown_operations_are_rejected_by_name() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -131,7 +131,7 @@ def test_products_of_activations_are_nonlinear_and_scales_are_not(
         (lambda net, x: x.reciprocal(), "reciprocal"),
     ],
 )
-def test_operations_that_return_tuples_or_read_them_are_refused(
+def test_operations_that_return_tuples_or_read_them_are_rejected(
     middle: Callable[[Middle, Tensor], Tensor], operation: str
 ) -> None:
     with pytest.raises(ValueError, match=f"is {operation}: its tensors would stay float"):
@@ -177,14 +177,14 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_layers_with_a_computation_of_their_own_are_refused() -> None:
+def test_layers_with_a_custom_forward_are_rejected() -> None:
     net = Residual()
     net.conv2 = Standardized(8, 8, 3, padding=1)
     with pytest.raises(ValueError, match="conv2d: its tensors would stay float"):
         make(net=net)
     net = Residual()
     net.fc = Doubled(8, 5)
-    with pytest.raises(ValueError, match=r"with all rounding switched off the student's logits differ .* by \d"):
+    with pytest.raises(ValueError, match=r"with all quantizers bypassed the student's logits differ .* by \d"):
         make(net=net)
 
 

@@ -16,7 +16,7 @@ from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear, effective_
 from synq.quant.student import observe_ranges, quantize_model
 
 
-def test_relu_rule_leaves_the_image_and_sums_float_and_says_so() -> None:
+def test_relu_rule_leaves_the_image_and_sums_float_with_a_note() -> None:
     rows = {row.name: row for row in make("relu").rows if row.role == "activation"}
     assert rows["x"].bits == 32 and rows["add"].bits == 32 and "not a point" in rows["add"].note
     assert rows["relu"].bits == 4 and rows["relu_1"].bits == 4 and rows["relu_2"].bits == 4
@@ -87,7 +87,7 @@ def test_ranges_are_frozen_by_observation_and_survive_evaluation() -> None:
 def test_observation_sees_float_activations_and_every_batch() -> None:
     student = make()
     x = torch.randn(10, *SIZE)
-    x[9] *= 50  # the largest value stands in the last, incomplete batch
+    x[9] *= 50  # the largest value is in the last, incomplete batch
     observe_ranges(student.net, x, act_range="minmax", batch_size=4)
     quantizer = student.net.get_submodule("act_quantizers.relu")
     with torch.no_grad(), quantizers_bypassed(student.net):
@@ -104,7 +104,7 @@ def effective_weight_of(layer: nn.Module) -> Tensor:
     return fake_quantize(layer.weight, scale, zero_point, quantizer.quant_min, quantizer.quant_max, axis=0)
 
 
-def test_unset_ranges_are_refused_and_come_back_with_a_state_dict() -> None:
+def test_unset_ranges_are_rejected_and_loaded_with_a_state_dict() -> None:
     student = make()
     with pytest.raises(RuntimeError, match="observe_ranges"):
         student.net(torch.randn(1, *SIZE))
@@ -169,7 +169,7 @@ def test_account_of_size_and_bitops_by_hand() -> None:
     # The image and the pooled features are float under this rule.
     assert student.bitops == 4 * (32 * 8 * 256 * 27 + 4 * 8 * 256 * 18 + 4 * 8 * 256 * 8 + 32 * 40)
     codes, channels = (8 * 27 + 8 * 18 + 64 + 40) // 2, 8 + 8 + 8 + 5
-    packed = codes + channels * (1 + 4 + 4)  # each has a bias or a batch norm behind it
+    packed = codes + channels * (1 + 4 + 4)  # each has a bias or a following batch norm
     assert student.size_bytes == packed
     assert float_bytes(nn.Linear(3, 2)) == 32
 
@@ -214,7 +214,7 @@ def test_every_parameter_of_a_student_gets_a_gradient() -> None:
     assert all(parameter.grad is not None for parameter in student.net.parameters())
 
 
-def test_no_hooks_and_no_images_are_refused() -> None:
+def test_no_hooks_remain_and_no_images_are_rejected() -> None:
     student = make()
     with pytest.raises(ValueError, match="calib_images"):
         observe_ranges(student.net, torch.empty(0, *SIZE), act_range="minmax")
@@ -229,7 +229,7 @@ def test_overflowing_activations_are_named() -> None:
 
 
 def test_the_image_is_rounded_within_the_range_of_pixels() -> None:
-    """Optimized pixels go beyond black and white, images do not: only the image's own quantizer knows of it."""
+    """Optimized pixels exceed black and white, images do not: only the quantizer of the image clamps them."""
     images = 3 * torch.randn(16, *SIZE, generator=torch.Generator().manual_seed(0))
     bounds = (torch.tensor([-1.0, -0.5, -2.0]).view(1, 3, 1, 1), torch.tensor([1.0, 1.5, 0.5]).view(1, 3, 1, 1))
     free, bounded = make("inputs", bits=4), make("inputs", bits=4)

@@ -241,6 +241,6 @@ def test_a_tracker_that_fails_on_the_way_costs_no_run(config: RunConfig, monkeyp
         raise ConnectionError("the server has gone")
 
     monkeypatch.setattr(Accelerator, "log", gone)
-    with pytest.warns(UserWarning, match="tensorboard failed, the run goes on without it: the server has gone"):
+    with pytest.warns(UserWarning, match="tensorboard failed, the run continues without it: the server has gone"):
         record = run(config)
     assert record.status == "completed" and calls == [1]  # it is asked no more

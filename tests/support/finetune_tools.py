@@ -23,8 +23,8 @@ def networks(net: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Tapped
     student = quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4), cam_node=site.node)
     observe_ranges(student.net, images().to(dtype), act_range="minmax")
     return (
-        TappedNetwork(net=with_features(student.net, student.cam_node), site=site),
-        TappedNetwork(net=with_features(traced, site.node), site=site),
+        TappedNetwork(net=with_features(student.net, student.cam_node), cam_site=site),
+        TappedNetwork(net=with_features(traced, site.node), cam_site=site),
     )
 
 
@@ -51,9 +51,9 @@ def taps(net: nn.Module, weight_bits: int = 4) -> tuple[TappedNetwork, TappedNet
     student = quantize_model(traced, QuantConfig(weight_bits=weight_bits, act_bits=8), cam_node=site.node)
     observe_ranges(student.net, images(), act_range="minmax")
     names = [node.name for node in block_ends(traced)[:-1]]
-    behind = [student.taps.get(name, name) for name in names]
-    assert behind != names, "the student's blocks are taken after their quantizers"
+    student_nodes = [student.taps.get(name, name) for name in names]
+    assert student_nodes != names, "the student's blocks are taken after their quantizers"
     return (
-        TappedNetwork(net=with_features(student.net, student.cam_node, behind), site=site),
-        TappedNetwork(net=with_features(traced, site.node, names), site=site),
+        TappedNetwork(net=with_features(student.net, student.cam_node, student_nodes), cam_site=site),
+        TappedNetwork(net=with_features(traced, site.node, names), cam_site=site),
     )

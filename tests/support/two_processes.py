@@ -75,8 +75,8 @@ def train_case(kind: str, steps: Literal["none", "all"]) -> dict[str, Any]:
     images = torch.randn(BATCH, *SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(BATCH) % 5
     observe_ranges(student.net, images, act_range="minmax")
-    teacher = TappedNetwork(net=with_features(traced, site.node), site=site)
-    network = TappedNetwork(net=with_features(student.net, student.cam_node), site=site)
+    teacher = TappedNetwork(net=with_features(traced, site.node), cam_site=site)
+    network = TappedNetwork(net=with_features(student.net, student.cam_node), cam_site=site)
     # One step an epoch, so that the history holds every step.
     config = FinetuneConfig(
         epochs=10, batch_size=BATCH, lr=1e-6, ce_weight=1.0, cam_weight=3.0, difficulty_threshold=0.8

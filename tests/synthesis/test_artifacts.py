@@ -1,4 +1,4 @@
-"""The store: what a key covers, whole-or-absent writes, damage refused by name."""
+"""The store: what a key covers, atomic writes, damage reported by name."""
 
 import dataclasses
 import json
@@ -149,7 +149,7 @@ def _flip(file: Path, position: int) -> None:
 @pytest.mark.parametrize(
     ("position", "shard"), [(-4 * 48 * 4 - 5 * 8, "shard 0, images 0 to 1"), (-1, "shard 1, images 2 to 4")]
 )
-def test_a_flipped_bit_is_refused_by_name(tmp_path: Path, position: int, shard: str) -> None:
+def test_a_flipped_bit_is_reported_by_name(tmp_path: Path, position: int, shard: str) -> None:
     store, key, made = _made(tmp_path)
     _flip(made.path / "images.safetensors", position)
     with pytest.raises(ValueError, match=shard) as caught:
@@ -174,7 +174,7 @@ def test_a_flipped_bit_is_refused_by_name(tmp_path: Path, position: int, shard: 
         lambda folder: _edit(folder, "format_version", 99),
     ],
 )
-def test_any_damage_is_refused_by_name(tmp_path: Path, damage) -> None:
+def test_any_damage_is_reported_by_name(tmp_path: Path, damage) -> None:
     store, key, made = _made(tmp_path)
     damage(made.path)
     with pytest.raises(ValueError, match=f"`{made.path}.*remove it"):
@@ -186,7 +186,7 @@ def _edit(folder: Path, field: str, value: object) -> None:
     (folder / "manifest.json").write_text(json.dumps({**manifest, field: value}))
 
 
-def test_a_damaged_part_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_damaged_part_is_reported_by_name(tmp_path: Path) -> None:
     store = SetStore(tmp_path)
     key = _key(store)
     files = _parts(store, key)
@@ -213,10 +213,11 @@ from synq.synthesis.store import SetStore
 store, key = SetStore({store!r}), "k" * 32
 def part(index, count):
     path = store.partial(key) / f"shard-{{index}}.safetensors"
-    store.write_part(path, {{"images": torch.zeros(count, 3, 32, 32), "labels": torch.zeros(count, dtype=torch.int64)}}, {{}})
+    images, labels = torch.zeros(count, 3, 32, 32), torch.zeros(count, dtype=torch.int64)
+    store.write_part(path, {{"images": images, "labels": labels}}, {{}})
     return path
 shards = [part(index, 4) for index in range(3)]
-resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, 80_000))  # no file can grow beyond; one shard has 49 kB, the set 147 kB
+resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, 80_000))  # maximum file size; one shard has 49 kB, the set 147 kB
 for attempt in (lambda: store.assemble(key, shards, lambda entries: {{}}), lambda: part(3, 8)):
     try:
         attempt()

@@ -1,4 +1,4 @@
-"""The network behind the images of a generator: sizes, its start, its independence of global state."""
+"""The generator network: sizes, initialization, independence of global state."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def test_maps_of_common_sizes() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 8, 8), (3, 9, 30), (2, 17, 11), (4, 32, 32), (3, 50, 21), (3, 224, 224)])
-def test_images_of_any_size_begin_as_normalized(size: tuple[int, int, int], torch_rng_untouched: None) -> None:
+def test_images_of_any_size_begin_normalized(size: tuple[int, int, int], torch_rng_untouched: None) -> None:
     generator = torch.Generator().manual_seed(0)
     net = ImageGenerator(16, size, generator)
     images = net(torch.randn(4, 16, generator=generator))

@@ -1,4 +1,4 @@
-"""The methods of synthesis: each runs, falls, is decided by its seed, labels its images, and leaves the teacher as it was."""
+"""The methods of synthesis: each lowers its loss, depends on its seed only, labels its images, keeps the teacher."""
 
 import math
 from typing import cast
@@ -82,12 +82,12 @@ def test_the_teacher_stays_as_it_was(tiny_classifier: nn.Module, method: str) ->
 
 
 @pytest.mark.parametrize("method", SYNTHESIS_METHODS)
-def test_labels_are_assigned_or_the_teachers_answers(tiny_classifier: nn.Module, method: str) -> None:
+def test_labels_are_assigned_or_the_teachers_predictions(tiny_classifier: nn.Module, method: str) -> None:
     made = _run(tiny_classifier, method=method)
     assert made.labels.dtype == torch.int64
     if method in ("zeroq", "gaussian"):
         assert torch.equal(made.labels, _measured(tiny_classifier, made)[0].argmax(1)) and made.num_agree == 15
-        assert not torch.equal(made.labels, LABELS), "the case needs answers that differ from the assigned labels"
+        assert not torch.equal(made.labels, LABELS), "the case needs predictions that differ from the assigned labels"
     else:
         assert torch.equal(made.labels, LABELS)
 
@@ -208,7 +208,7 @@ def test_each_step_swings_anew_as_a_plain_loop_with_padding_and_cropping(tiny_cl
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_inversion_is_bit_for_bit_the_plain_loop_on_pixels(tiny_classifier: nn.Module, seed: int) -> None:
-    """The order of the draws and of every operation: a set keeps its key as long as its format, so it must keep its images."""
+    """The order of random draws and operations: sets of an earlier version keep their keys, and so their images."""
     made = _run(tiny_classifier, seed=seed, iterations=12, augment="flip_shift")
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn((15, *SIZE), generator=generator).contiguous(memory_format=torch.channels_last)
@@ -233,7 +233,7 @@ def test_inversion_is_bit_for_bit_the_plain_loop_on_pixels(tiny_classifier: nn.M
 
 
 @pytest.mark.parametrize(
-    ("method", "words"),
+    ("method", "message"),
     [
         ("inversion", r"^`synthesis\.lr` must keep .* total = nan with lr 0\.5; lower it, or"),
         ("zeroq", r"^`synthesis\.lr` must keep .* total = nan with lr 0\.5; lower it, or"),
@@ -245,7 +245,7 @@ def test_inversion_is_bit_for_bit_the_plain_loop_on_pixels(tiny_classifier: nn.M
         ("gaussian", r"^`teacher` must give finite values on noise, but got total = nan$"),
     ],
 )
-def test_divergence_names_the_rates_of_the_method(tiny_classifier: nn.Module, method: str, words: str) -> None:
+def test_divergence_names_the_rates_of_the_method(tiny_classifier: nn.Module, method: str, message: str) -> None:
     cast(nn.Sequential, tiny_classifier)[0].weight.mul_(float("nan"))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         _run(tiny_classifier, method=method, iterations=2)

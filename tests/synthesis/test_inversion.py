@@ -1,4 +1,4 @@
-"""The optimization of one shard: against a plain twin, without side effects, finite at its edges."""
+"""The optimization of one shard: against a plain reference, without side effects, finite at its edges."""
 
 import pytest
 import torch
@@ -43,9 +43,9 @@ def _run(net: nn.Module, size: tuple[int, int, int] = SIZE, seed: int = 0, **set
 
 @pytest.mark.parametrize("schedule", ["plateau", "cosine"])
 def test_follows_a_plain_adam_with_a_plain_schedule(schedule: str) -> None:
-    """Fused Adam on channels-last pixels with a device learning rate, against torch's unfused one with its own schedulers."""
+    """Fused Adam on channels_last pixels with a device learning rate, against unfused Adam and its schedulers."""
     net = Net()
-    # A rate so large that the loss goes up and down: otherwise the plateau never comes, and its absence would go unseen.
+    # With this large learning rate the loss oscillates; otherwise there is no plateau, and the test could not fail.
     made = _run(
         net,
         augment="flip_shift",
@@ -172,7 +172,7 @@ def test_hard_samples_stay_finite_at_certainty(gamma: float) -> None:  # trap 3
 
 
 @pytest.mark.parametrize("augment", ["none", "flip_shift"])
-def test_a_teacher_that_normalises_in_place_gets_a_copy(augment: str) -> None:
+def test_a_teacher_that_normalizes_in_place_gets_a_copy(augment: str) -> None:
     class InPlace(Net):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.sub_(0.1).div_(0.5))

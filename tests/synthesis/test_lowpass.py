@@ -26,7 +26,7 @@ def test_published_gains(size: int, cutoff: float, corner: float, axis: float) -
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 7), (6, 9), (9, 6), (1, 5), (5, 1)])
-def test_gain_against_twin(height: int, width: int) -> None:
+def test_gain_against_a_reference(height: int, width: int) -> None:
     gain = gaussian_gain(height, width, 2.5, dtype=torch.float64)
     want = [[reference.gain(u, v, height, width, 2.5) for v in range(width // 2 + 1)] for u in range(height)]
     torch.testing.assert_close(gain, torch.tensor(want, dtype=torch.float64), atol=1e-15, rtol=1e-13)
@@ -88,13 +88,13 @@ def test_units_of_the_cutoff() -> None:
 
 
 @pytest.mark.parametrize("cutoff", [0.0, -1.0, float("nan")])
-def test_refuses_a_cutoff_that_is_not_positive(cutoff: float) -> None:
+def test_rejects_a_cutoff_that_is_not_positive(cutoff: float) -> None:
     with pytest.raises(ValueError, match="`lowpass_cutoff` must be > 0"):
         cutoff_in_bins(cutoff, "bins", 8, 8)
     with pytest.raises(ValueError, match="`cutoff_bins` must be > 0"):
         gaussian_lowpass(randn(1, 1, 8, 8), cutoff)
 
 
-def test_refuses_an_unknown_unit() -> None:
+def test_rejects_an_unknown_unit() -> None:
     with pytest.raises(ValueError, match="one of 'bins', 'nyquist', but got 'pixels'"):
         cutoff_in_bins(1.0, "pixels", 8, 8)

@@ -1,4 +1,4 @@
-"""The noise that images begin as: its falloff, colors and contrast are those asked for, and are found again from a teacher's statistics."""
+"""Initial noise: it has the requested spectrum, channel correlation and contrast, and the fit recovers them."""
 
 import json
 from dataclasses import asdict
@@ -109,7 +109,7 @@ def test_the_fit_finds_noise_near_what_a_network_was_shown(
     torch.testing.assert_close(made.mean((0, 2, 3)), shown.mean((0, 2, 3)), rtol=0, atol=0.15)
 
 
-def test_the_exponent_is_found_where_the_network_tells_it() -> None:
+def test_the_exponent_is_found_where_the_network_reveals_it() -> None:
     """Of one channel, many filters of different size leave nothing else to explain what they saw."""
     found = []
     for exponent in (0.5, 1.0, 1.5):
@@ -144,7 +144,7 @@ def test_a_teacher_that_changes_its_input_gets_a_copy() -> None:
     assert _fit(Edges(shown, in_place=True), size) == _fit(Edges(shown), size) != WHITE
 
 
-def test_a_teacher_without_finite_answers_gets_white_noise_which_the_optimisation_refuses() -> None:
+def test_a_teacher_without_finite_logits_gets_white_noise_which_the_optimization_rejects() -> None:
     size = (3, 8, 8)
     net = Edges(_white(64, *size))
     net.conv1.weight.mul_(float("nan"))
@@ -154,7 +154,7 @@ def test_a_teacher_without_finite_answers_gets_white_noise_which_the_optimisatio
 @pytest.mark.parametrize("variance", [10.0, 300.0])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_search_that_diverges_keeps_the_best_it_has_seen(variance: float, seed: int) -> None:
-    """Statistics that no noise of these few numbers has: the line search runs into infinities, and must not lose what was found."""
+    """Statistics that no noise of these parameters has: the line search diverges and must keep the best parameters."""
     size = (3, 12, 12)
     net = Edges(_white(64, *size))
     for norm in (net.bn1, net.bn2):

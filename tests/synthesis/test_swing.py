@@ -1,4 +1,4 @@
-"""Swing convolutions: the shift against padding and cropping, what a shifted convolution gives, and that nothing stays behind."""
+"""Swing convolutions: the shift against padding and cropping, the output of a shifted convolution, removal of hooks."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ def test_shift_is_padding_and_cropping(down: int, right: int) -> None:
     made = reflect_shift(x, (down, right))
     assert torch.equal(made, expected)
     weight = torch.randn(made.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (gradient,), (wanted,) = (torch.autograd.grad((y * weight).sum(), x) for y in (made, expected))
-    torch.testing.assert_close(gradient, wanted)
+    (gradient,), (reference,) = (torch.autograd.grad((y * weight).sum(), x) for y in (made, expected))
+    torch.testing.assert_close(gradient, reference)
 
 
 def test_shift_of_a_row() -> None:
@@ -89,7 +89,7 @@ def test_draws_cover_the_range_of_each_layer() -> None:
     assert draw_swings(nn.Conv2d(1, 1, 3), 2, torch.Generator()) == [[], []]
 
 
-def test_nothing_stays_behind(make_classifier: object) -> None:
+def test_no_hook_remains(make_classifier: object) -> None:
     net = make_classifier()  # type: ignore[operator]
     before = {name: value.clone() for name, value in net.state_dict().items()}
     x: Tensor = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -61,7 +61,7 @@ def _bytes(root: Path) -> dict[str, bytes]:
 
 @contextmanager
 def _started(arguments: list[str], **extra: Any) -> Iterator[subprocess.Popen]:
-    """A process group of its own, gone for certain at the end of the block."""
+    """A separate process group, ended for certain at the end of the block."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, *arguments], env=environment, start_new_session=True, **extra)
     try:
@@ -89,7 +89,7 @@ def test_made_once_then_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found.digest == made.digest and torch.equal(found.images, made.images)
 
 
-def test_manifest_tells_how_it_was_made(tmp_path: Path) -> None:
+def test_manifest_describes_the_synthesis(tmp_path: Path) -> None:
     teacher = tiny_teacher()
     made = ensure_set(teacher, CONFIG, 3, SetStore(tmp_path), purpose="heldout", progress=False)
     manifest = made.manifest
@@ -136,15 +136,15 @@ def test_two_processes_make_the_same_set(tmp_path: Path) -> None:
     # Judged by the artifacts: gloo aborts now and then at exit, after all work is done.
     reports = sorted((tmp_path / "two").glob("report-*.json"))
     assert len(reports) == 2, err.decode()[-2000:]
-    told = [json.loads(report.read_text()) for report in reports]
-    assert [one["num_processes"] for one in told] == [2, 2]
-    assert [one["digest"] for one in told] == [alone.digest] * 2
-    assert sum(one["num_made"] for one in told) == 5 and min(one["num_made"] for one in told) >= 1
+    reported = [json.loads(report.read_text()) for report in reports]
+    assert [one["num_processes"] for one in reported] == [2, 2]
+    assert [one["digest"] for one in reported] == [alone.digest] * 2
+    assert sum(one["num_made"] for one in reported) == 5 and min(one["num_made"] for one in reported) >= 1
     assert _bytes(tmp_path / "two") == _bytes(tmp_path / "one")
 
 
 def test_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the third image shard; a kill, which nothing can answer, is the next test."""
+    """Ctrl-C in the third image shard; a kill, which cannot be handled, is the next test."""
     whole = ensure_set(tiny_teacher(), CONFIG, 3, SetStore(tmp_path / "whole"), progress=False)
     store, made, original = SetStore(tmp_path / "stopped"), [], synthesis.invert
 
@@ -212,7 +212,7 @@ def test_parts_that_outlived_their_set_are_removed(tmp_path: Path) -> None:
     left = store.partial(made.path.name)
     left.mkdir()
     (left / "shard-00000.safetensors").write_bytes(b"of a kill right after the set appeared")
-    with store.lock(made.path.name, "set"):  # whoever puts the set together cleans up itself
+    with store.lock(made.path.name, "set"):  # the process that assembles the set removes them
         ensure_set(tiny_teacher(), CONFIG, 3, store, progress=False)
         assert left.exists()
     assert ensure_set(tiny_teacher(), CONFIG, 3, store, progress=False).digest == made.digest
@@ -229,7 +229,7 @@ def test_a_kill_while_putting_together(tmp_path: Path) -> None:
     assert len(made) == 14 and not left.exists()
 
 
-def test_damage_in_a_finished_shard_is_refused_on_resume(tmp_path: Path) -> None:
+def test_damage_in_a_finished_shard_is_rejected_on_resume(tmp_path: Path) -> None:
     store = SetStore(tmp_path)
     config = SynthesisConfig(num_images=4, shard_size=4, iterations=1)
     key = store.key("7e" * 32, config, 0, input_size=(1, 9, 8))
@@ -301,13 +301,13 @@ def _main(root: Path, mode: str) -> None:
     made = ensure_set(tiny_teacher(), CONFIG, 3, SetStore(root), accelerator=accelerator, progress=False)
     if accelerator is not None:
         labels: Tensor = made.labels
-        told = {
+        reported = {
             "num_processes": accelerator.num_processes,
             "digest": made.digest,
             "num_made": num_made,
             "labels": labels.tolist(),
         }
-        (root / f"report-{accelerator.process_index}.json").write_text(json.dumps(told))
+        (root / f"report-{accelerator.process_index}.json").write_text(json.dumps(reported))
         accelerator.wait_for_everyone()
         accelerator.end_training()
         os._exit(0)

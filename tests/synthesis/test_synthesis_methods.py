@@ -1,4 +1,4 @@
-"""Whole sets of every method: their labels, their manifest, and a name that covers what decides them and nothing else."""
+"""Sets of every method: their labels, their manifest, and a key that covers exactly what determines them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -44,12 +44,12 @@ def test_whole_sets(tmp_path: Path, tiny_teacher: Teacher, method: str, calib_ce
     made = ensure_set(tiny_teacher, config, 0, SetStore(tmp_path), progress=False)
     assert made.images.shape == (14, 3, 9, 8)
     with torch.no_grad():
-        answers = module(made.images).argmax(1)
-    assert made.manifest["agreement"] == pytest.approx((answers == made.labels).double().mean().item())
+        predictions = module(made.images).argmax(1)
+    assert made.manifest["agreement"] == pytest.approx((predictions == made.labels).double().mean().item())
     if config.assigns_labels:
         assert torch.bincount(made.labels, minlength=5).max() <= 3
     else:
-        assert torch.equal(answers, made.labels)
+        assert torch.equal(predictions, made.labels)
     assert (made.manifest["terms"]["centers"] > 0) == (calib_centers and method != "gaussian")
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert not any(part._forward_pre_hooks for part in module.modules())
@@ -116,7 +116,7 @@ def test_the_name_of_a_set_covers_what_decides_its_images(
 
 
 def test_old_sets_keep_their_names() -> None:
-    """The settings that sets were named by before there were other methods."""
+    """The settings in the key before there were other methods."""
     old = {
         *("num_images", "shard_size", "iterations", "lr", "schedule", "plateau_patience", "plateau_factor"),
         *("bns_weight", "bns_form", "inception_weight", "hard_sample_gamma", "calib_centers", "augment"),
@@ -125,11 +125,12 @@ def test_old_sets_keep_their_names() -> None:
     centers = {"center_iterations", "center_weight", "center_depth"}
     config = SynthesisConfig(calib_centers=True, start="white")
     assert set(set_identity("5c" * 32, SIZE, config, 0, "train")["synthesis"]) == old | centers
-    key = SetStore("/nowhere").key("7e" * 32, replace(config, lr=0.5, num_images=14, shard_size=4, iterations=6, center_iterations=4, augment="flip_shift"), 3, input_size=(1, 9, 8))  # fmt: skip
+    config = replace(config, lr=0.5, num_images=14, shard_size=4, iterations=6, center_iterations=4)
+    key = SetStore("/nowhere").key("7e" * 32, replace(config, augment="flip_shift"), 3, input_size=(1, 9, 8))
     assert key == "fb36238ad790f2b8a7aaef0367761541"
 
 
-def test_a_set_tells_the_noise_it_began_as_and_every_shard_began_so(tmp_path: Path, tiny_teacher: Teacher) -> None:
+def test_a_set_records_its_initial_noise_and_every_shard_has_it(tmp_path: Path, tiny_teacher: Teacher) -> None:
     config = SynthesisConfig(num_images=8, shard_size=4, iterations=0)
     made = ensure_set(tiny_teacher, config, 0, SetStore(tmp_path), progress=False)
     fitted = made.manifest["start_noise"]
@@ -146,7 +147,7 @@ def test_a_set_tells_the_noise_it_began_as_and_every_shard_began_so(tmp_path: Pa
     assert other_seed.manifest["start_noise"] != fitted, "the probes are of the set's own seed"
 
 
-def test_whoever_continues_a_set_begins_as_its_first_shard_did(
+def test_a_resumed_set_keeps_the_initial_noise_of_its_first_shard(
     tmp_path: Path, tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second fit may end elsewhere: other threads, another device. The first one's is written down."""

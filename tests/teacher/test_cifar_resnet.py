@@ -1,4 +1,4 @@
-"""The project's own network."""
+"""The network of the bundled teachers."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_pad_shortcut_keeps_every_second_pixel_between_zero_channels() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"depth": 10}, {"depth": 2}, {"num_classes": 1}, {"width": 0}, {"in_channels": 0}])
-def test_cifar_resnet_refuses_impossible_sizes(fields: dict[str, int]) -> None:
+def test_cifar_resnet_rejects_impossible_sizes(fields: dict[str, int]) -> None:
     name = next(iter(fields))
     with pytest.raises(ValueError, match=f"`{name}` must .* but got {fields[name]}"):
         cifar_resnet(**{"depth": 8, "num_classes": 10, **fields})

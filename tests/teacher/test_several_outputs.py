@@ -1,4 +1,4 @@
-"""Classifiers that return more than their logits: the user says where these are."""
+"""Classifiers that return more than their logits: the user names the output."""
 
 from pathlib import Path
 
@@ -74,7 +74,9 @@ def test_the_named_value_is_the_logits_and_layers_keep_their_names(tmp_path: Pat
         ("mapping", "features", r"one .N, classes. tensor of logits, but Net returned one of shape \(2, 6, 6, 6\)"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(tmp_path: Path, factory: str, output: str | None, message: str) -> None:
+def test_outputs_that_cannot_be_logits_are_rejected(
+    tmp_path: Path, factory: str, output: str | None, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         load(tmp_path, factory, output)
 

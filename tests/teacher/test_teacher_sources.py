@@ -1,4 +1,4 @@
-"""Every source of teachers, and the facts that must never be guessed."""
+"""Every source of teachers, and the metadata that must never be guessed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_factory_of_an_importable_module(
     assert load_teacher(make_config(spec="zoo_for_test:tiny")).digest == expected.digest
 
 
-def test_weight_stem_tells_two_teachers_of_one_factory_apart(
+def test_weight_stem_distinguishes_two_teachers_of_one_factory(
     make_config: Callable[..., TeacherConfig], tmp_path: Path
 ) -> None:
     save_file(trained_state(), tmp_path / "Run-2.safetensors")
@@ -99,7 +99,7 @@ def test_number_of_classes_must_be_the_number_of_logits(make_config: Callable[..
         load_teacher(make_config(num_classes=6))
 
 
-def test_untrained_model_without_weights_is_refused(make_config: Callable[..., TeacherConfig]) -> None:
+def test_untrained_model_without_weights_is_rejected(make_config: Callable[..., TeacherConfig]) -> None:
     with pytest.raises(ValueError, match=r"must be trained, .* have their initial values"):
         load_teacher(make_config(weights=None))
     assert load_teacher(make_config(weights="random")).num_classes == 5

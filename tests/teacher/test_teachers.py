@@ -1,4 +1,4 @@
-"""Teachers: the bundled one, a trace that computes the same, digests that see every difference, and what cannot be one."""
+"""Teachers: the bundled one, an equivalent trace, digests that cover every difference, unsupported architectures."""
 
 import copy
 import re
@@ -61,7 +61,7 @@ def test_bundled_unknown_name_names_the_nearest() -> None:
         load_teacher(TeacherConfig(weights="a.pth"))
 
 
-def test_damaged_bundled_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_bundled_file_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = (teacher_sources.ASSETS / "digits_resnet8.safetensors").read_bytes()
     (tmp_path / "digits_resnet8.safetensors").write_bytes(original[:-100])
     monkeypatch.setattr(teacher_sources, "ASSETS", tmp_path)
@@ -83,13 +83,13 @@ def test_tracing_leaves_the_module_as_it_was(make_config: Callable[..., TeacherC
     assert torch.allclose(teacher.graph(x), expected, atol=1e-6)
 
 
-def test_a_teacher_may_normalise_its_input_in_place(make_config: Callable[..., TeacherConfig]) -> None:
+def test_a_teacher_may_normalize_its_input_in_place(make_config: Callable[..., TeacherConfig]) -> None:
     teacher = load_teacher(make_config("InPlaceInput", weights="random"))
     x = torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(1))
     assert torch.equal(teacher.graph(x), teacher.module(x.clone()))
 
 
-def test_module_and_graph_agree_or_are_refused(make_config: Callable[..., TeacherConfig]) -> None:
+def test_module_and_graph_agree_or_are_rejected(make_config: Callable[..., TeacherConfig]) -> None:
     config = make_config("reused", weights="random")
     x = torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(1))
     try:
@@ -102,7 +102,7 @@ def test_module_and_graph_agree_or_are_refused(make_config: Callable[..., Teache
         assert torch.allclose(teacher.graph(x), expected, atol=1e-6)
 
 
-def test_a_graph_that_differs_from_its_module_is_refused(
+def test_a_graph_that_differs_from_its_module_is_rejected(
     make_config: Callable[..., TeacherConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import synq.teacher.teacher
@@ -186,7 +186,7 @@ def test_digest_is_the_same_in_another_process(root: Path) -> None:
     ],
     ids=["name", "shape", "dtype", "exchanged"],
 )
-def test_digest_tells_equal_bytes_apart(buffers: dict[str, torch.Tensor]) -> None:
+def test_digest_distinguishes_equal_bytes(buffers: dict[str, torch.Tensor]) -> None:
     def digest(tensors: dict[str, torch.Tensor]) -> str:
         module = nn.Module()
         for name, tensor in tensors.items():
@@ -203,10 +203,10 @@ def test_digest_does_not_depend_on_the_file_format(make_config: Callable[..., Te
     assert load_teacher(make_config(weights=str(tmp_path / "tiny.pth"))).digest == load_teacher(make_config()).digest
 
 
-# --- architectures that are refused ---
+# --- architectures that are rejected ---
 
 
-def test_transformers_are_refused_as_such() -> None:
+def test_transformers_are_rejected_as_such() -> None:
     layer = nn.TransformerEncoderLayer(8, 2)
     with pytest.raises(ValueError, match=r"is a transformer .*not supported yet"):
         check_architecture(nn.Sequential(nn.BatchNorm2d(3), layer), "hybrid")
@@ -214,7 +214,7 @@ def test_transformers_are_refused_as_such() -> None:
         load_teacher(TeacherConfig(spec="torchvision:vit_b_16", weights="random"))
 
 
-def test_batchnorm_without_statistics_is_refused() -> None:
+def test_batchnorm_without_statistics_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"keep none \(track_running_stats=False\)"):
         check_architecture(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)), "net")
 

@@ -91,7 +91,7 @@ class Payload:
         return Path.touch, (Path("executed"),)  # type: ignore[return-value]
 
 
-def test_unsafe_files_are_refused_and_not_run(
+def test_unsafe_files_are_rejected_and_not_run(
     make_config: Callable[..., TeacherConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -131,7 +131,7 @@ def test_absent_weight_file(make_config: Callable[..., TeacherConfig], tmp_path:
 
 
 def test_a_network_that_asks_for_the_versions_of_its_layers(tmp_path: Path) -> None:
-    """MNASNet of torchvision refuses tensors without a version, which no safetensors file has."""
+    """MNASNet of torchvision rejects tensors without a version, which no safetensors file has."""
     config = TeacherConfig(spec="torchvision:mnasnet0_5", weights="random", num_classes=7)
     module = teacher_sources.build_source(config).module
     path = tmp_path / "mnasnet.safetensors"

@@ -1,4 +1,4 @@
-"""Addresses: what is one, what is refused, where copies lie; and which errors of a store are tried again."""
+"""Addresses: valid ones, rejected ones, the folder of local copies; and which errors of a store are retried."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ from synq.sweeps.storage.object_store import Storage, cache_root, is_address, lo
 
 
 class Faulty:
-    """A file system that fails some times before it works."""
+    """A file system that raises an error a number of times before it works."""
 
     type_name = "s3"
 
@@ -29,7 +29,7 @@ class Faulty:
 SLOW_DOWN = OSError("When deleting 'b/x':\n AWS Error SLOW_DOWN during DeleteObject (HTTP status 503)")
 
 
-def test_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transient_errors_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "PAUSES", (0.01, 0.01))
     for error, times, calls in (
         (SLOW_DOWN, 2, 3),
@@ -76,11 +76,11 @@ def test_names_stay_below_the_folder() -> None:
     for name in ("../x", "a/../../x", "/x"):
         with pytest.raises(ValueError, match="below the folder"):
             open_storage("memory://b/f").put(b"", name)
-    with pytest.raises(ValueError, match="none of"):  # fsspec would take it for a pattern, and move another file
+    with pytest.raises(ValueError, match="none of"):  # fsspec would expand it, and move another file
         open_storage("memory://b/f").put(b"", "what?")
 
 
-def test_listings_of_fsspec_are_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_fsspec_is_invalidated(monkeypatch: pytest.MonkeyPatch) -> None:
     from fsspec.implementations.memory import MemoryFileSystem
 
     dropped: list[None] = []
@@ -91,7 +91,7 @@ def test_listings_of_fsspec_are_asked_anew(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(dropped) == 2
 
 
-def test_where_copies_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_folder_of_local_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [is_address(text) for text in ("s3://b", "file:///x", "a+b://c", "/x", "C:/x", "x://", "://x")] == [
         *(True, True, True, False, False, True, False)
     ]
@@ -110,6 +110,9 @@ def test_where_copies_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def test_nothing_heavy_is_imported(run_process: Callable[..., tuple[int, str, str]]) -> None:
-    code = "import sys, json, synq.sweeps.storage.object_store; print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
+    code = (
+        "import sys, json, synq.sweeps.storage.object_store; "
+        "print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
+    )
     loaded = set(json.loads(run_process([sys.executable, "-c", code])[1]))
     assert "filelock" in loaded and not loaded & {"torch", "ray", "optuna", "pyarrow", "fsspec", "numpy"}

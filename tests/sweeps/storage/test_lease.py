@@ -1,4 +1,4 @@
-"""The lease on a folder: who is refused, what is taken over, and when a holder knows that it has lost it."""
+"""The lease on a folder: which driver is rejected, what is taken over, and when a holder detects that it was lost."""
 
 import json
 import os
@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def store(tmp_path: Path) -> Storage:
-    """An empty folder."""
+    """Return an empty folder."""
     return open_storage(tmp_path.as_uri())
 
 
 @pytest.fixture
 def make(store: Storage) -> Iterator[Callable[..., Lease]]:
-    """Make leases that are quick: renewed every 0.05 s, stale after 0.5 s."""
+    """Yield a function that makes fast leases: renewed every 0.05 s, stale after 0.5 s."""
     made: list[Lease] = []
 
     def one(**times: float) -> Lease:
@@ -41,7 +41,7 @@ def make(store: Storage) -> Iterator[Callable[..., Lease]]:
 
 
 def _write(store: Storage, **changes: Any) -> None:
-    """Write the lease of somebody on another machine."""
+    """Write the lease of a driver on another machine."""
     holder = {"owner": "o", "host": "elsewhere", "pid": 7, "place": "elsewhere", "birth": "1", "beat": 1}
     store.put(json.dumps({**holder, "time": time.time(), **changes}).encode(), NAME)
 
@@ -54,24 +54,27 @@ def _holder(store: Storage) -> dict[str, Any]:
 def _until(reached: Callable[[], object]) -> None:
     end = time.monotonic() + 30
     while not reached():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "the condition must become true"
         time.sleep(0.01)
 
 
-def test_a_second_driver_is_refused_until_the_first_gives_back(store: Storage, make: Callable[..., Lease]) -> None:
+def test_a_second_driver_is_rejected_until_the_first_releases(store: Storage, make: Callable[..., Lease]) -> None:
     first = make(stale_after=60.0)
     first.acquire()
     beat = _holder(store)["beat"]
     _until(lambda: _holder(store)["beat"] > beat + 1)
-    said = rf"`output_dir` must not be in use, but another sweep runs in file:///.* \(host .*, pid {os.getpid()}, last sign of life 0 s ago\)"
-    with pytest.raises(ValueError, match=said):
+    in_use = (
+        r"`output_dir` must not be in use, but another sweep runs in file:///.* "
+        rf"\(host .*, pid {os.getpid()}, last renewal 0 s ago\)"
+    )
+    with pytest.raises(ValueError, match=in_use):
         make().acquire()
     first.release()
     assert not first.lost and store.names("") == []
     make().acquire()
 
 
-def test_of_several_at_once_one_gets_it(make: Callable[..., Lease]) -> None:
+def test_one_of_several_concurrent_drivers_gets_the_lease(make: Callable[..., Lease]) -> None:
     together = threading.Barrier(4)
     outcomes: list[str] = []
 
@@ -92,33 +95,38 @@ def test_of_several_at_once_one_gets_it(make: Callable[..., Lease]) -> None:
     assert all("must not be in use" in outcome for outcome in outcomes if outcome)
 
 
+ACQUIRE = """
+import sys; from synq.sweeps.storage.lease import Lease; from synq.sweeps.storage.object_store import open_storage
+Lease(open_storage(sys.argv[1]), settle=0).acquire(); print(1, flush=True); sys.stdin.read()
+"""
+
+
 def test_the_lease_of_a_killed_process_of_this_machine_is_taken_at_once(
     store: Storage, make: Callable[..., Lease]
 ) -> None:
-    code = "import sys; from synq.sweeps.storage.lease import Lease; from synq.sweeps.storage.object_store import open_storage; Lease(open_storage(sys.argv[1]), settle=0).acquire(); print(1, flush=True); sys.stdin.read()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, store.address], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", ACQUIRE, store.address], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     with process:
         assert process.stdout is not None and process.stdout.readline() == b"1\n"
         with pytest.raises(ValueError, match=f"pid {process.pid}"):
             make(stale_after=90.0).acquire()
         process.kill()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but not yet buried by its parent
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, but not yet reaped by its parent
         make(stale_after=90.0).acquire(pytest.fail)
     assert _holder(store)["pid"] == os.getpid()
 
 
-def test_a_process_number_that_is_used_again_is_another_process(store: Storage, make: Callable[..., Lease]) -> None:
-    _write(store, pid=os.getpid(), place=lease_module._place(), birth="1")
+def test_a_reused_pid_is_another_process(store: Storage, make: Callable[..., Lease]) -> None:
+    _write(store, pid=os.getpid(), place=lease_module._pid_namespace(), birth="1")
     make(stale_after=90.0).acquire(pytest.fail)
 
 
-def test_a_process_that_is_hidden_from_us_may_run(
+def test_a_process_with_unreadable_status_may_run(
     store: Storage, make: Callable[..., Lease], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease_module, "_birth", lambda pid: "unknown")
-    _write(store, place=lease_module._place(), birth="1")
+    monkeypatch.setattr(lease_module, "_start_time", lambda pid: "unknown")
+    _write(store, place=lease_module._pid_namespace(), birth="1")
     with pytest.raises(ValueError, match="must not be in use"):
         make(stale_after=90.0).acquire()
 
@@ -128,44 +136,44 @@ def test_a_recent_lease_of_another_machine_is_respected(
     store: Storage, make: Callable[..., Lease], seconds: float
 ) -> None:
     _write(store, time=time.time() + 100 * seconds)
-    with pytest.raises(ValueError, match=r"host elsewhere, pid 7, last sign of life \d+ s ago"):
+    with pytest.raises(ValueError, match=r"host elsewhere, pid 7, last renewal \d+ s ago"):
         make(stale_after=90.0).acquire(pytest.fail)
 
 
 @pytest.mark.parametrize("content", [{"time": 5.0}, {"time": 4e9}, {"pid": "?"}, None])
-def test_an_old_lease_that_does_not_move_is_taken(
+def test_an_old_lease_whose_counter_stays_is_taken(
     store: Storage, make: Callable[..., Lease], content: dict[str, Any] | None
 ) -> None:
     _write(store, **(content or {}))
     if content is None:
         store.put(b'{"owner": ', NAME)
-    said: list[str] = []
+    logged: list[str] = []
     started = time.monotonic()
-    make().acquire(said.append)
-    assert time.monotonic() - started > 0.5 and len(said) == 1 and "an old lease lies in file:///" in said[0]
+    make().acquire(logged.append)
+    assert time.monotonic() - started > 0.5 and len(logged) == 1 and "old lease in file:///" in logged[0]
     assert _holder(store)["pid"] == os.getpid()
 
 
-def test_a_lease_that_moves_is_respected_whatever_its_clock(store: Storage, make: Callable[..., Lease]) -> None:
+def test_a_lease_whose_counter_changes_is_respected_at_any_time(store: Storage, make: Callable[..., Lease]) -> None:
     _write(store, time=5.0)
     with pytest.raises(ValueError, match="must not be in use"):
         make().acquire(lambda text: _write(store, time=5.0, beat=2))
 
 
-def test_a_lease_that_is_given_back_while_watched_is_free(store: Storage, make: Callable[..., Lease]) -> None:
+def test_a_lease_that_is_released_while_watched_is_free(store: Storage, make: Callable[..., Lease]) -> None:
     _write(store, time=5.0)
     started = time.monotonic()
     make(stale_after=60.0).acquire(lambda text: store.delete(NAME))
     assert time.monotonic() - started < 50
 
 
-def test_a_holder_notices_another_one(store: Storage, make: Callable[..., Lease]) -> None:
+def test_a_holder_detects_another_one(store: Storage, make: Callable[..., Lease]) -> None:
     lease = make(stale_after=60.0)
     lease.acquire()
     _until(lambda: lease.lost or _write(store))  # a renewal may be about to write over it
     assert "another sweep runs in" in lease.lost and "host elsewhere" in lease.lost
     lease.release()
-    assert _holder(store)["owner"] == "o"  # it is not ours to remove
+    assert _holder(store)["owner"] == "o"  # the other holder keeps its lease
 
 
 def test_a_holder_that_cannot_renew_has_lost(
@@ -173,18 +181,18 @@ def test_a_holder_that_cannot_renew_has_lost(
 ) -> None:
     lease = make(stale_after=3.0)
     lease.acquire()
-    refused = []
+    failed = []
 
-    def refuse(self: Storage, content: Path | bytes, name: str) -> None:
-        refused.append(name)
+    def fail(self: Storage, content: Path | bytes, name: str) -> None:
+        failed.append(name)
         raise OSError("the network is down")
 
-    monkeypatch.setattr(Storage, "put", refuse)
-    _until(lambda: len(refused) > 1)
+    monkeypatch.setattr(Storage, "put", fail)
+    _until(lambda: len(failed) > 1)
     assert not lease.lost  # not yet
-    time.sleep(3.2)  # nobody asks meanwhile
+    time.sleep(3.2)  # without reading `lost` meanwhile
     monkeypatch.undo()
-    time.sleep(0.3)  # renewals would succeed again, but another one may have been here
+    time.sleep(0.3)  # renewals would succeed again, but another driver may have written meanwhile
     assert "must stay writable" in lease.lost and "the network is down" in lease.lost
 
 
@@ -214,6 +222,6 @@ def test_a_renewal_that_hangs_counts_as_lost(make: Callable[..., Lease], monkeyp
     go.set()
 
 
-def test_times_that_do_not_fit(store: Storage) -> None:
+def test_inconsistent_times_are_rejected(store: Storage) -> None:
     with pytest.raises(ValueError, match=r"`stale_after` must be more than twice `every`, but got 30 and 20"):
         Lease(store, every=20.0, stale_after=30.0)

@@ -1,4 +1,4 @@
-"""Folders in object stores: one contract over a mounted folder, fsspec's memory and (slow) a server that speaks S3."""
+"""Folders in object stores: the same tests on a mounted folder, fsspec's memory and (slow) an S3-compatible server."""
 
 import errno
 import importlib.util
@@ -27,7 +27,7 @@ WAIT = 60.0
 
 
 def _server(**variables: str) -> Iterator[str]:
-    """A server that speaks S3, on loopback, in a process group of its own."""
+    """Yield the endpoint of an S3-compatible server on loopback, in a separate session."""
     if not all(importlib.util.find_spec(name) for name in ("moto", "flask")):
         pytest.skip("needs moto[server]")
     with socket.socket() as free:
@@ -43,7 +43,7 @@ def _server(**variables: str) -> Iterator[str]:
     )
     try:
         end = time.monotonic() + WAIT
-        while not _answers(port):
+        while not _listens(port):
             assert process.poll() is None and time.monotonic() < end, "moto's server did not start"
             time.sleep(0.02)
         yield f"http://127.0.0.1:{port}"
@@ -52,14 +52,14 @@ def _server(**variables: str) -> Iterator[str]:
         process.wait()
 
 
-def _answers(port: int) -> bool:
-    with socket.socket() as there:
-        return there.connect_ex(("127.0.0.1", port)) == 0
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """Endpoint of an S3 server with the bucket `bucket`; its credentials are in the environment."""
+    """Yield the endpoint of an S3 server with the bucket `bucket`; its credentials are in the environment."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
             patch.delenv(name, raising=False)
@@ -86,23 +86,23 @@ def _address(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["file", "memory", S3])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A new folder in each kind of store."""
+    """Return a new folder in each kind of store."""
     return _address(request.param, tmp_path, request)
 
 
 @pytest.fixture(params=["file", S3])
 def shared(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A new folder that other processes see, too."""
+    """Return a new folder that other processes see as well."""
     return _address(request.param, tmp_path, request)
 
 
 @pytest.fixture
 def child() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Start Python code in a process of its own, which ends with the test."""
+    """Yield a function that starts Python code in a separate process, which ends with the test."""
     started = []
 
-    def start(code: str, *words: object) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-c", code, *map(str, words)]
+    def start(code: str, *args: object) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", code, *map(str, args)]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
         started.append(process)
         return process
@@ -121,7 +121,7 @@ def _fill(folder: Path, **files: bytes) -> Path:
     return folder
 
 
-def test_files_come_and_go(address: str, tmp_path: Path) -> None:
+def test_files_are_written_read_and_removed(address: str, tmp_path: Path) -> None:
     store, here = open_storage(address), tmp_path / "here" / "x"
     store.check_writable()
     assert store.names("") == [] and store.names("plans") == [] and store.read("none") is None
@@ -129,7 +129,7 @@ def test_files_come_and_go(address: str, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     store.put(tmp_path / "empty", "plans/empty")
     store.put(b"first", ODD)
-    store.put(b"second", ODD)  # in place of what was there
+    store.put(b"second", ODD)  # replaces the first
     store.put(b"below", "plans/deeper/file")
     store.put(b"not gzip", "plans/x.gz")
     assert store.names("plans") == ["empty", "x.gz"] and store.names("a b") == ["é #%+.json"]
@@ -149,7 +149,7 @@ def _umask() -> int:
     return mask
 
 
-def test_a_large_file_goes_by_pieces(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_file_is_sent_in_chunks(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "CHUNK_BYTES", 6 * 2**20)
     content = os.urandom(13 * 2**20 + 1)
     (tmp_path / "large").write_bytes(content)
@@ -171,15 +171,15 @@ def test_a_folder_is_whole_once_its_last_file_is_there(
     store.put_folder(local, "store/set", last="manifest")
     assert sorted(sent) == [f"store/set/{name}" for name in ("a", "deep/b", "manifest", "z")]
     assert sent[-1] == "store/set/manifest"
-    there = tmp_path / "node" / "set"
-    assert not store.get_folder("store/none", there) and not there.exists()
-    assert store.get_folder("store/set", there) and not store.get_folder("store/set", there)
-    files = {path.relative_to(there).as_posix(): path.read_bytes() for path in there.rglob("*") if path.is_file()}
+    fetched = tmp_path / "node" / "set"
+    assert not store.get_folder("store/none", fetched) and not fetched.exists()
+    assert store.get_folder("store/set", fetched) and not store.get_folder("store/set", fetched)
+    files = {path.relative_to(fetched).as_posix(): path.read_bytes() for path in fetched.rglob("*") if path.is_file()}
     assert files == {"a": b"1", "deep/b": b"2", "manifest": b"3", "z": b""}
-    assert not (there.parent / ".set.coming").exists()
+    assert not (fetched.parent / ".set.coming").exists()
 
 
-def test_many_files_are_made_the_same_as_there(address: str, tmp_path: Path) -> None:
+def test_get_all_mirrors_the_store(address: str, tmp_path: Path) -> None:
     store = open_storage(address)
     for number in range(40):
         store.put(f"plan {number}".encode(), f"plans/{number}.json")
@@ -202,7 +202,7 @@ def test_a_lease_on_each_kind_of_store(address: str) -> None:
     assert open_storage(address).names("") == []
 
 
-def test_ctrl_c_publishes_no_half(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_publishes_no_partial_file(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "CHUNK_BYTES", 2**20)
     os.mkfifo(tmp_path / "slow")
     store = open_storage(address)
@@ -288,8 +288,8 @@ def test_one_of_two_processes_downloads(
     for process in both:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
     (tmp_path / "go").touch()
-    said = sorted(process.communicate(timeout=WAIT)[0].split() for process in both)
-    assert said[0] == ["False"] and sorted(said[1]) == ["True", "set/a", "set/b"]
+    printed = sorted(process.communicate(timeout=WAIT)[0].split() for process in both)
+    assert printed[0] == ["False"] and sorted(printed[1]) == ["True", "set/a", "set/b"]
 
 
 QUOTA = """
@@ -300,13 +300,14 @@ except OSError as error: print(error.errno, error)
 """
 
 
-def test_a_full_disk_keeps_its_number(tmp_path: Path, child: Callable[..., "subprocess.Popen[str]"]) -> None:
-    said = child(QUOTA, (tmp_path / "far").as_uri()).communicate(timeout=WAIT)[0]
-    assert said.startswith(f"{errno.EFBIG} ") and f"file://{tmp_path}/far/x/file" in said and said.count("\n") == 1
+def test_a_full_disk_keeps_its_errno(tmp_path: Path, child: Callable[..., "subprocess.Popen[str]"]) -> None:
+    printed = child(QUOTA, (tmp_path / "far").as_uri()).communicate(timeout=WAIT)[0]
+    assert printed.startswith(f"{errno.EFBIG} ") and f"file://{tmp_path}/far/x/file" in printed
+    assert printed.count("\n") == 1
     assert os.listdir(tmp_path / "far" / "x") == []
 
 
-def test_an_unwritable_folder_says_why(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"`output_dir` must be writable, but got file:///.*file/x: .*[Dd]irectory"):
         open_storage((tmp_path / "file" / "x").as_uri()).check_writable()
@@ -315,7 +316,7 @@ def test_an_unwritable_folder_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_wrong_with_a_bucket(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_problems_of_a_bucket_are_reported(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(storage, "PAUSES", (0.01,))
     with pytest.raises(ValueError, match=r"must name an existing bucket, but got s3://nobucket/x$"):
         open_storage(f"s3://nobucket/x?endpoint_override={s3}")

@@ -1,4 +1,4 @@
-"""The check of a cluster as its users start it: wrong words, the whole of it on two nodes, no cluster at all."""
+"""`synq check-cluster` as a user starts it: invalid arguments, all checks on two nodes, an absent cluster."""
 
 import json
 import os
@@ -16,7 +16,7 @@ RUN = Callable[..., tuple[int, str, str]]
 
 
 @pytest.mark.parametrize(
-    ("words", "wanted"),
+    ("args", "expected"),
     [
         (["--workers", "1"], "`workers` must be a finite number >= 2, but got 1"),
         (["--timeout", "0"], "`timeout` must be a finite number > 0, but got 0.0"),
@@ -25,18 +25,18 @@ RUN = Callable[..., tuple[int, str, str]]
         (["--output-dir", "s3://me:secret@b/x"], "must carry no password"),
     ],
 )
-def test_wrong_words_are_refused(
-    words: list[str], wanted: str, in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_invalid_arguments_are_rejected(
+    args: list[str], expected: str, in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    assert main(words) == 2
+    assert main(args) == 2
     printed = capsys.readouterr().err
-    assert wanted in printed and printed.count("\n") == 1 and "secret" not in printed
+    assert expected in printed and printed.count("\n") == 1 and "secret" not in printed
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A cluster of two nodes on this machine, of one CPU each and one GPU each that is only a number."""
+    """Start a cluster of two nodes on this machine, with one CPU and one logical GPU each, and yield its address."""
     from synq.sweeps.driver.cluster import prepare_environment
 
     prepare_environment()
@@ -52,17 +52,17 @@ def address() -> Iterator[str]:
         nodes.shutdown()
 
 
-DOOR = [sys.executable, "-m", "synq.cli", "check-cluster"]
+COMMAND = [sys.executable, "-m", "synq.cli", "check-cluster"]
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_the_whole_check_on_two_nodes(address: str, tmp_path: Path, run_process: RUN) -> None:
+def test_all_checks_on_two_nodes(address: str, tmp_path: Path, run_process: RUN) -> None:
     folder, report = tmp_path / "new" / "out", tmp_path / "report.json"
     folder.parent.mkdir()
-    words = [*DOOR, "--output-dir", str(folder), "--timeout", "240", "--json", str(report)]
-    code, out, err = run_process(words, timeout=850, RAY_ADDRESS=address)
+    args = [*COMMAND, "--output-dir", str(folder), "--timeout", "240", "--json", str(report)]
+    code, out, err = run_process(args, timeout=850, RAY_ADDRESS=address)
     assert code == 0, out + err
     found = {one["name"]: one for one in json.loads(report.read_text())["checks"]}
     assert list(found) == list(CHECKS)
@@ -75,11 +75,11 @@ def test_the_whole_check_on_two_nodes(address: str, tmp_path: Path, run_process:
     assert found["gloo"]["detail"].startswith("2 processes on 2 nodes of 1 machine, sums right")
     assert " x 2 processes" in found["wide"]["detail"] and "killed after epoch" in found["faults"]["detail"]
     verified = set().union(*(one["verified"] for one in found.values()))
-    assert verified == {"folder", "refusal", "gloo", "sweep", "wide", "faults"}, (
-        "two nodes of one machine verify no more"
+    assert verified == {"folder", "capacity", "gloo", "sweep", "wide", "faults"}, (
+        "two nodes of one machine must verify no more"
     )
     assert out.count("| yes |") == len(verified) and "Failed: nothing." in out
-    assert os.listdir(folder.parent) == [], "something is left"
+    assert os.listdir(folder.parent) == [], "files are left"
 
 
 @pytest.mark.slow
@@ -87,9 +87,9 @@ def test_the_whole_check_on_two_nodes(address: str, tmp_path: Path, run_process:
 @pytest.mark.timeout(400)
 def test_an_address_is_left_as_it_was(address: str, tmp_path: Path, run_process: RUN) -> None:
     far, skip = tmp_path / "far", [name for name in CHECKS if name not in ("nodes", "output", "disk", "sweep")]
-    words = [*DOOR, "--output-dir", far.as_uri(), "--timeout", "240", "--skip", *skip]
+    args = [*COMMAND, "--output-dir", far.as_uri(), "--timeout", "240", "--skip", *skip]
     cache = {"SYNQ_CACHE_DIR": str(tmp_path / "cache")}
-    code, out, err = run_process(words, timeout=390, RAY_ADDRESS=address, **cache)
+    code, out, err = run_process(args, timeout=390, RAY_ADDRESS=address, **cache)
     assert code == 0, out + err
     assert "PASS  output   file://" in out and "8 MiB sent at" in out and "PASS  sweep    4 trials completed" in out
     assert list(far.iterdir()) == []
@@ -97,31 +97,31 @@ def test_an_address_is_left_as_it_was(address: str, tmp_path: Path, run_process:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_nodes_that_do_not_answer_in_time_fail(address: str, in_tmp: Path, root: Path, run_process: RUN) -> None:
-    code, out, _ = run_process([*DOOR, "--output-dir", str(in_tmp), "--timeout", "0.5"], RAY_ADDRESS=address)
-    assert code == 1 and out.count("no answer in time") >= 2 and out.count("no node answers (") == len(CHECKS) - 1
+def test_nodes_that_do_not_respond_in_time_fail(address: str, in_tmp: Path, root: Path, run_process: RUN) -> None:
+    code, out, _ = run_process([*COMMAND, "--output-dir", str(in_tmp), "--timeout", "0.5"], RAY_ADDRESS=address)
+    assert code == 1 and out.count("no reply in time") >= 2 and out.count("no node responds (") == len(CHECKS) - 1
 
 
 GROUPS = """
 import sys
 from pathlib import Path
-from synq.sweeps.driver.cluster import cluster, prepare_environment
+from synq.sweeps.driver.cluster import cluster as join_cluster, prepare_environment
 prepare_environment()
 from synq.sweeps.doctor.check import CHECKS, run_check
-from synq.sweeps.doctor.site import Site
+from synq.sweeps.doctor.cluster_state import Cluster
 from synq.sweeps.search_config import SearchConfig
-site = Site(Path(sys.argv[1]), "", 2)
-with cluster(SearchConfig()):
-    site.open()
+cluster = Cluster(Path(sys.argv[1]), "", 2)
+with join_cluster(SearchConfig()):
+    cluster.start_probes()
     for name, limit in (("nodes", 120), ("gloo", 8), ("gloo", 200)):
-        print(run_check(name, CHECKS[name], site, limit).line(), flush=True)
+        print(run_check(name, CHECKS[name], cluster, limit).line(), flush=True)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(400)
-def test_a_group_that_is_late_is_ended_and_gives_its_places_back(
+def test_a_group_that_times_out_is_killed_and_frees_its_resources(
     address: str, tmp_path: Path, run_process: RUN
 ) -> None:
     lines = run_process([sys.executable, "-c", GROUPS, str(tmp_path)], timeout=390, RAY_ADDRESS=address)[1].splitlines()
@@ -130,7 +130,7 @@ def test_a_group_that_is_late_is_ended_and_gives_its_places_back(
 
 
 @pytest.mark.parametrize("port", ["9", "99999"])
-def test_no_cluster_at_the_address_is_said_at_once(
+def test_no_cluster_at_the_address_is_reported_at_once(
     port: str, in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{port}"})
