@@ -4,7 +4,7 @@
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # as a file, launch/ comes first on the path, not the project
+if __name__ == "__main__":  # Python puts the folder of the script on the path, not the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from synq.commands.sweep import main

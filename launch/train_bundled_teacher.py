@@ -1,9 +1,10 @@
-"""Train the small teacher that ships with the package, on the training part of scikit-learn's digits.
+"""Train the teacher that ships with the package on the training part of scikit-learn's digits.
 
     python launch/train_bundled_teacher.py [--seed 0] [--epochs 60] [--output FILE.safetensors]
 
-One thread, about a minute. The same seed gives the same weights on the same machine and versions; the last epoch is
-kept, never the best. Accuracy on the held-out third, command and seed are written into the file's metadata.
+Uses one thread and takes about a minute. The same seed gives the same weights on the same machine and versions. The
+weights of the last epoch are saved, not those of the best. The metadata of the file have the accuracy on the held-out
+third, the command and the seed.
 """
 
 import math
@@ -37,7 +38,7 @@ MAX_SHIFT = 2
 
 
 def shift_images(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image (N, C, H, W) by up to MAX_SHIFT pixels both ways; the edge is repeated."""
+    """Shift each image (N, C, H, W) by up to MAX_SHIFT pixels in both axes, with replicate padding."""
     height, width = images.shape[2:]
     padded = F.pad(images, (MAX_SHIFT,) * 4, mode="replicate")
     offsets = torch.randint(0, 2 * MAX_SHIFT + 1, (len(images), 2), generator=generator).tolist()
@@ -46,7 +47,7 @@ def shift_images(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(data: LabeledSet, seed: int, epochs: int) -> nn.Module:
-    """Train one network with SGD, a one-cycle learning rate and random shifts; returns it after the last epoch."""
+    """Return a network trained by SGD with warmup and cosine learning rate, after the last epoch."""
     seed_everything(seed)
     generator = make_generator(seed, "bundled teacher")
     model = cifar_resnet(DEPTH, NUM_CLASSES, INPUT_SIZE[0], WIDTH).train()
@@ -75,7 +76,7 @@ def train(data: LabeledSet, seed: int, epochs: int) -> nn.Module:
 
 @torch.no_grad()
 def count_correct(model: nn.Module, data: LabeledSet) -> int:
-    """Number of images of ``data`` whose largest logit is their label."""
+    """Return the number of images of ``data`` that are classified correctly."""
     correct = 0
     for indices in torch.arange(len(data)).split(256):
         images, labels = data.batch(indices)
@@ -88,13 +89,10 @@ def count_correct(model: nn.Module, data: LabeledSet) -> int:
 @option("--epochs", type=INT, default=60, help="passes over the training part (default: 60)")
 @option("--output", metavar="FILE", help="file of the weights (default: the one that ships with the package)")
 def command(seed: int, epochs: int, output: str | None) -> None:
-    """Train the small teacher that ships with the package, on the training part of scikit-learn's digits."""
-    file = (
-        Path(output)
-        if output
-        else Path(__file__).resolve().parent.parent / "synq/teacher/assets/digits_resnet8.safetensors"
-    )
-    torch.set_num_threads(1)  # the order of summation, and so the last bits, depend on the number of threads
+    """Train the teacher that ships with the package on the training part of scikit-learn's digits."""
+    bundled = Path(__file__).resolve().parent.parent / "synq/teacher/assets/digits_resnet8.safetensors"
+    file = Path(output) if output else bundled
+    torch.set_num_threads(1)  # the order of summation depends on the number of threads
     torch.use_deterministic_algorithms(True)
 
     raw = load_labeled("digits:train", INPUT_SIZE, (0.0,), (1.0,), num_classes=NUM_CLASSES)
@@ -106,7 +104,7 @@ def command(seed: int, epochs: int, output: str | None) -> None:
     model = train(training, seed, epochs)
     correct = count_correct(model, heldout)
     accuracy = f"{100 * correct / len(heldout):.2f}"
-    facts = {
+    metadata = {
         "depth": str(DEPTH),
         "width": str(WIDTH),
         "num_classes": str(NUM_CLASSES),
@@ -122,12 +120,12 @@ def command(seed: int, epochs: int, output: str | None) -> None:
         "command": f"python launch/train_bundled_teacher.py --seed {seed} --epochs {epochs}",
         "versions": f"torch {torch.__version__}, python {platform.python_version()}",
     }
-    # The batch counters are left out: inference never reads them.
+    # Inference does not use num_batches_tracked.
     state = {k: v.contiguous() for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
-    save_file(state, partial, metadata=facts)
-    partial.chmod(0o644)  # safetensors makes files that only their owner may read
+    save_file(state, partial, metadata=metadata)
+    partial.chmod(0o644)  # safetensors creates files that only the owner can read
     partial.replace(file)
     print(f"top-1 {accuracy} % ({correct} of {len(heldout)} held-out images), {file.stat().st_size} bytes: {file}")
 

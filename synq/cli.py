@@ -1,4 +1,4 @@
-"""The console command `synq`. A module of `synq/commands/` is imported when its command is called."""
+"""Console command `synq`; the module of a command is imported when the command is called."""
 
 import sys
 from collections.abc import Sequence
@@ -8,30 +8,30 @@ from synq.common.exit_codes import leave
 from synq.config.command_line import CommandGroup
 
 SECTIONS = {
-    "look at a classifier": {
+    "inspect a classifier": {
         "inspect": ("synq.commands.inspect_model", "what would be quantized in a classifier, layer by layer"),
         "smoke-run": ("synq.commands.smoke_run", "the pipeline in miniature: does everything work on this classifier?"),
     },
     "quantize it": {
-        "train": ("synq.train", "one run: synthesize images, train the low-bit student, measure it"),
+        "train": ("synq.train", "one run: synthesize images, train the low-bit student, evaluate it"),
         "synthesize": ("synq.commands.synthesize", "only the synthetic images of a run"),
         "mixed-precision": ("synq.commands.mixed_precision", "bits of single layers under a size and BitOps budget"),
         "export": ("synq.commands.export", "ONNX, packed weights and torch.export of a finished run, verified"),
     },
     "run many": {
         "sweep": ("synq.commands.sweep", "a search over models, bit-widths and settings, with a leaderboard"),
-        "recipe": ("synq.commands.recipe", "chosen settings on several seeds, next to their baselines"),
-        "ablate": ("synq.commands.ablate", "what each idea of the method contributes, paired by seed"),
+        "recipe": ("synq.commands.recipe", "fixed settings on several seeds, compared with baselines"),
+        "ablate": ("synq.commands.ablate", "the contribution of each component of the method, paired by seed"),
         "fidelity-study": ("synq.commands.fidelity_study", "which label-free metric ranks settings as top-1 does"),
     },
     "read results": {
-        "show": ("synq.commands.show", "the essentials of runs and sweeps, in the terminal"),
+        "show": ("synq.commands.show", "summary of runs and sweeps in the terminal"),
         "leaderboard": ("synq.commands.leaderboard", "tables from records: merge, filter, compare"),
-        "report": ("synq.commands.report", "one HTML page of a run, a sweep, or several side by side"),
+        "report": ("synq.commands.report", "HTML page of a run, a sweep, or a comparison of several"),
     },
     "check the machines": {
-        "check-cluster": ("synq.commands.check_cluster", "what a sweep needs of a Ray cluster, and whether it works"),
-        "bench": ("synq.commands.bench", "the speed of this machine and of SynQ on it"),
+        "check-cluster": ("synq.commands.check_cluster", "check that a Ray cluster can run a sweep"),
+        "bench": ("synq.commands.bench", "benchmark of this machine and of SynQ on it"),
     },
 }  # fmt: skip
 GROUP = CommandGroup("synq", __version__, SECTIONS)
@@ -39,7 +39,7 @@ COMMANDS = tuple(GROUP.modules)
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command that the arguments name and return the exit code."""
+    """Run the command given by the arguments and return the exit code."""
     return GROUP.run(argv)
 
 

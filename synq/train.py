@@ -7,9 +7,8 @@ import os
 import sys
 
 if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
-    sys.path[0] = os.path.dirname(
-        os.path.dirname(os.path.abspath(__file__))
-    )  # started by file path: make `synq` importable
+    # Started by file path: make `synq` importable.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import time
 from collections.abc import Callable, Sequence
@@ -43,17 +42,17 @@ EXAMPLES = """\
 @click.command("train", cls=Command, settings="run", common=COMMON, examples=EXAMPLES, resumes=True)
 @config_option
 def command(config: RunConfig) -> int:
-    """Quantize a classifier without any data: synthesize images, train a low-bit student on them, and measure it.
+    """Quantize a classifier without any data: synthesize images, train a low-bit student on them, and evaluate it.
 
-    Settings come from --config FILE (TOML or JSON, with the keys below), then from the command line; TEACHER is
-    --teacher.spec. The same command started again resumes a run that was stopped, and returns at once when it is
+    Settings come from --config FILE (TOML or JSON, with the keys below) and are overridden on the command line; TEACHER
+    is --teacher.spec. The same command started again resumes a run that was stopped, and returns at once if the run is
     finished.
     """
     return on_every_process(config, lambda accelerator: _run(config, accelerator))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do one run and return the exit code: 0 done, 1 the run failed, 2 the input was rejected, 130 interrupted."""
+    """Run `synq train` and return the exit code: 0 done, 1 run failed, 2 input rejected, 130 interrupted."""
     return command.run(argv, PROGRAM)
 
 
@@ -69,11 +68,15 @@ def _run(config: RunConfig, accelerator: "Accelerator") -> tuple[list[str], list
 
 
 def on_every_process(config: RunConfig, work: Callable[["Accelerator"], tuple[list[str], list[str]]]) -> int:
-    """Do what every process of a run takes part in and return the exit code; the main process alone prints.
+    """Run a function on every process of a distributed run; only the main process prints.
 
     Args:
         config: The settings of the run.
-        work: Returns the lines for standard output, which are the result alone, and notes for standard error.
+        work: Takes the accelerator; returns the lines of the result, for standard output, and notes, for standard
+            error.
+
+    Returns:
+        The exit code.
     """
     import torch
 
@@ -86,14 +89,14 @@ def on_every_process(config: RunConfig, work: Callable[["Accelerator"], tuple[li
         lines, notes = work(accelerator)
         accelerator.end_training()
     except (ValueError, OSError, NonFiniteLossError, torch.OutOfMemoryError) as error:
-        # The launcher ends the other processes soon after one has failed. Waiting leaves the message to the main
-        # process, and still reports when it alone has failed.
+        # The launcher stops the other processes soon after one has failed. Waiting lets the main process report the
+        # error first; an error of this process alone is still reported.
         if rank != 0:
             time.sleep(5)
-        full = isinstance(error, torch.OutOfMemoryError)
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
         report_error(
             RuntimeError(f"GPU memory is full: lower finetune.batch_size or synthesis.shard_size. {error}")
-            if full
+            if out_of_memory
             else error
         )
         return RUN_FAILED if isinstance(error, RuntimeError) else USER_ERROR

@@ -1,8 +1,8 @@
-"""The commands of `synq`, one file each. They alone may import `sweeps`, and only when a command is called."""
+"""Commands of `synq`, one module each; only they import `sweeps`, and only when a command is called."""
 
 
 def run_failures() -> tuple[type[BaseException], ...]:
-    """Return the RuntimeErrors that are the failure of a run, not of this program."""
-    from synq.finetune.loop import NonFiniteLossError  # torch, which is there when it is raised
+    """Return the RuntimeErrors that mean a failed run (exit code 1), not a bug."""
+    from synq.finetune.loop import NonFiniteLossError  # imports torch, which is loaded by the time it is raised
 
     return (NonFiniteLossError,)

@@ -1,4 +1,4 @@
-"""`synq ablate`: what each idea of the method contributes on one teacher."""
+"""`synq ablate`: the contribution of each component of the method on one teacher."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ EXAMPLES = """\
     resumes=True,
     failures=run_failures,
 )
-@option("--spec", metavar="SPEC", help="file of an ablation; as the first argument it needs no --spec")
+@option("--spec", metavar="SPEC", help="file of an ablation; --spec may be omitted if it is the first argument")
 @option("--config", metavar="FILE", rule="name one file", help="file of one run, as for `synq train`, instead of SPEC")
 @option("--bits", several=True, metavar="LABEL", help="bit-widths (default: those of SPEC, or W4A4 W3A3)")
 @option("--seeds", several=True, type=INT, help="seeds of data and training (default: those of SPEC, or 0 1 2)")
@@ -39,7 +39,7 @@ EXAMPLES = """\
     help="some of: none, filter, CAM, soft labels, filter + CAM, filter + soft labels, CAM + soft labels, all, "
     "distillation only (default: those of SPEC, or all)",
 )
-@option("--jobs", type=INT, default=1, help="runs at a time, the cores divided between them (default: 1)")
+@option("--jobs", type=INT, default=1, help="concurrent runs, which share the CPU cores (default: 1)")
 def command(
     spec: str | None,
     config: str | None,
@@ -51,9 +51,9 @@ def command(
 ) -> None:
     """Run a configuration with each combination of filter, CAM and soft labels on shared seeds; print a paired table.
 
-    The configuration must have all three on. It comes from SPEC, a file that holds the whole ablation (tables go to
-    <output_dir>/<name>), or from --config, a file of one run (tables go to <output_dir>). The settings of `synq train`
-    override it. The same command resumes an ablation that was stopped.
+    All three must be enabled in the configuration. It is read from SPEC, a file of the whole ablation (tables are
+    written to <output_dir>/<name>), or from --config, a file of one run (tables are written to <output_dir>). Settings
+    of `synq train` on the command line override it. The same command resumes an ablation that was stopped.
     """
     from synq.runs.record import summary_line
     from synq.sweeps.studies.ablation import AblationSpec, load_ablation, markdown, plan, table, write_tables

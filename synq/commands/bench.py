@@ -1,4 +1,4 @@
-"""`synq bench`: the speed of this machine and of SynQ on it."""
+"""`synq bench`: benchmark of this machine and of SynQ on it."""
 
 from typing import Literal
 
@@ -23,7 +23,7 @@ def _failures() -> tuple[type[BaseException], ...]:
     "bench",
     cls=Command,
     examples=EXAMPLES,
-    exit_codes="0 measured (a missed target is no error), 1 a process failed, 2 input rejected, 130 interrupted",
+    exit_codes="0 done (a missed target is no error), 1 a process failed, 2 input rejected, 130 interrupted",
     failures=_failures,
 )
 @option(
@@ -56,11 +56,11 @@ def command(
     seed: int,
     output_dir: str,
 ) -> None:
-    """Measure ratios side by side in one process, alternating, and print and write a table with their spread.
+    """Measure time ratios of alternating calls in one process, and print and write a table with their quartiles.
 
-    Random weights and images: nothing is downloaded. The groups: what the machine can do at most (ceilings),
-    fine-tuning steps, options (layout, number format, compilation), synthesis, cost curves and memory, a population of
-    students in one process, two processes (DDP), trials of a sweep side by side.
+    Weights and images are random, so nothing is downloaded. Groups: peak throughput of the machine (ceilings),
+    fine-tuning steps, options (memory format, dtype, compilation), synthesis, time and memory against problem size
+    (curves), several students in one process (population), two processes (DDP), concurrent trials of a sweep.
     """
     if rounds < 1 or (threads is not None and threads < 1):
         raise ValueError(f"`rounds` and `threads` must be >= 1, but got {rounds} and {threads}")

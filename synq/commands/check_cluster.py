@@ -1,4 +1,4 @@
-"""`synq check-cluster`: verify a Ray cluster before hours are spent on it."""
+"""`synq check-cluster`: check that a Ray cluster can run a sweep."""
 
 import click
 
@@ -17,15 +17,17 @@ EXAMPLES = """\
     examples=EXAMPLES,
     exit_codes="0 nothing failed, 1 a check failed, 2 input rejected or no cluster, 130 interrupted",
 )
-@option("--output-dir", metavar="DIR_OR_ADDRESS", help="where results will be: a folder or s3://... (default: runs)")
-@option("--workers", type=INT, metavar="N", default=2, help="processes that must work together (default: 2)")
-@option("--timeout", type=FLOAT, metavar="SECONDS", default=120.0, help="limit of each check (default: 120)")
+@option(
+    "--output-dir", metavar="DIR_OR_ADDRESS", help="where a sweep would write: a folder or s3://... (default: runs)"
+)
+@option("--workers", type=INT, metavar="N", default=2, help="size of the process groups (default: 2)")
+@option("--timeout", type=FLOAT, metavar="SECONDS", default=120.0, help="timeout of each check (default: 120)")
 @option("--skip", several=True, metavar="NAME", help="checks to leave out, such as nccl faults")
-@option("--json", "json_file", metavar="FILE", help="also write everything found as JSON")
+@option("--json", "json_file", metavar="FILE", help="also write the results as JSON")
 def command(
     output_dir: str | None, workers: int, timeout: float, skip: tuple[str, ...], json_file: str | None
 ) -> int | None:
-    """Check nodes, clocks, the folder for results, GPUs, process groups, small sweeps and a killed worker."""
+    """Check nodes, clocks, the output folder, GPUs, process groups, small sweeps and recovery from a killed worker."""
     from synq.sweeps.driver.cluster import prepare_environment
 
     prepare_environment()

@@ -1,4 +1,4 @@
-"""`synq export`: files that an engine runs, from a finished run."""
+"""`synq export`: deployment files of the student of a finished run."""
 
 import click
 
@@ -25,7 +25,7 @@ def _failures() -> tuple[type[BaseException], ...]:
     failures=_failures,
 )
 @argument("run", metavar="RUN", help="folder of a finished run, its record.json, or a sweep's records/TRIAL.json")
-@option("--out", metavar="DIR", help="where the files go, replacing an earlier export (default: RUN/export)")
+@option("--out", metavar="DIR", help="folder of the files; an earlier export is replaced (default: RUN/export)")
 @option(
     "--formats",
     several=True,
@@ -37,32 +37,33 @@ def _failures() -> tuple[type[BaseException], ...]:
     "--container",
     several=True,
     metavar="TYPE",
-    help="how ONNX holds integers: int4 (of at most 4 bits, two a byte, the smallest), int8 (in bytes), matmul (in "
-    "bytes, and convolutions as products of integer matrices, the fastest on a CPU but for grouped convolutions); or "
-    "several (default: int4 where there are at most 4 "
-    "bits, else int8)",
+    help="integer type of ONNX weights: int4 (at most 4 bits, two per byte, smallest file), int8, or matmul (int8 with "
+    "convolutions as integer matrix products, fastest on a CPU except for grouped convolutions); or several (default: "
+    "int4 for weights of at most 4 bits, else int8)",
 )
 @option(
     "--agreement",
     type=FLOAT,
     default=99.9,
-    help="least percent of images with the student's class; one image may always differ, and twice as many as on "
-    "which the student differs when it adds floats (default: 99.9)",
+    help="smallest percentage of images with the student's class; one image may always differ, and twice as many as "
+    "change class between integer and float sums of the student (default: 99.9)",
 )
 @option(
     "--margin",
     type=FLOAT,
     default=0.0,
-    help="count only images on which the student's two largest logits differ by more (default: 0)",
+    help="ignore images whose two largest logits of the student differ by no more than this (default: 0)",
 )
 @option(
     "--mean-difference",
     type=FLOAT,
     default=0.05,
-    help="largest mean difference of the logits, as a share of their standard deviation (default: 0.05)",
+    help="largest mean difference of the logits, as a fraction of their standard deviation (default: 0.05)",
 )
-@option("--threads", type=INT, default=0, help="threads of ONNX Runtime when it is timed (default: its own choice)")
-@option("--rounds", type=INT, default=30, help="timed runs of each model; 0 times nothing (default: 30)")
+@option(
+    "--threads", type=INT, default=0, help="threads of ONNX Runtime for the latency (default: chosen by ONNX Runtime)"
+)
+@option("--rounds", type=INT, default=30, help="timed runs of each model; 0 for no timing (default: 30)")
 @moved_options
 def command(
     run: str,
@@ -78,10 +79,10 @@ def command(
 ) -> None:
     """Write the student of a finished run as ONNX (QDQ), packed safetensors and a torch.export program.
 
-    Every file is run on the run's synthetic images, and on its labeled ones where it has some, and compared with the
-    student; one that differs by more than the tolerance is rejected. Sizes, BitOps and the latency in ONNX Runtime,
-    next to the float teacher's, go into the run's record, and with everything else into a model card (README.md and
-    card.json) next to the files.
+    Every file is verified: its outputs on the run's synthetic images, and on its labeled images if there are any, are
+    compared with the student's, and a file that differs by more than the tolerance is rejected. Sizes, BitOps and the
+    latency in ONNX Runtime, for student and float teacher, are added to the run's record and to a model card (README.md
+    and card.json) next to the files.
     """
     check_paths([run], "RUN")
     from synq.common.text_tables import to_text
@@ -91,7 +92,7 @@ def command(
 
     options = ExportOptions(
         formats=formats,
-        containers=container,  # type: ignore[arg-type]  # it is checked there
+        containers=container,  # type: ignore[arg-type]  # checked by ExportOptions
         tolerance=Tolerance(agreement=agreement, margin=margin, mean_difference=mean_difference),
         rounds=rounds,
         threads=threads,

@@ -17,21 +17,18 @@ EXAMPLES = """\
 @argument("sweep", metavar="SWEEP_DIR", help="folder of a sweep whose teacher has labeled images")
 @option("--bits", several=True, metavar="LABEL", help="bit-widths, such as W3A3 (default: all)")
 @option("--output-dir", metavar="DIR", help="folder of the tables (default: SWEEP_DIR/fidelity_study)")
-@option("--views", several=True, metavar="NAME", help="views of the images, for a quick study (default: all)")
-@option("--bn-only", is_flag=True, help="also synthesize held-out images without the class loss and study them")
-@option("--best", type=INT, default=15, help="rows of each group that are printed (default: 15)")
+@option("--views", several=True, metavar="NAME", help="perturbations of the images, for a quick study (default: all)")
+@option("--bn-only", is_flag=True, help="also evaluate on held-out images synthesized without the class loss")
+@option("--best", type=INT, default=15, help="printed rows of each group (default: 15)")
 def command(
     sweep: str, bits: tuple[str, ...], output_dir: str | None, views: tuple[str, ...], bn_only: bool, best: int
 ) -> None:
-    """Compare every metric on every view with the top-1 of a sweep's finished trials.
+    """Compute the rank correlation of every metric, on every view of the images, with the top-1 of a sweep's trials.
 
-    The labels are used for this comparison only.
+    Labels are used only for this comparison.
     """
     check_paths([sweep], "SWEEP_DIR")
-    from synq.sweeps.studies.fidelity_study import (  # torch, which a rejected command line need not wait for
-        VIEWS,
-        study,
-    )
+    from synq.sweeps.studies.fidelity_study import VIEWS, study
     from synq.sweeps.studies.rank_table import markdown, write_tables
 
     folder = Path(output_dir) if output_dir is not None else Path(sweep) / "fidelity_study"

@@ -1,4 +1,4 @@
-"""`synq inspect`: what SynQ would do with a classifier, layer by layer."""
+"""`synq inspect`: how a classifier would be quantized, layer by layer."""
 
 import json
 
@@ -30,13 +30,13 @@ EXAMPLES = """\
 @config_option
 @option("--json", "as_json", is_flag=True, help="print one JSON object instead of tables")
 def command(config: RunConfig, as_json: bool) -> None:
-    """Show what would be quantized in a classifier, layer by layer, and write nothing.
+    """Show how a classifier would be quantized, layer by layer; no file is written.
 
-    Every operation of the forward pass is listed with the bits that its weight (W) and output (out) would get, 32 for
-    float and for operations that only pass their input on, such as max pooling (BitOps count the bits that are read);
-    the batch norms that guide the synthesis; where class activation maps are taken, and how; parameters,
-    multiply-accumulates (MACs), bit operations (BitOps), sizes. A classifier that cannot be quantized is rejected as a
-    run would reject it. The settings of `teacher` and `quant` count.
+    Every operation of the forward pass is listed with the bits of its weight (W) and output (out), where 32 means float
+    or an operation that does not change its input's values, such as max pooling (BitOps count the bits that are read);
+    the batch norms that guide the synthesis; where and how class activation maps are computed; parameters,
+    multiply-accumulates (MACs), bit operations (BitOps) and sizes. A classifier that cannot be quantized is rejected as
+    in a run. Only the settings of `teacher` and `quant` are used.
     """
     from synq.common.text_tables import to_text
     from synq.diagnostics.inspection import COLUMNS, HEADINGS, inspect, summary
@@ -48,7 +48,7 @@ def command(config: RunConfig, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    # A table of zeros is hard to read.
+    # Empty cells are easier to read than zeros.
     rows = [{name: value or None for name, value in row.items()} for row in found["layers"]]
     print(to_text(rows, COLUMNS, HEADINGS))
     print(summary(found), end="", flush=True)

@@ -28,26 +28,24 @@ EXAMPLES = """\
     "--where",
     multiple=True,
     metavar="CONDITION",
-    help="only rows with COLUMN=VALUE (also != < <= > >=); all of several must hold; printed unless --output-dir is "
-    "given",
+    help="only rows with COLUMN=VALUE (also != < <= > >=); several conditions are combined by AND; the rows are "
+    "printed unless --output-dir is given",
 )
+@option("--single-ranking", is_flag=True, help="rank all selected rows together; an error if they are not comparable")
 @option(
-    "--single-ranking", is_flag=True, help="rank all chosen rows together; rejected where they must not be compared"
-)
-@option(
-    "--compare", "compares", is_flag=True, help="the best row of each PATH side by side, with differences to the first"
+    "--compare", "compares", is_flag=True, help="compare the best rows of each PATH, with differences to the first PATH"
 )
 @option(
     "--format",
     "kind",
     type=OneOf("csv", "markdown"),
     metavar="FORMAT",
-    help="what is printed: csv or markdown (default: aligned columns); markdown also writes leaderboard.md next to "
-    "the CSV",
+    help="printed format: csv or markdown (default: aligned columns); markdown also writes leaderboard.md next to "
+    "the CSV file",
 )
 @option("--markdown", is_flag=True, help="--format markdown")
-@option("--columns", metavar="A,B,...", help="columns that are printed and that leaderboard.md has")
-@option("--print", "prints", is_flag=True, help="print the rows; files are then only written to --output-dir")
+@option("--columns", metavar="A,B,...", help="columns of the printed table and of leaderboard.md")
+@option("--print", "prints", is_flag=True, help="print the rows; files are written only if --output-dir is given")
 def command(
     paths: tuple[str, ...],
     output_dir: str | None,
@@ -61,8 +59,8 @@ def command(
 ) -> None:
     """Rebuild the tables of sweeps from their records; several sweeps become one pair of tables.
 
-    The ranks start again for each model, bit-widths, protocol, act_points, objective and what it was measured with. A
-    chosen row keeps the rank that it has among all rows.
+    Each combination of model, bit-widths, protocol, act_points, objective and evaluation images is a separate ranking.
+    A selected row keeps its rank among all rows.
     """
     if single_ranking and compares:
         raise ValueError("`compare` must be left out with `single-ranking`, but got both")
@@ -84,7 +82,7 @@ def _rebuild(
     prints: bool,
     ranks_together: bool,
 ) -> None:
-    """Write one leaderboard of all paths, or choose rows of it."""
+    """Write one leaderboard of all paths, or print selected rows of it."""
     from synq.common.files import write_text_atomic
     from synq.common.text_tables import to_csv, to_markdown, to_text
     from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS, RUN_COLUMNS, TERMINAL_COLUMNS, headings
@@ -117,7 +115,7 @@ def _rebuild(
     if writes:
         count = f"{len(rows)} rows of {len(tables)} records" if chosen else f"{len(tables)} records"
         note = f"{count} -> {', '.join(str(folder / name) for name in names)}"
-        print(note, file=sys.stderr if printed else sys.stdout)  # standard output is the table's
+        print(note, file=sys.stderr if printed else sys.stdout)  # standard output has only the table
     if printed and kind is None:
         named = rows if columns else [{**row, "protocol": protocol_of(row)} for row in rows]
         _show(to_text(named, columns or TERMINAL_COLUMNS, headings(RUN_COLUMNS)))
@@ -129,7 +127,7 @@ def _rebuild(
 def _compare(
     paths: Sequence[str], where: Sequence[str], output_dir: str | None, kind: str | None, column_names: str | None
 ) -> None:
-    """Print the best rows of each path; also write them where a folder is named."""
+    """Print the best rows of each path; also write them if a folder is given."""
     from synq.common.files import write_text_atomic
     from synq.common.text_tables import to_csv, to_markdown, to_text
     from synq.sweeps.leaderboard.columns import COMPARE_COLUMNS, COMPARE_SHOWN, COMPARE_TABLE, headings
@@ -165,14 +163,14 @@ def _compare(
 
 
 def _columns(text: str | None) -> list[str]:
-    """Return the columns that are asked for; none for the usual ones."""
+    """Return the requested columns, or an empty list for the default ones."""
     from synq.sweeps.leaderboard.views import check_column
 
     return [check_column("columns", name.strip().replace("-", "_")) for name in (text or "").split(",") if name.strip()]
 
 
 def _show(text: str) -> None:
-    """Print a table, also where the terminal lacks a letter of it."""
+    """Print a table; characters that the terminal lacks are replaced."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
 

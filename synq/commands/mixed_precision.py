@@ -1,4 +1,4 @@
-"""`synq mixed-precision`: bits of single layers under limits, found without data."""
+"""`synq mixed-precision`: mixed-precision bit allocation under size and BitOps budgets, without data."""
 
 import shlex
 
@@ -23,16 +23,16 @@ EXAMPLES = """\
 
 @click.command("mixed-precision", cls=Command, settings="run", common=COMMON, examples=EXAMPLES, resumes=True)
 @config_option
-@option("--activations", is_flag=True, help="choose the bits of activations, too (default: only those of weights)")
+@option("--activations", is_flag=True, help="also choose the bits of activations (default: only weights)")
 @option(
     "--max-bytes",
     type=FLOAT,
-    help="most packed bytes of all weights, scales not counted (default: of the bits as given; inf for no limit)",
+    help="budget for the packed weights in bytes, without scales (default: size at the given bits; inf for no budget)",
 )
 @option(
     "--max-bitops",
     type=FLOAT,
-    help="most bit operations an image (default: with --activations those of the bits as given, else no limit)",
+    help="budget for BitOps per image (default: with --activations the BitOps at the given bits, else no budget)",
 )
 @option(
     "--candidates",
@@ -46,7 +46,7 @@ EXAMPLES = """\
     "--activation-factor",
     type=FLOAT,
     default=ACTIVATION_FACTOR,
-    help="weight of the KL of an activation; that of a weight counts 1 (default: 4)",
+    help="factor of the KL of activations; that of weights is 1 (default: 4)",
 )
 def command(
     config: RunConfig,
@@ -56,14 +56,14 @@ def command(
     candidates: tuple[int, ...],
     activation_factor: float,
 ) -> None:
-    """Choose the bits of every layer's weights and activations with the least KL to the teacher within limits.
+    """Choose the bits of each layer's weights and activations that minimize the KL to the teacher within budgets.
 
-    Without data: each tensor is rounded alone, to each bit-width, and the KL to the teacher is measured on the run's
-    synthetic images (made first, if they are not stored yet); then the bits with the least sum are taken. The KL of an
-    activation counts more, since fine-tuning makes up for the rounding of weights. A tensor that has its bits by name,
-    or by first_bits or last_bits, keeps them. Writes <output_dir>/<name>-mixed-precision-<digest>/: scan.csv, every
-    tensor at every bit-width, and settings.json, the same run with the bits found in quant.layer_weight_bits and
-    quant.layer_act_bits.
+    No data is needed: one tensor at a time is quantized, at each candidate bit-width, and the KL to the teacher is
+    measured on the run's synthetic images (synthesized first if they are not stored yet); then the allocation with the
+    smallest sum is chosen. The KL of activations has a larger factor, since fine-tuning compensates the rounding of
+    weights. Tensors whose bits are set by name, or by first_bits or last_bits, keep them. Writes
+    <output_dir>/<name>-mixed-precision-<digest>/: scan.csv, the KL of every tensor at every bit-width, and
+    settings.json, the same run with the chosen bits in quant.layer_weight_bits and quant.layer_act_bits.
     """
     from synq.mixed_precision.search import SearchOptions, search
 

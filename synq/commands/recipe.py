@@ -1,4 +1,4 @@
-"""`synq recipe`: chosen settings on several seeds, next to their baselines."""
+"""`synq recipe`: fixed settings on several seeds, compared with baselines."""
 
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,23 @@ EXAMPLES = """\
     resumes=True,
     failures=run_failures,
 )
-@option("--spec", metavar="SPEC", required=True, help="file of a recipe; as the first argument it needs no --spec")
+@option(
+    "--spec", metavar="SPEC", required=True, help="file of a recipe; --spec may be omitted if it is the first argument"
+)
 @option("--seeds", several=True, type=INT, help="seeds of data and training (default: those of the file)")
 @option(
     "--rows",
     several=True,
     metavar="ROW",
-    help="some of: noise inputs recipe (default: all that differ from the recipe)",
+    help="some of: noise inputs recipe (default: the recipe and all baselines that differ from it)",
 )
-@option("--jobs", type=INT, default=1, help="runs at a time, the cores divided between them (default: 1)")
+@option("--jobs", type=INT, default=1, help="concurrent runs, which share the CPU cores (default: 1)")
 def command(spec: str, seeds: tuple[int, ...], rows: tuple[str, ...], jobs: int, overrides: dict[str, Any]) -> None:
-    """Run a recipe on its seeds, next to rounding to nearest, noise images and low-bit inputs, and print the table.
+    """Run a recipe on its seeds and print a table with the baselines: round to nearest, noise images, low-bit inputs.
 
-    Settings of the run are those of `synq train`: folders, device, or a change of the recipe (then it is no longer
-    compared with the metrics that the file expects). Tables go to <output_dir>/<name>. The same command resumes a
-    recipe that was stopped; finished runs are only read.
+    Settings of `synq train` override those of the recipe, such as folders and device; if a setting changes the results,
+    they are not compared with the expected metrics of the file. Tables are written to <output_dir>/<name>. The same
+    command resumes a recipe that was stopped; finished runs are not repeated.
     """
     from synq.runs.record import summary_line
     from synq.sweeps.studies.pool import run_all

@@ -1,4 +1,4 @@
-"""`synq report`: one HTML page of a run, a sweep, or several sweeps side by side."""
+"""`synq report`: HTML page of a run, a sweep, or a comparison of several sweeps."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ EXAMPLES = """\
   %(prog)s runs/demo                               the page of a sweep, finished or not: runs/demo/report.html
   %(prog)s runs/run-DIGEST                         the page of one run
   %(prog)s runs/demo/records/TRIAL.json            the page of one trial of a sweep
-  %(prog)s runs/monday runs/tuesday --output c.html   two sweeps side by side, with the published metrics"""
+  %(prog)s runs/monday runs/tuesday --output c.html   comparison of two sweeps, with published results"""
 
 
 @click.command("report", cls=Command, examples=EXAMPLES, exit_codes="0 done, 2 input rejected, 130 interrupted")
@@ -20,13 +20,13 @@ EXAMPLES = """\
 @option(
     "--output",
     metavar="FILE",
-    help="the page (default: report.html in PATH; TRIAL.html next to the records' folder; comparison.html)",
+    help="file of the page (default: report.html in PATH; TRIAL.html next to the folder records; comparison.html)",
 )
 @option(
     "--runs",
     type=INT,
     metavar="N",
-    help="of a sweep: analyze the best run of the first N groups, which loads their networks (default: 4; 0: only "
+    help="number of groups of a sweep whose best run is analyzed, which loads the networks (default: 4; 0: only "
     "records)",
 )
 @option(
@@ -34,23 +34,23 @@ EXAMPLES = """\
     "num_images",
     type=INT,
     metavar="N",
-    help="images that the networks of a run are evaluated on (default: as many as take seconds)",
+    help="images on which the networks of a run are evaluated (default: by image size, so that it takes seconds)",
 )
 @moved_options
 def command(
     paths: tuple[str, ...], output: str | None, runs: int | None, num_images: int | None, **moved: str | None
 ) -> None:
-    """Write one self-contained HTML page (no network, no other file) and its drawings as SVG and PNG.
+    """Write a self-contained HTML page and its plots as SVG and PNG.
 
-    The drawings are in FILE_figures/ next to FILE.html. Pages are made of records and of the files of the runs; nothing
-    is trained or synthesized.
+    The plots are in FILE_figures/ next to FILE.html. A page is made from records and the files of the runs; nothing is
+    trained or synthesized.
     """
     check_paths(paths)
     from synq.sweeps.reports.make import make_report
 
     options: dict[str, Any] = {} if runs is None else {"runs": runs}
     written = make_report(paths, output, path_overrides=moved_paths(moved), num_images=num_images, **options)
-    print(f"{written[0]} and {len(written) - 1} drawings" if len(written) > 1 else written[0])
+    print(f"{written[0]} and {len(written) - 1} plots" if len(written) > 1 else written[0])
 
 
 main = command.run

@@ -1,4 +1,4 @@
-"""`synq show`: the essentials of runs and sweeps in a terminal."""
+"""`synq show`: summary of runs and sweeps in a terminal."""
 
 import click
 
@@ -14,7 +14,7 @@ EXAMPLES = """\
 @click.command("show", cls=Command, examples=EXAMPLES, exit_codes="0 done, 2 input rejected, 130 interrupted")
 @argument("paths", nargs=-1, required=True, metavar="PATH", help="folder of a sweep or a run, or a record file")
 def command(paths: tuple[str, ...]) -> None:
-    """Print the results of a run or a sweep, finished or not: the best settings, metrics, failures."""
+    """Print the results of a run or a sweep, finished or not: best settings, metrics, failures."""
     check_paths(paths)
     from synq.sweeps.reports.terminal import show
 

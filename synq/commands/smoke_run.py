@@ -37,7 +37,7 @@ EXAMPLES = """\
 @config_option
 @option("--all", "run_all", is_flag=True, help="run the architectures of the list instead of TEACHER")
 @option("--only", several=True, metavar="TEXT", help="with --all: only architectures whose name contains a TEXT")
-@option("--jobs", type=INT, default=1, help="architectures at a time, the cores divided between them (default: 1)")
+@option("--jobs", type=INT, default=1, help="concurrent architectures, which share the CPU cores (default: 1)")
 @option(
     "--formats",
     several=True,

@@ -1,4 +1,4 @@
-"""`synq sweep`: a search over models, bit-widths and settings, and its leaderboard."""
+"""`synq sweep`: hyperparameter search over models, bit-widths and settings, with a leaderboard."""
 
 from typing import Any
 
@@ -24,18 +24,23 @@ EXAMPLES = """\
 )
 @argument("spec", required=False, metavar="SPEC", help="a .toml or .json file (default: a small demo)")
 @option("--output-dir", metavar="DIR_OR_ADDRESS", help="folder of the sweep, or s3://... (default: runs/NAME)")
-@option("--num-trials", metavar="N", help="trials of each (model, bits) group; +N: that many more than it has")
-@option("--max-concurrent", metavar="N", type=INT, help="most trials at one time")
-@option("--workers-per-trial", metavar="N", type=INT, help="processes that train one student together")
-@option("--cpus-per-worker", metavar="X", type=FLOAT, help="CPU cores and threads of each of them")
-@option("--gpus-per-worker", metavar="X", type=FLOAT, help="GPUs of each; parts such as 0.25 share one, 0 is the CPU")
-@option("--retry-failed", is_flag=True, help="run trials again that failed before")
-@option("--no-report", is_flag=True, help="end without making report.html")
-@option("--dry-run", is_flag=True, help="print what would be run, on what and for how long, and stop")
+@option("--num-trials", metavar="N", help="trials of each (model, bits) group; +N: N more than it has")
+@option("--max-concurrent", metavar="N", type=INT, help="maximum number of concurrent trials")
+@option("--workers-per-trial", metavar="N", type=INT, help="processes of distributed training per trial")
+@option("--cpus-per-worker", metavar="X", type=FLOAT, help="CPU cores and threads of each process")
+@option(
+    "--gpus-per-worker",
+    metavar="X",
+    type=FLOAT,
+    help="GPUs of each process; fractions such as 0.25 share a GPU, 0 means CPU",
+)
+@option("--retry-failed", is_flag=True, help="run failed trials again")
+@option("--no-report", is_flag=True, help="do not write report.html")
+@option("--dry-run", is_flag=True, help="print the planned trials, their resources and estimated time, and stop")
 def command(
     spec: str | None, num_trials: str | None, retry_failed: bool, no_report: bool, dry_run: bool, **given: Any
 ) -> int:
-    """Run a sweep over models, bit-widths and settings and rank the results.
+    """Search over models, bit-widths and settings and rank the results.
 
     The same command resumes a sweep that was stopped.
     """

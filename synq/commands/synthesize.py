@@ -1,4 +1,4 @@
-"""`synq synthesize`: the synthetic images of a run, without the run."""
+"""`synq synthesize`: only the synthetic images of a run."""
 
 from typing import TYPE_CHECKING
 
@@ -28,14 +28,14 @@ EXAMPLES = """\
     "--npz",
     metavar="FILE.npz",
     rule="name a file that ends in .npz",
-    help="also write the training images for other tools' calibration: arrays `images` (N, C, H, W) float32, "
-    "normalized as the network takes them, `labels` (N,), `mean` and `std` per channel",
+    help="also write the training images for calibration by other tools: arrays `images` (N, C, H, W) float32, "
+    "normalized as network input, `labels` (N,), `mean` and `std` per channel",
 )
 def command(config: RunConfig, npz: str | None) -> int:
-    """Synthesize the training images of a run, and the held-out ones, and stop.
+    """Synthesize the training and held-out images of a run, and stop.
 
-    `synq train` with the same settings finds them in the store. Every key of a run is accepted; teacher, synthesis,
-    data_seed and evaluation.heldout_images decide the images.
+    `synq train` with the same settings finds them in the store. All settings of a run are accepted; the images depend
+    on teacher, synthesis, data_seed and evaluation.heldout_images.
     """
     if npz is not None and not npz.endswith(".npz"):
         raise ValueError(f"`npz` must name a file that ends in .npz, but got {npz!r}")

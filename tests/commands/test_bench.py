@@ -44,7 +44,7 @@ def subject(monkeypatch: pytest.MonkeyPatch) -> Subject:
 def test_the_reference_step_has_the_loss_and_the_gradient_of_the_fast_step(subject: Subject) -> None:
     student, teacher, images, labels = subject.student, subject.teacher, subject.images.double(), subject.labels
     for net in (student.net, teacher.net):
-        net.double()  # student and teacher nearly agree: in float32 their difference has few digits
+        net.double()  # the logits are almost equal: in float32 their difference has few digits
     config = replace(steps.CONFIG, difficulty_threshold=0.9, ce_weight=0.5)
     filtered = gaussian_lowpass(images, 5.0)
     view = teacher_response(teacher, filtered, labels)
@@ -88,7 +88,7 @@ def test_a_table_lists_missed_targets() -> None:
     assert found["facts"]["torch"] == torch.__version__
 
 
-def test_steps_leave_the_student_as_it_was(subject: Subject) -> None:
+def test_steps_do_not_change_the_student(subject: Subject) -> None:
     before = {name: value.clone() for name, value in subject.student.net.state_dict().items()}
     for step in steps.calls(subject).values():
         step()
@@ -100,7 +100,7 @@ def test_steps_leave_the_student_as_it_was(subject: Subject) -> None:
     [(steps, 7), (ceilings, 15), (synthesis, 3), pytest.param(population, 4, marks=pytest.mark.slow)],
     ids=["steps", "ceilings", "synthesis", "population"],
 )
-def test_groups_give_their_rows(subject: Subject, monkeypatch: pytest.MonkeyPatch, group: object, count: int) -> None:
+def test_groups_return_their_rows(subject: Subject, monkeypatch: pytest.MonkeyPatch, group: object, count: int) -> None:
     monkeypatch.setattr(ceilings, "MATRIX", {"cpu": 64})
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**20})
     found = list(group.rows(CONTEXT))  # type: ignore[attr-defined]

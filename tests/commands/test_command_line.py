@@ -1,4 +1,4 @@
-"""How commands read their arguments, what their help shows, and how errors are reported."""
+"""Parsing of command lines, help texts and error reports."""
 
 import os
 import subprocess
@@ -52,13 +52,13 @@ def get(name: str) -> Command:
     return command
 
 
-def test_own_options_and_settings_of_a_run_stand_in_any_order(tmp_path: Path) -> None:
+def test_options_and_settings_may_be_in_any_order(tmp_path: Path) -> None:
     args = ["timm:resnet18", "--seed", "3", "--activations", "--quant.layer_weight_bits", "fc=8", "--max-bytes=5"]
     found = with_settings.read([*args, "--seeds", "0", "1", "--finetune.grad-clip", "none"])
     assert (found["activations"], found["max_bytes"], found["seeds"]) == (True, 5.0, (0, 1))
     overrides = {"teacher.spec": "timm:resnet18", "seed": 3, "quant.layer_weight_bits": {"fc": 8}}
-    wanted = with_overrides(RunConfig(), {**overrides, "finetune.grad_clip": None})
-    assert found["config"] == make_absolute(wanted)
+    expected = with_overrides(RunConfig(), {**overrides, "finetune.grad_clip": None})
+    assert found["config"] == make_absolute(expected)
     file = tmp_path / "run.toml"
     file.write_text("seed = 7\n")
     for start in ([str(file)], ["--config", str(file)], [f"--config={file}"]):
@@ -68,10 +68,11 @@ def test_own_options_and_settings_of_a_run_stand_in_any_order(tmp_path: Path) ->
     assert (found["only"], found["where"], found["max_bytes"], found["path"]) == (("a", "b"), ("x", "y"), -1.0, "-z")
 
 
-def test_a_mistyped_option_gets_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_of_an_unknown_option_suggests_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
     line = rejected(with_settings, ["--max_byte=3"], capsys)
     assert line == (
-        "`--max_byte` must be an option of this command or a setting of a run, but is neither; did you mean `--max-bytes`?"
+        "`--max_byte` must be an option of this command or a setting of a run, but is neither; did you mean "
+        "`--max-bytes`?"
     )
     for arg, hint in (("--finetune.lrr=3", "`finetune.lr`"), ("--lr", "`synthesis.lr` or `finetune.lr`")):
         assert rejected(with_settings, [arg, "1"], capsys).endswith(f"but got an unknown one; did you mean {hint}?")
@@ -94,23 +95,23 @@ def test_a_mistyped_option_gets_the_nearest_one(capsys: pytest.CaptureFixture[st
         (["--help=quant"], "`help` must be given without a group for this command, but got 'quant'; see --help-all"),
     ],
 )
-def test_wrong_values_are_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_values_are_one_line_errors(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert rejected(without_settings, args, capsys) == message
 
 
-def test_a_teacher_behind_the_options_is_told_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_teacher_after_the_options_is_rejected_with_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
     line = rejected(with_settings, ["--activations", "timm:resnet18"], capsys)
     assert line == "each setting must read --KEY VALUE, and TEACHER must come first, but got timm:resnet18; see --help"
 
 
-def test_only_the_first_word_stands_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_first_argument_may_omit_its_option(capsys: pytest.CaptureFixture[str]) -> None:
     line = rejected(with_settings, ["timm:resnet18", "run.toml", "--activations"], capsys)
     assert line.startswith(
         "only the first argument may come without its option, but got 'run.toml' after 'timm:resnet18'"
     )
 
 
-def test_one_process_of_several_reports_what_all_have_read(
+def test_only_the_main_process_reports_errors_and_help(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -118,18 +119,18 @@ def test_one_process_of_several_reports_what_all_have_read(
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_fault_of_ours_is_not_hidden_and_an_interruption_has_its_code(capsys: pytest.CaptureFixture[str]) -> None:
-    def fault(error: BaseException) -> None:
+def test_bugs_have_a_traceback_and_interrupts_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: BaseException) -> None:
         raise error
 
-    assert exit_code(lambda: fault(KeyboardInterrupt())) == 130
+    assert exit_code(lambda: fail(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "synq: interrupted\n"
-    assert exit_code(lambda: fault(KeyboardInterrupt()), resumes=True) == 130
+    assert exit_code(lambda: fail(KeyboardInterrupt()), resumes=True) == 130
     assert "the same command resumes" in capsys.readouterr().err
     assert exit_code(lambda: None) == 0
-    with pytest.raises(RuntimeError, match="ours"):
-        exit_code(lambda: fault(RuntimeError("ours")))
-    assert exit_code(lambda: fault(RecursionError("of a run")), failures=lambda: (RecursionError,)) == 1
+    with pytest.raises(RuntimeError, match="bug"):
+        exit_code(lambda: fail(RuntimeError("bug")))
+    assert exit_code(lambda: fail(RecursionError("of a run")), failures=lambda: (RecursionError,)) == 1
     assert capsys.readouterr().err == "synq: error: of a run\n"
 
 
@@ -144,13 +145,15 @@ def test_the_short_help_fits_on_a_screen(name: str, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_the_whole_help_has_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_complete_help_has_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = get(name)
     assert cli.run([name, "--help-all"]) == 0
     text = capsys.readouterr().out
     listed = {line.split()[0] for line in text.splitlines() if line.startswith("  --")}
-    wanted = {param.opts[0] for param in command.get_params(click.Context(command)) if isinstance(param, click.Option)}
-    assert wanted == listed and all(param.help for param in command.own_options)
+    expected = {
+        param.opts[0] for param in command.get_params(click.Context(command)) if isinstance(param, click.Option)
+    }
+    assert expected == listed and all(param.help for param in command.own_options)
     assert all(param.metavar in text for param in command.own_arguments)
 
 
@@ -175,7 +178,7 @@ def test_every_setting_has_a_docstring() -> None:
     assert docs["finetune.lr"] == "Peak learning rate." and docs["quant"]
 
 
-def test_names_in_the_help_are_those_of_the_library() -> None:
+def test_rows_in_the_help_are_those_of_the_library() -> None:
     from synq.sweeps.studies import ablation, recipes
 
     for name, rows in (("ablate", ablation.ROWS), ("recipe", recipes.ROWS)):
@@ -197,7 +200,7 @@ def cpu_seconds(args: list[str]) -> float:
 
 @pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["train", "--help-all"]], ids=" ".join)
 def test_the_help_takes_little_processor_time(args: list[str]) -> None:
-    best = min(cpu_seconds(args) for _ in range(5))  # whatever else the machine does only adds to it
+    best = min(cpu_seconds(args) for _ in range(5))  # other load can only increase it
     assert best < MAX_CPU_SECONDS, f"{best:.2f} s"
 
 

@@ -1,4 +1,4 @@
-"""`synq train` and `synq` as a user meets them: arguments in, one line out, an exit code."""
+"""`synq train` and `synq`: arguments, one line of output, exit codes."""
 
 import json
 import os
@@ -19,7 +19,8 @@ from synq.config.run import RunConfig, config_digest, config_to_dict, make_absol
 from synq.runs.record import RunRecord, read_record, write_config
 
 SUMMARY = re.compile(
-    r"^digits_resnet8 W4A4 A relu \| teacher \d+\.\d\d \| RTN \d+\.\d\d \| final \d+\.\d\d \| drop -?\d+\.\d\d \| \d+ s$"
+    r"^digits_resnet8 W4A4 A relu \| teacher \d+\.\d\d \| RTN \d+\.\d\d \| final \d+\.\d\d \| "
+    r"drop -?\d+\.\d\d \| \d+ s$"
 )
 
 
@@ -33,10 +34,10 @@ def _fresh_accelerate() -> Iterator[None]:
 
 
 @pytest.fixture
-def words(
+def args(
     tiny_settings: dict[str, object], as_words: Callable[[dict[str, object]], list[str]], in_tmp: Path
 ) -> list[str]:
-    """A small run into ./out, as command-line words."""
+    """Return the command-line arguments of a small run in ./out."""
     return as_words({**tiny_settings, "runtime.output_dir": "out"})
 
 
@@ -44,7 +45,7 @@ def _tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_help_explains_every_field_with_its_value(capsys: pytest.CaptureFixture[str], in_tmp: Path) -> None:
+def test_the_help_has_every_setting_with_its_value(capsys: pytest.CaptureFixture[str], in_tmp: Path) -> None:
     assert train.main(["--help-all"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     keys = dotted_keys(RunConfig)
@@ -59,10 +60,10 @@ def test_help_explains_every_field_with_its_value(capsys: pytest.CaptureFixture[
     assert os.listdir(in_tmp) == ["a.toml"]
 
 
-def test_a_run_ends_with_a_record_and_one_line_and_is_never_done_twice(
-    capsys: pytest.CaptureFixture[str], words: list[str], in_tmp: Path
+def test_a_run_writes_a_record_and_one_line_and_is_not_repeated(
+    capsys: pytest.CaptureFixture[str], args: list[str], in_tmp: Path
 ) -> None:
-    assert train.main(words) == 0
+    assert train.main(args) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert SUMMARY.match(line), line
     (path,) = in_tmp.glob("out/run-*/record.json")
@@ -74,26 +75,28 @@ def test_a_run_ends_with_a_record_and_one_line_and_is_never_done_twice(
     assert record.drop == pytest.approx(record.teacher_top1 - record.top1)
     assert not list(in_tmp.rglob("*.tmp"))
     before = {name: (in_tmp / name).stat().st_mtime_ns for name in _tree(in_tmp)}
-    assert train.main(words) == 0
+    assert train.main(args) == 0
     again = capsys.readouterr()
     assert again.out.splitlines() == [line]
     assert f"synq: finished before, nothing to do: {path.parent}" in again.err.splitlines()
     assert {name: (in_tmp / name).stat().st_mtime_ns for name in _tree(in_tmp)} == before
 
 
-def test_the_command_line_overrules_the_file(
-    capsys: pytest.CaptureFixture[str], words: list[str], in_tmp: Path
-) -> None:
+def test_the_command_line_overrides_the_file(capsys: pytest.CaptureFixture[str], args: list[str], in_tmp: Path) -> None:
     (in_tmp / "a.json").write_text(
         json.dumps({"name": "file", "finetune": {"lr": 0.25, "kd_temperature": 2}, "seed": 3})
     )
-    assert train.main(["--config=a.json", *words, "--finetune.lr", "0.125"]) == 0
+    assert train.main(["--config=a.json", *args, "--finetune.lr", "0.125"]) == 0
     (path,) = in_tmp.glob("out/file-*/record.json")
     config = read_record(path).config
     assert (config["finetune"]["lr"], config["finetune"]["kd_temperature"], config["seed"]) == (0.125, 2.0, 3)
 
 
-NO_BATCH_NORM = "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(784, 10))\n"
+NO_BATCH_NORM = (
+    "from torch import nn\n"
+    "def make():\n"
+    "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(784, 10))\n"
+)
 WITH_BATCH_NORM = (
     "from torch import nn\n"
     "def make():\n"
@@ -121,8 +124,8 @@ OWN = "--teacher.spec net.py:make --teacher.input_size 1 16 16 --teacher.mean 0.
         ("--finetune.batch_size 64", "`finetune.batch_size` must be <= `synthesis.num_images` (32)"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
-    capsys: pytest.CaptureFixture[str], words: list[str], in_tmp: Path, line: str, message: str
+def test_invalid_input_is_a_one_line_error_with_exit_code_2_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], args: list[str], in_tmp: Path, line: str, message: str
 ) -> None:
     import safetensors.torch
     import torch
@@ -137,7 +140,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
     }
     safetensors.torch.save_file(nan, in_tmp / "nan.safetensors")
     before = _tree(in_tmp)
-    assert train.main([*words, *line.split()]) == 2
+    assert train.main([*args, *line.split()]) == 2
     captured = capsys.readouterr()
     (only,) = captured.err.splitlines()
     assert only.startswith("synq: error: ") and message in only and captured.out == ""
@@ -145,7 +148,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
     assert written == before
 
 
-def test_the_first_word_is_the_teacher_or_the_settings(in_tmp: Path) -> None:
+def test_the_first_argument_is_the_teacher_or_a_file_of_settings(in_tmp: Path) -> None:
     assert train.command.read(["timm:resnet18"])["config"].teacher.spec == "timm:resnet18"
     Path("run.toml").write_text("[finetune]\nlr = 0.5\n")
     found = train.command.read(["run.toml"])["config"]
@@ -154,14 +157,14 @@ def test_the_first_word_is_the_teacher_or_the_settings(in_tmp: Path) -> None:
         train.command.read(["run.toml", "--config", "run.toml"])
 
 
-def test_the_settings_that_a_run_wrote_name_that_run(in_tmp: Path) -> None:
+def test_the_written_settings_of_a_run_reproduce_its_digest(in_tmp: Path) -> None:
     config = with_overrides(RunConfig(), {"finetune.grad_clip_relative": None, "finetune.lr": 0.5})
     write_config("config.json", config)
     found = train.command.read(["--config", "config.json"])["config"]
     assert found == make_absolute(config) and config_digest(found) == config_digest(config)
     Path("dumped.json").write_text(json.dumps(config_to_dict(config)))
     assert train.command.read(["--config", "dumped.json"])["config"] == make_absolute(config), (
-        "complete without a format number"
+        "complete settings need no format number"
     )
     finetune = config_to_dict(config)["finetune"]
     del finetune["lr"]
@@ -174,8 +177,8 @@ def test_the_settings_that_a_run_wrote_name_that_run(in_tmp: Path) -> None:
     )
 
 
-def test_failure_and_interrupt_have_their_own_exit_codes(
-    capsys: pytest.CaptureFixture[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+def test_failure_and_interrupt_have_separate_exit_codes(
+    capsys: pytest.CaptureFixture[str], args: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from synq import pipeline
     from synq.finetune import loop as finetune
@@ -187,25 +190,25 @@ def test_failure_and_interrupt_have_their_own_exit_codes(
         monkeypatch.setattr(pipeline, "run", run)
 
     raise_now(finetune.NonFiniteLossError("the term cam is nan"))
-    assert train.main(words) == 1
+    assert train.main(args) == 1
     raise_now(KeyboardInterrupt())
-    assert train.main(words) == 130
+    assert train.main(args) == 130
     assert capsys.readouterr().err.splitlines() == [
         "synq: error: the term cam is nan",
         "synq: interrupted; the same command resumes",
     ]
-    raise_now(AssertionError("our own fault"))
+    raise_now(AssertionError("a bug"))
     with pytest.raises(AssertionError):  # a bug is shown with its traceback, never as bad input
-        train.main(words)
+        train.main(args)
 
 
-def test_the_file_finds_its_package_by_itself(root: Path, in_tmp: Path) -> None:
-    # -S: no site-packages, so an installed synq cannot help, nor any third party but click.
+def test_the_file_can_be_started_without_an_installed_package(root: Path, in_tmp: Path) -> None:
+    # -S: no site-packages, so neither an installed synq nor third-party packages except click can be imported.
     (in_tmp / "third").mkdir()
     (in_tmp / "third" / "click").symlink_to(Path(click.__file__).parent)
     command = [sys.executable, "-S", str(root / "synq" / "train.py"), "--finetune.lrr", "1"]
-    alone = {**os.environ, "PYTHONPATH": str(in_tmp / "third")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=in_tmp, check=False, env=alone)
+    environment = {**os.environ, "PYTHONPATH": str(in_tmp / "third")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=in_tmp, check=False, env=environment)
     assert (
         done.returncode == 2
         and done.stderr.endswith("did you mean `finetune.lr`?\n")
@@ -220,16 +223,16 @@ def _launch(root: Path, processes: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_speak_with_one_voice(
-    root: Path, words: list[str], in_tmp: Path, run_process: Callable[..., tuple[int, str, str]]
+def test_two_processes_print_one_line(
+    root: Path, args: list[str], in_tmp: Path, run_process: Callable[..., tuple[int, str, str]]
 ) -> None:
-    code, out, err = run_process([*_launch(root, 2), *words], cwd=in_tmp)
+    code, out, err = run_process([*_launch(root, 2), *args], cwd=in_tmp)
     assert code == 0, err
     assert len([line for line in out.splitlines() if SUMMARY.match(line)]) == 1 == len(out.splitlines())
     (path,) = in_tmp.glob("out/run-*/record.json")
     assert "2 processes" in read_record(path).device
     before = _tree(in_tmp / "out")
-    code, out, err = run_process([*_launch(root, 2), *words, "--finetune.batch_size", "15"], cwd=in_tmp)
+    code, out, err = run_process([*_launch(root, 2), *args, "--finetune.batch_size", "15"], cwd=in_tmp)
     errors = [line for line in err.splitlines() if "synq: error" in line]
     assert (
         code != 0 and len(errors) == 1 and "batch_size must be divisible by the number of processes (2)" in errors[0]
@@ -239,9 +242,9 @@ def test_two_processes_speak_with_one_voice(
 
 @pytest.mark.slow
 def test_accelerate_launch_starts_the_file(
-    root: Path, words: list[str], in_tmp: Path, run_process: Callable[..., tuple[int, str, str]]
+    root: Path, args: list[str], in_tmp: Path, run_process: Callable[..., tuple[int, str, str]]
 ) -> None:
-    code, out, err = run_process([*_launch(root, 1), *words], cwd=in_tmp)
+    code, out, err = run_process([*_launch(root, 1), *args], cwd=in_tmp)
     assert code == 0 and SUMMARY.match(out.splitlines()[-1]), err
 
 
@@ -255,27 +258,27 @@ def test_the_console_command_lists_its_commands(capsys: pytest.CaptureFixture[st
     assert captured.out.startswith("synq ") and captured.err.endswith("but got 'trian'; did you mean `train`?\n")
 
 
-def test_the_console_command_is_light_until_a_command_is_called() -> None:
+def test_the_console_command_imports_nothing_large() -> None:
     code = "import sys, synq.cli; print(sorted({'torch', 'ray', 'sweeps', 'launch'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_the_console_command_trains_and_synthesizes(
-    capsys: pytest.CaptureFixture[str], words: list[str], in_tmp: Path
+    capsys: pytest.CaptureFixture[str], args: list[str], in_tmp: Path
 ) -> None:
-    assert cli.run(["synthesize", *words]) == 0
+    assert cli.run(["synthesize", *args]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.rpartition(" | ")[2] for line in lines] == ["32 images", "16 images"]
     assert not list(in_tmp.glob("out/run-*"))
     sets = _tree(in_tmp / "out" / "store")
-    assert cli.run(["train", *words]) == 0
+    assert cli.run(["train", *args]) == 0
     assert SUMMARY.match(capsys.readouterr().out.splitlines()[-1])
     assert _tree(in_tmp / "out" / "store") == sets
 
 
-def test_images_for_other_tools(capsys: pytest.CaptureFixture[str], words: list[str], in_tmp: Path) -> None:
-    assert cli.run(["synthesize", *words, "--npz", "images.npz"]) == 0
+def test_images_are_exported_for_other_tools(capsys: pytest.CaptureFixture[str], args: list[str], in_tmp: Path) -> None:
+    assert cli.run(["synthesize", *args, "--npz", "images.npz"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "images.npz | 32 images"
     with np.load(in_tmp / "images.npz") as made:
         assert {name: (array.dtype.str[1:], array.shape) for name, array in made.items()} == {
@@ -291,11 +294,11 @@ def test_images_for_other_tools(capsys: pytest.CaptureFixture[str], words: list[
         assert np.array_equal(made["images"], stored["images"].numpy())
         assert np.array_equal(made["labels"], stored["labels"].numpy())
     for bad in (["--npz"], ["--npz", "images.npy"]):
-        assert cli.run(["synthesize", *words, *bad]) == 2
+        assert cli.run(["synthesize", *args, *bad]) == 2
         assert "`npz` must name a file that ends in .npz" in capsys.readouterr().err
     assert cli.run(["synthesize", "--help"]) == 0
     assert "Synthesize the training images" in (text := capsys.readouterr().out) and "--npz FILE.npz" in text
-    assert cli.run(["train", *words, "--npz", "images.npz"]) == 2, "of synthesize alone"
+    assert cli.run(["train", *args, "--npz", "images.npz"]) == 2, "only synthesize has this option"
 
 
 @pytest.mark.parametrize(("name", "option"), [("sweep", "--num-trials"), ("leaderboard", "PATH"), ("export", "RUN")])
@@ -303,22 +306,20 @@ def test_the_other_commands_can_be_called(capsys: pytest.CaptureFixture[str], na
     assert cli.run([name, "--help"]) == 0 and option in capsys.readouterr().out
 
 
-def test_a_reader_that_leaves_early_sees_no_traceback(
-    root: Path, run_process: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_a_pipe_closed_early_causes_no_traceback(root: Path, run_process: Callable[..., tuple[int, str, str]]) -> None:
     command = f"{sys.executable} {root / 'synq' / 'train.py'} --help | head -1"
     code, out, err = run_process(["bash", "-c", command])
     assert (code, err) == (0, "") and out.startswith("usage")
 
 
-def test_random_weights_are_the_same_in_every_process(words: list[str], in_tmp: Path) -> None:
+def test_random_weights_are_the_same_in_every_process(args: list[str], in_tmp: Path) -> None:
     (in_tmp / "model.py").write_text(
         "from torch import nn\n"
         "def net():\n"
-        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),"
-        " nn.Linear(4, 10))\n"
+        "    head = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)]\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), *head)\n"
     )
     spec = ["--teacher.spec", "model.py:net", "--teacher.weights", "random", "--teacher.input_size", "1,16,16"]
     facts = ["--teacher.mean", "0.5", "--teacher.std", "0.5", "--evaluation.dataset", "none"]
-    assert train.main([*words, *spec, *facts]) == 0
-    assert train.main([*words, *spec, *facts]) == 0, "other weights would be refused as another teacher's"
+    assert train.main([*args, *spec, *facts]) == 0
+    assert train.main([*args, *spec, *facts]) == 0, "other weights would be rejected as those of another teacher"
