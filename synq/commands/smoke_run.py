@@ -12,7 +12,6 @@ from synq.config.command_line import Command
 from synq.config.command_options import INT, config_option, option
 from synq.config.parsing import between
 from synq.config.run import RunConfig
-from synq.sweeps.studies.pool import threads_each
 from synq.train import TEACHER_SETTINGS
 
 IGNORED = ("synthesis", "finetune", "evaluation", "reconstruction")
@@ -109,7 +108,7 @@ def _formats() -> tuple[str, ...]:
 def _all(only: Sequence[str], jobs: int, formats: Sequence[str], page_file: str | None) -> int:
     from synq.common.files import write_text_atomic
     from synq.diagnostics.architectures import crashed_row, page, read_list, smoke_run_entry, summary_lines
-    from synq.sweeps.studies.pool import surviving_crashes
+    from synq.sweeps.studies.pool import surviving_crashes, threads_each
 
     entries = dict(enumerate(read_list(only)))
     work: Callable[..., dict] = partial(

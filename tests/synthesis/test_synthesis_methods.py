@@ -115,19 +115,20 @@ def test_the_name_of_a_set_covers_what_decides_its_images(
     assert (sets[0].manifest["terms"] != sets[1].manifest["terms"]) == counts
 
 
-def test_old_sets_keep_their_names() -> None:
-    """The settings in the key before there were other methods."""
-    old = {
+def test_sets_keep_their_names() -> None:
+    """A change of the key makes every stored set unfindable: raise FORMAT_VERSION with it."""
+    settings = {
+        *("method", "start", "swing_conv"),
         *("num_images", "shard_size", "iterations", "lr", "schedule", "plateau_patience", "plateau_factor"),
         *("bns_weight", "bns_form", "inception_weight", "hard_sample_gamma", "calib_centers", "augment"),
     }
-    assert set(set_identity("5c" * 32, SIZE, SynthesisConfig(start="white"), 0, "train")["synthesis"]) == old
+    assert set(set_identity("5c" * 32, SIZE, SynthesisConfig(start="white"), 0, "train")["synthesis"]) == settings
     centers = {"center_iterations", "center_weight", "center_depth"}
     config = SynthesisConfig(calib_centers=True, start="white")
-    assert set(set_identity("5c" * 32, SIZE, config, 0, "train")["synthesis"]) == old | centers
+    assert set(set_identity("5c" * 32, SIZE, config, 0, "train")["synthesis"]) == settings | centers
     config = replace(config, lr=0.5, num_images=14, shard_size=4, iterations=6, center_iterations=4)
     key = SetStore("/nowhere").key("7e" * 32, replace(config, augment="flip_shift"), 3, input_size=(1, 9, 8))
-    assert key == "fb36238ad790f2b8a7aaef0367761541"
+    assert key == "4382e01c62b67f145e8be8aa6f8ec47c"
 
 
 def test_a_set_records_its_initial_noise_and_every_shard_has_it(tmp_path: Path, tiny_teacher: Teacher) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,10 +45,8 @@ def test_bundled_teacher_reaches_the_accuracy_in_its_metadata() -> None:
     assert {"command", "seed", "dataset", "mean", "std"} <= facts.keys()
 
 
-def test_bundled_training_is_deterministic(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(root))
-    from launch.train_bundled_teacher import train
-
+def test_bundled_training_is_deterministic(root: Path) -> None:
+    train = runpy.run_path(str(root / "launch" / "train_bundled_teacher.py"))["train"]
     data = load_labeled("digits:train", (1, 16, 16), (0.3,), (0.3,), num_classes=10, limit=128)
     first, second, other = (train(data, seed, epochs=1).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
