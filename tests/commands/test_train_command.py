@@ -297,7 +297,9 @@ def test_images_are_exported_for_other_tools(capsys: pytest.CaptureFixture[str],
         assert cli.run(["synthesize", *args, *bad]) == 2
         assert "`npz` must name a file that ends in .npz" in capsys.readouterr().err
     assert cli.run(["synthesize", "--help"]) == 0
-    assert "Synthesize the training images" in (text := capsys.readouterr().out) and "--npz FILE.npz" in text
+    assert (
+        "Synthesize the training and held-out images" in (text := capsys.readouterr().out) and "--npz FILE.npz" in text
+    )
     assert cli.run(["train", *args, "--npz", "images.npz"]) == 2, "only synthesize has this option"
 
 
