@@ -1,4 +1,4 @@
-"""Row g: the machine's limits, and the share of them that each kernel and a whole step reach."""
+"""Hardware limits, and the share of them that each kernel and a whole fine-tuning step reach (roofline)."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -22,19 +22,21 @@ from .table import Context, Row
 from .timing import Spread, alternate
 
 FLOAT = 4
+"""Bytes of a float32."""
 MATRIX = {"cpu": 1024, "cuda": 8192}
+"""Rows of the square matrices whose product is timed."""
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operation with its two numbers.
+    """One operation with its operation count and memory traffic.
 
     Attributes:
-        name: For the table.
-        call: Does it once.
-        flops: Floating-point operations, a multiply-add as two.
-        size: Bytes that must be read and written at least once.
+        name: Name in the table.
+        call: Runs the operation once.
+        flops: Floating-point operations; a multiply-add counts as two.
+        size: Minimum number of bytes read and written.
     """
 
     name: str
@@ -43,8 +45,15 @@ class Kernel:
     size: float
 
 
-def kernels(device: torch.device, batch: int, channels: int = 16, side: int = 32, classes: int = 10) -> list[Kernel]:
-    """Return the kernels of a step, at the size of the widest layer of a ResNet-20, in the layout that runs use."""
+def kernels(device: torch.device, batch: int, channels: int = 16, side: int = 32) -> list[Kernel]:
+    """Return the kernels of a fine-tuning step, in the memory format that runs use.
+
+    Args:
+        device: Device of the tensors.
+        batch: Images per batch.
+        channels: Channels of the feature map; the default is the largest layer of a ResNet-20.
+        side: Height and width of the feature map and of the images, in pixels.
+    """
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
     def tensor(*shape: int) -> Tensor:
@@ -128,7 +137,8 @@ def rows(context: Context) -> Iterator[Row]:
         seconds = alternate({"kernel": kernel.call}, rounds=2 * context.rounds, device=device).seconds["kernel"]
         floor = max(kernel.flops / flops, kernel.size / bandwidth)
         bound = "arithmetic" if kernel.flops / flops > kernel.size / bandwidth else "memory"
-        note = f"{kernel.flops / 1e6:.3g} MFLOP, {kernel.size / 1e6:.3g} MB, limit by {bound} {1e3 * floor:.3g} ms, {100 * floor / min(seconds):.0f} % of it"
+        cost = f"{kernel.flops / 1e6:.3g} MFLOP, {kernel.size / 1e6:.3g} MB"
+        note = f"{cost}, limit by {bound} {1e3 * floor:.3g} ms, {100 * floor / min(seconds):.0f} % of it"
         yield row(what=f"batch {batch}: {kernel.name}", value=_scaled(seconds, 1e3), unit="ms", note=note)
 
     for key in KINDS:

@@ -1,4 +1,4 @@
-"""Start workers as separate processes and read what they report."""
+"""Start benchmark workers as separate processes and read their results."""
 
 import json
 import os
@@ -19,14 +19,15 @@ class WorkerError(RuntimeError):
 ROOT = Path(synq.__file__).resolve().parent.parent
 """Folder that holds the package `synq`: a checkout, or site-packages."""
 TIMEOUT = 1800
+"""Time limit of a worker, in seconds."""
 WORKER = f"{__package__}.worker"
 SOLO = [sys.executable, "-m", WORKER]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", WORKER]
-"""Starts a worker as two processes of one group."""
+"""Command that starts a worker as two processes of one process group."""
 
 
 def start(command: list[str], threads: int = 1) -> "subprocess.Popen[str]":
-    """Start a process with its own number of threads, in a new session, so that its children can be ended with it."""
+    """Start a process with a number of CPU threads, in a new session, so that its children can be killed with it."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -35,17 +36,17 @@ def start(command: list[str], threads: int = 1) -> "subprocess.Popen[str]":
 
 
 def stop(process: "subprocess.Popen[str]") -> None:
-    """End a process with everything it started."""
+    """Kill a process and its children."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
-    """Wait for a process and return what it wrote.
+    """Wait for a process and return its standard output and standard error.
 
     Raises:
-        WorkerError: It failed or took too long; the message holds the end of its standard error.
+        WorkerError: It failed or timed out; the message has the end of its standard error.
     """
     try:
         out, err = process.communicate(timeout=TIMEOUT)
@@ -60,6 +61,10 @@ def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
 
 
 def result(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    """Wait for a worker and return what it reports; raises as `finish`."""
+    """Wait for a worker and return its result: the JSON on its last line of output.
+
+    Raises:
+        WorkerError: Raised by `finish`.
+    """
     found: dict[str, Any] = json.loads(finish(process)[0].strip().splitlines()[-1])
     return found

@@ -1,4 +1,4 @@
-"""Measure groups of benchmarks and write their table: what `synq bench` does."""
+"""The benchmark run of `synq bench`: measure groups of benchmarks and write their table."""
 
 import importlib
 import time
@@ -15,14 +15,14 @@ from synq.runtime import make_accelerator
 from .table import Context, Row, as_json, machine, markdown
 
 GROUPS = {
-    "ceilings": "What the machine can do: matrix product, memory, and each kernel's share of it",
+    "ceilings": "Hardware limits: matrix product, memory, and the share that each kernel reaches",
     "steps": "A fine-tuning step",
     "options": "Layout, number format, compilation",
     "synthesis": "Synthesis",
     "curves": "Cost curves and memory",
     "population": "Several students in one process",
     "processes": "Two processes (DDP)",
-    "sweep": "Trials side by side",
+    "sweep": "Concurrent trials",
 }
 
 
@@ -38,16 +38,16 @@ def measure(
     """Measure groups of benchmarks, print them, and write bench.json and bench.md after each group.
 
     Args:
-        groups: Names of `GROUPS`.
-        device: auto takes a GPU where there is one.
-        threads: CPU threads; None leaves them to PyTorch.
-        rounds: Rounds of each comparison.
+        groups: Names of groups (`GROUPS`).
+        device: Device; auto uses a GPU if there is one.
+        threads: CPU threads; None uses PyTorch's default.
+        rounds: Timed rounds of each comparison.
         seed: Seed of weights and images.
-        output_dir: Folder of the files.
+        output_dir: Folder of bench.json and bench.md.
 
     Raises:
-        OSError: The folder cannot be written.
-        WorkerError: A process of the benchmark failed.
+        OSError: The folder is not writable.
+        WorkerError: A worker process failed.
     """
     accelerator = make_accelerator(RuntimeConfig(device=device, num_threads=threads))
     context = Context(device=accelerator.device, threads=torch.get_num_threads(), rounds=rounds, seed=seed)
@@ -61,8 +61,8 @@ def measure(
         for row in rows_of(name)(context):
             rows.append(row)
             what, value, spread, target, _ = row.cells()
-            ends = (f" ({spread})" if spread else "") + (f"   [{target}]" if target else "")
-            print(f"  {what}: {value}{ends}", flush=True)
+            suffix = (f" ({spread})" if spread else "") + (f"   [{target}]" if target else "")
+            print(f"  {what}: {value}{suffix}", flush=True)
         if not rows:
             print("  nothing to measure on this device")
         print(f"  {time.perf_counter() - started:.0f} s", flush=True)
@@ -75,6 +75,6 @@ def measure(
 
 
 def rows_of(name: str) -> Callable[[Context], Iterable[Row]]:
-    """Return the function that measures one group; only the module of that group is imported."""
+    """Return the function that measures a group, after importing only the module of that group."""
     function: Callable[[Context], Iterable[Row]] = importlib.import_module(f"{__package__}.{name}").rows
     return function

@@ -1,4 +1,4 @@
-"""What the options of a run cost or give on this device: layout, number format, compilation. Below 1: the option wins."""
+"""Speed of the runtime options on this device: memory format, precision, compilation; below 1, the option is faster."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -19,14 +19,14 @@ from .timing import Times, alternate
 
 
 def rows(context: Context) -> Iterator[Row]:
-    """Compare layouts and number formats for both networks, and compiled with eager steps for the smaller one (minutes)."""
+    """Compare memory formats and precisions of both networks, and compiled with eager steps (minutes) of ResNet-20."""
     for key in KINDS:
         yield from _placed_rows(key, context)
     yield from _compiled_rows(context)
 
 
 def _placed_step(key: str, runtime: RuntimeConfig, context: Context) -> Callable[[], None]:
-    """Return a full step of a network that stands as `runtime` says, the teacher's outputs stored."""
+    """Return a full fine-tuning step of a network placed with `runtime`, with precomputed outputs of the teacher."""
     subject = build_subject(key, context.device, context.seed, runtime=runtime)
     autocast = partial(torch.autocast, context.device.type, torch.bfloat16, enabled=runtime.precision == "bf16")
     view = teacher_response(subject.teacher, subject.images, subject.labels)
@@ -42,12 +42,12 @@ def _placed_rows(key: str, context: Context) -> Iterator[Row]:
     default, other = "channels_last", "contiguous"
     if context.device.type != "cpu":
         default, other = other, default
-    path_overrides = {
+    runtimes = {
         default: RuntimeConfig(memory_format=default),  # type: ignore[arg-type]
         other: RuntimeConfig(memory_format=other),  # type: ignore[arg-type]
         "bf16": RuntimeConfig(precision="bf16"),
     }
-    steps = {what: _placed_step(key, runtime, context) for what, runtime in path_overrides.items()}
+    steps = {what: _placed_step(key, runtime, context) for what, runtime in runtimes.items()}
     times = alternate(steps, rounds=max(3, context.rounds // 2), device=context.device)
     for what in (other, "bf16"):
         yield _row(f"{KINDS[key].name}: full step, {what} over {default} float32", times, what, default)
@@ -58,8 +58,8 @@ def _compiled_rows(context: Context) -> Iterator[Row]:
     eager = calls(subject)
     student, plain = torch.compile(subject.student.net), torch.compile(copy.deepcopy(subject.plain))
     fast = calls(subject, student)  # type: ignore[arg-type]
-    wanted = teacher_response(subject.teacher, subject.images, subject.labels)[0]
-    compiled_float = updated(plain, lambda: kd_kl(plain(subject.images), wanted, CONFIG.kd_temperature).mean())  # type: ignore[arg-type]
+    target_logits = teacher_response(subject.teacher, subject.images, subject.labels)[0]
+    compiled_float = updated(plain, lambda: kd_kl(plain(subject.images), target_logits, CONFIG.kd_temperature).mean())  # type: ignore[arg-type]
     times = alternate(
         {
             "eager": eager["full"],

@@ -1,4 +1,4 @@
-"""Would it pay to train several students in one process? What they could share, and what batching their convolutions gives."""
+"""Possible gains of training several students in one process: a shared teacher pass, streams, grouped convolutions."""
 
 from collections.abc import Callable, Iterator
 
@@ -16,11 +16,11 @@ from .timing import alternate
 
 STUDENTS = {"cpu": 4, "cuda": 8}
 LAYERS = ((16, 32), (32, 16), (64, 8))
-"""Channels and side of the three stages of a ResNet-20."""
+"""Channels and side length in pixels of the three stages of a ResNet-20."""
 
 
 def rows(context: Context) -> Iterator[Row]:
-    """Compare K students apart, interleaved over one teacher pass (on streams of their own on a GPU), and grouped convolutions."""
+    """Compare separate steps of K students with a shared teacher pass, CUDA streams, and grouped convolutions."""
     device, count = context.device, STUDENTS[context.device.type]
     subjects = [build_subject("resnet20", device, context.seed) for _ in range(count)]
     times = alternate(_steps(subjects), rounds=max(3, context.rounds // 2), device=device)
@@ -55,7 +55,7 @@ def rows(context: Context) -> Iterator[Row]:
 
 
 def _steps(subjects: list[Subject]) -> dict[str, Callable[[], None]]:
-    """Each student with a teacher pass of its own, or all with one."""
+    """Return steps of all students: `solo` with a teacher pass for each student, `shared` with one pass for all."""
     first = subjects[0]
 
     def solo() -> None:

@@ -1,4 +1,4 @@
-"""Row d: two processes that train one student (DDP), one thread or one GPU each, and a single one."""
+"""Efficiency of two processes that train one student (DDP), with one thread or one GPU each."""
 
 import statistics
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ ROUNDS = 3
 
 
 def rows(context: Context) -> Iterator[Row]:
-    """Train the same global batches by one and by two processes; also by two that know nothing of each other."""
+    """Train the same global batches with one and two processes; on CPU also with two independent processes."""
     device = context.device.type
     if device == "cuda" and torch.cuda.device_count() < 2:
         return
@@ -34,11 +34,11 @@ def rows(context: Context) -> Iterator[Row]:
         seconds["one"].append(_epoch(result(start([*SOLO, *args]))))
         seconds["two"].append(_epoch(result(start([*TWO, *args]))))
         if device == "cpu":
-            side_by_side = [start([*SOLO, *args]) for _ in range(2)]
+            independent = [start([*SOLO, *args]) for _ in range(2)]
             try:
-                seconds["apart"].append(statistics.mean([_epoch(result(process)) for process in side_by_side]))
+                seconds["apart"].append(statistics.mean([_epoch(result(process)) for process in independent]))
             finally:
-                for process in side_by_side:
+                for process in independent:
                     stop(process)
     efficiency = [one / two / 2 for one, two in zip(seconds["one"], seconds["two"], strict=True)]
     each = "1 thread" if device == "cpu" else "1 GPU"
@@ -62,7 +62,7 @@ def rows(context: Context) -> Iterator[Row]:
 
 
 def _epoch(found: dict[str, list[float]]) -> float:
-    """Return seconds of an epoch, without the first, which warms up."""
+    """Return the median seconds of an epoch, without the first one, which warms up."""
     return statistics.median(found["epoch_seconds"][1:])
 
 

@@ -1,4 +1,4 @@
-"""Rows a and b: what a fine-tuning step costs beside plain distillation, beside the textbook and beside float training."""
+"""Cost of a fine-tuning step against plain distillation, the reference (textbook) step, and float training."""
 
 from collections.abc import Callable, Iterator
 
@@ -20,7 +20,7 @@ CONFIG = FinetuneConfig()
 
 
 def updated(net: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """Return a whole step: loss, backward, clipping, optimizer; with a learning rate of 0, so that nothing moves."""
+    """Return a whole step: loss, backward, clipping, optimizer; the learning rate is 0, so the weights stay."""
     parameters = list(net.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, nesterov=True)
 
@@ -34,14 +34,14 @@ def updated(net: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
 
 
 def calls(subject: Subject, student: nn.Module | None = None) -> dict[str, Callable[[], None]]:
-    """Return the steps that are compared, by name.
+    """Return the steps to compare, by name.
 
     Args:
         subject: The networks.
-        student: What runs the student's forward pass, such as a compiled form; None is the student itself.
+        student: Module for the student's forward pass, such as a compiled one; None is the student itself.
     """
     net, images, labels = subject.student.net, subject.images, subject.labels
-    runs = net if student is None else student
+    forward = net if student is None else student
     height, width = images.shape[-2:]
     assert CONFIG.lowpass_cutoff is not None
     bins = cutoff_in_bins(CONFIG.lowpass_cutoff, CONFIG.lowpass_unit, height, width)
@@ -49,23 +49,23 @@ def calls(subject: Subject, student: nn.Module | None = None) -> dict[str, Calla
 
     def plain_loss() -> Tensor:
         with torch.no_grad():
-            wanted = subject.teacher.net(images)[0]
-        return kd_kl(runs(images)[0], wanted, CONFIG.kd_temperature).mean()
+            teacher_logits = subject.teacher.net(images)[0]
+        return kd_kl(forward(images)[0], teacher_logits, CONFIG.kd_temperature).mean()
 
     def live_loss() -> Tensor:
         view = teacher_response(subject.teacher, images, labels)
-        return training_loss(runs, subject.student, view, images, labels, CONFIG)[0]
+        return training_loss(forward, subject.student, view, images, labels, CONFIG)[0]
 
     def cached_loss() -> Tensor:
-        return training_loss(runs, subject.student, cached, images, labels, CONFIG)[0]
+        return training_loss(forward, subject.student, cached, images, labels, CONFIG)[0]
 
     def float_loss() -> Tensor:
         return kd_kl(subject.plain(images), cached[0], CONFIG.kd_temperature).mean()
 
     def quantized_loss() -> Tensor:
-        return kd_kl(runs(images)[0], cached[0], CONFIG.kd_temperature).mean()
+        return kd_kl(forward(images)[0], cached[0], CONFIG.kd_temperature).mean()
 
-    def teacher_alone() -> None:
+    def teacher_only() -> None:
         with torch.no_grad():
             subject.teacher.net(images)
 
@@ -76,7 +76,7 @@ def calls(subject: Subject, student: nn.Module | None = None) -> dict[str, Calla
         "textbook": updated(net, lambda: textbook_loss(subject.student, subject.teacher, images, labels, CONFIG, bins)),
         "float": updated(subject.plain, float_loss),
         "quantized": updated(net, quantized_loss),
-        "teacher": teacher_alone,
+        "teacher": teacher_only,
         "filter": lambda: _discard(gaussian_lowpass(images, bins)),
     }
 
@@ -116,14 +116,14 @@ def _rows_of(subject: Subject, times: Times, context: Context) -> Iterator[Row]:
         unit="x",
         note="the teacher's outputs are computed once, before",
     )
-    # Fair to the twin: the teacher's one pass over the images is spread over the epochs that use it.
-    amortised = [
+    # For a fair comparison, the teacher's single pass over the images is spread over the epochs that use it.
+    amortized = [
         book / (full + teacher / CONFIG.epochs)
         for book, full, teacher in zip(*(times.seconds[n] for n in ("textbook", "full", "teacher")), strict=True)
     ]
     yield row(
         "textbook step over full step",
-        value=Spread.of(amortised),
+        value=Spread.of(amortized),
         unit="x",
         target=Target(at_least=2.5),
         note=f"textbook: {PASSES}, filter; full: student F + B, teacher F / {CONFIG.epochs}",

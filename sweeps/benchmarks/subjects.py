@@ -1,4 +1,4 @@
-"""The networks that are timed: built, placed and fused by the very functions that a run uses."""
+"""The networks that are timed: built, placed and fused by the functions that a run uses."""
 
 import copy
 from collections.abc import Callable
@@ -24,9 +24,9 @@ class Subject:
     """A teacher, its student, the same network in float, and a batch of images.
 
     Attributes:
-        name: For the table.
-        module: The classifier as it came, frozen, in evaluation mode.
-        teacher, student: As fine-tuning gets them.
+        name: Name in the table.
+        module: The original classifier, frozen, in evaluation mode.
+        teacher, student: The networks as fine-tuning receives them.
         plain: The float network, trainable.
         images, labels: (N, C, H, W) and (N,), on the device.
     """
@@ -49,7 +49,7 @@ def resnet18() -> nn.Module:
 
 @dataclass(frozen=True)
 class Kind:
-    """A network with its image size, classes and batch per device type."""
+    """A network with its input size (C, H, W), number of classes, and batch size per device type."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -61,7 +61,7 @@ class Kind:
 TINY = Kind(
     "ResNet-8 of width 4, 32 px", lambda: cifar_resnet(8, 10, width=4), (3, 32, 32), 10, {"cpu": 64, "cuda": 256}
 )
-"""So small that what a set of images takes shows beside it; its speed is not a figure."""
+"""So small that the memory of a set of images is visible next to the network; its speed is not measured."""
 KINDS = {
     "resnet20": Kind("ResNet-20, 32 px", lambda: cifar_resnet(20, 10), (3, 32, 32), 10, {"cpu": 64, "cuda": 256}),
     "resnet18": Kind("ResNet-18, 224 px", resnet18, (3, 224, 224), 1000, {"cpu": 8, "cuda": 64}),
@@ -69,7 +69,7 @@ KINDS = {
 
 
 def classifier(kind: Kind, seed: int) -> nn.Module:
-    """Build an untrained classifier whose batch norms have seen noise, so that activations have the usual size."""
+    """Build an untrained classifier with batch-norm statistics of noise, so that activations have a typical scale."""
     torch.manual_seed(seed)
     module = kind.build().train()
     with torch.no_grad():
@@ -86,14 +86,22 @@ def build_subject(
     *,
     runtime: RuntimeConfig | None = None,
 ) -> Subject:
-    """Build a kind, or one of `KINDS`, on a device, W4A4, placed as a run with these settings (or its defaults) would."""
+    """Build teacher, W4A4 student and float network on a device, placed as a run would place them.
+
+    Args:
+        key: A kind, or its key in `KINDS`.
+        device: Device of networks and images.
+        seed: Seed of weights and images.
+        batch: Batch size; None is that of the kind.
+        runtime: Settings of the placement; None is the defaults.
+    """
     kind, runtime = KINDS[key] if isinstance(key, str) else key, runtime or RuntimeConfig()
     module = classifier(kind, seed)
     images = torch.randn(batch or kind.batch[device.type], *kind.size)
     labels = torch.arange(len(images)) % kind.classes
     traced = trace_classifier(copy.deepcopy(module), kind.size)
-    site = locate_cam(traced)
-    student = quantize_model(traced, QuantConfig(weight_bits=BITS, act_bits=BITS), cam_node=site.node)
+    cam_site = locate_cam(traced)
+    student = quantize_model(traced, QuantConfig(weight_bits=BITS, act_bits=BITS), cam_node=cam_site.node)
     plain = copy.deepcopy(traced)
     for net in (traced, student.net, plain):
         place(net, runtime, device, kind.size)
@@ -106,8 +114,8 @@ def build_subject(
     return Subject(
         name=f"{kind.name}, batch {len(images)}",
         module=module.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
-        teacher=TappedNetwork(net=with_features(traced.requires_grad_(False), site.node), cam_site=site),
-        student=TappedNetwork(net=trained, cam_site=site),
+        teacher=TappedNetwork(net=with_features(traced.requires_grad_(False), cam_site.node), cam_site=cam_site),
+        student=TappedNetwork(net=trained, cam_site=cam_site),
         plain=plain,
         images=images,
         labels=labels,

@@ -1,4 +1,4 @@
-"""Row e: trials per hour, one, two and four at a time on this machine or GPU, and what lies around a trial."""
+"""Trials per hour with one, two and four concurrent trials on this machine or GPU, and the overhead of a trial."""
 
 import json
 import os
@@ -14,13 +14,12 @@ from .timing import Spread
 
 CONCURRENT = (1, 2, 4)
 TRIALS = 8
-ACCOUNT = re.compile(
-    r"(\d+) trials in ([\d.]+) s, (\d+) at a time: (\d+) % of the time in their own work, ([\d.]+) s a trial"
-)
+ACCOUNT = re.compile(r"(\d+) trials in ([\d.]+) s, (\d+) at a time: (\d+) % of the time in [^,]+, ([\d.]+) s a trial")
+"""The line about the use of time that a sweep prints at its end."""
 
 
 def spec(folder: Path, device: str) -> dict[str, object]:
-    """Return a sweep of equal trials on the bundled teacher: one width, no pruning, no repetitions."""
+    """Return the spec of a sweep of equal trials on the bundled teacher: one bit-width, no pruning, no repetitions."""
     return {
         "name": "bench",
         "models": ["bundled:digits_resnet8"],
@@ -40,7 +39,7 @@ def spec(folder: Path, device: str) -> dict[str, object]:
 
 
 def rows(context: Context) -> Iterator[Row]:
-    """Run the same sweep with more and more trials at a time; the synthetic sets are made before, once."""
+    """Run the same sweep with an increasing number of concurrent trials; the synthetic sets are made once, before."""
     device = context.device.type
     with tempfile.TemporaryDirectory(prefix="synq-bench-") as name:
         folder = Path(name)
@@ -64,10 +63,14 @@ def rows(context: Context) -> Iterator[Row]:
 
 
 def _run(file: Path, output: Path, concurrent: int, device: str, *, trials: int) -> tuple[float, float, float, int]:
-    """Run the sweep; return (seconds from first start to last end, percent in trials, seconds around each, at a time).
+    """Run the sweep in a separate process.
+
+    Returns:
+        Seconds from the first start to the last end, percent of the time in trials, seconds of overhead per trial, and
+        the number of concurrent trials.
 
     Raises:
-        WorkerError: It failed; the message holds the end of its standard error.
+        WorkerError: It failed; the message has the end of its standard error.
     """
     cores = os.cpu_count() or 1
     part = ["--cpus-per-worker", str(min(1, cores / concurrent))]

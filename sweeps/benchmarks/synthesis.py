@@ -1,4 +1,4 @@
-"""Row c: synthesis beside a plain loop, and beside the bare forward and backward pass of the teacher, which is its limit."""
+"""Speed of synthesis against a plain loop and against its upper bound, the teacher's bare forward and backward pass."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ ITERATIONS = {"cpu": 4, "cuda": 40}
 
 
 def seconds_of_invert(subject: Subject, iterations: int, device: torch.device) -> float:
-    """Return seconds per iteration inside `invert`, from the end of the first to the end of the last."""
+    """Return the seconds per iteration of `invert`, from the end of the first to the end of the last iteration."""
     stamps: dict[int, float] = {}
 
     def stamp(done: int, _: Tensor) -> None:
@@ -45,7 +45,7 @@ def seconds_of_invert(subject: Subject, iterations: int, device: torch.device) -
 
 
 def seconds_of_bare(subject: Subject, iterations: int, device: torch.device) -> float:
-    """Return seconds of the teacher's forward pass and the backward pass to the pixels: no statistics, no optimizer."""
+    """Return the seconds per iteration of the teacher's forward pass and the backward pass to the pixels only."""
     images = subject.images.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def step() -> None:
@@ -55,7 +55,7 @@ def seconds_of_bare(subject: Subject, iterations: int, device: torch.device) -> 
 
 
 def seconds_of_plain(subject: Subject, iterations: int, device: torch.device) -> float:
-    """Return seconds of the loop as it is mostly written: hooks on each layer, a loss per layer, the loss read in each step."""
+    """Return the seconds per iteration of a plain loop: a hook and a loss per layer, the loss read in each step."""
     images = subject.images.clone(memory_format=torch.contiguous_format).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=CONFIG.lr)
     layers = [layer for layer in subject.module.modules() if isinstance(layer, _BatchNorm)]
@@ -96,7 +96,7 @@ def _seconds(step: Callable[[], None], iterations: int, device: torch.device) ->
 
 
 def rows(context: Context) -> Iterator[Row]:
-    """Measure both networks at the batch that synthesis uses (a smaller one for 224 pixels on CPU)."""
+    """Measure both networks at the batch size of synthesis (a smaller one for 224 pixels on CPU)."""
     device, iterations = context.device, ITERATIONS[context.device.type]
     for key in KINDS:
         subject = build_subject(key, device, context.seed, BATCH[key][device.type])

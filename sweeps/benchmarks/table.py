@@ -1,4 +1,4 @@
-"""Rows of the benchmark, and how they are printed and written."""
+"""Rows of the benchmark, as text, Markdown and JSON."""
 
 import dataclasses
 import platform
@@ -13,13 +13,13 @@ from .timing import Spread
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a figure should reach."""
+    """Bounds that a result should meet."""
 
     at_most: float | None = None
     at_least: float | None = None
 
     def met(self, value: float) -> bool:
-        """Tell whether the figure is inside."""
+        """Return whether a value is within the bounds."""
         return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
 
     def __str__(self) -> str:
@@ -28,7 +28,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure."""
+    """One result with its unit and target."""
 
     group: str
     what: str
@@ -38,13 +38,13 @@ class Row:
     note: str = ""
 
     def verdict(self) -> str:
-        """Return yes or no, or nothing where there is no target."""
+        """Return "yes" or "NO": whether the median meets the target; "" without a target."""
         if self.target is None:
             return ""
         return "yes" if self.target.met(self.value.median) else "NO"
 
     def cells(self) -> list[str]:
-        """Return the row as text."""
+        """Return the cells of the row as text, in the order of `HEAD`."""
         value, low, high = (f"{number:.4g}" for number in (self.value.median, self.value.low, self.value.high))
         spread = "" if low == high else f"{low} to {high}"
         target = "" if self.target is None else f"{self.target}: {self.verdict()}"
@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Context:
-    """What all groups are measured with."""
+    """Settings that all groups share."""
 
     device: torch.device
     threads: int
@@ -65,7 +65,7 @@ HEAD = ["what", "median", "quartiles", "target", "note"]
 
 
 def markdown(groups: Sequence[tuple[str, Sequence[Row]]], facts: dict[str, Any]) -> str:
-    """Return the whole table as Markdown."""
+    """Return all tables as Markdown."""
     lines = [", ".join(f"{name} {value}" for name, value in facts.items()), ""]
     for title, rows in groups:
         lines += [f"### {title}", "", f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
@@ -74,7 +74,7 @@ def markdown(groups: Sequence[tuple[str, Sequence[Row]]], facts: dict[str, Any])
 
 
 def as_json(groups: Sequence[tuple[str, Sequence[Row]]], facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the same as plain values."""
+    """Return all rows as JSON values, with `met`: whether the target was met, None without one."""
     rows = [
         {**dataclasses.asdict(row), "met": None if row.target is None else row.target.met(row.value.median)}
         for _, part in groups
@@ -84,7 +84,7 @@ def as_json(groups: Sequence[tuple[str, Sequence[Row]]], facts: dict[str, Any]) 
 
 
 def machine(context: Context) -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return the hardware, versions and settings on which the results depend."""
     cuda = context.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(context.device) if cuda else processor_name(),
@@ -97,7 +97,7 @@ def machine(context: Context) -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """Return the processor's name as the system tells it."""
+    """Return the processor's name as the operating system reports it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

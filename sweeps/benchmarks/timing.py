@@ -1,4 +1,4 @@
-"""Time things side by side: every round runs each of them once, so that a slow minute of the machine slows all alike."""
+"""Interleaved timing: every round runs each call once, so that a slow phase of the machine affects all equally."""
 
 import statistics
 import time
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 WARMUP_ROUNDS = 1
+"""Rounds before the timed ones."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure from several rounds: median, and the quartiles around it."""
+    """A result of several rounds: the median, and the lower and upper quartile."""
 
     median: float
     low: float
@@ -20,7 +21,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> "Spread":
-        """Summarize at least one value."""
+        """Summarize one or more values."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -34,27 +35,27 @@ class Times:
     seconds: Mapping[str, list[float]]
 
     def of(self, name: str) -> Spread:
-        """Return the seconds of one call."""
+        """Return the spread of the seconds of one call."""
         return Spread.of(self.seconds[name])
 
     def ratio(self, name: str, to: str) -> Spread:
-        """Return seconds of `name` over seconds of `to`, round by round."""
+        """Return the spread of the ratios of the seconds of `name` to those of `to`, round by round."""
         return Spread.of([a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True)])
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def alternate(calls: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device) -> Times:
-    """Run every call once a round, each time in another order, and take its time by the wall clock.
+    """Run every call once a round, in rotating order, and measure its wall-clock time.
 
     Args:
-        calls: By name; each leaves things as it found them.
-        rounds: Rounds that count, after one to warm up.
-        device: Waited for before and after every call.
+        calls: Functions by name; each must restore the state that it changes.
+        rounds: Timed rounds, after one to warm up.
+        device: Device to synchronize before and after every call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)

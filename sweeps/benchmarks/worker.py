@@ -1,6 +1,6 @@
-"""A separate process that fine-tunes and prints JSON on its last line: `python -m synq.sweeps.benchmarks.worker ...`.
+"""A benchmark worker: fine-tune and print JSON on the last line (`python -m synq.sweeps.benchmarks.worker ...`).
 
-Measurements that one process cannot take of itself: peak memory from a clean start, and several processes at once.
+A separate process is needed to measure peak memory from a clean start, and several processes at once.
 """
 
 import json
@@ -30,33 +30,39 @@ SAMPLE_SECONDS = 0.05
 
 
 def own_memory() -> int:
-    """Return the bytes that this process holds, without pages of files, which the system can take back."""
+    """Return the resident bytes of this process, without file-backed pages, which the system can reclaim."""
     with open("/proc/self/status", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)
     return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
 
 
 class Watch(threading.Thread):
-    """Looks at the process's own memory until it is stopped."""
+    """A thread that tracks the peak of `own_memory` until it is stopped."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak, self._end = own_memory(), threading.Event()
 
     def run(self) -> None:
-        """Note the highest reading."""
+        """Update the peak until the thread is stopped."""
         while not self._end.wait(SAMPLE_SECONDS):
             self.peak = max(self.peak, own_memory())
 
     def stop(self) -> int:
-        """Return the highest reading."""
+        """Stop the thread and return the peak, in bytes."""
         self._end.set()
         self.join()
         return max(self.peak, own_memory())
 
 
 def stored_images(count: int, size: tuple[int, ...], folder: Path) -> Tensor:
-    """Write a set of random images piece by piece, as the store lays it out, and return it memory-mapped."""
+    """Write random images in chunks in the format of the store and return them memory-mapped.
+
+    Args:
+        count: Number of images.
+        size: (C, H, W).
+        folder: Folder of the file.
+    """
     pixels = count * size[0] * size[1] * size[2] * 4
     header = json.dumps({"images": {"dtype": "F32", "shape": [count, *size], "data_offsets": [0, pixels]}}).encode()
     header += b" " * (-len(header) % 8)

@@ -1,1 +1,1 @@
-"""What a sweep writes to resume: its folder, plans of trials, the ledger."""
+"""State of a sweep on disk, from which it resumes: its folder, the plans of trials, the ledger."""

@@ -1,4 +1,4 @@
-"""Where a sweep's files lie: a folder that all machines see, or an address of which this machine has a copy. Takes it for one driver."""
+"""The folder of a sweep, shared by all machines or copied from an address, and its locks for one driver."""
 
 import time
 from contextlib import suppress
@@ -13,18 +13,18 @@ from ..storage.object_store import Storage, open_storage
 
 PARTS = ("plans", "records")
 LEFTOVER_SECONDS = 60.0
-"""Age at which a temporary file belongs to nobody."""
+"""Age at which a temporary file counts as abandoned."""
 
 
 class SweepFolder:
-    """The folder of a sweep, for its driver."""
+    """The folder of a sweep, as its driver uses it."""
 
     def __init__(self, root: Path, address: str = "") -> None:
-        """Name a folder.
+        """Create the object without touching the disk; `take` locks the folder.
 
         Args:
             root: The folder; for an address, this machine's copy.
-            address: Where the sweep lies, if not in `root`.
+            address: Address of the sweep in an object store; "" if `root` is the only folder.
         """
         self.root, self.address = root, address
         self.storage: Storage | None = None
@@ -32,11 +32,11 @@ class SweepFolder:
         self._lock = FileLock(root / "sweep.lock")
 
     def take(self) -> None:
-        """Lock the folder and, from an address, fetch plans and records.
+        """Lock the folder and, for an address, download plans and records.
 
         Raises:
-            ValueError: Another sweep runs in it.
-            OSError: It cannot be written.
+            ValueError: Another sweep runs in the folder.
+            OSError: The folder or the address is not writable.
         """
         if self.address:
             self.storage = open_storage(self.address)
@@ -64,7 +64,7 @@ class SweepFolder:
             raise
 
     def _clear_leftovers(self) -> None:
-        """Remove what processes that were killed had begun to write; not what a worker of theirs may be writing still."""
+        """Remove the temporary files of killed processes, except recent ones, which a live worker may still write."""
         for folder in (self.root, *(self.root / part for part in PARTS)):
             for path in folder.glob(".*.tmp"):
                 with suppress(FileNotFoundError):
@@ -79,40 +79,44 @@ class SweepFolder:
 
     @property
     def lost(self) -> str:
-        """Why the address is no longer this driver's; "" while it is."""
+        """Reason why the lease on the address was lost; "" while it is held, or without an address."""
         return self._lease.lost if self._lease is not None else ""
 
     def write(self, name: str, value: object) -> None:
-        """Write a JSON file, here and at the address.
+        """Write a JSON file to the folder and to the address.
+
+        Args:
+            name: Name of the file in the folder.
+            value: JSON values.
 
         Raises:
-            OSError: The folder, the disk or the store refuses.
+            OSError: The folder has gone, the disk is full, or the store is not writable.
         """
         self.check_present()
         write_json_atomic(self.root / name, value)
         self.send(name)
 
     def send(self, name: str) -> None:
-        """Send a file of the folder to the address, if there is one."""
+        """Upload a file of the folder to the address, if there is one."""
         if self.storage is not None:
             self.storage.put(self.root / name, name)
 
     def fetch(self, name: str) -> bool:
-        """Whether a file is there; one that only the address has is fetched."""
+        """Return whether a file exists, after downloading it if only the address has it."""
         path = self.root / name
         return path.exists() or (self.storage is not None and self.storage.get(name, path))
 
     def remove(self, name: str) -> None:
-        """Remove a file, here and at the address."""
+        """Remove a file from the folder and from the address."""
         (self.root / name).unlink(missing_ok=True)
         if self.storage is not None:
             self.storage.delete(name)
 
     def check_present(self) -> None:
-        """Refuse to write where the folder has gone, rather than begin a new one in its place (an unmounted disk).
+        """Raise if the folder has gone (an unmounted disk), rather than create a new one at its path.
 
         Raises:
-            OSError: It has gone.
+            OSError: The folder has no sweep.json.
         """
         if not (self.root / "sweep.json").exists():
             raise OSError(f"`output_dir` must stay in place during a sweep, but {self.root} has gone")

@@ -1,17 +1,17 @@
-"""The folder of a sweep: its plans, its records, its tables, and the lock that keeps a second sweep out. Knows neither Ray nor torch.
+"""Plans, records and tables of a sweep, in memory and in its folder, which is locked against a second driver.
 
 Layout::
 
-    sweep.json            what the sweep is; a changed one is rejected
-    plans/TRIAL.json      written when a trial is proposed: its settings, its run, later its objective per epoch
-    plans/TRIAL.stop      asks a trial of several workers to stop
+    sweep.json            search and groups of the sweep; a spec that differs is rejected
+    plans/TRIAL.json      written when a trial is proposed: its settings, its config, later its objective per epoch
+    plans/TRIAL.stop      requests a trial of several workers to stop
     records/TRIAL.json    written when a trial has ended: completed, pruned or failed
-    runs/, store/         the runs' own folders and the synthetic sets
+    runs/, store/         folders of the runs, and the synthetic sets
     trials.csv, leaderboard.csv
 
-Plans and records are the whole state of a sweep: the search is rebuilt from them, so a killed driver loses nothing that counts.
-Where the sweep lies at an address (an object store), the folder is this machine's copy of it: read from there when it is opened, and
-every file that is written goes there as well.
+Plans and records are the whole state of a sweep: the search is rebuilt from them, so a killed driver loses no results.
+For a sweep at an address (an object store), the folder is this machine's copy: it is downloaded when the ledger is
+opened, and every file that is written is uploaded as well. Imports neither Ray nor torch.
 """
 
 import json
@@ -38,7 +38,7 @@ from .trial_task import TrialTask
 
 TABLES = ("trials.csv", "leaderboard.csv")
 TABLE_SHARE = 0.1
-"""Most of the driver's time that goes into rewriting the tables; in a sweep of thousands they then miss the last few trials."""
+"""Maximum share of the driver's time for rewriting the tables; in a sweep of thousands they lag by a few trials."""
 
 
 class Ledger:
@@ -51,25 +51,25 @@ class Ledger:
         self.plans: dict[str, Plan] = {}
         self.records: dict[str, RunRecord] = {}
         self.teachers: dict[str, dict[str, Any]] = {}
-        """What is known of each group's teacher (name, digest, input_size), for records of runs that did not get far."""
+        """name, digest and input_size of each group's teacher, for records of runs that ended early."""
         self.sets: dict[str, list[str]] = {}
-        """Names of the synthetic sets in the store, by what they are made of (`set_recipe`)."""
+        """Names of the synthetic sets in the store, by the settings that determine them (`set_recipe`)."""
         self.earlier: list[RunRecord] | None = None
-        """Records of the sweeps that this one learns from, once read."""
+        """Records of the earlier sweeps from which the search starts; None until they are read."""
         self.tables = Tables()
         self._by_group: dict[tuple[str, str], dict[str, Plan]] = {}
         self._environment: dict[str, Any] | None = None
         self._tables_due = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Ray Tune pickles its parts for its own resume, which is not used: the folder is the state
+        return {}  # Ray Tune pickles callbacks and searchers for its own resume, which is not used
 
     def open(self) -> None:
-        """Take the folder: lock it, check that it holds this sweep, read what is there.
+        """Lock the folder, check that it has this sweep, and read its plans and records.
 
         Raises:
-            ValueError: Another sweep runs in the folder, or it holds a different one, or a file in it is damaged.
-            OSError: The folder cannot be written.
+            ValueError: Another driver uses the folder, it has a different sweep, or a file in it is damaged.
+            OSError: The folder is not writable.
         """
         self.folder.take()
         try:
@@ -84,7 +84,7 @@ class Ledger:
             raise
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Release the locks of the folder."""
         self.folder.give_back()
 
     def _read_record(self, path: Path) -> None:
@@ -96,12 +96,12 @@ class Ledger:
         self.tables.add(record, path.stem, source=str(path))
 
     def know(self, group: str, facts: dict[str, Any], eval_digest: str) -> None:
-        """Note what a group's teacher is, and reject records that other files of the same name gave.
+        """Register the teacher of a group, and reject records made with other files of the same name.
 
         Args:
             group: Key of the group.
             facts: name, digest and input_size of the teacher.
-            eval_digest: Fingerprint of the labeled images, "" without.
+            eval_digest: Digest of the labeled images; "" without.
 
         Raises:
             ValueError: A record of the group was made with other weights or measured on other images.
@@ -110,13 +110,13 @@ class Ledger:
         for name, record in self.records.items():
             if name not in self.plans or self.plans[name].group != group:
                 continue
-            then = record.teacher.get("digest") or facts["digest"]
+            digest = record.teacher.get("digest") or facts["digest"]
             labels = record.eval_digest if record.status == "completed" else eval_digest
-            for what, same in (("weights", then == facts["digest"]), ("labeled images", labels == eval_digest)):
+            for what, same in (("weights", digest == facts["digest"]), ("labeled images", labels == eval_digest)):
                 if not same:
                     raise ValueError(
-                        f"`output_dir` must hold one sweep, but {name} in {self.root} was made with other {what} of the same "
-                        "file name: put the old file back or choose another output_dir"
+                        f"`output_dir` must hold one sweep, but {name} in {self.root} was made with other {what} of "
+                        "the same file name: put the old file back or choose another output_dir"
                     )
 
     def record_path(self, trial: str) -> Path:
@@ -124,7 +124,7 @@ class Ledger:
         return self.root / "records" / f"{trial}.json"
 
     def task(self, plan: Plan) -> TrialTask:
-        """Return the task of a planned trial: its run, the sweep's folder, its resources."""
+        """Return the task of a planned trial: its config, the sweep's folder, its resources."""
         return TrialTask(
             trial=plan.trial,
             group=plan.group,
@@ -143,32 +143,37 @@ class Ledger:
         )
 
     def add_plan(self, plan: Plan) -> None:
-        """Write a plan (again)."""
+        """Write a plan, replacing an earlier version."""
         self._keep(plan)
         self.folder.write(f"plans/{plan.trial}.json", plan_values(plan))
 
     def note(self, trial: str, history: Mapping[int, float]) -> None:
-        """Write what a running trial has reported: a driver that starts again puts it into the rungs where it belongs."""
+        """Write the objectives that a running trial has reported, from which a restarted driver rebuilds the rungs.
+
+        Args:
+            trial: Name of the trial.
+            history: Objective by epoch.
+        """
         self.add_plan(replace(self.plans[trial], history=sorted(history.items())))
 
     def ask_to_stop(self, trial: str) -> None:
-        """Leave a sign that the workers of a trial look for after each epoch."""
+        """Write the file that makes the workers of a trial stop; they check for it after each epoch."""
         self.folder.write(f"plans/{trial}.stop", {})
 
     def group_plans(self, group: str, stage: str = "search") -> list[Plan]:
-        """Plans of a group in the order in which they were proposed."""
+        """Return the plans of a group in the order in which they were proposed."""
         return list(self._by_group.get((group, stage), {}).values())
 
     def num_plans(self, group: str) -> int:
-        """Number of a group's search trials."""
+        """Return the number of search trials of a group."""
         return len(self._by_group.get((group, "search"), {}))
 
     def num_open(self, group: str) -> int:
-        """Number of a group's search trials without a record."""
+        """Return the number of search trials of a group without a record."""
         return sum(trial not in self.records for trial in self._by_group.get((group, "search"), {}))
 
     def next_index(self, group: str) -> int:
-        """Number of a group's next search trial."""
+        """Return the index of the next search trial of a group."""
         plans = self._by_group.get((group, "search"), {})
         return plans[next(reversed(plans))].index + 1 if plans else 0
 
@@ -187,21 +192,26 @@ class Ledger:
         began: float | None = None,
         host: str = "",
     ) -> RunRecord:
-        """Make the record of an ended trial final: its own where it wrote one, else a pruned or failed one. Rewrites the tables.
+        """Finalize the record of an ended trial and update the tables.
+
+        The record is the one that the trial wrote, else a new one with the given status.
 
         Args:
             trial: Name of the trial.
-            status: pruned or failed, should the trial have left no record.
-            reason: Why.
+            status: pruned or failed, for a trial that wrote no record.
+            reason: Reason of that status.
             history: (epoch, objective) as reported.
-            seconds: Seconds it ran.
-            began: When its work began, in seconds since 1970; None where it reported nothing.
-            host: The machine it ran on, as far as it reported.
+            seconds: Duration of the trial in seconds.
+            began: Start time in seconds since 1970; None if the trial reported nothing.
+            host: Machine of the trial; "" if it reported none.
+
+        Returns:
+            The record.
         """
         path = self.record_path(trial)
         plan = replace(self.plans[trial], history=history)
         self.add_plan(plan)
-        if (self.root / "plans" / f"{trial}.stop").exists():  # heeded; should the trial be run anew, it is to run
+        if (self.root / "plans" / f"{trial}.stop").exists():  # done; if the trial is run again, it must not stop
             self.folder.remove(f"plans/{trial}.stop")
         if self.folder.fetch(f"records/{path.name}"):
             record = read_record(path)
@@ -235,24 +245,31 @@ class Ledger:
         self._tables_due = ended + (ended - started) / TABLE_SHARE
 
     def best(self, group: str, top_k: int = 1) -> list[Plan]:
-        """Completed search trials of a group, the `top_k` best first; of each bit-width, where the search goes over them."""
+        """Return the plans of the `top_k` best completed search trials of a group, best first.
+
+        If the search includes the bit-width, `top_k` plans are returned for each bit-width.
+        """
         sign = 1 if self.spec.search.minimize else -1
         scored: dict[str, list[tuple[float, int, Plan]]] = {}
         for plan in self.group_plans(group):
             record = self.records.get(plan.trial)
             if record is not None and record.status == "completed" and _finite(record.objective_value):
-                place = scored.setdefault(value_of(plan.config, BITS), [])
-                place.append((sign * float(record.objective_value or 0.0), plan.index, plan))
+                same_bits = scored.setdefault(value_of(plan.config, BITS), [])
+                same_bits.append((sign * float(record.objective_value or 0.0), plan.index, plan))
         return [plan for part in scored.values() for *_, plan in sorted(part, key=lambda item: item[:2])[:top_k]]
 
     def finish(self) -> None:
-        """Note that the sweep has come to its end: `--num-trials +N` then means N more than it has."""
-        there = read_json(self.root / "sweep.json")
-        number = max(self.spec.search.trials, there.get("finished", 0))
-        self.folder.write("sweep.json", {**there, "finished": number})
+        """Mark the sweep as finished, so that `--num-trials +N` then means N more trials than it has."""
+        stored = read_json(self.root / "sweep.json")
+        number = max(self.spec.search.trials, stored.get("finished", 0))
+        self.folder.write("sweep.json", {**stored, "finished": number})
 
     def _check_identity(self) -> None:
-        """Reject a folder that holds another sweep: its trials would be mixed with these."""
+        """Reject a folder that has another sweep, whose trials would be mixed with these, and write sweep.json.
+
+        Raises:
+            ValueError: The folder has another sweep, or records without sweep.json.
+        """
         groups = {}
         for group in self.spec.groups:
             values = config_to_dict(group.base)
@@ -265,61 +282,60 @@ class Ledger:
             quant = group.base.quant
             wide = quant.last_bits and quant.last_bits_for_input and quant.act_points == "relu"
             if wide and self.spec.search.two_objectives:
-                # The bit-widths are searched, and the base may have the one at which this setting counts for nothing.
+                # The bit-widths are searched, and at those of the base this setting may have no effect.
                 groups[group.key]["last_input"] = "wide"
         search = self.spec.search
         space: list[Any] = [asdict(dimension) for dimension in self.spec.dimensions]
-        if search.sampler == "points":  # further points may widen their ranges
+        if search.sampler == "points":  # more points may extend the ranges
             space = sorted(dimension.name for dimension in self.spec.dimensions)
         both = [search.objective, search.second_objective] if search.two_objectives else search.objective
-        mine = json.loads(json.dumps({"format": FORMAT, "objective": both, "groups": groups, "space": space}))
+        expected = json.loads(json.dumps({"format": FORMAT, "objective": both, "groups": groups, "space": space}))
         path = self.root / "sweep.json"
-        there = read_sweep_file(path)
-        if there:
+        stored = read_sweep_file(path)
+        if stored:
             for key in ("objective", "groups", "space"):
-                if _comparable(there.get(key)) != _comparable(mine[key]):
+                if _comparable(stored.get(key)) != _comparable(expected[key]):
                     raise ValueError(
-                        f"`output_dir` must be new or hold the same sweep, but {self.root} holds one with other {key}; another "
-                        "`name` in the spec, or `--output-dir`, begins a new one"
+                        f"`output_dir` must be new or hold the same sweep, but {self.root} holds one with other {key}; "
+                        "another `name` in the spec, or `--output-dir`, begins a new one"
                     )
         elif any((self.root / "records").iterdir()):
             raise ValueError(
                 f"`output_dir` must be new or hold the same sweep, but {self.root} holds records without sweep.json"
             )
-        self.spec = replace(self.spec, search=settled_budget(self.spec.search, there))
-        finished = {"finished": there["finished"]} if "finished" in there else {}
-        number = max(self.spec.search.trials, there.get("search", {}).get("num_trials") or 0)
-        values = {
-            **asdict(self.spec.search),
-            "num_trials": number,
-            "output_dir": "",
-            "study_storage": "",
-        }  # may hold a password
-        write_json_atomic(path, {**mine, **finished, "search": values})
+        self.spec = replace(self.spec, search=settled_budget(self.spec.search, stored))
+        finished = {"finished": stored["finished"]} if "finished" in stored else {}
+        number = max(self.spec.search.trials, stored.get("search", {}).get("num_trials") or 0)
+        # The two addresses may contain a password.
+        values = {**asdict(self.spec.search), "num_trials": number, "output_dir": "", "study_storage": ""}
+        write_json_atomic(path, {**expected, **finished, "search": values})
         self.folder.send(path.name)
 
 
-def settled_budget(search: SearchConfig, there: Mapping[str, Any]) -> SearchConfig:
-    """Turn "N more" into a number. An extension that was itself interrupted is finished first, not extended.
+def settled_budget(search: SearchConfig, stored: Mapping[str, Any]) -> SearchConfig:
+    """Resolve "N more trials" to a number of trials; an interrupted extension is finished first, not extended.
 
     Args:
-        search: As asked for.
-        there: Content of the folder's sweep.json, {} for a new sweep.
+        search: Settings of the search, with `more_trials`.
+        stored: Content of the folder's sweep.json; {} for a new sweep.
 
     Raises:
-        ValueError: More is asked of a sweep that is not there.
+        ValueError: More trials are requested for a new sweep.
     """
     if not search.more_trials:
         return search
-    before = there.get("search", {}).get("num_trials")
+    before = stored.get("search", {}).get("num_trials")
     if before is None:
         raise ValueError(f"`num_trials` must be a whole number for a new sweep, but got +{search.more_trials}")
-    number = before + (search.more_trials if there.get("finished") == before else 0)
+    number = before + (search.more_trials if stored.get("finished") == before else 0)
     return replace(search, num_trials=number, more_trials=0)
 
 
 def _comparable(value: Any) -> Any:
-    """Paths count by their last part, so that a moved folder of weights is still the same sweep (the digest covers the rest)."""
+    """Return a value with each path reduced to its last part, so that a moved folder of weights is the same sweep.
+
+    The digest of the weights covers their content.
+    """
     if isinstance(value, dict):
         return {key: _comparable(part) for key, part in value.items()}
     return value.rsplit("/", 1)[-1] if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""A proposed trial as a file, and the record of one that has no result. Knows neither Ray nor torch."""
+"""Plans of proposed trials as files, and records of trials without a result. Imports neither Ray nor torch."""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +12,14 @@ from synq.config.run import RunConfig, config_digest, config_from_dict, config_t
 from synq.runs.record import RunRecord
 
 FORMAT = 2
-"""Format of plans and of sweep.json."""
+"""Version of the format of plans and of sweep.json."""
 REASON_LENGTH = 500
+"""Maximum length of the reason in a record, in characters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """One proposed trial."""
+    """A proposed trial."""
 
     trial: str
     """Name of the trial; the stem of its files."""
@@ -27,22 +28,22 @@ class Plan:
     stage: Literal["search", "final"]
     """search, or final for a re-run on a further seed."""
     index: int
-    """Number within the group's search; for a re-run, that of the trial it repeats."""
+    """Index within the group's search; for a re-run, the index of the trial that it repeats."""
     params: dict[str, Any]
-    """The search's own parameters, from which the proposal can be replayed."""
+    """Parameters of the searcher, from which the proposal can be replayed."""
     config: RunConfig
-    """The run."""
+    """Config of the run."""
     config_digest: str
-    """Digest of the run."""
+    """Digest of the config."""
     history: list[tuple[int, float]] = field(default_factory=list)
-    """(epoch, objective) as reported while it ran."""
+    """(epoch, objective) as reported during the run."""
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan.
+    """Read the plan of a trial from its file.
 
     Raises:
-        ValueError: The file is damaged or of another version.
+        ValueError: The file is damaged or of another format version.
     """
     content = read_json(path)
     if isinstance(content, dict) and "format" in content:
@@ -57,10 +58,10 @@ def read_plan(path: Path) -> Plan:
 
 
 def read_sweep_file(path: Path) -> dict[str, Any]:
-    """Return the content of a sweep.json, {} if there is none.
+    """Return the content of a sweep.json; {} if the file does not exist.
 
     Raises:
-        ValueError: The file is damaged or of another version.
+        ValueError: The file is damaged or of another format version.
     """
     if not path.is_file():
         return {}
@@ -73,14 +74,14 @@ def read_sweep_file(path: Path) -> dict[str, Any]:
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
-    """Return the content of a plan's file: plain values, the run as nested tables."""
+    """Return a plan as JSON values for its file, with the config as nested dicts."""
     values = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
     params = {key: list(value) if isinstance(value, tuple) else value for key, value in plan.params.items()}
     return {"format": FORMAT, **values, "params": params, "config": config_to_dict(plan.config)}
 
 
 def set_recipe(config: RunConfig) -> str:
-    """Return what decides the synthetic sets of a run, as one text."""
+    """Return the settings that determine the synthetic sets of a run, as one JSON text."""
     teacher, synthesis = config_to_dict(config.teacher), config_to_dict(config.synthesis)
     evaluation = {"heldout_images": config.evaluation.heldout_images}
     return json.dumps([teacher, synthesis, evaluation, config.data_seed], sort_keys=True)
@@ -95,15 +96,15 @@ def unfinished_record(
     teacher: Mapping[str, Any],
     values: Mapping[str, Any] | None = None,
 ) -> RunRecord:
-    """Return the record of a run that has no result.
+    """Return the record of a run without a result.
 
     Args:
-        config: The run.
+        config: Config of the run.
         trial: Name of the trial.
         status: pruned or failed.
-        reason: Why, one line.
-        teacher: What is known of the teacher.
-        values: Further fields of the record that are known.
+        reason: Reason of the status; line breaks become spaces, and it is cut after 500 characters.
+        teacher: Known fields of the teacher (name, digest, input_size).
+        values: Other known fields of the record.
     """
     quant, evaluation = config.quant, config.evaluation
     known = {

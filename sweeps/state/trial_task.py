@@ -1,4 +1,4 @@
-"""What a worker gets of a trial. Knows neither Ray nor torch."""
+"""The task of a trial as the driver sends it to a worker. Imports neither Ray nor torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from synq.config.run import RunConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialTask:
-    """One trial as its worker gets it: what to run, where the sweep's files are, and on which resources.
+    """One trial as its worker receives it: the config, the location of the sweep's files, and the resources.
 
-    Ray Tune holds a trial's configuration as plain values: `to_dict` makes them where a trial is suggested, `from_dict` reads them where
-    a worker starts.
+    Ray Tune stores the config of a trial as plain values: `to_dict` returns them when a trial is suggested, and
+    `from_dict` reads them when a worker starts.
     """
 
     trial: str
@@ -23,11 +23,11 @@ class TrialTask:
     stage: Literal["search", "final"]
     """search, or final for a re-run on a further seed."""
     config: RunConfig
-    """The run."""
+    """Config of the run."""
     config_digest: str
-    """Digest of the run; a record with another digest belongs to another sweep."""
+    """Digest of the config; a record with another digest belongs to another sweep."""
     teacher: dict[str, Any]
-    """What is known of the teacher (name, digest, input_size), for the record of a run that does not get far."""
+    """Known fields of the teacher (name, digest, input_size), for the record of a run that ends early."""
     second_objective: Literal["none", "size_bytes", "bitops"]
     """Field of the record that is reported and minimized next to the objective."""
     sets: tuple[str, ...]
@@ -37,21 +37,21 @@ class TrialTask:
     address: str
     """The sweep's address in an object store; "" where all machines share `folder`."""
     workers: int
-    """Processes that train the student together."""
+    """Number of processes that train the student together."""
     cpus: float
-    """CPU cores of each of them."""
+    """CPU cores of each process."""
     gpus: float
-    """GPUs of each of them; below 1, the share of one GPU's memory."""
+    """GPUs of each process; below 1, the fraction of one GPU's memory."""
     max_failures: int
-    """How often workers that died are started again."""
+    """Maximum number of restarts after the death of a worker."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values: the run as nested tables, tuples as lists."""
+        """Return the task as JSON values, with the config as nested dicts and tuples as lists."""
         return config_to_dict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrialTask":
-        """Read what `to_dict` returned.
+        """Read a task from the values that `to_dict` returned.
 
         Raises:
             ValueError: A key is missing or unknown, or a value has another type.
@@ -63,5 +63,5 @@ class TrialTask:
 
 
 def trial_name(values: Mapping[str, Any]) -> str:
-    """Return the name of a trial from the plain values that Ray Tune keeps of its task."""
+    """Return the name of a trial from the values that Ray Tune stores for its task (`TrialTask.to_dict`)."""
     return str(values["trial"])

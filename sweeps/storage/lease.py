@@ -111,12 +111,10 @@ class Lease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(self._every)
-            if (
-                self._thread.is_alive() or self.lost
-            ):  # a renewal that hangs may still write; the lease expires by itself
+            if self._thread.is_alive() or self.lost:  # a renewal that hangs may still write; the lease will expire
                 return
             self._thread = None
-        with suppress(OSError):  # the lease expires by itself
+        with suppress(OSError):  # if it cannot be removed, it expires
             content = self._storage.read(self._name)
             if content is not None and _holder(content).get("owner") == self._owner:
                 self._storage.delete(self._name)
@@ -154,11 +152,8 @@ class Lease:
         """Return whether the holder of a lease still runs, as far as this machine can determine."""
         holder = _holder(content)
         namespace = _pid_namespace()
-        if (
-            namespace
-            and holder.get("place") == namespace
-            and _start_time(holder["pid"]) not in ("unknown", holder.get("birth"))
-        ):
+        same_namespace = bool(namespace) and holder.get("place") == namespace
+        if same_namespace and _start_time(holder["pid"]) not in ("unknown", holder.get("birth")):
             return False
         if abs(_age(holder)) <= self._stale_after:
             return True

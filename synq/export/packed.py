@@ -98,7 +98,9 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"a packed student must be a safetensors file, but {path} is damaged: {error}") from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"a packed student must have the format {FORMAT!r} in its metadata, but {path} has another or none")
+        raise ValueError(
+            f"a packed student must have the format {FORMAT!r} in its metadata, but {path} has another or none"
+        )
     version = metadata.get("version", "")
     number = int(version) if version.isdigit() else None
     check_format(path, "a packed student", number, VERSION, "run it again and export it")

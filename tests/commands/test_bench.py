@@ -1,4 +1,4 @@
-"""The benchmark: its arithmetic, its reference implementation, its rows and its command. No speed is asserted."""
+"""The benchmark: its arithmetic, its reference step, its rows, and the command. No test asserts a speed."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def subject(monkeypatch: pytest.MonkeyPatch) -> Subject:
     return build_subject(KIND, CPU, 0)
 
 
-def test_the_textbook_implementation_has_the_loss_and_gradient_of_the_fast_step(subject: Subject) -> None:
+def test_the_reference_step_has_the_loss_and_the_gradient_of_the_fast_step(subject: Subject) -> None:
     student, teacher, images, labels = subject.student, subject.teacher, subject.images.double(), subject.labels
     for net in (student.net, teacher.net):
         net.double()  # the logits are almost equal: in float32 their difference has few digits
@@ -75,7 +75,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
 
 
-def test_a_table_marks_missed_targets() -> None:
+def test_a_table_lists_missed_targets() -> None:
     def row(value: float, target: Target | None) -> Row:
         return Row(group="g", what="w", value=Spread(value, value / 2, value), unit="x", target=target)
 
@@ -123,7 +123,7 @@ def test_a_worker_trains_on_disk_and_reports(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-def test_a_failed_worker_has_a_reason() -> None:
+def test_the_error_of_a_failed_worker_has_the_reason() -> None:
     with pytest.raises(WorkerError, match=r"(?s)process of the benchmark must end well.*batch_size"):
         result(start([*SOLO, "--tiny", "--images", "4", "--batch", "8", "--device", "cpu"]))
 
@@ -146,9 +146,7 @@ def test_invalid_arguments_are_rejected(args: list[str], tmp_path: Path, capsys:
     assert main(args) == 2 and "error" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_rejected_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unwritable_folder_is_rejected_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert main(["--only", "steps", "--output-dir", str(tmp_path / "file" / "deeper")]) == 2
     assert "file" in capsys.readouterr().err
