@@ -35,10 +35,10 @@ def _fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture
 def args(
-    tiny_settings: dict[str, object], as_words: Callable[[dict[str, object]], list[str]], in_tmp: Path
+    tiny_settings: dict[str, object], as_args: Callable[[dict[str, object]], list[str]], in_tmp: Path
 ) -> list[str]:
     """Return the command-line arguments of a small run in ./out."""
-    return as_words({**tiny_settings, "runtime.output_dir": "out"})
+    return as_args({**tiny_settings, "runtime.output_dir": "out"})
 
 
 def _tree(folder: Path) -> dict[str, bytes]:
