@@ -1,6 +1,6 @@
-"""Points of a search space that are known before the search: a grid, a list of the user's, the best settings of earlier sweeps.
+"""Points of a search space known before the search: a grid, listed points, the best settings of earlier sweeps.
 
-A point is a set of dotted overrides, one for every dimension. Knows neither Ray nor torch.
+A point has one dotted override for every dimension. Imports neither Ray nor torch.
 """
 
 import math
@@ -11,10 +11,11 @@ from typing import Any
 from synq.config.run import RunConfig
 from synq.runs.record import RunRecord
 
+from .leaderboard.columns import SETTINGS
 from .leaderboard.records import leaderboard_rows, load_records
 from .space import BITS, Dimension, value_at, value_of
 
-CUTOFF, UNIT = "finetune.lowpass_cutoff", "lowpass_unit"
+
 Point = dict[str, Any]
 
 
@@ -28,7 +29,7 @@ def grid_size(dimensions: Sequence[Dimension]) -> int:
 
 
 def grid(dimensions: Sequence[Dimension]) -> Iterator[Point]:
-    """Yield every combination, the last dimension changing fastest; nothing is held in memory but the values."""
+    """Yield every combination of values lazily, the last dimension changing fastest."""
     values = [dimension.listed() for dimension in dimensions]
     for number in range(math.prod(map(len, values))):
         point: Point = {}
@@ -39,7 +40,7 @@ def grid(dimensions: Sequence[Dimension]) -> Iterator[Point]:
 
 
 def point_params(dimensions: Sequence[Dimension], point: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the search's parameters of a point, or None where it is outside the space."""
+    """Return the search's parameters for a point; None if it is outside the space."""
     params: dict[str, Any] = {}
     for dimension in dimensions:
         found = dimension.point(point[dimension.name])
@@ -50,14 +51,14 @@ def point_params(dimensions: Sequence[Dimension], point: Mapping[str, Any]) -> d
 
 
 def completed(points: Sequence[Point], base: RunConfig) -> list[Point]:
-    """Return points that all name the same: what only other points name is the base's."""
+    """Return points with the same settings in each: a missing one is that of the base."""
     names = dict.fromkeys(name for point in points for name in point)
     rest = {name: value_of(base, name) for name in names}
     return [{**rest, **point} for point in points]
 
 
 def listed_dimensions(points: Sequence[Point]) -> tuple[Dimension, ...]:
-    """Return a space that is just wide enough for `points` (which all name the same): ranges for numbers, choices for the rest."""
+    """Return the smallest space that contains `points`, all of the same settings: ranges for numbers, else choices."""
     names = points[0] if points else ()
     return tuple(_listed_dimension(name, [point[name] for point in points]) for name in names)
 
@@ -80,16 +81,17 @@ def warm_points(
 ) -> list[Point]:
     """Return the best settings of earlier sweeps, as points of this search, best first.
 
-    Settings found on the same teacher come first, then those at the same bit-widths, each in the order of their leaderboard.
-    Those outside the space, or found by another objective, are passed over. A cutoff in another unit is converted by its own model's size.
+    Settings of the same teacher come first, then those at the same bit-widths, each in the order of their leaderboard.
+    Those outside the space, or of another objective, are skipped. A cutoff in another unit is converted by the input
+    size of its model.
 
     Args:
-        records: Of the earlier sweeps.
+        records: Records of the earlier sweeps.
         dimensions: The search space.
         base: The group's base run, as plain values.
-        top_k: How many at most.
+        top_k: Maximum number of points.
     """
-    objective = base["evaluation"]["objective"]  # what was chosen by labels must not open a search without them
+    objective = base["evaluation"]["objective"]  # settings chosen by labels must not enter a search without labels
     records = [record for record in records if record.objective == objective]
     by_digest = {record.config_digest: record for record in records}
     rows = []
@@ -108,7 +110,7 @@ def warm_points(
 
 
 def read_earlier(paths: Sequence[str]) -> list[RunRecord]:
-    """Read the records next to leaderboards.
+    """Read the records of earlier sweeps.
 
     Args:
         paths: Folders of sweeps, or leaderboard.csv files in them.
@@ -125,15 +127,19 @@ def read_earlier(paths: Sequence[str]) -> list[RunRecord]:
 
 
 def _converted(record: RunRecord, name: str, base: Mapping[str, Any]) -> Any:
+    """Return the value of a record for a dimension, converted from the record's unit to that of the base."""
     value = value_at(record.config, name)
-    unit, wanted = record.config["finetune"][UNIT], base["finetune"][UNIT]
+    column = SETTINGS.get(name.removeprefix("finetune."))
     size = record.teacher.get("input_size")
-    if name != CUTOFF or value is None or unit == wanted or not size:
+    if column is None or not column.unit_key or value is None or not size:
+        return value
+    unit, new_unit = record.config["finetune"][column.unit_key], base["finetune"][column.unit_key]
+    if unit == new_unit:
         return value
     nyquist = min(size[-2:]) / 2
-    return float(f"{value * nyquist if wanted == 'bins' else value / nyquist:.6g}")
+    return float(f"{value * nyquist if new_unit == 'bins' else value / nyquist:.6g}")
 
 
 def _last_parts(teacher: Mapping[str, Any]) -> list[str]:
-    """A teacher's files by their last part: folders differ between machines."""
+    """Return the base names of a teacher's files, because folders differ between machines."""
     return [str(teacher.get(key)).rpartition("/")[2] for key in ("spec", "weights")]

@@ -1,4 +1,4 @@
-"""How a sweep spends its time: budget, search, resources. Knows neither Ray nor torch."""
+"""The configuration of a sweep: budget, search, resources. Imports neither Ray nor torch."""
 
 import re
 from dataclasses import dataclass
@@ -9,64 +9,70 @@ from synq.config.parsing import between, one_of, require
 DEFAULT_TRIALS = 8
 SAMPLERS = ("tpe", "random", "gp", "nsga2", "grid", "points")
 LISTED = ("grid", "points")
-"""Samplers whose proposals are known before the first one."""
+"""Samplers whose trials are all known from the start."""
 OBJECTIVES = ("synthetic", "selection")
 SECOND_OBJECTIVES = ("none", "size_bytes", "bitops")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchConfig:
-    """How a sweep spends its time."""
+    """Budget, search and resources of a sweep."""
 
     name: str = "sweep"
     """Name of the sweep."""
     output_dir: str = "none"
     """Folder of the sweep, or an address such as s3://bucket/path; none is runs/NAME."""
     num_trials: int | None = None
-    """Trials of each group, pruned and failed ones included; re-runs on further seeds come on top. None: 8, or the whole grid or list."""
+    """Number of trials of each group, including pruned and failed ones, without re-runs on `seeds`; none: 8, or the
+    size of the grid or list."""
     more_trials: int = 0
-    """Trials of each group beyond those of the finished sweep in the folder (the command line's --num-trials +N)."""
+    """Trials of each group in addition to those of the finished sweep in the folder (--num-trials +N on the command
+    line)."""
     objective: Literal["synthetic", "selection"] = "synthetic"
-    """What is optimized: synthetic (fidelity to the teacher, lower is better) or selection (top-1 on a part of the labels, higher is better)."""
+    """Metric to optimize: synthetic (fidelity to the teacher, lower is better) or selection (top-1 on a part of the
+    labeled set, higher is better)."""
     second_objective: Literal["none", "size_bytes", "bitops"] = "none"
-    """Minimized at the same time, over the bit-widths of `bits`: the search of a model then looks for the Pareto front."""
+    """Second metric to minimize, over the bit-widths of `bits`: the search of a model then looks for the Pareto
+    front."""
     seeds: tuple[int, ...] = ()
-    """Seeds (of fine-tuning and of the synthetic set, together) on which the best settings of each group are run after the search."""
+    """Seeds (of fine-tuning and of the synthetic set) on which the best settings of each group are run after the
+    search."""
     final_top_k: int = 1
-    """How many of the best settings of each (model, bits) are run on `seeds`."""
+    """Number of the best settings of each (model, bits) to run on `seeds`."""
     sampler: Literal["tpe", "random", "gp", "nsga2", "grid", "points"] = "tpe"
-    """How settings are proposed; grid takes every combination of the space, points the listed [[points]] and nothing else."""
+    """How settings are proposed: by Optuna (tpe, random, gp, nsga2), every combination of the space (grid), or only the
+    listed [[points]] (points)."""
     sampler_seed: int = 0
     """Seed of the proposals."""
     warm_start: tuple[str, ...] = ()
     """Folders (or leaderboard.csv files) of earlier sweeps whose best settings are tried first."""
     warm_start_top_k: int = 3
-    """How many settings each group takes from `warm_start`."""
+    """Number of settings that each group takes from `warm_start`."""
     scheduler: Literal["asha", "none"] = "asha"
-    """Whether weak trials are stopped early (successive halving within their group)."""
+    """Whether weak trials are stopped early: asha (asynchronous successive halving within each group) or none."""
     grace_epochs: int = 1
-    """Epochs before which no trial is stopped."""
+    """Epochs that every trial completes before it may be stopped."""
     reduction_factor: float = 3.0
-    """About one in this many trials passes each rung."""
+    """Factor eta of successive halving: about one in eta trials passes each rung."""
     max_concurrent: int | None = None
-    """Most trials at one time; none is as many as the machines hold."""
+    """Maximum number of concurrent trials; none is as many as fit the cluster."""
     max_failures: int = 3
-    """How often a trial whose worker died is started again from its last epoch."""
+    """Number of restarts, from its last epoch, of a trial whose worker died."""
     max_failed_trials: int = 10
-    """Failed trials, since the sweep was started, at which it stops: so many have one cause, and it should be mended first."""
+    """Number of failed trials since the start of the sweep at which it stops: so many usually have one common cause."""
     retry_failed: bool = False
-    """Whether trials that failed in an earlier start are run again."""
+    """Whether to run trials again that failed in an earlier start."""
     workers_per_trial: int = 1
-    """Processes of one trial: more than one train its student together (DDP), on one machine or several."""
+    """Processes of one trial; several train its student together (DDP), on one machine or more."""
     cpus_per_worker: float = 1.0
-    """CPU cores of each of them; also its number of threads."""
+    """CPU cores of each worker; also its number of threads."""
     gpus_per_worker: float = 0.0
-    """GPUs of each of them: 1, a part such as 0.25 (several trials then share a device), or 0 for the CPU."""
+    """GPUs of each worker: 1, a fraction such as 0.25 (several trials then share a device), or 0 for the CPU."""
     study_storage: str = "none"
-    """Where the searches are also kept for optuna-dashboard: journal (optuna.journal in the sweep's folder), or a database such as
-    sqlite:////tmp/studies.db."""
+    """Storage of the Optuna studies for optuna-dashboard: journal (optuna.journal in the sweep's folder), a database
+    such as sqlite:////tmp/studies.db, or none."""
     report: bool = True
-    """Whether the sweep ends with a page, report.html in its folder; `synq report` makes it at any time."""
+    """Whether the sweep ends by writing a page, report.html in its folder; `synq report` makes it at any time."""
 
     def __post_init__(self) -> None:
         slug = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None
@@ -99,7 +105,7 @@ class SearchConfig:
         require("study_storage", "be none, journal or the address of a database", self.study_storage, storage)
         self._check_resources()
         if self.two_objectives:
-            rule = "be none with a `second_objective`: an early value says nothing about a front"
+            rule = "be none with a `second_objective`: a Pareto front has no rank of early values"
             require("scheduler", rule, self.scheduler, self.scheduler == "none")
 
     def _check_resources(self) -> None:
@@ -108,8 +114,8 @@ class SearchConfig:
         between("gpus_per_worker", gpus, 0)
         require("cpus_per_worker", "be < 1 or a whole number", cpus, cpus < 1 or cpus % 1 == 0)
         require("gpus_per_worker", "be a part of one GPU, or 1 (a process uses one)", gpus, gpus <= 1)
-        if self.workers_per_trial > 1:  # NCCL refuses two processes of one group on one device
-            rule = "be 0 or 1 where a trial has several workers"
+        if self.workers_per_trial > 1:  # NCCL rejects two processes of one group on one device
+            rule = "be 0 or 1 if a trial has several workers"
             require("gpus_per_worker", rule, gpus, gpus in (0, 1))
 
     @property
@@ -119,15 +125,15 @@ class SearchConfig:
 
     @property
     def two_objectives(self) -> bool:
-        """Whether a second objective is minimized beside the first."""
+        """Whether a second objective is minimized in addition to the first."""
         return self.second_objective != "none"
 
     @property
     def trials(self) -> int:
-        """Trials of each group, resolved.
+        """Return the resolved number of trials of each group.
 
         Raises:
-            AssertionError: The spec has not been built yet.
+            AssertionError: It is not resolved yet (`resolve_spec`).
         """
         assert self.num_trials is not None
         return self.num_trials

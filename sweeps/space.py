@@ -1,4 +1,4 @@
-"""The search space of a sweep: which settings are tried, over which values. Knows neither Ray nor Optuna."""
+"""The search space of a sweep: searched settings and their ranges. Imports neither Ray nor Optuna."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ IDENTITY = (
     *("quant.weight_bits", "quant.act_bits", "quant.first_bits", "quant.last_bits"),
     *("quant.last_bits_for_input", "quant.layer_weight_bits", "quant.layer_act_bits", "quant.act_points"),
 )
-"""Settings that decide which ranking a run belongs to: never searched over."""
+"""Settings that determine the ranking of a run; they cannot be searched."""
 
 DEFAULT_SPACE: dict[str, dict[str, Any]] = {
     "finetune.lowpass_cutoff": {"type": "float", "low": 0.4, "high": 1.6, "log": True, "optional": True},
@@ -20,11 +20,10 @@ DEFAULT_SPACE: dict[str, dict[str, Any]] = {
     "finetune.difficulty_threshold": {"type": "float", "low": 0.3, "high": 0.9, "step": 0.1},
     "finetune.lr": {"type": "float", "low": 5e-4, "high": 2e-2, "log": True},
 }
-"""Searched where the spec has no [space]. The cutoff is a share of the Nyquist frequency, so that it means the same at every size."""
-
+"""Search space of a spec without [space]. The cutoff is a fraction of the Nyquist frequency, for any image size."""
 
 BITS = "bits"
-"""Name of the searched bit-widths, W4A4 and so on, where a search has two objectives."""
+"""Name of the dimension of bit-widths (W4A4, ...) in a search with two objectives."""
 
 
 class Suggester(Protocol):
@@ -52,11 +51,11 @@ class Dimension:
     log: bool = False
     """Whether the range is searched by its logarithm."""
     step: float | None = None
-    """Distance of the values tried."""
+    """Spacing of the values; None is a continuous range."""
     values: tuple[Any, ...] = ()
     """The choices; "none" is None."""
     optional: bool = False
-    """Whether None (the idea switched off) is tried as well as the range."""
+    """Whether None (the idea disabled) is tried in addition to the range."""
 
     def __post_init__(self) -> None:
         where = f"space.{self.name}"
@@ -66,12 +65,8 @@ class Dimension:
             bounded = (
                 self.low is not None or self.high is not None or self.step is not None or self.log or self.optional
             )
-            require(
-                f"{where}.type",
-                "be float or int where low, high, step, log or optional is given",
-                self.type,
-                not bounded,
-            )
+            rule = "be float or int where low, high, step, log or optional is given"
+            require(f"{where}.type", rule, self.type, not bounded)
             return
         require(f"{where}.values", "be left out unless type is choice", list(self.values), not self.values)
         if self.low is None or self.high is None:
@@ -88,7 +83,7 @@ class Dimension:
                 require(f"{where}.{key}", "be a whole number for type int", value, value is None or value % 1 == 0)
 
     def suggest(self, trial: Suggester) -> Any:
-        """Let the search choose a value; None only where `optional`."""
+        """Return a value chosen by the search; None only if `optional`."""
         if self.type == "choice":
             picked = trial.suggest_categorical(self.name, list(self.values))
             return None if picked == "none" else picked
@@ -98,10 +93,10 @@ class Dimension:
         if self.type == "int":
             return trial.suggest_int(self.name, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
         value = trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
-        return float(f"{value:.6g}")  # readable, and the record has exactly what was run
+        return float(f"{value:.6g}")  # short to read, and exactly the value of the run
 
     def point(self, value: Any) -> dict[str, Any] | None:
-        """Return the search's parameters of `value`, or None where the dimension cannot take it."""
+        """Return the search's parameters for `value`; None if it is not in the dimension."""
         if self.type == "choice":
             value = "none" if value is None else value
             return {self.name: value} if value in self.values else None
@@ -115,11 +110,11 @@ class Dimension:
         return {self.name: value, **({f"{self.name}.on": True} if self.optional else {})}
 
     def edges(self) -> tuple[Any, ...]:
-        """Values at which the configuration's own range checks must hold."""
+        """Return the values at which the range checks of the configuration must pass: the bounds, or all choices."""
         if self.type == "choice":
             return tuple(None if value == "none" else value for value in self.values)
-        ends = (self.low, self.high) if self.type == "float" else (int(self.low or 0), int(self.high or 0))
-        return (*ends, None) if self.optional else ends
+        bounds = (self.low, self.high) if self.type == "float" else (int(self.low or 0), int(self.high or 0))
+        return (*bounds, None) if self.optional else bounds
 
     def listed(self) -> tuple[Any, ...]:
         """Return every value, in order, for a grid.
@@ -141,12 +136,12 @@ class Dimension:
 
 
 def sample(dimensions: Sequence[Dimension], trial: Suggester) -> dict[str, Any]:
-    """Return one point of the search space as dotted overrides. At module level, because searchers are pickled."""
+    """Return one point of the search space as dotted overrides. Not a closure, because searchers are pickled."""
     return {"overrides": {dimension.name: dimension.suggest(trial) for dimension in dimensions}}
 
 
 def value_of(config: RunConfig, name: str) -> Any:
-    """Return what a run has at a dimension's name; a list, not a tuple, as in a file."""
+    """Return the value of a run for a dimension; a tuple is returned as a list, as in a file."""
     if name == BITS:
         return config.quant.label
     part, _, key = name.partition(".")
@@ -155,7 +150,7 @@ def value_of(config: RunConfig, name: str) -> Any:
 
 
 def value_at(config: Mapping[str, Any], name: str) -> Any:
-    """Return what a run, as plain values, has at a dimension's name. See `value_of`."""
+    """Return the value of a run, given as plain values, for a dimension; see `value_of`."""
     if name == BITS:
         return f"W{config['quant']['weight_bits']}A{config['quant']['act_bits']}"
     part, _, key = name.partition(".")
@@ -163,12 +158,12 @@ def value_at(config: Mapping[str, Any], name: str) -> Any:
 
 
 def base_values(dimensions: Sequence[Dimension], config: RunConfig) -> dict[str, Any]:
-    """Return the point of a run itself."""
+    """Return the point of a run in the space of `dimensions`."""
     return {dimension.name: value_of(config, dimension.name) for dimension in dimensions}
 
 
 def with_bits(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return overrides with the label of searched bit-widths replaced by its two settings."""
+    """Return overrides with a bit-width label replaced by `quant.weight_bits` and `quant.act_bits`."""
     if BITS not in overrides:
         return dict(overrides)
     weight_bits, act_bits = parse_bits(overrides[BITS])
@@ -177,5 +172,5 @@ def with_bits(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def setting_names() -> list[str]:
-    """Settings that may be searched."""
+    """Return the dotted keys of the settings that may be searched."""
     return [key for key in dotted_keys(RunConfig) if key.startswith(("finetune.", "quant.")) and key not in IDENTITY]

@@ -1,8 +1,8 @@
-"""A sweep as a value: models x bit-widths, a search space, a budget. `sweeps/spec_file.py` builds and checks it.
+"""The specification of a sweep: models x bit-widths, a search space, a budget. `sweeps/spec_file.py` builds it.
 
-A *group* is one (model, weight bits, activation bits). Each group has a separate search, separate rungs and a separate budget of trials,
-because a 3-bit student must never be compared with, or stopped in favor of, an 8-bit one. Only a search for two objectives, which stops
-no trial, covers all bit-widths of a model: its group is the model.
+A *group* is one (model, weight bits, activation bits). Each group has a separate search, separate rungs and a separate
+budget of trials, because a 3-bit student must never be compared with, or stopped in favor of, an 8-bit one. Only a
+search for two objectives, which stops no trial, covers all bit-widths of a model: its group is the model.
 """
 
 from collections.abc import Mapping
@@ -20,20 +20,20 @@ from .storage.addresses import is_address, local_copy
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """One (model, weight bits, activation bits) with the run that its trials vary."""
+    """One (model, weight bits, activation bits), and the run whose settings its trials vary."""
 
     model: str
     """Short name of the model."""
     base: RunConfig
-    """The run before any searched setting is put in; paths absolute."""
+    """The run without any searched setting; its paths are absolute."""
     named: str = ""
-    """The model's name in the tables where the spec sets one; "" uses the teacher's name."""
+    """Name of the model in the tables, if the spec sets one; "" uses the teacher's name."""
     all_bits: bool = False
-    """Whether the search goes over the bit-widths too (two objectives)."""
+    """Whether bit-widths are searched, too (with two objectives)."""
 
     @property
     def key(self) -> str:
-        """Name of the group, for example digits_resnet8-W4A4."""
+        """Return the name of the group, for example digits_resnet8-W4A4."""
         return self.model if self.all_bits else f"{self.model}-{self.base.quant.label}"
 
 
@@ -44,42 +44,42 @@ class SweepSpec:
     search: SearchConfig
     """Budget, search and resources."""
     groups: tuple[Group, ...]
-    """In the order of the spec: models outside, bit-widths inside."""
+    """Groups in the order of the spec, bit-widths changing fastest."""
     dimensions: tuple[Dimension, ...]
     """The search space, the same for every group."""
     points: tuple[dict[str, Any], ...] = ()
-    """Settings to try first, in this order, as dotted overrides; a setting that a point does not name is the base's."""
+    """Settings to try first, in this order, as dotted overrides; a setting missing in a point is that of the base."""
 
     @property
     def output_dir(self) -> Path:
-        """The sweep's folder on this machine, absolute; for an address, a copy of it."""
+        """Return the absolute path of the sweep's folder on this machine; for an address, of the local copy."""
         folder = self.search.output_dir
         return local_copy(folder) if is_address(folder) else Path(folder)
 
     @property
     def num_bit_choices(self) -> int:
-        """Bit-widths that each search goes over: one, unless it has two objectives."""
+        """Return the number of bit-widths of each search: 1, unless it has two objectives."""
         return next((len(dimension.values) for dimension in self.dimensions if dimension.name == BITS), 1)
 
     @property
     def address(self) -> str:
-        """Where the sweep lies, when that is not a folder that all machines see; else ""."""
+        """Return the address of the sweep in an object store, "" for a folder."""
         return self.search.output_dir if is_address(self.search.output_dir) else ""
 
 
 def run_config(
     spec: SweepSpec, group: Group, overrides: Mapping[str, Any], *, seeds: tuple[int, int] | None = None
 ) -> RunConfig:
-    """Return the run of one trial: the group's base with the overrides of a point applied.
+    """Return the run of one trial: the group's base with the overrides of a point.
 
     Args:
         spec: The sweep.
         group: The trial's group.
-        overrides: Dotted names and values, as from `sample`.
-        seeds: (seed, data_seed); None keeps the base's own.
+        overrides: Values by dotted name, as from `sample`.
+        seeds: (seed, data_seed); None keeps those of the base.
 
     Raises:
-        ValueError: The settings do not go together.
+        ValueError: The settings are invalid together.
     """
     config = with_overrides(group.base, with_bits(overrides)) if overrides else group.base
     workers, size = spec.search.workers_per_trial, config.finetune.batch_size
@@ -88,14 +88,14 @@ def run_config(
     threads = max(1, int(spec.search.cpus_per_worker))
     store = config.runtime.store_dir or str(spec.output_dir / "store")
     device = config.runtime.device
+    if device == "auto" and not spec.search.gpus_per_worker:
+        device = "cpu"  # otherwise all trials would use the same GPU
     runtime = replace(
         config.runtime,
         output_dir=str(spec.output_dir / "runs"),
         store_dir=store,
         num_threads=threads,
         progress=False,
-        device="cpu"
-        if device == "auto" and not spec.search.gpus_per_worker
-        else device,  # else all trials take one GPU
+        device=device,
     )
     return replace(config, name=f"{group.model}-{config.quant.label}", seed=seed, data_seed=data_seed, runtime=runtime)

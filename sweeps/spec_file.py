@@ -1,10 +1,10 @@
-"""The spec file of a sweep, in three steps: parsed, resolved, checked.
+"""Loading of the spec file of a sweep in three steps: parse, resolve, check.
 
-    parse_spec    mapping  -> SpecFile   known keys only, each value of its type; environment variables replaced in texts
-    resolve_spec  SpecFile -> SweepSpec  paths absolute, one group per (model, bits), defaults and the number of trials filled in
-    check_spec    SweepSpec              settings allowed at the edges of the space, points inside it, no group twice
+    parse_spec    mapping  -> SpecFile   known keys and types only; environment variables in texts are replaced
+    resolve_spec  SpecFile -> SweepSpec  absolute paths, one group per (model, bits), defaults, the number of trials
+    check_spec    SweepSpec              settings valid at the edges of the space, points inside it, no group twice
 
-`load_spec` does all three for a file, `spec_from_dict` for values that are already in memory.
+`load_spec` does all three for a file, `spec_from_dict` for a mapping.
 """
 
 import itertools
@@ -38,17 +38,17 @@ from .storage.addresses import is_address
 
 DEMO_SPEC = Path(__file__).parent / "specs" / "demo.toml"
 TABLES = ("models", "bits", "base", "space", "points")
-"""Keys of a spec next to those of `SearchConfig`."""
+"""Keys of a spec in addition to those of `SearchConfig`."""
 MODEL_KEYS = ("name", "dataset", "base")
-"""Keys of an entry of `models` next to those of `TeacherConfig`."""
-OWN_KEYS = (
+"""Keys of an entry of `models` in addition to those of `TeacherConfig`."""
+TOP_LEVEL_KEYS = (
     (("teacher",), "models"),
     (("name",), "name"),
     (("evaluation", "objective"), "objective"),
     (("quant", "weight_bits"), "bits"),
     (("quant", "act_bits"), "bits"),
 )
-"""Settings of a run that a spec has at its top level: where [base] would hold them, and the spec's own key."""
+"""Settings of a run that a spec has at its top level: their path in [base], and the top-level key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,23 +60,23 @@ class ModelEntry:
     name: str = ""
     """Name for groups and tables; "" derives it from the teacher."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of a run for this model alone, as tables: its `base` and its `dataset`. They win over the spec's [base]."""
+    """Settings of a run for this model alone, as tables: its `base` and `dataset`. They override the spec's [base]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecFile:
-    """A spec as written: every key known and every value typed, nothing filled in but the defaults of absent keys."""
+    """A spec as written: known keys and typed values, with the defaults of missing keys."""
 
     search: SearchConfig
-    """Budget, search and resources: all keys that are no table."""
+    """Budget, search and resources: all keys that are not tables."""
     models: tuple[ModelEntry, ...] = (ModelEntry(),)
     """The classifiers to quantize."""
     bits: tuple[str, ...] = ("W4A4",)
     """Labels of the bit-widths."""
     base: dict[str, Any] = field(default_factory=dict)
-    """Settings that all runs have in common, as tables; typed when a group's run is built from them."""
+    """Settings common to all runs, as tables; their types are checked when the run of a group is built."""
     space: tuple[Dimension, ...] | None = None
-    """The search space; None where the spec has no [space]."""
+    """The search space; None if the spec has no [space]."""
     points: tuple[Point, ...] = ()
     """Settings to try first, as dotted overrides."""
 
@@ -92,10 +92,10 @@ class SpecFile:
         if not search.two_objectives:
             return
         named = not only_points or all(BITS in point for point in self.points)
-        rule = "name `bits` in every entry, where there is a second_objective"
+        rule = "name `bits` in every entry, if there is a second_objective"
         require("points", rule, list(self.points), named)
-        once = only_points or len(set(self.bits)) == len(self.bits)
-        require("bits", "have no entry twice", list(self.bits), once)
+        are_distinct = only_points or len(set(self.bits)) == len(self.bits)
+        require("bits", "have no entry twice", list(self.bits), are_distinct)
 
 
 def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None, *, root: str | Path = "") -> SweepSpec:
@@ -103,12 +103,12 @@ def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None, *, r
 
     Args:
         path: A .toml or .json file.
-        overrides: Top-level keys that win over the file, for example {"num_trials": 2}.
-        root: Folder against which a relative output_dir is taken; the current one by default.
+        overrides: Top-level keys that override the file, for example {"num_trials": 2}.
+        root: Base of a relative output_dir; the current folder by default.
 
     Raises:
-        FileNotFoundError: The file is absent.
-        ValueError: A key or a value is wrong; the message names the file and the cure.
+        FileNotFoundError: The file does not exist.
+        ValueError: A key or a value is invalid; the message names the file.
     """
     content = load_config(path, "spec")
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(path).stem).lstrip("._-") or "sweep"
@@ -121,11 +121,11 @@ def spec_from_dict(mapping: Mapping[str, Any], *, source: str = "", root: str | 
 
     Args:
         mapping: The keys of a spec.
-        source: Where the mapping was read, for messages.
-        root: Folder against which a relative output_dir is taken; the current one by default.
+        source: Origin of the mapping, for messages.
+        root: Base of a relative output_dir; the current folder by default.
 
     Raises:
-        ValueError: A key or a value is wrong.
+        ValueError: A key or a value is invalid.
     """
     try:
         spec = resolve_spec(parse_spec(mapping), root=root)
@@ -138,11 +138,11 @@ def spec_from_dict(mapping: Mapping[str, Any], *, source: str = "", root: str | 
 def parse_spec(mapping: Mapping[str, Any]) -> SpecFile:
     """Convert the plain values of a spec into a `SpecFile`.
 
-    Environment variables are replaced first: only then does a text have its type.
+    Environment variables are replaced first, before types are checked.
 
     Raises:
-        ValueError: A key is unknown (the nearest one is named), a value has another type, a variable is not set, or two keys exclude
-            each other.
+        ValueError: A key is unknown (the message names the most similar one), a value has a wrong type, a variable is
+            not set, or two keys exclude each other.
     """
     known = (*TABLES, *SearchConfig.__dataclass_fields__)
     for key in mapping:
@@ -165,14 +165,14 @@ def parse_spec(mapping: Mapping[str, Any]) -> SpecFile:
 
 
 def resolve_spec(written: SpecFile, *, root: str | Path = "") -> SweepSpec:
-    """Fill in what a spec leaves open: absolute paths, the default space, one run per group, the number of trials.
+    """Resolve a spec: absolute paths, the default space, one run per group, the number of trials.
 
     Args:
         written: The spec as written.
-        root: Folder against which a relative output_dir is taken; the current one by default.
+        root: Base of a relative output_dir; the current folder by default.
 
     Raises:
-        ValueError: The settings of a group do not form a run, or a grid has a range without steps.
+        ValueError: The settings of a group are invalid, or a grid has a range without steps.
     """
     search, base, points = _absolute(written.search, root), written.base, written.points
     space = written.space or ()
@@ -180,23 +180,23 @@ def resolve_spec(written: SpecFile, *, root: str | Path = "") -> SweepSpec:
         space, base = default_space(base)
     labels = written.bits[:1] if search.two_objectives else written.bits
     groups = [_group(search, base, model, label) for model, label in itertools.product(written.models, labels)]
-    whole = max(DEFAULT_TRIALS, len(points))
+    default_trials = max(DEFAULT_TRIALS, len(points))
     if search.sampler == "points":
         space = listed_dimensions([point for group in groups for point in completed(points, group.base)])
-        whole = len(points)
+        default_trials = len(points)
     elif search.two_objectives:
         space = (Dimension(name=BITS, type="choice", values=written.bits), *space)
     if search.sampler == "grid":
-        whole = grid_size(space)
-    search = replace(search, num_trials=search.num_trials or whole)
+        default_trials = grid_size(space)
+    search = replace(search, num_trials=search.num_trials or default_trials)
     return SweepSpec(search=search, groups=tuple(groups), dimensions=space, points=points)
 
 
 def check_spec(spec: SweepSpec) -> None:
-    """Check a resolved spec: no group twice, every edge of the space allowed in every group, every point inside the space.
+    """Check a resolved spec: distinct groups, every edge of the space valid in every group, all points in the space.
 
     Raises:
-        ValueError: One of these does not hold.
+        ValueError: A check fails.
     """
     keys = [group.key for group in spec.groups]
     double = next((key for key in keys if keys.count(key) > 1), None)
@@ -218,7 +218,7 @@ def check_spec(spec: SweepSpec) -> None:
 
 
 def _expand(value: Any, name: str) -> Any:
-    """Replace environment variables ($NAME, ${NAME}) in every text; one that is not set is rejected by name."""
+    """Replace environment variables ($NAME, ${NAME}) in every text; raise ValueError if one is not set."""
     if isinstance(value, Mapping):
         return {key: _expand(part, f"{name}.{key}" if name else key) for key, part in value.items()}
     if isinstance(value, list):
@@ -238,9 +238,9 @@ def _entries(value: Any, name: str) -> list[Any]:
 
 
 def _read_base(value: Any, name: str) -> dict[str, Any]:
-    """Read the settings of a run; those that a spec has at its top level are rejected here."""
+    """Return the settings of a run as tables; raise ValueError for those that a spec has at its top level."""
     base = read_table(value, name)
-    for path, instead in OWN_KEYS:
+    for path, instead in TOP_LEVEL_KEYS:
         table: Any = base
         for part in path[:-1]:
             table = table.get(part)
@@ -251,14 +251,15 @@ def _read_base(value: Any, name: str) -> dict[str, Any]:
 
 
 def _read_model(value: Any) -> ModelEntry:
-    """Read an entry of `models`: the name of a teacher, or a table of `TeacherConfig` and MODEL_KEYS."""
+    """Read an entry of `models`: the name of a teacher, or a table with keys of `TeacherConfig` and MODEL_KEYS."""
     table = {"spec": value} if isinstance(value, str) else read_table(value, "models")
-    own = {key: table.pop(key) for key in MODEL_KEYS if key in table}
-    settings = _read_base(own.get("base", {}), "models.base")
-    if "dataset" in own:
-        settings = _merge(settings, {"evaluation": {"dataset": own["dataset"]}})
+    entry = {key: table.pop(key) for key in MODEL_KEYS if key in table}
+    settings = _read_base(entry.get("base", {}), "models.base")
+    if "dataset" in entry:
+        settings = _merge(settings, {"evaluation": {"dataset": entry["dataset"]}})
     teacher = config_from_dict(RunConfig, {"teacher": table}).teacher  # so that messages have the key's full name
-    return ModelEntry(teacher=teacher, name=_identifier(str(own["name"])) if "name" in own else "", settings=settings)
+    name = _identifier(str(entry["name"])) if "name" in entry else ""
+    return ModelEntry(teacher=teacher, name=name, settings=settings)
 
 
 def _identifier(name: str) -> str:
@@ -271,20 +272,20 @@ def _read_label(label: Any) -> str:
 
 
 def default_space(base: Mapping[str, Any]) -> tuple[tuple[Dimension, ...], dict[str, Any]]:
-    """Return the space of a spec without [space], and [base] with the unit in which that space has the cutoff.
+    """Return the default space, and [base] with the unit of the cutoff in that space.
 
     Raises:
         ValueError: [base] sets another unit.
     """
     finetune = read_table(base.get("finetune", {}), "base.finetune")
     unit = finetune.setdefault("lowpass_unit", "nyquist")
-    rule = "be nyquist with the default search space (or give a [space] of your own)"
+    rule = "be nyquist with the default search space (or give another [space])"
     require("base.finetune.lowpass_unit", rule, unit, unit == "nyquist")
     return read_space(DEFAULT_SPACE), {**base, "finetune": finetune}
 
 
 def _absolute(search: SearchConfig, root: str | Path) -> SearchConfig:
-    """Return the search with absolute paths; without an output_dir the sweep goes to runs/NAME."""
+    """Return the search with absolute paths; the default output_dir is runs/NAME."""
     folder = os.path.join("runs", search.name) if search.output_dir == "none" else search.output_dir
     if not is_address(folder):
         folder = os.path.abspath(os.path.join(root, os.path.expanduser(folder)))
@@ -292,15 +293,15 @@ def _absolute(search: SearchConfig, root: str | Path) -> SearchConfig:
 
 
 def _group(search: SearchConfig, base: dict[str, Any], model: ModelEntry, label: str) -> Group:
-    """Return a group: the run of a model at one bit-width before any searched setting is put in."""
+    """Return a group: the run of a model at one bit-width, without any searched setting."""
     weight_bits, act_bits = parse_bits(label)
-    own = {"quant": {"weight_bits": weight_bits, "act_bits": act_bits}, "evaluation": {"objective": search.objective}}
-    merged = _merge(_merge(base, model.settings), {"teacher": config_to_dict(model.teacher), **own})
+    top = {"quant": {"weight_bits": weight_bits, "act_bits": act_bits}, "evaluation": {"objective": search.objective}}
+    merged = _merge(_merge(base, model.settings), {"teacher": config_to_dict(model.teacher), **top})
     config = config_from_dict(RunConfig, merged)
     if config.runtime.store_dir is not None:
         rule = "be a folder path (synthetic sets go with `output_dir`, which may be an address)"
         require("runtime.store_dir", rule, config.runtime.store_dir, not is_address(config.runtime.store_dir))
-    if config.evaluation.data_dir is None:  # a trial runs in a scratch folder, where ./data would be another one
+    if config.evaluation.data_dir is None:  # a trial runs in a scratch folder, which has no ./data
         data_dir = os.environ.get("SYNQ_DATA_DIR") or "data"
         config = replace(config, evaluation=replace(config.evaluation, data_dir=data_dir))
     config = make_absolute(config)
@@ -312,7 +313,7 @@ def _group(search: SearchConfig, base: dict[str, Any], model: ModelEntry, label:
 
 
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `low` with the values of `high` put over it, parts merged."""
+    """Return `low` overridden by `high`, with tables merged recursively."""
     merged = dict(low)
     for key, value in high.items():
         tables = {isinstance(part, Mapping) for part in (value, merged.get(key, value))}

@@ -1,4 +1,4 @@
-"""Tables of a spec file, converted into typed values: the search space and the points to try first."""
+"""Parsing of tables of a spec file: the search space and the points to try first."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from .space import BITS, IDENTITY, Dimension, setting_names
 
 
 def read_table(value: Any, name: str) -> dict[str, Any]:
-    """Return a copy of a mapping, parts included; ValueError where `value` is none."""
+    """Return a copy of a mapping and its nested tables; raise ValueError if `value` is not a mapping."""
     require(name, "be a table of keys", value, isinstance(value, Mapping))
     return {key: dict(part) if isinstance(part, Mapping) else part for key, part in value.items()}
 
@@ -21,10 +21,10 @@ def read_points(entries: Any, *, two_objectives: bool = False) -> tuple[Point, .
 
     Args:
         entries: A list of tables; {"finetune.lr": 0.01} and {"finetune": {"lr": 0.01}} are the same. "none" means None.
-        two_objectives: Whether `bits` may be named.
+        two_objectives: Whether an entry may have the key `bits`.
 
     Raises:
-        ValueError: An entry is no table, or names what is no setting.
+        ValueError: An entry is not a table, or one of its keys is not a setting.
     """
     require("points", "be a list of tables", entries, isinstance(entries, list))
     names = {*setting_names(), *([BITS] if two_objectives else [])}
@@ -46,10 +46,10 @@ def _read_point(entry: Any, names: set[str]) -> Point:
 
 
 def read_space(value: Any) -> tuple[Dimension, ...]:
-    """Read a table of dimensions by the dotted names of their settings; [space.finetune.lr] is [space."finetune.lr"].
+    """Read a table of dimensions by dotted name of the setting; [space.finetune.lr] is [space."finetune.lr"].
 
     Raises:
-        ValueError: A name, a key or a value is wrong.
+        ValueError: A name, a key or a value is invalid.
     """
     flat: dict[str, Any] = {}
     for name, table in read_table(value, "space").items():
@@ -60,7 +60,7 @@ def read_space(value: Any) -> tuple[Dimension, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Range:
-    """The plain values of a [space.*] table, for type checks."""
+    """The keys of a [space.*] table with their types."""
 
     type: Literal["float", "int", "choice"]
     low: float | None = None

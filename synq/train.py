@@ -19,6 +19,7 @@ import click
 from synq.common.exit_codes import INTERRUPTED, RUN_FAILED, USER_ERROR, leave, report_error
 from synq.config.command_line import Command
 from synq.config.command_options import config_option
+from synq.config.finetune import SWITCHED_OFF
 from synq.config.run import RunConfig
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ TEACHER_SETTINGS = ("teacher.spec", "teacher.weights", "teacher.input_size", "te
 COMMON = (
     *TEACHER_SETTINGS,
     *("quant.weight_bits", "quant.act_bits", "quant.act_points", "synthesis.num_images", "synthesis.iterations"),
-    *("finetune.epochs", "finetune.lr", "finetune.lowpass_cutoff", "finetune.cam_weight"),
-    *("finetune.difficulty_threshold", "evaluation.dataset", "runtime.output_dir", "seed"),
+    *("finetune.epochs", "finetune.lr", *(f"finetune.{key}" for key, _ in SWITCHED_OFF.values())),
+    *("evaluation.dataset", "runtime.output_dir", "seed"),
 )
 EXAMPLES = """\
   %(prog)s                                   the classifier that ships with SynQ, W4A4, about a minute

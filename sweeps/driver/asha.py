@@ -11,23 +11,25 @@ from ..state.ledger import Ledger
 from ..state.plans import Plan
 from ..state.trial_task import trial_name
 from .group_search import EPOCH, OBJECTIVE, STATUS, is_finite
-from .halt import StopReason
+from .stop_reason import StopReason
 
 
 class SweepScheduler(FIFOScheduler):
-    """Stops trials that are weak in their own group; re-runs and last epochs are never stopped.
+    """Scheduler that stops weak trials by ASHA within each group; re-runs and last epochs are never stopped.
 
-    A trial of several workers is not stopped by Ray Tune, which can only kill its outermost process and may leave the workers and
-    their resources running: it is asked to stop, by a sign in the sweep's folder that its workers look for after each epoch.
+    A trial with several workers is not stopped by Ray Tune, which can only kill its outermost process and may leave the
+    workers and their resources running. Instead, a file in the sweep's folder, which its workers check after each
+    epoch, requests the stop.
     """
 
     def __init__(self, spec: SweepSpec, ledger: Ledger, stop_reason: StopReason | None = None) -> None:
         super().__init__()
         self.ledger, self.stop_reason = ledger, StopReason() if stop_reason is None else stop_reason
-        self.wide = spec.search.workers_per_trial > 1
-        self.asked: set[str] = set()
-        """Trials that were asked to stop."""
+        self.is_wide = spec.search.workers_per_trial > 1
+        self.stop_requested: set[str] = set()
+        """Trials with a requested stop."""
         self.inner: dict[str, AsyncHyperBandScheduler] = {}
+        """ASHA scheduler of each group."""
         for group in spec.groups:
             epochs = group.base.finetune.epochs
             if spec.search.scheduler == "asha" and epochs > 1:
@@ -40,52 +42,52 @@ class SweepScheduler(FIFOScheduler):
                     reduction_factor=spec.search.reduction_factor,
                     stop_last_trials=False,
                 )
-        nobody: Any = None  # a controller, which these rungs never ask
+        no_controller: Any = None  # ASHA does not use it
         for plan in ledger.plans.values():
             if plan.stage == "search" and plan.trial in ledger.records and plan.group in self.inner:
                 trial: Any = SimpleNamespace(trial_id=plan.trial)
-                self.inner[plan.group].on_trial_add(nobody, trial)
+                self.inner[plan.group].on_trial_add(no_controller, trial)
                 for epoch, value in plan.history:
-                    self.inner[plan.group].on_trial_result(nobody, trial, {EPOCH: epoch, OBJECTIVE: value})
+                    self.inner[plan.group].on_trial_result(no_controller, trial, {EPOCH: epoch, OBJECTIVE: value})
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Metric and mode are known already."""
+        """Return True: metric and mode are known from the spec."""
         return True
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Enter a trial into its group's rungs, an interrupted one with what it had reported; that it went on then is settled."""
+        """Add a trial to the rungs of its group; for a resumed one, replay its reports and ignore the decisions."""
         plan = self._plan(trial)
-        inner = self._rungs(plan)
+        inner = self._scheduler(plan)
         if inner is not None:
             inner.on_trial_add(tune_controller, trial)
             for epoch, value in plan.history:
                 inner.on_trial_result(tune_controller, trial, {EPOCH: epoch, OBJECTIVE: value})
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Stop a trial that is weak in its own group."""
+        """Return whether a trial continues, by its rank in the rungs of its group."""
         plan = self._plan(trial)
-        inner = self._rungs(plan)
+        inner = self._scheduler(plan)
         last = STATUS in result or EPOCH not in result or result[EPOCH] >= result.get("epochs", math.inf)
-        if inner is None or last or not is_finite(result.get(OBJECTIVE)) or plan.trial in self.asked:
+        if inner is None or last or not is_finite(result.get(OBJECTIVE)) or plan.trial in self.stop_requested:
             return TrialScheduler.CONTINUE
         decision = inner.on_trial_result(tune_controller, trial, result)
-        if decision != TrialScheduler.STOP or not self.wide:
+        if decision != TrialScheduler.STOP or not self.is_wide:
             return decision
-        self.asked.add(plan.trial)
+        self.stop_requested.add(plan.trial)
         self.stop_reason.try_write(lambda: self.ledger.ask_to_stop(plan.trial))
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Nothing: every epoch was counted when it was reported."""
+        """Do nothing: every epoch was counted when it was reported."""
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Nothing to take back."""
+        """Do nothing: a removed trial stays in the rungs."""
 
     def _plan(self, trial: Any) -> Plan:
         return self.ledger.plans[trial_name(trial.config)]
 
-    def _rungs(self, plan: Plan) -> AsyncHyperBandScheduler | None:
+    def _scheduler(self, plan: Plan) -> AsyncHyperBandScheduler | None:
         return self.inner.get(plan.group) if plan.stage == "search" else None

@@ -1,4 +1,4 @@
-"""What the driver does as trials report: settles ended ones in the ledger, shows them, and ends a sweep that cannot go on."""
+"""Ray Tune callbacks of the driver: record ended trials in the ledger, show progress, stop a failing sweep."""
 
 import time
 from typing import Any
@@ -12,31 +12,31 @@ from ..state.trial_task import trial_name
 from ..workers.trial import STORAGE
 from .cluster import capacity
 from .group_search import EPOCH, OBJECTIVE, STATUS, is_finite
-from .halt import StopReason
 from .progress import Progress
+from .stop_reason import StopReason
 
 UNSEEN = "its record is not visible here: output_dir must be on a file system that all machines share"
 CHECK_SECONDS = 5.0
-"""Seconds between two looks at what the cluster has free, and at whether the sweep's address is still ours."""
+"""Seconds between two checks of the cluster's free resources and of the lease on the sweep's address."""
 
 
 class SweepStopper(tune.Stopper):
-    """Ends Ray Tune when there is a reason to."""
+    """Stop Ray Tune once there is a stop reason."""
 
     def __init__(self, stop_reason: StopReason) -> None:
         self.stop_reason = stop_reason
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No single trial is stopped from here."""
+        """Return False: single trials are stopped by the scheduler."""
         return False
 
     def stop_all(self) -> bool:
-        """Whether the sweep ends now."""
+        """Return whether to stop the sweep now."""
         return bool(self.stop_reason)
 
 
 class SweepCallback(tune.Callback):
-    """Settles each ended trial in the ledger and shows it."""
+    """Record each ended trial in the ledger and show it."""
 
     def __init__(self, ledger: Ledger, progress: Progress, stop_reason: StopReason) -> None:
         self.ledger, self.progress, self.stop_reason = ledger, progress, stop_reason
@@ -44,13 +44,13 @@ class SweepCallback(tune.Callback):
         self.started: dict[str, float] = {}
         self.failed = 0
         self._checked = 0.0
-        self._waits = ""
+        self._shortage = ""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Look now and then at what is busy, and at whether the address is still this driver's."""
+        """Check, every `CHECK_SECONDS`, the used resources and whether this driver still has the lease."""
         now = time.monotonic()
         if now - self._checked < CHECK_SECONDS:
             return
@@ -59,14 +59,14 @@ class SweepCallback(tune.Callback):
         self.progress.usage = usage()
         try:
             capacity(self.ledger.spec.search)
-            self._waits = ""
-        except ValueError as error:  # machines have left; Ray waits for others without a word
-            if not self._waits:
+            self._shortage = ""
+        except ValueError as error:  # machines have left; Ray waits for others without a message
+            if not self._shortage:
                 self.progress.log(f"no trial can be started: the cluster has shrunk ({error}); waiting for machines")
-            self._waits = str(error)
+            self._shortage = str(error)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Note when a trial began; a resumed one keeps the epochs it had reported."""
+        """Record the start of a trial; a resumed one keeps the epochs that it has reported."""
         name = trial_name(trial.config)
         self.started.setdefault(name, time.monotonic())
         self.history.setdefault(name, dict(self.ledger.plans[name].history))
@@ -75,7 +75,7 @@ class SweepCallback(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """Note an epoch."""
+        """Record an epoch."""
         name, value = trial_name(trial.config), result.get(OBJECTIVE)
         if STATUS not in result and EPOCH in result:
             if value is not None and is_finite(value):
@@ -85,19 +85,19 @@ class SweepCallback(tune.Callback):
             self.progress.epoch(name, result[EPOCH], result["epochs"], value)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Settle a trial that ended by itself or was stopped."""
+        """Record a trial that ended by itself or was stopped."""
         last = trial.last_result or {}
         self.progress.worked(last.get("began"), last.get("ended"), last.get("gpu_bytes", 0))
         if last.get(STATUS) == STORAGE:
             self.stop_reason.storage = self.stop_reason.storage or last["reason"]
-        elif STATUS in last:  # it ended by itself and has written its record; read here only if it can be seen here
+        elif STATUS in last:  # it ended by itself and wrote its record; "failed" only if that is not visible here
             self._settle(trial, "failed", UNSEEN)
-        elif not self.stop_reason:  # else it was not judged: it goes on when the sweep does
+        elif not self.stop_reason:  # else the sweep was stopped: the trial resumes when the sweep does
             epoch = last.get(EPOCH, 0)
             self._settle(trial, "pruned", f"stopped after epoch {epoch}: weak among the trials of its group")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Settle a trial whose worker died too often."""
+        """Record a trial whose worker died too often."""
         error = trial.get_pickled_error() or trial.get_error() or "unknown"
         lines = str(error).strip().splitlines() or [type(error).__name__]
         self._settle(trial, "failed", f"the worker died {trial.num_failures} times: {lines[0]}")
@@ -107,10 +107,10 @@ class SweepCallback(tune.Callback):
         history = sorted(self.history.pop(name, {}).items())
         seconds = time.monotonic() - self.started.pop(name, time.monotonic())
         last = trial.last_result or {}
-        place = {"began": last.get("began"), "host": last.get("host", "")}
+        origin = {"began": last.get("began"), "host": last.get("host", "")}
 
         def settle() -> None:
-            record = self.ledger.settle(name, status=status, reason=reason, history=history, seconds=seconds, **place)
+            record = self.ledger.settle(name, status=status, reason=reason, history=history, seconds=seconds, **origin)
             self.progress.ended(name, record)
             if record.status == "failed":
                 self.failed += 1
@@ -121,7 +121,7 @@ class SweepCallback(tune.Callback):
 
 
 def usage() -> str:
-    """Return how much of the cluster's CPUs and GPUs is taken, as a text."""
+    """Return the used and total CPUs and GPUs of the cluster as text: "1/2 GPUs, 8/16 CPUs busy"."""
     total, free = ray.cluster_resources(), ray.available_resources()
     parts = [
         f"{total[name] - free.get(name, 0.0):g}/{total[name]:g} {name}s"

@@ -1,4 +1,4 @@
-"""Where a sweep runs: on the Ray cluster it is given, or on a separate Ray on this machine. Imports Ray only when called."""
+"""The Ray cluster of a sweep: join an existing one, or start Ray on this machine. Imports Ray only when called."""
 
 import os
 import socket
@@ -16,19 +16,20 @@ from synq.common.files import write_text_atomic
 from ..search_config import SearchConfig
 
 ROOT = Path(synq.__file__).resolve().parent.parent
-"""Folder that holds the package `synq`: a checkout, or site-packages."""
+"""Parent folder of the package `synq`: a checkout, or site-packages."""
 OBJECT_STORE_BYTES = 256 * 2**20
-"""Size of the object store of a Ray that we start; nothing large passes through it, sets are files."""
+"""Size of the object store of a Ray started here, in bytes: only small objects pass through it, sets are files."""
 REACH_SECONDS = 10.0
-"""How long the head of a cluster may take to accept a connection."""
+"""Timeout of a connection to the head of a cluster, in seconds."""
 PROBE_SECONDS = 60.0
-"""How long a machine may take to look for a file."""
+"""Timeout of a machine's check for a file, in seconds."""
 
 
 def prepare_environment() -> None:
-    """Set what Ray reads when it is imported: call it before anything imports Ray. What the user has set stays.
+    """Set Ray's environment variables, unless they are set already; call it before anything imports Ray.
 
-    Always: Tune's own displays, loggers and signal handler off. Without a cluster also: loopback only, no token, no usage report.
+    Disables Tune's displays, loggers and signal handler. Without a cluster also: loopback only, no token, no usage
+    report.
     """
     quiet = {
         "RAY_AIR_NEW_OUTPUT": "0",
@@ -46,14 +47,14 @@ def prepare_environment() -> None:
     for name, value in {**quiet, **({} if os.environ.get("RAY_ADDRESS") else local)}.items():
         os.environ.setdefault(name, value)
     path = os.environ.get("PYTHONPATH", "")
-    if str(ROOT) not in path.split(os.pathsep):  # workers must find this package from wherever the sweep was started
+    if str(ROOT) not in path.split(os.pathsep):  # workers must find this package from any working directory
         os.environ["PYTHONPATH"] = os.pathsep.join(part for part in (str(ROOT), path) if part)
 
 
 def output_root() -> Path:
-    """Return the folder against which a relative output_dir is taken: the current one, or the home folder in an uploaded copy.
+    """Return the base of a relative output_dir: the current folder, or ~/synq in an uploaded copy of the project.
 
-    `ray job submit --working-dir` runs in a copy of the project that Ray deletes some time after the job; results must outlive it.
+    `ray job submit --working-dir` runs in a copy that Ray deletes some time after the job; results must not be in it.
     """
     here = Path.cwd()
     return Path.home() / "synq" if "working_dir_files" in here.parts else here
@@ -61,36 +62,37 @@ def output_root() -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What a cluster holds."""
+    """Capacity of a cluster for trials."""
 
     trials: int
-    """Trials that it holds at one time."""
+    """Maximum number of concurrent trials."""
     summary: str
-    """Its nodes, CPUs and GPUs, in one line."""
+    """Number of nodes, CPUs and GPUs, in one line."""
     note: str = ""
-    """What the user may have overlooked."""
+    """Hint for the user, for example about unused GPUs; "" for none."""
 
 
 @contextmanager
 def cluster(search: SearchConfig) -> Iterator[Capacity]:
-    """Join the cluster that RAY_ADDRESS names (Ray sets it for its jobs), or start Ray on this machine alone.
+    """Join the cluster at RAY_ADDRESS (Ray sets it for its jobs), or start Ray on this machine alone.
 
     Yields:
-        How many trials it holds.
+        Capacity of the cluster.
 
     Raises:
-        ValueError: There is no such cluster, or it cannot hold a trial.
+        ValueError: There is no such cluster, or a trial does not fit into it.
+        OSError: Ray does not start on this machine.
     """
     import ray
 
-    if ray.is_initialized():  # the caller's own Ray, which stays his
+    if ray.is_initialized():  # by the caller, who also shuts it down
         yield capacity(search)
         return
     address = os.environ.get("RAY_ADDRESS")
     if address and address.startswith("ray://"):
         raise ValueError(
-            f"`RAY_ADDRESS` must be left out or name a cluster that this machine belongs to, but got {address!r}: from outside use "
-            "`ray job submit --working-dir . -- python launch/sweep.py`"
+            f"`RAY_ADDRESS` must be left out or name a cluster that this machine belongs to, but got {address!r}: from "
+            "outside use `ray job submit --working-dir . -- python launch/sweep.py`"
         )
     _check_reachable(address or "")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -102,7 +104,7 @@ def cluster(search: SearchConfig) -> Iterator[Capacity]:
     else:
         try:
             ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-        except Exception as error:  # Ray raises a bare one where its processes do not come up
+        except Exception as error:  # Ray raises a bare Exception if its processes do not start
             raise OSError(f"Ray must start on this machine, but it did not: {error}") from error
     try:
         yield capacity(search)
@@ -111,7 +113,7 @@ def cluster(search: SearchConfig) -> Iterator[Capacity]:
 
 
 def _check_reachable(address: str) -> None:
-    """Reject the address of a cluster (host:port) that cannot be reached; Ray itself tries for minutes.
+    """Check that a cluster's address (host:port) accepts connections; Ray itself would try for minutes.
 
     Raises:
         ValueError: The connection fails.
@@ -127,9 +129,9 @@ def _check_reachable(address: str) -> None:
 
 
 def _for_workers() -> dict[str, Any]:
-    """Return the environment of the workers of a joined cluster: where this package is, and its commit.
+    """Return the runtime environment of the workers of a joined cluster: the path of this package, and its commit.
 
-    A submitted job has that from its submission, and Ray rejects it when it is given twice.
+    A submitted job gets it from its submission; Ray rejects a second one.
     """
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return {}
@@ -142,10 +144,10 @@ def _for_workers() -> dict[str, Any]:
 
 
 def check_shared(folder: Path) -> None:
-    """Reject a folder that a machine of the cluster does not see: its trials' records would be lost.
+    """Check that all machines of the cluster see a folder: records of trials would otherwise be lost.
 
     Raises:
-        ValueError: A machine looked for a file that was just written there, and did not find it.
+        ValueError: A machine did not find a file that was just written there.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -162,26 +164,26 @@ def check_shared(folder: Path) -> None:
         for node, reply in zip(nodes, pending, strict=True):
             try:
                 is_visible = ray.get(reply, timeout=PROBE_SECONDS)
-            except ray.exceptions.RayError:  # a machine that does not respond will hold no trial either
+            except ray.exceptions.RayError:  # a machine that does not respond will run no trial either
                 continue
             if not is_visible:
+                host = node["NodeManagerHostname"]
                 raise ValueError(
-                    f"`output_dir` must be on a file system that all machines share, but {node['NodeManagerHostname']} does not "
-                    f"see {folder}"
+                    f"`output_dir` must be on a file system that all machines share, but {host} does not see {folder}"
                 )
     finally:
         probe.unlink(missing_ok=True)
 
 
 def capacity(search: SearchConfig, nodes: Sequence[Mapping[str, float]] | None = None) -> Capacity:
-    """Return how many trials the cluster holds, each of its workers whole on one machine.
+    """Return the capacity of the cluster; each worker of a trial is placed on one machine.
 
     Args:
-        search: What a trial needs.
+        search: Resources and number of workers of a trial.
         nodes: CPU and GPU of each machine; None asks Ray.
 
     Raises:
-        ValueError: It cannot hold one, which would wait for ever.
+        ValueError: A trial does not fit, so that it would wait forever.
     """
     if nodes is None:
         import ray
@@ -192,7 +194,8 @@ def capacity(search: SearchConfig, nodes: Sequence[Mapping[str, float]] | None =
     for name, need in (("CPU", cpus), ("GPU", gpus)):
         if need > most[name]:
             raise ValueError(
-                f"`{name.lower()}s_per_worker` must be at most {most[name]:g} (the largest machine of the cluster), but got {need:g}"
+                f"`{name.lower()}s_per_worker` must be at most {most[name]:g} (the largest machine of the cluster), "
+                f"but got {need:g}"
             )
     slots = sum(_slots(node, cpus, gpus) for node in nodes)
     if slots == 0:
@@ -201,8 +204,8 @@ def capacity(search: SearchConfig, nodes: Sequence[Mapping[str, float]] | None =
         )
     if workers > slots:
         raise ValueError(
-            f"`workers_per_trial` must be at most {slots} (as many workers of {cpus:g} CPUs and {gpus:g} GPUs does the cluster hold), "
-            f"but got {workers}"
+            f"`workers_per_trial` must be at most {slots} (the cluster's capacity for workers of {cpus:g} CPUs and "
+            f"{gpus:g} GPUs), but got {workers}"
         )
     total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
     machines = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}"
@@ -215,7 +218,7 @@ def capacity(search: SearchConfig, nodes: Sequence[Mapping[str, float]] | None =
 
 
 def _slots(node: Mapping[str, float], cpus: float, gpus: float) -> int:
-    """Workers that one machine holds. A device is shared by whole parts: two halves, but not 0.6 and 0.4 of two devices."""
+    """Return the number of workers that fit one machine; a device is shared by workers with equal fractions of it."""
     counts = [node.get("CPU", 0.0) / cpus]
     if gpus:
         counts.append(node.get("GPU", 0.0) * int(1 / gpus + 1e-9))

@@ -1,4 +1,4 @@
-"""Where the searches are kept besides, for optuna-dashboard: a picture of the ledger, drawn anew at every start of the sweep."""
+"""Optuna storage of a sweep's studies, for optuna-dashboard: a copy of the ledger, rebuilt at every start."""
 
 import re
 
@@ -11,30 +11,29 @@ from ..spec import SweepSpec
 from .searcher import study_name
 
 OWNER = "synq_sweep"
-"""Attribute of a study: the folder or address of the sweep that it is a picture of."""
+"""Attribute of a study: the folder or address of its sweep."""
 
 
 def study_storage(spec: SweepSpec) -> BaseStorage | None:
-    """Open the storage that a spec asks for, and take what an earlier start of this sweep left there away.
+    """Open the storage of a spec with an empty study for each group; studies of an earlier start are deleted.
 
     Raises:
-        ValueError: The database cannot be opened, or has a study of the same name that is not this sweep's.
+        ValueError: The database cannot be opened, or has a study of the same name that belongs to another sweep.
     """
-    wanted, owner = spec.search.study_storage, spec.search.output_dir
-    if wanted == "none":
+    address, owner = spec.search.study_storage, spec.search.output_dir
+    if address == "none":
         return None
-    if wanted == "journal":
+    if address == "journal":
         path = spec.output_dir / "optuna.journal"
         path.unlink(missing_ok=True)
         storage: BaseStorage = JournalStorage(JournalFileBackend(str(path)))
     else:
         try:
-            storage = RDBStorage(wanted)
+            storage = RDBStorage(address)
         except Exception as error:  # SQLAlchemy and its drivers raise many types
-            wanted = _shown(wanted)
             line = str(error).strip().partition("\n")[0]
             raise ValueError(
-                f"`study_storage` must be a database that can be opened, but got {wanted}: {line}"
+                f"`study_storage` must be a database that can be opened, but got {_without_password(address)}: {line}"
             ) from error
     names = {study_name(spec, group) for group in spec.groups}
     for study in optuna.get_all_study_summaries(storage):
@@ -42,7 +41,8 @@ def study_storage(spec: SweepSpec) -> BaseStorage | None:
             continue
         if study.user_attrs.get(OWNER) != owner:
             raise ValueError(
-                f"`study_storage` must have no other study of the same name, but got {study.study_name} in {_shown(wanted)}; choose another `name`"
+                f"`study_storage` must have no other study of the same name, but got {study.study_name} in "
+                f"{_without_password(address)}; choose another `name`"
             )
         optuna.delete_study(study_name=study.study_name, storage=storage)
     first = StudyDirection.MINIMIZE if spec.search.minimize else StudyDirection.MAXIMIZE
@@ -52,6 +52,6 @@ def study_storage(spec: SweepSpec) -> BaseStorage | None:
     return storage
 
 
-def _shown(address: str) -> str:
-    """The address of a database without its password."""
+def _without_password(address: str) -> str:
+    """Return the address of a database without its password."""
     return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:...@", address)

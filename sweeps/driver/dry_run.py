@@ -1,7 +1,7 @@
-"""What a sweep would do, before it does anything: trials, synthetic sets, resources, and an estimate of the time.
+"""Dry run of a sweep: its trials, synthetic sets and resources, and an estimate of its time.
 
-The estimate is measured, not guessed: one very small run of each model in a scratch folder, scaled by images and iterations (the cost
-is linear in both, but for the noise that a set begins as), or the records that the sweep's folder already has.
+The estimate is from measurements: one very small run of each model in a scratch folder, scaled by images and iterations
+(the cost is linear in both, except for the fit of the initial noise), or records that the sweep's folder already has.
 """
 
 import os
@@ -29,49 +29,51 @@ from .cluster import Capacity, capacity, cluster
 from .tuner import sets_needed
 
 WARM_UP, CLOSER = (16, 2), (128, 16)
-"""Images and steps of synthesis of the runs that are measured: the first, and a second one where the first was quick."""
-WORTH_MORE_SECONDS = 8.0
+"""(images, synthesis iterations) of the measured runs: the first, and a second one if the first was quick."""
+QUICK_SECONDS = 8.0
+"""Seconds of the first measured run below which the second follows."""
 WIDE_START_SECONDS = 25.0
-"""About what it takes until the workers of a wide trial have started."""
+"""Approximate seconds until the workers of a trial with several workers have started."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Estimated seconds, on one worker."""
+    """Estimated cost on one worker, in seconds."""
 
     synthesis: float
-    """Of the synthetic sets of one data seed."""
+    """Seconds of the synthetic sets of one data seed."""
     trial: float
-    """Of one whole trial."""
+    """Seconds of one whole trial."""
     source: str
-    """Where the figures come from."""
+    """Source of the estimate, as text."""
 
 
 def print_preview(spec: SweepSpec) -> None:
-    """Print what `run_sweep` would do. Nothing is written to the sweep's folder.
+    """Print the trials, sets, resources and time of a sweep. Nothing is written to the sweep's folder.
 
     Raises:
-        ValueError, OSError: What `run_sweep` would refuse at once.
+        ValueError: As `run_sweep`.
+        OSError: As `run_sweep`.
     """
     notes = spec.output_dir / "sweep.json"
     spec = replace(spec, search=settled_budget(spec.search, read_sweep_file(notes)))
     search = spec.search
-    place = spec.address or str(spec.output_dir)
-    print(f"sweep {search.name} in {place}")
-    there = not spec.address and any((spec.output_dir / "records").glob("*.json"))
-    records = load_records([spec.output_dir]) if there else []
-    room = _room(spec)
-    print(f"{room.summary}; a trial takes {_resources(spec)}; at most {room.trials} at a time")
-    if room.note:
-        print(room.note)
-    slots = min(room.trials, search.max_concurrent or room.trials)
+    print(f"sweep {search.name} in {spec.address or spec.output_dir}")
+    has_records = not spec.address and any((spec.output_dir / "records").glob("*.json"))
+    records = load_records([spec.output_dir]) if has_records else []
+    available = _capacity(spec)
+    print(f"{available.summary}; a trial takes {_resources(spec)}; at most {available.trials} at a time")
+    if available.note:
+        print(available.note)
+    slots = min(available.trials, search.max_concurrent or available.trials)
 
     costs = {group.key: _cost(spec, group, records) for group in spec.groups}
     print("\ntrials")
     for group in spec.groups:
         first = _first(spec, group)
         print(
-            f"  {group.key}: {search.trials} by {search.sampler} ({first}), {_early(spec, group)}, about {_clock(costs[group.key].trial)} each"
+            f"  {group.key}: {search.trials} by {search.sampler} ({first}), {_early(spec, group)}, about "
+            f"{_clock(costs[group.key].trial)} each"
         )
     print(f"  space: {', '.join(dimension.name for dimension in spec.dimensions) or 'none'}")
     reruns = _reruns(spec)
@@ -92,20 +94,18 @@ def print_preview(spec: SweepSpec) -> None:
         sets += seconds
         state = "there already" if not missing else f"to be made, about {_clock(seconds)} on one worker"
         images = f"{config.synthesis.num_images} + {config.evaluation.heldout_images} held-out images"
-        print(
-            f"  {group.model} data_seed {config.data_seed}: {images} x {config.synthesis.iterations} iterations, {state}"
-        )
+        work = f"{images} x {config.synthesis.iterations} iterations"
+        print(f"  {group.model} data_seed {config.data_seed}: {work}, {state}")
 
     left = max(0, len(spec.groups) * search.trials + reruns - len(records))
     trials = statistics.fmean(cost.trial for cost in costs.values()) * left / max(1, min(slots, left))
-    path_overrides = min(len(sets_needed(spec)), slots * search.workers_per_trial)
-    print(
-        f"\nabout {_clock(sets / path_overrides + trials)} in all, were no trial stopped early ({', '.join(sorted({c.source for c in costs.values()}))})"
-    )
+    concurrent_sets = min(len(sets_needed(spec)), slots * search.workers_per_trial)
+    sources = ", ".join(sorted({cost.source for cost in costs.values()}))
+    print(f"\nabout {_clock(sets / concurrent_sets + trials)} in all, if no trial is stopped early ({sources})")
 
 
-def _room(spec: SweepSpec) -> Capacity:
-    """Ask the cluster; without one, count this machine, so that no Ray is started."""
+def _capacity(spec: SweepSpec) -> Capacity:
+    """Return the capacity of the cluster, or, without one, of this machine, without starting Ray."""
     if os.environ.get("RAY_ADDRESS"):
         with cluster(spec.search) as found:
             return found
@@ -116,7 +116,7 @@ def _room(spec: SweepSpec) -> Capacity:
 
 
 def _is_sent(spec: SweepSpec, name: str) -> bool:
-    """Whether the address has a synthetic set."""
+    """Return whether the sweep's address has a synthetic set."""
     return bool(spec.address) and open_storage(spec.address).exists(f"store/{name}/{MANIFEST_FILE}")
 
 
@@ -134,7 +134,7 @@ def _early(spec: SweepSpec, group: Group) -> str:
 
 
 def _first(spec: SweepSpec, group: Group) -> str:
-    """What comes before any proposal, in words."""
+    """Return, as text, the points that come before any proposal of the sampler."""
     if spec.search.sampler in LISTED:
         return "in order"
     points = [f"{len(spec.points)} listed points"] if spec.points else []
@@ -152,44 +152,43 @@ def _reruns(spec: SweepSpec) -> int:
 
 
 def _cost(spec: SweepSpec, group: Group, records: list[RunRecord]) -> Cost:
-    """Estimate from records of this very group where there are some, else from a small run alone."""
+    """Return the cost estimated from records of the group, if there are any, else from a small run."""
     config = run_config(spec, group, {})
     teacher, measure = pipeline.check(config)
     size, seconds = WARM_UP, _measured(config, WARM_UP)
-    if sum(seconds.values()) < WORTH_MORE_SECONDS:  # mostly warming up: look again, more closely
+    if sum(seconds.values()) < QUICK_SECONDS:  # mostly warm-up: measure a larger run
         size, seconds = CLOSER, _measured(config, CLOSER)
     images, iterations = _size(config, size)
     centers = config.synthesis.center_iterations if config.synthesis.calib_centers else 0
     all_images = config.synthesis.num_images + config.evaluation.heldout_images
     passes = all_images * (config.synthesis.iterations + centers)
-    if config.synthesis.fits_start:  # once for either set, whatever its size; the small run is spared it
+    if config.synthesis.fits_start:  # once per set, whatever its size; the small run does not do it
         passes += 2 * USUAL_EVALUATIONS * min(enough_probes(teacher.input_size), config.synthesis.shard_size)
     synthesis = seconds["synthesis"] * passes / (2 * images * iterations)
     timed = [record for record in records if record.status == "completed" and record.name.startswith(f"{group.key}-t")]
     if timed:
-        own = [sum(part for stage, part in record.seconds.items() if stage != "synthesis") for record in timed]
-        return Cost(synthesis=synthesis, trial=statistics.fmean(own), source="trials as in this sweep's own records")
+        totals = [sum(part for stage, part in record.seconds.items() if stage != "synthesis") for record in timed]
+        return Cost(synthesis=synthesis, trial=statistics.fmean(totals), source="trials as in this sweep's records")
     epochs = config.finetune.epochs
-    seen = config.synthesis.num_images // config.finetune.batch_size * config.finetune.batch_size * epochs
+    trained = config.synthesis.num_images // config.finetune.batch_size * config.finetune.batch_size * epochs
     heldout = config.evaluation.heldout_images / images
     share = max(heldout, len(measure.reported) / images)
-    every_epoch = (
-        seconds["measure"] / 6 * heldout * epochs
-    )  # of three measurements, half on held-out, half on labeled images
-    work = seconds["teacher"] + seconds["quantize"] + seconds["finetune"] * seen / images
+    # The small run has three measurements, half of each on held-out and half on labeled images.
+    every_epoch = seconds["measure"] / 6 * heldout * epochs
+    work = seconds["teacher"] + seconds["quantize"] + seconds["finetune"] * trained / images
     trial = (work + seconds["measure"] * share + every_epoch) / spec.search.workers_per_trial
     start = WIDE_START_SECONDS if spec.search.workers_per_trial > 1 else 0.0
     return Cost(synthesis=synthesis, trial=trial + start, source="measured on a small run")
 
 
 def _size(config: RunConfig, most: tuple[int, int]) -> tuple[int, int]:
-    """Images and iterations of a small run: whole batches, no more than the real run has."""
+    """Return images and iterations of a small run: whole batches of at most the size of the real run's."""
     batch = min(config.finetune.batch_size, most[0])
     return max(2, most[0] // batch * batch), most[1]
 
 
 def _measured(config: RunConfig, most: tuple[int, int]) -> dict[str, float]:
-    """Do a small run in a scratch folder; returns its seconds by stage."""
+    """Do a small run in a scratch folder and return its seconds by stage."""
     images, iterations = _size(config, most)
     with tempfile.TemporaryDirectory(prefix="synq-preview-") as scratch:
         changes = {
@@ -207,12 +206,12 @@ def _measured(config: RunConfig, most: tuple[int, int]) -> dict[str, float]:
             "runtime.output_dir": scratch,
             "runtime.store_dir": f"{scratch}/store",
         }
-        forget_teachers()  # a run in a fresh worker counts the teacher's answers, too
+        forget_teachers()  # a run in a new worker computes the teacher's logits, too
         return pipeline.run(with_overrides(config, changes)).seconds
 
 
 def _clock(seconds: float) -> str:
-    """Return a time for a person: 45 s, 12 min, 3.2 h."""
+    """Return a duration as readable text: 45 s, 12 min, 3.2 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

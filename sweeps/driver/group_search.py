@@ -1,4 +1,4 @@
-"""Optuna's search of one group of a sweep."""
+"""The Optuna search of one group of a sweep."""
 
 import math
 import random
@@ -16,14 +16,14 @@ from ..space import Dimension, sample
 OBJECTIVE = "objective_value"
 EPOCH = "epoch"
 STATUS = "status"
-"""Reported by a trial that has ended by itself: completed or failed. A last result without it: the trial was stopped."""
+"""Key in the last result of a trial that ended by itself: completed or failed. A stopped trial has no such result."""
 
 
 class GroupSearch(OptunaSearch):
-    """Optuna's search of one group.
+    """The Optuna search of one group.
 
-    Three faults of the parent are mended: a stopped trial is told as PRUNED (not as COMPLETE with its early value), one without a
-    finite objective as FAIL (not left RUNNING for ever), and each Optuna trial knows the sweep's name for it.
+    Unlike its parent, it reports a stopped trial to Optuna as PRUNED (not as COMPLETE with its early value) and one
+    without a finite objective as FAIL (not RUNNING forever), and stores the sweep's name of each trial in Optuna.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class GroupSearch(OptunaSearch):
         Args:
             dimensions: The search space.
             minimize: Whether a lower objective is better.
-            second_objective: Field of a trial's result that is minimized at the same time; none for one objective.
-            sampler: tpe, gp, nsga2, or anything else for random ones.
-            seed: Text from which every proposal's random numbers follow.
-            num_startup: Trials before tpe and gp begin to learn; also the population of nsga2.
+            second_objective: Field of a trial's result that is also minimized; none for a single objective.
+            sampler: tpe, gp or nsga2; anything else draws at random.
+            seed: Seed of the random numbers of every proposal, as text.
+            num_startup: Number of random trials before tpe and gp use results; also the population size of nsga2.
             study_name: Name of the Optuna study.
-            storage: Where the study is kept besides; None keeps it in memory.
+            storage: Storage of the study; None keeps it in memory.
         """
         self.dimensions = dimensions
         self.sampler_name, self.seed_text, self.num_startup = sampler, seed, num_startup
@@ -67,7 +67,7 @@ class GroupSearch(OptunaSearch):
 
     @property
     def study(self) -> optuna.Study:
-        """The Optuna study."""
+        """Return the Optuna study."""
         assert self._ot_study is not None
         return self._ot_study
 
@@ -75,50 +75,50 @@ class GroupSearch(OptunaSearch):
         """Return (overrides, parameters) of the next trial.
 
         Args:
-            trial_id: By which the trial is known to Ray Tune.
-            number: Of the proposal; decides its random numbers, so that a restarted driver does not draw the first ones again.
-            blind: Draw at random, because the sampler only repeats what is known.
+            trial_id: Ray Tune's id of the trial.
+            number: Number of the proposal; it seeds the random numbers, so that a restarted driver does not repeat the
+                first ones.
+            blind: Whether to draw at random, because the sampler only proposes known settings.
         """
         self.study.sampler = self._sampler_of(number, blind=blind)
-        with warnings.catch_warnings():  # that a proposal took more than a second, as one of a Gaussian process may
+        with warnings.catch_warnings():  # of proposals that take more than a second, as with a Gaussian process
             warnings.filterwarnings("ignore", "Define-by-run function", UserWarning)
             suggestion: Any = self.suggest(trial_id)
         return suggestion["overrides"], dict(self._ot_trials[trial_id].params)
 
     def accept(self, proposal: str, trial_id: str, trial: str) -> None:
-        """Turn a proposal into a trial: Ray Tune knows it as `trial_id`, the sweep as `trial`."""
+        """Turn a proposal into a trial, named `trial_id` in Ray Tune and `trial` in the sweep."""
         self._ot_trials[trial_id] = self._ot_trials.pop(proposal)
         self._ot_trials[trial_id].set_user_attr("trial", trial)
 
     def attach(self, trial_id: str, params: dict[str, Any], trial: str) -> None:
-        """Put a trial with known parameters into the study, as if it had just been proposed."""
-        if (
-            self.sampler_name != "nsga2"
-        ):  # which notes the generation of each trial as it draws; others would draw for nothing
+        """Add a trial with given parameters to the study, as if it had just been proposed."""
+        # NSGA-II records the generation of each trial as it draws; other samplers would draw in vain.
+        if self.sampler_name != "nsga2":
             self.study.sampler = optuna.samplers.RandomSampler(seed=0)
         self.study.enqueue_trial(params)
         self.suggest(trial_id)
         self._ot_trials[trial_id].set_user_attr("trial", trial)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Pass an objective on the way to Optuna; once an epoch, finite ones only."""
+        """Report an intermediate objective to Optuna: once per epoch, finite values only."""
         epoch: Any = result.get(EPOCH)
         value: Any = result.get(OBJECTIVE)
-        seen = self.reported.setdefault(trial_id, set())
+        epochs = self.reported.setdefault(trial_id, set())
         if (
             STATUS in result
             or epoch is None
             or not is_finite(value)
-            or int(epoch) in seen
+            or int(epoch) in epochs
             or trial_id in self._completed_trials
-            or len(self.metrics) > 1  # Optuna takes no early values of two objectives
+            or len(self.metrics) > 1  # Optuna accepts no intermediate values with two objectives
         ):
             return
-        seen.add(int(epoch))
+        epochs.add(int(epoch))
         self._ot_trials[trial_id].report(float(value), int(epoch))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell Optuna how a trial has ended."""
+        """Report the end of a trial to Optuna."""
         if trial_id in self._completed_trials or trial_id not in self._ot_trials:
             return
         result = result or {}
@@ -143,12 +143,12 @@ class GroupSearch(OptunaSearch):
                 return optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.num_startup)
             if self.sampler_name == "nsga2":
                 return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, self.num_startup))
-            # group: settings that exist only together with another one are learned apart; constant_liar: running trials count as weak
+            # group: conditional settings are modeled separately; constant_liar: running trials count as weak.
             return optuna.samplers.TPESampler(
                 seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=self.num_startup
             )
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a reported value is a finite number."""
+    """Return whether a reported value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""What a sweep shows: a live table for a person, one plain line per event for a log. Knows neither Ray nor torch."""
+"""Progress of a sweep: a live table on a terminal, one line per event in a log. Imports neither Ray nor torch."""
 
 import statistics
 import sys
@@ -22,26 +22,27 @@ ENDS = ("completed", "pruned", "failed")
 
 @dataclass
 class GroupState:
-    """How one group stands."""
+    """State of one group: ended trials, best trial."""
 
     counts: Counter[str] = field(default_factory=Counter)
     """Ended trials by status."""
     best: float = 0.0
-    """Best objective so far, of the trial `whose`."""
-    whose: str = ""
+    """Best objective so far."""
+    best_trial: str = ""
+    """Name of the trial with the best objective; "" if none has completed."""
     top1: float | None = None
-    """Its top-1."""
+    """Top-1 of the best trial in percent; None without labels."""
 
 
 class Progress:
-    """Shows the course of a sweep on standard output."""
+    """Show the progress of a sweep on standard output."""
 
     def __init__(self, total: int, *, live: bool | None = None) -> None:
-        """Start showing.
+        """Create the display.
 
         Args:
-            total: Trials that the sweep comes to, those already there included.
-            live: Whether a person watches; None asks the terminal.
+            total: Number of trials of the whole sweep.
+            live: Whether to show a live table; None does so on a terminal.
         """
         self.total = total
         self.started = time.monotonic()
@@ -49,14 +50,14 @@ class Progress:
         self.num_ended = 0
         self.groups: dict[str, GroupState] = {}
         self.seconds: deque[float] = deque(maxlen=50)
-        """What the last completed trials took."""
+        """Durations of the last completed trials."""
         self.slots = 1
-        """Trials that run at one time."""
+        """Number of concurrent trials."""
         self.usage = ""
-        """What is busy, in words."""
+        """Used resources of the cluster, as text."""
         self.peak_bytes = 0
         self.work: list[tuple[float, float]] = []
-        """Begin and end of each trial's own work, in seconds since 1970 by its machine's clock."""
+        """Start and end of each trial on its worker, in seconds since 1970 by the worker's clock."""
         self.running: dict[str, str] = {}
         self.console = Console()
         watched = sys.stdout.isatty() if live is None else live
@@ -75,51 +76,51 @@ class Progress:
             self.live.stop()
 
     def log(self, text: str) -> None:
-        """Show a line that stays."""
+        """Print a line; on a terminal, above the live table."""
         if self.live is not None:
             self.console.print(text, markup=False, highlight=False)
         else:
             print(text, flush=True)
 
     def start_clock(self) -> None:
-        """Begin to estimate the time left."""
+        """Start measuring the elapsed time."""
         self.started = time.monotonic()
 
     def known(self, records: dict[str, RunRecord]) -> None:
-        """Count records that were there before."""
+        """Count the records of an earlier start."""
         for trial, record in records.items():
             self._count(trial, record)
 
     def epoch(self, trial: str, epoch: int, epochs: int, value: float | None) -> None:
-        """Note where a running trial is."""
+        """Show the epoch of a running trial."""
         self.running[trial] = f"epoch {epoch}/{epochs}" + (f", objective {value:.4g}" if value is not None else "")
 
     def ended(self, trial: str, record: RunRecord) -> None:
-        """Note the end of a trial."""
+        """Count an ended trial and print its result."""
         self.running.pop(trial, None)
         group = self._count(trial, record)
         if record.status == "completed" and record.total_seconds:
             self.seconds.append(record.total_seconds)
         left = self._seconds_left()
-        tail = f" | best {group.best:.4g} ({group.whose})" if group.whose else ""
+        tail = f" | best {group.best:.4g} ({group.best_trial})" if group.best_trial else ""
         tail += f" | {self.usage}" if "GPU" in self.usage else ""
         tail += f" | about {left:.0f} s left" if left else ""
         value = f" | objective {record.objective_value:.4g}" if record.objective_value is not None else ""
-        how = (
+        outcome = (
             summary_line(record).partition(" | ")[2]
             if record.status == "completed"
             else f"{record.status}: {record.reason}"
         )
-        self.log(f"[{self.num_ended}/{self.total}] {trial}{value} | {how}{tail}")
+        self.log(f"[{self.num_ended}/{self.total}] {trial}{value} | {outcome}{tail}")
 
     def worked(self, began: float | None, ended: float | None, gpu_bytes: int) -> None:
-        """Note when a trial's own work began and ended, and the most GPU memory it took."""
+        """Record the start and end of a trial on its worker, and its peak GPU memory."""
         if began is not None and ended is not None:
             self.work.append((began, ended))
         self.peak_bytes = max(self.peak_bytes, gpu_bytes)
 
     def account(self) -> str:
-        """Return how well the time between the first trial's start and the last one's end was used, in one line; "" for one trial."""
+        """Return the utilization from the first trial's start to the last one's end, in one line; "" for one trial."""
         if len(self.work) < 2:
             return ""
         span = max(ended for _, ended in self.work) - min(began for began, _ in self.work)
@@ -128,8 +129,8 @@ class Progress:
         gap = max(0.0, slots * span - busy) / len(self.work)
         memory = f", at most {self.peak_bytes / 2**30:.2f} GiB of GPU memory each" if self.peak_bytes else ""
         return (
-            f"{len(self.work)} trials in {span:.1f} s, {slots} at a time: {100 * busy / (slots * span):.0f} % of the time in their own "
-            f"work, {gap:.2f} s a trial around it{memory}"
+            f"{len(self.work)} trials in {span:.1f} s, {slots} at a time: {100 * busy / (slots * span):.0f} % of the "
+            f"time in their own work, {gap:.2f} s a trial around it{memory}"
         )
 
     def _count(self, trial: str, record: RunRecord) -> "GroupState":
@@ -141,17 +142,17 @@ class Progress:
         value = record.objective_value
         if record.status == "completed" and value is not None:
             better = value < group.best if record.objective == "synthetic" else value > group.best
-            if better or not group.whose:
-                group.best, group.whose, group.top1 = value, trial, record.top1
+            if better or not group.best_trial:
+                group.best, group.best_trial, group.top1 = value, trial, record.top1
         return group
 
     def _seconds_left(self) -> float:
-        """Seconds to the end, by the median of what the last trials took; 0 before the first of them has ended."""
-        took, left = list(self.seconds), max(0, self.total - self.num_ended)
-        return statistics.median(took) * left / min(self.slots, max(1, left)) if took else 0.0
+        """Return the seconds left, by the median duration of the last trials; 0 before the first has ended."""
+        durations, left = list(self.seconds), max(0, self.total - self.num_ended)
+        return statistics.median(durations) * left / min(self.slots, max(1, left)) if durations else 0.0
 
     def _table(self) -> Table:
-        groups, running = dict(self.groups), dict(self.running)  # drawn in one thread, filled in another
+        groups, running = dict(self.groups), dict(self.running)  # read in one thread, written in another
         elapsed, left = time.monotonic() - self.started, self._seconds_left()
         title = f"{self.num_ended}/{self.total} trials, {elapsed:.0f} s" + (
             f", about {left:.0f} s left" if left else ""
@@ -162,16 +163,16 @@ class Progress:
         for heading in ("group", *ENDS, "best objective", "of", "top1"):
             table.add_column(heading)
         for name, group in groups.items():
-            best = f"{group.best:.4g}" if group.whose else ""
+            best = f"{group.best:.4g}" if group.best_trial else ""
             counts = [str(group.counts[status]) for status in ENDS]
-            table.add_row(name, *counts, best, group.whose, "" if group.top1 is None else f"{group.top1:.2f}")
-        for trial, where in running.items():
-            table.add_row(trial, where)
+            table.add_row(name, *counts, best, group.best_trial, "" if group.top1 is None else f"{group.top1:.2f}")
+        for trial, state in running.items():
+            table.add_row(trial, state)
         return table
 
 
 def print_leaderboard(rows: Sequence[Row], *, live: bool | None = None) -> None:
-    """Print a leaderboard: a drawn table for a person, aligned plain text for a log."""
+    """Print a leaderboard: a formatted table on a terminal, aligned plain text in a log."""
     watched = sys.stdout.isatty() if live is None else live
     texts = [[_short(row.get(column)) for column in SWEEP_COLUMNS] for row in rows]
     heads = [*headings(column for column in RUN_COLUMNS if In.SWEEP in column.tables).values()]
@@ -181,9 +182,9 @@ def print_leaderboard(rows: Sequence[Row], *, live: bool | None = None) -> None:
             table.add_row(*cells, style="bold" if row.get("rank") == 1 else None)
         Console().print(table)
         return
-    widths = [max(len(line[i]) for line in [heads, *texts]) for i in range(len(heads))]
+    sizes = [max(len(line[i]) for line in [heads, *texts]) for i in range(len(heads))]
     for line in [heads, *texts]:
-        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)).rstrip(), flush=True)
+        print("  ".join(text.rjust(size) for text, size in zip(line, sizes, strict=True)).rstrip(), flush=True)
 
 
 def _short(value: Any) -> str:

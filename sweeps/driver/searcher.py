@@ -1,7 +1,7 @@
-"""The search of a sweep: one of each group, served in turn, as the single searcher that Ray Tune takes.
+"""The searcher of a sweep: one Optuna search per group, in turn, as the single searcher that Ray Tune accepts.
 
-Nothing here has state that counts: what was proposed is in the ledger's plans, what came of it in its records, and
-every search is rebuilt from them when a driver starts again.
+It has no persistent state: proposals are in the ledger's plans, results in its records, and every search is rebuilt
+from them when a driver starts again.
 """
 
 from collections.abc import Iterator
@@ -23,11 +23,11 @@ from ..state.plans import Plan
 from .group_search import EPOCH, OBJECTIVE, STATUS, GroupSearch
 
 MAX_PROPOSALS = 32
-"""Proposals in a row that repeat a known run or are not allowed, before the space counts as exhausted."""
+"""Consecutive proposals that repeat a known run or are invalid, after which the space counts as exhausted."""
 
 
 class SweepSearcher(Searcher):
-    """What runs next: interrupted trials first, then new ones group after group in turn, then the best ones on further seeds."""
+    """Choose the next trial: interrupted ones, then new ones of each group in turn, then the best on more seeds."""
 
     def __init__(self, spec: SweepSpec, ledger: Ledger, storage: BaseStorage | None = None) -> None:
         super().__init__()
@@ -49,11 +49,11 @@ class SweepSearcher(Searcher):
         self.turn = 0
         self.exhausted: set[str] = set()
         self.invalid: dict[str, str] = {}
-        """By group: why the last proposal that was not allowed was not."""
+        """By group, the error of the last invalid proposal."""
         self.limit = spec.search.max_concurrent
-        """Most trials at one time; None: Ray Tune's own account of the resources decides."""
+        """Maximum number of concurrent trials; None leaves it to Ray Tune's resources."""
         self.live: dict[str, str] = {}
-        """Name of each running trial by Ray Tune's id."""
+        """Names of the running trials by Ray Tune's id."""
         plans = {key: ledger.group_plans(key) for key in self.groups}
         self.known = {key: {plan.config_digest for plan in plans[key]} for key in self.groups}
         self.listed = {key: self._list(group, plans[key]) for key, group in self.groups.items()}
@@ -69,13 +69,13 @@ class SweepSearcher(Searcher):
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: the ledger is the state."""
+        """Do nothing: the ledger is the state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing to restore."""
+        """Do nothing: the ledger is the state."""
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the task of the next trial as plain values, None where one must be awaited, FINISHED after the last."""
+        """Return the task of the next trial as plain values; None if it must wait, FINISHED after the last."""
         if self.limit is not None and len(self.live) >= self.limit:
             return None
         plan = self._next(trial_id)
@@ -98,13 +98,13 @@ class SweepSearcher(Searcher):
             self.searches[plan.group].on_trial_complete(trial_id, result, error)
 
     def num_total(self) -> int:
-        """Most trials that the sweep comes to, those already there included."""
+        """Return the maximum number of trials of the sweep, including those that exist already."""
         search = self.spec.search
         finals = search.final_top_k * self.spec.num_bit_choices
         return sum(search.trials + finals * len(self._further_seeds(key)) for key in self.groups)
 
     def num_left(self) -> int:
-        """Trials without a record, as far as is known now; 0 when the sweep is done."""
+        """Return the number of known trials without a record; 0 when the sweep is finished."""
         left = len(self.interrupted) + len(self.live)
         for key in self.groups:
             if key not in self.exhausted:
@@ -136,7 +136,7 @@ class SweepSearcher(Searcher):
         return final
 
     def _new(self, trial_id: str, group: Group) -> Plan | None:
-        """Return a run of a group that was not proposed before, or None: the budget is spent or the space exhausted."""
+        """Return a new run of a group; None if its budget is spent or the space is exhausted."""
         if self.ledger.num_plans(group.key) >= self.spec.search.trials or group.key in self.exhausted:
             return None
         index = self.ledger.next_index(group.key)
@@ -160,40 +160,40 @@ class SweepSearcher(Searcher):
         return None
 
     def _allowed(self, group: Group, point: Point) -> RunConfig | None:
-        """Return the run of a point, or None where it is known already or its settings do not go together."""
+        """Return the run of a point; None if it is already known or its settings are invalid together."""
         try:
             config = run_config(self.spec, group, point)
-        except ValueError as error:  # each setting is allowed alone, not all together
+        except ValueError as error:  # each setting is valid alone, but not all together
             self.invalid[group.key] = str(error)
             return None
         return None if config_digest(config) in self.known[group.key] else config
 
     def _list(self, group: Group, plans: list[Plan]) -> Iterator[Point]:
-        """Points that come before any proposal: the user's, the best of earlier sweeps, the base; for a grid, all of it."""
+        """Return the points before any proposal: listed ones, the base, the best of earlier sweeps; or the grid."""
         dimensions, search = self.spec.dimensions, self.spec.search
         base = base_values(dimensions, group.base)
-        own = ({**base, **point} for point in self.spec.points)
+        listed = ({**base, **point} for point in self.spec.points)
         if search.sampler in LISTED:
-            points = chain(own, grid(dimensions)) if search.sampler == "grid" else own
+            points = chain(listed, grid(dimensions)) if search.sampler == "grid" else listed
         else:
             earlier = self.ledger.earlier
             if search.warm_start and earlier is None:
                 try:
                     earlier = self.ledger.earlier = read_earlier(search.warm_start)
                 except FileNotFoundError:
-                    if not plans:  # a sweep that goes on has learned from them, and does not stop because they are gone
+                    if not plans:  # a resumed sweep has used them already, and does not need them again
                         raise
             warm = warm_points(earlier or [], dimensions, config_to_dict(group.base), search.warm_start_top_k)
-            # The spec's own settings open every search: what is found must beat them.
-            points = chain(own, [base], warm) if point_params(dimensions, base) is not None else chain(own, warm)
-        done = {_frozen(plan.params) for plan in plans}  # passed over without building their runs, which takes longer
+            # Every search starts with the settings of the spec, as a baseline.
+            points = chain(listed, [base], warm) if point_params(dimensions, base) is not None else chain(listed, warm)
+        done = {_frozen(plan.params) for plan in plans}  # skipped without building their runs, which takes longer
         return (point for point in points if _frozen(point_params(dimensions, point) or {}) not in done)
 
     def _finals(self, key: str) -> Iterator[Plan]:
-        """Re-runs of a group's best settings that are still to be started; none before its search has ended."""
+        """Yield the re-runs of a group's best settings that have not started; none before its search has ended."""
         search = self.spec.search
-        ended = self.ledger.num_open(key) == 0
-        if not ended or not (self.ledger.num_plans(key) >= search.trials or key in self.exhausted):
+        has_ended = self.ledger.num_open(key) == 0
+        if not has_ended or not (self.ledger.num_plans(key) >= search.trials or key in self.exhausted):
             return
         for best in self.ledger.best(key, search.final_top_k):
             overrides = self._overrides(best)
@@ -207,32 +207,32 @@ class SweepSearcher(Searcher):
         return {dimension.name: value_of(plan.config, dimension.name) for dimension in self.spec.dimensions}
 
     def _current(self, plan: Plan) -> Plan:
-        """Return an interrupted plan with the files and folders of today: the sweep, its weights or its data may have moved."""
+        """Return an interrupted plan with the current paths: the sweep, its weights or its data may have moved."""
         seeds = (plan.config.seed, plan.config.data_seed)
         config = run_config(self.spec, self.groups[plan.group], self._overrides(plan), seeds=seeds)
         if config_digest(config) != plan.config_digest:
             raise ValueError(
-                f"`{self.ledger.root / 'plans' / plan.trial}.json` must be a plan of this sweep, but it asks for another run; "
-                "remove it to have the trial proposed again"
+                f"`{self.ledger.root / 'plans' / plan.trial}.json` must be a plan of this sweep, but it is of another "
+                "run; remove it to have the trial proposed again"
             )
         return replace(plan, config=config)
 
     def _further_seeds(self, key: str) -> list[int]:
-        """Seeds of a group's re-runs; the one that the search itself ran on is there already."""
+        """Return the seeds of a group's re-runs: all but that of the search."""
         base = self.groups[key].base
         return [seed for seed in self.spec.search.seeds if (seed, seed) != (base.seed, base.data_seed)]
 
     def _waiting(self) -> bool:
-        """Whether a running search trial may still lead to another trial."""
+        """Return whether a running search trial may still lead to another trial."""
         plans = [self.ledger.plans[name] for name in self.live.values()]
         return any(plan.stage == "search" and self._further_seeds(plan.group) for plan in plans)
 
     def _replay(self, key: str) -> None:
-        """Replay everything that the ledger has of a group into its search."""
+        """Replay the ledger's plans and records of a group into its search."""
         for plan in self.ledger.group_plans(key):
             record = self.ledger.records.get(plan.trial)
             if record is None or point_params(self.spec.dimensions, self._overrides(plan)) is None:
-                continue  # not ended; or of a list that was longer then
+                continue  # not ended, or from an earlier, longer list of points
             search = self.searches[key]
             search.attach(plan.trial, plan.params, plan.trial)
             for epoch, value in plan.history:
@@ -264,5 +264,5 @@ def _plan(
 
 
 def _frozen(params: Point) -> tuple[tuple[str, str], ...]:
-    """Parameters as something that can be counted; a 20 read back as 20.0 is the same."""
+    """Return parameters as a hashable value, the same for 20 and 20.0."""
     return tuple(sorted((name, repr(float(v) if isinstance(v, int) else v)) for name, v in params.items()))

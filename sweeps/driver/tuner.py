@@ -1,4 +1,4 @@
-"""Run a sweep: make each synthetic set once, then let Ray Tune run the trials, and keep the tables up to date."""
+"""Run a sweep: make each synthetic set once, run the trials with Ray Tune, and keep the tables up to date."""
 
 import shutil
 import signal
@@ -26,25 +26,26 @@ from .asha import SweepScheduler
 from .callback import SweepCallback, SweepStopper
 from .cluster import check_shared, cluster
 from .dashboard import study_storage
-from .halt import StopReason
 from .progress import Progress, print_leaderboard
 from .searcher import SweepSearcher
+from .stop_reason import StopReason
 
 NO_RESULT = 1
 INTERRUPTED = 130
 REPORT_SECONDS = 60.0
-"""Seconds without a result after which a line reports that work goes on."""
+"""Seconds without a result after which a line reports that work continues."""
 
 
 def run_sweep(spec: SweepSpec) -> int:
-    """Run a sweep, or the rest of one.
+    """Run a sweep, or resume an interrupted one.
 
     Returns:
-        0 when every group has a completed trial, 1 when one has none or too many trials failed, 130 when interrupted (run it again to
-        go on).
+        Exit code: 0 if every group has a completed trial, 1 if one has none or too many trials failed, 130 if
+        interrupted (the same command resumes).
 
     Raises:
-        ValueError, OSError: Something the user should mend, found before anything was computed.
+        ValueError: Invalid input, before anything is computed.
+        OSError: A file, the storage or Ray failed.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     ledger = Ledger(spec)
@@ -63,10 +64,10 @@ def _run(spec: SweepSpec, ledger: Ledger) -> int:
         where = spec.address or spec.output_dir
         progress.log(f"sweep {spec.search.name} in {where}: {len(spec.groups)} groups x {spec.search.trials} trials")
         if ledger.plans:
-            there = f"{len(ledger.records)} trials are there already"
-            rest = f"{len(searcher.interrupted)} were interrupted"
-            nothing = "the sweep is finished; --num-trials +N adds N to each group"
-            progress.log(f"{there}, {nothing if was_finished else rest}")
+            done = f"{len(ledger.records)} trials are there already"
+            interrupted = f"{len(searcher.interrupted)} were interrupted"
+            finished = "the sweep is finished; --num-trials +N adds N to each group"
+            progress.log(f"{done}, {finished if was_finished else interrupted}")
         try:
             if searcher.num_left():
                 with cluster(spec.search) as capacity, _interruptible():  # Ray sets a handler, too
@@ -81,12 +82,12 @@ def _run(spec: SweepSpec, ledger: Ledger) -> int:
                     _tune(spec, ledger, searcher, progress, stop_reason)
         except KeyboardInterrupt:
             ledger.write_tables()
-            progress.log(f"interrupted; the tables are in {where}, the same command goes on")
+            progress.log(f"interrupted; the tables are in {where}, the same command resumes")
             return INTERRUPTED
     if stop_reason.storage:
-        raise OSError(f"{stop_reason.storage}; when that is mended, the same command goes on")
+        raise OSError(f"{stop_reason.storage}; once that is fixed, the same command resumes")
     ledger.write_tables()
-    is_drawn = was_finished and _is_drawn(spec)  # a page that was drawn while trials ran may lack the last ones
+    is_drawn = was_finished and _is_drawn(spec)  # a page drawn while trials were running may lack the last ones
     return _conclude(spec, ledger, searcher, progress, stop_reason, is_drawn=is_drawn)
 
 
@@ -99,10 +100,10 @@ def _conclude(
     *,
     is_drawn: bool,
 ) -> int:
-    """Print what came out, draw the page unless it `is_drawn` already, and return the exit code."""
+    """Print the results, draw the page unless it `is_drawn` already, and return the exit code."""
     if stop_reason.failed:
         print(
-            f"stopped: {stop_reason.failed}. The same command goes on; --retry-failed runs failed trials again",
+            f"stopped: {stop_reason.failed}. The same command resumes; --retry-failed runs failed trials again",
             flush=True,
         )
     elif not searcher.num_left():
@@ -117,8 +118,8 @@ def _conclude(
     listed = spec.search.sampler in LISTED
     for key in sorted(searcher.exhausted):
         found, invalid = ledger.num_plans(key), searcher.invalid.get(key)
-        why = f"; others are not allowed together, for example: {invalid}" if invalid else ""
-        print(f"{key}: the {'list' if listed else 'search'} held only {found} different settings{why}", flush=True)
+        why = f"; others are invalid together, for example: {invalid}" if invalid else ""
+        print(f"{key}: the {'list' if listed else 'search'} has only {found} different settings{why}", flush=True)
     empty = [group.key for group in spec.groups if not ledger.best(group.key)]
     if empty:
         print(
@@ -128,14 +129,14 @@ def _conclude(
 
 
 def _is_drawn(spec: SweepSpec) -> bool:
-    """Whether the page is there and no record has been written since: a finished sweep that is started again ends at once."""
+    """Return whether the page exists and is newer than every record, so that a finished sweep ends at once."""
     folder = Path(spec.output_dir)
     page, records = folder / PAGE, (folder / "records").glob("*.json")
     return page.is_file() and all(file.stat().st_mtime < page.stat().st_mtime for file in records)
 
 
 def _report(spec: SweepSpec, ledger: Ledger) -> str:
-    """Make the sweep's page and return where it is; nothing that keeps it from being made undoes the sweep."""
+    """Make the sweep's page and return its path, or the reason why it failed: the sweep is finished all the same."""
     print(f"drawing {PAGE} ...", flush=True)
     try:
         from ..reports.make import make_report
@@ -143,18 +144,18 @@ def _report(spec: SweepSpec, ledger: Ledger) -> str:
         written = make_report([spec.output_dir])
         for path in written if spec.address else ():
             ledger.folder.send(str(path.relative_to(spec.output_dir)))
-    except (
-        Exception,
-        SystemExit,
-        KeyboardInterrupt,
-    ) as error:  # a teacher's own code runs here, too, and Ctrl-C is "enough"
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # also from the teacher's code, and on Ctrl-C
         reason = " ".join(str(error).split()) or type(error).__name__
         return f"no {PAGE}: {reason}; `synq report {spec.output_dir}` makes it"
     return f"{spec.address or spec.output_dir}/{written[0].name}"
 
 
 def _check_groups(spec: SweepSpec, ledger: Ledger) -> None:
-    """Open the teacher, the labeled images and the student of every group, so that what cannot work fails before hours of synthesis."""
+    """Load teacher, labeled images and student of every group on a worker, to fail before hours of synthesis.
+
+    Raises:
+        ValueError: Invalid input of a group.
+    """
     from ..workers.trial import check_run
 
     check = _remote(spec, check_run)
@@ -165,15 +166,15 @@ def _check_groups(spec: SweepSpec, ledger: Ledger) -> None:
 
 
 def _remote(spec: SweepSpec, function: Callable[..., dict[str, Any]]) -> Any:
-    """Return a function as a remote function of Ray, with the resources of one worker of a trial."""
+    """Return a function as a Ray remote function with the resources of one worker of a trial."""
     search = spec.search
     return ray.remote(num_cpus=search.cpus_per_worker, num_gpus=search.gpus_per_worker, max_retries=2)(function)
 
 
 def _replies(tasks: Iterable[Any], waited: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield Ray tasks with their results as they finish; an error cancels the rest and is raised.
+    """Yield (Ray task, result) as tasks finish; the first error cancels the rest and is raised.
 
-    `waited` is called after each minute in which none finished.
+    `waited` is called after each `REPORT_SECONDS` without a result.
     """
     waiting = list(tasks)
     while waiting:
@@ -191,7 +192,7 @@ def _replies(tasks: Iterable[Any], waited: Callable[[], None] = lambda: None) ->
 
 
 def sets_needed(spec: SweepSpec) -> dict[str, tuple[Group, RunConfig]]:
-    """Return every different (training, held-out) pair of sets that the trials need: a group and a run that use it, by recipe."""
+    """Return the distinct (training, held-out) pairs of sets of the trials: recipe -> a group and run that use it."""
     needed: dict[str, tuple[Group, RunConfig]] = {}
     for group in spec.groups:
         base = group.base
@@ -202,7 +203,7 @@ def sets_needed(spec: SweepSpec) -> dict[str, tuple[Group, RunConfig]]:
 
 
 def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
-    """Make every set that the trials will need, each once, as many at a time as the machines hold."""
+    """Make every set that the trials need, each once, as many concurrently as fit the cluster."""
     from ..workers.trial import make_sets
 
     needed = sets_needed(spec)
@@ -216,7 +217,7 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
     progress.log(f"synthetic sets that the trials need: {len(needed)}; those that are not there are made first")
 
     def waited() -> None:
-        if progress.live is None:  # a person sees the table
+        if progress.live is None:  # else the live table shows it
             progress.log(f"{len(progress.running)} synthetic sets not ready after {time.monotonic() - started:.0f} s")
 
     def start(config: RunConfig) -> Any:
@@ -238,14 +239,14 @@ def _made(
     *,
     apart: bool,
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield what `make_sets` returned for each recipe, with the recipe.
+    """Yield (result of `make_sets`, recipe) as the sets are made.
 
     Args:
         start: Starts the Ray task that makes the sets of a run.
         needed: Runs by recipe.
-        waited: Called every minute in which none is done.
-        apart: Whether machines share no folder, and so no lock: the held-out set, which all data seeds of a model have in common,
-            is then made with the first of them, before the others are begun.
+        waited: Called after each `REPORT_SECONDS` without a result.
+        apart: Whether machines share no folder, and so no lock: the held-out set, which all data seeds of a model
+            share, is then made with the first of them, before the others start.
     """
     first: dict[str, str] = {}
     for recipe, (group, _) in needed.items():
@@ -260,15 +261,15 @@ def _made(
 def _tune(
     spec: SweepSpec, ledger: Ledger, searcher: SweepSearcher, progress: Progress, stop_reason: StopReason
 ) -> None:
-    """Run the trials that are left. Ray's own state is thrown away: the ledger is what a later start resumes from."""
+    """Run the remaining trials. Ray's state is discarded: a later start resumes from the ledger."""
     from ..workers.entry import run_trial
 
     progress.start_clock()
     search = spec.search
     resources = {"cpu": search.cpus_per_worker, **({"gpu": search.gpus_per_worker} if search.gpus_per_worker else {})}
-    if search.workers_per_trial > 1:  # they have separate resources; this process only starts them, on the head
+    if search.workers_per_trial > 1:  # workers have separate resources; the trial only starts them, on the head
         resources = {"cpu": 0, "node:__internal_head__": 0.001}
-        searcher.limit = progress.slots  # Ray Tune sees nothing of the workers' resources
+        searcher.limit = progress.slots  # Ray Tune does not count the resources of the workers
     with tempfile.TemporaryDirectory(prefix="synq-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(run_trial, resources),
@@ -299,7 +300,7 @@ def _name(trial: Trial) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C and a polite kill (as `ray job stop` sends) end the sweep in order."""
+    """Raise KeyboardInterrupt on SIGTERM (sent by `ray job stop`), as on Ctrl-C, in the ``with`` block."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt

@@ -1,11 +1,10 @@
 """Every column of every table of runs: its key, headings, unit and meaning.
 
-The order of the rows here is the order of the columns everywhere. To add a column to trials.csv or leaderboard.csv,
-append one row where both files keep their order, name the tables that show it, and compute its value
-in `ranking.py`; a searched setting needs the row only. Keys are the names in the CSV files: none is ever renamed, new
-ones come last in each file.
+The order of `RUN_COLUMNS` is the order of the columns everywhere. To add a column to trials.csv or leaderboard.csv,
+append one `Column`, name the tables that show it, and compute its value in `ranking.py`; a searched setting needs the
+`Column` only. Keys are the names in the CSV files: none is ever renamed, new ones come last in each file.
 
-Knows neither Ray nor torch.
+Imports neither Ray nor torch.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,15 +25,15 @@ class In(Flag):
     BOARD = auto()
     """leaderboard.csv: one row per setting, means over its seeds."""
     TERMINAL = auto()
-    """What `synq leaderboard` prints."""
+    """The output of `synq leaderboard`."""
     SWEEP = auto()
-    """What a sweep prints at its end."""
+    """The output of a sweep at its end."""
     PAGE = auto()
     """The leaderboard of an HTML report."""
 
 
 NOWHERE = In(0)
-"""Of a column that is no column of trials.csv or leaderboard.csv."""
+"""Tables of a column that is in neither trials.csv nor leaderboard.csv."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +43,9 @@ class Column:
     key: str
     """Name in the CSV files, and key of the rows."""
     meaning: str
-    """What its cells hold, in one line."""
+    """Description of its values, in one line."""
     tables: In = NOWHERE
-    """Tables of runs that have it."""
+    """Tables of runs that have the column."""
     short: str = ""
     """Heading in a terminal; by default the key."""
     title: str = ""
@@ -56,24 +55,24 @@ class Column:
     decimals: int | None = None
     """Decimal places in a report; by default four significant digits."""
     over_seeds: Literal["first", "mean", "all"] = "first"
-    """How leaderboard.csv joins the runs of one setting: the first run's cell, their mean, or all different cells."""
+    """Cell of leaderboard.csv for several runs of a setting: the first run's, the mean, or all distinct values."""
     is_text: bool = False
-    """Whether its cells are words, which are compared as such and not as numbers."""
-    words: tuple[str, ...] = ()
-    """Words that a column of numbers may hold."""
+    """Whether its cells are compared as text, not as numbers."""
+    texts: tuple[str, ...] = ()
+    """Texts that may occur in a column of numbers."""
     setting: Callable[[FinetuneConfig, Any], Setting] | None = None
-    """Of a searched setting: its cell, from the configuration and the teacher's input size (C, H, W) or None."""
+    """For a searched setting: returns its cell, given the configuration and the teacher's input size (C, H, W)."""
     unit_key: str = ""
-    """Of a searched setting: the key of the configuration that holds the unit of its value there."""
+    """For a searched setting: the key of its unit in the configuration."""
 
     @property
     def heading(self) -> str:
-        """Heading in a terminal."""
+        """Return the heading in a terminal."""
         return self.short or self.key
 
     @property
     def page_heading(self) -> str:
-        """Heading in a report."""
+        """Return the heading in a report."""
         return (self.title or self.heading) + (f" [{self.unit}]" if self.unit else "")
 
 
@@ -91,13 +90,13 @@ def _setting(
 
 
 def _cutoff_in_bins(finetune: FinetuneConfig, input_size: Any) -> Setting:
-    """Return the cutoff in DFT bins; "None" without a filter, because an empty cell reads as unknown."""
+    """Return the cutoff in DFT bins; "None" without a filter, because an empty cell means unknown."""
     cutoff = finetune.lowpass_cutoff
     if cutoff is None:
         return "None"
     if finetune.lowpass_unit != "nyquist":
         return cutoff
-    return cutoff * min(input_size[-2:]) / 2 if input_size else None  # unknown where loading the teacher failed
+    return cutoff * min(input_size[-2:]) / 2 if input_size else None  # unknown if loading the teacher failed
 
 
 _BOTH = In.TRIALS | In.BOARD
@@ -138,7 +137,7 @@ RUN_COLUMNS = (
     Column("bitops", "bit operations of one image: sum over layers of MACs x weight bits x activation bits",
         _BOTH | In.PAGE, "BitOps", decimals=0),
     _setting("lowpass_cutoff", "cutoff D0 of the Gaussian low-pass filter", "cutoff", "low-pass cutoff",
-        unit="DFT bins", cell=_cutoff_in_bins, words=("None",), unit_key="lowpass_unit"),
+        unit="DFT bins", cell=_cutoff_in_bins, texts=("None",), unit_key="lowpass_unit"),
     _setting("cam_weight", "weight of the CAM loss (lambda)", "CAM", "CAM weight"),
     _setting("ce_weight", "weight of the cross-entropy with hard labels", "CE", "CE weight"),
     _setting("difficulty_threshold", "threshold tau above which an image has no hard label", "tau", "tau"),
@@ -315,7 +314,7 @@ def setting_cells(finetune: FinetuneConfig, input_size: Any) -> dict[str, Settin
 
 
 def setting_text(finetune: Mapping[str, Any]) -> str:
-    """Return the searched settings as the configuration has them, with their unit, so that they can be given again.
+    """Return the searched settings of a configuration as text, with their units.
 
     Args:
         finetune: The part `finetune` of a record's configuration.
@@ -325,6 +324,6 @@ def setting_text(finetune: Mapping[str, Any]) -> str:
         value = finetune.get(key)
         if value is not None:
             parts.append(f"{key} {value:.4g} {finetune.get(column.unit_key, '')}".rstrip())
-        elif column.words:
+        elif column.texts:
             parts.append(f"{key} off")
     return ", ".join(parts)

@@ -1,11 +1,11 @@
-"""Runs as table rows, and rows in their ranks: which runs may be compared, and how they are ordered. No Ray, no torch.
+"""Ranking of runs: the rows of the tables, which of them are comparable, and their order. Imports no Ray, torch.
 
 Ranks restart for everything that must not be compared (`Ranking`): model and its weights (`teacher_digest`), bit-widths
 (those of the first and last layer too), protocol, act_points, objective, the images and the fidelity measure of the
 objective, and the labeled images. Within a ranking a row is one setting; its runs differ in their seeds only. Settings
 measured on more seeds come first, because one lucky seed is no evidence; then the better mean objective. `pareto_size`
-and `pareto_bitops` look across bit-widths: 1 where no other row that was measured in the same way is at least as good
-in mean objective and size (bit operations) and better in one of them. What each column holds: `columns.py`.
+and `pareto_bitops` compare across bit-widths: 1 if no other row measured in the same way is at least as good in mean
+objective and size (bit operations) and better in one of them. `columns.py` describes the columns.
 """
 
 import functools
@@ -26,7 +26,7 @@ from ..stats import mean, std
 from .columns import LEADERBOARD_COLUMNS, RUN_COLUMNS, SETTINGS, TRIAL_COLUMNS, setting_cells
 
 PLACED = LEADERBOARD_COLUMNS.index("best")
-"""From here on a row depends on the other rows, for three columns."""
+"""Index of the first of three columns that depend on the other rows."""
 PER_RUN = ("name", "finetune", "seed", "data_seed")
 """Keys of a configuration that differ between the runs of a sweep."""
 TRAINING = tuple(part.name for part in fields(FinetuneConfig) if part.name != "log_every")
@@ -35,7 +35,7 @@ COLLECTED = tuple(column.key for column in RUN_COLUMNS if column.over_seeds == "
 
 
 class Ranking(NamedTuple):
-    """What rows have in common that may be ranked together."""
+    """Key of a ranking: rows with the same key are comparable."""
 
     model: str
     weight_bits: int
@@ -57,15 +57,15 @@ class Ranking(NamedTuple):
     def order(self) -> tuple[Any, ...]:
         """Return the sort key of rankings: high bit-widths first."""
         bits = (-self.weight_bits, -self.act_bits)
-        edges = (-(self.first_bits or 0), -(self.last_bits or 0))
-        return (self.model, *bits, self.protocol, *edges, *self[6:])
+        first_last = (-(self.first_bits or 0), -(self.last_bits or 0))
+        return (self.model, *bits, self.protocol, *first_last, *self[6:])
 
     def group(self) -> tuple[Any, ...]:
-        """Return what is known before a run has measured anything, except its teacher."""
+        """Return the part of the key that is known before a run has measured anything, without its teacher."""
         return self[:9]
 
     def measure(self) -> tuple[str, ...]:
-        """Return what the metrics were measured with: the teacher's weights, all images and the fidelity measure."""
+        """Return the part of the key about the measurement: the teacher's weights, all images, the fidelity measure."""
         return self[9:]
 
     def family(self) -> "Ranking":
@@ -77,9 +77,9 @@ class Setting(NamedTuple):
     """Key of a setting: equal for two runs exactly if `config_digest(..., with_seeds=False)` is."""
 
     shared: str
-    """That digest for a run of the same teacher, images, bit-widths and evaluation without training."""
+    """Digest of everything but fine-tuning: teacher, images, bit-widths, evaluation."""
     training: tuple[Any, ...]
-    """The values of the fine-tuning's keys; None where a key is inactive."""
+    """Values of the fine-tuning settings; None for an inactive key."""
 
 
 def read_setting(config: Mapping[str, Any], source: str = "") -> tuple[RunConfig, Setting]:
@@ -98,10 +98,10 @@ def read_setting(config: Mapping[str, Any], source: str = "") -> tuple[RunConfig
     try:
         shared, digest = _shared(json.dumps({key: value for key, value in config.items() if key not in PER_RUN}))
         finetune = config_from_dict(FinetuneConfig, config.get("finetune", {}))
-        own = {key: config[key] for key in PER_RUN if key in config}
-        if any(type(own.get(key, 0)) is not int for key in ("seed", "data_seed")):
+        per_run = {key: config[key] for key in PER_RUN if key in config}
+        if any(type(per_run.get(key, 0)) is not int for key in ("seed", "data_seed")):
             raise TypeError("seed")
-        whole = replace(shared, **{**own, "finetune": finetune})
+        whole = replace(shared, **{**per_run, "finetune": finetune})
     except (ValueError, TypeError):
         config_from_dict(RunConfig, config, source=source)  # the same error, with the key's full name
         raise
@@ -118,22 +118,22 @@ def _shared(text: str) -> tuple[RunConfig, str]:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the tables keep of a record; it takes far less memory."""
+    """The part of a record that the tables need, which takes far less memory."""
 
     ranking: Ranking
-    """Where the run would be ranked; what a failed run has not measured is empty."""
+    """Ranking of the run; fields that a failed run has not measured are empty."""
     setting: Setting
-    """Key that it shares with its repetitions on other seeds."""
+    """Key shared with the same setting on other seeds."""
     row: Row
     """Its row of trials.csv."""
     line: str
     """The row as a line of CSV."""
     sort_key: tuple[Any, ...]
-    """Sort key of trials.csv; the line decides between two runs of one name, so that the order of reading cannot."""
+    """Sort key of trials.csv; for equal names the line decides, so that the order does not depend on reading."""
 
     @property
     def seeds(self) -> tuple[int, int]:
-        """Seeds of fine-tuning and of the synthetic set."""
+        """Return the seeds of fine-tuning and of the synthetic set."""
         return self.row["seed"], self.row["data_seed"]
 
     @property
@@ -144,7 +144,7 @@ class Run:
 
 
 def read_run(record: RunRecord, source: str = "") -> Run:
-    """Return what the tables keep of a record.
+    """Return the part of a record that the tables need.
 
     Args:
         record: The record.
@@ -183,19 +183,19 @@ def _ranking(record: RunRecord, config: RunConfig) -> Ranking:
         dataset="" if synthetic else Path(str(evaluation.dataset)).name,
         num_images="" if synthetic else str(evaluation.num_images),
         selection_fraction="" if synthetic else str(evaluation.selection_fraction),
-        # As recorded: a record without it was measured by the KL, whatever is the default today.
+        # A record without it was measured by the KL, independent of the current default.
         fidelity_measure=str(record.config.get("evaluation", {}).get("fidelity_measure") or "kl") if synthetic else "",
     )
 
 
 @dataclass(slots=True)
 class Standing:
-    """One row of the leaderboard with what decides its rank."""
+    """One row of the leaderboard with the values that determine its rank."""
 
     ranking: Ranking
-    """Rows of other rankings are not compared with it."""
+    """Ranking of the row."""
     row: Row
-    """Its cells; the rank and the columns from `best` on that depend on other rows are filled in last."""
+    """Its cells; `rank` and the three columns from `best` on depend on other rows and are filled in last."""
     objective_std: float | None
     """Sample standard deviation of the objective over the seeds; None for one seed."""
     cost: float = field(init=False)
@@ -212,7 +212,7 @@ class Standing:
         self.tail = csv_line([None, *cells[PLACED + 3 :]])
 
     def sort_key(self) -> tuple[Any, ...]:
-        """Return the sort key within a ranking; the text decides between rows that are equally good."""
+        """Return the sort key within a ranking; the text breaks ties."""
         return (-self.row["num_seeds"], self.cost, self.row["config_digest"], self.head)
 
     def line(self) -> str:
@@ -225,8 +225,8 @@ class Standing:
 def standings(runs: Iterable[Run]) -> list[Standing]:
     """Return the rows of one setting: one for each ranking in which it has a result.
 
-    `Column.over_seeds` states how a column joins the setting's completed runs (`num_seeds`); "first" is the run with
-    the lowest seeds. top1_std has the denominator num_seeds - 1. num_failed counts seeds on which a run of the setting
+    `Column.over_seeds` defines the cell of a column for several completed runs; "first" is the run with the lowest
+    seeds. top1_std has the denominator num_seeds - 1. num_failed counts seeds on which a run of the setting
     failed and none was completed, here or in another folder. A pruned run is not a result: it neither ranks nor counts.
 
     Args:
@@ -254,9 +254,9 @@ def standings(runs: Iterable[Run]) -> list[Standing]:
 
 def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int) -> Standing:
     by_seed: dict[tuple[int, int], Row] = {}
-    # The whole content decides between two records of one run, so that the order of reading cannot.
+    # The whole content breaks ties between two records of one run, so that the order of reading does not matter.
     for run in sorted(runs, key=lambda run: (run.seeds, run.row["started"], run.row["host"], repr(run.row))):
-        by_seed.setdefault(run.seeds, run.row)  # the same run twice (merged sweeps) counts once
+        by_seed.setdefault(run.seeds, run.row)  # a duplicate run (of merged sweeps) counts once
     kept = list(by_seed.values())
     row: Row = {column: kept[0].get(column) for column in LEADERBOARD_COLUMNS}
     row |= {column: mean(run[column] for run in kept) for column in MEANS}

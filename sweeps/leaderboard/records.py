@@ -1,8 +1,7 @@
-"""Read run records and write `trials.csv` (every run) and `leaderboard.csv` (ranked settings). Knows neither Ray nor
-torch.
+"""Read run records and write `trials.csv` (every run) and `leaderboard.csv` (ranked settings). Imports no Ray, torch.
 
-Columns: `columns.py`. Rows and their ranks: `ranking.py`. Incremental updates: `tables.py`. Selected rows, compared
-    sweeps: `views.py`.
+Columns: `columns.py`. Rows and their ranks: `ranking.py`. Incremental updates: `tables.py`. Filters and comparisons:
+`views.py`.
 """
 
 from collections.abc import Iterable
@@ -33,11 +32,11 @@ def record_files(paths: Iterable[str | Path]) -> list[Path]:
     """Return the record files of sweeps and runs.
 
     Args:
-        paths: Record files, or folders: a sweep's (records/*.json), a run's (record.json), or one that holds such
+        paths: Record files, or folders: of a sweep (records/*.json), of a run (record.json), or a parent of such
             folders.
 
     Raises:
-        FileNotFoundError: A path is missing or holds no record.
+        FileNotFoundError: A path does not exist or has no record.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -105,10 +104,7 @@ def trial_rows(records: Iterable[RunRecord]) -> list[Row]:
 
 
 def leaderboard_rows(records: Iterable[RunRecord]) -> list[Row]:
-    """Return one row per setting with at least one completed run, ranked within its ranking.
-
-    What the columns mean: `columns.py`.
-    """
+    """Return one row per setting with at least one completed run, with its rank; see `columns.py` for the columns."""
     return Tables(records).leaderboard_rows()
 
 

@@ -1,4 +1,4 @@
-"""trials.csv and leaderboard.csv of records that arrive one at a time: each is parsed once, rewriting is cheap."""
+"""Incremental trials.csv and leaderboard.csv: each record is parsed once, rewriting the files is cheap."""
 
 import math
 from collections.abc import Hashable, Iterable, Iterator
@@ -16,12 +16,12 @@ from .ranking import Ranking, Run, Standing, read_run, standings
 class Tables:
     """The tables of the records added so far; they do not depend on the order of adding.
 
-    Only what a new record changes is computed again: its own row, the rows of its setting, their ranking and the Pareto
-    fronts of rows measured in the same way. The records themselves are not kept.
+    A new record only updates its row, the rows of its setting, their ranking and the Pareto fronts of rows measured in
+    the same way. The records themselves are not kept.
     """
 
     def __init__(self, records: Iterable[RunRecord] = ()) -> None:
-        """Start with some records; two equal ones count once."""
+        """Create tables of some records; equal ones count once."""
         self._runs: dict[Hashable, Run] = {}
         self._settings: dict[Hashable, dict[Hashable, Run]] = {}
         self._rows: dict[Hashable, list[Standing]] = {}
@@ -38,8 +38,8 @@ class Tables:
 
         Args:
             record: The record; its configuration is checked here.
-            name: Key by which the record is replaced or discarded: an earlier record of that name is removed. Without
-                one the record is kept next to all others, except an equal one: the same run read from two folders.
+            name: Key for replacing or discarding the record: an earlier record of that name is removed. None adds the
+                record unless there is an equal one (the same run read from two folders).
             source: Name of its file, for messages.
 
         Raises:
@@ -66,7 +66,7 @@ class Tables:
         return [dict(standing.row) for standing in self.standings()]
 
     def standings(self) -> list[Standing]:
-        """Return the rows of the leaderboard with what decides their ranks. They are not copies: do not change them."""
+        """Return the rows of the leaderboard with the values that determine their ranks; read-only, not copies."""
         self._update()
         return [standing for ranking in self._sorted_rankings() for standing in self._rankings[ranking].values()]
 
@@ -128,20 +128,19 @@ class Tables:
 
 
 def _setting(run: Run) -> tuple[Any, ...]:
-    """Return the key of the runs that may share a row."""
+    """Return the key of runs that may share a row."""
     return (run.ranking.group(), run.setting)
 
 
 def mark_front(rows: Iterable[Standing], column: str, mark: str) -> None:
-    """Set `mark` to 1 for the rows on the Pareto front of mean objective and `column`, else 0; None where the column is
-    unknown.
+    """Set `mark` to 1 for rows on the Pareto front of mean objective and `column`, else 0; None if `column` is unknown.
 
     A row is on the front if no other is at least as good in both and better in one: two tied rows are both on it.
 
     Args:
-        rows: Rows that may be compared.
+        rows: Comparable rows.
         column: size_bytes or bitops; lower is better.
-        mark: Column that is set.
+        mark: Column to set.
     """
     points = []
     for number, standing in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Selected rows of a leaderboard, and sweeps compared. Rows that cannot be compared are never ranked together."""
+"""Filters of a leaderboard and comparisons of sweeps. Rows that are not comparable are never ranked together."""
 
 import hashlib
 import math
@@ -35,12 +35,12 @@ class Condition:
     text: str
     """Value that the cell is compared with."""
     number: float | None
-    """The same as a number; None where texts are compared."""
+    """The value as a number; None if texts are compared."""
 
     def holds(self, row: Row) -> bool:
         """Return whether a row satisfies it.
 
-        Numbers are equal if they are printed alike; an empty cell is unequal to any number.
+        Numbers are equal if their texts are; an empty cell is unequal to any number.
         """
         value = row[self.column]
         if self.number is None:
@@ -56,14 +56,14 @@ def parse_condition(text: str) -> Condition:
     """Parse a condition such as "weight_bits=4" or "top1_mean>=90".
 
     Raises:
-        ValueError: It has another form, names no column of the leaderboard, or does not suit the column's values.
+        ValueError: It has another form, an unknown column, or a value of another type than the column.
     """
     match = re.fullmatch(r"\s*([\w-]+)\s*(<=|>=|!=|=|<|>)(.*)", text, flags=re.DOTALL)
     if match is None:
         raise ValueError(f"`where` must read COLUMN, one of = != < <= > >=, VALUE, but got {text!r}")
     column, sign, value = check_column("where", match[1].replace("-", "_")), match[2], " ".join(match[3].split())
-    words = SETTINGS[column].words if column in SETTINGS else ()
-    if column in TEXT_COLUMNS or value in ("", *words):
+    texts = SETTINGS[column].texts if column in SETTINGS else ()
+    if column in TEXT_COLUMNS or value in ("", *texts):
         if sign not in ("=", "!="):
             raise ValueError(f"`where` must compare the texts of {column} by = or !=, but got {text!r}")
         return Condition(column, sign, value, None)
@@ -84,7 +84,7 @@ def check_column(name: str, column: str) -> str:
         column: The column.
 
     Raises:
-        ValueError: There is no such column; the nearest one is named.
+        ValueError: There is no such column; the message names the most similar one.
     """
     if column not in LEADERBOARD_COLUMNS:
         hint = nearest(column, LEADERBOARD_COLUMNS)
@@ -93,12 +93,12 @@ def check_column(name: str, column: str) -> str:
 
 
 def choose(rows: Iterable[Standing], conditions: Sequence[Condition]) -> list[Standing]:
-    """Return the rows for which every condition holds, in their order and with their ranks among all rows."""
+    """Return the rows that satisfy all conditions, in their order and with their ranks among all rows."""
     return [standing for standing in rows if all(condition.holds(standing.row) for condition in conditions)]
 
 
 def check_chosen(chosen: Sequence[Standing], rows: Sequence[Standing], conditions: Sequence[Condition]) -> None:
-    """Reject conditions that no row satisfies.
+    """Check that some row satisfies the conditions.
 
     Args:
         chosen: The rows that satisfy them.
@@ -106,7 +106,7 @@ def check_chosen(chosen: Sequence[Standing], rows: Sequence[Standing], condition
         conditions: The conditions.
 
     Raises:
-        ValueError: There is none; for a text that no row has, the nearest existing one is named.
+        ValueError: There is none; for an unknown text the message names the most similar one of the rows.
     """
     if chosen or not conditions:
         return
@@ -123,7 +123,7 @@ def check_chosen(chosen: Sequence[Standing], rows: Sequence[Standing], condition
 
 
 def single_ranking(rows: Sequence[Standing]) -> list[Row]:
-    """Return rows ranked together, from 1 on.
+    """Return rows with new ranks from 1 on.
 
     Raises:
         ValueError: They belong to several rankings; the message names the differences.
@@ -138,7 +138,7 @@ def single_ranking(rows: Sequence[Standing]) -> list[Row]:
 
 
 def differences(rankings: Iterable[Ranking]) -> str:
-    """Return how rankings differ, for example "protocol A and B, weight_bits 3 and 4"."""
+    """Return the differences of rankings as text, for example "protocol A and B, weight_bits 3 and 4"."""
     parts = []
     for name, values in zip(Ranking._fields, zip(*rankings, strict=True), strict=True):
         texts = sorted({plain(value)[:16] or "none" for value in values})
@@ -150,10 +150,10 @@ def differences(rankings: Iterable[Ranking]) -> str:
 
 
 def compare(tables: Mapping[str, Sequence[Standing]]) -> list[Row]:
-    """Return the best row of each path in each ranking, those of a ranking together.
+    """Return the best row of each path in each ranking, grouped by ranking.
 
-    A difference is to the first path; its standard error is sqrt(s1^2 / n1 + s2^2 / n2) for the sample standard
-    deviations s over n runs, empty where an n is 1. The runs of two paths count as independent.
+    Differences are to the first path; their standard error is sqrt(s1^2 / n1 + s2^2 / n2) with the sample standard
+    deviations s over n runs, empty if an n is 1. The runs of two paths count as independent.
 
     Args:
         tables: Rows in the order of their ranks, by path.
@@ -194,7 +194,7 @@ def shown(lines: Iterable[Row]) -> list[Row]:
         {
             **line,
             "protocol": protocol_of(line),
-            "objective": " ".join(word for word in (line["objective"], line["fidelity_measure"]) if word),
+            "objective": " ".join(text for text in (line["objective"], line["fidelity_measure"]) if text),
             "objective_value": _spread(line["objective_value"], None, ".4g"),
             "objective_diff": _spread(line["objective_diff"], line["objective_stderr"], "+.4g"),
             "top1_mean": _spread(line["top1_mean"], line["top1_std"], ".2f"),

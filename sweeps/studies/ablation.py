@@ -1,5 +1,4 @@
-"""Ablation of SynQ's components: every combination of low-pass filter, CAM loss and soft labels, paired on shared
-seeds.
+"""Ablation of SynQ's components: all combinations of low-pass filter, CAM loss and soft labels, paired by seed.
 
 Every row of a bit-width is trained on the same synthetic sets with the same seeds, so a difference between rows is the
 effect of components. The runs are ordinary runs: an interrupted ablation resumes, a completed run is only read. The
@@ -25,7 +24,7 @@ Overrides = Mapping[str, Any]
 Cell = tuple[str, str, int]
 
 IDEAS: dict[str, Overrides] = {idea: {f"finetune.{key}": off} for idea, (key, off) in SWITCHED_OFF.items()}
-"""Overrides that switch each idea off. Without soft labels every image has a hard label, as in the methods before SynQ."""
+"""Overrides that disable each idea. Without soft labels every image has a hard label, as in methods before SynQ."""
 DISTILLATION = "distillation only"
 """The row without any hard label, CAM or filter."""
 ROWS: dict[str, tuple[str, ...]] = {
@@ -77,7 +76,7 @@ def load_ablation(path: str | Path) -> AblationSpec:
     """Read the file of an ablation: name, bits, seeds, rows (all, if left out) and the run's settings in [base].
 
     Raises:
-        FileNotFoundError: The file is absent.
+        FileNotFoundError: The file does not exist.
         ValueError: It is damaged, or a key is unknown, missing or out of range.
     """
     spec = read_settings(AblationSpec, path, "ablation", required=("name", "bits", "seeds"), base="base")

@@ -1,5 +1,4 @@
-"""Study of label-free objectives: every fidelity measure on every perturbation, for the completed trials of a sweep
-with labels.
+"""Study of label-free objectives: all fidelity measures and perturbations, for the trials of a sweep with labels.
 
 A trial's student is rebuilt from its run folder and must reproduce the KL of its record. Its logits are cached in the
 output folder, by the digest of the images, so that a study of a growing sweep only computes what is new.
@@ -125,7 +124,7 @@ UNIONS: tuple[tuple[str, ...], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A completed run: its record, and the folder that holds its student."""
+    """A completed run: its record, its configuration, and the folder of its student."""
 
     record: RunRecord
     config: RunConfig
@@ -186,7 +185,7 @@ class ViewSet:
             self.images |= {f"bn_only_{name}": self._view(name, plain) for name in BN_VIEWS}
         self.digests = {name: hashlib.sha256(tensor_bytes(x)).hexdigest() for name, x in self.images.items()}
         net = self._with_features(self.teacher.graph, self.teacher.cam.node)
-        self.wanted = {name: _outputs(net, x) for name, x in self.images.items()}
+        self.expected = {name: _outputs(net, x) for name, x in self.images.items()}
 
     def _heldout(self, synthesis: Any, store: Path) -> SyntheticSet:
         return ensure_set(self.teacher, synthesis, HELDOUT_SEED, SetStore(store), purpose="heldout", progress=False)
@@ -216,15 +215,15 @@ class ViewSet:
                 _, features = _outputs(net, self.images[name])
                 # As in the record: logits of the integer form, whose features are integer codes.
                 known[f"{self.digests[name]}.logits"], _ = _outputs(form, self.images[name])
-                wanted = self.wanted[name][1]
-                if features is not None and wanted is not None:
-                    known[f"{self.digests[name]}.features"] = perturbations.feature_distance(wanted, features)
+                expected = self.expected[name][1]
+                if features is not None and expected is not None:
+                    known[f"{self.digests[name]}.features"] = perturbations.feature_distance(expected, features)
             write_bytes_atomic(cached, safetensors.torch.save(known))
         values: Values = {}
         for name, digest in self.digests.items():
-            wanted_logits, got = self.wanted[name][0], known[f"{digest}.logits"]
+            teacher_logits, student_logits = self.expected[name][0], known[f"{digest}.logits"]
             for measure, function in MEASURES.items():
-                values[name, measure] = float(function(wanted_logits, got).mean())
+                values[name, measure] = float(function(teacher_logits, student_logits).mean())
             if f"{digest}.features" in known:
                 values[name, FEATURES] = float(known[f"{digest}.features"].mean())
         self._check(trial, values["plain", "kl"])

@@ -67,8 +67,8 @@ def feature_distance(teacher_features: Tensor, student_features: Tensor) -> Tens
     Returns:
         (N,) float64, >= 0.
     """
-    wanted, got = teacher_features.double().flatten(1), student_features.double().flatten(1)
-    return (got - wanted).square().sum(1) / wanted.square().sum(1).clamp_min(1e-12)
+    teacher, student = teacher_features.double().flatten(1), student_features.double().flatten(1)
+    return (student - teacher).square().sum(1) / teacher.square().sum(1).clamp_min(1e-12)
 
 
 def partners(labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -79,7 +79,7 @@ def partners(labels: Tensor, generator: torch.Generator) -> Tensor:
         generator: CPU generator.
 
     Returns:
-        (N,) int64 row numbers; the next row where all images are of one class.
+        (N,) int64 row numbers; the next row if all images are of one class.
     """
     labels = labels.cpu()
     allowed = labels[:, None] != labels[None, :]
@@ -255,11 +255,11 @@ def on_boundary(images: Tensor, partner: Tensor, net: Callable[[Tensor], Tensor]
     Returns:
         (N, C, H, W), just on the image's side of the boundary.
     """
-    own = net(images).argmax(1)
+    original = net(images).argmax(1)
     low, high = torch.zeros(len(images), device=images.device), torch.ones(len(images), device=images.device)
     for _ in range(steps):
         middle = (low + high) / 2
-        stays = net(mixed(images, partner, middle)).argmax(1) == own
+        stays = net(mixed(images, partner, middle)).argmax(1) == original
         low, high = torch.where(stays, low, middle), torch.where(stays, middle, high)
     return mixed(images, partner, high)
 

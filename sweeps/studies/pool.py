@@ -44,9 +44,8 @@ def run_all(
     done: dict[Cell, RunRecord] = {}
     with (
         passing_bar(len(runs), "runs", "run", is_shown=is_shown) as bar,
-        closing(
-            _parallel(runs, jobs) if jobs > 1 else _sequential(runs)
-        ) as finished,  # an error stops the others at once
+        # Closed by an error, too, which cancels the other runs at once.
+        closing(_parallel(runs, jobs) if jobs > 1 else _sequential(runs)) as finished,
     ):
         for cell, record in finished:
             done[cell] = record
@@ -57,7 +56,7 @@ def run_all(
 
 
 def _sequential(runs: Mapping[Cell, RunConfig]) -> Generator[tuple[Cell, RunRecord], None, None]:
-    from synq.pipeline import run  # imports torch, which a rejected command line need not wait for
+    from synq.pipeline import run  # imports torch, which is slow
 
     for cell, config in runs.items():
         yield cell, run(config)
@@ -98,12 +97,12 @@ def in_processes(
 def surviving_crashes(
     work: Callable[[Task], Result], tasks: Mapping[Cell, Task], jobs: int, crashed: Callable[[Task], Result]
 ) -> Iterator[tuple[Cell, Result]]:
-    """Yield (name, `work(task)`) of every task as it is done: in this process where `jobs` is 1, or in that many fresh ones.
+    """Yield (key, `work(task)`) of every task as it completes, also if the process of a task dies.
 
     Args:
-        work: What to do with a task.
-        tasks: The tasks, by whatever names them.
-        jobs: Tasks at a time.
+        work: Computes the result of a task.
+        tasks: The tasks by key.
+        jobs: Number of parallel tasks, in new processes; 1 computes them in this process.
         crashed: Returns the result of a task whose process died.
     """
     if jobs == 1:
@@ -115,12 +114,12 @@ def surviving_crashes(
             for cell, result in in_processes(work, dict(waiting), jobs):
                 del waiting[cell]
                 yield cell, result
-        except BrokenProcessPool:  # by one of those that were running: each of them once more, by itself
+        except BrokenProcessPool:  # by one of the running tasks: each of them is repeated in a separate process
             for cell in list(waiting)[:jobs]:
-                yield cell, _by_itself(work, waiting.pop(cell), crashed)
+                yield cell, _in_one_process(work, waiting.pop(cell), crashed)
 
 
-def _by_itself(work: Callable[[Task], Result], task: Task, crashed: Callable[[Task], Result]) -> Result:
+def _in_one_process(work: Callable[[Task], Result], task: Task, crashed: Callable[[Task], Result]) -> Result:
     try:
         ((_, result),) = in_processes(work, {0: task}, 1)
     except BrokenProcessPool:

@@ -101,8 +101,8 @@ def markdown(rows: Iterable[Mapping[str, Any]], best: int) -> str:
         if rank[row["group"]] > best and (row["view"], row["measure"]) != REFERENCE:
             continue
         numbers = [row["spearman"], row.get("beats_reference"), row["kendall"], row["spearman_top_half"], row["regret"]]
-        own, beats, *others = ("" if number is None else f"{number:.2f}" for number in numbers)
-        cells = [row["group"], rank[row["group"]], row["measure"], row["view"], row["num_trials"], own]
+        spearman, beats, *others = ("" if number is None else f"{number:.2f}" for number in numbers)
+        cells = [row["group"], rank[row["group"]], row["measure"], row["view"], row["num_trials"], spearman]
         cells += [f"{row['low']:.2f} .. {row['high']:.2f}", beats, *others]
         parts.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(parts) + "\n"

@@ -8,7 +8,7 @@ The rows of its table share the teacher, labeled images and seeds:
     recipe     the setting itself
     published  a published result, from the recipe's file; never measured here
 
-The runs are ordinary runs: an interrupted recipe resumes, a completed run is only read. Knows neither Ray nor torch.
+The runs are ordinary runs: an interrupted recipe resumes, a completed run is only read. Imports neither Ray nor torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -189,13 +189,13 @@ def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] | None = Non
     """
     check_seeds(seeds)
     check_rows(list(ROWS) if rows is None else rows, ROWS)
-    itself = [row for row in ROWS if row != RECIPE and with_overrides(base, ROWS[row]) == base]
-    for row in set(itself).intersection(rows or ()):
+    redundant = [row for row in ROWS if row != RECIPE and with_overrides(base, ROWS[row]) == base]
+    for row in set(redundant).intersection(rows or ()):
         for key, value in ROWS[row].items():
             require(key, f"be another one where there is a row {row} (choose other `rows`)", value, False)
-    # Activations given by name exist under the recipe's own `act_points` only.
-    unfit = ["inputs"] if base.quant.layer_act_bits else []
-    order = [row for row in ROWS if row in (rows or set(ROWS).difference(itself, unfit))]
+    # Named activations only exist with the `act_points` of the recipe.
+    invalid = ["inputs"] if base.quant.layer_act_bits else []
+    order = [row for row in ROWS if row in (rows or set(ROWS).difference(redundant, invalid))]
     return {
         (row, seed): with_overrides(base, {**ROWS[row], "seed": seed, "data_seed": seed})
         for row in order

@@ -1,4 +1,4 @@
-"""Parsing of files that describe several runs of one setting (ablations, recipes). Knows neither Ray nor torch."""
+"""Parsing of files that describe several runs of one setting (ablations, recipes). Imports neither Ray nor torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from synq.config.run import load_config, parse_bits
 
 T = TypeVar("T")
 VARIED = {"quant.weight_bits": "bits", "quant.act_bits": "bits", "seed": "seeds", "data_seed": "seeds"}
-"""Settings of a run that such a file holds at its top level, and under which key."""
+"""Settings of a run that such a file sets at its top level, and the top-level key."""
 
 
 def read_settings(
@@ -72,13 +72,13 @@ def read_part(cls: type[T], table: Any, name: str, source: str) -> T:
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Reject an empty list of seeds, or one with duplicates, which would count one run as two."""
+    """Raise ValueError for an empty list of seeds, or one with duplicates, which would count one run as two."""
     require("seeds", "have at least one entry", list(seeds), len(seeds) > 0)
     require("seeds", "have no entry twice", list(seeds), len(set(seeds)) == len(seeds))
 
 
 def check_bits(bits: Sequence[str]) -> None:
-    """Reject an empty list of bit-widths, or one with duplicates or invalid entries."""
+    """Raise ValueError for an empty list of bit-widths, or one with duplicates or invalid entries."""
     require("bits", "have at least one entry", list(bits), len(bits) > 0)
     require("bits", "have no entry twice", list(bits), len(set(bits)) == len(bits))
     for label in bits:
@@ -86,7 +86,7 @@ def check_bits(bits: Sequence[str]) -> None:
 
 
 def check_rows(rows: Sequence[str], known: Iterable[str]) -> None:
-    """Reject an empty list of rows, or one with unknown names."""
+    """Raise ValueError for an empty list of rows, or one with unknown names."""
     known = tuple(known)
     require("rows", "have at least one entry", list(rows), len(rows) > 0)
     for row in rows:
@@ -95,10 +95,10 @@ def check_rows(rows: Sequence[str], known: Iterable[str]) -> None:
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings of a run by dotted key, of a command whose own options give bit-widths and seeds.
+    """Return `overrides` of a run, by dotted key, for a command with separate options for bit-widths and seeds.
 
     Raises:
-        ValueError: One of them is set by those options.
+        ValueError: One of the overrides is set by those options.
     """
     for name, instead in VARIED.items():
         if name in overrides:

@@ -1,13 +1,13 @@
-"""One trial in its worker: the run, a report for each epoch, the record. Knows nothing of Ray.
+"""One trial on its worker: the run, a report for each epoch, the record. Does not import Ray.
 
-The shapes of a trial, from the search space to the table, and where each is made:
+Representations of a trial, from the search space to the tables, and their sources:
 
-    parameters  by dotted name, as Optuna has them (`GroupSearch.propose`)            kept in the plan, to replay the search
-    overrides   settings by dotted name (`synq.sweeps.space.sample`)                  None where an idea is off
-    RunConfig   the group's run with the overrides (`synq.sweeps.spec.run_config`)    kept in the plan, plans/TRIAL.json
-    TrialTask   the run, the sweep's folder, the resources (`Ledger.task`)            plain values only while Ray Tune holds it
-    RunRecord   the run and its metrics (`synq.pipeline.run`)                         records/TRIAL.json
-    row         of trials.csv; of leaderboard.csv for all seeds of a setting          (`synq.sweeps.leaderboard.records`)
+    parameters  by dotted name, as in Optuna (`GroupSearch.propose`)                 in the plan, to replay the search
+    overrides   settings by dotted name (`synq.sweeps.space.sample`)                 None where an idea is disabled
+    RunConfig   the group's run with the overrides (`synq.sweeps.spec.run_config`)   in the plan, plans/TRIAL.json
+    TrialTask   the run, the sweep's folder, the resources (`Ledger.task`)           as plain values in Ray Tune
+    RunRecord   the run and its metrics (`synq.pipeline.run`)                        records/TRIAL.json
+    row         of trials.csv; of leaderboard.csv for all seeds of a setting         (`synq.sweeps.leaderboard.records`)
 """
 
 import gc
@@ -34,11 +34,11 @@ from .workspace import Workspace, is_storage_error
 
 Report = Callable[[dict[str, Any]], None]
 STORAGE = "storage"
-"""Status of a trial that the disk or the object store kept from running: it has no record, and the sweep stops."""
+"""Status of a trial that an error of the disk or the object store stopped: it has no record, and the sweep stops."""
 
 
 class TrialFailedError(RuntimeError):
-    """A worker's part of a trial failed; its record has the reason."""
+    """One worker of a trial with several failed; the record has the reason."""
 
 
 def do_trial(task: TrialTask, report: Report, *, rank: int = 0) -> None:
@@ -46,17 +46,17 @@ def do_trial(task: TrialTask, report: Report, *, rank: int = 0) -> None:
 
     Args:
         task: The trial.
-        report: Takes the metrics of an epoch and, last, of the trial; on every process.
-        rank: Number of this process among the trial's workers; the first one writes the record.
+        report: Called on every process with the metrics of each epoch and, last, of the trial.
+        rank: Rank of this process among the trial's workers; rank 0 writes the record.
 
     Raises:
-        TrialFailedError: This worker of several failed. The others may wait for it, so that all must be ended.
+        TrialFailedError: This worker of several failed; the others, which may wait for it, must be stopped.
     """
     wide = task.workers > 1
     began = time.time()
 
     def report_times(metrics: dict[str, Any]) -> None:
-        # With each report: should the trial be stopped here, this was its work.
+        # With each report, because the trial may be stopped after it.
         report({**metrics, "began": began, "ended": time.time(), "host": platform.node()})
 
     _fresh_process(task.gpus)
@@ -90,22 +90,22 @@ def do_trial(task: TrialTask, report: Report, *, rank: int = 0) -> None:
 
 
 def check_run(config: RunConfig) -> dict[str, Any]:
-    """Open everything a run needs besides its images.
+    """Load everything a run needs except its synthetic images.
 
     Returns:
-        teacher (its name, digest and input_size) and eval_digest, or error: what the user should mend.
+        A dict with teacher (its name, digest and input_size) and eval_digest, or with error, a message for the user.
     """
     _fresh_process()
     try:
         teacher, measure = pipeline.check(config)
     except (ValueError, OSError, ImportError) as error:
         return _as_reply(error)
-    facts = {"name": teacher.name, "digest": teacher.digest, "input_size": list(teacher.input_size)}
-    return {"teacher": facts, "eval_digest": measure.labels_digest}
+    fields = {"name": teacher.name, "digest": teacher.digest, "input_size": list(teacher.input_size)}
+    return {"teacher": fields, "eval_digest": measure.labels_digest}
 
 
 def make_sets(config: RunConfig, folder: str, address: str) -> dict[str, Any]:
-    """Make the synthetic sets of a run where the store lacks them.
+    """Make the synthetic sets of a run that the store does not have.
 
     Args:
         config: The run.
@@ -113,7 +113,8 @@ def make_sets(config: RunConfig, folder: str, address: str) -> dict[str, Any]:
         address: The sweep's address in an object store, or "".
 
     Returns:
-        sets (their names in the store) and made (how many were new), or error: what the user should mend.
+        A dict with sets (their names in the store) and made (number of new ones), or with error, a message for the
+        user.
     """
     _fresh_process()
     try:
@@ -140,7 +141,7 @@ def _run(config: RunConfig, task: TrialTask, workspace: Workspace, report: Repor
     folder = run_folder(config)
 
     def on_epoch(epoch: dict[str, float]) -> None:
-        workspace.check_present()  # before a checkpoint begins a new folder where an unmounted one was
+        workspace.check_present()  # a checkpoint must not create a new folder on an unmounted path
         value = epoch["objective_value"]
         report({"epoch": int(epoch["epoch"]), "epochs": int(epoch["epochs"]), "objective_value": value})
 
@@ -149,8 +150,8 @@ def _run(config: RunConfig, task: TrialTask, workspace: Workspace, report: Repor
         record = pipeline.run(config, on_epoch=on_epoch, on_checkpoint=workspace.keep_checkpoint)
         if rank == 0:
             workspace.keep_run(folder)
-    except Exception as error:  # any cause goes into the record; a stop by the scheduler is a SystemExit and passes
-        if is_storage_error(error) or (task.workers > 1 and _may_be_anothers(error)):
+    except Exception as error:  # any cause goes into the record; the scheduler stops by SystemExit, which passes
+        if is_storage_error(error) or (task.workers > 1 and _may_be_of_other_worker(error)):
             raise
         values = {
             **environment(),
@@ -162,22 +163,23 @@ def _run(config: RunConfig, task: TrialTask, workspace: Workspace, report: Repor
     return replace(record, name=name, model=teacher.get("name", record.model))  # the spec may name the model
 
 
-def _may_be_anothers(error: Exception) -> bool:
-    """Whether another worker's death may have caused an error: the process group raises a RuntimeError with many texts for it.
+def _may_be_of_other_worker(error: Exception) -> bool:
+    """Return whether the death of another worker may have caused an error.
 
-    Ray Train then starts all of them again; a run that diverged or asked for too much memory would only do so again.
+    The process group raises RuntimeErrors with many texts for it; Ray Train then restarts all workers. A run that
+    diverged or exceeded the memory would only do so again.
     """
-    own = (NonFiniteLossError, torch.OutOfMemoryError)
-    return isinstance(error, RuntimeError) and not isinstance(error, own)
+    deterministic = (NonFiniteLossError, torch.OutOfMemoryError)
+    return isinstance(error, RuntimeError) and not isinstance(error, deterministic)
 
 
 def _fresh_process(gpus: float = 0.0) -> None:
-    """Forget what an earlier trial left in this worker; `make_accelerator` renews Accelerate's own state.
+    """Free the memory of an earlier trial in this worker; `make_accelerator` resets the state of Accelerate.
 
     Args:
-        gpus: Share of one GPU that is this trial's. Ray only counts it; the memory is divided here.
+        gpus: Fraction of one GPU for this trial. Ray only counts it; here it limits the GPU memory.
     """
-    # A stopped trial may finish what it writes before the next one starts.
+    # Gives a stopped trial time to finish its writes before the next one starts.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
     gc.collect()
     if torch.cuda.is_available():

@@ -1,7 +1,7 @@
-"""A trial of several processes: Ray Train distributes the workers, Accelerate trains one student on all of them.
+"""A trial with several workers: Ray Train distributes the processes, Accelerate trains one student on all of them.
 
-Ray Tune starts `run_wide_trial` in a small separate process on the head, which starts the workers and passes their reports on. The
-workers may be on any machines. One that dies takes the others down; all are started again and go on after their last epoch.
+Ray Tune starts `run_wide_trial` in a small separate process on the head node, which starts the workers, on any
+machines, and forwards their reports. If one dies, all are restarted and resume after their last finished epoch.
 """
 
 import os
@@ -20,13 +20,13 @@ from .trial import STORAGE, do_trial
 from .workspace import Workspace, is_storage_error
 
 
-class TrialStopped(BaseException):  # like SystemExit: no error, and nothing that records errors may catch it
-    """The sweep asked the trial to end."""
+class TrialStopped(BaseException):  # like SystemExit, so that `except Exception` does not record it as an error
+    """The scheduler requested a stop of the trial."""
 
 
 def run_wide_trial(task: TrialTask) -> None:
     """Run a trial in `task.workers` processes."""
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # reports are passed on at this pace
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # the period of forwarding reports
     workspace = Workspace(task.folder, task.address)
     resources = {"CPU": task.cpus, **({"GPU": task.gpus} if task.gpus else {})}
     callbacks: list[Any] = [TuneReportCallback()]
@@ -45,12 +45,12 @@ def run_wide_trial(task: TrialTask) -> None:
     )
     try:
         trainer.fit()
-    except ray.train.TrainingFailedError as error:  # Ray Train has tried as often as the spec allows
+    except ray.train.TrainingFailedError as error:  # after as many restarts as the spec allows
         ray.tune.report(_give_up(task, workspace, error))
 
 
 def _give_up(task: TrialTask, workspace: Workspace, error: ray.train.TrainingFailedError) -> dict[str, Any]:
-    """Return what is reported of a trial whose workers failed too often, and see that there is a record."""
+    """Return the report of a trial whose workers failed too often, and write its record if there is none."""
     causes = list(error.worker_failures.values()) if isinstance(error, ray.train.WorkerGroupError) else []
     stored = next((cause for cause in causes if is_storage_error(cause)), None)
     if stored is not None:
@@ -68,15 +68,18 @@ def _give_up(task: TrialTask, workspace: Workspace, error: ray.train.TrainingFai
 
 
 def work(config: dict[str, TrialTask]) -> None:
-    """Run one worker's part of a trial; Ray Train calls it in each, with their process group already joined."""
+    """Run one worker of a trial; Ray Train calls it on each, with the process group already joined."""
     from accelerate.utils import broadcast_object_list
 
     task = config["task"]
     workspace, rank = Workspace(task.folder, task.address), ray.train.get_context().get_world_rank()
 
     def report(metrics: dict[str, Any]) -> None:
-        ray.train.report(metrics)  # on every worker, or the others would wait
-        if "status" not in metrics and broadcast_object_list([rank == 0 and workspace.asked_to_stop(task.trial)])[0]:
+        ray.train.report(metrics)  # on every worker, because it is a barrier
+        if (
+            "status" not in metrics
+            and broadcast_object_list([rank == 0 and workspace.is_stop_requested(task.trial)])[0]
+        ):
             raise TrialStopped
 
     try:
@@ -86,7 +89,7 @@ def work(config: dict[str, TrialTask]) -> None:
 
 
 def _train_storage(workspace: Workspace) -> dict[str, Any]:
-    """Return where Ray Train keeps its state; every worker must see it, though nothing of ours is in it."""
+    """Return the storage arguments of Ray Train, whose state every worker must see; SynQ stores nothing there."""
     if workspace.storage is None:
         return {"storage_path": str(workspace.root / "ray" / "train")}
     return {"storage_path": workspace.storage.path("ray/train"), "storage_filesystem": workspace.storage.files}

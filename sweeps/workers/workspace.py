@@ -1,7 +1,7 @@
-"""A trial's view of its sweep's folder, on any machine: a folder that all machines see, or this machine's copy of an address.
+"""The sweep's folder as a worker uses it: a folder that all machines see, or this machine's copy of an address.
 
-Sent to the address: each epoch's checkpoint, the run's files, its record. Fetched once by each machine: the synthetic sets. Knows
-neither Ray nor torch.
+Uploaded to the address: each epoch's checkpoint, the run's files, its record. Downloaded once per machine: the
+synthetic sets. Imports neither Ray nor torch.
 """
 
 import errno
@@ -22,17 +22,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 CHECKPOINT = "checkpoint.pt"
 KEPT = ("config.json", "student.safetensors", "record.json")
-"""Files of a run's folder that go to the address at its end."""
+"""Files of a run's folder that are uploaded when it is finished."""
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
-"""Errors of the disk or the mount, which the next trial would meet as well."""
+"""Errors of the disk or the mount, which the next trial would also get."""
 
 
 class StorageError(OSError):
-    """The disk or the store failed, and not the trial."""
+    """The disk or the object store failed, not the trial."""
 
 
-def _marked(function: Callable[P, T]) -> Callable[P, T]:
-    """Let an error of the system in `function` be known as one of the storage."""
+def _with_storage_errors(function: Callable[P, T]) -> Callable[P, T]:
+    """Convert an OSError of `function` to a StorageError."""
 
     @functools.wraps(function)
     def call(*arguments: P.args, **named: P.kwargs) -> T:
@@ -46,18 +46,18 @@ def _marked(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-_opened = _marked(open_storage)
+_opened = _with_storage_errors(open_storage)
 
 
 class Workspace:
-    """The files of a sweep as one worker reads and writes them."""
+    """Read and write the files of a sweep from one worker."""
 
     def __init__(self, folder: str, address: str = "") -> None:
         """Open the folder.
 
         Args:
-            folder: The sweep's folder, where all machines see it.
-            address: The sweep's address in an object store, "" without one; `folder` is then not used.
+            folder: The sweep's folder, visible on all machines; not used with an address.
+            address: The sweep's address in an object store, or "".
         """
         self.storage: Storage | None = None
         if address:
@@ -65,31 +65,31 @@ class Workspace:
         self.root = local_copy(address) if address else Path(folder)
 
     def localize(self, config: RunConfig) -> RunConfig:
-        """Return a run with its folders on this machine."""
+        """Return a run with the folders of this machine."""
         if self.storage is None:
             return config
         runs, store = str(self.root / "runs"), str(self.root / "store")
         return replace(config, runtime=replace(config.runtime, output_dir=runs, store_dir=store))
 
     def check_present(self) -> None:
-        """Reject a sweep's folder that has gone, rather than begin a new one (an unmounted disk).
+        """Check that the sweep's folder still exists: a new one must not be created on an unmounted path.
 
         Raises:
-            OSError: It has gone.
+            StorageError: It does not.
         """
         if self.storage is None and not (self.root / "sweep.json").exists():
             raise StorageError(f"`output_dir` must stay in place during a sweep, but {self.root} has gone")
 
-    @_marked
+    @_with_storage_errors
     def record(self, trial: str, config_digest: str) -> RunRecord | None:
-        """Return the record of a trial, None where there is none or it is another run's (an earlier sweep's at the same address)."""
+        """Return the record of a trial; None if there is none, or one of another run (an earlier sweep's address)."""
         path = self._record_path(trial)
         if self.storage is not None and not self.storage.get(f"records/{path.name}", path):
             path.unlink(missing_ok=True)
         record = read_record(path) if path.exists() else None
         return record if record is not None and record.config_digest == config_digest else None
 
-    @_marked
+    @_with_storage_errors
     def finish(self, record: RunRecord) -> None:
         """Write a trial's record."""
         self.check_present()
@@ -98,9 +98,9 @@ class Workspace:
         if self.storage is not None:
             self.storage.put(path, f"records/{path.name}")
 
-    @_marked
+    @_with_storage_errors
     def fetch(self, folder: Path, sets: Sequence[str]) -> None:
-        """Bring what a run needs here: the synthetic sets, and the last checkpoint where another machine had begun it.
+        """Download the synthetic sets of a run, and its last checkpoint if another machine started it.
 
         Args:
             folder: The run's folder.
@@ -111,40 +111,40 @@ class Workspace:
         self.fetch_sets(sets)
         self.storage.get(f"runs/{folder.name}/{CHECKPOINT}", folder / CHECKPOINT)
 
-    @_marked
+    @_with_storage_errors
     def keep_checkpoint(self, path: Path) -> None:
-        """Send a checkpoint to where another machine would look for it."""
+        """Upload a checkpoint, from which another machine may resume."""
         if self.storage is not None:
             self.storage.put(path, f"runs/{path.parent.name}/{path.name}")
 
-    @_marked
+    @_with_storage_errors
     def keep_run(self, folder: Path) -> None:
-        """Send the files of a finished run; its checkpoint is no longer needed there."""
+        """Upload the files of a finished run, and delete its uploaded checkpoint."""
         if self.storage is None:
             return
         for name in KEPT:
             self.storage.put(folder / name, f"runs/{folder.name}/{name}")
         self.storage.delete(f"runs/{folder.name}/{CHECKPOINT}")
 
-    @_marked
+    @_with_storage_errors
     def fetch_sets(self, names: Sequence[str]) -> None:
-        """Bring sets here that the address has already."""
+        """Download the sets that the address has."""
         if self.storage is not None:
             for name in names:
                 self.storage.get_folder(f"store/{name}", self.root / "store" / name)
 
-    @_marked
+    @_with_storage_errors
     def keep_sets(self, names: Sequence[str]) -> None:
-        """Send sets that were made here to the address."""
+        """Upload the sets that the address does not have."""
         if self.storage is None:
             return
         for name in names:
             if not self.storage.exists(f"store/{name}/{MANIFEST_FILE}"):
                 self.storage.put_folder(self.root / "store" / name, f"store/{name}", last=MANIFEST_FILE)
 
-    @_marked
-    def asked_to_stop(self, trial: str) -> bool:
-        """Whether the sweep wants a trial to end after this epoch."""
+    @_with_storage_errors
+    def is_stop_requested(self, trial: str) -> bool:
+        """Return whether the scheduler requested a stop of a trial."""
         name = f"plans/{trial}.stop"
         return self.storage.exists(name) if self.storage is not None else (self.root / name).exists()
 
@@ -153,5 +153,5 @@ class Workspace:
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Whether the disk or the store failed, and not the trial."""
+    """Return whether an error is one of the disk or the object store, not of the trial."""
     return isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in STORAGE_ERRORS)

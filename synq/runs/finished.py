@@ -77,8 +77,8 @@ def open_run(
     teacher = teacher or load_teacher(config.teacher)
     if teacher.digest != record.teacher.get("digest"):
         raise ValueError(
-            f"`RUN` must be of the current weights of teacher {config.teacher.spec}, but {path} is of other weights, or "
-            "of a version of SynQ or PyTorch that traces the teacher in another way"
+            f"`RUN` must be of the current weights of teacher {config.teacher.spec}, but {path} is of other weights, "
+            "or of a version of SynQ or PyTorch that traces the teacher in another way"
         )
     student = build_student(teacher, config.quant)
     weights = path / "student.safetensors"

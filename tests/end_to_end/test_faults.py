@@ -58,7 +58,7 @@ def test_ctrl_c_writes_the_tables_and_a_second_driver_is_refused(
     assert refused.returncode == 2 and "another sweep runs in" in text
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in text
+    assert process.returncode == 130 and "the same command resumes" in text
     assert rows(out / "trials.csv") and rows(out / "leaderboard.csv")
     whole(out)
     finish(start(*words))
@@ -201,7 +201,7 @@ def test_a_full_disk_ends_the_sweep_and_leaves_no_half_file(
     process = start(*words)
     text, _ = process.communicate(timeout=200)
     assert process.returncode == 2 and "No space left on device" in text and "Traceback" not in text, text
-    assert "the same command goes on" in text
+    assert "the same command resumes" in text
     whole(out)
     assert not [row for row in map(json.loads, map(Path.read_text, out.glob("records/*"))) if row["status"] == "failed"]
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)

@@ -151,7 +151,7 @@ def test_point_of_a_value(dimension: Dimension, value: Any, point: Any) -> None:
         ({"space": {"synthesis.lr": {"type": "float", "low": 0.1, "high": 0.2}}}, "sets are made once"),
         ({"output_dir": "$SYNQ_NO_SUCH_FOLDER/x"}, "set SYNQ_NO_SUCH_FOLDER"),
         ({"gpus_per_worker": 1.5}, "`gpus_per_worker` must be a part of one GPU"),
-        ({"workers_per_trial": 2, "gpus_per_worker": 0.5}, "must be 0 or 1 where a trial has several workers"),
+        ({"workers_per_trial": 2, "gpus_per_worker": 0.5}, "must be 0 or 1 if a trial has several workers"),
         ({"workers_per_trial": 0}, "`workers_per_trial` must be"),
         ({"gpus_per_trial": 1}, "`gpus_per_trial` must be a known key"),
         ({"second_objective": "size_bytes"}, "`scheduler` must be none with a `second_objective`"),

@@ -12,7 +12,7 @@ import pytest
 
 from support.sweep_tools import TINY, tiny
 from synq.config.run import RunConfig
-from synq.sweeps.driver.halt import StopReason
+from synq.sweeps.driver.stop_reason import StopReason
 from synq.sweeps.driver.progress import Progress
 from synq.sweeps.state.ledger import Ledger
 from synq.sweeps.state.plans import Plan
@@ -337,9 +337,9 @@ def test_a_record_of_another_run_is_no_record(opened: Any, tmp_path: Path, monke
 
 
 def test_a_password_stays_out_of_files_and_messages(opened: Any, tmp_path: Path) -> None:
-    from synq.sweeps.driver.dashboard import _shown
+    from synq.sweeps.driver.dashboard import _without_password
 
     address = "postgresql://me:secret@host/db"
     ledger = opened(tmp_path / "other", study_storage=address)[1]
     assert "secret" not in (ledger.root / "sweep.json").read_text()
-    assert _shown(address) == "postgresql://me:...@host/db" and _shown("sqlite:////tmp/a.db") == "sqlite:////tmp/a.db"
+    assert _without_password(address) == "postgresql://me:...@host/db" and _without_password("sqlite:////tmp/a.db") == "sqlite:////tmp/a.db"
