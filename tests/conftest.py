@@ -228,14 +228,14 @@ def make_config(model_file: Path, tmp_path: Path) -> Callable[..., "TeacherConfi
 
 
 @pytest.fixture
-def as_words() -> Callable[[dict[str, object]], list[str]]:
-    """Turn dotted overrides into command-line words."""
+def as_args() -> Callable[[dict[str, object]], list[str]]:
+    """Return a function that turns settings by dotted key into command-line arguments."""
 
-    def words(overrides: dict[str, object]) -> list[str]:
+    def args(overrides: dict[str, object]) -> list[str]:
         pairs = ([f"--{key}", str(value)] for key, value in overrides.items())
-        return [word for pair in pairs for word in pair]
+        return [arg for pair in pairs for arg in pair]
 
-    return words
+    return args
 
 
 @pytest.fixture(scope="session")

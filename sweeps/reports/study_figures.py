@@ -110,7 +110,7 @@ def study_figures(
         ),
         f"importance-{suffix}",
         f"{heading}importance of the settings",
-        "Share of the objective's variance that each setting explains on its own (fANOVA, main effects only, "
+        "Share of the objective's variance that each setting explains individually (fANOVA, main effects only, "
         f"normalized to sum 1); {count}. Unreliable with fewer than about twenty trials.",
         size=(6.4, 1.2 + 0.35 * len(varied)),
     )

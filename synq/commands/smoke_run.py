@@ -7,7 +7,6 @@ from functools import partial
 import click
 
 from synq.common.exit_codes import report_error
-from synq.common.progress import passing_bar
 from synq.config.command_line import Command
 from synq.config.command_options import INT, config_option, option
 from synq.config.parsing import between
@@ -107,6 +106,7 @@ def _formats() -> tuple[str, ...]:
 
 def _all(only: Sequence[str], jobs: int, formats: Sequence[str], page_file: str | None) -> int:
     from synq.common.files import write_text_atomic
+    from synq.common.progress import passing_bar
     from synq.diagnostics.architectures import crashed_row, page, read_list, smoke_run_entry, summary_lines
     from synq.sweeps.studies.pool import surviving_crashes, threads_each
 

@@ -20,7 +20,7 @@ def test_invalid_arguments_are_one_line_errors(
     for args, message in (
         ([str(tmp_path / "nosuch")], "`PATH` must exist"),
         ([str(tmp_path)], "must hold run records"),
-        ([str(folder), str(folder)], "`PATH` must be different ones"),
+        ([str(folder), str(folder)], "`PATH` must be different folders or files"),
         ([str(folder), "--runs", "-1"], "`runs` must"),
         ([str(folder), "--images", "0"], "`images` must"),
     ):

@@ -35,10 +35,10 @@ def _fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture
 def args(
-    tiny_settings: dict[str, object], as_words: Callable[[dict[str, object]], list[str]], in_tmp: Path
+    tiny_settings: dict[str, object], as_args: Callable[[dict[str, object]], list[str]], in_tmp: Path
 ) -> list[str]:
     """Return the command-line arguments of a small run in ./out."""
-    return as_words({**tiny_settings, "runtime.output_dir": "out"})
+    return as_args({**tiny_settings, "runtime.output_dir": "out"})
 
 
 def _tree(folder: Path) -> dict[str, bytes]:
@@ -297,7 +297,9 @@ def test_images_are_exported_for_other_tools(capsys: pytest.CaptureFixture[str],
         assert cli.run(["synthesize", *args, *bad]) == 2
         assert "`npz` must name a file that ends in .npz" in capsys.readouterr().err
     assert cli.run(["synthesize", "--help"]) == 0
-    assert "Synthesize the training images" in (text := capsys.readouterr().out) and "--npz FILE.npz" in text
+    assert (
+        "Synthesize the training and held-out images" in (text := capsys.readouterr().out) and "--npz FILE.npz" in text
+    )
     assert cli.run(["train", *args, "--npz", "images.npz"]) == 2, "only synthesize has this option"
 
 

@@ -158,11 +158,11 @@ def test_a_process_group_made_without_the_tracker_is_refused(config: RunConfig, 
 
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
 def test_a_missing_package_is_refused_before_any_work(
-    tracker: str, tiny_settings: dict[str, object], as_words: Callable[..., list[str]], in_tmp: Path, capsys: Any
+    tracker: str, tiny_settings: dict[str, object], as_args: Callable[..., list[str]], in_tmp: Path, capsys: Any
 ) -> None:
     if tracker in {name for names in importlib.metadata.packages_distributions().values() for name in names}:
         pytest.skip(f"{tracker} is installed")
-    words = as_words({**tiny_settings, "runtime.output_dir": "out", "runtime.tracker": tracker})
+    words = as_args({**tiny_settings, "runtime.output_dir": "out", "runtime.tracker": tracker})
     assert train.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
@@ -187,14 +187,14 @@ def test_a_tracker_that_cannot_be_opened_is_one_line(config: RunConfig) -> None:
 def test_two_processes_log_every_value_once(
     root: Path,
     tiny_settings: dict[str, object],
-    as_words: Callable[..., list[str]],
+    as_args: Callable[..., list[str]],
     in_tmp: Path,
     run_process: Callable[..., tuple[int, str, str]],
 ) -> None:
     launcher = ["--config_file", str(root / "launch" / "accelerate_cpu2.yaml"), "--main_process_port", "0"]
     settings = {**tiny_settings, "runtime.output_dir": "out", "runtime.tracker": "tensorboard", "finetune.epochs": 2}
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(root / "synq" / "train.py")]
-    code, _, err = run_process([*command, *as_words(settings)], cwd=in_tmp)
+    code, _, err = run_process([*command, *as_args(settings)], cwd=in_tmp)
     assert code == 0, err
     (folder,) = in_tmp.glob("out/run-*")
     record, found = read_record(folder / "record.json"), curves(folder)

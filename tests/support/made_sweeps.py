@@ -1,4 +1,4 @@
-"""Sweeps for the tests of pages: the files of a search with many trials, made up in a second."""
+"""Sweeps for the tests of pages: the files of a search with many trials, generated within a second."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def dimensions() -> list[Dimension]:
 
 
 def draw_params(draw: random.Random) -> dict[str, Any]:
-    """One point of the default space."""
+    """Return a random point of the default search space."""
     point: dict[str, Any] = {}
     for dimension in dimensions():
         if dimension.type == "choice":
@@ -44,13 +44,13 @@ def draw_params(draw: random.Random) -> dict[str, Any]:
 def made_sweep(
     folder: Path, *, trials: int = 30, bits: tuple[str, ...] = ("W4A4", "W3A3"), name: str = "made", model: str = "net"
 ) -> Path:
-    """Write the files of a sweep whose objective follows its settings; one trial in ten failed, one in five was stopped.
+    """Write the files of a sweep whose objective depends on its settings; 10 % of the trials failed, 20 % were pruned.
 
     Args:
-        folder: Where it goes.
-        trials: Of each group.
-        bits: Its groups' widths.
-        name, model: As they stand in its files.
+        folder: Folder of the sweep.
+        trials: Number of trials of each group.
+        bits: Bits of the groups.
+        name, model: Names of the sweep and of the model in its files.
     """
     draw = random.Random(0)
     groups = [f"group-{label}" for label in bits]
@@ -74,15 +74,15 @@ def made_sweep(
         },
     )
     for number, (group, label) in enumerate(zip(groups, bits, strict=True)):
-        width = int(label[1])
+        num_bits = int(label[1])
         base = with_overrides(
-            RunConfig(), {"quant.weight_bits": width, "quant.act_bits": width, "finetune.lowpass_unit": "nyquist"}
+            RunConfig(), {"quant.weight_bits": num_bits, "quant.act_bits": num_bits, "finetune.lowpass_unit": "nyquist"}
         )
         for index in range(trials):
             trial = f"{group}-t{index:03d}"
             point = draw_params(draw)
             config = with_overrides(base, point)
-            value = 0.1 / width + abs(math.log(point["finetune.lr"] / 0.005)) * 0.02 + draw.random() * 0.01
+            value = 0.1 / num_bits + abs(math.log(point["finetune.lr"] / 0.005)) * 0.02 + draw.random() * 0.01
             status = "failed" if index % 10 == 9 else "pruned" if index % 5 == 3 else "completed"
             params = {key: item for key, item in point.items() if item is not None}
             history = [(epoch, value * (1 + 1 / epoch)) for epoch in (1, 2, 3)]
@@ -144,7 +144,7 @@ def _record(
 
 
 def damage(path: Path) -> None:
-    """Cut a file in half, as a full disk would."""
+    """Truncate a file to half its length, as a full disk would."""
     text = path.read_text()
     path.write_text(text[: len(text) // 2])
     try:

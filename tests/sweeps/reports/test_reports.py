@@ -168,8 +168,8 @@ def test_two_sweeps_side_by_side(folder: Path, tmp_path: Path, monkeypatch: pyte
     page = comparison_page([read_sweep(folder), read_sweep(other)])
     assert [tab.title for tab in page.tabs] == ["Side by side", "Protocol A", "made", "other"]
     rows = _table(page, "compare").rows
-    assert [(row["W"], row["path"]) for row in rows] == [(4, "made"), (3, "made"), (3, "other")]
-    assert rows[2]["value diff"].startswith("+")  # eight trials find less than thirty
+    assert [(row["weight_bits"], row["path"]) for row in rows] == [(4, "made"), (3, "made"), (3, "other")]
+    assert rows[2]["objective_diff"].startswith("+")  # eight trials find less than thirty
     assert len({figure.name for figure in page.figures()}) == len(list(page.figures()))
     monkeypatch.chdir(tmp_path)
     assert report([str(folder), str(other)]) == 0 and (tmp_path / "comparison.html").exists()
