@@ -15,7 +15,6 @@ from .leaderboard.columns import SETTINGS
 from .leaderboard.records import leaderboard_rows, load_records
 from .space import BITS, Dimension, value_at, value_of
 
-
 Point = dict[str, Any]
 
 

@@ -106,8 +106,8 @@ def build_subject(
     return Subject(
         name=f"{kind.name}, batch {len(images)}",
         module=module.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
-        teacher=TappedNetwork(net=with_features(traced.requires_grad_(False), site.node), site=site),
-        student=TappedNetwork(net=trained, site=site),
+        teacher=TappedNetwork(net=with_features(traced.requires_grad_(False), site.node), cam_site=site),
+        student=TappedNetwork(net=trained, cam_site=site),
         plain=plain,
         images=images,
         labels=labels,

@@ -12,8 +12,8 @@ import pytest
 
 from support.sweep_tools import TINY, tiny
 from synq.config.run import RunConfig
-from synq.sweeps.driver.stop_reason import StopReason
 from synq.sweeps.driver.progress import Progress
+from synq.sweeps.driver.stop_reason import StopReason
 from synq.sweeps.state.ledger import Ledger
 from synq.sweeps.state.plans import Plan
 from synq.sweeps.state.trial_task import TrialTask
@@ -342,4 +342,7 @@ def test_a_password_stays_out_of_files_and_messages(opened: Any, tmp_path: Path)
     address = "postgresql://me:secret@host/db"
     ledger = opened(tmp_path / "other", study_storage=address)[1]
     assert "secret" not in (ledger.root / "sweep.json").read_text()
-    assert _without_password(address) == "postgresql://me:...@host/db" and _without_password("sqlite:////tmp/a.db") == "sqlite:////tmp/a.db"
+    assert (
+        _without_password(address) == "postgresql://me:...@host/db"
+        and _without_password("sqlite:////tmp/a.db") == "sqlite:////tmp/a.db"
+    )
