@@ -245,7 +245,7 @@ def _read_base(value: Any, name: str) -> dict[str, Any]:
         for part in path[:-1]:
             table = table.get(part)
         if isinstance(table, Mapping) and path[-1] in table:
-            rule = f"be left out (the spec's own `{instead}` sets it)"
+            rule = f"be left out (the spec's key `{instead}` sets it)"
             raise ValueError(f"`base.{'.'.join(path)}` must {rule}, but got {table[path[-1]]!r}")
     return base
 

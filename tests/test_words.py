@@ -63,7 +63,7 @@ SOURCES = files("synq", "sweeps", "launch")
 
 
 def _parts(identifier: str) -> str:
-    """Return an identifier in snake case between underscores: `CamSite` is `_cam_site_`."""
+    """Return an identifier in snake case between underscores: `NodeProbe` is `_node_probe_`."""
     return f"_{re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', identifier).lower()}_"
 
 
@@ -96,7 +96,7 @@ def test_the_source_speaks_the_language_of_the_field(path: Path) -> None:
     "text",
     [
         "def read(words): pass",
-        "class CamSite: pass",
+        "class NodeSite: pass",
         "import_widths = 1",
         '"""Say what was told."""',
         "x = 1  # it stands beside the other",

@@ -64,7 +64,7 @@ def load_records(paths: Iterable[str | Path]) -> list[RunRecord]:
         paths: As for `record_files`.
 
     Raises:
-        FileNotFoundError: A path is missing or holds no record.
+        FileNotFoundError: A path does not exist or has no record.
         ValueError: A record is damaged.
     """
     return [load_record(file) for file in record_files(paths)]
@@ -89,7 +89,7 @@ def read_tables(paths: Iterable[str | Path]) -> Tables:
         paths: As for `record_files`.
 
     Raises:
-        FileNotFoundError: A path is missing or holds no record.
+        FileNotFoundError: A path does not exist or has no record.
         ValueError: A record is damaged.
     """
     tables = Tables()

@@ -65,7 +65,7 @@ class WeightAverage:
             ValueError: If the numbers of tensors differ.
         """
         if len(state["averages"]) != len(self._averages):
-            raise ValueError(f"the average holds {len(state['averages'])} tensors instead of {len(self._averages)}")
+            raise ValueError(f"the average has {len(state['averages'])} tensors instead of {len(self._averages)}")
         self._steps = state["steps"]
         for average, saved in zip(self._averages, state["averages"], strict=True):
             average.copy_(saved)

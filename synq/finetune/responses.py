@@ -70,13 +70,13 @@ class TappedNetwork:
         return Response(logits, self._map(logits, features, labels) if self.with_cam else None, tuple(blocks))
 
     def _map(self, logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        location = self.cam_site
+        cam_site = self.cam_site
         if self.differentiates:
             gradient = logit_gradient(logits, features, labels, retain_graph=True)
         else:
-            weight = effective_weight(self.net.get_submodule(location.linear or "")).flatten(1)
-            area = location.height * location.width
-            gradient = closed_form_weights(weight, labels, location.channels, location.cells, area)[:, :, None, None]
+            weight = effective_weight(self.net.get_submodule(cam_site.linear or "")).flatten(1)
+            area = cam_site.height * cam_site.width
+            gradient = closed_form_weights(weight, labels, cam_site.channels, cam_site.cells, area)[:, :, None, None]
         alpha = cam_weights(features, gradient, self.method)
         return cam_map(features, alpha, rectified=self.method != "cam")
 

@@ -177,8 +177,8 @@ def bn_targets(module: nn.Module) -> dict[str, ChannelStatistics]:
 
 
 def _is_plain_and_frozen(layer: _BatchNorm) -> bool:
-    own = type(layer).forward is _BatchNorm.forward and "forward" not in vars(layer)
-    return own and not layer.training and not any(part.requires_grad for part in layer.parameters(recurse=False))
+    is_plain = type(layer).forward is _BatchNorm.forward and "forward" not in vars(layer)
+    return is_plain and not layer.training and not any(part.requires_grad for part in layer.parameters(recurse=False))
 
 
 class BatchNormInputs:
@@ -327,5 +327,5 @@ def _pool(parts: list[ChannelStatistics]) -> ChannelStatistics:
 
 
 def pool_layers(parts: list[dict[str, ChannelStatistics]]) -> dict[str, ChannelStatistics]:
-    """Return the statistics of the union of several batches, layer by layer; every batch holds the same layers."""
+    """Return the statistics of the union of several batches, layer by layer; every batch must have the same layers."""
     return {name: _pool([part[name] for part in parts]) for name in parts[0]}

@@ -29,7 +29,7 @@ def functions_as_layers(traced: fx.GraphModule) -> None:
     leave out one of the tensors, or take some from another module, are not rewritten.
 
     Args:
-        traced: A graph in evaluation mode whose nodes carry shapes in ``meta["shape"]``.
+        traced: A graph in evaluation mode whose nodes have shapes in ``meta["shape"]``.
     """
     of_images: set[fx.Node] = set()
     for node in list(traced.graph.nodes):
@@ -72,7 +72,7 @@ def _norm_as_layer(traced: fx.GraphModule, node: fx.Node) -> None:
     holder = traced.get_submodule(name)
     if not _holds(holder, _given(call), STATISTICS):
         return
-    if type(holder) is nn.Module:  # made by torch.fx: holds the tensors and the submodules that the graph calls
+    if type(holder) is nn.Module:  # made by torch.fx for the tensors and the submodules that the graph uses
         variance = holder.get_buffer("running_var")
         norm = nn.BatchNorm2d(
             len(variance), eps=call["eps"], affine=False, device=variance.device, dtype=variance.dtype
@@ -92,9 +92,11 @@ def _product_as_layer(traced: fx.GraphModule, node: fx.Node) -> None:
         return
     holder = traced.get_submodule(name)
     settings = [call[key] for key in ("stride", "padding", "dilation", "groups")]
-    own = {field for field, _ in (*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False))}
+    tensors = {field for field, _ in (*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False))}
     plain = (
-        _holds(holder, _given(call), ()) and own == _given(call) and not any(isinstance(v, fx.Node) for v in settings)
+        _holds(holder, _given(call), ())
+        and tensors == _given(call)
+        and not any(isinstance(v, fx.Node) for v in settings)
     )
     if not plain or holder.get_parameter("weight").dim() != (4 if node.target is F.conv2d else 2):
         return

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 
 class OpKind(Enum):
-    """What an operation is to a quantizer; each operation has exactly one kind."""
+    """Role of an operation in quantization; each operation has exactly one kind."""
 
     LAYER = "layer"
     """Convolution or linear layer, whose weight is quantized."""
@@ -48,18 +48,18 @@ class OpTraits:
 
     Attributes:
         name: Name of the operation, unique in the table.
-        kind: What it is to a quantizer.
+        kind: Its role in quantization.
         modules: Module classes; a subclass without a row has the traits of its nearest base class.
         functions: Functions, matched by identity: one of the same name from another library is another operation.
         methods: Names of tensor methods.
         names: Bare names of functions and methods, of whatever library.
         keeps_values: Selects or moves values (or fills in zeros): the output is on the quantization grid of the input.
-        joins: Its output holds the values of several inputs.
+        joins: Its output contains the values of several inputs.
         returns_tuple: May return a tuple: parts of an activation, or sizes.
         positively_homogeneous: f(s x) = s f(x) for scales s_c > 0 per channel.
         averages: Mean over a window of positions of each channel, whose derivative is the same at each position.
         resamples: Changes the resolution of a feature map and computes no feature, so that a block does not end at it.
-        reduces_dims: Reduces the axes given by its argument ``dim``; its other traits hold for H and W only.
+        reduces_dims: Reduces the axes given by its argument ``dim``; its other traits are valid for H and W only.
     """
 
     name: str

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from synq.config.command_line import Command
+from synq.config.finetune import inactive_keys
 from synq.config.parsing import dotted_keys, nearest
 from synq.config.run import (
     EvaluationConfig,
@@ -246,3 +247,10 @@ def test_parts_are_frozen_keyword_only_and_explained(part: type, root: Path) -> 
     for item in fields:
         at = next(number for number, line in enumerate(source) if line.startswith(f"    {item.name}: "))
         assert source[at + 1].startswith('    """'), f"{part.__name__}.{item.name} has no explanation"
+
+
+@pytest.mark.parametrize(("weight", "uses_cam"), [(0.0, False), (1e-6, True), (20.0, True)])
+def test_the_cam_term_is_used_at_any_positive_weight(weight: float, uses_cam: bool) -> None:
+    config = with_overrides(RunConfig(), {"finetune.cam_weight": weight})
+    assert config.finetune.uses_cam == uses_cam
+    assert ("cam_method" in inactive_keys(config_to_dict(config)["finetune"], "none")) == (not uses_cam)

@@ -166,7 +166,7 @@ def test_point_of_a_value(dimension: Dimension, value: Any, point: Any) -> None:
         ({"seeds": [1, 1]}, "`seeds` must be different numbers"),
         ({"sampler": "tp"}, "did you mean `tpe`?"),
         ({"base": {"evaluation": {"objective": "selection"}}}, "`base.evaluation.objective` must be left out"),
-        ({"base": {"quant": {"weight_bits": 2}}}, "`base.quant.weight_bits` must be left out (the spec's own `bits`"),
+        ({"base": {"quant": {"weight_bits": 2}}}, "`base.quant.weight_bits` must be left out (the spec's key `bits`"),
         (
             {"models": [{"spec": "bundled:digits_resnet8", "base": {"quant": {"act_bits": 3}}}]},
             "`base.quant.act_bits` must be left out",
