@@ -62,7 +62,7 @@ class Gain:
 
     @property
     def significant(self) -> str:
-        """yes where p < 0.05, else no; "" without a p-value: a single difference, or no spread, is no evidence."""
+        """Yes where p < 0.05, else no; "" without a p-value: a single difference, or no spread, is no evidence."""
         return "" if self.p is None else "yes" if self.p < SIGNIFICANT else "no"
 
 

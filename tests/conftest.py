@@ -1,4 +1,6 @@
-"""What every test shares: one thread, a quiet Ray on loopback, and small random classifiers. Heavy imports wait for their fixture."""
+"""What every test shares: one thread, a quiet Ray on loopback, and small random classifiers. Heavy imports wait for
+their fixture.
+"""
 
 import gc
 import os
@@ -39,7 +41,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_finish() -> None:
-    """What the imports of all tests made stays until the end: a full collection need not look at it again, a second each time."""
+    """What the imports of all tests made stays until the end: a full collection need not look at it again, a second
+    each time.
+    """
     gc.collect()
     gc.freeze()
 
@@ -125,7 +129,9 @@ def _random_classifier(channels: int, num_classes: int, seed: int) -> "nn.Module
 
 @pytest.fixture
 def make_classifier() -> Callable[..., "nn.Module"]:
-    """Maker of random conv-BN-ReLU classifiers: `make_classifier(channels=3, num_classes=5, seed=0)`; any input of 8 pixels or more."""
+    """Maker of random conv-BN-ReLU classifiers: `make_classifier(channels=3, num_classes=5, seed=0)`; any input of
+    8 pixels or more.
+    """
 
     def make(channels: int = 3, num_classes: int = 5, seed: int = 0) -> "nn.Module":
         return _random_classifier(channels, num_classes, seed)
@@ -149,7 +155,8 @@ def gray_classifier(make_classifier: Callable[..., "nn.Module"]) -> "nn.Module":
 def tiny_settings() -> dict[str, object]:
     """Dotted overrides that make a run on the bundled teacher a matter of a second or less; add folders and the rest.
 
-    Images begin as white noise: fitting it first is half the time of so small a run. `test_pipeline.py` holds one run with the fit.
+    Images begin as white noise: fitting it first is half the time of so small a run. `test_pipeline.py` holds one run
+    with the fit.
     """
     return {
         "synthesis.start": "white",
@@ -240,7 +247,9 @@ def as_args() -> Callable[[dict[str, object]], list[str]]:
 
 @pytest.fixture(scope="session")
 def run_process() -> Callable[..., "tuple[int, str, str]"]:
-    """Run a command in a process group of its own: `(returncode, stdout, stderr)`; the whole group ends at the time limit."""
+    """Run a command in a process group of its own: `(returncode, stdout, stderr)`; the whole group ends at the time
+    limit.
+    """
 
     def run(words: Sequence[str], *, cwd: Path = ROOT, timeout: float = 120, **variables: str) -> tuple[int, str, str]:
         process = subprocess.Popen(

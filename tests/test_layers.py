@@ -168,7 +168,9 @@ def _imports_none_of(modules: list[str], *forbidden: str) -> None:
 
 
 def test_one_way_to_import() -> None:
-    """Inside sweeps/ relatively, because the folder is `synq.sweeps` when installed; everywhere else by the full name."""
+    """Inside sweeps/ relatively, because the folder is `synq.sweeps` when installed; everywhere else by the full
+    name.
+    """
     for path in files("synq", "sweeps", "launch", "tests"):
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ImportFrom):

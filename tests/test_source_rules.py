@@ -24,7 +24,9 @@ from synq.config.run import RunConfig
 
 MAX_LINES = 350
 READ_THROUGH = {"swing_conv": "swings"}
-"""Keys that only the configuration itself reads, to put in a default that hangs on another key; others read its property."""
+"""Keys that only the configuration itself reads, to put in a default that hangs on another key; others read its
+property.
+"""
 
 
 def test_no_module_shadows_another_package() -> None:

@@ -1,6 +1,7 @@
-"""The field's standard terms: words of a private dialect, and British spellings, in identifiers and prose of the source are rejected.
+"""The field's standard terms: other words, and British spellings, are rejected in identifiers and prose of the source.
 
-docs/concepts.md has the glossary. Prose is every docstring, comment and text of a file, so messages and help are part of it.
+docs/concepts.md has the glossary. Prose is every docstring, comment and text of a file, so messages and help are part
+of it.
 """
 
 import io
@@ -111,5 +112,6 @@ def test_a_word_of_the_list_is_found(text: str) -> None:
 
 
 def test_standard_terms_pass() -> None:
-    text = '"""Return bit-widths, site-packages, decimal places; a stand-alone summary."""\nwidth, height, words_per_minute = 1, 2, 3\n'
+    text = '"""Return bit-widths, site-packages, decimal places; a stand-alone summary."""\n'
+    text += "width, height, words_per_minute = 1, 2, 3\n"
     assert faults(text) == ["2: identifier `words_per_minute`: args, argv"]

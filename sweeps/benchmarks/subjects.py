@@ -114,8 +114,8 @@ def build_subject(
     return Subject(
         name=f"{kind.name}, batch {len(images)}",
         module=module.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
-        teacher=TappedNetwork(net=with_features(traced.requires_grad_(False), site.node), cam_site=site),
-        student=TappedNetwork(net=trained, cam_site=site),
+        teacher=TappedNetwork(net=with_features(traced.requires_grad_(False), cam_site.node), cam_site=cam_site),
+        student=TappedNetwork(net=trained, cam_site=cam_site),
         plain=plain,
         images=images,
         labels=labels,

@@ -237,7 +237,7 @@ def _check_address(cluster: Cluster) -> Passed:
     rate = f"8 MiB sent at {sent[0]:.0f}..{sent[-1]:.0f} MB/s and fetched at {fetched[0]:.0f}..{fetched[-1]:.0f} MB/s"
     machines = _plural(cluster.num_machines(), "machine")
     where = f"{shown(parts).rpartition('/')[0]}{server(parts.scheme, storage)}, {machines}"
-    lacking = {name: "an address was checked" for name in ("folder", "shared folder", "network folder")}
+    lacking = dict.fromkeys(("folder", "shared folder", "network folder"), "an address was checked")
     lacking |= dict.fromkeys(("s3", "address"), f"the address is {parts.scheme}://")
     claim = "s3" if parts.scheme == "s3" else "address"
     return Passed(f"{where}: {rate}", {claim: where}, lacking)

@@ -69,7 +69,8 @@ def _import_reason(error: BaseException) -> str:
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return (
-        f"a required package cannot be imported: {str(error).rstrip('.')}; `python -m pip check` shows which installed packages disagree "
+        f"a required package cannot be imported: {str(error).rstrip('.')}; `python -m pip check` shows which "
+        f"installed packages disagree "
         "(a separate virtual environment for SynQ avoids the requirements of others)"
     )
 

@@ -80,8 +80,10 @@ def save_packed(path: str | Path, form: fx.GraphModule, about: Mapping[str, Any]
 
 
 def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and metadata (`layers`, `activations`, `norms`, `about` as values) of a packed file, checked
-    against its digest.
+    """Read a packed file and check it against its digest.
+
+    Returns:
+        Its tensors, and its metadata (`layers`, `activations`, `norms`, `about` as values).
 
     Raises:
         FileNotFoundError: The file is missing.

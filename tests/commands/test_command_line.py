@@ -217,7 +217,9 @@ def test_the_help_imports_nothing_large(name: str) -> None:
 
 
 def test_packages_that_do_not_fit_together_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """A package installed later may downgrade NumPy below what pandas needs: W&B's `sweeps` 0.3.0 asks for numpy < 2."""
+    """A package installed later may downgrade NumPy below what pandas needs: W&B's `sweeps` 0.3.0 asks for numpy <
+    2.
+    """
 
     def work() -> None:
         try:

@@ -129,7 +129,9 @@ def test_the_digest_is_fixed_for_ever_and_knows_repetitions() -> None:
 
 @pytest.mark.parametrize("method", ["inversion", "zeroq", "gdfq", "genie", "gaussian"])
 def test_the_start_counts_for_every_method(method: str) -> None:
-    """The held-out images are optimized pixels whatever makes the training images, and the objective is measured on them."""
+    """The held-out images are optimized pixels whatever makes the training images, and the objective is measured on
+    them.
+    """
     base = with_overrides(RunConfig(), {"synthesis.method": method})
     assert config_digest(base) != config_digest(with_overrides(base, {"synthesis.start": "white"}))
 

@@ -1,4 +1,6 @@
-"""Sweeps on simulated clusters: a lost machine, wide trials, packing on logical GPUs, sweeps at an address, a killed search."""
+"""Sweeps on simulated clusters: a lost machine, wide trials, packing on logical GPUs, sweeps at an address, a
+killed search.
+"""
 
 import json
 import os
@@ -23,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Make simulated machines on this one, each with a cache folder of its own: `cluster({"num_cpus": 1}, {"num_cpus": 1})`."""
+    """Make simulated machines on this one, each with a cache folder: `cluster({"num_cpus": 1}, {"num_cpus": 1})`."""
     from ray.cluster_utils import Cluster
 
     made: list[Any] = []
@@ -68,7 +70,7 @@ def test_a_lost_machine_gives_its_trials_to_the_others(
     if place == "address":
         sets = {path.name for path in (out / "store").iterdir()}
         for number in (0, 1):
-            copies = [path for path in (tmp_path / f"cache{number}").glob("sweeps/*/store/*/manifest.json")]
+            copies = list((tmp_path / f"cache{number}").glob("sweeps/*/store/*/manifest.json"))
             assert {path.parent.name for path in copies} == sets and len(sets) == 2, "a set did not reach every machine"
         assert not list(out.glob("runs/*/checkpoint.pt")) and len(list(out.glob("runs/*/student.safetensors"))) == 4
 
@@ -249,7 +251,9 @@ def test_trials_share_logical_gpus_and_too_large_ones_are_refused_at_once(
 
 
 def test_a_killed_search_ends_with_every_trial_told_and_true(start: Start, root: Path, tmp_path: Path) -> None:
-    """TPE and ASHA, the driver killed twice: nothing lost, nothing twice, nothing left running, every record a run's own."""
+    """TPE and ASHA, the driver killed twice: nothing lost, nothing twice, nothing left running, every record a
+    run's own.
+    """
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend

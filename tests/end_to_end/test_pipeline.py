@@ -308,9 +308,12 @@ def test_every_method_of_synthesis_is_measured_on_the_same_images(config: RunCon
 def test_a_stopped_run_is_not_rounded_a_second_time(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Learning the rounding may take longer than an epoch: what was prepared outlives a kill, and a damaged file names itself."""
+    """Learning the rounding may take longer than an epoch: what was prepared outlives a kill, and a damaged file
+    names itself.
+    """
     levers = {
-        "quant.rounding": "adaround", "reconstruction.iterations": 5, "reconstruction.images": 16, "quant.equalization": True, "quant.bn_correction": True,
+        "quant.rounding": "adaround", "reconstruction.iterations": 5, "reconstruction.images": 16,
+        "quant.equalization": True, "quant.bn_correction": True,
         "quant.act_points": "inputs", "quant.learned_steps": "all", "quant.weight_bits": 3, "finetune.epochs": 2,
     }  # fmt: skip
     config = with_overrides(config, levers)

@@ -20,7 +20,9 @@ CASES = (("closed_form", "none"), ("autograd", "none"), ("closed_form", "all"))
 def by_two(
     root: Path, tmp_path_factory: pytest.TempPathFactory, run_process: Callable[..., tuple[int, str, str]]
 ) -> dict[str, dict[str, Any]]:
-    """What two processes make of every case, by its name: their start is nearly all of the time, so they do all cases."""
+    """What two processes make of every case, by its name: their start is nearly all of the time, so they do all
+    cases.
+    """
     file = tmp_path_factory.mktemp("two") / "two.json"
     config = ["--config_file", str(root / "launch" / "accelerate_cpu2.yaml"), "--main_process_port", "0"]
     launch = [
@@ -38,7 +40,9 @@ def by_two(
 
 @pytest.mark.parametrize(("kind", "steps"), CASES)
 def test_two_processes_train_the_same_loss(by_two: dict[str, dict[str, Any]], kind: str, steps: str) -> None:
-    """Traps 6 and 7: a mask's share per rank as denominator, or a second backward pass that is not reduced, would show here."""
+    """Traps 6 and 7: a mask's share per rank as denominator, or a second backward pass that is not reduced, would
+    show here.
+    """
     one, two = train_case(kind, steps), by_two[f"{kind}-{steps}"]  # type: ignore[arg-type]
     assert (one["processes"], two["processes"]) == (1, 2)
     assert one["flips"] == two["flips"] == 0, "an integer weight flipped: lower the learning rate of this test"

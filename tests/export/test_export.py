@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,9 @@ def test_every_file_is_there_and_described(finished: Path, exported: Path) -> No
             "labeled",
             record.num_eval,
         )
-        assert synthetic["images"] == sum(record.config[a][b] for a, b in (("synthesis", "num_images"), ("evaluation", "heldout_images")))  # fmt: skip
+        assert synthetic["images"] == sum(
+            record.config[a][b] for a, b in (("synthesis", "num_images"), ("evaluation", "heldout_images"))
+        )
         assert labeled["student_top1"] == record.top1 == labeled["file_top1"], "what the run promised"
         assert labeled["agreement_all"] == 100 if name != "model.pt2" else labeled["agreement_all"] > 99
         assert labeled["max_difference"] == 0 or name == "model.pt2", "the very logits"
@@ -61,7 +64,7 @@ def test_every_file_is_there_and_described(finished: Path, exported: Path) -> No
 def test_the_packed_file_alone_gives_the_model(finished: Path, exported: Path) -> None:
     student = open_run(finished).student
     sample = torch.randn(4, 1, 16, 16)
-    assert torch.equal(load_student(exported / "model.safetensors")(sample), integer_form(student.net)(sample))  # fmt: skip
+    assert torch.equal(load_student(exported / "model.safetensors")(sample), integer_form(student.net)(sample))
     program = torch.export.load(exported / "model.pt2").module()
     assert torch.allclose(program(sample), integer_form(student.net)(sample), atol=1e-4)
 
@@ -90,7 +93,10 @@ def test_the_card_knows_the_other_seeds_of_its_settings(finished: Path, tmp_path
         for key, value in changes.items():
             part, name = key.split(".")
             other[part] = {**other[part], name: value}
-        write_record(tmp_path / f"run-{seed}" / "record.json", replace(record, config=other, seed=seed, data_seed=seed, top1=top1))  # fmt: skip
+        write_record(
+            tmp_path / f"run-{seed}" / "record.json",
+            replace(record, config=other, seed=seed, data_seed=seed, top1=top1),
+        )
     own = tmp_path / "run-own"
     own.mkdir()
     found = siblings_of(replace(record, top1=40.0), own)
@@ -108,7 +114,9 @@ def test_a_selected_student_does_not_claim_to_be_free_of_data(finished: Path, ex
     assert NOISE in text and STATEMENT not in text
 
 
-def test_a_moved_run_gets_the_path_of_its_images(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_a_moved_run_gets_the_path_of_its_images(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("export"))
     record = read_record(folder / "record.json")
@@ -163,7 +171,9 @@ def test_the_command_reports_rejected_files_in_one_line(
         (["--formats", "packed", "--container", "int4"], "`container` must be left out"),
     ],
 )
-def test_invalid_options_are_rejected(finished: Path, words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_invalid_options_are_rejected(
+    finished: Path, words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(finished), *words]) == 2
     assert complaint in capsys.readouterr().err
 
@@ -271,6 +281,11 @@ def test_images_that_are_gone_are_not_made_anew(
     assert "must find its synthetic images, but" in capsys.readouterr().err and not (tmp_path / "store").exists()
 
 
+def rewrite(path: Path, **fields: Any) -> None:
+    """Replace fields of a record in its file."""
+    write_record(path, replace(read_record(path), **fields))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -278,8 +293,8 @@ def test_images_that_are_gone_are_not_made_anew(
         (damaged(lambda f: (f / "record.json").unlink()), "it is not finished, start its command again"),
         (damaged(lambda f: (f / "student.safetensors").unlink()), "must hold student.safetensors"),
         (damaged(lambda f: (f / "student.safetensors").write_bytes(b"\0" * 64)), "student.safetensors"),
-        (damaged(lambda f: write_record(f / "record.json", replace(read_record(f / "record.json"), status="failed", reason="NaN"))), "is failed: NaN"),
-        (damaged(lambda f: write_record(f / "record.json", replace(read_record(f / "record.json"), teacher={"digest": "0"}))), "of other weights"),
+        (damaged(lambda f: rewrite(f / "record.json", status="failed", reason="NaN")), "is failed: NaN"),
+        (damaged(lambda f: rewrite(f / "record.json", teacher={"digest": "0"})), "of other weights"),
     ],
 )  # fmt: skip
 def test_a_folder_without_a_finished_run_is_rejected(

@@ -19,11 +19,15 @@ from synq.teacher.sources import build_source
 
 SIDE = 64
 MARGIN = 0.3
-"""Images count whose two largest logits differ by more than this share of the logits' deviation: with random weights most are ties."""
+"""Images count whose two largest logits differ by more than this share of the logits' deviation: with random
+weights most are ties.
+"""
 
 
 def network(spec: str) -> fx.GraphModule:
-    """Random weights, with batch-norm statistics of what really flows: untouched ones let a deep network fade to a constant."""
+    """Random weights, with batch-norm statistics of what really flows: untouched ones let a deep network fade to a
+    constant.
+    """
     net = build_source(TeacherConfig(spec=spec, weights="random")).module
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -92,7 +96,9 @@ def digits() -> tuple[fx.GraphModule, Tensor]:
 @pytest.mark.slow
 @pytest.mark.long
 @WIDTHS
-def test_a_trained_mobilenet_v2_and_what_it_leaves_open(digits: tuple[fx.GraphModule, Tensor], bits: int, container: Container) -> None:  # fmt: skip
+def test_a_trained_mobilenet_v2_and_what_it_leaves_open(
+    digits: tuple[fx.GraphModule, Tensor], bits: int, container: Container
+) -> None:
     """Errors propagate through 52 layers: with float sums, the student does not always agree with its integer form."""
     net, sample = digits
     wanted, engine, student = exported(net, sample, bits, container)

@@ -61,6 +61,9 @@ def test_no_file_is_held_to_more_than_the_simulation(unsure: int) -> None:
     (found,) = check("file", lambda x: x + moved)
     (own,) = check.simulation.values()
     assert (found.differing, own.differing, own.max_difference) == (5, 5, 0.5)
-    wrong = r"100 of 100 synthetic images \(0.00 % agree, but at least 99.9 % must; with float sums the student differs for 5\)"
+    wrong = (
+        r"100 of 100 synthetic images \(0.00 % agree, but at least 99.9 % must; with float sums the student "
+        r"differs for 5\)"
+    )
     with pytest.raises(ExportRejectedError, match=wrong):
         check("file", lambda x: x + 25 * moved)

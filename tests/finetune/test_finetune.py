@@ -216,7 +216,9 @@ def test_feature_alignment_brings_the_blocks_nearer(tiny_classifier: nn.Module, 
 
 
 def test_the_average_is_what_is_measured_and_kept(tiny_classifier: nn.Module, accelerator: Accelerator) -> None:
-    """Against an average counted by hand over the weights of a run without one: averaging must not change the training."""
+    """Against an average counted by hand over the weights of a run without one: averaging must not change the
+    training.
+    """
     config = dataclasses.replace(CONFIG, epochs=5, batch_size=20, ema_decay=0.6)  # one step an epoch
     trail: list[Tensor] = []
     student, teacher = networks(copy.deepcopy(tiny_classifier))

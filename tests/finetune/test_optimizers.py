@@ -1,4 +1,4 @@
-"""The clipping of single gradients. (Learned steps: test_learned_steps.py.)"""
+"""The clipping of single gradients. (Learned steps: test_lsq.py.)"""
 
 import pytest
 import torch

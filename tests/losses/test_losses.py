@@ -52,7 +52,8 @@ def test_kd_against_twin(temperature: float) -> None:
 
 
 def test_kd_is_directed_and_scaled() -> None:
-    # KL(teacher || student) punishes a student that rules out what the teacher allows; T^2 keeps the gradient's size over T.
+    # KL(teacher || student) punishes a student that rules out what the teacher allows; T^2 keeps the gradient's size
+    # over T.
     sure, unsure = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 0.0]])
     assert float(kd_kl(sure, unsure, 1.0)) > 3 > 1 > float(kd_kl(unsure, sure, 1.0))
     sizes = []
@@ -131,7 +132,8 @@ def test_whole_loss_against_twin() -> None:
 
 @pytest.mark.parametrize("threshold", [0.5, 0.02, 1.0])
 def test_mean_of_two_halves_is_the_whole(threshold: float) -> None:
-    # Trap 6: the halves keep different shares; a denominator of kept images would make another loss and another gradient.
+    # Trap 6: the halves keep different shares; a denominator of kept images would make another loss and another
+    # gradient.
     x = batch()
     x["student_logits"].requires_grad_()
     weights = replace(WEIGHTS, difficulty_threshold=threshold)

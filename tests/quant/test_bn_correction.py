@@ -1,4 +1,6 @@
-"""Corrected statistics: what was planted is taken out, layer by layer in one pass, and nothing is kept that does not help."""
+"""Corrected statistics: what was planted is taken out, layer by layer in one pass, and nothing is kept that does
+not help.
+"""
 
 import copy
 import weakref
@@ -20,7 +22,9 @@ Moments = tuple[Tensor, Tensor]
 
 
 def moments(net: fx.GraphModule, x: Tensor, name: str) -> Moments:
-    """Mean and variance per channel of a batch norm's input, or of another layer's output, by a hook and a whole pass."""
+    """Mean and variance per channel of a batch norm's input, or of another layer's output, by a hook and a whole
+    pass.
+    """
     node = next(node for node in net.graph.nodes if node.name == name)
     module = node_module(net, node)
     assert module is not None
@@ -160,7 +164,9 @@ def test_outputs_get_the_teachers_statistics(with_deviation: bool) -> None:
 
 
 def test_example_of_the_docstring_and_bounds() -> None:
-    """m = 0, v = 1, g = 1, b = 0: teacher (1, 2), student (3, 4); a ratio beyond the bounds; channels dead in one of the two."""
+    """m = 0, v = 1, g = 1, b = 0: teacher (1, 2), student (3, 4); a ratio beyond the bounds; channels dead in one
+    of the two.
+    """
     net = nn.Sequential(nn.BatchNorm2d(4, eps=0.0), nn.Flatten(), nn.Linear(4, 2, bias=False)).double().eval()
     traced = trace_classifier(net.requires_grad_(False), (4, 1, 1))
     x = torch.tensor([[7.0, 101.0, 5.0, 1.0], [-1.0, -99.0, 5.0, -1.0]], dtype=torch.float64).view(2, 4, 1, 1)

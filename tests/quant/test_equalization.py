@@ -285,7 +285,9 @@ def test_layers_with_other_readers_are_left_alone() -> None:
     assert pairs(frozen) == []
 
     class Means(nn.Module):
-        """A mean over channels in front of a linear layer, and a batch norm whose shift the forward pass reads as well."""
+        """A mean over channels in front of a linear layer, and a batch norm whose shift the forward pass reads as
+        well.
+        """
 
         def __init__(self) -> None:
             super().__init__()

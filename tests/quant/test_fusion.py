@@ -43,7 +43,8 @@ def test_a_joined_network_is_the_network(act_points: str, layout: torch.memory_f
     node = next(node.name for node in student.net.graph.nodes if node.op == "placeholder")
     apart = with_features(student.net, node).to(memory_format=layout)  # type: ignore[call-overload]
     joined = with_features(copy.deepcopy(student.net), node).to(memory_format=layout)  # type: ignore[call-overload]
-    # "relu": three ReLUs, and the GELU stays. "inputs": the second is read by the shortcut as well, the third by the GELU alone.
+    # "relu": three ReLUs, and the GELU stays. "inputs": the second is read by the shortcut as well, the third by the
+    # GELU alone.
     assert fuse_rectified(joined) == {"relu": 3, "inputs": 1}[act_points]
     assert fuse_rectified(joined) == 0
     found, wanted = joined(images)[0], apart(images)[0]

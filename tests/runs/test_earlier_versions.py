@@ -1,4 +1,6 @@
-"""Files that an earlier version of SynQ wrote: one line says so and what to do; none is read as if it meant the same now."""
+"""Files that an earlier version of SynQ wrote: one line says so and what to do; none is read as if it meant the
+same now.
+"""
 
 import json
 import re

@@ -166,7 +166,8 @@ def test_a_missing_package_is_refused_before_any_work(
     assert train.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        f"synq: error: `runtime.tracker` must be one whose package is installed, but got {tracker}: pip install {tracker}"
+        f"synq: error: `runtime.tracker` must be one whose package is installed, but got {tracker}: pip "
+        f"install {tracker}"
     )
     assert not list(in_tmp.iterdir())
 
@@ -207,7 +208,9 @@ def test_two_processes_log_every_value_once(
 def test_the_trials_of_a_sweep_log_into_their_own_folders(
     root: Path, tmp_path: Path, run_process: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """Two trials in one worker, since Ray gives it to one after the other; the objective is measured after every epoch."""
+    """Two trials in one worker, since Ray gives it to one after the other; the objective is measured after every
+    epoch.
+    """
     spec = write_spec(tmp_path / "spec.toml", epochs=2)
     text = spec.read_text().replace('bits = ["W8A8", "W3A3"]', 'bits = ["W3A3"]\nmax_concurrent = 1')
     spec.write_text(f'{text}[base.runtime]\ntracker = "tensorboard"\n')

@@ -1,4 +1,6 @@
-"""What the tests of sweeps share: a sweep of seconds on the bundled teacher, as keys and as a file, and a look at its tables."""
+"""What the tests of sweeps share: a sweep of seconds on the bundled teacher, as keys and as a file, and a look at
+its tables.
+"""
 
 import csv
 import json
@@ -105,7 +107,9 @@ def board(folder: Path) -> list[dict[str, str]]:
 
 
 def whole(folder: Path, *, killed: bool = False) -> None:
-    """Every file of a sweep reads: nothing half written has a name of its own, and only a killed writer leaves a temporary one."""
+    """Every file of a sweep reads: nothing half written has a name of its own, and only a killed writer leaves a
+    temporary one.
+    """
     for path in [
         *folder.glob("*.json"),
         *folder.glob("plans/*"),

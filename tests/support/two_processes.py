@@ -1,6 +1,7 @@
 """Worker of test_two_processes: ten fine-tuning steps, their losses and what each process kept.
 
-Called by the test, or run by `accelerate launch` with the file for its JSON and the names of the cases; the global batch is the same, so
+Called by the test, or run by `accelerate launch` with the file for its JSON and the names of the cases; the global
+batch is the same, so
 the numbers must be.
 """
 

@@ -1,4 +1,6 @@
-"""Points known before the search: grids, lists, the best settings of earlier sweeps; and the space of two objectives."""
+"""Points known before the search: grids, lists, the best settings of earlier sweeps; and the space of two
+objectives.
+"""
 
 import itertools
 import time

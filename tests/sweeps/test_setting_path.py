@@ -1,4 +1,6 @@
-"""The way of a setting by text search: from the key in a spec to its column in the tables, through at most five files."""
+"""The way of a setting by text search: from the key in a spec to its column in the tables, through at most five
+files.
+"""
 
 import re
 

@@ -1,4 +1,6 @@
-"""Student's t against printed tables and against numeric integration; paired tests by hand; drops against a simulation."""
+"""Student's t against printed tables and against numeric integration; paired tests by hand; drops against a
+simulation.
+"""
 
 import math
 import random

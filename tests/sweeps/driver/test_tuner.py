@@ -27,7 +27,9 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def sweep(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished sweep: per group one plain, one failing and one hopeless setting, one trial at a time, best one on a second seed."""
+    """A finished sweep: per group one plain, one failing and one hopeless setting, one trial at a time, best one on
+    a second seed.
+    """
     from synq.sweeps.driver.tuner import run_sweep
 
     folder = tmp_path_factory.mktemp("sweep")
@@ -248,7 +250,8 @@ def test_a_teacher_that_cannot_be_loaded_is_one_clear_line(
 ) -> None:
     spec = tmp_path / "absent.toml"
     spec.write_text(
-        'models = [{spec = "absent_nets.py:net", weights = "absent.safetensors", input_size = [1, 8, 8], mean = [0.0], std = [1.0]}]\n'
+        'models = [{spec = "absent_nets.py:net", weights = "absent.safetensors", input_size = [1, 8, 8], '
+        "mean = [0.0], std = [1.0]}]\n"
     )
     assert main([str(spec), "--output-dir", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -287,5 +290,6 @@ def test_a_wrong_word_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["spec.toml", "--seeds", "3"]) == 2
     assert capsys.readouterr().err.strip().splitlines() == [
-        "synq: error: `--seeds` must be an option of this command, but is not; everything else is set in the spec (see --help, README)"
+        "synq: error: `--seeds` must be an option of this command, but is not; everything else is set in the "
+        "spec (see --help, README)"
     ]

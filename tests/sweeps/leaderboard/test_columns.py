@@ -43,9 +43,12 @@ TABLES = {
 
 def test_the_columns_of_trials_csv_are_the_agreed_ones() -> None:
     assert ", ".join(TRIAL_COLUMNS) == (
-        "trial, status, reason, model, weight_bits, act_bits, protocol, act_points, objective, objective_value, top1, top5, teacher_top1, "
-        "rtn_top1, drop, num_eval, seed, data_seed, size_bytes, bitops, lowpass_cutoff, cam_weight, ce_weight, difficulty_threshold, lr, "
-        "kept_share, set_digest, heldout_digest, config_digest, commit, versions, device, host, started, seconds, onnx_bytes, packed_bytes, "
+        "trial, status, reason, model, weight_bits, act_bits, protocol, act_points, objective, "
+        "objective_value, top1, top5, teacher_top1, "
+        "rtn_top1, drop, num_eval, seed, data_seed, size_bytes, bitops, lowpass_cutoff, cam_weight, "
+        "ce_weight, difficulty_threshold, lr, "
+        "kept_share, set_digest, heldout_digest, config_digest, commit, versions, device, host, started, "
+        "seconds, onnx_bytes, packed_bytes, "
         "latency_ms, float_latency_ms"
     )
 

@@ -17,10 +17,14 @@ from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 from synq.sweeps.leaderboard.records import cell, leaderboard_rows, load_records, to_csv, trial_rows, write_tables
 
 COLUMNS = (
-    "rank, model, weight_bits, act_bits, protocol, act_points, objective, objective_value, top1_mean, top1_std, num_seeds, num_failed, "
-    "teacher_top1, rtn_top1, drop, num_eval, size_bytes, bitops, lowpass_cutoff, cam_weight, ce_weight, difficulty_threshold, lr, "
-    "set_digest, config_digest, commit, versions, device, seconds, num_data_seeds, first_bits, last_bits, teacher_digest, "
-    "best, pareto_size, pareto_bitops, fidelity_measure, onnx_bytes, packed_bytes, latency_ms, float_latency_ms, layer_bits"
+    "rank, model, weight_bits, act_bits, protocol, act_points, objective, objective_value, top1_mean, "
+    "top1_std, num_seeds, num_failed, "
+    "teacher_top1, rtn_top1, drop, num_eval, size_bytes, bitops, lowpass_cutoff, cam_weight, ce_weight, "
+    "difficulty_threshold, lr, "
+    "set_digest, config_digest, commit, versions, device, seconds, num_data_seeds, first_bits, "
+    "last_bits, teacher_digest, "
+    "best, pareto_size, pareto_bitops, fidelity_measure, onnx_bytes, packed_bytes, latency_ms, "
+    "float_latency_ms, layer_bits"
 )
 
 

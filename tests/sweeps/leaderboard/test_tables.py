@@ -94,7 +94,9 @@ def many(number: int) -> Iterator[RunRecord]:
     template = record(
         0.1,
         layers=[{"name": f"stage1.{i}.conv1", **layer} for i in range(30)],
-        loss_history=[{**epoch, "gradient norm": 82.02881813049316, "epoch": float(i), "seconds": 0.0533} for i in range(15)],
+        loss_history=[
+            {**epoch, "gradient norm": 82.02881813049316, "epoch": float(i), "seconds": 0.0533} for i in range(15)
+        ],
         versions={"python": "3.11.7", "torch": "2.14.1", "numpy": "2.4.6", "ray": "2.60.0"},
         set_digest="e" * 64,
         heldout_digest="0" * 64,
@@ -113,7 +115,8 @@ def many(number: int) -> Iterator[RunRecord]:
             "finetune": {**template.config["finetune"], "lr": 1e-5 * (1 + i // 3)},
         }
         yield replace(
-            template, name=f"t{i:05d}", config=config, config_digest=f"{i:016x}", seed=seed, data_seed=seed, weight_bits=width,
+            template, name=f"t{i:05d}", config=config, config_digest=f"{i:016x}", seed=seed, data_seed=seed,
+            weight_bits=width,
             objective_value=draw.random(), top1=90 + draw.random(), size_bytes=width * 1000, bitops=width * 1e6 + i,
         )  # fmt: skip
 

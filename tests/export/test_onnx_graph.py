@@ -34,7 +34,12 @@ def types(model: bytes) -> tuple[set[int], set[int]]:
 
 @pytest.mark.parametrize(
     ("bits", "container", "act_points", "make"),
-    [(4, "int4", "inputs", Residual), pytest.param(3, "int4", "relu", plain, marks=pytest.mark.slow), (3, "int8", "inputs", plain), (8, "int8", "inputs", Residual)],
+    [
+        (4, "int4", "inputs", Residual),
+        pytest.param(3, "int4", "relu", plain, marks=pytest.mark.slow),
+        (3, "int8", "inputs", plain),
+        (8, "int8", "inputs", Residual),
+    ],
 )  # fmt: skip
 def test_onnx_runtime_gives_the_logits_of_the_student(
     bits: int, container: Container, act_points: str, make: type[nn.Module]
@@ -47,7 +52,9 @@ def test_onnx_runtime_gives_the_logits_of_the_student(
     with torch.no_grad():
         wanted = form(sample)
     # A free number of images, and the default session.
-    found = compare(engine_of(open_session(model)), [(wanted[:59], sample[:59], None), (wanted[59:], sample[59:], None)], source="x")  # fmt: skip
+    found = compare(
+        engine_of(open_session(model)), [(wanted[:59], sample[:59], None), (wanted[59:], sample[59:], None)], source="x"
+    )
     assert found.max_difference == 0 if act_points == "inputs" else found.mean_difference < 0.02
     kind = TensorProto.INT4 if container == "int4" else TensorProto.UINT8 if bits == 8 else TensorProto.INT8
     assert types(model) == ({kind}, {TensorProto.UINT8})

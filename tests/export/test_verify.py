@@ -13,7 +13,10 @@ LOGITS = torch.tensor([[4.0, 0.0], [0.0, 4.0], [1.0, 0.9], [4.0, 0.0]])
 
 
 def compared(found: Tensor, labels: Tensor | None = None, margin: float = 0.0) -> Comparison:
-    parts = [(LOGITS[:3], LOGITS[:3], None if labels is None else labels[:3]), (LOGITS[3:], LOGITS[3:], None if labels is None else labels[3:])]  # fmt: skip
+    parts = [
+        (LOGITS[:3], LOGITS[:3], None if labels is None else labels[:3]),
+        (LOGITS[3:], LOGITS[3:], None if labels is None else labels[3:]),
+    ]
     answers = iter([found[:3], found[3:]])
     return compare(lambda images: next(answers), parts, source="synthetic", margin=margin)
 
@@ -57,7 +60,8 @@ def result(differing: int, decided: int, mean_difference: float = 0.0) -> Compar
 
 @pytest.mark.parametrize(
     ("differing", "decided", "good"),
-    [(0, 10, True), (1, 10, True), (2, 10, False), (1, 1000, True), (2, 1000, False), (4, 4990, True), (5, 4990, False), (5, 5000, True)],
+    [(0, 10, True), (1, 10, True), (2, 10, False), (1, 1000, True), (2, 1000, False), (4, 4990, True), (5, 4990, False),
+    (5, 5000, True)],
 )  # fmt: skip
 def test_one_image_in_a_thousand_may_differ(differing: int, decided: int, good: bool) -> None:
     violation = Tolerance().violation(result(differing, decided))

@@ -27,20 +27,15 @@ WAIT = 60.0
 
 
 def _server(**variables: str) -> Iterator[str]:
-    """Yield the endpoint of an S3-compatible server on loopback, in a separate session."""
+    """Yield the endpoint of an S3-compatible server on loopback."""
     if not all(importlib.util.find_spec(name) for name in ("moto", "flask")):
         pytest.skip("needs moto[server]")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **variables},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    environment, silent = {**os.environ, **variables}, subprocess.DEVNULL
+    process = subprocess.Popen(command, env=environment, stdout=silent, stderr=silent, start_new_session=True)
     try:
         end = time.monotonic() + WAIT
         while not _listens(port):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.reconstruct_tools import (
+from support.adaround_tools import (
     CPU,
     QUICK,
     SIZE,

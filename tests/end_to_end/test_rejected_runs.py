@@ -20,7 +20,8 @@ def test_other_weights_of_the_same_name_are_not_mixed_up(config: RunConfig, tmp_
     factory.write_text(
         "from torch import nn\n"
         "def net():\n"
-        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), "
+        "nn.Flatten(),"
         " nn.Linear(4, 10))\n"
     )
     for seed in (0, 1):

@@ -124,7 +124,9 @@ def test_first_and_last_width() -> None:
 
 
 def test_first_and_last_width_where_activations_are_quantized_behind_non_linearities() -> None:
-    """Protocol B: both ends at 8 bits, with what the last one pools; the image and the pooled features are float under this rule."""
+    """Protocol B: both ends at 8 bits, with what the last one pools; the image and the pooled features are float
+    under this rule.
+    """
     student = make("relu", bits=3, first_bits=8, last_bits=8)
     widths = {(row.role, row.name): row.bits for row in student.rows}
     assert [widths["weight", name] for name in ("conv1", "conv2", "conv3", "fc")] == [8, 3, 3, 8]

@@ -31,7 +31,10 @@ from synq.config.run import (
 
 
 def test_importing_configs_and_results_loads_nothing_heavy() -> None:
-    code = "import sys, synq.config.run, synq.runs.record; print([m for m in ('torch', 'numpy', 'tyro', 'ray') if m in sys.modules])"
+    code = (
+        "import sys, synq.config.run, synq.runs.record; print([m for m in ('torch', 'numpy', 'tyro', 'ray') "
+        "if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -141,7 +144,10 @@ def overrides(args: list[str]) -> dict[str, object]:
 
 
 def test_words_of_the_command_line() -> None:
-    line = "--finetune.lr 1e-3 --quant.act_bits=3 --finetune.train-bn False --teacher.input_size 1 16 16 --teacher.mean -0.5"
+    line = (
+        "--finetune.lr 1e-3 --quant.act_bits=3 --finetune.train-bn False --teacher.input_size 1 16 16 "
+        "--teacher.mean -0.5"
+    )
     assert overrides(line.split()) == {
         "finetune.lr": 1e-3,
         "quant.act_bits": 3,

@@ -32,7 +32,9 @@ def kinds(model: bytes) -> list[str]:
 
 
 class SideBySide(nn.Module):
-    """Convolutions of the same negative and positive activations, each with separate logits; one graph is exported faster."""
+    """Convolutions of the same negative and positive activations, each with separate logits; one graph is exported
+    faster.
+    """
 
     def __init__(self, *settings: dict[str, Any], channels: int = MIN_CHANNELS) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from support.reconstruct_tools import (
+from support.adaround_tools import (
     CPU,
     QUICK,
     SIZE,
@@ -133,7 +133,8 @@ def test_soft_rounding_starts_at_the_weight_and_ends_at_its_codes() -> None:
     student = student_of(traced_of(Bottlenecks), smooth(8, SIZE, 0))
     layer = next(iter(layers_of(student).values()))
     soft = SoftRounding(layer)
-    # Min-max ranges hold every weight, but for the end that the whole-numbered zero point shifts by at most half a step.
+    # Min-max ranges hold every weight, but for the end that the whole-numbered zero point shifts by at most half a
+    # step.
     inside = soft.weight().detach() - layer.weight
     step = soft.scale.expand_as(inside)
     assert float((inside.abs() / step).max()) <= 0.5 + 1e-4 and float((inside.abs() / step).median()) < 1e-5

@@ -96,7 +96,8 @@ for _ in range(5):
     layer(images).square().sum().backward()
 weight = layer.weight_quantizer(layer.weight).detach().double().requires_grad_()
 nn.functional.conv2d(images.double(), weight, layer.bias.detach().double(), 2).square().sum().backward()
-torch.testing.assert_close(layer.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-3 * weight.grad.abs().max().item())
+torch.testing.assert_close(layer.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-3 *
+weight.grad.abs().max().item())
 print("right")
 """
 """RepVGG's first layer. Its range is that of its weights, so that no gradient is masked."""

@@ -28,7 +28,9 @@ Steps = Literal["none", "activations", "all"]
 
 
 def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int | None) -> Tensor:
-    """The slow twin: autograd of s (x / s + rounding error) inside, s times the end code outside, the error taken for a constant."""
+    """The slow twin: autograd of s (x / s + rounding error) inside, s times the end code outside, the error taken
+    for a constant.
+    """
     shape = [1] * x.ndim
     if axis is not None:
         shape[axis] = -1
@@ -42,7 +44,9 @@ def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, hig
 def case(
     axis: int | None, signed: bool, dtype: torch.dtype = torch.float64, bits: int = 3
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, int], Tensor]:
-    """Values on both sides of the range, a step (per channel), a zero point, bounds, and the gradient that comes back."""
+    """Values on both sides of the range, a step (per channel), a zero point, bounds, and the gradient that comes
+    back.
+    """
     g = torch.Generator().manual_seed(bits + 10 * signed)
     bounds = quant_bounds(bits, signed)
     x = torch.randn(4, 6, 5, 3, generator=g, dtype=torch.float64)
