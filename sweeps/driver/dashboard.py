@@ -26,6 +26,8 @@ def study_storage(spec: SweepSpec) -> BaseStorage | None:
     if address == "journal":
         path = spec.output_dir / "optuna.journal"
         path.unlink(missing_ok=True)
+        # The ledger admits one driver, so a lock that is left belongs to a killed one; Optuna 5.0.0 waits 30 s for it.
+        path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
         storage: BaseStorage = JournalStorage(JournalFileBackend(str(path)))
     else:
         try:

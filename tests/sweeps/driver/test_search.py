@@ -346,3 +346,19 @@ def test_a_password_stays_out_of_files_and_messages(opened: Any, tmp_path: Path)
         _without_password(address) == "postgresql://me:...@host/db"
         and _without_password("sqlite:////tmp/a.db") == "sqlite:////tmp/a.db"
     )
+
+
+def test_the_journal_lock_of_a_killed_driver_costs_no_time(tmp_path: Path) -> None:
+    """Optuna 5.0.0 waits 30 seconds for the lock of a process that was killed while it wrote the journal."""
+    from synq.sweeps.driver.dashboard import study_storage
+
+    spec = tiny(tmp_path, study_storage="journal")
+    spec.output_dir.mkdir(parents=True, exist_ok=True)
+    lock = spec.output_dir / "optuna.journal.lock"
+    lock.symlink_to("optuna.journal")
+    study_storage(spec)
+    assert not lock.is_symlink()
+    lock.symlink_to("optuna.journal")
+    started = time.monotonic()
+    study_storage(spec)
+    assert time.monotonic() - started < 10
