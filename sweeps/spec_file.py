@@ -209,7 +209,9 @@ def check_spec(spec: SweepSpec) -> None:
             try:
                 with_overrides(group.base, with_bits({dimension.name: value}))
             except ValueError as error:
-                raise ValueError(f"`space.{dimension.name}` must stay where the setting is allowed: {error}") from None
+                raise ValueError(
+                    f"`space.{dimension.name}` must lie within the valid range of the setting: {error}"
+                ) from None
     for group in spec.groups:
         base = base_values(spec.dimensions, group.base)
         for number, point in enumerate(spec.points, start=1):

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from synq.common.files import check_writable
 from synq.config.run import RunConfig, make_absolute
 from synq.evaluation.measure import Measure
 from synq.finetune.loop import Epoch, finetune
 from synq.finetune.networks import aligned_blocks, prepare_networks
+from synq.finetune.responses import TappedNetwork
 from synq.finetune.schedule import local_batch_size
 from synq.quant.student import Student, build_student, share_changed, weight_codes
 from synq.runs.lifecycle import StageTimer, blank_record, complete_record, failure_recorded, finished_record, save
@@ -83,36 +85,17 @@ def run(
         with timer("measure"):
             reference, rounded = measure(teacher.graph), measure(student.net)
         codes = weight_codes(student.net)
+        eval_digest, started = measure.labels_digest, timer.started
         record = blank_record(
-            config,
-            teacher,
-            student,
-            train_set,
-            heldout,
-            measure.labels_digest,
-            accelerator,
-            started=timer.started,
-            rounding=rounding,
+            config, teacher, student, train_set, heldout, eval_digest, accelerator, started=started, rounding=rounding
         )
         if accelerator.is_main_process:
             write_config(folder / "config.json", config)
 
         with failure_recorded(folder, record, accelerator):
-            history = finetune(
-                student_net,
-                teacher_net,
-                images,
-                train_set.labels,
-                config.finetune,
-                accelerator=accelerator,
-                seed=config.seed,
-                bf16=config.runtime.precision == "bf16",
-                compiled=config.runtime.compile,
-                checkpoint=folder / "checkpoint.pt",
-                identity=identity,
-                on_epoch=_epoch_callback(config, measure, student, log, on_epoch),
-                on_checkpoint=on_checkpoint,
-                progress=config.runtime.progress,
+            after_epoch = _epoch_callback(config, measure, student, log, on_epoch)
+            history = _finetune(
+                config, student_net, teacher_net, images, train_set, accelerator, identity, after_epoch, on_checkpoint
             )
         timer.seconds["finetune"] = sum(epoch["seconds"] for epoch in history)
 
@@ -156,6 +139,36 @@ def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) 
     aligned_blocks(config, teacher)
     measure = Measure.prepare(config.evaluation, teacher, accelerator, progress=config.runtime.progress)
     return teacher, measure, build_student(teacher, config.quant)
+
+
+def _finetune(
+    config: RunConfig,
+    student: TappedNetwork,
+    teacher: TappedNetwork,
+    images: Tensor,
+    train_set: SyntheticSet,
+    accelerator: Accelerator,
+    identity: str,
+    on_epoch: Callable[[Epoch], None],
+    on_checkpoint: Callable[[Path], None] | None,
+) -> list[Epoch]:
+    """Fine-tune the student, or resume from the run's checkpoint if it is of the same teacher and images."""
+    return finetune(
+        student,
+        teacher,
+        images,
+        train_set.labels,
+        config.finetune,
+        accelerator=accelerator,
+        seed=config.seed,
+        bf16=config.runtime.precision == "bf16",
+        compiled=config.runtime.compile,
+        checkpoint=run_folder(config) / "checkpoint.pt",
+        identity=identity,
+        on_epoch=on_epoch,
+        on_checkpoint=on_checkpoint,
+        progress=config.runtime.progress,
+    )
 
 
 def _epoch_callback(

@@ -56,7 +56,7 @@ def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
         stop(process)
     if process.returncode != 0:
         code, end = process.returncode, err.strip()[-500:]
-        raise WorkerError(f"a process of the benchmark must end well, but ended with {code}: {end}")
+        raise WorkerError(f"a process of the benchmark must exit with code 0, but exited with {code}: {end}")
     return out, err
 
 

@@ -135,7 +135,7 @@ class GroupSearch(OptunaSearch):
 
     def _sampler_of(self, number: int, *, blind: bool = False) -> optuna.samplers.BaseSampler:
         seed = random.Random(f"{self.seed_text}/{number}").getrandbits(31)
-        if blind or self.sampler_name not in ("tpe", "gp", "nsga2"):
+        if blind or self.sampler_name == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -143,6 +143,8 @@ class GroupSearch(OptunaSearch):
                 return optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.num_startup)
             if self.sampler_name == "nsga2":
                 return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, self.num_startup))
+            if self.sampler_name != "tpe":
+                raise ValueError(f"`sampler` must be tpe, gp, nsga2 or random, but got {self.sampler_name}")
             # group: conditional settings are modeled separately; constant_liar: running trials count as weak.
             return optuna.samplers.TPESampler(
                 seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=self.num_startup

@@ -106,7 +106,7 @@ class Storage:
             if not DENIED.search(str(error)):
                 raise
             why = one_line(error)
-            raise ValueError(f"`output_dir` must be open to the credentials in use, but got {why}") from error
+            raise ValueError(f"`output_dir` must be accessible with the credentials in use, but got {why}") from error
         with suppress(OSError):  # the credentials may cover the folder only
             if self._infos(self._root.split("/")[0]).type == FileType.NotFound:
                 raise ValueError(f"`output_dir` must name an existing bucket, but got {self}")

@@ -53,7 +53,7 @@ def exit_code(
         from concurrent.futures import BrokenExecutor
 
         if isinstance(error, BrokenExecutor):
-            reason = "a run's process died (too little memory?); the same command goes on, fewer `--jobs` need less"
+            reason = "a run's process died (too little memory?); the same command resumes, fewer `--jobs` need less"
             error = RuntimeError(reason)
         elif not isinstance(error, failures()):
             raise

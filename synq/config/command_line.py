@@ -307,6 +307,8 @@ class CommandGroup(click.Group):
         if args[0] == "--version":
             print(f"{self.name} {self.version}", flush=True)
             return 0
+        if args[0].startswith("--help="):
+            raise ValueError(f"`--help=GROUP` must follow a command, for example: {self.name} train {args[0]}")
         command = self.get_command(click.Context(self), args[0])
         if command is None:
             names, hint = ", ".join(self.modules), nearest(args[0], self.modules)

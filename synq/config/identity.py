@@ -28,7 +28,7 @@ def absolute_path(path: str) -> str:
     expanded = os.path.expandvars(os.path.expanduser(path))
     unset = re.search(r"\$(\w+|\{\w+\})", expanded)
     if unset is not None:
-        raise ValueError(f"environment variable {unset.group()} must be set, but {path} names it and it is not")
+        raise ValueError(f"environment variable {unset.group()} must be set, but is not (used in {path})")
     return path if "://" in path else os.path.abspath(expanded)
 
 

@@ -135,7 +135,7 @@ def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
         pairs = [*zip(found, wanted, strict=False), *zip(found_acts, wanted_acts, strict=False)]
         counts = (len(found) + len(found_acts), len(wanted) + len(wanted_acts))
         odd = next((pair for pair in pairs if pair[0] != pair[1]), counts)
-        raise ValueError(f"a packed student must fit its network, but {path} holds {odd[0]} where {odd[1]} is wanted")
+        raise ValueError(f"a packed student must fit its network, but {path} has {odd[0]} where {odd[1]} is expected")
     norms = channel_affines(form)
     channels_of = [[name, len(norm.gain)] for name, norm in norms.items()]
     if facts["norms"] != channels_of or facts["structure"] != _structure(form):

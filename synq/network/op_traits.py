@@ -167,7 +167,7 @@ _POOLING = (
         reduces_dims=True,
     ),
     OpTraits("upsample", OpKind.STRUCTURAL, modules=(nn.Upsample,), names=("interpolate",), resamples=True),
-    # Subclasses of nn.Upsample that compute the same. Without `resamples`, because a block may end at them so far.
+    # Subclasses of nn.Upsample that compute the same. Without `resamples`, because a block currently ends at them.
     OpTraits("upsampling", OpKind.STRUCTURAL, modules=(nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)),
 )
 

@@ -64,7 +64,7 @@ class RangeObserver:
         """
         low, high = float(self.min_val), float(self.max_val)
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(f"observed activations must be finite and at least one, but got the range ({low}, {high})")
+            raise ValueError(f"observed activations must be finite and not empty, but got the range ({low}, {high})")
         return low, high
 
 

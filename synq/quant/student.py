@@ -155,10 +155,13 @@ def observe_ranges(
         batch_size: Images per forward pass.
 
     Raises:
-        ValueError: If there are no images, or an activation is not finite.
+        ValueError: If there are no images, a rule is unknown, or an activation is not finite.
     """
     if len(images) == 0:
         raise ValueError("calib_images must be >= 1, but got no image")
+    for name, rule in (("act_range", act_range), ("weight_range", weight_range)):
+        if rule not in ("minmax", "mse"):
+            raise ValueError(f"`{name}` must be minmax or mse, but got {rule!r}")
     for module in net.modules():
         if isinstance(module, (QuantConv2d, QuantLinear)):
             weights = module.weight_quantizer

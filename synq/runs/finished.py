@@ -101,7 +101,7 @@ def _load_set(store: SetStore, name: str, digest: str) -> SyntheticSet:
         hint = "give its new folder by `--runtime.store_dir`, or run `synq synthesize` with the same settings"
         raise FileNotFoundError(f"`RUN` must find its synthetic images, but {store.path(name)} does not exist: {hint}")
     if found.digest != digest:
-        raise ValueError(f"`RUN` must find its synthetic images, but those in {found.path} are others")
+        raise ValueError(f"`RUN` must find its synthetic images, but the set in {found.path} has another digest")
     return found
 
 

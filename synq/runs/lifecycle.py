@@ -205,9 +205,8 @@ def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
         remedy = "this is no error, but a stronger low-pass filter makes more images difficult"
     else:
         remedy = "raise it, or weaken the low-pass filter, to use hard labels"
-    return [
-        f"difficulty_threshold {tau} has no effect: {100 * share:.1f} % of the images keep their hard label; {remedy}"
-    ]
+    effect = "has no effect" if share > 0.99 else "switches hard labels off"
+    return [f"difficulty_threshold {tau} {effect}: {100 * share:.1f} % of the images keep their hard label; {remedy}"]
 
 
 def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:
@@ -257,7 +256,7 @@ def finished_record(path: Path, teacher: Teacher, labels_digest: str, accelerato
     ):
         if then != now:
             raise ValueError(
-                f"runtime.output_dir must not mix {what}: {path} is a run on other files of the same name. "
+                f"runtime.output_dir must not mix {what}: {path} was made with different {what} of the same name. "
                 "Choose another output_dir or name"
             )
     return record if record.status == "completed" else None

@@ -74,7 +74,7 @@ class RunRecord:
     size_bytes: float | None = None
     """Size of the student's parameters at their bit-widths, in bytes."""
     bitops: float | None = None
-    """Bit operations of one image: sum over layers of multiplications x weight bits x activation bits."""
+    """Bit operations of one image: sum over layers of MACs x weight bits x activation bits."""
     kept_share: float | None = None
     """Share (0..1) of training images whose difficulty is at most the threshold."""
     set_digest: str = ""

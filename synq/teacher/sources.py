@@ -291,7 +291,7 @@ def _build_pretrained(spec: str, build: Callable[[], nn.Module]) -> nn.Module:
     except Exception as error:  # urllib, httpx, huggingface_hub and hash checks have no common base class
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConnectionError(
-            f"{spec} and its weights must be obtainable, but got {type(error).__name__}: {reason}; "
+            f"{spec} and its weights must be available for download, but got {type(error).__name__}: {reason}; "
             "without a network, download the file elsewhere and give its path as `teacher.weights`"
         ) from error
 

@@ -124,7 +124,7 @@ def test_a_worker_trains_on_disk_and_reports(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 def test_the_error_of_a_failed_worker_has_the_reason() -> None:
-    with pytest.raises(WorkerError, match=r"(?s)process of the benchmark must end well.*batch_size"):
+    with pytest.raises(WorkerError, match=r"(?s)process of the benchmark must exit with code 0.*batch_size"):
         result(start([*SOLO, "--tiny", "--images", "4", "--batch", "8", "--device", "cpu"]))
 
 

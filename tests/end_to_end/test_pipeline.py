@@ -137,7 +137,7 @@ def test_filter_reaches_ranges_and_training(config: RunConfig) -> None:
 
 def test_inert_threshold_is_said(config: RunConfig) -> None:
     record = run(with_overrides(config, {"finetune.difficulty_threshold": 0.0}))
-    assert record.kept_share == 0.0 and any("has no effect" in text for text in record.warnings)
+    assert record.kept_share == 0.0 and any("switches hard labels off" in text for text in record.warnings)
     assert run(with_overrides(config, {"finetune.difficulty_threshold": 1.0})).kept_share == 1.0
 
 

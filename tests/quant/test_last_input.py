@@ -163,7 +163,7 @@ def test_a_packed_file_opens_as_the_kind_it_is(tmp_path: Path) -> None:
     save_packed(tmp_path / "narrow.safetensors", form, about)
     assert torch.equal(load_student(tmp_path / "narrow.safetensors")(sample), form(sample))
     wide = build_student(teacher, QuantConfig(last_bits=8)).net
-    with pytest.raises(ValueError, match=r"relu_6', 4\) where .*relu_6', 8\) is wanted"):
+    with pytest.raises(ValueError, match=r"relu_6', 4\) where .*relu_6', 8\) is expected"):
         load_packed(tmp_path / "narrow.safetensors", wide)
 
 
