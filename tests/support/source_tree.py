@@ -9,9 +9,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def files(*folders: str) -> list[Path]:
     """Return the Python files of folders; synq/sweeps, a link to sweeps/, is not followed."""
-    return sorted(
-        path for folder in folders for path in (ROOT / folder).rglob("*.py") if "synq/sweeps" not in str(path)
-    )
+    link = ROOT / "synq" / "sweeps"
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py") if not path.is_relative_to(link))
 
 
 def name_of(path: Path) -> str:
