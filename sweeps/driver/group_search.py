@@ -11,6 +11,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
+from ..search_config import LISTED, SAMPLERS
 from ..space import Dimension, sample
 
 OBJECTIVE = "objective_value"
@@ -135,7 +136,7 @@ class GroupSearch(OptunaSearch):
 
     def _sampler_of(self, number: int, *, blind: bool = False) -> optuna.samplers.BaseSampler:
         seed = random.Random(f"{self.seed_text}/{number}").getrandbits(31)
-        if blind or self.sampler_name == "random":
+        if blind or self.sampler_name in ("random", *LISTED):  # listed proposals are enqueued, nothing is drawn
             return optuna.samplers.RandomSampler(seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -144,7 +145,7 @@ class GroupSearch(OptunaSearch):
             if self.sampler_name == "nsga2":
                 return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, self.num_startup))
             if self.sampler_name != "tpe":
-                raise ValueError(f"`sampler` must be tpe, gp, nsga2 or random, but got {self.sampler_name}")
+                raise ValueError(f"`sampler` must be one of {', '.join(SAMPLERS)}, but got {self.sampler_name}")
             # group: conditional settings are modeled separately; constant_liar: running trials count as weak.
             return optuna.samplers.TPESampler(
                 seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=self.num_startup
