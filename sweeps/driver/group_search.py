@@ -45,7 +45,7 @@ class GroupSearch(OptunaSearch):
             dimensions: The search space.
             minimize: Whether a lower objective is better.
             second_objective: Field of a trial's result that is also minimized; none for a single objective.
-            sampler: tpe, gp or nsga2; anything else draws at random.
+            sampler: One of `SAMPLERS`; those of `LISTED` only take what is enqueued.
             seed: Seed of the random numbers of every proposal, as text.
             num_startup: Number of random trials before tpe and gp use results; also the population size of nsga2.
             study_name: Name of the Optuna study.
