@@ -63,14 +63,14 @@ def command(
     """
     if run_all:
         between("jobs", jobs, 1)
-        if ctx.obj:
-            raise ValueError(f"`--all` must be given without settings and TEACHER, but got {' '.join(ctx.obj)}")
+        if given := [*(f"--config {file}" for file in ctx.obj.files), *(f"--{key}" for key in ctx.obj.overrides)]:
+            raise ValueError(f"`--all` must be given without settings and TEACHER, but got {' '.join(given)}")
         return _all(only, jobs, formats or ("packed",), page)
-    for name, value in (("only", only), ("page", page)):
+    for name, value in (("only", " ".join(only)), ("page", page)):
         if value:
             raise ValueError(f"`{name}` must be left out without `--all`, but got {value!r}")
     for part in IGNORED:
-        if any(key.startswith(f"{part}.") for key in ctx.obj):
+        if any(key.startswith(f"{part}.") for key in ctx.obj.overrides):
             raise ValueError(
                 f"`{part}` must be left out: a smoke run sets it; only teacher, quant and runtime are used"
             )

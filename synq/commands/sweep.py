@@ -53,7 +53,7 @@ def command(
     from synq.sweeps.driver.cluster import output_root, prepare_environment
     from synq.sweeps.spec_file import DEMO_SPEC, load_spec
 
-    resolved = load_spec(spec or DEMO_SPEC, options, root=output_root())
+    resolved = load_spec(DEMO_SPEC if spec is None else spec, options, root=output_root())
     prepare_environment()
     if dry_run:
         from synq.sweeps.driver.dry_run import print_preview

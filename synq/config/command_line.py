@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -28,6 +28,15 @@ from synq.config.parsing import dotted_keys, nearest, one_of, values_from_text, 
 from synq.config.run import RunConfig, load_run, make_absolute
 
 HELP_FLAGS = ("-h", "--help")
+
+
+class GivenSettings(NamedTuple):
+    """What a command line gave of a run's settings, as the object of the click context."""
+
+    files: tuple[str, ...]
+    """Settings files."""
+    overrides: dict[str, Any]
+    """Values of options, by dotted key."""
 
 
 class Command(click.Command):
@@ -162,8 +171,9 @@ class Command(click.Command):
         if self.settings == "overrides":
             ctx.params["overrides"] = overrides
         else:
-            ctx.params["config"] = make_absolute(read_run(ctx.params.pop("config_files"), overrides))
-            ctx.obj = overrides
+            files = tuple(ctx.params.pop("config_files") or ())
+            ctx.params["config"] = make_absolute(read_run(files, overrides))
+            ctx.obj = GivenSettings(files, overrides)
 
     def _collect(self, args: Sequence[str]) -> tuple[dict[str, list[str | None]], list[str]]:
         """Return the values of each option, None for a flag's, and the positional arguments."""
@@ -181,6 +191,8 @@ class Command(click.Command):
                 continue
             flag, equals, value = arg.partition("=")
             param = known.get(key_of(flag))
+            if self.settings and not flag.startswith("--"):
+                raise ValueError(f"each setting must read --KEY VALUE, but got {arg}; {self.advice}")
             if not isinstance(param, Option) or not flag.startswith("--"):
                 raise ValueError(self._unknown(flag))
             flag = param.opts[0]
@@ -219,7 +231,7 @@ class Command(click.Command):
     def _print_help(self, ctx: click.Context, level: str, args: Sequence[str]) -> None:
         program, config = ctx.info_name or "", RunConfig()
         if self.settings == "run":  # the help shows the values that a run with these arguments would have
-            given, _ = self._collect([arg for arg in args if arg != level])
+            given, _ = self._collect([arg for arg in args if arg not in (level, *HELP_FLAGS)])
             text = {key: given[f"--{key}"] for key in dotted_keys(RunConfig) if f"--{key}" in given}
             config = read_run(given.get("--config", []), values_from_text(RunConfig, text))  # type: ignore[arg-type]
         if level == "--help-all":
@@ -254,9 +266,9 @@ def name_first_argument(args: Sequence[str], first: str, *, takes_file: bool) ->
     if not args or args[0].startswith("-"):
         return list(args)
     if len(args) > 1 and not args[1].startswith("-"):
-        cure = "; `--config FILE` names settings, `--teacher.spec` the teacher" if takes_file else ""
+        cure = "`--config FILE` names settings, `--teacher.spec` the teacher" if takes_file else "see --help"
         raise ValueError(
-            f"only the first argument may come without its option, but got {args[1]!r} after {args[0]!r}{cure}"
+            f"only the first argument may come without its option, but got {args[1]!r} after {args[0]!r}; {cure}"
         )
     return ["--config" if takes_file and args[0].endswith((".toml", ".json")) else first, *args]
 

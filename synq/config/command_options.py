@@ -27,12 +27,13 @@ class Option(click.Option):
         *args: Any,
         several: bool = False,
         multiple: bool = False,
-        rule: str = "be given one value",
+        rule: str = "",
         is_common: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **{**kwargs, "multiple": several or multiple})
-        self.several, self.rule, self.is_common = several, rule, is_common
+        self.several, self.is_common = several, is_common
+        self.rule = rule or ("be given at least one value" if several else "be given one value")
 
 
 class Argument(click.Argument):

@@ -238,3 +238,30 @@ def test_a_module_of_ours_that_is_missing_is_no_fault_of_the_environment() -> No
 
     with pytest.raises(ModuleNotFoundError):
         exit_code(work)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["sweep", ""], "`spec` must name"),
+        (["smoke-run", "run.toml", "--all"], "but got --config run.toml"),
+        (["smoke-run", "--all", "--seed", "1"], "but got --seed"),
+        (["smoke-run", "--only", "x"], "but got 'x'"),
+        (["train", "-s", "3"], "must read --KEY VALUE, but got -s"),
+        (["export", "RUN", "--formats"], "must be given at least one value"),
+        (["ablate", "a", "b"], "see --help"),
+        (["--help=quant"], "synq train --help=quant"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_one_line(
+    args: list[str], message: str, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("run.toml").write_text("[finetune]\nlr = 0.5\n")
+    assert cli.run(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_two_help_flags_are_one_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", "-h", "--help"]) == 0
+    assert "usage: synq train" in capsys.readouterr().out

@@ -259,7 +259,7 @@ def test_the_console_command_lists_its_commands(capsys: pytest.CaptureFixture[st
 
 
 def test_the_console_command_imports_nothing_large() -> None:
-    code = "import sys, synq.cli; print(sorted({'torch', 'ray', 'sweeps', 'launch'} & set(sys.modules)))"
+    code = "import sys, synq.cli; print([m for m in sys.modules if m.startswith(('torch', 'ray', 'synq.sweeps'))])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -185,7 +185,7 @@ def test_a_wrong_spec_is_refused_by_name(tmp_path: Path, change: tuple[str, str]
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (BrokenProcessPool("A process in the process pool was terminated abruptly"), "the same command goes on"),
+        (BrokenProcessPool("A process in the process pool was terminated abruptly"), "the same command resumes"),
         (NonFiniteLossError("the term kd became nan"), "kd became nan"),
     ],
 )
