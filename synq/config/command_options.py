@@ -118,9 +118,9 @@ def parameter_name(key: str) -> str:
 
 @functools.cache
 def setting_options() -> tuple[Option, ...]:
-    """Return one option for each setting of a run."""
-    keys = dotted_keys(RunConfig)
-    return tuple(Option([f"--{key}", parameter_name(key)], several=True, type=click.UNPROCESSED) for key in keys)
+    """Return one option for each setting of a run; whether it takes several values is for its reader to check."""
+    kind: dict[str, Any] = {"several": True, "type": click.UNPROCESSED, "rule": "be given one value"}
+    return tuple(Option([f"--{key}", parameter_name(key)], **kind) for key in dotted_keys(RunConfig))
 
 
 def moved_options(function: Function) -> Function:
