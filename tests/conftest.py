@@ -303,7 +303,7 @@ def undisturbed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[di
         "--output-dir",
         str(folder / "out"),
     ]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     whole(folder / "out")
     return board(folder / "out")

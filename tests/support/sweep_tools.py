@@ -69,7 +69,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 Start = Callable[..., subprocess.Popen[str]]
 
 
-def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert process.poll() is None, process.communicate()[0]
@@ -77,7 +77,7 @@ def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: fl
         time.sleep(0.1)
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 200) -> str:
+def finish(process: subprocess.Popen[str], seconds: float = 300) -> str:
     """Wait for a driver that must end well; returns what it printed."""
     out, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, out
