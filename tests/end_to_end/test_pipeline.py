@@ -159,11 +159,11 @@ def test_a_fine_tuning_that_harms_is_said(config: RunConfig) -> None:
 @pytest.mark.slow
 def test_images_that_do_not_show_their_class_are_said(config: RunConfig) -> None:
     told = run(with_overrides(config, {"synthesis.iterations": 0})).warnings
-    assert any(re.search(r"the teacher gives only \d+ % of the synthetic images the class", text) for text in told)
+    assert any(re.search(r"the teacher classifies only \d+ % of the synthetic images as their", text) for text in told)
     done = run(with_overrides(config, {"synthesis.iterations": 60, "synthesis.inception_weight": 1.0})).warnings
-    assert not any("the teacher gives only" in text for text in done)
+    assert not any("the teacher classifies only" in text for text in done)
     noise = run(with_overrides(config, {"synthesis.method": "gaussian"})).warnings
-    assert not any("the teacher gives only" in text for text in noise), "noise takes the teacher's answers for labels"
+    assert not any("the teacher classifies only" in text for text in noise), "noise takes the teacher's answers for labels"
 
 
 def test_no_epochs_is_round_to_nearest(config: RunConfig) -> None:
