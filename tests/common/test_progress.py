@@ -39,7 +39,7 @@ run_all({"only": config}, 1, lambda cell, record: print("done", cell, flush=True
 arguments = ["--formats", "packed", "--agreement", "0", "--mean-difference", "9"]
 assert main([str(run_folder(config)), *arguments]) == 0
 """
-TITLES = ("runs:", "train images:", "fine-tune:", "labeled images:", "teacher's answers:", "check model.safetensors:")
+TITLES = ("runs:", "train images:", "fine-tune:", "labeled images:", "teacher's logits:", "check model.safetensors:")
 
 
 @pytest.fixture
