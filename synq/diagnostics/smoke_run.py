@@ -29,10 +29,11 @@ from synq.config.run import (
     SynthesisConfig,
     TeacherConfig,
 )
-from synq.evaluation.fidelity import logits_of, sqnr_db
+from synq.evaluation.fidelity import sqnr_db
 from synq.export.export import ExportOptions, export_run
 from synq.mixed_precision.sensitivity import scan_quantizers
 from synq.network.bn_stats import bn_targets
+from synq.network.logits import logits_of
 from synq.pipeline import run
 from synq.quant.layers import quantizers_bypassed
 from synq.quant.student import build_student, observe_ranges
