@@ -105,7 +105,7 @@ def _trace(module: nn.Module, sample: Tensor) -> fx.Graph:
 def _accepts_one_image(traced: fx.GraphModule, sample: Tensor, logits: Tensor) -> bool:
     """Return whether a graph has logits (1, K) for a single image, as it has logits (2, K) for two."""
     try:
-        single = traced(sample[:1].clone())
+        single = traced.forward(sample[:1].clone())  # a call would print where in the graph's code it fails
     except (RuntimeError, IndexError, ValueError, TypeError):  # an operation found an axis too few
         return False
     return isinstance(single, Tensor) and single.shape == (1, logits.shape[1])
