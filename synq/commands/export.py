@@ -64,8 +64,8 @@ def _failures() -> tuple[type[BaseException], ...]:
     "--threads",
     type=INT,
     default=1,
-    help="threads of ONNX Runtime for the latency; with one, the processor time is measured, which other programs affect "
-    "least; 0: chosen by ONNX Runtime (default: 1)",
+    help="threads of ONNX Runtime for the latency; with one, the processor time is measured, which other programs "
+    "affect least; 0: chosen by ONNX Runtime (default: 1)",
 )
 @option("--rounds", type=INT, default=30, help="timed runs of each model; 0 for no timing (default: 30)")
 @moved_options

@@ -281,8 +281,8 @@ def _speed(metrics: Mapping[str, Any]) -> str:
     clock = "processor time of one thread" if threads == 1 else f"{threads or 'all'} threads"
     text = (
         f"{first['name']}: {metrics['latency_ms']:.2f} ms per image in ONNX Runtime on the CPU ({clock}), "
-        f"float {metrics['float_latency_ms']:.2f} ms ({1 / metrics['latency_ratio']:.2f} times as fast); medians of runs in "
-        f"turns, spread {100 * metrics['latency_spread']:.0f} %"
+        f"float {metrics['float_latency_ms']:.2f} ms ({1 / metrics['latency_ratio']:.2f} times as fast); medians of "
+        f"runs in turns, spread {100 * metrics['latency_spread']:.0f} %"
     )
     integers, floats = first["integer_kernels"], first["float_kernels"]
     return f"{text}. {SLOW.format(integers=integers, total=integers + floats)}" if floats > integers else text
