@@ -1,14 +1,15 @@
 """Random small classifiers as source code: each is one integer seed, and a file that anyone can run.
 
-`draft` adds piece after piece to a forward pass (`networks_layers.py`, `networks_joins.py`, `networks_moves.py`), a head
-(`networks_heads.py`) at the end. Every line is run on two images as it is written, so that shapes need no rules of
-their own: a piece that fails, overflows or grows too large is taken back. A piece has a random generator of its own,
-so that leaving out some of them (`skip`, to make a failing network short) leaves the others as they are.
+`draft` adds piece after piece to a forward pass (`networks_pieces.py` is the grammar), a head (`networks_heads.py`) at
+the end. Every line is run on two images as it is written, so that shapes need no rules of their own: a piece that
+fails, overflows or grows too large is taken back. A piece has a random generator of its own, so that leaving out some
+of them (`skip`, to make a failing network short) leaves the others as they are.
 """
 
 import math
 import random
 import textwrap
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +153,8 @@ class Draft:
         self.rejectable.extend(words)
 
     def run(self, line: str, into: list[str]) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's remarks on slow settings
             exec(line, self.scope)
         into.append(line)
 
@@ -238,9 +240,7 @@ def draft(seed: int, skip: Collection[int] = ()) -> Network:
     )
 
 
-def weighted(
-    rng: random.Random, choices: Sequence[tuple[float, Callable[[Draft], None]]]
-) -> Callable[[Draft], None]:
+def weighted(rng: random.Random, choices: Sequence[tuple[float, Callable[[Draft], None]]]) -> Callable[[Draft], None]:
     """Return one of the pieces, by weight."""
     return rng.choices([piece for _, piece in choices], [weight for weight, _ in choices])[0]
 

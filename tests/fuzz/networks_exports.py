@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fuzz.networks_checks import DifferenceError, close, equal
+from fuzz.networks_checks import close, equal
+from fuzz.networks_rejections import DifferenceError
 from synq.export.onnx_graph import INT4_BITS, onnx_graph, write_container
 from synq.export.packed import load_packed, save_packed
 from synq.export.verify import Tolerance, compare, engine_of, open_session
@@ -74,7 +75,9 @@ def check_float_onnx(teacher: Teacher, images: Tensor) -> None:
     close(engine(images[:1]), expected[:1], "float ONNX of one image, traced network", scale=10)
 
 
-def check_file(engine: Callable[[Tensor], Tensor], logits: Tensor, images: Tensor, what: str, simulation: object) -> None:
+def check_file(
+    engine: Callable[[Tensor], Tensor], logits: Tensor, images: Tensor, what: str, simulation: object
+) -> None:
     """Compare a file with the integer form: within the export's own limit, and on one image as on many."""
     found = engine(images.clone())
     if found.shape != logits.shape:

@@ -1,10 +1,17 @@
-"""Pieces of random networks in which several tensors meet: sums, gates, concatenations, shared layers, nested modules."""
+"""Pieces of random networks in which several tensors meet: sums, gates, concatenations, shared layers, nested ones."""
 
 from fuzz.networks import Draft, common_divisor
 from fuzz.networks_layers import conv_expression, width
 
 ADD = (
-    *("{a} + {b}", "{a} + {b}", "torch.add({a}, {b})", "{a}.add({b})", "{a}.add_({b})", "torch.add({a}, {b}, alpha=0.5)"),
+    *(
+        "{a} + {b}",
+        "{a} + {b}",
+        "torch.add({a}, {b})",
+        "{a}.add({b})",
+        "{a}.add_({b})",
+        "torch.add({a}, {b}, alpha=0.5)",
+    ),
     *("torch.add(input={a}, other={b})", "sum([{a}, {b}])", "torch.stack([{a}, {b}]).sum(0)"),
 )
 SUBTRACT = ("{a} - {b}", "torch.sub({a}, {b})", "{a}.sub({b})", "{a} - 0.5 * {b}", "{a} + -{b}", "{a} + {b}.neg()")
@@ -54,7 +61,9 @@ def projected_residual(b: Draft) -> None:
     if kind == "conv":
         b.line(f"{shortcut} = {b.module('down', f'nn.Conv2d({c}, {outputs}, 1, 2)')}(x)")
     elif kind == "pool":
-        b.line(f"{shortcut} = {b.module('down', f'nn.Conv2d({c}, {outputs}, 1)')}(F.avg_pool2d(x, 2, 2, ceil_mode=True))")
+        b.line(
+            f"{shortcut} = {b.module('down', f'nn.Conv2d({c}, {outputs}, 1)')}(F.avg_pool2d(x, 2, 2, ceil_mode=True))"
+        )
     else:
         small = b.name("s")
         b.line(f"{small} = {b.pick('x[:, :, ::2, ::2]', 'F.max_pool2d(x, 1, 2)', 'F.avg_pool2d(x, 1, stride=2)')}")
@@ -94,9 +103,15 @@ def concatenation(b: Draft) -> None:
 def squeeze_excitation(b: Draft) -> None:
     """A gate per channel, from the pooled map."""
     c, g = b.channels, b.name("g")
-    pooled = b.pick("x.mean((2, 3))", "F.adaptive_avg_pool2d(x, 1).flatten(1)", "x.mean([2, 3], keepdim=True)",
-                    "F.adaptive_avg_pool2d(x, (1, 1))", "F.avg_pool2d(x, x.shape[2:])", "x.amax((2, 3))",
-                    "x.view(x.size(0), x.size(1), -1).mean(2)")  # fmt: skip
+    pooled = b.pick(
+        "x.mean((2, 3))",
+        "F.adaptive_avg_pool2d(x, 1).flatten(1)",
+        "x.mean([2, 3], keepdim=True)",
+        "F.adaptive_avg_pool2d(x, (1, 1))",
+        "F.avg_pool2d(x, x.shape[2:])",
+        "x.amax((2, 3))",
+        "x.view(x.size(0), x.size(1), -1).mean(2)",
+    )
     b.line(f"{g} = {pooled}")
     if b.scope[g].ndim == 2:
         one, two = b.module("fc", f"nn.Linear({c}, 4)"), b.module("fc", f"nn.Linear(4, {c})")
@@ -105,20 +120,35 @@ def squeeze_excitation(b: Draft) -> None:
     b.line(f"{g} = {b.pick('F.relu', 'F.silu', 'torch.tanh')}({one}({g}))")
     b.line(f"{g} = {b.pick(*GATES).format(x=f'{two}({g})')}")
     if b.scope[g].ndim == 2:
-        shape = b.pick("{g}[:, :, None, None]", "{g}.view({g}.size(0), {g}.size(1), 1, 1)", "{g}.unsqueeze(-1).unsqueeze(-1)",
-                       "{g}.view(*{g}.shape, 1, 1)", "{g}.reshape(-1, {c}, 1, 1)", "{g}.view(len(x), -1, 1, 1)",
-                       "{g}[..., None, None]", "torch.unsqueeze({g}, 2).unsqueeze(3)", "{g}.unflatten(1, ({c}, 1, 1))",
-                       "{g}.view({g}.shape + (1, 1))")  # fmt: skip
+        shape = b.pick(
+            "{g}[:, :, None, None]",
+            "{g}.view({g}.size(0), {g}.size(1), 1, 1)",
+            "{g}.unsqueeze(-1).unsqueeze(-1)",
+            "{g}.view(*{g}.shape, 1, 1)",
+            "{g}.reshape(-1, {c}, 1, 1)",
+            "{g}.view(len(x), -1, 1, 1)",
+            "{g}[..., None, None]",
+            "torch.unsqueeze({g}, 2).unsqueeze(3)",
+            "{g}.unflatten(1, ({c}, 1, 1))",
+            "{g}.view({g}.shape + (1, 1))",
+        )
         b.line(f"{g} = {shape.format(g=g, c=c)}")
     if b.chance(0.3):
-        b.line(f"{g} = {b.pick('{g}.expand_as(x)', '{g}.expand(-1, -1, x.size(2), x.size(3))', '{g}.expand(x.shape)').format(g=g)}")
+        form = b.pick("{g}.expand_as(x)", "{g}.expand(-1, -1, x.size(2), x.size(3))", "{g}.expand(x.shape)").format(g=g)
+        b.line(f"{g} = {form}")
     b.line(f"x = {b.pick(*MULTIPLY, '{a} + {b}', '{a} / (1.0 + {b})').format(a='x', b=g)}")
 
 
 def spatial_gate(b: Draft) -> None:
     """A gate per position, from mean and maximum over the channels."""
-    highest = b.pick("torch.max(x, 1, keepdim=True)[0]", "x.max(dim=1, keepdim=True).values", "x.amax(1, keepdim=True)",
-                     "x.max(1, keepdim=True)[0]", "torch.amax(x, dim=1, keepdim=True)", "x.min(1, keepdim=True)[0]")  # fmt: skip
+    highest = b.pick(
+        "torch.max(x, 1, keepdim=True)[0]",
+        "x.max(dim=1, keepdim=True).values",
+        "x.amax(1, keepdim=True)",
+        "x.max(1, keepdim=True)[0]",
+        "torch.amax(x, dim=1, keepdim=True)",
+        "x.min(1, keepdim=True)[0]",
+    )
     mean = b.pick("x.mean(1, keepdim=True)", "torch.mean(x, dim=1, keepdim=True)", "x.sum(1, keepdim=True)")
     g, layer = b.name("g"), b.module("gate", "nn.Conv2d(2, 1, 3, padding=1)")
     b.line(f"{g} = torch.cat([{mean}, {highest}], 1)")
@@ -138,11 +168,21 @@ def split_and_join(b: Draft) -> None:
     c = b.channels
     first, second = b.name("a"), b.name("a")
     half = c // 2
-    parts = b.pick("x.chunk(2, 1)", "torch.chunk(x, 2, dim=1)", f"x.split({half}, 1)", f"torch.split(x, [{half}, {c - half}], dim=1)",
-                   f"x.split([{half}, {c - half}], dim=1)", f"(x[:, :{half}], x[:, {half}:])", "x.tensor_split(2, dim=1)",
-                   f"(x.narrow(1, 0, {half}), x.narrow(1, {half}, {c - half}))", "(x[:, ::2], x[:, 1::2])",
-                   f"x.split(x.size(1) // 2, dim=1)", f"x.view(x.size(0), 2, {half}, x.size(2), x.size(3)).unbind(1)",
-                   f"x.reshape(x.shape[0], 2, -1, *x.shape[2:]).transpose(0, 1)", "torch.tensor_split(x, 2, 1)")  # fmt: skip
+    parts = b.pick(
+        "x.chunk(2, 1)",
+        "torch.chunk(x, 2, dim=1)",
+        f"x.split({half}, 1)",
+        f"torch.split(x, [{half}, {c - half}], dim=1)",
+        f"x.split([{half}, {c - half}], dim=1)",
+        f"(x[:, :{half}], x[:, {half}:])",
+        "x.tensor_split(2, dim=1)",
+        f"(x.narrow(1, 0, {half}), x.narrow(1, {half}, {c - half}))",
+        "(x[:, ::2], x[:, 1::2])",
+        "x.split(x.size(1) // 2, dim=1)",
+        f"x.view(x.size(0), 2, {half}, x.size(2), x.size(3)).unbind(1)",
+        "x.reshape(x.shape[0], 2, -1, *x.shape[2:]).transpose(0, 1)",
+        "torch.tensor_split(x, 2, 1)",
+    )
     b.line(f"{first}, {second} = {parts}")
     size = b.scope[first].shape[1]
     layer = b.module("conv", conv_expression(b, size, size, keeps_size=True))
@@ -186,7 +226,10 @@ def shared_layer(b: Draft) -> None:
 def nested(b: Draft) -> None:
     """Blocks of their own class, in a list, a sequence or a dictionary."""
     c, name, g = b.channels, b.name("Block"), common_divisor(b.rng, b.channels)
-    call, out = b.pick("self.conv(x)", "self.conv(input=x)"), b.pick("y", "y", "y + x", "y * self.scale", "x + self.scale * y")
+    call, out = (
+        b.pick("self.conv(x)", "self.conv(input=x)"),
+        b.pick("y", "y", "y + x", "y * self.scale", "x + self.scale * y"),
+    )
     b.block(f"""
 class {name}(nn.Module):
     def __init__(self, channels, groups=1):
@@ -233,34 +276,12 @@ def split_attention(b: Draft) -> None:
         b.line(f"x = {first} * {weights}[:, 0] + {second} * {weights}[:, 1]")
     elif kind == "positions":
         weights, layer = b.name("w"), b.module("mask", f"nn.Conv2d({c}, 1, 1)")
-        b.line(f"{weights} = {layer}(x).flatten(2).softmax(-1).view(x.size(0), 1, {h}, {w})", f"x = x * {weights} * 8.0")
+        b.line(
+            f"{weights} = {layer}(x).flatten(2).softmax(-1).view(x.size(0), 1, {h}, {w})", f"x = x * {weights} * 8.0"
+        )
     else:
         b.line("n, c, h, w = x.shape", "q = x.flatten(2)")
-        b.line(f"x = {b.pick('torch.bmm', 'torch.matmul')}(q, (q.transpose(1, 2) @ q / 8).softmax(-1)).view(n, c, h, w)")
+        b.line(
+            f"x = {b.pick('torch.bmm', 'torch.matmul')}(q, (q.transpose(1, 2) @ q / 8).softmax(-1)).view(n, c, h, w)"
+        )
         b.may_be_rejected("operations whose quantization is known")
-
-
-def scale_and_shift(b: Draft) -> None:
-    """Numbers, parameters and buffers that meet the map."""
-    c = b.channels
-    parameter = b.pick(f"nn.Parameter(torch.rand({c}, 1, 1) + 0.5)", "nn.Parameter(torch.tensor(0.7))", f"nn.Parameter(torch.rand(1, {c}, 1, 1) + 0.5)")
-    kind = b.pick("number", "parameter", "buffer", "constant", "reshaped", "softplus", "sum of channels")
-    if kind == "number":
-        forms = ("x * 0.5", "x / 3", "2 * x", "x + 1", "1 - x", "x - 0.3", "-x", "x.mul(0.7)", "torch.mul(x, 1.5)", "x.div_(2.0)", "x.add_(0.1)",
-                 "torch.div(x, 2)", "x / x.shape[1] ** 0.5", "x * (x.size(2) / 8)", "x.sub(1.0)", "torch.rsub(x, 1.0)", "1.5 / (x.abs() + 1)")  # fmt: skip
-        b.line(f"x = {b.pick(*forms)}")
-    elif kind in ("parameter", "softplus"):
-        p = b.module("p", parameter)
-        p = f"F.softplus({p})" if kind == "softplus" else p
-        b.line(f"x = {b.pick('x * {p}', '{p} * x', 'x + {p}', 'x - {p}', 'x / {p}', '{p} - x', 'x.mul({p}).add({p})', 'torch.addcmul(x, x, {p})').format(p=p)}")
-    elif kind == "buffer":
-        p = b.name("p")
-        b.run(f'self.register_buffer("{p}", torch.rand({c}, 1, 1) + 0.5{b.pick("", ", persistent=False")})', b.init)
-        b.line(f"x = {b.pick('x * self.{p}', '(x - self.{p}) / self.{p}', 'self.{p} + x').format(p=p)}")
-    elif kind == "constant":
-        b.line(f"x = x * {b.pick('torch.ones(1, 1, 1, 1)', 'torch.full((1,), 0.5)', 'torch.tensor(0.5)', f'torch.linspace(0.5, 1, {c}).view(-1, 1, 1)', f'torch.arange(1.0, {c} + 1.0).view(1, -1, 1, 1) / {c}')}")
-    elif kind == "reshaped":
-        p = b.module("p", f"nn.Parameter(torch.rand({c}) + 0.5)")
-        b.line(f"x = x * {p}{b.pick('.view(1, -1, 1, 1)', '[:, None, None]', '[None, :, None, None]', '.reshape(-1, 1, 1)', '.unsqueeze(-1).unsqueeze(-1)')}")
-    else:
-        b.line(f"x = x + {b.pick('x.sum(1, keepdim=True)', 'x.mean((2, 3), keepdim=True)', 'x.mean(1, True)', 'x[:, :1]')}")

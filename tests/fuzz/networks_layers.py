@@ -41,7 +41,12 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "abs": ("{x}.abs()", "torch.abs({x})", "abs({x})", "{x}.abs_()", "torch.absolute({x})"),
     "power": (
         *("{x}.square()", "torch.square({x})", "{x}.pow(2)", "{x} ** 2", "torch.pow({x}, 2.0)"),
-        *("{x}.abs().add(0.1).sqrt()", "({x} * {x} + 0.1).sqrt()", "torch.sqrt(F.relu({x}) + 0.01)", "{x}.pow(exponent=2)"),
+        *(
+            "{x}.abs().add(0.1).sqrt()",
+            "({x} * {x} + 0.1).sqrt()",
+            "torch.sqrt(F.relu({x}) + 0.01)",
+            "{x}.pow(exponent=2)",
+        ),
     ),
     "exp": ("torch.exp(-{x}.abs())", "({x}.clamp(max=1.0)).exp()"),
 }
@@ -52,9 +57,18 @@ RARE = {
         *("nn.Hardshrink(0.1)", "F.softshrink({x}, 0.1)", "torch.sin({x})", "{x}.cos()", "torch.log1p({x}.abs())"),
         *("{x}.sign()", "{x}.round()", "torch.floor({x})", "torch.reciprocal({x}.abs() + 1.0)"),
         *("({x}.abs() + 1.0).rsqrt()", "torch.erf({x})", "torch.where({x} > 0, {x}, 0.1 * {x})", "nn.RReLU()"),
-        *("torch.minimum({x}, -{x})", "{x}.masked_fill({x} < 0, 0.0)", "{x} * ({x} > 0)", "torch.exp2({x}.clamp(max=1))"),
+        *(
+            "torch.minimum({x}, -{x})",
+            "{x}.masked_fill({x} < 0, 0.0)",
+            "{x} * ({x} > 0)",
+            "torch.exp2({x}.clamp(max=1))",
+        ),
         *("{x}.cumsum(2)", "torch.sort({x}, dim=1)[0]", "F.normalize({x}, dim=1)", "nn.GLU(1)", "torch.atan({x})"),
-        *("{x} / ({x}.norm(dim=1, keepdim=True) + 1.0)", "{x}.heaviside({x}.new_zeros(1)) * {x}", "nn.Threshold(0.1, 0.0)"),
+        *(
+            "{x} / ({x}.norm(dim=1, keepdim=True) + 1.0)",
+            "{x}.heaviside({x}.new_zeros(1)) * {x}",
+            "nn.Threshold(0.1, 0.0)",
+        ),
         *("torch.nan_to_num({x})", "F.local_response_norm({x}, 3)", "torch.logaddexp({x}, -{x})", "{x} % 2.0"),
         *("{x} - {x}.mean((2, 3), keepdim=True)", "{x} / {x}.std(dim=1, keepdim=True).add(1.0)", "{x}.log_softmax(1)"),
     ),
@@ -92,7 +106,10 @@ def conv_expression(b: Draft, inputs: int, outputs: int, *, keeps_size: bool = F
         kernel = b.pick(1, 3, 3, 5, (1, 3))
         words.append('padding="same"' if b.chance(0.2) else f"padding={_half(kernel)}")
     else:
-        stride, padding = b.pick(1, 1, 2, (2, 1), 3), b.pick(_half(kernel), _half(kernel), 0, 1, (0, 1), "same", "valid")
+        stride, padding = (
+            b.pick(1, 1, 2, (2, 1), 3),
+            b.pick(_half(kernel), _half(kernel), 0, 1, (0, 1), "same", "valid"),
+        )
         dilation = b.pick(1, 1, 1, 2, (1, 2))
         stride = 1 if padding == "same" else stride
         words += [f"stride={stride}"] if stride != 1 else []
@@ -175,13 +192,16 @@ def other_norm(b: Draft) -> None:
     elif kind == "instance tracked":
         b.line(f"x = {b.module('norm', f'nn.InstanceNorm2d({c}, track_running_stats=True)')}(x)")
     else:
-        b.line(f"x = F.{b.pick(f'layer_norm(x, x.shape[1:])', f'group_norm(x, {group})', 'instance_norm(x)')}")
+        b.line(f"x = F.{b.pick('layer_norm(x, x.shape[1:])', f'group_norm(x, {group})', 'instance_norm(x)')}")
     b.may_be_rejected("operations whose quantization is known")
 
 
 def conv_norm_act(b: Draft) -> None:
     """The usual three in a row, as a Sequential or one by one."""
-    outputs, spelling = width(b), b.pick(*ACTIVATIONS[b.pick("relu", "relu", "relu6", "silu", "leaky_relu", "hardswish")])
+    outputs, spelling = (
+        width(b),
+        b.pick(*ACTIVATIONS[b.pick("relu", "relu", "relu6", "silu", "leaky_relu", "hardswish")]),
+    )
     expression, inplace = conv_expression(b, b.channels, outputs), b.pick("", "inplace=True")
     if b.chance(0.5):
         block = b.module("block", f"nn.Sequential({expression}, nn.BatchNorm2d({outputs}), nn.ReLU({inplace}))")
@@ -201,7 +221,9 @@ def linear_on_map(b: Draft) -> None:
     """A linear layer over the channels of every position."""
     c, outputs = b.channels, width(b)
     layer = b.module("lin", f"nn.Linear({c}, {outputs}{b.pick('', ', bias=False')})")
-    call = b.pick(f"{layer}(x)", f"{layer}(input=x)", f"F.linear(x, {layer}.weight, {layer}.bias)", f"{layer}.forward(x)")
+    call = b.pick(
+        f"{layer}(x)", f"{layer}(input=x)", f"F.linear(x, {layer}.weight, {layer}.bias)", f"{layer}.forward(x)"
+    )
     forth, back = b.pick(
         ("x.permute(0, 2, 3, 1)", "x.permute(0, 3, 1, 2)"),
         ("x.permute((0, 2, 3, 1)).contiguous()", "x.permute((0, 3, 1, 2)).contiguous()"),
@@ -218,7 +240,7 @@ def linear_on_map(b: Draft) -> None:
 
 def linear_on_positions(b: Draft) -> None:
     """A linear layer over the positions of every channel, or over one axis."""
-    _, c, h, w = b.x.shape
+    _, _, h, w = b.x.shape
     if b.chance(0.5):
         layer = b.module("lin", f"nn.Linear({w}, {w})")
         b.line(f"x = {layer}(x)")
@@ -231,7 +253,11 @@ def dropout(b: Draft) -> None:
     """Regularization, which does nothing in evaluation mode."""
     spelling = b.pick(
         *("nn.Dropout(0.3)", "nn.Dropout2d(0.2)", "nn.Dropout(inplace=True)", "nn.Identity()", "nn.AlphaDropout(0.1)"),
-        *("nn.FeatureAlphaDropout(0.1)", "F.dropout({x}, 0.2, self.training)", "F.dropout2d({x}, training=self.training)"),
+        *(
+            "nn.FeatureAlphaDropout(0.1)",
+            "F.dropout({x}, 0.2, self.training)",
+            "F.dropout2d({x}, training=self.training)",
+        ),
         "F.dropout({x}, p=0.1, training=False)",
     )
     b.line(f"x = {activate(b, 'x', spelling)}")

@@ -6,13 +6,35 @@ from fuzz.networks import Draft, divisor
 def max_pool(b: Draft) -> None:
     """The largest of a window."""
     form = b.pick(
-        *("nn.MaxPool2d(2)", "nn.MaxPool2d(3, 2, 1)", "nn.MaxPool2d(2, stride=1)", "nn.MaxPool2d(3, 2, ceil_mode=True)"),
+        *(
+            "nn.MaxPool2d(2)",
+            "nn.MaxPool2d(3, 2, 1)",
+            "nn.MaxPool2d(2, stride=1)",
+            "nn.MaxPool2d(3, 2, ceil_mode=True)",
+        ),
         *("nn.MaxPool2d((2, 1))", "nn.MaxPool2d(2, padding=1)", "nn.MaxPool2d(2, dilation=2)", "nn.MaxPool2d(3, 1, 1)"),
-        *("F.max_pool2d(x, 2)", "F.max_pool2d(x, kernel_size=3, stride=2, padding=1)", "F.max_pool2d(x, (1, 2), ceil_mode=True)"),
+        *(
+            "F.max_pool2d(x, 2)",
+            "F.max_pool2d(x, kernel_size=3, stride=2, padding=1)",
+            "F.max_pool2d(x, (1, 2), ceil_mode=True)",
+        ),
         *("F.max_pool2d(input=x, kernel_size=2)", "torch.max_pool2d(x, 2)", "F.adaptive_max_pool2d(x, (3, 2))"),
-        *("nn.AdaptiveMaxPool2d(3)", "nn.AdaptiveMaxPool2d((5, None))", "F.adaptive_max_pool2d(x, 4)", "-F.max_pool2d(-x, 2)"),
-        *("F.max_pool2d(x, 2, 2, 0, 1, False, False)", "nn.AdaptiveMaxPool2d((7, 5))", "nn.MaxPool2d(3, 2, 1, 1, False, True)"),
-        *("F.max_pool2d(x, x.shape[2] // 3)", "nn.FractionalMaxPool2d(2, output_ratio=0.5)", "F.max_pool2d(x, 2, return_indices=True)[0]"),
+        *(
+            "nn.AdaptiveMaxPool2d(3)",
+            "nn.AdaptiveMaxPool2d((5, None))",
+            "F.adaptive_max_pool2d(x, 4)",
+            "-F.max_pool2d(-x, 2)",
+        ),
+        *(
+            "F.max_pool2d(x, 2, 2, 0, 1, False, False)",
+            "nn.AdaptiveMaxPool2d((7, 5))",
+            "nn.MaxPool2d(3, 2, 1, 1, False, True)",
+        ),
+        *(
+            "F.max_pool2d(x, x.shape[2] // 3)",
+            "nn.FractionalMaxPool2d(2, output_ratio=0.5)",
+            "F.max_pool2d(x, 2, return_indices=True)[0]",
+        ),
     )
     if "Fractional" in form or "indices" in form:
         b.may_be_rejected("operations whose quantization is known", "deterministic")
@@ -22,13 +44,36 @@ def max_pool(b: Draft) -> None:
 def avg_pool(b: Draft) -> None:
     """The mean of a window."""
     form = b.pick(
-        *("nn.AvgPool2d(2)", "nn.AvgPool2d(3, 2, 1)", "nn.AvgPool2d(3, 1, 1, count_include_pad=False)", "nn.AvgPool2d((2, 1))"),
-        *("nn.AvgPool2d(3, 2, ceil_mode=True)", "nn.AvgPool2d(3, 2, 1, ceil_mode=True)", "nn.AvgPool2d(2, divisor_override=3)"),
+        *(
+            "nn.AvgPool2d(2)",
+            "nn.AvgPool2d(3, 2, 1)",
+            "nn.AvgPool2d(3, 1, 1, count_include_pad=False)",
+            "nn.AvgPool2d((2, 1))",
+        ),
+        *(
+            "nn.AvgPool2d(3, 2, ceil_mode=True)",
+            "nn.AvgPool2d(3, 2, 1, ceil_mode=True)",
+            "nn.AvgPool2d(2, divisor_override=3)",
+        ),
         *("nn.AvgPool2d(3, 2, 1, True, False)", "nn.AvgPool2d(3, 2, 1, divisor_override=8)", "F.avg_pool2d(x, 2)"),
-        *("F.avg_pool2d(x, 3, stride=2, padding=1)", "F.avg_pool2d(x, 3, 1, 1, False, False)", "F.avg_pool2d(input=x, kernel_size=2)"),
+        *(
+            "F.avg_pool2d(x, 3, stride=2, padding=1)",
+            "F.avg_pool2d(x, 3, 1, 1, False, False)",
+            "F.avg_pool2d(input=x, kernel_size=2)",
+        ),
         *("F.avg_pool2d(x, (2, 3), ceil_mode=True, count_include_pad=False)", "F.avg_pool2d(x, 2, divisor_override=2)"),
-        *("nn.AdaptiveAvgPool2d(4)", "nn.AdaptiveAvgPool2d((3, None))", "F.adaptive_avg_pool2d(x, (5, 3))", "nn.AdaptiveAvgPool2d(2)"),
-        *("F.adaptive_avg_pool2d(x, output_size=3)", "nn.LPPool2d(2, 2)", "F.lp_pool2d(x, 2.0, 2)", "F.avg_pool2d(x, x.size(2) // 2)"),
+        *(
+            "nn.AdaptiveAvgPool2d(4)",
+            "nn.AdaptiveAvgPool2d((3, None))",
+            "F.adaptive_avg_pool2d(x, (5, 3))",
+            "nn.AdaptiveAvgPool2d(2)",
+        ),
+        *(
+            "F.adaptive_avg_pool2d(x, output_size=3)",
+            "nn.LPPool2d(2, 2)",
+            "F.lp_pool2d(x, 2.0, 2)",
+            "F.avg_pool2d(x, x.size(2) // 2)",
+        ),
         *("F.avg_pool2d(x, 3, 2, 1, True, True)", "nn.AvgPool2d(2, ceil_mode=True)", "F.avg_pool2d(x, 1, 2)"),
     )
     if "LP" in form or "lp_" in form:
@@ -40,12 +85,25 @@ def upsample(b: Draft) -> None:
     """A larger map."""
     form = b.pick(
         *("nn.Upsample(scale_factor=2)", "nn.Upsample(size=(9, 11))", 'nn.Upsample(scale_factor=2, mode="bilinear")'),
-        *("F.interpolate(x, scale_factor=2)", "F.interpolate(x, size=x.shape[2:])", "nn.UpsamplingNearest2d(scale_factor=2)"),
-        *('F.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False)', "nn.UpsamplingBilinear2d(scale_factor=2)"),
-        *('F.interpolate(x, size=(5, 7), mode="nearest")', 'F.interpolate(x, (10, 10), mode="bilinear", align_corners=True)'),
+        *(
+            "F.interpolate(x, scale_factor=2)",
+            "F.interpolate(x, size=x.shape[2:])",
+            "nn.UpsamplingNearest2d(scale_factor=2)",
+        ),
+        *(
+            'F.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False)',
+            "nn.UpsamplingBilinear2d(scale_factor=2)",
+        ),
+        *(
+            'F.interpolate(x, size=(5, 7), mode="nearest")',
+            'F.interpolate(x, (10, 10), mode="bilinear", align_corners=True)',
+        ),
         *('F.interpolate(x, scale_factor=1.5, mode="nearest")', 'F.interpolate(x, scale_factor=0.5, mode="bicubic")'),
         *('F.interpolate(x, size=6, mode="area")', 'F.interpolate(x, size=(9, 9), mode="nearest-exact")'),
-        *('F.interpolate(x, scale_factor=(2, 1), mode="bilinear")', 'F.interpolate(x, size=(4, 4), mode="bilinear", antialias=True)'),
+        *(
+            'F.interpolate(x, scale_factor=(2, 1), mode="bilinear")',
+            'F.interpolate(x, size=(4, 4), mode="bilinear", antialias=True)',
+        ),
         *("x.repeat_interleave(2, 2)", "torch.repeat_interleave(x, 2, dim=3)"),
     )
     b.may_be_rejected("cannot be exported to ONNX")
@@ -54,29 +112,137 @@ def upsample(b: Draft) -> None:
 
 def move(b: Draft) -> None:
     """Values in other places, repeated or chosen; nothing is computed."""
-    _, c, h, w = b.x.shape
+    c = b.channels
     g, half = divisor(b.rng, c, 8), max(c // 2, 1)
-    shuffled = f"x.view(x.size(0), {g}, {c // g}, x.size(2), x.size(3)).transpose(1, 2).reshape(x.size(0), {c}, x.size(2), x.size(3))"
+    parts, whole = f"x.size(0), {g}, {c // g}, x.size(2), x.size(3)", f"x.size(0), {c}, x.size(2), x.size(3)"
+    shuffled = f"x.view({parts}).transpose(1, 2).reshape({whole})"
     form = b.pick(
-        *("x.permute(0, 1, 3, 2)", "x.transpose(2, 3)", "torch.transpose(x, -1, -2)", "x.mT", "x.swapaxes(2, 3)", "torch.permute(x, [0, 1, 3, 2])"),
-        *("x.flip(1)", "x.flip([2, 3])", "torch.flip(x, (3,))", "x.roll(1, 1)", "torch.roll(x, (1, 2), (2, 3))", "x.roll(shifts=-1, dims=3)"),
-        *(shuffled, f"nn.ChannelShuffle({g})", f"F.channel_shuffle(x, {g})", "nn.PixelUnshuffle(2)", "F.pixel_unshuffle(x, 2)"),
-        *("nn.PixelShuffle(2)", "F.pixel_shuffle(x, 2)", "F.pixel_shuffle(input=x, upscale_factor=2)", "x.contiguous()", "x.clone()", "x.detach()"),
-        *("nn.ZeroPad2d(1)", "nn.ReflectionPad2d(1)", "nn.ReplicationPad2d((1, 0, 1, 0))", "nn.ConstantPad2d(1, 0.5)", "nn.CircularPad2d(1)"),
-        *("F.pad(x, (1, 1, 0, 1))", "F.pad(x, (0, 1), value=0.3)", 'F.pad(x, [1, 1, 1, 1], mode="reflect")', 'F.pad(x, (1, 0, 0, 1), "replicate")'),
-        *("F.pad(x, (0, -1, 0, -1))", "F.pad(x, (0, 0, 0, 0, 1, 1))", "F.pad(input=x, pad=(1, 1))", 'F.pad(x, (1, 1, 1, 1), mode="circular")'),
-        *("x[:, :, 1:]", "x[..., :-1]", "x[:, :, ::2, ::2]", f"x[:, {half}:]", "x[:, :, 1:-1, 1:-1]", f"x[:, torch.arange({c} - 1, -1, -1)]"),
-        *(f"x[:, [{', '.join(str(c - 1 - i) for i in range(c))}]]", "x.narrow(2, 0, 3)", f"torch.narrow(x, 1, 0, {half})", "x[:, :-1]"),
-        *(f"x.index_select(1, torch.tensor([{', '.join(str(i) for i in range(c - 1, -1, -1))}]))", "x.repeat(1, 2, 1, 1)", "x.tile(1, 1, 1, 2)"),
-        *("torch.tile(x, (1, 2, 1, 1))", "x.unsqueeze(1).expand(-1, 2, -1, -1, -1).flatten(1, 2)", "x.to(torch.float32)", "x.float()", "x.cpu()"),
-        *("x.type(torch.float32)", "x.type_as(x)", "x.to(x.dtype)", "x.to(x)", 'x.to("cpu")', "x.contiguous(memory_format=torch.channels_last)"),
-        *("torch.rot90(x, 1, (2, 3))", "x.unfold(2, 2, 2)[..., 0]", "x.fliplr()", "x.diagonal(dim1=2, dim2=3).unsqueeze(2).repeat(1, 1, 4, 1)"),
-        *("x.unsqueeze(2).squeeze(2)", "x.unflatten(1, (-1, 1)).flatten(1, 2)", "nn.Unflatten(2, (-1, 1)).forward(x).flatten(2, 3)"),
-        *("torch.reshape(x, (-1, *x.shape[1:]))", "x.flatten(2).unflatten(2, x.shape[2:])", "x.view(x.shape)", "x.view_as(x)", "x.reshape_as(x)"),
-        *("torch.cat([x, x.flip(1)], 1)", "torch.movedim(x, 2, 3)", "x.flatten(2).transpose(1, 2).transpose(1, 2).view(x.shape)", "x.bool().float() + x"),
-        *("F.unfold(x, 2, stride=2).view(x.size(0), -1, x.size(2) // 2, x.size(3) // 2)", "x.masked_select(x == x).view(x.shape)"),
-        *("torch.take_along_dim(x, torch.zeros_like(x, dtype=torch.long), 1) + x", "x.gather(1, x.argmax(1, keepdim=True)) + x", "x.double().float()", "x.half().float()"),
-        *("torch.zeros_like(x) + x", "torch.ones_like(x) * x", "x.new_zeros(x.shape) + x", "x + torch.zeros(x.shape[1], 1, 1)", "x.new_full((1,), 2.0) * x", "torch.empty_like(x).fill_(0.5) * x"),
+        *(
+            "x.permute(0, 1, 3, 2)",
+            "x.transpose(2, 3)",
+            "torch.transpose(x, -1, -2)",
+            "x.mT",
+            "x.swapaxes(2, 3)",
+            "torch.permute(x, [0, 1, 3, 2])",
+        ),
+        *(
+            "x.flip(1)",
+            "x.flip([2, 3])",
+            "torch.flip(x, (3,))",
+            "x.roll(1, 1)",
+            "torch.roll(x, (1, 2), (2, 3))",
+            "x.roll(shifts=-1, dims=3)",
+        ),
+        *(
+            shuffled,
+            f"nn.ChannelShuffle({g})",
+            f"F.channel_shuffle(x, {g})",
+            "nn.PixelUnshuffle(2)",
+            "F.pixel_unshuffle(x, 2)",
+        ),
+        *(
+            "nn.PixelShuffle(2)",
+            "F.pixel_shuffle(x, 2)",
+            "F.pixel_shuffle(input=x, upscale_factor=2)",
+            "x.contiguous()",
+            "x.clone()",
+            "x.detach()",
+        ),
+        *(
+            "nn.ZeroPad2d(1)",
+            "nn.ReflectionPad2d(1)",
+            "nn.ReplicationPad2d((1, 0, 1, 0))",
+            "nn.ConstantPad2d(1, 0.5)",
+            "nn.CircularPad2d(1)",
+        ),
+        *(
+            "F.pad(x, (1, 1, 0, 1))",
+            "F.pad(x, (0, 1), value=0.3)",
+            'F.pad(x, [1, 1, 1, 1], mode="reflect")',
+            'F.pad(x, (1, 0, 0, 1), "replicate")',
+        ),
+        *(
+            "F.pad(x, (0, -1, 0, -1))",
+            "F.pad(x, (0, 0, 0, 0, 1, 1))",
+            "F.pad(input=x, pad=(1, 1))",
+            'F.pad(x, (1, 1, 1, 1), mode="circular")',
+        ),
+        *(
+            "x[:, :, 1:]",
+            "x[..., :-1]",
+            "x[:, :, ::2, ::2]",
+            f"x[:, {half}:]",
+            "x[:, :, 1:-1, 1:-1]",
+            f"x[:, torch.arange({c} - 1, -1, -1)]",
+        ),
+        *(
+            f"x[:, [{', '.join(str(c - 1 - i) for i in range(c))}]]",
+            "x.narrow(2, 0, 3)",
+            f"torch.narrow(x, 1, 0, {half})",
+            "x[:, :-1]",
+        ),
+        *(
+            f"x.index_select(1, torch.tensor([{', '.join(str(i) for i in range(c - 1, -1, -1))}]))",
+            "x.repeat(1, 2, 1, 1)",
+            "x.tile(1, 1, 1, 2)",
+        ),
+        *(
+            "torch.tile(x, (1, 2, 1, 1))",
+            "x.unsqueeze(1).expand(-1, 2, -1, -1, -1).flatten(1, 2)",
+            "x.to(torch.float32)",
+            "x.float()",
+            "x.cpu()",
+        ),
+        *(
+            "x.type(torch.float32)",
+            "x.type_as(x)",
+            "x.to(x.dtype)",
+            "x.to(x)",
+            'x.to("cpu")',
+            "x.contiguous(memory_format=torch.channels_last)",
+        ),
+        *(
+            "torch.rot90(x, 1, (2, 3))",
+            "x.unfold(2, 2, 2)[..., 0]",
+            "x.fliplr()",
+            "x.diagonal(dim1=2, dim2=3).unsqueeze(2).repeat(1, 1, 4, 1)",
+        ),
+        *(
+            "x.unsqueeze(2).squeeze(2)",
+            "x.unflatten(1, (-1, 1)).flatten(1, 2)",
+            "nn.Unflatten(2, (-1, 1)).forward(x).flatten(2, 3)",
+        ),
+        *(
+            "torch.reshape(x, (-1, *x.shape[1:]))",
+            "x.flatten(2).unflatten(2, x.shape[2:])",
+            "x.view(x.shape)",
+            "x.view_as(x)",
+            "x.reshape_as(x)",
+        ),
+        *(
+            "torch.cat([x, x.flip(1)], 1)",
+            "torch.movedim(x, 2, 3)",
+            "x.flatten(2).transpose(1, 2).transpose(1, 2).view(x.shape)",
+            "x.bool().float() + x",
+        ),
+        *(
+            "F.unfold(x, 2, stride=2).view(x.size(0), -1, x.size(2) // 2, x.size(3) // 2)",
+            "x.masked_select(x == x).view(x.shape)",
+        ),
+        *(
+            "torch.take_along_dim(x, torch.zeros_like(x, dtype=torch.long), 1) + x",
+            "x.gather(1, x.argmax(1, keepdim=True)) + x",
+            "x.double().float()",
+            "x.half().float()",
+        ),
+        *(
+            "torch.zeros_like(x) + x",
+            "torch.ones_like(x) * x",
+            "x.new_zeros(x.shape) + x",
+            "x + torch.zeros(x.shape[1], 1, 1)",
+            "x.new_full((1,), 2.0) * x",
+            "torch.empty_like(x).fill_(0.5) * x",
+        ),
     )
     b.may_be_rejected("operations whose quantization is known", "cannot be exported to ONNX")
     b.apply(form, "move")
@@ -84,7 +250,7 @@ def move(b: Draft) -> None:
 
 def sizes(b: Draft) -> None:
     """Code that reads sizes, branches on them, or asserts them."""
-    _, c, h, w = b.x.shape
+    _, c, h, _ = b.x.shape
     forms = (
         ("n, c, h, w = x.shape", "x = x.view(n, c, h * w).view(n, c, h, w)"),
         ("n, c = x.size()[:2]", "x = x.reshape(n, c, *x.shape[2:])"),
@@ -114,15 +280,10 @@ def sizes(b: Draft) -> None:
         ("x = x.expand(x.size(0), -1, -1, -1)",),
         ("h = int(x.shape[2] / 2)", "x = torch.cat([x[:, :, h:], x[:, :, :h]], 2)"),
         ("x = torch.arange(x.shape[3]).to(x) * 0.1 + x",),
-        ("y = torch.linspace(-1, 1, x.shape[2])[:, None].expand(x.size(0), 1, -1, x.shape[3])", "x = torch.cat([x, y], 1)"),
+        (
+            "y = torch.linspace(-1, 1, x.shape[2])[:, None].expand(x.size(0), 1, -1, x.shape[3])",
+            "x = torch.cat([x, y], 1)",
+        ),
         ("i = torch.arange(x.size(0))", "x = x[i]"),
     )
     b.line(*b.pick(*forms))
-
-
-def value_flow(b: Draft) -> None:
-    """Control flow that depends on values, or a write to a part: no graph can hold the first."""
-    b.line(b.pick("if x.sum() > 1e9:\n    x = -x", "x = x if x.max() < 1e9 else -x", "x[:, 0] = x[:, 1]", "x[:, :1] *= 2", "x.data.mul_(0.5)", "x = x * float(x.abs().max() < 1e9)",
-                  "for _ in range(int(x.std() < 1e9)):\n    x = x.neg()", "with torch.no_grad():\n    x = x.neg()", "x = x.neg() if bool((x == x).all()) else x"))  # fmt: skip
-    b.may_be_rejected("control flow", "operations whose quantization is known", "part of", "in place", "assign")
-

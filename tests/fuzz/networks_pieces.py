@@ -5,6 +5,7 @@ from collections.abc import Callable
 from fuzz import networks_joins as joins
 from fuzz import networks_layers as layers
 from fuzz import networks_moves as moves
+from fuzz import networks_scales as scales
 from fuzz.networks import Draft
 
 Choices = tuple[tuple[float, Callable[[Draft], None]], ...]
@@ -12,9 +13,24 @@ Choices = tuple[tuple[float, Callable[[Draft], None]], ...]
 
 def stem(b: Draft) -> None:
     """Something harmless between the image and the first layer, then a convolution with a batch norm."""
-    before = b.pick(*[""] * 8, "x = x.contiguous()", "x = (x - 0.1) / 0.9", "x = x.float()", "x = F.pad(x, (0, 1, 0, 1))",
-                    "x = x * 2 - 1", "x = x[:, [c for c in range(x.shape[1])][::-1]]", "x = x.flip(1)", "x = x.clone()", "x = F.avg_pool2d(x, 2, ceil_mode=True)",
-                    "x = torch.cat([x, x * 0.5], 1)", "x = x.repeat(1, 3, 1, 1)", "x = x.expand(-1, x.shape[1], -1, -1)", "x.sub_(0.1)", "x = F.relu(x)", "x -= 0.5")  # fmt: skip
+    before = b.pick(
+        *[""] * 8,
+        "x = x.contiguous()",
+        "x = (x - 0.1) / 0.9",
+        "x = x.float()",
+        "x = F.pad(x, (0, 1, 0, 1))",
+        "x = x * 2 - 1",
+        "x = x[:, [c for c in range(x.shape[1])][::-1]]",
+        "x = x.flip(1)",
+        "x = x.clone()",
+        "x = F.avg_pool2d(x, 2, ceil_mode=True)",
+        "x = torch.cat([x, x * 0.5], 1)",
+        "x = x.repeat(1, 3, 1, 1)",
+        "x = x.expand(-1, x.shape[1], -1, -1)",
+        "x.sub_(0.1)",
+        "x = F.relu(x)",
+        "x -= 0.5",
+    )
     if before:
         b.line(before)
     layers.conv_norm_act(b)
@@ -47,13 +63,13 @@ PIECES: Choices = (
     (1.5, joins.shared_layer),
     (1, joins.nested),
     (0.5, joins.split_attention),
-    (2, joins.scale_and_shift),
+    (2, scales.scale_and_shift),
     (1.2, moves.max_pool),
     (1.2, moves.avg_pool),
     (0.7, moves.upsample),
     (2.5, moves.move),
     (1.5, moves.sizes),
-    (0.15, moves.value_flow),
+    (0.15, scales.value_flow),
 )
 
 

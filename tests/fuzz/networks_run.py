@@ -1,6 +1,6 @@
 """Runs of many random networks, and the shortening of those that fail.
 
-    python tests/fuzz/networks_run.py --count 1000 --seed 0 --shard 0/2 --log faults.txt     # from the project's folder
+python tests/fuzz/networks_run.py --count 1000 --seed 0 --shard 0/2 --log faults.txt     # from the project's folder
 """
 
 import argparse
@@ -17,7 +17,8 @@ if __name__ == "__main__":  # as a script: the packages of the checkout
     sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
 from fuzz.networks import Network, draft
-from fuzz.networks_checks import DifferenceError, check_network
+from fuzz.networks_checks import check_network
+from fuzz.networks_rejections import DifferenceError
 
 NUMBERS = 12
 """Largest number of pieces."""
@@ -63,7 +64,11 @@ def _fault(network: Network, exports: bool) -> tuple[str | None, str, Report]:
         kind = str(error).split(": ")
         return f"DifferenceError {kind[0][:40] if len(kind) < 3 else kind[1][:40]}", str(error), report
     except Exception as error:  # a traceback of any other type is a fault
-        return type(error).__name__, "".join([f"{type(error).__name__}: {error}\n", *traceback.format_tb(error.__traceback__)[-4:]]), report
+        return (
+            type(error).__name__,
+            "".join([f"{type(error).__name__}: {error}\n", *traceback.format_tb(error.__traceback__)[-4:]]),
+            report,
+        )
     report.exports = outcome.exports
     report.accepted = not outcome.rejected
     if outcome.rejected:
@@ -130,7 +135,12 @@ def main() -> None:
     number, shards = (int(part) for part in options.shard.split("/"))
     if options.show:
         print(draft(options.seed).source)
-    report = run(range(options.seed + number, options.seed + options.count, shards), exports=options.exports, log=options.log, shorten=not options.long)
+    report = run(
+        range(options.seed + number, options.seed + options.count, shards),
+        exports=options.exports,
+        log=options.log,
+        shorten=not options.long,
+    )
     for reason, times in report.rejections.most_common(40):
         print(f"{times:6}  {reason}")
     print("\n\n".join(report.faults))

@@ -1,0 +1,93 @@
+"""Pieces of random networks: numbers and parameters that meet the map, and code that no graph can hold."""
+
+from fuzz.networks import Draft
+
+
+def scale_and_shift(b: Draft) -> None:
+    """Numbers, parameters and buffers that meet the map."""
+    c = b.channels
+    parameter = b.pick(
+        f"nn.Parameter(torch.rand({c}, 1, 1) + 0.5)",
+        "nn.Parameter(torch.tensor(0.7))",
+        f"nn.Parameter(torch.rand(1, {c}, 1, 1) + 0.5)",
+    )
+    kind = b.pick("number", "parameter", "buffer", "constant", "reshaped", "softplus", "sum of channels")
+    if kind == "number":
+        forms = (
+            "x * 0.5",
+            "x / 3",
+            "2 * x",
+            "x + 1",
+            "1 - x",
+            "x - 0.3",
+            "-x",
+            "x.mul(0.7)",
+            "torch.mul(x, 1.5)",
+            "x.div_(2.0)",
+            "x.add_(0.1)",
+            "torch.div(x, 2)",
+            "x / x.shape[1] ** 0.5",
+            "x * (x.size(2) / 8)",
+            "x.sub(1.0)",
+            "torch.rsub(x, 1.0)",
+            "1.5 / (x.abs() + 1)",
+        )
+        b.line(f"x = {b.pick(*forms)}")
+    elif kind in ("parameter", "softplus"):
+        p = b.module("p", parameter)
+        p = f"F.softplus({p})" if kind == "softplus" else p
+        form = b.pick(
+            "x * {p}",
+            "{p} * x",
+            "x + {p}",
+            "x - {p}",
+            "x / {p}",
+            "{p} - x",
+            "x.mul({p}).add({p})",
+            "torch.addcmul(x, x, {p})",
+        ).format(p=p)
+        b.line(f"x = {form}")
+    elif kind == "buffer":
+        p = b.name("p")
+        b.run(f'self.register_buffer("{p}", torch.rand({c}, 1, 1) + 0.5{b.pick("", ", persistent=False")})', b.init)
+        b.line(f"x = {b.pick('x * self.{p}', '(x - self.{p}) / self.{p}', 'self.{p} + x').format(p=p)}")
+    elif kind == "constant":
+        form = b.pick(
+            "torch.ones(1, 1, 1, 1)",
+            "torch.full((1,), 0.5)",
+            "torch.tensor(0.5)",
+            f"torch.linspace(0.5, 1, {c}).view(-1, 1, 1)",
+            f"torch.arange(1.0, {c} + 1.0).view(1, -1, 1, 1) / {c}",
+        )
+        b.line(f"x = x * {form}")
+    elif kind == "reshaped":
+        p = b.module("p", f"nn.Parameter(torch.rand({c}) + 0.5)")
+        form = b.pick(
+            ".view(1, -1, 1, 1)",
+            "[:, None, None]",
+            "[None, :, None, None]",
+            ".reshape(-1, 1, 1)",
+            ".unsqueeze(-1).unsqueeze(-1)",
+        )
+        b.line(f"x = x * {p}{form}")
+    else:
+        form = b.pick("x.sum(1, keepdim=True)", "x.mean((2, 3), keepdim=True)", "x.mean(1, True)", "x[:, :1]")
+        b.line(f"x = x + {form}")
+
+
+def value_flow(b: Draft) -> None:
+    """Control flow that depends on values, or a write to a part: no graph can hold the first."""
+    b.line(
+        b.pick(
+            "if x.sum() > 1e9:\n    x = -x",
+            "x = x if x.max() < 1e9 else -x",
+            "x[:, 0] = x[:, 1]",
+            "x[:, :1] *= 2",
+            "x.data.mul_(0.5)",
+            "x = x * float(x.abs().max() < 1e9)",
+            "for _ in range(int(x.std() < 1e9)):\n    x = x.neg()",
+            "with torch.no_grad():\n    x = x.neg()",
+            "x = x.neg() if bool((x == x).all()) else x",
+        )
+    )
+    b.may_be_rejected("control flow", "operations whose quantization is known", "part of", "in place", "assign")
