@@ -21,9 +21,7 @@ def spec_hint(spec: str) -> str:
             "the PyTorch network that it was made from, as FILE.py:FUNCTION"
         )
     if lower.endswith((*WEIGHT_SUFFIXES, *_OTHER_WEIGHTS)):
-        return (
-            "; a weight file goes to `--teacher.weights`, and TEACHER names its network: SOURCE:NAME or FILE.py:FUNCTION"
-        )
+        return "; a weight file goes to `--teacher.weights`, and TEACHER names its network: SOURCE:NAME or FILE.py:NAME"
     if lower.endswith(".py"):
         return f"; name the function that returns the network: {spec}:FUNCTION"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):

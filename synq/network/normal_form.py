@@ -1,9 +1,9 @@
 """Normal form of a traced graph, so that no later rule depends on how a call was written.
 
-    conv(input=x)  F.relu(input=x)  torch.add(x, other=y)   positional: conv(x), relu(x), add(x, y)
-    x.relu_()  z += y  x[:, 0] = y                          out of place; later readers of x read the result
-    len(x)                                                  x.size(0)
-    x.squeeze() of (N, C, 1, 1)                             x.squeeze((2, 3)): a single image keeps its axis
+conv(input=x)  F.relu(input=x)  torch.add(x, other=y)   positional: conv(x), relu(x), add(x, y)
+x.relu_()  z += y  x[:, 0] = y                          out of place; later readers of x read the result
+len(x)                                                  x.size(0)
+x.squeeze() of (N, C, 1, 1)                             x.squeeze((2, 3)): a single image keeps its axis
 """
 
 import builtins

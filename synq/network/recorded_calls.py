@@ -27,7 +27,7 @@ MAKERS: tuple[Callable[..., Any], ...] = (
 
 @contextmanager
 def compiled_functions_as_written() -> Iterator[None]:
-    """Let functions under ``torch.compile`` run as they are written while torch.fx traces, inside the ``with`` block."""
+    """Let functions under ``torch.compile`` run uncompiled while torch.fx traces, inside the ``with`` block."""
     if "torch._dynamo" not in sys.modules:  # nothing was compiled, and the import is slow
         yield
         return

@@ -1,4 +1,4 @@
-"""Errors of tracing as one line: what in the forward pass cannot be traced, in which line, and what to write instead."""
+"""Errors of tracing as one line: what in the forward pass cannot be traced, where, and what to write instead."""
 
 import re
 import traceback

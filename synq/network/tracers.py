@@ -32,11 +32,15 @@ def image_parameter(forward: Callable[..., Any]) -> inspect.Parameter:
     required = [p.name for p in unbound if p.default is inspect.Parameter.empty and p.kind not in several]
     if len(required) > 1:
         names = ", ".join(required)
-        raise ValueError(f"teacher must classify one image tensor, but its forward pass has {len(required)} inputs: {names}")
+        raise ValueError(
+            f"teacher must classify one image tensor, but its forward pass has {len(required)} inputs: {names}"
+        )
     first = next((p for p in unbound if p.kind in by_position), None)
     if first is None or (required and required != [first.name]):
         names = f"only by keyword: {', '.join(required)}" if required else "none"
-        raise ValueError(f"teacher must take the images as the first argument of its forward pass, but it takes {names}")
+        raise ValueError(
+            f"teacher must take the images as the first argument of its forward pass, but it takes {names}"
+        )
     return first
 
 

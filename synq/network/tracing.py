@@ -21,6 +21,7 @@ from synq.network.op_traits import OpKind, node_module, traits_of
 from synq.network.trace_errors import first_line, trace_failure
 from synq.network.tracers import LayerTracer, SizedTracer, image_parameter
 
+
 class FeatureTap(nn.Module):
     """Identity whose output requires a gradient.
 

@@ -35,7 +35,8 @@ def check_task(module: nn.Module, name: str) -> None:
         task = next((task for package, task in _TASKS.items() if kind.__module__.startswith(package)), None)
         if task is not None:
             raise ValueError(
-                f"teacher must classify one image into one of its classes, but {name} ({type(module).__name__}) is {task}"
+                f"teacher must classify one image into one of its classes, but {name} "
+                f"({type(module).__name__}) is {task}"
             )
 
 

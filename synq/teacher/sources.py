@@ -246,7 +246,9 @@ def _build(spec: str, build: Callable[[], nn.Module], pretrained: bool) -> nn.Mo
         try:
             return build()
         except Exception as error:  # libraries check their arguments by assertions, KeyError, RuntimeError, ...
-            raise ValueError(f"`teacher` must be a model that its library builds, but {_failure(spec, error)}") from error
+            raise ValueError(
+                f"`teacher` must be a model that its library builds, but {_failure(spec, error)}"
+            ) from error
 
 
 def _failure(spec: str, error: Exception) -> str:

@@ -49,15 +49,15 @@ def check_layers(module: nn.Module, spec: str) -> None:
         if isinstance(part, torch.jit.ScriptModule):
             where = f"its part {name!r}" if name else "it"
             raise ValueError(
-                f"{spec} must return a network of layers, but {where} is TorchScript ({part.original_name}), a compiled "
-                "program: give the Python class that it was made from, with its weights as `teacher.weights`"
+                f"{spec} must return a network of layers, but {where} is TorchScript ({part.original_name}), a "
+                "compiled program: give the Python class that it was made from, with its weights as `teacher.weights`"
             )
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
     if lazy:
         raise ValueError(
-            f"{spec} must return a network whose sizes are known, but it has lazy layers ({_first(lazy)}): call it once "
-            "on a batch of images before it is returned"
+            f"{spec} must return a network whose sizes are known, but it has lazy layers ({_first(lazy)}): call it "
+            "once on a batch of images before it is returned"
         )
     empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     if empty:
