@@ -24,19 +24,20 @@ COLUMNS = (
     "set_digest, config_digest, commit, versions, device, seconds, num_data_seeds, first_bits, "
     "last_bits, teacher_digest, "
     "best, pareto_size, pareto_bitops, fidelity_measure, onnx_bytes, packed_bytes, latency_ms, "
-    "float_latency_ms, layer_bits"
+    "float_latency_ms, layer_bits, latency_ratio"
 )
 
 
 def test_figures_of_exported_students_stand_in_both_tables() -> None:
-    figures = {"onnx_bytes": 300, "packed_bytes": 100, "latency_ms": 2.0, "float_latency_ms": 4.0}
+    figures = {"onnx_bytes": 300, "packed_bytes": 100, "latency_ms": 2.0, "float_latency_ms": 4.0, "latency_ratio": 0.5}
     runs = [
         record(deployment=figures),
         record(seed=1),
-        record(seed=2, deployment={**figures, "latency_ms": 3.0, "packed_bytes": None}),
+        record(seed=2, deployment={**figures, "latency_ms": 3.0, "latency_ratio": 0.75, "packed_bytes": None}),
     ]
     (row,) = leaderboard_rows(runs)
     assert (row["onnx_bytes"], row["packed_bytes"], row["latency_ms"], row["float_latency_ms"]) == (300, 100, 2.5, 4.0)
+    assert row["latency_ratio"] == 0.625
     assert {line["seed"]: line["latency_ms"] for line in trial_rows(runs)} == {0: 2.0, 1: None, 2: 3.0}
 
 
