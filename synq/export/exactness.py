@@ -5,7 +5,8 @@ operation per element, or a sum of integers below 2^24, which floats represent e
 codes, and a file that does not is wrong.
 """
 
-from torch import Tensor, fx
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from synq.network.op_traits import node_module, traits_of
 from synq.network.tracing import tensor_inputs
@@ -15,6 +16,8 @@ ARITHMETIC = frozenset({"mul", "div", "add", "sub", "neg"})
 EXACT = ARITHMETIC | {"relu", "leaky_relu", "prelu", "relu6", "hardtanh", "clamp", "abs", "cat", "stack"}
 """Operations, by their names in `op_traits.py`, that are one IEEE operation per element. Operations that only move
 values are exact, too."""
+NEAREST = ("nearest", "nearest-exact")
+"""Modes of an upsampling that only repeat values."""
 EXACT_SUM = 2**24
 """Integers below it are exact in float32."""
 
@@ -38,7 +41,16 @@ def _is_exact(form: fx.GraphModule, node: fx.Node) -> bool:
     traits = traits_of(form, node)
     if traits.name in ARITHMETIC and not {*node.kwargs} <= {"input", "other"}:  # `alpha`: a fused multiplication
         return False
-    return traits.keeps_values or traits.name in EXACT
+    return traits.keeps_values or traits.name in EXACT or _is_nearest(node, module)
+
+
+def _is_nearest(node: fx.Node, module: nn.Module | None) -> bool:
+    """Return whether an upsampling repeats values."""
+    if isinstance(module, nn.Upsample):
+        return module.mode in NEAREST
+    if node.op != "call_function" or node.target is not F.interpolate:
+        return False
+    return (node.args[3] if len(node.args) > 3 else node.kwargs.get("mode", "nearest")) in NEAREST
 
 
 def _largest_sum(activation: IntegerActivation, layer: IntegerLayer) -> float:

@@ -156,9 +156,9 @@ def _faults(form: fx.GraphModule, nodes: list[fx.Node]) -> list[str]:
         return [f"{describe(form, nodes[0])} has no ONNX export ({reason(error)})"]
     lines = []
     for node, reference, result in zip(nodes, wanted, found, strict=True):
-        error = _difference(reference, result)
-        if not error <= TOLERANCE:
-            lines.append(f"{describe(form, node)} becomes another operation in ONNX (relative error {error:.2g})")
+        difference = _difference(reference, result)
+        if not difference <= TOLERANCE:
+            lines.append(f"{describe(form, node)} becomes another operation in ONNX (relative error {difference:.2g})")
     return lines
 
 
