@@ -4,6 +4,7 @@ conv(input=x)  F.relu(input=x)  torch.add(x, other=y)   positional: conv(x), rel
 x.relu_()  z += y  x[:, 0] = y                          out of place; later readers of x read the result
 len(x)                                                  x.size(0)
 x.squeeze() of (N, C, 1, 1)                             x.squeeze((2, 3)): a single image keeps its axis
+x.detach()  x.data                                      x: images and weights before it need their gradients
 """
 
 import builtins
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
+from synq.network.aliases import Aliases, assigned, read_result_instead
 from synq.network.op_traits import node_module, operation_name
 
 _INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -25,35 +27,25 @@ _INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
 }
+_FILLS: dict[str, Callable[..., Tensor]] = {"zero": torch.zeros_like, "fill": torch.full_like}
 
 
-def assigned(x: Tensor, index: Any, value: Any) -> Tensor:
-    """Return a copy of ``x`` in which the part at ``index`` is ``value``; the result of ``x[index] = value``.
-
-    Args:
-        x: Any shape.
-        index: What Python passes for the part: numbers, slices, tensors, or a tuple of them.
-        value: A number, or a tensor that broadcasts to the part.
-    """
-    copy = x.clone()
-    copy[index] = value
-    return copy
-
-
-def to_normal_form(traced: fx.GraphModule) -> None:
+def to_normal_form(traced: fx.GraphModule, aliases: Aliases) -> None:
     """Rewrite a graph into its normal form, in place; it computes the same.
 
     Args:
         traced: A graph in evaluation mode whose nodes have shapes, for a batch of two, in ``meta["shape"]``.
+        aliases: Memory of the values of its nodes.
 
     Raises:
-        ValueError: If an in-place operation has no counterpart.
+        ValueError: If an in-place operation has no counterpart, or changes another tensor in an unknown way.
     """
     for node in traced.graph.nodes:
         _to_positions(traced, node)
         if node.op == "call_function" and node.target is builtins.len and node.args[0].meta.get("shape") is not None:
             node.op, node.target, node.args = "call_method", "size", (node.args[0], 0)
-    _to_out_of_place(traced)
+    _drop_detached(traced)
+    _to_out_of_place(traced, aliases)
     _drop_shape_assertions(traced)
 
 
@@ -117,7 +109,20 @@ def _parameter_lists(called: Callable[..., Any]) -> list[list[str]]:
     return [[p.name for p in signature.parameters.values() if p.kind in positional] for signature in signatures]
 
 
-def _to_out_of_place(traced: fx.GraphModule) -> None:
+def _drop_detached(traced: fx.GraphModule) -> None:
+    """Remove what returns its tensor without a gradient.
+
+    Left in place, it would hide all layers before it from fine-tuning, and the image from its synthesis.
+    """
+    for node in list(traced.graph.nodes):
+        name = operation_name(node) if node.op in ("call_function", "call_method") else ""
+        is_data = name == "getattr" and node.args[1] == "data"
+        if _is_tensor(node) and (name in ("detach", "detach_") or is_data):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+
+
+def _to_out_of_place(traced: fx.GraphModule, aliases: Aliases) -> None:
     # Collected first: a module that is called twice works in place at both calls.
     inplace_modules = {module for module in traced.modules() if getattr(module, "inplace", False)}
     for module in inplace_modules:
@@ -125,10 +130,13 @@ def _to_out_of_place(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         if node.op == "call_function" and node.target is operator.setitem and _is_tensor(node.args[0]):
             node.target, node.meta["shape"] = assigned, node.args[0].meta["shape"]
-            _read_result_instead(traced, node)
-        # ``n += 1`` on a Python number rebinds a name, it overwrites nothing.
-        elif _is_tensor(node) and _without_overwriting(traced, node, inplace_modules):
-            _read_result_instead(traced, node)
+            read_result_instead(node, node.args[0], aliases)
+        elif not _is_tensor(node):  # ``n += 1`` on a Python number rebinds a name, it overwrites nothing
+            node.target = _INPLACE_OPERATORS.get(node.target, node.target)  # type: ignore[arg-type]
+        elif _without_overwriting(traced, node, inplace_modules):
+            overwritten = node.args[0] if node.args else node.kwargs.get("input")
+            if isinstance(overwritten, fx.Node) and _is_tensor(overwritten):
+                read_result_instead(node, overwritten, aliases)
     traced.graph.lint()
     traced.recompile()
 
@@ -148,6 +156,9 @@ def _without_overwriting(traced: fx.GraphModule, node: fx.Node, inplace_modules:
         return True
     if node.op == "call_function" and node.target in _INPLACE_OPERATORS:
         node.target = _INPLACE_OPERATORS[node.target]
+        return True
+    if ends_in_place and name[:-1] in _FILLS:
+        node.op, node.target = "call_function", _FILLS[name[:-1]]
         return True
     if node.op == "call_function" and ends_in_place:
         target = getattr(torch, name[:-1], None) or getattr(F, name[:-1], None)
@@ -173,17 +184,6 @@ def _inplace_position(node: fx.Node) -> int | None:
     return None
 
 
-def _read_result_instead(traced: fx.GraphModule, node: fx.Node) -> None:
-    """Let the nodes after ``node`` read its result where they read its first argument."""
-    overwritten = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(overwritten, fx.Node) or not _is_tensor(overwritten):
-        return
-    before = set(_nodes_until(traced.graph, node))
-    for user in list(overwritten.users):
-        if user not in before:
-            user.replace_input_with(overwritten, node)
-
-
 def _drop_shape_assertions(traced: fx.GraphModule) -> None:
     """Remove assertions about shapes: they passed for this input size, and each would count as a user of its tensor."""
     for node in list(traced.graph.nodes):
@@ -191,12 +191,3 @@ def _drop_shape_assertions(traced: fx.GraphModule) -> None:
             condition = node.args[0] if node.args else None
             if not isinstance(condition, fx.Node) or condition.meta.get("shape") is None:
                 traced.graph.erase_node(node)
-
-
-def _nodes_until(graph: fx.Graph, last: fx.Node) -> list[fx.Node]:
-    nodes = []
-    for node in graph.nodes:
-        nodes.append(node)
-        if node is last:
-            break
-    return nodes

@@ -106,7 +106,11 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _length(value: Any) -> Any:
-    """Return ``len(value)``: a node of the graph if ``value`` itself is traced, not if it is a tuple of sizes."""
-    if not isinstance(value, fx.Proxy):
-        return builtins.len(value)
+    """Return ``len(value)``: a node of the graph for a traced tensor, a number for a tuple of a known length.
+
+    Such a tuple has sizes, or the parts of a tensor where the tracer knows their number.
+    """
+    parts = getattr(value.tracer, "values", {}).get(value.node) if isinstance(value, fx.Proxy) else value
+    if not isinstance(value, fx.Proxy) or isinstance(parts, tuple | list):
+        return builtins.len(parts)
     return value.tracer.create_proxy("call_function", builtins.len, (value,), {})

@@ -141,7 +141,23 @@ class SizedTracer(LayerTracer):
 
 
 class _LayerProxy(fx.Proxy):
-    """Proxy that records an assignment to a part of its tensor."""
+    """Proxy that records what overwrites its tensor: an assignment to a part, ``x += y`` and the like."""
+
+    def _in_place(self, target: Callable[..., Any], other: Any) -> fx.Proxy:
+        name = target.__name__.removeprefix("i")  # of the operation that it becomes in the normal form
+        return self.tracer.create_proxy("call_function", target, (self, other), {}, name)
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -163,6 +179,17 @@ class _SizedProxy(_LayerProxy):
             return tuple(value.shape)
         count = self.tracer.create_proxy("call_method", "size", (self, 0), {})
         return (count, *value.shape[1:])
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over the parts of a tensor, as of ``x.chunk(2, 1)``: their number is known, that of images is not."""
+        if isinstance(self.tracer.values[self.node], tuple | list):
+            return iter([self[index] for index in range(len(self))])
+        parts: Iterator[Any] = super().__iter__()
+        return parts
+
+    def __len__(self) -> int:
+        value = self.tracer.values[self.node]
+        return len(value) if isinstance(value, tuple | list) else super().__len__()
 
     @property
     def ndim(self) -> int:

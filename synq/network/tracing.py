@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from synq.network.aliases import Aliases
 from synq.network.functional_layers import functions_as_layers
 from synq.network.normal_form import keep_image_axis, to_normal_form
 from synq.network.op_traits import OpKind, node_module, traits_of
@@ -36,10 +37,15 @@ class FeatureTap(nn.Module):
         return features
 
 
-class _ShapeRecorder(fx.Interpreter):
+class _ValueRecorder(fx.Interpreter):
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.aliases = Aliases()
+
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         n.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
+        self.aliases.record(n, value)
         return value
 
 
@@ -71,14 +77,15 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     sample = torch.zeros(2, *input_size, dtype=_first_dtype(module), device=_first_device(module))
     graph = _trace(module, sample)
     traced = fx.GraphModule(module, graph, class_name=name).eval()
+    recorder = _ValueRecorder(traced)
     with accepting(name, input_size):
-        logits = _ShapeRecorder(traced).run(sample)
+        logits = recorder.run(sample)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 2:
         raise ValueError(
             f"teacher must return one (N, classes) tensor of logits, but {name} returned {_describe(logits)}"
         )
     _check_no_hooks(traced)
-    to_normal_form(traced)
+    to_normal_form(traced, recorder.aliases)
     functions_as_layers(traced)
     traced.graph.eliminate_dead_code()
     if not _accepts_one_image(traced, sample, logits):
