@@ -83,7 +83,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     choose_output(module, config.output, input_size)
     graph = trace_classifier(_copied(module, source.name), input_size).requires_grad_(False)
     num_classes = _check_logits(module, graph, input_size, config.num_classes or source.num_classes)
-    if not _serves_alone(module, input_size):
+    if not _accepts_one_image(module, input_size):
         module = copy.deepcopy(graph)
     return Teacher(
         spec=config.spec,
@@ -164,7 +164,7 @@ def _copied(module: nn.Module, name: str) -> nn.Module:
         ) from error
 
 
-def _serves_alone(module: nn.Module, input_size: tuple[int, int, int]) -> bool:
+def _accepts_one_image(module: nn.Module, input_size: tuple[int, int, int]) -> bool:
     """Return whether a classifier has logits for a single image, with a gradient for its pixels."""
     image = torch.zeros(1, *input_size).requires_grad_()
     with torch.enable_grad():
