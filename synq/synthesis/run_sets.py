@@ -66,7 +66,7 @@ def low_pass(
 ) -> Tensor:
     """Return images (N, C, H, W) low-pass filtered at the cutoff of `config.finetune`, or unchanged if it has none.
 
-    The filter overshoots at edges, so its result is clamped: teacher and student must answer an image that can exist.
+    The filter overshoots at edges, so its result is clamped: teacher and student must see an image that can exist.
 
     Args:
         images: Normalized images, within ``pixel_range``.

@@ -10,7 +10,7 @@ class PixelRange(NamedTuple):
     """Normalized values of a black and a white pixel, per channel.
 
     Synthetic pixels are optimized, so that nothing but a bound keeps them where real pixels are. A network that
-    quantizes its input clips to this range, and one that does not reads pixels that no image has; the two then answer
+    quantizes its input clips to this range, and one that does not reads pixels that no image has; the two then see
     different images, and fine-tuning spends the weights on the difference.
     """
 
