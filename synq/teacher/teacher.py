@@ -16,6 +16,7 @@ from synq.network.trace_errors import first_line
 from synq.network.tracing import trace_classifier
 from synq.teacher.architecture import check_architecture, check_task
 from synq.teacher.outputs import choose_output
+from synq.teacher.pixel_range import PixelRange
 from synq.teacher.sources import RANDOM, SourceModel, build_source
 from synq.teacher.user_code import one_line
 
@@ -53,10 +54,10 @@ class Teacher:
     graph: fx.GraphModule
     cam: CamSite
 
-    def pixel_range(self) -> tuple[Tensor, Tensor]:
-        """Return the normalized values of a black and a white pixel, each (1, C, 1, 1)."""
+    def pixel_range(self) -> PixelRange:
+        """Return the normalized values of a black and a white pixel."""
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        return -mean / std, (1 - mean) / std
+        return PixelRange(-mean / std, (1 - mean) / std)
 
 
 def load_teacher(config: TeacherConfig) -> Teacher:
