@@ -16,6 +16,7 @@ from synq.network.trace_errors import first_line
 from synq.network.tracing import trace_classifier
 from synq.teacher.architecture import check_architecture, check_task
 from synq.teacher.outputs import choose_output
+from synq.teacher.pixel_range import PixelRange
 from synq.teacher.sources import RANDOM, SourceModel, build_source
 from synq.teacher.user_code import one_line
 
@@ -53,10 +54,10 @@ class Teacher:
     graph: fx.GraphModule
     cam: CamSite
 
-    def pixel_range(self) -> tuple[Tensor, Tensor]:
-        """Return the normalized values of a black and a white pixel, each (1, C, 1, 1)."""
+    def pixel_range(self) -> PixelRange:
+        """Return the normalized values of a black and a white pixel."""
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        return -mean / std, (1 - mean) / std
+        return PixelRange(-mean / std, (1 - mean) / std)
 
 
 def load_teacher(config: TeacherConfig) -> Teacher:
@@ -83,7 +84,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     choose_output(module, config.output, input_size)
     graph = trace_classifier(_copied(module, source.name), input_size).requires_grad_(False)
     num_classes = _check_logits(module, graph, input_size, config.num_classes or source.num_classes)
-    if not _serves_alone(module, input_size):
+    if not _accepts_one_image(module, input_size):
         module = copy.deepcopy(graph)
     return Teacher(
         spec=config.spec,
@@ -164,7 +165,7 @@ def _copied(module: nn.Module, name: str) -> nn.Module:
         ) from error
 
 
-def _serves_alone(module: nn.Module, input_size: tuple[int, int, int]) -> bool:
+def _accepts_one_image(module: nn.Module, input_size: tuple[int, int, int]) -> bool:
     """Return whether a classifier has logits for a single image, with a gradient for its pixels."""
     image = torch.zeros(1, *input_size).requires_grad_()
     with torch.enable_grad():
