@@ -11,7 +11,7 @@ from synq.common.files import write_json_atomic, write_text_atomic
 from synq.common.text_tables import markdown_cell, to_markdown
 from synq.config.quant import protocol_label
 from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
-from synq.export.timing import MAX_SPREAD
+from synq.export.timing import unstable_times
 from synq.runs.record import RunRecord, read_record
 
 CARD_VERSION = 1
@@ -288,23 +288,12 @@ def _speed(metrics: Mapping[str, Any]) -> str:
     return f"{text}. {SLOW.format(integers=integers, total=integers + floats)}" if floats > integers else text
 
 
-def unstable_times(spread: float) -> str:
-    """Return why a latency was not stored.
-
-    Args:
-        spread: Interquartile range of the times relative to their median, above `MAX_SPREAD`.
-    """
-    return (
-        f"the middle half of the times spread over {100 * spread:.0f} % of their median, but at most "
-        f"{100 * MAX_SPREAD:.0f} % is accepted: export again while the machine is less busy"
-    )
-
-
 def _verified(metrics: Mapping[str, Any]) -> str:
     tolerance, machine = metrics["tolerance"], metrics["machine"]
     margin = f" (where its two largest logits differ by more than {tolerance['margin']})" if tolerance["margin"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return (
+    exact = "ONNX and packed files: bit-identical logits, because every step is exact in integers; all files: "
+    return (exact if metrics.get("exact") else "") + (
         f"the student's class for at least {tolerance['agreement']} % of the images{margin}, logits within "
         f"{tolerance['mean_difference']} of their standard deviation on average, or at most twice the difference of "
         f"the simulation; on {markdown_cell(machine['cpu'])}, {machine['threads'] or 'all'} threads, {versions}"

@@ -209,7 +209,7 @@ def _write_files(
             files = [_timed(file, times) if file.name in times else file for file in files]
             metrics |= _speed(times[next(iter(models))], times[""])
     metrics["files"] = [asdict(file) for file in files]
-    metrics["tolerance"] = asdict(options.tolerance)
+    metrics["tolerance"], metrics["exact"] = asdict(options.tolerance), check.exact
     metrics["own_rounding"] = [asdict(comparison) for comparison in check.simulation.values()]
     metrics["float_norms"] = len(channel_affines(check.form))
     metrics["machine"] = {"cpu": _cpu(), "threads": options.threads or None, "versions": _versions()}

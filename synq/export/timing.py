@@ -85,3 +85,15 @@ def latencies(models: Mapping[str, bytes], images: Tensor, *, threads: int = 1, 
             if number >= 0:
                 times[name].append(elapsed)
     return {name: Latency(rounds=values) for name, values in times.items()}
+
+
+def unstable_times(spread: float) -> str:
+    """Return why a latency was not stored.
+
+    Args:
+        spread: Interquartile range of the times relative to their median, above `MAX_SPREAD`.
+    """
+    return (
+        f"the middle half of the times spread over {100 * spread:.0f} % of their median, but at most "
+        f"{100 * MAX_SPREAD:.0f} % is accepted: export again while the machine is less busy"
+    )

@@ -8,10 +8,9 @@ pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper
 
 from support.integer_students import images
-from synq.export.card import unstable_times
 from synq.export.export import _speed, _timed
 from synq.export.files import ExportedFile
-from synq.export.timing import MAX_SPREAD, Latency, latencies
+from synq.export.timing import MAX_SPREAD, Latency, latencies, unstable_times
 
 
 def relu(count: int) -> bytes:
