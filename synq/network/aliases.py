@@ -44,11 +44,11 @@ class Aliases:
         if isinstance(value, Tensor) and value.layout is torch.strided:
             storage = value.untyped_storage()
             size = storage.nbytes() // max(value.element_size(), 1)
-            geometry = (tuple(value.shape), value.stride(), value.storage_offset())
+            geometry = (tuple(value.shape), value.stride(), int(value.storage_offset()))
             self._memory[node] = (StorageWeakRef(storage), size, *geometry)
 
     def share(self, node: fx.Node, other: fx.Node) -> None:
-        """Record that a new node stands for the later value of another."""
+        """Record that the value of a new node has the memory of another's."""
         if other in self._memory:
             self._memory[node] = self._memory[other]
 
@@ -81,13 +81,13 @@ def read_result_instead(node: fx.Node, overwritten: fx.Node, aliases: Aliases) -
         aliases: Memory of the graph's values.
 
     Raises:
-        ValueError: If the result of an overlapping tensor cannot be told.
+        ValueError: If the new value of an overlapping tensor is unknown.
     """
     position = {other: number for number, other in enumerate(node.graph.nodes)}
 
     def replace(old: fx.Node, make: Callable[[], fx.Node]) -> None:
         later = [user for user in old.users if position[user] > position[node]]
-        # ``x[index] += y`` writes the result into x itself, in a node of its own.
+        # ``x[index] += y`` writes the result into x itself, in a separate node.
         if not later or any(user.target is operator.setitem and user.args[2] is node for user in later):
             return
         new = make()
@@ -118,8 +118,8 @@ def _after(node: fx.Node, overwritten: fx.Node, other: fx.Node) -> fx.Node:
             made = graph.call_method("view_as", (node, other))
         else:
             raise ValueError(
-                f"teacher must overwrite a tensor only where it can be told what else changes, but {node.name!r} works "
-                f"in place on a part of {other.name!r}, which is read later: write it as x = f(x)"
+                f"teacher must not overwrite parts of a tensor that is read later, but node {node.name!r} works in "
+                f"place on a part of {other.name!r}: write it as x = f(x)"
             )
     made.meta["shape"] = other.meta.get("shape")
     return made

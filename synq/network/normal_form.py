@@ -4,7 +4,7 @@ conv(input=x)  F.relu(input=x)  torch.add(x, other=y)   positional: conv(x), rel
 x.relu_()  z += y  x[:, 0] = y                          out of place; later readers of x read the result
 len(x)                                                  x.size(0)
 x.squeeze() of (N, C, 1, 1)                             x.squeeze((2, 3)): a single image keeps its axis
-x.detach()  x.data                                      x: images and weights before it need their gradients
+x.detach()  x.data, where all logits come through it    x: images and weights before it need their gradients
 """
 
 import builtins
@@ -110,16 +110,36 @@ def _parameter_lists(called: Callable[..., Any]) -> list[list[str]]:
 
 
 def _drop_detached(traced: fx.GraphModule) -> None:
-    """Remove what returns its tensor without a gradient.
+    """Remove what returns an activation without its gradient, if no other way leads from it to the logits.
 
-    Left in place, it would hide all layers before it from fine-tuning, and the image from its synthesis.
+    The layers before it could not be fine-tuned, and no image could be synthesized through it.
     """
-    for node in list(traced.graph.nodes):
-        name = operation_name(node) if node.op in ("call_function", "call_method") else ""
-        is_data = name == "getattr" and node.args[1] == "data"
-        if _is_tensor(node) and (name in ("detach", "detach_") or is_data):
+    image = next(node for node in traced.graph.nodes if node.op == "placeholder")
+    activations = {image}
+    for node in traced.graph.nodes:
+        if not activations.isdisjoint(node.all_input_nodes):
+            activations.add(node)
+    detached = [node for node in traced.graph.nodes if node in activations and _is_detached(node)]
+    for node in detached:
+        if node.args[0] in activations and node.args[0] not in _with_gradient(traced):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
+
+
+def _is_detached(node: fx.Node) -> bool:
+    if not _is_tensor(node) or node.op not in ("call_function", "call_method"):
+        return False
+    name = operation_name(node)
+    return name in ("detach", "detach_") or (name == "getattr" and node.args[1] == "data")
+
+
+def _with_gradient(traced: fx.GraphModule) -> set[fx.Node]:
+    """Return the nodes from which a way without a detached tensor leads to the output."""
+    found: set[fx.Node] = set()
+    for node in reversed(traced.graph.nodes):
+        if node.op == "output" or (node in found and not _is_detached(node)):
+            found.update(node.all_input_nodes)
+    return found
 
 
 def _to_out_of_place(traced: fx.GraphModule, aliases: Aliases) -> None:
