@@ -114,9 +114,9 @@ def _is_size(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Return whether ``node`` reads sizes of a tensor (N, ...), which are known up to the number of images."""
     if traits_of(traced, node).kind is not OpKind.NUMBER or not node.all_input_nodes:
         return False
-    shape = node.all_input_nodes[0].meta.get("shape")
+    shape = node.all_input_nodes[0].meta.get("shape") or ()
     reads_sizes = operation_name(node) in ("size", "dim", "ndimension") or node.args[1:] in (("shape",), ("ndim",))
-    return bool(shape) and shape[0] == _BATCH and reads_sizes
+    return bool(reads_sizes and shape[:1] == (_BATCH,))
 
 
 def _size_of(graph: fx.Graph, node: fx.Node, x: fx.Node) -> Any:

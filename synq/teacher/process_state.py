@@ -27,19 +27,23 @@ def process_state_kept(name: str) -> Iterator[None]:
     Args:
         name: The file or module, as the program name on that command line.
     """
-    before = [(put_back, read()) for read, put_back in _SETTINGS]
+    flags = [(read, put_back, read()) for read, put_back in _FLAGS]
+    states = [(put_back, read()) for read, put_back in _STATES]
     argv, parse_error = sys.argv, argparse.ArgumentParser.error
     random.seed(SEED)
     np.random.seed(SEED)
     sys.argv = [name]
-    argparse.ArgumentParser.error = _raise_instead  # type: ignore[method-assign]
+    argparse.ArgumentParser.error = _raise_instead  # type: ignore[method-assign, assignment]
     try:
         with warnings.catch_warnings():
             yield
     finally:
         sys.argv = argv
         argparse.ArgumentParser.error = parse_error  # type: ignore[method-assign]
-        for put_back, value in before:
+        for read, put_back, value in flags:
+            if read() != value:
+                put_back(value)
+        for put_back, value in states:
             put_back(value)
 
 
@@ -49,8 +53,7 @@ def _raise_instead(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 def _set_default_device(device: torch.device) -> None:
-    if torch.get_default_device() != device:
-        torch.set_default_device(None if device.type == "cpu" else device)
+    torch.set_default_device(None if device.type == "cpu" else device)
 
 
 def _set_folder(folder: str | None) -> None:
@@ -77,7 +80,7 @@ def _autocast(device: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     return lambda: torch.is_autocast_enabled(device), lambda value: torch.set_autocast_enabled(device, value)
 
 
-_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+_FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, _set_default_device),
@@ -93,9 +96,14 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     ),
     *(_attribute(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
     *(_autocast(device) for device in ("cpu", "cuda")),
+    (_folder, _set_folder),
+)
+"""Pairs of functions that read and set a setting of the process. Set only if it differs: setting determinism, for one,
+imports the compiler of PyTorch, which takes seconds.
+"""
+_STATES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_rng_state, torch.set_rng_state),
     (random.getstate, random.setstate),
     (np.random.get_state, np.random.set_state),
-    (_folder, _set_folder),
 )
-"""Pairs of functions that read and set a setting of the process."""
+"""The same for random generators."""

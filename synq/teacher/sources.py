@@ -173,7 +173,8 @@ def _timm_has_weights(timm: Any, name: str) -> bool:
         return True
     if name not in timm.models.get_deprecated_models():
         return False
-    found = _build(f"timm:{name}", lambda: timm.create_model(name), False).pretrained_cfg
+    module: Any = _build(f"timm:{name}", lambda: timm.create_model(name), False)
+    found = module.pretrained_cfg
     return bool(found.get("hf_hub_id") or found.get("url"))
 
 

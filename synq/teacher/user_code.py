@@ -38,6 +38,8 @@ def made_by_user(target: str, name: str, sources: Iterable[str]) -> nn.Module:
         FileNotFoundError: If the file does not exist.
     """
     spec = f"{target}:{name}"
+    if "/" in name:
+        raise ValueError(f"`teacher.spec` must name a known source, but got {spec}; {hub_hint(name)}")
     with process_state_kept(target):
         module = _load_file(target) if target.endswith(".py") else _import(target, name, sources)
         made = getattr(module, name, None)
@@ -67,7 +69,8 @@ def unknown(what: str, got: str, names: Iterable[str]) -> ValueError:
 
 def one_line(error: BaseException) -> str:
     """Return type and text of an error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _called(factory: Any, spec: str, target: str, module: ModuleType) -> Any:
@@ -114,7 +117,7 @@ def _import(target: str, name: str, sources: Iterable[str]) -> ModuleType:
         return importlib.import_module(target)
     except ImportError as error:
         near = difflib.get_close_matches(target, list(sources), n=1)
-        if target.lower() in _HUBS or "/" in name:
+        if target.lower() in _HUBS:
             raise ValueError(
                 f"`teacher.spec` must name a known source, but got {target}:{name}; {hub_hint(name)}"
             ) from error
