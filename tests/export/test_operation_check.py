@@ -55,9 +55,10 @@ import torch.nn as nn
 class Odd(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.odd, self.fc = nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d((7, 5)), nn.Linear(140, 5)
+        self.conv, self.bn, self.odd = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveMaxPool2d((7, 5))
+        self.fc = nn.Linear(140, 5)
     def forward(self, x):
-        return self.fc(self.odd(self.conv(x).relu()).flatten(1))
+        return self.fc(self.odd(self.bn(self.conv(x)).relu()).flatten(1))
 """
 
 
