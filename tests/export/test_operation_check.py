@@ -16,9 +16,8 @@ from support.export_nets import Averages, Exact, Unexportable
 from support.integer_students import student
 from support.small_nets import SIZE, Residual
 from synq.cli import run
-from synq.export.onnx_exporter import reason
 from synq.export.onnx_graph import check_operations
-from synq.export.operation_check import KNOWN, _faults, unexportable_operations
+from synq.export.operation_check import KNOWN, _faults, reason, unexportable_operations
 from synq.network.op_traits import traits_of
 from synq.network.tracing import trace_classifier
 from synq.quant.integer_form import integer_form
@@ -29,6 +28,7 @@ def lines() -> list[str]:
     return unexportable_operations(integer_form(student(Unexportable(), 4, "inputs").net))
 
 
+@pytest.mark.slow
 def test_bugs_10_each_operation_is_named_with_its_layer_and_settings() -> None:
     assert len(lines()) == 2
     lost, missing = lines()
