@@ -15,6 +15,7 @@ from synq.common.files import write_bytes_atomic
 from synq.common.progress import passing_bar
 from synq.evaluation.measure import Measure
 from synq.export.kernels import count_kernels
+from synq.export.operation_check import reason
 from synq.export.packed import load_packed, save_packed
 from synq.export.verify import Comparison, Engine, Tolerance, compare, engine_of, open_session
 
@@ -212,10 +213,14 @@ def export_program(path: Path, form: fx.GraphModule, input_size: tuple[int, int,
 
     Raises:
         ExportRejectedError: As `Checker`.
+        ValueError: If ``torch.export`` cannot export the network for a dynamic number of images.
         OSError: If the file cannot be written.
     """
     shapes = ({0: torch.export.Dim("N", min=1)},)
-    program = torch.export.export(form, (torch.zeros(2, *input_size),), dynamic_shapes=shapes)
+    try:
+        program = torch.export.export(form, (torch.zeros(2, *input_size),), dynamic_shapes=shapes)
+    except Exception as error:  # torch.export raises many types, all with the same meaning for the user
+        raise ValueError(f"the student cannot be exported by torch.export: {reason(error)}") from error
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     content = buffer.getvalue()

@@ -1,7 +1,6 @@
 """The ONNX exporter of PyTorch, with translations of the quantization operations of an integer form."""
 
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ BITS_KEY = "synq.bits"
 """Metadata key of a DequantizeLinear node for the bit-width of its weight; removed before the file is written."""
 UINT8_MAX = 255
 """Largest code of UINT8."""
-_CONTROL_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def export_by_torch(
@@ -38,7 +36,7 @@ def export_by_torch(
         input_names, output_names: Names of the inputs and outputs; None: chosen by the exporter.
 
     Raises:
-        Exception: ``torch.onnx`` raises many types; see `reason`.
+        Exception: ``torch.onnx`` raises many types; see `operation_check.reason`.
     """
     with _quiet():
         program = torch.onnx.export(
@@ -55,14 +53,6 @@ def export_by_torch(
         )
     assert program is not None
     return program.model_proto
-
-
-def reason(error: BaseException) -> str:
-    """Return the message of the exporter's innermost error in one line, without control codes of a terminal."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = _CONTROL_CODES.sub("", str(error)).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -33,8 +33,8 @@ from torch import fx
 
 from synq.export.ceil_pools import ceil_mode_to_pads
 from synq.export.integer_matmul import convs_to_integer_matmul
-from synq.export.onnx_exporter import BITS_KEY, export_by_torch, reason
-from synq.export.operation_check import unexportable_operations
+from synq.export.onnx_exporter import BITS_KEY, export_by_torch
+from synq.export.operation_check import reason, unexportable_operations
 from synq.export.verify import IMAGES
 
 Container = Literal["int4", "int8", "matmul"]

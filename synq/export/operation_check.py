@@ -6,6 +6,7 @@ such a difference may stay below every tolerance. So each operation with setting
 correctly is exported in a small model, all in one, and its result in ONNX Runtime is compared with PyTorch's.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +32,8 @@ KNOWN_EXCEPT = frozenset({"AdaptiveMaxPool2d", "AdaptiveAvgPool2d", "adaptive_ma
 """Spellings of KNOWN operations that are checked unless their output is one value per channel."""
 TOLERANCE = 1e-3
 """Largest difference of a value, relative to the largest value of the output, that is only rounding."""
+
+_CONTROL_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 @dataclass
@@ -151,8 +154,6 @@ def _faults(form: fx.GraphModule, nodes: list[fx.Node]) -> list[str]:
         if len(nodes) > 1:
             half = len(nodes) // 2
             return _faults(form, nodes[:half]) + _faults(form, nodes[half:])
-        from synq.export.onnx_exporter import reason
-
         return [f"{describe(form, nodes[0])} has no ONNX export ({reason(error)})"]
     lines = []
     for node, reference, result in zip(nodes, wanted, found, strict=True):
@@ -177,3 +178,11 @@ def _difference(reference: Tensor, found: Tensor) -> float:
         return float("inf")
     reference, found = reference.double().nan_to_num(0, 0, 0), found.double().nan_to_num(0, 0, 0)
     return float((reference - found).abs().max() / reference.abs().max().clamp(min=1e-6))
+
+
+def reason(error: BaseException) -> str:
+    """Return the message of an exporter's innermost error in one line, without control codes of a terminal."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = _CONTROL_CODES.sub("", str(error)).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -27,7 +27,7 @@ class Exact(nn.Module):
         )
         modes = ("zeros", "reflect", "replicate", "circular", "zeros", "zeros")
         self.convs = nn.ModuleList([nn.Conv2d(8, 4, 3, padding=1, padding_mode=mode) for mode in modes])
-        self.convs[4] = nn.Conv2d(8, 4, (2, 4), padding="same")
+        self.convs[4] = nn.Conv2d(8, 4, (3, 5), padding="same")
         self.convs[5] = nn.Conv2d(8, 4, 3, (2, 1), "valid", (1, 2), groups=2)
         self.fc = nn.Linear(24, 5)
 
