@@ -56,13 +56,13 @@ def block_ends(traced: fx.GraphModule) -> list[fx.Node]:
     ends = []
     for group in groups.values():
         activated = [node for node in group if node in nonlinear]
-        computed = [node for node in group if not _only_moves(traced, node)]
+        computed = [node for node in group if not _only_moves(node)]
         ends.append((activated or computed or group)[-1])
     return ends
 
 
-def _only_moves(traced: fx.GraphModule, node: fx.Node) -> bool:
-    return is_passive(traced, node) or traits_of(traced, node).resamples
+def _only_moves(node: fx.Node) -> bool:
+    return is_passive(node) or traits_of(node).resamples
 
 
 def segment(traced: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.GraphModule:

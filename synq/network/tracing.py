@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from synq.network.functional_layers import functions_as_layers
+from synq.network.op_recorder import record_traits
 from synq.network.op_traits import OpKind, node_module, operation_name, traits_of
 from synq.network.tracers import LayerTracer, SizedTracer
 
@@ -88,6 +89,7 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
     traced.recompile()
+    record_traits(traced, sample)
     return traced
 
 
@@ -135,7 +137,7 @@ def batchnorm_parameters(traced: fx.GraphModule) -> list[nn.Parameter]:
             found.update(dict.fromkeys(module.parameters(recurse=False)))
     parameters = dict(traced.named_parameters(remove_duplicate=False))
     for node in traced.graph.nodes:
-        if node.op == "call_function" and traits_of(traced, node).kind is OpKind.NORM:
+        if node.op == "call_function" and traits_of(node).kind is OpKind.NORM:
             sources = (parameters.get(str(n.target)) for n in node.all_input_nodes if n.op == "get_attr")
             found.update(dict.fromkeys(p for p in sources if p is not None))
     return list(found)
