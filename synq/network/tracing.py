@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from synq.network.functional_layers import functions_as_layers
 from synq.network.op_recorder import record_traits
 from synq.network.op_traits import OpKind, node_module, operation_name, traits_of
+from synq.network.outputs import drop_log_softmax
 from synq.network.tracers import LayerTracer, SizedTracer
 
 _INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -56,15 +57,15 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     In-place operations become out-of-place ones, and later readers of the overwritten tensor read the result, as they
     did before. A batch norm or convolution that is called as a function on the tensors of one module (timm's layers,
     which add an activation or a padding) becomes a layer. Nodes that the logits do not depend on are removed: they
-    cost time, and parameters without a gradient stop a distributed run. Every node has the shape of its output for a
-    batch of two in ``meta["shape"]``.
+    cost time, and parameters without a gradient stop a distributed run; so is a log-softmax at the end. Every node has
+    the shape of its output for a batch of two in ``meta["shape"]`` and what it does to values in ``meta["traits"]``.
 
     Args:
         module: Classifier mapping (N, C, H, W) to logits (N, K). Put into evaluation mode.
         input_size: (C, H, W) of one image.
 
     Returns:
-        A graph module that computes the same logits.
+        A graph module that computes the same logits (the logits of a network that returns log-probabilities).
 
     Raises:
         ValueError: If the forward pass depends on tensor values, fails on ``input_size``, or does not return one
@@ -90,6 +91,7 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     traced.delete_all_unused_submodules()
     traced.recompile()
     record_traits(traced, sample)
+    drop_log_softmax(traced, sample)
     return traced
 
 

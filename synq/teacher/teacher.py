@@ -14,6 +14,7 @@ from synq.config.run import TeacherConfig
 from synq.network.cam_site import CamSite, locate_cam
 from synq.network.op_traits import node_module
 from synq.network.tracing import accepting, check_plain_weights, output_getters, trace_classifier
+from synq.teacher.probabilities import are_log_probabilities, check_no_probabilities
 from synq.teacher.sources import RANDOM, SourceModel, build_source
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -263,6 +264,8 @@ def _check_logits(
             "teacher must accept any batch size, but its forward pass, traced with 2 images, fails with 3: "
             "use x.size(0) or -1 for the batch size"
         ) from error
+    if are_log_probabilities(logits):  # the graph returns the logits that they are computed from
+        traced = traced.log_softmax(1)
     margin = 1e-4 * float(logits.abs().max())
     num_classes = int(logits.shape[1])
     if declared is not None and declared != num_classes:
@@ -282,4 +285,5 @@ def _check_logits(
             f"teacher must return the same logits when traced by torch.fx, but they differ by {gap:.3g}; "
             "write in-place operations of its forward pass as x = f(x)"
         )
+    check_no_probabilities(graph, noise)
     return num_classes
