@@ -29,12 +29,14 @@ CONSTANTS = _words(
     "_new_zeros_with_same_feature_meta"
 )
 """Read the shape, type and device of a tensor, and none of its values."""
+EMPTY = _words("empty empty_strided empty_permuted empty_like new_empty new_empty_strided")
+"""Return memory that is not written yet."""
 PASSIVE = _words(
     "alias clone detach lift lift_fresh squeeze unsqueeze view _unsafe_view _reshape_alias _reshape_copy _to_copy "
-    "_lazy_clone nan_to_num"  # activations are finite, which the observers check
+    "_lazy_clone dequantize nan_to_num"  # activations are finite, which the observers check
 )
 """Keep all values and their order."""
-PASSIVE_IF_ALL = _words("expand slice select repeat unfold as_strided narrow split split_with_sizes unbind tril triu")
+PASSIVE_IF_ALL = _words("expand slice select repeat unfold as_strided narrow split split_with_sizes unbind")
 """Keep the order of the values; passive where they keep their number, too."""
 RESAMPLING_MOVES = _words(
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
@@ -50,7 +52,7 @@ MOVES = (
     | PADS
     | _words(
         "cat stack _stack block_diag repeat_interleave roll flip rot90 index _unsafe_index index_select gather take "
-        "pixel_shuffle pixel_unshuffle channel_shuffle diag_embed im2col max_unpool2d max_unpool3d copy scatter "
+        "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle tril triu diag_embed im2col max_unpool2d max_unpool3d copy scatter "
         "slice_scatter select_scatter diagonal_scatter as_strided_scatter index_copy index_fill index_put "
         "_index_put_impl _unsafe_index_put put masked_scatter masked_fill where unsafe_split unsafe_split_with_sizes "
         "_unsafe_masked_index"
@@ -80,12 +82,15 @@ LINEAR = (
     | LINEAR_REDUCTIONS
     | _words(
         "add sub rsub neg cumsum trace col2im index_add scatter_add deg2rad rad2deg mul div lerp addcmul addcdiv "
-        "grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback affine_grid_generator"
+        "ldexp xlogy special_xlog1py grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback affine_grid_generator"
     )
 )
 """Sums of their inputs with constant weights, as long as no activation meets one of `FACTORS`."""
 FACTORS = {
     "div": ("other",),
+    "ldexp": ("other",),
+    "xlogy": ("other",),
+    "special_xlog1py": ("other",),
     "lerp": ("weight",),
     "addcdiv": ("tensor2",),
     "grid_sampler_2d": ("grid",),
@@ -100,13 +105,15 @@ BATCH_NORMS = _words(
     "_batch_norm_with_update cudnn_batch_norm miopen_batch_norm"
 )
 NONLINEAR = _words(
-    "hardswish glu log_sigmoid_forward _softmax _log_softmax _safe_softmax _prelu_kernel prod var std var_mean std_mean "
-    "norm linalg_vector_norm linalg__powsum logsumexp logcumsumexp _logcumsumexp cumprod native_group_norm "
+    "hardswish glu log_sigmoid_forward _softmax _log_softmax _safe_softmax _prelu_kernel prod var std var_mean "
+    "std_mean norm linalg_vector_norm linalg__powsum logsumexp logcumsumexp _logcumsumexp cumprod native_group_norm "
     "native_layer_norm _fused_rms_norm renorm dist floor_divide _add_relu rrelu_with_noise argmax argmin any all "
     "count_nonzero bucketize searchsorted isin argsort scatter_reduce index_reduce"
 )
 """Non-linear functions that PyTorch does not tag as element-wise; those that it tags are non-linear unless listed."""
-HOMOGENEOUS = _words("relu leaky_relu _prelu_kernel abs neg mul div")
+ELEMENTWISE = _words("hardswish _prelu_kernel log_sigmoid_forward floor_divide rrelu_with_noise _add_relu")
+"""Element-wise functions without PyTorch's tag."""
+HOMOGENEOUS = _words("relu leaky_relu rrelu_with_noise _prelu_kernel abs neg mul div")
 """f(s x) = s f(x) for s > 0, element by element."""
 
 
@@ -135,6 +142,19 @@ class OperatorCall:
         if self.operator._schema.is_mutable and name.endswith("_"):
             name = name[:-1]
         return name.removesuffix("_copy") if torch.Tag.view_copy in self.operator.tags else name
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers; a dropout in evaluation mode does not."""
+        at_rest = any(self.argument(flag) is False for flag in ("training", "train")) or self.argument("dropout_p") == 0
+        return torch.Tag.nondeterministic_seeded in self.operator.tags and not at_rest
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether PyTorch tags it, or another of its overloads, as element-wise (those that work in place are not)."""
+        packet = getattr(torch.ops.aten, self.name, None)
+        overloads = [] if packet is None else [getattr(packet, name) for name in packet.overloads()]
+        return any(torch.Tag.pointwise in overload.tags for overload in (self.operator, *overloads))
 
     def argument(self, name: str) -> Any:
         """Return the value of an argument by the name in the operator's schema, or None if it has none."""
@@ -168,7 +188,8 @@ def operator_traits(call: OperatorCall) -> OpTraits:
     Returns:
         Traits without ``reads``.
     """
-    traits = replace(_meaning(call), elementwise=_is_elementwise(call))
+    traits = _meaning(call)
+    traits = replace(traits, elementwise=_is_elementwise(call, traits.kind))
     values = [t for t in call.tensors() if id(t) in call.activations and t.dtype.is_floating_point]
     output = next((part for part in tree_leaves(call.outputs) if isinstance(part, Tensor)), None)
     if traits.kind in (OpKind.UNKNOWN, OpKind.CONSTANT) or output is None:
@@ -184,9 +205,13 @@ def _meaning(call: OperatorCall) -> OpTraits:
     name, tags = call.name, call.operator.tags
     if call.operator.namespace != "aten":
         return _unknown(call)
-    if torch.Tag.nondeterministic_seeded in tags:
+    if call.is_random:
         return OpTraits(kind=OpKind.UNKNOWN, reason="it draws random numbers")
-    if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
+    masks = [t for t in call.tensors() if id(t) in call.activations and t.dtype is torch.bool]
+    # The tag of `index` holds for masks only.
+    if torch.Tag.data_dependent_output in tags or (
+        torch.Tag.dynamic_output_shape in tags and (masks or name not in MOVES)
+    ):
         return OpTraits(
             kind=OpKind.UNKNOWN, reason="a number or a shape that it returns depends on the values of the image"
         )
@@ -196,11 +221,13 @@ def _meaning(call: OperatorCall) -> OpTraits:
         # Statistics of the images are an instance norm's.
         kind = OpKind.NONLINEAR if call.argument("training") else OpKind.NORM
         return OpTraits(kind=kind)
-    if name in PASSIVE:
+    if name == "_to_copy" or (name in PASSIVE and call.argument("dtype") is None):
         if name == "_to_copy" and call.outputs.itemsize < call.argument("self").itemsize:  # float16 rounds
             return OpTraits(kind=OpKind.STRUCTURAL)
         return OpTraits(kind=OpKind.PASSIVE, keeps_values=True, positively_homogeneous=_keeps_channels(call))
-    if name in MOVES or call.operator.is_view:
+    if name == "view" and call.argument("dtype") is not None:  # the bits, read as another type
+        return _unknown(call)
+    if name in MOVES or call.operator.is_view or torch.Tag.view_copy in tags:
         return _move(call)
     if name in ORDER_STATISTICS:
         within = _within_channels(call)
@@ -215,17 +242,18 @@ def _meaning(call: OperatorCall) -> OpTraits:
         return _choice(keeps_values=both)
     if name in LINEAR:
         return _sum(call)
-    if name in NONLINEAR or torch.Tag.pointwise in tags:
-        zero_clamp = name in ("clamp", "clamp_min") and call.argument("min") == 0 and call.argument("max") is None
+    if name in NONLINEAR or call.is_pointwise:
+        low, high = call.argument("min"), call.argument("max")
+        zero_clamp = name in ("clamp", "clamp_min") and isinstance(low, int | float) and low == 0 and high is None
         return OpTraits(kind=OpKind.NONLINEAR, positively_homogeneous=name in HOMOGENEOUS or zero_clamp)
     return _unknown(call)
 
 
-def _is_elementwise(call: OperatorCall) -> bool:
-    before, after = call.tensors()[0], call.outputs
+def _is_elementwise(call: OperatorCall, kind: OpKind) -> bool:
+    before = call.tensors()[0]
+    after = call.outputs if isinstance(call.outputs, Tensor) else call.outputs[0] if call.outputs else None
     same = isinstance(after, Tensor) and before.shape == after.shape
-    named = call.name in PASSIVE or call.name in ("hardswish", "_prelu_kernel", "log_sigmoid_forward")
-    return same and (named or torch.Tag.pointwise in call.operator.tags)
+    return same and (kind is OpKind.PASSIVE or call.name in ELEMENTWISE or call.is_pointwise)
 
 
 def _unknown(call: OperatorCall) -> OpTraits:
@@ -336,7 +364,7 @@ def in_sequence(before: Iterable[OpTraits], operator: OpTraits) -> OpTraits:
         operators=(*dict.fromkeys(names), *operator.operators) if len(values) > 1 else (*names, *operator.operators),
         keeps_values=all(part.keeps_values for part in parts),
         chooses=any(part.chooses for part in parts),
-        elementwise=len(values) == 1 and all(part.elementwise for part in parts),
+        elementwise=len({part.reads for part in values}) == 1 and all(part.elementwise for part in parts),
         positively_homogeneous=len(values) == 1 and all(part.positively_homogeneous for part in parts),
         averages=pools(operator.averages, [part.averages for part in values]),
         resamples=pools(operator.resamples, [part.resamples for part in values]),

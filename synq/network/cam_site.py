@@ -58,7 +58,8 @@ def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
 
     The head is everything behind the feature map. It may scale the logits, pool the map in several ways at once, or
     apply functions before it pools (the power of a generalized mean): these belong to the pool, and the map is the
-    output of the non-linearity before them. Where the head reads several maps, the last one that is computed is taken.
+    output of the non-linearity before them. Where the head reads several maps, the one of the most channels
+    is taken, of equals the last.
 
     The head is read from the structure and then checked numerically: "closed_form" is returned only if the closed form
     equals autograd on this network.
@@ -74,7 +75,8 @@ def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
         ValueError: If ``override`` names no node with an (N, C, H, W) output on the path from the image to the logits.
     """
     maps = _maps(traced)
-    feature = maps[-1] if maps else None
+    # An attention map, of one channel, weights the positions of the map that is computed from the image.
+    feature = max(reversed(maps), key=lambda node: node.meta["shape"][1], default=None)
     linear = None if feature is None else _only_classifier(traced, feature)
     if override is not None:
         chosen = _find_node(traced, override)
@@ -89,9 +91,7 @@ def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
         reason = "the head is not one linear layer"
         if override is None and len(maps) > 1:
             names = ", ".join(node.name for node in maps)
-            reason = (
-                f"the head reads several maps ({names}), of which the last is taken; `teacher.cam_layer` names another"
-            )
+            reason = f"the head reads several maps ({names}), of which this has the most channels; `teacher.cam_layer` names another"
         return CamSite(node=feature.name, kind="autograd", reason=reason, **size)
     weight = _weight_of(traced.get_submodule(linear)).flatten(1)
     cells, rest = divmod(weight.shape[1], channels)

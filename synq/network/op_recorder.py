@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from synq.network.aten_traits import OperatorCall, in_sequence, operator_traits
-from synq.network.op_traits import TRAITS, OpKind, OpTraits, node_module
+from synq.network.aten_traits import EMPTY, OperatorCall, in_sequence, operator_traits
+from synq.network.op_traits import TRAITS, OpKind, OpTraits, node_module, traits_of
 
 _UNCHANGED = OpTraits(kind=OpKind.PASSIVE, keeps_values=True, elementwise=True, positively_homogeneous=True)
 """Traits of a tensor that a node reads, before an operator is applied to it."""
@@ -21,11 +21,19 @@ _UNCHANGED = OpTraits(kind=OpKind.PASSIVE, keeps_values=True, elementwise=True, 
 def record_traits(traced: fx.GraphModule, sample: Tensor) -> None:
     """Run a network once, and store the traits of every operation in the ``meta`` of its node.
 
+    Nodes that a quantizer may follow get a name that no method of a module has (``x.cpu()`` is ``cpu_1``), because the
+    quantizer is registered under it.
+
     Args:
         traced: A graph in evaluation mode, without in-place operations.
         sample: (N, C, H, W) images with N >= 2.
     """
     _Recorder(traced).run(sample)
+    for node in traced.graph.nodes:
+        read_by_layer = any(traits_of(user).kind is OpKind.LAYER for user in node.users)
+        if hasattr(nn.Module, node.name) and (read_by_layer or traits_of(node).kind > OpKind.STRUCTURAL):
+            node._rename(f"{node.name}_1")
+    traced.recompile()
 
 
 class _Recorder(fx.Interpreter):
@@ -48,6 +56,7 @@ class _Recorder(fx.Interpreter):
             for tensor in _tensors(self.env[source]):
                 _, traits = parts.get(id(tensor), (tensor, _of_dtype(tensor, _UNCHANGED)))
                 mode.add_activation(tensor, replace(traits, reads=(position,)))
+        mode.add_constants((n.args, n.kwargs))
         with mode:
             value = super().run_node(n)
         assert isinstance(self.module, fx.GraphModule)
@@ -90,6 +99,7 @@ class _OperatorMode(TorchDispatchMode):
         self.known: dict[int, OpTraits] = {}
         self.rejected: OpTraits | None = None
         self._constants: set[int] = set()
+        self._empty: set[int] = set()  # tensors without content yet, and views of them
         self._alive: list[Tensor] = []  # an identity is unique only while its tensor exists
 
     def add_activation(self, tensor: Tensor, traits: OpTraits) -> None:
@@ -98,9 +108,9 @@ class _OperatorMode(TorchDispatchMode):
         self.known[id(tensor)] = traits
 
     def add_constants(self, value: Any) -> None:
-        """Take note of tensors that do not."""
+        """Take note of the tensors in ``value`` that do not."""
         self._alive += _tensors(value)
-        self._constants.update(id(tensor) for tensor in _tensors(value))
+        self._constants.update(id(tensor) for tensor in _tensors(value) if id(tensor) not in self.known)
 
     def traits_of(self, tensor: Tensor) -> OpTraits:
         """Return the traits of the operators between the inputs of the node and one of its tensors."""
@@ -114,12 +124,15 @@ class _OperatorMode(TorchDispatchMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Execute an operator, and record it."""
+        blank = self._blank_storages(func, args, kwargs or {})
         outputs = func(*args, **(kwargs or {}))
         activations = frozenset(id(t) for t in _tensors((args, kwargs)) if id(t) in self.known)
         call = OperatorCall(operator=func, args=args, kwargs=kwargs or {}, outputs=outputs, activations=activations)
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if call.is_random:
             self.rejected = OpTraits(kind=OpKind.UNKNOWN, reason="it draws random numbers")
         changed = [*_tensors(outputs), *call.written()]
+        if call.name in EMPTY or (func.is_view and any(id(t) in self._empty for t in call.tensors())):
+            self._empty.update(id(tensor) for tensor in changed)
         if not activations:
             self.add_constants(changed)
             return outputs
@@ -136,17 +149,28 @@ class _OperatorMode(TorchDispatchMode):
             else:
                 self.add_activation(tensor, _of_dtype(tensor, replace(traits, reads=reads)))
         for tensor in call.written():
-            self._written_through(tensor)
+            self._written_through(tensor, blank)
         return outputs
 
-    def _written_through(self, part: Tensor) -> None:
+    def _blank_storages(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
+        """Return the storages that an operator will overwrite and that hold zeros, or nothing yet."""
+        if not func._schema.is_mutable:
+            return set()
+        call = OperatorCall(operator=func, args=args, kwargs=kwargs, outputs=None, activations=frozenset())
+        written = {tensor.untyped_storage().data_ptr() for tensor in call.written()}
+        held = [t for t in self._alive if t.untyped_storage().data_ptr() in written and id(t) not in self.known]
+        filled = {t.untyped_storage().data_ptr() for t in held if id(t) not in self._empty and bool(t.any())}
+        return written - filled
+
+    def _written_through(self, part: Tensor, blank: set[int]) -> None:
         """Take note that the tensors of which ``part`` is a view contain what was written to it."""
         storage = part.untyped_storage().data_ptr()
         for tensor in list(self._alive):
             if tensor is part or id(part) not in self.known or tensor.untyped_storage().data_ptr() != storage:
                 continue
             inside = [self.known[id(t)] for t in (tensor, part) if id(t) in self.known]
-            traits = in_sequence(inside, OpTraits(kind=OpKind.STRUCTURAL, keeps_values=id(tensor) in self.known))
+            keeps_values = id(tensor) in self.known or storage in blank
+            traits = in_sequence(inside, OpTraits(kind=OpKind.STRUCTURAL, keeps_values=keeps_values))
             reads = tuple(sorted({position for held in inside for position in held.reads}))
             self.add_activation(tensor, _of_dtype(tensor, replace(traits, reads=reads)))
 

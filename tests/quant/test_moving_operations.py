@@ -76,7 +76,10 @@ def test_bugs_8_new_values_are_quantization_points_in_every_spelling(name: str) 
         (lambda net, x: torch.einsum("nchw,dc->ndhw", x, net.softmax.weight), "is einsum: its tensors would stay"),
         (lambda net, x: x + torch.rand_like(x), "is rand_like: it draws random numbers"),
         (lambda net, x: nn.functional.dropout(x, 0.5, True), "is dropout: it draws random numbers"),
-        (lambda net, x: torch.fft.rfft2(x).abs().sum(3, keepdim=True) + x, "is fft_rfft2: its tensors would stay float"),
+        (
+            lambda net, x: torch.fft.rfft2(x).abs().sum(3, keepdim=True) + x,
+            "is fft_rfft2: its tensors would stay float",
+        ),
         (lambda net, x: x.masked_select(x > 0).sum() + x, "is masked_select: .* depends on the values of the image"),
     ],
 )

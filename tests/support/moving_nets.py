@@ -25,6 +25,7 @@ class Around(nn.Module):
         self.gate = nn.Sequential(nn.Linear(CHANNELS, 4), nn.ReLU(), nn.Linear(4, CHANNELS), nn.Sigmoid())
         self.spatial = nn.Conv2d(2, 1, 7, padding=3)
         self.drop1, self.drop3, self.alpha = nn.Dropout1d(0.5), nn.Dropout3d(0.5), nn.FeatureAlphaDropout(0.5)
+        self.nearest, self.replicated = nn.UpsamplingNearest2d(scale_factor=2), nn.ReplicationPad2d(1)
         self.softmax = nn.Linear(CHANNELS, CHANNELS)  # a layer of this name is no softmax
         self.scale = nn.Parameter(torch.rand(CHANNELS) + 0.5)
         self.fc = nn.Linear(CHANNELS, 5)
@@ -35,6 +36,10 @@ class Around(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(self.operation(self, x))))
         return self.fc(x.mean((2, 3)))
+
+
+def unpooled(found: tuple[Tensor, Tensor]) -> Tensor:
+    return F.max_unpool2d(found[0], found[1], 2)
 
 
 Operation = Callable[[Around, Tensor], Tensor]
@@ -61,7 +66,7 @@ MOVES: dict[str, tuple[Operation, int]] = {
     "shortcut with x * 0": (lambda net, x: torch.cat([x, x * 0], 1), 16),
     "index_select": (lambda net, x: x.index_select(1, net.index), 8),
     "index": (lambda net, x: x[:, net.index], 8),
-    "gather": (lambda net, x: x.gather(1, net.index.view(1, -1, 1, 1).expand(x.size(0), 8, 16, 16)), 8),
+    "gather": (lambda net, x: x.gather(1, net.index.view(1, -1, 1, 1).expand_as(x)), 8),
     "take_along_dim": (lambda net, x: torch.take_along_dim(x, net.index.view(1, -1, 1, 1), 1), 8),
     "topk": (lambda net, x: x.topk(4, 1)[0], 4),
     "sort": (lambda net, x: torch.sort(x, 1, descending=True).values, 8),
@@ -90,15 +95,15 @@ MOVES: dict[str, tuple[Operation, int]] = {
     "stack": (lambda net, x: torch.stack([x, x.flip(1)], 1).flatten(1, 2), 16),
     "tril": (lambda net, x: torch.tril(x), 8),
     "interpolate nearest": (lambda net, x: F.interpolate(x, scale_factor=2), 8),
-    "UpsamplingNearest2d": (lambda net, x: nn.UpsamplingNearest2d(scale_factor=2)(x), 8),
+    "UpsamplingNearest2d": (lambda net, x: net.nearest(x), 8),
     "pad circular": (lambda net, x: F.pad(x, (1, 1, 1, 1), mode="circular"), 8),
-    "ReplicationPad2d": (lambda net, x: nn.ReplicationPad2d(1)(x), 8),
+    "ReplicationPad2d": (lambda net, x: net.replicated(x), 8),
     "type": (lambda net, x: x.type(torch.float32), 8),
     "cpu": (lambda net, x: x.cpu(), 8),
     "nan_to_num": (lambda net, x: torch.nan_to_num(x), 8),
     "positive": (lambda net, x: +x, 8),
     "max_pool1d": (lambda net, x: F.max_pool1d(x.flatten(2), 2).unflatten(2, (8, 16)), 8),
-    "max_unpool2d": (lambda net, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), 8),
+    "max_unpool2d": (lambda net, x: unpooled(F.max_pool2d(x, 2, return_indices=True)), 8),
 }
 """Operations whose results are values of the map (or zeros), so that they lie on its quantization grid."""
 
@@ -123,11 +128,11 @@ NONLINEAR: dict[str, tuple[Operation, list[str]]] = {
     "rtruediv": (lambda net, x: 1 / (x + 1), ["relu", "truediv", "relu_1"]),
     "rsub of a scale": (lambda net, x: 2 - 3 * x, ["relu", "relu_1"]),
     "in place": (lambda net, x: (x * 1).add_(1).mul_(2).sub_(0.5).div_(3), ["relu", "relu_1"]),
-    "sigmoid in place": (lambda net, x: (x * 1).sigmoid_(), ["relu", "sigmoid", "relu_1"]),
+    "sigmoid in place": (lambda net, x: (x * 1).sigmoid_(), ["relu", "sigmoid_", "relu_1"]),
     "erf": (lambda net, x: torch.special.erf(x), ["relu", "special_erf", "relu_1"]),
     "hardshrink": (lambda net, x: F.hardshrink(x, 0.2), ["relu", "hardshrink", "relu_1"]),
     "logsigmoid": (lambda net, x: F.logsigmoid(x), ["relu", "log_sigmoid", "relu_1"]),
-    "threshold": (lambda net, x: F.threshold(x, 0.2, 0.1), ["relu", "threshold", "relu_1"]),
+    "threshold": (lambda net, x: F.threshold(x, 0.2, 0.1), ["relu", "_threshold", "relu_1"]),
     "normalize": (lambda net, x: F.normalize(x, dim=1), ["relu", "normalize", "relu_1"]),
     "standard deviation": (lambda net, x: x / (1 + x.std((2, 3), keepdim=True)), ["relu", "std", "truediv", "relu_1"]),
     "part of a tuple": (lambda net, x: x - torch.var_mean(x, (2, 3), keepdim=True)[0], ["relu", "getitem", "relu_1"]),
