@@ -52,9 +52,10 @@ MOVES = (
     | PADS
     | _words(
         "cat stack _stack block_diag repeat_interleave roll flip rot90 index _unsafe_index index_select gather take "
-        "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle tril triu diag_embed im2col max_unpool2d max_unpool3d copy scatter "
-        "slice_scatter select_scatter diagonal_scatter as_strided_scatter index_copy index_fill index_put "
-        "_index_put_impl _unsafe_index_put put masked_scatter masked_fill where unsafe_split unsafe_split_with_sizes "
+        "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle tril triu diag_embed im2col copy "
+        "max_unpool2d max_unpool3d scatter slice_scatter select_scatter diagonal_scatter as_strided_scatter index_copy "
+        "index_fill index_put _index_put_impl _unsafe_index_put put masked_scatter masked_fill where unsafe_split "
+        "unsafe_split_with_sizes "
         "_unsafe_masked_index"
     )
 )
@@ -82,7 +83,8 @@ LINEAR = (
     | LINEAR_REDUCTIONS
     | _words(
         "add sub rsub neg cumsum trace col2im index_add scatter_add deg2rad rad2deg mul div lerp addcmul addcdiv "
-        "ldexp xlogy special_xlog1py grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback affine_grid_generator"
+        "ldexp xlogy special_xlog1py grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback "
+        "affine_grid_generator"
     )
 )
 """Sums of their inputs with constant weights, as long as no activation meets one of `FACTORS`."""
@@ -179,16 +181,18 @@ class OperatorCall:
         return [part for part in tree_leaves((self.args, self.kwargs)) if isinstance(part, Tensor)]
 
 
-def operator_traits(call: OperatorCall) -> OpTraits:
+def operator_traits(call: OperatorCall, position: int = 0) -> OpTraits:
     """Return the traits of one operator, at least one of whose arguments is an activation.
 
     Args:
         call: The operator with its arguments.
+        position: Which of its outputs is meant.
 
     Returns:
         Traits without ``reads``.
     """
-    traits = _meaning(call)
+    is_mean = position == 1 and call.name in ("var_mean", "std_mean")
+    traits = _sum(call, "mean") if is_mean else _meaning(call)
     traits = replace(traits, elementwise=_is_elementwise(call, traits.kind))
     values = [t for t in call.tensors() if id(t) in call.activations and t.dtype.is_floating_point]
     output = next((part for part in tree_leaves(call.outputs) if isinstance(part, Tensor)), None)
@@ -241,7 +245,7 @@ def _meaning(call: OperatorCall) -> OpTraits:
         both = call.is_activation(call.argument("self")) and call.is_activation(call.argument("other"))
         return _choice(keeps_values=both)
     if name in LINEAR:
-        return _sum(call)
+        return _sum(call, name)
     if name in NONLINEAR or call.is_pointwise:
         low, high = call.argument("min"), call.argument("max")
         zero_clamp = name in ("clamp", "clamp_min") and isinstance(low, int | float) and low == 0 and high is None
@@ -270,6 +274,8 @@ def _choice(*, keeps_values: bool) -> OpTraits:
 
 def _move(call: OperatorCall) -> OpTraits:
     constants = [part for part in call.tensors() if id(part) not in call.activations and part.dtype.is_floating_point]
+    if call.name == "copy":  # nothing remains of what it overwrites
+        constants = []
     fills = [call.argument(name) for name in ("value", "other", "self")]
     numbers = [fill for fill in fills if isinstance(fill, int | float)]
     fills_zeros = not any(numbers) and not any(bool(part.any()) for part in constants)
@@ -294,8 +300,7 @@ def _move(call: OperatorCall) -> OpTraits:
     )
 
 
-def _sum(call: OperatorCall) -> OpTraits:
-    name = call.name
+def _sum(call: OperatorCall, name: str) -> OpTraits:
     multiplied = sum(call.is_activation(call.argument(part)) for part in MULTIPLIED.get(name, ()))
     nonlinear = any(call.is_activation(call.argument(part)) for part in FACTORS.get(name, ()))
     if multiplied > 1 or nonlinear or call.argument("rounding_mode") is not None:

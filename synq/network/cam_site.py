@@ -91,7 +91,7 @@ def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
         reason = "the head is not one linear layer"
         if override is None and len(maps) > 1:
             names = ", ".join(node.name for node in maps)
-            reason = f"the head reads several maps ({names}), of which this has the most channels; `teacher.cam_layer` names another"
+            reason = f"the head reads several maps ({names}); `teacher.cam_layer` names another"
         return CamSite(node=feature.name, kind="autograd", reason=reason, **size)
     weight = _weight_of(traced.get_submodule(linear)).flatten(1)
     cells, rest = divmod(weight.shape[1], channels)

@@ -138,16 +138,19 @@ class _OperatorMode(TorchDispatchMode):
             return outputs
         inputs = [self.known[id(tensor)] for tensor in call.tensors() if id(tensor) in activations]
         traits = in_sequence(inputs, operator_traits(call))
+        second = in_sequence(inputs, operator_traits(call, 1))
         if not changed and traits.kind is OpKind.UNKNOWN:  # the image's values leave as numbers
             self.rejected = traits
         values = [part for part in inputs if part.kind is not OpKind.SELECTOR] or inputs
         reads = tuple(sorted({position for part in values for position in part.reads}))
-        for tensor in changed:
+        for position, tensor in enumerate(changed):
             if traits.kind is OpKind.CONSTANT:
                 self.known.pop(id(tensor), None)
                 self.add_constants(tensor)
             else:
-                self.add_activation(tensor, _of_dtype(tensor, replace(traits, reads=reads)))
+                self.add_activation(
+                    tensor, _of_dtype(tensor, replace(second if position == 1 else traits, reads=reads))
+                )
         for tensor in call.written():
             self._written_through(tensor, blank)
         return outputs

@@ -113,9 +113,9 @@ def _commutes_with_scales(node: fx.Node) -> bool:
     if len(sources) != 1 or shape is None:
         return False
     before = sources[0].meta["shape"]
-    if is_passive(node):  # the order of values is kept: same shape, or one row per image
-        return shape == before or (len(shape) == 2 and shape[0] == before[0])
-    return traits_of(node).positively_homogeneous
+    # Where the order of values is kept, a channel becomes consecutive values of the image's row.
+    one_row = is_passive(node) and len(shape) == 2 and shape[0] == before[0]
+    return one_row or traits_of(node).positively_homogeneous
 
 
 def _out_channels(layer: nn.Module) -> int:

@@ -1,12 +1,14 @@
 """Recognition of classifiers that return probabilities: the losses take logits, and would compare them wrongly."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
 from synq.network.op_traits import OpKind, traits_of
 
-CONTRASTS = (1.0, 0.0, 10.0, 100.0)
-"""Factors of the noise on which a suspicion is confirmed: with the contrast, logits leave every fixed range."""
+SIZES = (1.0, 1e3, 1e6)
+"""Standard deviations of the outputs of the last layer on which a suspicion is confirmed."""
 ROUNDING = 1e-4
 """Largest relative difference of sums of a row that count as equal."""
 
@@ -16,7 +18,8 @@ def check_no_probabilities(graph: fx.GraphModule, noise: Tensor) -> None:
     """Raise ValueError if a classifier returns probabilities or log-probabilities, decided by the values it returns.
 
     The last operation would not tell: behind a softmax there may be a reshape, a factor or a selection, and a clamp or
-    a comparison may take its place.
+    a comparison may take its place. Logits of an untrained network may lie in [0, 1] by chance, but not for any output
+    of its last layer: a suspicion is confirmed with random numbers in its place.
 
     Args:
         graph: The traced classifier, without a log-softmax at its end.
@@ -25,14 +28,32 @@ def check_no_probabilities(graph: fx.GraphModule, noise: Tensor) -> None:
     Raises:
         ValueError: Naming the last non-linear operation.
     """
-    if not probabilities(graph(noise.clone())):
+    outputs = graph(noise.clone())
+    if not probabilities(outputs):
         return
-    outputs = torch.cat([graph(contrast * noise) for contrast in CONTRASTS])
-    found = probabilities(outputs[torch.isfinite(outputs).all(1)])  # noise of a high contrast may overflow
+    outputs = torch.cat([outputs, *(_WithRandomLogits(graph, size).run(noise.clone()) for size in SIZES)])
+    found = probabilities(outputs[torch.isfinite(outputs).all(1)])  # exponentials of large numbers overflow
     if found:
         nonlinear = [node.name for node in graph.graph.nodes if traits_of(node).kind is OpKind.NONLINEAR]
         last = f", computed by {nonlinear[-1]!r}" if nonlinear else ""
         raise ValueError(f"teacher must return logits, but returned {found}{last}: return what they are computed from")
+
+
+class _WithRandomLogits(fx.Interpreter):
+    """Run a classifier with random numbers of one size in place of the output of its last layer."""
+
+    def __init__(self, graph: fx.GraphModule, size: float) -> None:
+        super().__init__(graph)
+        self.size = size
+        layers = [node for node in graph.graph.nodes if traits_of(node).kind is OpKind.LAYER]
+        self.last = layers[-1] if layers else None
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n is not self.last:
+            return value
+        random = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+        return self.size * random.to(value)
 
 
 def probabilities(outputs: Tensor) -> str:
