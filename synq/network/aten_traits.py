@@ -10,6 +10,7 @@ functions of PyTorch that map a tensor to a tensor with what they do to numbers.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -154,9 +155,7 @@ class OperatorCall:
     @property
     def is_pointwise(self) -> bool:
         """Whether PyTorch tags it, or another of its overloads, as element-wise (those that work in place are not)."""
-        packet = getattr(torch.ops.aten, self.name, None)
-        overloads = [] if packet is None else [getattr(packet, name) for name in packet.overloads()]
-        return any(torch.Tag.pointwise in overload.tags for overload in (self.operator, *overloads))
+        return torch.Tag.pointwise in self.operator.tags or _has_pointwise_overload(self.name)
 
     def argument(self, name: str) -> Any:
         """Return the value of an argument by the name in the operator's schema, or None if it has none."""
@@ -179,6 +178,13 @@ class OperatorCall:
     def tensors(self) -> list[Tensor]:
         """Return the tensors among the arguments, in order."""
         return [part for part in tree_leaves((self.args, self.kwargs)) if isinstance(part, Tensor)]
+
+
+@cache
+def _has_pointwise_overload(name: str) -> bool:
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
+    return any(torch.Tag.pointwise in overload.tags for overload in overloads)
 
 
 def operator_traits(call: OperatorCall, position: int = 0) -> OpTraits:

@@ -124,7 +124,7 @@ def _maps(traced: fx.GraphModule) -> list[fx.Node]:
 
 def _is_map(node: fx.Node) -> bool:
     """Return whether a node on the way back from the logits is the feature map, and not yet a part of its pool."""
-    shape = node.meta.get("shape") or ()
+    shape: tuple[int, ...] = node.meta.get("shape") or ()
     if len(shape) != 4 or _TRANSPOSING.intersection(traits_of(node).operators):
         return False
     pooled = any(is_average_pool(user) for user in node.users)

@@ -75,7 +75,7 @@ class _Recorder(fx.Interpreter):
         kind = max(traits.kind for traits in outputs)
         if kind > OpKind.SELECTOR and isinstance(module, nn.Conv2d | nn.Linear):
             return OpTraits(kind=OpKind.LAYER, reads=reads)
-        if kind > OpKind.SELECTOR and isinstance(module, _BatchNorm) and module.running_mean is not None:
+        if kind > OpKind.SELECTOR and isinstance(module, _BatchNorm):
             return OpTraits(kind=OpKind.NORM, reads=reads)
         if isinstance(value, Tensor):
             return outputs[0]
@@ -138,7 +138,7 @@ class _OperatorMode(TorchDispatchMode):
             return outputs
         inputs = [self.known[id(tensor)] for tensor in call.tensors() if id(tensor) in activations]
         traits = in_sequence(inputs, operator_traits(call))
-        second = in_sequence(inputs, operator_traits(call, 1))
+        second = in_sequence(inputs, operator_traits(call, 1)) if len(changed) > 1 else traits
         if not changed and traits.kind is OpKind.UNKNOWN:  # the image's values leave as numbers
             self.rejected = traits
         values = [part for part in inputs if part.kind is not OpKind.SELECTOR] or inputs

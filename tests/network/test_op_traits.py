@@ -67,7 +67,7 @@ MOVED = "keeps_values positively_homogeneous"
         (nn.Linear(6, 6), OpKind.LAYER, ""),
         (nn.BatchNorm2d(4), OpKind.NORM, ""),
         (nn.SyncBatchNorm(4), OpKind.NORM, ""),
-        (nn.BatchNorm2d(4, track_running_stats=False), OpKind.NONLINEAR, ""),
+        (nn.BatchNorm2d(4, track_running_stats=False), OpKind.NORM, ""),
         (nn.InstanceNorm2d(4), OpKind.NONLINEAR, ""),
         (nn.GroupNorm(2, 4), OpKind.NONLINEAR, ""),
         (nn.ReLU(), OpKind.NONLINEAR, "elementwise positively_homogeneous"),
