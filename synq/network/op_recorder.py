@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from synq.network.aten_traits import EMPTY, OperatorCall, in_sequence, operator_traits
+from synq.network.aten_groups import EMPTY
+from synq.network.aten_traits import OperatorCall, in_sequence, operator_traits
 from synq.network.op_traits import TRAITS, OpKind, OpTraits, node_module, traits_of
 
 _UNCHANGED = OpTraits(kind=OpKind.PASSIVE, keeps_values=True, elementwise=True, positively_homogeneous=True)

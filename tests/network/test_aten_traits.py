@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from synq.network.aten_traits import LINEAR
+from synq.network.aten_groups import LINEAR
 from synq.network.op_recorder import record_traits
 from synq.network.op_traits import OpKind, OpTraits, traits_of
 
@@ -32,7 +32,7 @@ ARGUMENTS: list[tuple[Any, ...]] = [
 SKIPPED = re.compile(
     "seed|rng|deterministic|flush|backward|hook|requires_grad|share_memory|pin_memory|cuda|cudnn|miopen|quantized|"
     "sparse|mkldnn|grad_enabled|inference|warn|dlpack|lobpcg|lowrank|linspace|logspace|combinations|cartesian|einsum|"
-    "broadcast_shapes|default|save|load|compile|threads|print|swap_tensors|record_stream|typename|empty"
+    "broadcast_shapes|default|save|load|compile|threads|print|swap_tensors|record_stream|typename|empty|^new$"
 )
 """Parts of names of functions that are no operations on values, or take minutes, or return memory without values."""
 UNQUANTIZABLE = ("linalg", "cholesky", "pinverse", "hist", "cross_entropy")

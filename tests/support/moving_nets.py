@@ -74,7 +74,7 @@ MOVES: dict[str, tuple[Operation, int]] = {
     "median": (lambda net, x: x.median(1, keepdim=True).values, 1),
     "cummax": (lambda net, x: torch.cummax(x, 1)[0], 8),
     "aminmax": (lambda net, x: torch.cat(torch.aminmax(x, dim=1, keepdim=True), 1), 2),
-    "maxout of a split": (lambda net, x: torch.maximum(*x.chunk(2, 1)), 4),
+    "maxout of a split": (lambda net, x: torch.maximum(x.chunk(2, 1)[0], x.chunk(2, 1)[1]), 4),
     "fmin": (lambda net, x: torch.fmin(x, x.flip(1)), 8),
     "where": (lambda net, x: torch.where(net.mask, x, x.flip(2)), 8),
     "where of its own values": (lambda net, x: torch.where(x > 1, x, x.roll(1, 1)), 8),
