@@ -152,7 +152,9 @@ def _meaning(call: OperatorCall) -> OpTraits:
         kind = OpKind.NONLINEAR if call.argument("training") else OpKind.NORM
         return OpTraits(kind=kind)
     if name == "_to_copy" or (name in PASSIVE and call.argument("dtype") is None):
-        if isinstance(call.outputs, Tensor) and call.outputs.itemsize < call.argument("self").itemsize:  # float16 rounds
+        if (
+            isinstance(call.outputs, Tensor) and call.outputs.itemsize < call.argument("self").itemsize
+        ):  # float16 rounds
             return OpTraits(kind=OpKind.STRUCTURAL)
         return OpTraits(kind=OpKind.PASSIVE, keeps_values=True, positively_homogeneous=_keeps_channels(call))
     if name == "view" and call.argument("dtype") is not None:  # the bits, read as another type
