@@ -12,10 +12,9 @@ from synq.network.op_traits import node_module, traits_of
 from synq.network.tracing import tensor_inputs
 from synq.quant.integer_layers import ChannelAffine, DequantizedActivation, IntegerActivation, IntegerLayer
 
-ARITHMETIC = frozenset({"mul", "div", "add", "sub", "neg"})
-EXACT = ARITHMETIC | {"relu", "leaky_relu", "prelu", "relu6", "hardtanh", "clamp", "abs", "cat", "stack"}
-"""Operations, by their names in `op_traits.py`, that are one IEEE operation per element. Operations that only move
-values are exact, too."""
+ARITHMETIC = frozenset({"mul", "div", "add", "sub", "rsub", "neg"})
+EXACT = ARITHMETIC | {"relu", "leaky_relu", "_prelu_kernel", "hardtanh", "clamp", "abs", "cat", "stack"}
+"""Operators of PyTorch that are one IEEE operation per element. Operations that only move values are exact, too."""
 NEAREST = ("nearest", "nearest-exact")
 """Modes of an upsampling that only repeat values."""
 EXACT_SUM = 2**24
@@ -38,10 +37,12 @@ def _is_exact(form: fx.GraphModule, node: fx.Node) -> bool:
     if isinstance(module, IntegerLayer):
         source = node_module(form, inputs[0])
         return isinstance(source, IntegerActivation) and _largest_sum(source, module) < EXACT_SUM
-    traits = traits_of(form, node)
-    if traits.name in ARITHMETIC and not {*node.kwargs} <= {"input", "other"}:  # `alpha`: a fused multiplication
+    traits = traits_of(node)
+    has_option = not {*node.kwargs} <= {"input", "other"}
+    if has_option and not ARITHMETIC.isdisjoint(traits.operators):  # `alpha`: a fused multiplication
         return False
-    return traits.keeps_values or traits.name in EXACT or _is_nearest(node, module)
+    is_exact = bool(traits.operators) and EXACT.issuperset(traits.operators)
+    return traits.keeps_values or is_exact or _is_nearest(node, module)
 
 
 def _is_nearest(node: fx.Node, module: nn.Module | None) -> bool:

@@ -14,20 +14,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from synq.export.verify import open_session
-from synq.network.op_traits import OpKind, node_module, operation_name, traits_of
+from synq.network.op_traits import UNKNOWN, OpKind, node_module, operation_name, traits_of
 from synq.quant.integer_layers import ChannelAffine, DequantizedActivation, IntegerActivation, IntegerLayer
 
 KNOWN = frozenset(
     {
-        *("relu", "leaky_relu", "prelu", "relu6", "hardtanh", "elu", "selu", "celu", "gelu", "silu", "mish"),
-        *("hardswish", "hardsigmoid", "sigmoid", "tanh", "abs", "exp"),
+        *("relu", "leaky_relu", "_prelu_kernel", "hardtanh", "elu", "celu", "gelu", "silu", "mish", "hardswish"),
+        *("hardsigmoid", "sigmoid", "tanh", "abs", "exp"),
         *("mul", "div", "add", "sub", "neg", "sum", "mean", "cat", "stack"),
-        *("max_pool", "avg_pool", "pixel_shuffle", "channel_shuffle", "permute", "narrow", "expand", "copy"),
-        *("unflatten", "flatten", "unflatten_layer", "reshape", "squeeze", "identity", "dropout", "split"),
+        *("max_pool2d_with_indices", "adaptive_max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d"),
+        *("pixel_shuffle", "channel_shuffle", "permute", "transpose", "slice", "select", "expand", "clone"),
+        *("view", "_unsafe_view", "squeeze", "unsqueeze", "alias", "detach"),
     }
 )
-"""Operations, by their names in `op_traits.py`, that are exported correctly with all settings but KNOWN_EXCEPT, as the
-test of this module verifies: common networks need no check, which takes seconds."""
+"""Operators of PyTorch that are exported correctly with all settings but KNOWN_EXCEPT, as the test of this module
+verifies: common networks need no check, which takes seconds."""
 KNOWN_EXCEPT = frozenset({"AdaptiveMaxPool2d", "AdaptiveAvgPool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d"})
 """Spellings of KNOWN operations that are checked unless their output is one value per channel."""
 TOLERANCE = 1e-3
@@ -115,7 +116,7 @@ def _plain(arguments: Sequence[object]) -> list[object]:
 
 
 def _is_checked(form: fx.GraphModule, node: fx.Node) -> bool:
-    module, traits = node_module(form, node), traits_of(form, node)
+    module, traits = node_module(form, node), traits_of(node)
     if node.op not in ("call_module", "call_function", "call_method") or node.meta.get("shape") is None:
         return False
     if isinstance(module, IntegerLayer | IntegerActivation | DequantizedActivation | ChannelAffine):
@@ -127,7 +128,7 @@ def _is_checked(form: fx.GraphModule, node: fx.Node) -> bool:
     spelling = operation_name(node) if module is None else type(module).__name__
     if spelling in KNOWN_EXCEPT:
         return any(size != 1 for size in node.meta["shape"][2:])
-    return traits.name not in KNOWN
+    return traits is UNKNOWN or not KNOWN.issuperset(traits.operators)
 
 
 def _settings(form: fx.GraphModule, node: fx.Node) -> object:

@@ -24,7 +24,7 @@ def cut_nodes(traced: fx.GraphModule) -> list[fx.Node]:
     """
     nodes = list(traced.graph.nodes)
     position = {node: number for number, node in enumerate(nodes)}
-    sizes = {node for node in nodes if _is_size(traced, node)}
+    sizes = {node for node in nodes if _is_size(node)}
     last_use = {node: max((position[user] for user in node.users if user not in sizes), default=-1) for node in nodes}
     found: list[fx.Node] = []
     depends: set[fx.Node] = set()
@@ -65,13 +65,13 @@ def block_ends(traced: fx.GraphModule) -> list[fx.Node]:
     ends = []
     for group in groups.values():
         activated = [node for node in group if node in nonlinear]
-        computed = [node for node in group if not _only_moves(traced, node)]
+        computed = [node for node in group if not _only_moves(node)]
         ends.append((activated or computed or group)[-1])
     return ends
 
 
-def _only_moves(traced: fx.GraphModule, node: fx.Node) -> bool:
-    return is_passive(traced, node) or traits_of(traced, node).resamples
+def _only_moves(node: fx.Node) -> bool:
+    return is_passive(node) or traits_of(node).resamples
 
 
 def segment(traced: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.GraphModule:
@@ -91,7 +91,7 @@ def segment(traced: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.GraphMod
         node = pending.pop()
         if node is not start and node not in needed:
             needed.add(node)
-            if not _is_size(traced, node):
+            if not _is_size(node):
                 pending.extend(node.all_input_nodes)
     graph = fx.Graph()
     images = graph.placeholder("x")
@@ -102,7 +102,7 @@ def segment(traced: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.GraphMod
                 raise ValueError(
                     f"`start` must be the only input of the segment that ends at {end.name}, but got {start.name}"
                 )
-            if _is_size(traced, node) and node.all_input_nodes[0] not in copies:
+            if _is_size(node) and node.all_input_nodes[0] not in copies:
                 copies[node] = _size_of(graph, node, images)
             else:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -110,9 +110,9 @@ def segment(traced: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.GraphMod
     return fx.GraphModule(traced, graph, class_name=f"{type(traced).__name__}Segment").eval()
 
 
-def _is_size(traced: fx.GraphModule, node: fx.Node) -> bool:
+def _is_size(node: fx.Node) -> bool:
     """Return whether ``node`` reads sizes of a tensor (N, ...), which are known up to the number of images."""
-    if traits_of(traced, node).kind is not OpKind.NUMBER or not node.all_input_nodes:
+    if traits_of(node).kind is not OpKind.NUMBER or not node.all_input_nodes:
         return False
     shape = node.all_input_nodes[0].meta.get("shape") or ()
     reads_sizes = operation_name(node) in ("size", "dim", "ndimension") or node.args[1:] in (("shape",), ("ndim",))

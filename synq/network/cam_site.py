@@ -7,8 +7,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from synq.network.gradcam import CamMethod, autograd_weights, closed_form_weights
-from synq.network.op_traits import is_average_pool, is_passive, node_module
-from synq.network.tracing import tensor_inputs, with_features
+from synq.network.op_traits import (
+    OpKind,
+    is_activation,
+    is_average_pool,
+    is_passive,
+    node_module,
+    traits_of,
+    value_inputs,
+)
+from synq.network.tracing import with_features
+
+_TRANSPOSING = {"permute", "transpose", "t"}
+"""Operators behind which the channels are no longer the second axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +28,8 @@ class CamSite:
 
     Attributes:
         node: Name of the graph node whose output is A, the (N, C, H, W) feature map; empty when ``kind`` is "none".
-        kind: "closed_form" if the head is average pooling, flatten and one linear layer; "autograd" if the head is not
-            linear in A; "none" if the network has no spatial feature before its classifier.
+        kind: "closed_form" if the head is average pooling, flatten and one linear layer; "autograd" for any other
+            head; "none" if the network has no spatial feature before its classifier.
         channels, height, width: Size of A.
         cells: Number of pooled cells per channel that the classifier reads (1 for a global average pool).
         linear: Module name of the classifier, for "closed_form".
@@ -45,6 +56,11 @@ class CamSite:
 def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
     """Return the last spatial feature before the classifier and how its CAM weights are computed.
 
+    The head is everything behind the feature map. It may scale the logits, pool the map in several ways at once, or
+    apply functions before it pools (the power of a generalized mean): these belong to the pool, and the map is the
+    output of the non-linearity before them. Where the head reads several maps, the one of the most channels
+    is taken, of equals the last.
+
     The head is read from the structure and then checked numerically: "closed_form" is returned only if the closed form
     equals autograd on this network.
 
@@ -58,7 +74,10 @@ def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
     Raises:
         ValueError: If ``override`` names no node with an (N, C, H, W) output on the path from the image to the logits.
     """
-    feature, linear = _walk_head(traced)
+    maps = _maps(traced)
+    # An attention map, of one channel, weights the positions of the map that is computed from the image.
+    feature = max(reversed(maps), key=lambda node: node.meta["shape"][1], default=None)
+    linear = None if feature is None else _only_classifier(traced, feature)
     if override is not None:
         chosen = _find_node(traced, override)
         if chosen is not feature:
@@ -69,7 +88,11 @@ def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
     _, channels, height, width = feature.meta["shape"]
     size = {"channels": channels, "height": height, "width": width}
     if linear is None:
-        return CamSite(node=feature.name, kind="autograd", reason="the head is not one linear layer", **size)
+        reason = "the head is not one linear layer"
+        if override is None and len(maps) > 1:
+            names = ", ".join(node.name for node in maps)
+            reason = f"the head reads several maps ({names}); `teacher.cam_layer` names another"
+        return CamSite(node=feature.name, kind="autograd", reason=reason, **size)
     weight = _weight_of(traced.get_submodule(linear)).flatten(1)
     cells, rest = divmod(weight.shape[1], channels)
     if rest or (height * width) % cells:
@@ -82,32 +105,65 @@ def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
     return location
 
 
-def _walk_head(traced: fx.GraphModule) -> tuple[fx.Node | None, str | None]:
-    """Walk from the output back to A; return A or None, and the classifier's name if the head has exactly one layer."""
-    node: fx.Node = next(n for n in traced.graph.nodes if n.op == "output")
-    linear: str | None = None
-    plain = True
+def _maps(traced: fx.GraphModule) -> list[fx.Node]:
+    """Return the spatial features that the head reads, in order of execution: walk back from the logits to each."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    pending = [node for node in traced.graph.nodes if node.op == "output"]
+    while pending:
+        for source in value_inputs(pending.pop()):
+            if source in seen or source.op == "placeholder":
+                continue
+            seen.add(source)
+            if _is_map(source):
+                found.add(_before_pool(source))
+            else:
+                pending.append(source)
+    return [node for node in traced.graph.nodes if node in found]
+
+
+def _is_map(node: fx.Node) -> bool:
+    """Return whether a node on the way back from the logits is the feature map, and not yet a part of its pool."""
+    shape: tuple[int, ...] = node.meta.get("shape") or ()
+    if len(shape) != 4 or _TRANSPOSING.intersection(traits_of(node).operators):
+        return False
+    pooled = any(is_average_pool(user) for user in node.users)
+    if is_average_pool(node):  # of one axis after another, the first
+        before = value_inputs(node)[0].meta["shape"]
+        return pooled and (min(shape[2:]) > 1 or min(before[2:], default=1) == 1)
+    return pooled or (shape[2] * shape[3] > 1 and not is_passive(node))
+
+
+def _before_pool(node: fx.Node) -> fx.Node:
+    """Return the first of several element-wise non-linearities in a row, of which the others belong to the pool."""
+    first, previous = node, node
+    while traits_of(previous).kind in (OpKind.NONLINEAR, OpKind.STRUCTURAL, OpKind.PASSIVE):
+        inputs = value_inputs(previous)
+        if len(inputs) != 1 or not traits_of(previous).elementwise or inputs[0].meta.get("shape") != node.meta["shape"]:
+            break
+        (previous,) = inputs
+        if traits_of(previous).kind is OpKind.NONLINEAR and traits_of(node).kind is OpKind.NONLINEAR:
+            first = previous
+    return first
+
+
+def _only_classifier(traced: fx.GraphModule, feature: fx.Node) -> str | None:
+    """Return the name of the head's linear layer if the rest of the head only averages and reshapes, else None."""
+    found: list[str] = []
+    node = next(n for n in traced.graph.nodes if n.op == "output")
     while True:
-        sources = tensor_inputs(node)
-        if len(sources) != 1:
-            return None, None
-        node = sources[0]
-        shape = node.meta["shape"]
-        if node.op in ("placeholder", "get_attr"):
-            return None, None
-        if is_average_pool(traced, node):
-            source = tensor_inputs(node)[0]
-            if len(source.meta["shape"]) == 4:
-                return source, linear if plain else None
-            continue  # one axis after another, or flattened pixels: A is further up
-        if is_passive(traced, node):
-            continue
-        if len(shape) == 4 and shape[2] * shape[3] > 1:
-            return node, linear if plain else None
+        inputs = value_inputs(node)
+        if len(inputs) != 1:
+            return None
+        (node,) = inputs
+        if node is feature:
+            return found[0] if len(found) == 1 else None
         module = node_module(traced, node)
-        is_classifier = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and shape[2:] == (1, 1))
-        plain = plain and is_classifier and linear is None
-        linear = str(node.target) if is_classifier else linear
+        is_pixelwise = isinstance(module, nn.Conv2d) and node.meta["shape"][2:] == (1, 1)
+        if isinstance(module, nn.Linear) or is_pixelwise:
+            found.append(str(node.target))
+        elif not is_average_pool(node) and not is_passive(node):
+            return None
 
 
 def _closed_form_holds(traced: fx.GraphModule, location: CamSite) -> bool:
@@ -132,9 +188,7 @@ def _find_node(traced: fx.GraphModule, name: str) -> fx.Node:
     for node in reversed(traced.graph.nodes):
         if node.op == "output" or node in used:
             used.update(node.all_input_nodes)
-    spatial = [
-        n for n in traced.graph.nodes if n in used and n.op != "get_attr" and len(n.meta.get("shape") or ()) == 4
-    ]
+    spatial = [n for n in traced.graph.nodes if n in used and is_activation(n) and len(n.meta.get("shape") or ()) == 4]
     for node in spatial:
         if name in (node.name, str(node.target)):
             return node

@@ -130,7 +130,7 @@ def _is_detached(node: fx.Node) -> bool:
     if not _is_tensor(node) or node.op not in ("call_function", "call_method"):
         return False
     name = operation_name(node)
-    return name in ("detach", "detach_") or (name == "getattr" and node.args[1] == "data")
+    return name in ("detach", "detach_") or (name == "getattr" and node.args[1:] == ("data",))
 
 
 def _with_gradient(traced: fx.GraphModule) -> set[fx.Node]:

@@ -110,7 +110,9 @@ def _length(value: Any) -> Any:
 
     Such a tuple has sizes, or the parts of a tensor where the tracer knows their number.
     """
-    parts = getattr(value.tracer, "values", {}).get(value.node) if isinstance(value, fx.Proxy) else value
-    if not isinstance(value, fx.Proxy) or isinstance(parts, tuple | list):
+    if not isinstance(value, fx.Proxy):
+        return builtins.len(value)
+    parts = getattr(value.tracer, "values", {}).get(value.node)
+    if isinstance(parts, tuple | list):
         return builtins.len(parts)
     return value.tracer.create_proxy("call_function", builtins.len, (value,), {})

@@ -183,7 +183,7 @@ class _SizedProxy(_LayerProxy):
     def __iter__(self) -> Iterator[Any]:
         """Iterate over the parts of a tensor, as of ``x.chunk(2, 1)``: their number is known, that of images is not."""
         if isinstance(self.tracer.values[self.node], tuple | list):
-            return iter([self[index] for index in range(len(self))])
+            return iter([operator.getitem(self, index) for index in range(len(self))])  # type: ignore[call-overload]
         parts: Iterator[Any] = super().__iter__()
         return parts
 

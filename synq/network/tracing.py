@@ -18,7 +18,9 @@ from torch.nn.modules.conv import _ConvNd
 from synq.network.aliases import Aliases
 from synq.network.functional_layers import functions_as_layers
 from synq.network.normal_form import keep_image_axis, to_normal_form
+from synq.network.op_recorder import record_traits
 from synq.network.op_traits import OpKind, node_module, traits_of
+from synq.network.outputs import drop_log_softmax
 from synq.network.trace_errors import first_line, trace_failure
 from synq.network.tracers import LayerTracer, SizedTracer, image_parameter
 
@@ -56,15 +58,15 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     (`normal_form.py`): arguments by position, no in-place operation, and a batch of one image keeps its axis. A batch
     norm or convolution that is called as a function on the tensors of one module (timm's layers, which add an
     activation or a padding) becomes a layer. Nodes that the logits do not depend on are removed: they cost time, and
-    parameters without a gradient stop a distributed run. Every node has the shape of its output for a batch of two in
-    ``meta["shape"]``.
+    parameters without a gradient stop a distributed run; so is a log-softmax at the end. Every node has the shape of
+    its output for a batch of two in ``meta["shape"]`` and what it does to values in ``meta["traits"]``.
 
     Args:
         module: Classifier mapping (N, C, H, W) to logits (N, K). Put into evaluation mode.
         input_size: (C, H, W) of one image.
 
     Returns:
-        A graph module that computes the same logits.
+        A graph module that computes the same logits (the logits of a network that returns log-probabilities).
 
     Raises:
         ValueError: If the forward pass depends on tensor values, fails on ``input_size``, or does not return one
@@ -92,6 +94,8 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
         keep_image_axis(traced)
     traced.delete_all_unused_submodules()
     traced.recompile()
+    record_traits(traced, sample)
+    drop_log_softmax(traced, sample)
     return traced
 
 
@@ -146,7 +150,7 @@ def batchnorm_parameters(traced: fx.GraphModule) -> list[nn.Parameter]:
             found.update(dict.fromkeys(module.parameters(recurse=False)))
     parameters = dict(traced.named_parameters(remove_duplicate=False))
     for node in traced.graph.nodes:
-        if node.op == "call_function" and traits_of(traced, node).kind is OpKind.NORM:
+        if node.op == "call_function" and traits_of(node).kind is OpKind.NORM:
             sources = (parameters.get(str(n.target)) for n in node.all_input_nodes if n.op == "get_attr")
             found.update(dict.fromkeys(p for p in sources if p is not None))
     return list(found)

@@ -7,7 +7,7 @@ from itertools import chain
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from synq.network.op_traits import node_module, operation_name, traits_of
+from synq.network.op_traits import is_activation, node_module, operation_name, traits_of, value_inputs
 from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import Role
 from synq.quant.integer_form import foldable_batch_norm
@@ -93,7 +93,7 @@ def account(net: fx.GraphModule, points: dict[fx.Node, int]) -> tuple[TensorRow,
                     bitops=sum(call.macs * bits * _input_bits(net, call) for call in called),
                 )
             )
-        if shape is None or isinstance(module, ActQuantizer) or node.op in ("output", "get_attr"):
+        if shape is None or isinstance(module, ActQuantizer) or node.op == "output" or not is_activation(node):
             continue
         kind = type(module).__name__.removeprefix("Quant") if module is not None else operation_name(node)
         bits = points.get(node, FLOAT_BITS)
@@ -120,18 +120,12 @@ def _activations_of(net: fx.GraphModule, node: fx.Node) -> tuple[str, ...]:
 
     Operations that only select or move values are followed back to their inputs.
     """
-    while True:
-        module = node_module(net, node)
-        if isinstance(module, ActQuantizer):
-            return (str(node.target).removeprefix(ACT_QUANTIZERS),)
-        traits = traits_of(net, node)
-        if traits.joins:  # each part has a separate scale
-            parts = [_activations_of(net, part) for part in node.all_input_nodes]
-            return tuple(dict.fromkeys(chain(*parts))) if all(parts) else ()
-        # Not decided by shapes: an element of a split has a tuple as its input, which has no shape.
-        if not traits.keeps_values or not node.all_input_nodes:
-            return ()
-        node = node.all_input_nodes[0]
+    if isinstance(node_module(net, node), ActQuantizer):
+        return (str(node.target).removeprefix(ACT_QUANTIZERS),)
+    if not traits_of(node).keeps_values:
+        return ()
+    parts = [_activations_of(net, source) for source in value_inputs(node)]  # each has a scale of its own
+    return tuple(dict.fromkeys(chain(*parts))) if all(parts) else ()
 
 
 def packed_bytes(net: fx.GraphModule) -> int:

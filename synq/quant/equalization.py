@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.network.logits import logits_of
-from synq.network.op_traits import OpKind, node_module, traits_of
+from synq.network.op_traits import is_passive, node_module, traits_of, value_inputs
 from synq.network.tracing import tensor_inputs
 from synq.quant.keep_best import Synchronize, keep_best, mean_kl
 from synq.quant.layers import ActQuantizer
@@ -103,26 +103,20 @@ def _path_to_producer(traced: fx.GraphModule, consumer: fx.Node) -> list[fx.Node
     path = []
     while len(node.users) == 1 and node.op in ("call_module", "call_function", "call_method"):
         path.append(node)
-        if not _commutes_with_scales(traced, node):
+        if not _commutes_with_scales(node):
             return path
-        node = tensor_inputs(node)[0]
+        (node,) = value_inputs(node)
     return []
 
 
-def _commutes_with_scales(traced: fx.GraphModule, node: fx.Node) -> bool:
-    traits = traits_of(traced, node)
-    sources, shape = tensor_inputs(node), node.meta["shape"]
-    if not sources or shape is None:
+def _commutes_with_scales(node: fx.Node) -> bool:
+    sources, shape = value_inputs(node), node.meta["shape"]
+    if len(sources) != 1 or shape is None:
         return False
     before = sources[0].meta["shape"]
-    if traits.kind is OpKind.PASSIVE:  # the order of values is kept: same shape, or one row per image
-        return shape == before or (len(shape) == 2 and shape[0] == before[0])
-    if traits.reduces_dims:
-        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        dims = dims if isinstance(dims, (tuple, list)) else [dims]
-        within_channels = len(before) == 4 and all(isinstance(dim, int) and dim % 4 in (2, 3) for dim in dims)
-        return traits.positively_homogeneous and within_channels
-    return traits.positively_homogeneous
+    # Where the order of values is kept, a channel becomes consecutive values of the image's row.
+    one_row = is_passive(node) and len(shape) == 2 and shape[0] == before[0]
+    return one_row or traits_of(node).positively_homogeneous
 
 
 def _out_channels(layer: nn.Module) -> int:

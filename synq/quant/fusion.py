@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from synq.network.op_traits import RELU, node_module, traits_of
+from synq.network.op_traits import node_module, traits_of
 from synq.quant.fake_quant import fake_quantize_rectified
 from synq.quant.layers import ActQuantizer
 
@@ -51,12 +51,7 @@ def fuse_rectified(net: fx.GraphModule) -> int:
         if not isinstance(quantizer, ActQuantizer) or quantizer.scale.device.type != "cpu":
             continue
         (source,) = node.all_input_nodes
-        if (
-            not quantizer.has_range
-            or int(quantizer.zero_point) != 0
-            or not _is_relu(net, source)
-            or len(source.users) > 1
-        ):
+        if not quantizer.has_range or int(quantizer.zero_point) != 0 or not _is_relu(source) or len(source.users) > 1:
             continue
         target = f"{node.target}_rectified"
         net.add_submodule(target, RectifiedQuantizer(quantizer))
@@ -68,7 +63,5 @@ def fuse_rectified(net: fx.GraphModule) -> int:
     return num_fused
 
 
-def _is_relu(net: fx.GraphModule, node: fx.Node) -> bool:
-    module = node_module(net, node)
-    exact = module is None or type(module) is nn.ReLU  # a subclass may compute something else
-    return exact and traits_of(net, node) is RELU
+def _is_relu(node: fx.Node) -> bool:
+    return traits_of(node).operators == ("relu",)

@@ -17,6 +17,7 @@ from synq.network.tracing import trace_classifier
 from synq.teacher.architecture import check_architecture, check_task
 from synq.teacher.outputs import choose_output
 from synq.teacher.pixel_range import PixelRange
+from synq.teacher.probabilities import are_log_probabilities, check_no_probabilities
 from synq.teacher.sources import RANDOM, SourceModel, build_source
 from synq.teacher.user_code import one_line
 
@@ -227,6 +228,8 @@ def _check_logits(
     except Exception as error:  # a forward pass may raise anything; with two images it did not
         raise _fixed_batch(f"fails ({first_line(error)})", 3) from error
     traced, single = (_logits_of(graph, noise[:count].clone(), int(logits.shape[1])) for count in (3, 1))
+    if are_log_probabilities(logits):  # the graph returns the logits that they are computed from
+        traced, single = traced.log_softmax(1), single.log_softmax(1)
     margin = 1e-4 * float(logits.abs().max())
     num_classes = int(logits.shape[1])
     if declared is not None and declared != num_classes:
@@ -251,6 +254,7 @@ def _check_logits(
             "teacher must classify each image by itself, but the logits of an image differ by "
             f"{float((logits[:1] - single).abs().max()):.3g} if others are in its batch"
         )
+    check_no_probabilities(graph, noise)
     return num_classes
 
 

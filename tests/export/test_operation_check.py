@@ -122,10 +122,11 @@ def test_operations_that_need_no_check_are_exported_correctly() -> None:
     nodes = [
         node
         for node in net.graph.nodes
-        if traits_of(net, node).name in KNOWN and node.meta["shape"] and "fc" not in node.name
+        if KNOWN.issuperset(traits_of(node).operators) and node.meta["shape"] and "fc" not in node.name
         if any(source.meta.get("shape") for source in node.all_input_nodes)
     ]
-    assert {traits_of(net, node).name for node in nodes} >= KNOWN - {"avg_pool", "squeeze", "unflatten"}
+    found = {operator for node in nodes for operator in traits_of(node).operators}
+    assert found >= KNOWN - {"avg_pool2d", "adaptive_max_pool2d", "_adaptive_avg_pool2d", "squeeze", "alias", "detach"}
     assert _faults(net, nodes) == []
 
 

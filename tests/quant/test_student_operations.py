@@ -40,26 +40,6 @@ def test_activations_written_in_any_way_are_quantized(activation: object) -> Non
     assert [len(out.unique()) <= 16 for out in seen] == [True] * 3
 
 
-@pytest.mark.parametrize("how", ["module", "function"])
-def test_a_softmax_at_the_end_is_rejected(how: str) -> None:
-    class Probabilities(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn, self.fc, self.last = (
-                nn.Conv2d(3, 8, 1),
-                nn.BatchNorm2d(8),
-                nn.Linear(8, 5),
-                nn.Softmax(1),
-            )
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
-            return self.last(y) if how == "module" else torch.softmax(y, 1).flatten(1)
-
-    with pytest.raises(ValueError, match=r"must return logits, but its last operation, '(last|softmax)', is a softmax"):
-        make(net=Probabilities())
-
-
 def test_unknown_operations_are_rejected_by_name() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -113,6 +93,11 @@ class Middle(nn.Module):
         (lambda net, x: x / net.scale.exp().view(1, -1, 1, 1), []),
         (lambda net, x: x.view(x.size(0), 8, x.shape[2], -1) * x.size(1), []),
         (lambda net, x: torch.cat(x.chunk(4, 1)[2:] + x.chunk(4, 1)[:2], 1), []),
+        (lambda net, x: torch.hstack(x.chunk(4, 1)[2:] + x.chunk(4, 1)[:2]), []),
+        (lambda net, x: x - torch.var_mean(x, (2, 3), keepdim=True)[1], []),
+        (lambda net, x: x - torch.var_mean(x, (2, 3), keepdim=True)[0], ["getitem"]),
+        (lambda net, x: x + torch.max(x, 1, keepdim=True)[0], []),
+        (lambda net, x: x.reciprocal(), ["reciprocal"]),
     ],
 )
 def test_products_of_activations_are_nonlinear_and_scales_are_not(
@@ -120,22 +105,6 @@ def test_products_of_activations_are_nonlinear_and_scales_are_not(
 ) -> None:
     student = make(net=Middle(middle))
     assert [row.name for row in student.rows if row.role == "activation" and row.bits == 4] == names
-
-
-@pytest.mark.parametrize(
-    ("middle", "operation"),
-    [
-        (lambda net, x: x - torch.var_mean(x, (2, 3), keepdim=True)[1], "var_mean"),
-        (lambda net, x: x + torch.max(x, 1, keepdim=True)[0], "max"),
-        (lambda net, x: torch.hstack(x.chunk(4, 1)[2:] + x.chunk(4, 1)[:2]), "hstack"),
-        (lambda net, x: x.reciprocal(), "reciprocal"),
-    ],
-)
-def test_operations_that_return_tuples_or_read_them_are_rejected(
-    middle: Callable[[Middle, Tensor], Tensor], operation: str
-) -> None:
-    with pytest.raises(ValueError, match=f"is {operation}: its tensors would stay float"):
-        make(net=Middle(middle))
 
 
 @pytest.mark.parametrize(

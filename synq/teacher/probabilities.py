@@ -1,0 +1,86 @@
+"""Recognition of classifiers that return probabilities: the losses take logits, and would compare them wrongly."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from synq.network.op_traits import OpKind, traits_of
+
+SIZES = (1.0, 1e3, 1e6)
+"""Standard deviations of the outputs of the last layer on which a suspicion is confirmed."""
+ROUNDING = 1e-4
+"""Largest relative difference of sums of a row that count as equal."""
+
+
+@torch.no_grad()
+def check_no_probabilities(graph: fx.GraphModule, noise: Tensor) -> None:
+    """Raise ValueError if a classifier returns probabilities or log-probabilities, decided by the values it returns.
+
+    The last operation would not tell: behind a softmax there may be a reshape, a factor or a selection, and a clamp or
+    a comparison may take its place. Logits of an untrained network may lie in [0, 1] by chance, but not for any output
+    of its last layer: a suspicion is confirmed with random numbers in its place.
+
+    Args:
+        graph: The traced classifier, without a log-softmax at its end.
+        noise: (N, C, H, W) normalized images, N >= 2.
+
+    Raises:
+        ValueError: Naming the last non-linear operation.
+    """
+    outputs = graph(noise.clone())
+    if not probabilities(outputs):
+        return
+    outputs = torch.cat([outputs, *(_WithRandomLogits(graph, size).run(noise.clone()) for size in SIZES)])
+    found = probabilities(outputs[torch.isfinite(outputs).all(1)])  # exponentials of large numbers overflow
+    if found:
+        nonlinear = [node.name for node in graph.graph.nodes if traits_of(node).kind is OpKind.NONLINEAR]
+        last = f", computed by {nonlinear[-1]!r}" if nonlinear else ""
+        raise ValueError(f"teacher must return logits, but returned {found}{last}: return what they are computed from")
+
+
+class _WithRandomLogits(fx.Interpreter):
+    """Run a classifier with random numbers of one size in place of the output of its last layer."""
+
+    def __init__(self, graph: fx.GraphModule, size: float) -> None:
+        super().__init__(graph)
+        self.size = size
+        layers = [node for node in graph.graph.nodes if traits_of(node).kind is OpKind.LAYER]
+        self.last = layers[-1] if layers else None
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n is not self.last:
+            return value
+        random = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+        return self.size * random.to(value)
+
+
+def probabilities(outputs: Tensor) -> str:
+    """Describe the outputs of a classifier if they are probabilities, or their logarithms, and no logits.
+
+    Probabilities are not negative and sum to the same number for all images (percentages, too), or are all in [0, 1].
+    Outputs that are the same for all images prove nothing unless they sum to 1.
+
+    Args:
+        outputs: (N, K), finite.
+
+    Returns:
+        What they are, with the evidence; "" if nothing speaks against logits.
+    """
+    if are_log_probabilities(outputs):
+        return "log-probabilities (the exponentials of each row sum to 1)"
+    if bool((outputs < 0).any()):
+        return ""
+    sums = outputs.double().sum(1)
+    total = float(sums.mean())
+    same_sum = bool(((sums - total).abs() <= ROUNDING * total).all())
+    differ = bool((outputs != outputs[0]).any())
+    if same_sum and (differ or abs(total - 1) <= ROUNDING):
+        return f"probabilities (no value is negative, and each row sums to {total:.4g})"
+    return "probabilities (all values are in [0, 1])" if differ and bool((outputs <= 1).all()) else ""
+
+
+def are_log_probabilities(outputs: Tensor) -> bool:
+    """Return whether the exponentials of each row of (N, K) outputs sum to 1, up to rounding."""
+    return bool((outputs.double().logsumexp(1).abs() <= ROUNDING).all())
