@@ -105,6 +105,13 @@ class SizedTracer(LayerTracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _SizedProxy(node, self)
 
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Iterate over the parts of a tensor, as of ``x.chunk(2, 1)``: their number is known, that of images is not."""
+        parts = self.values[obj.node]
+        if isinstance(parts, tuple | list):
+            return iter([operator.getitem(obj, index) for index in range(len(parts))])  # type: ignore[call-overload]
+        return super().iter(obj)
+
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, *rest, **options)
         if kind == "placeholder":
@@ -179,13 +186,6 @@ class _SizedProxy(_LayerProxy):
             return tuple(value.shape)
         count = self.tracer.create_proxy("call_method", "size", (self, 0), {})
         return (count, *value.shape[1:])
-
-    def __iter__(self) -> Iterator[Any]:
-        """Iterate over the parts of a tensor, as of ``x.chunk(2, 1)``: their number is known, that of images is not."""
-        if isinstance(self.tracer.values[self.node], tuple | list):
-            return iter([operator.getitem(self, index) for index in range(len(self))])  # type: ignore[call-overload]
-        parts: Iterator[Any] = super().__iter__()
-        return parts
 
     def __len__(self) -> int:
         value = self.tracer.values[self.node]

@@ -164,7 +164,14 @@ def hierarchical(net: Net, x: Tensor) -> Tensor:
     return torch.cat(out, 1)
 
 
-@pytest.mark.parametrize("middle", [listed, zipped, summed, starred, indexed, backwards, hierarchical])
+def unpacked(net: Net, x: Tensor) -> Tensor:
+    first, second = x.reshape(x.shape[0], 2, -1, *x.shape[2:]).transpose(0, 1)
+    if x.shape[2] > 4:
+        first = first * 2
+    return torch.cat([first, second], 1)
+
+
+@pytest.mark.parametrize("middle", [unpacked, listed, zipped, summed, starred, indexed, backwards, hierarchical])
 def test_the_parts_of_a_tensor_can_be_looped_over(middle: Middle) -> None:
     same(middle)
 
