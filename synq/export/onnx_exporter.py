@@ -56,7 +56,11 @@ def export_by_torch(
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the ONNX translations of the three quantization ops of an integer form, for ``torch.onnx``."""
+    """Return the ONNX translations of the three quantization ops of an integer form, and of two joins.
+
+    The exporter's own translations of ``hstack`` and ``dstack`` branch on the number of axes, and the branches read
+    values by the names that they had before the exporter renamed them: the file is invalid.
+    """
     op: Any = onnxscript.opset21
     ops = torch.ops.quantized_decomposed
 
@@ -87,7 +91,17 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         values.producer().metadata_props[BITS_KEY] = str((quant_max - quant_min + 1).bit_length() - 1)
         return values
 
+    def hstack(tensors: Any) -> Any:
+        return op.Concat(*tensors, axis=1)  # an activation has two axes or more
+
+    def dstack(tensors: Any) -> Any:
+        if len(tensors[0].shape) == 2:
+            tensors = [op.Unsqueeze(tensor, op.Constant(value_ints=[2])) for tensor in tensors]
+        return op.Concat(*tensors, axis=2)
+
     return {
+        torch.ops.aten.hstack.default: hstack,
+        torch.ops.aten.dstack.default: dstack,
         torch.ops.synq.quantize_per_tensor.default: quantize,
         ops.dequantize_per_tensor.default: dequantize,
         ops.dequantize_per_channel.default: weight,

@@ -29,6 +29,13 @@ KNOWN = frozenset(
 )
 """Operators of PyTorch that are exported correctly with all settings but KNOWN_EXCEPT, as the test of this module
 verifies: common networks need no check, which takes seconds."""
+KNOWN_SPELLINGS = KNOWN | {
+    *("prelu", "relu6", "selu", "truediv", "multiply", "divide", "concat", "narrow", "chunk", "split", "unbind"),
+    *("getitem", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "to", "float", "type_as"),
+    *("max_pool2d", "adaptive_avg_pool2d", "adaptive_avg_pool1d", "dropout", "dropout2d", "stochastic_depth"),
+}
+"""Names of functions and methods that the exporter meets as KNOWN operators. Others, such as ``hstack``, it translates
+by themselves, though PyTorch executes the same operators."""
 KNOWN_EXCEPT = frozenset({"AdaptiveMaxPool2d", "AdaptiveAvgPool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d"})
 """Spellings of KNOWN operations that are checked unless their output is one value per channel."""
 TOLERANCE = 1e-3
@@ -128,6 +135,8 @@ def _is_checked(form: fx.GraphModule, node: fx.Node) -> bool:
     spelling = operation_name(node) if module is None else type(module).__name__
     if spelling in KNOWN_EXCEPT:
         return any(size != 1 for size in node.meta["shape"][2:])
+    if module is None and spelling not in KNOWN_SPELLINGS:
+        return True
     return traits is UNKNOWN or not KNOWN.issuperset(traits.operators)
 
 
