@@ -14,7 +14,9 @@ T = TypeVar("T")
 DIGEST_FORMAT = 4
 """Format of digests, and of `config.json`. Raise it with every change of a key or default that makes an old
 configuration mean another run."""
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin")
+WEIGHT_INDEX_SUFFIX = ".index.json"
+"""End of the name of the index of sharded weights, such as model.safetensors.index.json."""
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin", ".ckpt", WEIGHT_INDEX_SUFFIX)
 SPECS = (("teacher", "spec"), ("teacher", "weights"), ("evaluation", "dataset"))
 FOLDERS = (("evaluation", "data_dir"), ("runtime", "output_dir"), ("runtime", "store_dir"))
 
@@ -44,7 +46,7 @@ def map_spec_path(spec: str, function: Callable[[str], str]) -> str:
     path, _, factory = spec.rpartition(":")
     if path.endswith(".py"):
         return f"{function(path)}:{factory}"
-    is_file = spec.endswith(WEIGHT_SUFFIXES) or (os.sep in spec and ":" not in spec)
+    is_file = spec.lower().endswith(WEIGHT_SUFFIXES) or (os.sep in spec and ":" not in spec)
     return function(spec) if is_file else spec
 
 
