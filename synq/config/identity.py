@@ -93,6 +93,9 @@ def config_digest(config: object, *, with_seeds: bool = True) -> str:
         left_out += [(quant, "last_bits_for_input")]
     left_out += [(values, "reconstruction")] if quant["rounding"] == "nearest" else []
     left_out += [(values["evaluation"], key) for key in ("batch_size", "data_dir")]
+    # Settings that were added later: left out where not given, so that the digests of earlier configurations stay.
+    added = ("resize_size", "interpolation")
+    left_out += [(values["evaluation"], key) for key in added if values["evaluation"][key] is None]
     left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]
     for table, key in left_out:
         del table[key]

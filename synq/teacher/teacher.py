@@ -14,6 +14,7 @@ from synq.config.run import TeacherConfig
 from synq.network.cam_site import CamSite, locate_cam
 from synq.network.op_traits import node_module
 from synq.network.tracing import accepting, check_plain_weights, output_getters, trace_classifier
+from synq.teacher.preprocessing import Preprocessing
 from synq.teacher.sources import RANDOM, SourceModel, build_source
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -33,6 +34,7 @@ class Teacher:
         mean, std: Normalization per channel; an image in [0, 1] enters the network as (image - mean) / std.
         digest: See `weight_digest`; teachers with the same digest share synthetic sets.
         default_dataset: Spec of the labeled images to evaluate on if the user gives none, or None.
+        preprocessing: How the source of the weights resizes and crops image files, or None if it does not say.
         graph: Traced copy of `module`. A copy, because tracing replaces in-place operations and so would modify
             `module`.
         cam: Layer and weights of the class activation map.
@@ -49,6 +51,7 @@ class Teacher:
     default_dataset: str | None
     graph: fx.GraphModule
     cam: CamSite
+    preprocessing: Preprocessing | None = None
 
     def pixel_range(self) -> tuple[Tensor, Tensor]:
         """Return the normalized values of a black and a white pixel, each (1, C, 1, 1)."""
@@ -92,6 +95,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         default_dataset=source.default_dataset,
         graph=graph,
         cam=locate_cam(graph, config.cam_layer),
+        preprocessing=source.preprocessing,
     )
 
 

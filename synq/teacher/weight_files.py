@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from synq.common.notes import say_once
 from synq.config.identity import WEIGHT_SUFFIXES
@@ -77,7 +77,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     """
     path = Path(path).expanduser()
     expected = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
-    if any(isinstance(value, UninitializedTensorMixin) for value in expected.values()):
+    if any(is_lazy(value) for value in expected.values()):
         raise ValueError(
             f"teacher must have layers of known sizes, but {type(module).__name__} has lazy ones without shapes: "
             "write their sizes (Conv2d for LazyConv2d), or call the model once in its factory"
