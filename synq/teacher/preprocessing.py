@@ -91,7 +91,7 @@ def timm_rule(metadata: Any, input_size: Sequence[int]) -> Preprocessing:
     return Preprocessing(
         resize_size=(math.floor(height / fraction), math.floor(width / fraction)),
         interpolation=interpolation if interpolation in INTERPOLATIONS else "bilinear",
-        crop_mode=mode if mode in ("squash", "border") else "center",
+        crop_mode="squash" if mode == "squash" else "border" if mode == "border" else "center",
         fill=tuple(metadata.get("mean") or ()),
         source=f"timm's pretrained_cfg (crop_pct {fraction:g})",
     )
