@@ -191,7 +191,7 @@ def _is_opaque(image: Image.Image) -> bool:
 
 def _center(image: Image.Image, height: int, width: int, fill: tuple[float, ...]) -> Image.Image:
     """Return the center of an image; what lies outside has the color `fill`."""
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    left, top = _offset(image.width, width), _offset(image.height, height)
     if left >= 0 and top >= 0:
         return image.crop((left, top, left + width, top + height))
     colors = [round(255 * value) for value in fill] or [0]
@@ -199,3 +199,8 @@ def _center(image: Image.Image, height: int, width: int, fill: tuple[float, ...]
     canvas = Image.new(image.mode, (width, height), color)
     canvas.paste(image, (-left, -top))
     return canvas
+
+
+def _offset(size: int, cut: int) -> int:
+    """Return where the center begins, as torchvision's CenterCrop rounds it; < 0 if the image is smaller."""
+    return round((size - cut) / 2) if size >= cut else -((cut - size) // 2)
