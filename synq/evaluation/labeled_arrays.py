@@ -11,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
+from synq.config.parsing import shown
 from synq.teacher.weight_readers import LFS_POINTER
 
 MAX_DIMENSIONS = 4
@@ -38,7 +39,7 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
             with np.load(file, allow_pickle=False) as content:
                 return content["x"], content["y"]
         except Exception as error:  # zipfile and NumPy raise any kind for damaged files, from KeyError to SyntaxError
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = shown(" ".join(str(error).split()) or type(error).__name__)[1:-1]
             raise ValueError(f"npz file {path} cannot be used: {reason}") from error
 
 

@@ -96,7 +96,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     _say_what_was_chosen(fit, expected, path)
     # Into the module's state dict, whose metadata has the versions of the layers: MNASNet rejects a dict without.
     state = module.state_dict()
-    state.update({name: tensor for name, tensor in fit.tensors.items() if name in expected})
+    state.update({name: tensor for name, tensor in fit.tensors.items() if not _is_odd_counter(name, tensor)})
     module.load_state_dict(state)
 
 
@@ -155,6 +155,10 @@ def _reason_against(tensor: Tensor, dtype: torch.dtype) -> str:
         if bool(((tensor.abs() > largest) & tensor.isfinite()).any()):
             return "has values of float64 that float32 cannot hold"
     return ""
+
+
+def _is_odd_counter(name: str, tensor: Tensor) -> bool:
+    return is_counter(name) and bool(tensor.is_complex() or _reason_against(tensor, tensor.dtype))
 
 
 def _kind_of(dtype: torch.dtype) -> str:

@@ -36,6 +36,8 @@ _FOREIGN = {
 _ZIP = b"PK\x03\x04"
 _WEB_PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.IGNORECASE)
 _HEAD_BYTES = 512
+_MAX_NAME = 255
+"""Bytes of a file name that file systems take."""
 
 
 def read_content(path: Path) -> object:
@@ -150,6 +152,11 @@ def _first_line(error: Exception) -> str:
     return first or f"it is truncated or damaged ({type(error).__name__})"
 
 
+def _is_outside(name: str) -> bool:
+    """Return whether a name is more than that of a file: a path, or one that no file system takes."""
+    return Path(name).name != name or "\\" in name or len(name.encode("utf-8", "replace")) > _MAX_NAME
+
+
 def _read_sharded(path: Path) -> dict[str, Tensor]:
     """Read all files of a sharded set: its index has the name of the file of every tensor."""
     try:
@@ -163,7 +170,12 @@ def _read_sharded(path: Path) -> dict[str, Tensor]:
         )
     shards: dict[str, dict[str, Tensor]] = {}
     for name in dict.fromkeys(files.values()):
-        if Path(name).name != name or "\\" in name or name.lower().endswith(WEIGHT_INDEX_SUFFIX):
+        if (
+            Path(name).name != name
+            or len(os.fsencode(name)) > _MAX_NAME
+            or "\\" in name
+            or name.lower().endswith(WEIGHT_INDEX_SUFFIX)
+        ):
             raise ValueError(
                 f"`teacher.weights` must be an index of files in its own folder, but {path} names {name!r}"
             )

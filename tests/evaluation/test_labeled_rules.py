@@ -126,7 +126,7 @@ def _fields(record: Any) -> dict[str, Any]:
 
 
 def test_m_4_help_and_record_say_that_the_subset_is_by_hash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(["train", "--help"]) == 0
+    assert command(["train", "--help=evaluation"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "to use, from its start" not in text and "selected by a hash of each image's index" in text
     npz(tmp_path / "a.npz")
