@@ -19,6 +19,7 @@ from synq.config.file_kinds import read_as
 from synq.config.identity import absolute_path
 from synq.config.parsing import nearest, require, shown
 from synq.config.run import (
+    MAX_NAME,
     RunConfig,
     TeacherConfig,
     config_from_dict,
@@ -203,6 +204,10 @@ def check_spec(spec: SweepSpec) -> None:
     if double is not None:
         raise ValueError(
             f"`models` must have different names (set `name`) and `bits` no entry twice, but got {double} twice"
+        )
+    for group in spec.groups:
+        require(
+            "models.name", f"have at most {MAX_NAME // 2} characters", group.model, len(group.model) <= MAX_NAME // 2
         )
     for group, dimension in itertools.product(spec.groups, spec.dimensions):
         for value in dimension.edges():

@@ -42,6 +42,8 @@ __all__ = [
 
 MAX_INPUT = 2**24
 """Largest number of values of an image; the feature maps of larger ones fit no usual memory."""
+MAX_NAME = 200
+"""Characters of a name; folders are called by it with a digest, and file systems take 255."""
 MAX_SIDE = 2**14
 """Largest side in pixels that an image file is resized to."""
 
@@ -214,6 +216,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         slug = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None
         _require("name", "be letters, digits, dots, dashes and underscores (it names a folder)", self.name, slug)
+        _require("name", f"have at most {MAX_NAME} characters", self.name, len(self.name) <= MAX_NAME)
         _between("seed", self.seed, 0, 2**63 - 1)
         _between("data_seed", self.data_seed, 0, 2**63 - 1)
         size, images = self.finetune.batch_size, self.synthesis.num_images

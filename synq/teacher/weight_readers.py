@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from synq.config.identity import WEIGHT_INDEX_SUFFIX
+from synq.config.parsing import shown
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """The first bytes of a pointer of Git LFS (Git LFS specification, version 1)."""
@@ -170,14 +171,9 @@ def _read_sharded(path: Path) -> dict[str, Tensor]:
         )
     shards: dict[str, dict[str, Tensor]] = {}
     for name in dict.fromkeys(files.values()):
-        if (
-            Path(name).name != name
-            or len(os.fsencode(name)) > _MAX_NAME
-            or "\\" in name
-            or name.lower().endswith(WEIGHT_INDEX_SUFFIX)
-        ):
+        if _is_outside(name) or name.lower().endswith(WEIGHT_INDEX_SUFFIX):
             raise ValueError(
-                f"`teacher.weights` must be an index of files in its own folder, but {path} names {name!r}"
+                f"`teacher.weights` must be an index of files in its own folder, but {path} names {shown(name)}"
             )
         if not (path.parent / name).is_file():
             raise FileNotFoundError(
