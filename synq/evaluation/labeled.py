@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from synq.common.notes import say_once
+from synq.common.notes import print_once
 from synq.config.run import EvaluationConfig
 from synq.evaluation.labeled_sources import MAX_SCALE, ImageSource, open_source
 from synq.teacher.preprocessing import Preprocessing, default_rule, overridden
@@ -30,7 +30,7 @@ class LabeledSet(Dataset[tuple[Tensor, int]]):
         labels: (N,) int64, on the CPU.
         indices: (N,) int64, index of each image in the full set.
         num_total: Number of images in the full set.
-        rule: How images are brought to the teacher's size, in words.
+        rule: How images are brought to the teacher's size, as a text.
         has_files: Whether the images are files of different sizes (imagefolder), to which `Preprocessing` applies.
         is_resized: Whether images of another size than the teacher's may be among them.
     """
@@ -141,9 +141,10 @@ def load_labeled(
 ) -> LabeledSet:
     """Load a set of labeled images for one teacher.
 
-    Image files (imagefolder) are resized and cropped as `preprocessing` says. Arrays of another size are resized whole,
-    bilinearly with antialiasing; they are rejected if that distorts them, or scales them by more than 8. Grayscale
-    images are repeated for a teacher of three channels; color images for a teacher of one channel are rejected.
+    Image files (imagefolder) are resized and cropped by the rule `preprocessing`. Arrays of another size are resized
+    whole, bilinearly with antialiasing; they are rejected if that distorts them, or scales them by more than 8.
+    Grayscale images are repeated for a teacher of three channels; color images for a teacher of one channel are
+    rejected.
 
     Args:
         spec: digits (or digits:train), cifar10, cifar100, fashion-mnist, imagefolder:PATH or npz:FILE.
@@ -178,12 +179,12 @@ def load_labeled(
     indices = torch.arange(num_total)
     if limit is not None and limit < num_total:
         indices = _ranks(num_total, "limit").argsort()[:limit].sort().values
-    words = rule.describe() if source.size is None else _resizing(spec, source.size, teacher_input_size)
-    return LabeledSet(spec, source, indices, teacher_input_size, mean, std, words)
+    text = rule.describe() if source.size is None else _resizing(spec, source.size, teacher_input_size)
+    return LabeledSet(spec, source, indices, teacher_input_size, mean, std, text)
 
 
 def _resizing(spec: str, size: tuple[int, int], input_size: tuple[int, int, int]) -> str:
-    """Return how arrays of images are brought to the teacher's size, in words.
+    """Return how arrays of images are brought to the teacher's size, as a text.
 
     Raises:
         ValueError: If that would distort them by more than rounding, or scale them by more than 8.
@@ -210,7 +211,7 @@ def _resizing(spec: str, size: tuple[int, int], input_size: tuple[int, int, int]
 def open_labeled(settings: EvaluationConfig, teacher: Teacher) -> LabeledSet | None:
     """Load the labeled images of a run, with the preprocessing of the teacher's weights; None if it has none.
 
-    A resizing of arrays is said once, unless the set is the teacher's own.
+    A resizing of arrays is reported once, unless the set is the teacher's own.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: As `load_labeled`.
@@ -235,7 +236,7 @@ def open_labeled(settings: EvaluationConfig, teacher: Teacher) -> LabeledSet | N
             if getattr(settings, name) is not None:
                 raise ValueError(f"`evaluation.{name}` must be left out for {spec}: it is for image folders only")
         if labeled.is_resized and spec != teacher.default_dataset:
-            say_once(f"images of {spec}: {labeled.rule}")
+            print_once(f"images of {spec}: {labeled.rule}")
     return labeled
 
 

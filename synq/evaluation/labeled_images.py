@@ -4,7 +4,7 @@ What a file holds is either read exactly by the rule below or rejected in one li
 
     gray, palette or color of 8 bits   read; bilevel as black and white, CMYK and YCbCr by Pillow's conversion to RGB
     gray of 16 bits (PNG, PGM, TIFF)   value / 65535, rounded to 8 bits; color of 16 bits: its upper 8 bits
-    transparency                       rejected unless every pixel is opaque: nothing says what is behind
+    transparency                       rejected unless every pixel is opaque: the background is not defined
     EXIF orientation                   applied: pixels are taken as the image is shown
     several frames or pages            rejected; of a multi-picture JPEG the first is the photograph
     float, 32-bit, CIELAB, ...         rejected: no file states the range or the conversion
@@ -41,7 +41,7 @@ _GRAY = ("1", "L", "LA", "La")
 _COLOR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 _GRAY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
-"""Last bytes of a complete file; cameras append a few of their own."""
+"""Last bytes of a complete file; cameras append a few more."""
 _TAIL = 64
 
 
@@ -89,7 +89,7 @@ def read_image(file: Path, size: tuple[int, int, int], rule: Preprocessing) -> T
 
 @contextmanager
 def _opened(file: Path, data: bytes, channels: int) -> Iterator[Image.Image]:
-    """Open an image without decoding its pixels, and check what its header says.
+    """Open an image without decoding its pixels, and check its header.
 
     Raises:
         ValueError: Any error of decoding, inside the block too, becomes one line that names the file.
@@ -143,7 +143,7 @@ def _is_16_bit(image: Image.Image) -> bool:
 
 
 def _odd_tiff(image: Image.Image) -> str:
-    """Return why the values of a TIFF are not what its mode says, "" if they are (TIFF 6.0, sections 8 and 19)."""
+    """Return why the values of a TIFF differ from its mode, "" if they do not (TIFF 6.0, sections 8 and 19)."""
     tags = getattr(image, "tag_v2", None)
     if tags is None:
         return ""
@@ -160,7 +160,7 @@ def _pixels(image: Image.Image, file: Path, channels: int) -> Image.Image:
     image.load()
     if image.has_transparency_data and not _is_opaque(image):
         raise _RejectedError(
-            f"image {file} must be opaque, but has transparent pixels, and nothing says what is behind them: "
+            f"image {file} must be opaque, but has transparent pixels over an undefined background: "
             "flatten it onto the background that the teacher was trained with"
         )
     upright = ImageOps.exif_transpose(image)

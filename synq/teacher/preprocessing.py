@@ -43,7 +43,7 @@ class Preprocessing:
         return max(round(height / ratio), 1), max(round(width / ratio), 1)
 
     def describe(self) -> str:
-        """Return the rule in words."""
+        """Return the rule as a text."""
         height, width = self.resize_size
         sides = str(height) if height == width else f"{height} x {width}"
         how = {

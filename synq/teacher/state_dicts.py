@@ -1,7 +1,6 @@
 """Search of a network's state dict among the tensors of a file: tables nested in each other, prefixes of names."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +11,7 @@ NESTS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model
 """Keys under which training scripts store the state dict, by preference: authors report results of averaged weights."""
 _COMMON = (*NESTS, "module")
 _AVERAGES = frozenset(("ema", "swa", "averaged", "average", "avg", "shadow"))
-"""Words in a key or prefix of averaged weights."""
+"""Parts of the names in a key or prefix of averaged weights."""
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """Names that torch.compile, FSDP and activation checkpointing put into the path of a layer, at any depth."""
 _MODULE = re.compile(r"(?<![^.])module\.")
@@ -42,14 +41,14 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """The tensors of a file that stand for a network.
+    """The tensors of a network in a file.
 
     Attributes:
         prefix: What precedes the network's names in the file: keys of tables and prefixes of names, joined by dots.
         tensors: The tensors by the names of the network.
-        extra: Names behind the prefix that the network does not have.
+        extra: Names with the prefix that the network does not have.
         others: Names in the same table that do not have the prefix.
-        rivals: Other prefixes behind which the whole network is found, too.
+        rivals: Other prefixes with which the whole network is found, too.
     """
 
     prefix: str
@@ -86,7 +85,7 @@ def _walk(content: object, table: str, depth: int) -> Iterator[Part]:
 
 
 def best_fit(parts: Sequence[Part], expected: Mapping[str, Tensor]) -> Fit:
-    """Return the tensors that stand for a network best.
+    """Return the tensors of a network, as many as there are.
 
     Args:
         parts: The tensors of a file, at least one.
@@ -105,17 +104,16 @@ def best_fit(parts: Sequence[Part], expected: Mapping[str, Tensor]) -> Fit:
         if whole:
             return _chosen(_same_shapes(whole, expected) or whole)
         fits += found
-    most = Counter({number: _score(fit, expected) for number, fit in enumerate(fits)})
-    return fits[most.most_common(1)[0][0]]
+    return max(fits, key=lambda fit: _score(fit, expected))  # of equal ones the first, without a prefix
 
 
 def _renamings(expected: Mapping[str, Tensor]) -> list[Callable[[str], str]]:
     """Return the ways to remove the names of wrappers, the mildest first; none that the network itself uses."""
-    wrappers = [word for word in _WRAPPERS if not any(word in name for name in expected)]
+    wrappers = [part for part in _WRAPPERS if not any(part in name for name in expected)]
 
     def without_wrappers(name: str) -> str:
-        for word in wrappers:
-            name = name.replace(word, "")
+        for part in wrappers:
+            name = name.replace(part, "")
         return name
 
     def without_modules(name: str) -> str:
@@ -126,7 +124,7 @@ def _renamings(expected: Mapping[str, Tensor]) -> list[Callable[[str], str]]:
 
 
 def _fits(parts: Sequence[Part], expected: Mapping[str, Tensor], rename: Callable[[str], str]) -> list[Fit]:
-    """Return a fit for every prefix behind which a name of the network is found; for "" in any case."""
+    """Return a fit for every prefix with which a name of the network is found; for "" in any case."""
     names = [rename(part.name) for part in parts]
     if len(set(names)) < len(names):  # two tensors differ in the name of a wrapper only
         names = [part.name for part in parts]
@@ -146,12 +144,14 @@ def _fits(parts: Sequence[Part], expected: Mapping[str, Tensor], rename: Callabl
 def _fit(prefix: str, found: Mapping[str, int], parts: Sequence[Part], names: Sequence[str]) -> Fit:
     tables = {parts[number].table for number in found.values()} or {part.table for part in parts}
     taken = set(found.values())
-    beside = [n for n, part in enumerate(parts) if n not in taken and part.table in tables and part.key != "n_averaged"]
+    remaining = [
+        n for n, part in enumerate(parts) if n not in taken and part.table in tables and part.key != "n_averaged"
+    ]
     return Fit(
         prefix=prefix,
         tensors={name: parts[number].tensor for name, number in found.items()},
-        extra=[names[n].removeprefix(prefix) for n in beside if names[n].startswith(prefix)],
-        others=[parts[n].key for n in beside if not names[n].startswith(prefix) and not is_counter(names[n])],
+        extra=[names[n].removeprefix(prefix) for n in remaining if names[n].startswith(prefix)],
+        others=[parts[n].key for n in remaining if not names[n].startswith(prefix) and not is_counter(names[n])],
     )
 
 
@@ -163,7 +163,7 @@ def _same_shapes(fits: Sequence[Fit], expected: Mapping[str, Tensor]) -> list[Fi
     return [fit for fit in fits if all(fit.tensors[n].shape == expected[n].shape for n in fit.tensors)]
 
 
-def _score(fit: Fit, expected: Mapping[str, Tensor]) -> float:
+def _score(fit: Fit, expected: Mapping[str, Tensor]) -> int:
     """Return how many of the network's tensors a fit has, those of the same shape counted twice."""
     same = sum(tensor.shape == expected[name].shape for name, tensor in fit.tensors.items())
     return len(fit.tensors) + same
@@ -188,9 +188,9 @@ def _chosen(fits: Sequence[Fit]) -> Fit:
 def _preference(fit: Fit) -> tuple[object, ...]:
     """Return the sort key: averaged weights first, then common keys and prefixes in their order."""
     components = [part for part in fit.prefix.split(".") if part]
-    words = {word for part in components for word in re.split(r"[^a-z]+|(?<=[a-z])(?=\d)", part.lower())}
+    names = {name for part in components for name in re.split(r"[^a-z]+|(?<=[a-z])(?=\d)", part.lower())}
     ranks = tuple(_COMMON.index(part) if part in _COMMON else len(_COMMON) for part in components)
-    return (not words & _AVERAGES, ranks)
+    return (not names & _AVERAGES, ranks)
 
 
 def _equal(one: Fit, other: Fit) -> bool:

@@ -34,7 +34,7 @@ class Teacher:
         mean, std: Normalization per channel; an image in [0, 1] enters the network as (image - mean) / std.
         digest: See `weight_digest`; teachers with the same digest share synthetic sets.
         default_dataset: Spec of the labeled images to evaluate on if the user gives none, or None.
-        preprocessing: How the source of the weights resizes and crops image files, or None if it does not say.
+        preprocessing: How the source of the weights resizes and crops image files, or None if unknown.
         graph: Traced copy of `module`. A copy, because tracing replaces in-place operations and so would modify
             `module`.
         cam: Layer and weights of the class activation map.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from synq.common.notes import say_once
+from synq.common.notes import print_once
 from synq.config.identity import WEIGHT_SUFFIXES
 from synq.teacher.state_dicts import NESTS, Fit, best_fit, is_counter, parts_of
 from synq.teacher.weight_readers import read_content
@@ -16,7 +16,7 @@ from synq.teacher.weight_readers import read_content
 _NUM_SHOWN = 3
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, torch.float64, *_HALVES)
-"""Types of real numbers that stand for themselves; 8-bit floats need scales that a state dict does not define."""
+"""Types of real numbers that need no scales; 8-bit floats need some, which a state dict does not define."""
 _SHARD = "-of-"
 
 
@@ -61,7 +61,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     """Load a weight file into ``module`` strictly: all names, shapes and kinds of numbers must match.
 
     The module's tensors are searched in the whole file: nested in other tables (``state_dict``, ``model``, any key),
-    behind prefixes that wrappers add (``module.``, ``_orig_mod.``, ``model.``, any other), or in several files. Where
+    with prefixes that wrappers add (``module.``, ``_orig_mod.``, ``model.``, any other), or in several files. Where
     they are found more than once, averaged weights (EMA) go before raw ones, and common names before others; the file
     is rejected if that leaves a choice. The batch counters of BatchNorm may be absent: inference does not read them.
 
@@ -93,7 +93,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     what = _mismatch(fit, expected, path) or _unusable(fit.tensors, expected)
     if what:
         raise ValueError(f"`teacher.weights` must match the model {type(module).__name__}, but got {path}: {what}")
-    _say_what_was_chosen(fit, expected, path)
+    _print_choices(fit, expected, path)
     # Into the module's state dict, whose metadata has the versions of the layers: MNASNet rejects a dict without.
     state = module.state_dict()
     state.update({name: tensor for name, tensor in fit.tensors.items() if not _is_odd_counter(name, tensor)})
@@ -167,19 +167,19 @@ def _kind_of(dtype: torch.dtype) -> str:
     return "float" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
 
 
-def _say_what_was_chosen(fit: Fit, expected: Mapping[str, Tensor], path: Path) -> None:
+def _print_choices(fit: Fit, expected: Mapping[str, Tensor], path: Path) -> None:
     """Print what a user may not expect: other types of numbers, averaged weights, tensors that were left."""
     pairs = [(value.dtype, fit.tensors[name].dtype) for name, value in expected.items() if name in fit.tensors]
     if (torch.float32, torch.float64) in pairs:
-        say_once(f"{path} stores float64: weights are rounded to float32")
+        print_once(f"{path} stores float64: weights are rounded to float32")
     halves = sorted({str(given).removeprefix("torch.") for kind, given in pairs if given in _HALVES and kind != given})
     if halves:
-        say_once(f"{path} stores {' and '.join(halves)}: weights are exactly these values, computed with in float32")
+        print_once(f"{path} stores {' and '.join(halves)}: weights are exactly these values, computed with in float32")
     if fit.others:
         left = f"{len(fit.others)} tensors outside {fit.prefix!r} are not the model's ({_join_first(fit.others)})"
-        say_once(f"{path}: {left}")
+        print_once(f"{path}: {left}")
     if fit.rivals:
-        say_once(f"{path} holds the model several times: {fit.prefix!r} is taken, not {_join_first(fit.rivals)}")
+        print_once(f"{path} holds the model several times: {fit.prefix!r} is taken, not {_join_first(fit.rivals)}")
 
 
 def _without_state_dict(content: object, tables: list[str], path: Path) -> ValueError:

@@ -33,7 +33,7 @@ _FOREIGN = {
     b"7z\xbc\xaf": "is a 7z archive: unpack it first",
     b"\x28\xb5\x2f\xfd": "is compressed by Zstandard: unpack it first",
 }
-"""First bytes of files of other kinds, and what to say about them."""
+"""First bytes of files of other kinds, and the reason to reject them."""
 _ZIP = b"PK\x03\x04"
 _WEB_PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.IGNORECASE)
 _HEAD_BYTES = 512

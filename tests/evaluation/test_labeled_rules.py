@@ -2,28 +2,23 @@
 
 import io
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from accelerate import Accelerator
 from PIL import Image
-from torch import nn
 
+from support.labeled_files import a_teacher, image_folder, npz
 from synq.cli import run as command
 from synq.common.notes import forget_notes
-from synq.config.run import EvaluationConfig, RunConfig, TeacherConfig, config_digest, with_overrides
+from synq.config.run import EvaluationConfig, RunConfig, TeacherConfig, with_overrides
 from synq.evaluation.labeled import LabeledSet, load_labeled, open_labeled
 from synq.evaluation.labeled_arrays import read_npz
-from synq.evaluation.measure import Measure
 from synq.pipeline import run
 from synq.runs.record import read_record, run_folder, write_record
-from synq.teacher.preprocessing import Preprocessing, default_rule, overridden, timm_rule, torchvision_rule
-from synq.teacher.teacher import Teacher, load_teacher
+from synq.teacher.preprocessing import Preprocessing
+from synq.teacher.teacher import load_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -31,20 +26,8 @@ def _notes_are_new() -> None:
     forget_notes()
 
 
-def npz(path: Path, *, num: int = 100, size: tuple[int, ...] = (8, 8)) -> dict[str, np.ndarray]:
-    images = np.random.default_rng(0).integers(0, 256, (num, *size), dtype=np.uint8)
-    arrays = {"x": images, "y": np.arange(num) % 3}
-    np.savez(path, **arrays)  # type: ignore[arg-type]
-    return arrays
-
-
 def load(spec: str, size: tuple[int, int, int] = (1, 8, 8), **fields: Any) -> LabeledSet:
     return load_labeled(spec, size, (0.0,) * size[0], (1.0,) * size[0], **{"num_classes": 3, **fields})
-
-
-def a_teacher(size: tuple[int, int, int], **fields: Any) -> Teacher:
-    values = {"input_size": size, "mean": (0.0,) * size[0], "std": (1.0,) * size[0], "num_classes": 3}
-    return SimpleNamespace(**{"preprocessing": None, "default_dataset": None, **values, **fields})  # type: ignore[return-value]
 
 
 # --- the digest ---
@@ -68,15 +51,6 @@ def test_bugs_r_3_only_what_is_measured_counts(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **arrays)  # type: ignore[arg-type]
     assert load(f"npz:{tmp_path}/a.npz", limit=30).fingerprint() == few.fingerprint()
     assert load(f"npz:{tmp_path}/a.npz", limit=31).fingerprint() != few.fingerprint()
-
-
-def image_folder(root: Path, num: int = 70) -> list[Path]:
-    rng = np.random.default_rng(0)
-    files = [root / str(label) / f"{number:03}.png" for label in range(3) for number in range(num)]
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (9, 12), dtype=np.uint8)).save(file)
-    return files
 
 
 def test_bugs_r_3_every_file_of_a_folder_counts_and_is_checked(tmp_path: Path) -> None:
@@ -260,149 +234,3 @@ def test_bugs_r_8_input_sizes_beyond_any_image(size: tuple[int, int, int]) -> No
     assert (
         command(["inspect", "torchvision:resnet18", "--teacher.weights", "random", "--teacher.input_size", text]) == 2
     )
-
-
-# --- the rule of the weights ---
-
-
-def photograph(folder: Path, height: int, width: int) -> tuple[Path, Image.Image]:
-    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8))
-    (folder / "0").mkdir(parents=True, exist_ok=True)
-    image.save(folder / "0" / "a.png")
-    return folder, image
-
-
-@pytest.mark.parametrize("shape", [(300, 400), (401, 300), (100, 90)])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ResNet50_Weights.IMAGENET1K_V1",
-        "ResNet50_Weights.IMAGENET1K_V2",
-        "EfficientNet_B1_Weights.IMAGENET1K_V2",
-        "EfficientNet_V2_S_Weights.IMAGENET1K_V1",
-        "Inception_V3_Weights.IMAGENET1K_V1",
-    ],
-)
-def test_l_6_images_are_those_of_torchvisions_transforms(tmp_path: Path, name: str, shape: tuple[int, int]) -> None:
-    from torchvision import models
-
-    kind, _, member = name.partition(".")
-    transforms = getattr(models, kind)[member].transforms()
-    size = (3, transforms.crop_size[0], transforms.crop_size[0])
-    folder, image = photograph(tmp_path, *shape)
-    rule = torchvision_rule(transforms, name, size)
-    data = load_labeled(
-        f"imagefolder:{folder}", size, transforms.mean, transforms.std, num_classes=3, preprocessing=rule
-    )
-    expected = transforms(image)
-    assert torch.allclose(data[0][0], expected, atol=1e-6)
-    assert torch.equal(data[0][0], expected) and name in data.rule
-
-
-@pytest.mark.parametrize("shape", [(300, 400), (401, 300)])
-@pytest.mark.parametrize("name", ["resnet18.a1_in1k", "tf_efficientnet_lite0.in1k", "convnext_base.clip_laion2b"])
-@pytest.mark.parametrize("use_test_size", [False, True])
-def test_l_6_images_are_those_of_timms_transforms(
-    tmp_path: Path, name: str, shape: tuple[int, int], use_test_size: bool
-) -> None:
-    timm = pytest.importorskip("timm")
-    from timm.data import create_transform, resolve_data_config
-
-    cfg = timm.models.get_pretrained_cfg(name)
-    cfg = {"crop_pct": 0.9, "interpolation": "bicubic", "crop_mode": "squash"} if cfg is None else cfg.to_dict()
-    cfg = {"input_size": (3, 224, 224), **cfg}
-    settings = resolve_data_config(pretrained_cfg=cfg, use_test_size=use_test_size)
-    folder, image = photograph(tmp_path, *shape)
-    rule = timm_rule(cfg, settings["input_size"])
-    data = load_labeled(
-        f"imagefolder:{folder}",
-        settings["input_size"],
-        settings["mean"],
-        settings["std"],
-        num_classes=3,
-        preprocessing=rule,
-    )
-    assert torch.allclose(data[0][0], create_transform(**settings, is_training=False)(image), atol=1e-5)
-
-
-@pytest.mark.parametrize("mode", ["squash", "border", "center"])
-def test_l_6_crop_modes_of_timm(tmp_path: Path, mode: str) -> None:
-    pytest.importorskip("timm")
-    from timm.data import create_transform, resolve_data_config
-
-    cfg = {
-        "input_size": (3, 40, 64),
-        "crop_pct": 0.8,
-        "interpolation": "bicubic",
-        "crop_mode": mode,
-        "mean": (0.5,) * 3,
-    }
-    settings = resolve_data_config(pretrained_cfg=cfg)
-    for shape in ((90, 60), (60, 90), (20, 31)):
-        folder, image = photograph(tmp_path / mode, *shape)
-        data = load_labeled(
-            f"imagefolder:{folder}",
-            (3, 40, 64),
-            settings["mean"],
-            settings["std"],
-            num_classes=3,
-            preprocessing=timm_rule(cfg, (3, 40, 64)),
-        )
-        expected = create_transform(**settings, is_training=False)(image)
-        assert torch.allclose(data[0][0], expected, atol=1e-5), shape
-
-
-def test_l_6_the_teacher_brings_the_rule_of_its_weights() -> None:
-    pytest.importorskip("timm")
-    for spec, input_size, expected in (
-        ("torchvision:resnet18", None, (256, 256)),
-        ("torchvision:regnet_y_400mf", None, (232, 232)),
-        ("torchvision:regnet_y_400mf", (3, 112, 112), (116, 116)),
-        ("timm:resnet18.a1_in1k", None, (235, 235)),
-    ):
-        config = TeacherConfig(spec=spec, weights="random", input_size=input_size)
-        rule = load_teacher(config).preprocessing
-        assert rule is not None and rule.resize_size == expected, spec
-    assert load_teacher(TeacherConfig()).preprocessing is None
-
-
-def test_l_6_the_user_may_override_the_rule(tmp_path: Path, config: RunConfig) -> None:
-    rule = torchvision_rule(
-        SimpleNamespace(resize_size=[232], crop_size=[224], interpolation=SimpleNamespace(value="bicubic")),
-        "W",
-        (3, 32, 32),
-    )
-    assert (rule.resize_size, rule.interpolation) == ((33, 33), "bicubic")
-    changed = overridden(rule, (3, 32, 32), 40, None)
-    assert (changed.resize_size, changed.interpolation) == ((40, 40), "bicubic") and "resize_size" in changed.source
-    assert overridden(rule, (3, 32, 32), None, "nearest").interpolation == "nearest"
-    assert overridden(rule, (3, 32, 32), None, None) == rule
-    assert overridden(default_rule((3, 32, 64)), (3, 32, 64), 48, None).resize_size == (48, 96)
-    with pytest.raises(ValueError, match=r"`evaluation.resize_size` must be at least the teacher's input size, 32"):
-        overridden(rule, (3, 32, 32), 31, None)
-    for values, words in (({"resize_size": 0}, "resize_size"), ({"interpolation": "cubic"}, "interpolation")):
-        with pytest.raises(ValueError, match=f"`evaluation.{words}` must"):
-            EvaluationConfig(**values)  # type: ignore[arg-type]
-    image_folder(tmp_path / "set", 2)
-    spec = f"imagefolder:{tmp_path}/set"
-    labeled = open_labeled(
-        EvaluationConfig(dataset=spec, resize_size=10, interpolation="bicubic"), a_teacher((1, 8, 8))
-    )
-    assert labeled is not None and "shorter side to 10 (bicubic" in labeled.rule
-    npz(tmp_path / "a.npz")
-    with pytest.raises(ValueError, match=r"`evaluation.resize_size` must be left out for npz:"):
-        open_labeled(EvaluationConfig(dataset=f"npz:{tmp_path}/a.npz", resize_size=10), a_teacher((1, 8, 8)))
-    assert config_digest(config) != config_digest(with_overrides(config, {"evaluation.resize_size": 256}))
-
-
-def test_l_6_measuring_uses_the_rule(
-    make_classifier: Callable[..., nn.Module], tmp_path: Path, accelerator: Accelerator
-) -> None:
-    image_folder(tmp_path / "set", 3)
-    settings = EvaluationConfig(dataset=f"imagefolder:{tmp_path}/set")
-    rule = Preprocessing(resize_size=(9, 9), interpolation="lanczos", source="a test")
-    measure = Measure.prepare(settings, a_teacher((1, 8, 8), preprocessing=rule), accelerator)
-    assert measure.labeled is not None and measure.labeled.rule == rule.describe()
-    plain = Measure.prepare(settings, a_teacher((1, 8, 8)), accelerator)
-    assert measure.labels_digest != plain.labels_digest and plain.has_labels_of(plain.labels_digest)
-    assert not plain.has_labels_of(measure.labels_digest) and not plain.has_labels_of("")
