@@ -56,8 +56,8 @@ class TeacherConfig:
     """Which model: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, FILE.py:FACTORY or
     PACKAGE.MODULE:FACTORY."""
     weights: str | None = None
-    """Weights file (.safetensors, .pth, .th), a weights name of torchvision such as IMAGENET1K_V1, or random
-    (untrained); None takes those of the source."""
+    """Weights file (.safetensors, a file of torch.save, or the .index.json of a sharded set), a weights name of
+    torchvision such as IMAGENET1K_V1, or random (untrained); None takes those of the source."""
     num_classes: int | None = None
     """Number of classes; None reads it from the model."""
     input_size: tuple[int, int, int] | None = None
