@@ -27,6 +27,7 @@ from synq.runs.tracking import RunLog
 from synq.runtime import check_compilable, dtype_of, make_accelerator
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.run_sets import check_space, ensure_sets, low_pass
+from synq.teacher.pixel_range import PixelRange
 from synq.teacher.teacher import Teacher, load_teacher
 
 
@@ -79,7 +80,8 @@ def run(
         identity = f"{teacher.digest} {train_set.digest}"
 
         with timer("quantize"):
-            images = low_pass(train_set.images, config, folder).to(dtype_of(config.runtime))
+            pixels = teacher.pixel_range()
+            images = low_pass(train_set.images, config, folder, pixel_range=pixels).to(dtype_of(config.runtime))
             teacher_net, student_net, rounding = prepare_networks(
                 config, teacher, student, images, accelerator, prepared=folder / "prepared.pt", identity=identity
             )
@@ -97,7 +99,16 @@ def run(
         with failure_recorded(folder, record, accelerator):
             after_epoch = _epoch_callback(config, measure, student, log, on_epoch)
             history = _finetune(
-                config, student_net, teacher_net, images, train_set, accelerator, identity, after_epoch, on_checkpoint
+                config,
+                student_net,
+                teacher_net,
+                images,
+                train_set,
+                pixels,
+                accelerator,
+                identity,
+                after_epoch,
+                on_checkpoint,
             )
         timer.seconds["finetune"] = sum(epoch["seconds"] for epoch in history)
 
@@ -149,6 +160,7 @@ def _finetune(
     teacher: TappedNetwork,
     images: Tensor,
     train_set: SyntheticSet,
+    pixel_range: PixelRange,
     accelerator: Accelerator,
     identity: str,
     on_epoch: Callable[[Epoch], None],
@@ -163,6 +175,7 @@ def _finetune(
         config.finetune,
         accelerator=accelerator,
         seed=config.seed,
+        pixel_range=pixel_range,
         bf16=config.runtime.precision == "bf16",
         compiled=config.runtime.compile,
         checkpoint=run_folder(config) / "checkpoint.pt",
