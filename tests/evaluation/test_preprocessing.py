@@ -16,6 +16,7 @@ from synq.config.run import EvaluationConfig, RunConfig, TeacherConfig, config_d
 from synq.evaluation.labeled import load_labeled, open_labeled
 from synq.evaluation.measure import Measure
 from synq.teacher.preprocessing import Preprocessing, default_rule, overridden, timm_rule, torchvision_rule
+from synq.teacher.sources import build_source
 from synq.teacher.teacher import load_teacher
 
 
@@ -109,14 +110,15 @@ def test_l_6_crop_modes_of_timm(tmp_path: Path, mode: str) -> None:
 def test_l_6_the_teacher_brings_the_rule_of_its_weights() -> None:
     pytest.importorskip("timm")
     for spec, input_size, expected in (
-        ("torchvision:resnet18", None, (256, 256)),
         ("torchvision:regnet_y_400mf", None, (232, 232)),
         ("torchvision:regnet_y_400mf", (3, 112, 112), (116, 116)),
         ("timm:resnet18.a1_in1k", None, (235, 235)),
     ):
-        config = TeacherConfig(spec=spec, weights="random", input_size=input_size)
-        rule = load_teacher(config).preprocessing
+        rule = build_source(TeacherConfig(spec=spec, weights="random", input_size=input_size)).preprocessing
         assert rule is not None and rule.resize_size == expected, spec
+    config = TeacherConfig(spec="torchvision:resnet18", weights="random", input_size=(3, 32, 32), num_classes=10)
+    rule = load_teacher(config).preprocessing
+    assert rule is not None and rule.resize_size == (37, 37) and "ResNet18_Weights" in rule.describe()
     assert load_teacher(TeacherConfig()).preprocessing is None
 
 
