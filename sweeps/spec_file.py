@@ -17,7 +17,7 @@ from typing import Any
 
 from synq.config.file_kinds import read_as
 from synq.config.identity import absolute_path
-from synq.config.parsing import nearest, require
+from synq.config.parsing import dotted_keys, require, unknown_key
 from synq.config.run import (
     RunConfig,
     TeacherConfig,
@@ -147,7 +147,7 @@ def parse_spec(mapping: Mapping[str, Any]) -> SpecFile:
     known = (*TABLES, *SearchConfig.__dataclass_fields__)
     for key in mapping:
         if key not in known:
-            raise ValueError(f"`{key}` must be a known key, but got an unknown one{nearest(key, known)}")
+            raise unknown_key(key, key, [*known, *(f"base.{setting}" for setting in dotted_keys(RunConfig))])
     content = _expand(mapping, "")
     search = config_from_dict(SearchConfig, {key: value for key, value in content.items() if key not in TABLES})
     tables: dict[str, Any] = {}

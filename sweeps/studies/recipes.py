@@ -35,7 +35,7 @@ from synq.config.run import (
 from synq.runs.record import RunRecord
 
 from ..leaderboard.columns import RECIPE_TABLE, headings, keys
-from ..stats import drop_stderr, mean, pooled_stderr, std
+from ..stats import mean, pooled_stderr, std
 from .ablation import format_value
 from .settings_file import check_rows, check_seeds, read_part, read_settings
 
@@ -49,12 +49,12 @@ ROWS: dict[str, Mapping[str, Any]] = {
 """Rows that are runs, and their overrides over the recipe."""
 SHOWN = (
     "row", "protocol", "act_points", "bits", "num_seeds", "teacher_top1", "top1_mean", "drop_mean", "seconds_mean",
-    "source",
+    "set_seconds_mean", "source",
 )  # fmt: skip
 """Columns of recipe.md; standard deviations and errors are in the cells of what they belong to."""
 NOTE = """\
 top-1: mean ± standard deviation over the seeds. Drop: teacher minus student, ± its standard error, paired on the same
-images. Seconds of one run, its synthetic images included.
+images. Seconds of one run without its synthetic images, and of making these, in this run or in an earlier one.
 """
 TOLERANCE = 3
 """A measurement agrees with the expected result within so many standard errors."""
@@ -206,13 +206,10 @@ def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] | None = Non
 def table(records: Mapping[Cell, RunRecord], published: Published | None = None) -> list[dict[str, Any]]:
     """Return one line per row, in the order given after ptq, and the published result last.
 
-    drop_stderr is the mean of the seeds' standard errors (`stats.drop_stderr`), an upper bound of that of the mean
-    drop: the seeds share their images, so more seeds do not make it smaller. seconds_mean includes the synthesis of a
-    set in every row that uses it, whichever run made it; a set that existed before costs nothing.
+    drop_stderr is the mean of the seeds' standard errors (`RunRecord.drop_stderr`), an upper bound of that of the mean
+    drop: the seeds share their images, so more seeds do not make it smaller. seconds_mean leaves out the synthetic
+    sets, of which a run makes only those that the store lacks; set_seconds_mean is what making them took.
     """
-    made: dict[str, float] = {}
-    for record in records.values():
-        made[record.set_digest] = max(made.get(record.set_digest, 0.0), record.seconds.get("synthesis", 0.0))
     lines: list[dict[str, Any]] = []
     before = {
         (PTQ, seed): _before_finetuning(r) for (row, seed), r in records.items() if row == RECIPE and r.loss_history
@@ -234,9 +231,10 @@ def table(records: Mapping[Cell, RunRecord], published: Published | None = None)
                 "top1_mean": mean(r.top1 for r in runs.values()),
                 "top1_std": std(r.top1 for r in runs.values()),
                 "drop_mean": mean(r.drop for r in runs.values()),
-                "drop_stderr": mean(_drop_stderr(r) for r in runs.values()),
+                "drop_stderr": mean(r.drop_stderr for r in runs.values()),
                 "num_eval": first.num_eval,
-                "seconds_mean": mean(_seconds(r, made[r.set_digest]) for r in runs.values()),
+                "seconds_mean": mean(r.seconds_without_sets for r in runs.values()),
+                "set_seconds_mean": mean(r.set_seconds for r in runs.values()),
                 "commit": "; ".join(sorted({r.commit for r in runs.values()})),
                 "device": "; ".join(sorted({r.device for r in runs.values()})),
                 "source": "measured",
@@ -262,18 +260,6 @@ def _before_finetuning(record: RunRecord) -> RunRecord:
         gained=record.rtn_gained,
         total_seconds=None if total is None else total - record.seconds.get("finetune", 0.0),
     )
-
-
-def _drop_stderr(record: RunRecord) -> float | None:
-    if record.lost is None or record.gained is None or not record.num_eval:
-        return None
-    return drop_stderr(record.lost, record.gained, record.num_eval)
-
-
-def _seconds(record: RunRecord, synthesis: float) -> float | None:
-    if record.total_seconds is None:
-        return None
-    return record.total_seconds - record.seconds.get("synthesis", 0.0) + synthesis
 
 
 def compare(expected: Expected, records: Mapping[Cell, RunRecord], same_settings: bool = True) -> str:
@@ -327,6 +313,7 @@ def markdown(lines: Sequence[Mapping[str, Any]], comparison: str = "") -> str:
             "top1_mean": format_value(line["top1_mean"], spread=line["top1_std"]),
             "drop_mean": format_value(line["drop_mean"], spread=line["drop_stderr"]),
             "seconds_mean": format_value(line["seconds_mean"], 0),
+            "set_seconds_mean": format_value(line["set_seconds_mean"], 0),
         }
         for line in lines
     ]

@@ -15,7 +15,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from synq.common import progress as bars
 from synq.common.progress import note, passing_bar, visible
@@ -142,7 +141,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr("tqdm.std.time", lambda: now)
     monkeypatch.setattr(bars, "LOGGED_EVERY", 0.25)
     with (
-        tqdm(total=8, desc="work", **visible(True, bar_format="{n}")) as bar,
+        bars.Bar(total=8, desc="work", **visible(True, bar_format="{n}")) as bar,
         passing_bar(2, "part", "p", is_shown=True),
     ):
         for number in range(8):
@@ -152,7 +151,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[2] for line in lines] == ["2", "4", "6", "8"], lines
     assert all(re.fullmatch(r"synq: work: \d of 8, 00:0\d, about 00:0\d left, loss=\d", line) for line in lines), lines
-    with tqdm(total=8, desc="work", **visible(False)) as bar:
+    with bars.Bar(total=8, desc="work", **visible(False)) as bar:
         bar.update()
     monkeypatch.setattr(bars, "LOGGED_EVERY", 60.0)
     with passing_bar(2, "quick", "p", is_shown=True) as bar:

@@ -163,7 +163,9 @@ def test_images_that_do_not_show_their_class_are_said(config: RunConfig) -> None
     done = run(with_overrides(config, {"synthesis.iterations": 60, "synthesis.inception_weight": 1.0})).warnings
     assert not any("the teacher classifies only" in text for text in done)
     noise = run(with_overrides(config, {"synthesis.method": "gaussian"})).warnings
-    assert not any("the teacher classifies only" in text for text in noise), "noise takes the teacher's answers for labels"
+    assert not any("the teacher classifies only" in text for text in noise), (
+        "noise takes the teacher's answers for labels"
+    )
 
 
 def test_no_epochs_is_round_to_nearest(config: RunConfig) -> None:
