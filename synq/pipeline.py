@@ -6,6 +6,7 @@ Labeled images enter in `Measure` alone, and only to count correct predictions.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from synq.common.files import check_writable
+from synq.common.notices import say
 from synq.config.run import RunConfig, make_absolute
 from synq.evaluation.measure import Measure
 from synq.finetune.loop import Epoch, finetune
@@ -22,8 +24,9 @@ from synq.finetune.schedule import local_batch_size
 from synq.quant.student import Student, build_student, share_changed, weight_codes
 from synq.runs.lifecycle import StageTimer, blank_record, complete_record, failure_recorded, finished_record, save
 from synq.runs.record import RunRecord, run_folder, write_config
+from synq.runs.reuse import finished_student, take_student
 from synq.runs.tracking import RunLog
-from synq.runtime import check_compilable, dtype_of, make_accelerator
+from synq.runtime import check_compilable, dtype_of, exists_on_main, make_accelerator
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.run_sets import check_space, ensure_sets, low_pass
 from synq.teacher.teacher import Teacher, load_teacher
@@ -38,6 +41,9 @@ def run(
     teacher: Teacher | None = None,
 ) -> RunRecord:
     """Run all stages, or resume an interrupted run; return the record of a completed run unchanged.
+
+    The student of a completed run in `<output_dir>` that differs in `evaluation` only is not trained again: it is loaded
+    and measured, unless every epoch is to be measured.
 
     Writes to `<output_dir>/<name>-<digest>/`: `config.json`, `prepared.pt` (the calibrated student, if more was done
     than rounding to nearest), `checkpoint.pt` (last finished epoch), `student.safetensors`, and last `record.json`.
@@ -75,12 +81,14 @@ def run(
         with timer("synthesis"):
             train_set, heldout = ensure_sets(config, teacher, accelerator)
         measure.hold_out(heldout.images)
+        trained = _trained_before(config, teacher, train_set, accelerator) if on_epoch is None else None
+        source = folder if trained is None else trained[0]
         identity = f"{teacher.digest} {train_set.digest}"
 
         with timer("quantize"):
             images = low_pass(train_set.images, config, folder).to(dtype_of(config.runtime))
             teacher_net, student_net, rounding = prepare_networks(
-                config, teacher, student, images, accelerator, prepared=folder / "prepared.pt", identity=identity
+                config, teacher, student, images, accelerator, prepared=source / "prepared.pt", identity=identity
             )
         with timer("measure"):
             reference, rounded = measure(teacher.graph), measure(student.net)
@@ -92,11 +100,13 @@ def run(
         if accelerator.is_main_process:
             write_config(folder / "config.json", config)
 
-        with failure_recorded(folder, record, accelerator):
-            after_epoch = _epoch_callback(config, measure, student, log, on_epoch)
-            history = _finetune(
-                config, student_net, teacher_net, images, train_set, accelerator, identity, after_epoch, on_checkpoint
-            )
+        if trained is None:
+            calls = _epoch_callback(config, measure, student, log, on_epoch), on_checkpoint
+            with failure_recorded(folder, record, accelerator):
+                history = _finetune(config, student_net, teacher_net, images, train_set, accelerator, identity, *calls)
+        else:
+            record = replace(record, student_of=source.name)
+            history = take_student(source, trained[1], student.net, accelerator)
         timer.seconds["finetune"] = sum(epoch["seconds"] for epoch in history)
 
         with timer("measure"):
@@ -107,6 +117,21 @@ def run(
         log.end(record)
         accelerator.wait_for_everyone()
         return record
+
+
+def _trained_before(
+    config: RunConfig, teacher: Teacher, train_set: SyntheticSet, accelerator: Accelerator
+) -> tuple[Path, RunRecord] | None:
+    """Return folder and record of a completed run with the same student, and say so; None if it must be trained."""
+    resumes = exists_on_main(run_folder(config) / "checkpoint.pt")
+    if resumes or config.evaluation.every_epoch:
+        return None
+    found = finished_student(config, teacher.digest, accelerator)
+    if found is None or found[1].set_digest != train_set.digest:
+        return None
+    if accelerator.is_main_process:
+        say(f"the student of {found[0]}, which differs in its evaluation only, is measured and not trained again")
+    return found
 
 
 def check(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple[Teacher, Measure]:

@@ -123,6 +123,9 @@ class RunRecord:
     set_seconds: float | None = None
     """Seconds that making the two synthetic sets took, in this run or in an earlier one, summed over processes."""
 
+    student_of: str = ""
+    """Name of the folder of the run that trained the student, if this one only measured it; "" if it trained it."""
+
     @property
     def seconds_without_sets(self) -> float | None:
         """Seconds of the run apart from its synthetic sets; None where its duration is not known."""
