@@ -42,8 +42,8 @@ def run(
 ) -> RunRecord:
     """Run all stages, or resume an interrupted run; return the record of a completed run unchanged.
 
-    The student of a completed run in `<output_dir>` that differs in `evaluation` only is not trained again: it is loaded
-    and measured, unless every epoch is to be measured.
+    The student of a completed run in `<output_dir>` that differs in `evaluation` only is not trained again: it is
+    loaded and measured, unless every epoch is to be measured.
 
     Writes to `<output_dir>/<name>-<digest>/`: `config.json`, `prepared.pt` (the calibrated student, if more was done
     than rounding to nearest), `checkpoint.pt` (last finished epoch), `student.safetensors`, and last `record.json`.

@@ -27,7 +27,6 @@ from synq.config.run import (
     RunConfig,
     SynthesisConfig,
     TeacherConfig,
-    config_digest,
     load_config,
     parse_bits,
     with_overrides,
@@ -274,31 +273,31 @@ def compare(expected: Expected, records: Mapping[Cell, RunRecord], same_settings
         same_settings: Whether the runs use the file's settings unchanged.
     """
     runs = [record for (row, _), record in records.items() if row == RECIPE]
-    head = (
-        f"expected {format_value(expected.top1, spread=expected.std)} (commit {expected.commit}, {expected.hardware})"
-    )
+    where = f"commit {expected.commit}, {expected.hardware}"
+    head = f"expected {format_value(expected.top1, spread=expected.std)} ({where})"
     top1 = mean(record.top1 for record in runs)
     if top1 is None:
         return f"{head}, not measured"
     spread = std(record.top1 for record in runs)
-    text = f"{head}, measured {format_value(top1, spread=spread)}"
+    measured = f"measured {format_value(top1, spread=spread)}"
     images, teacher = runs[0].num_eval, runs[0].teacher_top1
-    if not same_settings:
-        return f"{text}: not compared, the settings were changed"
-    if images != expected.images:
-        return f"{text}: not compared, on {images} images and not on {expected.images}"
-    if teacher is None or abs(teacher - expected.teacher_top1) > ROUNDING + 1e-9:
-        return f"{text}: not compared, the teacher has {format_value(teacher)} and not {expected.teacher_top1:.2f}"
     stderr = pooled_stderr((expected.std, len(expected.seeds)), (spread or 0.0, len(runs)))
-    if stderr is None:
-        return f"{text}: not compared, one seed each has no standard error"
+    reasons = (
+        (same_settings, "the settings were changed"),
+        (images == expected.images, f"it is on {images} images and not on {expected.images}"),
+        (
+            teacher is not None and abs(teacher - expected.teacher_top1) <= ROUNDING + 1e-9,
+            f"the teacher has {format_value(teacher)} and not {expected.teacher_top1:.2f}",
+        ),
+        (stderr is not None, "one seed each has no standard error"),
+    )
+    for holds, reason in reasons:
+        if not holds:
+            return f"{measured}; not comparable with the {head} of the file, because {reason}"
+    assert stderr is not None
     within = abs(top1 - expected.top1) <= TOLERANCE * stderr + ROUNDING
-    return f"{text}: {'within' if within else 'OUTSIDE'} {TOLERANCE} standard errors ({TOLERANCE * stderr:.2f})"
-
-
-def same_result(first: RunConfig, second: RunConfig) -> bool:
-    """Return whether two runs differ in their seeds only."""
-    return config_digest(first, with_seeds=False) == config_digest(second, with_seeds=False)
+    verdict = f"{'within' if within else 'OUTSIDE'} {TOLERANCE} standard errors"
+    return f"{head}, {measured}: {verdict} ({TOLERANCE * stderr:.2f})"
 
 
 def markdown(lines: Sequence[Mapping[str, Any]], comparison: str = "") -> str:

@@ -57,10 +57,15 @@ def test_m_5_labels_are_no_part_of_a_student(config: RunConfig) -> None:
     "changes",
     [
         {"evaluation.dataset": "FILE"},
-        {"evaluation.dataset": "none"},
-        {"evaluation.num_images": 32},
-        {"evaluation.heldout_images": 8},
-        {"evaluation.fidelity_measure": "kl_t4", "name": "other"},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"evaluation.dataset": "none"},
+                {"evaluation.num_images": 32},
+                {"evaluation.heldout_images": 8},
+                {"evaluation.fidelity_measure": "kl_t4", "name": "other"},
+            )
+        ),
         {"evaluation.dataset": "FILE", "quant.rounding": "adaround", "reconstruction.iterations": 3,
             "reconstruction.images": 16},
     ],
@@ -93,7 +98,15 @@ def test_m_5_a_run_with_another_evaluation_measures_the_finished_student(
         "fidelity",
     ):
         assert getattr(counted, key) == getattr(trained, key), key
-    for key in ("rtn_fidelity", "eval_digest", "heldout_digest", "config_digest", "codes_changed", "rounding"):
+    for key in (
+        "objective_value",
+        "rtn_fidelity",
+        "eval_digest",
+        "heldout_digest",
+        "config_digest",
+        "codes_changed",
+        "rounding",
+    ):
         assert getattr(counted, key) == getattr(trained, key), key
     assert counted.student_of == run_folder(first).name and trained.student_of == ""
     assert [epoch["loss"] for epoch in counted.loss_history] == [epoch["loss"] for epoch in trained.loss_history]
@@ -106,10 +119,15 @@ def test_m_5_a_run_with_another_evaluation_measures_the_finished_student(
     "changes",
     [
         {"finetune.lr": 0.02},
-        {"seed": 3},
-        {"evaluation.every_epoch": True},
-        {"quant.weight_bits": 3},
-        {"teacher.weights": "random"},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"seed": 3},
+                {"evaluation.every_epoch": True},
+                {"quant.weight_bits": 3},
+                {"teacher.weights": "random"},
+            )
+        ),
     ],
 )
 def test_m_5_another_student_is_trained(changes: dict[str, Any], config: RunConfig) -> None:
