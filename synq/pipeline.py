@@ -15,13 +15,14 @@ from torch import Tensor
 
 from synq.common.files import check_writable
 from synq.common.notices import say
-from synq.config.run import RunConfig, make_absolute
+from synq.config.run import RunConfig, make_absolute, with_overrides
 from synq.evaluation.measure import Measure
 from synq.finetune.loop import Epoch, finetune
 from synq.finetune.networks import aligned_blocks, prepare_networks
 from synq.finetune.responses import TappedNetwork
 from synq.finetune.schedule import local_batch_size
 from synq.quant.student import Student, build_student, share_changed, weight_codes
+from synq.runs.forecast import forecast, forecast_line
 from synq.runs.lifecycle import StageTimer, blank_record, complete_record, failure_recorded, finished_record, save
 from synq.runs.record import RunRecord, run_folder, write_config
 from synq.runs.reuse import finished_student, take_student
@@ -77,11 +78,12 @@ def run(
         check_writable(folder)
         check_space(folder, config, teacher, accelerator)
         log.start()
+        trained = _trained_before(config, teacher, student, measure, accelerator) if on_epoch is None else None
 
         with timer("synthesis"):
             train_set, heldout = ensure_sets(config, teacher, accelerator)
         measure.hold_out(heldout.images)
-        trained = _trained_before(config, teacher, train_set, accelerator) if on_epoch is None else None
+        trained = trained if _is_of(trained, train_set, accelerator) else None
         source = folder if trained is None else trained[0]
         identity = f"{teacher.digest} {train_set.digest}"
 
@@ -120,18 +122,25 @@ def run(
 
 
 def _trained_before(
-    config: RunConfig, teacher: Teacher, train_set: SyntheticSet, accelerator: Accelerator
+    config: RunConfig, teacher: Teacher, student: Student, measure: Measure, accelerator: Accelerator
 ) -> tuple[Path, RunRecord] | None:
-    """Return folder and record of a completed run with the same student, and say so; None if it must be trained."""
+    """Return folder and record of a completed run with the same student, if any, and say what this run will take."""
     resumes = exists_on_main(run_folder(config) / "checkpoint.pt")
-    if resumes or config.evaluation.every_epoch:
-        return None
-    found = finished_student(config, teacher.digest, accelerator)
+    found = None if resumes or config.evaluation.every_epoch else finished_student(config, teacher.digest, accelerator)
+    if config.runtime.progress and accelerator.is_main_process and not resumes:
+        rest = config if found is None else with_overrides(config, {"finetune.epochs": 0})
+        number = len(measure.reported) + len(measure.chosen)
+        say(forecast_line(config, forecast(rest, teacher, student, number, accelerator)))
+    return found
+
+
+def _is_of(found: tuple[Path, RunRecord] | None, train_set: SyntheticSet, accelerator: Accelerator) -> bool:
+    """Return whether a finished student was trained on these images, and say that it is not trained again."""
     if found is None or found[1].set_digest != train_set.digest:
-        return None
+        return False
     if accelerator.is_main_process:
         say(f"the student of {found[0]}, which differs in its evaluation only, is measured and not trained again")
-    return found
+    return True
 
 
 def check(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple[Teacher, Measure]:

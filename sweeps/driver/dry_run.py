@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass, replace
 
 from synq import pipeline
-from synq.common.text_tables import plural
+from synq.common.text_tables import duration, plural
 from synq.config.run import RunConfig, with_overrides
 from synq.evaluation.measure import forget_teachers
 from synq.runs.record import RunRecord
@@ -76,7 +76,7 @@ def print_preview(spec: SweepSpec) -> None:
         first = _first(spec, group)
         print(
             f"  {group.key}: {search.trials} by {search.sampler} ({first}), {_early(spec, group)}, about "
-            f"{_clock(costs[group.key].trial)} each"
+            f"{duration(costs[group.key].trial)} each"
         )
     print(f"  space: {', '.join(dimension.name for dimension in spec.dimensions) or 'none'}")
     reruns = _reruns(spec)
@@ -95,7 +95,7 @@ def print_preview(spec: SweepSpec) -> None:
         missing = [name for name in names if not store.is_complete(name) and not _is_sent(spec, name)]
         seconds = costs[group.key].synthesis * len(missing) / len(names)
         sets += seconds
-        state = "there already" if not missing else f"to be made, about {_clock(seconds)} on one worker"
+        state = "there already" if not missing else f"to be made, about {duration(seconds)} on one worker"
         images = f"{config.synthesis.num_images} + {config.evaluation.heldout_images} held-out images"
         work = f"{images} x {config.synthesis.iterations} iterations"
         print(f"  {group.model} data_seed {config.data_seed}: {work}, {state}")
@@ -104,7 +104,7 @@ def print_preview(spec: SweepSpec) -> None:
     trials = statistics.fmean(cost.trial for cost in costs.values()) * left / max(1, min(slots, left))
     concurrent_sets = min(len(sets_needed(spec)), slots * search.workers_per_trial)
     sources = ", ".join(sorted({cost.source for cost in costs.values()}))
-    print(f"\nabout {_clock(sets / concurrent_sets + trials)} in all, if no trial is stopped early ({sources})")
+    print(f"\nabout {duration(sets / concurrent_sets + trials)} in all, if no trial is stopped early ({sources})")
 
 
 def _capacity(spec: SweepSpec) -> Capacity:
@@ -211,10 +211,3 @@ def _measured(config: RunConfig, most: tuple[int, int]) -> dict[str, float]:
         }
         forget_teachers()  # a run in a new worker computes the teacher's logits, too
         return pipeline.run(with_overrides(config, changes)).seconds
-
-
-def _clock(seconds: float) -> str:
-    """Return a duration as readable text: 45 s, 12 min, 3.2 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -40,6 +40,13 @@ def plural(number: float, noun: str) -> str:
     return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
+def duration(seconds: float) -> str:
+    """Return a duration as readable text: 45 s, 12 min, 3.2 h; a negative one, which only rounding gives, is 0 s."""
+    if seconds < 100:
+        return f"{max(0.0, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def join_words(parts: Sequence[str]) -> str:
     """Join texts as in a sentence: "a", "a and b", "a, b and c"."""
     return " and ".join(part for part in (", ".join(parts[:-1]), *parts[-1:]) if part)

@@ -37,7 +37,7 @@ def set_names(config: RunConfig, teacher: Teacher | None = None) -> list[str]:
     teacher = teacher or load_teacher(config.teacher)
     return [
         set_store(config).key(teacher.digest, settings, seed, input_size=teacher.input_size, purpose=purpose)
-        for settings, seed, purpose in _set_requests(config)
+        for settings, seed, purpose in set_requests(config)
     ]
 
 
@@ -51,7 +51,7 @@ def ensure_sets(config: RunConfig, teacher: Teacher, accelerator: Accelerator) -
     """
     store, progress = set_store(config), config.runtime.progress
     sets: list[SyntheticSet] = []
-    for settings, seed, purpose in _set_requests(config):
+    for settings, seed, purpose in set_requests(config):
         options: dict[str, Any] = {"accelerator": accelerator, "purpose": purpose, "progress": progress}
         sets.append(ensure_set(teacher, settings, seed, store, **options))
         if accelerator.is_main_process:
@@ -121,7 +121,7 @@ def check_space(folder: Path, config: RunConfig, teacher: Teacher, accelerator: 
         check_lowpass_space(folder, config.synthesis.num_images, teacher.input_size, copies)
 
 
-def _set_requests(
+def set_requests(
     config: RunConfig,
 ) -> tuple[tuple[SynthesisConfig, int, Purpose], tuple[SynthesisConfig, int, Purpose]]:
     """Return settings, seed and purpose of a run's training set and of its held-out set.
