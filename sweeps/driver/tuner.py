@@ -231,6 +231,8 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
         model, seed = ledger.teachers[group.key]["name"], config.data_seed
         what = f"ready after {time.monotonic() - started:.0f} s" if reply["made"] else "there already"
         progress.log(f"synthetic set of {model}, seed {seed}: {config.synthesis.num_images} images, {what}")
+        for text in reply["warnings"]:
+            progress.log(f"warning: {text}")
 
 
 def _made(

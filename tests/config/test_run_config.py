@@ -291,7 +291,7 @@ def test_f_16_a_labeled_set_may_be_none_which_is_not_unset() -> None:
         ({"quant": {"zzz": 1}}, "known are quant.weight_bits, quant.act_bits"),
         ({"zzz": 1}, "known are teacher, synthesis, quant"),
         ({"lr": 1}, "did you mean `synthesis.lr` or `finetune.lr`?"),
-        ({"evaluation": {"labels": "digits"}}, "known are evaluation.dataset"),
+        ({"evaluation": {"zzz": "digits"}}, "known are evaluation.dataset"),
     ],
 )
 def test_f_16_every_unknown_key_is_told_near_or_known_ones(tables: dict[str, object], hint: str) -> None:
