@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from synq.common.files import check_writable
-from synq.common.notices import say
+from synq.common.notices import print_notice
 from synq.config.run import RunConfig, make_absolute, with_overrides
 from synq.evaluation.measure import Measure
 from synq.finetune.loop import Epoch, finetune
@@ -124,22 +124,24 @@ def run(
 def _trained_before(
     config: RunConfig, teacher: Teacher, student: Student, measure: Measure, accelerator: Accelerator
 ) -> tuple[Path, RunRecord] | None:
-    """Return folder and record of a completed run with the same student, if any, and say what this run will take."""
+    """Return folder and record of a completed run with the same student, if any, and log the forecast of this run."""
     resumes = exists_on_main(run_folder(config) / "checkpoint.pt")
     found = None if resumes or config.evaluation.every_epoch else finished_student(config, teacher.digest, accelerator)
     if config.runtime.progress and accelerator.is_main_process and not resumes:
         rest = config if found is None else with_overrides(config, {"finetune.epochs": 0})
         number = len(measure.reported) + len(measure.chosen)
-        say(forecast_line(config, forecast(rest, teacher, student, number, accelerator)))
+        print_notice(forecast_line(config, forecast(rest, teacher, student, number, accelerator)))
     return found
 
 
 def _is_of(found: tuple[Path, RunRecord] | None, train_set: SyntheticSet, accelerator: Accelerator) -> bool:
-    """Return whether a finished student was trained on these images, and say that it is not trained again."""
+    """Return whether a finished student was trained on these images; log that it is not trained again."""
     if found is None or found[1].set_digest != train_set.digest:
         return False
     if accelerator.is_main_process:
-        say(f"the student of {found[0]}, which differs in its evaluation only, is measured and not trained again")
+        print_notice(
+            f"the student of {found[0]}, which differs in its evaluation only, is measured and not trained again"
+        )
     return True
 
 

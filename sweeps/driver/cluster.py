@@ -108,7 +108,7 @@ def cluster(search: SearchConfig) -> Iterator[Capacity]:
         except (ConnectionError, ValueError) as error:
             raise ValueError(f"`RAY_ADDRESS` must name a running Ray cluster, but got {address!r}: {error}") from None
     else:
-        # A trial that does not fit is refused at once, not after the half minute that Ray may take to start.
+        # A trial that does not fit is rejected at once, not after the half minute that Ray may take to start.
         capacity(search, [this_machine(with_gpus=search.gpus_per_worker > 0)])
         start_local_ray(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
     try:

@@ -9,13 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from synq.common.notices import say
+from synq.common.notices import print_notice
 
 ATTEMPTS = 2
 DAEMONS = ("gcs_server", "raylet")
 """Names of the processes without which Ray does not work."""
-LOOK_SECONDS = 0.5
-"""Seconds between two looks at Ray's processes while it starts."""
+POLL_SECONDS = 0.5
+"""Seconds between two checks of Ray's processes while it starts."""
 
 
 class _DaemonDiedError(BaseException):
@@ -44,7 +44,7 @@ def start_local_ray(**options: Any) -> None:
             ray.shutdown()
             reason = f"{_first_line(error)} (after {time.monotonic() - started:.0f} s)"
             if attempt + 1 < ATTEMPTS:
-                say(f"Ray did not start on this machine: {reason}; one more attempt")
+                print_notice(f"Ray did not start on this machine: {reason}; one more attempt")
     raise OSError(f"Ray must start on this machine, but it did not in {ATTEMPTS} attempts: {reason}; {_advice()}")
 
 
@@ -75,9 +75,9 @@ def _watching(before: dict[int, tuple[str, str]]) -> Iterator[None]:
     is_over = threading.Event()
     main = threading.get_ident()
 
-    def look() -> None:
+    def poll() -> None:
         seen: dict[int, str] = {}
-        while not is_over.wait(LOOK_SECONDS):
+        while not is_over.wait(POLL_SECONDS):
             now = _children()
             seen |= {pid: name for pid, (name, _) in now.items() if pid not in before and name in DAEMONS}
             dead = [name for pid, name in seen.items() if pid not in now or now[pid][1] == "Z"]
@@ -91,7 +91,7 @@ def _watching(before: dict[int, tuple[str, str]]) -> Iterator[None]:
             raise _DaemonDiedError(f"its process {died[0]} ended" if died else "it was stopped by a signal")
 
     handler = signal.signal(signal.SIGUSR1, stop)
-    watcher = threading.Thread(target=look, daemon=True)
+    watcher = threading.Thread(target=poll, daemon=True)
     watcher.start()
     try:
         yield
@@ -114,7 +114,7 @@ def _children() -> dict[int, tuple[str, str]]:
 
 
 def _end(before: dict[int, tuple[str, str]]) -> None:
-    """Kill the children that were started since `before`, which a failed start leaves behind."""
+    """Kill the children that were started since `before`, which a failed start does not end."""
     for pid, (_, state) in _children().items():
         if pid not in before and state != "Z":
             with suppress(ProcessLookupError):

@@ -25,7 +25,7 @@ from synq.runs.record import DEPLOYED, RunRecord
 from ..stats import mean, std
 from .columns import LEADERBOARD_COLUMNS, RUN_COLUMNS, SETTINGS, TRIAL_COLUMNS, setting_cells
 
-PLACES = ("rank", "best", "pareto_size", "pareto_bitops")
+RANK_COLUMNS = ("rank", "best", "pareto_size", "pareto_bitops")
 """Columns of the leaderboard that depend on its other rows."""
 PLACED = LEADERBOARD_COLUMNS.index("best")
 """Index of the first of three columns that depend on the other rows."""
@@ -261,7 +261,7 @@ def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int) -> Standin
     for run in sorted(runs, key=lambda run: (run.seeds, run.row["started"], run.row["host"], repr(run.row))):
         by_seed.setdefault(run.seeds, run.row)  # a duplicate run (of merged sweeps) counts once
     kept = list(by_seed.values())
-    cells: Row = {**kept[0], **dict.fromkeys(PLACES)}
+    cells: Row = {**kept[0], **dict.fromkeys(RANK_COLUMNS)}
     cells |= {column: mean(run[column] for run in kept) for column in MEANS}
     cells |= {column: "; ".join(sorted({run[column] for run in kept})) for column in COLLECTED}
     cells |= {

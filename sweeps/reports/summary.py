@@ -18,7 +18,7 @@ from ..leaderboard.ranking import Standing
 from .sweep_view import SweepView
 
 OF = ("a drop of", "a gain of")
-"""Words of `drop_text` in a sentence."""
+"""Nouns of `drop_text` in a sentence."""
 
 
 def run_label(record: RunRecord) -> str:
@@ -38,7 +38,7 @@ def run_verdict(record: RunRecord) -> list[str]:
         before = "" if record.rtn_top1 is None else f" Before fine-tuning it was {record.rtn_top1:.2f} %."
         lines.append(
             f"Top-1 {record.top1:.2f} % on {record.num_eval} labeled images; the teacher has "
-            f"{record.teacher_top1:.2f} %: {drop_text(drop, words=OF)} percentage points{spread}.{before}"
+            f"{record.teacher_top1:.2f} %: {drop_text(drop, nouns=OF)} percentage points{spread}.{before}"
         )
     else:
         agreement = record.fidelity.get("agreement")
@@ -109,7 +109,7 @@ def sweep_verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
         seeds = f"{row['num_seeds']} seed{'' if row['num_seeds'] == 1 else 's'}"
         lines.append(
             f"{label(standing)}: top-1 {row['top1_mean']:.2f}{spread} ({seeds}, {row['num_eval']} images), "
-            f"{drop_text(row['drop'], words=OF)} from the teacher's {row['teacher_top1']:.2f}; {_before(row)}."
+            f"{drop_text(row['drop'], nouns=OF)} from the teacher's {row['teacher_top1']:.2f}; {_before(row)}."
         )
     if not lines:
         lines.append("No trial is completed yet.")

@@ -23,7 +23,7 @@ def same_teacher(first: RunConfig, second: RunConfig) -> bool:
 def tables_folder(name: str, written: RunConfig, base: RunConfig, model: str) -> Path:
     """Return the folder of a study's tables: `<output_dir>/<name>` for the settings of its file.
 
-    Other settings or another teacher, given on the command line, get a folder of their own, `<name>-<model>-<digest>`,
+    Other settings or another teacher, given on the command line, get a separate folder, `<name>-<model>-<digest>`,
     so that no table of other networks is overwritten.
 
     Args:

@@ -1,6 +1,6 @@
 """`synq evaluate`: the student of a finished run on other labeled images, without any training."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import click
 
@@ -39,27 +39,27 @@ def command(
 
     Nothing is trained and the run is not changed. The student runs in its integer form, as in the run's own
     measurement; the drop has its standard error, paired by image. `synq train` with the run's settings and another
-    evaluation.dataset does the same and also measures the student before fine-tuning, into a record of its own.
+    evaluation.dataset does the same and also measures the student before fine-tuning, into a separate record.
     """
     check_paths([run], "RUN")
     from synq.common.files import write_json_atomic
     from synq.config.identity import absolute_path, map_spec_path
+    from synq.config.run import with_overrides
     from synq.runs.finished import open_run
     from synq.runs.recount import recount
     from synq.runtime import make_accelerator
 
     found = open_run(run, moved_paths(moved))
+    other = dataset is not None
     given = {
-        "dataset": None if dataset is None else map_spec_path(dataset, absolute_path),
-        "data_dir": None if data_dir is None else absolute_path(data_dir),
-        "batch_size": batch_size,
+        "evaluation.dataset": map_spec_path(dataset, absolute_path) if dataset is not None else None,
+        "evaluation.data_dir": None if data_dir is None else absolute_path(data_dir),
+        "evaluation.batch_size": batch_size,
+        "evaluation.num_images": num_images,
     }
-    settings = replace(
-        found.config.evaluation,
-        num_images=num_images if num_images is not None or dataset is not None else found.config.evaluation.num_images,
-        objective="synthetic",
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    plain = {"evaluation.objective": "synthetic", **({"evaluation.num_images": None} if other else {})}
+    changes = {**plain, **{key: value for key, value in given.items() if value is not None}}
+    settings = with_overrides(found.config, changes).evaluation
     result = recount(found, settings, make_accelerator(found.config.runtime), progress=found.config.runtime.progress)
     print(result.line())
     if json_file is not None:

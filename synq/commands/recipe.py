@@ -42,7 +42,7 @@ def command(spec: str, seeds: tuple[int, ...], rows: tuple[str, ...], jobs: int,
 
     Settings of `synq train` override those of the recipe, such as folders and device; if a setting changes the results,
     they are not compared with the expected metrics of the file. Tables of all finished runs of the recipe are written
-    to <output_dir>/<name>; another teacher, or other settings, have a folder of their own, <name>-MODEL-DIGEST, and
+    to <output_dir>/<name>; another teacher, or other settings, have a separate folder, <name>-MODEL-DIGEST, and
     another teacher no expected or published metrics. The same command resumes a recipe that was stopped; finished runs
     are not repeated.
     """

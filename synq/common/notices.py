@@ -3,23 +3,23 @@
 import sys
 from contextlib import suppress
 
-_SAID: set[str] = set()
+_PRINTED: set[str] = set()
 
 
-def say(text: str) -> None:
+def print_notice(text: str) -> None:
     """Print "synq: TEXT" on standard error, unless this process has printed it before."""
-    if was_said(text):
+    if was_printed(text):
         return
-    _SAID.add(text)
+    _PRINTED.add(text)
     with suppress(OSError, ValueError):  # a closed pipe or a full disk must not stop a run
         print(f"synq: {text}", file=sys.stderr, flush=True)
 
 
-def was_said(text: str) -> bool:
+def was_printed(text: str) -> bool:
     """Return whether this process has printed a notice."""
-    return text in _SAID
+    return text in _PRINTED
 
 
 def forget_notices() -> None:
     """Let every notice be printed again."""
-    _SAID.clear()
+    _PRINTED.clear()

@@ -18,14 +18,14 @@ def drop_stderr(lost: int, gained: int, num_images: int) -> float:
     return 100 * math.sqrt(lost + gained - (lost - gained) ** 2 / num_images) / num_images
 
 
-def drop_text(drop: float, stderr: float | None = None, *, words: tuple[str, str] = ("drop", "gain")) -> str:
+def drop_text(drop: float, stderr: float | None = None, *, nouns: tuple[str, str] = ("drop", "gain")) -> str:
     """Return a drop in top-1 as text, a negative one as a gain: "drop 1.08 ± 0.35", "gain 0.50"; 0 is a drop.
 
     Args:
         drop: Teacher minus student, in percentage points.
         stderr: Its standard error in the same unit; None leaves it out.
-        words: The words for a drop and for a gain.
+        nouns: The nouns for a drop and for a gain.
     """
     rounded = round(drop, 2)
     spread = "" if stderr is None else f" ± {stderr:.2f}"
-    return f"{words[rounded < 0]} {abs(rounded):.2f}{spread}"
+    return f"{nouns[rounded < 0]} {abs(rounded):.2f}{spread}"

@@ -47,7 +47,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def join_words(parts: Sequence[str]) -> str:
+def enumeration(parts: Sequence[str]) -> str:
     """Join texts as in a sentence: "a", "a and b", "a, b and c"."""
     return " and ".join(part for part in (", ".join(parts[:-1]), *parts[-1:]) if part)
 

@@ -2,7 +2,7 @@
 
 The settings of `evaluation` change no weight of a student (the wall is `synq/evaluation`), but they are part of the
 digest of a run, because a record holds one measurement. A run asked again with other labeled images therefore has a
-folder and a record of its own, and takes over the student that another run of the same output folder has finished.
+separate folder and record, and takes over the student that another run of the same output folder has finished.
 """
 
 from contextlib import suppress

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from synq.common.text_tables import join_words
+from synq.common.text_tables import enumeration
 
 MIN_KL_INCREASE = 0.01
 """Smallest increase of the KL to the teacher, in nats, that counts as worse: at 8 bits it is nearly 0 before and
@@ -26,7 +26,7 @@ class Change:
     form: str
     """Format of both values."""
     change: int
-    """1 if the tuned student is better by it, -1 if the rounded one is, 0 if they are equal or too close to tell."""
+    """1 if the tuned student is better by it, -1 if the rounded one is, 0 if they are equal or nearly so."""
 
     def __str__(self) -> str:
         return f"{self.measure} ({self.before:{self.form}} before, {self.after:{self.form}} after)"
@@ -73,9 +73,9 @@ def harm_warnings(changes: list[Change]) -> list[str]:
     better = [str(change) for change in changes if change.change > 0]
     if not worse:
         return []
-    effect = f"the tuned one by {join_words(better)}" if better else "the tuned one by none"
+    effect = f"the tuned one by {enumeration(better)}" if better else "the tuned one by none"
     return [
-        f"fine-tuning made the student worse by a measure: the rounded student is better by {join_words(worse)}, "
+        f"fine-tuning made the student worse by a measure: the rounded student is better by {enumeration(worse)}, "
         f"{effect}; `--finetune.epochs 0` keeps the rounded one, a lower `finetune.lr` changes it less"
     ]
 
@@ -86,8 +86,8 @@ def effect_sentence(record: Any) -> str:
     if not changes or not record.loss_history:
         return ""
     parts = [
-        f"{verb} {join_words([str(change) for change in changes if change.change == sign])}"
+        f"{verb} {enumeration([str(change) for change in changes if change.change == sign])}"
         for sign, verb in ((1, "improved"), (-1, "made worse"), (0, "did not change"))
         if any(change.change == sign for change in changes)
     ]
-    return f"Fine-tuning {join_words(parts)}."
+    return f"Fine-tuning {enumeration(parts)}."

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from synq.common.notices import say
+from synq.common.notices import print_notice
 from synq.config.run import RunConfig, SynthesisConfig, make_absolute
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.generate import ensure_set
@@ -44,7 +44,7 @@ def set_names(config: RunConfig, teacher: Teacher | None = None) -> list[str]:
 def ensure_sets(config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> tuple[SyntheticSet, SyntheticSet]:
     """Return the training and the held-out set of a run, synthesized first unless the store has them.
 
-    A set whose images do not show their classes is said at once, before anything is computed with it.
+    A set whose images do not show their classes is reported at once, before anything is computed with it.
 
     Raises:
         ValueError, OSError: As `ensure_set`.
@@ -56,7 +56,7 @@ def ensure_sets(config: RunConfig, teacher: Teacher, accelerator: Accelerator) -
         sets.append(ensure_set(teacher, settings, seed, store, **options))
         if accelerator.is_main_process:
             for text in set_warnings(config.synthesis, *sets):
-                say(f"warning: {text}")
+                print_notice(f"warning: {text}")
     train_set, heldout = sets
     return train_set, heldout
 

@@ -1,4 +1,4 @@
-"""What a source does not say about its model: weights, input size, normalization, all in one message."""
+"""Missing facts about a model: weights, input size, normalization, all in one message."""
 
 from collections.abc import Iterator
 
@@ -6,13 +6,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from synq.common.text_tables import join_words
+from synq.common.text_tables import enumeration
 from synq.config.run import TeacherConfig
 from synq.teacher.sources import RANDOM, SourceModel
 
 InputFormat = tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]]
 SIZES = (32, 224, 28, 64, 96, 299)
-"""Heights and widths of images, in pixels, that are tried for a guess."""
+"""Sizes of square images, in pixels, that are tried for a guess."""
 MANY_CLASSES = 500
 """Number of classes from which on images of 224 pixels are likelier than those of 32."""
 
@@ -65,7 +65,7 @@ def _is_trained(module: nn.Module) -> bool:
 
 def _message(config: TeacherConfig, source: SourceModel, missing: list[str]) -> str:
     """Return one message about everything that is missing."""
-    parts = [f"{join_words(missing)} must be given: {config.spec} does not define {'them' if missing[1:] else 'it'}"]
+    parts = [f"{enumeration(missing)} must be given: {config.spec} does not define {'them' if missing[1:] else 'it'}"]
     if "`teacher.weights`" in missing:
         given = f"{config.weights} holds none" if config.weights else "a file, or `random` to use them on purpose"
         parts.append(f"weights: all BatchNorm statistics have their initial values ({given})")

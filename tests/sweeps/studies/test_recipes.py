@@ -310,7 +310,7 @@ def test_m_1_every_teacher_and_setting_has_a_table_of_its_own(
     assert len(own) == 2
     capsys.readouterr()
     texts = {}
-    for extra in (["--teacher.weights", "random"], ["--finetune.epochs", "0"]):
+    for extra in (["--teacher.weights", "random"], ["--finetune.lr", "0.02"]):
         assert main([*plain, *extra]) == 0
         out = capsys.readouterr().out
         folder = Path(out.splitlines()[-1]).parent
