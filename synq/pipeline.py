@@ -30,6 +30,7 @@ from synq.runs.tracking import RunLog
 from synq.runtime import check_compilable, dtype_of, exists_on_main, make_accelerator
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.run_sets import check_space, ensure_sets, low_pass
+from synq.teacher.pixel_range import PixelRange
 from synq.teacher.teacher import Teacher, load_teacher
 
 
@@ -88,7 +89,8 @@ def run(
         identity = f"{teacher.digest} {train_set.digest}"
 
         with timer("quantize"):
-            images = low_pass(train_set.images, config, folder).to(dtype_of(config.runtime))
+            pixels = teacher.pixel_range()
+            images = low_pass(train_set.images, config, folder, pixel_range=pixels).to(dtype_of(config.runtime))
             teacher_net, student_net, rounding = prepare_networks(
                 config, teacher, student, images, accelerator, prepared=source / "prepared.pt", identity=identity
             )
@@ -105,7 +107,9 @@ def run(
         if trained is None:
             calls = _epoch_callback(config, measure, student, log, on_epoch), on_checkpoint
             with failure_recorded(folder, record, accelerator):
-                history = _finetune(config, student_net, teacher_net, images, train_set, accelerator, identity, *calls)
+                history = _finetune(
+                    config, student_net, teacher_net, images, train_set, pixels, accelerator, identity, *calls
+                )
         else:
             record = replace(record, student_of=source.name)
             history = take_student(source, trained[1], student.net, accelerator)
@@ -183,6 +187,7 @@ def _finetune(
     teacher: TappedNetwork,
     images: Tensor,
     train_set: SyntheticSet,
+    pixel_range: PixelRange,
     accelerator: Accelerator,
     identity: str,
     on_epoch: Callable[[Epoch], None],
@@ -197,6 +202,7 @@ def _finetune(
         config.finetune,
         accelerator=accelerator,
         seed=config.seed,
+        pixel_range=pixel_range,
         bf16=config.runtime.precision == "bf16",
         compiled=config.runtime.compile,
         checkpoint=run_folder(config) / "checkpoint.pt",

@@ -11,7 +11,7 @@ from synq.config.finetune import inactive_keys
 from synq.config.parsing import config_to_dict, with_overrides
 
 T = TypeVar("T")
-DIGEST_FORMAT = 4
+DIGEST_FORMAT = 5
 """Format of digests, and of `config.json`. Raise it with every change of a key or default that makes an old
 configuration mean another run."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin")

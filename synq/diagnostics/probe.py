@@ -146,7 +146,10 @@ class ReportData:
         rows = torch.stack([(labels == label).nonzero()[: min(GRID_IMAGES, fewest), 0] for label in classes])
         chosen = images[rows.flatten()]
         shape = (*rows.shape, *chosen.shape[2:])
-        before, after = self._to_pixels(chosen), self._to_pixels(low_pass(chosen, self.config, None))
+        before, after = (
+            self._to_pixels(chosen),
+            self._to_pixels(low_pass(chosen, self.config, pixel_range=self.teacher.pixel_range())),
+        )
         return ImageGrid(
             before=before.clip(0, 1).reshape(*shape, -1),
             after=after.clip(0, 1).reshape(*shape, -1),
@@ -160,7 +163,7 @@ class ReportData:
         """Return amplitude spectra of synthetic, filtered and, if there are any, labeled images."""
         images, _ = self._sets[1]
         images = images[_spread(torch.arange(len(images)), self.num_images)]
-        kinds = {"synthetic": images, "filtered": low_pass(images, self.config, None)}
+        kinds = {"synthetic": images, "filtered": low_pass(images, self.config, pixel_range=self.teacher.pixel_range())}
         if self.config.finetune.lowpass_cutoff is None:
             del kinds["filtered"]
         labeled = self._labeled
@@ -220,8 +223,8 @@ class ReportData:
         )
         config = replace(self.config, quant=plain)
         student = build_student(self.teacher, plain)
-        images = low_pass(self._sets[1][0][: plain.calib_images], config, None)
         pixels = self.teacher.pixel_range()
+        images = low_pass(self._sets[1][0][: plain.calib_images], config, pixel_range=pixels)
         prepare_student(student.net, self.teacher.graph, images, config, torch.device("cpu"), image_range=pixels)
         return student
 

@@ -30,6 +30,7 @@ from synq.finetune.schedule import epoch_batches, local_batch_size, lr_at
 from synq.finetune.training_loss import harder_images, training_loss
 from synq.network.tracing import batchnorm_parameters
 from synq.runtime import synchronize_parameters
+from synq.teacher.pixel_range import PixelRange
 
 Epoch = dict[str, float]
 
@@ -93,6 +94,7 @@ class Training:
         cached: Returns the teacher's responses by row numbers; None if they are computed in every step.
         share: Slice of the global batch that this process computes.
         autocast: Returns the context of the forward passes.
+        pixel_range: Range of normalized pixels, which perturbed images do not leave; None for no bounds.
         config: Settings.
         accelerator: Process group.
     """
@@ -107,6 +109,7 @@ class Training:
     cached: Callable[[Tensor], Response] | None
     share: slice
     autocast: Callable[[], AbstractContextManager[None]]
+    pixel_range: PixelRange | None
     config: FinetuneConfig
     accelerator: Accelerator
 
@@ -135,7 +138,7 @@ def training_step(
         target = teacher_response(teacher, images, labels) if training.cached is None else training.cached(rows)
         harder = None
         if config.perturb_weight > 0:
-            harder = harder_images(student, teacher, images, labels, config.perturb_size)
+            harder = harder_images(student, teacher, images, labels, config.perturb_size, training.pixel_range)
         loss, terms = training_loss(training.model, student, target, images, labels, config, harder)
     training.accelerator.backward(loss)
     norm = training.accelerator.clip_grad_norm_(training.parameters, config.grad_clip or math.inf)
@@ -159,6 +162,7 @@ def finetune(
     *,
     accelerator: Accelerator,
     seed: int,
+    pixel_range: PixelRange | None = None,
     bf16: bool = False,
     compiled: bool = False,
     checkpoint: Path | None = None,
@@ -180,6 +184,7 @@ def finetune(
         config: Epochs, *global* batch size, optimizer, loss.
         accelerator: Process group.
         seed: Seed of the order of the images and of their augmentation.
+        pixel_range: Range of normalized pixels, which perturbed images do not leave; None for no bounds.
         bf16: Whether both networks run under autocast to bfloat16; weights, losses and maps stay float32.
         compiled: Whether to compile the student with torch.compile; not possible if its map needs autograd.
         checkpoint: Checkpoint file of the last finished epoch; None writes none.
@@ -235,6 +240,7 @@ def finetune(
         cached=cached,
         share=slice(accelerator.process_index * share, (accelerator.process_index + 1) * share),
         autocast=autocast,
+        pixel_range=pixel_range,
         config=config,
         accelerator=accelerator,
     )

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from synq.config.finetune import FinetuneConfig
 from synq.finetune.responses import Response, TappedNetwork
 from synq.losses import LossWeights, kd_kl, synq_loss
+from synq.teacher.pixel_range import PixelRange
 
 
 def loss_weights(config: FinetuneConfig) -> LossWeights:
@@ -69,11 +70,17 @@ def training_loss(
 
 
 def harder_images(
-    student: TappedNetwork, teacher: TappedNetwork, images: Tensor, labels: Tensor, size: float
+    student: TappedNetwork,
+    teacher: TappedNetwork,
+    images: Tensor,
+    labels: Tensor,
+    size: float,
+    pixel_range: PixelRange | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return adversarially perturbed images (N, C, H, W), harder for the student, and the teacher's logits (N, K).
 
-    x + size * sign(d CE(student(x), label) / d x); the gradient bypasses DDP's reducer and reaches no parameter.
+    x + size * sign(d CE(student(x), label) / d x), clamped to ``pixel_range``; the gradient bypasses DDP's reducer and
+    reaches no parameter.
 
     Source: sample difficulty promotion of HAST (CVPR 2023); the difficulty 1 - p_label rises where the cross-entropy
         does.
@@ -83,5 +90,7 @@ def harder_images(
         loss = nn.functional.cross_entropy(student.net(pixels)[0], labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, pixels)
     harder = (images + size * gradient.sign()).detach()
+    if pixel_range is not None:
+        pixel_range.clamp_(harder)
     with torch.no_grad():
         return harder, teacher.net(harder)[0]

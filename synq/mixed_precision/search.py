@@ -139,7 +139,9 @@ def _scan(
     from synq.synthesis.run_sets import low_pass
 
     quant = config.quant
-    images = low_pass(images[: quant.calib_images], config).to(device, dtype_of(config.runtime))
+    images = low_pass(images[: quant.calib_images], config, pixel_range=teacher.pixel_range()).to(
+        device, dtype_of(config.runtime)
+    )
     place(teacher.graph, config.runtime, device, teacher.input_size)
     reference, scores = logits_of(teacher.graph, images), []
     ranges = {name: getattr(quant, name) for name in ("weight_range", "act_range", "mse_norm", "calib_images")}

@@ -11,6 +11,7 @@ from synq.quant.bn_correction import correct_statistics
 from synq.quant.equalization import equalize
 from synq.quant.keep_best import Synchronize
 from synq.quant.student import observe_ranges
+from synq.teacher.pixel_range import PixelRange
 
 
 def prepare_student(
@@ -37,7 +38,7 @@ def prepare_student(
             first ``quant.calib_images`` of them.
         config: Used are ``quant``, ``reconstruction`` and ``seed``.
         device: Device of the computation.
-        image_range: As for ``observe_ranges``.
+        image_range: Minimum and maximum of normalized pixels, each (1, C, 1, 1), to which ``images`` are clamped first.
         synchronize: Makes the metrics by which a change is kept the same on all processes.
         progress: Whether a terminal shows a progress bar.
 
@@ -50,17 +51,12 @@ def prepare_student(
         ValueError: As ``observe_ranges``.
     """
     quant = config.quant
+    if image_range is not None:
+        images = PixelRange(*image_range).clamp(images)
     calib = images[: quant.calib_images].to(device)
 
     def observe(student: fx.GraphModule) -> None:
-        observe_ranges(
-            student,
-            calib,
-            act_range=quant.act_range,
-            weight_range=quant.weight_range,
-            norm=quant.mse_norm,
-            image_range=image_range,
-        )
+        observe_ranges(student, calib, act_range=quant.act_range, weight_range=quant.weight_range, norm=quant.mse_norm)
 
     reference: fx.GraphModule = teacher
     report: dict[str, Any] = {}

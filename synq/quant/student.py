@@ -15,8 +15,16 @@ from synq.network.ops import classify, value_sources
 from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import BitPatterns, layer_names
 from synq.quant.cost import TensorRow, account, packed_bytes
-from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear, WeightSteps, quantizers_bypassed
+from synq.quant.layers import (
+    ActQuantizer,
+    QuantConv2d,
+    QuantLinear,
+    WeightSteps,
+    quantizer_target,
+    quantizers_bypassed,
+)
 from synq.quant.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
+from synq.teacher.pixel_range import PixelRange
 from synq.teacher.teacher import Teacher
 
 
@@ -150,8 +158,8 @@ def observe_ranges(
         act_range: How activation ranges are chosen.
         weight_range: "mse" also chooses a clipping ratio per output channel, relative to the range of the weights.
         norm: Exponent p of the quantization error.
-        image_range: Minimum and maximum of normalized pixels, each (1, C, 1, 1). The image's quantizer observes values
-            clamped to it: pixels of synthetic images are optimized without bounds, those of real images have them.
+        image_range: Minimum and maximum of normalized pixels, each (1, C, 1, 1), to which ``images`` are clamped first.
+            No quantizer then observes what no image can hold, wherever the network moves, pads, casts or copies pixels.
         batch_size: Images per forward pass.
 
     Raises:
@@ -168,28 +176,18 @@ def observe_ranges(
             if weight_range == "mse":
                 weights.clip_ratio.copy_(mse_weight_ratio(module.weight.detach().float(), weights.bits, norm))
             weights.freeze(module.weight)
+    if image_range is not None:
+        images = PixelRange(*image_range).clamp(images)
     batches = images.split(batch_size)
-    of_image = {
-        str(node.target) for node in net.graph.nodes if any(s.op == "placeholder" for s in node.all_input_nodes)
-    }
-
-    def clamped(name: str, x: Tensor) -> Tensor:
-        if image_range is None or name not in of_image:
-            return x
-        low, high = (bound.to(x) for bound in image_range)
-        return x.clamp(low, high)
-
     extremes: dict[str, RangeObserver] = {}
-    _observe(net, batches, lambda name, x: extremes.setdefault(name, RangeObserver()).update(clamped(name, x)))
+    _observe(net, batches, lambda name, x: extremes.setdefault(name, RangeObserver()).update(x))
     try:
         ranges = {name: observer.range() for name, observer in extremes.items()}
     except ValueError as error:
         raise ValueError(f"{error}: the teacher overflows on the synthetic images") from error
     if act_range == "mse":
         histograms = {name: HistogramObserver(low, high) for name, (low, high) in ranges.items() if low < high}
-        _observe(
-            net, batches, lambda name, x: histograms[name].update(clamped(name, x)) if name in histograms else None
-        )
+        _observe(net, batches, lambda name, x: histograms[name].update(x) if name in histograms else None)
         for name, histogram in histograms.items():
             quantizer = net.get_submodule(name)
             assert isinstance(quantizer, ActQuantizer)
@@ -271,7 +269,7 @@ def _layer_bits(
 
 
 def _insert_quantizer(net: fx.GraphModule, node: fx.Node, users: list[fx.Node], quantizer: ActQuantizer) -> fx.Node:
-    target = f"{ACT_QUANTIZERS}{node.name}"
+    target = quantizer_target(node.name)
     net.add_submodule(target, quantizer.eval())
     with net.graph.inserting_after(node):
         quantized = net.graph.call_module(target, (node,))

@@ -96,7 +96,8 @@ def ensure_set(
         OSError: If the store cannot be written.
         FileNotFoundError: If the finished set is removed during the run.
     """
-    key = store.key(teacher.digest, config, seed, input_size=teacher.input_size, purpose=purpose)
+    pixels, size = teacher.pixel_range(), teacher.input_size
+    key = store.key(teacher.digest, config, seed, input_size=size, purpose=purpose, pixel_range=pixels)
     found = store.load(key)
     if found is None:
         _SetBuilder(teacher, config, seed, store, key, purpose, accelerator, device, progress).build()
@@ -126,7 +127,7 @@ class _SetBuilder:
             # The other settings are not part of the key, so they must not change the loss terms in the manifest.
             config = SynthesisConfig(method="gaussian", num_images=config.num_images, shard_size=config.shard_size)
         self.teacher, self.config, self.seed, self.purpose = teacher, config, seed, purpose
-        self.store, self.key = store, key
+        self.store, self.key, self.pixel_range = store, key, teacher.pixel_range()
         self.rank: int = accelerator.process_index if accelerator else 0
         self.world_size: int = accelerator.num_processes if accelerator else 1
         self.device = accelerator.device if accelerator else (device or torch.device("cpu"))
@@ -197,6 +198,7 @@ class _SetBuilder:
                         config.bns_form,
                         generator=make_generator("synthesis", self.seed, self.purpose, "start"),
                         num_probes=config.shard_size,
+                        pixel_range=self.pixel_range,
                         device=self.device,
                     )
                     write_json_atomic(path, asdict(fitted))
@@ -238,6 +240,7 @@ class _SetBuilder:
                 generator=make_generator("synthesis", self.seed, self.purpose, kind, index),
                 center_targets=deep_targets,
                 start=start,
+                pixel_range=self.pixel_range,
                 device=self.device,
                 on_iteration=None if bar.disable else show,
             )
@@ -300,12 +303,15 @@ class _SetBuilder:
         def mean_of(values: list[float]) -> float:
             return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
 
-        identity = set_identity(self.teacher.digest, self.teacher.input_size, self.config, self.seed, self.purpose)
+        teacher = self.teacher
+        identity = set_identity(
+            teacher.digest, teacher.input_size, self.config, self.seed, self.purpose, self.pixel_range
+        )
         return {
             **identity,
-            "teacher_name": self.teacher.name,
+            "teacher_name": teacher.name,
             "num_images": sum(counts),
-            "num_classes": self.teacher.num_classes,
+            "num_classes": teacher.num_classes,
             "terms": {name: mean_of([entry["terms"][name] for entry in entries]) for name in TERMS},
             "agreement": mean_of([entry["agreement"] for entry in entries]),
             **({"start_noise": entries[0]["start_noise"]} if self.config.fits_start else {}),

@@ -9,6 +9,7 @@ from torch import Tensor
 from synq.config.run import SynthesisConfig
 from synq.synthesis.generators import ImageGenerator
 from synq.synthesis.start_noise import WHITE, StartNoise
+from synq.teacher.pixel_range import PixelRange
 
 
 class ParameterGroup(NamedTuple):
@@ -35,12 +36,23 @@ class ImageSource(Protocol):
     """The optimized parameters."""
 
     def images(self) -> Tensor:
-        """Return the images (N, C, H, W) of the next step, on the device; after the last step, the final images."""
+        """Return the images (N, C, H, W) of the next step, on the device; after the last step, the final images.
+
+        No pixel is outside the range that was given to `make_source`.
+        """
+        ...
+
+    def constrain(self) -> None:
+        """Bring parameters back to where images are possible, after each step of the optimizer."""
         ...
 
 
 class PixelSource:
-    """Optimizes the pixels directly, initialized with noise of the distribution `start`."""
+    """Optimizes the pixels directly, initialized with noise of the distribution `start`.
+
+    Projected gradient descent: each step may leave the range of pixels, and is then clamped to it. A clamp between
+    pixels and network instead would give no gradient outside the range, so that a pixel that has left it never returns.
+    """
 
     def __init__(
         self,
@@ -51,13 +63,21 @@ class PixelSource:
         generator: torch.Generator,
         device: torch.device,
         start: StartNoise,
+        pixel_range: PixelRange | None = None,
     ) -> None:
         pixels = start.apply(torch.randn((num_images, *input_size), generator=generator))
+        self._range = pixel_range
+        if pixel_range is not None:
+            pixel_range.clamp_(pixels)
         self._pixels = pixels.to(device, memory_format=torch.channels_last).requires_grad_()
         self.groups = [ParameterGroup("lr", config.lr, [self._pixels])]
 
     def images(self) -> Tensor:
         return self._pixels
+
+    def constrain(self) -> None:
+        if self._range is not None:
+            self._range.clamp_(self._pixels)
 
 
 class LatentSource:
@@ -74,7 +94,9 @@ class LatentSource:
         config: SynthesisConfig,
         generator: torch.Generator,
         device: torch.device,
+        pixel_range: PixelRange | None = None,
     ) -> None:
+        self._range = pixel_range
         latents = torch.randn((num_images, config.latent_dim), generator=generator)
         self._latents = latents.to(device).requires_grad_()
         self._network = _make_network(config, input_size, generator, device)
@@ -85,7 +107,10 @@ class LatentSource:
         ]
 
     def images(self) -> Tensor:
-        return self._network(self._latents)
+        return _clamped(self._network(self._latents), self._range)
+
+    def constrain(self) -> None:
+        """Do nothing: the parameters are not pixels, and the images are clamped where they are made."""
 
 
 class GeneratorSource:
@@ -110,7 +135,9 @@ class GeneratorSource:
         config: SynthesisConfig,
         generator: torch.Generator,
         device: torch.device,
+        pixel_range: PixelRange | None = None,
     ) -> None:
+        self._range = pixel_range
         classes, rows = labels.cpu().unique(return_inverse=True)
         self._rows = rows.to(device)
         self._network = _make_network(config, input_size, generator, device, len(classes))
@@ -121,7 +148,15 @@ class GeneratorSource:
     def images(self) -> Tensor:
         # Drawn on the CPU, so that the values do not depend on the device; pinned memory makes the copy asynchronous.
         noise = torch.randn(self._shape, generator=self._generator, pin_memory=self._rows.is_cuda)
-        return self._network(noise.to(self._rows.device, non_blocking=True), self._rows)
+        images = self._network(noise.to(self._rows.device, non_blocking=True), self._rows)
+        return _clamped(images, self._range)
+
+    def constrain(self) -> None:
+        """Do nothing: the parameters are not pixels, and the images are clamped where they are made."""
+
+
+def _clamped(images: Tensor, pixel_range: PixelRange | None) -> Tensor:
+    return images if pixel_range is None else pixel_range.clamp(images)
 
 
 def _make_network(
@@ -143,6 +178,7 @@ def make_source(
     generator: torch.Generator,
     device: torch.device,
     start: StartNoise = WHITE,
+    pixel_range: PixelRange | None = None,
 ) -> ImageSource:
     """Create the image source of one shard for `config.method`.
 
@@ -153,9 +189,17 @@ def make_source(
         generator: CPU generator for the initial values and for the noise of each step.
         device: Device of the images.
         start: Distribution of the initial pixels; generators ignore it.
+        pixel_range: Range of normalized pixels; None for no bounds.
     """
     if config.method == "gdfq":
-        return GeneratorSource(labels, input_size, config=config, generator=generator, device=device)
+        return GeneratorSource(
+            labels, input_size, config=config, generator=generator, device=device, pixel_range=pixel_range
+        )
+    count = labels.numel()
     if config.method == "genie":
-        return LatentSource(labels.numel(), input_size, config=config, generator=generator, device=device)
-    return PixelSource(labels.numel(), input_size, config=config, generator=generator, device=device, start=start)
+        return LatentSource(
+            count, input_size, config=config, generator=generator, device=device, pixel_range=pixel_range
+        )
+    return PixelSource(
+        count, input_size, config=config, generator=generator, device=device, start=start, pixel_range=pixel_range
+    )

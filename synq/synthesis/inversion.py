@@ -13,6 +13,7 @@ from synq.network.bn_stats import BatchNormInputs, ChannelStatistics, bns_loss
 from synq.synthesis.image_sources import ParameterGroup, make_source
 from synq.synthesis.start_noise import WHITE, StartNoise
 from synq.synthesis.swing import SwingConvolutions, draw_swings
+from synq.teacher.pixel_range import PixelRange
 
 SHIFT_PARTS = 8
 """The random shift is at most 1/8 of the image's side: 4 pixels at 32, 28 at 224."""
@@ -123,6 +124,7 @@ def invert(
     iterations: int | None = None,
     center_targets: Mapping[str, ChannelStatistics] | None = None,
     start: StartNoise = WHITE,
+    pixel_range: PixelRange | None = None,
     device: torch.device | None = None,
     on_iteration: Callable[[int, Tensor], None] | None = None,
 ) -> Inversion:
@@ -151,6 +153,7 @@ def invert(
         iterations: Number of steps, >= 0; None means `config.iterations`.
         center_targets: Second set of target statistics for some of the layers, on `device`; None for no second target.
         start: Distribution of the initial pixels: the result of `fit_start`, or white noise. Generators ignore it.
+        pixel_range: Range of normalized pixels, which no image leaves at any step; None for no bounds.
         device: Device to compute on; None means the CPU.
         on_iteration: Callback after each step with the number of finished steps and the loss (a scalar on the device).
 
@@ -168,7 +171,9 @@ def invert(
     device = torch.device("cpu") if device is None else device
     iterations = config.iterations if iterations is None else iterations
     iterations = 0 if config.method == "gaussian" else iterations
-    source = make_source(labels, input_size, config=config, generator=generator, device=device, start=start)
+    source = make_source(
+        labels, input_size, config=config, generator=generator, device=device, start=start, pixel_range=pixel_range
+    )
     labels = labels.to(device)
     views = _draw_views(config.augment, iterations, *input_size[1:], generator)
     swings = draw_swings(module, iterations, generator) if config.swings else []
@@ -215,6 +220,7 @@ def invert(
                     buffer.copy_(gradient)
                 loss = loss.detach()
                 optimizer.step()
+                source.constrain()
                 for schedule in schedules:
                     schedule.step(loss)
                 history[step] = loss

@@ -14,6 +14,7 @@ from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.generate import ensure_set
 from synq.synthesis.lowpass import check_lowpass_space, cutoff_in_bins, lowpass_set
 from synq.synthesis.store import Purpose, SetStore
+from synq.teacher.pixel_range import PixelRange
 from synq.teacher.teacher import Teacher, load_teacher
 
 HELDOUT_SEED = 0
@@ -36,7 +37,14 @@ def set_names(config: RunConfig, teacher: Teacher | None = None) -> list[str]:
     config = make_absolute(config)
     teacher = teacher or load_teacher(config.teacher)
     return [
-        set_store(config).key(teacher.digest, settings, seed, input_size=teacher.input_size, purpose=purpose)
+        set_store(config).key(
+            teacher.digest,
+            settings,
+            seed,
+            input_size=teacher.input_size,
+            purpose=purpose,
+            pixel_range=teacher.pixel_range(),
+        )
         for settings, seed, purpose in set_requests(config)
     ]
 
@@ -95,19 +103,26 @@ def _cure(config: SynthesisConfig) -> str:
     return f"synthesis has not converged, and what is trained or measured on such images means little; {cure}"
 
 
-def low_pass(images: Tensor, config: RunConfig, folder: Path | None = None) -> Tensor:
+def low_pass(
+    images: Tensor, config: RunConfig, folder: Path | None = None, *, pixel_range: PixelRange | None = None
+) -> Tensor:
     """Return images (N, C, H, W) low-pass filtered at the cutoff of `config.finetune`, or unchanged if it has none.
 
+    The filter overshoots at edges, so its result is clamped: teacher and student must see an image that can exist.
+
     Args:
-        images: Normalized images.
+        images: Normalized images, within ``pixel_range``.
         config: The run.
         folder: As for `lowpass_set`.
+        pixel_range: Range of normalized pixels; None for no bounds.
     """
     settings = config.finetune
     if settings.lowpass_cutoff is None:
         return images
     height, width = images.shape[-2:]
-    return lowpass_set(images, cutoff_in_bins(settings.lowpass_cutoff, settings.lowpass_unit, height, width), folder)
+    cutoff = cutoff_in_bins(settings.lowpass_cutoff, settings.lowpass_unit, height, width)
+    filtered = lowpass_set(images, cutoff, folder)
+    return filtered if pixel_range is None else pixel_range.clamp_(filtered)
 
 
 def check_space(folder: Path, config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from synq.network.bn_stats import BatchNormInputs, ChannelStatistics, bns_loss
+from synq.teacher.pixel_range import PixelRange
 
 MAX_PROBES, MIN_PROBES = 64, 16
 """Noise images per evaluation of the statistics: the maximum, and the minimum, used from 64 x 64 pixels upward."""
@@ -112,6 +113,7 @@ def fit_start(
     *,
     generator: torch.Generator,
     num_probes: int = MAX_PROBES,
+    pixel_range: PixelRange | None = None,
     device: torch.device,
 ) -> StartNoise:
     """Fit the parameters of the initial noise to the teacher's batch-norm statistics with L-BFGS.
@@ -126,6 +128,8 @@ def fit_start(
         targets: Target batch-norm statistics by layer, on `device`.
         form: Form of the loss, `synthesis.bns_form`.
         generator: CPU generator for the white noise.
+        pixel_range: Range of normalized pixels, to which the noise is clamped before it is compared, as the images are
+            that start from it; None for no bounds.
         num_probes: Maximum number of noise images per evaluation; `enough_probes` is a further limit.
         device: Device to compute on.
     """
@@ -148,9 +152,9 @@ def fit_start(
     with BatchNormInputs(module) as inputs:
 
         def distance(noise: Tensor) -> Tensor:
-            module(
-                noise.contiguous(memory_format=torch.channels_last).clone()
-            )  # a teacher may modify its input in place
+            noise = noise if pixel_range is None else pixel_range.clamp(noise)
+            # A clone, because a teacher may modify its input in place.
+            module(noise.contiguous(memory_format=torch.channels_last).clone())
             return bns_loss(inputs.take(), targets, form)
 
         def closure() -> Tensor:

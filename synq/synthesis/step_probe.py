@@ -56,6 +56,7 @@ def probe_synthesis(teacher: Teacher, config: SynthesisConfig, device: torch.dev
             config=plain,
             generator=generator,
             iterations=iterations,
+            pixel_range=teacher.pixel_range(),
             device=device,
         )
         return time.perf_counter() - started

@@ -28,6 +28,7 @@ from synq.synthesis.dataset import (
     set_digest,
     tensor_bytes,
 )
+from synq.teacher.pixel_range import PixelRange
 
 Purpose = Literal["train", "heldout"]
 CENTER_FIELDS = ("center_iterations", "center_weight", "center_depth")
@@ -36,11 +37,17 @@ LABEL_FIELDS = ("inception_weight", "hard_sample_gamma")
 
 
 def set_identity(
-    teacher_digest: str, input_size: tuple[int, int, int], config: SynthesisConfig, seed: int, purpose: Purpose
+    teacher_digest: str,
+    input_size: tuple[int, int, int],
+    config: SynthesisConfig,
+    seed: int,
+    purpose: Purpose,
+    pixel_range: PixelRange | None = None,
 ) -> dict[str, Any]:
     """Return everything that determines a set, as plain JSON values.
 
-    The identity includes the input size, since many classifiers accept any. It excludes quantization and fine-tuning,
+    The identity includes the input size, since many classifiers accept any, and the range of normalized pixels, since
+    the same weights may be given with another mean and standard deviation. It excludes quantization and fine-tuning,
     and also the device and the numbers of processes and threads, which change a set by rounding at most. Settings that
     the method does not use (those of calibration centers, generators, pixels or assigned labels) are left out.
     Calibration centers are pixels with labels for every method.
@@ -51,6 +58,7 @@ def set_identity(
         config: Settings of the synthesis.
         seed: Seed of the set.
         purpose: train, or heldout for the measurement set.
+        pixel_range: Range of normalized pixels; None for images without bounds.
     """
     settings = config_to_dict(config) | {"swing_conv": config.swings}
     unused = set() if config.method in ("gdfq", "genie") else set(GENERATOR_FIELDS)
@@ -69,6 +77,7 @@ def set_identity(
         "synthesis": settings,
         "seed": seed,
         "purpose": purpose,
+        **({} if pixel_range is None else {"pixel_range": pixel_range.tolist()}),
     }
 
 
@@ -92,9 +101,10 @@ class SetStore:
         *,
         input_size: tuple[int, int, int],
         purpose: Purpose = "train",
+        pixel_range: PixelRange | None = None,
     ) -> str:
         """Return the key of a set: the first 32 hexadecimal digits of the SHA-256 of its `set_identity`."""
-        identity = set_identity(teacher_digest, input_size, config, seed, purpose)
+        identity = set_identity(teacher_digest, input_size, config, seed, purpose, pixel_range)
         text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -15,6 +15,7 @@ from synq.network.cam_site import CamSite, locate_cam
 from synq.network.op_traits import node_module
 from synq.network.tracing import accepting, check_plain_weights, output_getters, trace_classifier
 from synq.teacher.missing import check_given
+from synq.teacher.pixel_range import PixelRange
 from synq.teacher.sources import build_source
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -51,10 +52,10 @@ class Teacher:
     graph: fx.GraphModule
     cam: CamSite
 
-    def pixel_range(self) -> tuple[Tensor, Tensor]:
-        """Return the normalized values of a black and a white pixel, each (1, C, 1, 1)."""
+    def pixel_range(self) -> PixelRange:
+        """Return the normalized values of a black and a white pixel."""
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        return -mean / std, (1 - mean) / std
+        return PixelRange(-mean / std, (1 - mean) / std)
 
 
 def load_teacher(config: TeacherConfig) -> Teacher:

@@ -25,9 +25,11 @@ from synq.config.run import SynthesisConfig
 from synq.synthesis import generate as synthesis
 from synq.synthesis.generate import balanced_labels, ensure_set
 from synq.synthesis.store import SetStore
+from synq.teacher.pixel_range import PixelRange
 from synq.teacher.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[2]
+PIXELS = PixelRange(torch.full((1, 1, 1, 1), -2.0), torch.full((1, 1, 1, 1), 2.0))
 CONFIG = SynthesisConfig(num_images=14, shard_size=4, iterations=6, calib_centers=True, center_iterations=4)
 
 
@@ -49,9 +51,8 @@ def tiny_teacher() -> Teacher:
         if tensor.is_floating_point():
             tensor.copy_(torch.rand(tensor.shape, generator=generator) - 0.3 * (tensor.dim() > 1))
     net.eval().requires_grad_(False)
-    return cast(
-        Teacher, SimpleNamespace(name="tiny", module=net, num_classes=3, input_size=(1, 9, 8), digest="7e" * 32)
-    )
+    facts = {"num_classes": 3, "input_size": (1, 9, 8), "digest": "7e" * 32, "pixel_range": lambda: PIXELS}
+    return cast(Teacher, SimpleNamespace(name="tiny", module=net, **facts))
 
 
 def _bytes(root: Path) -> dict[str, bytes]:
@@ -221,7 +222,7 @@ def test_parts_that_outlived_their_set_are_removed(tmp_path: Path) -> None:
 
 def test_a_kill_while_putting_together(tmp_path: Path) -> None:
     store = SetStore(tmp_path)
-    key = store.key("7e" * 32, CONFIG, 3, input_size=(1, 9, 8))
+    key = store.key("7e" * 32, CONFIG, 3, input_size=(1, 9, 8), pixel_range=PIXELS)
     left = tmp_path / f"{key}.assembling"
     left.mkdir()
     (left / "images.safetensors").write_bytes(b"half a file")
@@ -232,7 +233,7 @@ def test_a_kill_while_putting_together(tmp_path: Path) -> None:
 def test_damage_in_a_finished_shard_is_rejected_on_resume(tmp_path: Path) -> None:
     store = SetStore(tmp_path)
     config = SynthesisConfig(num_images=4, shard_size=4, iterations=1)
-    key = store.key("7e" * 32, config, 0, input_size=(1, 9, 8))
+    key = store.key("7e" * 32, config, 0, input_size=(1, 9, 8), pixel_range=PIXELS)
     store.partial(key).mkdir(parents=True)
     file = store.partial(key) / "shard-00000.safetensors"
     file.write_bytes(b"not a shard")

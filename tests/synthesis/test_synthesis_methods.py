@@ -16,14 +16,23 @@ from synq.config.synthesis import SYNTHESIS_METHODS
 from synq.synthesis.generate import ensure_set
 from synq.synthesis.start_noise import WHITE, StartNoise
 from synq.synthesis.store import SetStore, set_identity
+from synq.teacher.pixel_range import PixelRange
 from synq.teacher.teacher import Teacher
 
 SIZE = (3, 9, 8)
+PIXELS = PixelRange(torch.full((1, 3, 1, 1), -2.0), torch.full((1, 3, 1, 1), 2.0))
 
 
 @pytest.fixture
 def tiny_teacher(make_classifier: Callable[..., nn.Module]) -> Teacher:
-    facts = SimpleNamespace(name="tiny", module=make_classifier(), num_classes=5, input_size=SIZE, digest="5c" * 32)
+    facts = SimpleNamespace(
+        name="tiny",
+        module=make_classifier(),
+        num_classes=5,
+        input_size=SIZE,
+        digest="5c" * 32,
+        pixel_range=lambda: PIXELS,
+    )
     return cast(Teacher, facts)
 
 
@@ -140,7 +149,7 @@ def test_a_set_records_its_initial_noise_and_every_shard_has_it(tmp_path: Path, 
     for index in range(2):
         generator = make_generator("synthesis", 0, "train", "shard", index)
         white = torch.randn((4, *tiny_teacher.input_size), generator=generator)
-        torch.testing.assert_close(made.images[4 * index : 4 * index + 4], noise.apply(white))
+        torch.testing.assert_close(made.images[4 * index : 4 * index + 4], PIXELS.clamp(noise.apply(white)))
     white_set = ensure_set(tiny_teacher, replace(config, start="white"), 0, SetStore(tmp_path), progress=False)
     assert "start_noise" not in white_set.manifest
     assert made.manifest["terms"]["bns"] < white_set.manifest["terms"]["bns"]
