@@ -70,8 +70,14 @@ def forecast(
     training, inference = _probe_student(config, teacher, student, device)
     store, passes, images = set_store(config), 0, 0
     for settings, seed, purpose in set_requests(config):
-        same = {"input_size": teacher.input_size, "purpose": purpose, "pixel_range": teacher.pixel_range()}
-        key = store.key(teacher.digest, settings, seed, **same)
+        key = store.key(
+            teacher.digest,
+            settings,
+            seed,
+            input_size=teacher.input_size,
+            purpose=purpose,
+            pixel_range=teacher.pixel_range(),
+        )
         if not store.is_complete(key):
             passes += num_passes(settings, settings.num_images, teacher.input_size, teacher.num_classes)
             images += settings.num_images
