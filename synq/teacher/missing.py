@@ -69,7 +69,8 @@ def _message(config: TeacherConfig, source: SourceModel, missing: list[str]) -> 
     if "`teacher.weights`" in missing:
         given = f"{config.weights} holds none" if config.weights else "a file, or `random` to use them on purpose"
         parts.append(f"weights: all BatchNorm statistics have their initial values ({given})")
-    channels = (config.input_size or source.input_size or _guessed_size(source) or (0,))[0]
+    known = config.input_size or source.input_size
+    channels = known[0] if known else _channels(source.module)
     if "`teacher.input_size`" in missing:
         size = _guessed_size(source)
         guess = "" if size is None else f", perhaps {','.join(map(str, size))}, which the network accepts"
@@ -85,10 +86,7 @@ def _message(config: TeacherConfig, source: SourceModel, missing: list[str]) -> 
 
 def _guessed_size(source: SourceModel) -> tuple[int, int, int] | None:
     """Return an input size that the model accepts; None if none of `SIZES` is."""
-    convolutions = [part for part in source.module.modules() if isinstance(part, nn.Conv2d)]
-    if not convolutions:
-        return None
-    channels = convolutions[0].in_channels
+    channels = _channels(source.module)
     accepted = list(_accepted(source.module, channels))
     classes = source.num_classes or next(
         (part.out_features for part in reversed(list(source.module.modules())) if isinstance(part, nn.Linear)), 0
@@ -96,6 +94,11 @@ def _guessed_size(source: SourceModel) -> tuple[int, int, int] | None:
     if classes >= MANY_CLASSES and 224 in accepted:
         accepted = [224]
     return (channels, accepted[0], accepted[0]) if accepted else None
+
+
+def _channels(module: nn.Module) -> int:
+    """Return the number of input channels of the first convolution; 0 without one."""
+    return next((part.in_channels for part in module.modules() if isinstance(part, nn.Conv2d)), 0)
 
 
 def _accepted(module: nn.Module, channels: int) -> Iterator[int]:
