@@ -106,6 +106,8 @@ FIDELITY_MEASURES = ("kl", "kl_t4", "jensen_shannon", "disagreement", "logit_mse
 class EvaluationConfig:
     """Measurement of the result. No setting here changes the student."""
 
+    NONE_IS_TEXT = ("dataset",)
+
     dataset: str | None = None
     """Labeled set for top-1: digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH or npz:FILE; none skips it;
     None takes the set of the bundled teacher."""

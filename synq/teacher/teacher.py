@@ -14,9 +14,10 @@ from synq.config.run import TeacherConfig
 from synq.network.cam_site import CamSite, locate_cam
 from synq.network.op_traits import node_module
 from synq.network.tracing import accepting, check_plain_weights, output_getters, trace_classifier
+from synq.teacher.missing import check_given
 from synq.teacher.pixel_range import PixelRange
 from synq.teacher.preprocessing import Preprocessing
-from synq.teacher.sources import RANDOM, SourceModel, build_source
+from synq.teacher.sources import build_source
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _ATTENTION = re.compile(r"multihead|self_?attention|windowattention|transformer", re.IGNORECASE)
@@ -77,9 +78,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     module = source.module.float().cpu().eval().requires_grad_(False)
     check_architecture(module, source.name)
     check_finite(module, source.name)
-    if config.weights != RANDOM:
-        _check_trained(module, source.name, config.weights)
-    input_size, mean, std = _input_format(config, source)
+    input_size, mean, std = check_given(config, source)
     if config.output is not None:
         select_output(module, config.output, input_size)
     graph = trace_classifier(copy.deepcopy(module), input_size).requires_grad_(False)
@@ -210,41 +209,6 @@ def check_finite(module: nn.Module, name: str) -> None:
     negative = [key for key, tensor in state.items() if key.endswith("running_var") and bool((tensor < 0).any())]
     if negative:
         raise ValueError(f"teacher variances must be >= 0, but {name} has negative ones in {negative[0]}")
-
-
-def _check_trained(module: nn.Module, name: str, weights: str | None) -> None:
-    """Reject untrained models: means of 0 and variances of 1 in every BatchNorm mean that no weights were loaded."""
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
-    for part in norms:
-        if bool((part.running_mean != 0).any()) or bool((part.running_var != 1).any()):  # type: ignore[union-attr]
-            return
-    cure = f"{weights} must contain trained weights" if weights else "give its weight file as `teacher.weights`"
-    raise ValueError(
-        f"teacher must be trained, but the BatchNorm statistics of {name} have their initial values; "
-        f"{cure}, or set `--teacher.weights {RANDOM}` to use untrained weights on purpose"
-    )
-
-
-def _input_format(
-    config: TeacherConfig, source: SourceModel
-) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]]:
-    """Return input size, mean and std: configured values first, then those of the source."""
-    input_size = config.input_size or source.input_size
-    mean, std = config.mean or source.mean, config.std or source.std
-    if input_size is None:
-        raise ValueError(f"`teacher.input_size` must be given as C,H,W: {config.spec} does not define it")
-    if mean is None or std is None:
-        missing = "`teacher.mean` and `teacher.std`" if mean is None and std is None else "both of them"
-        raise ValueError(
-            f"{missing} must be given as in the teacher's training (per channel, for images in [0, 1]): "
-            f"{config.spec} does not define them, and wrong values would silently cost accuracy"
-        )
-    for field, values in (("mean", mean), ("std", std)):
-        if len(values) != input_size[0]:
-            raise ValueError(f"`teacher.{field}` must have {input_size[0]} values, one per channel, but got {values}")
-    if min(std) <= 0:
-        raise ValueError(f"`teacher.std` must be > 0, but got {std}")
-    return input_size, mean, std
 
 
 def _check_logits(
