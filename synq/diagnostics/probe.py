@@ -28,9 +28,10 @@ from synq.diagnostics.probe_parts import (
     RangeCount,
     Spectra,
 )
-from synq.evaluation.fidelity import logits_of, sqnr_db
+from synq.evaluation.fidelity import sqnr_db
 from synq.evaluation.measure import Measure
 from synq.finetune.responses import TappedNetwork, teacher_response
+from synq.network.logits import logits_of
 from synq.network.tracing import with_features
 from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.quant.prepare import prepare_student

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from synq.common.progress import passing_bar
 from synq.config.run import EvaluationConfig
 from synq.evaluation import fidelity as measures
+from synq.evaluation.accuracy import top_hits
 from synq.evaluation.labeled import LabeledSet, load_labeled
 from synq.quant.integer_form import integer_form
 from synq.teacher.teacher import Teacher
@@ -27,7 +28,7 @@ class Accuracy:
     """Accuracy on labeled images.
 
     Attributes:
-        top1: Top-1 accuracy in percent.
+        top1: Top-1 accuracy in percent, see `top_hits`.
         top5: Top-5 accuracy in percent (100 with at most five classes).
         num_images: Number of images.
         hits: (n,) bool on the CPU: whether the top-1 prediction is correct, for the images of *this process* in the
@@ -73,11 +74,9 @@ def evaluate(
         for rows in batches:
             images, labels = fetch(rows)
             logits = net(images.to(accelerator.device, dtype))
-            labels = labels.to(accelerator.device)
-            correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            hits.append(correct[:, 0])
-            seen = torch.tensor(len(rows), device=correct.device)
-            counts += torch.stack([correct[:, 0].sum(), correct.any(dim=1).sum(), seen])
+            first, five = top_hits(logits, labels.to(accelerator.device))
+            hits.append(first)
+            counts += torch.stack([first.sum(), five.sum(), first.new_tensor(len(rows), dtype=torch.int64)])
             bar.update(len(rows))
     first, five, number = accelerator.reduce(counts, reduction="sum").tolist()
     return Accuracy(top1=100 * first / number, top5=100 * five / number, num_images=number, hits=torch.cat(hits).cpu())

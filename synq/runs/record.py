@@ -14,7 +14,7 @@ from synq.config.quant import protocol_label
 from synq.config.run import RunConfig, config_digest, config_to_dict
 
 SCHEMA_VERSION = 2
-DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms")
+DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms", "latency_ratio")
 """Keys of `deployment` that are columns of the leaderboard; `synq export` fills them."""
 
 
