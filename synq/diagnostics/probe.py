@@ -119,7 +119,7 @@ class ReportData:
             return None
         if measure.labeled is None:
             return None
-        if measure.labels_digest != self.record.eval_digest:
+        if not measure.has_labels_of(self.record.eval_digest):
             self.no_labels_note = " (the labeled ones differ from those that the run was evaluated on)"
             return None
         rows = _spread(measure.reported, self.num_images)

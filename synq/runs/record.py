@@ -83,6 +83,8 @@ class RunRecord:
     """Digest of the held-out synthetic set."""
     eval_digest: str = ""
     """Digest of the labeled images, "" without labels."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """How the labeled images were chosen and preprocessed: set, subset, resizing and cropping; empty without labels."""
     loss_history: list[dict[str, Any]] = field(default_factory=list)
     """Loss terms of each epoch."""
     warnings: list[str] = field(default_factory=list)

@@ -17,6 +17,7 @@ from synq.network.tracing import trace_classifier
 from synq.teacher.architecture import check_architecture, check_task
 from synq.teacher.outputs import choose_output
 from synq.teacher.pixel_range import PixelRange
+from synq.teacher.preprocessing import Preprocessing
 from synq.teacher.sources import RANDOM, SourceModel, build_source
 from synq.teacher.user_code import one_line
 
@@ -37,6 +38,7 @@ class Teacher:
         mean, std: Normalization per channel; an image in [0, 1] enters the network as (image - mean) / std.
         digest: See `weight_digest`; teachers with the same digest share synthetic sets.
         default_dataset: Spec of the labeled images to evaluate on if the user gives none, or None.
+        preprocessing: How the source of the weights resizes and crops image files, or None if unknown.
         graph: Traced copy of `module`. A copy, because tracing replaces in-place operations and so would modify
             `module`.
         cam: Layer and weights of the class activation map.
@@ -53,6 +55,7 @@ class Teacher:
     default_dataset: str | None
     graph: fx.GraphModule
     cam: CamSite
+    preprocessing: Preprocessing | None = None
 
     def pixel_range(self) -> PixelRange:
         """Return the normalized values of a black and a white pixel."""
@@ -98,6 +101,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         default_dataset=source.default_dataset,
         graph=graph,
         cam=locate_cam(graph, config.cam_layer),
+        preprocessing=source.preprocessing,
     )
 
 
