@@ -174,6 +174,8 @@ _POOLING = (
 _MOVES = (
     OpTraits("cat", OpKind.STRUCTURAL, names=("cat", "concat"), joins=True),
     OpTraits("stack", OpKind.STRUCTURAL, names=("stack",), joins=True),
+    # ``x[index] = value`` in normal form (normal_form.py).
+    OpTraits("assigned", OpKind.STRUCTURAL, names=("assigned",), joins=True),
     OpTraits(
         "split", OpKind.STRUCTURAL, names=("chunk", "split", "unbind", "getitem"), keeps_values=True, returns_tuple=True
     ),

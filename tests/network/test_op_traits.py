@@ -32,7 +32,7 @@ EXPECTED = {
     "softplus softmax clamp abs power exp",
     "product": "mul",
     "quotient": "div",
-    "structural": "add sub neg sum max_pool avg_pool mean upsample upsampling cat stack split pad_layer pad "
+    "structural": "add sub neg sum max_pool avg_pool mean upsample upsampling cat stack assigned split pad_layer pad "
     "pixel_shuffle channel_shuffle permute roll narrow expand copy unflatten sequential",
     "passive": "flatten unflatten_layer reshape squeeze identity dropout",
     "number": "number",
@@ -49,6 +49,7 @@ EXPECTED_FLAGS = {
     "upsample": "resamples",
     "cat": "joins",
     "stack": "joins",
+    "assigned": "joins",
     "split": "keeps_values returns_tuple",
     "pad_layer": "keeps_values positively_homogeneous",
     **dict.fromkeys(MOVES.split(), "keeps_values"),
