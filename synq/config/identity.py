@@ -14,7 +14,9 @@ T = TypeVar("T")
 DIGEST_FORMAT = 5
 """Format of digests, and of `config.json`. Raise it with every change of a key or default that makes an old
 configuration mean another run."""
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin")
+WEIGHT_INDEX_SUFFIX = ".index.json"
+"""End of the name of the index of sharded weights, such as model.safetensors.index.json."""
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin", ".ckpt", WEIGHT_INDEX_SUFFIX)
 SPECS = (("teacher", "spec"), ("teacher", "weights"), ("evaluation", "dataset"))
 FOLDERS = (("evaluation", "data_dir"), ("runtime", "output_dir"), ("runtime", "store_dir"))
 
@@ -44,7 +46,7 @@ def map_spec_path(spec: str, function: Callable[[str], str]) -> str:
     path, _, factory = spec.rpartition(":")
     if path.endswith(".py"):
         return f"{function(path)}:{factory}"
-    is_file = spec.endswith(WEIGHT_SUFFIXES) or (os.sep in spec and ":" not in spec)
+    is_file = spec.lower().endswith(WEIGHT_SUFFIXES) or (os.sep in spec and ":" not in spec)
     return function(spec) if is_file else spec
 
 
@@ -65,16 +67,18 @@ def make_absolute(config: T) -> T:
     return with_overrides(config, specs | _changed(values, FOLDERS, absolute_path))
 
 
-def config_digest(config: object, *, with_seeds: bool = True) -> str:
+def config_digest(config: object, *, with_seeds: bool = True, with_evaluation: bool = True) -> str:
     """Return the digest of everything in a `RunConfig` that determines its result, 16 hexadecimal digits.
 
     Excluded: the name, folders, device, memory format, compilation, threads, progress, tracker, the batch size of the
     evaluation, and inactive keys. Files count by their name only, so that a checkout may move; the record has a
-    separate digest of the teacher's weights.
+    separate digest of the teacher's weights. The evaluation is included, because a record holds one measurement; the
+    student itself does not depend on it.
 
     Args:
         config: The run.
         with_seeds: False excludes `seed` and `data_seed`: the digest is then equal for all seeds of one setting.
+        with_evaluation: False excludes the evaluation: the digest is then that of the student, whatever measures it.
     """
     values = config_to_dict(config)
     names = _changed(
@@ -91,6 +95,10 @@ def config_digest(config: object, *, with_seeds: bool = True) -> str:
         left_out += [(quant, "last_bits_for_input")]
     left_out += [(values, "reconstruction")] if quant["rounding"] == "nearest" else []
     left_out += [(values["evaluation"], key) for key in ("batch_size", "data_dir")]
+    # Settings that were added later: left out where not given, so that the digests of earlier configurations stay.
+    added = ("resize_size", "interpolation")
+    left_out += [(values["evaluation"], key) for key in added if values["evaluation"][key] is None]
+    left_out += [] if with_evaluation else [(values, "evaluation")]
     left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]
     for table, key in left_out:
         del table[key]

@@ -1,7 +1,6 @@
 """Strict conversion between plain mappings (TOML, JSON, dotted overrides) and frozen dataclasses."""
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -13,13 +12,30 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from synq.config.nearest import nearest, unknown_key
+
 T = TypeVar("T")
+
+
+MAX_SHOWN = 200
+"""Characters of a value that a message repeats."""
+MAX_DEPTH = 20
+"""Levels of tables and lists in each other that a file may have; those of this project have at most four."""
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, for a message; a long one is shortened."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python converts to text
+        return "a number of thousands of digits"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
 
 
 def require(name: str, rule: str, value: object, holds: bool) -> None:
     """Raise ValueError "`name` must <rule>, but got <value>" unless `holds`."""
     if not holds:
-        raise ValueError(f"`{name}` must {rule}, but got {value!r}")
+        raise ValueError(f"`{name}` must {rule}, but got {shown(value)}")
 
 
 def check_format(path: str | Path, what: str, found: object, current: int, cure: str) -> None:
@@ -65,23 +81,8 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(
-            f"`{name}` must be one of {', '.join(choices)}, but got {value!r}{nearest(str(value), choices)}"
+            f"`{name}` must be one of {', '.join(choices)}, but got {shown(value)}{nearest(str(value), choices)}"
         )
-
-
-def nearest(text: str, choices: Iterable[str]) -> str:
-    """Return "; did you mean `x`?" for the choice most similar to `text`, or "" if none is similar.
-
-    A dotted choice is also found by its last part: `nearest("lr", ["finetune.lr"])` names `finetune.lr`.
-    """
-    choices = list(choices)
-    last = text.rpartition(".")[2]
-    same_last = [choice for choice in choices if choice.rpartition(".")[2] == last]
-    found = same_last or difflib.get_close_matches(text, choices, n=1, cutoff=0.6)
-    if not found:
-        by_last = {choice.rpartition(".")[2]: choice for choice in choices}
-        found = [by_last[part] for part in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
-    return "; did you mean " + " or ".join(f"`{choice}`" for choice in found[:3]) + "?" if found else ""
 
 
 def dotted_keys(cls: type) -> list[str]:
@@ -93,7 +94,8 @@ def config_from_dict(cls: type[T], mapping: Mapping[str, Any], *, source: str = 
     """Build `cls` from a mapping of plain values, nested parts included; missing keys have their defaults.
 
     Lists become tuples, and whole numbers floats, according to the type of the field; nothing else is converted. TOML
-    has no null: the string "none" means None if None is allowed and a string is not.
+    has no null: the texts "none" and "None" mean None where None is allowed. A class names the fields in which "none"
+    is a value in NONE_IS_TEXT.
 
     Args:
         cls: A configuration dataclass.
@@ -117,15 +119,26 @@ def _fields(cls: type) -> dict[str, Any]:
 
 def _build(cls: type[T], mapping: Mapping[str, Any], prefix: str, root: type) -> T:
     if not isinstance(mapping, Mapping):
-        raise ValueError(f"`{prefix[:-1]}` must be a table of keys, but got {mapping!r}")
+        raise ValueError(f"`{prefix[:-1]}` must be a table of keys, but got {shown(mapping)}")
     fields = _fields(typing.cast(type, cls))
     values = {}
     for key, value in mapping.items():
         if key not in fields:
-            hint = nearest(f"{prefix}{key}", dotted_keys(root))
-            raise ValueError(f"`{prefix}{key}` must be a known key, but got an unknown one{hint}")
+            raise unknown_key(f"{prefix}{key}", f"{prefix}{key}", [*_tables(root), *dotted_keys(root)])
+        if value == "None" or (value == "none" and key not in getattr(cls, "NONE_IS_TEXT", ())):
+            value = _none_if_allowed(fields[key], value)
         values[key] = _convert(fields[key], value, f"{prefix}{key}", root)
     return cls(**values)
+
+
+@functools.cache
+def _tables(cls: type) -> tuple[str, ...]:
+    """Return the names of the parts of a configuration class that are tables."""
+    return tuple(name for name, hint in _fields(cls).items() if dataclasses.is_dataclass(hint))
+
+
+def _none_if_allowed(hint: Any, value: Any) -> Any:
+    return None if types.NoneType in typing.get_args(hint) else value
 
 
 def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
@@ -134,9 +147,7 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         (inner,) = (arg for arg in args if arg is not types.NoneType)
-        if value is None or (value == "none" and inner is not str):
-            return None
-        return _convert(inner, value, name, root)
+        return None if value is None else _convert(inner, value, name, root)
     if origin is Literal:
         one_of(name, value, args)
         return value
@@ -144,12 +155,12 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
         sized = args[-1] is not Ellipsis
         if not isinstance(value, list | tuple) or (sized and len(value) != len(args)):
             raise ValueError(
-                f"`{name}` must be a list of {len(args) if sized else 'any number of'} values, but got {value!r}"
+                f"`{name}` must be a list of {len(args) if sized else 'any number of'} values, but got {shown(value)}"
             )
         return tuple(_convert(args[0], part, name, root) for part in value)
     if origin is dict:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise ValueError(f"`{name}` must be a table of names and values, but got {value!r}")
+            raise ValueError(f"`{name}` must be a table of names and values, but got {shown(value)}")
         for key, part in value.items():
             rule = "be one value (in TOML, quote a name with dots)"
             require(f"{name}.{key}", rule, part, not isinstance(part, Mapping))
@@ -165,7 +176,7 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
             ) from None
     if type(value) is not hint:
         expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise ValueError(f"`{name}` must be {expected[hint]}, but got {value!r}")
+        raise ValueError(f"`{name}` must be {expected[hint]}, but got {shown(value)}")
     return value
 
 
@@ -195,8 +206,7 @@ def with_overrides(config: T, overrides: Mapping[str, Any]) -> T:
     mapping = config_to_dict(config)
     for key, value in overrides.items():
         if key not in dotted_keys(type(config)):
-            hint = nearest(key, dotted_keys(type(config)))
-            raise ValueError(f"`{key}` must be a known key, but got an unknown one{hint}")
+            raise unknown_key(key, key, dotted_keys(type(config)))
         *parts, last = key.split(".")
         table = mapping
         for part in parts:
@@ -221,7 +231,7 @@ def values_from_text(cls: type, text: Mapping[str, Sequence[str]]) -> dict[str, 
     hints = _dotted_hints(cls)
     for key in text:
         if key not in hints:
-            raise ValueError(f"`{key}` must be a known key, but got an unknown one{nearest(key, hints)}")
+            raise unknown_key(key, key, hints)
     return {key: _read(hints[key], list(values), key) for key, values in text.items()}
 
 
@@ -290,14 +300,34 @@ def load_config(path: str | Path, name: str = "config") -> dict[str, Any]:
         raise ValueError(f"`{name}` must name a .toml or .json file, but got {str(path)!r}")
     if not path.is_file():
         raise FileNotFoundError(f"`{name}` must name an existing file, but got {str(path)!r}")
+    kind = path.suffix[1:].upper()
     try:
         text = path.read_text(encoding="utf-8")
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"`{name}` must be valid {path.suffix[1:].upper()}, but got {str(path)!r}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"`{name}` must be valid {kind}, but got {str(path)!r}, nested too deeply") from None
+    except ValueError as error:  # of the syntax, the encoding, or a number of more digits than Python reads
+        reason = shown(str(error))[1:-1]
+        raise ValueError(f"`{name}` must be valid {kind}, but got {str(path)!r}: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"`{name}` must hold a table of keys, but got {str(path)!r} with a {type(content).__name__}")
+    if _is_deeper(content, MAX_DEPTH):
+        rule = f"hold at most {MAX_DEPTH} levels of tables and lists"
+        raise ValueError(f"`{name}` must {rule}, but got more in {str(path)!r}")
     return content
+
+
+def _is_deeper(content: object, levels: int) -> bool:
+    """Return whether tables and lists are nested in more levels; counts without recursion."""
+    layer: list[object] = [content]
+    for _ in range(levels):
+        layer = [
+            part
+            for value in layer
+            if isinstance(value, Mapping | list)
+            for part in (value.values() if isinstance(value, Mapping) else value)
+        ]
+    return any(isinstance(value, Mapping | list) for value in layer)
 
 
 def parse_bits(label: str) -> tuple[int, int]:
@@ -308,5 +338,5 @@ def parse_bits(label: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"W([2-8])A([2-8])", label)
     if match is None:
-        raise ValueError(f"`bits` must read W<2..8>A<2..8>, for example W4A4, but got {label!r}")
+        raise ValueError(f"`bits` must read W<2..8>A<2..8>, for example W4A4, but got {shown(label)}")
     return int(match[1]), int(match[2])

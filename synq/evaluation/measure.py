@@ -14,7 +14,7 @@ from synq.common.progress import passing_bar
 from synq.config.run import EvaluationConfig
 from synq.evaluation import fidelity as measures
 from synq.evaluation.accuracy import top_hits
-from synq.evaluation.labeled import LabeledSet, load_labeled
+from synq.evaluation.labeled import DIGEST_PREFIX, LabeledSet, open_labeled
 from synq.quant.integer_form import integer_form
 from synq.teacher.teacher import Teacher
 
@@ -152,7 +152,8 @@ def fidelity(
         values = [function(teacher_logits, student_logits).double().sum() for function in functions.values()]
         sums += torch.stack([*values, torch.full_like(values[0], len(rows))])
     *totals, seen = accelerator.reduce(sums, reduction="sum").tolist()
-    return {name: total / seen for name, total in zip(functions, totals, strict=True)}
+    # No measure is negative; rounding gives sums such as -1e-15. A sum that is not finite stays as it is.
+    return {name: 0.0 if total < 0 else total / seen for name, total in zip(functions, totals, strict=True)}
 
 
 def _batch(images: Tensor, rows: Tensor, net: nn.Module, accelerator: Accelerator) -> Tensor:
@@ -234,18 +235,7 @@ class Measure:
         Raises:
             ValueError, FileNotFoundError: If the set cannot be read or does not support the objective.
         """
-        spec = settings.dataset or teacher.default_dataset
-        labeled = None
-        if spec is not None and spec != "none":
-            labeled = load_labeled(
-                spec,
-                teacher.input_size,
-                teacher.mean,
-                teacher.std,
-                num_classes=teacher.num_classes,
-                data_dir=settings.data_dir,
-                limit=settings.num_images,
-            )
+        labeled = open_labeled(settings, teacher)
         rows = torch.arange(len(labeled) if labeled is not None else 0)
         mask = torch.zeros(len(rows), dtype=torch.bool)
         if settings.objective == "selection":
@@ -267,6 +257,12 @@ class Measure:
             labels_digest="" if labeled is None else labeled.fingerprint(),
             progress=progress,
         )
+
+    def has_labels_of(self, digest: str) -> bool:
+        """Return whether a recorded digest, also one of an earlier version, is that of the labeled images."""
+        if self.labeled is None or not digest or digest.startswith(DIGEST_PREFIX):
+            return digest == self.labels_digest
+        return digest == self.labeled.earlier_fingerprint()
 
     def hold_out(self, images: Tensor) -> None:
         """Set the held-out images (N, C, H, W)."""

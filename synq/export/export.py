@@ -145,7 +145,7 @@ def export_run(
             progress=options.progress,
             exact=not inexact_steps(form),
         )
-        if check.measure.labels_digest != record.eval_digest:
+        if not check.measure.has_labels_of(record.eval_digest):
             raise ValueError(
                 "`RUN` must have the labeled images with which it was evaluated, but they have changed or are missing: "
                 "give their current path with `--evaluation.dataset`"

@@ -84,6 +84,8 @@ def find_pairs(traced: fx.GraphModule, quantized: Collection[str] = ()) -> list[
         fits = len(path[0].meta["shape"]) == read_dim and channels > 0 and in_channels % channels == 0
         if not fits or len(shape) not in (2, 4) or shape[1] != channels:
             continue
+        if isinstance(producer, nn.Linear) and len(shape) != 2:  # on a map its channels are the last axis
+            continue
         quantized_nodes = [step.name for step in reversed(path) if step.name in quantized]
         found.append(
             Pair(

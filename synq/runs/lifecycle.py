@@ -1,7 +1,7 @@
 """The record of a run over its lifetime: created before fine-tuning, completed and written after it or on failure."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -21,16 +21,13 @@ from synq.evaluation.measure import Measurement
 from synq.finetune.loop import Epoch, NonFiniteLossError
 from synq.quant.student import Student
 from synq.runs.record import RunRecord, read_record, write_record
+from synq.runs.tuning_effect import harm_warnings, tuning_changes
 from synq.synthesis.dataset import SyntheticSet
+from synq.synthesis.run_sets import set_warnings
 from synq.teacher.teacher import Teacher
 
-MIN_KL_INCREASE = 0.01
-"""Smallest increase of the KL to the teacher, in nats, that gives a warning: at 8 bits it is nearly 0 before and
-after."""
 LARGE_KL = 0.5
 """KL to the teacher, in nats, from which on mixed precision is suggested."""
-MIN_AGREEMENT = 0.5
-"""Share (0..1) of synthetic images classified as assigned, below which they do not represent the classes."""
 
 
 class StageTimer:
@@ -92,12 +89,7 @@ def blank_record(
     warnings = []
     if cam.kind == "none" and config.finetune.uses_cam:
         warnings.append(f"the CAM term is off: {cam.reason}")
-    agreement = train_set.manifest["agreement"]
-    if agreement < MIN_AGREEMENT and config.synthesis.assigns_labels:
-        warnings.append(
-            f"the teacher classifies only {100 * agreement:.0f} % of the synthetic images as their assigned class: "
-            "synthesis has not converged; raise `synthesis.iterations`, or try another `synthesis.lr`"
-        )
+    warnings += set_warnings(config.synthesis, train_set, heldout)
     return RunRecord(
         name=config.name,
         config=config_to_dict(config),
@@ -121,6 +113,7 @@ def blank_record(
         device=_device_name(accelerator),
         started=started.isoformat(timespec="seconds"),
         rounding=rounding,
+        set_seconds=train_set.manifest["seconds"] + heldout.manifest["seconds"],
         **environment(),
     )
 
@@ -164,6 +157,7 @@ def complete_record(
         seconds: Seconds by stage.
         codes_changed: Share (0..1) of the integer weights that fine-tuning changed.
     """
+    changes = tuning_changes(rounded.top1, final.top1, rounded.fidelity, final.fidelity)
     return replace(
         record,
         objective_value=final.objective,
@@ -184,7 +178,7 @@ def complete_record(
         warnings=[
             *record.warnings,
             *_mask_warnings(record.config["finetune"], history),
-            *(_harm_warnings(rounded, final) if history else []),
+            *(harm_warnings(changes) if history else []),
             *_distance_warnings(record.config["quant"], final),
         ],
         seconds=seconds,
@@ -209,17 +203,6 @@ def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
     return [f"difficulty_threshold {tau} {effect}: {100 * share:.1f} % of the images keep their hard label; {remedy}"]
 
 
-def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:
-    """Warn if fine-tuning increased the KL to the teacher on the held-out synthetic images."""
-    before, after = rounded.fidelity["kl"], final.fidelity["kl"]
-    if before is None or after is None or after < 1.1 * before or after - before < MIN_KL_INCREASE:
-        return []
-    return [
-        f"fine-tuning made the student worse: KL to the teacher on held-out synthetic images {before:.3g} before, "
-        f"{after:.3g} after; lower `finetune.lr`, or search it in a sweep"
-    ]
-
-
 def _distance_warnings(quant: dict[str, Any], final: Measurement) -> list[str]:
     """Suggest mixed precision when the final KL is large and bit-widths are uniform."""
     kl = final.fidelity["kl"]
@@ -240,8 +223,16 @@ def _device_name(accelerator: Accelerator) -> str:
     return f"cpu, {torch.get_num_threads()} threads{processes}"
 
 
-def finished_record(path: Path, teacher: Teacher, labels_digest: str, accelerator: Accelerator) -> RunRecord | None:
+def finished_record(
+    path: Path, teacher: Teacher, has_labels_of: Callable[[str], bool], accelerator: Accelerator
+) -> RunRecord | None:
     """Return the record of a completed run, as read by the main process, on all processes; None if there is none.
+
+    Args:
+        path: The record.
+        teacher: The run's teacher.
+        has_labels_of: Takes the digest of labeled images; returns whether it is that of the run's.
+        accelerator: Process group.
 
     Raises:
         ValueError: If the record belongs to another teacher or other labeled images.
@@ -250,11 +241,11 @@ def finished_record(path: Path, teacher: Teacher, labels_digest: str, accelerato
     record = broadcast_object_list(found)[0]
     if record is None:
         return None
-    for what, then, now in (
-        ("teachers", record.teacher.get("digest"), teacher.digest),
-        ("labeled sets", record.eval_digest, labels_digest),
+    for what, same in (
+        ("teachers", record.teacher.get("digest") == teacher.digest),
+        ("labeled sets", has_labels_of(record.eval_digest)),
     ):
-        if then != now:
+        if not same:
             raise ValueError(
                 f"runtime.output_dir must not mix {what}: {path} was made with different {what} of the same name. "
                 "Choose another output_dir or name"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.config.run import TeacherConfig
 from synq.network.cam_site import CamSite, locate_cam
@@ -15,10 +14,12 @@ from synq.network.op_traits import node_module
 from synq.network.trace_errors import first_line
 from synq.network.tracing import trace_classifier
 from synq.teacher.architecture import check_architecture, check_task
+from synq.teacher.missing import check_given
 from synq.teacher.outputs import choose_output
 from synq.teacher.pixel_range import PixelRange
+from synq.teacher.preprocessing import Preprocessing
 from synq.teacher.probabilities import are_log_probabilities, check_no_probabilities
-from synq.teacher.sources import RANDOM, SourceModel, build_source
+from synq.teacher.sources import build_source
 from synq.teacher.user_code import one_line
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -38,6 +39,7 @@ class Teacher:
         mean, std: Normalization per channel; an image in [0, 1] enters the network as (image - mean) / std.
         digest: See `weight_digest`; teachers with the same digest share synthetic sets.
         default_dataset: Spec of the labeled images to evaluate on if the user gives none, or None.
+        preprocessing: How the source of the weights resizes and crops image files, or None if unknown.
         graph: Traced copy of `module`. A copy, because tracing replaces in-place operations and so would modify
             `module`.
         cam: Layer and weights of the class activation map.
@@ -54,6 +56,7 @@ class Teacher:
     default_dataset: str | None
     graph: fx.GraphModule
     cam: CamSite
+    preprocessing: Preprocessing | None = None
 
     def pixel_range(self) -> PixelRange:
         """Return the normalized values of a black and a white pixel."""
@@ -79,9 +82,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     check_task(module, source.name)
     check_architecture(module, source.name)
     check_finite(module, source.name)
-    if config.weights != RANDOM:
-        _check_trained(module, source.name, config.weights)
-    input_size, mean, std = _input_format(config, source)
+    input_size, mean, std = check_given(config, source)
     choose_output(module, config.output, input_size)
     graph = trace_classifier(_copied(module, source.name), input_size).requires_grad_(False)
     num_classes = _check_logits(module, graph, input_size, config.num_classes or source.num_classes)
@@ -99,6 +100,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         default_dataset=source.default_dataset,
         graph=graph,
         cam=locate_cam(graph, config.cam_layer),
+        preprocessing=source.preprocessing,
     )
 
 
@@ -175,41 +177,6 @@ def _accepts_one_image(module: nn.Module, input_size: tuple[int, int, int]) -> b
         except Exception:  # for example an axis too few; the graph, which was checked, takes its place
             return False
     return bool(logits.ndim == 2 and logits.requires_grad)
-
-
-def _check_trained(module: nn.Module, name: str, weights: str | None) -> None:
-    """Reject untrained models: means of 0 and variances of 1 in every BatchNorm mean that no weights were loaded."""
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
-    for part in norms:
-        if bool((part.running_mean != 0).any()) or bool((part.running_var != 1).any()):  # type: ignore[union-attr]
-            return
-    cure = f"{weights} must contain trained weights" if weights else "give its weight file as `teacher.weights`"
-    raise ValueError(
-        f"teacher must be trained, but the BatchNorm statistics of {name} have their initial values; "
-        f"{cure}, or set `--teacher.weights {RANDOM}` to use untrained weights on purpose"
-    )
-
-
-def _input_format(
-    config: TeacherConfig, source: SourceModel
-) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]]:
-    """Return input size, mean and std: configured values first, then those of the source."""
-    input_size = config.input_size or source.input_size
-    mean, std = config.mean or source.mean, config.std or source.std
-    if input_size is None:
-        raise ValueError(f"`teacher.input_size` must be given as C,H,W: {config.spec} does not define it")
-    if mean is None or std is None:
-        missing = "`teacher.mean` and `teacher.std`" if mean is None and std is None else "both of them"
-        raise ValueError(
-            f"{missing} must be given as in the teacher's training (per channel, for images in [0, 1]): "
-            f"{config.spec} does not define them, and wrong values would silently cost accuracy"
-        )
-    for field, values in (("mean", mean), ("std", std)):
-        if len(values) != input_size[0]:
-            raise ValueError(f"`teacher.{field}` must have {input_size[0]} values, one per channel, but got {values}")
-    if min(std) <= 0:
-        raise ValueError(f"`teacher.std` must be > 0, but got {std}")
-    return input_size, mean, std
 
 
 def _check_logits(
