@@ -243,7 +243,6 @@ class Middle(nn.Module):
         (lambda net, x: F.relu6(x), False),
         (lambda net, x: F.silu(x), False),
         (lambda net, x: F.gelu(x), False),
-        (lambda net, x: F.hardtanh(x), False),
         (lambda net, x: x.clamp(0, 6), False),
         (lambda net, x: x.relu() + 1, False),
         (lambda net, x: x.relu() + x, False),
