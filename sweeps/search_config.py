@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from synq.config.parsing import between, one_of, require
+from synq.config.run import MAX_NAME
 
 DEFAULT_TRIALS = 8
 SAMPLERS = ("tpe", "random", "gp", "nsga2", "grid", "points")
@@ -77,6 +78,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         slug = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None
         require("name", "be letters, digits, dots, dashes and underscores (it names a folder)", self.name, slug)
+        require("name", f"have at most {MAX_NAME} characters", self.name, len(self.name) <= MAX_NAME)
         for name, low in (
             ("more_trials", 0),
             ("final_top_k", 1),

@@ -22,6 +22,8 @@ DEFAULT_SPACE: dict[str, dict[str, Any]] = {
 }
 """Search space of a spec without [space]. The cutoff is a fraction of the Nyquist frequency, for any image size."""
 
+MAX_LISTED = 10_000
+"""Largest number of values of a range that a grid may have."""
 BITS = "bits"
 """Name of the dimension of bit-widths (W4A4, ...) in a search with two objectives."""
 
@@ -129,6 +131,7 @@ class Dimension:
         assert self.low is not None and self.high is not None
         require(f"space.{self.name}.log", "be false for sampler grid", self.log, not self.log)
         step = self.step or 1
+        between(f"space.{self.name}.step", step, (self.high - self.low) / MAX_LISTED)
         count = int((self.high - self.low) / step + 1e-9) + 1
         numbers = [float(f"{self.low + step * number:.6g}") for number in range(count)]
         values = numbers if self.type == "float" else [int(number) for number in numbers]

@@ -17,8 +17,9 @@ from typing import Any
 
 from synq.config.file_kinds import read_as
 from synq.config.identity import absolute_path
-from synq.config.parsing import nearest, require
+from synq.config.parsing import nearest, require, shown
 from synq.config.run import (
+    MAX_NAME,
     RunConfig,
     TeacherConfig,
     config_from_dict,
@@ -204,6 +205,10 @@ def check_spec(spec: SweepSpec) -> None:
         raise ValueError(
             f"`models` must have different names (set `name`) and `bits` no entry twice, but got {double} twice"
         )
+    for group in spec.groups:
+        require(
+            "models.name", f"have at most {MAX_NAME // 2} characters", group.model, len(group.model) <= MAX_NAME // 2
+        )
     for group, dimension in itertools.product(spec.groups, spec.dimensions):
         for value in dimension.edges():
             try:
@@ -216,7 +221,7 @@ def check_spec(spec: SweepSpec) -> None:
         base = base_values(spec.dimensions, group.base)
         for number, point in enumerate(spec.points, start=1):
             if point_params(spec.dimensions, {**base, **point}) is None:
-                raise ValueError(f"`points` must lie in the search space, but got {point!r} (number {number})")
+                raise ValueError(f"`points` must lie in the search space, but got {shown(point)} (number {number})")
 
 
 def _expand(value: Any, name: str) -> Any:
@@ -230,7 +235,7 @@ def _expand(value: Any, name: str) -> Any:
     full = os.path.expandvars(value)
     missing = re.search(r"\$\{?(\w+)\}?", full)
     if missing:
-        raise ValueError(f"`{name}` must name set environment variables, but got {value!r} (set {missing[1]})")
+        raise ValueError(f"`{name}` must name set environment variables, but got {shown(value)} (set {missing[1]})")
     return full
 
 
@@ -248,7 +253,7 @@ def _read_base(value: Any, name: str) -> dict[str, Any]:
             table = table.get(part)
         if isinstance(table, Mapping) and path[-1] in table:
             rule = f"be left out (the spec's key `{instead}` sets it)"
-            raise ValueError(f"`base.{'.'.join(path)}` must {rule}, but got {table[path[-1]]!r}")
+            raise ValueError(f"`base.{'.'.join(path)}` must {rule}, but got {shown(table[path[-1]])}")
     return base
 
 
@@ -321,7 +326,8 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
         tables = {isinstance(part, Mapping) for part in (value, merged.get(key, value))}
         if len(tables) > 1:
             raise ValueError(
-                f"`{key}` must be a table of keys or one value everywhere, but got {merged[key]!r} and {value!r}"
+                f"`{key}` must be a table of keys or one value everywhere, but got {shown(merged[key])} "
+                f"and {shown(value)}"
             )
         merged[key] = _merge(merged.get(key, {}), value) if tables == {True} else value
     return merged

@@ -6,6 +6,7 @@ Labeled images enter in `Measure` alone, and only to count correct predictions.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -66,7 +67,7 @@ def run(
         local_batch_size(config.finetune.batch_size, accelerator.num_processes)
         with timer("teacher"):
             teacher, measure, student = _open(config, accelerator, teacher)
-        finished = finished_record(folder / "record.json", teacher, measure.labels_digest, accelerator)
+        finished = finished_record(folder / "record.json", teacher, measure.has_labels_of, accelerator)
         if finished is not None:
             return finished
         check_writable(folder)
@@ -91,6 +92,7 @@ def run(
         record = blank_record(
             config, teacher, student, train_set, heldout, eval_digest, accelerator, started=started, rounding=rounding
         )
+        record = replace(record, evaluation=measure.labeled.describe() if measure.labeled is not None else {})
         if accelerator.is_main_process:
             write_config(folder / "config.json", config)
 

@@ -126,12 +126,13 @@ def test_real_images_enter_through_one_package() -> None:
         for real in REAL_READERS
         if f"{name}.".startswith(f"{real}.") and not name_of(path).startswith("sweeps/reports/")
     }
-    assert found == {"synq/evaluation/labeled_sources.py"}
+    readers = {f"synq.evaluation.labeled_{part}" for part in ("sources", "images", "arrays")}
+    assert found == {f"{name.replace('.', '/')}.py" for name in readers}
     importers = defaultdict(set)
     for path in files("synq", "sweeps"):
         for name in own_imports(path):
             importers[name].add(module_of(path))
-    assert importers["synq.evaluation.labeled_sources"] <= {"synq.evaluation.labeled"}
+    assert set().union(*(importers[name] for name in readers)) - readers <= {"synq.evaluation.labeled"}
     assert importers["synq.evaluation.labeled"] <= {"synq.evaluation.measure"}
 
 

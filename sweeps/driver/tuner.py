@@ -162,7 +162,8 @@ def _check_groups(spec: SweepSpec, ledger: Ledger) -> None:
     waiting = {check.remote(run_config(spec, group, {})): group for group in spec.groups}
     for ready, reply in _replies(waiting):
         group, facts = waiting[ready], reply["teacher"]
-        ledger.know(group.key, {**facts, "name": group.named or facts["name"]}, reply["eval_digest"])
+        facts = {**facts, "name": group.named or facts["name"]}
+        ledger.know(group.key, facts, reply["eval_digest"], reply["earlier_digest"])
 
 
 def _remote(spec: SweepSpec, function: Callable[..., dict[str, Any]]) -> Any:

@@ -167,10 +167,13 @@ RUN_COLUMNS = (
         title="fidelity measure", is_text=True),
     Column("onnx_bytes", "size of the exported ONNX file", _BOTH, unit="bytes", decimals=0, over_seeds="mean"),
     Column("packed_bytes", "size of the exported packed file", _BOTH, unit="bytes", decimals=0, over_seeds="mean"),
-    Column("latency_ms", "latency of the exported student, one image on a CPU", _BOTH, unit="ms", over_seeds="mean"),
+    Column("latency_ms", "latency of the exported student, one image on a CPU; empty if the times varied too much",
+        _BOTH, unit="ms", over_seeds="mean"),
     Column("float_latency_ms", "latency of the float model, the same way", _BOTH, unit="ms", over_seeds="mean"),
     Column("layer_bits", "layers with bit-widths different from the rest", In.BOARD | In.PAGE, title="layer bits",
         is_text=True),
+    Column("latency_ratio", "latency of the exported student relative to that of the float model", _BOTH,
+        "latency ratio", over_seeds="mean"),
 )  # fmt: skip
 """Columns of trials.csv and leaderboard.csv."""
 

@@ -95,24 +95,26 @@ class Ledger:
         self.records[path.stem] = record
         self.tables.add(record, path.stem, source=str(path))
 
-    def know(self, group: str, facts: dict[str, Any], eval_digest: str) -> None:
+    def know(self, group: str, facts: dict[str, Any], eval_digest: str, earlier_digest: str = "") -> None:
         """Register the teacher of a group, and reject records made with other files of the same name.
 
         Args:
             group: Key of the group.
             facts: name, digest and input_size of the teacher.
             eval_digest: Digest of the labeled images; "" without.
+            earlier_digest: The same images' digest as earlier versions computed it, which their records have.
 
         Raises:
             ValueError: A record of the group was made with other weights or measured on other images.
         """
         self.teachers[group] = facts
+        known = (eval_digest, earlier_digest or eval_digest)
         for name, record in self.records.items():
             if name not in self.plans or self.plans[name].group != group:
                 continue
             digest = record.teacher.get("digest") or facts["digest"]
             labels = record.eval_digest if record.status == "completed" else eval_digest
-            for what, same in (("weights", digest == facts["digest"]), ("labeled images", labels == eval_digest)):
+            for what, same in (("weights", digest == facts["digest"]), ("labeled images", labels in known)):
                 if not same:
                     raise ValueError(
                         f"`output_dir` must hold one sweep, but {name} in {self.root} was made with other {what} of "

@@ -93,7 +93,8 @@ def check_run(config: RunConfig) -> dict[str, Any]:
     """Load everything a run needs except its synthetic images.
 
     Returns:
-        A dict with teacher (its name, digest and input_size) and eval_digest, or with error, a message for the user.
+        A dict with teacher (its name, digest and input_size), eval_digest and earlier_digest (of the labeled images, as
+        this version and as earlier ones compute it), or with error, a message for the user.
     """
     _fresh_process()
     try:
@@ -101,7 +102,8 @@ def check_run(config: RunConfig) -> dict[str, Any]:
     except (ValueError, OSError, ImportError) as error:
         return _as_reply(error)
     fields = {"name": teacher.name, "digest": teacher.digest, "input_size": list(teacher.input_size)}
-    return {"teacher": fields, "eval_digest": measure.labels_digest}
+    earlier = "" if measure.labeled is None else measure.labeled.earlier_fingerprint()
+    return {"teacher": fields, "eval_digest": measure.labels_digest, "earlier_digest": earlier}
 
 
 def make_sets(config: RunConfig, folder: str, address: str) -> dict[str, Any]:

@@ -61,7 +61,11 @@ def _failures() -> tuple[type[BaseException], ...]:
     help="largest mean difference of the logits, as a fraction of their standard deviation (default: 0.05)",
 )
 @option(
-    "--threads", type=INT, default=0, help="threads of ONNX Runtime for the latency (default: chosen by ONNX Runtime)"
+    "--threads",
+    type=INT,
+    default=1,
+    help="threads of ONNX Runtime for the latency; with one, the processor time is measured, which other programs "
+    "affect least; 0: chosen by ONNX Runtime (default: 1)",
 )
 @option("--rounds", type=INT, default=30, help="timed runs of each model; 0 for no timing (default: 30)")
 @moved_options
@@ -88,6 +92,7 @@ def command(
     from synq.common.text_tables import to_text
     from synq.export.card import FILE_COLUMNS, file_rows
     from synq.export.export import ExportOptions, export_run
+    from synq.export.timing import unstable_times
     from synq.export.verify import Tolerance
 
     options = ExportOptions(
@@ -101,6 +106,9 @@ def command(
     )
     folder, record = export_run(run, out, options)
     print(to_text(file_rows(record.deployment), FILE_COLUMNS), end="")
+    metrics = record.deployment
+    if metrics.get("latency_ms") is None and metrics.get("latency_spread") is not None:
+        print(f"latency not stored: {unstable_times(metrics['latency_spread'])}")
     print(folder, flush=True)
 
 

@@ -14,7 +14,9 @@ T = TypeVar("T")
 DIGEST_FORMAT = 5
 """Format of digests, and of `config.json`. Raise it with every change of a key or default that makes an old
 configuration mean another run."""
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin")
+WEIGHT_INDEX_SUFFIX = ".index.json"
+"""End of the name of the index of sharded weights, such as model.safetensors.index.json."""
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin", ".ckpt", WEIGHT_INDEX_SUFFIX)
 SPECS = (("teacher", "spec"), ("teacher", "weights"), ("evaluation", "dataset"))
 FOLDERS = (("evaluation", "data_dir"), ("runtime", "output_dir"), ("runtime", "store_dir"))
 
@@ -44,7 +46,7 @@ def map_spec_path(spec: str, function: Callable[[str], str]) -> str:
     path, _, factory = spec.rpartition(":")
     if path.endswith(".py"):
         return f"{function(path)}:{factory}"
-    is_file = spec.endswith(WEIGHT_SUFFIXES) or (os.sep in spec and ":" not in spec)
+    is_file = spec.lower().endswith(WEIGHT_SUFFIXES) or (os.sep in spec and ":" not in spec)
     return function(spec) if is_file else spec
 
 
@@ -91,6 +93,9 @@ def config_digest(config: object, *, with_seeds: bool = True) -> str:
         left_out += [(quant, "last_bits_for_input")]
     left_out += [(values, "reconstruction")] if quant["rounding"] == "nearest" else []
     left_out += [(values["evaluation"], key) for key in ("batch_size", "data_dir")]
+    # Settings that were added later: left out where not given, so that the digests of earlier configurations stay.
+    added = ("resize_size", "interpolation")
+    left_out += [(values["evaluation"], key) for key in added if values["evaluation"][key] is None]
     left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]
     for table, key in left_out:
         del table[key]

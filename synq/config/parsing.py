@@ -16,10 +16,25 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 
 
+MAX_SHOWN = 200
+"""Characters of a value that a message repeats."""
+MAX_DEPTH = 20
+"""Levels of tables and lists in each other that a file may have; those of this project have at most four."""
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, for a message; a long one is shortened."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python converts to text
+        return "a number of thousands of digits"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+
+
 def require(name: str, rule: str, value: object, holds: bool) -> None:
     """Raise ValueError "`name` must <rule>, but got <value>" unless `holds`."""
     if not holds:
-        raise ValueError(f"`{name}` must {rule}, but got {value!r}")
+        raise ValueError(f"`{name}` must {rule}, but got {shown(value)}")
 
 
 def check_format(path: str | Path, what: str, found: object, current: int, cure: str) -> None:
@@ -65,7 +80,7 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(
-            f"`{name}` must be one of {', '.join(choices)}, but got {value!r}{nearest(str(value), choices)}"
+            f"`{name}` must be one of {', '.join(choices)}, but got {shown(value)}{nearest(str(value), choices)}"
         )
 
 
@@ -117,7 +132,7 @@ def _fields(cls: type) -> dict[str, Any]:
 
 def _build(cls: type[T], mapping: Mapping[str, Any], prefix: str, root: type) -> T:
     if not isinstance(mapping, Mapping):
-        raise ValueError(f"`{prefix[:-1]}` must be a table of keys, but got {mapping!r}")
+        raise ValueError(f"`{prefix[:-1]}` must be a table of keys, but got {shown(mapping)}")
     fields = _fields(typing.cast(type, cls))
     values = {}
     for key, value in mapping.items():
@@ -144,12 +159,12 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
         sized = args[-1] is not Ellipsis
         if not isinstance(value, list | tuple) or (sized and len(value) != len(args)):
             raise ValueError(
-                f"`{name}` must be a list of {len(args) if sized else 'any number of'} values, but got {value!r}"
+                f"`{name}` must be a list of {len(args) if sized else 'any number of'} values, but got {shown(value)}"
             )
         return tuple(_convert(args[0], part, name, root) for part in value)
     if origin is dict:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise ValueError(f"`{name}` must be a table of names and values, but got {value!r}")
+            raise ValueError(f"`{name}` must be a table of names and values, but got {shown(value)}")
         for key, part in value.items():
             rule = "be one value (in TOML, quote a name with dots)"
             require(f"{name}.{key}", rule, part, not isinstance(part, Mapping))
@@ -165,7 +180,7 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
             ) from None
     if type(value) is not hint:
         expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise ValueError(f"`{name}` must be {expected[hint]}, but got {value!r}")
+        raise ValueError(f"`{name}` must be {expected[hint]}, but got {shown(value)}")
     return value
 
 
@@ -290,14 +305,34 @@ def load_config(path: str | Path, name: str = "config") -> dict[str, Any]:
         raise ValueError(f"`{name}` must name a .toml or .json file, but got {str(path)!r}")
     if not path.is_file():
         raise FileNotFoundError(f"`{name}` must name an existing file, but got {str(path)!r}")
+    kind = path.suffix[1:].upper()
     try:
         text = path.read_text(encoding="utf-8")
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"`{name}` must be valid {path.suffix[1:].upper()}, but got {str(path)!r}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"`{name}` must be valid {kind}, but got {str(path)!r}, nested too deeply") from None
+    except ValueError as error:  # of the syntax, the encoding, or a number of more digits than Python reads
+        reason = shown(str(error))[1:-1]
+        raise ValueError(f"`{name}` must be valid {kind}, but got {str(path)!r}: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"`{name}` must hold a table of keys, but got {str(path)!r} with a {type(content).__name__}")
+    if _is_deeper(content, MAX_DEPTH):
+        rule = f"hold at most {MAX_DEPTH} levels of tables and lists"
+        raise ValueError(f"`{name}` must {rule}, but got more in {str(path)!r}")
     return content
+
+
+def _is_deeper(content: object, levels: int) -> bool:
+    """Return whether tables and lists are nested in more levels; counts without recursion."""
+    layer: list[object] = [content]
+    for _ in range(levels):
+        layer = [
+            part
+            for value in layer
+            if isinstance(value, Mapping | list)
+            for part in (value.values() if isinstance(value, Mapping) else value)
+        ]
+    return any(isinstance(value, Mapping | list) for value in layer)
 
 
 def parse_bits(label: str) -> tuple[int, int]:
@@ -308,5 +343,5 @@ def parse_bits(label: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"W([2-8])A([2-8])", label)
     if match is None:
-        raise ValueError(f"`bits` must read W<2..8>A<2..8>, for example W4A4, but got {label!r}")
+        raise ValueError(f"`bits` must read W<2..8>A<2..8>, for example W4A4, but got {shown(label)}")
     return int(match[1]), int(match[2])

@@ -40,6 +40,14 @@ __all__ = [
 ]
 
 
+MAX_INPUT = 2**24
+"""Largest number of values of an image; the feature maps of larger ones fit no usual memory."""
+MAX_NAME = 200
+"""Characters of a name; folders are called by it with a digest, and file systems take 255."""
+MAX_SIDE = 2**14
+"""Largest side in pixels that an image file is resized to."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
     """The pre-trained classifier to quantize."""
@@ -48,8 +56,8 @@ class TeacherConfig:
     """Which model: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, FILE.py:FACTORY or
     PACKAGE.MODULE:FACTORY."""
     weights: str | None = None
-    """Weights file (.safetensors, .pth, .th), a weights name of torchvision such as IMAGENET1K_V1, or random
-    (untrained); None takes those of the source."""
+    """Weights file (.safetensors, a file of torch.save, or the .index.json of a sharded set), a weights name of
+    torchvision such as IMAGENET1K_V1, or random (untrained); None takes those of the source."""
     num_classes: int | None = None
     """Number of classes; None reads it from the model."""
     input_size: tuple[int, int, int] | None = None
@@ -75,6 +83,8 @@ class TeacherConfig:
         if size is not None:
             is_valid = len(size) == 3 and all(part >= 1 for part in size)
             _require("teacher.input_size", "be three numbers >= 1 (channels, height, width)", size, is_valid)
+            rule = f"have at most {MAX_INPUT:,} values (an image of 2,048 x 2,048 in color has 12,582,912)"
+            _require("teacher.input_size", rule, size, math.prod(size) <= MAX_INPUT)
         _require("teacher.std", "be given exactly when `teacher.mean` is", std, (mean is None) == (std is None))
         if mean is not None and std is not None:
             channels = size[0] if size is not None else len(mean)
@@ -102,7 +112,13 @@ class EvaluationConfig:
     data_dir: str | None = None
     """Folder with the files of cifar10, cifar100 and fashion-mnist."""
     num_images: int | None = None
-    """Number of images of the labeled set to use, from its start; None uses all."""
+    """Number of images of the labeled set to use: a fixed subset, selected by a hash of each image's index from the
+    whole set, so that a smaller one is contained in a larger; None uses all."""
+    resize_size: int | None = None
+    """Pixels that the shorter side of an image file (imagefolder) is resized to before its center is cut out; None
+    takes it from the weights' own preprocessing (torchvision, timm), or 256/224 of the input size if unknown."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    """Filter of that resizing; None takes it from the weights' own preprocessing, or bilinear."""
     batch_size: int = 256
     """Images per forward pass, over all processes together."""
     heldout_images: int = 256
@@ -123,6 +139,10 @@ class EvaluationConfig:
             _between(f"evaluation.{name}", getattr(self, name), low)
         if self.num_images is not None:
             _between("evaluation.num_images", self.num_images, 1)
+        if self.resize_size is not None:
+            _between("evaluation.resize_size", self.resize_size, 1, MAX_SIDE)
+        if self.interpolation is not None:
+            _one_of("evaluation.interpolation", self.interpolation, ("nearest", "bilinear", "bicubic", "lanczos"))
         _between("evaluation.selection_fraction", self.selection_fraction, 0.01, 0.99)
         _one_of("evaluation.objective", self.objective, ("synthetic", "selection"))
         _one_of("evaluation.fidelity_measure", self.fidelity_measure, FIDELITY_MEASURES)
@@ -196,6 +216,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         slug = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None
         _require("name", "be letters, digits, dots, dashes and underscores (it names a folder)", self.name, slug)
+        _require("name", f"have at most {MAX_NAME} characters", self.name, len(self.name) <= MAX_NAME)
         _between("seed", self.seed, 0, 2**63 - 1)
         _between("data_seed", self.data_seed, 0, 2**63 - 1)
         size, images = self.finetune.batch_size, self.synthesis.num_images

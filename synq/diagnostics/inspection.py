@@ -7,9 +7,12 @@ from torch import fx
 from synq.common.text_tables import Row
 from synq.config.quant import protocol_label
 from synq.config.run import QuantConfig
+from synq.export.export import missing_packages
+from synq.export.operation_check import unexportable_operations
 from synq.network.bn_stats import bn_targets
 from synq.network.op_traits import node_module
 from synq.quant.cost import FLOAT_BITS, TensorRow, float_bytes
+from synq.quant.integer_form import integer_form
 from synq.quant.student import Student
 from synq.teacher.teacher import Teacher
 
@@ -32,8 +35,9 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str,
 
     Returns:
         ``teacher`` (source, digest, input, classes, parameters, bytes), ``synthesis`` (the batch norms that guide it),
-        ``cam``, ``student`` (bits, bytes, MACs, BitOps, and BitOps of the float model), and ``layers``: one row with
-        COLUMNS for each node of the graph, in order of execution.
+        ``cam``, ``student`` (bits, bytes, MACs, BitOps, and BitOps of the float model), ``onnx`` (the operations that
+        ``synq export`` rejects, or why they were not checked), and ``layers``: one row with COLUMNS for each node of
+        the graph, in order of execution.
     """
     guides, cam = bn_targets(teacher.graph), teacher.cam
     weights = [row for row in student.rows if row.role == "weight"]
@@ -72,6 +76,7 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str,
             "bitops": student.bitops,
             "float_bitops": macs * FLOAT_BITS**2,
         },
+        "onnx": _onnx(student),
         "layers": _layers(teacher, student, set(guides)),
     }
 
@@ -107,8 +112,18 @@ def summary(found: dict[str, Any]) -> str:
             f"({student['bitops'] / student['float_bitops']:.3f} of float)"
         ),
         "float": "outputs of " + ", ".join(f"{n} {kind}" for kind, n in floats.items()) if floats else "nothing",
+        "ONNX": found["onnx"]["reason"] or "every operation can be exported",
     }
     return "".join(f"{name:<10} {text}\n" for name, text in lines.items())
+
+
+def _onnx(student: Student) -> dict[str, Any]:
+    """Return whether the operations of the student can be exported to ONNX (None: not checked), and why not."""
+    if missing := missing_packages():
+        reason = f"not checked, because {missing[0]} is missing: pip install 'synq[export]'"
+        return {"exportable": None, "reason": reason}
+    lines = unexportable_operations(integer_form(student.net, empty=True))
+    return {"exportable": not lines, "reason": f"cannot be exported: {'; '.join(lines)}" if lines else ""}
 
 
 def _layers(teacher: Teacher, student: Student, guides: set[str]) -> list[Row]:

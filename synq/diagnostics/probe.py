@@ -28,9 +28,10 @@ from synq.diagnostics.probe_parts import (
     RangeCount,
     Spectra,
 )
-from synq.evaluation.fidelity import logits_of, sqnr_db
+from synq.evaluation.fidelity import sqnr_db
 from synq.evaluation.measure import Measure
 from synq.finetune.responses import TappedNetwork, teacher_response
+from synq.network.logits import logits_of
 from synq.network.tracing import with_features
 from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.quant.prepare import prepare_student
@@ -118,7 +119,7 @@ class ReportData:
             return None
         if measure.labeled is None:
             return None
-        if measure.labels_digest != self.record.eval_digest:
+        if not measure.has_labels_of(self.record.eval_digest):
             self.no_labels_note = " (the labeled ones differ from those that the run was evaluated on)"
             return None
         rows = _spread(measure.reported, self.num_images)

@@ -29,11 +29,14 @@ from synq.config.run import (
     SynthesisConfig,
     TeacherConfig,
 )
-from synq.evaluation.fidelity import logits_of, sqnr_db
+from synq.evaluation.fidelity import sqnr_db
 from synq.export.export import ExportOptions, export_run
+from synq.export.operation_check import unexportable_operations
 from synq.mixed_precision.sensitivity import scan_quantizers
 from synq.network.bn_stats import bn_targets
+from synq.network.logits import logits_of
 from synq.pipeline import run
+from synq.quant.integer_form import integer_form
 from synq.quant.layers import quantizers_bypassed
 from synq.quant.student import build_student, observe_ranges
 from synq.runs.record import run_folder
@@ -83,7 +86,9 @@ def smoke_run(
         on_stage("load")
         teacher = load_teacher(config.teacher)
         row |= _teacher_properties(teacher)
-        build_student(teacher, config.quant)
+        student = build_student(teacher, config.quant)
+        if "onnx" in formats and (lines := unexportable_operations(integer_form(student.net, empty=True))):
+            raise ValueError(f"`formats` must not have onnx for this network: {'; '.join(lines)}")
         row["status"] = FAILED
         if config.teacher.weights == RANDOM:
             on_stage("statistics of noise for random weights")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from synq.losses import kd_kl
 
@@ -66,13 +66,6 @@ def sqnr_db(reference: Tensor, found: Tensor) -> float:
     """
     signal, noise = reference.double().square().sum(), (reference.double() - found.double()).square().sum()
     return math.inf if noise == 0 else float(10 * torch.log10(signal / noise))
-
-
-@torch.no_grad()
-def logits_of(net: fx.GraphModule, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Return the logits (N, K) of images (N, C, H, W), in batches."""
-    like = next(net.parameters())
-    return torch.cat([net(batch.to(like)) for batch in images.split(batch_size)])
 
 
 OBJECTIVES: dict[str, Measure] = {

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from synq.evaluation.labeled_sources import ImageSource, open_source
+from synq.common.notes import print_once
+from synq.config.run import EvaluationConfig
+from synq.evaluation.labeled_sources import MAX_SCALE, ImageSource, open_source
+from synq.teacher.preprocessing import Preprocessing, default_rule, overridden
+from synq.teacher.teacher import Teacher
+
+DIGEST_PREFIX = "v2-"
+"""Start of the digests of whole sets; those of earlier versions, of the first 64 images, are 16 digits alone."""
 
 
 class LabeledSet(Dataset[tuple[Tensor, int]]):
@@ -23,6 +30,9 @@ class LabeledSet(Dataset[tuple[Tensor, int]]):
         labels: (N,) int64, on the CPU.
         indices: (N,) int64, index of each image in the full set.
         num_total: Number of images in the full set.
+        rule: How images are brought to the teacher's size, as a text.
+        has_files: Whether the images are files of different sizes (imagefolder), to which `Preprocessing` applies.
+        is_resized: Whether images of another size than the teacher's may be among them.
     """
 
     def __init__(
@@ -33,11 +43,15 @@ class LabeledSet(Dataset[tuple[Tensor, int]]):
         input_size: tuple[int, int, int],
         mean: Sequence[float],
         std: Sequence[float],
+        rule: str,
     ) -> None:
         self.name = name
+        self.rule = rule
         self.indices = indices
         self.labels = source.labels[indices]
         self.num_total = len(source.labels)
+        self.has_files = source.size is None
+        self.is_resized = source.size != input_size[1:]
         self._source = source
         self._input_size = input_size
         self._mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
@@ -65,15 +79,49 @@ class LabeledSet(Dataset[tuple[Tensor, int]]):
         return (images - self._mean) / self._std, self.labels[indices]
 
     def fingerprint(self) -> str:
-        """Return a digest (16 hexadecimal digits) of all labels, all indices in the full set, and the first 64 images.
+        """Return a digest of everything that is measured: labels, indices, the stored images, rule and normalization.
 
-        It distinguishes two sets with the same name without reading gigabytes of images.
+        Every image is read once, and damaged files are found by that.
+
+        Returns:
+            "v2-" and 16 hexadecimal digits.
+
+        Raises:
+            OSError: If an image file cannot be opened.
+            ValueError: If one is damaged or of a kind that is not read.
         """
+        digest = hashlib.sha256(f"{self.num_total} {self._input_size} {self.rule}\n".encode())
+        for part in (self.labels, self.indices, self._mean, self._std):
+            digest.update(part.contiguous().numpy().tobytes())
+        for content in self._source.contents(self.indices):
+            digest.update(content)
+        return DIGEST_PREFIX + digest.hexdigest()[:16]
+
+    def earlier_fingerprint(self) -> str:
+        """Return the digest of earlier versions: all labels and indices, and the first 64 images, normalized."""
         images, _ = self.batch(torch.arange(min(64, len(self))))
         digest = hashlib.sha256(f"{self.num_total} {tuple(images.shape)}".encode())
         for part in (self.labels, self.indices, images):
             digest.update(part.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def describe(self) -> dict[str, object]:
+        """Return what is measured, for a record: the set, its size, the rules of the subset and of the resizing."""
+        subset = "all images"
+        if len(self) < self.num_total:
+            subset = (
+                f'the {len(self)} images i of smallest SHA-256 of "limit:i": drawn from the whole set, the same in '
+                "every run, contained in every larger subset"
+            )
+        return {
+            "dataset": self.name,
+            "num_total": self.num_total,
+            "num_images": len(self),
+            "subset": subset,
+            "preprocessing": self.rule,
+            "mean": self._mean.flatten().tolist(),
+            "std": self._std.flatten().tolist(),
+        }
 
     def selection_mask(self, fraction: float) -> Tensor:
         """Return the mask (N,), bool, of the images that settings may be selected on; independent of the limit."""
@@ -89,11 +137,13 @@ def load_labeled(
     num_classes: int,
     data_dir: str | None = None,
     limit: int | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> LabeledSet:
     """Load a set of labeled images for one teacher.
 
-    Images of another size are resized bilinearly with antialiasing (folders: shorter side to size * 256 / 224, center
-    crop). Grayscale images are repeated for a teacher of three channels; color images for a teacher of one channel are
+    Image files (imagefolder) are resized and cropped by the rule `preprocessing`. Arrays of another size are resized
+    whole, bilinearly with antialiasing; they are rejected if that distorts them, or scales them by more than 8.
+    Grayscale images are repeated for a teacher of three channels; color images for a teacher of one channel are
     rejected.
 
     Args:
@@ -105,6 +155,7 @@ def load_labeled(
             that is not set.
         limit: Maximum number of images; None for all. The subset is fixed (selected by a hash of the index, in the
             original order), and a smaller subset is contained in a larger one.
+        preprocessing: Rule for image files; None: shorter side to size x 256 / 224, bilinear, center crop.
 
     Raises:
         ValueError: If the spec is unknown, a file is damaged or has an unsupported layout, or labels or channels do
@@ -112,7 +163,8 @@ def load_labeled(
         FileNotFoundError: If a file or folder does not exist.
         ConnectionError: If a named set must be downloaded but cannot be.
     """
-    source = open_source(spec, num_classes=num_classes, channels=teacher_input_size[0], data_dir=data_dir)
+    rule = preprocessing or default_rule(teacher_input_size)
+    source = open_source(spec, num_classes=num_classes, channels=teacher_input_size[0], data_dir=data_dir, rule=rule)
     num_total = len(source.labels)
     if num_total == 0:
         raise ValueError(f"data set {spec} must contain images, but is empty")
@@ -127,7 +179,65 @@ def load_labeled(
     indices = torch.arange(num_total)
     if limit is not None and limit < num_total:
         indices = _ranks(num_total, "limit").argsort()[:limit].sort().values
-    return LabeledSet(spec, source, indices, teacher_input_size, mean, std)
+    text = rule.describe() if source.size is None else _resizing(spec, source.size, teacher_input_size)
+    return LabeledSet(spec, source, indices, teacher_input_size, mean, std, text)
+
+
+def _resizing(spec: str, size: tuple[int, int], input_size: tuple[int, int, int]) -> str:
+    """Return how arrays of images are brought to the teacher's size, as a text.
+
+    Raises:
+        ValueError: If that would distort them by more than rounding, or scale them by more than 8.
+    """
+    (height, width), (_, to_height, to_width) = size, input_size
+    if size == (to_height, to_width):
+        return "none: the images have the teacher's size"
+    there, needed = f"{height} x {width}", f"{to_height} x {to_width}"
+    # Within half a pixel of the shorter side, as resizing that keeps the aspect ratio rounds.
+    if abs(height * to_width - width * to_height) > max(min(height, width), min(to_height, to_width)) / 2:
+        raise ValueError(
+            f"images of {spec} must have the aspect ratio of the teacher's input, {needed}, but are {there} and would "
+            "be distorted: crop or pad them"
+        )
+    scale = max(to_height / height, height / to_height, to_width / width, width / to_width)
+    if scale > MAX_SCALE:
+        raise ValueError(
+            f"images of {spec} must be within {MAX_SCALE} times the teacher's input, {needed}, but are {there}: "
+            "resize them as the teacher was trained, or give the right `teacher.input_size`"
+        )
+    return f"resize whole images from {there} to {needed} (bilinear, antialiased), no crop"
+
+
+def open_labeled(settings: EvaluationConfig, teacher: Teacher) -> LabeledSet | None:
+    """Load the labeled images of a run, with the preprocessing of the teacher's weights; None if it has none.
+
+    A resizing of arrays is reported once, unless the set is the teacher's own.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: As `load_labeled`.
+    """
+    spec = settings.dataset or teacher.default_dataset
+    if spec is None or spec == "none":
+        return None
+    size = teacher.input_size
+    rule = overridden(teacher.preprocessing or default_rule(size), size, settings.resize_size, settings.interpolation)
+    labeled = load_labeled(
+        spec,
+        size,
+        teacher.mean,
+        teacher.std,
+        num_classes=teacher.num_classes,
+        data_dir=settings.data_dir,
+        limit=settings.num_images,
+        preprocessing=rule,
+    )
+    if not labeled.has_files:
+        for name in ("resize_size", "interpolation"):
+            if getattr(settings, name) is not None:
+                raise ValueError(f"`evaluation.{name}` must be left out for {spec}: it is for image folders only")
+        if labeled.is_resized and spec != teacher.default_dataset:
+            print_once(f"images of {spec}: {labeled.rule}")
+    return labeled
 
 
 def selection_mask(num_images: int, fraction: float) -> Tensor:

@@ -1,12 +1,9 @@
 """Sources of labeled images: location and decoding of the files of each supported set, as uint8 pixels."""
 
 import difflib
-import gzip
 import hashlib
 import os
-import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from synq.evaluation.labeled_arrays import read_idx, read_npz
+from synq.evaluation.labeled_images import IMAGE_SUFFIXES, OTHER_SUFFIXES, check_image, read_image
+from synq.teacher.preprocessing import Preprocessing
 
 DATA_DIR_VARIABLE = "SYNQ_DATA_DIR"
 FASHION_MNIST_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"),)  # Debian's package dataset-fashion-mnist
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 DIGITS_HELDOUT = 1 / 3
-CROP_RATIO = 256 / 224
+DECODED_FIRST = 5_000
+"""Largest number of image files of which every one is decoded before the run; of more, only those that look damaged."""
+MAX_SCALE = 8
+"""Largest factor by which arrays of images are enlarged or reduced to the teacher's size; 28 for 224 is 8."""
+_CHUNK = 1024
+"""Images of an array that are hashed at a time."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,19 @@ class ImageSource:
         labels: (N,) int64.
         read: (indices (n,) int64, input size (C, H, W) of the teacher) -> images (n, C, H, W) uint8, C in {1, 3}.
             Sets with images of different sizes resize them to the input size.
+        contents: indices (n,) int64 -> the stored bytes of these images, for a digest. Files are checked on the way.
+        size: Height and width of the stored images; None if they differ.
     """
 
     labels: Tensor
     read: Callable[[Tensor, tuple[int, int, int]], Tensor]
+    contents: Callable[[Tensor], Iterator[bytes]]
+    size: tuple[int, int] | None = None
 
 
-def open_source(spec: str, *, num_classes: int, channels: int, data_dir: str | None) -> ImageSource:
+def open_source(
+    spec: str, *, num_classes: int, channels: int, data_dir: str | None, rule: Preprocessing
+) -> ImageSource:
     """Open the set of a spec; see `synq.evaluation.labeled.load_labeled` for specs, arguments and errors."""
     root = Path(data_dir or os.environ.get(DATA_DIR_VARIABLE) or "data").expanduser()
     kind, _, rest = spec.partition(":")
@@ -49,9 +59,10 @@ def open_source(spec: str, *, num_classes: int, channels: int, data_dir: str | N
     elif kind == "fashion-mnist" and not rest:
         source = _fashion_mnist(root)
     elif kind == "npz" and rest:
-        source = _npz(_locate(rest, spec))
+        path = _locate(rest, spec)
+        source = from_arrays(*read_npz(path), str(path))
     elif kind == "imagefolder" and rest:
-        return _imagefolder(_locate(rest, spec), num_classes, channels)
+        return _imagefolder(_locate(rest, spec), num_classes, channels, rule)
     else:
         forms = ["digits", "cifar10", "cifar100", "fashion-mnist", "imagefolder:PATH", "npz:FILE", "none"]
         near = difflib.get_close_matches(spec, forms, n=1)
@@ -78,6 +89,8 @@ def from_arrays(images: Any, labels: Any, where: str) -> ImageSource:
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         layout = "(N, H, W) or (N, H, W, C) uint8 with C = 1 or 3"
         raise ValueError(f"images of {where} must be {layout}, but got {images.shape} {images.dtype}")
+    if 0 in images.shape[1:3]:
+        raise ValueError(f"images of {where} must have at least one pixel, but have {images.shape[1:3]}")
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise ValueError(
             f"labels of {where} must be ({len(images)},) integers, one per image, but got {labels.shape} {labels.dtype}"
@@ -88,7 +101,11 @@ def from_arrays(images: Any, labels: Any, where: str) -> ImageSource:
     def read(indices: Tensor, _: tuple[int, int, int]) -> Tensor:
         return pixels[indices].permute(0, 3, 1, 2)
 
-    return ImageSource(torch.from_numpy(labels.astype(np.int64)), read)
+    def contents(indices: Tensor) -> Iterator[bytes]:
+        return (pixels[part].contiguous().numpy().tobytes() for part in indices.split(_CHUNK))
+
+    size = (images.shape[1], images.shape[2])
+    return ImageSource(torch.from_numpy(labels.astype(np.int64)), read, contents, size)
 
 
 def digits_heldout_mask(num_images: int) -> np.ndarray:
@@ -154,52 +171,18 @@ def _fashion_mnist(root: Path) -> ImageSource:
     return from_arrays(found.data.numpy(), found.targets.numpy(), "fashion-mnist")
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """Read an IDX file of unsigned bytes, plain or gzipped.
-
-    Format: the bytes 00 00 08 ndim, then ndim big-endian uint32 sizes, then the values.
-
-    Returns:
-        A uint8 array of the shape in the file.
-
-    Raises:
-        ValueError: If the file is damaged or contains another type.
-    """
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} must be a readable gzip file, but is damaged: {error}") from error
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} must be an IDX file of unsigned bytes, but starts with {raw[:4]!r}")
-    start = 4 + 4 * raw[3]
-    if len(raw) < start:
-        raise ValueError(f"{path} must contain {raw[3]} sizes after its first bytes, but is damaged: it is truncated")
-    shape = tuple(int(size) for size in np.frombuffer(raw[4:start], dtype=">u4"))
-    if len(raw) - start != int(np.prod(shape)):
-        raise ValueError(
-            f"{path} must contain {shape} bytes, but is damaged: {len(raw) - start} bytes follow its header"
-        )
-    return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape)
-
-
-def _npz(path: Path) -> ImageSource:
-    try:
-        # Opened explicitly, because NumPy does not close the file of a damaged archive.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            missing = [key for key in ("x", "y") if key not in content.files]
-            if missing:
-                raise ValueError(f"it must contain arrays `x` and `y`, but has {', '.join(content.files) or 'none'}")
-            images, labels = content["x"], content["y"]
-    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"npz file {path} cannot be used: {error}") from error
-    return from_arrays(images, labels, str(path))
-
-
-def _imagefolder(root: Path, num_classes: int, channels: int) -> ImageSource:
+def _imagefolder(root: Path, num_classes: int, channels: int, rule: Preprocessing) -> ImageSource:
     """Open a folder of class folders; labels are the numbers in the folder names, or else the alphabetical order."""
+    if channels not in (1, 3):
+        raise ValueError(f"image folder {root} must be for a teacher of 1 or 3 channels, but it has {channels}")
+    if not root.is_dir():
+        raise NotADirectoryError(f"`evaluation.dataset` must name a folder after imagefolder:, but got the file {root}")
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if folders and all(folder.name.isdecimal() for folder in folders):
+    if folders and all(folder.name.isascii() and folder.name.isdecimal() for folder in folders):
         numbers = [int(folder.name) for folder in folders]  # by value: alphabetically, "10" precedes "2"
+        twice = sorted({folder.name for folder in folders if numbers.count(int(folder.name)) > 1})
+        if twice:
+            raise ValueError(f"image folder {root} must have one folder per class, but has {' and '.join(twice)}")
     elif len(folders) == num_classes:
         numbers = list(range(num_classes))
     else:
@@ -208,38 +191,37 @@ def _imagefolder(root: Path, num_classes: int, channels: int) -> ImageSource:
             f"but has {len(folders)}; for a subset of the classes name each folder by its class index"
         )
     found = [
-        (file, number)
-        for folder, number in zip(folders, numbers, strict=True)
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
+        (file, number) for folder, number in zip(folders, numbers, strict=True) for file in _image_files(folder, root)
     ]
     files = [file for file, _ in found]
 
     def read(indices: Tensor, size: tuple[int, int, int]) -> Tensor:
-        return torch.stack([_read_image(files[int(index)], size) for index in indices])
+        return torch.stack([read_image(files[int(index)], size, rule) for index in indices])
 
-    return ImageSource(torch.tensor([number for _, number in found], dtype=torch.int64), read)
+    def contents(indices: Tensor) -> Iterator[bytes]:
+        for index in indices:
+            file = files[int(index)]
+            data = file.read_bytes()
+            check_image(file, data, channels, whole=len(indices) <= DECODED_FIRST)
+            yield len(data).to_bytes(8, "big") + data
+
+    return ImageSource(torch.tensor([number for _, number in found], dtype=torch.int64), read, contents)
 
 
-def _read_image(file: Path, size: tuple[int, int, int]) -> Tensor:
-    """Read an image as (C, H, W) uint8: resize to size * 256 / 224, then center crop, as in ImageNet evaluation."""
-    channels, height, width = size
-    try:
-        with Image.open(file) as opened:
-            is_gray = opened.mode in ("1", "L")
-            if channels == 1 and not is_gray:
-                raise ValueError(
-                    f"images must be grayscale for a teacher of 1 channel, but {file} has mode {opened.mode}"
-                )
-            image = opened.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"image {file} must be readable, but is damaged: {error}") from error
-    scale = max(height * CROP_RATIO / image.height, width * CROP_RATIO / image.width)
-    scaled = (max(round(image.width * scale), width), max(round(image.height * scale), height))
-    image = image.resize(scaled, Image.Resampling.BILINEAR)  # Pillow antialiases by a wider kernel when downscaling
-    left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
-    pixels = np.array(image.crop((left, top, left + width, top + height)))
-    return torch.from_numpy(pixels.reshape(height, width, -1)).permute(2, 0, 1)
+def _image_files(folder: Path, root: Path) -> list[Path]:
+    """Return the image files below a class folder, sorted, without hidden ones; reject images that cannot be read."""
+    inside = sorted(file for file in folder.rglob("*") if not _is_hidden(file.relative_to(folder)))
+    other = [file for file in inside if file.suffix.lower() in OTHER_SUFFIXES and file.is_file()]
+    if other:
+        raise ValueError(
+            f"image folder {root} must hold images as {', '.join(IMAGE_SUFFIXES)}, but has {other[0]}: convert it and "
+            "those like it, or take them out"
+        )
+    return [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES and not file.is_dir()]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _locate(path: str, spec: str) -> Path:

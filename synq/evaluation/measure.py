@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from synq.common.progress import passing_bar
 from synq.config.run import EvaluationConfig
 from synq.evaluation import fidelity as measures
-from synq.evaluation.labeled import LabeledSet, load_labeled
+from synq.evaluation.accuracy import top_hits
+from synq.evaluation.labeled import DIGEST_PREFIX, LabeledSet, open_labeled
 from synq.quant.integer_form import integer_form
 from synq.teacher.teacher import Teacher
 
@@ -27,7 +28,7 @@ class Accuracy:
     """Accuracy on labeled images.
 
     Attributes:
-        top1: Top-1 accuracy in percent.
+        top1: Top-1 accuracy in percent, see `top_hits`.
         top5: Top-5 accuracy in percent (100 with at most five classes).
         num_images: Number of images.
         hits: (n,) bool on the CPU: whether the top-1 prediction is correct, for the images of *this process* in the
@@ -73,11 +74,9 @@ def evaluate(
         for rows in batches:
             images, labels = fetch(rows)
             logits = net(images.to(accelerator.device, dtype))
-            labels = labels.to(accelerator.device)
-            correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            hits.append(correct[:, 0])
-            seen = torch.tensor(len(rows), device=correct.device)
-            counts += torch.stack([correct[:, 0].sum(), correct.any(dim=1).sum(), seen])
+            first, five = top_hits(logits, labels.to(accelerator.device))
+            hits.append(first)
+            counts += torch.stack([first.sum(), five.sum(), first.new_tensor(len(rows), dtype=torch.int64)])
             bar.update(len(rows))
     first, five, number = accelerator.reduce(counts, reduction="sum").tolist()
     return Accuracy(top1=100 * first / number, top5=100 * five / number, num_images=number, hits=torch.cat(hits).cpu())
@@ -235,18 +234,7 @@ class Measure:
         Raises:
             ValueError, FileNotFoundError: If the set cannot be read or does not support the objective.
         """
-        spec = settings.dataset or teacher.default_dataset
-        labeled = None
-        if spec is not None and spec != "none":
-            labeled = load_labeled(
-                spec,
-                teacher.input_size,
-                teacher.mean,
-                teacher.std,
-                num_classes=teacher.num_classes,
-                data_dir=settings.data_dir,
-                limit=settings.num_images,
-            )
+        labeled = open_labeled(settings, teacher)
         rows = torch.arange(len(labeled) if labeled is not None else 0)
         mask = torch.zeros(len(rows), dtype=torch.bool)
         if settings.objective == "selection":
@@ -268,6 +256,12 @@ class Measure:
             labels_digest="" if labeled is None else labeled.fingerprint(),
             progress=progress,
         )
+
+    def has_labels_of(self, digest: str) -> bool:
+        """Return whether a recorded digest, also one of an earlier version, is that of the labeled images."""
+        if self.labeled is None or not digest or digest.startswith(DIGEST_PREFIX):
+            return digest == self.labels_digest
+        return digest == self.labeled.earlier_fingerprint()
 
     def hold_out(self, images: Tensor) -> None:
         """Set the held-out images (N, C, H, W)."""

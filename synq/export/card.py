@@ -11,6 +11,7 @@ from synq.common.files import write_json_atomic, write_text_atomic
 from synq.common.text_tables import markdown_cell, to_markdown
 from synq.config.quant import protocol_label
 from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
+from synq.export.timing import unstable_times
 from synq.runs.record import RunRecord, read_record
 
 CARD_VERSION = 1
@@ -25,6 +26,8 @@ FILE_COLUMNS = (
     "top-1 %",
     "integer kernels",
     "ms",
+    "ms ratio to float",
+    "ms spread %",
 )
 STATEMENT = """\
 No camera image was used to make this model: the training images were synthesized from the float classifier, and the
@@ -183,9 +186,10 @@ def file_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "largest difference": float(f"{found['max_difference']:.2g}"),
                     "top-1 %": None if found["file_top1"] is None else round(found["file_top1"], 2),
                     "integer kernels": kernels if first else None,
-                    "ms": round(file["latency_ms"], 2) if first and file["latency_ms"] is not None else None,
                 }
             )
+            if first:
+                rows[-1] |= _times(file)
     for found in metrics.get("own_rounding", ()):
         rows.append({"file": "(simulation)", "format": "float", "images": f"{found['images']} {found['source']}"})
         rows[-1] |= {"agreement %": round(found["agreement_all"], 2)}
@@ -194,7 +198,19 @@ def file_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         size, time = metrics["float_onnx_bytes"], metrics.get("float_latency_ms")
         rows.append({"file": "(float teacher)", "format": "onnx float", "KiB": _kib(size)})
         rows[-1] |= {"ratio to float": round(size / metrics["float_bytes"], 3), "ms": time and round(time, 2)}
+        if time is not None:
+            rows[-1] |= {"ms ratio to float": 1}
     return rows
+
+
+def _times(file: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the cells of a file's latency."""
+    time, ratio, spread = (file.get(key) for key in ("latency_ms", "latency_ratio", "latency_spread"))
+    return {
+        "ms": time and round(time, 2),
+        "ms ratio to float": ratio and round(ratio, 2),
+        "ms spread %": None if spread is None else round(100 * spread),
+    }
 
 
 def _kib(size: int) -> float:
@@ -258,12 +274,15 @@ def _size(metrics: Mapping[str, Any]) -> str:
 
 def _speed(metrics: Mapping[str, Any]) -> str:
     if metrics.get("latency_ms") is None:
-        return "not measured"
-    ratio = metrics["float_latency_ms"] / metrics["latency_ms"]
+        spread = metrics.get("latency_spread")
+        return "not measured" if spread is None else f"not stored: {unstable_times(spread)}"
     first = next(file for file in metrics["files"] if file["format"] == "onnx")
+    threads = metrics["machine"]["threads"]
+    clock = "processor time of one thread" if threads == 1 else f"{threads or 'all'} threads"
     text = (
-        f"{first['name']}: {metrics['latency_ms']:.2f} ms per image in ONNX Runtime on the CPU, float "
-        f"{metrics['float_latency_ms']:.2f} ms ({ratio:.2f} times as fast)"
+        f"{first['name']}: {metrics['latency_ms']:.2f} ms per image in ONNX Runtime on the CPU ({clock}), "
+        f"float {metrics['float_latency_ms']:.2f} ms ({1 / metrics['latency_ratio']:.2f} times as fast); medians of "
+        f"runs in turns, spread {100 * metrics['latency_spread']:.0f} %"
     )
     integers, floats = first["integer_kernels"], first["float_kernels"]
     return f"{text}. {SLOW.format(integers=integers, total=integers + floats)}" if floats > integers else text
@@ -273,7 +292,8 @@ def _verified(metrics: Mapping[str, Any]) -> str:
     tolerance, machine = metrics["tolerance"], metrics["machine"]
     margin = f" (where its two largest logits differ by more than {tolerance['margin']})" if tolerance["margin"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return (
+    exact = "ONNX and packed files: bit-identical logits, because every step is exact in integers; all files: "
+    return (exact if metrics.get("exact") else "") + (
         f"the student's class for at least {tolerance['agreement']} % of the images{margin}, logits within "
         f"{tolerance['mean_difference']} of their standard deviation on average, or at most twice the difference of "
         f"the simulation; on {markdown_cell(machine['cpu'])}, {machine['threads'] or 'all'} threads, {versions}"

@@ -23,9 +23,11 @@ from synq.config.parsing import between, one_of
 from synq.config.run import PATH_SETTINGS
 from synq.evaluation.measure import Measure
 from synq.export.card import card_values, is_card, readable_record, siblings_of, write_card
+from synq.export.exactness import inexact_steps
 from synq.export.files import Checker, ExportedFile, export_onnx, export_packed, export_program
 from synq.export.packed import channel_affines
-from synq.export.verify import Tolerance, latencies
+from synq.export.timing import Latency, latencies
+from synq.export.verify import Tolerance
 from synq.quant.cost import float_bytes
 from synq.quant.integer_form import integer_form
 from synq.quant.student import Student
@@ -58,7 +60,8 @@ class ExportOptions:
         containers: ONNX files to write, some of CONTAINERS; empty: int4 if a bit-width is at most 4, otherwise int8.
         tolerance: Largest accepted difference of a file from the student.
         rounds: Timed runs of each model; 0 measures no latency.
-        threads: Threads of ONNX Runtime in timed runs; 0: its default.
+        threads: Threads of ONNX Runtime in timed runs; 0: its default. Only with one is the processor time measured,
+            see `timing.py`.
         with_float: Whether the float teacher is exported to ONNX too, to measure size and latency; not kept.
         path_overrides: Current paths of the run's teacher, images and labels, by configuration key, if they were moved.
         progress: Whether a terminal shows progress bars.
@@ -68,7 +71,7 @@ class ExportOptions:
     containers: "Sequence[Container]" = ()
     tolerance: Tolerance = field(default_factory=Tolerance)
     rounds: int = 30
-    threads: int = 0
+    threads: int = 1
     with_float: bool = True
     path_overrides: Mapping[str, Any] = field(default_factory=dict)
     progress: bool = False
@@ -132,15 +135,17 @@ def export_run(
     siblings, copies = siblings_of(record, run.folder), _sweep_records(run.folder, record)
     with _draft_of(target) as draft:  # first, so that a place that cannot be written to costs no work
         train_set, heldout = run.synthetic_sets()
+        form = integer_form(student.net)
         check = Checker(
-            form=integer_form(student.net),
+            form=form,
             simulated=student.net,
             synthetic=torch.cat([heldout.images, train_set.images]),
             measure=Measure.prepare(run.config.evaluation, run.teacher, accelerator),
             tolerance=options.tolerance,
             progress=options.progress,
+            exact=not inexact_steps(form),
         )
-        if check.measure.labels_digest != record.eval_digest:
+        if not check.measure.has_labels_of(record.eval_digest):
             raise ValueError(
                 "`RUN` must have the labeled images with which it was evaluated, but they have changed or are missing: "
                 "give their current path with `--evaluation.dataset`"
@@ -181,8 +186,9 @@ def _write_files(
     files: list[ExportedFile] = []
     models: dict[str, bytes] = {}
     if containers:
-        from synq.export.onnx_graph import onnx_graph, write_onnx
+        from synq.export.onnx_graph import check_operations, onnx_graph, write_onnx
 
+        check_operations(check.form)
         graph = onnx_graph(integer_form(student.net, operations="onnx"), size)
     for container in containers:
         name = f"model_{container}.onnx" if len(options.containers) > 1 else "model.onnx"
@@ -200,13 +206,33 @@ def _write_files(
         if options.rounds:
             timed = {**models, "": float_model}
             times = latencies(timed, check.synthetic[:1], threads=options.threads, rounds=options.rounds)
-            files = [replace(file, latency_ms=times.get(file.name)) for file in files]
-            metrics |= {"latency_ms": times[next(iter(models))], "float_latency_ms": times[""]}
+            files = [_timed(file, times) if file.name in times else file for file in files]
+            metrics |= _speed(times[next(iter(models))], times[""])
     metrics["files"] = [asdict(file) for file in files]
-    metrics["tolerance"] = asdict(options.tolerance)
+    metrics["tolerance"], metrics["exact"] = asdict(options.tolerance), check.exact
     metrics["own_rounding"] = [asdict(comparison) for comparison in check.simulation.values()]
     metrics["float_norms"] = len(channel_affines(check.form))
     metrics["machine"] = {"cpu": _cpu(), "threads": options.threads or None, "versions": _versions()}
+    return metrics
+
+
+def _timed(file: ExportedFile, times: Mapping[str, Latency]) -> ExportedFile:
+    """Return the metadata of a file with its latency, if that is stable."""
+    own, teacher = times[file.name], times[""]
+    return replace(
+        file,
+        latency_spread=own.spread,
+        latency_ms=own.median if own.is_stable else None,
+        latency_ratio=own.ratio_to(teacher) if own.is_stable and teacher.is_stable else None,
+    )
+
+
+def _speed(first: Latency, teacher: Latency) -> dict[str, Any]:
+    """Return the deployment metrics of the first ONNX file's speed; without stable times none but their spread."""
+    metrics: dict[str, Any] = {"latency_spread": max(first.spread, teacher.spread)}
+    if first.is_stable and teacher.is_stable:
+        metrics |= {"latency_ms": first.median, "float_latency_ms": teacher.median}
+        metrics["latency_ratio"] = first.ratio_to(teacher)
     return metrics
 
 

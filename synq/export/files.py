@@ -14,8 +14,10 @@ from tqdm import tqdm
 from synq.common.files import write_bytes_atomic
 from synq.common.progress import passing_bar
 from synq.evaluation.measure import Measure
+from synq.export.kernels import count_kernels
+from synq.export.operation_check import reason
 from synq.export.packed import load_packed, save_packed
-from synq.export.verify import Comparison, Engine, Tolerance, compare, count_kernels, engine_of, open_session
+from synq.export.verify import Comparison, Engine, Tolerance, compare, engine_of, open_session
 
 if TYPE_CHECKING:
     import onnx
@@ -45,7 +47,10 @@ class ExportedFile:
         comparisons: Comparison with the student, one for each set of images.
         integer_kernels, float_kernels: Number of convolutions and matrix products that ONNX Runtime runs with integer
             and with float kernels, on this machine; None for other formats.
-        latency_ms: Median latency of one image on this machine's CPU, in ms.
+        latency_ms: Median latency of one image on this machine's CPU, in ms; None if not measured, or if its spread is
+            too large to store it.
+        latency_ratio: Median ratio of the latency to that of the float teacher, round by round; None as above.
+        latency_spread: Interquartile range of the latency relative to its median, see `timing.py`.
     """
 
     name: str
@@ -57,6 +62,8 @@ class ExportedFile:
     integer_kernels: int | None = None
     float_kernels: int | None = None
     latency_ms: float | None = None
+    latency_ratio: float | None = None
+    latency_spread: float | None = None
 
 
 @dataclass
@@ -70,6 +77,7 @@ class Checker:
         measure: Provides the labeled images, if there are any.
         tolerance: Largest accepted difference.
         progress: Whether to show a progress bar.
+        exact: Whether every logit of an ONNX or packed file must be bit-identical, see `exactness.py`.
         reference_logits: Logits of the integer form for each set of images, in batches.
         simulation: Comparison of the fine-tuned student with its integer form, for each set of images.
     """
@@ -80,16 +88,18 @@ class Checker:
     measure: Measure
     tolerance: Tolerance
     progress: bool = False
+    exact: bool = False
     reference_logits: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
     simulation: dict[str, Comparison] = field(default_factory=dict, init=False)
 
     @torch.no_grad()
-    def __call__(self, name: str, engine: Engine) -> tuple[Comparison, ...]:
+    def __call__(self, name: str, engine: Engine, *, divides: bool = True) -> tuple[Comparison, ...]:
         """Compare a file with the student on every set of images.
 
         Args:
             name: Name of the file, for messages.
             engine: Runs the file.
+            divides: Whether the file divides by the scale of an activation, as the integer form does.
 
         Returns:
             One comparison for each set of images.
@@ -107,7 +117,9 @@ class Checker:
                     self.reference_logits[source] = [self._run_form(read(*part)[0], bar) for part in parts]
                     self.simulation[source] = self._compare(self.simulated, source, parts, read, bar)
                 comparisons.append(self._compare(engine, source, parts, read, bar))
-                violation = self.tolerance.violation(comparisons[-1], self.simulation[source])
+                violation = self.tolerance.violation(
+                    comparisons[-1], self.simulation[source], exact=self.exact and divides
+                )
                 if violation:
                     raise ExportRejectedError(f"{name} was not written: {violation}")
         return tuple(comparisons)
@@ -201,14 +213,18 @@ def export_program(path: Path, form: fx.GraphModule, input_size: tuple[int, int,
 
     Raises:
         ExportRejectedError: As `Checker`.
+        ValueError: If ``torch.export`` cannot export the network for a dynamic number of images.
         OSError: If the file cannot be written.
     """
     shapes = ({0: torch.export.Dim("N", min=1)},)
-    program = torch.export.export(form, (torch.zeros(2, *input_size),), dynamic_shapes=shapes)
+    try:
+        program = torch.export.export(form, (torch.zeros(2, *input_size),), dynamic_shapes=shapes)
+    except Exception as error:  # torch.export raises many types, all with the same meaning for the user
+        raise ValueError(f"the student cannot be exported by torch.export: {reason(error)}") from error
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     content = buffer.getvalue()
-    comparisons = check(path.name, torch.export.load(io.BytesIO(content)).module())
+    comparisons = check(path.name, torch.export.load(io.BytesIO(content)).module(), divides=False)
     write_bytes_atomic(path, content)
     return _metadata(path, "torch", content, comparisons)
 

@@ -21,36 +21,29 @@ sums would differ in their last digit between engines, and ONNX Runtime would ro
 if it quantizes the output: below 8 bits this scale is as coarse as the products, and predictions change.
 """
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 import onnx
-import onnxscript
 import torch
 from onnx import numpy_helper
 from torch import fx
 
+from synq.export.ceil_pools import ceil_mode_to_pads
 from synq.export.integer_matmul import convs_to_integer_matmul
+from synq.export.onnx_exporter import BITS_KEY, export_by_torch
+from synq.export.operation_check import reason, unexportable_operations
 from synq.export.verify import IMAGES
 
 Container = Literal["int4", "int8", "matmul"]
-OPSET = 21
-"""First ONNX opset in which DequantizeLinear supports INT4."""
 LOGITS = "logits"
 """Name of the output of the model, (N, K)."""
 INT4_BITS = 4
 """Largest bit-width that INT4 can store."""
-BITS_KEY = "synq.bits"
-"""Metadata key of a DequantizeLinear node for the bit-width of its weight; removed before the file is written."""
 INT8_BITS = 8
 """Bit-width that uses the full range of an 8-bit type."""
-UINT8_MAX = 255
-"""Largest code of UINT8."""
 
 
 def write_onnx(form: fx.GraphModule, input_size: tuple[int, int, int], container: Container = "int8") -> bytes:
@@ -65,7 +58,7 @@ def write_onnx(form: fx.GraphModule, input_size: tuple[int, int, int], container
         A model ``images`` float32 (N, C, H, W) -> ``logits`` float32 (N, K), with a dynamic N.
 
     Raises:
-        ValueError: If ``torch.onnx`` cannot export the network; the message names the reason.
+        ValueError: If ``torch.onnx`` cannot export the network; the message names the operations and their layers.
     """
     return write_container(onnx_graph(form, input_size), container)
 
@@ -84,25 +77,30 @@ def onnx_graph(form: fx.GraphModule, input_size: tuple[int, int, int]) -> onnx.M
         ValueError: As `write_onnx`.
     """
     sample = torch.zeros(2, *input_size)
-    with _quiet():
-        try:
-            program = torch.onnx.export(
-                form,
-                (sample,),
-                dynamo=True,
-                opset_version=OPSET,
-                optimize=True,
-                dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
-                input_names=[IMAGES],
-                output_names=[LOGITS],
-                custom_translation_table=_translations(),
-                verbose=False,
-            )
-        except Exception as error:  # torch.onnx raises many types, all with the same meaning for the user
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"the student cannot be exported to ONNX: {lines[0]}") from error
-    assert program is not None
-    return program.model_proto
+    shapes = ({0: torch.export.Dim("N", min=1)},)
+    try:
+        model = export_by_torch(form, (sample,), shapes, [IMAGES], [LOGITS])
+    except Exception as error:  # torch.onnx raises many types, all with the same meaning for the user
+        raise ValueError(_rejection(unexportable_operations(form) or [reason(error)])) from error
+    ceil_mode_to_pads(model)
+    return model
+
+
+def check_operations(form: fx.GraphModule) -> None:
+    """Raise if an operation of an integer form cannot be exported to ONNX, or is exported as another operation.
+
+    Args:
+        form: A network from ``integer_form``, with recorded shapes.
+
+    Raises:
+        ValueError: The message names each such operation and its layer.
+    """
+    if lines := unexportable_operations(form):
+        raise ValueError(_rejection(lines))
+
+
+def _rejection(lines: Sequence[str]) -> str:
+    return f"the student cannot be exported to ONNX: {'; '.join(lines)}"
 
 
 def write_container(graph: onnx.ModelProto, container: Container) -> bytes:
@@ -128,47 +126,8 @@ def write_container(graph: onnx.ModelProto, container: Container) -> bytes:
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ValueError(f"the student cannot be exported to ONNX: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(_rejection([reason(error)])) from error
     return bytes(model.SerializeToString())
-
-
-def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the ONNX translations of the three quantization ops of an integer form, for ``torch.onnx``."""
-    op: Any = onnxscript.opset21
-    ops = torch.ops.quantized_decomposed
-
-    def constants(scale: float, zero_point: int) -> tuple[Any, Any]:
-        return op.Constant(value_float=scale), op.Constant(value=onnxscript.ir.tensor(np.array(zero_point, np.uint8)))
-
-    def quantize(x: Any, scale: float, zero_point: int, quant_max: int) -> Any:
-        if quant_max < UINT8_MAX:
-            x = op.Min(x, op.Constant(value_float=float(np.float32(scale) * np.float32(quant_max - zero_point))))
-        return op.QuantizeLinear(x, *constants(scale, zero_point))
-
-    def dequantize(
-        codes: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int, out_dtype: Any = None
-    ) -> Any:
-        return op.DequantizeLinear(codes, *constants(scale, zero_point))
-
-    def weight(
-        codes: Any,
-        scale: Any,
-        zero_point: Any,
-        axis: int,
-        quant_min: int,
-        quant_max: int,
-        dtype: int,
-        out_dtype: Any = None,
-    ) -> Any:
-        values = op.DequantizeLinear(codes, scale, zero_point, axis=axis)
-        values.producer().metadata_props[BITS_KEY] = str((quant_max - quant_min + 1).bit_length() - 1)
-        return values
-
-    return {
-        torch.ops.synq.quantize_per_tensor.default: quantize,
-        ops.dequantize_per_tensor.default: dequantize,
-        ops.dequantize_per_channel.default: weight,
-    }
 
 
 def _strip(model: onnx.ModelProto) -> None:
@@ -215,17 +174,3 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the log messages and warnings of the exporter inside the ``with`` block."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

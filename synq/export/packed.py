@@ -182,11 +182,16 @@ def channel_affines(form: fx.GraphModule) -> dict[str, ChannelAffine]:
 
 
 def _others(form: fx.GraphModule) -> dict[str, Tensor]:
-    """Return the tensors of the network except those of integer layers and batch norms."""
+    """Return copies of the tensors of the network except those of integer layers and batch norms."""
     layers, _ = integer_parts(form)
     parts = {"integer_weight.codes", "integer_weight.zero_point", "gain", "shift"}
     own = {f"{name}.{part}" for name in (*layers, *channel_affines(form)) for part in parts}
-    return {name: tensor.contiguous() for name, tensor in form.state_dict().items() if name not in own}
+    # Cloned: tensors that share memory (tied PReLU slopes) cannot be written by safetensors.
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in form.state_dict().items()
+        if name not in own
+    }
 
 
 def _structure(form: fx.GraphModule) -> str:

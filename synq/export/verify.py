@@ -1,8 +1,5 @@
 """Verify an exported file: run it and the student on the same images, and compare their logits."""
 
-import statistics
-import tempfile
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +15,6 @@ if TYPE_CHECKING:
 
 IMAGES = "images"
 """Name of an exported model's input (N, C, H, W)."""
-INTEGER_KERNELS = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm")
-FLOAT_KERNELS = ("Conv", "FusedConv", "MatMul", "Gemm", "FusedMatMul", "FusedGemm", "NhwcFusedConv")
 Engine = Callable[[Tensor], Tensor]
 """(N, C, H, W) float32 -> logits (N, K) float32, on the CPU."""
 
@@ -37,6 +32,7 @@ class Comparison:
         agreement_all: The same for all images.
         mean_difference: Mean absolute difference of the logits, relative to the standard deviation of the student's.
         max_difference: Largest absolute difference of the logits.
+        identical: Number of images whose logits are bit-identical.
         student_top1, file_top1: Top-1 accuracy in percent; None without labels.
     """
 
@@ -48,6 +44,7 @@ class Comparison:
     agreement_all: float
     mean_difference: float
     max_difference: float
+    identical: int
     student_top1: float | None = None
     file_top1: float | None = None
 
@@ -76,18 +73,20 @@ class Tolerance:
         between("margin", self.margin, 0)
         between("mean_difference", self.mean_difference, 0)
 
-    def violation(self, found: Comparison, simulation: Comparison | None = None) -> str:
+    def violation(self, found: Comparison, simulation: Comparison | None = None, *, exact: bool = False) -> str:
         """Return how a comparison exceeds the tolerance, "" if it does not.
 
         An integer form gives the same codes on every engine if there are only integer sums, multiplications and
-        additions between two quantizers. Engines differ in the last digit of other operations, such as an exponential;
-        sometimes this changes the code of an activation, and the error propagates through a deep low-bit network. The
-        size of this effect is measured by the fine-tuned student, whose sums are float: a file may differ from the
-        integer form twice as often and as much.
+        additions between two quantizers: then every logit must be bit-identical, whatever the tolerance. Engines differ
+        in the last digit of other operations, such as an exponential; sometimes this changes the code of an activation,
+        and the error propagates through a deep low-bit network. The size of this effect is measured by the fine-tuned
+        student, whose sums are float: a file may differ from the integer form twice as often and as much.
 
         Args:
             found: Comparison of the file with the student's integer form.
             simulation: Comparison of the fine-tuned student with its integer form, on the same images.
+            exact: Whether the integer form has only steps that every engine computes in the same way, see
+                `exactness.py`.
 
         Returns:
             One line that continues "FILE was not written: ", or "".
@@ -118,6 +117,12 @@ class Tolerance:
                 f"its logits differ from the student's by {found.mean_difference:.3g} of their standard deviation on "
                 f"{found.images} {found.source} images, but by at most {mean:.3g} is allowed"
             )
+        if exact and found.identical < found.images:
+            return (
+                f"its logits differ from the student's for {found.images - found.identical} of {found.images} "
+                f"{found.source} images, by up to {found.max_difference:.3g}, but they must be bit-identical: every "
+                "step of this student is exact in integers"
+            )
         return ""
 
 
@@ -140,7 +145,7 @@ def compare(
     Raises:
         ValueError: If there are no images.
     """
-    columns: list[list[Tensor]] = [[] for _ in range(6)]
+    columns: list[list[Tensor]] = [[] for _ in range(7)]
     has_labels = True
     for reference, images, labels in batches:
         found = engine(images)
@@ -150,12 +155,13 @@ def compare(
             torch.zeros_like(same) if labels is None else logits.argmax(1) == labels for logits in (reference, found)
         ]
         has_labels = has_labels and labels is not None
-        row = (reference, (reference - found).abs(), top[:, 0] - top[:, 1] > margin, same, *right)
+        identical = (reference == found).all(1)
+        row = (reference, (reference - found).abs(), top[:, 0] - top[:, 1] > margin, same, identical, *right)
         for column, values in zip(columns, row, strict=True):
             column.append(values)
     if not columns[0]:
         raise ValueError(f"an exported file must be compared on at least one image, but there are no {source} images")
-    reference, difference, decided, same, student_right, file_right = (torch.cat(column) for column in columns)
+    reference, difference, decided, same, identical, student_right, file_right = map(torch.cat, columns)
     return Comparison(
         source=source,
         images=len(same),
@@ -165,6 +171,7 @@ def compare(
         agreement_all=100 * float(same.float().mean()),
         mean_difference=float(difference.mean() / reference.std().clamp(min=1e-12)),
         max_difference=float(difference.max()),
+        identical=int(identical.sum()),
         student_top1=100 * float(student_right.float().mean()) if has_labels else None,
         file_top1=100 * float(file_right.float().mean()) if has_labels else None,
     )
@@ -196,47 +203,3 @@ def engine_of(session: "onnxruntime.InferenceSession") -> Engine:
         return torch.from_numpy(session.run(None, {IMAGES: images.float().numpy()})[0])
 
     return run
-
-
-def count_kernels(model: bytes) -> tuple[int, int]:
-    """Return the numbers of integer and float kernels of convolutions and matrix products in ONNX Runtime.
-
-    They depend on the machine, because ONNX Runtime optimizes the graph for it.
-
-    Args:
-        model: An ONNX model.
-
-    Returns:
-        ``(integer kernels, float kernels)``.
-    """
-    import onnx
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
-        open_session(model, optimized=path)
-        nodes = onnx.load(path).graph.node
-    kinds = [node.op_type for node in nodes]
-    return sum(kind in INTEGER_KERNELS for kind in kinds), sum(kind in FLOAT_KERNELS for kind in kinds)
-
-
-def latencies(models: dict[str, bytes], images: Tensor, *, threads: int = 0, rounds: int = 30) -> dict[str, float]:
-    """Return the median latency of each model on ``images``, in ms.
-
-    Sessions are run in turns in one process, so that other load of the machine affects all of them equally.
-
-    Args:
-        models: ONNX models by name.
-        images: (N, C, H, W); one run processes all of them.
-        threads: See `open_session`.
-        rounds: Timed runs of each model.
-    """
-    sessions = {name: open_session(model, threads) for name, model in models.items()}
-    feed = {IMAGES: images.float().numpy()}
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 3):
-        for name, session in sessions.items():
-            started = time.perf_counter()
-            session.run(None, feed)
-            if turn >= 3:  # warm-up: the first runs allocate memory
-                times[name].append(1000 * (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in times.items()}

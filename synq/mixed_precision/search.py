@@ -133,8 +133,8 @@ def _scan(
     activations: bool,
 ) -> list["Score"]:
     """Measure the sensitivity of every tensor at every bit-width, each in a student of uniform bit-width."""
-    from synq.evaluation.fidelity import logits_of
     from synq.mixed_precision.sensitivity import scan_quantizers
+    from synq.network.logits import logits_of
     from synq.quant.prepare import prepare_student
     from synq.quant.student import build_student
     from synq.runtime import dtype_of, place

@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.network.bn_stats import channel_moments, pool_statistics
+from synq.network.logits import logits_of
 from synq.network.op_traits import node_module
-from synq.quant.keep_best import Synchronize, keep_best, logits_of, mean_kl
+from synq.quant.keep_best import Synchronize, keep_best, mean_kl
 
 LARGEST_RATIO = 2.0
 """Largest factor by which the scale of a batch norm grows or shrinks."""

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from synq.network.logits import logits_of
 from synq.network.op_traits import is_passive, node_module, traits_of, value_inputs
 from synq.network.tracing import tensor_inputs
-from synq.quant.keep_best import Synchronize, keep_best, logits_of, mean_kl
+from synq.quant.keep_best import Synchronize, keep_best, mean_kl
 from synq.quant.layers import ActQuantizer
 
 STRENGTHS = (0.5, 1.0)

@@ -15,6 +15,9 @@ ranges can reach, have the usual float rounding errors. Gain and shift combine a
 g_c = s_x s_c f_c if a batch norm of factor f_c follows the layer; b_c is the contribution of the bias and the batch
 norm. They are computed in float64, rounded once, and applied as a multiplication and an addition.
 
+Average pools that count their padding, or have a divisor, are written in a form that all engines compute in the same
+way (`average_pools.py`).
+
 Two cases are not folded. A layer whose input does not come directly from a quantizer (a float image, for example) reads
 floats, and s_x is not part of its gain. A batch norm that has another reader, or that does not follow a layer, keeps a
 separate gain and shift.
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from synq.network.average_pools import scale_average_pools
 from synq.network.functional_layers import bare_holder, replace_layer
 from synq.network.op_traits import node_module
 from synq.quant.integer_layers import (
@@ -104,6 +108,7 @@ def integer_form(net: fx.GraphModule, *, operations: Operations = "plain", empty
         owner, _, attribute = name.rpartition(".")
         if not hasattr(form.get_submodule(owner), attribute):
             form.get_submodule(owner).register_buffer(attribute, tensor)
+    scale_average_pools(form)
     form.delete_all_unused_submodules()
     form.graph.lint()
     form.recompile()

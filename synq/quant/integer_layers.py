@@ -188,7 +188,9 @@ class IntegerConv2d(IntegerLayer):
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """Convolve ``x`` with ``weight``."""
         padding: Any = self.padding
-        if self.padding_mode != "zeros":
+        if self.padding_mode == "circular":
+            x, padding = _circular_pad(x, *self.outer_padding), 0
+        elif self.padding_mode != "zeros":
             x, padding = F.pad(x, self.outer_padding, mode=self.padding_mode), 0
         return F.conv2d(x, weight, None, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
 
@@ -198,6 +200,13 @@ class IntegerConv2d(IntegerLayer):
 
     def extra_repr(self) -> str:
         return f"{self.stride}, {self.padding}, {self.dilation}, {self.groups}, {self.padding_mode}"
+
+
+def _circular_pad(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
+    """Pad ``x`` (N, C, H, W) with its opposite edges; as slices, because few engines have ONNX's Pad of mode wrap."""
+    height, width = x.shape[2:]
+    x = torch.cat([x[..., width - left :], x, x[..., :right]], 3)
+    return torch.cat([x[:, :, height - top :], x, x[:, :, :bottom]], 2)
 
 
 class IntegerLinear(IntegerLayer):

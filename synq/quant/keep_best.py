@@ -3,19 +3,13 @@
 import math
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from synq.losses import kd_kl
+from synq.network.logits import logits_of
 
 Synchronize = Callable[[dict[str, float]], dict[str, float]]
 """Returns the same metrics on all processes, so that they choose the same; ``dict`` for a single process."""
-
-
-@torch.no_grad()
-def logits_of(net: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Return the logits (N, K) of images (N, C, H, W), on the device of both."""
-    return torch.cat([net(batch) for batch in images.split(batch_size)])
 
 
 def mean_kl(teacher_logits: Tensor, net: nn.Module, images: Tensor, batch_size: int = 64) -> float:

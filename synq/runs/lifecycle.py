@@ -1,7 +1,7 @@
 """The record of a run over its lifetime: created before fine-tuning, completed and written after it or on failure."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -240,8 +240,16 @@ def _device_name(accelerator: Accelerator) -> str:
     return f"cpu, {torch.get_num_threads()} threads{processes}"
 
 
-def finished_record(path: Path, teacher: Teacher, labels_digest: str, accelerator: Accelerator) -> RunRecord | None:
+def finished_record(
+    path: Path, teacher: Teacher, has_labels_of: Callable[[str], bool], accelerator: Accelerator
+) -> RunRecord | None:
     """Return the record of a completed run, as read by the main process, on all processes; None if there is none.
+
+    Args:
+        path: The record.
+        teacher: The run's teacher.
+        has_labels_of: Takes the digest of labeled images; returns whether it is that of the run's.
+        accelerator: Process group.
 
     Raises:
         ValueError: If the record belongs to another teacher or other labeled images.
@@ -250,11 +258,11 @@ def finished_record(path: Path, teacher: Teacher, labels_digest: str, accelerato
     record = broadcast_object_list(found)[0]
     if record is None:
         return None
-    for what, then, now in (
-        ("teachers", record.teacher.get("digest"), teacher.digest),
-        ("labeled sets", record.eval_digest, labels_digest),
+    for what, same in (
+        ("teachers", record.teacher.get("digest") == teacher.digest),
+        ("labeled sets", has_labels_of(record.eval_digest)),
     ):
-        if then != now:
+        if not same:
             raise ValueError(
                 f"runtime.output_dir must not mix {what}: {path} was made with different {what} of the same name. "
                 "Choose another output_dir or name"

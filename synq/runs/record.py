@@ -14,7 +14,7 @@ from synq.config.quant import protocol_label
 from synq.config.run import RunConfig, config_digest, config_to_dict
 
 SCHEMA_VERSION = 2
-DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms")
+DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms", "latency_ratio")
 """Keys of `deployment` that are columns of the leaderboard; `synq export` fills them."""
 
 
@@ -83,6 +83,8 @@ class RunRecord:
     """Digest of the held-out synthetic set."""
     eval_digest: str = ""
     """Digest of the labeled images, "" without labels."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """How the labeled images were chosen and preprocessed: set, subset, resizing and cropping; empty without labels."""
     loss_history: list[dict[str, Any]] = field(default_factory=list)
     """Loss terms of each epoch."""
     warnings: list[str] = field(default_factory=list)

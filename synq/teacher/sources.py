@@ -20,6 +20,7 @@ from torch import nn
 from synq.config.identity import WEIGHT_SUFFIXES
 from synq.config.run import TeacherConfig
 from synq.teacher.cifar_resnet import cifar_resnet
+from synq.teacher.preprocessing import Preprocessing, timm_rule, torchvision_rule
 from synq.teacher.weight_files import is_weight_file, load_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -37,6 +38,7 @@ class SourceModel:
         input_size: (C, H, W).
         mean, std: Normalization per channel, for images in [0, 1].
         default_dataset: Spec of the labeled images to evaluate on by default.
+        preprocessing: How image files are resized and cropped for these weights, at the configured input size.
     """
 
     module: nn.Module
@@ -46,6 +48,7 @@ class SourceModel:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     default_dataset: str | None = None
+    preprocessing: Preprocessing | None = None
 
 
 def build_source(config: TeacherConfig) -> SourceModel:
@@ -141,6 +144,8 @@ def _torchvision(name: str, config: TeacherConfig) -> SourceModel:
         transforms = entry.transforms()
         metadata = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
         metadata["input_size"] = (3, int(transforms.crop_size[0]), int(transforms.crop_size[0]))
+        size = config.input_size or metadata["input_size"]
+        metadata["preprocessing"] = torchvision_rule(transforms, str(entry), size)
         metadata["num_classes"] = extra.get("num_classes", len(entry.meta["categories"]))
     return SourceModel(module=module, name=slug("torchvision", name, label), **metadata)
 
@@ -169,6 +174,7 @@ def _timm(name: str, config: TeacherConfig) -> SourceModel:
         input_size=tuple(metadata["input_size"]),
         mean=tuple(metadata["mean"]) if known else None,
         std=tuple(metadata["std"]) if known else None,
+        preprocessing=timm_rule(metadata, config.input_size or metadata["input_size"]) if known else None,
     )
 
 

@@ -15,6 +15,7 @@ from synq.network.cam_site import CamSite, locate_cam
 from synq.network.op_traits import node_module
 from synq.network.tracing import accepting, check_plain_weights, output_getters, trace_classifier
 from synq.teacher.pixel_range import PixelRange
+from synq.teacher.preprocessing import Preprocessing
 from synq.teacher.probabilities import are_log_probabilities, check_no_probabilities
 from synq.teacher.sources import RANDOM, SourceModel, build_source
 
@@ -35,6 +36,7 @@ class Teacher:
         mean, std: Normalization per channel; an image in [0, 1] enters the network as (image - mean) / std.
         digest: See `weight_digest`; teachers with the same digest share synthetic sets.
         default_dataset: Spec of the labeled images to evaluate on if the user gives none, or None.
+        preprocessing: How the source of the weights resizes and crops image files, or None if unknown.
         graph: Traced copy of `module`. A copy, because tracing replaces in-place operations and so would modify
             `module`.
         cam: Layer and weights of the class activation map.
@@ -51,6 +53,7 @@ class Teacher:
     default_dataset: str | None
     graph: fx.GraphModule
     cam: CamSite
+    preprocessing: Preprocessing | None = None
 
     def pixel_range(self) -> PixelRange:
         """Return the normalized values of a black and a white pixel."""
@@ -94,6 +97,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         default_dataset=source.default_dataset,
         graph=graph,
         cam=locate_cam(graph, config.cam_layer),
+        preprocessing=source.preprocessing,
     )
 
 

@@ -1,23 +1,23 @@
-"""Weight files: safe reading, search of the state dict, strict loading into a module."""
+"""Weight files: search of a network's tensors in what a file holds, strict loading into a module."""
 
-import argparse
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from synq.common.notes import print_once
 from synq.config.identity import WEIGHT_SUFFIXES
+from synq.teacher.state_dicts import NESTS, Fit, best_fit, is_counter, parts_of
+from synq.teacher.weight_readers import read_content
 
-# Keys under which training scripts store the state dict, by preference: authors report results of averaged weights.
-_NESTS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
-# Prefixes that wrappers (DataParallel, torch.compile, AveragedModel, Lightning) add to every name.
-_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 _NUM_SHOWN = 3
+_HALVES = (torch.float16, torch.bfloat16)
+_FLOATS = (torch.float32, torch.float64, *_HALVES)
+"""Types of real numbers that need no scales; 8-bit floats need some, which a state dict does not define."""
+_SHARD = "-of-"
 
 
 def is_weight_file(weights: str) -> bool:
@@ -29,123 +29,173 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read the state dict of a weight file without executing any code in it.
 
     Args:
-        path: ``.safetensors``, or a file of ``torch.save`` (read with ``weights_only=True``). The state dict may be
-            nested under state_dict_ema, model_ema, state_dict, model_state_dict, model or net (in that order).
+        path: See `load_weights`. The state dict may be nested under state_dict_ema, model_ema, state_dict,
+            model_state_dict, model or net (in that order), or be the only table of tensors in the file.
 
     Returns:
         Tensors by name, on the CPU, with the stored dtypes.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file is damaged, contains no tensors, or requires unsafe unpickling.
+        ValueError: If the file is damaged, contains no tensors or several tables of them, or requires unsafe
+            unpickling.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"`teacher.weights` must name an existing file, but got {path}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    return _find_state_dict(content, path)
-
-
-def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Load a weight file into ``module`` strictly: all names and shapes must match.
-
-    Prefixes that wrappers add to every name (``module.``, ``_orig_mod.``, ...) are removed. The batch counters of
-    BatchNorm may be absent: inference does not read them.
-
-    Args:
-        module: The untrained model; changed in place.
-        path: See `read_weights`.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If names or shapes differ; the message lists the first few, and whether the model or the file lacks
-            them.
-    """
-    expected = module.state_dict()
-    given = _without_prefix(read_weights(path), set(expected))
-    missing = [name for name in expected if name not in given and not name.endswith("num_batches_tracked")]
-    extra = [name for name in given if name not in expected and name != "n_averaged"]
-    reshaped = [name for name in expected if name in given and given[name].shape != expected[name].shape]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} tensors of the model are not in the file ({_join_first(missing)})")
-    if extra:
-        problems.append(f"{len(extra)} tensors of the file are not in the model ({_join_first(extra)})")
-    if reshaped:
-        shapes = [f"{name} {tuple(given[name].shape)} in the file, {tuple(expected[name].shape)}" for name in reshaped]
-        problems.append(f"{len(reshaped)} shapes differ ({_join_first(shapes)} in the model)")
-    if problems:
-        hint = "; the file's classifier has another number of classes: set `teacher.num_classes`"
-        only_head = not missing and not extra and all(_differs_in_rows(given[n], expected[n]) for n in reshaped)
-        what = "; ".join(problems) + (hint if only_head and len(reshaped) <= 2 else "")
-        raise ValueError(f"`teacher.weights` must match the model {type(module).__name__}, but got {path}: {what}")
-    # Into the module's state dict, whose metadata has the versions of the layers: MNASNet rejects a dict without.
-    expected.update({name: tensor for name, tensor in given.items() if name in expected})
-    module.load_state_dict(expected)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"`teacher.weights` must be a readable safetensors file, but got {path}: {error}") from error
-
-
-def _read_torch(path: Path) -> object:
-    # Metrics stored with the weights are often NumPy scalars or an argparse namespace: plain data, safe to unpickle.
-    scalar = np.float64(0).__reduce__()[0]
-    dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
-    safe: list[object] = [
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        argparse.Namespace,
-        *dtypes,
-    ]
-    try:
-        with torch.serialization.safe_globals(safe):  # type: ignore[arg-type]
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"`teacher.weights` must contain plain tensors, but got {path}, which is damaged or contains Python "
-            "objects that are not loaded for safety; "
-            "where the model was trained, run torch.save(model.state_dict(), FILE)"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it is truncated"
-        raise ValueError(
-            f"`teacher.weights` must be a readable file of torch.save, but got {path}: {reason}"
-        ) from error
-
-
-def _find_state_dict(content: object, path: Path) -> dict[str, Tensor]:
+    content = outer = read_content(path)
     while isinstance(content, Mapping):
-        nest = next((key for key in _NESTS if isinstance(content.get(key), Mapping)), None)
+        nest = next((key for key in NESTS if isinstance(content.get(key), Mapping)), None)
         if nest is None:
             break
         content = content[nest]
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    if not tensors:
+    if tensors:
+        return tensors
+    parts = parts_of(outer)
+    tables = list(dict.fromkeys(part.table for part in parts))
+    if len(tables) == 1 and tables[0]:
+        return {part.key: part.tensor for part in parts}
+    raise _without_state_dict(outer, tables, path)
+
+
+def load_weights(module: nn.Module, path: str | Path) -> None:
+    """Load a weight file into ``module`` strictly: all names, shapes and kinds of numbers must match.
+
+    The module's tensors are searched in the whole file: nested in other tables (``state_dict``, ``model``, any key),
+    with prefixes that wrappers add (``module.``, ``_orig_mod.``, ``model.``, any other), or in several files. Where
+    they are found more than once, averaged weights (EMA) go before raw ones, and common names before others; the file
+    is rejected if that leaves a choice. The batch counters of BatchNorm may be absent: inference does not read them.
+
+    Args:
+        module: The untrained model; changed in place.
+        path: ``.safetensors``, a file of ``torch.save`` (read with ``weights_only=True``), or the index of a sharded
+            set (``*.index.json``); ~ is expanded.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is damaged or of another kind, or names, shapes or kinds of numbers differ; the message
+            lists the first few, and whether the model or the file lacks them.
+    """
+    path = Path(path).expanduser()
+    expected = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    if any(is_lazy(value) for value in expected.values()):
         raise ValueError(
-            f"`teacher.weights` must contain a state dict (names and tensors), but got {path} "
-            f"with {type(content).__name__}"
+            f"teacher must have layers of known sizes, but {type(module).__name__} has lazy ones without shapes: "
+            "write their sizes (Conv2d for LazyConv2d), or call the model once in its factory"
         )
-    return tensors
+    content = read_content(path)
+    parts = parts_of(content)
+    if not parts:
+        raise _without_state_dict(content, [], path)
+    try:
+        fit = best_fit(parts, expected)
+    except ValueError as error:
+        raise ValueError(f"`teacher.weights` must hold the model once, but got {path}: {error}") from None
+    what = _mismatch(fit, expected, path) or _unusable(fit.tensors, expected)
+    if what:
+        raise ValueError(f"`teacher.weights` must match the model {type(module).__name__}, but got {path}: {what}")
+    _print_choices(fit, expected, path)
+    # Into the module's state dict, whose metadata has the versions of the layers: MNASNet rejects a dict without.
+    state = module.state_dict()
+    state.update({name: tensor for name, tensor in fit.tensors.items() if not _is_odd_counter(name, tensor)})
+    module.load_state_dict(state)
 
 
-def _without_prefix(given: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
-    given = {name: tensor for name, tensor in given.items() if name != "n_averaged"}
-    while True:
-        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in given)), None)
-        if prefix is None or any(name.startswith(prefix) for name in expected):
-            return given
-        given = {name.removeprefix(prefix): tensor for name, tensor in given.items()}
+def _mismatch(fit: Fit, expected: Mapping[str, Tensor], path: Path) -> str:
+    """Return the differences in names and shapes, "" if there are none."""
+    given = fit.tensors
+    missing = [name for name in expected if name not in given and not is_counter(name)]
+    reshaped = [name for name in expected if name in given and given[name].shape != expected[name].shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} tensors of the model are not in the file ({_join_first(missing)})")
+    if fit.extra:
+        problems.append(f"{len(fit.extra)} tensors of the file are not in the model ({_join_first(fit.extra)})")
+    if reshaped:
+        shapes = [f"{name} {tuple(given[name].shape)} in the file, {tuple(expected[name].shape)}" for name in reshaped]
+        problems.append(f"{len(reshaped)} shapes differ ({_join_first(shapes)} in the model)")
+    if not problems:
+        return ""
+    hint = ""
+    only_head = not missing and not fit.extra and all(_differs_in_rows(given[n], expected[n]) for n in reshaped)
+    if only_head and len(reshaped) <= 2:
+        hint = "; the file's classifier has another number of classes: set `teacher.num_classes`"
+    elif missing and _SHARD in path.name:
+        hint = "; it is one file of several: give their index, such as model.safetensors.index.json"
+    elif fit.prefix and len(missing) < len(expected):
+        hint = f"; compared with the names that start with {fit.prefix!r}"
+    return "; ".join(problems) + hint
+
+
+def _unusable(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Return the first tensor whose kind, type or values the module cannot take, and why; "" if there is none."""
+    for name, value in expected.items():
+        if name in given and not is_counter(name):
+            reason = _reason_against(given[name], value.dtype)
+            if reason:
+                return f"tensor {name} {reason}"
+    return ""
+
+
+def _reason_against(tensor: Tensor, dtype: torch.dtype) -> str:
+    """Return why a tensor cannot be loaded for one of type `dtype`, "" if it can."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_meta:
+        return "has no values (it is on the meta device): save the model after its weights are loaded"
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        return f"is not dense ({layout}): store tensor.to_dense()"
+    if tensor.is_quantized:
+        return f"is quantized ({kind}): a teacher has float weights; store those, or tensor.dequantize()"
+    if dtype.is_floating_point and tensor.dtype not in _FLOATS:
+        return f"has type {kind}, but must be float: store the float weights, not their codes"
+    if not dtype.is_floating_point and (_kind_of(tensor.dtype) != _kind_of(dtype)):
+        return f"has type {kind}, but must be {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.float32 and tensor.dtype == torch.float64:
+        largest = torch.finfo(torch.float32).max
+        if bool(((tensor.abs() > largest) & tensor.isfinite()).any()):
+            return "has values of float64 that float32 cannot hold"
+    return ""
+
+
+def _is_odd_counter(name: str, tensor: Tensor) -> bool:
+    return is_counter(name) and bool(tensor.is_complex() or _reason_against(tensor, tensor.dtype))
+
+
+def _kind_of(dtype: torch.dtype) -> str:
+    if dtype is torch.bool:
+        return "bool"
+    return "float" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
+
+
+def _print_choices(fit: Fit, expected: Mapping[str, Tensor], path: Path) -> None:
+    """Print what a user may not expect: other types of numbers, averaged weights, tensors that were left."""
+    pairs = [(value.dtype, fit.tensors[name].dtype) for name, value in expected.items() if name in fit.tensors]
+    if (torch.float32, torch.float64) in pairs:
+        print_once(f"{path} stores float64: weights are rounded to float32")
+    halves = sorted({str(given).removeprefix("torch.") for kind, given in pairs if given in _HALVES and kind != given})
+    if halves:
+        print_once(f"{path} stores {' and '.join(halves)}: weights are exactly these values, computed with in float32")
+    if fit.others:
+        left = f"{len(fit.others)} tensors outside {fit.prefix!r} are not the model's ({_join_first(fit.others)})"
+        print_once(f"{path}: {left}")
+    if fit.rivals:
+        print_once(f"{path} holds the model several times: {fit.prefix!r} is taken, not {_join_first(fit.rivals)}")
+
+
+def _without_state_dict(content: object, tables: list[str], path: Path) -> ValueError:
+    found = f"with {type(content).__name__}"
+    if isinstance(content, Mapping):
+        keys = _join_first([str(key) for key in content]) or "none"
+        found += f" of the keys {keys}"
+    if tables:
+        found = f"with several tables of tensors: {_join_first([table or '(top)' for table in tables])}"
+    return ValueError(f"`teacher.weights` must contain a state dict (names and tensors), but got {path} {found}")
 
 
 def _differs_in_rows(given: Tensor, expected: Tensor) -> bool:
     return given.ndim == expected.ndim and given.shape[1:] == expected.shape[1:] and given.ndim in (1, 2, 4)
 
 
-def _join_first(names: list[str]) -> str:
+def _join_first(names: list[Any]) -> str:
     more = ", ..." if len(names) > _NUM_SHOWN else ""
-    return ", ".join(names[:_NUM_SHOWN]) + more
+    return ", ".join(map(str, names[:_NUM_SHOWN])) + more

@@ -75,6 +75,8 @@ def _another_value(key: str, value: object) -> object:
         "quant.learned_steps": "activations",
         "quant.rounding": "nearest",
         "synthesis.start": "white",
+        "evaluation.resize_size": 256,
+        "evaluation.interpolation": "bicubic",
     }
     if key in special:
         return special[key]

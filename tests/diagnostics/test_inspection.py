@@ -76,7 +76,8 @@ class Twice(nn.Module):
 def test_the_summary_has_a_line_for_each_part(teacher: Teacher) -> None:
     text = summary(inspected(teacher))
     lines = {line.split()[0]: line for line in text.splitlines()}
-    assert list(lines) == ["teacher", "images", "synthesis", "map", "student", "float"]
+    assert list(lines) == ["teacher", "images", "synthesis", "map", "student", "float", "ONNX"]
+    assert "every operation can be exported" in lines["ONNX"] or "not checked" in lines["ONNX"]
     assert "19,074 parameters" in lines["teacher"] and "7 batch norms of 120 channels" in lines["synthesis"]
     assert "relu_6 (32 x 4 x 4): in closed form" in lines["map"] and "W4A4, protocol A" in lines["student"]
     assert "756 k MACs" in lines["student"] and "7 Conv2d" in lines["float"]

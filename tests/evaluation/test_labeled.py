@@ -11,7 +11,8 @@ from PIL import Image
 
 import synq.evaluation.labeled_sources as labeled_sources
 from synq.evaluation.labeled import LabeledSet, fit_images, load_labeled, selection_mask
-from synq.evaluation.labeled_sources import digits_heldout_mask, from_arrays, read_idx
+from synq.evaluation.labeled_arrays import read_idx
+from synq.evaluation.labeled_sources import digits_heldout_mask, from_arrays
 
 COLOUR = (3, 8, 8)
 MEAN3, STD3 = (0.1, 0.2, 0.3), (0.5, 1.0, 2.0)

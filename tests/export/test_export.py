@@ -57,7 +57,11 @@ def test_every_file_is_there_and_described(finished: Path, exported: Path) -> No
         assert labeled["max_difference"] == 0 or name == "model.pt2", "the very logits"
     assert figures["packed_bytes"] == files["model.safetensors"]["bytes"] < 0.3 * figures["float_bytes"]
     assert figures["onnx_bytes"] == files["model_int8.onnx"]["bytes"] > files["model_int4.onnx"]["bytes"]
-    assert figures["latency_ms"] == files["model_int8.onnx"]["latency_ms"] > 0 < figures["float_latency_ms"]
+    first = files["model_int8.onnx"]
+    assert figures.get("latency_ms") == first["latency_ms"] and figures["latency_spread"] >= first["latency_spread"]
+    if figures.get("latency_ms") is not None:  # on a busy machine none is stored
+        ratio = figures["latency_ms"] / figures["float_latency_ms"]
+        assert 0.5 * ratio < figures["latency_ratio"] == first["latency_ratio"] < 2 * ratio
     assert figures["bitops"] == record.bitops and figures["float_onnx_bytes"] > figures["onnx_bytes"]
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from synq.export.files import Checker, ExportRejectedError, export_onnx
+from synq.export.files import Checker, ExportRejectedError, export_onnx, export_program
 from synq.export.onnx_graph import onnx_graph
 from synq.export.verify import Tolerance
 from synq.quant.integer_form import integer_form
@@ -67,3 +67,29 @@ def test_no_file_is_held_to_more_than_the_simulation(unsure: int) -> None:
     )
     with pytest.raises(ExportRejectedError, match=wrong):
         check("file", lambda x: x + 25 * moved)
+
+
+def test_l_1_a_file_of_an_exact_student_is_held_to_the_last_bit() -> None:
+    images = torch.tensor([[9.0, 0.0], [8.0, 0.0]])
+    parts = (nn.Identity(), Shifted(), images, NoLabels(), Tolerance(agreement=0, mean_difference=9))
+    check = Checker(*parts, exact=True)  # type: ignore[arg-type]
+    (found,) = check("file", lambda x: x.clone())
+    assert found.identical == 2
+    with pytest.raises(ExportRejectedError, match=r"file was not written: its logits differ .* for 2 of 2 synthetic"):
+        check("file", lambda x: x + 1e-6)
+    check("file", lambda x: x + 1e-6, divides=False)
+    Checker(*parts)("file", lambda x: x + 1e-6)  # type: ignore[arg-type]
+
+
+class OneBatch(nn.Module):
+    """Computes for a batch of two only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(2, -1)
+
+
+def test_bugs_10_a_network_without_a_program_is_rejected_in_one_line(tmp_path: Path) -> None:
+    check = Checker(OneBatch(), OneBatch(), torch.zeros(2, 3), NoLabels(), Tolerance())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^the student cannot be exported by torch\.export: [^\n\x1b]+$"):
+        export_program(tmp_path / "model.pt2", torch.fx.symbolic_trace(OneBatch()), (3, 4, 4), check)
+    assert not list(tmp_path.iterdir())

@@ -17,8 +17,9 @@ pytest.importorskip("onnxruntime")
 
 from support.onnx_graphs import graph_of  # noqa: E402
 from synq.export.integer_matmul import MIN_CHANNELS  # noqa: E402
+from synq.export.kernels import count_kernels  # noqa: E402
 from synq.export.onnx_graph import write_container  # noqa: E402
-from synq.export.verify import count_kernels, engine_of, open_session  # noqa: E402
+from synq.export.verify import engine_of, open_session  # noqa: E402
 
 
 def written(make: Callable[[], nn.Module], bits: int, act_points: str) -> tuple[bytes, bytes, nn.Module]:

@@ -16,8 +16,9 @@ from onnx import TensorProto, numpy_helper  # noqa: E402
 
 from support.onnx_graphs import graph_of  # noqa: E402
 from synq.config.run import QuantConfig  # noqa: E402
+from synq.export.kernels import count_kernels  # noqa: E402
 from synq.export.onnx_graph import Container, onnx_graph, write_container, write_onnx  # noqa: E402
-from synq.export.verify import compare, count_kernels, engine_of, latencies, open_session  # noqa: E402
+from synq.export.verify import compare, engine_of, open_session  # noqa: E402
 from synq.network.tracing import trace_classifier  # noqa: E402
 from synq.quant.integer_form import integer_form  # noqa: E402
 from synq.quant.integer_layers import IntegerConv2d, IntegerLinear  # noqa: E402
@@ -110,12 +111,6 @@ def test_what_an_engine_does_not_need_is_not_in_the_file() -> None:
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     sizes = {tensor.name: len(tensor.raw_data) for tensor in model.graph.initializer if "codes" in tensor.name}
     assert sizes["conv2.integer_weight.codes.int4"] == 8 * 2 * 9 // 2, "two codes a byte"
-
-
-def test_latencies_are_measured_in_turns() -> None:
-    model = write_container(graph_of(plain, 3, "inputs")[1], "int8")
-    times = latencies({"one": model, "two": model}, images(1), threads=1, rounds=5)
-    assert times.keys() == {"one", "two"} and all(0 < time < 1000 for time in times.values())
 
 
 class Erfinv(nn.Module):

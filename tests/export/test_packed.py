@@ -82,6 +82,39 @@ def test_codes_take_their_real_width(tmp_path: Path) -> None:
     }
 
 
+def _tied(kind: str) -> nn.Module:
+    parts = [nn.Conv2d(3, 8, 3), nn.PReLU(8), nn.Conv2d(8, 8, 3), nn.PReLU(8), nn.Conv2d(8, 8, 1), nn.PReLU(8)]
+    if kind == "two slopes":
+        parts[3].weight = parts[1].weight
+    elif kind == "three slopes":
+        parts[3].weight = parts[5].weight = parts[1].weight
+    elif kind == "one module":
+        parts[3] = parts[1]
+    elif kind == "views of one tensor":
+        slopes = torch.rand(16)
+        parts[1].weight.data, parts[3].weight.data = slopes[:8], slopes[8:]
+    elif kind == "expanded":
+        parts[1].weight.data = torch.rand(1).expand(8)
+    elif kind == "convolutions":
+        parts[4] = nn.Conv2d(8, 8, 3)
+        parts[4].weight = parts[2].weight
+    else:
+        parts[3:3] = [nn.BatchNorm2d(8), nn.PReLU(8), nn.BatchNorm2d(8)]
+        parts[5].weight = parts[3].weight
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["two slopes", "three slopes", "one module", "views of one tensor", "expanded", "convolutions", "batch norms"],
+)
+def test_l_8_tied_tensors_are_written_and_come_back(kind: str, tmp_path: Path) -> None:
+    made = student(_tied(kind), 4, "inputs")
+    form = integer_form(made.net)
+    save_packed(tmp_path / "x.safetensors", form)
+    assert torch.equal(load_packed(tmp_path / "x.safetensors", made.net)(images()), form(images()))
+
+
 @pytest.mark.parametrize("change", ["stride", "activation"])
 def test_a_network_that_computes_something_else_is_refused(change: str, tmp_path: Path) -> None:
     def net(stride: int, activation: type[nn.Module]) -> nn.Module:

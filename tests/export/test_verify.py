@@ -26,7 +26,7 @@ def test_a_comparison_by_hand() -> None:
     found[2] = torch.tensor([0.8, 0.9])
     result = compared(found, torch.tensor([0, 0, 0, 0]))
     assert (result.images, result.decided, result.agreement, result.agreement_all) == (4, 4, 75.0, 75.0)
-    assert result.max_difference == pytest.approx(0.2)
+    assert result.max_difference == pytest.approx(0.2) and result.identical == 3
     assert result.mean_difference == pytest.approx(0.2 / 8 / float(LOGITS.std()))
     assert (result.student_top1, result.file_top1) == (75.0, 50.0)
     near = compared(found, margin=0.15)
@@ -55,6 +55,7 @@ def result(differing: int, decided: int, mean_difference: float = 0.0) -> Compar
         agreement_all=agreement,
         mean_difference=mean_difference,
         max_difference=1.0,
+        identical=decided - differing,
     )
 
 
@@ -92,3 +93,18 @@ def test_what_cannot_be_checked() -> None:
     assert Tolerance().violation(result(1, 1000), shaky) == "", "it agrees all the same"
     nothing = replace(result(0, 100), decided=0, margin=7.0)
     assert "for none of 100 labeled images" in Tolerance().violation(nothing)
+
+
+def test_l_1_exact_students_need_bit_identical_logits() -> None:
+    """5 % of the deviation hides a pool that is divided by another number."""
+    found = LOGITS.clone()
+    found[3, 1] = 1e-6
+    almost = compared(found)
+    assert (almost.identical, almost.images) == (3, 4)
+    assert Tolerance().violation(almost) == ""
+    violation = Tolerance(agreement=0, mean_difference=9).violation(almost, exact=True)
+    assert "differ from the student's for 1 of 4 synthetic images, by up to 1e-06" in violation
+    assert Tolerance().violation(compared(LOGITS.clone()), exact=True) == ""
+    broken = LOGITS.clone()
+    broken[0] = math.nan
+    assert Tolerance(agreement=0).violation(compared(broken), exact=True)

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, fx
 
 from support.small_nets import NETS, images, rounded, trained
-from synq.evaluation.fidelity import kl, logits_of, sqnr_db
+from synq.evaluation.fidelity import kl, sqnr_db
 from synq.mixed_precision.sensitivity import scan_quantizers
+from synq.network.logits import logits_of
 from synq.quant.layers import quantizers_bypassed
 
 Scanned = tuple[fx.GraphModule, fx.GraphModule, Tensor, Tensor]

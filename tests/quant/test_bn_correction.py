@@ -12,10 +12,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from support.small_nets import NETS, SIZE, images, rounded, trained
+from synq.network.logits import logits_of
 from synq.network.op_traits import node_module
 from synq.network.tracing import trace_classifier
 from synq.quant.bn_correction import LARGEST_RATIO, correct_layers, correct_statistics, correctable
-from synq.quant.keep_best import logits_of, mean_kl
+from synq.quant.keep_best import mean_kl
 from synq.quant.student import observe_ranges
 
 Moments = tuple[Tensor, Tensor]

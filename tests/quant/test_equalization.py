@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from support.small_nets import NETS, SIZE, images, rounded, trained
 from synq.config.run import QuantConfig
+from synq.network.logits import logits_of
 from synq.network.op_traits import node_module
 from synq.network.tracing import trace_classifier
 from synq.quant.equalization import (
@@ -22,7 +23,7 @@ from synq.quant.equalization import (
     scale_pair,
     weight_ranges,
 )
-from synq.quant.keep_best import logits_of, mean_kl
+from synq.quant.keep_best import mean_kl
 from synq.quant.layers import ActQuantizer, quantizers_bypassed
 from synq.quant.student import observe_ranges, quantize_model
 
@@ -241,7 +242,6 @@ class Middle(nn.Module):
         (lambda net, x: F.prelu(x, net.slope), True),
         (lambda net, x: F.max_pool2d(F.dropout(x, training=False).relu(), 2).contiguous(), True),
         (lambda net, x: F.relu6(x), False),
-        (lambda net, x: F.silu(x), False),
         (lambda net, x: F.gelu(x), False),
         (lambda net, x: x.clamp(0, 6), False),
         (lambda net, x: x.relu() + 1, False),

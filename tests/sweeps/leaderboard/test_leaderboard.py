@@ -3,6 +3,7 @@
 import csv
 import io
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from support.records import record
+from support.source_tree import ROOT
 from synq.commands.leaderboard import main
 from synq.runs.record import RunRecord, write_record
 from synq.sweeps.driver.progress import Progress
@@ -24,19 +26,20 @@ COLUMNS = (
     "set_digest, config_digest, commit, versions, device, seconds, num_data_seeds, first_bits, "
     "last_bits, teacher_digest, "
     "best, pareto_size, pareto_bitops, fidelity_measure, onnx_bytes, packed_bytes, latency_ms, "
-    "float_latency_ms, layer_bits"
+    "float_latency_ms, layer_bits, latency_ratio"
 )
 
 
 def test_figures_of_exported_students_stand_in_both_tables() -> None:
-    figures = {"onnx_bytes": 300, "packed_bytes": 100, "latency_ms": 2.0, "float_latency_ms": 4.0}
+    figures = {"onnx_bytes": 300, "packed_bytes": 100, "latency_ms": 2.0, "float_latency_ms": 4.0, "latency_ratio": 0.5}
     runs = [
         record(deployment=figures),
         record(seed=1),
-        record(seed=2, deployment={**figures, "latency_ms": 3.0, "packed_bytes": None}),
+        record(seed=2, deployment={**figures, "latency_ms": 3.0, "latency_ratio": 0.75, "packed_bytes": None}),
     ]
     (row,) = leaderboard_rows(runs)
     assert (row["onnx_bytes"], row["packed_bytes"], row["latency_ms"], row["float_latency_ms"]) == (300, 100, 2.5, 4.0)
+    assert row["latency_ratio"] == 0.625
     assert {line["seed"]: line["latency_ms"] for line in trial_rows(runs)} == {0: 2.0, 1: None, 2: 3.0}
 
 
@@ -242,3 +245,20 @@ def test_the_live_table_is_drawn_while_trials_end() -> None:
     progress.known({"a": record(), "b": record(seed=1)})
     progress.groups, progress.running = Growing(progress.groups), Growing(c="starting")
     assert progress._table().row_count == 2, "one group and one running trial"
+
+
+@pytest.mark.parametrize("digest", ["0012345600000000", "12e4500000000000", "1234567890123456", "00000000000000e1"])
+def test_l_11_digests_are_read_back_as_the_readme_shows(digest: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    text = (ROOT / "README.md").read_text("utf-8")
+    dtype = dict.fromkeys(re.findall(r'"(\w+)": str', text[text.index("dtype={") :].split("}")[0]), str)
+    columns = {*LEADERBOARD_COLUMNS, *TRIAL_COLUMNS}
+    assert set(dtype) == {column for column in columns if re.search("digest|commit", column)}
+    cells = dict.fromkeys(dtype, digest)
+    run = record(config_digest=digest, set_digest=digest, heldout_digest=digest, commit=digest)
+    runs = [replace(run, teacher={**run.teacher, "digest": digest})]
+    for text in (to_csv(leaderboard_rows(runs), LEADERBOARD_COLUMNS), to_csv(trial_rows(runs), TRIAL_COLUMNS)):
+        table = pandas.read_csv(io.StringIO(text), dtype=dtype)
+        found = {column: table[column][0] for column in cells if column in table}
+        assert len(found) >= 3 and set(found.values()) == {digest}
+    assert len(table.groupby("lowpass_cutoff", dropna=False)) == 1
