@@ -17,7 +17,8 @@ from typing import Any
 
 from synq.config.file_kinds import read_as
 from synq.config.identity import absolute_path
-from synq.config.parsing import nearest, require, shown
+from synq.config.nearest import unknown_key
+from synq.config.parsing import dotted_keys, require, shown
 from synq.config.run import (
     MAX_NAME,
     RunConfig,
@@ -148,7 +149,7 @@ def parse_spec(mapping: Mapping[str, Any]) -> SpecFile:
     known = (*TABLES, *SearchConfig.__dataclass_fields__)
     for key in mapping:
         if key not in known:
-            raise ValueError(f"`{key}` must be a known key, but got an unknown one{nearest(key, known)}")
+            raise unknown_key(key, key, [*known, *(f"base.{setting}" for setting in dotted_keys(RunConfig))])
     content = _expand(mapping, "")
     search = config_from_dict(SearchConfig, {key: value for key, value in content.items() if key not in TABLES})
     tables: dict[str, Any] = {}

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from synq.config.parsing import config_from_dict, nearest, require
+from synq.config.nearest import key_hint, unknown_key
+from synq.config.parsing import config_from_dict, require
 
 from .points import Point
 from .space import BITS, IDENTITY, Dimension, setting_names
@@ -40,7 +41,7 @@ def _read_point(entry: Any, names: set[str]) -> Point:
     for name in point:
         if name not in names:
             raise ValueError(
-                f"`points` must name settings of finetune or quant, but got {name!r}{nearest(name, names)}"
+                f"`points` must name settings of finetune or quant, but got {name!r}{key_hint(name, sorted(names))}"
             )
     return {name: None if value == "none" else value for name, value in point.items()}
 
@@ -80,15 +81,13 @@ def _dimension(name: str, table: Any) -> Dimension:
     names = setting_names()
     if name not in names:
         raise ValueError(
-            f"`space.{name}` must name a setting of finetune or quant, but got an unknown one{nearest(name, names)}"
+            f"`space.{name}` must name a setting of finetune or quant, but got an unknown one{key_hint(name, names)}"
         )
     values = read_table(table, f"space.{name}")
     known = tuple(_Range.__dataclass_fields__)
     for key in values:
         if key not in (*known, "values"):
-            raise ValueError(
-                f"`space.{name}.{key}` must be a known key, but got an unknown one{nearest(key, (*known, 'values'))}"
-            )
+            raise unknown_key(f"space.{name}.{key}", key, (*known, "values"))
     choices = values.pop("values", [])
     require(f"space.{name}.values", "be a list", choices, isinstance(choices, list))
     require(f"space.{name}.type", "be given (float, int or choice)", values.get("type"), "type" in values)

@@ -88,21 +88,6 @@ def paired_gain(differences: Sequence[float]) -> Gain | None:
     return Gain(mean=average, stderr=stderr, t=t, p=t_test_p(t, len(differences) - 1))
 
 
-def drop_stderr(lost: int, gained: int, num_images: int) -> float:
-    """Return the standard error of a drop in top-1, paired by image, in percentage points.
-
-    The drop is the mean over n images of teacher_correct - student_correct, which is 1 on the b lost ones, -1 on the c
-    gained ones and 0 elsewhere: 100 sqrt((b + c) - (b - c)^2 / n) / n. For example b = 60, c = 20, n = 1,000: a drop of
-    4.00 +- 0.885, where two unpaired accuracies near 90 % would give 1.3.
-
-    Args:
-        lost: Images that only the teacher has right.
-        gained: Images that only the student has right.
-        num_images: All images, >= 1.
-    """
-    return 100 * math.sqrt(lost + gained - (lost - gained) ** 2 / num_images) / num_images
-
-
 def pooled_stderr(first: tuple[float, int], second: tuple[float, int]) -> float | None:
     """Return the standard error of the difference of two means over seeds, with a pooled variance.
 

@@ -14,6 +14,7 @@ SECTIONS = {
     },
     "quantize it": {
         "train": ("synq.train", "one run: synthesize images, train the low-bit student, evaluate it"),
+        "evaluate": ("synq.commands.evaluate", "a finished student on other labeled images, nothing trained"),
         "synthesize": ("synq.commands.synthesize", "only the synthetic images of a run"),
         "mixed-precision": ("synq.commands.mixed_precision", "bits of single layers under a size and BitOps budget"),
         "export": ("synq.commands.export", "ONNX, packed weights and torch.export of a finished run, verified"),

@@ -14,17 +14,20 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from synq.common.files import check_writable
-from synq.config.run import RunConfig, make_absolute
+from synq.common.notices import print_notice
+from synq.config.run import RunConfig, make_absolute, with_overrides
 from synq.evaluation.measure import Measure
 from synq.finetune.loop import Epoch, finetune
 from synq.finetune.networks import aligned_blocks, prepare_networks
 from synq.finetune.responses import TappedNetwork
 from synq.finetune.schedule import local_batch_size
 from synq.quant.student import Student, build_student, share_changed, weight_codes
+from synq.runs.forecast import forecast, forecast_line
 from synq.runs.lifecycle import StageTimer, blank_record, complete_record, failure_recorded, finished_record, save
 from synq.runs.record import RunRecord, run_folder, write_config
+from synq.runs.reuse import finished_student, take_student
 from synq.runs.tracking import RunLog
-from synq.runtime import check_compilable, dtype_of, make_accelerator
+from synq.runtime import check_compilable, dtype_of, exists_on_main, make_accelerator
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.run_sets import check_space, ensure_sets, low_pass
 from synq.teacher.pixel_range import PixelRange
@@ -40,6 +43,9 @@ def run(
     teacher: Teacher | None = None,
 ) -> RunRecord:
     """Run all stages, or resume an interrupted run; return the record of a completed run unchanged.
+
+    The student of a completed run in `<output_dir>` that differs in `evaluation` only is not trained again: it is
+    loaded and measured, unless every epoch is to be measured.
 
     Writes to `<output_dir>/<name>-<digest>/`: `config.json`, `prepared.pt` (the calibrated student, if more was done
     than rounding to nearest), `checkpoint.pt` (last finished epoch), `student.safetensors`, and last `record.json`.
@@ -73,17 +79,20 @@ def run(
         check_writable(folder)
         check_space(folder, config, teacher, accelerator)
         log.start()
+        trained = _trained_before(config, teacher, student, measure, accelerator) if on_epoch is None else None
 
         with timer("synthesis"):
             train_set, heldout = ensure_sets(config, teacher, accelerator)
         measure.hold_out(heldout.images)
+        trained = trained if _is_of(trained, train_set, accelerator) else None
+        source = folder if trained is None else trained[0]
         identity = f"{teacher.digest} {train_set.digest}"
 
         with timer("quantize"):
             pixels = teacher.pixel_range()
             images = low_pass(train_set.images, config, folder, pixel_range=pixels).to(dtype_of(config.runtime))
             teacher_net, student_net, rounding = prepare_networks(
-                config, teacher, student, images, accelerator, prepared=folder / "prepared.pt", identity=identity
+                config, teacher, student, images, accelerator, prepared=source / "prepared.pt", identity=identity
             )
         with timer("measure"):
             reference, rounded = measure(teacher.graph), measure(student.net)
@@ -96,20 +105,15 @@ def run(
         if accelerator.is_main_process:
             write_config(folder / "config.json", config)
 
-        with failure_recorded(folder, record, accelerator):
-            after_epoch = _epoch_callback(config, measure, student, log, on_epoch)
-            history = _finetune(
-                config,
-                student_net,
-                teacher_net,
-                images,
-                train_set,
-                pixels,
-                accelerator,
-                identity,
-                after_epoch,
-                on_checkpoint,
-            )
+        if trained is None:
+            calls = _epoch_callback(config, measure, student, log, on_epoch), on_checkpoint
+            with failure_recorded(folder, record, accelerator):
+                history = _finetune(
+                    config, student_net, teacher_net, images, train_set, pixels, accelerator, identity, *calls
+                )
+        else:
+            record = replace(record, student_of=source.name)
+            history = take_student(source, trained[1], student.net, accelerator)
         timer.seconds["finetune"] = sum(epoch["seconds"] for epoch in history)
 
         with timer("measure"):
@@ -120,6 +124,30 @@ def run(
         log.end(record)
         accelerator.wait_for_everyone()
         return record
+
+
+def _trained_before(
+    config: RunConfig, teacher: Teacher, student: Student, measure: Measure, accelerator: Accelerator
+) -> tuple[Path, RunRecord] | None:
+    """Return folder and record of a completed run with the same student, if any, and log the forecast of this run."""
+    resumes = exists_on_main(run_folder(config) / "checkpoint.pt")
+    found = None if resumes or config.evaluation.every_epoch else finished_student(config, teacher.digest, accelerator)
+    if config.runtime.progress and accelerator.is_main_process and not resumes:
+        rest = config if found is None else with_overrides(config, {"finetune.epochs": 0})
+        number = len(measure.reported) + len(measure.chosen)
+        print_notice(forecast_line(config, forecast(rest, teacher, student, number, accelerator)))
+    return found
+
+
+def _is_of(found: tuple[Path, RunRecord] | None, train_set: SyntheticSet, accelerator: Accelerator) -> bool:
+    """Return whether a finished student was trained on these images; log that it is not trained again."""
+    if found is None or found[1].set_digest != train_set.digest:
+        return False
+    if accelerator.is_main_process:
+        print_notice(
+            f"the student of {found[0]}, which differs in its evaluation only, is measured and not trained again"
+        )
+    return True
 
 
 def check(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple[Teacher, Measure]:

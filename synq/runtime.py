@@ -16,6 +16,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from synq.common.allocator import keep_buffers
 from synq.config.run import RunConfig, RuntimeConfig
 from synq.network.cam_site import CamSite
 from synq.quant.layers import quantizers_bypassed
@@ -44,6 +45,7 @@ def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
             or several processes were started but did not join.
     """
     check_tracker(runtime.tracker)
+    keep_buffers()
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
     if runtime.device == "cuda" and not torch.cuda.is_available():

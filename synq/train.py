@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: RunConfig, accelerator: "Accelerator") -> tuple[list[str], list[str]]:
+    from synq.common.notices import was_printed
     from synq.pipeline import run
     from synq.runs.record import run_folder, summary_line
 
@@ -65,7 +66,8 @@ def _run(config: RunConfig, accelerator: "Accelerator") -> tuple[list[str], list
     before = file.stat().st_mtime_ns if file.exists() else None
     record = run(config, accelerator=accelerator)
     done = "finished before, nothing to do: " if before == file.stat().st_mtime_ns else ""
-    return [summary_line(record)], [*(f"warning: {text}" for text in record.warnings), f"{done}{file.parent}"]
+    notes = [f"warning: {text}" for text in record.warnings]
+    return [summary_line(record)], [*(note for note in notes if not was_printed(note)), f"{done}{file.parent}"]
 
 
 def on_every_process(config: RunConfig, work: Callable[["Accelerator"], tuple[list[str], list[str]]]) -> int:

@@ -12,8 +12,10 @@ from typing import Any
 import synq
 from synq.common.environment import environment
 from synq.common.files import write_text_atomic
+from synq.common.text_tables import plural
 
 from ..search_config import SearchConfig
+from .local_ray import start_local_ray
 
 ROOT = Path(synq.__file__).resolve().parent.parent
 """Parent folder of the package `synq`: a checkout, or site-packages."""
@@ -71,6 +73,10 @@ class Capacity:
     note: str = ""
     """Hint for the user, for example about unused GPUs; "" for none."""
 
+    def concurrent(self, search: SearchConfig) -> int:
+        """Return the number of concurrent trials of a sweep: what fits, or less if the sweep limits it."""
+        return min(self.trials, search.max_concurrent or self.trials)
+
 
 @contextmanager
 def cluster(search: SearchConfig) -> Iterator[Capacity]:
@@ -102,14 +108,27 @@ def cluster(search: SearchConfig) -> Iterator[Capacity]:
         except (ConnectionError, ValueError) as error:
             raise ValueError(f"`RAY_ADDRESS` must name a running Ray cluster, but got {address!r}: {error}") from None
     else:
-        try:
-            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-        except Exception as error:  # Ray raises a bare Exception if its processes do not start
-            raise OSError(f"Ray must start on this machine, but it did not: {error}") from error
+        # A trial that does not fit is rejected at once, not after the half minute that Ray may take to start.
+        capacity(search, [this_machine(with_gpus=search.gpus_per_worker > 0)])
+        start_local_ray(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
     try:
         yield capacity(search)
     finally:
         ray.shutdown()
+
+
+def this_machine(*, with_gpus: bool = True) -> dict[str, float]:
+    """Return the CPUs and GPUs of this machine under Ray's names, without starting Ray.
+
+    Args:
+        with_gpus: Whether to count GPUs, which imports torch.
+    """
+    gpus = 0
+    if with_gpus:
+        import torch
+
+        gpus = torch.cuda.device_count()
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus)}
 
 
 def _check_reachable(address: str) -> None:
@@ -191,6 +210,12 @@ def capacity(search: SearchConfig, nodes: Sequence[Mapping[str, float]] | None =
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus, workers = search.cpus_per_worker, search.gpus_per_worker, search.workers_per_trial
     most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in ("CPU", "GPU")}
+    total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+    if gpus and not total["GPU"]:
+        here = f"{plural(len(nodes), 'node')}, {plural(total['CPU'], 'CPU')}"
+        raise ValueError(
+            f"`gpus_per_worker` must be left out or 0, because no GPU is in this cluster ({here}), but got {gpus:g}"
+        )
     for name, need in (("CPU", cpus), ("GPU", gpus)):
         if need > most[name]:
             raise ValueError(
@@ -207,12 +232,10 @@ def capacity(search: SearchConfig, nodes: Sequence[Mapping[str, float]] | None =
             f"`workers_per_trial` must be at most {slots} (the cluster's capacity for workers of {cpus:g} CPUs and "
             f"{gpus:g} GPUs), but got {workers}"
         )
-    total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
-    machines = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}"
     unused = gpus == 0 and total["GPU"] > 0
     return Capacity(
         trials=slots // workers,
-        summary=f"{machines}, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs",
+        summary=f"{plural(len(nodes), 'node')}, {plural(total['CPU'], 'CPU')}, {plural(total['GPU'], 'GPU')}",
         note="GPUs are present but unused: --gpus-per-worker 1 gives each worker one" if unused else "",
     )
 

@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass, replace
 
 from synq import pipeline
+from synq.common.text_tables import duration, plural
 from synq.config.run import RunConfig, with_overrides
 from synq.evaluation.measure import forget_teachers
 from synq.runs.record import RunRecord
@@ -25,13 +26,15 @@ from ..spec import Group, SweepSpec, run_config
 from ..state.ledger import settled_budget
 from ..state.plans import read_sweep_file
 from ..storage.object_store import open_storage
-from .cluster import Capacity, capacity, cluster
+from .cluster import Capacity, capacity, cluster, this_machine
 from .tuner import sets_needed
 
 WARM_UP, CLOSER = (16, 2), (128, 16)
-"""(images, synthesis iterations) of the measured runs: the first, and a second one if the first was quick."""
+"""(images, synthesis iterations) of the small runs: the first only warms up, the second is measured if it was quick."""
 QUICK_SECONDS = 8.0
-"""Seconds of the first measured run below which the second follows."""
+"""Seconds of the first run below which a larger one is measured; from there on it is repeated."""
+SLOW_SECONDS = 90.0
+"""Seconds of the first run from which it is not repeated: warm-up is then a small part of it."""
 WIDE_START_SECONDS = 25.0
 """Approximate seconds until the workers of a trial with several workers have started."""
 
@@ -62,10 +65,10 @@ def print_preview(spec: SweepSpec) -> None:
     has_records = not spec.address and any((spec.output_dir / "records").glob("*.json"))
     records = load_records([spec.output_dir]) if has_records else []
     available = _capacity(spec)
-    print(f"{available.summary}; a trial takes {_resources(spec)}; at most {available.trials} at a time")
+    slots = available.concurrent(search)
+    print(f"{available.summary}; a trial takes {_resources(spec)}; at most {plural(slots, 'trial')} at a time")
     if available.note:
         print(available.note)
-    slots = min(available.trials, search.max_concurrent or available.trials)
 
     costs = {group.key: _cost(spec, group, records) for group in spec.groups}
     print("\ntrials")
@@ -73,7 +76,7 @@ def print_preview(spec: SweepSpec) -> None:
         first = _first(spec, group)
         print(
             f"  {group.key}: {search.trials} by {search.sampler} ({first}), {_early(spec, group)}, about "
-            f"{_clock(costs[group.key].trial)} each"
+            f"{duration(costs[group.key].trial)} each"
         )
     print(f"  space: {', '.join(dimension.name for dimension in spec.dimensions) or 'none'}")
     reruns = _reruns(spec)
@@ -92,7 +95,7 @@ def print_preview(spec: SweepSpec) -> None:
         missing = [name for name in names if not store.is_complete(name) and not _is_sent(spec, name)]
         seconds = costs[group.key].synthesis * len(missing) / len(names)
         sets += seconds
-        state = "there already" if not missing else f"to be made, about {_clock(seconds)} on one worker"
+        state = "there already" if not missing else f"to be made, about {duration(seconds)} on one worker"
         images = f"{config.synthesis.num_images} + {config.evaluation.heldout_images} held-out images"
         work = f"{images} x {config.synthesis.iterations} iterations"
         print(f"  {group.model} data_seed {config.data_seed}: {work}, {state}")
@@ -101,7 +104,7 @@ def print_preview(spec: SweepSpec) -> None:
     trials = statistics.fmean(cost.trial for cost in costs.values()) * left / max(1, min(slots, left))
     concurrent_sets = min(len(sets_needed(spec)), slots * search.workers_per_trial)
     sources = ", ".join(sorted({cost.source for cost in costs.values()}))
-    print(f"\nabout {_clock(sets / concurrent_sets + trials)} in all, if no trial is stopped early ({sources})")
+    print(f"\nabout {duration(sets / concurrent_sets + trials)} in all, if no trial is stopped early ({sources})")
 
 
 def _capacity(spec: SweepSpec) -> Capacity:
@@ -109,10 +112,7 @@ def _capacity(spec: SweepSpec) -> Capacity:
     if os.environ.get("RAY_ADDRESS"):
         with cluster(spec.search) as found:
             return found
-    import torch
-
-    here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-    return capacity(spec.search, [here])
+    return capacity(spec.search, [this_machine()])
 
 
 def _is_sent(spec: SweepSpec, name: str) -> bool:
@@ -156,8 +156,11 @@ def _cost(spec: SweepSpec, group: Group, records: list[RunRecord]) -> Cost:
     config = run_config(spec, group, {})
     teacher, measure = pipeline.check(config)
     size, seconds = WARM_UP, _measured(config, WARM_UP)
-    if sum(seconds.values()) < QUICK_SECONDS:  # mostly warm-up: measure a larger run
-        size, seconds = CLOSER, _measured(config, CLOSER)
+    # A first run also loads libraries, starts threads and compiles kernels: some seconds, which every real run does
+    # once and which must not be scaled by its images.
+    if sum(seconds.values()) < SLOW_SECONDS:
+        size = CLOSER if sum(seconds.values()) < QUICK_SECONDS else WARM_UP
+        seconds = _measured(config, size)
     images, iterations = _size(config, size)
     centers = config.synthesis.center_iterations if config.synthesis.calib_centers else 0
     all_images = config.synthesis.num_images + config.evaluation.heldout_images
@@ -208,10 +211,3 @@ def _measured(config: RunConfig, most: tuple[int, int]) -> dict[str, float]:
         }
         forget_teachers()  # a run in a new worker computes the teacher's logits, too
         return pipeline.run(with_overrides(config, changes)).seconds
-
-
-def _clock(seconds: float) -> str:
-    """Return a duration as readable text: 45 s, 12 min, 3.2 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -14,6 +14,7 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
+from synq.common.text_tables import plural
 from synq.config.run import RunConfig
 
 from ..reports import PAGE
@@ -73,8 +74,8 @@ def _run(spec: SweepSpec, ledger: Ledger) -> int:
                 with cluster(spec.search) as capacity, _interruptible():  # Ray sets a handler, too
                     if capacity.note:
                         progress.log(capacity.note)
-                    progress.log(f"{capacity.summary}; at most {capacity.trials} trials at a time")
-                    progress.slots = min(capacity.trials, spec.search.max_concurrent or capacity.trials)
+                    progress.slots = capacity.concurrent(spec.search)
+                    progress.log(f"{capacity.summary}; at most {plural(progress.slots, 'trial')} at a time")
                     if not spec.address:
                         check_shared(spec.output_dir)
                     _check_groups(spec, ledger)
@@ -231,6 +232,8 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
         model, seed = ledger.teachers[group.key]["name"], config.data_seed
         what = f"ready after {time.monotonic() - started:.0f} s" if reply["made"] else "there already"
         progress.log(f"synthetic set of {model}, seed {seed}: {config.synthesis.num_images} images, {what}")
+        for text in reply["warnings"]:
+            progress.log(f"warning: {text}")
 
 
 def _made(

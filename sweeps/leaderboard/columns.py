@@ -248,9 +248,11 @@ RECIPE_TABLE = (
     *_shared("teacher_top1", "top1_mean", "top1_std"), _DROP,
     Column("drop_stderr", "standard error of the drop, paired on the same images", unit="points"),
     *_shared("num_eval"),
-    Column("seconds_mean", "duration of one run, its synthetic images included", short="seconds", unit="s"),
+    Column("seconds_mean", "duration of one run without its synthetic images", short="seconds", unit="s"),
     *_shared("commit", "device"),
     Column("source", "measured, or the publication"),
+    Column("set_seconds_mean", "duration of making its synthetic images, in this run or in an earlier one",
+        short="synthesis seconds", unit="s"),
 )  # fmt: skip
 """recipe.csv."""
 

@@ -25,6 +25,8 @@ from synq.runs.record import DEPLOYED, RunRecord
 from ..stats import mean, std
 from .columns import LEADERBOARD_COLUMNS, RUN_COLUMNS, SETTINGS, TRIAL_COLUMNS, setting_cells
 
+RANK_COLUMNS = ("rank", "best", "pareto_size", "pareto_bitops")
+"""Columns of the leaderboard that depend on its other rows."""
 PLACED = LEADERBOARD_COLUMNS.index("best")
 """Index of the first of three columns that depend on the other rows."""
 PER_RUN = ("name", "finetune", "seed", "data_seed")
@@ -154,12 +156,13 @@ def read_run(record: RunRecord, source: str = "") -> Run:
         ValueError: The configuration is damaged.
     """
     config, setting = read_setting(record.config, source or f"record {record.name}")
-    row: Row = {column: getattr(record, column, None) for column in TRIAL_COLUMNS}
+    cells: Row = {column: getattr(record, column) for column in TRIAL_COLUMNS if hasattr(record, column)}
     trained = bool(record.config.get("finetune"))
-    row |= setting_cells(config.finetune, record.teacher.get("input_size")) if trained else dict.fromkeys(SETTINGS)
+    cells |= setting_cells(config.finetune, record.teacher.get("input_size")) if trained else dict.fromkeys(SETTINGS)
     versions = " ".join(f"{name}={version}" for name, version in sorted(record.versions.items()))
-    row |= {"trial": record.name, "seconds": record.total_seconds, "versions": versions}
-    row |= {column: record.deployment.get(column) for column in DEPLOYED}
+    cells |= {"trial": record.name, "seconds": record.total_seconds, "versions": versions}
+    cells |= {column: record.deployment.get(column) for column in DEPLOYED}
+    row = {column: cells[column] for column in TRIAL_COLUMNS}  # a KeyError for a column that nothing fills
     ranking, line = _ranking(record, config), csv_line(row.values())
     sort_key = (ranking.order()[:9], record.name, record.config_digest, record.started, line)
     return Run(ranking, setting, row, line, sort_key)
@@ -258,10 +261,10 @@ def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int) -> Standin
     for run in sorted(runs, key=lambda run: (run.seeds, run.row["started"], run.row["host"], repr(run.row))):
         by_seed.setdefault(run.seeds, run.row)  # a duplicate run (of merged sweeps) counts once
     kept = list(by_seed.values())
-    row: Row = {column: kept[0].get(column) for column in LEADERBOARD_COLUMNS}
-    row |= {column: mean(run[column] for run in kept) for column in MEANS}
-    row |= {column: "; ".join(sorted({run[column] for run in kept})) for column in COLLECTED}
-    row |= {
+    cells: Row = {**kept[0], **dict.fromkeys(RANK_COLUMNS)}
+    cells |= {column: mean(run[column] for run in kept) for column in MEANS}
+    cells |= {column: "; ".join(sorted({run[column] for run in kept})) for column in COLLECTED}
+    cells |= {
         "top1_mean": mean(run["top1"] for run in kept),
         "top1_std": std(run["top1"] for run in kept),
         "num_seeds": len(kept),
@@ -273,4 +276,5 @@ def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int) -> Standin
         "teacher_digest": ranking.teacher_digest[:16],
         "fidelity_measure": ranking.fidelity_measure,
     }
+    row = {column: cells[column] for column in LEADERBOARD_COLUMNS}  # a KeyError for a column that nothing fills
     return Standing(ranking, row, std(run["objective_value"] for run in kept))

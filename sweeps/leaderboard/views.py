@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from synq.common.text_tables import Row, cell, plain
-from synq.config.parsing import nearest
+from synq.config.nearest import key_hint, nearest
 from synq.config.quant import protocol_label
 
 from .columns import COMPARE_COLUMNS, LEADERBOARD_COLUMNS, SETTINGS, TEXT_COLUMNS
@@ -87,7 +87,7 @@ def check_column(name: str, column: str) -> str:
         ValueError: There is no such column; the message names the most similar one.
     """
     if column not in LEADERBOARD_COLUMNS:
-        hint = nearest(column, LEADERBOARD_COLUMNS)
+        hint = key_hint(column, LEADERBOARD_COLUMNS)
         raise ValueError(f"`{name}` must name columns of leaderboard.csv, but got {column!r}{hint}")
     return column
 

@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from synq.common.statistics import drop_text
 from synq.common.text_tables import Row
 from synq.config.quant import first_last_label
 from synq.runs.record import RunRecord, run_protocol
+from synq.runs.tuning_effect import effect_sentence
 
 from ..leaderboard.columns import setting_text
 from ..leaderboard.ranking import Standing
-from ..stats import drop_stderr
 from .sweep_view import SweepView
+
+OF = ("a drop of", "a gain of")
+"""Nouns of `drop_text` in a sentence."""
 
 
 def run_label(record: RunRecord) -> str:
@@ -29,14 +33,12 @@ def run_verdict(record: RunRecord) -> list[str]:
         return [f"The run {outcome}: {record.reason or 'no reason is recorded'}."]
     lines = []
     if record.top1 is not None and record.teacher_top1 is not None and record.num_eval:
-        error = None
-        if record.lost is not None and record.gained is not None:
-            error = drop_stderr(record.lost, record.gained, record.num_eval)
+        error, drop = record.drop_stderr, record.teacher_top1 - record.top1
         spread = "" if error is None else f" ± {error:.2f} (standard error, paired by image)"
         before = "" if record.rtn_top1 is None else f" Before fine-tuning it was {record.rtn_top1:.2f} %."
         lines.append(
             f"Top-1 {record.top1:.2f} % on {record.num_eval} labeled images; the teacher has "
-            f"{record.teacher_top1:.2f} %: a drop of {record.drop:.2f} percentage points{spread}.{before}"
+            f"{record.teacher_top1:.2f} %: {drop_text(drop, nouns=OF)} percentage points{spread}.{before}"
         )
     else:
         agreement = record.fidelity.get("agreement")
@@ -44,14 +46,8 @@ def run_verdict(record: RunRecord) -> list[str]:
         if agreement is not None:
             fidelity = f" Student and teacher agree on {agreement:.1f} % of the held-out synthetic images."
         lines.append(f"No labeled images were given, so the accuracy is unknown.{fidelity}")
-    kl, before_kl = record.fidelity.get("kl"), record.rtn_fidelity.get("kl")
-    if kl is not None and before_kl is not None:
-        change = "reduced" if kl < before_kl else "increased" if kl > before_kl else "did not change"
-        lines.append(
-            f"Fine-tuning {change} the KL to the teacher on held-out synthetic images: {before_kl:.4g} before, "
-            f"{kl:.4g} after."
-        )
-    return lines + [f"Note: {text}" for text in record.warnings]
+    effect = effect_sentence(record)
+    return lines + ([effect] if effect else []) + [f"Note: {text}" for text in record.warnings]
 
 
 def run_facts(record: RunRecord) -> list[tuple[str, str]]:
@@ -112,8 +108,8 @@ def sweep_verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
         spread = "" if row["top1_std"] is None else f" ± {row['top1_std']:.2f}"
         seeds = f"{row['num_seeds']} seed{'' if row['num_seeds'] == 1 else 's'}"
         lines.append(
-            f"{label(standing)}: top-1 {row['top1_mean']:.2f}{spread} ({seeds}, {row['num_eval']} images), a drop of "
-            f"{row['drop']:.2f} from the teacher's {row['teacher_top1']:.2f}; {_before(row)}."
+            f"{label(standing)}: top-1 {row['top1_mean']:.2f}{spread} ({seeds}, {row['num_eval']} images), "
+            f"{drop_text(row['drop'], nouns=OF)} from the teacher's {row['teacher_top1']:.2f}; {_before(row)}."
         )
     if not lines:
         lines.append("No trial is completed yet.")

@@ -27,7 +27,6 @@ from synq.config.run import (
     RunConfig,
     SynthesisConfig,
     TeacherConfig,
-    config_digest,
     load_config,
     parse_bits,
     with_overrides,
@@ -35,7 +34,7 @@ from synq.config.run import (
 from synq.runs.record import RunRecord
 
 from ..leaderboard.columns import RECIPE_TABLE, headings, keys
-from ..stats import drop_stderr, mean, pooled_stderr, std
+from ..stats import mean, pooled_stderr, std
 from .ablation import format_value
 from .settings_file import check_rows, check_seeds, read_part, read_settings
 
@@ -49,12 +48,12 @@ ROWS: dict[str, Mapping[str, Any]] = {
 """Rows that are runs, and their overrides over the recipe."""
 SHOWN = (
     "row", "protocol", "act_points", "bits", "num_seeds", "teacher_top1", "top1_mean", "drop_mean", "seconds_mean",
-    "source",
+    "set_seconds_mean", "source",
 )  # fmt: skip
 """Columns of recipe.md; standard deviations and errors are in the cells of what they belong to."""
 NOTE = """\
 top-1: mean ± standard deviation over the seeds. Drop: teacher minus student, ± its standard error, paired on the same
-images. Seconds of one run, its synthetic images included.
+images. Seconds of one run without its synthetic images, and of making these, in this run or in an earlier one.
 """
 TOLERANCE = 3
 """A measurement agrees with the expected result within so many standard errors."""
@@ -206,13 +205,10 @@ def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] | None = Non
 def table(records: Mapping[Cell, RunRecord], published: Published | None = None) -> list[dict[str, Any]]:
     """Return one line per row, in the order given after ptq, and the published result last.
 
-    drop_stderr is the mean of the seeds' standard errors (`stats.drop_stderr`), an upper bound of that of the mean
-    drop: the seeds share their images, so more seeds do not make it smaller. seconds_mean includes the synthesis of a
-    set in every row that uses it, whichever run made it; a set that existed before costs nothing.
+    drop_stderr is the mean of the seeds' standard errors (`RunRecord.drop_stderr`), an upper bound of that of the mean
+    drop: the seeds share their images, so more seeds do not make it smaller. seconds_mean leaves out the synthetic
+    sets, of which a run makes only those that the store lacks; set_seconds_mean is what making them took.
     """
-    made: dict[str, float] = {}
-    for record in records.values():
-        made[record.set_digest] = max(made.get(record.set_digest, 0.0), record.seconds.get("synthesis", 0.0))
     lines: list[dict[str, Any]] = []
     before = {
         (PTQ, seed): _before_finetuning(r) for (row, seed), r in records.items() if row == RECIPE and r.loss_history
@@ -234,9 +230,10 @@ def table(records: Mapping[Cell, RunRecord], published: Published | None = None)
                 "top1_mean": mean(r.top1 for r in runs.values()),
                 "top1_std": std(r.top1 for r in runs.values()),
                 "drop_mean": mean(r.drop for r in runs.values()),
-                "drop_stderr": mean(_drop_stderr(r) for r in runs.values()),
+                "drop_stderr": mean(r.drop_stderr for r in runs.values()),
                 "num_eval": first.num_eval,
-                "seconds_mean": mean(_seconds(r, made[r.set_digest]) for r in runs.values()),
+                "seconds_mean": mean(r.seconds_without_sets for r in runs.values()),
+                "set_seconds_mean": mean(r.set_seconds for r in runs.values()),
                 "commit": "; ".join(sorted({r.commit for r in runs.values()})),
                 "device": "; ".join(sorted({r.device for r in runs.values()})),
                 "source": "measured",
@@ -264,18 +261,6 @@ def _before_finetuning(record: RunRecord) -> RunRecord:
     )
 
 
-def _drop_stderr(record: RunRecord) -> float | None:
-    if record.lost is None or record.gained is None or not record.num_eval:
-        return None
-    return drop_stderr(record.lost, record.gained, record.num_eval)
-
-
-def _seconds(record: RunRecord, synthesis: float) -> float | None:
-    if record.total_seconds is None:
-        return None
-    return record.total_seconds - record.seconds.get("synthesis", 0.0) + synthesis
-
-
 def compare(expected: Expected, records: Mapping[Cell, RunRecord], same_settings: bool = True) -> str:
     """Return one line that compares the recipe's row with its expected result.
 
@@ -288,31 +273,31 @@ def compare(expected: Expected, records: Mapping[Cell, RunRecord], same_settings
         same_settings: Whether the runs use the file's settings unchanged.
     """
     runs = [record for (row, _), record in records.items() if row == RECIPE]
-    head = (
-        f"expected {format_value(expected.top1, spread=expected.std)} (commit {expected.commit}, {expected.hardware})"
-    )
+    where = f"commit {expected.commit}, {expected.hardware}"
+    head = f"expected {format_value(expected.top1, spread=expected.std)} ({where})"
     top1 = mean(record.top1 for record in runs)
     if top1 is None:
         return f"{head}, not measured"
     spread = std(record.top1 for record in runs)
-    text = f"{head}, measured {format_value(top1, spread=spread)}"
+    measured = f"measured {format_value(top1, spread=spread)}"
     images, teacher = runs[0].num_eval, runs[0].teacher_top1
-    if not same_settings:
-        return f"{text}: not compared, the settings were changed"
-    if images != expected.images:
-        return f"{text}: not compared, on {images} images and not on {expected.images}"
-    if teacher is None or abs(teacher - expected.teacher_top1) > ROUNDING + 1e-9:
-        return f"{text}: not compared, the teacher has {format_value(teacher)} and not {expected.teacher_top1:.2f}"
     stderr = pooled_stderr((expected.std, len(expected.seeds)), (spread or 0.0, len(runs)))
-    if stderr is None:
-        return f"{text}: not compared, one seed each has no standard error"
+    reasons = (
+        (same_settings, "the settings were changed"),
+        (images == expected.images, f"it is on {images} images and not on {expected.images}"),
+        (
+            teacher is not None and abs(teacher - expected.teacher_top1) <= ROUNDING + 1e-9,
+            f"the teacher has {format_value(teacher)} and not {expected.teacher_top1:.2f}",
+        ),
+        (stderr is not None, "one seed each has no standard error"),
+    )
+    for holds, reason in reasons:
+        if not holds:
+            return f"{measured}; not comparable with the {head} of the file, because {reason}"
+    assert stderr is not None
     within = abs(top1 - expected.top1) <= TOLERANCE * stderr + ROUNDING
-    return f"{text}: {'within' if within else 'OUTSIDE'} {TOLERANCE} standard errors ({TOLERANCE * stderr:.2f})"
-
-
-def same_result(first: RunConfig, second: RunConfig) -> bool:
-    """Return whether two runs differ in their seeds only."""
-    return config_digest(first, with_seeds=False) == config_digest(second, with_seeds=False)
+    verdict = f"{'within' if within else 'OUTSIDE'} {TOLERANCE} standard errors"
+    return f"{head}, {measured}: {verdict} ({TOLERANCE * stderr:.2f})"
 
 
 def markdown(lines: Sequence[Mapping[str, Any]], comparison: str = "") -> str:
@@ -327,6 +312,7 @@ def markdown(lines: Sequence[Mapping[str, Any]], comparison: str = "") -> str:
             "top1_mean": format_value(line["top1_mean"], spread=line["top1_std"]),
             "drop_mean": format_value(line["drop_mean"], spread=line["drop_stderr"]),
             "seconds_mean": format_value(line["seconds_mean"], 0),
+            "set_seconds_mean": format_value(line["set_seconds_mean"], 0),
         }
         for line in lines
     ]

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from synq.config.file_kinds import read_as
-from synq.config.parsing import config_from_dict, dotted_keys, nearest, require
+from synq.config.nearest import nearest, unknown_key
+from synq.config.parsing import config_from_dict, dotted_keys, require
 from synq.config.run import load_config, parse_bits
 
 T = TypeVar("T")
@@ -63,8 +64,8 @@ def read_part(cls: type[T], table: Any, name: str, source: str) -> T:
     require(name, "be a table of keys", table, isinstance(table, Mapping))
     for key in table:
         if key not in dotted_keys(cls):
-            hint = nearest(f"{name}.{key}", [f"{name}.{known}" for known in dotted_keys(cls)])
-            raise ValueError(f"{source}: `{name}.{key}` must be a known key, but got an unknown one{hint}")
+            known = [f"{name}.{field}" for field in dotted_keys(cls)]
+            raise ValueError(f"{source}: {unknown_key(f'{name}.{key}', f'{name}.{key}', known)}")
     for key in dotted_keys(cls):
         if key not in table:
             raise ValueError(f"{source}: `{name}.{key}` must be given in a table [{name}], but is missing")

@@ -26,7 +26,7 @@ from synq.common.environment import environment
 from synq.config.run import RunConfig
 from synq.finetune.loop import NonFiniteLossError
 from synq.runs.record import RunRecord, run_folder
-from synq.synthesis.run_sets import set_names, set_store
+from synq.synthesis.run_sets import set_names, set_store, set_warnings
 
 from ..state.plans import unfinished_record
 from ..state.trial_task import TrialTask
@@ -115,10 +115,11 @@ def make_sets(config: RunConfig, folder: str, address: str) -> dict[str, Any]:
         address: The sweep's address in an object store, or "".
 
     Returns:
-        A dict with sets (their names in the store) and made (number of new ones), or with error, a message for the
-        user.
+        A dict with sets (their names in the store), made (number of new ones) and warnings about those, or with error,
+        a message for the user.
     """
     _fresh_process()
+    warnings: list[str] = []
     try:
         workspace = Workspace(folder, address)
         config = workspace.localize(config)
@@ -126,11 +127,11 @@ def make_sets(config: RunConfig, folder: str, address: str) -> dict[str, Any]:
         workspace.fetch_sets(names)
         missing = [name for name in names if not set_store(config).is_complete(name)]
         if missing:
-            pipeline.prepare(config)
+            warnings = set_warnings(config.synthesis, *pipeline.prepare(config))
         workspace.keep_sets(names)
     except (ValueError, OSError, ImportError) as error:
         return _as_reply(error)
-    return {"sets": names, "made": len(missing)}
+    return {"sets": names, "made": len(missing), "warnings": warnings}
 
 
 def _as_reply(error: Exception) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def command(
     from synq.sweeps.studies.ablation import AblationSpec, load_ablation, markdown, plan, table, write_tables
     from synq.sweeps.studies.pool import run_all
     from synq.sweeps.studies.settings_file import check_overrides
+    from synq.sweeps.studies.study_folder import tables_folder, with_finished
 
     if spec is not None and config is not None:
         raise ValueError(f"`config` must be left out where SPEC is given, but got {config!r}")
@@ -68,15 +69,19 @@ def command(
     else:
         run = load_run(config) if config else RunConfig()
         study = AblationSpec(name=run.name, bits=("W4A4", "W3A3"), seeds=(0, 1, 2), base=run)
-    study = replace(study, base=make_absolute(with_overrides(study.base, overrides)))
-    folder = Path(study.base.runtime.output_dir) / (study.base.name if spec is not None else "")
+    written = study.base
+    study = replace(study, base=make_absolute(with_overrides(written, overrides)))
     runs = plan(study.base, list(bits) or study.bits, list(seeds) or study.seeds, list(rows) or study.rows)
     records = run_all(
         runs,
         jobs,
         lambda cell, record: print(f"{cell[0]} seed {cell[2]} {cell[1]}: {summary_line(record)}", flush=True),
     )
-    lines = table({cell: records[cell] for cell in runs})
+    done = with_finished(runs, records, plan(study.base, study.bits, study.seeds, study.rows))
+    lines = table(done)
+    folder = Path(study.base.runtime.output_dir)
+    if spec is not None:
+        folder = tables_folder(study.base.name, written, study.base, next(iter(done.values())).model)
     write_tables(folder, lines)
     print(markdown(lines), end="")
     print(folder / "ablation.csv", flush=True)

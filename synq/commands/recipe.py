@@ -1,6 +1,5 @@
 """`synq recipe`: fixed settings on several seeds, compared with baselines."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -42,13 +41,16 @@ def command(spec: str, seeds: tuple[int, ...], rows: tuple[str, ...], jobs: int,
     """Run a recipe on its seeds and print a table with the baselines: round to nearest, noise images, low-bit inputs.
 
     Settings of `synq train` override those of the recipe, such as folders and device; if a setting changes the results,
-    they are not compared with the expected metrics of the file. Tables are written to <output_dir>/<name>. The same
-    command resumes a recipe that was stopped; finished runs are not repeated.
+    they are not compared with the expected metrics of the file. Tables of all finished runs of the recipe are written
+    to <output_dir>/<name>; another teacher, or other settings, have a separate folder, <name>-MODEL-DIGEST, and
+    another teacher no expected or published metrics. The same command resumes a recipe that was stopped; finished runs
+    are not repeated.
     """
     from synq.runs.record import summary_line
     from synq.sweeps.studies.pool import run_all
-    from synq.sweeps.studies.recipes import compare, load_recipe, markdown, plan, same_result, table, write_tables
+    from synq.sweeps.studies.recipes import compare, load_recipe, markdown, plan, table, write_tables
     from synq.sweeps.studies.settings_file import check_overrides
+    from synq.sweeps.studies.study_folder import same_result, same_teacher, tables_folder, with_finished
 
     recipe = load_recipe(spec)
     written = recipe.base()
@@ -57,12 +59,14 @@ def command(spec: str, seeds: tuple[int, ...], rows: tuple[str, ...], jobs: int,
     records = run_all(
         runs, jobs, lambda cell, record: print(f"{cell[0]} seed {cell[1]}: {summary_line(record)}", flush=True)
     )
-    records = {cell: records[cell] for cell in runs}
-    lines = table(records, recipe.published)
+    all_seeds = dict.fromkeys([*recipe.seeds, *seeds])
+    records = with_finished(runs, records, plan(base, list(all_seeds)))
+    its_own = same_teacher(written, base)  # other networks have no expectation in this file
+    lines = table(records, recipe.published if its_own else None)
     comparison = ""
-    if recipe.expected is not None:
+    if recipe.expected is not None and its_own:
         comparison = compare(recipe.expected, records, same_result(written, base))
-    folder = Path(base.runtime.output_dir) / base.name
+    folder = tables_folder(base.name, written, base, next(iter(records.values())).model)
     write_tables(folder, lines, comparison)
     print(markdown(lines, comparison), end="")
     print(folder / "recipe.csv", flush=True)

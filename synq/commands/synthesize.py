@@ -42,7 +42,7 @@ def command(config: RunConfig, npz: str | None) -> int:
 
     def work(accelerator: "Accelerator") -> tuple[list[str], list[str]]:
         from synq.pipeline import prepare
-        from synq.synthesis.generate import write_npz
+        from synq.synthesis.npz import write_npz
         from synq.teacher.teacher import load_teacher
 
         sets = prepare(config, accelerator=accelerator)

@@ -13,7 +13,25 @@ LOGGED_EVERY = 60.0
 """Seconds between two lines of a log; shorter work logs no line."""
 CURSOR_CODES = re.compile(r"\x1b\[[A-Z]|[\r\n]")
 """Control sequences that move the cursor of a terminal."""
-LOG_FORMAT = "synq: {desc}: {n:.0f} of {total}, {elapsed}, about {remaining} left{postfix}"
+LOG_FORMAT = "synq: {desc}: {n:.0f} of {total}, {elapsed}{left}{postfix}"
+
+
+class Bar(tqdm):
+    """A progress bar that never exceeds its total, and has `{left}` in its format: ", about 01:20 left", or "".
+
+    Fractions of units add up to slightly more than the total, for which tqdm prints a negative time ("-00:00").
+    """
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """Return the values of the format."""
+        values: dict[str, Any] = super().format_dict
+        total = values["total"]
+        if total is not None:
+            values["n"] = min(values["n"], total)
+        rate = values["rate"] or (values["n"] - values["initial"]) / (values["elapsed"] or 1.0)
+        seconds = (total - values["n"]) / rate if total is not None and rate > 0 else 0.0
+        return {**values, "left": f", about {self.format_interval(seconds)} left" if seconds >= 1 else ""}
 
 
 class _LineWriter:
@@ -30,14 +48,14 @@ class _LineWriter:
 
 
 def visible(is_shown: bool, **terminal: Any) -> dict[str, Any]:
-    """Return the keyword arguments of `tqdm` for a bar on a terminal and for log lines elsewhere.
+    """Return the keyword arguments of `Bar` for a bar on a terminal and for log lines elsewhere.
 
     Args:
         is_shown: Whether this process shows progress at all; False disables the bar.
         terminal: Further keyword arguments, used on a terminal only.
 
     Returns:
-        Keyword arguments of `tqdm`. Without a terminal the bar prints one line every `LOGGED_EVERY` seconds.
+        Keyword arguments of `Bar`. Without a terminal the bar prints one line every `LOGGED_EVERY` seconds.
     """
     if not is_shown or sys.stderr is None:
         return {"disable": True}
@@ -47,12 +65,12 @@ def visible(is_shown: bool, **terminal: Any) -> dict[str, Any]:
     return {"file": _LineWriter(), "bar_format": LOG_FORMAT, "leave": False, **often}
 
 
-def note(bar: tqdm, text: str) -> None:
+def note(bar: Bar, text: str) -> None:
     """Set the note after a progress bar: shown immediately on a terminal, with the next line in a log."""
     bar.set_postfix_str(text, refresh=not bar.disable and bar.mininterval < LOGGED_EVERY)
 
 
-def passing_bar(total: int, title: str, unit: str, *, is_shown: bool) -> tqdm:
+def passing_bar(total: int, title: str, unit: str, *, is_shown: bool) -> Bar:
     """Return a progress bar that appears after `APPEARS_AFTER` seconds and is cleared when it closes.
 
     Args:
@@ -61,4 +79,4 @@ def passing_bar(total: int, title: str, unit: str, *, is_shown: bool) -> tqdm:
         unit: Name of one unit.
         is_shown: Whether this process shows progress at all; see `visible`.
     """
-    return tqdm(total=total, desc=title, unit=unit, **visible(is_shown, delay=APPEARS_AFTER, leave=False))
+    return Bar(total=total, desc=title, unit=unit, **visible(is_shown, delay=APPEARS_AFTER, leave=False))

@@ -35,6 +35,23 @@ def plain(value: Any) -> str:
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:.8g}"
 
 
+def plural(number: float, noun: str) -> str:
+    """Return a number with its noun: "1 trial", "2 trials"."""
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as readable text: 45 s, 12 min, 3.2 h; a negative one, which only rounding gives, is 0 s."""
+    if seconds < 100:
+        return f"{max(0.0, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def enumeration(parts: Sequence[str]) -> str:
+    """Join texts as in a sentence: "a", "a and b", "a, b and c"."""
+    return " and ".join(part for part in (", ".join(parts[:-1]), *parts[-1:]) if part)
+
+
 def csv_line(values: Iterable[Any]) -> str:
     """Format values as one line of CSV, without the newline."""
     buffer = io.StringIO()

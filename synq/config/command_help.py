@@ -170,7 +170,7 @@ def settings_rows(config: RunConfig, keys: Iterable[str]) -> list[tuple[str, str
     docs, hints = field_docs(RunConfig), _hints(RunConfig)
     rows = []
     for key in keys:
-        name, choices = _metavar(hints[key])
+        name, choices = _metavar(hints[key], "None" if key in _none_is_text(RunConfig) else "none")
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part)
@@ -220,13 +220,24 @@ def _hints(cls: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _metavar(hint: Any) -> tuple[str, str]:
-    """Return the type of a setting as shown next to its option, and its choices if they are too long for that."""
+def _none_is_text(cls: type) -> set[str]:
+    """Return the dotted keys of the settings in which "none" is a value, so that only "None" means None."""
+    parts = {field.name: field.type for field in dataclasses.fields(cls) if dataclasses.is_dataclass(field.type)}
+    return {f"{part}.{key}" for part, kind in parts.items() for key in getattr(kind, "NONE_IS_TEXT", ())}
+
+
+def _metavar(hint: Any, none: str = "none") -> tuple[str, str]:
+    """Return the type of a setting as shown next to its option, and its choices if they are too long for that.
+
+    Args:
+        hint: The type.
+        none: The text that means None.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         (inner,) = (arg for arg in args if arg is not types.NoneType)
         name, choices = _metavar(inner)
-        return f"{name}|{'None' if inner is str else 'none'}", choices
+        return f"{name}|{none}", choices
     if origin is Literal:
         short = "|".join(args)
         return (short, "") if len(short) <= ONE_LINE_CHOICES else ("NAME", ", ".join(args))

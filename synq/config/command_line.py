@@ -24,7 +24,8 @@ import click
 from synq.common.exit_codes import USER_ERROR, exit_code
 from synq.config.command_help import GROUPS, full_help, group_help, overview, short_help
 from synq.config.command_options import Argument, Option, key_of, label, parameter_name, setting_options
-from synq.config.parsing import dotted_keys, nearest, one_of, values_from_text, with_overrides
+from synq.config.nearest import nearest, unknown_key
+from synq.config.parsing import dotted_keys, one_of, values_from_text, with_overrides
 from synq.config.run import RunConfig, load_run, make_absolute
 
 HELP_FLAGS = ("-h", "--help")
@@ -226,7 +227,7 @@ class Command(click.Command):
             if f"`{name}`" in hint:
                 hint = hint.replace(f"`{name}`", f"`{written}`")
                 return f"`{flag}` must be an option of this command or a setting of a run, but is neither{hint}"
-        return f"`{key}` must be a known key, but got an unknown one{nearest(key, keys)}"
+        return str(unknown_key(key, key, keys))
 
     def _print_help(self, ctx: click.Context, level: str, args: Sequence[str]) -> None:
         program, config = ctx.info_name or "", RunConfig()

@@ -67,16 +67,18 @@ def make_absolute(config: T) -> T:
     return with_overrides(config, specs | _changed(values, FOLDERS, absolute_path))
 
 
-def config_digest(config: object, *, with_seeds: bool = True) -> str:
+def config_digest(config: object, *, with_seeds: bool = True, with_evaluation: bool = True) -> str:
     """Return the digest of everything in a `RunConfig` that determines its result, 16 hexadecimal digits.
 
     Excluded: the name, folders, device, memory format, compilation, threads, progress, tracker, the batch size of the
     evaluation, and inactive keys. Files count by their name only, so that a checkout may move; the record has a
-    separate digest of the teacher's weights.
+    separate digest of the teacher's weights. The evaluation is included, because a record holds one measurement; the
+    student itself does not depend on it.
 
     Args:
         config: The run.
         with_seeds: False excludes `seed` and `data_seed`: the digest is then equal for all seeds of one setting.
+        with_evaluation: False excludes the evaluation: the digest is then that of the student, whatever measures it.
     """
     values = config_to_dict(config)
     names = _changed(
@@ -96,6 +98,7 @@ def config_digest(config: object, *, with_seeds: bool = True) -> str:
     # Settings that were added later: left out where not given, so that the digests of earlier configurations stay.
     added = ("resize_size", "interpolation")
     left_out += [(values["evaluation"], key) for key in added if values["evaluation"][key] is None]
+    left_out += [] if with_evaluation else [(values, "evaluation")]
     left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]
     for table, key in left_out:
         del table[key]

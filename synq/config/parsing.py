@@ -1,7 +1,6 @@
 """Strict conversion between plain mappings (TOML, JSON, dotted overrides) and frozen dataclasses."""
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -12,6 +11,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from synq.config.nearest import nearest, unknown_key
 
 T = TypeVar("T")
 
@@ -84,21 +85,6 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
         )
 
 
-def nearest(text: str, choices: Iterable[str]) -> str:
-    """Return "; did you mean `x`?" for the choice most similar to `text`, or "" if none is similar.
-
-    A dotted choice is also found by its last part: `nearest("lr", ["finetune.lr"])` names `finetune.lr`.
-    """
-    choices = list(choices)
-    last = text.rpartition(".")[2]
-    same_last = [choice for choice in choices if choice.rpartition(".")[2] == last]
-    found = same_last or difflib.get_close_matches(text, choices, n=1, cutoff=0.6)
-    if not found:
-        by_last = {choice.rpartition(".")[2]: choice for choice in choices}
-        found = [by_last[part] for part in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
-    return "; did you mean " + " or ".join(f"`{choice}`" for choice in found[:3]) + "?" if found else ""
-
-
 def dotted_keys(cls: type) -> list[str]:
     """Return every dotted key of a configuration class, for example `finetune.lr`."""
     return list(_dotted_hints(cls))
@@ -108,7 +94,8 @@ def config_from_dict(cls: type[T], mapping: Mapping[str, Any], *, source: str = 
     """Build `cls` from a mapping of plain values, nested parts included; missing keys have their defaults.
 
     Lists become tuples, and whole numbers floats, according to the type of the field; nothing else is converted. TOML
-    has no null: the string "none" means None if None is allowed and a string is not.
+    has no null: the texts "none" and "None" mean None where None is allowed. A class names the fields in which "none"
+    is a value in NONE_IS_TEXT.
 
     Args:
         cls: A configuration dataclass.
@@ -137,10 +124,21 @@ def _build(cls: type[T], mapping: Mapping[str, Any], prefix: str, root: type) ->
     values = {}
     for key, value in mapping.items():
         if key not in fields:
-            hint = nearest(f"{prefix}{key}", dotted_keys(root))
-            raise ValueError(f"`{prefix}{key}` must be a known key, but got an unknown one{hint}")
+            raise unknown_key(f"{prefix}{key}", f"{prefix}{key}", [*_tables(root), *dotted_keys(root)])
+        if value == "None" or (value == "none" and key not in getattr(cls, "NONE_IS_TEXT", ())):
+            value = _none_if_allowed(fields[key], value)
         values[key] = _convert(fields[key], value, f"{prefix}{key}", root)
     return cls(**values)
+
+
+@functools.cache
+def _tables(cls: type) -> tuple[str, ...]:
+    """Return the names of the parts of a configuration class that are tables."""
+    return tuple(name for name, hint in _fields(cls).items() if dataclasses.is_dataclass(hint))
+
+
+def _none_if_allowed(hint: Any, value: Any) -> Any:
+    return None if types.NoneType in typing.get_args(hint) else value
 
 
 def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
@@ -149,9 +147,7 @@ def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         (inner,) = (arg for arg in args if arg is not types.NoneType)
-        if value is None or (value == "none" and inner is not str):
-            return None
-        return _convert(inner, value, name, root)
+        return None if value is None else _convert(inner, value, name, root)
     if origin is Literal:
         one_of(name, value, args)
         return value
@@ -210,8 +206,7 @@ def with_overrides(config: T, overrides: Mapping[str, Any]) -> T:
     mapping = config_to_dict(config)
     for key, value in overrides.items():
         if key not in dotted_keys(type(config)):
-            hint = nearest(key, dotted_keys(type(config)))
-            raise ValueError(f"`{key}` must be a known key, but got an unknown one{hint}")
+            raise unknown_key(key, key, dotted_keys(type(config)))
         *parts, last = key.split(".")
         table = mapping
         for part in parts:
@@ -236,7 +231,7 @@ def values_from_text(cls: type, text: Mapping[str, Sequence[str]]) -> dict[str, 
     hints = _dotted_hints(cls)
     for key in text:
         if key not in hints:
-            raise ValueError(f"`{key}` must be a known key, but got an unknown one{nearest(key, hints)}")
+            raise unknown_key(key, key, hints)
     return {key: _read(hints[key], list(values), key) for key, values in text.items()}
 
 

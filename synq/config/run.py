@@ -18,6 +18,7 @@ from synq.config.parsing import check_format, config_from_dict, config_to_dict, 
 from synq.config.parsing import one_of as _one_of
 from synq.config.parsing import require as _require
 from synq.config.quant import QuantConfig, ReconstructionConfig
+from synq.config.spec_hints import spec_hint
 from synq.config.synthesis import SynthesisConfig
 
 __all__ = [
@@ -76,7 +77,9 @@ class TeacherConfig:
     tensor."""
 
     def __post_init__(self) -> None:
-        _require("teacher.spec", "read SOURCE:NAME, for example torchvision:resnet18", self.spec, ":" in self.spec)
+        if ":" not in self.spec:
+            rule = "`teacher.spec` must read SOURCE:NAME, for example torchvision:resnet18"
+            raise ValueError(f"{rule}, but got {self.spec!r}{spec_hint(self.spec)}")
         if self.num_classes is not None:
             _between("teacher.num_classes", self.num_classes, 2)
         size, mean, std = self.input_size, self.mean, self.std
@@ -105,6 +108,8 @@ FIDELITY_MEASURES = ("kl", "kl_t4", "jensen_shannon", "disagreement", "logit_mse
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
     """Measurement of the result. No setting here changes the student."""
+
+    NONE_IS_TEXT = ("dataset",)
 
     dataset: str | None = None
     """Labeled set for top-1: digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH or npz:FILE; none skips it;

@@ -152,7 +152,8 @@ def fidelity(
         values = [function(teacher_logits, student_logits).double().sum() for function in functions.values()]
         sums += torch.stack([*values, torch.full_like(values[0], len(rows))])
     *totals, seen = accelerator.reduce(sums, reduction="sum").tolist()
-    return {name: total / seen for name, total in zip(functions, totals, strict=True)}
+    # No measure is negative; rounding gives sums such as -1e-15. A sum that is not finite stays as it is.
+    return {name: 0.0 if total < 0 else total / seen for name, total in zip(functions, totals, strict=True)}
 
 
 def _batch(images: Tensor, rows: Tensor, net: nn.Module, accelerator: Accelerator) -> Tensor:

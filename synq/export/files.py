@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
 from synq.common.files import write_bytes_atomic
-from synq.common.progress import passing_bar
+from synq.common.progress import Bar, passing_bar
 from synq.evaluation.measure import Measure
 from synq.export.kernels import count_kernels
 from synq.export.operation_check import reason
@@ -124,12 +123,12 @@ class Checker:
                     raise ExportRejectedError(f"{name} was not written: {violation}")
         return tuple(comparisons)
 
-    def _run_form(self, images: Tensor, bar: tqdm) -> Tensor:
+    def _run_form(self, images: Tensor, bar: Bar) -> Tensor:
         bar.update(len(images))
         return self.form(images)
 
     def _compare(
-        self, engine: Engine, source: str, parts: Sequence[tuple[int, int]], read: Reader, bar: tqdm
+        self, engine: Engine, source: str, parts: Sequence[tuple[int, int]], read: Reader, bar: Bar
     ) -> Comparison:
         def batches() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
             for logits, (start, stop) in zip(self.reference_logits[source], parts, strict=True):

@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
-from synq.common.progress import note, visible
+from synq.common.progress import Bar, note, visible
 from synq.common.seeding import make_generator
 from synq.config.run import FinetuneConfig
 from synq.finetune.augment import random_views
@@ -245,7 +244,7 @@ def finetune(
         config=config,
         accelerator=accelerator,
     )
-    bar = tqdm(
+    bar = Bar(
         total=config.epochs * steps_per_epoch,
         initial=len(history) * steps_per_epoch,
         desc="fine-tune",

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
-from synq.common.progress import visible
+from synq.common.progress import Bar, visible
 from synq.evaluation.fidelity import kl, sqnr_db
 from synq.network.op_traits import node_module
 from synq.quant.bit_patterns import Role
@@ -82,7 +81,7 @@ def scan_quantizers(
             found.append((name.removeprefix(ACT_QUANTIZERS), "activation", module, module))
     logits: list[list[Tensor]] = [[] for _ in found]
     batches = images.split(batch_size)
-    with tqdm(total=len(batches) * len(found), desc="tensors", **visible(progress, leave=False)) as bar:
+    with Bar(total=len(batches) * len(found), desc="tensors", **visible(progress, leave=False)) as bar:
         for batch in batches:
             suffix = SuffixRunner(net, batch)
             for parts, (_, _, module, quantizer) in zip(logits, found, strict=True):

@@ -1,9 +1,14 @@
 """Partition of a traced network into blocks, at the tensors that the rest of the network is computed from."""
 
+from typing import Any
+
 from torch import fx
 
-from synq.network.op_traits import is_passive, traits_of
+from synq.network.op_traits import OpKind, is_passive, operation_name, traits_of
 from synq.network.ops import classify
+
+_BATCH = 2
+"""Number of images for which the shapes of a graph were recorded."""
 
 
 def cut_nodes(traced: fx.GraphModule) -> list[fx.Node]:
@@ -11,19 +16,23 @@ def cut_nodes(traced: fx.GraphModule) -> list[fx.Node]:
 
     The graph can be cut at such a node: its output is the only input of what follows. A tensor inside one branch of a
     residual block is not a cut, because the other branch is read later too; the sum is one. The image is the first.
-    Parameters and sizes do not count.
+    Parameters and sizes do not count: a size that was read earlier is known, but for the number of images, which every
+    later tensor has too.
 
     Args:
         traced: A graph from ``trace_classifier``, with shapes recorded.
     """
     nodes = list(traced.graph.nodes)
     position = {node: number for number, node in enumerate(nodes)}
-    last_use = {node: max((position[user] for user in node.users), default=-1) for node in nodes}
+    sizes = {node for node in nodes if _is_size(node)}
+    last_use = {node: max((position[user] for user in node.users if user not in sizes), default=-1) for node in nodes}
     found: list[fx.Node] = []
     depends: set[fx.Node] = set()
     live: set[fx.Node] = set()
     for node in nodes:
         if node.op == "output" or not (node.op == "placeholder" or depends.intersection(node.all_input_nodes)):
+            continue
+        if node in sizes:
             continue
         depends.add(node)
         live = {value for value in live | {node} if last_use[value] > position[node]}
@@ -82,15 +91,39 @@ def segment(traced: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.GraphMod
         node = pending.pop()
         if node is not start and node not in needed:
             needed.add(node)
-            pending.extend(node.all_input_nodes)
+            if not _is_size(node):
+                pending.extend(node.all_input_nodes)
     graph = fx.Graph()
-    copies = {start: graph.placeholder("x")}
+    images = graph.placeholder("x")
+    copies: dict[fx.Node, Any] = {start: images}
     for node in traced.graph.nodes:
         if node in needed:
             if node.op == "placeholder":
                 raise ValueError(
                     f"`start` must be the only input of the segment that ends at {end.name}, but got {start.name}"
                 )
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            if _is_size(node) and node.all_input_nodes[0] not in copies:
+                copies[node] = _size_of(graph, node, images)
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[end])
     return fx.GraphModule(traced, graph, class_name=f"{type(traced).__name__}Segment").eval()
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Return whether ``node`` reads sizes of a tensor (N, ...), which are known up to the number of images."""
+    if traits_of(node).kind is not OpKind.NUMBER or not node.all_input_nodes:
+        return False
+    shape = node.all_input_nodes[0].meta.get("shape") or ()
+    reads_sizes = operation_name(node) in ("size", "dim", "ndimension") or node.args[1:] in (("shape",), ("ndim",))
+    return bool(reads_sizes and shape[:1] == (_BATCH,))
+
+
+def _size_of(graph: fx.Graph, node: fx.Node, x: fx.Node) -> Any:
+    """Return what ``node`` reads of the sizes of its tensor, with the number of images of ``x``."""
+    shape = node.all_input_nodes[0].meta["shape"]
+    if operation_name(node) in ("dim", "ndimension") or node.args[1:] == ("ndim",):
+        return len(shape)
+    sizes = (graph.call_method("size", (x, 0)), *shape[1:])
+    axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    return sizes[axis] if isinstance(axis, int) else sizes

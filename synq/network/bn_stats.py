@@ -222,7 +222,7 @@ class BatchNormInputs:
 
     def _hook(self, name: str) -> Any:
         def collect(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = args[0] if args else next(iter(kwargs.values()))  # a batch norm has one input, whatever its name
             assert isinstance(layer, _BatchNorm)
             self._add(name, layer, x, *channel_moments(x))
 

@@ -1,15 +1,78 @@
 """Tracers that turn a forward pass into a graph: symbolically, or with real tensors where the code reads sizes."""
 
-from collections.abc import Iterator
+import inspect
+import operator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from synq.network.recorded_calls import calls_recorded, compiled_functions_as_written
+
+
+def image_parameter(forward: Callable[..., Any]) -> inspect.Parameter:
+    """Return the parameter of a forward pass that a call ``net(images)`` fills.
+
+    Args:
+        forward: The function of the class, whose first parameter is the module.
+
+    Raises:
+        ValueError: If the call leaves out an argument that is required, or takes none at all.
+    """
+    given = list(inspect.signature(forward).parameters.values())
+    unbound = given if given and given[0].kind is inspect.Parameter.VAR_POSITIONAL else given[1:]
+    by_position = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.VAR_POSITIONAL,
+    )
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [p.name for p in unbound if p.default is inspect.Parameter.empty and p.kind not in several]
+    if len(required) > 1:
+        names = ", ".join(required)
+        raise ValueError(
+            f"teacher must classify one image tensor, but its forward pass has {len(required)} inputs: {names}"
+        )
+    first = next((p for p in unbound if p.kind in by_position), None)
+    if first is None or (required and required != [first.name]):
+        names = f"only by keyword: {', '.join(required)}" if required else "none"
+        raise ValueError(
+            f"teacher must take the images as the first argument of its forward pass, but it takes {names}"
+        )
+    return first
+
 
 class LayerTracer(fx.Tracer):
-    """Trace with convolutions, linear layers and batch norms as leaves, including subclasses that compute the same."""
+    """Trace with convolutions, linear layers and batch norms as leaves, including subclasses that compute the same.
+
+    The graph has one input, the images: what a call ``net(images)`` leaves out has its default, as a constant. Hooks of
+    the network itself and a forward pass that was set on the instance are part of the graph.
+    """
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Return the graph of ``root``; calls that torch.fx alone does not see are recorded too."""
+        with calls_recorded(root), compiled_functions_as_written():
+            return super().trace(root, concrete_args)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
+    ) -> tuple[Any, list[Any]]:
+        """Return a function of the module and its images, and the arguments with which torch.fx calls it."""
+        forward = inspect.unwrap(root_fn)
+        name = image_parameter(forward).name
+        images = self.create_proxy("placeholder", name, (), {}, type_expr=forward.__annotations__.get(name))
+
+        def call(root: nn.Module, images: fx.Proxy) -> Any:
+            return root._call_impl(images)
+
+        # torch.fx copies the annotation into the graph's code, which enters the digest of a teacher.
+        call.__annotations__ = {key: kind for key, kind in inspect.get_annotations(forward).items() if key == "return"}
+        return call, [self.root, images]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _LayerProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.Conv2d) and type(m)._conv_forward is not nn.Conv2d._conv_forward:
@@ -77,7 +140,14 @@ class SizedTracer(LayerTracer):
         return value(*args, **kwargs) if node.op == "call_module" else value
 
 
-class _SizedProxy(fx.Proxy):
+class _LayerProxy(fx.Proxy):
+    """Proxy that records an assignment to a part of its tensor."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class _SizedProxy(_LayerProxy):
     """Proxy of a tensor whose sizes are known, except for the number of images."""
 
     tracer: SizedTracer

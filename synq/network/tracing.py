@@ -11,23 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from synq.network.functional_layers import functions_as_layers
+from synq.network.normal_form import keep_image_axis, to_normal_form
 from synq.network.op_recorder import record_traits
-from synq.network.op_traits import OpKind, node_module, operation_name, traits_of
+from synq.network.op_traits import OpKind, node_module, traits_of
 from synq.network.outputs import drop_log_softmax
-from synq.network.tracers import LayerTracer, SizedTracer
-
-_INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
+from synq.network.trace_errors import first_line, trace_failure
+from synq.network.tracers import LayerTracer, SizedTracer, image_parameter
 
 
 class FeatureTap(nn.Module):
@@ -54,11 +48,12 @@ class _ShapeRecorder(fx.Interpreter):
 def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModule:
     """Trace a classifier in evaluation mode; parameters and buffers are shared with ``module``.
 
-    In-place operations become out-of-place ones, and later readers of the overwritten tensor read the result, as they
-    did before. A batch norm or convolution that is called as a function on the tensors of one module (timm's layers,
-    which add an activation or a padding) becomes a layer. Nodes that the logits do not depend on are removed: they
-    cost time, and parameters without a gradient stop a distributed run; so is a log-softmax at the end. Every node has
-    the shape of its output for a batch of two in ``meta["shape"]`` and what it does to values in ``meta["traits"]``.
+    Its one input is the images: further arguments of the forward pass have their defaults. The graph is in normal form
+    (`normal_form.py`): arguments by position, no in-place operation, and a batch of one image keeps its axis. A batch
+    norm or convolution that is called as a function on the tensors of one module (timm's layers, which add an
+    activation or a padding) becomes a layer. Nodes that the logits do not depend on are removed: they cost time, and
+    parameters without a gradient stop a distributed run; so is a log-softmax at the end. Every node has the shape of
+    its output for a batch of two in ``meta["shape"]`` and what it does to values in ``meta["traits"]``.
 
     Args:
         module: Classifier mapping (N, C, H, W) to logits (N, K). Put into evaluation mode.
@@ -73,6 +68,7 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     """
     module.eval()
     name = type(module).__name__
+    image_parameter(type(module).forward)
     check_plain_weights(module)
     sample = torch.zeros(2, *input_size, dtype=_first_dtype(module), device=_first_device(module))
     graph = _trace(module, sample)
@@ -84,10 +80,11 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
             f"teacher must return one (N, classes) tensor of logits, but {name} returned {_describe(logits)}"
         )
     _check_no_hooks(traced)
-    _make_out_of_place(traced)
+    to_normal_form(traced)
     functions_as_layers(traced)
-    _drop_shape_assertions(traced)
     traced.graph.eliminate_dead_code()
+    if not _accepts_one_image(traced, sample, logits):
+        keep_image_axis(traced)
     traced.delete_all_unused_submodules()
     traced.recompile()
     record_traits(traced, sample)
@@ -105,11 +102,18 @@ def _trace(module: nn.Module, sample: Tensor) -> fx.Graph:
             module(sample.clone())
         try:
             return SizedTracer(sample).trace(module)
-        except Exception:  # the same cause: the first message is the clearer one
-            raise ValueError(
-                f"teacher must be traceable by torch.fx, but {type(module).__name__} is not: {_first_line(error)}. "
-                "Remove control flow that depends on tensor values from its forward pass"
-            ) from error
+        except Exception as second:  # this tracer knows the sizes, so only what it cannot trace is a fault
+            raise trace_failure(type(module).__name__, second) from error
+
+
+@torch.no_grad()
+def _accepts_one_image(traced: fx.GraphModule, sample: Tensor, logits: Tensor) -> bool:
+    """Return whether a graph has logits (1, K) for a single image, as it has logits (2, K) for two."""
+    try:
+        single = traced.forward(sample[:1].clone())  # a call would print where in the graph's code it fails
+    except (RuntimeError, IndexError, ValueError, TypeError):  # an operation found an axis too few
+        return False
+    return isinstance(single, Tensor) and single.shape == (1, logits.shape[1])
 
 
 def check_plain_weights(module: nn.Module) -> None:
@@ -200,65 +204,6 @@ def _check_no_hooks(traced: fx.GraphModule) -> None:
             )
 
 
-def _make_out_of_place(traced: fx.GraphModule) -> None:
-    # Collected first: a module that is called twice works in place at both calls.
-    inplace_modules = {module for module in traced.modules() if getattr(module, "inplace", False)}
-    for module in inplace_modules:
-        module.inplace = False  # type: ignore[assignment]
-    for node in list(traced.graph.nodes):
-        if node.meta.get("shape") is None:  # ``n += 1`` on a Python number rebinds a name, it overwrites nothing
-            continue
-        name = operation_name(node)
-        ends_in_place = name.endswith("_") and not name.endswith("__")
-        if node.op == "call_module":
-            inplace = node_module(traced, node) in inplace_modules
-        elif node.op == "call_function" and node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-            inplace = True
-        elif node.op == "call_function" and node.target in _INPLACE_OPERATORS:
-            node.target = _INPLACE_OPERATORS[node.target]
-            inplace = True
-        elif node.op == "call_function" and ends_in_place:
-            target = getattr(torch, name[:-1], None) or getattr(F, name[:-1], None)
-            if target is None:
-                raise ValueError(f"teacher must use known operations, but {node.name} calls {name}()")
-            node.target = target
-            inplace = True
-        elif node.op == "call_method" and ends_in_place:
-            if not hasattr(Tensor, name[:-1]):
-                raise ValueError(f"teacher must use known operations, but {node.name} calls .{name}()")
-            node.target = name[:-1]
-            inplace = True
-        else:
-            inplace = False
-        overwritten = node.args[0] if node.args else node.kwargs.get("input")
-        if inplace and isinstance(overwritten, fx.Node) and overwritten.meta.get("shape") is not None:
-            before = set(_nodes_until(traced.graph, node))
-            for user in list(overwritten.users):
-                if user not in before:
-                    user.replace_input_with(overwritten, node)
-    traced.graph.lint()
-    traced.recompile()
-
-
-def _drop_shape_assertions(traced: fx.GraphModule) -> None:
-    """Remove assertions about shapes: they passed for this input size, and each would count as a user of its tensor."""
-    for node in list(traced.graph.nodes):
-        if node.op == "call_function" and node.target is torch._assert:
-            condition = node.args[0] if node.args else None
-            if not isinstance(condition, fx.Node) or condition.meta.get("shape") is None:
-                traced.graph.erase_node(node)
-
-
-def _nodes_until(graph: fx.Graph, last: fx.Node) -> list[fx.Node]:
-    nodes = []
-    for node in graph.nodes:
-        nodes.append(node)
-        if node is last:
-            break
-    return nodes
-
-
 @contextmanager
 def accepting(name: str, input_size: tuple[int, int, int]) -> Iterator[None]:
     """Raise a ValueError for the user if a forward pass on images of ``input_size`` in the ``with`` block fails."""
@@ -267,7 +212,7 @@ def accepting(name: str, input_size: tuple[int, int, int]) -> Iterator[None]:
             yield
     except Exception as error:  # a forward pass may raise anything
         raise ValueError(
-            f"teacher must accept images of size {tuple(input_size)}, but {name} failed on them: {_first_line(error)}"
+            f"teacher must accept images of size {tuple(input_size)}, but {name} failed on them: {first_line(error)}"
         ) from error
 
 
@@ -300,8 +245,3 @@ def _first_dtype(module: nn.Module) -> torch.dtype:
 
 def _first_device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

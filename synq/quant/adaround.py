@@ -31,9 +31,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
-from synq.common.progress import visible
+from synq.common.progress import Bar, visible
 from synq.common.seeding import make_generator
 from synq.config.run import ReconstructionConfig
 from synq.network.blocks import block_ends, segment
@@ -120,7 +119,7 @@ def reconstruct(
     teacher_in = student_in = images[: config.images].to(device)
     results: list[BlockResult] = []
     done: set[Tensor] = set()
-    bar = tqdm(total=len(ends) * config.iterations, desc="rounding", unit="step", **visible(progress, leave=None))
+    bar = Bar(total=len(ends) * config.iterations, desc="rounding", unit="step", **visible(progress, leave=None))
     for number, end in enumerate(ends):
         part = segment(student_net, cuts[number], cuts[number + 1])
         target = _run_batched(segment(teacher_graph, starts[number], end), teacher_in)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from synq.config.parsing import nearest
+from synq.config.nearest import nearest
 
 Role = Literal["weight", "activation"]
 """Kind of a tensor with a bit-width."""

@@ -160,9 +160,9 @@ class IntegerLayer(nn.Module):
         self.register_buffer("gain", gain)
         self.register_buffer("shift", shift)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output in float32."""
-        out = self.apply_weight(x, self.integer_weight()) * self.per_channel(self.gain)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output in float32; the argument has the name that it has in PyTorch's layers."""
+        out = self.apply_weight(input, self.integer_weight()) * self.per_channel(self.gain)
         return out if self.shift is None else out + self.per_channel(self.shift)
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class ChannelAffine(nn.Module):
         self.register_buffer("gain", gain)
         self.register_buffer("shift", shift)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``gain x + shift`` for ``x`` (N, C, ...)."""
-        shape = (-1, *[1] * (x.ndim - 2))
-        return x * self.gain.reshape(shape) + self.shift.reshape(shape)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``gain x + shift`` for ``input`` x (N, C, ...); the argument has the name that it has in PyTorch's."""
+        shape = (-1, *[1] * (input.ndim - 2))
+        return input * self.gain.reshape(shape) + self.shift.reshape(shape)

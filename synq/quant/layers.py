@@ -205,9 +205,9 @@ class QuantConv2d(nn.Conv2d):
         layer.weight_quantizer = WeightQuantizer(conv.out_channels, bits, steps).to(conv.weight.device)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C_in, H, W) to (N, C_out, H', W')."""
-        return self.convolve(x, self.weight_quantizer(self.weight))
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (N, C_in, H, W) to (N, C_out, H', W'); the argument has the name that it has in PyTorch's layer."""
+        return self.convolve(input, self.weight_quantizer(self.weight))
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         """Convolve ``x`` (N, C_in, H, W) with ``weight``, which replaces the layer's weight and has its shape.
@@ -247,9 +247,9 @@ class QuantLinear(nn.Linear):
         layer.weight_quantizer = WeightQuantizer(linear.out_features, bits, steps).to(linear.weight.device)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., in_features) to (..., out_features)."""
-        return F.linear(x, self.weight_quantizer(self.weight), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features); the argument has the name that it has in PyTorch's layer."""
+        return F.linear(input, self.weight_quantizer(self.weight), self.bias)
 
 
 def effective_weight(layer: nn.Module) -> Tensor:

@@ -21,16 +21,13 @@ from synq.evaluation.measure import Measurement
 from synq.finetune.loop import Epoch, NonFiniteLossError
 from synq.quant.student import Student
 from synq.runs.record import RunRecord, read_record, write_record
+from synq.runs.tuning_effect import harm_warnings, tuning_changes
 from synq.synthesis.dataset import SyntheticSet
+from synq.synthesis.run_sets import set_warnings
 from synq.teacher.teacher import Teacher
 
-MIN_KL_INCREASE = 0.01
-"""Smallest increase of the KL to the teacher, in nats, that gives a warning: at 8 bits it is nearly 0 before and
-after."""
 LARGE_KL = 0.5
 """KL to the teacher, in nats, from which on mixed precision is suggested."""
-MIN_AGREEMENT = 0.5
-"""Share (0..1) of synthetic images classified as assigned, below which they do not represent the classes."""
 
 
 class StageTimer:
@@ -92,12 +89,7 @@ def blank_record(
     warnings = []
     if cam.kind == "none" and config.finetune.uses_cam:
         warnings.append(f"the CAM term is off: {cam.reason}")
-    agreement = train_set.manifest["agreement"]
-    if agreement < MIN_AGREEMENT and config.synthesis.assigns_labels:
-        warnings.append(
-            f"the teacher classifies only {100 * agreement:.0f} % of the synthetic images as their assigned class: "
-            "synthesis has not converged; raise `synthesis.iterations`, or try another `synthesis.lr`"
-        )
+    warnings += set_warnings(config.synthesis, train_set, heldout)
     return RunRecord(
         name=config.name,
         config=config_to_dict(config),
@@ -121,6 +113,7 @@ def blank_record(
         device=_device_name(accelerator),
         started=started.isoformat(timespec="seconds"),
         rounding=rounding,
+        set_seconds=train_set.manifest["seconds"] + heldout.manifest["seconds"],
         **environment(),
     )
 
@@ -164,6 +157,7 @@ def complete_record(
         seconds: Seconds by stage.
         codes_changed: Share (0..1) of the integer weights that fine-tuning changed.
     """
+    changes = tuning_changes(rounded.top1, final.top1, rounded.fidelity, final.fidelity)
     return replace(
         record,
         objective_value=final.objective,
@@ -184,7 +178,7 @@ def complete_record(
         warnings=[
             *record.warnings,
             *_mask_warnings(record.config["finetune"], history),
-            *(_harm_warnings(rounded, final) if history else []),
+            *(harm_warnings(changes) if history else []),
             *_distance_warnings(record.config["quant"], final),
         ],
         seconds=seconds,
@@ -207,17 +201,6 @@ def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
         remedy = "raise it, or weaken the low-pass filter, to use hard labels"
     effect = "has no effect" if share > 0.99 else "switches hard labels off"
     return [f"difficulty_threshold {tau} {effect}: {100 * share:.1f} % of the images keep their hard label; {remedy}"]
-
-
-def _harm_warnings(rounded: Measurement, final: Measurement) -> list[str]:
-    """Warn if fine-tuning increased the KL to the teacher on the held-out synthetic images."""
-    before, after = rounded.fidelity["kl"], final.fidelity["kl"]
-    if before is None or after is None or after < 1.1 * before or after - before < MIN_KL_INCREASE:
-        return []
-    return [
-        f"fine-tuning made the student worse: KL to the teacher on held-out synthetic images {before:.3g} before, "
-        f"{after:.3g} after; lower `finetune.lr`, or search it in a sweep"
-    ]
 
 
 def _distance_warnings(quant: dict[str, Any], final: Measurement) -> list[str]:

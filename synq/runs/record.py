@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from synq.common.files import read_json, write_json_atomic
+from synq.common.statistics import drop_stderr, drop_text
 from synq.config.identity import DIGEST_FORMAT
 from synq.config.parsing import check_format
 from synq.config.quant import protocol_label
@@ -104,7 +105,7 @@ class RunRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of each stage."""
     total_seconds: float | None = None
-    """Seconds of the whole run, including those before it was resumed."""
+    """Seconds of the whole run, including those before it was resumed; synthetic sets in the store cost nothing."""
     codes_changed: float | None = None
     """Share (0..1) of the integer weights that fine-tuning changed."""
     lost: int | None = None
@@ -121,6 +122,23 @@ class RunRecord:
     deployment: dict[str, Any] = field(default_factory=dict)
     """Exported files: sizes in bytes, latency in milliseconds per image on a CPU, comparison with the student; empty
     before an export."""
+    set_seconds: float | None = None
+    """Seconds that making the two synthetic sets took, in this run or in an earlier one, summed over processes."""
+
+    student_of: str = ""
+    """Name of the folder of the run that trained the student, if this one only measured it; "" if it trained it."""
+
+    @property
+    def seconds_without_sets(self) -> float | None:
+        """Seconds of the run apart from its synthetic sets; None where its duration is not known."""
+        return None if self.total_seconds is None else self.total_seconds - self.seconds.get("synthesis", 0.0)
+
+    @property
+    def drop_stderr(self) -> float | None:
+        """Standard error of `drop`, paired by image, in percentage points; None where it is not known."""
+        if self.lost is None or self.gained is None or not self.num_eval:
+            return None
+        return drop_stderr(self.lost, self.gained, self.num_eval)
 
 
 def write_config(path: str | Path, config: RunConfig) -> None:
@@ -189,7 +207,11 @@ def run_protocol(record: RunRecord) -> str:
 
 
 def summary_line(record: RunRecord) -> str:
-    """Return a one-line summary: "resnet20 W4A4 A relu | teacher 91.48 | RTN 80.90 | final 90.40 | 132 s"."""
+    """Return a one-line summary: "resnet20 W4A4 A relu | teacher 91.48 | RTN 80.90 | final 90.40 | drop 1.08 | 132 s".
+
+    The standard error of the drop, paired by image, is followed by the number of labeled images. The last part is the
+    duration, and that of making the synthetic sets, in this run or before.
+    """
     quant = record.config.get("quant", {})
     mixed = " mixed" if quant.get("layer_weight_bits") or quant.get("layer_act_bits") else ""
     bits = f"W{record.weight_bits}A{record.act_bits}{mixed}"
@@ -198,17 +220,17 @@ def summary_line(record: RunRecord) -> str:
     if record.status != "completed":
         parts.append(f"{record.status}: {record.reason}" if record.reason else record.status)
     if record.top1 is not None:
-        metrics = (
-            ("teacher", record.teacher_top1),
-            ("RTN", record.rtn_top1),
-            ("final", record.top1),
-            ("drop", record.drop),
-        )
+        metrics = (("teacher", record.teacher_top1), ("RTN", record.rtn_top1), ("final", record.top1))
         parts += [f"{name} {value:.2f}" for name, value in metrics if value is not None]
+        images = f" ({record.num_eval} images)" if record.num_eval else ""
+        if record.drop is not None:
+            parts.append(f"{drop_text(record.drop, record.drop_stderr)}{images}")
     elif record.status == "completed":
         parts.append("no labels")
     if record.objective_value is not None and (record.top1 is None or record.objective == "selection"):
         parts.append(f"{record.objective} objective {record.objective_value:.4g}")
-    if record.total_seconds is not None:
+    if record.total_seconds is not None and record.set_seconds is not None:
+        parts.append(f"{record.seconds_without_sets:.0f} s + {record.set_seconds:.0f} s of synthesis")
+    elif record.total_seconds is not None:
         parts.append(f"{record.total_seconds:.0f} s")
     return " | ".join(parts)

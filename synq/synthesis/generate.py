@@ -1,7 +1,6 @@
 """Synthesis of the images of a teacher, in shards that several processes share and that an interrupted run resumes."""
 
 import copy
-import io
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -10,14 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from filelock import Timeout
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from synq.common.files import read_json, write_bytes_atomic, write_json_atomic
-from synq.common.progress import note, visible
+from synq.common.files import read_json, write_json_atomic
+from synq.common.progress import Bar, note, visible
 from synq.common.seeding import make_generator
 from synq.config.run import SynthesisConfig
 from synq.network.bn_stats import ChannelStatistics, bn_targets
@@ -151,7 +148,7 @@ class _SetBuilder:
             )
             files = self._files("centers", len(batches))
 
-            def build_centers(index: int, bar: tqdm) -> None:
+            def build_centers(index: int, bar: Bar) -> None:
                 labels = torch.arange(batches[index].start, batches[index].stop)
                 inversion, info = self._invert("centers", index, labels, center_config, None, bar)
                 self.store.write_part(files[index], pack_statistics(inversion.statistics), info)
@@ -174,7 +171,7 @@ class _SetBuilder:
         shards = split_evenly(config.num_images, config.shard_size)
         files = self._files("shard", len(shards))
 
-        def build_shard(index: int, bar: tqdm) -> None:
+        def build_shard(index: int, bar: Bar) -> None:
             part = labels[shards[index].start : shards[index].stop]
             inversion, info = self._invert("shard", index, part, config, deep_targets, bar)
             self.store.write_part(files[index], {"images": inversion.images, "labels": inversion.labels}, info)
@@ -216,7 +213,7 @@ class _SetBuilder:
         labels: Tensor,
         config: SynthesisConfig,
         deep_targets: dict[str, ChannelStatistics] | None,
-        bar: tqdm,
+        bar: Bar,
     ) -> tuple[Inversion, dict[str, Any]]:
         shown = 0
 
@@ -260,7 +257,7 @@ class _SetBuilder:
         }
         return inversion, info
 
-    def _build_parts(self, files: list[Path], build: Callable[[int, tqdm], None], sizes: list[int], title: str) -> None:
+    def _build_parts(self, files: list[Path], build: Callable[[int, Bar], None], sizes: list[int], title: str) -> None:
         """Build the missing parts together with the other processes, and return when all exist.
 
         Args:
@@ -271,7 +268,7 @@ class _SetBuilder:
         """
         first = list(range(self.rank % len(files), len(files), self.world_size)) if files else []
         order = first + [index for index in range(len(files)) if index not in first]
-        bar: tqdm = tqdm(
+        bar: Bar = Bar(
             total=sum(sizes),
             desc=title,
             unit="image",
@@ -333,23 +330,3 @@ def _try_lock(store: SetStore, key: str, part: str) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
-
-
-def write_npz(path: str | Path, synthetic: SyntheticSet, teacher: Teacher) -> None:
-    """Write a synthetic set as an NPZ file for other tools, atomically.
-
-    The arrays are `images` (N, C, H, W), float32, normalized as the network's input; `labels` (N,), int64; and `mean`
-    and `std` of the normalization, each (C,), float32.
-
-    Args:
-        path: Output file.
-        synthetic: The set.
-        teacher: Its teacher.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
-    buffer = io.BytesIO()
-    mean, std = (np.asarray(values, np.float32) for values in (teacher.mean, teacher.std))
-    np.savez(buffer, images=synthetic.images.float().numpy(), labels=synthetic.labels.numpy(), mean=mean, std=std)
-    write_bytes_atomic(path, buffer.getvalue())

@@ -3,10 +3,12 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 
+from synq.common.notices import print_notice
 from synq.config.run import RunConfig, SynthesisConfig, make_absolute
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.generate import ensure_set
@@ -43,22 +45,62 @@ def set_names(config: RunConfig, teacher: Teacher | None = None) -> list[str]:
             purpose=purpose,
             pixel_range=teacher.pixel_range(),
         )
-        for settings, seed, purpose in _set_requests(config)
+        for settings, seed, purpose in set_requests(config)
     ]
 
 
 def ensure_sets(config: RunConfig, teacher: Teacher, accelerator: Accelerator) -> tuple[SyntheticSet, SyntheticSet]:
     """Return the training and the held-out set of a run, synthesized first unless the store has them.
 
+    A set whose images do not show their classes is reported at once, before anything is computed with it.
+
     Raises:
         ValueError, OSError: As `ensure_set`.
     """
     store, progress = set_store(config), config.runtime.progress
-    train_set, heldout = (
-        ensure_set(teacher, settings, seed, store, accelerator=accelerator, purpose=purpose, progress=progress)
-        for settings, seed, purpose in _set_requests(config)
-    )
+    sets: list[SyntheticSet] = []
+    for settings, seed, purpose in set_requests(config):
+        options: dict[str, Any] = {"accelerator": accelerator, "purpose": purpose, "progress": progress}
+        sets.append(ensure_set(teacher, settings, seed, store, **options))
+        if accelerator.is_main_process:
+            for text in set_warnings(config.synthesis, *sets):
+                print_notice(f"warning: {text}")
+    train_set, heldout = sets
     return train_set, heldout
+
+
+def set_warnings(config: SynthesisConfig, *sets: SyntheticSet) -> list[str]:
+    """Return a warning, with what to do, about sets of which the teacher classifies few images as their class.
+
+    Args:
+        config: Settings of the synthesis.
+        sets: The training set, or it and the held-out set.
+    """
+    names = ("", "held-out ")
+    for number, part in enumerate(sets):
+        # Held-out images are optimized pixels with assigned labels, whatever the method of the training images.
+        assigned = config.assigns_labels or number == 1
+        share, chance = part.manifest["agreement"], 1 / part.manifest["num_classes"]
+        if assigned and share < (1 + chance) / 2:
+            head = f"the teacher classifies only {100 * share:.0f} % of the {names[number]}synthetic images as their"
+            return [f"{head} assigned class: {_cure(config)}"]
+    return []
+
+
+def _cure(config: SynthesisConfig) -> str:
+    if config.inception_weight == 0:
+        return (
+            "with `synthesis.inception_weight` 0 no image is made to show it; raise that, or switch the labels off by "
+            "`finetune.ce_weight` 0"
+        )
+    more = [f"raise `synthesis.iterations` (now {config.iterations})"]
+    if config.schedule == "plateau":
+        more.append("use `synthesis.schedule` cosine")
+    if config.start == "white":
+        more.append("use `synthesis.start` fitted")
+    more += [f"raise `synthesis.inception_weight` (now {config.inception_weight:g})", "try another `synthesis.lr`"]
+    cure = ", or ".join(more)
+    return f"synthesis has not converged, and what is trained or measured on such images means little; {cure}"
 
 
 def low_pass(
@@ -94,7 +136,7 @@ def check_space(folder: Path, config: RunConfig, teacher: Teacher, accelerator: 
         check_lowpass_space(folder, config.synthesis.num_images, teacher.input_size, copies)
 
 
-def _set_requests(
+def set_requests(
     config: RunConfig,
 ) -> tuple[tuple[SynthesisConfig, int, Purpose], tuple[SynthesisConfig, int, Purpose]]:
     """Return settings, seed and purpose of a run's training set and of its held-out set.

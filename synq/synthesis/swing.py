@@ -93,7 +93,7 @@ class SwingConvolutions:
 
     def __enter__(self) -> Self:
         for index, layer in enumerate(self._layers):
-            self._handles.append(layer.register_forward_pre_hook(self._hook(index)))
+            self._handles.append(layer.register_forward_pre_hook(self._hook(index), with_kwargs=True))
         return self
 
     def __exit__(
@@ -104,7 +104,13 @@ class SwingConvolutions:
         self._handles.clear()
 
     def _hook(self, index: int) -> Any:
-        def shifted(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return reflect_shift(args[0], self._shifts[index]), *args[1:]
+        def shifted(
+            layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            shift = self._shifts[index]
+            if args:
+                return (reflect_shift(args[0], shift), *args[1:]), kwargs
+            name = next(iter(kwargs))  # a convolution has one input: conv(input=x)
+            return args, {**kwargs, name: reflect_shift(kwargs[name], shift)}
 
         return shifted

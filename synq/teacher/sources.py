@@ -1,16 +1,11 @@
 """Sources of teachers: one function per source, which builds the module and collects its metadata."""
 
-import difflib
 import importlib
-import importlib.util
-import re
-import sys
+import traceback
 import warnings
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +16,9 @@ from synq.config.identity import WEIGHT_SUFFIXES
 from synq.config.run import TeacherConfig
 from synq.teacher.cifar_resnet import cifar_resnet
 from synq.teacher.preprocessing import Preprocessing, timm_rule, torchvision_rule
+from synq.teacher.user_code import made_by_user, one_line, slug, unknown
 from synq.teacher.weight_files import is_weight_file, load_weights
+from synq.teacher.wrappers import unwrap_parts
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 RANDOM = "random"
@@ -77,19 +74,11 @@ def build_source(config: TeacherConfig) -> SourceModel:
         return _factory(config, list(builders))
 
 
-def slug(*parts: str) -> str:
-    """Join parts into a lower-case name of letters, digits and underscores.
-
-    ("timm", "resnet18.a1_in1k") gives "timm_resnet18_a1_in1k".
-    """
-    return re.sub(r"[^0-9A-Za-z]+", "_", "_".join(part for part in parts if part)).strip("_").lower()
-
-
 def _bundled(name: str, config: TeacherConfig) -> SourceModel:
     path = ASSETS / f"{name}.safetensors"
     names = sorted(asset.stem for asset in ASSETS.glob("*.safetensors"))
     if name not in names:
-        raise _unknown("a bundled teacher", name, names)
+        raise unknown("a bundled teacher", name, names)
     if config.weights not in (None, RANDOM):
         raise ValueError(f"`teacher.weights` must be left out for a bundled teacher, but got {config.weights!r}")
     try:
@@ -116,7 +105,7 @@ def _torchvision(name: str, config: TeacherConfig) -> SourceModel:
     models = _package("torchvision.models", "torchvision")
     names = models.list_models(module=models)
     if name not in names:
-        raise _unknown("a classifier of torchvision", name, names)
+        raise unknown("a classifier of torchvision", name, names)
     entries = {entry.name: entry for entry in models.get_model_weights(name)}
     default = models.get_model_weights(name).DEFAULT
     file = config.weights if config.weights and is_weight_file(config.weights) else None
@@ -130,7 +119,7 @@ def _torchvision(name: str, config: TeacherConfig) -> SourceModel:
     elif config.weights in entries:
         entry = entries[config.weights]
     else:
-        raise _unknown(
+        raise unknown(
             f"weights of torchvision:{name} ({', '.join(entries)}), a file or {RANDOM}", config.weights, entries
         )
     extra = {"num_classes": config.num_classes} if config.num_classes and (file or config.weights == RANDOM) else {}
@@ -153,10 +142,16 @@ def _torchvision(name: str, config: TeacherConfig) -> SourceModel:
 def _timm(name: str, config: TeacherConfig) -> SourceModel:
     timm = _package("timm", "timm")
     if not timm.is_model(name):
-        raise _unknown("a model of timm", name, timm.list_models())
+        raise unknown("a model of timm", name, timm.list_models())
     file = _file_or_random("timm", config)
     extra = {"num_classes": config.num_classes} if config.num_classes and config.weights is not None else {}
-    if config.weights is None and not timm.is_model_pretrained(name):
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:  # an unknown tag
+        architecture, _, tag = name.partition(".")
+        tags = [full.partition(".")[2] for full in timm.list_models(f"{architecture}.*", pretrained=True)]
+        raise unknown(f"weights of timm:{architecture} ({', '.join(tags) or 'there are none'})", tag, tags) from error
+    if config.weights is None and not _timm_has_weights(timm, name):
         raise ValueError(
             f"`teacher.weights` must name a weight file or be {RANDOM!r}: timm has no weights for {name!r}"
         )
@@ -178,11 +173,22 @@ def _timm(name: str, config: TeacherConfig) -> SourceModel:
     )
 
 
+def _timm_has_weights(timm: Any, name: str) -> bool:
+    """Return whether timm has weights for a model; earlier names are mapped to today's only when a model is built."""
+    if timm.is_model_pretrained(name):
+        return True
+    if name not in timm.models.get_deprecated_models():
+        return False
+    module: Any = _build(f"timm:{name}", lambda: timm.create_model(name), False)
+    found = module.pretrained_cfg
+    return bool(found.get("hf_hub_id") or found.get("url"))
+
+
 def _pytorchcv(name: str, config: TeacherConfig) -> SourceModel:
     provider = _package("pytorchcv.model_provider", "pytorchcv")
     names = sorted(provider._models)  # the library has no public list of its models
     if name not in names:
-        raise _unknown("a model of pytorchcv", name, names)
+        raise unknown("a model of pytorchcv", name, names)
     file = _file_or_random("pytorchcv", config)
     extra = {"num_classes": config.num_classes} if config.num_classes and config.weights is not None else {}
     pretrained = config.weights is None
@@ -201,62 +207,12 @@ def _pytorchcv(name: str, config: TeacherConfig) -> SourceModel:
 def _factory(config: TeacherConfig, sources: list[str]) -> SourceModel:
     target, _, name = config.spec.rpartition(":")
     file = _file_or_random("a factory", config)
-    module = _load_file(target) if target.endswith(".py") else _import(target, sources)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise _unknown(f"a function of {target}", name, names)
-    try:
-        model = factory()
-    except Exception as error:  # the user's code may raise anything
-        raise ValueError(
-            f"the factory {config.spec} must be callable without arguments and return a model, "
-            f"but raised {_one_line(error)}"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"the factory {config.spec} must return a torch.nn.Module, but got {type(model).__name__}")
+    model = made_by_user(target, name, sources)
     if file:
         load_weights(model, file)
+    unwrap_parts(model)
     label = Path(file).stem if file else config.weights or ""
     return SourceModel(module=model, name=slug(name, "" if label == name else label))
-
-
-def _load_file(target: str) -> ModuleType:
-    path = Path(target).expanduser().resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"`teacher.spec` must name an existing Python file, but got {path}")
-    name = slug("synq_user", path.stem, f"{zlib.crc32(str(path).encode()):x}")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look up a class's module by name
-    sys.path.append(str(path.parent))  # last, so that the files in this folder can be imported but shadow no package
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the user's code may raise anything
-        raise ValueError(
-            f"`teacher.spec` must name a Python file that can be imported, but {path} raised {_one_line(error)}"
-        ) from error
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
-
-
-def _import(target: str, sources: list[str]) -> ModuleType:
-    try:
-        return importlib.import_module(target)
-    except ImportError as error:
-        near = difflib.get_close_matches(target, sources, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; sources are {', '.join(sources)}, FILE.py and MODULE"
-        raise ValueError(f"`teacher.spec` must name a known source, but {target!r}: {error}{hint}") from error
-    except Exception as error:  # the user's code may raise anything
-        raise ValueError(
-            f"`teacher.spec` must name a module that can be imported, but {target!r} raised {_one_line(error)}"
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _file_or_random(source: str, config: TeacherConfig) -> str | None:
@@ -282,13 +238,33 @@ def _package(module: str, package: str) -> Any:
 
 
 def _build(spec: str, build: Callable[[], nn.Module], pretrained: bool) -> nn.Module:
-    """Build a model; report any failure to obtain pre-trained weights as a ConnectionError."""
+    """Build a model; report any failure to obtain pre-trained weights as a ConnectionError.
+
+    Raises:
+        ValueError: If the library does not build the model without weights, for example with this number of classes.
+        ConnectionError: As described.
+    """
     with warnings.catch_warnings():
         # GoogLeNet and Inception warn about their weight initialization, although the weights are loaded afterwards.
         warnings.filterwarnings("ignore", "The default weight initialization", FutureWarning)
-        if not pretrained:
+        warnings.filterwarnings("ignore", "Mapping deprecated model name", UserWarning)  # timm's earlier names
+        if pretrained:
+            return _build_pretrained(spec, build)
+        try:
             return build()
-        return _build_pretrained(spec, build)
+        except Exception as error:  # libraries check their arguments by assertions, KeyError, RuntimeError, ...
+            raise ValueError(
+                f"`teacher` must be a model that its library builds, but {_failure(spec, error)}"
+            ) from error
+
+
+def _failure(spec: str, error: Exception) -> str:
+    """Return what a library raised, with the line of code if the error has no text (a bare assertion)."""
+    text = one_line(error)
+    if not str(error).strip():
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__} in {Path(frame.filename).name}: {' '.join((frame.line or '').split())}"
+    return f"{spec} raised {text}"
 
 
 def _build_pretrained(spec: str, build: Callable[[], nn.Module]) -> nn.Module:
@@ -300,9 +276,3 @@ def _build_pretrained(spec: str, build: Callable[[], nn.Module]) -> nn.Module:
             f"{spec} and its weights must be available for download, but got {type(error).__name__}: {reason}; "
             "without a network, download the file elsewhere and give its path as `teacher.weights`"
         ) from error
-
-
-def _unknown(what: str, got: str, names: Iterable[str]) -> ValueError:
-    near = difflib.get_close_matches(got, list(names), n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return ValueError(f"`teacher` must name {what}, but got {got!r}{hint}")

@@ -4,23 +4,25 @@ import copy
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.config.run import TeacherConfig
 from synq.network.cam_site import CamSite, locate_cam
 from synq.network.op_traits import node_module
-from synq.network.tracing import accepting, check_plain_weights, output_getters, trace_classifier
+from synq.network.trace_errors import first_line
+from synq.network.tracing import trace_classifier
+from synq.teacher.architecture import check_architecture, check_task
+from synq.teacher.missing import check_given
+from synq.teacher.outputs import choose_output
 from synq.teacher.pixel_range import PixelRange
 from synq.teacher.preprocessing import Preprocessing
 from synq.teacher.probabilities import are_log_probabilities, check_no_probabilities
-from synq.teacher.sources import RANDOM, SourceModel, build_source
+from synq.teacher.sources import build_source
+from synq.teacher.user_code import one_line
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_ATTENTION = re.compile(r"multihead|self_?attention|windowattention|transformer", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,7 +32,8 @@ class Teacher:
     Attributes:
         spec: The configured `teacher.spec`.
         name: Short name of letters, digits and underscores.
-        module: The classifier in eval mode, float32, on the CPU; no parameter requires a gradient.
+        module: The classifier in eval mode, float32, on the CPU; no parameter requires a gradient. A copy of `graph` if
+            the network as it was written has no logits for a single image, or no gradient for its pixels.
         num_classes: Number of logits K.
         input_size: (C, H, W).
         mean, std: Normalization per channel; an image in [0, 1] enters the network as (image - mean) / std.
@@ -76,15 +79,15 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     """
     source = build_source(config)
     module = source.module.float().cpu().eval().requires_grad_(False)
+    check_task(module, source.name)
     check_architecture(module, source.name)
     check_finite(module, source.name)
-    if config.weights != RANDOM:
-        _check_trained(module, source.name, config.weights)
-    input_size, mean, std = _input_format(config, source)
-    if config.output is not None:
-        select_output(module, config.output, input_size)
-    graph = trace_classifier(copy.deepcopy(module), input_size).requires_grad_(False)
+    input_size, mean, std = check_given(config, source)
+    choose_output(module, config.output, input_size)
+    graph = trace_classifier(_copied(module, source.name), input_size).requires_grad_(False)
     num_classes = _check_logits(module, graph, input_size, config.num_classes or source.num_classes)
+    if not _accepts_one_image(module, input_size):
+        module = copy.deepcopy(graph)
     return Teacher(
         spec=config.spec,
         name=source.name,
@@ -99,35 +102,6 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         cam=locate_cam(graph, config.cam_layer),
         preprocessing=source.preprocessing,
     )
-
-
-def select_output(module: nn.Module, output: str, input_size: tuple[int, int, int]) -> None:
-    """Modify a classifier with several outputs in place, so that it returns only one of them.
-
-    The class of the module is replaced by a new subclass. A wrapper module would change the names of its layers.
-
-    Args:
-        module: The classifier.
-        output: Key of a mapping, index of a sequence, or attribute.
-        input_size: (C, H, W).
-
-    Raises:
-        ValueError: If there is no such output.
-    """
-    kind = type(module)
-    with accepting(kind.__name__, input_size):
-        returned = module(torch.zeros(2, *input_size))
-    getters = output_getters(returned)
-    if output not in getters:
-        choices = f"be one of {', '.join(getters)}" if getters else "be left out: the model returns one value"
-        raise ValueError(f"`teacher.output` must {choices}, but got {output!r}")
-    get = getters[output]
-
-    def forward(self: nn.Module, x: Tensor) -> Any:
-        return get(kind.forward(self, x))
-
-    forward.__annotations__ = {}  # torch.fx would copy them into the graph's code, which enters the digest
-    module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
 
 def weight_digest(module: nn.Module, input_size: tuple[int, int, int], graph: fx.GraphModule | None = None) -> str:
@@ -163,34 +137,6 @@ def weight_digest(module: nn.Module, input_size: tuple[int, int, int], graph: fx
     return digest.hexdigest()
 
 
-def check_architecture(module: nn.Module, name: str) -> None:
-    """Reject unsupported architectures: transformers, networks without BatchNorm statistics, parametrized weights.
-
-    Args:
-        module: The classifier.
-        name: Name of the model, for messages.
-
-    Raises:
-        ValueError: If the architecture is unsupported; the message names the reason and an alternative.
-    """
-    check_plain_weights(module)
-    modules = list(module.modules())
-    for part in modules:
-        if isinstance(part, nn.MultiheadAttention) or _ATTENTION.search(type(part).__name__) or hasattr(part, "qkv"):
-            raise ValueError(
-                f"teacher must be a convolutional network, but {name} is a transformer (it contains "
-                f"{type(part).__name__}), which is not supported yet; use one such as torchvision:resnet18"
-            )
-    norms = [part for part in modules if isinstance(part, _BatchNorm)]
-    if any(part.running_mean is not None for part in norms):
-        return
-    found = "whose BatchNorm layers keep none (track_running_stats=False)" if norms else "without BatchNorm layers"
-    raise ValueError(
-        f"teacher must have BatchNorm layers with running statistics, but got {name}, {found}: the images are "
-        "synthesized from these statistics. If BatchNorm was folded into the convolutions, load the unfolded model"
-    )
-
-
 def check_finite(module: nn.Module, name: str) -> None:
     """Reject weights and BatchNorm statistics that are not finite, and negative variances.
 
@@ -213,39 +159,24 @@ def check_finite(module: nn.Module, name: str) -> None:
         raise ValueError(f"teacher variances must be >= 0, but {name} has negative ones in {negative[0]}")
 
 
-def _check_trained(module: nn.Module, name: str, weights: str | None) -> None:
-    """Reject untrained models: means of 0 and variances of 1 in every BatchNorm mean that no weights were loaded."""
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
-    for part in norms:
-        if bool((part.running_mean != 0).any()) or bool((part.running_var != 1).any()):  # type: ignore[union-attr]
-            return
-    cure = f"{weights} must contain trained weights" if weights else "give its weight file as `teacher.weights`"
-    raise ValueError(
-        f"teacher must be trained, but the BatchNorm statistics of {name} have their initial values; "
-        f"{cure}, or set `--teacher.weights {RANDOM}` to use untrained weights on purpose"
-    )
-
-
-def _input_format(
-    config: TeacherConfig, source: SourceModel
-) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]]:
-    """Return input size, mean and std: configured values first, then those of the source."""
-    input_size = config.input_size or source.input_size
-    mean, std = config.mean or source.mean, config.std or source.std
-    if input_size is None:
-        raise ValueError(f"`teacher.input_size` must be given as C,H,W: {config.spec} does not define it")
-    if mean is None or std is None:
-        missing = "`teacher.mean` and `teacher.std`" if mean is None and std is None else "both of them"
+def _copied(module: nn.Module, name: str) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:  # attributes of any type
         raise ValueError(
-            f"{missing} must be given as in the teacher's training (per channel, for images in [0, 1]): "
-            f"{config.spec} does not define them, and wrong values would silently cost accuracy"
-        )
-    for field, values in (("mean", mean), ("std", std)):
-        if len(values) != input_size[0]:
-            raise ValueError(f"`teacher.{field}` must have {input_size[0]} values, one per channel, but got {values}")
-    if min(std) <= 0:
-        raise ValueError(f"`teacher.std` must be > 0, but got {std}")
-    return input_size, mean, std
+            f"teacher must be a network that copy.deepcopy can copy, but {name} raised {one_line(error)}"
+        ) from error
+
+
+def _accepts_one_image(module: nn.Module, input_size: tuple[int, int, int]) -> bool:
+    """Return whether a classifier has logits for a single image, with a gradient for its pixels."""
+    image = torch.zeros(1, *input_size).requires_grad_()
+    with torch.enable_grad():
+        try:
+            logits = module(image * 1)  # a module may normalize its input in place, which autograd forbids for a leaf
+        except Exception:  # for example an axis too few; the graph, which was checked, takes its place
+            return False
+    return bool(logits.ndim == 2 and logits.requires_grad)
 
 
 def _check_logits(
@@ -258,19 +189,14 @@ def _check_logits(
     """
     # Three images, while the tracing used two: this reveals a batch size that became a constant of the graph.
     noise = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
-    with accepting(type(module).__name__, input_size):
-        # Clones, because a module may normalize its input in place.
-        logits, again = module(noise.clone()), module(noise.clone())
     try:
-        with torch.no_grad():
-            traced = graph(noise.clone())
-    except RuntimeError as error:
-        raise ValueError(
-            "teacher must accept any batch size, but its forward pass, traced with 2 images, fails with 3: "
-            "use x.size(0) or -1 for the batch size"
-        ) from error
+        with torch.no_grad():  # clones, because a module may normalize its input in place
+            logits, again = module(noise.clone()), module(noise.clone())
+    except Exception as error:  # a forward pass may raise anything; with two images it did not
+        raise _fixed_batch(f"fails ({first_line(error)})", 3) from error
+    traced, single = (_logits_of(graph, noise[:count].clone(), int(logits.shape[1])) for count in (3, 1))
     if are_log_probabilities(logits):  # the graph returns the logits that they are computed from
-        traced = traced.log_softmax(1)
+        traced, single = traced.log_softmax(1), single.log_softmax(1)
     margin = 1e-4 * float(logits.abs().max())
     num_classes = int(logits.shape[1])
     if declared is not None and declared != num_classes:
@@ -290,5 +216,35 @@ def _check_logits(
             f"teacher must return the same logits when traced by torch.fx, but they differ by {gap:.3g}; "
             "write in-place operations of its forward pass as x = f(x)"
         )
+    if not torch.allclose(logits[:1], single, rtol=1e-2, atol=100 * margin):  # kernels depend on the batch size
+        raise ValueError(
+            "teacher must classify each image by itself, but the logits of an image differ by "
+            f"{float((logits[:1] - single).abs().max()):.3g} if others are in its batch"
+        )
     check_no_probabilities(graph, noise)
     return num_classes
+
+
+@torch.no_grad()
+def _logits_of(graph: fx.GraphModule, images: Tensor, num_classes: int) -> Tensor:
+    """Return the logits of a graph, which was traced with two images, for another number of them.
+
+    Raises:
+        ValueError: If it fails, or returns another shape.
+    """
+    count = len(images)
+    try:
+        logits = graph.forward(images)  # a call would print where in the graph's code it fails
+        found = f"returns {tuple(logits.shape)}" if isinstance(logits, Tensor) else "returns no tensor"
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        logits, found = None, f"fails ({first_line(error)})"
+    if isinstance(logits, Tensor) and logits.shape == (count, num_classes):
+        return logits
+    raise _fixed_batch(found, count)
+
+
+def _fixed_batch(found: str, count: int) -> ValueError:
+    return ValueError(
+        f"teacher must accept any batch size, but its forward pass, which runs with 2 images, {found} for {count}: "
+        "use x.size(0) or -1 for the batch size"
+    )

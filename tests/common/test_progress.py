@@ -15,7 +15,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from synq.common import progress as bars
 from synq.common.progress import note, passing_bar, visible
@@ -140,19 +139,23 @@ def test_counting_counts_the_same_below_a_bar(
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
     monkeypatch.setattr("tqdm.std.time", lambda: now)
-    monkeypatch.setattr(bars, "LOGGED_EVERY", 0.25)
+    monkeypatch.setattr(bars, "LOGGED_EVERY", 2.5)
     with (
-        tqdm(total=8, desc="work", **visible(True, bar_format="{n}")) as bar,
+        bars.Bar(total=8, desc="work", **visible(True, bar_format="{n}")) as bar,
         passing_bar(2, "part", "p", is_shown=True),
     ):
         for number in range(8):
-            now += 0.125
+            now += 1.25
             note(bar, f"loss={number}")
             bar.update()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[2] for line in lines] == ["2", "4", "6", "8"], lines
-    assert all(re.fullmatch(r"synq: work: \d of 8, 00:0\d, about 00:0\d left, loss=\d", line) for line in lines), lines
-    with tqdm(total=8, desc="work", **visible(False)) as bar:
+    *running, last = lines
+    assert all(re.fullmatch(r"synq: work: \d of 8, 00:0\d, about 00:0\d left, loss=\d", line) for line in running), (
+        lines
+    )
+    assert last == "synq: work: 8 of 8, 00:10, loss=7", "no time is left"
+    with bars.Bar(total=8, desc="work", **visible(False)) as bar:
         bar.update()
     monkeypatch.setattr(bars, "LOGGED_EVERY", 60.0)
     with passing_bar(2, "quick", "p", is_shown=True) as bar:
@@ -175,3 +178,22 @@ def test_a_log_that_fails_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch)
             bar.update()
             bar.update(2)
             assert bar.n == 3 or bar.disable
+
+
+@pytest.mark.parametrize("parts", [3, 7, 10, 30, 100])
+def test_f_13_a_bar_whose_parts_add_up_to_more_than_its_total_has_no_negative_time(
+    parts: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
+    monkeypatch.setattr(bars, "LOGGED_EVERY", 1.0)
+    with bars.Bar(total=1, desc="work", **visible(True)) as bar:
+        for _ in range(parts):
+            now += 2.0
+            bar.update(1 / parts)
+        bar.update(1e-12)
+        now += 2.0
+        bar.refresh()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1 and not any("-0" in line for line in lines), lines
+    assert "left" not in lines[-1] and "left" in lines[0]

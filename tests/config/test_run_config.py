@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from synq.config.command_line import Command
 from synq.config.finetune import inactive_keys
-from synq.config.parsing import dotted_keys, nearest
+from synq.config.parsing import dotted_keys, nearest, values_from_text
 from synq.config.run import (
     EvaluationConfig,
     FinetuneConfig,
@@ -260,3 +260,41 @@ def test_the_cam_term_is_used_at_any_positive_weight(weight: float, uses_cam: bo
     config = with_overrides(RunConfig(), {"finetune.cam_weight": weight})
     assert config.finetune.uses_cam == uses_cam
     assert ("cam_method" in inactive_keys(config_to_dict(config)["finetune"], "none")) == (not uses_cam)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["teacher.weights", "teacher.output", "teacher.cam_layer", "evaluation.data_dir", "runtime.store_dir"],
+)
+@pytest.mark.parametrize("text", ["none", "None"])
+def test_f_16_none_unsets_every_optional_text(key: str, text: str) -> None:
+    part, _, name = key.partition(".")
+    given = with_overrides(RunConfig(), {key: "something"})
+    assert getattr(getattr(given, part), name) == "something"
+    from_file = config_from_dict(RunConfig, {part: {name: text}})
+    from_line = with_overrides(given, values_from_text(RunConfig, {key: [text]}))
+    assert getattr(getattr(from_file, part), name) is None and getattr(getattr(from_line, part), name) is None
+
+
+def test_f_16_a_labeled_set_may_be_none_which_is_not_unset() -> None:
+    for text, value in (("none", "none"), ("None", None)):
+        assert config_from_dict(RunConfig, {"evaluation": {"dataset": text}}).evaluation.dataset == value
+        given = values_from_text(RunConfig, {"evaluation.dataset": [text]})
+        assert with_overrides(RunConfig(), given).evaluation.dataset == value
+
+
+@pytest.mark.parametrize(
+    ("tables", "hint"),
+    [
+        ({"finetune": {"lrr": 1}}, "did you mean `finetune.lr`?"),
+        ({"fintune": {"lr": 1}}, "did you mean `finetune`?"),
+        ({"quant": {"zzz": 1}}, "known are quant.weight_bits, quant.act_bits"),
+        ({"zzz": 1}, "known are teacher, synthesis, quant"),
+        ({"lr": 1}, "did you mean `synthesis.lr` or `finetune.lr`?"),
+        ({"evaluation": {"zzz": "digits"}}, "known are evaluation.dataset"),
+    ],
+)
+def test_f_16_every_unknown_key_is_told_near_or_known_ones(tables: dict[str, object], hint: str) -> None:
+    with pytest.raises(ValueError, match="must be a known key, but got an unknown one") as caught:
+        config_from_dict(RunConfig, tables)
+    assert hint in str(caught.value)

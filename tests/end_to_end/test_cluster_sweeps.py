@@ -149,7 +149,7 @@ def test_a_wide_trial_is_what_accelerate_launch_makes_of_its_run(
     out = tmp_path / "out"
     spec = listed(tmp_path, epochs=3, head="num_trials = 1\nworkers_per_trial = 2\n")
     text = finish(start(str(spec), "--output-dir", str(out), RAY_ADDRESS=machines.address), 400)
-    assert "at most 1 trials at a time" in text
+    assert "at most 1 trial at a time" in text
     inside = read_record(next(out.glob("records/*.json")))
     assert inside.status == "completed" and inside.device.endswith("x 2 processes")
     config = {**inside.config, "evaluation": {**inside.config["evaluation"], "every_epoch": True}}

@@ -92,8 +92,9 @@ def test_learned_rounding_and_steps_are_recorded_and_repeatable(config: RunConfi
 def test_only_labels_move_when_the_labeled_images_change(config: RunConfig, tmp_path: Path) -> None:
     """Zero-shot: the student is the same without any labeled image."""
     with_labels = run(config)
-    without = with_overrides(config, {"evaluation.dataset": "none"})
-    assert run(without).top1 is None
+    apart = {"runtime.output_dir": str(tmp_path / "apart")}  # in the same folder the student would be taken over
+    without = with_overrides(config, {"evaluation.dataset": "none", **apart})
+    assert run(without).top1 is None and run(without).student_of == ""
     assert run(without).objective_value == with_labels.objective_value
     states = [safetensors.torch.load_file(run_folder(c) / "student.safetensors") for c in (config, without)]
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())

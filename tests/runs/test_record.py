@@ -96,7 +96,8 @@ def test_the_configuration_of_a_record_is_the_run_s(tmp_path: Path) -> None:
 
 def test_the_summary_is_one_line() -> None:
     assert (
-        summary_line(_record()) == "resnet20 W4A4 A relu | teacher 91.48 | RTN 80.90 | final 90.40 | drop 1.08 | 132 s"
+        summary_line(_record())
+        == "resnet20 W4A4 A relu | teacher 91.48 | RTN 80.90 | final 90.40 | drop 1.08 (4000 images) | 132 s"
     )
     blind = _record(teacher_top1=None, rtn_top1=None, top1=None, drop=None)
     assert summary_line(blind) == "resnet20 W4A4 A relu | no labels | synthetic objective 0.0123 | 132 s"

@@ -11,7 +11,8 @@ import pytest
 from scipy import stats
 
 from support import reference
-from synq.sweeps.stats import Gain, drop_stderr, mean, paired_gain, pooled_stderr, rank_correlation, std, t_test_p
+from synq.common.statistics import drop_stderr
+from synq.sweeps.stats import Gain, mean, paired_gain, pooled_stderr, rank_correlation, std, t_test_p
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from synq.config.run import RunConfig, TeacherConfig, config_digest
+from synq.network.tracing import trace_classifier
+from synq.teacher.architecture import check_architecture
+from synq.teacher.outputs import choose_output
 from synq.teacher.teacher import Teacher, load_teacher
 
 SOURCE = """
@@ -84,3 +89,77 @@ def test_outputs_that_cannot_be_logits_are_rejected(
 def test_runs_without_it_keep_their_digest() -> None:
     plain = config_digest(RunConfig())
     assert plain != config_digest(RunConfig(teacher=TeacherConfig(output="logits")))
+
+
+TASKS = """
+from collections import OrderedDict
+import torchvision
+class ModelOutput(OrderedDict):
+    "As of transformers: values that are None are left out."
+def hub(): return Net(lambda features, logits: ModelOutput(logits=logits, hidden_states=(features,)))
+def only_tuple(): return Net(lambda features, logits: (logits,))
+def only_value(): return Net(lambda features, logits: {"scores": logits, "loss": None})
+def segmentation(): return Net(lambda features, logits: {"out": features, "aux": features})
+def pixels(): return Net(lambda features, logits: features)
+def detector(): return Net(lambda features, logits: [{"boxes": features, "labels": logits}])
+def query_detector(): return Net(lambda features, logits: {"pred_boxes": logits, "logits": logits})
+def classes(): return Net(lambda features, logits: logits.argmax(1))
+def unflattened(): return Net(lambda features, logits: logits[:, :, None, None])
+def library_detector():
+    return torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+def library_segmentation():
+    return torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None)
+"""
+
+
+def load_task(folder: Path, factory: str) -> Teacher:
+    (folder / "heads.py").write_text(SOURCE + TASKS)
+    facts = {"input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    return load_teacher(TeacherConfig(spec=f"{folder}/heads.py:{factory}", weights="random", **facts))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("factory", ["hub", "only_tuple", "only_value"])
+def test_f_5_logits_that_are_the_only_choice_are_taken(tmp_path: Path, factory: str) -> None:
+    assert load_task(tmp_path, factory).digest == load_task(tmp_path, "one").digest
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("segmentation", r"Net returned one of shape \(2, 6, 6, 6\), a value per pixel: a segmentation network"),
+        ("pixels", r"a value per pixel: a segmentation network, or a network without its classifier"),
+        ("detector", r"Net is a detector: it returns boxes"),
+        ("query_detector", r"Net is a detector: it returns boxes"),
+        ("classes", r"values of type int64, such as class numbers"),
+        ("unflattened", r"one of shape \(2, 5, 1, 1\): return it as x.flatten\(1\)"),
+        ("library_detector", r"library_detector_random \(SSD\) is a detector"),
+        ("library_segmentation", r"\(LRASPP\) is a segmentation network"),
+    ],
+)
+def test_f_6_networks_for_other_tasks_are_named(tmp_path: Path, factory: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_task(tmp_path, factory)
+
+
+def test_f_4_a_network_of_attention_without_batch_norm_is_a_transformer() -> None:
+    class ViTAttention(nn.Module):
+        """Named as in transformers, and without PyTorch's attention."""
+
+    class ChannelAttention(nn.Module):
+        """A part of convolutional networks."""
+
+    with pytest.raises(ValueError, match=r"net is a transformer \(it contains ViTAttention\)"):
+        check_architecture(nn.Sequential(nn.Conv2d(3, 4, 4, 4), ViTAttention(), nn.LayerNorm(4)), "net")
+    check_architecture(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), ChannelAttention()), "net")
+    with pytest.raises(ValueError, match=r"got net, without BatchNorm layers \(it has GroupNorm\)"):
+        check_architecture(nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)), "net")
+
+
+def test_f_5_classifiers_of_transformers_work_as_they_are() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=5)
+    net = transformers.ResNetForImageClassification(config).eval().requires_grad_(False)
+    images = torch.randn(3, 3, 32, 32)
+    expected = net(images).logits
+    choose_output(net, None, (3, 32, 32))
+    assert torch.equal(trace_classifier(net, (3, 32, 32))(images), expected)

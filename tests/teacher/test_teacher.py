@@ -19,7 +19,8 @@ from support.tiny_model import SIZE, trained_state
 from synq.config.run import TeacherConfig
 from synq.evaluation.labeled import load_labeled
 from synq.network.tracing import trace_classifier
-from synq.teacher.teacher import check_architecture, load_teacher, weight_digest
+from synq.teacher.architecture import check_architecture
+from synq.teacher.teacher import load_teacher, weight_digest
 
 # --- the bundled teacher ---
 

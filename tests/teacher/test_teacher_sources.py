@@ -184,3 +184,41 @@ def test_no_warning_about_weights_that_are_not_kept(name: str) -> None:
     teacher_sources.build_source(
         TeacherConfig(spec=f"torchvision:{name}", weights="random")
     )  # warnings are errors here
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_classes", "message"),
+    [
+        (
+            "timm:resnet18.a1_in1",
+            None,
+            r"weights of timm:resnet18 \(.*a1_in1k.*\), but got 'a1_in1'; did you mean a1_in1k",
+        ),
+        ("timm:resnet18.typo", None, r"weights of timm:resnet18 \(.*a1_in1k.*\), but got 'typo'"),
+        (
+            "timm:gluon_resnet18_v1b.typo",
+            None,
+            r"timm:gluon_resnet18_v1b.typo raised RuntimeError: Invalid pretrained tag",
+        ),
+        ("pytorchcv:resnet20_cifar10", 7, r"pytorchcv:resnet20_cifar10 raised AssertionError in .*: .*num_classes"),
+    ],
+)
+def test_l_3_what_a_library_does_not_build_is_one_line(spec: str, num_classes: int | None, message: str) -> None:
+    pytest.importorskip(spec.partition(":")[0])
+    with pytest.raises(ValueError, match=message) as caught:
+        load_teacher(TeacherConfig(spec=spec, weights="random", num_classes=num_classes, mean=HALF, std=HALF))
+    assert "\n" not in str(caught.value)
+
+
+def test_l_4_earlier_names_of_timm_have_the_weights_of_todays() -> None:
+    timm = pytest.importorskip("timm")
+    assert all(
+        teacher_sources._timm_has_weights(timm, name)
+        for name in ("swsl_resnet18", "ssl_resnet18", "gluon_resnet18_v1b", "resnet18.a1_in1k", "resnet18")
+    )
+    without = sorted(
+        set(timm.list_models("resnet*")) - {n.partition(".")[0] for n in timm.list_models(pretrained=True)}
+    )
+    assert without and not teacher_sources._timm_has_weights(timm, without[0])
+    with pytest.raises(ValueError, match=f"timm has no weights for '{without[0]}'"):
+        load_teacher(TeacherConfig(spec=f"timm:{without[0]}"))

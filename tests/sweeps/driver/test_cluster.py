@@ -24,7 +24,7 @@ def test_unused_gpus_are_remarked_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}])
     with cluster(tiny(tmp_path).search) as found:
-        assert "--gpus-per-worker 1" in found.note and found.summary == "1 node, 2 CPUs, 1 GPUs"
+        assert "--gpus-per-worker 1" in found.note and found.summary == "1 node, 2 CPUs, 1 GPU"
     with cluster(tiny(tmp_path, gpus_per_worker=0.5).search) as found:
         assert found.note == "" and found.trials == 2
 

@@ -14,7 +14,8 @@ from synq.config.parsing import parse_bits
 from synq.config.run import config_to_dict, with_overrides
 from synq.runs.record import RunRecord, read_record
 from synq.sweeps.leaderboard.columns import RECIPE_TABLE, keys
-from synq.sweeps.studies.recipes import Expected, Published, compare, load_recipe, markdown, plan, same_result, table
+from synq.sweeps.studies.recipes import Expected, Published, compare, load_recipe, markdown, plan, table
+from synq.sweeps.studies.study_folder import same_result
 
 ONE_THREAD = ("--runtime.device", "cpu", "--runtime.num_threads", "1")
 FILE = """
@@ -163,26 +164,27 @@ def record(top1: float, **changes: Any) -> RunRecord:
 
 def test_the_table_by_hand() -> None:
     records = {
-        ("other", 0): record(70.0, seconds={"synthesis": 50.0}, total_seconds=52.0),
-        ("other", 1): record(72.0, set_digest="s1", seconds={"synthesis": 60.0}, total_seconds=62.0),
-        ("recipe", 0): record(88.0, rtn_top1=74.0, rtn_lost=190),
-        ("recipe", 1): record(89.0, set_digest="s1", lost=40, gained=10),
+        ("other", 0): record(70.0, seconds={"synthesis": 50.0}, total_seconds=52.0, set_seconds=50.0),
+        ("other", 1): record(72.0, set_digest="s1", seconds={"synthesis": 60.0}, total_seconds=62.0, set_seconds=60.0),
+        ("recipe", 0): record(88.0, rtn_top1=74.0, rtn_lost=190, set_seconds=50.0),
+        ("recipe", 1): record(89.0, set_digest="s1", lost=40, gained=10, set_seconds=60.0),
     }
     ptq, other, own, paper = table(records, Published(top1=88.11, teacher_top1=93.89, source="a | b"))
     assert tuple(own) == keys(RECIPE_TABLE) and (own["row"], own["bits"], own["seeds"]) == ("recipe", "W3A3", "0 1")
     assert own["top1_mean"] == 88.5 and own["top1_std"] == pytest.approx(math.sqrt(0.5)) and own["drop_mean"] == 3.5
     errors = [100 * math.sqrt(80 - 1.6) / 1000, 100 * math.sqrt(50 - 0.9) / 1000]
     assert own["drop_stderr"] == pytest.approx(statistics.fmean(errors))
-    assert other["seconds_mean"] == 57.0
-    assert ptq["seconds_mean"] == 56.0, "the same runs, less their 9 s of fine-tuning"
+    assert (other["seconds_mean"], other["set_seconds_mean"]) == (2.0, 55.0)
+    assert ptq["seconds_mean"] == 1.0, "the same runs, less their 9 s of fine-tuning"
     assert (ptq["row"], ptq["top1_mean"], ptq["drop_mean"]) == ("ptq", 72.0, 20.0)
     errors = [100 * math.sqrt(200 - 32.4) / 1000, 100 * math.sqrt(240 - 48.4) / 1000]
     assert ptq["drop_stderr"] == pytest.approx(statistics.fmean(errors))
-    assert own["seconds_mean"] == 65.0, "10 s each, and the 50 and 60 s of its sets, which another row made"
+    seconds = (own["seconds_mean"], own["set_seconds_mean"])
+    assert seconds == (10.0, 55.0), "the seconds of its sets are apart, whichever row made them"
     assert paper["drop_mean"] == pytest.approx(5.78) and paper["num_seeds"] is None and paper["source"] == "a | b"
     text = markdown([ptq, own, paper], "expected ...")
-    assert "| recipe | A | relu | W3A3 | 2 | 92.00 | 88.50 ± 0.71 | 3.50 ± 0.79 | 65 | measured |" in text
-    assert "| published | - | - | W3A3 | - | 93.89 | 88.11 | 5.78 | - | a \\| b |" in text
+    assert "| recipe | A | relu | W3A3 | 2 | 92.00 | 88.50 ± 0.71 | 3.50 ± 0.79 | 10 | 55 | measured |" in text
+    assert "| published | - | - | W3A3 | - | 93.89 | 88.11 | 5.78 | - | - | a \\| b |" in text
     assert "net | seeds 0 1 | 1000 labeled images | commit abc | cpu\n" in text and text.endswith("\nexpected ...\n")
 
 
@@ -190,7 +192,7 @@ def test_a_teacher_without_labels_has_a_table_too() -> None:
     blind = record(0.0, num_eval=None, teacher_top1=None, drop=None, lost=None, gained=None, rtn_top1=None)
     _, line = table({("recipe", 0): RunRecord(**{**config_to_dict(blind), "top1": None})})
     assert (line["top1_mean"], line["drop_mean"], line["drop_stderr"]) == (None, None, None)
-    assert "| 1 | - | - | - | 10 |" in markdown([line]) and "no labeled images" in markdown([line])
+    assert "| 1 | - | - | - | 10 | - |" in markdown([line]) and "no labeled images" in markdown([line])
 
 
 PROMISE = Expected(
@@ -224,11 +226,15 @@ def test_what_is_expected_is_compared(tops: list[float], words: str) -> None:
 
 def test_what_must_not_be_compared_is_said() -> None:
     one = {("recipe", 0): record(88.0)}
-    assert "not compared, the settings were changed" in compare(PROMISE, one, same_settings=False)
+    changed = compare(PROMISE, one, same_settings=False)
+    assert changed == (
+        "measured 88.00; not comparable with the expected 88.00 ± 0.30 (commit abc, 2 cores) of the file, because the "
+        "settings were changed"
+    )
     fewer = {("recipe", 0): record(88.0, num_eval=64)}
-    assert "not compared, on 64 images and not on 1000" in compare(PROMISE, fewer)
+    assert "because it is on 64 images and not on 1000" in compare(PROMISE, fewer)
     other = {("recipe", 0): record(88.0, teacher_top1=91.9)}
-    assert "not compared, the teacher has 91.90 and not 92.00" in compare(PROMISE, other)
+    assert "because the teacher has 91.90 and not 92.00" in compare(PROMISE, other)
     assert compare(PROMISE, {("noise", 0): record(70.0)}).endswith("not measured")
     single = Expected(**{**config_to_dict(PROMISE), "seeds": (0,)})
     assert "one seed each has no standard error" in compare(single, one)
@@ -241,7 +247,7 @@ def test_the_door_runs_resumes_and_only_reads_what_is_finished(
     words = [str(file), "--runtime.output_dir", str(tmp_path / "out"), *ONE_THREAD, "--seeds", "3"]
     assert main([*words, "--rows", "recipe"]) == 0
     out = capsys.readouterr().out
-    assert "not compared, the teacher has" in out, "64 images never give 98.90"
+    assert "because the teacher has" in out, "64 images never give 98.90"
     assert out.splitlines()[-1] == str(tmp_path / "out" / "mine" / "recipe.csv")
     (path,) = tmp_path.glob("out/mine-*/record.json")
     before, done = read_json(path), read_record(path)
@@ -292,3 +298,34 @@ def test_user_errors_are_one_line(
     assert main([str(file) if word == "FILE" else word for word in words]) == 2
     line = capsys.readouterr().err
     assert line.startswith("synq: error: ") and message in line and line.count("\n") == 1
+
+
+def test_m_1_every_teacher_and_setting_has_a_table_of_its_own(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(FILE + EXPECTED)
+    plain = [str(file), "--runtime.output_dir", str(tmp_path / "out"), *ONE_THREAD, "--seeds", "0", "--rows", "recipe"]
+    assert main(plain) == 0
+    own = {path: path.read_bytes() for path in (tmp_path / "out" / "mine").iterdir()}
+    assert len(own) == 2
+    capsys.readouterr()
+    texts = {}
+    for extra in (["--teacher.weights", "random"], ["--finetune.lr", "0.02"]):
+        assert main([*plain, *extra]) == 0
+        out = capsys.readouterr().out
+        folder = Path(out.splitlines()[-1]).parent
+        assert folder.name.startswith("mine-digits_resnet8") and folder not in texts
+        texts[folder] = out
+    other, changed = texts.values()
+    assert "published" not in other and "expected" not in other, "they are of another network"
+    assert "published" in changed and "not comparable with the expected 50.00" in changed
+    assert {path: path.read_bytes() for path in own} == own, "nothing is overwritten"
+
+
+def test_m_1_a_table_loses_no_finished_run(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(file), "--runtime.output_dir", str(tmp_path / "out"), *ONE_THREAD, "--rows", "recipe", "--seeds"]
+    assert main([*words, "0"]) == 0 and main([*words, "4"]) == 0
+    with (tmp_path / "out" / "mine" / "recipe.csv").open(newline="") as table_file:
+        lines = {line["row"]: line for line in csv.DictReader(table_file)}
+    assert lines["recipe"]["seeds"] == "0 4" and lines["ptq"]["num_seeds"] == "2"
+    assert float(lines["recipe"]["set_seconds_mean"]) > 0

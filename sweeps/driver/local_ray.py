@@ -1,0 +1,121 @@
+"""Start of Ray on this machine alone: one more attempt, the death of its processes noticed, advice for the user."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from synq.common.notices import print_notice
+
+ATTEMPTS = 2
+DAEMONS = ("gcs_server", "raylet")
+"""Names of the processes without which Ray does not work."""
+POLL_SECONDS = 0.5
+"""Seconds between two checks of Ray's processes while it starts."""
+
+
+class _DaemonDiedError(BaseException):
+    """A process of Ray died while Ray started; not an Exception, which Ray's loops would catch and go on waiting."""
+
+
+def start_local_ray(**options: Any) -> None:
+    """Start Ray on this machine, with one more attempt if it fails.
+
+    Args:
+        options: Arguments of `ray.init`.
+
+    Raises:
+        OSError: Ray did not start; the message has the last reason and what to do.
+    """
+    import ray
+
+    for attempt in range(ATTEMPTS):
+        before, started = _children(), time.monotonic()
+        try:
+            with _watching(before):
+                ray.init(address="local", **options)
+            return
+        except (Exception, _DaemonDiedError) as error:  # Ray raises a bare Exception if its processes do not start
+            _end(before)
+            ray.shutdown()
+            reason = f"{_first_line(error)} (after {time.monotonic() - started:.0f} s)"
+            if attempt + 1 < ATTEMPTS:
+                print_notice(f"Ray did not start on this machine: {reason}; one more attempt")
+    raise OSError(f"Ray must start on this machine, but it did not in {ATTEMPTS} attempts: {reason}; {_advice()}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
+def _advice() -> str:
+    logs = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "session_latest", "logs")
+    return (
+        "a machine that is busy, or short of memory or of room for /dev/shm, starts it too slowly: end other work, or "
+        f"start Ray once by `ray start --head` and set RAY_ADDRESS=auto; its own messages are in {logs}"
+    )
+
+
+@contextmanager
+def _watching(before: dict[int, tuple[str, str]]) -> Iterator[None]:
+    """Raise `_DaemonDiedError` in the ``with`` block as soon as a new child of this process among `DAEMONS` is dead.
+
+    Ray itself waits for its whole limit, whether or not the process that it waits for still exists. Nothing is watched
+    outside the main thread, to which Python delivers signals, and on systems without /proc.
+    """
+    if threading.current_thread() is not threading.main_thread() or not Path("/proc/self").exists():
+        yield
+        return
+    died: list[str] = []
+    is_over = threading.Event()
+    main = threading.get_ident()
+
+    def poll() -> None:
+        seen: dict[int, str] = {}
+        while not is_over.wait(POLL_SECONDS):
+            now = _children()
+            seen |= {pid: name for pid, (name, _) in now.items() if pid not in before and name in DAEMONS}
+            dead = [name for pid, name in seen.items() if pid not in now or now[pid][1] == "Z"]
+            if dead:
+                died.append(dead[0])
+                signal.pthread_kill(main, signal.SIGUSR1)
+                return
+
+    def stop(number: int, frame: Any) -> None:
+        if not is_over.is_set():
+            raise _DaemonDiedError(f"its process {died[0]} ended" if died else "it was stopped by a signal")
+
+    handler = signal.signal(signal.SIGUSR1, stop)
+    watcher = threading.Thread(target=poll, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR1, handler)
+
+
+def _children() -> dict[int, tuple[str, str]]:
+    """Return name and state of every child of this process by its id; Z is a dead one. Empty without /proc."""
+    found: dict[int, tuple[str, str]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it may have ended in the meantime
+            head, _, tail = path.read_text().rpartition(")")  # a name may hold spaces and brackets
+            state, parent = tail.split()[:2]
+            if int(parent) == os.getpid():
+                found[int(path.parent.name)] = (head.partition("(")[2], state)
+    return found
+
+
+def _end(before: dict[int, tuple[str, str]]) -> None:
+    """Kill the children that were started since `before`, which a failed start does not end."""
+    for pid, (_, state) in _children().items():
+        if pid not in before and state != "Z":
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

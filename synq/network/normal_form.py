@@ -1,0 +1,202 @@
+"""Normal form of a traced graph, so that no later rule depends on how a call was written.
+
+conv(input=x)  F.relu(input=x)  torch.add(x, other=y)   positional: conv(x), relu(x), add(x, y)
+x.relu_()  z += y  x[:, 0] = y                          out of place; later readers of x read the result
+len(x)                                                  x.size(0)
+x.squeeze() of (N, C, 1, 1)                             x.squeeze((2, 3)): a single image keeps its axis
+"""
+
+import builtins
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.fx.operator_schemas import get_signature_for_torch_op
+
+from synq.network.op_traits import node_module, operation_name
+
+_INPLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+def assigned(x: Tensor, index: Any, value: Any) -> Tensor:
+    """Return a copy of ``x`` in which the part at ``index`` is ``value``; the result of ``x[index] = value``.
+
+    Args:
+        x: Any shape.
+        index: What Python passes for the part: numbers, slices, tensors, or a tuple of them.
+        value: A number, or a tensor that broadcasts to the part.
+    """
+    copy = x.clone()
+    copy[index] = value
+    return copy
+
+
+def to_normal_form(traced: fx.GraphModule) -> None:
+    """Rewrite a graph into its normal form, in place; it computes the same.
+
+    Args:
+        traced: A graph in evaluation mode whose nodes have shapes, for a batch of two, in ``meta["shape"]``.
+
+    Raises:
+        ValueError: If an in-place operation has no counterpart.
+    """
+    for node in traced.graph.nodes:
+        _to_positions(traced, node)
+        if node.op == "call_function" and node.target is builtins.len and node.args[0].meta.get("shape") is not None:
+            node.op, node.target, node.args = "call_method", "size", (node.args[0], 0)
+    _to_out_of_place(traced)
+    _drop_shape_assertions(traced)
+
+
+def keep_image_axis(traced: fx.GraphModule) -> None:
+    """Let ``squeeze`` drop the axes of size one that it drops for a batch of two, in place.
+
+    Without axes, or with the axis of the images among them, it drops that axis too where there is a single image.
+
+    Args:
+        traced: As for ``to_normal_form``.
+    """
+    for node in list(traced.graph.nodes):
+        if operation_name(node) != "squeeze" or node.op not in ("call_method", "call_function"):
+            continue
+        source = node.args[0]
+        shape = source.meta["shape"]
+        given = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        axes = range(len(shape)) if given is None else (given,) if isinstance(given, int) else given
+        kept = tuple(sorted({axis % len(shape) for axis in axes if shape[axis] == 1}))
+        if kept:
+            node.args, node.kwargs = (source, kept), {}
+        else:
+            node.replace_all_uses_with(source)
+            traced.graph.erase_node(node)
+    traced.graph.lint()
+    traced.recompile()
+
+
+def _to_positions(traced: fx.GraphModule, node: fx.Node) -> None:
+    """Move tensors that are passed by keyword, and what precedes them, to their positions."""
+    is_function = node.op == "call_function"
+    by_keyword = {name for name, value in node.kwargs.items() if isinstance(value, fx.Node) and _is_tensor(value)}
+    by_keyword |= {name for name, value in node.kwargs.items() if isinstance(value, list | tuple) and not node.args}
+    if not by_keyword or not (is_function or node.op == "call_module"):
+        return
+    if is_function and node.args and not by_keyword & {"other", "tensor1", "tensor2"}:
+        return  # the first tensor has its position; layers written as functions name their weights
+    called: Any = node.target if is_function else node_module(traced, node).forward  # type: ignore[union-attr]
+    for names in _parameter_lists(called):
+        args, kwargs = list(node.args), dict(node.kwargs)
+        for name in names[len(args) :]:
+            if name not in kwargs or not by_keyword & kwargs.keys():
+                break
+            args.append(kwargs.pop(name))
+        if not by_keyword & kwargs.keys():
+            node.args, node.kwargs = tuple(args), kwargs
+            return
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return node.meta.get("shape") is not None
+
+
+def _parameter_lists(called: Callable[..., Any]) -> list[list[str]]:
+    """Return the names of the parameters that may be passed by position, for each overload of a function."""
+    try:
+        signatures = [inspect.signature(called)]
+    except ValueError:  # compiled in C++
+        signatures = get_signature_for_torch_op(called) or []
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [[p.name for p in signature.parameters.values() if p.kind in positional] for signature in signatures]
+
+
+def _to_out_of_place(traced: fx.GraphModule) -> None:
+    # Collected first: a module that is called twice works in place at both calls.
+    inplace_modules = {module for module in traced.modules() if getattr(module, "inplace", False)}
+    for module in inplace_modules:
+        module.inplace = False  # type: ignore[assignment]
+    for node in list(traced.graph.nodes):
+        if node.op == "call_function" and node.target is operator.setitem and _is_tensor(node.args[0]):
+            node.target, node.meta["shape"] = assigned, node.args[0].meta["shape"]
+            _read_result_instead(traced, node)
+        # ``n += 1`` on a Python number rebinds a name, it overwrites nothing.
+        elif _is_tensor(node) and _without_overwriting(traced, node, inplace_modules):
+            _read_result_instead(traced, node)
+    traced.graph.lint()
+    traced.recompile()
+
+
+def _without_overwriting(traced: fx.GraphModule, node: fx.Node, inplace_modules: set[Any]) -> bool:
+    """Make ``node`` call an operation that overwrites nothing; return whether it overwrote its first argument."""
+    name = operation_name(node)
+    ends_in_place = name.endswith("_") and not name.endswith("__")
+    if node.op == "call_module":
+        return node_module(traced, node) in inplace_modules
+    if node.op == "call_function" and _inplace_position(node) is not None:
+        position = _inplace_position(node)
+        node.args = tuple(False if number == position else value for number, value in enumerate(node.args))
+        return True
+    if node.op == "call_function" and node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+        return True
+    if node.op == "call_function" and node.target in _INPLACE_OPERATORS:
+        node.target = _INPLACE_OPERATORS[node.target]
+        return True
+    if node.op == "call_function" and ends_in_place:
+        target = getattr(torch, name[:-1], None) or getattr(F, name[:-1], None)
+        if target is None:
+            raise ValueError(f"teacher must use known operations, but {node.name} calls {name}()")
+        node.target = target
+        return True
+    if node.op == "call_method" and ends_in_place:
+        if not hasattr(Tensor, name[:-1]):
+            raise ValueError(f"teacher must use known operations, but {node.name} calls .{name}()")
+        node.target = name[:-1]
+        return True
+    return False
+
+
+def _inplace_position(node: fx.Node) -> int | None:
+    """Return the position of a true argument ``inplace`` of a function, as in ``F.relu(x, True)``; None without one."""
+    if not any(value is True for value in node.args):
+        return None
+    for names in _parameter_lists(node.target):  # type: ignore[arg-type]
+        if "inplace" in names[: len(node.args)] and node.args[names.index("inplace")] is True:
+            return names.index("inplace")
+    return None
+
+
+def _read_result_instead(traced: fx.GraphModule, node: fx.Node) -> None:
+    """Let the nodes after ``node`` read its result where they read its first argument."""
+    overwritten = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(overwritten, fx.Node) or not _is_tensor(overwritten):
+        return
+    before = set(_nodes_until(traced.graph, node))
+    for user in list(overwritten.users):
+        if user not in before:
+            user.replace_input_with(overwritten, node)
+
+
+def _drop_shape_assertions(traced: fx.GraphModule) -> None:
+    """Remove assertions about shapes: they passed for this input size, and each would count as a user of its tensor."""
+    for node in list(traced.graph.nodes):
+        if node.op == "call_function" and node.target is torch._assert:
+            condition = node.args[0] if node.args else None
+            if not isinstance(condition, fx.Node) or condition.meta.get("shape") is None:
+                traced.graph.erase_node(node)
+
+
+def _nodes_until(graph: fx.Graph, last: fx.Node) -> list[fx.Node]:
+    nodes = []
+    for node in graph.nodes:
+        nodes.append(node)
+        if node is last:
+            break
+    return nodes

@@ -1,0 +1,173 @@
+"""Forecast of a run before its work: minutes, memory and disk, from a probe of some seconds."""
+
+import copy
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from synq.common.text_tables import duration
+from synq.config.run import RunConfig
+from synq.quant.student import Student, observe_ranges
+from synq.synthesis.run_sets import set_requests, set_store
+from synq.synthesis.step_probe import QUICK_SECONDS, StepCost, num_passes, probe_synthesis, saved_bytes
+from synq.teacher.teacher import Teacher
+
+LONG_SECONDS = 7200.0
+"""Seconds of a run from which on a smaller budget is proposed."""
+SHORT_SECONDS = 1800.0
+"""Seconds that the proposed budget takes at most, if a smaller number of images achieves it."""
+FEWEST_IMAGES = 128
+"""Smallest number of training images that is proposed."""
+FLOAT = 4
+"""Bytes of a float32."""
+WORKING = 1.5
+"""Ratio of the peak memory to what the backward pass needs: gradients and workspaces of single layers."""
+BASE_BYTES = 600 * 2**20
+"""Memory of the interpreter with PyTorch, in bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What a run is expected to take on this machine."""
+
+    synthesis: float
+    """Seconds of the synthetic sets that the store lacks."""
+    finetune: float
+    """Seconds of the fine-tuning."""
+    measure: float
+    """Seconds of the measurements."""
+    memory: float
+    """Peak memory of each process in bytes."""
+    disk: float
+    """Bytes that the run writes."""
+    free: float
+    """Free bytes of the disk of the run's folder."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole run."""
+        return self.synthesis + self.finetune + self.measure
+
+
+def forecast(
+    config: RunConfig, teacher: Teacher, student: Student, num_labeled: int, accelerator: Accelerator
+) -> Forecast:
+    """Return a forecast of a run from a probe of some seconds; nothing is changed.
+
+    Args:
+        config: The run.
+        teacher: Its teacher.
+        student: Its student, not calibrated.
+        num_labeled: Number of labeled images.
+        accelerator: Process group, which shares the work.
+    """
+    device, processes = accelerator.device, accelerator.num_processes
+    step = probe_synthesis(teacher, config.synthesis, device)
+    training, inference = _probe_student(config, teacher, student, device)
+    store, passes, images = set_store(config), 0, 0
+    for settings, seed, purpose in set_requests(config):
+        key = store.key(
+            teacher.digest,
+            settings,
+            seed,
+            input_size=teacher.input_size,
+            purpose=purpose,
+            pixel_range=teacher.pixel_range(),
+        )
+        if not store.is_complete(key):
+            passes += num_passes(settings, settings.num_images, teacher.input_size, teacher.num_classes)
+            images += settings.num_images
+    finetune, evaluation = config.finetune, config.evaluation
+    trained = config.synthesis.num_images // finetune.batch_size * finetune.batch_size * finetune.epochs
+    measured = 3 * (num_labeled + evaluation.heldout_images)
+    measured += evaluation.heldout_images * finetune.epochs if evaluation.every_epoch else 0
+    pixels = FLOAT * teacher.input_size[0] * teacher.input_size[1] * teacher.input_size[2]
+    at_once = max(
+        step.saved_bytes * min(config.synthesis.shard_size, config.synthesis.num_images) if passes else 0.0,
+        training.saved_bytes * finetune.batch_size / processes if finetune.epochs else 0.0,
+    )
+    weights = FLOAT * sum(tensor.numel() for tensor in student.net.state_dict().values())
+    return Forecast(
+        synthesis=step.seconds * passes / processes,
+        finetune=training.seconds * trained / processes,
+        measure=inference * measured / processes,
+        memory=BASE_BYTES + WORKING * at_once + 8 * weights + pixels * config.synthesis.num_images,
+        disk=2 * pixels * images + 5 * weights,  # a set is assembled from its shards; a checkpoint has the moments, too
+        free=float(shutil.disk_usage(_existing(Path(config.runtime.output_dir))).free),
+    )
+
+
+def forecast_line(config: RunConfig, found: Forecast) -> str:
+    """Return the forecast in one line, with a smaller budget where the run takes hours."""
+    parts = [
+        f"{name} {duration(seconds)}"
+        for name, seconds in (
+            ("synthesis", found.synthesis),
+            ("fine-tuning", found.finetune),
+            ("measurement", found.measure),
+        )
+        if seconds >= 1
+    ]
+    detail = f" ({', '.join(parts)})" if len(parts) > 1 else ""
+    line = (
+        f"about {duration(found.seconds)}{detail}, {_gib(found.memory)} of memory per process, "
+        f"{_gib(found.disk)} of disk ({_gib(found.free)} free)"
+    )
+    return line + _smaller(config, found)
+
+
+def _smaller(config: RunConfig, found: Forecast) -> str:
+    """Return the proposal of a smaller budget; "" if the run is short or cannot be made much shorter."""
+    number = config.synthesis.num_images
+    if found.seconds < LONG_SECONDS or number <= FEWEST_IMAGES:
+        return ""
+    share = SHORT_SECONDS / (found.synthesis + found.finetune) if found.synthesis + found.finetune else 1.0
+    images = max(FEWEST_IMAGES, int(number * share) // FEWEST_IMAGES * FEWEST_IMAGES)
+    images = max(images, min(number, config.finetune.batch_size))
+    if images >= number:
+        return ""
+    part = images / number
+    seconds = (found.synthesis + found.finetune) * part + found.measure
+    return f"; `--synthesis.num_images {images}` takes about {duration(seconds)}, for a first result"
+
+
+def _probe_student(
+    config: RunConfig, teacher: Teacher, student: Student, device: torch.device
+) -> tuple[StepCost, float]:
+    """Return the cost of a training step of one image, and the seconds of one image in a measurement."""
+    net = copy.deepcopy(student.net).to(device)
+    for parameter in net.parameters():
+        parameter.requires_grad_(True)
+    images = min(4, config.finetune.batch_size)
+    steps, plain = 0.0, 0.0
+    saved = 0.0
+    for number in (images, min(32, config.finetune.batch_size)):
+        x = torch.randn(number, *teacher.input_size, device=device).to(memory_format=torch.channels_last)
+        if steps == 0.0:
+            observe_ranges(net, x, act_range="minmax")
+        with saved_bytes() as count:
+            net(x).logsumexp(1).sum().backward()  # also warms up
+        saved = count[0] / number
+        started = time.perf_counter()
+        net(x).logsumexp(1).sum().backward()
+        steps = (time.perf_counter() - started) / number
+        started = time.perf_counter()
+        with torch.no_grad():
+            net(x)
+        plain = (time.perf_counter() - started) / number
+        if steps * number > QUICK_SECONDS:
+            break
+    return StepCost(seconds=steps, saved_bytes=saved), plain
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest existing parent folder of a path."""
+    return next(part for part in (path, *path.absolute().parents) if part.exists())
+
+
+def _gib(number: float) -> str:
+    return f"{number / 2**30:.1f} GB" if number >= 2**30 / 10 else f"{max(1.0, number / 2**20):.0f} MB"

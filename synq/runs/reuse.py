@@ -1,0 +1,70 @@
+"""Finished students for runs that differ in their measurement only.
+
+The settings of `evaluation` change no weight of a student (the wall is `synq/evaluation`), but they are part of the
+digest of a run, because a record holds one measurement. A run asked again with other labeled images therefore has a
+separate folder and record, and takes over the student that another run of the same output folder has finished.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from synq.config.run import RunConfig, config_digest, load_run
+from synq.finetune.loop import Epoch
+from synq.runs.record import RunRecord, read_record, run_folder
+from synq.runtime import synchronize_parameters
+from synq.teacher.weight_files import read_weights
+
+STUDENT_FILE = "student.safetensors"
+
+
+def finished_student(config: RunConfig, teacher_digest: str, accelerator: Accelerator) -> tuple[Path, RunRecord] | None:
+    """Return folder and record of a completed run whose student is that of `config`, on all processes; None without.
+
+    Args:
+        config: The run, with absolute paths.
+        teacher_digest: Digest of its teacher's weights.
+        accelerator: Process group.
+    """
+    found = [_search(config, teacher_digest) if accelerator.is_main_process else None]
+    return broadcast_object_list(found)[0]  # type: ignore[no-any-return]
+
+
+def _search(config: RunConfig, teacher_digest: str) -> tuple[Path, RunRecord] | None:
+    wanted, own = config_digest(config, with_evaluation=False), run_folder(config).name
+    for file in sorted(Path(config.runtime.output_dir).glob("*/config.json")):
+        folder = file.parent
+        if folder.name == own or not (folder / "record.json").is_file() or not (folder / STUDENT_FILE).is_file():
+            continue
+        with suppress(ValueError, OSError):  # a damaged folder is that of another run, which its own start reports
+            if config_digest(load_run(file), with_evaluation=False) != wanted:
+                continue
+            record = read_record(folder / "record.json")
+            if record.status == "completed" and record.teacher.get("digest") == teacher_digest:
+                return folder, record
+    return None
+
+
+def take_student(source: Path, record: RunRecord, net: nn.Module, accelerator: Accelerator) -> list[Epoch]:
+    """Load the weights of a finished student, in place, and return the loss history of its run.
+
+    Args:
+        source: Folder of the run.
+        record: Its record.
+        net: Network of the student that `build_student` returns for the same settings.
+        accelerator: Process group; only the main process reads the file.
+
+    Raises:
+        ValueError: The file is damaged or holds another student.
+    """
+    if accelerator.is_main_process:
+        try:
+            net.load_state_dict(read_weights(source / STUDENT_FILE))
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"`{source / STUDENT_FILE}` must hold the student of its run, but: {reason}") from error
+    synchronize_parameters(net)
+    return [dict(epoch) for epoch in record.loss_history]

@@ -1,0 +1,109 @@
+"""Settings of the process that a user's file may change when it is imported, put back afterwards."""
+
+import argparse
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+SEED = 0
+"""Seed of Python's and NumPy's generators for a user's code: every process and every run must get the same weights."""
+
+
+@contextmanager
+def process_state_kept(name: str) -> Iterator[None]:
+    """Put back, after the ``with`` block, what a user's file may change for the whole process.
+
+    Put back are gradient mode, default dtype and device, number of threads, determinism, precision and autocast flags,
+    random generators (seeded inside), warning filters and the current folder. The command line is that of a script
+    without arguments, so that a file that parses arguments gets its defaults instead of ours.
+
+    Args:
+        name: The file or module, as the program name on that command line.
+    """
+    flags = [(read, put_back, read()) for read, put_back in _FLAGS]
+    states = [(put_back, read()) for read, put_back in _STATES]
+    argv, parse_error = sys.argv, argparse.ArgumentParser.error
+    random.seed(SEED)
+    np.random.seed(SEED)
+    sys.argv = [name]
+    argparse.ArgumentParser.error = _raise_instead  # type: ignore[method-assign, assignment]
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        sys.argv = argv
+        argparse.ArgumentParser.error = parse_error  # type: ignore[method-assign]
+        for read, put_back, value in flags:
+            if read() != value:
+                put_back(value)
+        for put_back, value in states:
+            put_back(value)
+
+
+def _raise_instead(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Replace the method that prints the usage and the message: the caller reports both in one line."""
+    raise SystemExit(message)
+
+
+def _set_default_device(device: torch.device) -> None:
+    torch.set_default_device(None if device.type == "cpu" else device)
+
+
+def _set_folder(folder: str | None) -> None:
+    if folder is not None:
+        os.chdir(folder)
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was removed while the process runs
+        return None
+
+
+def _set_deterministic(modes: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
+
+
+def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
+
+
+def _autocast(device: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    return lambda: torch.is_autocast_enabled(device), lambda value: torch.set_autocast_enabled(device, value)
+
+
+_FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, _set_default_device),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (
+        lambda: (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        _set_deterministic,
+    ),
+    *(_attribute(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
+    *(_autocast(device) for device in ("cpu", "cuda")),
+    (_folder, _set_folder),
+)
+"""Pairs of functions that read and set a setting of the process. Set only if it differs: setting determinism, for one,
+imports the compiler of PyTorch, which takes seconds.
+"""
+_STATES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_rng_state, torch.set_rng_state),
+    (random.getstate, random.setstate),
+    (np.random.get_state, np.random.set_state),
+)
+"""The same for random generators."""

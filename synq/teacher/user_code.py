@@ -1,0 +1,136 @@
+"""Networks from a user's code: a function, class or instance in a file or an importable module."""
+
+import copy
+import difflib
+import importlib
+import importlib.util
+import re
+import sys
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from synq.config.spec_hints import hub_hint
+from synq.teacher.process_state import process_state_kept
+from synq.teacher.wrappers import check_layers, unwrapped
+
+_HUBS = ("hf", "hub", "hf_hub", "hf-hub", "huggingface", "transformers")
+_FAILURES = (Exception, SystemExit)
+"""What a user's code may raise; SystemExit comes from a script that parses arguments, or from ``sys.exit``."""
+
+
+def made_by_user(target: str, name: str, sources: Iterable[str]) -> nn.Module:
+    """Return the network that a user's code makes, without wrappers such as ``nn.DataParallel``.
+
+    What the code changes for the whole process (`process_state.py`) is put back.
+
+    Args:
+        target: Path of a Python file, or name of a module.
+        name: A function or class that is called without arguments, or an instance, which is copied.
+        sources: Names of other sources, for messages.
+
+    Raises:
+        ValueError: If the code fails, ends the process, or makes no network of layers with weights.
+        FileNotFoundError: If the file does not exist.
+    """
+    spec = f"{target}:{name}"
+    if "/" in name:
+        raise ValueError(f"`teacher.spec` must name a known source, but got {spec}; {hub_hint(name)}")
+    with process_state_kept(target):
+        module = _load_file(target) if target.endswith(".py") else _import(target, name, sources)
+        made = getattr(module, name, None)
+        if not isinstance(made, nn.Module):
+            made = _called(made, spec, target, module)
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"the factory {spec} must return a torch.nn.Module, but got {type(made).__name__}")
+    check_layers(made, spec)
+    # An instance is a copy: a module is imported once, and loading weights must not change what it holds.
+    return copy.deepcopy(unwrapped(made)) if made is getattr(module, name) else unwrapped(made)
+
+
+def slug(*parts: str) -> str:
+    """Join parts into a lower-case name of letters, digits and underscores.
+
+    ("timm", "resnet18.a1_in1k") gives "timm_resnet18_a1_in1k".
+    """
+    return re.sub(r"[^0-9A-Za-z]+", "_", "_".join(part for part in parts if part)).strip("_").lower()
+
+
+def unknown(what: str, got: str, names: Iterable[str]) -> ValueError:
+    """Return the error for a name that is not one of ``names``, with the nearest of them."""
+    near = difflib.get_close_matches(got, list(names), n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return ValueError(f"`teacher` must name {what}, but got {got!r}{hint}")
+
+
+def one_line(error: BaseException) -> str:
+    """Return type and text of an error in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _called(factory: Any, spec: str, target: str, module: ModuleType) -> Any:
+    if not callable(factory):
+        names = [
+            key
+            for key, value in vars(module).items()
+            if not key.startswith("_") and (callable(value) or isinstance(value, nn.Module))
+        ]
+        raise unknown(f"a function of {target}", spec.rpartition(":")[2], names)
+    try:
+        return factory()
+    except _FAILURES as error:
+        raise ValueError(
+            f"the factory {spec} must be callable without arguments and return a model, but raised {one_line(error)}"
+        ) from error
+
+
+def _load_file(target: str) -> ModuleType:
+    path = Path(target).expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"`teacher.spec` must name an existing Python file, but got {path}")
+    name = slug("synq_user", path.stem, f"{zlib.crc32(str(path).encode()):x}")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look up a class's module by name
+    sys.path.append(str(path.parent))  # last, so that the files in this folder can be imported but shadow no package
+    try:
+        spec.loader.exec_module(module)
+    except _FAILURES as error:
+        raise ValueError(
+            f"`teacher.spec` must name a Python file that can be imported, but {path} raised {one_line(error)}"
+            f"{_script_hint(error)}"
+        ) from error
+    finally:
+        if str(path.parent) in sys.path:  # the file may have rearranged the list
+            sys.path.remove(str(path.parent))
+    return module
+
+
+def _import(target: str, name: str, sources: Iterable[str]) -> ModuleType:
+    try:
+        return importlib.import_module(target)
+    except ImportError as error:
+        near = difflib.get_close_matches(target, list(sources), n=1)
+        if target.lower() in _HUBS:
+            raise ValueError(
+                f"`teacher.spec` must name a known source, but got {target}:{name}; {hub_hint(name)}"
+            ) from error
+        hint = f"; did you mean {near[0]}?" if near else f"; sources are {', '.join(sources)}, FILE.py and MODULE"
+        raise ValueError(f"`teacher.spec` must name a known source, but {target!r}: {error}{hint}") from error
+    except _FAILURES as error:
+        raise ValueError(
+            f"`teacher.spec` must name a module that can be imported, but {target!r} raised {one_line(error)}"
+            f"{_script_hint(error)}"
+        ) from error
+
+
+def _script_hint(error: BaseException) -> str:
+    if not isinstance(error, SystemExit):
+        return ""
+    return "; put what runs as a script under `if __name__ == '__main__':`"

@@ -1,0 +1,89 @@
+"""What a run says before its work: minutes, memory and disk, and a smaller budget where it takes hours."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from synq.common.notices import forget_notices
+from synq.common.text_tables import duration
+from synq.config.run import RunConfig, with_overrides
+from synq.pipeline import run
+from synq.quant.student import build_student
+from synq.runs.forecast import Forecast, forecast, forecast_line
+from synq.synthesis.step_probe import num_passes, saved_bytes
+from synq.teacher.teacher import load_teacher
+
+
+def _found(**changes: float) -> Forecast:
+    values = {"synthesis": 10.0, "finetune": 5.0, "measure": 1.0, "memory": 2e9, "disk": 3e8, "free": 5e10}
+    return Forecast(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({}, "about 16 s (synthesis 10 s, fine-tuning 5 s, measurement 1 s), 1.9 GB of memory per process, 0.3 GB"),
+        ({"synthesis": 0.0, "measure": 0.2}, "about 5 s, 1.9 GB"),
+        ({"disk": 1e6}, "1 MB of disk (46.6 GB free)"),
+        ({"synthesis": 30000.0}, "`--synthesis.num_images 128` takes about"),
+        ({"synthesis": 8000.0}, "`--synthesis.num_images 128` takes about"),
+        ({"finetune": 8000.0}, "for a first result"),
+    ],
+)
+def test_m_9_the_line_names_time_memory_disk_and_a_smaller_budget(changes: dict[str, float], part: str) -> None:
+    line = forecast_line(RunConfig(), _found(**changes))
+    assert part in line and ("--synthesis" in line) == (_found(**changes).seconds >= 7200)
+
+
+def test_m_9_no_smaller_budget_is_proposed_where_none_helps() -> None:
+    small = with_overrides(RunConfig(), {"synthesis.num_images": 64, "finetune.batch_size": 64})
+    assert "--synthesis" not in forecast_line(small, _found(measure=9000.0, synthesis=9000.0))
+
+
+def test_m_9_the_probe_counts_the_work_that_is_left(config: RunConfig, accelerator: Accelerator) -> None:
+    teacher = load_teacher(config.teacher)
+    student = build_student(teacher, config.quant)
+    before = {name: tensor.clone() for name, tensor in student.net.state_dict().items()}
+    found = forecast(config, teacher, student, 64, accelerator)
+    assert found.synthesis > 0 and found.finetune > 0 and found.measure > 0
+    assert found.memory > 2**28 and found.disk > 0 and found.free > 0
+    after = student.net.state_dict()
+    assert all(torch.allclose(value, after[name], rtol=0, atol=0, equal_nan=True) for name, value in before.items())
+    rest = forecast(with_overrides(config, {"finetune.epochs": 0}), teacher, student, 64, accelerator)
+    assert rest.finetune == 0
+    gaussian = with_overrides(config, {"synthesis.method": "gaussian"})
+    size = teacher.input_size
+    assert num_passes(gaussian.synthesis, 32, size, 10) == 0
+    assert num_passes(config.synthesis, 32, size, 10) == 64
+    centers = replace(config.synthesis, calib_centers=True, center_iterations=7)
+    assert num_passes(centers, 32, size, 10) == 64 + 70
+    assert num_passes(replace(config.synthesis, start="fitted"), 32, size, 10) > 64
+
+
+def test_m_9_saved_bytes_are_those_of_the_graph() -> None:
+    x = torch.ones(4, 25, requires_grad=True)
+    with saved_bytes() as count:
+        (x.exp() * 2).sum().backward()
+    assert count[0] == 400, "the exponential keeps its result"
+
+
+def test_m_9_a_run_says_it_once_and_before_the_images(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forget_notices()
+    shown = with_overrides(config, {"runtime.progress": True, "finetune.epochs": 0})
+    run(shown)
+    err = capsys.readouterr().err
+    assert err.count("of memory per process") == 1
+    run(shown)
+    assert "of memory per process" not in capsys.readouterr().err, "a finished run has no work"
+    run(with_overrides(shown, {"runtime.progress": False, "seed": 1}))
+    assert "of memory per process" not in capsys.readouterr().err
+
+
+def test_f_13_durations_have_no_minus() -> None:
+    texts = [duration(seconds) for seconds in (-1e-9, 0.0, 99.4, 100, 5999, 6000, 36000)]
+    assert texts == ["0 s", "0 s", "99 s", "2 min", "100 min", "1.7 h", "10.0 h"]
