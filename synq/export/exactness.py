@@ -5,18 +5,17 @@ operation per element, or a sum of integers below 2^24, which floats represent e
 codes, and a file that does not is wrong.
 """
 
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from synq.network.op_traits import node_module, traits_of
+from synq.network.aten_groups import CHOICES, MOVES, ORDER_STATISTICS, PASSIVE
+from synq.network.op_traits import is_activation, node_module, traits_of
 from synq.network.tracing import tensor_inputs
 from synq.quant.integer_layers import ChannelAffine, DequantizedActivation, IntegerActivation, IntegerLayer
 
 ARITHMETIC = frozenset({"mul", "div", "add", "sub", "rsub", "neg"})
-EXACT = ARITHMETIC | {"relu", "leaky_relu", "_prelu_kernel", "hardtanh", "clamp", "abs", "cat", "stack"}
-"""Operators of PyTorch that are one IEEE operation per element. Operations that only move values are exact, too."""
-NEAREST = ("nearest", "nearest-exact")
-"""Modes of an upsampling that only repeat values."""
+EXACT = ARITHMETIC | {"relu", "leaky_relu", "_prelu_kernel", "hardtanh", "clamp", "clamp_min", "clamp_max", "abs"}
+"""Operators of PyTorch that are one IEEE operation per element. Operators that only move or choose values are exact,
+too."""
 EXACT_SUM = 2**24
 """Integers below it are exact in float32."""
 
@@ -37,21 +36,13 @@ def _is_exact(form: fx.GraphModule, node: fx.Node) -> bool:
     if isinstance(module, IntegerLayer):
         source = node_module(form, inputs[0])
         return isinstance(source, IntegerActivation) and _largest_sum(source, module) < EXACT_SUM
-    traits = traits_of(node)
-    has_option = not {*node.kwargs} <= {"input", "other"}
-    if has_option and not ARITHMETIC.isdisjoint(traits.operators):  # `alpha`: a fused multiplication
+    if not is_activation(node):
+        return True
+    operators = {*traits_of(node).operators}
+    if operators & ARITHMETIC and not {*node.kwargs} <= {"input", "other"}:  # `alpha`: a fused multiplication
         return False
-    is_exact = bool(traits.operators) and EXACT.issuperset(traits.operators)
-    return traits.keeps_values or is_exact or _is_nearest(node, module)
-
-
-def _is_nearest(node: fx.Node, module: nn.Module | None) -> bool:
-    """Return whether an upsampling repeats values."""
-    if isinstance(module, nn.Upsample):
-        return module.mode in NEAREST
-    if node.op != "call_function" or node.target is not F.interpolate:
-        return False
-    return (node.args[3] if len(node.args) > 3 else node.kwargs.get("mode", "nearest")) in NEAREST
+    moves = PASSIVE | MOVES | ORDER_STATISTICS | CHOICES
+    return traits_of(node).keeps_values or (bool(operators) and operators <= EXACT | moves)
 
 
 def _largest_sum(activation: IntegerActivation, layer: IntegerLayer) -> float:

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from synq.export.verify import open_session
-from synq.network.op_traits import UNKNOWN, OpKind, node_module, operation_name, traits_of
+from synq.network.op_traits import OpKind, node_module, operation_name, traits_of
 from synq.quant.integer_layers import ChannelAffine, DequantizedActivation, IntegerActivation, IntegerLayer
 
 KNOWN = frozenset(
     {
-        *("relu", "leaky_relu", "_prelu_kernel", "hardtanh", "elu", "celu", "gelu", "silu", "mish", "hardswish"),
-        *("hardsigmoid", "sigmoid", "tanh", "abs", "exp"),
-        *("mul", "div", "add", "sub", "neg", "sum", "mean", "cat", "stack"),
+        *("relu", "leaky_relu", "_prelu_kernel", "hardtanh", "elu", "celu", "gelu", "silu", "mish"),
+        *("hardswish", "hardsigmoid", "sigmoid", "tanh", "abs", "exp"),
+        *("mul", "div", "add", "sub", "rsub", "neg", "sum", "mean", "cat", "stack"),
         *("max_pool2d_with_indices", "adaptive_max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d"),
-        *("pixel_shuffle", "channel_shuffle", "permute", "transpose", "slice", "select", "expand", "clone"),
-        *("view", "_unsafe_view", "squeeze", "unsqueeze", "alias", "detach"),
+        *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "permute", "transpose", "t"),
+        *("slice", "select", "index", "expand", "unsqueeze", "squeeze", "clone", "detach", "alias", "_to_copy"),
+        *("view", "_unsafe_view"),
     }
 )
 """Operators of PyTorch that are exported correctly with all settings but KNOWN_EXCEPT, as the test of this module
@@ -137,7 +138,7 @@ def _is_checked(form: fx.GraphModule, node: fx.Node) -> bool:
         return any(size != 1 for size in node.meta["shape"][2:])
     if module is None and spelling not in KNOWN_SPELLINGS:
         return True
-    return traits is UNKNOWN or not KNOWN.issuperset(traits.operators)
+    return traits.kind is OpKind.UNKNOWN or not {*traits.operators} <= KNOWN
 
 
 def _settings(form: fx.GraphModule, node: fx.Node) -> object:

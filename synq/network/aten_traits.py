@@ -183,7 +183,7 @@ def _meaning(call: OperatorCall) -> OpTraits:
 
 def _is_elementwise(call: OperatorCall, kind: OpKind) -> bool:
     before = call.tensors()[0]
-    after = call.outputs if isinstance(call.outputs, Tensor) else call.outputs[0] if call.outputs else None
+    after = next((part for part in tree_leaves(call.outputs) if isinstance(part, Tensor)), None)
     same = isinstance(after, Tensor) and before.shape == after.shape
     return same and (kind is OpKind.PASSIVE or call.name in ELEMENTWISE or call.is_pointwise)
 

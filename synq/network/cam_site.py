@@ -19,7 +19,7 @@ from synq.network.op_traits import (
 from synq.network.tracing import with_features
 
 _TRANSPOSING = {"permute", "transpose", "t"}
-"""Operators behind which the channels are no longer the second axis."""
+"""Operators after which the channels are no longer the second axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class CamSite:
 def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
     """Return the last spatial feature before the classifier and how its CAM weights are computed.
 
-    The head is everything behind the feature map. It may scale the logits, pool the map in several ways at once, or
+    The head is everything after the feature map. It may scale the logits, pool the map in several ways at once, or
     apply functions before it pools (the power of a generalized mean): these belong to the pool, and the map is the
     output of the non-linearity before them. Where the head reads several maps, the one of the most channels
     is taken, of equals the last.

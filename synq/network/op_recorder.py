@@ -67,7 +67,7 @@ class _Recorder(fx.Interpreter):
         return value
 
     def _traits(self, module: nn.Module | None, mode: "_OperatorMode", value: Any) -> OpTraits:
-        if mode.rejected is not None:
+        if mode.rejected is not None and value is not None:  # an assertion on values returns nothing
             return mode.rejected
         outputs = [mode.traits_of(tensor) for tensor in _tensors(value)]
         if not outputs:

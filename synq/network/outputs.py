@@ -11,7 +11,7 @@ def drop_log_softmax(traced: fx.GraphModule, sample: Tensor) -> bool:
     """Remove, in place, a log-softmax over the classes at the end of a network, so that it returns logits.
 
     Softmax, loss and ranking of log-probabilities are those of the logits that they were computed from. The quantized
-    student must return the logits: as a non-linearity the log-softmax would be a quantization point, and the answers
+    student must return the logits: as a non-linearity the log-softmax would be a quantization point, and the outputs
     of a classifier would be rounded to the activations' bits.
 
     Args:

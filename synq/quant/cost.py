@@ -124,7 +124,7 @@ def _activations_of(net: fx.GraphModule, node: fx.Node) -> tuple[str, ...]:
         return (str(node.target).removeprefix(ACT_QUANTIZERS),)
     if not traits_of(node).keeps_values:
         return ()
-    parts = [_activations_of(net, source) for source in value_inputs(node)]  # each has a scale of its own
+    parts = [_activations_of(net, source) for source in value_inputs(node)]  # each has a separate scale
     return tuple(dict.fromkeys(chain(*parts))) if all(parts) else ()
 
 

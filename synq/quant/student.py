@@ -273,7 +273,7 @@ def _insert_quantizer(net: fx.GraphModule, node: fx.Node, users: list[fx.Node], 
     net.add_submodule(target, quantizer.eval())
     with net.graph.inserting_after(node):
         quantized = net.graph.call_module(target, (node,))
-    quantized.meta["shape"] = node.meta["shape"]  # not the traits: a quantizer is an operation of its own
+    quantized.meta["shape"] = node.meta["shape"]  # not the traits: a quantizer is another operation
     for user in users:
         user.replace_input_with(node, quantized)
     return quantized

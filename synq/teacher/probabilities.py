@@ -17,7 +17,7 @@ ROUNDING = 1e-4
 def check_no_probabilities(graph: fx.GraphModule, noise: Tensor) -> None:
     """Raise ValueError if a classifier returns probabilities or log-probabilities, decided by the values it returns.
 
-    The last operation would not tell: behind a softmax there may be a reshape, a factor or a selection, and a clamp or
+    The last operation does not decide: after a softmax there may be a reshape, a factor or a selection, and a clamp or
     a comparison may take its place. Logits of an untrained network may lie in [0, 1] by chance, but not for any output
     of its last layer: a suspicion is confirmed with random numbers in its place.
 

@@ -121,6 +121,8 @@ MOVED = "keeps_values positively_homogeneous"
         (lambda x: x.view(torch.int32), OpKind.UNKNOWN, ""),
         (lambda x: x.flatten(1), OpKind.PASSIVE, "keeps_values"),
         (lambda x: x.shape, OpKind.NUMBER, ""),
+        (lambda x: torch._assert(x.sum() > 0, "positive"), OpKind.NUMBER, ""),
+        (lambda x: x.amax().item(), OpKind.UNKNOWN, ""),
         (lambda x: torch.zeros_like(x), OpKind.CONSTANT, ""),
         (lambda x: x.new_full((2, 4), 3.0), OpKind.CONSTANT, ""),
         (lambda x: torch.linalg.svdvals(x), OpKind.UNKNOWN, ""),
