@@ -44,8 +44,8 @@ def to_normal_form(traced: fx.GraphModule, aliases: Aliases) -> None:
         _to_positions(traced, node)
         if node.op == "call_function" and node.target is builtins.len and node.args[0].meta.get("shape") is not None:
             node.op, node.target, node.args = "call_method", "size", (node.args[0], 0)
-    _drop_detached(traced)
     _to_out_of_place(traced, aliases)
+    _drop_detached(traced)
     _drop_shape_assertions(traced)
 
 

@@ -90,4 +90,4 @@ def value_flow(b: Draft) -> None:
             "x = x.neg() if bool((x == x).all()) else x",
         )
     )
-    b.may_be_rejected("control flow", "operations whose quantization is known", "part of", "in place", "assign")
+    b.may_be_rejected("must be traceable", "operations whose quantization is known", "part of", "in place", "assign")

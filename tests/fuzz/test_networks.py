@@ -35,6 +35,7 @@ def test_networks_of_past_faults() -> None:
     assert not report.faults, "\n\n".join(report.faults)
 
 
+@pytest.mark.slow
 def test_a_random_network_in_every_format() -> None:
     pytest.importorskip("onnxruntime")
     report = run([2], exports=True)

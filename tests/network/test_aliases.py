@@ -181,7 +181,14 @@ def test_a_loop_over_the_images_is_rejected() -> None:
         same(lambda net, x: torch.stack([image * 2 for image in x]))
 
 
-@pytest.mark.parametrize("detach", [torch.detach, lambda x: x.detach(), lambda x: x.data, lambda x: x.detach_()])
+def scaled_data(x: Tensor) -> Tensor:
+    x.data.mul_(0.5)
+    return x
+
+
+@pytest.mark.parametrize(
+    "detach", [torch.detach, lambda x: x.detach(), lambda x: x.data, lambda x: x.detach_(), scaled_data]
+)
 def test_a_detached_activation_hides_no_layer_from_fine_tuning(detach: Callable[[Tensor], Tensor]) -> None:
     traced = same(lambda net, x: detach(x) * 2).requires_grad_(True)
     images = torch.randn(2, *SIZE, requires_grad=True)
