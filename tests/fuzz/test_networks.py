@@ -19,7 +19,12 @@ COUNT, EXPORTS = int(os.environ.get("SYNQ_FUZZ_COUNT", "1000")), int(os.environ.
 SEED, SHARDS = int(os.environ.get("SYNQ_FUZZ_SEED", "0")), int(os.environ.get("SYNQ_FUZZ_SHARDS", "2"))
 QUICK = 20
 """Networks of the quick test."""
-PAST: dict[int, str] = {}
+PAST: dict[int, str] = {
+    153: "a linear layer on a transposed map, called by keyword",
+    506: "equalization took a linear layer over the width for the producer of as many channels",
+    1130: "x.data.mul_(0.5) cut the gradient of the layers before it",
+    20000: "torch.hstack was exported to an invalid ONNX file (only seen with exports)",
+}
 """Seeds of networks that once showed a fault, and which. A change of the grammar changes them, so each fault has a test
 of its own, too."""
 
