@@ -20,7 +20,6 @@ SEED, SHARDS = int(os.environ.get("SYNQ_FUZZ_SEED", "0")), int(os.environ.get("S
 QUICK = 20
 """Networks of the quick test."""
 PAST: dict[int, str] = {
-    153: "a linear layer on a transposed map, called by keyword",
     506: "equalization took a linear layer over the width for the producer of as many channels",
     1130: "x.data.mul_(0.5) cut the gradient of the layers before it",
     20000: "torch.hstack was exported to an invalid ONNX file (only seen with exports)",
