@@ -36,7 +36,7 @@ from synq.common.progress import Bar, visible
 from synq.common.seeding import make_generator
 from synq.config.run import ReconstructionConfig
 from synq.network.blocks import block_ends, segment
-from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear, quantizer_target
+from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear
 from synq.quant.lsq import fake_quantize_learned, keep_positive
 from synq.quant.soft_rounding import SoftRounding
 
@@ -327,7 +327,7 @@ def student_cuts(student_net: fx.GraphModule, ends: list[fx.Node]) -> list[fx.No
     for end in ends:
         node = by_name[end.name]
         users = list(node.users)
-        quantized = len(users) == 1 and str(users[0].target) == quantizer_target(end.name)
+        quantized = len(users) == 1 and str(users[0].target) == f"{ACT_QUANTIZERS}{end.name}"
         cuts.append(users[0] if quantized else node)
     return cuts
 

@@ -24,15 +24,6 @@ SIMD_LANES = 16
 """Largest number of float32 values in a SIMD register (AVX-512; 8 with AVX2)."""
 
 
-def quantizer_target(activation: str) -> str:
-    """Return the module name of the quantizer of an activation, given the name of its node.
-
-    A node is named after its operation, ``x.to(...)`` for example "to", which is no name for a submodule where
-    `nn.Module` has an attribute of that name.
-    """
-    return f"{ACT_QUANTIZERS}{activation}_" if hasattr(nn.Module, activation) else f"{ACT_QUANTIZERS}{activation}"
-
-
 class WeightQuantizer(nn.Module):
     """Per-channel asymmetric fake quantization of a weight. Codes are signed.
 

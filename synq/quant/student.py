@@ -16,11 +16,11 @@ from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import BitPatterns, layer_names
 from synq.quant.cost import TensorRow, account, packed_bytes
 from synq.quant.layers import (
+    ACT_QUANTIZERS,
     ActQuantizer,
     QuantConv2d,
     QuantLinear,
     WeightSteps,
-    quantizer_target,
     quantizers_bypassed,
 )
 from synq.quant.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
@@ -269,7 +269,7 @@ def _layer_bits(
 
 
 def _insert_quantizer(net: fx.GraphModule, node: fx.Node, users: list[fx.Node], quantizer: ActQuantizer) -> fx.Node:
-    target = quantizer_target(node.name)
+    target = f"{ACT_QUANTIZERS}{node.name}"
     net.add_submodule(target, quantizer.eval())
     with net.graph.inserting_after(node):
         quantized = net.graph.call_module(target, (node,))
