@@ -20,7 +20,7 @@ from synq.runs.record import RunRecord, read_record, write_config
 
 SUMMARY = re.compile(
     r"^digits_resnet8 W4A4 A relu \| teacher \d+\.\d\d \| RTN \d+\.\d\d \| final \d+\.\d\d \| "
-    r"drop -?\d+\.\d\d \| \d+ s$"
+    r"drop -?\d+\.\d\d ± \d+\.\d\d \(64 images\) \| \d+ s \+ \d+ s of synthesis$"
 )
 
 

@@ -144,7 +144,7 @@ def test_inert_threshold_is_said(config: RunConfig) -> None:
 
 def test_a_fine_tuning_that_harms_is_said(config: RunConfig) -> None:
     harmed = run(with_overrides(config, {"finetune.lr": 20.0}))
-    assert any("fine-tuning made the student worse: KL" in text for text in harmed.warnings)
+    assert any("fine-tuning made the student worse by a measure" in text and "KL" in text for text in harmed.warnings)
     rounded = run(with_overrides(config, {"finetune.epochs": 0}))
     assert not any("worse" in text for text in rounded.warnings)
     assert [any("synq mixed-precision" in text for text in record.warnings) for record in (harmed, rounded)] == [
@@ -277,6 +277,7 @@ def test_the_teacher_of_many_runs_is_counted_once(config: RunConfig, monkeypatch
 
 def test_equalisation_and_correction_are_recorded_and_a_stopped_run_goes_on(config: RunConfig, tmp_path: Path) -> None:
     config = with_overrides(config, {"quant.equalization": True, "quant.bn_correction": True, "finetune.epochs": 2})
+    config = with_overrides(config, {"quant.weight_bits": 3})  # at 4 bits equalization helps nothing
     whole = run(config)
     assert run(config) == whole == read_record(run_folder(config) / "record.json")
     equalization, correction = whole.rounding["equalization"], whole.rounding["bn_correction"]

@@ -269,10 +269,10 @@ def test_progress_is_silent_without_a_terminal(tmp_path: Path, capfd: pytest.Cap
 
 
 def test_progress_shows_loss_and_speed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    maker_bar = synthesis.tqdm
+    maker_bar = synthesis.Bar
     quick = lambda **kwargs: maker_bar(**{**kwargs, "mininterval": 0.0})  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthesis, "tqdm", quick)
+        patch.setattr(synthesis, "Bar", quick)
         patch.setattr(sys.stderr, "isatty", lambda: True)
         ensure_set(tiny_teacher(), CONFIG, 0, SetStore(tmp_path), progress=True)
     shown = capfd.readouterr().err.split("\r")[-1]

@@ -238,7 +238,7 @@ def test_too_large_a_trial_is_refused_at_once(local_ray: None, tmp_path: Path) -
 
     for keys, words in (
         ({"cpus_per_worker": 64.0}, "`cpus_per_worker` must be at most 2"),
-        ({"gpus_per_worker": 1.0}, "`gpus_per_worker` must be at most 0"),
+        ({"gpus_per_worker": 1.0}, "`gpus_per_worker` must be left out or 0"),
         ({"workers_per_trial": 3}, "`workers_per_trial` must be at most 2"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass, replace
+from itertools import chain
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -140,7 +141,8 @@ def _others(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if is_dataclass(hint):
             yield from _others(hint, f"{prefix}{name}.")
         else:
-            for value in (*plain, *get_args(hint)):
+            parts = get_args(hint)  # of `Literal[...] | None` the first part has the values
+            for value in (*plain, *parts, *chain.from_iterable(map(get_args, parts))):
                 yield f"{prefix}{name}", value
 
 
