@@ -86,13 +86,14 @@ def run(
         measure.hold_out(heldout.images)
         trained = trained if _is_of(trained, train_set, accelerator) else None
         source = folder if trained is None else trained[0]
+        prepared = (source if exists_on_main(source / "prepared.pt") else folder) / "prepared.pt"
         identity = f"{teacher.digest} {train_set.digest}"
 
         with timer("quantize"):
             pixels = teacher.pixel_range()
             images = low_pass(train_set.images, config, folder, pixel_range=pixels).to(dtype_of(config.runtime))
             teacher_net, student_net, rounding = prepare_networks(
-                config, teacher, student, images, accelerator, prepared=source / "prepared.pt", identity=identity
+                config, teacher, student, images, accelerator, prepared=prepared, identity=identity
             )
         with timer("measure"):
             reference, rounded = measure(teacher.graph), measure(student.net)
@@ -112,7 +113,7 @@ def run(
                     config, student_net, teacher_net, images, train_set, pixels, accelerator, identity, *calls
                 )
         else:
-            record = replace(record, student_of=source.name)
+            record = replace(record, student_of=trained[1].student_of or source.name)
             history = take_student(source, trained[1], student.net, accelerator)
         timer.seconds["finetune"] = sum(epoch["seconds"] for epoch in history)
 

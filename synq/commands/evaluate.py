@@ -57,10 +57,18 @@ def command(
         "evaluation.batch_size": batch_size,
         "evaluation.num_images": num_images,
     }
-    plain = {"evaluation.objective": "synthetic", **({"evaluation.num_images": None} if other else {})}
+    plain: dict[str, object] = {
+        "evaluation.objective": "synthetic",
+        **({"evaluation.num_images": None} if other else {}),
+    }
+    if dataset is not None and not dataset.startswith("imagefolder:"):  # arrays are not resized by a rule for files
+        plain |= {"evaluation.resize_size": None, "evaluation.interpolation": None}
     changes = {**plain, **{key: value for key, value in given.items() if value is not None}}
     settings = with_overrides(found.config, changes).evaluation
-    result = recount(found, settings, make_accelerator(found.config.runtime), progress=found.config.runtime.progress)
+    accelerator = make_accelerator(found.config.runtime)
+    result = recount(found, settings, accelerator, progress=found.config.runtime.progress)
+    if not accelerator.is_main_process:
+        return
     print(result.line())
     if json_file is not None:
         write_json_atomic(json_file, asdict(result))

@@ -1,5 +1,6 @@
 """Notices to the user on standard error, each at most once per process. Standard library only."""
 
+import os
 import sys
 from contextlib import suppress
 
@@ -7,17 +8,24 @@ _PRINTED: set[str] = set()
 
 
 def print_notice(text: str) -> None:
-    """Print "synq: TEXT" on standard error, unless this process has printed it before."""
-    if was_printed(text):
+    """Print "synq: TEXT" on standard error, unless this process has printed it before.
+
+    Of the processes of a distributed run, only the main one prints.
+
+    Args:
+        text: The notice; line breaks become spaces.
+    """
+    line = " ".join(text.split())
+    if line in _PRINTED or int(os.environ.get("RANK", "0")) != 0:
         return
-    _PRINTED.add(text)
+    _PRINTED.add(line)
     with suppress(OSError, ValueError):  # a closed pipe or a full disk must not stop a run
-        print(f"synq: {text}", file=sys.stderr, flush=True)
+        print(f"synq: {line}", file=sys.stderr, flush=True)
 
 
 def was_printed(text: str) -> bool:
     """Return whether this process has printed a notice."""
-    return text in _PRINTED
+    return " ".join(text.split()) in _PRINTED
 
 
 def forget_notices() -> None:

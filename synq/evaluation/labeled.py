@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from synq.common.notes import print_once
+from synq.common.notices import print_notice
 from synq.config.run import EvaluationConfig
 from synq.evaluation.labeled_sources import MAX_SCALE, ImageSource, open_source
 from synq.teacher.preprocessing import Preprocessing, default_rule, overridden
@@ -236,7 +236,7 @@ def open_labeled(settings: EvaluationConfig, teacher: Teacher) -> LabeledSet | N
             if getattr(settings, name) is not None:
                 raise ValueError(f"`evaluation.{name}` must be left out for {spec}: it is for image folders only")
         if labeled.is_resized and spec != teacher.default_dataset:
-            print_once(f"images of {spec}: {labeled.rule}")
+            print_notice(f"note: images of {spec}: {labeled.rule}")
     return labeled
 
 

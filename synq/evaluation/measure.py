@@ -270,9 +270,9 @@ class Measure:
 
     def objective(self, net: fx.GraphModule) -> float:
         """Return the objective: the fidelity measure (lower is better), or top-1 in percent on the selection part."""
-        return self._objective(self._measured(net))
+        return self._objective(self.deployed_form(net))
 
-    def _measured(self, net: fx.GraphModule) -> fx.GraphModule:
+    def deployed_form(self, net: fx.GraphModule) -> fx.GraphModule:
         """Return the network to evaluate: the teacher unchanged, a student in its integer form, as an engine runs it.
 
         A student in float64 (a choice of the user) or with non-finite values (it has no integer codes) is unchanged.
@@ -323,7 +323,7 @@ class Measure:
 
     def __call__(self, net: fx.GraphModule) -> Measurement:
         """Evaluate the teacher, or a student in its integer form, completely; a collective call of all processes."""
-        net = self._measured(net)
+        net = self.deployed_form(net)
         values = self._fidelity(net)
         chosen = values[self.settings.fidelity_measure]
         objective = chosen if self.settings.objective == "synthetic" else self._objective(net)

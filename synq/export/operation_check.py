@@ -49,6 +49,8 @@ _CONTROL_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 class _Probe:
     """One small graph for several operations; the inputs of each are placeholders of the recorded shapes.
 
+    Masks and indices are computed in it, as in the network.
+
     Attributes:
         graph: Their graph.
         inputs: Placeholders by shape; operands of one operation have different ones.
@@ -67,7 +69,8 @@ class _Probe:
         def source(node: fx.Node) -> fx.Node:
             if node not in copies:
                 shape = node.meta.get("shape")
-                if node.op == "get_attr" or shape is None:  # a parameter, a size, or one of several results
+                # A parameter, a size, one of several results, or a mask or indices, which random numbers cannot be.
+                if node.op == "get_attr" or shape is None or traits_of(node).kind <= OpKind.SELECTOR:
                     copies[node] = self.graph.node_copy(node, source)
                 else:
                     copies[node] = self.placeholder(shape, len(copies))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from synq.common.seeding import make_generator
 from synq.common.text_tables import duration
 from synq.config.run import RunConfig
 from synq.quant.student import Student, observe_ranges
@@ -146,22 +147,30 @@ def _probe_student(
     steps, plain = 0.0, 0.0
     saved = 0.0
     for number in (images, min(32, config.finetune.batch_size)):
-        x = torch.randn(number, *teacher.input_size, device=device).to(memory_format=torch.channels_last)
+        generator = make_generator("forecast", number)  # the state of the process's own stays as it is
+        x = torch.randn(number, *teacher.input_size, generator=generator).to(device, memory_format=torch.channels_last)
         if steps == 0.0:
             observe_ranges(net, x, act_range="minmax")
         with saved_bytes() as count:
             net(x).logsumexp(1).sum().backward()  # also warms up
         saved = count[0] / number
-        started = time.perf_counter()
+        started = _now(device)
         net(x).logsumexp(1).sum().backward()
-        steps = (time.perf_counter() - started) / number
-        started = time.perf_counter()
+        steps = (_now(device) - started) / number
+        started = _now(device)
         with torch.no_grad():
             net(x)
-        plain = (time.perf_counter() - started) / number
+        plain = (_now(device) - started) / number
         if steps * number > QUICK_SECONDS:
             break
     return StepCost(seconds=steps, saved_bytes=saved), plain
+
+
+def _now(device: torch.device) -> float:
+    """Return the time in seconds, after everything that a GPU was asked for is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _existing(path: Path) -> Path:

@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from synq.common.statistics import drop_stderr, drop_text
 from synq.config.run import EvaluationConfig
 from synq.evaluation.measure import Measure, evaluate, lost_and_gained
-from synq.quant.integer_form import integer_form
 from synq.runs.finished import Run
+from synq.runtime import place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +26,7 @@ class Recount:
     teacher_top1: float
     """Top-1 of the teacher."""
     top1: float
-    """Top-1 of the student in its integer form."""
+    """Top-1 of the student in its integer form (of a run in float64, as it is)."""
     teacher_top5: float
     """Top-5 of the teacher."""
     top5: float
@@ -67,7 +67,9 @@ def recount(run: Run, settings: EvaluationConfig, accelerator: Accelerator, *, p
             "`dataset` must name labeled images, such as cifar10, imagefolder:PATH or npz:FILE, but got "
             f"{settings.dataset!r}"
         )
-    nets = (run.teacher.graph.to(accelerator.device), integer_form(run.student.net).to(accelerator.device))
+    for net in (run.teacher.graph, run.student.net):  # as in the run, whose numbers they must be
+        place(net, run.config.runtime, accelerator.device, run.teacher.input_size)
+    nets = (run.teacher.graph, measure.deployed_form(run.student.net))
     before, after = (
         evaluate(
             net,

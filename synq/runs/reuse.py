@@ -24,6 +24,8 @@ STUDENT_FILE = "student.safetensors"
 def finished_student(config: RunConfig, teacher_digest: str, accelerator: Accelerator) -> tuple[Path, RunRecord] | None:
     """Return folder and record of a completed run whose student is that of `config`, on all processes; None without.
 
+    The run that trained it goes before those that only measured it: it also has the student as it was calibrated.
+
     Args:
         config: The run, with absolute paths.
         teacher_digest: Digest of its teacher's weights.
@@ -35,6 +37,7 @@ def finished_student(config: RunConfig, teacher_digest: str, accelerator: Accele
 
 def _search(config: RunConfig, teacher_digest: str) -> tuple[Path, RunRecord] | None:
     wanted, own = config_digest(config, with_evaluation=False), run_folder(config).name
+    measured_only = None
     for file in sorted(Path(config.runtime.output_dir).glob("*/config.json")):
         folder = file.parent
         if folder.name == own or not (folder / "record.json").is_file() or not (folder / STUDENT_FILE).is_file():
@@ -44,8 +47,10 @@ def _search(config: RunConfig, teacher_digest: str) -> tuple[Path, RunRecord] | 
                 continue
             record = read_record(folder / "record.json")
             if record.status == "completed" and record.teacher.get("digest") == teacher_digest:
-                return folder, record
-    return None
+                if not record.student_of:
+                    return folder, record
+                measured_only = measured_only or (folder, record)
+    return measured_only
 
 
 def take_student(source: Path, record: RunRecord, net: nn.Module, accelerator: Accelerator) -> list[Epoch]:
@@ -58,13 +63,19 @@ def take_student(source: Path, record: RunRecord, net: nn.Module, accelerator: A
         accelerator: Process group; only the main process reads the file.
 
     Raises:
-        ValueError: The file is damaged or holds another student.
+        ValueError: The file is damaged or holds another student; on all processes, of which none may wait for another.
     """
+    reason = ""
     if accelerator.is_main_process:
         try:
             net.load_state_dict(read_weights(source / STUDENT_FILE))
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"`{source / STUDENT_FILE}` must hold the student of its run, but: {reason}") from error
+    reason = broadcast_object_list([reason])[0]
+    if reason:
+        raise ValueError(
+            f"`{source / STUDENT_FILE}` must hold the student of its run, but: {reason}; without that folder the student "
+            "is trained again"
+        )
     synchronize_parameters(net)
     return [dict(epoch) for epoch in record.loss_history]

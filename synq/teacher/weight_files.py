@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from synq.common.notes import print_once
+from synq.common.notices import print_notice
 from synq.config.identity import WEIGHT_SUFFIXES
 from synq.teacher.state_dicts import NESTS, Fit, best_fit, is_counter, parts_of
 from synq.teacher.weight_readers import read_content
@@ -171,15 +171,19 @@ def _print_choices(fit: Fit, expected: Mapping[str, Tensor], path: Path) -> None
     """Print what a user may not expect: other types of numbers, averaged weights, tensors that were left."""
     pairs = [(value.dtype, fit.tensors[name].dtype) for name, value in expected.items() if name in fit.tensors]
     if (torch.float32, torch.float64) in pairs:
-        print_once(f"{path} stores float64: weights are rounded to float32")
+        print_notice(f"note: {path} stores float64: weights are rounded to float32")
     halves = sorted({str(given).removeprefix("torch.") for kind, given in pairs if given in _HALVES and kind != given})
     if halves:
-        print_once(f"{path} stores {' and '.join(halves)}: weights are exactly these values, computed with in float32")
+        print_notice(
+            f"note: {path} stores {' and '.join(halves)}: weights are exactly these values, computed with in float32"
+        )
     if fit.others:
         left = f"{len(fit.others)} tensors outside {fit.prefix!r} are not the model's ({_join_first(fit.others)})"
-        print_once(f"{path}: {left}")
+        print_notice(f"note: {path}: {left}")
     if fit.rivals:
-        print_once(f"{path} holds the model several times: {fit.prefix!r} is taken, not {_join_first(fit.rivals)}")
+        print_notice(
+            f"note: {path} holds the model several times: {fit.prefix!r} is taken, not {_join_first(fit.rivals)}"
+        )
 
 
 def _without_state_dict(content: object, tables: list[str], path: Path) -> ValueError:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from support.labeled_files import a_teacher, image_folder, npz
 from synq.cli import run as command
-from synq.common.notes import forget_notes
+from synq.common.notices import forget_notices
 from synq.config.run import EvaluationConfig, RunConfig, TeacherConfig, with_overrides
 from synq.evaluation.labeled import LabeledSet, load_labeled, open_labeled
 from synq.evaluation.labeled_arrays import read_npz
@@ -23,7 +23,7 @@ from synq.teacher.teacher import load_teacher
 
 @pytest.fixture(autouse=True)
 def _notes_are_new() -> None:
-    forget_notes()
+    forget_notices()
 
 
 def load(spec: str, size: tuple[int, int, int] = (1, 8, 8), **fields: Any) -> LabeledSet:

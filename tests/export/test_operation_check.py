@@ -17,8 +17,8 @@ from support.integer_students import student
 from support.small_nets import SIZE, Residual
 from synq.cli import run
 from synq.export.onnx_graph import check_operations
-from synq.export.operation_check import KNOWN, _faults, reason, unexportable_operations
-from synq.network.op_traits import OpKind, traits_of
+from synq.export.operation_check import KNOWN, _faults, _is_checked, _Probe, reason, unexportable_operations
+from synq.network.op_traits import OpKind, operation_name, traits_of
 from synq.network.tracing import trace_classifier
 from synq.quant.integer_form import integer_form
 
@@ -35,6 +35,33 @@ def test_bugs_10_each_operation_is_named_with_its_layer_and_settings() -> None:
     assert lost.startswith("interpolate(scale_factor=1.7, mode=bilinear, antialias=True) of node interpolate becomes")
     assert missing.startswith("AdaptiveMaxPool2d(output_size=(7, 5)) of node odd_pool has no ONNX export (No ONNX func")
     assert not any("\x1b" in line or "\n" in line for line in lines())
+
+
+class Selects(nn.Module):
+    """Operations that read masks and indices, which are computed from the image or from its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        x = torch.where(x > 0, x, 0.1 * x).masked_fill(x < -1, 0)
+        x = x.gather(1, x.mean((2, 3), keepdim=True).argsort(1).expand_as(x))
+        x = torch.take_along_dim(x, x.sum((2, 3), keepdim=True).topk(8, 1)[1], 1)
+        x = x.index_select(1, torch.arange(x.size(1)).flip(0))
+        return self.fc(x.relu().mean((2, 3)))
+
+
+def test_bugs_10_masks_and_indices_are_no_random_numbers() -> None:
+    net = trace_classifier(Selects(), (3, 8, 8))
+    probe = _Probe(net)
+    for node in (checked := [node for node in net.graph.nodes if _is_checked(net, node)]):
+        probe.add(node)
+    names = {"where", "masked_fill", "gather", "take_along_dim", "index_select"}
+    assert names <= {operation_name(node) for node in checked}
+    results = probe.model()(*probe.samples())
+    assert [tuple(result.shape) for result in results] == [node.meta["shape"] for node in checked]
 
 
 def test_bugs_10_the_reason_has_no_control_codes() -> None:

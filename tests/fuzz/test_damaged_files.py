@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fuzz.files_inputs import INPUTS, outcome
 from fuzz.files_run import check
 from synq.cli import run as command
-from synq.common.notes import forget_notes
+from synq.common.notices import forget_notices
 from synq.sweeps.spec_file import load_spec
 
 PAST = (
@@ -56,7 +56,7 @@ def test_the_generator_makes_right_and_wrong_files_and_the_same_ones_again(kind:
     said = [check(kind, seed, tmp_path / "files") for seed in range(30)]
     assert "read" in said and any(text != "read" for text in said)
     rejected = next(seed for seed, text in enumerate(said) if text != "read")
-    forget_notes()
+    forget_notices()
     assert check(kind, rejected, tmp_path / "files") == said[rejected]
 
 

@@ -1,6 +1,7 @@
 """Other labeled images: a finished student is counted on them, and never trained again for them."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from synq.commands.evaluate import main
 from synq.common.notices import forget_notices
 from synq.config.run import RunConfig, config_digest, with_overrides
 from synq.pipeline import run
+from synq.runs.finished import open_run
 from synq.runs.record import read_record, run_folder
+from synq.runs.recount import recount
+from synq.runtime import make_accelerator
 
 
 def _labeled_file(path: Path, number: int, seed: int) -> str:
@@ -147,6 +151,54 @@ def test_m_5_a_damaged_folder_hides_no_student(config: RunConfig, never_trains: 
         for file in ("config.json", "record.json", "student.safetensors"):
             (tmp_path / name / file).write_text("{" if name == "a-damaged" else "")
     assert run(with_overrides(config, {"evaluation.num_images": 32})).student_of == run_folder(config).name
+
+
+def test_m_5_the_run_that_trained_goes_before_those_that_measured(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the calibration, which only its folder has, is repeated, and written into a folder of another run."""
+    settings = {"quant.rounding": "adaround", "reconstruction.iterations": 3, "reconstruction.images": 16}
+    first, second, third, fourth = (
+        with_overrides(config, {**settings, **changes})
+        for changes in ({}, *({"evaluation.num_images": number} for number in (32, 40, 48)))
+    )
+    run(first)
+    monkeypatch.setattr(pipeline, "finetune", None)
+    assert run(second).student_of == run_folder(first).name
+    measured = run_folder(second).rename(tmp_path / "a")  # the first one by name
+    with monkeypatch.context() as patch:
+        patch.setattr("synq.finetune.networks.prepare_student", None)
+        assert run(third).student_of == run_folder(first).name
+    shutil.rmtree(run_folder(first))
+    assert run(fourth).student_of == run_folder(first).name
+    assert not (measured / "prepared.pt").exists() and (run_folder(fourth) / "prepared.pt").is_file()
+
+
+def test_m_5_a_damaged_student_is_named_with_what_to_do(config: RunConfig) -> None:
+    run(config)
+    file = run_folder(config) / "student.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="must hold the student of its run, but: .*; without that folder the student"):
+        run(with_overrides(config, {"evaluation.num_images": 32}))
+
+
+def test_m_5_the_rule_for_image_files_is_not_applied_to_arrays(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / finished.name)
+    content = json.loads((folder / "record.json").read_text())
+    content["config"]["evaluation"] |= {"dataset": "imagefolder:/val", "resize_size": 40, "interpolation": "bicubic"}
+    (folder / "record.json").write_text(json.dumps(content))
+    assert main([str(folder), "--dataset", _labeled_file(tmp_path / "mine.npz", 20, seed=3)]) == 0
+    assert "20 images" in capsys.readouterr().out
+
+
+def test_m_5_a_run_in_float64_is_counted_in_float64(config: RunConfig) -> None:
+    config = with_overrides(config, {"runtime.precision": "fp64"})
+    record, found = run(config), open_run(run_folder(config))
+    result = recount(found, found.config.evaluation, make_accelerator(found.config.runtime))
+    assert all(p.dtype is torch.float64 for net in (found.student.net, found.teacher.graph) for p in net.parameters())
+    assert (result.top1, result.lost, result.gained) == (record.top1, record.lost, record.gained)
 
 
 def test_m_5_the_command_counts_a_finished_student(

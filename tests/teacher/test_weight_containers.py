@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from support.tiny_model import trained_state
 from synq.cli import run as command
-from synq.common.notes import forget_notes
+from synq.common.notices import forget_notices
 from synq.config.identity import map_spec_path
 from synq.config.run import TeacherConfig
 from synq.teacher.teacher import load_teacher
@@ -27,7 +27,7 @@ OTHER = {name: value + 1 for name, value in RIGHT.items()}
 
 @pytest.fixture(autouse=True)
 def _notes_are_new() -> None:
-    forget_notes()
+    forget_notices()
 
 
 def network() -> nn.Module:
