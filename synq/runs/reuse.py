@@ -74,8 +74,8 @@ def take_student(source: Path, record: RunRecord, net: nn.Module, accelerator: A
     reason = broadcast_object_list([reason])[0]
     if reason:
         raise ValueError(
-            f"`{source / STUDENT_FILE}` must hold the student of its run, but: {reason}; without that folder the student "
-            "is trained again"
+            f"`{source / STUDENT_FILE}` must hold the student of its run, but: {reason}; without that folder the "
+            "student is trained again"
         )
     synchronize_parameters(net)
     return [dict(epoch) for epoch in record.loss_history]

@@ -7,7 +7,8 @@ import importlib.util
 import re
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,8 @@ from synq.teacher.wrappers import check_layers, unwrapped
 _HUBS = ("hf", "hub", "hf_hub", "hf-hub", "huggingface", "transformers")
 _FAILURES = (Exception, SystemExit)
 """What a user's code may raise; SystemExit comes from a script that parses arguments, or from ``sys.exit``."""
+_BESIDE: set[str] = set()
+"""Names of the modules that the last user's file imported from its folder."""
 
 
 def made_by_user(target: str, name: str, sources: Iterable[str]) -> nn.Module:
@@ -40,8 +43,9 @@ def made_by_user(target: str, name: str, sources: Iterable[str]) -> nn.Module:
     spec = f"{target}:{name}"
     if "/" in name:
         raise ValueError(f"`teacher.spec` must name a known source, but got {spec}; {hub_hint(name)}")
-    with process_state_kept(target):
-        module = _load_file(target) if target.endswith(".py") else _import(target, name, sources)
+    is_file = target.endswith(".py")
+    with process_state_kept(target), _files_beside(target) if is_file else nullcontext():
+        module = _load_file(target) if is_file else _import(target, name, sources)
         made = getattr(module, name, None)
         if not isinstance(made, nn.Module):
             made = _called(made, spec, target, module)
@@ -98,7 +102,6 @@ def _load_file(target: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look up a class's module by name
-    sys.path.append(str(path.parent))  # last, so that the files in this folder can be imported but shadow no package
     try:
         spec.loader.exec_module(module)
     except _FAILURES as error:
@@ -106,10 +109,37 @@ def _load_file(target: str) -> ModuleType:
             f"`teacher.spec` must name a Python file that can be imported, but {path} raised {one_line(error)}"
             f"{_script_hint(error)}"
         ) from error
-    finally:
-        if str(path.parent) in sys.path:  # the file may have rearranged the list
-            sys.path.remove(str(path.parent))
     return module
+
+
+@contextmanager
+def _files_beside(target: str) -> Iterator[None]:
+    """Let a user's file, and its factory, import the files in its folder, inside the ``with`` block.
+
+    Those of an earlier file are forgotten first: files of the same name in another folder are other modules.
+    """
+    folder = Path(target).expanduser().resolve().parent
+    for name in _BESIDE:
+        sys.modules.pop(name, None)
+    _BESIDE.clear()
+    importlib.invalidate_caches()
+    before = set(sys.modules)
+    sys.path.append(str(folder))  # last, so that these files shadow no package
+    try:
+        yield
+    finally:
+        if str(folder) in sys.path:  # the file may have rearranged the list
+            sys.path.remove(str(folder))
+        if folder not in {Path(entry).resolve() for entry in sys.path}:  # otherwise they are everyone's
+            _BESIDE.update(name for name in set(sys.modules) - before if _is_in(sys.modules[name], folder))
+
+
+def _is_in(module: ModuleType, folder: Path) -> bool:
+    """Return whether a module was found in ``folder``, and not in a folder of packages somewhere below it."""
+    place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
+    if not isinstance(place, str) or folder not in (path := Path(place).resolve()).parents:
+        return False
+    return path.relative_to(folder).parts[0].partition(".")[0] == module.__name__.partition(".")[0]
 
 
 def _import(target: str, name: str, sources: Iterable[str]) -> ModuleType:

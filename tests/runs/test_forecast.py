@@ -47,7 +47,9 @@ def test_m_9_the_probe_counts_the_work_that_is_left(config: RunConfig, accelerat
     teacher = load_teacher(config.teacher)
     student = build_student(teacher, config.quant)
     before = {name: tensor.clone() for name, tensor in student.net.state_dict().items()}
+    state = torch.get_rng_state()
     found = forecast(config, teacher, student, 64, accelerator)
+    assert torch.equal(torch.get_rng_state(), state), "a run with a forecast draws the same numbers as one without"
     assert found.synthesis > 0 and found.finetune > 0 and found.measure > 0
     assert found.memory > 2**28 and found.disk > 0 and found.free > 0
     after = student.net.state_dict()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from support.records import record as made_record
-from synq.common.notices import forget_notices
+from synq.common.notices import forget_notices, print_notice, was_printed
 from synq.common.statistics import drop_text
 from synq.config.run import RunConfig, SynthesisConfig, with_overrides
 from synq.pipeline import run
@@ -161,3 +161,16 @@ def test_m_7_the_seconds_of_the_sets_are_apart() -> None:
     assert made.seconds_without_sets == stored.seconds_without_sets == 6.0
     assert [summary_line(item).rpartition(" | ")[2] for item in (made, stored)] == ["6 s + 4 s of synthesis"] * 2
     assert RunRecord().seconds_without_sets is None
+
+
+def test_m_2_a_notice_is_one_line_of_the_main_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forget_notices()
+    monkeypatch.setenv("RANK", "1")
+    print_notice("one\n two")
+    assert capsys.readouterr().err == "" and not was_printed("one two")
+    monkeypatch.setenv("RANK", "0")
+    for text in ("one\n two", "one two"):
+        print_notice(text)
+    assert capsys.readouterr().err == "synq: one two\n" and was_printed("one\n two")

@@ -178,7 +178,7 @@ def test_m_5_a_damaged_student_is_named_with_what_to_do(config: RunConfig) -> No
     run(config)
     file = run_folder(config) / "student.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="must hold the student of its run, but: .*; without that folder the student"):
+    with pytest.raises(ValueError, match=r"must hold the student of its run, but: .*; without that folder the student"):
         run(with_overrides(config, {"evaluation.num_images": 32}))
 
 

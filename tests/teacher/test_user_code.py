@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from synq.synthesis.generate import ensure_set
 from synq.synthesis.store import SetStore
 from synq.teacher.sources import build_source
 from synq.teacher.teacher import Teacher, load_teacher
+from synq.teacher.user_code import made_by_user
 
 NET = """
 import torch
@@ -256,3 +258,30 @@ def test_f_3_and_f_8_what_stands_for_a_teacher_is_explained(
     assert run(["inspect", spec, "--teacher.weights", "random"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+FAMILY = """
+from torch import nn
+from blocks_beside import WIDTH
+
+class Net(nn.Sequential):
+    def __init__(self):
+        from head_beside import make_head  # only here
+        super().__init__(nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH), *make_head(WIDTH))
+"""
+
+
+def test_bugs_5_each_file_has_the_files_of_its_own_folder(tmp_path: Path) -> None:
+    path, widths = list(sys.path), {"a": 4, "b": 8}
+    for name, width in widths.items():
+        (tmp_path / name / "head_beside").mkdir(parents=True)
+        (tmp_path / name / "net.py").write_text(FAMILY)
+        (tmp_path / name / "blocks_beside.py").write_text(f"WIDTH = {width}\n")
+        (tmp_path / name / "head_beside" / "__init__.py").write_text("from .head import make_head\n")
+        (tmp_path / name / "head_beside" / "head.py").write_text(
+            f"from torch import nn\ndef make_head(width):\n    return nn.Flatten(), nn.Linear(width * 36, {width})\n"
+        )
+    for name in ("a", "b", "a"):
+        net = made_by_user(str(tmp_path / name / "net.py"), "Net", [])
+        assert net(torch.zeros(2, 3, 8, 8)).shape == (2, widths[name])
+    assert sys.path == path
