@@ -221,14 +221,14 @@ def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
 
 
 def _distance_warnings(quant: dict[str, Any], final: Measurement) -> list[str]:
-    """Suggest mixed precision when the final KL is large and bit-all_bits are uniform."""
+    """Suggest mixed precision when the final KL is large and bit-widths are uniform."""
     kl = final.fidelity["kl"]
     at_minimum = quant["weight_bits"] == 2  # no weight can have fewer bits to compensate for tensors with more
     if kl is None or not kl >= LARGE_KL or at_minimum or quant["layer_weight_bits"] or quant["layer_act_bits"]:
         return []
     return [
         f"the student is far from its teacher: KL {kl:.2g} on held-out synthetic images; "
-        "`synq mixed-precision --activations` with the same settings finds the most sensitive tensors, and bit-all_bits "
+        "`synq mixed-precision --activations` with the same settings finds the most sensitive tensors, and bit-widths "
         "for them at the same size and number of bit operations"
     ]
 
