@@ -100,7 +100,16 @@ def run(
         codes = weight_codes(student.net)
         eval_digest, started = measure.labels_digest, timer.started
         record = blank_record(
-            config, teacher, student, train_set, heldout, eval_digest, accelerator, started=started, rounding=rounding
+            config,
+            teacher,
+            student,
+            train_set,
+            heldout,
+            eval_digest,
+            accelerator,
+            started=started,
+            rounding=rounding,
+            rounded=rounded,
         )
         record = replace(record, evaluation=measure.labeled.describe() if measure.labeled is not None else {})
         if accelerator.is_main_process:

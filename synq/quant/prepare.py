@@ -51,6 +51,8 @@ def prepare_student(
         ValueError: As ``observe_ranges``.
     """
     quant = config.quant
+    # The rest of the set, which may be a file larger than the memory, is not copied by the clamp.
+    images = images[: max(quant.calib_images, config.reconstruction.images if quant.rounding == "adaround" else 0)]
     if image_range is not None:
         images = PixelRange(*image_range).clamp(images)
     calib = images[: quant.calib_images].to(device)

@@ -16,12 +16,13 @@ from torch import nn
 
 from synq.common.environment import environment
 from synq.common.files import write_bytes_atomic
+from synq.common.notices import print_notice
 from synq.config.run import RunConfig, config_digest, config_to_dict
 from synq.evaluation.measure import Measurement
 from synq.finetune.loop import Epoch, NonFiniteLossError
 from synq.quant.student import Student
 from synq.runs.record import RunRecord, read_record, write_record
-from synq.runs.tuning_effect import harm_warnings, tuning_changes
+from synq.runs.tuning_effect import harm_warnings, rounding_warnings, tuning_changes
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.run_sets import set_warnings
 from synq.teacher.teacher import Teacher
@@ -61,8 +62,9 @@ def blank_record(
     *,
     started: datetime,
     rounding: dict[str, Any],
+    rounded: Measurement,
 ) -> RunRecord:
-    """Return the record with everything that is known before fine-tuning.
+    """Return the record with everything that is known before fine-tuning; print what makes it doubtful at once.
 
     Args:
         config: The run.
@@ -74,6 +76,7 @@ def blank_record(
         accelerator: Process group.
         started: Start of the run, UTC.
         rounding: Report of `prepare_student`.
+        rounded: Measurement of the student before fine-tuning.
     """
     cam = teacher.cam
     teacher_fields: dict[str, Any] = {
@@ -90,6 +93,20 @@ def blank_record(
     if cam.kind == "none" and config.finetune.uses_cam:
         warnings.append(f"the CAM term is off: {cam.reason}")
     warnings += set_warnings(config.synthesis, train_set, heldout)
+    quant = config.quant
+    ends = (bits for bits in (quant.first_bits, quant.last_bits) if bits is not None)
+    all_bits = (
+        quant.weight_bits,
+        quant.act_bits,
+        *ends,
+        *quant.layer_weight_bits.values(),
+        *quant.layer_act_bits.values(),
+    )
+    doubts = rounding_warnings(min(all_bits), rounded.fidelity)
+    if accelerator.is_main_process:
+        for text in doubts:
+            print_notice(f"warning: {text}")
+    warnings += doubts
     return RunRecord(
         name=config.name,
         config=config_to_dict(config),

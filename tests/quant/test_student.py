@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.student_tools import SIZE, Points, Residual, make, trained
-from synq.config.run import QuantConfig
+from synq.config.run import QuantConfig, RunConfig, with_overrides
 from synq.network.tracing import trace_classifier
 from synq.quant.cost import float_bytes
 from synq.quant.fake_quant import dequantize, fake_quantize, quantize
 from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear, effective_weight, quantizers_bypassed
-from synq.quant.student import observe_ranges, quantize_model
+from synq.quant.prepare import prepare_student
+from synq.quant.student import build_student, observe_ranges, quantize_model
+from synq.teacher.teacher import load_teacher
 
 
 def test_relu_rule_leaves_the_image_and_sums_float_with_a_note() -> None:
@@ -245,3 +247,15 @@ def test_the_image_is_rounded_within_the_range_of_pixels() -> None:
     assert float(quantizer.scale) == pytest.approx((1.5 + 2.0) / 15)  # type: ignore[arg-type]
     observe_ranges(bounded.net, images, act_range="mse", image_range=bounds)
     assert float(quantizer.scale) <= 3.5 / 15 + 1e-6  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "adaround"])
+def test_f_5_images_that_calibrate_nothing_are_not_copied(rounding: str, config: RunConfig) -> None:
+    config = with_overrides(
+        config, {"quant.rounding": rounding, "reconstruction.iterations": 1, "reconstruction.images": 16}
+    )
+    teacher = load_teacher(config.teacher)
+    student = build_student(teacher, config.quant)
+    images = torch.zeros(1, *teacher.input_size).expand(10**9, -1, -1, -1)  # a copy would take terabytes
+    prepare_student(student.net, teacher.graph, images, config, torch.device("cpu"), image_range=teacher.pixel_range())
+    assert all(bool(value.isfinite().all()) for value in student.net.state_dict().values())

@@ -11,7 +11,7 @@ from synq.common.statistics import drop_text
 from synq.config.run import RunConfig, SynthesisConfig, with_overrides
 from synq.pipeline import run
 from synq.runs.record import RunRecord, read_record, run_folder, summary_line
-from synq.runs.tuning_effect import effect_sentence, harm_warnings, tuning_changes
+from synq.runs.tuning_effect import effect_sentence, harm_warnings, rounding_warnings, tuning_changes
 from synq.sweeps.reports.summary import run_verdict
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.run_sets import set_warnings
@@ -174,3 +174,24 @@ def test_m_2_a_notice_is_one_line_of_the_main_process(
     for text in ("one\n two", "one two"):
         print_notice(text)
     assert capsys.readouterr().err == "synq: one two\n" and was_printed("one\n two")
+
+
+def test_f_19_a_student_of_8_bits_that_disagrees_is_suspect() -> None:
+    (text,) = rounding_warnings(8, {"agreement": 84.4})
+    assert "on only 84.4 %" in text and "`quant.act_range`" in text
+    assert rounding_warnings(8, {"agreement": 98.4}) == [] == rounding_warnings(8, {"agreement": None})
+    assert rounding_warnings(4, {"agreement": 50.0}) == [], "fewer bits explain it"
+
+
+def test_f_19_it_is_said_before_fine_tuning_and_recorded(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("synq.runs.tuning_effect.MIN_AGREEMENT_AT_8_BITS", 101.0)
+    monkeypatch.setattr("synq.pipeline._finetune", lambda *_: said.append(capsys.readouterr().err) or [])
+    settings = {"quant.weight_bits": 8, "quant.act_bits": 8, "quant.first_bits": None}
+    record = run(with_overrides(config, settings))
+    assert "so many bits cannot explain" in said[0]
+    assert sum("so many bits cannot explain" in text for text in record.warnings) == 1
+    narrow = run(with_overrides(config, {**settings, "quant.layer_weight_bits": {"linear": 4}}))
+    assert not any("so many bits" in text for text in narrow.warnings)
