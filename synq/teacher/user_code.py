@@ -22,7 +22,7 @@ from synq.teacher.wrappers import check_layers, unwrapped
 _HUBS = ("hf", "hub", "hf_hub", "hf-hub", "huggingface", "transformers")
 _FAILURES = (Exception, SystemExit)
 """What a user's code may raise; SystemExit comes from a script that parses arguments, or from ``sys.exit``."""
-_BESIDE: set[str] = set()
+_SIBLINGS: set[str] = set()
 """Names of the modules that the last user's file imported from its folder."""
 
 
@@ -44,7 +44,7 @@ def made_by_user(target: str, name: str, sources: Iterable[str]) -> nn.Module:
     if "/" in name:
         raise ValueError(f"`teacher.spec` must name a known source, but got {spec}; {hub_hint(name)}")
     is_file = target.endswith(".py")
-    with process_state_kept(target), _files_beside(target) if is_file else nullcontext():
+    with process_state_kept(target), _sibling_modules(target) if is_file else nullcontext():
         module = _load_file(target) if is_file else _import(target, name, sources)
         made = getattr(module, name, None)
         if not isinstance(made, nn.Module):
@@ -113,15 +113,15 @@ def _load_file(target: str) -> ModuleType:
 
 
 @contextmanager
-def _files_beside(target: str) -> Iterator[None]:
+def _sibling_modules(target: str) -> Iterator[None]:
     """Let a user's file, and its factory, import the files in its folder, inside the ``with`` block.
 
     Those of an earlier file are forgotten first: files of the same name in another folder are other modules.
     """
     folder = Path(target).expanduser().resolve().parent
-    for name in _BESIDE:
+    for name in _SIBLINGS:
         sys.modules.pop(name, None)
-    _BESIDE.clear()
+    _SIBLINGS.clear()
     importlib.invalidate_caches()
     before = set(sys.modules)
     sys.path.append(str(folder))  # last, so that these files shadow no package
@@ -131,7 +131,7 @@ def _files_beside(target: str) -> Iterator[None]:
         if str(folder) in sys.path:  # the file may have rearranged the list
             sys.path.remove(str(folder))
         if folder not in {Path(entry).resolve() for entry in sys.path}:  # otherwise they are everyone's
-            _BESIDE.update(name for name in set(sys.modules) - before if _is_in(sys.modules[name], folder))
+            _SIBLINGS.update(name for name in set(sys.modules) - before if _is_in(sys.modules[name], folder))
 
 
 def _is_in(module: ModuleType, folder: Path) -> bool:

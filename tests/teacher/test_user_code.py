@@ -262,11 +262,11 @@ def test_f_3_and_f_8_what_stands_for_a_teacher_is_explained(
 
 FAMILY = """
 from torch import nn
-from blocks_beside import WIDTH
+from blocks_of_user import WIDTH
 
 class Net(nn.Sequential):
     def __init__(self):
-        from head_beside import make_head  # only here
+        from head_of_user import make_head  # only here
         super().__init__(nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH), *make_head(WIDTH))
 """
 
@@ -274,11 +274,11 @@ class Net(nn.Sequential):
 def test_bugs_5_each_file_has_the_files_of_its_own_folder(tmp_path: Path) -> None:
     path, widths = list(sys.path), {"a": 4, "b": 8}
     for name, width in widths.items():
-        (tmp_path / name / "head_beside").mkdir(parents=True)
+        (tmp_path / name / "head_of_user").mkdir(parents=True)
         (tmp_path / name / "net.py").write_text(FAMILY)
-        (tmp_path / name / "blocks_beside.py").write_text(f"WIDTH = {width}\n")
-        (tmp_path / name / "head_beside" / "__init__.py").write_text("from .head import make_head\n")
-        (tmp_path / name / "head_beside" / "head.py").write_text(
+        (tmp_path / name / "blocks_of_user.py").write_text(f"WIDTH = {width}\n")
+        (tmp_path / name / "head_of_user" / "__init__.py").write_text("from .head import make_head\n")
+        (tmp_path / name / "head_of_user" / "head.py").write_text(
             f"from torch import nn\ndef make_head(width):\n    return nn.Flatten(), nn.Linear(width * 36, {width})\n"
         )
     for name in ("a", "b", "a"):
