@@ -46,6 +46,6 @@ equal = {case: right.shape == there.shape and np.allclose(right, there) for case
 right, there = seen["MaxPool", 11]
 one_more = there.shape == (5, 5) and np.array_equal(there[:4, :4], right) and (there[4] < -3e38).all()
 if not (one_more and equal.pop(("MaxPool", 11)) is False and all(equal.values())):
-    raise SystemExit(f"changed: {equal}, {there}")
+    raise SystemExit(f"changed: {equal}, {there.shape}, {there[-1].tolist()}")
 PY
 venv/bin/python check.py
