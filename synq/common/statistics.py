@@ -3,6 +3,16 @@
 import math
 
 
+def drop_of(lost: int | None, gained: int | None, num_images: int | None) -> float | None:
+    """Return the drop in top-1, 100 (lost - gained) / n, in percentage points; None if a count is unknown.
+
+    From counts and not as a difference of two accuracies, which leaves 1e-14 where nothing was lost.
+    """
+    if lost is None or gained is None or not num_images:
+        return None
+    return 100 * (lost - gained) / num_images
+
+
 def drop_stderr(lost: int, gained: int, num_images: int) -> float:
     """Return the standard error of a drop in top-1, paired by image, in percentage points.
 

@@ -58,8 +58,8 @@ def export_by_torch(
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return the ONNX translations of the three quantization ops of an integer form, and of two joins.
 
-    The exporter's own translations of ``hstack`` and ``dstack`` branch on the number of axes, and the branches read
-    values by the names that they had before the exporter renamed them: the file is invalid.
+    The exporter's own translations of ``hstack`` and ``dstack`` branch on the number of axes and map over sequences; in
+    some networks their branches read values by names that the exporter has changed since, and the file is invalid.
     """
     op: Any = onnxscript.opset21
     ops = torch.ops.quantized_decomposed

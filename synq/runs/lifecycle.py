@@ -17,6 +17,7 @@ from torch import nn
 from synq.common.environment import environment
 from synq.common.files import write_bytes_atomic
 from synq.common.notices import print_notice
+from synq.common.statistics import drop_of
 from synq.config.run import RunConfig, config_digest, config_to_dict
 from synq.evaluation.measure import Measurement
 from synq.finetune.loop import Epoch, NonFiniteLossError
@@ -184,7 +185,7 @@ def complete_record(
         rtn_fidelity=rounded.fidelity,
         top1=final.top1,
         top5=final.top5,
-        drop=None if final.top1 is None or teacher.top1 is None else teacher.top1 - final.top1,
+        drop=drop_of(final.lost, final.gained, final.num_eval),
         num_eval=final.num_eval,
         rtn_lost=rounded.lost,
         rtn_gained=rounded.gained,

@@ -92,7 +92,7 @@ def recount(run: Run, settings: EvaluationConfig, accelerator: Accelerator, *, p
         top1=after.top1,
         teacher_top5=before.top5,
         top5=after.top5,
-        drop=before.top1 - after.top1,
+        drop=100 * (lost - gained) / number,
         drop_stderr=drop_stderr(lost, gained, number),
         lost=lost,
         gained=gained,

@@ -7,7 +7,7 @@ import pytest
 
 from support.records import record as made_record
 from synq.common.notices import forget_notices, print_notice, was_printed
-from synq.common.statistics import drop_text
+from synq.common.statistics import drop_of, drop_text
 from synq.config.run import RunConfig, SynthesisConfig, with_overrides
 from synq.pipeline import run
 from synq.runs.record import RunRecord, read_record, run_folder, summary_line
@@ -195,3 +195,9 @@ def test_f_19_it_is_said_before_fine_tuning_and_recorded(
     assert sum("so many bits cannot explain" in text for text in record.warnings) == 1
     narrow = run(with_overrides(config, {**settings, "quant.layer_weight_bits": {"linear": 4}}))
     assert not any("so many bits" in text for text in narrow.warnings)
+
+
+def test_f_13_a_drop_of_nothing_is_zero_to_the_last_bit() -> None:
+    assert (drop_of(1, 1, 620), drop_of(2, 1, 620)) == (0.0, 100 / 620)
+    assert drop_of(None, None, None) is None
+    assert drop_of(2, 1, 620) + drop_of(1, 2, 620) == 0.0, "nor is the mean over seeds 7e-15"  # type: ignore[operator]
