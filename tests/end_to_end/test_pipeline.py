@@ -161,11 +161,10 @@ def test_a_fine_tuning_that_harms_is_said(config: RunConfig) -> None:
 def test_images_that_do_not_show_their_class_are_said(config: RunConfig) -> None:
     told = run(with_overrides(config, {"synthesis.iterations": 0})).warnings
     assert any(re.search(r"the teacher classifies only \d+ % of the synthetic images as their", text) for text in told)
-    done = run(with_overrides(config, {"synthesis.iterations": 60, "synthesis.inception_weight": 1.0})).warnings
-    assert not any("the teacher classifies only" in text for text in done)
-    # The held-out images are optimized pixels for every method, and are said to be poor where they are.
     good = {"synthesis.iterations": 60, "synthesis.inception_weight": 1.0}
-    noise = run(with_overrides(config, {**good, "synthesis.method": "gaussian"})).warnings
+    done = run(with_overrides(config, good)).warnings
+    assert not any("the teacher classifies only" in text for text in done)
+    noise = run(with_overrides(config, {**good, "synthesis.method": "gaussian"})).warnings  # held out: optimized pixels
     assert not any("the teacher classifies only" in text for text in noise), (
         "noise takes the teacher's answers for labels"
     )
