@@ -29,6 +29,7 @@ PACKAGES = (
     "network",
     "teacher",
     "quant",
+    "engines",
     "runtime",
     "synthesis",
     "finetune",
