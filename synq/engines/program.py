@@ -1,12 +1,12 @@
 """The integer program of a student: what an inference engine is given to run, without the engine's own arithmetic.
 
 A program is a list of steps on named values. A value with a `Grid` holds integer codes, any other holds floats. Steps
-say *what* is computed (a convolution of these codes, a sum onto that grid); *how* its result is rounded differs from
+define *what* is computed (a convolution of these codes, a sum onto that grid); *how* its result is rounded differs from
 engine to engine and is the matter of their arithmetic. The same program is simulated in PyTorch and written to files,
 so that a file and its simulation cannot differ in structure.
 
 Activation codes are 0..quant_max, weights are symmetric: the real value of a weight is ``weight_scale[c] * weight[c]``.
-A ReLU or ReLU6 after a step is no step of its own but the limits of the codes of its output (``low`` and ``high``).
+A ReLU or ReLU6 after a step is not a separate step but the limits of the codes of its output (``low`` and ``high``).
 """
 
 from collections.abc import Iterator
