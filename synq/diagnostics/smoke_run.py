@@ -174,7 +174,7 @@ def _miniature(config: RunConfig, folder: Path) -> RunConfig:
 
 def _at_eight_bits(teacher: Teacher, quant: QuantConfig, images: Tensor) -> dict[str, Any]:
     """Compare logits of teacher and W8A8 student; report the worst tensor if their SQNR is below GOOD_DB."""
-    net = build_student(teacher, QuantConfig(weight_bits=8, act_bits=8, act_points=quant.act_points)).net
+    net = build_student(teacher, quant.at_uniform_bits(8)).net
     observe_ranges(net, images, act_range="minmax")
     reference, logits = logits_of(teacher.graph, images), logits_of(net, images)
     row: dict[str, Any] = {"sqnr_db": sqnr_db(reference, logits)}
