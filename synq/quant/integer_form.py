@@ -42,7 +42,7 @@ from synq.quant.integer_layers import (
     Operations,
 )
 from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear
-from synq.quant.placement import norm_behind
+from synq.quant.placement import norm_after
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def foldable_batch_norm(net: fx.GraphModule, node: fx.Node, calls: list[str]) ->
         node: Call of a convolution or linear layer.
         calls: Targets of all ``call_module`` nodes of ``net``, repeated for each call.
     """
-    norm = norm_behind(net, node) if len(node.users) == 1 else None
+    norm = norm_after(net, node) if len(node.users) == 1 else None
     if norm is None or calls.count(str(node.target)) > 1 or calls.count(str(norm.target)) > 1:
         return None
     return norm

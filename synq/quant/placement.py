@@ -3,7 +3,7 @@
 An engine runs on integers, so every tensor that depends on the image is put on a grid before anything reads it:
 
     image                                                       a point
-    LAYER [-> BatchNorm] [-> ReLU | ReLU6 | clamp(0, c)]        one point, behind the last: one step of the engine
+    LAYER [-> BatchNorm] [-> ReLU | ReLU6 | clamp(0, c)]        one point, after the last: one step of the engine
     sum [-> ReLU | ...],  BatchNorm without a layer [-> ReLU | ...]     the same
     product, concatenation, average pool, any other function    a point
     max pool, reshape, slice, pad, transpose, nearest resize    none: values of one tensor, on its grid
@@ -37,7 +37,7 @@ class Point:
     """One quantized tensor of a student for an engine.
 
     Attributes:
-        chain: Nodes of the step that computes it; it is the output of the last. The image is a chain of its own.
+        chain: Nodes of the step that computes it; it is the output of the last. The image is a single node.
         bits: Bit-width, 2 to 8.
         rounded: Whether it is rounded to its grid, else only clamped to the grid's range.
         at_end: Whether its bit-width is that of the first or last layer, by its place.
@@ -96,7 +96,7 @@ def step_chains(net: fx.GraphModule) -> dict[fx.Node, Chain]:
         net: A graph from ``trace_classifier``.
 
     Returns:
-        The image as a chain of its own, and every operation that computes new values, with those folded into it.
+        The image as a single node, and every operation that computes new values, with those folded into it.
     """
     chains: dict[fx.Node, Chain] = {}
     inside: set[fx.Node] = set()
@@ -143,7 +143,7 @@ def value_readers(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user.op == "output" or traits_of(user).kind is not OpKind.NUMBER]
 
 
-def norm_behind(net: fx.GraphModule, layer: fx.Node) -> fx.Node | None:
+def norm_after(net: fx.GraphModule, layer: fx.Node) -> fx.Node | None:
     """Return the batch norm that is the only reader of a layer's output and scales its channels, or None."""
     readers = value_readers(layer)
     module = node_module(net, readers[0]) if len(readers) == 1 else None
@@ -214,7 +214,7 @@ def unrounded(net: fx.GraphModule, chains: dict[fx.Node, Chain]) -> set[fx.Node]
 def _chain(net: fx.GraphModule, node: fx.Node) -> Chain:
     chain = [node]
     kind = traits_of(node).kind
-    if kind is OpKind.LAYER and (norm := norm_behind(net, node)) is not None:
+    if kind is OpKind.LAYER and (norm := norm_after(net, node)) is not None:
         chain.append(norm)
     if kind in (OpKind.LAYER, OpKind.NORM) or is_sum(node):
         readers = value_readers(chain[-1])
