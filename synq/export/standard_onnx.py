@@ -1,0 +1,55 @@
+"""Write an integer program as standard ONNX: a float graph between QuantizeLinear and DequantizeLinear (Q/DQ).
+
+    images -> Q -> DQ -> Conv(weight INT8 -> DQ, bias INT32 -> DQ) -> Q -> DQ -> ... -> Gemm(...) -> logits, floats
+
+Engines recognize this form and run integer kernels. What it has to look like (measured with ONNX Runtime 1.32.0 and
+OpenVINO 2026.4.1):
+
+- Activations are UINT8, weights INT8 with zero point 0 and one scale per output channel, biases INT32 on the grid
+  ``input scale * weight scale``. Anything else runs in float or several times slower.
+- Weights of at most 4 bits are INT4 in the file, half the bytes, behind a Cast to INT8 that is computed when the file
+  is loaded: DequantizeLinear of INT4 itself keeps the layer in float.
+- Limits of codes, for activations below 8 bits or folded ReLUs whose zero point is not 0, are a Clip *behind*
+  QuantizeLinear, on codes; in front of it, the layer stays in float.
+- MaxPool, Reshape and other movements are between DequantizeLinear and QuantizeLinear of one grid, Pad is on codes.
+
+The graph computes the program in the order of its steps; `OnnxRuntimeArithmetic` is what ONNX Runtime makes of it.
+"""
+
+import onnx
+from onnx import TensorProto, helper
+
+from synq.engines.program import Program
+from synq.export.qdq.graph import QuantizedGraph
+from synq.export.qdq.steps import write_step
+from synq.export.verify import IMAGES
+
+LOGITS = "logits"
+"""Name of the output of the model, (N, K)."""
+
+
+def standard_onnx(program: Program, *, pack_two_bits: bool = False) -> onnx.ModelProto:
+    """Return a program as an ONNX model, validated by ``onnx.checker``.
+
+    Args:
+        program: The program.
+        pack_two_bits: Store weights of 2 bits in a quarter of a byte; INT4, half a byte, is the standard type.
+
+    Returns:
+        A model ``images`` float32 (N, C, H, W) -> ``logits`` float32 (N, K), with a dynamic N and the lowest operator
+        set that has its operations and types (21 with INT4).
+
+    Raises:
+        ValueError: If a function has no nodes.
+    """
+    graph = QuantizedGraph({program.image: IMAGES, program.logits: LOGITS}, program.grids)
+    for step in program.steps:
+        rows = program.shapes[step.inputs[0]][:-1]
+        write_step(graph, step, rows, pack_two_bits=pack_two_bits)
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *program.shapes[value]])
+        for name, value in ((IMAGES, program.image), (LOGITS, program.logits))
+    ]
+    model = graph.model("student", ends[:1], ends[1:])
+    onnx.checker.check_model(model, full_check=True)
+    return model
