@@ -188,7 +188,9 @@ def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) 
         raise ValueError("teacher.spec must give all processes the same network, but its weights differ between them")
     check_compilable(config, teacher.cam, accelerator.device)
     aligned_blocks(config, teacher)
-    measure = Measure.prepare(config.evaluation, teacher, accelerator, progress=config.runtime.progress)
+    measure = Measure.prepare(
+        config.evaluation, teacher, accelerator, quant=config.quant, progress=config.runtime.progress
+    )
     return teacher, measure, build_student(teacher, config.quant)
 
 

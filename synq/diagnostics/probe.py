@@ -114,7 +114,9 @@ class ReportData:
     def _labeled(self) -> tuple[Tensor, Tensor] | None:
         """Return evenly spaced labeled images of the reported part, or None if the run has none that can be read."""
         try:
-            measure = Measure.prepare(self.config.evaluation, self.teacher, Accelerator(cpu=True))
+            measure = Measure.prepare(
+                self.config.evaluation, self.teacher, Accelerator(cpu=True), quant=self.config.quant
+            )
         except (ValueError, OSError) as error:
             self.no_labels_note = f" (the labeled ones cannot be read: {' '.join(str(error).split())})"
             return None

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor, fx, nn
 
 from synq.common.progress import passing_bar
-from synq.config.run import EvaluationConfig
+from synq.config.run import EvaluationConfig, QuantConfig
+from synq.engines.deployed import deployed_network
 from synq.evaluation import fidelity as measures
 from synq.evaluation.accuracy import top_hits
 from synq.evaluation.labeled import DIGEST_PREFIX, LabeledSet, open_labeled
-from synq.quant.integer_form import integer_form
 from synq.teacher.teacher import Teacher
 
 Fetch = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -209,6 +209,7 @@ class Measure:
         reported: Indices of the other images, on which accuracy is reported.
         labels_digest: Fingerprint of the labeled images, "" if there are none.
         progress: Whether to show a progress bar over the labeled images.
+        quant: Quantization of the students, whose target decides what is measured in their place.
         heldout: (N, C, H, W), held-out synthetic images.
     """
 
@@ -220,6 +221,7 @@ class Measure:
     reported: Tensor
     labels_digest: str = ""
     progress: bool = False
+    quant: QuantConfig = field(default_factory=QuantConfig)
     heldout: Tensor = field(default_factory=lambda: torch.empty(0))
     _reference: TeacherLogits | None = field(default=None, init=False, repr=False)
     """Computed with the first network, when the teacher is on its final device."""
@@ -228,7 +230,13 @@ class Measure:
 
     @classmethod
     def prepare(
-        cls, settings: EvaluationConfig, teacher: Teacher, accelerator: Accelerator, *, progress: bool = False
+        cls,
+        settings: EvaluationConfig,
+        teacher: Teacher,
+        accelerator: Accelerator,
+        *,
+        quant: QuantConfig,
+        progress: bool = False,
     ) -> "Measure":
         """Load the labeled images and split them as the objective requires.
 
@@ -256,6 +264,7 @@ class Measure:
             reported=rows[~mask],
             labels_digest="" if labeled is None else labeled.fingerprint(),
             progress=progress,
+            quant=quant,
         )
 
     def has_labels_of(self, digest: str) -> bool:
@@ -272,8 +281,8 @@ class Measure:
         """Return the objective: the fidelity measure (lower is better), or top-1 in percent on the selection part."""
         return self._objective(self.deployed_form(net))
 
-    def deployed_form(self, net: fx.GraphModule) -> fx.GraphModule:
-        """Return the network to evaluate: the teacher unchanged, a student in its integer form, as an engine runs it.
+    def deployed_form(self, net: fx.GraphModule) -> nn.Module:
+        """Return the network to evaluate: the teacher unchanged, a student as its engine runs it.
 
         A student in float64 (a choice of the user) or with non-finite values (it has no integer codes) is unchanged.
         """
@@ -281,15 +290,15 @@ class Measure:
             return net
         statistics = (tensor for name, tensor in net.named_buffers() if "running_" in name)
         finite = all(bool(tensor.isfinite().all()) for tensor in (*net.parameters(), *statistics))
-        return integer_form(net).to(self.accelerator.device) if finite else net
+        return deployed_network(net, self.quant, self.teacher.input_size).to(self.accelerator.device) if finite else net
 
-    def _objective(self, net: fx.GraphModule) -> float:
+    def _objective(self, net: nn.Module) -> float:
         if self.settings.objective == "selection":
             return self._accuracy(net, self.chosen).top1
         name = self.settings.fidelity_measure
         return self._means(net, {name: measures.OBJECTIVES[name]})[name]
 
-    def _accuracy(self, net: fx.GraphModule, rows: Tensor) -> Accuracy:
+    def _accuracy(self, net: nn.Module, rows: Tensor) -> Accuracy:
         assert self.labeled is not None
         size, teacher = self.settings.batch_size, self.teacher
         source = (self.settings.dataset, self.settings.data_dir, self.labels_digest, tuple(rows.tolist()))
@@ -305,7 +314,7 @@ class Measure:
             _TEACHER_ACCURACY[key] = accuracy
         return accuracy
 
-    def _fidelity(self, net: fx.GraphModule) -> dict[str, float]:
+    def _fidelity(self, net: nn.Module) -> dict[str, float]:
         """Return kl, agreement, logit_mse and the configured fidelity measure by name."""
         functions: dict[str, measures.Measure] = {"kl": measures.kl, "agreement": measures.disagreement}
         functions["logit_mse"] = measures.logit_mse
@@ -313,7 +322,7 @@ class Measure:
         values = self._means(net, {**functions, name: measures.OBJECTIVES[name]})
         return {**values, "agreement": 100 - values["agreement"]}
 
-    def _means(self, net: fx.GraphModule, functions: Mapping[str, measures.Measure]) -> dict[str, float]:
+    def _means(self, net: nn.Module, functions: Mapping[str, measures.Measure]) -> dict[str, float]:
         if self._reference is None:
             size = self.settings.batch_size
             self._reference = TeacherLogits.compute(
@@ -322,16 +331,16 @@ class Measure:
         return fidelity(self._reference, net, functions, accelerator=self.accelerator)
 
     def __call__(self, net: fx.GraphModule) -> Measurement:
-        """Evaluate the teacher, or a student in its integer form, completely; a collective call of all processes."""
-        net = self.deployed_form(net)
-        values = self._fidelity(net)
+        """Evaluate the teacher, or a student as its engine runs it, completely; a collective call of all processes."""
+        is_teacher, form = net is self.teacher.graph, self.deployed_form(net)
+        values = self._fidelity(form)
         chosen = values[self.settings.fidelity_measure]
-        objective = chosen if self.settings.objective == "synthetic" else self._objective(net)
+        objective = chosen if self.settings.objective == "synthetic" else self._objective(form)
         if self.labeled is None:
             return Measurement(objective=objective, fidelity={**values}, top1=None, top5=None, num_eval=None)
         if self._teacher is None:
             self._teacher = self._accuracy(self.teacher.graph, self.reported)
-        accuracy = self._teacher if net is self.teacher.graph else self._accuracy(net, self.reported)
+        accuracy = self._teacher if is_teacher else self._accuracy(form, self.reported)
         lost, gained = lost_and_gained(self._teacher, accuracy, accelerator=self.accelerator)
         return Measurement(
             objective=objective,

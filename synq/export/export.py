@@ -147,7 +147,7 @@ def export_run(
             form=form,
             simulated=student.net,
             synthetic=torch.cat([heldout.images, train_set.images]),
-            measure=Measure.prepare(run.config.evaluation, run.teacher, accelerator),
+            measure=Measure.prepare(run.config.evaluation, run.teacher, accelerator, quant=run.config.quant),
             tolerance=options.tolerance,
             progress=options.progress,
             exact=not inexact_steps(form),

@@ -61,7 +61,7 @@ def recount(run: Run, settings: EvaluationConfig, accelerator: Accelerator, *, p
         ValueError: There are no labeled images, or they do not fit the teacher.
         FileNotFoundError: Their files do not exist.
     """
-    measure = Measure.prepare(settings, run.teacher, accelerator)
+    measure = Measure.prepare(settings, run.teacher, accelerator, quant=run.config.quant)
     if measure.labeled is None:
         raise ValueError(
             "`dataset` must name labeled images, such as cifar10, imagefolder:PATH or npz:FILE, but got "

@@ -90,7 +90,9 @@ def test_measuring_has_no_side_effect(tiny_classifier: nn.Module, accelerator: A
 
 def test_selection_part_and_reported_part_are_disjoint(accelerator: Accelerator) -> None:
     teacher = load_teacher(TeacherConfig())
-    measure = Measure.prepare(EvaluationConfig(objective="selection", selection_fraction=0.3), teacher, accelerator)
+    measure = Measure.prepare(
+        EvaluationConfig(objective="selection", selection_fraction=0.3), teacher, accelerator, quant=QuantConfig()
+    )
     measure.hold_out(torch.randn(4, *teacher.input_size))
     assert measure.labeled is not None
     assert len(measure.chosen) + len(measure.reported) == len(measure.labeled)
@@ -102,7 +104,7 @@ def test_selection_part_and_reported_part_are_disjoint(accelerator: Accelerator)
 
 def test_synthetic_objective_of_the_teacher_itself_is_zero(accelerator: Accelerator) -> None:
     teacher = load_teacher(TeacherConfig())
-    measure = Measure.prepare(EvaluationConfig(dataset="none"), teacher, accelerator)
+    measure = Measure.prepare(EvaluationConfig(dataset="none"), teacher, accelerator, quant=QuantConfig())
     measure.hold_out(torch.randn(4, *teacher.input_size))
     result = measure(teacher.graph)
     assert result.objective == pytest.approx(0.0, abs=1e-12) and result.fidelity["agreement"] == 100.0
@@ -112,7 +114,10 @@ def test_synthetic_objective_of_the_teacher_itself_is_zero(accelerator: Accelera
 def test_selection_without_labels_is_rejected(accelerator: Accelerator) -> None:
     with pytest.raises(ValueError, match=r"evaluation.objective.* must be synthetic"):
         Measure.prepare(
-            EvaluationConfig(dataset="none", objective="selection"), load_teacher(TeacherConfig()), accelerator
+            EvaluationConfig(dataset="none", objective="selection"),
+            load_teacher(TeacherConfig()),
+            accelerator,
+            quant=QuantConfig(),
         )
 
 
@@ -127,7 +132,7 @@ def measured(accelerator: Accelerator) -> tuple[Measure, fx.GraphModule]:
 
 
 def _measure(accelerator: Accelerator, teacher: Teacher, images: Tensor, **settings: object) -> Measure:
-    measure = Measure.prepare(EvaluationConfig(dataset="none", **settings), teacher, accelerator)  # type: ignore[arg-type]
+    measure = Measure.prepare(EvaluationConfig(dataset="none", **settings), teacher, accelerator, quant=QuantConfig())  # type: ignore[arg-type]
     measure.hold_out(images)
     return measure
 
@@ -267,7 +272,9 @@ def test_a_measurement_is_compared_with_the_teacher_image_by_image(
     measured: tuple[Measure, fx.GraphModule], accelerator: Accelerator
 ) -> None:
     teacher, student = measured[0].teacher, measured[1]
-    measure = Measure.prepare(EvaluationConfig(dataset="digits", batch_size=50), teacher, accelerator)
+    measure = Measure.prepare(
+        EvaluationConfig(dataset="digits", batch_size=50), teacher, accelerator, quant=QuantConfig()
+    )
     measure.hold_out(measured[0].heldout)
     result, own = measure(student), measure(teacher.graph)
     assert measure.labeled is not None

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from support.labeled_files import a_teacher, image_folder, npz
-from synq.config.run import EvaluationConfig, RunConfig, TeacherConfig, config_digest, with_overrides
+from synq.config.run import EvaluationConfig, QuantConfig, RunConfig, TeacherConfig, config_digest, with_overrides
 from synq.evaluation.labeled import load_labeled, open_labeled
 from synq.evaluation.measure import Measure
 from synq.teacher.preprocessing import Preprocessing, default_rule, overridden, timm_rule, torchvision_rule
@@ -157,8 +157,8 @@ def test_l_6_measuring_uses_the_rule(
     image_folder(tmp_path / "set", 3)
     settings = EvaluationConfig(dataset=f"imagefolder:{tmp_path}/set")
     rule = Preprocessing(resize_size=(9, 9), interpolation="lanczos", source="a test")
-    measure = Measure.prepare(settings, a_teacher((1, 8, 8), preprocessing=rule), accelerator)
+    measure = Measure.prepare(settings, a_teacher((1, 8, 8), preprocessing=rule), accelerator, quant=QuantConfig())
     assert measure.labeled is not None and measure.labeled.rule == rule.describe()
-    plain = Measure.prepare(settings, a_teacher((1, 8, 8)), accelerator)
+    plain = Measure.prepare(settings, a_teacher((1, 8, 8)), accelerator, quant=QuantConfig())
     assert measure.labels_digest != plain.labels_digest and plain.has_labels_of(plain.labels_digest)
     assert not plain.has_labels_of(measure.labels_digest) and not plain.has_labels_of("")

@@ -122,7 +122,9 @@ class QuantizedGraph:
         ]
         self.node("Clip", (codes, *ends), name, f"{name}.clip")
 
-    def finish(self, kind: str, inputs: Sequence[str], step: Step, limits: tuple[int, int] | None, **attributes: Any) -> None:
+    def finish(
+        self, kind: str, inputs: Sequence[str], step: Step, limits: tuple[int, int] | None, **attributes: Any
+    ) -> None:
         """Append the float operation of a step and quantize its output, if that has a grid."""
         if step.output not in self.grids:
             self.node(kind, inputs, self.name(step.output), step.layer or step.output, **attributes)

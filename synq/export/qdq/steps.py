@@ -208,7 +208,9 @@ def _parameters(graph: QuantizedGraph, step: Layer, pack_two_bits: bool) -> tupl
     bias = graph.constant(f"{label}.bias", step.bias.cpu().numpy().astype(np.int32))
     bias_scale = np.float32(graph.grids[step.inputs[0]].scale) * weight_scale
     return (
-        _dequantized_parameter(graph, f"{label}.weight", weight, weight_scale, np.full(len(codes), zero_point, np.int8)),
+        _dequantized_parameter(
+            graph, f"{label}.weight", weight, weight_scale, np.full(len(codes), zero_point, np.int8)
+        ),
         _dequantized_parameter(graph, f"{label}.bias", bias, bias_scale, np.zeros(len(codes), np.int32)),
     )
 

@@ -1,0 +1,46 @@
+"""What a student computes where it is deployed: its integer form, or the simulation of its engine."""
+
+from torch import fx, nn
+
+from synq.config.quant import RESEARCH, QuantConfig
+from synq.engines.lowering import lower
+from synq.engines.program import Program
+from synq.engines.simulation import Simulation
+from synq.quant.integer_form import integer_form
+from synq.quant.layers import PORTABLE_LIMIT
+
+FULL_CODE = 127
+"""Largest weight code of INT8."""
+
+
+def program_of(net: fx.GraphModule, quant: QuantConfig, input_size: tuple[int, int, int]) -> Program:
+    """Return the integer program of a student for an engine.
+
+    Args:
+        net: Network of a student that was built with ``quant``, with observed ranges.
+        quant: With a target that is an engine.
+        input_size: (C, H, W) of one image.
+
+    Raises:
+        ValueError: As `lower`.
+    """
+    return lower(net, quant.target, input_size, largest_code=PORTABLE_LIMIT if quant.portable else FULL_CODE)
+
+
+def deployed_network(net: fx.GraphModule, quant: QuantConfig, input_size: tuple[int, int, int]) -> nn.Module:
+    """Return the network that is measured and exported in place of a student, on the CPU: it needs no float sums.
+
+    Args:
+        net: Network of a student that was built with ``quant``, with observed ranges.
+        quant: Its quantization.
+        input_size: (C, H, W) of one image.
+
+    Returns:
+        (N, C, H, W) -> logits (N, K): under target research the integer form, else the engine's arithmetic.
+
+    Raises:
+        ValueError: As `lower`.
+    """
+    if quant.target == RESEARCH:
+        return integer_form(net)
+    return Simulation(program_of(net, quant, input_size))
