@@ -135,6 +135,11 @@ class QuantConfig:
         return f"W{self.weight_bits}A{self.act_bits}"
 
     @property
+    def group(self) -> str:
+        """Return bit-widths and engine as part of a name: "W4A4", "W4A4-openvino", "W4A4-openvino_portable"."""
+        return self.label if self.target == RESEARCH else f"{self.label}-{self.points.replace(' ', '_')}"
+
+    @property
     def points(self) -> str:
         """Return what decides which tensors are quantized, and how: act_points, or the target, for a record.
 

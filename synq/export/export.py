@@ -133,8 +133,8 @@ def export_run(
     run = open_run(folder, options.path_overrides, teacher)
     if (engine := run.config.quant.target) != RESEARCH:
         raise ValueError(
-            f"`RUN` must have `quant.target` {RESEARCH} to be exported as {', '.join(options.formats)}, but got {engine}, "
-            f"which computes other values: write its file with `--target {engine}`"
+            f"`RUN` must have `quant.target` {RESEARCH} to be exported as {', '.join(options.formats)}, but got "
+            f"{engine}, which computes other values: write its file with `--target {engine}`"
         )
     record, student = run.record, run.student
     target = (Path(out) if out is not None else run.folder / "export").resolve()
