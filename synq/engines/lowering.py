@@ -62,11 +62,11 @@ def lower(net: fx.GraphModule, target: str, input_size: tuple[int, int, int], *,
     if unobserved:
         raise ValueError(f"activation ranges must be observed, but {unobserved[0]} has none: call observe_ranges first")
     builder = Builder(target=target, largest_code=largest_code)
-    logits = _Lowering(captured, builder).run(input_size)
+    lowering = _Lowering(captured, builder)
+    logits = lowering.run(input_size)
     steps = _without_padding_steps(builder.steps, builder.shapes)
     steps = _needed(steps, logits)
-    if target == "openvino":
-        steps = _with_fused_sums(steps)
+    steps = _with_unrounded(steps, lowering.unrounded)
     names = {IMAGE, *(step.output for step in steps)}
     program = Program(
         target=target,
@@ -86,6 +86,7 @@ class _Lowering:
     def __init__(self, captured: Captured, builder: Builder) -> None:
         self.captured, self.builder = captured, builder
         self.values: dict[fx.Node, Any] = {}
+        self.unrounded: set[str] = set()  # values that their quantizers only clamp
 
     def run(self, input_size: tuple[int, int, int]) -> str:
         """Lower all operators; return the name of the logits."""
@@ -140,14 +141,18 @@ class _Lowering:
         name = module.removeprefix(ACT_QUANTIZERS)
         if isinstance(value, Tensor):
             raise ValueError(f"a quantizer must read an activation, but {name} reads a constant")
-        grid = grid_of(self.captured.quantizers[module])
+        quantizer = self.captured.quantizers[module]
+        grid = grid_of(quantizer)
         if isinstance(value, Codes):
             if value.grid == grid:
                 return value
             step = Elementwise(inputs=(value.name,), output="", layer=name, function="identity")
             value = made(step, value.shape)
         assert isinstance(value, Pending)
-        return self.builder.round(value, grid, name)
+        codes = self.builder.round(value, grid, name)
+        if not quantizer.rounded:
+            self.unrounded.add(codes.name)
+        return codes
 
 
 def grid_of(quantizer: ActQuantizer) -> Grid:
@@ -182,24 +187,19 @@ def _needed(steps: list[Step], logits: str) -> list[Step]:
     return kept[::-1]
 
 
-def _with_fused_sums(steps: list[Step]) -> list[Step]:
-    """Mark the input of each sum that OpenVINO fuses into it, and therefore does not round.
+def _with_unrounded(steps: list[Step], clamped: set[str]) -> list[Step]:
+    """Mark the input of each sum that is fused into it, and therefore limited but not rounded.
 
-    It is the first input that a convolution makes and only the sum reads, unless the other one is what that convolution
-    reads.
+    Raises:
+        ValueError: If another step than one sum reads such a value.
     """
-    makers = {step.output: step for step in steps}
-    readers: dict[str, int] = {}
-    for step in steps:
-        for name in step.inputs:
-            readers[name] = readers.get(name, 0) + 1
     result: list[Step] = []
     for step in steps:
-        if isinstance(step, Sum):
-            for place, name in enumerate(step.inputs):
-                maker = makers.get(name)
-                if isinstance(maker, Convolution) and readers[name] == 1 and maker.inputs[0] not in step.inputs:
-                    step = replace(step, unrounded=place)
-                    break
-        result.append(step)
+        fused = [place for place, name in enumerate(step.inputs) if name in clamped]
+        if fused and (not isinstance(step, Sum) or len(fused) > 1):
+            raise ValueError(
+                f"activation {step.inputs[fused[0]]!r} must be rounded, because {type(step).__name__} of "
+                f"{step.layer!r} reads it, but its quantizer only clamps: build the student for its target again"
+            )
+        result.append(replace(step, unrounded=fused[0]) if fused and isinstance(step, Sum) else step)
     return result

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from synq.engines import program as p
+from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "identity": lambda x: x,
@@ -33,9 +34,17 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def evaluate(program: p.Program, images: Tensor) -> dict[str, Tensor]:
-    """Return every value of a program in float64: codes of a value with a grid, else floats."""
-    values = {program.image: images.double()}
+def evaluate(program: p.Program, images: Tensor, known: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return every value of a program in float64: codes of a value with a grid, else floats.
+
+    Args:
+        program: The program.
+        images: (N, C, H, W).
+        known: Values that later steps read instead of the computed ones, by name.
+    """
+    values, computed = {program.image: images.double()}, {}
+    sums = [step for step in program.steps if isinstance(step, p.Sum) and step.unrounded is not None]
+    unrounded = {step.inputs[step.unrounded] for step in sums if step.unrounded is not None}
     for step in program.steps:
         grids = [program.grids.get(name) for name in step.inputs]
         reals = [
@@ -45,13 +54,15 @@ def evaluate(program: p.Program, images: Tensor) -> dict[str, Tensor]:
         grid = program.grids.get(step.output)
         result = _real(step, reals, grids)
         if grid is not None:
-            result = (result / grid.scale).round() + grid.zero_point
+            result = result / grid.scale + grid.zero_point
+            result = result if step.output in unrounded else result.round()
             low, high = (step.low, step.high) if isinstance(step, p.Limited) else (0, grid.quant_max)
             result = result.clamp(low, high)
         assert tuple(result.shape[1:]) == program.shapes[step.output], step
         assert len(result) == len(images)
-        values[step.output] = result
-    return values
+        computed[step.output] = result
+        values[step.output] = known[step.output].reshape(result.shape) if known and step.output in known else result
+    return computed
 
 
 def _real(step: p.Step, reals: list[Tensor], grids: list[p.Grid | None]) -> Tensor:
@@ -113,3 +124,41 @@ def _moved(step: p.Step, x: Tensor) -> Tensor:
         return F.pad(x, pairs)
     assert isinstance(step, p.NearestResize), step
     return x.repeat_interleave(step.factors[0], 2).repeat_interleave(step.factors[1], 3)
+
+
+def student_codes(net: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
+    """Return the codes of every activation quantizer of a student, in float64, by the name of its node."""
+    codes: dict[str, Tensor] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            quantizer = net.get_submodule(str(n.target)) if n.op == "call_module" else None
+            if isinstance(quantizer, ActQuantizer):
+                scaled = value.double() / quantizer.scale.double() + int(quantizer.zero_point)
+                codes[str(n.target).removeprefix(ACT_QUANTIZERS)] = scaled.round() if quantizer.rounded else scaled
+            return value
+
+    Recorder(net).run(images)
+    return codes
+
+
+def disagreements(net: fx.GraphModule, program: p.Program, images: Tensor) -> dict[str, tuple[float, float]]:
+    """Return, for each value that a quantizer rounds, how a program that is given the student's codes differs.
+
+    Each step reads the codes of the student, so that no difference is passed on.
+
+    Returns:
+        By name the share (0..1) of codes that differ, and the largest difference; of the logits, the largest difference
+        relative to the largest logit, twice.
+    """
+    known = student_codes(net, images)
+    values = evaluate(program, images, known)
+    found: dict[str, tuple[float, float]] = {}
+    for name, expected in known.items():
+        if name in program.shapes:
+            difference = (values[name].reshape(expected.shape) - expected).abs()
+            found[name] = (float((difference > 1e-3).double().mean()), float(difference.max()))
+    logits = net(images).double()
+    error = float((values[program.logits] - logits).abs().max() / logits.abs().max())
+    return {**found, program.logits: (error, error)}
