@@ -30,8 +30,7 @@ def _failures() -> tuple[type[BaseException], ...]:
     "--formats",
     several=True,
     metavar="FORMAT",
-    default=("onnx", "packed", "torch"),
-    help="some of: onnx packed torch (default: all)",
+    help="some of: onnx packed torch (default: all); a student for an engine has one file, of its engine's format",
 )
 @option(
     "--container",
@@ -82,6 +81,9 @@ def command(
     **moved: str | None,
 ) -> None:
     """Write the student of a finished run as ONNX (QDQ), packed safetensors and a torch.export program.
+
+    A student for an engine (`quant.target`) is written as the file that this engine runs in integer kernels, and is
+    verified and timed in it.
 
     Every file is verified: its outputs on the run's synthetic images, and on its labeled images if there are any, are
     compared with the student's, and a file that differs by more than the tolerance is rejected. Sizes, BitOps and the

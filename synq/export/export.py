@@ -6,28 +6,30 @@
 A file has its final name only after it has passed the comparison.
 """
 
-import platform
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from torch import fx, nn
 
 from synq.config.parsing import between, one_of
 from synq.config.quant import RESEARCH
 from synq.config.run import PATH_SETTINGS
+from synq.engines.deployed import deployed_network
+from synq.engines.simulation import Simulation
 from synq.evaluation.measure import Measure
-from synq.export.card import card_values, is_card, readable_record, siblings_of, write_card
+from synq.export.card import card_values, readable_record, siblings_of, write_card
 from synq.export.exactness import inexact_steps
 from synq.export.files import Checker, ExportedFile, export_onnx, export_packed, export_program
+from synq.export.out_folder import check_out_folder, draft_of, publish
 from synq.export.packed import channel_affines
-from synq.export.timing import Latency, latencies
+from synq.export.targets.export import FLOAT, export_target, target_latencies, with_latency
+from synq.export.targets.formats import TargetFormat, format_of
+from synq.export.timing import Latency, latencies, machine
 from synq.export.verify import Tolerance
 from synq.quant.cost import float_bytes
 from synq.quant.integer_form import integer_form
@@ -43,13 +45,6 @@ FORMATS = ("onnx", "packed", "torch")
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript", "ml_dtypes")
 """Packages that the ONNX format requires; the other formats do not."""
 CONTAINERS = ("int4", "int8", "matmul")
-MANAGED = (
-    *("model.onnx", "model_int4.onnx", "model_int8.onnx", "model_matmul.onnx", "model.safetensors", "model.pt2"),
-    *("README.md", "card.json"),
-)
-"""Names of the files that an export may write; files of an earlier export are removed."""
-DRAFT = ".draft"
-"""Subfolder of the export in which its files are written before they are published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +52,7 @@ class ExportOptions:
     """Formats of an export, and how its files are verified and timed.
 
     Attributes:
-        formats: Some of FORMATS.
+        formats: Some of FORMATS, for a student of target research; empty: all, or the one file of its engine.
         containers: ONNX files to write, some of CONTAINERS; empty: int4 if a bit-width is at most 4, otherwise int8.
         tolerance: Largest accepted difference of a file from the student.
         rounds: Timed runs of each model; 0 measures no latency.
@@ -68,7 +63,7 @@ class ExportOptions:
         progress: Whether a terminal shows progress bars.
     """
 
-    formats: Sequence[str] = FORMATS
+    formats: Sequence[str] = ()
     containers: "Sequence[Container]" = ()
     tolerance: Tolerance = field(default_factory=Tolerance)
     rounds: int = 30
@@ -84,17 +79,40 @@ class ExportOptions:
             one_of("formats", name, FORMATS)
         for name in self.containers:
             one_of("container", name, CONTAINERS)
-        if not self.formats:
-            raise ValueError(f"`formats` must be some of {', '.join(FORMATS)}, but got none")
-        if self.containers and "onnx" not in self.formats:
+        if self.containers and "onnx" not in (self.formats or FORMATS):
             raise ValueError("`container` must be left out unless `formats` has onnx: the other formats have none")
         between("rounds", self.rounds, 0)
         between("threads", self.threads, 0)
-        if "onnx" in self.formats and (missing := missing_packages()):
-            raise ValueError(
-                f"`formats` must not have onnx without the package {missing[0]}, but it is missing: "
-                "pip install 'synq[export]'"
-            )
+        if "onnx" in self.formats:
+            check_onnx_packages()
+
+    def format_for(self, target: str) -> TargetFormat | None:
+        """Return the file of an engine; None for target research, whose files are those of ``formats``.
+
+        Raises:
+            ValueError: If packages are missing, or options do not fit the target.
+        """
+        if target == RESEARCH:
+            if not self.formats:
+                check_onnx_packages()
+            return None
+        form = format_of(target)
+        for name, given in (("formats", self.formats), ("container", self.containers)):
+            if given:
+                raise ValueError(
+                    f"`{name}` must be left out for a student of target {target}, whose one file is {form.file}, "
+                    f"but got {', '.join(given)}"
+                )
+        return form
+
+
+def check_onnx_packages() -> None:
+    """Raise ValueError if a package of ONNX_PACKAGES is missing."""
+    if missing := missing_packages():
+        raise ValueError(
+            f"`formats` must not have onnx without the package {missing[0]}, but it is missing: "
+            "pip install 'synq[export]'"
+        )
 
 
 def missing_packages() -> list[str]:
@@ -126,40 +144,40 @@ def export_run(
 
     Raises:
         ExportRejectedError: If a file differs from the student by more than the tolerance; no file is written then.
-        FileNotFoundError, ValueError, OSError: As `open_run`; ValueError also if the student is for an engine, OSError
-            if a file cannot be written.
+        FileNotFoundError, ValueError, OSError: As `open_run`; ValueError also if no file of the options can be written
+            for the run's target, OSError if a file cannot be written.
     """
     options, accelerator = options or ExportOptions(), accelerator or Accelerator(cpu=True)
     run = open_run(folder, options.path_overrides, teacher)
-    if (engine := run.config.quant.target) != RESEARCH:
-        raise ValueError(
-            f"`RUN` must have `quant.target` {RESEARCH} to be exported as {', '.join(options.formats)}, but got "
-            f"{engine}, which computes other values: write its file with `--target {engine}`"
-        )
-    record, student = run.record, run.student
+    record, student, quant = run.record, run.student, run.config.quant
+    for_engine = options.format_for(quant.target)
     target = (Path(out) if out is not None else run.folder / "export").resolve()
-    _check_target(target)
+    check_out_folder(target)
     siblings, copies = siblings_of(record, run.folder), _sweep_records(run.folder, record)
-    with _draft_of(target) as draft:  # first, so that a place that cannot be written to costs no work
+    with draft_of(target) as draft:  # first, so that a place that cannot be written to costs no work
         train_set, heldout = run.synthetic_sets()
-        form = integer_form(student.net)
+        deployed = deployed_network(student.net, quant, run.teacher.input_size)
         check = Checker(
-            form=form,
+            form=deployed,
             simulated=student.net,
             synthetic=torch.cat([heldout.images, train_set.images]),
             measure=Measure.prepare(run.config.evaluation, run.teacher, accelerator, quant=run.config.quant),
-            tolerance=options.tolerance,
+            tolerance=options.tolerance if for_engine is None else for_engine.tolerance(options.tolerance),
             progress=options.progress,
-            exact=not inexact_steps(form),
+            exact=_is_exact(deployed, for_engine),
         )
         if not check.measure.has_labels_of(record.eval_digest):
             raise ValueError(
                 "`RUN` must have the labeled images with which it was evaluated, but they have changed or are missing: "
                 "give their current path with `--evaluation.dataset`"
             )
-        record = replace(record, deployment=_write_files(draft, record, run.teacher, student, check, options))
+        if for_engine is None:
+            metrics = _write_files(draft, record, run.teacher, student, check, options)
+        else:
+            metrics = _write_target_file(draft, for_engine, run.teacher, student, check, options)
+        record = replace(record, deployment=metrics)
         write_card(draft, card_values(record, siblings))
-        _publish(draft, target)
+        publish(draft, target)
     for path in (run.folder / "record.json", *copies):
         there = read_record(path)
         # An export of fewer formats keeps the columns that it did not measure.
@@ -168,70 +186,77 @@ def export_run(
     return target, record
 
 
-def _check_target(target: Path) -> None:
-    """Raise if an export to ``target`` would overwrite files that are not from an earlier export.
-
-    Raises:
-        ValueError: If it is a file, or a folder that has a file of a managed name but is not an export.
-    """
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"`out` must be a folder, but {target} is a file")
-    foreign = [name for name in MANAGED if (target / name).exists()]
-    interrupted = (target / DRAFT).exists()  # killed while publishing its files
-    if foreign and not interrupted and not is_card(target / "card.json"):
-        raise ValueError(
-            f"`out` must be a new folder or an earlier export, but {target} has {foreign[0]} and no card.json "
-            "of an export"
-        )
+def _is_exact(deployed: nn.Module, form: TargetFormat | None) -> bool:
+    """Return whether every logit of a file must be that of the deployed network, to the last bit."""
+    if form is not None:
+        return form.bit_equal
+    assert isinstance(deployed, fx.GraphModule)
+    return not inexact_steps(deployed)
 
 
 def _write_files(
     target: Path, record: RunRecord, teacher: Teacher, student: Student, check: Checker, options: ExportOptions
 ) -> dict[str, Any]:
     """Write and verify the files that ``options`` select; return the deployment metrics."""
-    containers, size = _containers(student, options), teacher.input_size
+    form = check.form
+    assert isinstance(form, fx.GraphModule)
+    containers, size, formats = _containers(student, options), teacher.input_size, options.formats or FORMATS
     files: list[ExportedFile] = []
     models: dict[str, bytes] = {}
     if containers:
         from synq.export.onnx_graph import check_operations, onnx_graph, write_onnx
 
-        check_operations(check.form)
+        check_operations(form)
         graph = onnx_graph(integer_form(student.net, operations="onnx"), size)
     for container in containers:
         name = f"model_{container}.onnx" if len(options.containers) > 1 else "model.onnx"
         file, models[name] = export_onnx(target / name, container, graph, check)
         files.append(file)
-    if "packed" in options.formats:
+    if "packed" in formats:
         about = {"config": record.config, "input_size": list(size), "num_classes": teacher.num_classes}
-        files.append(export_packed(target / "model.safetensors", check.form, student.net, about, check))
-    if "torch" in options.formats:
+        files.append(export_packed(target / "model.safetensors", form, student.net, about, check))
+    if "torch" in formats:
         files.append(export_program(target / "model.pt2", integer_form(student.net, operations="torch"), size, check))
     metrics = _sizes(student, teacher, files)
     if models and options.with_float:
         float_model = write_onnx(integer_form(teacher.graph, operations="onnx"), size)
         metrics["float_onnx_bytes"] = len(float_model)
         if options.rounds:
-            timed = {**models, "": float_model}
+            timed = {**models, FLOAT: float_model}
             times = latencies(timed, check.synthetic[:1], threads=options.threads, rounds=options.rounds)
-            files = [_timed(file, times) if file.name in times else file for file in files]
-            metrics |= _speed(times[next(iter(models))], times[""])
-    metrics["files"] = [asdict(file) for file in files]
-    metrics["tolerance"], metrics["exact"] = asdict(options.tolerance), check.exact
-    metrics["own_rounding"] = [asdict(comparison) for comparison in check.simulation.values()]
-    metrics["float_norms"] = len(channel_affines(check.form))
-    metrics["machine"] = {"cpu": _cpu(), "threads": options.threads or None, "versions": _versions()}
-    return metrics
+            files = [with_latency(file, times) if file.name in times else file for file in files]
+            metrics |= _speed(times[next(iter(models))], times[FLOAT])
+    return metrics | _verification(files, check, options) | {"float_norms": len(channel_affines(form))}
 
 
-def _timed(file: ExportedFile, times: Mapping[str, Latency]) -> ExportedFile:
-    """Return the metadata of a file with its latency, if that is stable."""
-    own, teacher = times[file.name], times[""]
-    return replace(
-        file,
-        latency_spread=own.spread,
-        latency_ms=own.median if own.is_stable else None,
-        latency_ratio=own.ratio_to(teacher) if own.is_stable and teacher.is_stable else None,
-    )
+def _write_target_file(
+    folder: Path, form: TargetFormat, teacher: Teacher, student: Student, check: Checker, options: ExportOptions
+) -> dict[str, Any]:
+    """Write and verify the file of a student for an engine; return the deployment metrics."""
+    assert isinstance(check.form, Simulation)
+    program = check.form.program
+    file, content = export_target(folder, program, form, check)
+    metrics = _sizes(student, teacher, [file])
+    if options.with_float:
+        float_file = form.write_float(teacher, program)
+        metrics["float_onnx_bytes"] = len(float_file)
+        if options.rounds:
+            contents, images = {file.name: content, FLOAT: float_file}, check.synthetic[:1]
+            times = target_latencies(contents, form, images, threads=options.threads, rounds=options.rounds)
+            file = with_latency(file, times)
+            metrics |= _speed(times[file.name], times[FLOAT])
+    return metrics | _verification([file], check, options) | {"float_norms": 0, "engine": form.engine}
+
+
+def _verification(files: Sequence[ExportedFile], check: Checker, options: ExportOptions) -> dict[str, Any]:
+    """Return the deployment metrics of the files, how they were verified, and where."""
+    return {
+        "files": [asdict(file) for file in files],
+        "tolerance": asdict(check.tolerance),
+        "exact": check.exact,
+        "own_rounding": [asdict(comparison) for comparison in check.simulation.values()],
+        "machine": machine(options.threads),
+    }
 
 
 def _speed(first: Latency, teacher: Latency) -> dict[str, Any]:
@@ -243,44 +268,6 @@ def _speed(first: Latency, teacher: Latency) -> dict[str, Any]:
     return metrics
 
 
-@contextmanager
-def _draft_of(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder in ``target`` to write to: an export is published as a whole or not at all."""
-    draft = target / DRAFT
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        with suppress(OSError):  # raised if the export succeeded: the folder is not empty
-            target.rmdir()
-
-
-def _publish(draft: Path, target: Path) -> None:
-    """Replace the files of an earlier export by those in ``draft``; other files of the folder stay."""
-    for name in MANAGED:
-        (target / name).unlink(missing_ok=True)
-    for path in sorted(draft.iterdir()):
-        path.replace(target / path.name)
-
-
-def _cpu() -> str:
-    """Return the model name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in ("torch", "onnx", "onnxruntime"):
-        with suppress(metadata.PackageNotFoundError):  # the distribution may have another name, such as onnxruntime-gpu
-            versions[name] = metadata.version(name)
-    return versions
-
-
 def _sweep_records(run: Path, record: RunRecord) -> list[Path]:
     """Return the paths of the sweep's records of this run; empty if the run is not part of a sweep."""
     found = sorted((run.parent.parent / "records").glob("*.json")) if run.parent.name == "runs" else []
@@ -289,7 +276,7 @@ def _sweep_records(run: Path, record: RunRecord) -> list[Path]:
 
 
 def _containers(student: Student, options: ExportOptions) -> "Sequence[Container]":
-    if "onnx" not in options.formats:
+    if "onnx" not in (options.formats or FORMATS):
         return ()
     from synq.export.onnx_graph import INT4_BITS
 

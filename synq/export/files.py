@@ -39,10 +39,11 @@ class ExportedFile:
 
     Attributes:
         name: File name.
-        format: onnx, packed or torch.
+        format: onnx, packed, torch, tflite or pte.
         bytes: Size in bytes.
         sha256: Digest of the content.
-        container: Integer types of an ONNX file, see `onnx_graph.py`; "" for other formats.
+        container: Integer types of an ONNX file of target research, see `onnx_graph.py`; the engine of a file that is
+            for one; else "".
         comparisons: Comparison with the student, one for each set of images.
         integer_kernels, float_kernels: Number of convolutions and matrix products that ONNX Runtime runs with integer
             and with float kernels, on this machine; None for other formats.
@@ -70,7 +71,7 @@ class Checker:
     """Compare files with the integer form of a student, which is run once on each set of images.
 
     Attributes:
-        form: The integer form of the student.
+        form: The student as it is deployed: its integer form, or the simulation of its engine.
         simulated: The fine-tuned student, with fake quantization, on the CPU.
         synthetic: (N, C, H, W) all synthetic images of the run.
         measure: Provides the labeled images, if there are any.
@@ -81,7 +82,7 @@ class Checker:
         simulation: Comparison of the fine-tuned student with its integer form, for each set of images.
     """
 
-    form: fx.GraphModule
+    form: nn.Module
     simulated: nn.Module
     synthetic: Tensor
     measure: Measure

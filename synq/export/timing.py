@@ -1,10 +1,15 @@
 """Latency of ONNX models in ONNX Runtime on the CPU, taken in turns, with its spread."""
 
 import math
+import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +21,9 @@ WARMUP_ROUNDS = 3
 """Rounds before the timed ones: the first runs allocate memory."""
 TURN_SECONDS = 0.01
 """Approximate duration of one turn of one model: a fast model runs several times in a turn."""
+
+PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "ai-edge-litert", "executorch")
+"""Packages whose versions a record has, where they are installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +60,7 @@ class Latency:
 
 
 def latencies(models: Mapping[str, bytes], images: Tensor, *, threads: int = 1, rounds: int = 30) -> dict[str, Latency]:
-    """Return the latency of each model on ``images``.
-
-    Every round runs each model once, in rotating order, so that other load of the machine affects all of them equally.
-    With one thread, the time is the processor time of that thread: waiting for a processor that another program uses
-    does not count. With several, it is the wall-clock time, because their processor time is not a latency.
+    """Return the latency of each ONNX model on ``images`` in ONNX Runtime.
 
     Args:
         models: ONNX models by name.
@@ -64,15 +68,38 @@ def latencies(models: Mapping[str, bytes], images: Tensor, *, threads: int = 1, 
         threads: Threads within an operation; 0: the default of ONNX Runtime.
         rounds: Timed rounds, >= 1.
     """
-    clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
-    sessions = {name: open_session(model, threads) for name, model in models.items()}
-    feed, names = {IMAGES: images.float().numpy()}, list(models)
+    feed = {IMAGES: images.float().numpy()}
+
+    def runner(model: bytes) -> Callable[[], object]:
+        session = open_session(model, threads)
+        return lambda: session.run(None, feed)
+
+    return run_latencies({name: runner(model) for name, model in models.items()}, threads=threads, rounds=rounds)
+
+
+def run_latencies(
+    runners: Mapping[str, Callable[[], object]], *, threads: int = 1, rounds: int = 30
+) -> dict[str, Latency]:
+    """Return the latency of functions, each of which runs one model.
+
+    Every round runs each model once, in rotating order, so that other load of the machine affects all of them equally.
+    With one thread, the time is the processor time of that thread: waiting for a processor that another program uses
+    does not count. With several, it is the wall-clock time, because their processor time is not a latency.
+
+    Args:
+        runners: By name of the model.
+        threads: Threads that a model uses; 0: all.
+        rounds: Timed rounds, >= 1.
+    """
+    # An engine may compute on a thread of its pool even if it uses one only, so it is the time of the process.
+    clock = time.process_time_ns if threads == 1 else time.perf_counter_ns
+    names = list(runners)
 
     def run(name: str, count: int) -> float:
         """Run a model ``count`` times, and return the milliseconds of one run."""
         started = clock()
         for _ in range(count):
-            sessions[name].run(None, feed)
+            runners[name]()
         return max(clock() - started, 1) / count / 1e6  # a coarse clock may not have moved
 
     counts = {name: max(1, math.ceil(1000 * TURN_SECONDS / min(run(name, 1), run(name, 1)))) for name in names}
@@ -97,3 +124,28 @@ def unstable_times(spread: float) -> str:
         f"the middle half of the times spread over {100 * spread:.0f} % of their median, but at most "
         f"{100 * MAX_SPREAD:.0f} % is accepted: export again while the machine is less busy"
     )
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Return processor, threads (None: the engine's default) and versions of engines, for the record.
+
+    Args:
+        threads: As for `latencies`.
+    """
+    return {"cpu": _cpu(), "threads": threads or None, "versions": _versions()}
+
+
+def _cpu() -> str:
+    """Return the model name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):  # the distribution may have another name, such as onnxruntime-gpu
+            versions[name] = metadata.version(name)
+    return versions

@@ -1,0 +1,92 @@
+"""Write the file of a student for an engine: verified in that engine image by image, and timed beside float."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from synq.common.files import write_bytes_atomic
+from synq.engines.program import Program
+from synq.export.files import Checker, ExportedFile
+from synq.export.targets.formats import TargetFormat
+from synq.export.timing import Latency, run_latencies
+
+FLOAT = ""
+"""Name of the float teacher among timed models."""
+
+
+def export_target(folder: Path, program: Program, form: TargetFormat, check: Checker) -> tuple[ExportedFile, bytes]:
+    """Write the file of a program, after its verification.
+
+    Args:
+        folder: Folder of the file.
+        program: The program.
+        form: Format of its target.
+        check: Compares the file with the simulation of the program.
+
+    Returns:
+        Metadata of the file, and its content.
+
+    Raises:
+        ExportRejectedError: If the file differs from the simulation by more than its engine promises.
+        ValueError, OSError: If it cannot be written.
+    """
+    content = form.write(program)
+    comparisons = check(form.file, form.open(content, 0))
+    kernels: dict[str, int] = {}
+    if form.format == "onnx":
+        from synq.export.kernels import count_kernels
+
+        integers, floats = count_kernels(content)
+        kernels = {"integer_kernels": integers, "float_kernels": floats}
+    path = folder / form.file
+    write_bytes_atomic(path, content)
+    digest = hashlib.sha256(content).hexdigest()
+    file = ExportedFile(
+        name=form.file,
+        format=form.format,
+        bytes=len(content),
+        sha256=digest,
+        container=program.target,
+        comparisons=comparisons,
+        **kernels,
+    )
+    return file, content
+
+
+def target_latencies(
+    contents: Mapping[str, bytes], form: TargetFormat, images: Tensor, *, threads: int, rounds: int
+) -> dict[str, Latency]:
+    """Return the latency of files in the engine of their target, taken in turns.
+
+    Args:
+        contents: Files by name, the float teacher's under `FLOAT`.
+        form: Format of the target.
+        images: (N, C, H, W); one run processes all of them.
+        threads: Threads of one run; with one, processor time is measured.
+        rounds: Timed rounds, >= 1.
+    """
+
+    def runner(content: bytes) -> Callable[[], object]:
+        engine = form.open(content, threads)
+        return lambda: engine(images)
+
+    return run_latencies({name: runner(content) for name, content in contents.items()}, threads=threads, rounds=rounds)
+
+
+def with_latency(file: ExportedFile, times: Mapping[str, Latency]) -> ExportedFile:
+    """Return the metadata of a file with its latency, if that is stable.
+
+    Args:
+        file: The metadata.
+        times: By file name, the float teacher's under `FLOAT`.
+    """
+    own, teacher = times[file.name], times[FLOAT]
+    return replace(
+        file,
+        latency_spread=own.spread,
+        latency_ms=own.median if own.is_stable else None,
+        latency_ratio=own.ratio_to(teacher) if own.is_stable and teacher.is_stable else None,
+    )
