@@ -92,7 +92,7 @@ def command(
     """
     check_paths([run], "RUN")
     from synq.common.text_tables import to_text
-    from synq.export.card import FILE_COLUMNS, file_rows
+    from synq.export.card_text import FILE_COLUMNS, file_rows
     from synq.export.export import ExportOptions, export_run
     from synq.export.timing import unstable_times
     from synq.export.verify import Tolerance

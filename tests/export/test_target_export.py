@@ -1,0 +1,160 @@
+"""A student for an engine, from its run to its file: one network in the record, the simulation and the engine."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+import onnxruntime
+
+from synq.commands.export import main
+from synq.config.quant import TARGETS
+from synq.config.run import RunConfig, with_overrides
+from synq.engines.deployed import deployed_network, program_of
+from synq.engines.simulation import Simulation
+from synq.evaluation.measure import Measure
+from synq.export.card_text import SLOWER, card_markdown
+from synq.export.export import ExportOptions
+from synq.export.files import Checker, ExportRejectedError
+from synq.export.targets.export import export_target
+from synq.export.targets.formats import FORMATS, format_of
+from synq.export.verify import Tolerance
+from synq.pipeline import run
+from synq.runs.finished import open_run
+from synq.runs.record import read_record, run_folder
+
+
+@pytest.fixture(scope="module")
+def for_engine(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, object]) -> Path:
+    """The folder of a finished run of a W4A4 student for ONNX Runtime."""
+    folder = str(tmp_path_factory.mktemp("engine"))
+    config = with_overrides(
+        RunConfig(),
+        {**tiny_settings, "runtime.output_dir": folder, "quant.weight_bits": 4, "quant.target": "onnxruntime"},
+    )
+    run(config)
+    return run_folder(config)
+
+
+@pytest.fixture(scope="module")
+def exported(for_engine: Path) -> Path:
+    assert main([str(for_engine), "--rounds", "3"]) == 0
+    return for_engine / "export"
+
+
+def test_the_file_is_the_student_to_the_last_bit(for_engine: Path, exported: Path) -> None:
+    assert {path.name for path in exported.iterdir()} == {"model.onnx", "README.md", "card.json"}
+    record = read_record(for_engine / "record.json")
+    (file,) = record.deployment["files"]
+    assert (file["name"], file["container"], file["float_kernels"]) == ("model.onnx", "onnxruntime", 0)
+    for found in file["comparisons"]:
+        assert found["identical"] == found["images"] > 0 and found["max_difference"] == 0
+    assert file["comparisons"][1]["file_top1"] == record.top1, "what the run promised is what the file does"
+    assert record.act_points == "onnxruntime" and record.deployment["exact"]
+    student = open_run(for_engine)
+    images = torch.randn(7, *student.teacher.input_size, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession((exported / "model.onnx").read_bytes(), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    network = deployed_network(student.student.net, student.config.quant, student.teacher.input_size)
+    assert torch.equal(torch.from_numpy(logits), network(images))
+
+
+def test_the_card_names_engine_and_target(for_engine: Path, exported: Path) -> None:
+    text = (exported / "README.md").read_text()
+    for fact in ("protocol B (8/8)", "target onnxruntime", "in ONNX Runtime: every logit of", "bit-identical"):
+        assert fact in text
+    assert "act_points" not in text.split("## Settings")[0]
+
+
+def test_a_slow_file_says_so_first() -> None:
+    metrics = {
+        "latency_ms": 2.0,
+        "float_latency_ms": 1.0,
+        "latency_ratio": 2.0,
+        "latency_spread": 0.01,
+        "engine": "ONNX Runtime",
+        "machine": {"threads": 1},
+        "files": [{"name": "model.onnx", "latency_ms": 2.0, "integer_kernels": 3, "float_kernels": 0}],
+    }
+    from synq.export.card_text import speed_text
+
+    assert speed_text(metrics).startswith(SLOWER) and "0.50 times as fast" in speed_text(metrics)
+    assert not speed_text({**metrics, "latency_ratio": 0.5}).startswith(SLOWER)
+
+
+def test_a_file_that_differs_in_one_bit_is_not_written(for_engine: Path, tmp_path: Path) -> None:
+    opened = open_run(for_engine)
+    program = program_of(opened.student.net, opened.config.quant, opened.teacher.input_size)
+    form = format_of("onnxruntime")
+    first = next(program.layers())
+    bias = first.bias.clone()
+    bias[0] += 4000
+    steps = tuple(replace(step, bias=bias) if step is first else step for step in program.steps)
+    from accelerate import Accelerator
+
+    check = Checker(
+        form=Simulation(program),
+        simulated=opened.student.net,
+        synthetic=torch.randn(64, *opened.teacher.input_size),
+        measure=Measure.prepare(
+            with_overrides(opened.config, {"evaluation.dataset": "none"}).evaluation,
+            opened.teacher,
+            Accelerator(cpu=True),
+            quant=opened.config.quant,
+        ),
+        tolerance=Tolerance(agreement=0, mean_difference=9),
+        exact=form.bit_equal,
+    )
+    with pytest.raises(ExportRejectedError, match=r"model.onnx was not written: .*bit-identical"):
+        export_target(tmp_path, replace(program, steps=steps), form, check)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--formats", "packed"], "`formats` must be left out for a student of target onnxruntime, whose one file is"),
+        (["--container", "int4"], "`container` must be left out for a student of target onnxruntime"),
+    ],
+)
+def test_options_of_research_files_are_rejected(
+    words: list[str], message: str, for_engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(for_engine), "--out", str(tmp_path / "out"), *words]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("synq: error: ") and message in line and line.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", sorted({*TARGETS} - {*FORMATS, "research"}))
+def test_a_target_without_a_file_is_rejected(target: str) -> None:
+    with pytest.raises(ValueError, match=f"must be one of .* to write a file, but got {target}"):
+        ExportOptions().format_for(target)
+
+
+def test_a_second_measurement_gives_the_records_values(for_engine: Path) -> None:
+    """Only the teacher's float sums may differ in their last digits."""
+    opened, record = open_run(for_engine), read_record(for_engine / "record.json")
+    from accelerate import Accelerator
+
+    measure = Measure.prepare(
+        opened.config.evaluation, opened.teacher, Accelerator(cpu=True), quant=opened.config.quant
+    )
+    measure.hold_out(opened.synthetic_sets()[1].images)
+    found = measure(opened.student.net)
+    assert found.top1 == record.top1 and found.fidelity["kl"] == pytest.approx(record.fidelity["kl"], rel=1e-4)
+
+
+def test_card_markdown_of_a_mobile_file_has_an_example(exported: Path) -> None:
+    import json
+
+    values = json.loads((exported / "card.json").read_text())
+    (file,) = values["deployment"]["files"]
+    for kind, name, word in (("tflite", "model.tflite", "ai_edge_litert"), ("pte", "model.pte", "executorch.runtime")):
+        file |= {"format": kind, "name": name}
+        assert word in card_markdown(values) and name in card_markdown(values)
