@@ -60,7 +60,7 @@ class QuantConfig:
     weight_bits: int = 4
     """Bit-width of the weights, 2 to 8."""
     act_bits: int = 4
-    """Bit-width of the activations, 2 to 8."""
+    """Bit-width of the activations, 2 to 8; for an engine of those that a layer reads, others between layers have 8."""
     target: Literal["research", "onnxruntime", "openvino", "tensorrt", "qnn", "litert", "executorch"] = "research"
     """Engine that is to run the student. It decides which activations are quantized (every tensor that depends on the
     image) and makes weights symmetric. research: act_points decides, weights are asymmetric."""

@@ -25,6 +25,8 @@ from synq.quant.bit_patterns import BitPatterns
 
 FLOAT_LOGITS = ("onnxruntime", "openvino", "tensorrt", "qnn")
 """Engines that return the logits of a linear layer in float, from its integer sums."""
+BYTE_BITS = 8
+"""Bit-width of the activations between layers that no layer reads."""
 FUSING_SUMS = ("openvino",)
 """Engines that fuse a convolution into the sum that reads it, and clamp its output without rounding it."""
 
@@ -57,8 +59,11 @@ class Point:
 def target_points(net: fx.GraphModule, layers: list[fx.Node], quant: QuantConfig, names: BitPatterns) -> list[Point]:
     """Return the quantized tensors of a student for `quant.target`, in order of execution.
 
-    Tensors that no layer has computed have the bit-width of the first layer; those that no layer reads, and the input
-    of the last layer, that of the last layer; all others act_bits.
+    Tensors that no layer has computed have the bit-width of the first layer; those after the last layer, and its input,
+    that of the last layer; all others that a layer reads act_bits. Those that only sums, products, pools and functions
+    read have `BYTE_BITS`: engines store each code in a byte and multiply nothing by it, so that fewer bits save neither
+    bytes nor time. On a CIFAR-10 ResNet-20, W4A4, 4 bits for them cost more than all other rounding
+    (docs/results/LOG.md).
 
     Args:
         net: A graph from ``trace_classifier``.
@@ -69,7 +74,8 @@ def target_points(net: fx.GraphModule, layers: list[fx.Node], quant: QuantConfig
     chains = step_chains(net)
     first_bits, last_bits = quant.end_bits
     after, before = _reached(net, layers, backward=False), _reached(net, layers, backward=True)
-    inputs = {grid_source(tensor_inputs(node)[0], chains) for node in layers if node.target == layers[-1].target}
+    read_by = {node: grid_source(tensor_inputs(node)[0], chains) for node in layers}
+    read, inputs = {*read_by.values()}, {read_by[node] for node in layers if node.target == layers[-1].target}
     floats = {logits_chain(net, chains)} if quant.target in FLOAT_LOGITS else set()
     clamped = unrounded(net, chains) if quant.target in FUSING_SUMS else set()
     points = []
@@ -81,7 +87,7 @@ def target_points(net: fx.GraphModule, layers: list[fx.Node], quant: QuantConfig
         points.append(
             Point(
                 chain=chain,
-                bits=by_name or by_place or quant.act_bits,
+                bits=by_name or by_place or (quant.act_bits if node in read else BYTE_BITS),
                 rounded=node not in clamped,
                 at_end=by_name is None and by_place is not None,
             )
