@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from support.engine_nets import NETS, SIZE, DenseNet, Squeezed, points_of, student_for, traced
-from synq.network.op_traits import OpKind, is_activation, node_module, traits_of, value_inputs
+from support.engine_nets import NETS, SIZE, DenseNet, Squeezed, float_reads, points_of, student_for, traced
 from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear
-from synq.quant.placement import FLOAT_LOGITS, step_chains
+from synq.quant.placement import FLOAT_LOGITS
 
 TARGETS = ("onnxruntime", "openvino", "tensorrt", "qnn", "litert", "executorch")
 
@@ -28,23 +27,7 @@ def test_the_points_of_a_network_are_those_of_the_rule(name: str) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_nothing_reads_a_float(name: str, target: str) -> None:
     """What an engine computes in one step reads codes; only within a step, and as logits, there are floats."""
-    net = student_for(NETS[name][0](), target).net
-    coded: set[fx.Node] = set()
-    for node in net.graph.nodes:
-        sources = value_inputs(node)
-        moves = traits_of(node).keeps_values and len(sources) == 1 and sources[0] in coded
-        if moves or isinstance(node_module(net, node), ActQuantizer):
-            coded.add(node)
-    inside = {node for chain in step_chains(net).values() for node in chain}
-    for node in net.graph.nodes:
-        if node.op == "placeholder" or not is_activation(node) or isinstance(node_module(net, node), ActQuantizer):
-            continue
-        for source in value_inputs(node):
-            folded = traits_of(node).kind is OpKind.NORM or traits_of(node).limits is not None
-            logits = node.op == "output" and isinstance(node_module(net, source), QuantLinear)
-            assert source in coded or (folded and source in inside) or (logits and target in FLOAT_LOGITS), (
-                f"{node.name} reads {source.name}"
-            )
+    assert float_reads(student_for(NETS[name][0](), target).net, target) == []
 
 
 @pytest.mark.parametrize("target", ["openvino", "executorch"])

@@ -9,9 +9,10 @@ from torch import Tensor, fx, nn
 
 from support.student_tools import Residual, trained
 from synq.config.run import QuantConfig
-from synq.network.op_traits import node_module
+from synq.network.op_traits import OpKind, is_activation, node_module, traits_of, value_inputs
 from synq.network.tracing import trace_classifier
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer
+from synq.quant.placement import FLOAT_LOGITS, step_chains
 from synq.quant.student import Student, observe_ranges, quantize_model
 
 SIZE = (3, 16, 16)
@@ -129,4 +130,30 @@ def points_of(net: fx.GraphModule) -> dict[str, ActQuantizer]:
         module = node_module(net, node)
         if isinstance(module, ActQuantizer):
             found[str(node.target).removeprefix(ACT_QUANTIZERS)] = module
+    return found
+
+
+def float_reads(net: fx.GraphModule, target: str) -> list[str]:
+    """Return what reads a float in a student for an engine, against the rule: "reader of tensor".
+
+    Steps read codes. Within a step, and as the logits of a linear layer for an engine that returns floats, there are
+    floats.
+    """
+    coded: set[fx.Node] = set()
+    logits = {next(node for node in net.graph.nodes if node.op == "output")} if target in FLOAT_LOGITS else set()
+    for node in reversed(net.graph.nodes):
+        if node in logits:
+            logits.update(source for source in value_inputs(node) if traits_of(source).keeps_values)
+    inside = {node for chain in step_chains(net).values() for node in chain}
+    found = []
+    for node in net.graph.nodes:
+        sources = value_inputs(node)
+        moves = traits_of(node).keeps_values and len(sources) == 1 and sources[0] in coded
+        if moves or isinstance(node_module(net, node), ActQuantizer):
+            coded.add(node)
+        elif node.op != "placeholder" and is_activation(node):
+            folded = traits_of(node).kind is OpKind.NORM or traits_of(node).limits is not None
+            for source in sources:
+                if source not in coded and not (folded and source in inside) and node not in logits:
+                    found.append(f"{node.name} of {source.name}")
     return found
