@@ -34,15 +34,20 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def evaluate(program: p.Program, images: Tensor, known: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return every value of a program in float64: codes of a value with a grid, else floats.
+def evaluate(
+    program: p.Program, images: Tensor, known: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return every value of a program in float64, and the same before it is rounded.
 
     Args:
         program: The program.
         images: (N, C, H, W).
         known: Values that later steps read instead of the computed ones, by name.
+
+    Returns:
+        By name, codes of a value with a grid, else floats: rounded, and limited but not rounded.
     """
-    values, computed = {program.image: images.double()}, {}
+    values, exact = {program.image: images.double()}, {}
     sums = [step for step in program.steps if isinstance(step, p.Sum) and step.unrounded is not None]
     unrounded = {step.inputs[step.unrounded] for step in sums if step.unrounded is not None}
     for step in program.steps:
@@ -51,18 +56,19 @@ def evaluate(program: p.Program, images: Tensor, known: dict[str, Tensor] | None
             values[name] if grid is None else (values[name] - grid.zero_point) * grid.scale
             for name, grid in zip(step.inputs, grids, strict=True)
         ]
-        grid = program.grids.get(step.output)
         result = _real(step, reals, grids)
-        if grid is not None:
-            result = result / grid.scale + grid.zero_point
-            result = result if step.output in unrounded else result.round()
-            low, high = (step.low, step.high) if isinstance(step, p.Limited) else (0, grid.quant_max)
-            result = result.clamp(low, high)
         assert tuple(result.shape[1:]) == program.shapes[step.output], step
         assert len(result) == len(images)
-        computed[step.output] = result
-        values[step.output] = known[step.output].reshape(result.shape) if known and step.output in known else result
-    return computed
+        if (grid := program.grids.get(step.output)) is not None:
+            low, high = (step.low, step.high) if isinstance(step, p.Limited) else (0, grid.quant_max)
+            result = (result / grid.scale + grid.zero_point).clamp(low, high)
+        exact[step.output] = result
+        rounds = grid is not None and step.output not in unrounded
+        given = known is not None and step.output in known
+        values[step.output] = (
+            known[step.output].reshape(result.shape) if given else result.round() if rounds else result
+        )
+    return values, exact
 
 
 def _real(step: p.Step, reals: list[Tensor], grids: list[p.Grid | None]) -> Tensor:
@@ -143,22 +149,30 @@ def student_codes(net: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
     return codes
 
 
-def disagreements(net: fx.GraphModule, program: p.Program, images: Tensor) -> dict[str, tuple[float, float]]:
+def disagreements(net: fx.GraphModule, program: p.Program, images: Tensor) -> dict[str, float]:
     """Return, for each value that a quantizer rounds, how a program that is given the student's codes differs.
 
     Each step reads the codes of the student, so that no difference is passed on.
 
     Returns:
-        By name the share (0..1) of codes that differ, and the largest difference; of the logits, the largest difference
-        relative to the largest logit, twice.
+        By name, by how much the distance of a code from the exact value exceeds the 1/2 of rounding to nearest and what
+        the rounding of biases may change, at most; of the logits, the largest difference relative to the largest logit.
     """
     known = student_codes(net, images)
-    values = evaluate(program, images, known)
-    found: dict[str, tuple[float, float]] = {}
+    values, exact = evaluate(program, images, known)
+    makers = {step.output: step for step in program.steps}
+    found: dict[str, float] = {}
     for name, expected in known.items():
-        if name in program.shapes:
-            difference = (values[name].reshape(expected.shape) - expected).abs()
-            found[name] = (float((difference > 1e-3).double().mean()), float(difference.max()))
+        if name in exact:
+            rounded = net.get_submodule(f"{ACT_QUANTIZERS}{name}").rounded
+            allowed = (0.5 if rounded else 0.0) + _bias_error(program, makers[name])
+            found[name] = float((exact[name].reshape(expected.shape) - expected).abs().max()) - allowed
     logits = net(images).double()
-    error = float((values[program.logits] - logits).abs().max() / logits.abs().max())
-    return {**found, program.logits: (error, error)}
+    return found | {program.logits: float((values[program.logits] - logits).abs().max() / logits.abs().max())}
+
+
+def _bias_error(program: p.Program, step: p.Step) -> float:
+    """Return the largest change of an output code by the rounding of a bias to its grid."""
+    if not isinstance(step, p.Layer) or step.output not in program.grids:
+        return 0.0
+    return float(0.5 * program.grids[step.inputs[0]].scale * step.weight_scale.max() / program.grids[step.output].scale)

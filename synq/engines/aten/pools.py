@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from synq.engines.aten.moves import reshaped, transposed
+from synq.engines.aten.moves import chosen, reshaped, transposed
 from synq.engines.aten.symbols import Builder, Call, Codes, Symbol, made, moved
 from synq.engines.program import AveragePool, Convolution, GlobalAveragePool, MaxPool
 
@@ -45,6 +45,8 @@ def adaptive_average(builder: Builder, call: Call) -> Symbol:
     codes = builder.codes(call, call.argument("self"))
     if call.shape[1:] == (1, 1):
         return _global_mean(builder, call, codes, [2, 3])
+    if (repeated := _repeated(builder, call, codes)) is not None:
+        return repeated
     kernel = _even_windows(builder, call, codes)
     return _average(builder, call, codes, (kernel, kernel, (0, 0, 0, 0)), count_padding=False)
 
@@ -97,6 +99,8 @@ def maximum(builder: Builder, call: Call) -> Any:
             builder.reject(call, "it takes a maximum over other axes than height and width")
         return _maximum(builder, call, symbol, (symbol.shape[1:], (1, 1), (0, 0, 0, 0)), (1, 1))
     if call.name == "adaptive_max_pool2d":
+        if isinstance(symbol, Codes) and (repeated := _repeated(builder, call, symbol)) is not None:
+            return [repeated, None]
         kernel = _even_windows(builder, call, symbol)
         return [_maximum(builder, call, symbol, (kernel, kernel, (0, 0, 0, 0)), (1, 1)), None]
     dilation = call.numbers("dilation")
@@ -149,6 +153,16 @@ def _windows(builder: Builder, call: Call, symbol: Symbol, dilation: tuple[int, 
         reach = (call.shape[axis + 1] - 1) * stride[axis] + dilation[axis] * (kernel[axis] - 1) + 1
         ends.append(max(given[axis], reach - symbol.shape[axis + 1] - given[axis]))
     return (kernel[0], kernel[1]), (stride[0], stride[1]), (given[0], given[1], ends[0], ends[1])
+
+
+def _repeated(builder: Builder, call: Call, codes: Codes) -> Codes | None:
+    """Return the codes repeated if an adaptive pool has a multiple of the positions that it reads, else None."""
+    _, height, width = codes.shape
+    rows, columns = call.shape[1:]
+    if rows % height or columns % width:
+        return None
+    by_rows = chosen(builder, call, codes, 2, [row * height // rows for row in range(rows)])
+    return chosen(builder, call, by_rows, 3, [column * width // columns for column in range(columns)])
 
 
 def _even_windows(builder: Builder, call: Call, symbol: Symbol) -> tuple[int, int]:
