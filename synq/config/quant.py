@@ -9,6 +9,8 @@ RESEARCH = "research"
 """Target of a student for no engine: `act_points` decides which tensors are quantized."""
 TARGETS = (RESEARCH, "onnxruntime", "openvino", "tensorrt", "qnn", "litert", "executorch")
 """Values of `QuantConfig.target`."""
+ACT_POINTS = ("relu", "inputs")
+"""Values of `QuantConfig.act_points`."""
 PORTABLE_TARGETS = ("onnxruntime", "openvino")
 """Engines whose kernels for x86 add in 16 bits where a CPU has no VNNI."""
 END_BITS = 8
@@ -111,7 +113,7 @@ class QuantConfig:
             is_valid = isinstance(bits, int) and not isinstance(bits, bool) and 2 <= bits <= 8
             require(f"quant.{name}", "be a whole number in [2, 8]", bits, is_valid)
         one_of("quant.target", self.target, TARGETS)
-        one_of("quant.act_points", self.act_points, ("relu", "inputs"))
+        one_of("quant.act_points", self.act_points, ACT_POINTS)
         one_of("quant.learned_steps", self.learned_steps, ("none", "activations", "all"))
         one_of("quant.rounding", self.rounding, ("nearest", "adaround"))
         one_of("quant.weight_range", self.weight_range, ("minmax", "mse"))

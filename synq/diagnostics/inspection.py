@@ -5,7 +5,7 @@ from typing import Any
 from torch import fx
 
 from synq.common.text_tables import Row
-from synq.config.quant import RESEARCH, protocol_label
+from synq.config.quant import ACT_POINTS, RESEARCH, protocol_label
 from synq.config.run import QuantConfig
 from synq.export.export import missing_packages
 from synq.export.operation_check import unexportable_operations
@@ -13,6 +13,7 @@ from synq.network.bn_stats import bn_targets
 from synq.network.op_traits import node_module
 from synq.quant.cost import FLOAT_BITS, TensorRow, float_bytes
 from synq.quant.integer_form import integer_form
+from synq.quant.points import NOT_ROUNDED
 from synq.quant.student import Student
 from synq.teacher.teacher import Teacher
 
@@ -93,6 +94,7 @@ def summary(found: dict[str, Any]) -> str:
     )
     named = f" ({student['layer_bits']})" if student["layer_bits"] else ""
     protocol = protocol_label(student["protocol"], student["first_bits"], student["last_bits"])
+    points = "act_points" if student["act_points"] in ACT_POINTS else "target"
     floats: dict[str, int] = {}
     for row in rows:
         if row["output_bits"] == FLOAT_BITS:
@@ -106,7 +108,7 @@ def summary(found: dict[str, Any]) -> str:
         "synthesis": f"guided by {len(norms['batch_norms'])} batch norms of {norms['channels']:,} channels",
         "map": f"{at}; {cam['reason']}",
         "student": (
-            f"{student['bits']}{named}, protocol {protocol}, act_points {student['act_points']}: "
+            f"{student['bits']}{named}, protocol {protocol}, {points} {student['act_points']}: "
             f"{_mib(student['bytes'])} ({student['bytes'] / teacher['bytes']:.3f} of float), "
             f"{_amount(student['macs'])} MACs, {_amount(student['bitops'])} bit operations "
             f"({student['bitops'] / student['float_bitops']:.3f} of float)"
@@ -152,6 +154,7 @@ def _row(
     weight = weights.get(target) if first else None
     notes = [SYNTHESIS_NOTE] if module is not None and target in guides else []
     notes += [CAM_NOTE] if node.name == teacher.cam.node else []
+    notes += [NOT_ROUNDED] if output.note == NOT_ROUNDED else []
     return {
         "node": node.name,
         "kind": "image" if node.op == "placeholder" else output.kind,

@@ -11,6 +11,9 @@ from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import BitPatterns, layer_names
 from synq.quant.placement import target_points, with_same_grid
 
+NOT_ROUNDED = "clamped, not rounded"
+"""Note on a tensor that an engine clamps to its range and adds without rounding it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedTensor:
@@ -63,7 +66,7 @@ def bits_and_notes(
         points: From there.
     """
     bits = {node: point.bits for node, point in points.items()}
-    notes = {node: "clamped, not rounded" for node, point in points.items() if not point.rounded}
+    notes = {node: NOT_ROUNDED for node, point in points.items() if not point.rounded}
     if quant.target == RESEARCH:
         return bits, notes
     for node, carrier in with_same_grid(net).items():

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from fuzz.networks import Network
 from fuzz.networks_rejections import DifferenceError, checked_rejection
+from fuzz.networks_targets import engine_student, faults_of
 from synq.config.quant import QuantConfig
 from synq.config.run import TeacherConfig
 from synq.network.blocks import block_ends, segment
@@ -78,6 +79,7 @@ def check_network(network: Network, *, exports: bool = False) -> Outcome:
     observe_ranges(student.net, observed, act_range=act_range, image_range=teacher.pixel_range())
     check_integer_form(student, images, where)
     check_gradients(network, student, images, where)
+    check_engine(network, teacher, images, observed, expected)
     check_blocks(teacher, images)
     check_equalization(network, teacher, images)
     if not exports:
@@ -88,6 +90,14 @@ def check_network(network: Network, *, exports: bool = False) -> Outcome:
         return Outcome(exports=check_exports(teacher, student, observed, where, rng))
     except ValueError as error:
         return Outcome(rejected=checked_rejection(network, module, error))
+
+
+def check_engine(network: Network, teacher: Teacher, images: Tensor, observed: Tensor, expected: Tensor) -> None:
+    """A student for an engine has every tensor on a grid, and takes a step of training."""
+    student, where = engine_student(teacher, random.Random(f"engine {network.seed}"), observed)
+    if faults := faults_of(student, where.split()[1], images, expected):
+        raise DifferenceError(f"{where}: {faults[0]}")
+    check_gradients(network, student, images, where)
 
 
 def load(network: Network) -> Teacher:

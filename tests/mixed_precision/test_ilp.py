@@ -114,6 +114,25 @@ def test_the_problem_of_a_student_counts_what_its_account_counts(points: str) ->
     )
 
 
+def test_for_an_engine_the_first_and_last_layers_are_no_choice_and_names_are_those_of_tensors() -> None:
+    quant = QuantConfig(target="openvino", weight_bits=3, act_bits=5, layer_act_bits={"relu_1": 6})
+    teacher = load_teacher(TeacherConfig())
+    student = build_student(teacher, quant)
+    problem = MixedPrecisionProblem(student, quant, activations=True)
+    fixed = {key: bits for key, bits in problem.as_given.items() if key not in problem.free}
+    assert fixed == {
+        ("weight", "conv1"): 8,
+        ("weight", "linear"): 8,
+        ("activation", "x"): 8,
+        ("activation", "pool"): 8,
+        ("activation", "relu_1"): 6,
+    }
+    assert not problem.tied
+    changed = {key: 2 + index % 7 for index, key in enumerate(problem.free)}
+    again = build_student(teacher, problem.with_bits(changed))
+    assert problem.bitops_limit(None).spent({**problem.as_given, **changed}) == again.bitops
+
+
 def test_what_is_named_or_placed_is_no_choice() -> None:
     quant = QuantConfig(act_points="inputs", first_bits=8, last_bits=7, layer_act_bits={"stage1_0_conv2": 5})
     student = build_student(load_teacher(TeacherConfig()), quant)

@@ -71,22 +71,22 @@ def _activations(student: Student) -> dict[str, int]:
 @pytest.mark.parametrize("head", ["norm", "half", "scale", "two pools", "size", "sizes", "sum over sizes"])
 def test_the_last_layer_reads_what_is_pooled_scaled_or_cut_on_the_way(head: str) -> None:
     student = _student(_Head(head), last_bits=8)
-    assert _activations(student) == {"relu": 8} and student.before_last == {"relu"}
+    assert _activations(student) == {"relu": 8} and student.at_ends == {"relu"}
 
 
 def test_the_last_layer_reads_all_that_is_joined() -> None:
-    assert _student(_Head("cat"), last_bits=8).before_last == {"relu", "silu"}
+    assert _student(_Head("cat"), last_bits=8).at_ends == {"relu", "silu"}
 
 
 @pytest.mark.parametrize("head", ["sum", "sum with itself and another", "convolution"])
 def test_a_sum_and_another_layers_output_are_values_of_their_own(head: str) -> None:
     student = _student(_Head(head), last_bits=8)
-    assert {*_activations(student).values()} == {3} and not student.before_last
+    assert {*_activations(student).values()} == {3} and not student.at_ends
 
 
 def test_of_a_gate_the_product_is_read() -> None:
     student = _student(_Head("gate"), last_bits=8)
-    assert student.before_last == {"mul"} and _activations(student) == {"relu": 3, "silu": 3, "mul": 8}
+    assert student.at_ends == {"mul"} and _activations(student) == {"relu": 3, "silu": 3, "mul": 8}
 
 
 class _TwiceLast(nn.Module):
@@ -117,13 +117,13 @@ def test_a_long_chain_of_cuts_and_joins_takes_no_time() -> None:
                 y = torch.cat(y.chunk(2, 1)[::-1], 1)
             return self.fc(y.mean((2, 3)))
 
-    assert _student(Chain(), last_bits=8).before_last == {"relu"}
+    assert _student(Chain(), last_bits=8).at_ends == {"relu"}
 
 
 def test_it_can_be_left_as_the_rest_and_named() -> None:
     assert _activations(_student(Residual(), last_bits=8)) == {"relu": 3, "relu_1": 3, "relu_2": 8}
     narrow = _student(Residual(), last_bits=8, last_bits_for_input=False)
-    assert _activations(narrow) == {"relu": 3, "relu_1": 3, "relu_2": 3} and not narrow.before_last
+    assert _activations(narrow) == {"relu": 3, "relu_1": 3, "relu_2": 3} and not narrow.at_ends
     named = _student(Residual(), last_bits=8, layer_act_bits={"relu_2": 5, "relu": 6})
     assert _activations(named) == {"relu": 6, "relu_1": 3, "relu_2": 5}
     assert _activations(_student(Residual(), first_bits=8)) == {"relu": 3, "relu_1": 3, "relu_2": 3}

@@ -147,7 +147,7 @@ def test_point_of_a_value(dimension: Dimension, value: Any, point: Any) -> None:
         ({"space": {"finetune.lr": {"low": 0.1, "high": 0.2}}}, "`space.finetune.lr.type` must be given"),
         ({"space": {"finetune.lr": {"type": "choice", "value": [1]}}}, "did you mean `values`?"),
         ({"space": {"finetune.epochs": {"type": "int", "low": 1.5, "high": 3}}}, "must be a whole number for type int"),
-        ({"space": {"quant.weight_bits": {"type": "int", "low": 2, "high": 4}}}, "widths are groups"),
+        ({"space": {"quant.weight_bits": {"type": "int", "low": 2, "high": 4}}}, "engines are groups"),
         ({"space": {"synthesis.lr": {"type": "float", "low": 0.1, "high": 0.2}}}, "sets are made once"),
         ({"output_dir": "$SYNQ_NO_SUCH_FOLDER/x"}, "set SYNQ_NO_SUCH_FOLDER"),
         ({"gpus_per_worker": 1.5}, "`gpus_per_worker` must be a part of one GPU"),

@@ -1,0 +1,67 @@
+"""Whole runs of students for an engine on the bundled teacher, and the commands that read them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from synq.cli import run as run_command
+from synq.config.run import RunConfig, with_overrides
+from synq.diagnostics.smoke_run import smoke_run
+from synq.export.export import export_run
+from synq.pipeline import run
+from synq.runs.record import read_record, run_folder, summary_line
+
+
+@pytest.mark.parametrize(
+    ("target", "settings"),
+    [
+        ("onnxruntime", {"quant.portable": True, "finetune.feature_weight": 1.0}),
+        ("openvino", {"quant.learned_steps": "all", "quant.weight_range": "mse"}),
+        ("litert", {"quant.rounding": "adaround", "quant.equalization": True, "quant.bn_correction": True}),
+        ("executorch", {"quant.act_bits": 4, "quant.last_bits": 4}),
+    ],
+)
+def test_a_run_for_an_engine_is_recorded_under_its_name(
+    config: RunConfig, target: str, settings: dict[str, Any]
+) -> None:
+    widths = {"quant.weight_bits": 8, "quant.act_bits": 8}
+    config = with_overrides(
+        config,
+        {**widths, "quant.target": target, "reconstruction.iterations": 4, "evaluation.num_images": 128, **settings},
+    )
+    record = run(config)
+    assert record.status == "completed" and record.act_points == config.quant.points
+    assert record.rtn_top1 is not None and record.teacher_top1 is not None
+    assert record.rtn_top1 > record.teacher_top1 - 5
+    assert f" {config.quant.points} |" in summary_line(record)
+    rows = {(row["role"], row["name"]): row for row in record.layers}
+    assert rows["activation", "x"]["bits"] == 8
+    assert rows["activation", "linear"]["bits"] == {"litert": 8, "executorch": 4}.get(target, 32)
+    assert {row["note"] for row in record.layers} >= ({"clamped, not rounded"} if target == "openvino" else set())
+    assert run(config) == record, "it is finished"
+    with pytest.raises(
+        ValueError, match=rf"`RUN` must have `quant.target` research to be exported .* `--target {target}`"
+    ):
+        export_run(run_folder(config))
+    assert read_record(run_folder(config) / "record.json") == record
+
+
+def test_inspect_prints_the_grid_of_every_tensor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["inspect", "--quant.target", "openvino", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    bits = {row["node"]: row["output_bits"] for row in found["layers"]}
+    assert bits["x"] == bits["pool"] == bits["flatten"] == 8 and bits["linear"] == 32
+    assert {bits[node] for node in bits.keys() - {"x", "pool", "flatten", "linear"}} == {4}
+    clamped = [row["node"] for row in found["layers"] if "clamped, not rounded" in (row["note"] or "")]
+    assert clamped == ["stage1_0_bn2", "stage2_0_bn2", "stage3_0_bn2"]
+    assert found["student"]["act_points"] == "openvino" and found["onnx"]["exportable"] is None
+    assert run_command(["inspect", "--quant.target", "litert"]) == 0
+    text = capsys.readouterr().out
+    assert "W4A4, protocol B (8/8), target litert: " in text and "float      nothing" in text
+
+
+def test_a_smoke_run_for_an_engine_checks_everything_but_the_files(config: RunConfig, tmp_path: Path) -> None:
+    row = smoke_run(with_overrides(config, {"quant.target": "openvino"}), tmp_path)
+    assert row["status"] == "ok" and row["exact"] and row["sqnr_db"] > 20 and "export" not in row

@@ -1,0 +1,50 @@
+"""Check of a random network as a student for an engine."""
+
+import random
+
+import torch
+from torch import Tensor
+
+from support.engine_nets import float_reads
+from synq.config.quant import PORTABLE_TARGETS, TARGETS
+from synq.config.run import QuantConfig
+from synq.quant.integer_form import codes_of
+from synq.quant.layers import QuantConv2d, QuantLinear, quantizers_bypassed
+from synq.quant.student import Student, build_student, observe_ranges
+from synq.teacher.teacher import Teacher
+
+
+def engine_student(teacher: Teacher, rng: random.Random, observed: Tensor) -> tuple[Student, str]:
+    """Return a student for a random engine with observed ranges, and its settings in one line."""
+    target = rng.choice([name for name in TARGETS if name != "research"])
+    weight_bits, act_bits, steps = rng.choice((3, 4, 8)), rng.choice((4, 8)), rng.choice(("none", "all"))
+    portable = target in PORTABLE_TARGETS and rng.random() < 0.5
+    quant = QuantConfig(
+        target=target,  # type: ignore[arg-type]
+        weight_bits=weight_bits,
+        act_bits=act_bits,
+        learned_steps=steps,  # type: ignore[arg-type]
+        portable=portable,
+    )
+    student = build_student(teacher, quant)
+    observe_ranges(student.net, observed, act_range="minmax", image_range=teacher.pixel_range())
+    return student, f"{quant.label} {quant.points}"
+
+
+def faults_of(student: Student, target: str, images: Tensor, expected: Tensor) -> list[str]:
+    """Return what is wrong with a student for an engine.
+
+    Args:
+        student: From `engine_student`.
+        target: Its engine.
+        images: (N, C, H, W).
+        expected: The teacher's logits for them.
+    """
+    faults = [f"{read} is in float" for read in float_reads(student.net, target)]
+    with quantizers_bypassed(student.net), torch.no_grad():
+        if not torch.equal(student.net(images.clone()), expected):
+            faults.append("with its quantizers bypassed it differs from the teacher")
+    for name, layer in student.net.named_modules():
+        if isinstance(layer, QuantConv2d | QuantLinear) and codes_of(layer).zero_point.any():
+            faults.append(f"the weight of {name} is not symmetric")
+    return faults
