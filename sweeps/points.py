@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from synq.config.quant import RESEARCH
 from synq.config.run import RunConfig
 from synq.runs.record import RunRecord
 
@@ -80,9 +81,9 @@ def warm_points(
 ) -> list[Point]:
     """Return the best settings of earlier sweeps, as points of this search, best first.
 
-    Settings of the same teacher come first, then those at the same bit-widths, each in the order of their leaderboard.
-    Those outside the space, or of another objective, are skipped. A cutoff in another unit is converted by the input
-    size of its model.
+    Settings of the same teacher come first, then those for the same engine, then those at the same bit-widths, each in
+    the order of their leaderboard. Those outside the space, or of another objective, are skipped. A cutoff in another
+    unit is converted by the input size of its model.
 
     Args:
         records: Records of the earlier sweeps.
@@ -97,8 +98,9 @@ def warm_points(
     for row in leaderboard_rows(records):
         config = by_digest[row["config_digest"]].config
         other_teacher = _last_parts(config["teacher"]) != _last_parts(base["teacher"])
+        other_target = config["quant"].get("target", RESEARCH) != base["quant"]["target"]  # an earlier one has no key
         other_bits = value_at(config, BITS) != value_at(base, BITS)
-        rows.append((other_teacher, other_bits, row["rank"], row["config_digest"]))
+        rows.append((other_teacher, other_target, other_bits, row["rank"], row["config_digest"]))
     points: list[Point] = []
     for *_, digest in sorted(rows):
         record = by_digest[digest]

@@ -107,10 +107,11 @@ def test_a_warm_start_takes_the_best_of_the_same_teacher_and_width_first(tmp_pat
         _record(0.3, finetune__lr=0.003),
         _record(0.01, finetune__lr=0.004, teacher__spec="torchvision:resnet18"),
         _record(0.001, finetune__lr=0.9),  # outside the space
+        _record(0.02, finetune__lr=0.006, quant__target="litert"),
         _record(0.25, finetune__lr=0.005, finetune__lowpass_cutoff=12.0, finetune__lowpass_unit="bins"),
     ]
     found = warm_points(records, spec.dimensions, base, 9)
-    assert [point["finetune.lr"] for point in found] == [0.002, 0.005, 0.003, 0.001, 0.004]
+    assert [point["finetune.lr"] for point in found] == [0.002, 0.005, 0.003, 0.001, 0.006, 0.004]
     assert found[1]["finetune.lowpass_cutoff"] == 0.75, "12 bins at 32 pixels are 0.75 of the Nyquist frequency"
     assert warm_points(records, spec.dimensions, base, 2) == found[:2]
     chosen_by_labels = [replace(record, objective="selection") for record in records]
