@@ -26,6 +26,12 @@ _ADVICE = (
         r"ScriptFunction|ScriptMethod|TorchScript|but instead found type .*Proxy",
         "Leave out torch.jit.script: give the Python function or module that it was made from",
     ),
+    (
+        r"a tensor that is a constant",
+        "Compute a new tensor instead, by torch.cat or torch.where, or fill one that is made for the images: "
+        "x.new_zeros(x.size(0), ...)",
+    ),
+    (r"torch\.Size\(\)", "Pass the sizes as a tuple, without torch.Size"),
     (r"ndarray|numpy|__array", "Compute with torch instead of numpy in the forward pass"),
 )
 _CONTROL_FLOW = "Remove control flow that depends on tensor values from its forward pass"
