@@ -164,6 +164,12 @@ class SizedTracer(LayerTracer):
 class _LayerProxy(fx.Proxy):
     """Proxy that records what overwrites its tensor: an assignment to a part, ``x += y`` and the like."""
 
+    def __getattr__(self, k: str) -> Any:
+        """Return an attribute of the tensor; one that is a tensor itself can be assigned to, too."""
+        if k in ("T", "mT", "data"):
+            return self.tracer.create_proxy("call_function", getattr, (self, k), {})
+        return super().__getattr__(k)
+
     def _in_place(self, target: Callable[..., Any], other: Any) -> fx.Proxy:
         name = target.__name__.removeprefix("i")  # of the operation that it becomes in the normal form
         return self.tracer.create_proxy("call_function", target, (self, other), {}, name)

@@ -159,6 +159,7 @@ def finish(b: Draft) -> None:
         b.line(f"x = {form}")
     elif kind == "clamp":
         b.line(f"x = {b.pick('x.clamp(-10, 10)', 'torch.tanh(x)', 'F.relu(x)', 'F.leaky_relu(x)')}")
+        b.may_be_rejected("returned probabilities")  # if no logit is negative, or above one
     elif kind == "probabilities" and b.chance(0.5):
         form = b.pick(
             "F.softmax(x, 1)",
