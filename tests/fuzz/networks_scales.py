@@ -108,6 +108,21 @@ def coordinates(b: Draft) -> None:
     b.may_be_rejected("cannot be exported to ONNX")
 
 
+def written_views(b: Draft) -> None:
+    """A view is overwritten; the tensor is read by its other names."""
+    forms = (
+        ("x.transpose(2, 3).add_(0.1)",),
+        ("y = x.flatten(2)", "x[:, :, 1:].mul_(0.5)", "x = x + y.view_as(x)"),
+        ("y, z = x.chunk(2, 1)", "y.mul_(2.0)", "x = torch.cat([z, x], 1)"),
+        ("x.permute(0, 2, 3, 1)[..., 0].neg_()",),
+        ("y = x[:, :1]", "x.mT[:, :, 0] = 0.5", "x = x * 2 + y"),
+        ("y = x.unsqueeze(1)", "x.narrow(2, 1, 2).copy_(x[:, :, :2] * 0.5)", "x = x + y.squeeze(1)"),
+        ("F.relu(x[:, :1], inplace=True)",),
+    )
+    b.line(*b.pick(*forms))
+    b.may_be_rejected("cannot be exported to ONNX")
+
+
 def value_flow(b: Draft) -> None:
     """Control flow that depends on values, or a write to a part: no graph can hold the first."""
     b.line(
