@@ -59,7 +59,7 @@ POOLED = (
         "x[:, :, 1, 1]",
         "x.clamp(min=1e-4).pow(3).mean((2, 3)).pow(1 / 3)",
         "F.avg_pool2d(x.clamp(min=1e-4) ** 3.0, x.shape[2:]).pow(1.0 / 3.0).flatten(1)",
-        "x.clamp(min=1e-3).log().mean((2, 3)).exp()",
+        "(x.abs() + 0.1).log().mean((2, 3)).exp()",
         "torch.squeeze(torch.squeeze(F.adaptive_avg_pool2d(x, 1), 3), 2)",
     ),
     *(
