@@ -113,9 +113,20 @@ def _children() -> dict[int, tuple[str, str]]:
     return found
 
 
+def _is_of_ray(pid: int, name: str) -> bool:
+    """Return whether a child runs one of Ray's programs: a daemon, or Python with a file of the package."""
+    import ray
+
+    package = str(Path(ray.__file__).parent) + os.sep
+    with suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        return name in DAEMONS or any(word.startswith(package) for word in words)
+    return False
+
+
 def _end(before: dict[int, tuple[str, str]]) -> None:
-    """Kill the children that were started since `before`, which a failed start does not end."""
-    for pid, (_, state) in _children().items():
-        if pid not in before and state != "Z":
+    """Kill Ray's processes that were started since `before`, which a failed start does not end."""
+    for pid, (name, state) in _children().items():
+        if pid not in before and state != "Z" and _is_of_ray(pid, name):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
