@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from synq.common.error_text import first_line
 from synq.network.aliases import Aliases
 from synq.network.functional_layers import functions_as_layers
 from synq.network.normal_form import keep_image_axis, to_normal_form
@@ -22,7 +23,7 @@ from synq.network.op_recorder import record_traits
 from synq.network.op_traits import OpKind, node_module, traits_of
 from synq.network.outputs import drop_log_softmax
 from synq.network.slopes import limit_slopes
-from synq.network.trace_errors import first_line, trace_failure
+from synq.network.trace_errors import trace_failure
 from synq.network.tracers import LayerTracer, SizedTracer, image_parameter
 
 

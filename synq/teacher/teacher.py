@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from synq.common.error_text import first_line, one_line, some_of
 from synq.config.run import TeacherConfig
 from synq.network.cam_site import CamSite, locate_cam
 from synq.network.op_traits import node_module
-from synq.network.trace_errors import first_line
 from synq.network.tracing import trace_classifier
 from synq.teacher.architecture import check_architecture, check_task
 from synq.teacher.missing import check_given
@@ -20,7 +20,6 @@ from synq.teacher.pixel_range import PixelRange
 from synq.teacher.preprocessing import Preprocessing
 from synq.teacher.probabilities import are_log_probabilities, check_no_probabilities
 from synq.teacher.sources import build_source
-from synq.teacher.user_code import one_line
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -152,7 +151,7 @@ def check_finite(module: nn.Module, name: str) -> None:
     if bad:
         raise ValueError(
             f"teacher weights must be finite, but {name} has NaN or infinity in {len(bad)} tensors "
-            f"({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}); load another checkpoint"
+            f"({some_of(bad)}); load another checkpoint"
         )
     negative = [key for key, tensor in state.items() if key.endswith("running_var") and bool((tensor < 0).any())]
     if negative:
