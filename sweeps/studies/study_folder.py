@@ -43,13 +43,12 @@ def _same_labels(one: RunRecord, other: RunRecord, config: RunConfig) -> bool:
 
     Args:
         one, other: The records.
-        config: A run whose labeled images they may be; they are read only if the digests are of different versions.
+        config: A run whose labeled images they may be; they are read only if the digests differ.
     """
-    from synq.evaluation.labeled import DIGEST_PREFIX
     from synq.pipeline import check
 
     digests = (one.eval_digest, other.eval_digest)
-    if digests[0] == digests[1] or len({digest.startswith(DIGEST_PREFIX) for digest in digests}) == 1:
+    if digests[0] == digests[1] or not all(digests):
         return digests[0] == digests[1]
     _, measure = check(config)
     return all(measure.has_labels_of(digest) for digest in digests)
