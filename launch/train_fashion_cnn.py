@@ -107,9 +107,9 @@ def command(folder: str, seed: int, epochs: int, images: int, output: str) -> No
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, file, metadata=metadata)
     print(f"top-1 {metadata['top1']} % ({correct} of {len(test)} test images): {file}")
-    words = ["synq", "train", "launch/train_fashion_cnn.py:FashionCNN", "--teacher.weights", str(file)]
-    words += ["--teacher.input_size", "1,28,28", "--teacher.mean", str(MEAN), "--teacher.std", str(STD)]
-    print(shlex.join([*words, "--evaluation.dataset", "fashion-mnist", "--evaluation.data_dir", folder]))
+    args = ["synq", "train", "launch/train_fashion_cnn.py:FashionCNN", "--teacher.weights", str(file)]
+    args += ["--teacher.input_size", "1,28,28", "--teacher.mean", str(MEAN), "--teacher.std", str(STD)]
+    print(shlex.join([*args, "--evaluation.dataset", "fashion-mnist", "--evaluation.data_dir", folder]))
 
 
 if __name__ == "__main__":

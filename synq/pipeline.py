@@ -140,12 +140,18 @@ def _trained_before(
     config: RunConfig, teacher: Teacher, student: Student, measure: Measure, accelerator: Accelerator
 ) -> tuple[Path, RunRecord] | None:
     """Return folder and record of a completed run with the same student, if any, and log the forecast of this run."""
+    failure: Exception | None = None
     resumes = exists_on_main(run_folder(config) / "checkpoint.pt")
     found = None if resumes or config.evaluation.every_epoch else finished_student(config, teacher.digest, accelerator)
     if config.runtime.progress and accelerator.is_main_process and not resumes:
         rest = config if found is None else with_overrides(config, {"finetune.epochs": 0})
         number = len(measure.reported) + len(measure.chosen)
-        print_notice(forecast_line(config, forecast(rest, teacher, student, number, accelerator)))
+        try:
+            print_notice(forecast_line(config, forecast(rest, teacher, student, number, accelerator)))
+        except Exception as error:  # a probe may fail as any training step, for want of memory for example
+            failure = error
+    if broadcast_object_list([failure is not None])[0]:  # the other processes would wait for this one
+        raise failure or RuntimeError("the forecast of this run failed on the main process")
     return found
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from synq.common.error_text import first_line
 from synq.common.notices import print_notice
 
 ATTEMPTS = 2
@@ -42,15 +43,10 @@ def start_local_ray(**options: Any) -> None:
         except (Exception, _DaemonDiedError) as error:  # Ray raises a bare Exception if its processes do not start
             _end(before)
             ray.shutdown()
-            reason = f"{_first_line(error)} (after {time.monotonic() - started:.0f} s)"
+            reason = f"{first_line(error).rstrip('. ')} (after {time.monotonic() - started:.0f} s)"
             if attempt + 1 < ATTEMPTS:
                 print_notice(f"Ray did not start on this machine: {reason}; one more attempt")
     raise OSError(f"Ray must start on this machine, but it did not in {ATTEMPTS} attempts: {reason}; {_advice()}")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 def _advice() -> str:
@@ -113,9 +109,20 @@ def _children() -> dict[int, tuple[str, str]]:
     return found
 
 
+def _is_of_ray(pid: int, name: str) -> bool:
+    """Return whether a child runs one of Ray's programs: a daemon, or Python with a file of the package."""
+    import ray
+
+    package = str(Path(ray.__file__).parent) + os.sep
+    with suppress(OSError):
+        args = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        return name in DAEMONS or any(arg.startswith(package) for arg in args)
+    return False
+
+
 def _end(before: dict[int, tuple[str, str]]) -> None:
-    """Kill the children that were started since `before`, which a failed start does not end."""
-    for pid, (_, state) in _children().items():
-        if pid not in before and state != "Z":
+    """Kill Ray's processes that were started since `before`, which a failed start does not end."""
+    for pid, (name, state) in _children().items():
+        if pid not in before and state != "Z" and _is_of_ray(pid, name):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -38,6 +38,22 @@ def tables_folder(name: str, written: RunConfig, base: RunConfig, model: str) ->
     return root / f"{name}-{model}-{config_digest(base, with_seeds=False)[:8]}"
 
 
+def _same_labels(one: RunRecord, other: RunRecord, config: RunConfig) -> bool:
+    """Return whether two records were measured on the same labeled images, whichever version computed their digests.
+
+    Args:
+        one, other: The records.
+        config: A run whose labeled images they may be; they are read only if the digests differ.
+    """
+    from synq.pipeline import check
+
+    digests = (one.eval_digest, other.eval_digest)
+    if digests[0] == digests[1] or not all(digests):
+        return digests[0] == digests[1]
+    _, measure = check(config)
+    return all(measure.has_labels_of(digest) for digest in digests)
+
+
 def with_finished(
     runs: Mapping[Cell, RunConfig], done: Mapping[Cell, RunRecord], order: Mapping[Cell, RunConfig]
 ) -> dict[Cell, RunRecord]:
@@ -57,8 +73,8 @@ def with_finished(
         if cell in records or not file.is_file():
             continue
         record = read_record(file)
-        same = (record.teacher.get("digest"), record.eval_digest) == (first.teacher.get("digest"), first.eval_digest)
-        if record.status == "completed" and same:
+        same = record.teacher.get("digest") == first.teacher.get("digest")
+        if record.status == "completed" and same and _same_labels(record, first, config):
             records[cell] = record
     ranks = {cell: number for number, cell in enumerate(order)}
     return dict(sorted(records.items(), key=lambda item: ranks.get(item[0], len(ranks))))

@@ -1,7 +1,6 @@
 """`synq ablate`: the contribution of each component of the method on one teacher."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -51,9 +50,10 @@ def command(
 ) -> None:
     """Run a configuration with each combination of filter, CAM and soft labels on shared seeds; print a paired table.
 
-    All three must be enabled in the configuration. It is read from SPEC, a file of the whole ablation (tables are
-    written to <output_dir>/<name>), or from --config, a file of one run (tables are written to <output_dir>). Settings
-    of `synq train` on the command line override it. The same command resumes an ablation that was stopped.
+    All three must be enabled in the configuration. It is read from SPEC, a file of the whole ablation, or from
+    --config, a file of one run. Tables are written to <output_dir>/<name>; settings of `synq train` on the command line
+    override the file's, and get a folder of their own, <output_dir>/<name>-<teacher>-<digest of the settings>. The same
+    command resumes an ablation that was stopped.
     """
     from synq.runs.record import summary_line
     from synq.sweeps.studies.ablation import AblationSpec, load_ablation, markdown, plan, table, write_tables
@@ -79,9 +79,7 @@ def command(
     )
     done = with_finished(runs, records, plan(study.base, study.bits, study.seeds, study.rows))
     lines = table(done)
-    folder = Path(study.base.runtime.output_dir)
-    if spec is not None:
-        folder = tables_folder(study.base.name, written, study.base, next(iter(done.values())).model)
+    folder = tables_folder(study.base.name, written, study.base, next(iter(done.values())).model)
     write_tables(folder, lines)
     print(markdown(lines), end="")
     print(folder / "ablation.csv", flush=True)

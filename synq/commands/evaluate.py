@@ -37,7 +37,8 @@ def command(
 ) -> None:
     """Count the correct predictions of a finished student, and of its teacher, on labeled images.
 
-    Nothing is trained and the run is not changed. The student runs in its integer form, as in the run's own
+    Nothing is trained and the run is not changed. Of a run's own images, those that its objective "selection" selects
+    by are left out, as in the run. The student runs in its integer form, as in the run's own
     measurement; the drop has its standard error, paired by image. `synq train` with the run's settings and another
     evaluation.dataset does the same and also measures the student before fine-tuning, into a separate record.
     """
@@ -58,8 +59,7 @@ def command(
         "evaluation.num_images": num_images,
     }
     plain: dict[str, object] = {
-        "evaluation.objective": "synthetic",
-        **({"evaluation.num_images": None} if other else {}),
+        **({"evaluation.num_images": None, "evaluation.objective": "synthetic"} if other else {}),
     }
     if dataset is not None and not dataset.startswith("imagefolder:"):  # arrays are not resized by a rule for files
         plain |= {"evaluation.resize_size": None, "evaluation.interpolation": None}

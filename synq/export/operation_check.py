@@ -6,13 +6,13 @@ such a difference may stay below every tolerance. So each operation with setting
 correctly is exported in a small model, all in one, and its result in ONNX Runtime is compared with PyTorch's.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 
+from synq.common.error_text import first_line, innermost
 from synq.export.verify import open_session
 from synq.network.op_traits import OpKind, node_module, operation_name, traits_of
 from synq.quant.integer_layers import ChannelAffine, DequantizedActivation, IntegerActivation, IntegerLayer
@@ -41,8 +41,6 @@ KNOWN_EXCEPT = frozenset({"AdaptiveMaxPool2d", "AdaptiveAvgPool2d", "adaptive_ma
 """Spellings of KNOWN operations that are checked unless their output is one value per channel."""
 TOLERANCE = 1e-3
 """Largest difference of a value, relative to the largest value of the output, that is only rounding."""
-
-_CONTROL_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 @dataclass
@@ -195,8 +193,5 @@ def _difference(reference: Tensor, found: Tensor) -> float:
 
 
 def reason(error: BaseException) -> str:
-    """Return the message of an exporter's innermost error in one line, without control codes of a terminal."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = _CONTROL_CODES.sub("", str(error)).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    """Return the message of an exporter's innermost error in one line."""
+    return first_line(innermost(error))

@@ -177,6 +177,11 @@ def _without_overwriting(traced: fx.GraphModule, node: fx.Node, inplace_modules:
     if node.op == "call_function" and node.target in _INPLACE_OPERATORS:
         node.target = _INPLACE_OPERATORS[node.target]
         return True
+    if name == "copy_" and node.op == "call_method":
+        source: Any = node.args[1] if len(node.args) > 1 else node.kwargs["src"]
+        whole: Any = ...
+        node.op, node.target, node.args, node.kwargs = "call_function", assigned, (node.args[0], whole, source), {}
+        return True
     if ends_in_place and name[:-1] in _FILLS:
         node.op, node.target = "call_function", _FILLS[name[:-1]]
         return True

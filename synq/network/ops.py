@@ -2,7 +2,8 @@
 
 from collections.abc import Container
 
-from torch import fx
+import torch.nn.functional as F
+from torch import fx, nn
 
 from synq.network.op_traits import (
     OpKind,
@@ -84,8 +85,24 @@ def value_sources(net: fx.GraphModule, points: Container[fx.Node]) -> dict[fx.No
 def _rejection(net: fx.GraphModule, node: fx.Node) -> ValueError:
     module = node_module(net, node)
     operation = operation_name(node) if module is None else type(module).__name__
-    reason = traits_of(node).reason or "it was not recorded by trace_classifier"
+    reason = _float_weight(node) or traits_of(node).reason or "it was not recorded by trace_classifier"
     return ValueError(
         f"teacher must be built of operations whose quantization is known, but node {node.name!r} is {operation}: "
         f"{reason}. Write it with Conv2d, Linear and standard activations"
     )
+
+
+def _float_weight(node: fx.Node) -> str:
+    """Return why a convolution or product of a function is no layer, "" for another operation."""
+    if node.op != "call_function" or node.target not in (F.conv2d, F.linear):
+        return ""
+    weight = node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
+    if not isinstance(weight, fx.Node) or (is_activation(weight) and weight.op != "get_attr"):
+        return ""
+    if weight.op != "get_attr":
+        return f"its weight is computed in the forward pass (by {operation_name(weight)!r}) and would stay float"
+    found: object = node.graph.owning_module
+    for part in str(weight.target).split("."):
+        found = getattr(found, part, None)
+    kind = "a parameter that is not the weight of one layer" if isinstance(found, nn.Parameter) else "a constant"
+    return f"its weight {str(weight.target)!r} is {kind} and would stay float"

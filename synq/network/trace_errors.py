@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from synq.common.error_text import first_line
+
 _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 """Folders whose frames are never the user's code."""
 _SHOWN = 80
@@ -26,6 +28,12 @@ _ADVICE = (
         r"ScriptFunction|ScriptMethod|TorchScript|but instead found type .*Proxy",
         "Leave out torch.jit.script: give the Python function or module that it was made from",
     ),
+    (
+        r"a tensor that is a constant",
+        "Compute a new tensor instead, by torch.cat or torch.where, or fill one that is made for the images: "
+        "x.new_zeros(x.size(0), ...)",
+    ),
+    (r"torch\.Size\(\)", "Pass the sizes as a tuple, without torch.Size"),
     (r"ndarray|numpy|__array", "Compute with torch instead of numpy in the forward pass"),
 )
 _CONTROL_FLOW = "Remove control flow that depends on tensor values from its forward pass"
@@ -41,12 +49,6 @@ def trace_failure(name: str, error: Exception) -> ValueError:
     reason = first_line(error).partition(". ")[0].rstrip(".")
     advice = next((text for pattern, text in _ADVICE if re.search(pattern, reason)), _CONTROL_FLOW)
     return ValueError(f"teacher must be traceable by torch.fx, but {name} is not: {reason}{_location(error)}. {advice}")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _location(error: Exception) -> str:

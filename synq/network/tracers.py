@@ -52,9 +52,23 @@ class LayerTracer(fx.Tracer):
     """
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Return the graph of ``root``; calls that torch.fx alone does not see are recorded too."""
+        """Return the graph of ``root``; calls that torch.fx alone does not see are recorded too.
+
+        Raises:
+            ValueError: If the code overwrites a constant after it was read: the graph would read the last value twice.
+        """
+        self._read: list[tuple[Tensor, int]] = []
         with calls_recorded(root), compiled_functions_as_written():
-            return super().trace(root, concrete_args)
+            graph = super().trace(root, concrete_args)
+        if any(tensor._version != version for tensor, version in self._read):
+            raise ValueError("it reads, and then overwrites, a tensor that is a constant")
+        return graph
+
+    def create_arg(self, a: Any) -> Any:
+        """Return what stands for an argument in the graph, a plain tensor as an attribute of the network."""
+        if isinstance(a, Tensor) and not a.is_inference():
+            self._read.append((a, a._version))
+        return super().create_arg(a)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
@@ -149,6 +163,12 @@ class SizedTracer(LayerTracer):
 
 class _LayerProxy(fx.Proxy):
     """Proxy that records what overwrites its tensor: an assignment to a part, ``x += y`` and the like."""
+
+    def __getattr__(self, k: str) -> Any:
+        """Return an attribute of the tensor; one that is a tensor itself can be assigned to, too."""
+        if k in ("T", "mT", "data"):
+            return self.tracer.create_proxy("call_function", getattr, (self, k), {})
+        return super().__getattr__(k)
 
     def _in_place(self, target: Callable[..., Any], other: Any) -> fx.Proxy:
         name = target.__name__.removeprefix("i")  # of the operation that it becomes in the normal form

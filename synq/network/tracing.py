@@ -15,13 +15,15 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from synq.common.error_text import first_line
 from synq.network.aliases import Aliases
 from synq.network.functional_layers import functions_as_layers
 from synq.network.normal_form import keep_image_axis, to_normal_form
 from synq.network.op_recorder import record_traits
 from synq.network.op_traits import OpKind, node_module, traits_of
 from synq.network.outputs import drop_log_softmax
-from synq.network.trace_errors import first_line, trace_failure
+from synq.network.slopes import limit_slopes
+from synq.network.trace_errors import trace_failure
 from synq.network.tracers import LayerTracer, SizedTracer, image_parameter
 
 
@@ -57,7 +59,8 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     Its one input is the images: further arguments of the forward pass have their defaults. The graph is in normal form
     (`normal_form.py`): arguments by position, no in-place operation, and a batch of one image keeps its axis. A batch
     norm or convolution that is called as a function on the tensors of one module (timm's layers, which add an
-    activation or a padding) becomes a layer. Nodes that the logits do not depend on are removed: they cost time, and
+    activation or a padding) becomes a layer. Where a function has no finite slope, as a root at zero, its gradient is
+    zero (`slopes.py`). Nodes that the logits do not depend on are removed: they cost time, and
     parameters without a gradient stop a distributed run; so is a log-softmax at the end. Every node has the shape of
     its output for a batch of two in ``meta["shape"]`` and what it does to values in ``meta["traits"]``.
 
@@ -95,6 +98,7 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     traced.delete_all_unused_submodules()
     traced.recompile()
     record_traits(traced, sample)
+    limit_slopes(traced)
     drop_log_softmax(traced, sample)
     return traced
 

@@ -103,9 +103,11 @@ class RunRecord:
     started: str = ""
     """Start, ISO 8601, UTC."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds of each stage."""
+    """Seconds of each stage. Those of fine-tuning are of the student's training, also where it was trained by an
+    earlier run (`student_of`) or before this one was resumed."""
     total_seconds: float | None = None
-    """Seconds of the whole run, including those before it was resumed; synthetic sets in the store cost nothing."""
+    """Sum of `seconds`: what the student cost, including training by an earlier run or before this one was resumed;
+    synthetic sets in the store cost nothing."""
     codes_changed: float | None = None
     """Share (0..1) of the integer weights that fine-tuning changed."""
     lost: int | None = None

@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from synq.common.error_text import one_line
 from synq.config.identity import WEIGHT_SUFFIXES
 from synq.config.run import TeacherConfig
 from synq.teacher.cifar_resnet import cifar_resnet
 from synq.teacher.preprocessing import Preprocessing, timm_rule, torchvision_rule
-from synq.teacher.user_code import made_by_user, one_line, slug, unknown
+from synq.teacher.user_code import made_by_user, slug, unknown
 from synq.teacher.weight_files import is_weight_file, load_weights
 from synq.teacher.wrappers import unwrap_parts
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from synq.common.error_text import one_line
 from synq.config.spec_hints import hub_hint
 from synq.teacher.process_state import process_state_kept
 from synq.teacher.wrappers import check_layers, unwrapped
@@ -69,12 +70,6 @@ def unknown(what: str, got: str, names: Iterable[str]) -> ValueError:
     near = difflib.get_close_matches(got, list(names), n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return ValueError(f"`teacher` must name {what}, but got {got!r}{hint}")
-
-
-def one_line(error: BaseException) -> str:
-    """Return type and text of an error in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _called(factory: Any, spec: str, target: str, module: ModuleType) -> Any:

@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from synq.common.error_text import some_of
 from synq.common.notices import print_notice
 from synq.config.identity import WEIGHT_SUFFIXES
 from synq.teacher.state_dicts import NESTS, Fit, best_fit, is_counter, parts_of
 from synq.teacher.weight_readers import read_content
 
-_NUM_SHOWN = 3
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, torch.float64, *_HALVES)
 """Types of real numbers that need no scales; 8-bit floats need some, which a state dict does not define."""
@@ -107,12 +106,12 @@ def _mismatch(fit: Fit, expected: Mapping[str, Tensor], path: Path) -> str:
     reshaped = [name for name in expected if name in given and given[name].shape != expected[name].shape]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} tensors of the model are not in the file ({_join_first(missing)})")
+        problems.append(f"{len(missing)} tensors of the model are not in the file ({some_of(missing)})")
     if fit.extra:
-        problems.append(f"{len(fit.extra)} tensors of the file are not in the model ({_join_first(fit.extra)})")
+        problems.append(f"{len(fit.extra)} tensors of the file are not in the model ({some_of(fit.extra)})")
     if reshaped:
         shapes = [f"{name} {tuple(given[name].shape)} in the file, {tuple(expected[name].shape)}" for name in reshaped]
-        problems.append(f"{len(reshaped)} shapes differ ({_join_first(shapes)} in the model)")
+        problems.append(f"{len(reshaped)} shapes differ ({some_of(shapes)} in the model)")
     if not problems:
         return ""
     hint = ""
@@ -178,28 +177,21 @@ def _print_choices(fit: Fit, expected: Mapping[str, Tensor], path: Path) -> None
             f"note: {path} stores {' and '.join(halves)}: weights are exactly these values, computed with in float32"
         )
     if fit.others:
-        left = f"{len(fit.others)} tensors outside {fit.prefix!r} are not the model's ({_join_first(fit.others)})"
+        left = f"{len(fit.others)} tensors outside {fit.prefix!r} are not the model's ({some_of(fit.others)})"
         print_notice(f"note: {path}: {left}")
     if fit.rivals:
-        print_notice(
-            f"note: {path} holds the model several times: {fit.prefix!r} is taken, not {_join_first(fit.rivals)}"
-        )
+        print_notice(f"note: {path} holds the model several times: {fit.prefix!r} is taken, not {some_of(fit.rivals)}")
 
 
 def _without_state_dict(content: object, tables: list[str], path: Path) -> ValueError:
     found = f"with {type(content).__name__}"
     if isinstance(content, Mapping):
-        keys = _join_first([str(key) for key in content]) or "none"
+        keys = some_of([str(key) for key in content]) or "none"
         found += f" of the keys {keys}"
     if tables:
-        found = f"with several tables of tensors: {_join_first([table or '(top)' for table in tables])}"
+        found = f"with several tables of tensors: {some_of([table or '(top)' for table in tables])}"
     return ValueError(f"`teacher.weights` must contain a state dict (names and tensors), but got {path} {found}")
 
 
 def _differs_in_rows(given: Tensor, expected: Tensor) -> bool:
     return given.ndim == expected.ndim and given.shape[1:] == expected.shape[1:] and given.ndim in (1, 2, 4)
-
-
-def _join_first(names: list[Any]) -> str:
-    more = ", ..." if len(names) > _NUM_SHOWN else ""
-    return ", ".join(map(str, names[:_NUM_SHOWN])) + more

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from synq.common.error_text import first_line
 from synq.config.identity import WEIGHT_INDEX_SUFFIX
 from synq.config.parsing import shown
 
@@ -107,7 +108,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"`teacher.weights` must be a readable safetensors file, but got {path}: {error}") from error
     except Exception as error:  # such as a KeyError for a type that this PyTorch does not have
-        reason = _first_line(error)
+        reason = _first_sentence(error)
         raise ValueError(f"`teacher.weights` must be a readable safetensors file, but got {path}: {reason}") from error
 
 
@@ -142,15 +143,15 @@ def _read_torch(path: Path) -> object:
                 "torch.jit.load(FILE).state_dict() with torch.save"
             ) from error
         raise ValueError(
-            f"`teacher.weights` must be a readable file of torch.save, but got {path}: {_first_line(error)}"
+            f"`teacher.weights` must be a readable file of torch.save, but got {path}: {_first_sentence(error)}"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_sentence(error: Exception) -> str:
     """Return the first sentence of an error; PyTorch adds paragraphs of advice."""
-    text = "" if isinstance(error, OSError) else str(error).strip()
-    first = text.splitlines()[0].split(". ")[0] if text else ""
-    return first or f"it is truncated or damaged ({type(error).__name__})"
+    if isinstance(error, OSError) or not str(error).strip():
+        return f"it is truncated or damaged ({type(error).__name__})"
+    return first_line(error).partition(". ")[0]
 
 
 def _is_outside(name: str) -> bool:
@@ -163,7 +164,9 @@ def _read_sharded(path: Path) -> dict[str, Tensor]:
     try:
         index = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"`teacher.weights` must be a readable index, but got {path}: {_first_line(error)}") from error
+        raise ValueError(
+            f"`teacher.weights` must be a readable index, but got {path}: {_first_sentence(error)}"
+        ) from error
     files = index.get("weight_map") if isinstance(index, Mapping) else None
     if not isinstance(files, Mapping) or not files or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from synq.common.error_text import some_of
+
 _HOLDERS = frozenset(
     {"DataParallel", "DistributedDataParallel", "AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3"}
 )
 """Classes, also of libraries, that run or average the network in their attribute ``module``."""
-_NAMED = 3
-"""Number of tensors that a message names."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -56,14 +56,14 @@ def check_layers(module: nn.Module, spec: str) -> None:
     lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
     if lazy:
         raise ValueError(
-            f"{spec} must return a network whose sizes are known, but it has lazy layers ({_first(lazy)}): call it "
+            f"{spec} must return a network whose sizes are known, but it has lazy layers ({some_of(lazy)}): call it "
             "once on a batch of images before it is returned"
         )
     empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise ValueError(
             f"{spec} must return a network with weights, but {len(empty)} of its tensors are on the meta device, which "
-            f"holds no values ({_first(empty)}): build it without torch.device('meta')"
+            f"holds no values ({some_of(empty)}): build it without torch.device('meta')"
         )
 
 
@@ -74,7 +74,3 @@ def _inner(module: nn.Module) -> nn.Module | None:
     elif "torch._dynamo" in sys.modules and type(module).__name__ == "OptimizedModule":  # torch.compile
         inside = getattr(module, "_orig_mod", None)
     return inside if isinstance(inside, nn.Module) else None
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

@@ -58,6 +58,8 @@ POOLED = (
         "x.sum([2, 3])",
         "x[:, :, 1, 1]",
         "x.clamp(min=1e-4).pow(3).mean((2, 3)).pow(1 / 3)",
+        "F.avg_pool2d(x.clamp(min=1e-4) ** 3.0, x.shape[2:]).pow(1.0 / 3.0).flatten(1)",
+        "(x.abs() + 0.1).log().mean((2, 3)).exp()",
         "torch.squeeze(torch.squeeze(F.adaptive_avg_pool2d(x, 1), 3), 2)",
     ),
     *(
@@ -157,6 +159,7 @@ def finish(b: Draft) -> None:
         b.line(f"x = {form}")
     elif kind == "clamp":
         b.line(f"x = {b.pick('x.clamp(-10, 10)', 'torch.tanh(x)', 'F.relu(x)', 'F.leaky_relu(x)')}")
+        b.may_be_rejected("returned probabilities")  # if no logit is negative, or above one
     elif kind == "probabilities" and b.chance(0.5):
         form = b.pick(
             "F.softmax(x, 1)",

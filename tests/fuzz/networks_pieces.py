@@ -64,6 +64,8 @@ PIECES: Choices = (
     (1, joins.nested),
     (0.5, joins.split_attention),
     (2, scales.scale_and_shift),
+    (0.7, scales.coordinates),
+    (0.5, scales.written_views),
     (1.2, moves.max_pool),
     (1.2, moves.avg_pool),
     (0.7, moves.upsample),

@@ -75,6 +75,54 @@ def scale_and_shift(b: Draft) -> None:
         b.line(f"x = x + {form}")
 
 
+def coordinates(b: Draft) -> None:
+    """One more channel of constants: a buffer, a parameter or a tensor of the code, for each image or broadcast."""
+    h, w = b.x.shape[2:]
+    p = b.name("p")
+    if b.chance(0.6):
+        kept = b.pick("self.register_buffer('{p}', {t})", "self.{p} = {t}", "self.{p} = nn.Parameter({t})")
+        b.run(kept.format(p=p, t=f"torch.linspace(-1, 1, {h * w}).view(1, 1, {h}, {w})"), b.init)
+        one = f"self.{p}"
+    else:
+        one = b.pick(
+            f"torch.linspace(-1, 1, {h}).view(1, 1, -1, 1).repeat(1, 1, 1, {w})",
+            "torch.linspace(-1, 1, x.shape[2]).view(1, 1, -1, 1).repeat(1, 1, 1, x.shape[3])",
+            "torch.arange(x.size(3)).float().div(x.size(3)).expand(1, 1, x.size(2), -1)",
+            f"torch.full((1, 1, {h}, {w}), 0.5)",
+            "torch.meshgrid(torch.arange(x.size(2)), torch.arange(x.size(3)), indexing='ij')[0][None, None] * 0.1",
+        )
+    n = b.pick("x.size(0)", "x.shape[0]", "len(x)")
+    form = b.pick(
+        f"{one}.expand({n}, -1, -1, -1)",
+        f"{one}.expand({n}, 1, x.shape[2], x.shape[3])",
+        f"{one}.repeat({n}, 1, 1, 1)",
+        f"{one}.expand(64, -1, -1, -1)[:{n}]",
+        f"torch.broadcast_to({one}, ({n}, 1, {h}, {w}))",
+        f"{one}.expand_as(x[:, :1])",
+        f"{one}.new_ones({n}, 1, {h}, {w}) * {one}",
+        f"{one}[0].expand({n}, -1, -1, -1).to(x)",
+    )
+    if b.chance(0.3):
+        b.line("if x.shape[2] > 3:\n    x = x.flip(3)")
+    b.line(b.pick(f"x = torch.cat([x, {form}], 1)", f"x = x + {form}", f"x = torch.concat(({form}, x), dim=1)"))
+    b.may_be_rejected("cannot be exported to ONNX")
+
+
+def written_views(b: Draft) -> None:
+    """A view is overwritten; the tensor is read by its other names."""
+    forms = (
+        ("x.transpose(2, 3).add_(0.1)",),
+        ("y = x.flatten(2)", "x[:, :, 1:].mul_(0.5)", "x = x + y.view_as(x)"),
+        ("y, z = x.chunk(2, 1)", "y.mul_(2.0)", "x = torch.cat([z, x], 1)"),
+        ("x.permute(0, 2, 3, 1)[..., 0].neg_()",),
+        ("y = x[:, :1]", "x.mT[:, :, 0] = 0.5", "x = x * 2 + y"),
+        ("y = x.unsqueeze(1)", "x.narrow(2, 1, 2).copy_(x[:, :, :2] * 0.5)", "x = x + y.squeeze(1)"),
+        ("F.relu(x[:, :1], inplace=True)",),
+    )
+    b.line(*b.pick(*forms))
+    b.may_be_rejected("cannot be exported to ONNX")
+
+
 def value_flow(b: Draft) -> None:
     """Control flow that depends on values, or a write to a part: no graph can hold the first."""
     b.line(

@@ -1,7 +1,9 @@
 """In-place operations on tensors that share memory, loops over the parts of a tensor, and detached tensors."""
 
 import copy
+import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +115,82 @@ def test_operations_in_place_keep_the_names_of_others() -> None:
     assert [node.name for node in in_place.graph.nodes] == [node.name for node in other.graph.nodes]
 
 
+VIEWS = (
+    "{v}.transpose(2, 3)",
+    "torch.transpose({v}, 1, -1)",
+    "{v}.swapaxes(axis0=1, axis1=2)",
+    "{v}.permute(0, 2, 3, 1)",
+    "torch.permute({v}, dims=(0, -1, 1, 2))",
+    "{v}.movedim(1, 3)",
+    "torch.moveaxis({v}, (1, 2), (2, 1))",
+    "{v}.mT",
+    "{v}[:, 1:]",
+    "{v}[..., ::2, :]",
+    "{v}[:, :, 1]",
+    "{v}[:, None]",
+    "{v}.select(1, -1)",
+    "{v}.narrow(2, 1, 2)",
+    "{v}.chunk(2, 1)[1]",
+    "{v}.split((1, {v}.shape[1] - 1), dim=1)[-1]",
+    "torch.tensor_split({v}, 3, dim=2)[0]",
+    "{v}.unbind(2)[1]",
+    "{v}.flatten(2)",
+    "{v}.view({v}.size(0), -1)",
+    "{v}.unsqueeze(2)",
+    "{v}.squeeze(2)",
+    "{v}.unflatten(1, (2, -1))",
+    "{v}.view_as({v})",
+    "torch.diagonal({v}, dim1=1, dim2=2)",
+)
+CHANGES = (
+    "{v}.add_(1.0)",
+    "{v}.mul_(2)",
+    "{v} += 0.5",
+    "{v}[:, 0] = 0.25",
+    "{v}[:, 1:] *= 3.0",
+    "{v}[:, :1] = {v}[:, -1:] * 0.5",
+    "torch.relu_({v})",
+    "{v}.neg_()",
+    "{v}.copy_({v} * 0.5)",
+    "{v}.fill_(0.5)",
+)
+
+
+def program(seed: int) -> str:
+    """Return a function of views of one tensor, some of them overwritten, that reads all of them at the end.
+
+    Not ``contiguous``: whether it returns a view may depend on the number of images.
+    """
+    rng = random.Random(seed)
+    lines, scope, names = ["x = x.clone()"], {"torch": torch, "x": torch.randn(2, 4, 6, 6)}, ["x"]
+    while len(lines) < 12:
+        source, name = rng.choice(names), f"v{len(lines)}"
+        line = f"{name} = {rng.choice(VIEWS)}" if rng.random() < 0.6 else rng.choice(CHANGES)
+        line = line.format(v=source)
+        try:
+            exec(line, scope)
+        except (RuntimeError, IndexError, TypeError):  # a view that this shape has not
+            continue
+        if name in scope and (scope[name].shape[0] != 2 or scope[name].numel() == 0):  # images in another place
+            del scope[name]
+            continue
+        lines.append(line)
+        if name in scope:
+            names.append(name)
+    total = " + ".join(f"{name}.flatten(1).sum(1) * {number + 1}" for number, name in enumerate(names))
+    return "\n    ".join(["def middle(net, x):", *lines, f"return x + ({total}).view(-1, 1, 1, 1)"])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_views_of_views_read_what_was_written_through_others(seed: int) -> None:
+    scope: dict[str, Any] = {"torch": torch}
+    exec(program(seed), scope)
+    try:
+        same(scope["middle"])
+    except AssertionError as error:
+        raise AssertionError(program(seed)) from error
+
+
 def two_parts(net: Net, x: Tensor) -> Tensor:
     first, second = x.chunk(2, 1)
     first.mul_(2.0)
@@ -120,11 +198,28 @@ def two_parts(net: Net, x: Tensor) -> Tensor:
 
 
 def transposed(net: Net, x: Tensor) -> Tensor:
-    x.transpose(2, 3).add_(1.0)
-    return x
+    rows = x.mT
+    x.transpose(2, 3)[:, 0].add_(1.0)
+    return x * rows
 
 
 @pytest.mark.parametrize("middle", [two_parts, transposed])
+def test_a_part_or_a_turned_view_is_put_back(middle: Middle) -> None:
+    graph = same(middle).graph
+    assert not any(str(node.target).endswith("_") for node in graph.nodes if node.op == "call_method")
+
+
+def windows(net: Net, x: Tensor) -> Tensor:
+    x.unfold(2, 2, 2).add_(1.0)
+    return x
+
+
+def bits(net: Net, x: Tensor) -> Tensor:
+    x.view(torch.int32)[:, :1].bitwise_and_(-2)
+    return x
+
+
+@pytest.mark.parametrize("middle", [windows, bits])
 def test_what_cannot_be_followed_is_named(middle: Middle) -> None:
     with pytest.raises(ValueError, match=r"must not overwrite parts .* node '\w+_' works in place on a part of 'relu'"):
         same(middle)

@@ -219,8 +219,16 @@ def test_a_product_as_a_function_is_a_layer_and_goes_all_the_way(made: Callable[
         torch.testing.assert_close(integer_form(student.net)(images), student.net(images), rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("how", ["computed", "fixed", "twice", "scaled"])
-def test_what_is_no_plain_product_stays_a_call_and_is_rejected(how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("computed", r"computed in the forward pass \(by 'mul'\)"),
+        ("fixed", "'part.blur' is a constant"),
+        ("twice", "'part.weight' is a parameter that is not the weight of one layer"),
+        ("scaled", "'part.weight' is a parameter that is not the weight of one layer"),
+    ],
+)
+def test_what_is_no_plain_product_stays_a_call_and_is_rejected(how: str, reason: str) -> None:
     def rest(net: Body, x: Tensor) -> Tensor:
         part: Any = net.part
         if how == "computed":
@@ -239,7 +247,9 @@ def test_what_is_no_plain_product_stays_a_call_and_is_rejected(how: str) -> None
     traced = trace_classifier(net.requires_grad_(False), SIZE)
     x = torch.randn(2, *SIZE)
     assert torch.equal(traced(x), net(x))
-    with pytest.raises(ValueError, match=r"node 'conv2d(_1)?' is conv2d: its tensors would stay float"):
+    with pytest.raises(
+        ValueError, match=rf"node 'conv2d(_1)?' is conv2d: its weight (is )?{reason} and would stay float"
+    ):
         quantize_model(traced, QuantConfig(weight_bits=4, act_bits=4))
 
 

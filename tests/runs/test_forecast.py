@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from synq import pipeline
 from synq.common.notices import forget_notices
 from synq.common.text_tables import duration
 from synq.config.run import RunConfig, with_overrides
@@ -84,6 +85,32 @@ def test_m_9_a_run_says_it_once_and_before_the_images(
     assert "of memory per process" not in capsys.readouterr().err, "a finished run has no work"
     run(with_overrides(shown, {"runtime.progress": False, "seed": 1}))
     assert "of memory per process" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_forecast_that_fails_on_the_main_process_ends_all(
+    is_main: bool, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[list[bool]] = []
+
+    def fails(*args: object) -> Forecast:
+        raise MemoryError("too large")
+
+    def received(values: list[bool]) -> list[bool]:
+        if values in ([True], [False]):
+            sent.append(list(values))
+            return [True]
+        return values
+
+    monkeypatch.setattr(pipeline, "forecast", fails)
+    monkeypatch.setattr(pipeline, "broadcast_object_list", received)
+    monkeypatch.setattr(Accelerator, "is_main_process", is_main)
+    teacher, measure = pipeline.check(config)
+    shown, student = with_overrides(config, {"runtime.progress": True}), build_student(teacher, config.quant)
+    expected, text = (MemoryError, "too large") if is_main else (RuntimeError, "failed on the main process")
+    with pytest.raises(expected, match=text):
+        pipeline._trained_before(shown, teacher, student, measure, Accelerator(cpu=True))
+    assert sent == [[is_main]], "each process takes part in the broadcast, before it ends"
 
 
 def test_f_13_durations_have_no_minus() -> None:

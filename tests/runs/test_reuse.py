@@ -201,6 +201,14 @@ def test_m_5_a_run_in_float64_is_counted_in_float64(config: RunConfig) -> None:
     assert (result.top1, result.lost, result.gained) == (record.top1, record.lost, record.gained)
 
 
+def test_images_that_the_run_selected_by_are_not_counted(config: RunConfig, tmp_path: Path) -> None:
+    record = run(with_overrides(config, {"evaluation.objective": "selection"}))
+    folder = next(path.parent for path in Path(config.runtime.output_dir).glob("*/record.json"))
+    assert main([str(folder), "--json", str(tmp_path / "own.json")]) == 0
+    own = json.loads((tmp_path / "own.json").read_text())
+    assert (own["num_eval"], own["top1"], own["lost"]) == (record.num_eval, record.top1, record.lost)
+
+
 def test_m_5_the_command_counts_a_finished_student(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """Start of Ray on this machine: what a dead or slow process of it leads to, and what is refused before it."""
 
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,36 @@ def test_f_10_the_second_attempt_may_succeed_and_nothing_of_the_first_is_left(
     assert started[1].poll() is None
     started[1].kill()
     started[1].wait()
+
+
+def test_processes_that_others_start_meanwhile_outlive_a_failed_start(
+    raylet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    script = Path(ray.__file__).parent / "dashboard" / "dashboard.py"
+    words = {
+        "ours": ["/bin/sleep", "60"],
+        "raylet": [raylet, "60"],
+        "dashboard": [sys.executable, "-c", "import time; time.sleep(60)", script],
+    }
+    started: dict[str, subprocess.Popen[bytes]] = {}
+
+    def fails(**options: Any) -> None:
+        if not started:
+            started.update({name: subprocess.Popen(command) for name, command in words.items()})
+            time.sleep(0.5)  # until they run their programs
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", fails)
+    start_local_ray()
+    try:
+        assert started["raylet"].wait(5) == started["dashboard"].wait(5) == -9
+        assert started["ours"].poll() is None, "a worker of the caller's own"
+    finally:
+        for process in started.values():
+            process.kill()
+            process.wait()
 
 
 def test_f_10_a_process_of_another_name_may_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

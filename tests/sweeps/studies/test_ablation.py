@@ -143,13 +143,15 @@ def test_the_door_runs_a_spec_and_resumes(tmp_path: Path, capsys: pytest.Capture
     assert {path: read_json(path) for path in tmp_path.glob("mine-*/record.json")} == records
 
 
-def test_the_form_with_settings_in_words_writes_into_the_output_folder(
+def test_the_form_with_settings_in_words_writes_into_a_folder_of_its_settings(
     tmp_path: Path, tiny_settings: dict[str, Any], as_args: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {**tiny_settings, "runtime.output_dir": tmp_path, "finetune.lowpass_cutoff": 3.0}
     assert main(["--bits", "W3A3", "--seeds", "0", "--rows", "none", *as_args(settings), *ONE_THREAD]) == 0
     assert "| W3A3 | none |  |  |  | 1 |" in capsys.readouterr().out
-    assert (tmp_path / "ablation.csv").read_text().count("\n") == 2
+    (table,) = tmp_path.glob("run-*/ablation.csv")
+    assert table.read_text().count("\n") == 2
+    assert not (tmp_path / "ablation.csv").exists(), "a second ablation would overwrite it"
 
 
 @pytest.mark.parametrize(
