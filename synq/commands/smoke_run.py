@@ -23,7 +23,6 @@ COMMON = (
         "quant.weight_bits",
         "quant.act_bits",
         "quant.act_points",
-        "quant.target",
     ),
 )
 EXAMPLES = """\
