@@ -95,7 +95,7 @@ class Simulation(nn.Module):
             for number, step in enumerate(self.program.steps):
                 output = self._run(number, step, [values[name] for name in step.inputs])
                 values[step.output] = self._limited(step, output)
-                for name in (*step.inputs, step.output):
+                for name in dict.fromkeys((*step.inputs, step.output)):  # a step may read a value twice
                     if name in names:
                         kept[name] = values[name]
                     if self._last_reader.get(name, number) == number:

@@ -61,6 +61,12 @@ def _concatenation(builder: ProgramBuilder, value: str) -> str:
     return builder.concatenation(parts)
 
 
+def _twice(builder: ProgramBuilder, value: str) -> str:
+    """Steps that read one value twice."""
+    joined = builder.concatenation([value, value])
+    return builder.product(joined, joined) if builder.integer(0, 1) else builder.sum(joined, joined)
+
+
 def _average_pool(builder: ProgramBuilder, value: str) -> str:
     _, height, width = builder.shape(value)
     kernel = (builder.integer(1, min(3, height)), builder.integer(1, min(3, width)))
@@ -120,6 +126,7 @@ PIECES: dict[str, Piece] = {
     "gate": _gate,
     "product": _product,
     "concatenation": _concatenation,
+    "twice": _twice,
     "average_pool": _average_pool,
     "max_pool": _max_pool,
     "reshape": _reshape,
