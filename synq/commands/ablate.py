@@ -52,7 +52,7 @@ def command(
 
     All three must be enabled in the configuration. It is read from SPEC, a file of the whole ablation, or from
     --config, a file of one run. Tables are written to <output_dir>/<name>; settings of `synq train` on the command line
-    override the file's, and get a folder of their own, <output_dir>/<name>-<teacher>-<digest of the settings>. The same
+    override the file's, and get a separate folder, <output_dir>/<name>-<teacher>-<digest of the settings>. The same
     command resumes an ablation that was stopped.
     """
     from synq.runs.record import summary_line

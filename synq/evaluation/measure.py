@@ -3,7 +3,7 @@
 Counts are summed over processes and divided once: results depend neither on the number of processes nor on batch size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from synq.engines.deployed import deployed_network
 from synq.evaluation import fidelity as measures
 from synq.evaluation.accuracy import top_hits
 from synq.evaluation.labeled import DIGEST_PREFIX, LabeledSet, open_labeled
+from synq.evaluation.teacher_logits import TeacherLogits, dtype_of_net, fidelity, local_batches
 from synq.teacher.teacher import Teacher
 
 Fetch = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -65,10 +66,10 @@ def evaluate(
     """
     if len(indices) == 0:
         raise ValueError("evaluation must have at least one labeled image, but got 0")
-    dtype = _dtype(net)
+    dtype = dtype_of_net(net)
     counts = torch.zeros(3, dtype=torch.int64, device=accelerator.device)
     hits = [torch.zeros(0, dtype=torch.bool, device=accelerator.device)]  # a process may have no image at all
-    batches = _local_batches(indices, batch_size, accelerator)
+    batches = local_batches(indices, batch_size, accelerator)
     is_shown = progress and accelerator.is_main_process
     with passing_bar(sum(map(len, batches)), "labeled images", "image", is_shown=is_shown) as bar:
         for rows in batches:
@@ -99,80 +100,9 @@ def lost_and_gained(before: Accuracy, after: Accuracy, *, accelerator: Accelerat
     return lost, gained
 
 
-@dataclass(frozen=True, kw_only=True)
-class TeacherLogits:
-    """Logits of a teacher for fixed images, computed once for all students; only the batches of this process.
-
-    Attributes:
-        images: (N, C, H, W), the images of all processes.
-        rows: Indices of each batch of this process, (n,).
-        logits: Logits of each batch, (n, K), on the device.
-    """
-
-    images: Tensor
-    rows: Sequence[Tensor]
-    logits: Sequence[Tensor]
-
-    @classmethod
-    @torch.no_grad()
-    def compute(
-        cls, teacher: nn.Module, images: Tensor, *, batch_size: int, accelerator: Accelerator
-    ) -> "TeacherLogits":
-        """Compute the logits of the teacher.
-
-        Args:
-            teacher: (N, C, H, W) -> logits (N, K), in eval mode, on the device of ``accelerator``.
-            images: (N, C, H, W).
-            batch_size: Images per forward pass over all processes.
-            accelerator: Process group.
-        """
-        rows = _local_batches(torch.arange(len(images)), batch_size, accelerator)
-        logits = [teacher(_batch(images, part, teacher, accelerator)) for part in rows]
-        return cls(images=images, rows=rows, logits=logits)
-
-
-@torch.no_grad()
-def fidelity(
-    reference: TeacherLogits, student: nn.Module, functions: Mapping[str, measures.Measure], *, accelerator: Accelerator
-) -> dict[str, float]:
-    """Return the mean of each fidelity measure between student and teacher over all images, without labels.
-
-    Args:
-        reference: Images and the teacher's logits.
-        student: (N, C, H, W) -> logits (N, K), in eval mode, on the device of ``accelerator``.
-        functions: Measures by name.
-        accelerator: Process group.
-
-    Returns:
-        Mean over the images of all processes, by name of the measure.
-    """
-    sums = torch.zeros(len(functions) + 1, dtype=torch.float64, device=accelerator.device)
-    for rows, teacher_logits in zip(reference.rows, reference.logits, strict=True):
-        student_logits = student(_batch(reference.images, rows, student, accelerator))
-        values = [function(teacher_logits, student_logits).double().sum() for function in functions.values()]
-        sums += torch.stack([*values, torch.full_like(values[0], len(rows))])
-    *totals, seen = accelerator.reduce(sums, reduction="sum").tolist()
-    # No measure is negative; rounding gives sums such as -1e-15. A sum that is not finite stays as it is.
-    return {name: 0.0 if total < 0 else total / seen for name, total in zip(functions, totals, strict=True)}
-
-
-def _batch(images: Tensor, rows: Tensor, net: nn.Module, accelerator: Accelerator) -> Tensor:
-    return images[rows.to(images.device)].to(accelerator.device, _dtype(net))
-
-
-def _local_batches(indices: Tensor, batch_size: int, accelerator: Accelerator) -> list[Tensor]:
-    """Return the indices of this process in batches; no index is repeated to pad a batch."""
-    local = indices[accelerator.process_index :: accelerator.num_processes]
-    return list(local.split(max(1, batch_size // accelerator.num_processes))) if len(local) else []
-
-
 def _placement(net: nn.Module) -> tuple[object, ...]:
     """Return device, dtype and contiguity of each parameter, which may change results by rounding."""
     return tuple((p.device.type, p.dtype, p.is_contiguous()) for p in net.parameters())
-
-
-def _dtype(net: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in net.parameters()), torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +216,7 @@ class Measure:
 
         A student in float64 (a choice of the user) or with non-finite values (it has no integer codes) is unchanged.
         """
-        if net is self.teacher.graph or _dtype(net) is torch.float64:
+        if net is self.teacher.graph or dtype_of_net(net) is torch.float64:
             return net
         statistics = (tensor for name, tensor in net.named_buffers() if "running_" in name)
         finite = all(bool(tensor.isfinite().all()) for tensor in (*net.parameters(), *statistics))

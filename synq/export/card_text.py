@@ -180,7 +180,7 @@ def _size(metrics: Mapping[str, Any]) -> str:
 
 
 def speed_text(metrics: Mapping[str, Any]) -> str:
-    """Return how fast the first file is beside float, or why that is not known."""
+    """Return how fast the first file is next to float, or why that is not known."""
     if metrics.get("latency_ms") is None:
         spread = metrics.get("latency_spread")
         return "not measured" if spread is None else f"not stored: {unstable_times(spread)}"

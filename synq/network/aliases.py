@@ -53,7 +53,7 @@ class Aliases:
             self._memory[node] = (StorageWeakRef(storage), value.dtype, geometry)
 
     def place(self, node: fx.Node) -> Place | None:
-        """Return the memory of a node; None if it has none of its own, as the tuple of parts that ``chunk`` returns."""
+        """Return the memory of a node; None if it has none, as the tuple of parts that ``chunk`` returns."""
         if node not in self._memory:
             return None
         storage, dtype, geometry = self._memory[node]
@@ -99,9 +99,9 @@ class Aliases:
 
     def in_one_order(self, one: fx.Node, two: fx.Node) -> bool:
         """Return whether two nodes in the same memory have the same values in the same order, in any two shapes."""
-        places = [self.place(node) for node in (one, two)]
-        assert places[0] is not None and places[1] is not None
-        return places[0][1] is places[1][1] and torch.equal(_elements(places[0][2]), _elements(places[1][2]))
+        found = [self.place(node) for node in (one, two)]
+        assert found[0] is not None and found[1] is not None
+        return found[0][1] is found[1][1] and torch.equal(_elements(found[0][2]), _elements(found[1][2]))
 
 
 def _elements(geometry: Geometry) -> Tensor:
@@ -166,7 +166,7 @@ def read_result_instead(node: fx.Node, overwritten: fx.Node, aliases: Aliases) -
 
 
 class _Views:
-    """Values of the tensors that share memory with one that was overwritten, as new nodes of the graph behind it."""
+    """Values of the tensors that share memory with one that was overwritten, as new nodes of the graph after it."""
 
     def __init__(self, node: fx.Node, overwritten: fx.Node, aliases: Aliases) -> None:
         self.aliases, self.graph, self.last = aliases, node.graph, node
@@ -186,7 +186,7 @@ class _Views:
             view = aliases.view_of(above)
 
     def value(self, other: fx.Node) -> fx.Node | None:
-        """Return a node with the value of ``other`` now; None if it cannot be said by known operations."""
+        """Return a node with the value of ``other`` now; None if it cannot be written with known operations."""
         place = self.aliases.place(other)
         assert place is not None
         if place not in self.made:
@@ -228,9 +228,9 @@ class _Views:
         if number is None:
             return None
         axis = call.kwargs.get("dim", call.args[number + 1] if len(call.args) > number + 1 else 0)
-        places = [self.aliases.place(node) for node in (source, view)]
-        assert places[0] is not None and places[1] is not None
-        (shape, strides, begin), (its_shape, _, its_begin) = (place[2] for place in places if place is not None)
+        found = [self.aliases.place(node) for node in (source, view)]
+        assert found[0] is not None and found[1] is not None
+        (shape, strides, begin), (its_shape, _, its_begin) = (place[2] for place in found if place is not None)
         axis = axis % len(shape) if isinstance(axis, int) else 0
         if axis == 0:  # the number of images is not known
             return None

@@ -4,7 +4,7 @@ A float network keeps its values away from there, x.clamp(min=1e-6).pow(3).mean(
 single values. A quantizer rounds all small values to zero exactly, where autograd's chain rule multiplies infinity by
 zero: one such value makes the gradients of all layers before it NaN. The gradient there is defined as zero, as PyTorch
 defines it for its own norms and standard deviations: zero is a subgradient of a norm at zero, and a logarithm of zero,
-which the quantizer behind it clamps to its range, has no influence on what follows. Values are not changed.
+which the quantizer after it clamps to its range, has no influence on what follows. Values are not changed.
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ def limit_slopes(traced: fx.GraphModule) -> None:
     """Let gradients through functions without a finite slope somewhere be zero there, in place.
 
     Args:
-        traced: A graph with recorded traits and shapes. `finite_gradient` stands before each input of such a function.
+        traced: A graph with recorded traits and shapes. `finite_gradient` comes before each input of such a function.
     """
     unchanged = OpTraits(
         kind=OpKind.PASSIVE, reads=(0,), keeps_values=True, elementwise=True, positively_homogeneous=True

@@ -65,7 +65,7 @@ class LayerTracer(fx.Tracer):
         return graph
 
     def create_arg(self, a: Any) -> Any:
-        """Return what stands for an argument in the graph, a plain tensor as an attribute of the network."""
+        """Return what represents an argument in the graph, a plain tensor as an attribute of the network."""
         if isinstance(a, Tensor) and not a.is_inference():
             self._read.append((a, a._version))
         return super().create_arg(a)

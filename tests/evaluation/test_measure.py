@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from synq.config.run import FIDELITY_MEASURES, EvaluationConfig, QuantConfig, TeacherConfig
 from synq.evaluation.fidelity import OBJECTIVES, kl, logit_mse
-from synq.evaluation.measure import Accuracy, Measure, TeacherLogits, evaluate, fidelity, lost_and_gained
+from synq.evaluation.measure import Accuracy, Measure, evaluate, lost_and_gained
+from synq.evaluation.teacher_logits import TeacherLogits, fidelity
 from synq.quant.integer_form import integer_form
 from synq.quant.student import observe_ranges, quantize_model
 from synq.teacher.teacher import Teacher, load_teacher

@@ -96,7 +96,7 @@ def check_engine(network: Network, teacher: Teacher, images: Tensor, observed: T
     student, where = engine_student(teacher, random.Random(f"engine {network.seed}"), observed)
     if faults := faults_of(student, where.split()[1], images, expected):
         raise DifferenceError(f"{where}: {faults[0]}")
-    check_gradients(network, student, images, where)
+    check_gradients(student, images, where)
 
 
 def load(network: Network) -> Teacher:

@@ -1,4 +1,4 @@
-"""Write the file of a student for an engine: verified in that engine image by image, and timed beside float."""
+"""Write the file of a student for an engine: verified in that engine image by image, and timed next to float."""
 
 import hashlib
 from collections.abc import Callable, Mapping
