@@ -24,7 +24,6 @@ KINDS: dict[str, tuple[str, int]] = {
     "hardsigmoid": ("HardSigmoid", 13),
     "hardswish": ("HardSwish", 14),
     "tanh": ("Tanh", 13),
-    "elu": ("Elu", 13),
     "gelu": ("Gelu", 20),
     "gelu_tanh": ("Gelu", 20),
 }
@@ -79,8 +78,6 @@ def _attributes(step: Elementwise) -> dict[str, Any]:
     match step.function:
         case "leaky_relu":
             return {"alpha": step.arguments.get("negative_slope", 0.01)}
-        case "elu":
-            return {"alpha": step.arguments.get("alpha", 1.0)}
         case "hardsigmoid":
             return {"alpha": 1 / 6, "beta": 0.5}
         case "gelu_tanh":
