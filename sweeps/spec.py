@@ -1,8 +1,8 @@
-"""The specification of a sweep: models x bit-widths, a search space, a budget. `sweeps/spec_file.py` builds it.
+"""The specification of a sweep: models x targets x bit-widths, a search space, a budget. `spec_file.py` builds it.
 
-A *group* is one (model, weight bits, activation bits). Each group has a separate search, separate rungs and a separate
-budget of trials, because a 3-bit student must never be compared with, or stopped in favor of, an 8-bit one. Only a
-search for two objectives, which stops no trial, covers all bit-widths of a model: its group is the model.
+A *group* is one (model, target, weight bits, activation bits). Each group has a separate search, separate rungs and a
+separate budget of trials, because a 3-bit student must never be compared with, or stopped in favor of, an 8-bit one.
+Only a search for two objectives, which stops no trial, covers all bit-widths: its group is the (model, target).
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from .storage.addresses import is_address, local_copy
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """One (model, weight bits, activation bits), and the run whose settings its trials vary."""
+    """One (model, target, weight bits, activation bits), and the run whose settings its trials vary."""
 
     model: str
     """Short name of the model."""
@@ -33,8 +33,9 @@ class Group:
 
     @property
     def key(self) -> str:
-        """Return the name of the group, for example digits_resnet8-W4A4."""
-        return self.model if self.all_bits else f"{self.model}-{self.base.quant.label}"
+        """Return the name of the group, for example digits_resnet8-W4A4 or digits_resnet8-W4A4-openvino."""
+        quant = self.base.quant
+        return f"{self.model}-{quant.group}".replace(f"-{quant.label}", "" if self.all_bits else f"-{quant.label}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +45,7 @@ class SweepSpec:
     search: SearchConfig
     """Budget, search and resources."""
     groups: tuple[Group, ...]
-    """Groups in the order of the spec, bit-widths changing fastest."""
+    """Groups in the order of the spec, bit-widths changing fastest, then targets."""
     dimensions: tuple[Dimension, ...]
     """The search space, the same for every group."""
     points: tuple[dict[str, Any], ...] = ()
@@ -98,4 +99,4 @@ def run_config(
         progress=False,
         device=device,
     )
-    return replace(config, name=f"{group.model}-{config.quant.label}", seed=seed, data_seed=data_seed, runtime=runtime)
+    return replace(config, name=f"{group.model}-{config.quant.group}", seed=seed, data_seed=data_seed, runtime=runtime)

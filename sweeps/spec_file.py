@@ -1,7 +1,7 @@
 """Loading of the spec file of a sweep in three steps: parse, resolve, check.
 
     parse_spec    mapping  -> SpecFile   known keys and types only; environment variables in texts are replaced
-    resolve_spec  SpecFile -> SweepSpec  absolute paths, one group per (model, bits), defaults, the number of trials
+    resolve_spec  SpecFile -> SweepSpec  absolute paths, a group per (model, target, bits), defaults, number of trials
     check_spec    SweepSpec              settings valid at the edges of the space, points inside it, no group twice
 
 `load_spec` does all three for a file, `spec_from_dict` for a mapping.
@@ -18,7 +18,8 @@ from typing import Any
 from synq.config.file_kinds import read_as
 from synq.config.identity import absolute_path
 from synq.config.nearest import unknown_key
-from synq.config.parsing import dotted_keys, require, shown
+from synq.config.parsing import dotted_keys, one_of, require, shown
+from synq.config.quant import TARGETS
 from synq.config.run import (
     MAX_NAME,
     RunConfig,
@@ -33,13 +34,13 @@ from synq.config.run import (
 
 from .points import Point, completed, grid_size, listed_dimensions, point_params
 from .search_config import DEFAULT_TRIALS, LISTED, SearchConfig
-from .space import BITS, DEFAULT_SPACE, Dimension, base_values, with_bits
+from .space import BITS, Dimension, base_values, with_bits
 from .spec import Group, SweepSpec
-from .spec_tables import read_points, read_space, read_table
+from .spec_tables import default_space, read_points, read_space, read_table
 from .storage.addresses import is_address
 
 DEMO_SPEC = Path(__file__).parent / "specs" / "demo.toml"
-TABLES = ("models", "bits", "base", "space", "points")
+TABLES = ("models", "bits", "targets", "base", "space", "points")
 """Keys of a spec in addition to those of `SearchConfig`."""
 MODEL_KEYS = ("name", "dataset", "base")
 """Keys of an entry of `models` in addition to those of `TeacherConfig`."""
@@ -75,6 +76,8 @@ class SpecFile:
     """The classifiers to quantize."""
     bits: tuple[str, ...] = ("W4A4",)
     """Labels of the bit-widths."""
+    targets: tuple[str, ...] = ()
+    """Values of `quant.target`; empty takes that of [base]."""
     base: dict[str, Any] = field(default_factory=dict)
     """Settings common to all runs, as tables; their types are checked when the run of a group is built."""
     space: tuple[Dimension, ...] | None = None
@@ -161,6 +164,11 @@ def parse_spec(mapping: Mapping[str, Any]) -> SpecFile:
         tables["space"] = read_space(content["space"])
     if "models" in content:
         tables["models"] = tuple(_read_model(entry) for entry in _entries(content["models"], "models"))
+    if "targets" in content:
+        tables["targets"] = tuple(_entries(content["targets"], "targets"))
+        require("targets", "be a list with at least one entry", content["targets"], bool(tables["targets"]))
+        for target in tables["targets"]:
+            one_of("targets", target, TARGETS)
     if "bits" in content:
         tables["bits"] = tuple(_read_label(label) for label in _entries(content["bits"], "bits"))
     return SpecFile(search=search, **tables)
@@ -181,7 +189,8 @@ def resolve_spec(written: SpecFile, *, root: str | Path = "") -> SweepSpec:
     if written.space is None and search.sampler != "points":
         space, base = default_space(base)
     labels = written.bits[:1] if search.two_objectives else written.bits
-    groups = [_group(search, base, model, label) for model, label in itertools.product(written.models, labels)]
+    kinds = itertools.product(written.models, written.targets or [""], labels)
+    groups = [_group(search, base, model, target, label) for model, target, label in kinds]
     default_trials = max(DEFAULT_TRIALS, len(points))
     if search.sampler == "points":
         space = listed_dimensions([point for group in groups for point in completed(points, group.base)])
@@ -204,7 +213,8 @@ def check_spec(spec: SweepSpec) -> None:
     double = next((key for key in keys if keys.count(key) > 1), None)
     if double is not None:
         raise ValueError(
-            f"`models` must have different names (set `name`) and `bits` no entry twice, but got {double} twice"
+            "`models` must have different names (set `name`), `bits` and `targets` no entry twice, but got "
+            f"{double} twice"
         )
     for group in spec.groups:
         require(
@@ -279,19 +289,6 @@ def _read_label(label: Any) -> str:
     return str(label)
 
 
-def default_space(base: Mapping[str, Any]) -> tuple[tuple[Dimension, ...], dict[str, Any]]:
-    """Return the default space, and [base] with the unit of the cutoff in that space.
-
-    Raises:
-        ValueError: [base] sets another unit.
-    """
-    finetune = read_table(base.get("finetune", {}), "base.finetune")
-    unit = finetune.setdefault("lowpass_unit", "nyquist")
-    rule = "be nyquist with the default search space (or give another [space])"
-    require("base.finetune.lowpass_unit", rule, unit, unit == "nyquist")
-    return read_space(DEFAULT_SPACE), {**base, "finetune": finetune}
-
-
 def _absolute(search: SearchConfig, root: str | Path) -> SearchConfig:
     """Return the search with absolute paths; the default output_dir is runs/NAME."""
     folder = os.path.join("runs", search.name) if search.output_dir == "none" else search.output_dir
@@ -300,11 +297,18 @@ def _absolute(search: SearchConfig, root: str | Path) -> SearchConfig:
     return replace(search, output_dir=folder, warm_start=tuple(map(absolute_path, search.warm_start)))
 
 
-def _group(search: SearchConfig, base: dict[str, Any], model: ModelEntry, label: str) -> Group:
-    """Return a group: the run of a model at one bit-width, without any searched setting."""
+def _group(search: SearchConfig, base: dict[str, Any], model: ModelEntry, target: str, label: str) -> Group:
+    """Return a group: the run of a model for one engine at one bit-width, without any searched setting."""
     weight_bits, act_bits = parse_bits(label)
-    top = {"quant": {"weight_bits": weight_bits, "act_bits": act_bits}, "evaluation": {"objective": search.objective}}
-    merged = _merge(_merge(base, model.settings), {"teacher": config_to_dict(model.teacher), **top})
+    given = _merge(base, model.settings)
+    quant: dict[str, Any] = {"weight_bits": weight_bits, "act_bits": act_bits}
+    if target:
+        rule = "be left out (the spec's key `targets` sets it)"
+        table = read_table(given.get("quant", {}), "base.quant")
+        require("base.quant.target", rule, table.get("target"), "target" not in table)
+        quant["target"] = target
+    top = {"quant": quant, "evaluation": {"objective": search.objective}}
+    merged = _merge(given, {"teacher": config_to_dict(model.teacher), **top})
     config = config_from_dict(RunConfig, merged)
     if config.runtime.store_dir is not None:
         rule = "be a folder path (synthetic sets go with `output_dir`, which may be an address)"

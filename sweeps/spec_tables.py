@@ -8,7 +8,7 @@ from synq.config.nearest import key_hint, unknown_key
 from synq.config.parsing import config_from_dict, require
 
 from .points import Point
-from .space import BITS, IDENTITY, Dimension, setting_names
+from .space import BITS, DEFAULT_SPACE, IDENTITY, Dimension, setting_names
 
 
 def read_table(value: Any, name: str) -> dict[str, Any]:
@@ -74,7 +74,8 @@ class _Range:
 def _dimension(name: str, table: Any) -> Dimension:
     if name in IDENTITY:
         raise ValueError(
-            f"`space` must not hold `{name}`: bit-widths are groups (`bits`), act_points belongs in [base]"
+            f"`space` must not hold `{name}`: bit-widths and engines are groups (`bits`, `targets`), "
+            "act_points and portable belong in [base]"
         )
     if name.startswith("synthesis."):
         raise ValueError(f"`space` must not hold `{name}`: the synthetic sets are made once, before the trials")
@@ -96,3 +97,16 @@ def _dimension(name: str, table: Any) -> Dimension:
     except ValueError as error:
         raise ValueError(f"[space.{name}] {error}") from None
     return Dimension(name=name, values=tuple(choices), **{key: getattr(parsed, key) for key in known})
+
+
+def default_space(base: Mapping[str, Any]) -> tuple[tuple[Dimension, ...], dict[str, Any]]:
+    """Return the default space, and [base] with the unit of the cutoff in that space.
+
+    Raises:
+        ValueError: [base] sets another unit.
+    """
+    finetune = read_table(base.get("finetune", {}), "base.finetune")
+    unit = finetune.setdefault("lowpass_unit", "nyquist")
+    rule = "be nyquist with the default search space (or give another [space])"
+    require("base.finetune.lowpass_unit", rule, unit, unit == "nyquist")
+    return read_space(DEFAULT_SPACE), {**base, "finetune": finetune}

@@ -29,7 +29,8 @@ PROGRAM = "accelerate launch synq/train.py"
 TEACHER_SETTINGS = ("teacher.spec", "teacher.weights", "teacher.input_size", "teacher.mean", "teacher.std")
 COMMON = (
     *TEACHER_SETTINGS,
-    *("quant.weight_bits", "quant.act_bits", "quant.act_points", "synthesis.num_images", "synthesis.iterations"),
+    *("quant.weight_bits", "quant.act_bits", "quant.act_points", "quant.target"),
+    *("synthesis.num_images", "synthesis.iterations"),
     *("finetune.epochs", "finetune.lr", *(f"finetune.{key}" for key, _ in SWITCHED_OFF.values())),
     *("evaluation.dataset", "runtime.output_dir", "seed"),
 )

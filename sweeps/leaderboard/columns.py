@@ -112,7 +112,7 @@ RUN_COLUMNS = (
     Column("weight_bits", "bit-width of the weights", _EVERYWHERE, "W", "W", "bits"),
     Column("act_bits", "bit-width of the activations", _EVERYWHERE, "A", "A", "bits"),
     Column("protocol", "A: all layers low-bit, static ranges; B: any other", _EVERYWHERE & ~In.SWEEP, is_text=True),
-    Column("act_points", "activations that are quantized: relu or inputs", _EVERYWHERE, "points", "quantization points",
+    Column("act_points", "quantized tensors: relu, inputs or an engine's", _EVERYWHERE, "points", "quantization points",
         is_text=True),
     Column(
         "objective", "what the search optimizes: synthetic or selection", _EVERYWHERE & ~In.SWEEP, is_text=True

@@ -282,7 +282,7 @@ class Ledger:
                 "weights": values["teacher"]["weights"],
             }
             quant = group.base.quant
-            wide = quant.last_bits and quant.last_bits_for_input and quant.act_points == "relu"
+            wide = quant.last_bits and quant.last_bits_for_input and quant.points == "relu"
             if wide and self.spec.search.two_objectives:
                 # The bit-widths are searched, and at those of the base this setting may have no effect.
                 groups[group.key]["last_input"] = "wide"

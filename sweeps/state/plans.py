@@ -120,7 +120,7 @@ def unfinished_record(
         "weight_bits": quant.weight_bits,
         "act_bits": quant.act_bits,
         "protocol": quant.protocol,
-        "act_points": quant.act_points,
+        "act_points": quant.points,
         "objective": evaluation.objective,
     }
     return RunRecord(**{**known, **(values or {})})

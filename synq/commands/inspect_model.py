@@ -18,6 +18,7 @@ COMMON = (
         "quant.first_bits",
         "quant.last_bits",
         "quant.act_points",
+        "quant.target",
     ),
 )
 EXAMPLES = """\

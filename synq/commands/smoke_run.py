@@ -23,6 +23,7 @@ COMMON = (
         "quant.weight_bits",
         "quant.act_bits",
         "quant.act_points",
+        "quant.target",
     ),
 )
 EXAMPLES = """\

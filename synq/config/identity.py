@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from synq.config.finetune import inactive_keys
 from synq.config.parsing import config_to_dict, with_overrides
+from synq.config.quant import RESEARCH, end_bits
 
 T = TypeVar("T")
 DIGEST_FORMAT = 5
@@ -89,9 +90,18 @@ def config_digest(config: object, *, with_seeds: bool = True, with_evaluation: b
         values[part][key] = text
     values["runtime"] = {"precision": values["runtime"]["precision"]}
     quant = values["quant"]
+    quant["first_bits"], quant["last_bits"] = end_bits(quant["target"], quant["first_bits"], quant["last_bits"])
     left_out = [(values, "name"), (values["finetune"], "log_every")]
     left_out += [(values["finetune"], key) for key in inactive_keys(values["finetune"], quant["learned_steps"])]
-    if quant["act_points"] == "inputs" or quant["last_bits"] in (None, quant["act_bits"]):
+    if quant["target"] == RESEARCH:  # also because it was added later than the others
+        left_out += [(quant, "target"), (quant, "portable")]
+    else:
+        left_out += [(quant, "act_points")]
+    if (
+        quant["target"] != RESEARCH
+        or quant["act_points"] == "inputs"
+        or quant["last_bits"] in (None, quant["act_bits"])
+    ):
         left_out += [(quant, "last_bits_for_input")]
     left_out += [(values, "reconstruction")] if quant["rounding"] == "nearest" else []
     left_out += [(values["evaluation"], key) for key in ("batch_size", "data_dir")]

@@ -5,8 +5,29 @@ from typing import Literal
 
 from synq.config.parsing import between, one_of, require
 
+RESEARCH = "research"
+"""Target of a student for no engine: `act_points` decides which tensors are quantized."""
+TARGETS = (RESEARCH, "onnxruntime", "openvino", "tensorrt", "qnn", "litert", "executorch")
+"""Values of `QuantConfig.target`."""
+PORTABLE_TARGETS = ("onnxruntime", "openvino")
+"""Engines whose kernels for x86 add in 16 bits where a CPU has no VNNI."""
+END_BITS = 8
+"""Bit-width of the first and last layer of a student for an engine, where none is given."""
 WEIGHTS_ONLY = "last_bits=weights_only"
 """Part of `QuantConfig.layer_label`, though no single layer: the last layer has last_bits, its input act_bits."""
+
+
+def end_bits(target: str, first_bits: int | None, last_bits: int | None) -> tuple[int | None, int | None]:
+    """Return the bit-widths of the first and last layer; None means those of the other layers.
+
+    Args:
+        target: As in `QuantConfig`; for an engine, None means `END_BITS`.
+        first_bits: As in `QuantConfig`.
+        last_bits: As in `QuantConfig`.
+    """
+    if target == RESEARCH:
+        return first_bits, last_bits
+    return END_BITS if first_bits is None else first_bits, END_BITS if last_bits is None else last_bits
 
 
 def first_last_label(first_bits: int | None, last_bits: int | None) -> str:
@@ -38,11 +59,18 @@ class QuantConfig:
     """Bit-width of the weights, 2 to 8."""
     act_bits: int = 4
     """Bit-width of the activations, 2 to 8."""
+    target: Literal["research", "onnxruntime", "openvino", "tensorrt", "qnn", "litert", "executorch"] = "research"
+    """Engine that is to run the student. It decides which activations are quantized (every tensor that depends on the
+    image) and makes weights symmetric. research: act_points decides, weights are asymmetric."""
+    portable: bool = False
+    """Whether weight codes stay within +-64 except in depthwise layers, so that x86 CPUs without VNNI, whose kernels
+    add in 16 bits, compute the same (target onnxruntime or openvino)."""
     first_bits: int | None = None
     """Bit-width of the first layer's weights and input (under act_points relu the input image stays float); None uses
-    weight_bits and act_bits (protocol A)."""
+    weight_bits and act_bits (protocol A), or 8 for an engine."""
     last_bits: int | None = None
-    """Bit-width of the last layer's weights and input; None uses weight_bits and act_bits (protocol A)."""
+    """Bit-width of the last layer's weights and input; None uses weight_bits and act_bits (protocol A), or 8 for an
+    engine."""
     last_bits_for_input: bool = True
     """Under act_points relu, whether last_bits also applies to the activation that the last layer reads (as in QDrop);
     false keeps act_bits there."""
@@ -51,10 +79,10 @@ class QuantConfig:
     weight_bits, first_bits and last_bits."""
     layer_act_bits: dict[str, int] = field(default_factory=dict)
     """Bit-width of single activations, named by the layer that reads it (act_points inputs) or by the node of the
-    non-linearity (relu); `synq inspect` lists them."""
+    non-linearity (relu) or of the quantized tensor (an engine); `synq inspect` lists them."""
     act_points: Literal["relu", "inputs"] = "relu"
-    """Which activations are quantized: relu (the output of every non-linearity) or inputs (the input of every
-    convolution and linear layer)."""
+    """Which activations are quantized under target research: relu (the output of every non-linearity) or inputs (the
+    input of every convolution and linear layer)."""
     weight_range: Literal["minmax", "mse"] = "minmax"
     """Range of the weights per output channel: minmax, or mse (clipped to minimize the quantization error)."""
     act_range: Literal["minmax", "mse"] = "mse"
@@ -82,6 +110,7 @@ class QuantConfig:
         for name, bits in bit_widths.items():
             is_valid = isinstance(bits, int) and not isinstance(bits, bool) and 2 <= bits <= 8
             require(f"quant.{name}", "be a whole number in [2, 8]", bits, is_valid)
+        one_of("quant.target", self.target, TARGETS)
         one_of("quant.act_points", self.act_points, ("relu", "inputs"))
         one_of("quant.learned_steps", self.learned_steps, ("none", "activations", "all"))
         one_of("quant.rounding", self.rounding, ("nearest", "adaround"))
@@ -89,6 +118,16 @@ class QuantConfig:
         one_of("quant.act_range", self.act_range, ("minmax", "mse"))
         between("quant.mse_norm", self.mse_norm, 1, 8)
         between("quant.calib_images", self.calib_images, 1)
+        if self.target != RESEARCH:
+            place = f"be left out for target {self.target}, which quantizes every tensor that depends on the image"
+            require("quant.act_points", place, self.act_points, self.act_points == "relu")
+            require("quant.last_bits_for_input", place, self.last_bits_for_input, self.last_bits_for_input)
+        if self.portable and self.target not in PORTABLE_TARGETS:
+            engines = " or ".join(PORTABLE_TARGETS)
+            raise ValueError(
+                f"`quant.portable` must be false unless target is {engines}, whose kernels it is for, but got true "
+                f"with target {self.target}"
+            )
 
     @property
     def label(self) -> str:
@@ -96,10 +135,46 @@ class QuantConfig:
         return f"W{self.weight_bits}A{self.act_bits}"
 
     @property
+    def group(self) -> str:
+        """Return bit-widths and engine as part of a name: "W4A4", "W4A4-openvino", "W4A4-openvino_portable"."""
+        return self.label if self.target == RESEARCH else f"{self.label}-{self.points.replace(' ', '_')}"
+
+    @property
+    def points(self) -> str:
+        """Return what decides which tensors are quantized, and how: act_points, or the target, for a record.
+
+        "relu", "inputs", "onnxruntime", "onnxruntime portable".
+        """
+        if self.target == RESEARCH:
+            return self.act_points
+        return f"{self.target} portable" if self.portable else self.target
+
+    @property
+    def end_bits(self) -> tuple[int | None, int | None]:
+        """Return the bit-widths of the first and last layer; None means those of the other layers."""
+        return end_bits(self.target, self.first_bits, self.last_bits)
+
+    def at_uniform_bits(self, bits: int) -> "QuantConfig":
+        """Return a configuration with the same quantization points and `bits` everywhere, its other settings defaults.
+
+        Args:
+            bits: Bit-width, 2 to 8, of the first and last layer too.
+        """
+        ends = None if self.target == RESEARCH else bits
+        return QuantConfig(
+            weight_bits=bits,
+            act_bits=bits,
+            first_bits=ends,
+            last_bits=ends,
+            act_points=self.act_points,
+            target=self.target,
+            portable=self.portable,
+        )
+
+    @property
     def protocol(self) -> str:
         """Return A if bit-widths are uniform, step sizes not learned and weights rounded to nearest; else B."""
-        first = self.first_bits in (None, self.weight_bits) and self.first_bits in (None, self.act_bits)
-        last = self.last_bits in (None, self.weight_bits) and self.last_bits in (None, self.act_bits)
+        first, last = (bits in (None, self.weight_bits) and bits in (None, self.act_bits) for bits in self.end_bits)
         static = self.learned_steps == "none" and self.rounding == "nearest"
         single = {*self.layer_weight_bits.values()} <= {self.weight_bits} and {*self.layer_act_bits.values()} <= {
             self.act_bits

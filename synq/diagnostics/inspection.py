@@ -5,7 +5,7 @@ from typing import Any
 from torch import fx
 
 from synq.common.text_tables import Row
-from synq.config.quant import protocol_label
+from synq.config.quant import RESEARCH, protocol_label
 from synq.config.run import QuantConfig
 from synq.export.export import missing_packages
 from synq.export.operation_check import unexportable_operations
@@ -67,16 +67,16 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str,
         "student": {
             "bits": quant.label,
             "protocol": quant.protocol,
-            "first_bits": quant.first_bits,
-            "last_bits": quant.last_bits,
+            "first_bits": quant.end_bits[0],
+            "last_bits": quant.end_bits[1],
             "layer_bits": quant.layer_label,
-            "act_points": quant.act_points,
+            "act_points": quant.points,
             "bytes": student.size_bytes,
             "macs": macs,
             "bitops": student.bitops,
             "float_bitops": macs * FLOAT_BITS**2,
         },
-        "onnx": _onnx(student),
+        "onnx": _onnx(student, quant.target),
         "layers": _layers(teacher, student, set(guides)),
     }
 
@@ -117,8 +117,10 @@ def summary(found: dict[str, Any]) -> str:
     return "".join(f"{name:<10} {text}\n" for name, text in lines.items())
 
 
-def _onnx(student: Student) -> dict[str, Any]:
+def _onnx(student: Student, target: str) -> dict[str, Any]:
     """Return whether the operations of the student can be exported to ONNX (None: not checked), and why not."""
+    if target != RESEARCH:
+        return {"exportable": None, "reason": f"not checked, because the student is for {target}"}
     if missing := missing_packages():
         reason = f"not checked, because {missing[0]} is missing: pip install 'synq[export]'"
         return {"exportable": None, "reason": reason}

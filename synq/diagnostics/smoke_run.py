@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from synq.config.quant import RESEARCH
 from synq.config.run import (
     EvaluationConfig,
     FinetuneConfig,
@@ -87,7 +88,8 @@ def smoke_run(
         teacher = load_teacher(config.teacher)
         row |= _teacher_properties(teacher)
         student = build_student(teacher, config.quant)
-        if "onnx" in formats and (lines := unexportable_operations(integer_form(student.net, empty=True))):
+        exported_as = formats if config.quant.target == RESEARCH else ()  # those formats are not an engine's
+        if "onnx" in exported_as and (lines := unexportable_operations(integer_form(student.net, empty=True))):
             raise ValueError(f"`formats` must not have onnx for this network: {'; '.join(lines)}")
         row["status"] = FAILED
         if config.teacher.weights == RANDOM:
@@ -103,9 +105,10 @@ def smoke_run(
         row |= {"bits": config.quant.label, "loss": record.loss_history[-1]["loss"]}
         on_stage("W8A8")
         row |= _at_eight_bits(teacher, config.quant, _images(small, teacher))
-        on_stage("export")
-        _, exported = export_run(run_folder(small), options=options, teacher=teacher)
-        row["export"] = ", ".join(file["container"] or file["format"] for file in exported.deployment["files"])
+        if exported_as:
+            on_stage("export")
+            _, exported = export_run(run_folder(small), options=options, teacher=teacher)
+            row["export"] = ", ".join(file["container"] or file["format"] for file in exported.deployment["files"])
         if not row["exact"]:
             row["reason"] = "with quantizers bypassed, the student differs from the teacher"
         elif not math.isfinite(row["loss"]):
@@ -174,7 +177,7 @@ def _miniature(config: RunConfig, folder: Path) -> RunConfig:
 
 def _at_eight_bits(teacher: Teacher, quant: QuantConfig, images: Tensor) -> dict[str, Any]:
     """Compare logits of teacher and W8A8 student; report the worst tensor if their SQNR is below GOOD_DB."""
-    net = build_student(teacher, QuantConfig(weight_bits=8, act_bits=8, act_points=quant.act_points)).net
+    net = build_student(teacher, quant.at_uniform_bits(8)).net
     observe_ranges(net, images, act_range="minmax")
     reference, logits = logits_of(teacher.graph, images), logits_of(net, images)
     row: dict[str, Any] = {"sqnr_db": sqnr_db(reference, logits)}

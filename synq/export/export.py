@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from synq.config.parsing import between, one_of
+from synq.config.quant import RESEARCH
 from synq.config.run import PATH_SETTINGS
 from synq.evaluation.measure import Measure
 from synq.export.card import card_values, is_card, readable_record, siblings_of, write_card
@@ -125,10 +126,16 @@ def export_run(
 
     Raises:
         ExportRejectedError: If a file differs from the student by more than the tolerance; no file is written then.
-        FileNotFoundError, ValueError, OSError: As `open_run`; OSError also if a file cannot be written.
+        FileNotFoundError, ValueError, OSError: As `open_run`; ValueError also if the student is for an engine, OSError
+            if a file cannot be written.
     """
     options, accelerator = options or ExportOptions(), accelerator or Accelerator(cpu=True)
     run = open_run(folder, options.path_overrides, teacher)
+    if (engine := run.config.quant.target) != RESEARCH:
+        raise ValueError(
+            f"`RUN` must have `quant.target` {RESEARCH} to be exported as {', '.join(options.formats)}, but got "
+            f"{engine}, which computes other values: write its file with `--target {engine}`"
+        )
     record, student = run.record, run.student
     target = (Path(out) if out is not None else run.folder / "export").resolve()
     _check_target(target)

@@ -44,13 +44,13 @@ class MixedPrecisionProblem:
             readers = tuple(str(user.target) for user in node.users)
             key: Key = ("activation", name)
             self.as_given[key] = module.bits
-            self._names[key] = (name,) if quant.act_points == "relu" else readers
-            if quant.act_points == "inputs":
+            self._names[key] = readers if quant.points == "inputs" else (name,)
+            if quant.points == "inputs":
                 for reader in dict.fromkeys(readers):
                     reads.setdefault(reader, []).append(key)
         self.tied = [keys for keys in reads.values() if len(keys) > 1]
         fixed = {key for key in self.as_given if self._is_named(key)}
-        fixed |= {("activation", name) for name in student.before_last}
+        fixed |= {("activation", name) for name in student.at_ends}
         if not activations:
             fixed |= {key for key in self.as_given if key[0] == "activation"}
         while more := {key for keys in self.tied if fixed & {*keys} for key in keys} - fixed:
@@ -112,8 +112,8 @@ class MixedPrecisionProblem:
     def _is_named(self, key: Key) -> bool:
         role, _ = key
         # In order of calls: the last call may be of a layer that was called before.
-        first_last = [(self.quant.first_bits, self._calls[0].layer), (self.quant.last_bits, self._calls[-1].layer)]
-        named_by_layer = role == "weight" or self.quant.act_points == "inputs"
+        first_last = zip(self.quant.end_bits, (self._calls[0].layer, self._calls[-1].layer), strict=True)
+        named_by_layer = role == "weight" or self.quant.points == "inputs"
         if named_by_layer and any(bits is not None and layer in self._names[key] for bits, layer in first_last):
             return True
         setting = f"layer_{'weight' if role == 'weight' else 'act'}_bits"

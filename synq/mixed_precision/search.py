@@ -14,7 +14,7 @@ from synq.common.files import write_json_atomic, write_text_atomic
 from synq.common.progress import Bar, visible
 from synq.common.text_tables import to_csv, to_text
 from synq.config.parsing import between, require
-from synq.config.run import QuantConfig, RunConfig, config_digest, config_to_dict
+from synq.config.run import RunConfig, config_digest, config_to_dict
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +146,7 @@ def _scan(
     reference, scores = logits_of(teacher.graph, images), []
     ranges = {name: getattr(quant, name) for name in ("weight_range", "act_range", "mse_norm", "calib_images")}
     for bits in Bar(bit_widths, desc="bit-widths", **visible(config.runtime.progress, leave=False)):
-        uniform = QuantConfig(weight_bits=bits, act_bits=bits, act_points=quant.act_points, **ranges)
+        uniform = replace(quant.at_uniform_bits(bits), **ranges)
         net = build_student(teacher, uniform).net
         place(net, config.runtime, device, teacher.input_size)
         uniform_run = replace(config, quant=uniform)

@@ -4,6 +4,7 @@ Adding an operator is one word in the group of its kind (`aten_groups.py`); `tes
 the traits of all functions of PyTorch that map a tensor to a tensor with what they do to numbers.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -177,8 +178,25 @@ def _meaning(call: OperatorCall) -> OpTraits:
     if name in NONLINEAR or call.is_pointwise:
         low, high = call.argument("min"), call.argument("max")
         zero_clamp = name in ("clamp", "clamp_min") and isinstance(low, int | float) and low == 0 and high is None
-        return OpTraits(kind=OpKind.NONLINEAR, positively_homogeneous=name in HOMOGENEOUS or zero_clamp)
+        return OpTraits(
+            kind=OpKind.NONLINEAR,
+            positively_homogeneous=name in HOMOGENEOUS or zero_clamp,
+            limits=_limits(call),
+        )
     return _unknown(call)
+
+
+def _limits(call: OperatorCall) -> tuple[float, float] | None:
+    """Return the smallest and largest output of a clamp by numbers; None for any other operator."""
+    if call.name == "relu":
+        return 0.0, math.inf
+    if call.name not in ("clamp", "clamp_min", "clamp_max", "hardtanh"):
+        return None
+    low, high = ("min_val", "max_val") if call.name == "hardtanh" else ("min", "max")
+    bounds = [call.argument(low), call.argument(high)]
+    if any(isinstance(bound, Tensor) for bound in bounds):
+        return None
+    return -math.inf if bounds[0] is None else float(bounds[0]), math.inf if bounds[1] is None else float(bounds[1])
 
 
 def _is_elementwise(call: OperatorCall, kind: OpKind) -> bool:
@@ -301,5 +319,6 @@ def in_sequence(before: Iterable[OpTraits], operator: OpTraits) -> OpTraits:
         positively_homogeneous=len(values) == 1 and all(part.positively_homogeneous for part in parts),
         averages=pools(operator.averages, [part.averages for part in values]),
         resamples=pools(operator.resamples, [part.resamples for part in values]),
+        limits=operator.limits if len(values) == 1 and not values[0].operators else None,
         reason=unknown.reason if unknown else "",
     )

@@ -32,7 +32,7 @@ def record_traits(traced: fx.GraphModule, sample: Tensor) -> None:
     _Recorder(traced).run(sample)
     for node in traced.graph.nodes:
         read_by_layer = any(traits_of(user).kind is OpKind.LAYER for user in node.users)
-        if hasattr(nn.Module, node.name) and (read_by_layer or traits_of(node).kind > OpKind.STRUCTURAL):
+        if hasattr(nn.Module, node.name) and (read_by_layer or traits_of(node).kind > OpKind.PASSIVE):
             node._rename(f"{node.name}_1")
     traced.recompile()
 

@@ -54,6 +54,8 @@ class OpTraits:
         positively_homogeneous: f(s x) = s f(x) for scales s_c > 0 per channel, where channels stay where they are.
         averages: Mean over a window of positions of each channel, whose derivative is the same at each position.
         resamples: Changes the resolution of a feature map and computes no feature, so that a block does not end at it.
+        limits: Smallest and largest output of an operation that clamps one tensor by two numbers, infinite where it has
+            no limit: (0, inf) is a ReLU, (0, 6) a ReLU6. None for any other.
         reason: For an unknown operation, why it cannot be quantized.
     """
 
@@ -66,6 +68,7 @@ class OpTraits:
     positively_homogeneous: bool = False
     averages: bool = False
     resamples: bool = False
+    limits: tuple[float, float] | None = None
     reason: str = ""
 
 

@@ -37,7 +37,7 @@ from synq.common.seeding import make_generator
 from synq.config.run import ReconstructionConfig
 from synq.network.blocks import block_ends, segment
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear
-from synq.quant.lsq import fake_quantize_learned, keep_positive
+from synq.quant.lsq import keep_positive
 from synq.quant.soft_rounding import SoftRounding
 
 CACHE_BATCH = 128
@@ -193,8 +193,7 @@ class _SoftBlockRunner(fx.Interpreter):
     def _fake_quantized(self, name: str, module: ActQuantizer, x: Tensor) -> Tensor:
         if not self.learn_steps:
             return module(x)
-        bounds = (module.quant_min, module.quant_max)  # no gradient factor: Adam is invariant to it
-        return fake_quantize_learned(x, self.block.steps[name].float(), module.zero_point, *bounds)
+        return module.with_scale(x, self.block.steps[name])  # no gradient factor: Adam is invariant to it
 
 
 def _learn(

@@ -1,8 +1,10 @@
 """Cost of a student: bit-width of every tensor, multiply-accumulates (MACs), bit operations (BitOps), packed size."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
+from types import MappingProxyType
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,7 +30,7 @@ class TensorRow:
         numel: Number of values (of one image, for an activation).
         macs: Multiply-accumulates per image, for a weight.
         bitops: MACs x weight bits x input bits per image, for a weight; a float operand counts 32 bits.
-        note: Why the tensor is float; "" if it is quantized.
+        note: Why the tensor is float, or what else is special about it; "" if it is quantized.
     """
 
     name: str
@@ -66,12 +68,15 @@ def layer_calls(net: fx.GraphModule) -> tuple[LayerCall, ...]:
     )
 
 
-def account(net: fx.GraphModule, points: dict[fx.Node, int]) -> tuple[TensorRow, ...]:
+def account(
+    net: fx.GraphModule, points: Mapping[fx.Node, int], notes: Mapping[fx.Node, str] = MappingProxyType({})
+) -> tuple[TensorRow, ...]:
     """Return the bit-width and cost of every weight and activation of a student, in order of execution.
 
     Args:
         net: The student's graph, with recorded shapes.
-        points: Bit-width of the quantizer of each quantized activation.
+        points: Bit-width of each quantized activation.
+        notes: Notes on activations.
     """
     rows: list[TensorRow] = []
     calls: dict[str, list[LayerCall]] = {}
@@ -97,7 +102,7 @@ def account(net: fx.GraphModule, points: dict[fx.Node, int]) -> tuple[TensorRow,
             continue
         kind = type(module).__name__.removeprefix("Quant") if module is not None else operation_name(node)
         bits = points.get(node, FLOAT_BITS)
-        note = "" if node in points else "not a point of the chosen rule"
+        note = notes.get(node, "" if node in points else "not a point of the chosen rule")
         size = math.prod(shape[1:])
         rows.append(TensorRow(name=node.name, role="activation", kind=kind, bits=bits, numel=size, note=note))
     return tuple(rows)

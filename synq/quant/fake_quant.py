@@ -79,6 +79,26 @@ def choose_qparams(
     return scale, zero_point.nan_to_num(nan=float(quant_min)).to(torch.int32)
 
 
+@torch.no_grad()
+def choose_symmetric_qparams(min_val: Tensor, max_val: Tensor, quant_max: int) -> tuple[Tensor, Tensor]:
+    """Return the scale and zero_point of a range on a symmetric grid, whose codes are -quant_max..quant_max.
+
+    The scale is max(|min|, |max|) / quant_max, at least `SCALE_EPS`; the zero_point is 0. A range (-1, 2) and a
+    quant_max of 127 give 2 / 127. A NaN in the range gives a NaN scale.
+
+    Args:
+        min_val: Minimum values, any shape (one per tensor or per channel).
+        max_val: Maximum values, same shape.
+        quant_max: Largest code.
+
+    Returns:
+        ``(scale, zero_point)``: float32 > 0 and int32, shape of ``min_val``, without gradients.
+    """
+    largest = torch.maximum(min_val.float().abs(), max_val.float().abs())
+    scale = (largest / quant_max).clamp(min=SCALE_EPS)
+    return scale, torch.zeros_like(scale, dtype=torch.int32)
+
+
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None = None
 ) -> Tensor:

@@ -51,7 +51,13 @@ def fuse_rectified(net: fx.GraphModule) -> int:
         if not isinstance(quantizer, ActQuantizer) or quantizer.scale.device.type != "cpu":
             continue
         (source,) = node.all_input_nodes
-        if not quantizer.has_range or int(quantizer.zero_point) != 0 or not _is_relu(source) or len(source.users) > 1:
+        if (
+            not quantizer.rounded
+            or not quantizer.has_range
+            or int(quantizer.zero_point) != 0
+            or not _is_relu(source)
+            or len(source.users) > 1
+        ):
             continue
         target = f"{node.target}_rectified"
         net.add_submodule(target, RectifiedQuantizer(quantizer))

@@ -42,6 +42,7 @@ from synq.quant.integer_layers import (
     Operations,
 )
 from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear
+from synq.quant.placement import norm_after
 
 
 @torch.no_grad()
@@ -83,6 +84,8 @@ def integer_form(net: fx.GraphModule, *, operations: Operations = "plain", empty
         if isinstance(module, ActQuantizer):
             if not module.has_range and not empty:
                 raise RuntimeError("activation ranges must be observed before conversion to the integer form")
+            if not module.rounded:  # clamped floats, as in the student
+                continue
             activation = IntegerActivation(module, operations)
             form.set_submodule(name, activation)
             _add_dequantize(form, node, activation, calls)
@@ -153,15 +156,10 @@ def foldable_batch_norm(net: fx.GraphModule, node: fx.Node, calls: list[str]) ->
         node: Call of a convolution or linear layer.
         calls: Targets of all ``call_module`` nodes of ``net``, repeated for each call.
     """
-    if len(node.users) != 1 or calls.count(str(node.target)) > 1:
+    norm = norm_after(net, node) if len(node.users) == 1 else None
+    if norm is None or calls.count(str(node.target)) > 1 or calls.count(str(norm.target)) > 1:
         return None
-    (user,) = node.users
-    module = node_module(net, user)
-    if not isinstance(module, _BatchNorm) or module.running_var is None or calls.count(str(user.target)) > 1:
-        return None
-    # The channels of a linear layer are the last axis of its output, those of a batch norm the second.
-    on_channels = isinstance(node_module(net, node), nn.Conv2d) or len(node.meta["shape"]) == 2
-    return user if on_channels else None
+    return norm
 
 
 def _affine(

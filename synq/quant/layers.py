@@ -13,29 +13,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from synq.quant.fake_quant import SCALE_EPS, choose_qparams, fake_quantize, quant_bounds, quantize
-from synq.quant.lsq import fake_quantize_learned, gradient_factor
-from synq.quant.observers import minmax_per_channel
+from synq.quant.lsq import clamp_to_grid, fake_quantize_learned, gradient_factor
+from synq.quant.observers import minmax_per_channel, weight_qparams
 
 WeightSteps = Literal["live", "stored", "learned"]
 """Where the scale of a weight comes from: its current range at every call, a buffer, or a parameter."""
 ACT_QUANTIZERS = "act_quantizers."
 """Prefix of the module name of an activation quantizer, followed by the name of the activation's node."""
+PORTABLE_LIMIT = 64
+"""Largest |code| of a weight that kernels which add pairs of products in 16 bits may read."""
 SIMD_LANES = 16
 """Largest number of float32 values in a SIMD register (AVX-512; 8 with AVX2)."""
 
 
+def weight_limit(bits: int, *, portable: bool) -> int:
+    """Return the largest |code| of a symmetric weight: 2^(bits-1) - 1, or 64 at 8 bits if ``portable``.
+
+    With codes within +-64 the sum of two products with unsigned 8-bit activations, at most 2 x 255 x 64 = 32,640, fits
+    into the 16 bits in which x86 CPUs without VNNI add.
+
+    Args:
+        bits: Bit-width, 2..8.
+        portable: As in `QuantConfig`; a depthwise layer, whose kernels add in 32 bits everywhere, needs no limit.
+    """
+    _, largest = quant_bounds(bits, signed=True)
+    return min(largest, PORTABLE_LIMIT) if portable else largest
+
+
 class WeightQuantizer(nn.Module):
-    """Per-channel asymmetric fake quantization of a weight. Codes are signed.
+    """Per-channel fake quantization of a weight, asymmetric or symmetric. Codes are signed.
 
     The range of output channel c is ``clip_ratio[c] * [min w_c, max w_c]``. "live": recomputed at every call and
     detached, so that it follows the weights during fine-tuning. "stored": computed once, by ``freeze``. "learned":
     computed once, then the scale is trained (LSQ) while the zero_point is fixed. Before ``freeze`` the latter two are
     the same as "live".
 
+    A symmetric grid has the zero_point 0 and codes within +-``limit``, so that an engine's file may have it, and so
+    that a negative factor of a batch norm that is folded into the layer only changes the signs of codes.
+
     Args:
         num_channels: Number of output channels C.
         bits: Bit-width, 2..8.
         steps: Where the scale comes from.
+        limit: Largest |code| of a symmetric grid, see ``weight_limit``; None for an asymmetric one.
 
     Source: SynQ section 3 (min-max, per channel); the clip ratio is ours, 1 reproduces min-max. Learned: ``lsq.py``.
     """
@@ -44,10 +64,10 @@ class WeightQuantizer(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, num_channels: int, bits: int, steps: WeightSteps = "live") -> None:
+    def __init__(self, num_channels: int, bits: int, steps: WeightSteps = "live", limit: int | None = None) -> None:
         super().__init__()
-        self.bits = bits
-        self.quant_min, self.quant_max = quant_bounds(bits, signed=True)
+        self.bits, self.limit = bits, limit
+        self.quant_min, self.quant_max = quant_bounds(bits, signed=True) if limit is None else (-limit, limit)
         self.enabled = True
         self.steps = steps
         self.has_range = False
@@ -79,7 +99,8 @@ class WeightQuantizer(nn.Module):
     def _live_qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         low, high = minmax_per_channel(weight.detach())
         ratio = self.clip_ratio.float()  # also in float64 networks: the fused op accepts float32 only
-        return choose_qparams(low.float() * ratio, high.float() * ratio, self.quant_min, self.quant_max)
+        bounds = (self.quant_min, self.quant_max)
+        return weight_qparams(low.float() * ratio, high.float() * ratio, *bounds, symmetric=self.limit is not None)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the fake-quantized ``weight``, same shape, with the straight-through gradient of ``fake_quantize``."""
@@ -93,7 +114,7 @@ class WeightQuantizer(nn.Module):
         return fake_quantize(weight, scale, zero_point, self.quant_min, self.quant_max, axis=0)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, steps={self.steps}"
+        return f"bits={self.bits}, steps={self.steps}" + ("" if self.limit is None else f", limit={self.limit}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
@@ -106,6 +127,8 @@ class ActQuantizer(nn.Module):
     Args:
         bits: Bit-width, 2..8.
         learned: Whether the scale is a parameter (LSQ); the zero_point keeps its observed value.
+        rounded: False only clamps to the values of the smallest and largest code, as an engine does that fuses a layer
+            into the sum that reads it.
 
     Raises:
         RuntimeError: In forward, if no range has been set.
@@ -114,9 +137,9 @@ class ActQuantizer(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, bits: int, learned: bool = False) -> None:
+    def __init__(self, bits: int, learned: bool = False, rounded: bool = True) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.rounded = bits, rounded
         self.quant_min, self.quant_max = quant_bounds(bits, signed=False)
         self.enabled = True
         self.learned = learned
@@ -146,16 +169,33 @@ class ActQuantizer(nn.Module):
             raise RuntimeError("activation ranges must be observed before the student runs: call observe_ranges first")
         if self.learned:
             return self.learned_forward(x)
+        if not self.rounded:
+            return clamp_to_grid(x, self.scale.float(), self.zero_point, self.quant_min, self.quant_max)
         return fake_quantize(x, self.scale.float(), self.zero_point, self.quant_min, self.quant_max)
 
     def learned_forward(self, x: Tensor, rectified: bool = False) -> Tensor:
         """Return the fake-quantized ``x``, or its ReLU if ``rectified``, with a gradient for the scale too (LSQ)."""
-        factor = gradient_factor(x[:1].numel(), self.quant_max)
+        return self.with_scale(x, self.scale, gradient_factor(x[:1].numel(), self.quant_max), rectified)
+
+    def with_scale(self, x: Tensor, scale: Tensor, grad_factor: float = 1.0, rectified: bool = False) -> Tensor:
+        """Return ``x`` fake-quantized with another scale, which has a gradient (LSQ).
+
+        Args:
+            x: Floating point, any shape.
+            scale: One element > 0.
+            grad_factor: Factor of the gradient of ``scale``.
+            rectified: Whether to apply ReLU to ``x`` first; the zero_point must be 0.
+
+        Returns:
+            Tensor with the shape and dtype of ``x``.
+        """
         bounds = (self.quant_min, self.quant_max)
-        return fake_quantize_learned(x, self.scale.float(), self.zero_point, *bounds, None, factor, rectified)
+        if self.rounded:
+            return fake_quantize_learned(x, scale.float(), self.zero_point, *bounds, None, grad_factor, rectified)
+        return clamp_to_grid(x.relu() if rectified else x, scale.float(), self.zero_point, *bounds, grad_factor)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}" + (", learned" if self.learned else "")
+        return f"bits={self.bits}" + (", learned" if self.learned else "") + ("" if self.rounded else ", not rounded")
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
@@ -178,7 +218,9 @@ class QuantConv2d(nn.Conv2d):
     weight_quantizer: WeightQuantizer
 
     @classmethod
-    def from_float(cls, conv: nn.Conv2d, bits: int, steps: WeightSteps = "live") -> "QuantConv2d":
+    def from_float(
+        cls, conv: nn.Conv2d, bits: int, steps: WeightSteps = "live", limit: int | None = None
+    ) -> "QuantConv2d":
         """Return a quantized layer with the parameters of ``conv`` (shared, not copied)."""
         layer = cls(
             conv.in_channels,
@@ -193,7 +235,7 @@ class QuantConv2d(nn.Conv2d):
             device="meta",
         )
         layer.weight, layer.bias = conv.weight, conv.bias
-        layer.weight_quantizer = WeightQuantizer(conv.out_channels, bits, steps).to(conv.weight.device)
+        layer.weight_quantizer = WeightQuantizer(conv.out_channels, bits, steps, limit).to(conv.weight.device)
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
@@ -231,11 +273,13 @@ class QuantLinear(nn.Linear):
     weight_quantizer: WeightQuantizer
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, bits: int, steps: WeightSteps = "live") -> "QuantLinear":
+    def from_float(
+        cls, linear: nn.Linear, bits: int, steps: WeightSteps = "live", limit: int | None = None
+    ) -> "QuantLinear":
         """Return a quantized layer with the parameters of ``linear`` (shared, not copied)."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
-        layer.weight_quantizer = WeightQuantizer(linear.out_features, bits, steps).to(linear.weight.device)
+        layer.weight_quantizer = WeightQuantizer(linear.out_features, bits, steps, limit).to(linear.weight.device)
         return layer
 
     def forward(self, input: Tensor) -> Tensor:

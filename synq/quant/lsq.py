@@ -84,6 +84,33 @@ def fake_quantize_learned(
     return rounded
 
 
+def clamp_to_grid(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, grad_factor: float = 1.0
+) -> Tensor:
+    """Clamp ``x`` to the values of the smallest and largest code, without rounding.
+
+    The gradient of ``x`` passes between the two; that of ``scale`` is quant_min - zero_point below and quant_max -
+    zero_point above, as in ``fake_quantize_learned``, and 0 between. For s = 0.5, zero_point 0 and quant_max 15, 0.8
+    stays 0.8 and 9 becomes 7.5.
+
+    Args:
+        x: Floating point, any shape.
+        scale: One element, float32; below ``SCALE_EPS`` it is replaced by ``SCALE_EPS``.
+        zero_point: int32, one element, within [quant_min, quant_max].
+        quant_min: Smallest code.
+        quant_max: Largest code.
+        grad_factor: Factor of the gradient of ``scale``.
+
+    Returns:
+        Tensor with the shape and dtype of ``x``.
+    """
+    held = scale.detach().clamp(min=SCALE_EPS)
+    step = (held + (scale - scale.detach()) * grad_factor).reshape(())  # the value of `held`, a factor on its gradient
+    low, high = (quant_min - zero_point.reshape(())) * step, (quant_max - zero_point.reshape(())) * step
+    work = torch.promote_types(x.dtype, torch.float32)
+    return torch.clamp(x.to(work), low.to(work), high.to(work)).to(x.dtype)
+
+
 class _LearnedScale(torch.autograd.Function):
     """Compute x^ for broadcastable ``scale``, ``low`` and ``high``, in fusible operations that save no mask."""
 

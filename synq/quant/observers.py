@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from synq.quant.fake_quant import choose_qparams, fake_quantize, quant_bounds
+from synq.quant.fake_quant import choose_qparams, choose_symmetric_qparams, fake_quantize, quant_bounds
 
 _HISTC_CHUNK = 2**23
 """Number of elements per call: histc counts in the dtype of its input, and float32 counts only up to 2^24 per bin."""
@@ -35,6 +35,22 @@ def minmax_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight = weight.permute(0, 2, 3, 1)  # so that flatten returns a view instead of a copy
     flat = weight.flatten(1)
     return flat.amin(dim=1), flat.amax(dim=1)  # aminmax takes four times as long on CPU
+
+
+def weight_qparams(
+    min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int, *, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Return scale and zero_point, each (C_out,), of the ranges of output channels on either kind of grid.
+
+    Args:
+        min_val, max_val: (C_out,), as from ``minmax_per_channel``.
+        quant_min: Smallest code; -quant_max if ``symmetric``.
+        quant_max: Largest code.
+        symmetric: Whether the grid is that of ``choose_symmetric_qparams``, else that of ``choose_qparams``.
+    """
+    if symmetric:
+        return choose_symmetric_qparams(min_val, max_val, quant_max)
+    return choose_qparams(min_val, max_val, quant_min, quant_max)
 
 
 class RangeObserver:
@@ -202,7 +218,7 @@ def mse_range(
 
 
 @torch.no_grad()
-def mse_weight_ratio(weight: Tensor, bits: int, norm: float = 2.4) -> Tensor:
+def mse_weight_ratio(weight: Tensor, bits: int, norm: float = 2.4, limit: int | None = None) -> Tensor:
     """Return the clipping ratio of each output channel's min-max range that minimizes sum |w - q(w)|^norm.
 
     The ratio is chosen once; during training the range is ``ratio * minmax`` of the current weights. Both bounds have
@@ -213,6 +229,7 @@ def mse_weight_ratio(weight: Tensor, bits: int, norm: float = 2.4) -> Tensor:
         weight: (C_out, ...), floating point.
         bits: Bit-width of the signed codes, 2..8.
         norm: Exponent p > 0.
+        limit: Largest |code| of a symmetric grid; None takes the asymmetric grid of ``bits``.
 
     Returns:
         (C_out,) in [0.2, 1.0], float32, on the device of ``weight``.
@@ -222,7 +239,7 @@ def mse_weight_ratio(weight: Tensor, bits: int, norm: float = 2.4) -> Tensor:
     """
     if norm <= 0:
         raise ValueError(f"`mse_norm` must be > 0, but got {norm}")
-    bounds = quant_bounds(bits, signed=True)
+    bounds = quant_bounds(bits, signed=True) if limit is None else (-limit, limit)
     flat = weight.detach().flatten(1).float()
     min_val, max_val = minmax_per_channel(flat)
     # Normalized to magnitude 1 for the same reason as in mse_range; an all-zero channel keeps ratio 1.
@@ -231,7 +248,7 @@ def mse_weight_ratio(weight: Tensor, bits: int, norm: float = 2.4) -> Tensor:
     best_error = torch.full_like(min_val, math.inf)
     best_ratio = torch.ones_like(min_val)
     for ratio in _WEIGHT_RATIOS:
-        scale, zero_point = choose_qparams(min_val * ratio, max_val * ratio, *bounds)
+        scale, zero_point = weight_qparams(min_val * ratio, max_val * ratio, *bounds, symmetric=limit is not None)
         error = fake_quantize(flat, scale, zero_point, *bounds, axis=0).sub_(flat).abs_().pow_(norm).sum(dim=1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)

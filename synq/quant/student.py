@@ -8,12 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from synq.config.quant import QuantConfig
+from synq.config.quant import RESEARCH, QuantConfig
 from synq.network.functional_layers import replace_layer
 from synq.network.op_traits import node_module
-from synq.network.ops import classify, value_sources
-from synq.network.tracing import tensor_inputs
-from synq.quant.bit_patterns import BitPatterns, layer_names
+from synq.network.ops import classify
+from synq.quant.bit_patterns import BitPatterns
 from synq.quant.cost import TensorRow, account, packed_bytes
 from synq.quant.layers import (
     ACT_QUANTIZERS,
@@ -22,8 +21,10 @@ from synq.quant.layers import (
     QuantLinear,
     WeightSteps,
     quantizers_bypassed,
+    weight_limit,
 )
 from synq.quant.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
+from synq.quant.points import bits_and_notes, layer_bits, quantized_activations
 from synq.teacher.pixel_range import PixelRange
 from synq.teacher.teacher import Teacher
 
@@ -40,7 +41,8 @@ class Student:
         rows: Every weight and activation with its bit-width.
         size_bytes: Packed size: weights at their bit-width; zero point, gain and shift per channel.
         bitops: Sum over layers of MACs x weight bits x input bits, per image; a float operand counts 32.
-        before_last: Under act_points "relu", the non-linearities with the last layer's bit-width because it reads them.
+        at_ends: Quantized nodes whose bit-width is that of the first or last layer by their place: under act_points
+            "relu" those that the last layer reads; for an engine see ``target_points``.
     """
 
     net: fx.GraphModule
@@ -49,7 +51,7 @@ class Student:
     rows: tuple[TensorRow, ...]
     size_bytes: int
     bitops: int
-    before_last: frozenset[str] = frozenset()
+    at_ends: frozenset[str] = frozenset()
 
 
 def build_student(teacher: Teacher, quant: QuantConfig) -> Student:
@@ -67,6 +69,7 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
         quant: Bit-widths, quantization points, and which scales are stored or learned. Under act_points "relu",
             ``last_bits`` is also the bit-width of the non-linearity that the last layer reads, pooled or not
             (``value_sources``), unless ``last_bits_for_input`` is False; if the layer reads a sum, that stays float.
+            For the points of an engine (``target``) see ``placement.py``.
         cam_node: Node of ``traced`` whose output is the CAM's feature map; "" for none.
 
     Returns:
@@ -77,55 +80,25 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
             quantizers bypassed differs from the teacher; or if a name or pattern of `quant` matches nothing.
     """
     net = copy.deepcopy(traced).eval()
-    layers, nonlinear = classify(net)
+    layers, _ = classify(net)
     by_name = BitPatterns(quant.layer_weight_bits, "quant.layer_weight_bits")
-    weight_bits = _layer_bits(layers, quant.weight_bits, quant.first_bits, quant.last_bits, by_name)
+    weight_bits = layer_bits(layers, quant.weight_bits, *quant.end_bits, by_name)
     act_names = BitPatterns(quant.layer_act_bits, "quant.layer_act_bits")
-    learned, stored = quant.learned_steps == "all", quant.rounding == "adaround"
-    steps: WeightSteps = "learned" if learned else "stored" if stored else "live"
-    for node in layers:
-        module = node_module(net, node)
-        if isinstance(module, nn.Conv2d) and not isinstance(module, QuantConv2d):
-            replace_layer(net, str(node.target), QuantConv2d.from_float(module, weight_bits[node], steps).eval())
-        elif isinstance(module, nn.Linear) and not isinstance(module, QuantLinear):
-            replace_layer(net, str(node.target), QuantLinear.from_float(module, weight_bits[node], steps).eval())
-
-    before_last: dict[fx.Node, int] = {}
-    if quant.act_points == "relu":
-        if quant.last_bits is not None and quant.last_bits_for_input:
-            calls = [node for node in layers if node.target == layers[-1].target]
-            sources = value_sources(net, {*nonlinear})
-            before_last = {
-                point: quant.last_bits for node in calls for point in sources.get(tensor_inputs(node)[0], ())
-            }
-        bits_after = {node: act_names.width(node.name) or before_last.get(node, quant.act_bits) for node in nonlinear}
-        points = {node: (bits_after[node], list(node.users)) for node in nonlinear}
-    else:
-        input_bits = _layer_bits(layers, quant.act_bits, quant.first_bits, quant.last_bits, act_names)
-        points = {}
-        for node in layers:
-            producer = tensor_inputs(node)[0]
-            bits, users = points.get(producer, (0, []))
-            points[producer] = (max(bits, input_bits[node]), [*users, node])
-        for node in layers:
-            named, (bits, readers) = act_names.width(*layer_names(str(node.target))), points[tensor_inputs(node)[0]]
-            if named not in (None, bits):
-                others = ", ".join(str(reader.target) for reader in readers if reader is not node)
-                raise ValueError(
-                    "`quant.layer_act_bits` must set one bit-width for layers that read the same tensor, but got "
-                    f"{named} for {node.target} and {bits} for {others}"
-                )
+    _quantize_weights(net, weight_bits, quant)
+    points = quantized_activations(net, quant, act_names)
     by_name.check_all_fit()
     act_names.check_all_fit()
+    bits, notes = bits_and_notes(net, quant, points)
     taps = {}
-    for node, (bits, users) in points.items():
-        quantizer = _insert_quantizer(net, node, users, ActQuantizer(bits, quant.learned_steps != "none"))
-        if quant.act_points == "relu":
+    for node, point in points.items():
+        act_quantizer = ActQuantizer(point.bits, quant.learned_steps != "none", point.rounded)
+        quantizer = _insert_quantizer(net, node, point.readers, act_quantizer)
+        if quant.points != "inputs":
             taps[node.name] = quantizer.name
     net.graph.lint()
     net.recompile()
     _check_same(net, traced)
-    rows = account(net, {node: bits for node, (bits, _) in points.items()})
+    rows = account(net, bits, notes)
     return Student(
         net=net,
         cam_node=taps.get(cam_node, cam_node),
@@ -133,8 +106,27 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
         rows=rows,
         size_bytes=packed_bytes(net),
         bitops=sum(row.bitops for row in rows),
-        before_last=frozenset(node.name for node in before_last),
+        at_ends=frozenset(node.name for node, point in points.items() if point.at_end),
     )
+
+
+def _quantize_weights(net: fx.GraphModule, bits_of: dict[fx.Node, int], quant: QuantConfig) -> None:
+    """Replace the layers of a network by quantized ones, in place."""
+    learned, stored = quant.learned_steps == "all", quant.rounding == "adaround"
+    steps: WeightSteps = "learned" if learned else "stored" if stored else "live"
+    for node, bits in bits_of.items():
+        module = node_module(net, node)
+        if isinstance(module, QuantConv2d | QuantLinear) or not isinstance(module, nn.Conv2d | nn.Linear):
+            continue
+        # The kernels of depthwise layers add in 32 bits.
+        depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1
+        limit = None if quant.target == RESEARCH else weight_limit(bits, portable=quant.portable and not depthwise)
+        layer: nn.Module
+        if isinstance(module, nn.Conv2d):
+            layer = QuantConv2d.from_float(module, bits, steps, limit)
+        else:
+            layer = QuantLinear.from_float(module, bits, steps, limit)
+        replace_layer(net, str(node.target), layer.eval())
 
 
 def observe_ranges(
@@ -174,7 +166,9 @@ def observe_ranges(
         if isinstance(module, (QuantConv2d, QuantLinear)):
             weights = module.weight_quantizer
             if weight_range == "mse":
-                weights.clip_ratio.copy_(mse_weight_ratio(module.weight.detach().float(), weights.bits, norm))
+                weights.clip_ratio.copy_(
+                    mse_weight_ratio(module.weight.detach().float(), weights.bits, norm, weights.limit)
+                )
             weights.freeze(module.weight)
     if image_range is not None:
         images = PixelRange(*image_range).clamp(images)
@@ -186,7 +180,12 @@ def observe_ranges(
     except ValueError as error:
         raise ValueError(f"{error}: the teacher overflows on the synthetic images") from error
     if act_range == "mse":
-        histograms = {name: HistogramObserver(low, high) for name, (low, high) in ranges.items() if low < high}
+        # A quantizer that does not round has no error within its range.
+        histograms = {
+            name: HistogramObserver(low, high)
+            for name, (low, high) in ranges.items()
+            if low < high and net.get_submodule(name).rounded
+        }
         _observe(net, batches, lambda name, x: histograms[name].update(x) if name in histograms else None)
         for name, histogram in histograms.items():
             quantizer = net.get_submodule(name)
@@ -252,20 +251,6 @@ def _check_same(net: fx.GraphModule, traced: fx.GraphModule) -> None:
             f"bypassed the student's logits differ from the teacher's by {float((found - expected).abs().max()):.3g}: "
             "a custom forward pass was lost. Write it with plain Conv2d, Linear and standard activations"
         )
-
-
-def _layer_bits(
-    layers: list[fx.Node], bits: int, first_bits: int | None, last_bits: int | None, by_name: BitPatterns
-) -> dict[fx.Node, int]:
-    """Return the bit-width of each layer: by name, else of the first or last layer, else ``bits``."""
-    bits_of = dict.fromkeys(layers, bits)
-    for node in layers:
-        if node.target == layers[-1].target and last_bits is not None:
-            bits_of[node] = last_bits
-        if node.target == layers[0].target and first_bits is not None:
-            bits_of[node] = first_bits
-        bits_of[node] = by_name.width(*layer_names(str(node.target))) or bits_of[node]
-    return bits_of
 
 
 def _insert_quantizer(net: fx.GraphModule, node: fx.Node, users: list[fx.Node], quantizer: ActQuantizer) -> fx.Node:

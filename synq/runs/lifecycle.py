@@ -95,7 +95,7 @@ def blank_record(
         warnings.append(f"the CAM term is off: {cam.reason}")
     warnings += set_warnings(config.synthesis, train_set, heldout)
     quant = config.quant
-    ends = (bits for bits in (quant.first_bits, quant.last_bits) if bits is not None)
+    ends = (bits for bits in quant.end_bits if bits is not None)
     all_bits = (
         quant.weight_bits,
         quant.act_bits,
@@ -119,7 +119,7 @@ def blank_record(
         weight_bits=config.quant.weight_bits,
         act_bits=config.quant.act_bits,
         protocol=config.quant.protocol,
-        act_points=config.quant.act_points,
+        act_points=config.quant.points,
         objective=config.evaluation.objective,
         size_bytes=student.size_bytes,
         bitops=student.bitops,

@@ -11,7 +11,7 @@ from synq.common.files import read_json, write_json_atomic
 from synq.common.statistics import drop_stderr, drop_text
 from synq.config.identity import DIGEST_FORMAT
 from synq.config.parsing import check_format
-from synq.config.quant import protocol_label
+from synq.config.quant import RESEARCH, end_bits, protocol_label
 from synq.config.run import RunConfig, config_digest, config_to_dict
 
 SCHEMA_VERSION = 2
@@ -50,7 +50,7 @@ class RunRecord:
     protocol: str = ""
     """A: uniform bit-widths, step sizes not learned, rounding to nearest; B: anything else."""
     act_points: str = ""
-    """Which activations are quantized: relu or inputs."""
+    """Which activations are quantized: relu, inputs, or those of an engine, by its name."""
     objective: str = ""
     """Objective of a sweep: synthetic or selection."""
     objective_value: float | None = None
@@ -203,7 +203,8 @@ def run_folder(config: RunConfig) -> Path:
 def run_protocol(record: RunRecord) -> str:
     """Return the protocol of a run with its first/last layer bits: "A", "B (8/8)"."""
     quant = record.config.get("quant", {})
-    return protocol_label(record.protocol, quant.get("first_bits"), quant.get("last_bits"))
+    ends = end_bits(quant.get("target", RESEARCH), quant.get("first_bits"), quant.get("last_bits"))
+    return protocol_label(record.protocol, *ends)
 
 
 def summary_line(record: RunRecord) -> str:

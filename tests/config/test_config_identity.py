@@ -34,6 +34,10 @@ EVERYTHING_ON = with_overrides(
 )
 
 
+NEEDED: dict[str, dict[str, object]] = {"quant.portable": {"quant.target": "openvino"}}
+"""What a setting is allowed with."""
+
+
 def _another_value(key: str, value: object) -> object:
     """A valid value other than the default, for any key."""
     special = {
@@ -53,6 +57,7 @@ def _another_value(key: str, value: object) -> object:
         "synthesis.bns_form": "var_mean",
         "synthesis.augment": "flip_shift",
         "quant.act_points": "inputs",
+        "quant.target": "litert",
         "quant.weight_range": "mse",
         "quant.act_range": "minmax",
         "finetune.optimizer": "adam",
@@ -91,7 +96,7 @@ def _another_value(key: str, value: object) -> object:
 
 @pytest.mark.parametrize("key", [key for key in dotted_keys(RunConfig) if key not in ("teacher.mean", "teacher.std")])
 def test_the_digest_counts_exactly_what_decides_the_result(key: str) -> None:
-    base = EVERYTHING_ON
+    base = with_overrides(EVERYTHING_ON, NEEDED.get(key, {}))
     value = config_to_dict(base)
     for part in key.split("."):
         value = value[part]
@@ -109,6 +114,7 @@ def test_the_digest_counts_exactly_what_decides_the_result(key: str) -> None:
         ({"finetune.perturb_weight": 0.0}, {"finetune.perturb_size": 0.5}),
         ({"finetune.cam_weight": 0.0}, {"finetune.cam_method": "cam"}),
         ({"finetune.ce_weight": 0.0}, {"finetune.hard_labels": "top2"}),
+        ({"quant.target": "qnn", "quant.first_bits": None}, {"quant.first_bits": 8}),
     ],
     ids=str,
 )

@@ -26,7 +26,7 @@ def record(
         "weight_bits": config.quant.weight_bits,
         "act_bits": config.quant.act_bits,
         "protocol": config.quant.protocol,
-        "act_points": config.quant.act_points,
+        "act_points": config.quant.points,
         "objective": config.evaluation.objective,
         "objective_value": objective_value,
         "top1": 90.0,

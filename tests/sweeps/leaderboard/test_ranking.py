@@ -89,6 +89,27 @@ def test_a_front_spans_bit_widths_and_nothing_else(other: dict[str, Any], shared
     assert marks == {1: (1, 1), 2: (0, 0) if shared else (1, 1)}
 
 
+@pytest.mark.parametrize("status", ["completed", "failed"])
+def test_students_of_each_engine_have_a_ranking_apart(status: str) -> None:
+    """Also those that are portable; an explicit 8 at the first layer is the default of an engine."""
+    settings: list[dict[str, Any]] = [
+        {},
+        {"quant.first_bits": 8, "quant.last_bits": 8},
+        {"quant.target": "onnxruntime"},
+        {"quant.target": "onnxruntime", "quant.portable": True},
+        {"quant.target": "openvino"},
+        {"quant.target": "openvino", "quant.first_bits": 8},
+    ]
+    runs = [record(0.1 + i, overrides=one, seed=i, status=status) for i, one in enumerate(settings)]
+    rows = leaderboard_rows(runs) if status == "completed" else trial_rows(runs)
+    points = [row["act_points"] for row in rows]
+    expected = ["onnxruntime", "onnxruntime portable", "openvino", "relu", "relu"]
+    assert sorted(points) == (expected if status == "completed" else sorted([*expected, "openvino"]))
+    if status == "completed":
+        assert {row["rank"] for row in rows} == {1}
+        assert {(row["first_bits"], row["last_bits"]) for row in rows} == {(None, None), (8, 8)}
+
+
 def test_edge_widths_of_protocol_b_share_a_front_though_not_a_ranking() -> None:
     edges = [{"quant.first_bits": 8}, {"quant.first_bits": 6}]
     rows = leaderboard_rows([record(0.1 + i, overrides=edge, size_bytes=1 + i) for i, edge in enumerate(edges)])
@@ -161,9 +182,15 @@ def test_runs_share_a_row_exactly_if_the_digest_of_their_setting_is_the_same() -
         same = config_digest(config, with_seeds=False) == digest
         assert (read_setting(config_to_dict(config))[1] == key) is same, (name, value)
         seen[same].add(name)
-    both = {"teacher.mean", "teacher.std"}  # these go together
+    both = {"teacher.mean", "teacher.std", "quant.portable"}  # these go with others
     assert seen[True] | seen[False] == set(dotted_keys(RunConfig)) - both
     assert {"seed", "data_seed", "name", "finetune.log_every", "runtime.device"} <= seen[True]
     assert {"finetune.lr", "quant.act_bits", "runtime.precision", "synthesis.lr"} <= seen[False]
+    portable = {"quant.target": "openvino", "quant.portable": True}
+    keys = {
+        read_setting(config_to_dict(with_overrides(base, {**portable, "quant.portable": on})))[1]
+        for on in (True, False)
+    }
+    assert len(keys | {key}) == 3
     normalized = with_overrides(base, {"teacher.mean": [0.5], "teacher.std": [0.5]})
     assert read_setting(config_to_dict(normalized))[1] != key

@@ -1,0 +1,1 @@
+"""From PyTorch operators (ATen) on quantized activations to the steps of an integer program."""

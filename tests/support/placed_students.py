@@ -1,0 +1,24 @@
+"""Students of engines for the tests of programs."""
+
+from torch import Tensor, fx, nn
+
+from synq.config.quant import QuantConfig
+from synq.network.tracing import trace_classifier
+from synq.quant.student import observe_ranges, quantize_model
+
+
+def placed(
+    module: nn.Module,
+    size: tuple[int, int, int],
+    images: Tensor,
+    target: str = "onnxruntime",
+    *,
+    weight_bits: int = 8,
+    act_bits: int = 8,
+) -> fx.GraphModule:
+    """Return the student of a network for a target, with its ranges observed on ``images``."""
+    traced = trace_classifier(module.eval().requires_grad_(False), size)
+    quant = QuantConfig(target=target, weight_bits=weight_bits, act_bits=act_bits)  # type: ignore[arg-type]
+    net = quantize_model(traced, quant).net
+    observe_ranges(net, images, act_range="minmax")
+    return net
