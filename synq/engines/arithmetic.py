@@ -149,6 +149,24 @@ class Arithmetic(ABC):
         return self.has_grid(value) and value not in self._unrounded
 
 
+def table(arithmetic: Arithmetic, step: Elementwise) -> Tensor:
+    """Return the output of a function for every code of its input, within the limits of the step.
+
+    Returns:
+        (quant_max + 1,) codes, or floats if the output has no grid.
+
+    Raises:
+        ValueError: If the input holds floats.
+    """
+    if not arithmetic.has_grid(step.inputs[0]):
+        raise ValueError(
+            f"the input of a function must hold codes, but `{step.inputs[0]}` of `{step.layer or step.output}` "
+            "holds floats: quantize it"
+        )
+    values = arithmetic.elementwise(step, torch.arange(arithmetic.grid(step.inputs[0]).quant_max + 1.0))
+    return values.clamp(step.low, step.high) if arithmetic.is_rounded(step.output) else values
+
+
 def unrounded_values(program: Program) -> frozenset[str]:
     """Return the values that their Sum reads limited but not rounded (`Sum.unrounded`)."""
     return frozenset(

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synq.engines.arithmetic import Arithmetic, float32, fma
-from synq.engines.onnxruntime_functions import function_values
+from synq.engines.onnxruntime_functions import native_values
 from synq.engines.program import (
     AveragePool,
     Concatenation,
@@ -127,7 +127,7 @@ class OnnxRuntimeArithmetic(Arithmetic):
 
     def elementwise(self, step: Elementwise, codes: Tensor) -> Tensor:
         own, grid = self.grid(step.inputs[0]), self.grid(step.output)
-        return quantized(function_values(step, dequantized(codes, own)), grid)
+        return quantized(native_values(step, dequantized(codes, own)), grid)
 
 
 def quantized(x: Tensor, grid: Grid) -> Tensor:

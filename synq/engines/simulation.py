@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synq.engines.arithmetic import Arithmetic
+from synq.engines.arithmetic import Arithmetic, table
 from synq.engines.exact_sums import ExactSums
 from synq.engines.onnxruntime_arithmetic import OnnxRuntimeArithmetic
 from synq.engines.program import (
@@ -79,7 +79,7 @@ class Simulation(nn.Module):
                 self.register_buffer(f"weight_scale_{number}", scale, persistent=False)
                 self.register_buffer(f"bias_{number}", bias, persistent=False)
             elif isinstance(step, Elementwise):
-                self.register_buffer(f"table_{number}", self._table(step), persistent=False)
+                self.register_buffer(f"table_{number}", table(arithmetic, step), persistent=False)
         self._last_reader = {value: number for number, step in enumerate(program.steps) for value in step.inputs}
 
     @torch.no_grad()
@@ -113,16 +113,6 @@ class Simulation(nn.Module):
         if isinstance(step, Limited):
             return output.clamp(step.low, step.high)
         return output.clamp(0, self.program.grids[step.output].quant_max) if isinstance(step, Quantize) else output
-
-    def _table(self, step: Elementwise) -> Tensor:
-        """Return the output of a function for each code of its input."""
-        grid = self.program.grids.get(step.inputs[0])
-        if grid is None:
-            raise ValueError(
-                f"the input of a function must hold codes, but `{step.inputs[0]}` of `{step.layer or step.output}` "
-                "holds floats: quantize it"
-            )
-        return self.arithmetic.elementwise(step, torch.arange(grid.quant_max + 1.0))
 
     def _run(self, number: int, step: Step, inputs: list[Tensor]) -> Tensor:
         """Return the output of a step before its limits."""

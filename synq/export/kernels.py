@@ -8,9 +8,14 @@ Runtime, and the list of its operators, which the test of this module reads.
 """
 
 import tempfile
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from synq.export.verify import open_session
+
+if TYPE_CHECKING:
+    import onnx
 
 INTEGER_KERNELS = frozenset(
     {
@@ -51,9 +56,27 @@ def count_kernels(model: bytes) -> tuple[int, int]:
 
 def kernels_of(model: bytes) -> list[str]:
     """Return the operations that ONNX Runtime runs for a model on this machine, in order."""
+    return [node.op_type for node in _optimized_nodes(model)]
+
+
+def kernel_counts(model: bytes) -> dict[str, int]:
+    """Return how often ONNX Runtime runs each operation for a model on this machine."""
+    return dict(Counter(kernels_of(model)))
+
+
+def float_layers(model: bytes) -> list[str]:
+    """Return the names of the convolutions and matrix products that ONNX Runtime computes in float on this machine.
+
+    Args:
+        model: An ONNX model, whose nodes are named by their layers.
+    """
+    return [node.name for node in _optimized_nodes(model) if node.op_type in FLOAT_KERNELS]
+
+
+def _optimized_nodes(model: bytes) -> "list[onnx.NodeProto]":
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         open_session(model, optimized=path)
-        return [node.op_type for node in onnx.load(path).graph.node]
+        return list(onnx.load(path).graph.node)

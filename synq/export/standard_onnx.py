@@ -7,10 +7,10 @@ OpenVINO 2026.4.1):
 
 - Activations are UINT8, weights INT8 with zero point 0 and one scale per output channel, biases INT32 on the grid
   ``input scale * weight scale``. Anything else runs in float or several times slower.
-- Weights of at most 4 bits are INT4 in the file, half the bytes, behind a Cast to INT8 that is computed when the file
+- Weights of at most 4 bits are INT4 in the file, half the bytes, with a Cast to INT8 that is computed when the file
   is loaded: DequantizeLinear of INT4 itself keeps the layer in float.
-- Limits of codes, for activations below 8 bits or folded ReLUs whose zero point is not 0, are a Clip *behind*
-  QuantizeLinear, on codes; in front of it, the layer stays in float.
+- Limits of codes, for activations below 8 bits or folded ReLUs whose zero point is not 0, are a Clip *after*
+  QuantizeLinear, on codes; before it, the layer stays in float.
 - MaxPool, Reshape and other movements are between DequantizeLinear and QuantizeLinear of one grid, Pad is on codes.
 
 The graph computes the program in the order of its steps; `OnnxRuntimeArithmetic` is what ONNX Runtime makes of it.
@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from synq.engines.program import Program
+from synq.engines.simulation import ARITHMETICS
 from synq.export.qdq.graph import QuantizedGraph
 from synq.export.qdq.steps import write_step
 from synq.export.verify import IMAGES
@@ -42,10 +43,11 @@ def standard_onnx(program: Program, *, pack_two_bits: bool = False) -> onnx.Mode
     Raises:
         ValueError: If a function has no nodes.
     """
+    arithmetic = ARITHMETICS[program.target](program)
     graph = QuantizedGraph({program.image: IMAGES, program.logits: LOGITS}, program.grids)
     for step in program.steps:
         rows = program.shapes[step.inputs[0]][:-1]
-        write_step(graph, step, rows, pack_two_bits=pack_two_bits)
+        write_step(graph, step, arithmetic, rows, pack_two_bits=pack_two_bits)
     ends = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *program.shapes[value]])
         for name, value in ((IMAGES, program.image), (LOGITS, program.logits))

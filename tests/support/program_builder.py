@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synq.engines import program as p
+from synq.engines.functions import FUNCTIONS
 
 SAMPLE = 4
 
@@ -173,7 +174,7 @@ class ProgramBuilder:
         return self.add(p.AveragePool, [value], sample, self.grid_of(sample, self.act_bits), **fields)
 
     def elementwise(self, value: str, function: str, **arguments: float) -> str:
-        sample = FUNCTIONS[function](self.samples[value], **arguments)
+        sample = FUNCTIONS[function](self.samples[value].double(), **arguments).float().nan_to_num()
         grid = self.grid_of(sample, self.act_bits)
         return self.add(p.Elementwise, [value], sample, grid, function=function, arguments=arguments)
 
@@ -218,22 +219,3 @@ class ProgramBuilder:
         return p.Program(
             target=target, image="image", logits=logits, steps=tuple(self.steps), grids=self.grids, shapes=shapes
         )
-
-
-FUNCTIONS = {
-    "relu": F.relu,
-    "sigmoid": torch.sigmoid,
-    "leaky_relu": F.leaky_relu,
-    "hardsigmoid": F.hardsigmoid,
-    "hardswish": F.hardswish,
-    "silu": F.silu,
-    "mish": F.mish,
-    "elu": F.elu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "tanh": torch.tanh,
-    "softplus": F.softplus,
-    "relu6": F.relu6,
-    "affine": lambda x, scale, shift: x * scale + shift,
-}
-"""The functions of single values, by the name that a program has for them."""

@@ -44,6 +44,10 @@ class QuantizedGraph:
             self._names[value] = self.unique(value)
         return self._names[value]
 
+    def rename(self, value: str, codes_of: str) -> None:
+        """Let a value of the program have the codes of another value, without a node."""
+        self._names[value] = self.name(codes_of)
+
     def unique(self, name: str) -> str:
         """Return a name that no other value or constant has."""
         found, number = name, 0
@@ -63,7 +67,7 @@ class QuantizedGraph:
         self.nodes.append(helper.make_node(kind, list(inputs), [output], name=name, **attributes))
         return output
 
-    def constant(self, name: str, value: npt.NDArray[Any]) -> str:
+    def constant(self, name: str, value: npt.NDArray[Any] | np.generic) -> str:
         """Add a constant; return its name."""
         name = self.unique(name)
         self.constants[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
@@ -86,8 +90,8 @@ class QuantizedGraph:
     def scale_and_zero_point(self, value: str) -> tuple[str, str]:
         """Return the names of new constants with the grid of a value."""
         grid, name = self.grids[value], self.name(value)
-        scale = self.constant(f"{name}.scale", np.float32(grid.scale).reshape(()))
-        return scale, self.constant(f"{name}.zero_point", np.uint8(grid.zero_point).reshape(()))
+        scale = self.constant(f"{name}.scale", np.float32(grid.scale))
+        return scale, self.constant(f"{name}.zero_point", np.uint8(grid.zero_point))
 
     def floats(self, value: str) -> str:
         """Return the name of the floats of a value, made by DequantizeLinear at their first use."""
@@ -100,7 +104,7 @@ class QuantizedGraph:
         return self._floats[value]
 
     def quantize(self, floats: str, value: str, limits: tuple[int, int] | None = None, name: str = "") -> None:
-        """Make the codes of a value from floats, limited behind QuantizeLinear where its own saturation is not enough.
+        """Make the codes of a value from floats, limited after QuantizeLinear where its own saturation is not enough.
 
         Args:
             floats: Name of the floats.
@@ -117,12 +121,13 @@ class QuantizedGraph:
     def limit(self, codes: str, name: str, limits: tuple[int, int]) -> None:
         """Make codes from others, limited to a smallest and a largest one."""
         ends = [
-            self.constant(f"{name}.{end}", np.uint8(limit).reshape(()))
-            for end, limit in zip(("low", "high"), limits, strict=True)
+            self.constant(f"{name}.{end}", np.uint8(limit)) for end, limit in zip(("low", "high"), limits, strict=True)
         ]
         self.node("Clip", (codes, *ends), name, f"{name}.clip")
 
-    def finish(self, kind: str, inputs: Sequence[str], step: Step, limits: tuple[int, int] | None, **attributes: Any) -> None:
+    def finish(
+        self, kind: str, inputs: Sequence[str], step: Step, limits: tuple[int, int] | None, **attributes: Any
+    ) -> None:
         """Append the float operation of a step and quantize its output, if that has a grid."""
         if step.output not in self.grids:
             self.node(kind, inputs, self.name(step.output), step.layer or step.output, **attributes)

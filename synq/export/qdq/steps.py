@@ -1,9 +1,12 @@
 """The nodes of each step of a program, in the form that ONNX Runtime and OpenVINO replace by integer kernels."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
+from synq.engines.arithmetic import Arithmetic, table
 from synq.engines.program import (
     AveragePool,
     Concatenation,
@@ -37,12 +40,15 @@ PACKED_ZERO = 2
 """Code of zero in a quarter of a byte."""
 
 
-def write_step(graph: QuantizedGraph, step: Step, rows: tuple[int, ...], *, pack_two_bits: bool) -> None:
+def write_step(
+    graph: QuantizedGraph, step: Step, arithmetic: Arithmetic, rows: tuple[int, ...], *, pack_two_bits: bool
+) -> None:
     """Append the nodes of a step.
 
     Args:
         graph: The graph, with the values that the step reads.
         step: The step.
+        arithmetic: Of the engine, for tables.
         rows: Sizes of the axes of its first input between N and the last one.
         pack_two_bits: Whether weights of 2 bits take a quarter of a byte instead of half a byte.
 
@@ -71,7 +77,7 @@ def write_step(graph: QuantizedGraph, step: Step, rows: tuple[int, ...], *, pack
         case Dense():
             _write_dense(graph, step, pack_two_bits, rows)
         case Elementwise():
-            write_function(graph, step)
+            write_function(graph, step, table(arithmetic, step))
         case Limited():
             _write_limited(graph, step)
         case Pad() if step.inputs[0] in graph.grids:
@@ -157,7 +163,7 @@ def _write_pad(graph: QuantizedGraph, step: Pad) -> None:
     """Pad codes: between DequantizeLinear and QuantizeLinear, ONNX Runtime would pad floats."""
     name = graph.name(step.output)
     pads = graph.constant(f"{name}.pads", np.array((*step.before, *step.after), np.int64))
-    zero = graph.constant(f"{name}.padding", np.uint8(graph.grids[step.output].zero_point).reshape(()))
+    zero = graph.constant(f"{name}.padding", np.uint8(graph.grids[step.output].zero_point))
     graph.node("Pad", (graph.name(step.inputs[0]), pads, zero), name, step.layer or step.output)
 
 
@@ -193,7 +199,7 @@ def _write_dense(graph: QuantizedGraph, step: Dense, pack_two_bits: bool, rows: 
 
 def _parameters(graph: QuantizedGraph, step: Layer, pack_two_bits: bool) -> tuple[str, str]:
     """Return the names of the floats of a weight and a bias, which engines fold into the layer."""
-    label = graph.name(step.output)
+    label = step.layer or graph.name(step.output)
     codes: npt.NDArray[np.int8] = step.weight.cpu().numpy().astype(np.int8)
     weight_scale = step.weight_scale.cpu().numpy().astype(np.float32)
     zero_point = 0
@@ -208,7 +214,9 @@ def _parameters(graph: QuantizedGraph, step: Layer, pack_two_bits: bool) -> tupl
     bias = graph.constant(f"{label}.bias", step.bias.cpu().numpy().astype(np.int32))
     bias_scale = np.float32(graph.grids[step.inputs[0]].scale) * weight_scale
     return (
-        _dequantized_parameter(graph, f"{label}.weight", weight, weight_scale, np.full(len(codes), zero_point, np.int8)),
+        _dequantized_parameter(
+            graph, f"{label}.weight", weight, weight_scale, np.full(len(codes), zero_point, np.int8)
+        ),
         _dequantized_parameter(graph, f"{label}.bias", bias, bias_scale, np.zeros(len(codes), np.int32)),
     )
 
@@ -233,15 +241,13 @@ def _quarter_bytes(graph: QuantizedGraph, label: str, codes: npt.NDArray[np.int8
     quarters = (codes + PACKED_ZERO).astype(np.uint8).reshape(4, -1)
     shifts = np.array([[0], [2], [4], [6]], np.uint8)
     content = np.bitwise_or.reduce(quarters << shifts, axis=0, keepdims=True)
-    names = [
-        graph.constant(f"{label}.weight.{part}", value)
-        for part, value in {
-            "packed": content,
-            "shifts": shifts,
-            "mask": np.uint8(3).reshape(()),
-            "shape": np.array(codes.shape, np.int64),
-        }.items()
-    ]
+    parts: dict[str, npt.NDArray[Any] | np.generic] = {
+        "packed": content,
+        "shifts": shifts,
+        "mask": np.uint8(3),
+        "shape": np.array(codes.shape, np.int64),
+    }
+    names = [graph.constant(f"{label}.weight.{part}", value) for part, value in parts.items()]
     graph.need_opset(18)  # BitwiseAnd
     values = names[0]
     for kind, others, attributes in (
