@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synq.engines.arithmetic import Arithmetic, float32
+from synq.engines.functions import exact_values
 from synq.engines.program import (
     AveragePool,
     Concatenation,
@@ -210,10 +211,6 @@ def window_sums(step: AveragePool, values: Tensor) -> Tensor:
     return F.avg_pool2d(F.pad(values, (left, right, top, bottom)), step.kernel, step.stride, divisor_override=1)
 
 
-def _hardswish(x: Tensor) -> Tensor:
-    return x * ((x + 3).clamp(0, 6) * float32(1 / 6, x))
-
-
 def _hardsigmoid(x: Tensor) -> Tensor:
     return (x + 3).clamp(0, 6) * float32(1 / 6, x)
 
@@ -226,31 +223,15 @@ def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Tensor:
     return torch.where(x > 0, x, x * float32(negative_slope, x))
 
 
-def _silu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(x.double()).float()
-
-
-def _rounded(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a function of float64 that rounds its result to float32 once."""
-    return lambda x: function(x.double()).float()
-
-
-FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": _leaky_relu,
-    "hardswish": _hardswish,
-    "hardsigmoid": _hardsigmoid,
+NATIVE: dict[str, Callable[..., Tensor]] = {
     "affine": _affine,
-    "silu": _silu,
-    "elu": _rounded(F.elu),
-    "gelu": _rounded(F.gelu),
-    "gelu_tanh": _rounded(lambda x: F.gelu(x, approximate="tanh")),
-    "sigmoid": _rounded(torch.sigmoid),
-    "tanh": _rounded(torch.tanh),
+    "leaky_relu": _leaky_relu,
+    "hardsigmoid": _hardsigmoid,
+    "hardswish": lambda x: x * _hardsigmoid(x),
+    "silu": lambda x: x * torch.sigmoid(x.double()).float(),
 }
-"""Float32 functions by name. Those with an exponential are rounded once here; the engine's differ from them by a unit
-in the last place now and then, which a code shows only where it is within that of a tie."""
+"""Functions of more than one float32 operation, as the engine orders them. All others are rounded once: the engine's
+exponentials differ from that by a unit in the last place now and then, which a code shows only next to a tie."""
 
 
 def function_values(step: Elementwise, x: Tensor) -> Tensor:
@@ -261,11 +242,8 @@ def function_values(step: Elementwise, x: Tensor) -> Tensor:
         x: Float32.
 
     Raises:
-        ValueError: If the engine's arithmetic of the function is not known.
+        ValueError: If the function is not known.
     """
-    if step.function not in FUNCTIONS:
-        raise ValueError(
-            f"`function` must be one of {', '.join(sorted(FUNCTIONS))} in XNNPACK, but got {step.function} at "
-            f"`{step.layer}`: replace it, or use another target"
-        )
-    return FUNCTIONS[step.function](x, **step.arguments)
+    if step.function in NATIVE:
+        return NATIVE[step.function](x, **step.arguments)
+    return exact_values(step, x)

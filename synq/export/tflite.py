@@ -44,6 +44,7 @@ from synq.engines.xnnpack_arithmetic import pool_as_convolution
 from synq.export.mobile.channels_last import memory_axes, memory_axis, reshape_moves, transpose_moves
 from synq.export.mobile.emitter import OFFSET, Emitter
 from synq.export.mobile.functions import emit_function
+from synq.export.mobile.ranges import check_ratio, kernel_weight_scale
 from synq.export.mobile.rejections import unsupported
 from synq.export.mobile.windows import same_padding
 
@@ -124,8 +125,9 @@ class _Writer(Emitter):
             weight: Its codes in the order of memory.
             axis: Of the output channels.
         """
-        codes, scales = weight.contiguous().numpy(), step.weight_scale.float().numpy()
-        steps = scales * np.float32(self.program.grids[step.inputs[0]].scale)
+        source, output = self.program.grids[step.inputs[0]], self.program.grids[step.output]
+        codes, scales = weight.contiguous().numpy(), kernel_weight_scale(step, source, output).numpy()
+        steps = scales * np.float32(source.scale)
         name = step.layer or step.output
         if self.floats:
             real = codes * scales.reshape([-1 if number == axis else 1 for number in range(codes.ndim)])
@@ -190,9 +192,11 @@ class _Writer(Emitter):
     # Sums, products, pools, functions.
 
     def sum(self, step: Sum) -> None:
+        check_ratio(self.program, step, "litert")
         self.emit(step, "ADD", self.inputs(step), 2, "Add", fuses=True)
 
     def product(self, step: Product) -> None:
+        check_ratio(self.program, step, "litert")
         if len({self.rank(value) for value in step.inputs}) > 1:
             cure = "give both factors as many axes"
             raise ValueError(unsupported("litert", step, "a product of values with different numbers of axes", cure))

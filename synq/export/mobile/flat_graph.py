@@ -29,15 +29,18 @@ class FlatGraph:
         self._buffers: list[Any] = [schema.BufferT()]  # number 0 is the empty one of activations, by the format
         self._constants: dict[tuple[object, ...], int] = {}
 
-    def activation(self, name: str, shape: Sequence[int], quantization: tuple[float, int] | None = None) -> int:
+    def activation(
+        self, name: str, shape: Sequence[int], quantization: tuple[float, int] | None = None, dtype: str = "float32"
+    ) -> int:
         """Add a tensor that an operator computes, or an input.
 
         Args:
             name: Any; need not be unique.
             shape: Without the batch.
-            quantization: Scale and zero point of int8 codes; None: float32.
+            quantization: Scale and zero point of int8 codes; None: not quantized.
+            dtype: If it is not quantized.
         """
-        tensor = self._tensor(name, np.dtype(np.float32 if quantization is None else np.int8), (1, *shape))
+        tensor = self._tensor(name, np.dtype(dtype if quantization is None else np.int8), (1, *shape))
         tensor.shapeSignature = [-1, *shape]
         if quantization is not None:
             tensor.quantization = self._quantization([quantization[0]], [quantization[1]], 0)

@@ -1,14 +1,20 @@
 """Functions of single values as operators of LiteRT.
 
 XNNPACK evaluates ``DEQUANTIZE, function, QUANTIZE`` at every code when it loads a file, and then runs a table; so it
-does with LOGISTIC, TANH and ELU on codes. A SiLU, whose input has two readers, stays in floats.
+does with LOGISTIC, TANH and ELU on codes. A SiLU, whose input has two readers, stays in floats. Functions that the
+format does not have are tables in the file.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
+
+import numpy as np
+import torch
 
 from synq.engines.program import Elementwise
-from synq.export.mobile.emitter import Emitter
+from synq.engines.xnnpack_arithmetic import XnnpackArithmetic
+from synq.export.mobile.emitter import OFFSET, Emitter
 from synq.export.mobile.rejections import unsupported
 
 RELU6 = 3
@@ -44,6 +50,7 @@ def _times(value: float) -> Link:
 
 GATE = Link("MUL", "Mul", gated=True)
 CHAINS: dict[str, Callable[..., list[Link]]] = {
+    "identity": lambda: [],
     "relu": lambda: [Link("RELU")],
     "relu6": lambda: [Link("RELU6")],
     "leaky_relu": lambda negative_slope=0.01: [Link("LEAKY_RELU", "LeakyRelu", values={"alpha": negative_slope})],
@@ -57,7 +64,7 @@ CHAINS: dict[str, Callable[..., list[Link]]] = {
     "affine": lambda factor=1.0, offset=0.0: [_times(factor), _plus(offset)],
     "silu": lambda: [Link("LOGISTIC"), GATE],
 }
-"""Operators by the name of the function; its arguments are those of PyTorch's function."""
+"""Operators by the name of the function, from its arguments; with other arguments it is a table."""
 ON_CODES = ("sigmoid", "tanh", "elu")
 """Functions whose operator has a kernel on codes that is the same table."""
 
@@ -66,17 +73,14 @@ def emit_function(emitter: Emitter, step: Elementwise) -> None:
     """Add the operators of a function of single values.
 
     Raises:
-        ValueError: If the engine has no such function, or with other arguments only.
+        ValueError: If the network without quantization is written and the engine has no such float operator.
     """
-    if step.function not in CHAINS:
-        choices = ", ".join(sorted(CHAINS))
-        cure = f"use one of {choices}, or export with `--target exact`"
-        raise ValueError(unsupported("litert", step, f"the function {step.function}", cure))
-    try:
-        chain = CHAINS[step.function](**step.arguments)
-    except TypeError:
-        given = f"{step.function} with {', '.join(step.arguments)}"
-        raise ValueError(unsupported("litert", step, given)) from None
+    chain = _chain(step)
+    if chain is None and not emitter.floats:
+        _emit_table(emitter, step)
+        return
+    if chain is None:
+        raise ValueError(unsupported("litert", step, f"the function {step.function} in floats", "time another network"))
     [source] = emitter.inputs(step)
     if step.function in ON_CODES and not emitter.floats:
         emitter.emit(step, chain[0].operator, [source])
@@ -100,3 +104,29 @@ def emit_function(emitter: Emitter, step: Elementwise) -> None:
         emitter.tensors[step.output] = current
     else:
         emitter.emit(step, "QUANTIZE", [current], options="Quantize")
+
+
+def _chain(step: Elementwise) -> list[Link] | None:
+    """Return the operators of a function; None if there are none for it or for its arguments."""
+    make = CHAINS.get(step.function)
+    if make is None or not step.arguments.keys() <= signature(make).parameters.keys():
+        return None
+    return make(**step.arguments)
+
+
+def _emit_table(emitter: Emitter, step: Elementwise) -> None:
+    """Add a table in which GATHER looks codes up: exact for any function, at the cost of three operators."""
+    own, grid, shape = emitter.grid(step.inputs[0]), emitter.grid(step.output), emitter.shape(step.output)
+    assert own is not None and grid is not None
+    codes = XnnpackArithmetic(emitter.program).elementwise(step, torch.arange(own.quant_max + 1.0))
+    table = codes.clamp(step.low, step.high).numpy().astype(np.int32) - OFFSET
+    numbers = emitter.graph.activation(f"{step.output}.cast", shape, dtype="int32")
+    emitter.graph.operator("CAST", emitter.inputs(step), numbers, 1, "Cast")
+    index = emitter.graph.activation(f"{step.output}.index", shape, dtype="int32")
+    offset = emitter.numbers(emitter.offsets[step.inputs[0]])
+    emitter.graph.operator("ADD", [numbers, offset], index, 1, "Add")
+    zero_point = grid.zero_point - OFFSET
+    constant = emitter.graph.constant(f"{step.output}.table", table.astype(np.int8), [grid.scale], zero_point)
+    output = emitter.tensor(step.output, shape, grid)
+    emitter.graph.operator("GATHER", [constant, index], output, 2, "Gather", axis=0)
+    emitter.tensors[step.output], emitter.offsets[step.output] = output, OFFSET
