@@ -4,6 +4,8 @@ The program becomes a graph of quantize, dequantize and float operators (`Quanti
 partitioner lowers to integer kernels. No calibration is involved. Weights of fewer than 8 bits are kept in int8.
 """
 
+from importlib import import_module
+
 import torch
 
 from synq.engines.program import Program
@@ -21,10 +23,10 @@ def write_pte(program: Program, batch: int = 1) -> bytes:
         ValueError: If the engine has no exact integer kernel for a step.
         ModuleNotFoundError: If the package executorch is not installed.
     """
-    import torch.ao.quantization.fx._decomposed  # registers the operators quantized_decomposed
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
+    import_module("torch.ao.quantization.fx._decomposed")  # registers the operators quantized_decomposed
     module = QuantizedModule(program).eval()
     images = torch.zeros(batch, *program.shapes[program.image])
     exported = torch.export.export(module, (images,), strict=True)

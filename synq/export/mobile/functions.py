@@ -50,7 +50,7 @@ def _times(value: float) -> Link:
 
 GATE = Link("MUL", "Mul", gated=True)
 CHAINS: dict[str, Callable[..., list[Link]]] = {
-    "identity": lambda: [],
+    "identity": list,
     "relu": lambda: [Link("RELU")],
     "relu6": lambda: [Link("RELU6")],
     "leaky_relu": lambda negative_slope=0.01: [Link("LEAKY_RELU", "LeakyRelu", values={"alpha": negative_slope})],

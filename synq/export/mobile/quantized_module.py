@@ -44,11 +44,18 @@ OFFSET = 128
 INT8 = (-128, 127, torch.int8)
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "identity": lambda x: x,
+    "affine": lambda x, factor=1.0, offset=0.0: x * factor + offset,
     "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
     "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
     "hardswish": F.hardswish,
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
 }
-"""Functions that XNNPACK computes as a table would, by name."""
+"""Functions that the engine computes as `XnnpackArithmetic` does, by name."""
 
 
 class QuantizedModule(nn.Module):
@@ -198,6 +205,6 @@ def _quantized(step: Step, real: Tensor, grid: Grid) -> Tensor:
     if (low, high) == (grid.zero_point, OFFSET + INT8[1]):
         real = F.relu(real)
     elif (low, high) != (0, OFFSET + INT8[1]):
-        bounds = [(code - grid.zero_point) * grid.scale for code in (low, high)]
-        real = F.hardtanh(real, *bounds)
+        smallest, largest = ((code - grid.zero_point) * grid.scale for code in (low, high))
+        real = F.hardtanh(real, smallest, largest)
     return _rounded(real, grid)
