@@ -15,8 +15,12 @@ changes no result but one: the average pool that leaves out its padding.
     average pool without its padding
                     sum(x - 128) / count on the input's grid, halves away from 0, + 128; then moved onto the output's
 
-Source: measured, see the tests of `synq.export.tflite` and `synq.export.executorch`; XNNPACK's microkernels of QS8 with
-"fp32" requantization, and of `vadd` in fixed point.
+Source: measured in LiteRT 2.3.0 and ExecuTorch 1.5.1 on an Intel Xeon with AVX-512 VNNI. In LiteRT, with random grids:
+products 0 of 245,760 codes differ, sums 0 of 81,920, sigmoid, tanh, ELU and GELU 0 of 409,600 each, hardswish 0 of
+204,800, moves onto another grid 0 of 409,600, average pools without padding 0 of 24,720; every function of
+`synq.engines.functions` 0 of 15,360. Its operator QUANTIZE from codes to codes has a multiplier of 8 bits only: 3,092
+of 81,920 codes differ from the rule above, so files go through floats instead. Programs: see the tests of
+`synq.export.tflite` and `synq.export.executorch`.
 """
 
 from collections.abc import Callable, Sequence

@@ -11,14 +11,14 @@ from torch import nn
 pytest.importorskip("ai_edge_litert", reason="LiteRT's package is not installed (the extra `litert`)")
 pytest.importorskip("flatbuffers", reason="flatbuffers is not installed (the extra `litert`)")
 
-from support.litert_models import differing_logits, interpreter, logits_of, operators  # noqa: E402
-from support.mobile_nets import NETS, lowered  # noqa: E402
-from support.program_builder import ProgramBuilder  # noqa: E402
-from support.random_programs import PIECES, random_program  # noqa: E402
-from synq.engines.functions import FUNCTIONS  # noqa: E402
-from synq.engines.program import AveragePool, Program  # noqa: E402
-from synq.engines.simulation import Simulation  # noqa: E402
-from synq.export.tflite import write_tflite  # noqa: E402
+from support.litert_models import differing_logits, interpreter, logits_of, operators
+from support.mobile_nets import NETS, lowered
+from support.program_builder import ProgramBuilder
+from support.random_programs import PIECES, random_program
+from synq.engines.functions import FUNCTIONS
+from synq.engines.program import AveragePool, Program
+from synq.engines.simulation import Simulation
+from synq.export.tflite import write_tflite
 
 IMAGES = torch.randn(3, 3, 12, 11, generator=torch.Generator().manual_seed(5))
 ARGUMENTS = {

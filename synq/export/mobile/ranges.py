@@ -17,8 +17,8 @@ PRODUCT_RATIOS = (2.0**-16, 2.0**8)
 def kernel_weight_scale(step: Layer, source: Grid, output: Grid) -> Tensor:
     """Return the weight scale (C_out,) in float32 with which the engine computes the same codes and has a kernel.
 
-    The factor of a channel's sums is ``s_x s_w / s_y``. From 256 on, each sum but 0 saturates, as it does with 255; below
-    2^-32, each is rounded to 0, as it is with 2^-32. Both occur where a channel was 0 on all images.
+    The factor of a channel's sums is ``s_x s_w / s_y``. From 256 on, each sum but 0 saturates, as it does with 255;
+    below 2^-32, each is rounded to 0, as it is with 2^-32. Both occur where a channel was 0 on all images.
 
     Args:
         step: The layer.
