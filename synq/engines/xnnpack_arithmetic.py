@@ -85,10 +85,17 @@ class XnnpackArithmetic(Arithmetic):
         return dequantized(codes, self.grid(step.inputs[0]))
 
     def convolution(self, step: Convolution, sums: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
-        return self._requantized(step, sums + bias, weight_scale)
+        return self._requantized(step, sums + self._bias(step, weight_scale, bias), weight_scale)
 
     def dense(self, step: Dense, sums: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
-        return self._requantized(step, sums + bias, weight_scale)
+        return self._requantized(step, sums + self._bias(step, weight_scale, bias), weight_scale)
+
+    def _bias(self, step: Layer, weight_scale: Tensor, bias: Tensor) -> Tensor:
+        """Return the bias codes that the engine has: ExecuTorch is given floats and rounds them to codes."""
+        if self.program.target != "executorch":
+            return bias
+        scale = float32(self.grid(step.inputs[0]).scale, bias) * weight_scale
+        return torch.round((bias * scale).float() / scale).double()
 
     def _requantized(self, step: Layer | AveragePool, sums: Tensor, weight_scale: Tensor) -> Tensor:
         grid = self.grid(step.output)

@@ -84,12 +84,14 @@ def test_what_the_engine_cannot_compute_exactly_is_rejected(make: object, messag
         QuantizedModule(program)(IMAGES)
 
 
-def test_a_bias_beyond_24_bits_is_rejected() -> None:
-    """The engine rounds the float bias back to a code."""
+@pytest.mark.slow
+def test_biases_beyond_24_bits() -> None:
+    """The engine is given floats, so that large codes, of a layer after a dead one, lose digits: too few to be seen."""
     builder = ProgramBuilder((3, 12, 11), 0, weight_bits=8, act_bits=8)
-    value = builder.convolution(builder.quantize(), 4)
+    value = builder.convolution(builder.quantize(), 64, low=0, high=255)
     step = builder.steps[-1]
-    builder.steps[-1] = replace(step, bias=torch.tensor([2**27 + 1, 0, 0, 0], dtype=torch.int32))  # type: ignore[call-arg]
+    bias = (torch.linspace(1, 2, 64) * 2 ** torch.linspace(18, 29, 64)).int()
+    scale = 100 * builder.grids[value].scale / builder.grids[step.inputs[0]].scale / bias.float()
+    builder.steps[-1] = replace(step, bias=bias, weight_scale=scale)  # type: ignore[call-arg]
     program = builder.build(builder.dequantize(builder.flatten(value)), "executorch")
-    with pytest.raises(ValueError, match="is a layer with a bias beyond 24 bits: use a larger scale"):
-        QuantizedModule(program)
+    assert not differing_logits(program, IMAGES)

@@ -89,9 +89,6 @@ class QuantizedModule(nn.Module):
         scale = kernel_weight_scale(step, source, output)
         steps = scale * torch.tensor(source.scale, dtype=torch.float32)
         bias = (step.bias.double() * steps).float()
-        if not torch.equal(torch.round(bias / steps).double(), step.bias.double()):
-            cure = "use a larger scale for its weight or input"
-            raise ValueError(unsupported("executorch", step, "a layer with a bias beyond 24 bits", cure))
         self.register_buffer(f"weight_{number}", step.weight.to(torch.int8))
         self.register_buffer(f"scale_{number}", scale)
         self.register_buffer(f"zero_{number}", torch.zeros(len(scale), dtype=torch.int64))
