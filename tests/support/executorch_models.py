@@ -1,6 +1,5 @@
-"""Run .pte files in ExecuTorch. Import it after `pytest.importorskip("executorch")`."""
+"""Run .pte files in ExecuTorch, which is imported late: it warns, and tests filter warnings when they run."""
 
-from executorch.runtime import Runtime
 from torch import Tensor
 
 from synq.engines.program import Program
@@ -10,6 +9,8 @@ from synq.export.executorch import write_pte
 
 def logits_of(data: bytes, images: Tensor) -> Tensor:
     """Outputs of a file with the batch 1 for images (N, C, H, W)."""
+    from executorch.runtime import Runtime
+
     program = Runtime.get().load_program(data)  # methods do not keep it alive
     method = program.load_method("forward")
     outputs = [method.execute([image[None].contiguous()])[0].clone() for image in images]
