@@ -37,8 +37,13 @@ from synq.engines.program import (
     Sum,
     Transpose,
 )
+from synq.engines.xnnpack_arithmetic import XnnpackArithmetic
 
-ARITHMETICS: dict[str, Callable[[Program], Arithmetic]] = {"onnxruntime": OnnxRuntimeArithmetic}
+ARITHMETICS: dict[str, Callable[[Program], Arithmetic]] = {
+    "onnxruntime": OnnxRuntimeArithmetic,
+    "litert": XnnpackArithmetic,
+    "executorch": XnnpackArithmetic,
+}
 """Arithmetic of each target."""
 
 

@@ -1,0 +1,34 @@
+"""Write a program to a file of ExecuTorch (.pte) for its XNNPACK backend: its logits are those of the simulation.
+
+The program becomes a graph of quantize, dequantize and float operators (`QuantizedModule`), which ExecuTorch's
+partitioner lowers to integer kernels. No calibration is involved. Weights of fewer than 8 bits are kept in int8.
+"""
+
+from importlib import import_module
+
+import torch
+
+from synq.engines.program import Program
+from synq.export.mobile.quantized_module import QuantizedModule
+
+
+def write_pte(program: Program, batch: int = 1) -> bytes:
+    """Return the bytes of a .pte file with one method, ``forward``: images (N, C, H, W) -> logits (N, K).
+
+    Args:
+        program: A program of the target ``executorch``.
+        batch: N, which the file fixes.
+
+    Raises:
+        ValueError: If the engine has no exact integer kernel for a step.
+        ModuleNotFoundError: If the package executorch is not installed.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    import_module("torch.ao.quantization.fx._decomposed")  # registers the operators quantized_decomposed
+    module = QuantizedModule(program).eval()
+    images = torch.zeros(batch, *program.shapes[program.image])
+    exported = torch.export.export(module, (images,), strict=True)
+    lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    return bytes(lowered.to_executorch().buffer)

@@ -1,0 +1,1 @@
+"""Parts of the writers of files for LiteRT and ExecuTorch."""
