@@ -230,6 +230,7 @@ def _examples(metrics: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[st
     """Return Python examples that run each kind of file, for images normalized as above."""
     files = {file["format"]: file["name"] for file in reversed(metrics["files"])}
     size = ", ".join(map(str, teacher["input_size"]))
+    channels, height, width = teacher["input_size"]
     lines = {
         "onnx": (
             "import numpy as np, onnxruntime\n\n"
@@ -241,13 +242,14 @@ def _examples(metrics: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[st
         "tflite": (
             "import numpy as np\nfrom ai_edge_litert.interpreter import Interpreter\n\n"
             f'model = Interpreter("{files.get("tflite")}").get_signature_runner()\n'
-            f"images = np.zeros((1, {size}), np.float32)  # your images, normalized as above\n"
+            f"images = np.zeros((1, {height}, {width}, {channels}), np.float32)  # yours, channels last, normalized\n"
             "print(next(iter(model(images=images).values())).argmax(1))"
         ),
         "pte": (
             "import torch\nfrom executorch.runtime import Runtime\n\n"
-            f'method = Runtime.get().load_program("{files.get("pte")}").load_method("forward")\n'
-            f"print(method.execute([torch.zeros(1, {size})])[0].argmax(1))  # your images, normalized as above"
+            f'program = Runtime.get().load_program("{files.get("pte")}")  # must live as long as its method\n'
+            f"images = torch.zeros(1, {size})  # your images, normalized as above\n"
+            "print(program.load_method('forward').execute([images])[0].argmax(1))"
         ),
         "torch": (
             "import torch\nimport torch.ao.quantization.fx._decomposed  # registers the operations\n\n"

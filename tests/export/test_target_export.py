@@ -64,6 +64,29 @@ def test_the_file_is_the_student_to_the_last_bit(for_engine: Path, exported: Pat
     assert torch.equal(torch.from_numpy(logits), network(images))
 
 
+def test_a_student_for_litert_is_its_file_to_the_last_bit(
+    tmp_path: Path,
+    tiny_settings: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("ai_edge_litert")
+    given = {"runtime.output_dir": str(tmp_path), "quant.weight_bits": 4, "quant.target": "litert"}
+    config = with_overrides(RunConfig(), {**tiny_settings, **given})
+    run(config)
+    folder = run_folder(config)
+    assert main([str(folder), "--rounds", "2"]) == 0
+    assert {path.name for path in (folder / "export").iterdir()} == {"model.tflite", "README.md", "card.json"}
+    record = read_record(folder / "record.json")
+    (file,) = record.deployment["files"]
+    assert all(found["identical"] == found["images"] > 0 for found in file["comparisons"])
+    assert file["comparisons"][1]["file_top1"] == record.top1 and record.deployment["engine"] == "LiteRT"
+    (code,) = (part.split("```")[0] for part in (folder / "export/README.md").read_text().split("```python\n")[1:])
+    monkeypatch.chdir(folder / "export")
+    exec(code, {})
+    assert "[" in capsys.readouterr().out
+
+
 def test_the_card_names_engine_and_target(for_engine: Path, exported: Path) -> None:
     text = (exported / "README.md").read_text()
     for fact in ("protocol B (8/8)", "target onnxruntime", "in ONNX Runtime: every logit of", "bit-identical"):

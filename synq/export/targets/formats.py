@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -118,12 +118,96 @@ def in_openvino(content: bytes, threads: int, *, precision: str = "f32") -> Engi
     return run
 
 
+def _tflite(program: Program) -> bytes:
+    from synq.export.tflite import write_tflite
+
+    return write_tflite(program)
+
+
+def _float_tflite(teacher: Teacher, program: Program) -> bytes:
+    from synq.export.tflite import write_tflite
+
+    return write_tflite(program, floats=True)
+
+
+def _in_litert(content: bytes, threads: int) -> Engine:
+    """Open a .tflite file in LiteRT with its default delegate; one interpreter for each number of images."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreters: dict[int, Any] = {}
+
+    def opened(batch: int) -> Any:
+        interpreter = Interpreter(model_content=content, num_threads=threads or None)
+        (image,) = interpreter.get_input_details()
+        interpreter.resize_tensor_input(image["index"], [batch, *image["shape"][1:]])
+        interpreter.allocate_tensors()
+        return interpreter
+
+    def run(images: Tensor) -> Tensor:
+        batch = len(images)
+        if batch not in interpreters:
+            interpreters[batch] = opened(batch)
+        interpreter = interpreters[batch]
+        interpreter.set_tensor(
+            interpreter.get_input_details()[0]["index"], images.float().permute(0, 2, 3, 1).contiguous().numpy()
+        )
+        interpreter.invoke()
+        return torch.from_numpy(interpreter.get_tensor(interpreter.get_output_details()[0]["index"]).copy())
+
+    return run
+
+
+def _pte(program: Program) -> bytes:
+    from synq.export.executorch import write_pte
+
+    return write_pte(program)
+
+
+def _float_pte(teacher: Teacher, program: Program) -> bytes:
+    from synq.export.executorch import lowered_to_xnnpack
+
+    return lowered_to_xnnpack(teacher.graph, teacher.input_size)
+
+
+def _in_executorch(content: bytes, threads: int) -> Engine:
+    """Open a .pte file of one image in ExecuTorch, whose threads its Python package does not set."""
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(content)
+    method = program.load_method("forward")
+
+    def run(images: Tensor, keep: object = program) -> Tensor:  # a method does not keep its program alive
+        return torch.cat([method.execute([image[None].contiguous()])[0].clone() for image in images.float()])
+
+    return run
+
+
 _ONNX = partial(
     TargetFormat, file="model.onnx", format="onnx", write=_standard_onnx, write_float=_float_onnx, extra="export"
 )
 FORMATS: dict[str, TargetFormat] = {
     "onnxruntime": _ONNX(
         engine="ONNX Runtime", packages=("onnx", "onnxruntime", "onnxscript", "ml_dtypes"), open=_in_onnxruntime
+    ),
+    "litert": TargetFormat(
+        file="model.tflite",
+        format="tflite",
+        engine="LiteRT",
+        packages=("ai_edge_litert", "flatbuffers"),
+        extra="litert",
+        write=_tflite,
+        write_float=_float_tflite,
+        open=_in_litert,
+    ),
+    "executorch": TargetFormat(
+        file="model.pte",
+        format="pte",
+        engine="ExecuTorch",
+        packages=("executorch",),
+        extra="executorch",
+        write=_pte,
+        write_float=_float_pte,
+        open=_in_executorch,
     ),
 }
 """By target."""
