@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from synq.engines.arithmetic import Arithmetic, table
 from synq.engines.exact_sums import ExactSums
 from synq.engines.onnxruntime_arithmetic import OnnxRuntimeArithmetic
+from synq.engines.openvino_arithmetic import OpenVinoArithmetic
 from synq.engines.program import (
     AveragePool,
     Concatenation,
@@ -41,6 +42,7 @@ from synq.engines.xnnpack_arithmetic import XnnpackArithmetic
 
 ARITHMETICS: dict[str, Callable[[Program], Arithmetic]] = {
     "onnxruntime": OnnxRuntimeArithmetic,
+    "openvino": OpenVinoArithmetic,
     "litert": XnnpackArithmetic,
     "executorch": XnnpackArithmetic,
 }

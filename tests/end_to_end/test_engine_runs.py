@@ -9,9 +9,8 @@ import pytest
 from synq.cli import run as run_command
 from synq.config.run import RunConfig, with_overrides
 from synq.diagnostics.smoke_run import smoke_run
-from synq.export.export import export_run
 from synq.pipeline import run
-from synq.runs.record import read_record, run_folder, summary_line
+from synq.runs.record import summary_line
 
 
 @pytest.mark.parametrize(
@@ -41,11 +40,6 @@ def test_a_run_for_an_engine_is_recorded_under_its_name(
     assert rows["activation", "linear"]["bits"] == {"litert": 8, "executorch": 4}.get(target, 32)
     assert {row["note"] for row in record.layers} >= ({"clamped, not rounded"} if target == "openvino" else set())
     assert run(config) == record, "it is finished"
-    with pytest.raises(
-        ValueError, match=rf"`RUN` must have `quant.target` research to be exported .* `--target {target}`"
-    ):
-        export_run(run_folder(config))
-    assert read_record(run_folder(config) / "record.json") == record
 
 
 def test_inspect_prints_the_grid_of_every_tensor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +47,11 @@ def test_inspect_prints_the_grid_of_every_tensor(capsys: pytest.CaptureFixture[s
     found = json.loads(capsys.readouterr().out)
     bits = {row["node"]: row["output_bits"] for row in found["layers"]}
     assert bits["x"] == bits["pool"] == bits["flatten"] == 8 and bits["linear"] == 32
-    assert {bits[node] for node in bits.keys() - {"x", "pool", "flatten", "linear"}} == {4}
+    read_by_sums = {"stage1_0_bn2", "stage2_0_bn2", "stage3_0_bn2"}
+    before = {"x", "pool", "flatten", "linear", "add_2", "relu_6"}  # the pool reads the last sum
+    steps = {node for node in bits if node.startswith(("bn", "relu", "add", "stage")) and not node.endswith("conv2")}
+    assert {bits[node] for node in read_by_sums} == {8}
+    assert {bits[node] for node in steps - read_by_sums - before} == {4}, "a layer reads them"
     clamped = [row["node"] for row in found["layers"] if "clamped, not rounded" in (row["note"] or "")]
     assert clamped == ["stage1_0_bn2", "stage2_0_bn2", "stage3_0_bn2"]
     assert found["student"]["act_points"] == "openvino" and found["onnx"]["exportable"] is None
@@ -64,4 +62,4 @@ def test_inspect_prints_the_grid_of_every_tensor(capsys: pytest.CaptureFixture[s
 
 def test_a_smoke_run_for_an_engine_checks_everything_but_the_files(config: RunConfig, tmp_path: Path) -> None:
     row = smoke_run(with_overrides(config, {"quant.target": "openvino"}), tmp_path)
-    assert row["status"] == "ok" and row["exact"] and row["sqnr_db"] > 20 and "export" not in row
+    assert row["status"] == "works" and row["exact"] and row["sqnr_db"] > 20 and "export" not in row

@@ -87,6 +87,18 @@ def test_a_student_for_litert_is_its_file_to_the_last_bit(
     assert "[" in capsys.readouterr().out
 
 
+def test_a_student_for_openvino_agrees_with_its_file(tmp_path: Path, tiny_settings: dict[str, object]) -> None:
+    pytest.importorskip("openvino")
+    given = {"runtime.output_dir": str(tmp_path), "quant.weight_bits": 8, "quant.act_bits": 8}
+    config = with_overrides(RunConfig(), {**tiny_settings, **given, "quant.target": "openvino"})
+    run(config)
+    folder = run_folder(config)
+    assert main([str(folder), "--rounds", "2"]) == 0
+    (file,) = read_record(folder / "record.json").deployment["files"]
+    assert all(found["agreement_all"] >= 99 for found in file["comparisons"])
+    assert "in OpenVINO: the student's class for" in (folder / "export/README.md").read_text()
+
+
 def test_the_card_names_engine_and_target(for_engine: Path, exported: Path) -> None:
     text = (exported / "README.md").read_text()
     for fact in ("protocol B (8/8)", "target onnxruntime", "in ONNX Runtime: every logit of", "bit-identical"):

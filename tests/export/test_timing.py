@@ -8,8 +8,9 @@ pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper
 
 from support.integer_students import images
-from synq.export.export import _speed, _timed
+from synq.export.export import _speed
 from synq.export.files import ExportedFile
+from synq.export.targets.export import with_latency
 from synq.export.timing import MAX_SPREAD, Latency, latencies, unstable_times
 
 
@@ -53,7 +54,7 @@ STEADY, WILD = Latency(rounds=[2.0, 2.1, 2.0]), Latency(rounds=[1.0, 2.0, 4.0])
 def test_f_12_times_that_vary_are_not_stored(own: Latency, teacher: Latency) -> None:
     metrics = _speed(own, teacher)
     assert metrics == {"latency_spread": WILD.spread}
-    file = _timed(ExportedFile(name="x", format="onnx", bytes=1, sha256=""), {"x": own, "": teacher})
+    file = with_latency(ExportedFile(name="x", format="onnx", bytes=1, sha256=""), {"x": own, "": teacher})
     assert file.latency_ratio is None and (file.latency_ms is None) == (own is WILD)
     assert "spread over 75 % of their median, but at most 20 %" in unstable_times(metrics["latency_spread"])
 

@@ -153,7 +153,7 @@ def test_ranges_of_activations_by_hand_over_all_batches_and_cells() -> None:
     out = values(traced, x)
     assert torch.equal(found[0], out["_2"].abs().amax((0, 2, 3)))
     assert torch.equal(found[1], out["_5"].abs().amax((0, 2, 3))) and pairs[1].node == "_6"
-    assert torch.equal(found[2], out["_8"].abs().amax(0))
+    assert torch.allclose(found[2], out["_8"].abs().amax(0), rtol=1e-12)  # a product of other batches
 
 
 def test_ranges_of_weights_by_hand() -> None:

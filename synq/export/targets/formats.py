@@ -189,6 +189,14 @@ FORMATS: dict[str, TargetFormat] = {
     "onnxruntime": _ONNX(
         engine="ONNX Runtime", packages=("onnx", "onnxruntime", "onnxscript", "ml_dtypes"), open=_in_onnxruntime
     ),
+    "openvino": _ONNX(
+        engine="OpenVINO",
+        packages=("onnx", "openvino", "onnxruntime", "onnxscript", "ml_dtypes"),
+        extra="openvino",
+        open=in_openvino,
+        bit_equal=False,
+        agreement=99.0,
+    ),
     "litert": TargetFormat(
         file="model.tflite",
         format="tflite",

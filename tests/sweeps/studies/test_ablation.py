@@ -206,11 +206,15 @@ def test_a_run_that_dies_is_one_line_and_code_1(
 def test_tables_that_cannot_be_written_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "ablation.csv").mkdir()
     monkeypatch.setattr(
         "synq.sweeps.studies.pool.run_all", lambda runs, *_: {cell: record(80.0, cell[2]) for cell in runs}
     )
-    assert main(["--finetune.lowpass_cutoff", "3", "--runtime.output_dir", str(tmp_path)]) == 2
+    args = ["--finetune.lowpass_cutoff", "3", "--runtime.output_dir", str(tmp_path)]
+    assert main(args) == 0
+    written = Path(capsys.readouterr().out.splitlines()[-1])
+    written.unlink()
+    written.mkdir()
+    assert main(args) == 2
     line = capsys.readouterr().err
     assert line.startswith("synq: error: ") and "ablation.csv" in line and line.count("\n") == 1
 
