@@ -7,7 +7,7 @@ from synq.config.parsing import between, one_of, require
 
 RESEARCH = "research"
 """Target of a student for no engine: `act_points` decides which tensors are quantized."""
-TARGETS = (RESEARCH, "onnxruntime", "openvino", "tensorrt", "qnn", "litert", "executorch")
+TARGETS = (RESEARCH, "onnxruntime", "openvino", "litert", "executorch")
 """Values of `QuantConfig.target`."""
 ACT_POINTS = ("relu", "inputs")
 """Values of `QuantConfig.act_points`."""
@@ -61,7 +61,7 @@ class QuantConfig:
     """Bit-width of the weights, 2 to 8."""
     act_bits: int = 4
     """Bit-width of the activations, 2 to 8; for an engine of those that a layer reads, others between layers have 8."""
-    target: Literal["research", "onnxruntime", "openvino", "tensorrt", "qnn", "litert", "executorch"] = "research"
+    target: Literal["research", "onnxruntime", "openvino", "litert", "executorch"] = "research"
     """Engine that is to run the student. It decides which activations are quantized (every tensor that depends on the
     image) and makes weights symmetric. research: act_points decides, weights are asymmetric."""
     portable: bool = False

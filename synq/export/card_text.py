@@ -66,10 +66,11 @@ def card_markdown(values: Mapping[str, Any]) -> str:
         "speed": speed_text(metrics),
         "stays float": _stays_float(values["float_tensors"], metrics["float_norms"]),
         "verified": _verified(metrics),
+        "elsewhere": _elsewhere(metrics),
         "made by": f"SynQ {values['synq']}, commit {values['commit'][:12]}, {values['device']}, {values['started']}",
         "digests": f"settings {values['digests']['config']}, synthetic set {values['digests']['set'][:16]}",
     }
-    lines += [f"- **{name}**: {text}" for name, text in facts.items()]
+    lines += [f"- **{name}**: {text}" for name, text in facts.items() if text]
     lines += ["", "## Files", "", to_markdown(file_rows(metrics), FILE_COLUMNS)]
     lines += [
         "Agreement: percentage of images for which the file and the student predict the same class. Largest "
@@ -146,6 +147,16 @@ def _kib(size: int) -> float:
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {part: config[part] for part in ("synthesis", "quant", "reconstruction", "finetune", "seed", "data_seed")}
+
+
+def _elsewhere(metrics: Mapping[str, Any]) -> str:
+    """Return what the published rules of engines that do not run here make of a file; "" if that is not known."""
+    parts = []
+    for engine, name in (("tensorrt", "TensorRT"), ("qnn", "QNN HTP")):
+        if found := metrics.get("conformance", {}).get(engine):
+            count, first = found["violations"], markdown_cell(found["first"])
+            parts.append(f"{name} {f'{count} violations, such as: {first}' if count else 'conforms'}")
+    return f"by the published rules, not run: {'; '.join(parts)}" if parts else ""
 
 
 def _points(quant: Mapping[str, Any]) -> str:

@@ -28,6 +28,9 @@ import numpy.typing as npt
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+Engine = Literal["tensorrt", "qnn"]
+"""Engines whose rules are known here."""
+ENGINES: tuple[Engine, ...] = ("tensorrt", "qnn")
 LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
 """Operations with a weight, their second input."""
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
@@ -77,7 +80,7 @@ class _Graph:
         return any(reader.op_type in LAYERS and list(reader.input[2:3]) == [node.output[0]] for reader in readers)
 
 
-def violations(model: onnx.ModelProto, target: Literal["tensorrt", "qnn"]) -> list[str]:
+def violations(model: onnx.ModelProto, target: Engine) -> list[str]:
     """Return the rules of an engine that a file breaks, one line for each node and rule; none if it conforms.
 
     Args:

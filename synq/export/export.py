@@ -27,7 +27,7 @@ from synq.export.exactness import inexact_steps
 from synq.export.files import Checker, ExportedFile, export_onnx, export_packed, export_program
 from synq.export.out_folder import check_out_folder, draft_of, publish
 from synq.export.packed import channel_affines
-from synq.export.targets.export import FLOAT, export_target, target_latencies, with_latency
+from synq.export.targets.export import FLOAT, conformance_of, export_target, target_latencies, with_latency
 from synq.export.targets.formats import TargetFormat, format_of
 from synq.export.timing import Latency, latencies, machine
 from synq.export.verify import Tolerance
@@ -245,7 +245,8 @@ def _write_target_file(
             times = target_latencies(contents, form, images, threads=options.threads, rounds=options.rounds)
             file = with_latency(file, times)
             metrics |= _speed(times[file.name], times[FLOAT])
-    return metrics | _verification([file], check, options) | {"float_norms": 0, "engine": form.engine}
+    metrics |= {"float_norms": 0, "engine": form.engine, "conformance": conformance_of(content, form)}
+    return metrics | _verification([file], check, options)
 
 
 def _verification(files: Sequence[ExportedFile], check: Checker, options: ExportOptions) -> dict[str, Any]:

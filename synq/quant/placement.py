@@ -23,7 +23,7 @@ from synq.network.op_traits import OpKind, is_activation, is_passive, node_modul
 from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import BitPatterns
 
-FLOAT_LOGITS = ("onnxruntime", "openvino", "tensorrt", "qnn")
+FLOAT_LOGITS = ("onnxruntime", "openvino")
 """Engines that return the logits of a linear layer in float, from its integer sums."""
 BYTE_BITS = 8
 """Bit-width of the activations between layers that no layer reads."""

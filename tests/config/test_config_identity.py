@@ -114,7 +114,7 @@ def test_the_digest_counts_exactly_what_decides_the_result(key: str) -> None:
         ({"finetune.perturb_weight": 0.0}, {"finetune.perturb_size": 0.5}),
         ({"finetune.cam_weight": 0.0}, {"finetune.cam_method": "cam"}),
         ({"finetune.ce_weight": 0.0}, {"finetune.hard_labels": "top2"}),
-        ({"quant.target": "qnn", "quant.first_bits": None}, {"quant.first_bits": 8}),
+        ({"quant.target": "litert", "quant.first_bits": None}, {"quant.first_bits": 8}),
     ],
     ids=str,
 )

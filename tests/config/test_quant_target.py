@@ -20,8 +20,8 @@ ENGINES = [target for target in TARGETS if target != "research"]
             r"`quant\.act_points` must be left out for target litert, which quantizes .*, but got 'inputs'",
         ),
         (
-            {"target": "qnn", "last_bits_for_input": False},
-            r"`quant\.last_bits_for_input` must be left out for target qnn, .*, but got False",
+            {"target": "litert", "last_bits_for_input": False},
+            r"`quant\.last_bits_for_input` must be left out for target litert, .*, but got False",
         ),
         (
             {"portable": True},
@@ -30,7 +30,7 @@ ENGINES = [target for target in TARGETS if target != "research"]
         ),
         *(
             ({"target": target, "portable": True}, f"but got true with target {target}")
-            for target in ("tensorrt", "qnn", "litert", "executorch")
+            for target in ("litert", "executorch")
         ),
         ({"target": "openvino", "weight_bits": 9}, r"`quant\.weight_bits` must be a whole number in \[2, 8\]"),
     ],

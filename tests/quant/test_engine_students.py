@@ -61,7 +61,7 @@ def test_the_mean_error_of_a_clipped_weight_is_not_above_that_of_the_full_range(
     weight = torch.randn(16, 64) ** 3
     errors = {}
     for rule in ("minmax", "mse"):
-        net = quantize_model(traced(DenseNet(), SIZE), QuantConfig(target="qnn", weight_bits=3)).net
+        net = quantize_model(traced(DenseNet(), SIZE), QuantConfig(target="onnxruntime", weight_bits=3)).net
         layer = net.get_submodule("conv3")
         layer.weight.data = weight[:8, :5].reshape(8, 5, 1, 1).clone()
         observe_ranges(net, noise(), act_range="minmax", weight_range=rule)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from support.engine_nets import NETS, SIZE, DenseNet, Squeezed, float_reads, poi
 from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.quant.placement import FLOAT_LOGITS
 
-TARGETS = ("onnxruntime", "openvino", "tensorrt", "qnn", "litert", "executorch")
+TARGETS = ("onnxruntime", "openvino", "litert", "executorch")
 
 
 @pytest.mark.parametrize("name", [name for name, (_, points) in NETS.items() if points])
@@ -156,7 +156,9 @@ def test_bits_follow_the_place_in_the_network() -> None:
     assert student.at_ends == {"x", "mean_1", "fc"}
     weights = {row.name: row.bits for row in student.rows if row.role == "weight"}
     assert weights == {"conv": 7, "reduce": 4, "expand": 4, "fc": 6}
-    usual = {(row.role, row.name): row.bits for row in student_for(Squeezed(), "qnn", weight_bits=4, act_bits=3).rows}
+    usual = {
+        (row.role, row.name): row.bits for row in student_for(Squeezed(), "onnxruntime", weight_bits=4, act_bits=3).rows
+    }
     assert [usual["weight", name] for name in ("conv", "reduce", "expand", "fc")] == [8, 4, 4, 8]
     assert [usual["activation", name] for name in ("x", "conv", "mean_1", "relu", "fc")] == [8, 8, 8, 3, 32]
 

@@ -32,8 +32,8 @@ def test_without_targets_the_groups_are_those_of_the_base() -> None:
 
 
 def test_a_search_for_two_objectives_is_one_for_each_target() -> None:
-    made = spec(targets=["qnn", "litert"], second_objective="size_bytes", scheduler="none")
-    assert [group.key for group in made.groups] == ["digits_resnet8-qnn", "digits_resnet8-litert"]
+    made = spec(targets=["openvino", "litert"], second_objective="size_bytes", scheduler="none")
+    assert [group.key for group in made.groups] == ["digits_resnet8-openvino", "digits_resnet8-litert"]
     portable = {"quant": {"portable": True}}
     made = spec(targets=["openvino"], second_objective="bitops", scheduler="none", base=portable)
     assert [group.key for group in made.groups] == ["digits_resnet8-openvino_portable"]
@@ -51,14 +51,17 @@ def test_a_search_for_two_objectives_is_one_for_each_target() -> None:
         ({"targets": []}, "`targets` must be a list with at least one entry"),
         ({"targets": "openvino"}, "`targets` must be a list with at least one entry"),
         ({"targets": ["onnx"]}, "`targets` must be one of research, onnxruntime"),
-        ({"targets": ["qnn", "qnn"]}, "`bits` and `targets` no entry twice, but got digits_resnet8-W8A8-qnn twice"),
         (
-            {"targets": ["qnn"], "base": {"quant": {"target": "litert"}}},
+            {"targets": ["openvino", "openvino"]},
+            "`bits` and `targets` no entry twice, but got digits_resnet8-W8A8-openvino twice",
+        ),
+        (
+            {"targets": ["openvino"], "base": {"quant": {"target": "litert"}}},
             r"`base.quant.target` must be left out \(the spec's key `targets` sets it\), but got 'litert'",
         ),
         ({"targets": ["litert"], "base": {"quant": {"portable": True}}}, "`quant.portable` must be false unless"),
-        ({"targets": ["qnn"], "base": {"quant": {"act_points": "inputs"}}}, "`quant.act_points` must be left out"),
-        ({"space": {"quant.target": {"type": "choice", "values": ["qnn"]}}}, "engines are groups .*`targets`"),
+        ({"targets": ["openvino"], "base": {"quant": {"act_points": "inputs"}}}, "`quant.act_points` must be left out"),
+        ({"space": {"quant.target": {"type": "choice", "values": ["openvino"]}}}, "engines are groups .*`targets`"),
         ({"space": {"quant.portable": {"type": "choice", "values": [True]}}}, "portable belong in"),
     ],
 )

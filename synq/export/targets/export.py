@@ -90,3 +90,23 @@ def with_latency(file: ExportedFile, times: Mapping[str, Latency]) -> ExportedFi
         latency_ms=own.median if own.is_stable else None,
         latency_ratio=own.ratio_to(teacher) if own.is_stable and teacher.is_stable else None,
     )
+
+
+def conformance_of(content: bytes, form: TargetFormat) -> dict[str, dict[str, object]]:
+    """Return how many published rules of engines that do not run here a file breaks, and the first, by engine.
+
+    Empty if the file is not ONNX.
+
+    Args:
+        content: The file.
+        form: Its format.
+    """
+    if form.format != "onnx":
+        return {}
+    import onnx
+
+    from synq.export.conformance import ENGINES, violations
+
+    model = onnx.load_from_string(content)
+    found = {engine: violations(model, engine) for engine in ENGINES}
+    return {engine: {"violations": len(lines), "first": next(iter(lines), "")} for engine, lines in found.items()}
