@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 FORMATS = ("onnx", "packed", "torch")
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript", "ml_dtypes")
 """Packages that the ONNX format requires; the other formats do not."""
+MAX_TOP1_DIFFERENCE = 1.0
+"""Largest difference of a student's top-1 from its record's, in points, that another device may make."""
+MAX_IMAGES = 2
+"""The same in images, where that is more."""
 CONTAINERS = ("int4", "int8", "matmul")
 
 
@@ -175,6 +179,7 @@ def export_run(
             metrics = _write_files(draft, record, run.teacher, student, check, options)
         else:
             metrics = _write_target_file(draft, for_engine, run.teacher, student, check, options)
+        _check_top1(record, check)
         record = replace(record, deployment=metrics)
         write_card(draft, card_values(record, siblings))
         publish(draft, target)
@@ -184,6 +189,22 @@ def export_run(
         kept = {key: there.deployment.get(key) for key in DEPLOYED if record.deployment.get(key) is None}
         write_record(path, replace(there, deployment={**record.deployment, **kept}))
     return target, record
+
+
+def _check_top1(record: RunRecord, check: Checker) -> None:
+    """Raise ValueError if the student that was read is not the one whose accuracy is on record.
+
+    Another device, whose float sums round differently, may have given a few images another class.
+    """
+    found = check.simulation.get("labeled")
+    if found is None or record.top1 is None:
+        return
+    measured, allowed = found.student_top1, max(MAX_TOP1_DIFFERENCE, 100 * MAX_IMAGES / found.images)
+    if measured is not None and abs(measured - record.top1) > allowed:
+        raise ValueError(
+            f"the student of `RUN` must have the top-1 of its record, {record.top1:.2f}, but has {measured:.2f} on the "
+            "same images: its files are damaged, of another run, or of another version of SynQ; train it again"
+        )
 
 
 def _is_exact(deployed: nn.Module, form: TargetFormat | None) -> bool:

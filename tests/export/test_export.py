@@ -92,6 +92,22 @@ def test_the_cards_example_runs(
     assert json.loads(text.split("```json\n")[1].split("```")[0])["finetune"] == card["config"]["finetune"]
 
 
+def test_a_student_that_is_not_the_measured_one_is_not_exported(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run = tmp_path / "runs" / finished.name
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("export"))
+    tensors = load_file(run / "student.safetensors")
+    last = max((name for name in tensors if name.endswith("weight") and tensors[name].ndim == 2), key=len)
+    save_file({**tensors, last: tensors[last].flip(0).contiguous()}, run / "student.safetensors")
+    out = tmp_path / "out"
+    assert main([str(run), "--formats", "packed", "--out", str(out), *ANY]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("synq: error: the student of `RUN` must have the top-1 of its record") and not out.exists()
+
+
 def test_the_card_knows_the_other_seeds_of_its_settings(finished: Path, tmp_path: Path) -> None:
     record = read_record(finished / "record.json")
     for seed, top1, changes in ((1, 50.0, {}), (2, 60.0, {}), (3, 0.0, {"quant.calib_images": 8})):
