@@ -14,8 +14,8 @@ from synq.engines.program import AveragePool, Convolution, GlobalAveragePool, Ma
 Windows = tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int]]
 """Kernel, stride, and padding at the top, left, bottom and right."""
 ZERO_CODE_PADDING = frozenset({"openvino"})
-"""Engines whose average pool counts its padding as code 0, and not as the value 0: where codes have another zero point
-the padding is a step of its own. Measured in OpenVINO 2026.4.1."""
+"""Engines whose average pool counts its padding as code 0, and not as the value 0: where codes have another zero point,
+a `Pad` before the pool adds it. Measured in OpenVINO 2026.4.1."""
 
 
 def mean(builder: Builder, call: Call) -> Symbol:
