@@ -16,6 +16,7 @@ from torch import Tensor
 from synq.common.files import check_writable
 from synq.common.notices import print_notice
 from synq.config.run import RunConfig, make_absolute, with_overrides
+from synq.engines.deployed import check_deployable
 from synq.evaluation.measure import Measure
 from synq.finetune.loop import Epoch, finetune
 from synq.finetune.networks import aligned_blocks, prepare_networks
@@ -197,7 +198,9 @@ def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) 
     measure = Measure.prepare(
         config.evaluation, teacher, accelerator, quant=config.quant, progress=config.runtime.progress
     )
-    return teacher, measure, build_student(teacher, config.quant)
+    student = build_student(teacher, config.quant)
+    check_deployable(student.net, config.quant, teacher.input_size)
+    return teacher, measure, student
 
 
 def _finetune(

@@ -7,6 +7,7 @@ from torch import fx
 from synq.common.text_tables import Row
 from synq.config.quant import ACT_POINTS, RESEARCH, protocol_label
 from synq.config.run import QuantConfig
+from synq.engines.deployed import check_deployable
 from synq.export.export import missing_packages
 from synq.export.operation_check import unexportable_operations
 from synq.network.bn_stats import bn_targets
@@ -36,9 +37,9 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str,
 
     Returns:
         ``teacher`` (source, digest, input, classes, parameters, bytes), ``synthesis`` (the batch norms that guide it),
-        ``cam``, ``student`` (bits, bytes, MACs, BitOps, and BitOps of the float model), ``onnx`` (the operations that
-        ``synq export`` rejects, or why they were not checked), and ``layers``: one row with COLUMNS for each node of
-        the graph, in order of execution.
+        ``cam``, ``student`` (bits, bytes, MACs, BitOps, and BitOps of the float model), ``onnx`` (whether
+        ``synq export`` can write the file, ONNX or that of the engine, and if not, or if not checked, why), and
+        ``layers``: one row with COLUMNS for each node of the graph, in order of execution.
     """
     guides, cam = bn_targets(teacher.graph), teacher.cam
     weights = [row for row in student.rows if row.role == "weight"]
@@ -77,7 +78,7 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str,
             "bitops": student.bitops,
             "float_bitops": macs * FLOAT_BITS**2,
         },
-        "onnx": _onnx(student, quant.target),
+        "onnx": _onnx(teacher, student, quant),
         "layers": _layers(teacher, student, set(guides)),
     }
 
@@ -99,6 +100,7 @@ def summary(found: dict[str, Any]) -> str:
     for row in rows:
         if row["output_bits"] == FLOAT_BITS:
             floats[row["kind"]] = floats.get(row["kind"], 0) + 1
+    file = "ONNX" if student["act_points"] in ACT_POINTS else "file"
     lines = {
         "teacher": (
             f"{teacher['spec']}: {teacher['parameters']:,} parameters, {_mib(teacher['bytes'])}, "
@@ -114,15 +116,19 @@ def summary(found: dict[str, Any]) -> str:
             f"({student['bitops'] / student['float_bitops']:.3f} of float)"
         ),
         "float": "outputs of " + ", ".join(f"{n} {kind}" for kind, n in floats.items()) if floats else "nothing",
-        "ONNX": found["onnx"]["reason"] or "every operation can be exported",
+        file: found["onnx"]["reason"] or "every operation can be exported",
     }
     return "".join(f"{name:<10} {text}\n" for name, text in lines.items())
 
 
-def _onnx(student: Student, target: str) -> dict[str, Any]:
-    """Return whether the operations of the student can be exported to ONNX (None: not checked), and why not."""
-    if target != RESEARCH:
-        return {"exportable": None, "reason": f"not checked, because the student is for {target}"}
+def _onnx(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str, Any]:
+    """Return whether the operations of the student can be in its file (None: not checked), and why not."""
+    if quant.target != RESEARCH:
+        try:
+            check_deployable(student.net, quant, teacher.input_size)
+        except ValueError as error:
+            return {"exportable": False, "reason": f"cannot be exported: {error}"}
+        return {"exportable": True, "reason": ""}
     if missing := missing_packages():
         reason = f"not checked, because {missing[0]} is missing: pip install 'synq[export]'"
         return {"exportable": None, "reason": reason}

@@ -30,6 +30,7 @@ from synq.config.run import (
     SynthesisConfig,
     TeacherConfig,
 )
+from synq.engines.deployed import check_deployable
 from synq.evaluation.fidelity import sqnr_db
 from synq.export.export import ExportOptions, export_run
 from synq.export.operation_check import unexportable_operations
@@ -88,6 +89,7 @@ def smoke_run(
         teacher = load_teacher(config.teacher)
         row |= _teacher_properties(teacher)
         student = build_student(teacher, config.quant)
+        check_deployable(student.net, config.quant, teacher.input_size)
         exported_as = formats if config.quant.target == RESEARCH else ()  # those formats are not an engine's
         if "onnx" in exported_as and (lines := unexportable_operations(integer_form(student.net, empty=True))):
             raise ValueError(f"`formats` must not have onnx for this network: {'; '.join(lines)}")

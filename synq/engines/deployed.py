@@ -1,5 +1,7 @@
 """What a student computes where it is deployed: its integer form, or the simulation of its engine."""
 
+import copy
+
 from torch import fx, nn
 
 from synq.config.quant import RESEARCH, QuantConfig
@@ -7,7 +9,7 @@ from synq.engines.lowering import lower
 from synq.engines.program import Program
 from synq.engines.simulation import Simulation
 from synq.quant.integer_form import integer_form
-from synq.quant.layers import PORTABLE_LIMIT
+from synq.quant.layers import PORTABLE_LIMIT, ActQuantizer
 
 FULL_CODE = 127
 """Largest weight code of INT8."""
@@ -44,3 +46,25 @@ def deployed_network(net: fx.GraphModule, quant: QuantConfig, input_size: tuple[
     if quant.target == RESEARCH:
         return integer_form(net)
     return Simulation(program_of(net, quant, input_size))
+
+
+def check_deployable(net: fx.GraphModule, quant: QuantConfig, input_size: tuple[int, int, int]) -> None:
+    """Check that every operation of a student has a form in its engine, before images are made and weights trained.
+
+    No form depends on a range, so that all are taken to be [-1, 1] here.
+
+    Args:
+        net: Network of a student that was built with ``quant``; it is not modified.
+        quant: Its quantization; under target research there is nothing to check.
+        input_size: (C, H, W) of one image.
+
+    Raises:
+        ValueError: As `lower`.
+    """
+    if quant.target == RESEARCH:
+        return
+    ranged = copy.deepcopy(net)
+    for module in ranged.modules():
+        if isinstance(module, ActQuantizer):
+            module.set_range(-1.0, 1.0)
+    program_of(ranged, quant, input_size)

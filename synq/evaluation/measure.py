@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, fx, nn
 
 from synq.common.progress import passing_bar
+from synq.config.quant import RESEARCH
 from synq.config.run import EvaluationConfig, QuantConfig
 from synq.engines.deployed import deployed_network
 from synq.evaluation import fidelity as measures
@@ -214,9 +215,10 @@ class Measure:
     def deployed_form(self, net: fx.GraphModule) -> nn.Module:
         """Return the network to evaluate: the teacher unchanged, a student as its engine runs it.
 
-        A student in float64 (a choice of the user) or with non-finite values (it has no integer codes) is unchanged.
+        A student in float64 of target research (a choice of the user; engines have no such form) or with non-finite
+        values (it has no integer codes) is unchanged.
         """
-        if net is self.teacher.graph or dtype_of_net(net) is torch.float64:
+        if net is self.teacher.graph or (dtype_of_net(net) is torch.float64 and self.quant.target == RESEARCH):
             return net
         statistics = (tensor for name, tensor in net.named_buffers() if "running_" in name)
         finite = all(bool(tensor.isfinite().all()) for tensor in (*net.parameters(), *statistics))

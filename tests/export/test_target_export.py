@@ -99,6 +99,24 @@ def test_a_student_for_openvino_agrees_with_its_file(tmp_path: Path, tiny_settin
     assert "in OpenVINO: the student's class for" in (folder / "export/README.md").read_text()
 
 
+def test_a_run_in_float64_records_what_the_file_does(tmp_path: Path, tiny_settings: dict[str, object]) -> None:
+    given = {"runtime.output_dir": str(tmp_path), "quant.target": "onnxruntime", "runtime.precision": "fp64"}
+    config = with_overrides(RunConfig(), {**tiny_settings, **given})
+    record = run(config)
+    opened = open_run(run_folder(config))
+    from accelerate import Accelerator
+
+    evaluation, quant = opened.config.evaluation, opened.config.quant
+    measure = Measure.prepare(evaluation, opened.teacher, Accelerator(cpu=True), quant=quant)
+    measure.hold_out(opened.synthetic_sets()[1].images)
+    student = opened.student.net
+    taken = measure.deployed_form(student.double())
+    assert isinstance(taken, Simulation)
+    found = measure(student.float())
+    assert found.top1 == record.top1
+    assert found.fidelity["kl"] == pytest.approx(record.fidelity["kl"], rel=1e-4)
+
+
 def test_the_card_names_engine_and_target(for_engine: Path, exported: Path) -> None:
     text = (exported / "README.md").read_text()
     for fact in (

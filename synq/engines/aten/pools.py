@@ -7,12 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from synq.engines.aten.moves import chosen, reshaped, transposed
+from synq.engines.aten.moves import chosen, padded, reshaped, transposed
 from synq.engines.aten.symbols import Builder, Call, Codes, Symbol, made, moved
 from synq.engines.program import AveragePool, Convolution, GlobalAveragePool, MaxPool
 
 Windows = tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int]]
 """Kernel, stride, and padding at the top, left, bottom and right."""
+ZERO_CODE_PADDING = frozenset({"openvino"})
+"""Engines whose average pool counts its padding as code 0, and not as the value 0: where codes have another zero point,
+a `Pad` before the pool adds it. Measured in OpenVINO 2026.4.1."""
 
 
 def mean(builder: Builder, call: Call) -> Symbol:
@@ -129,6 +132,10 @@ def _average(builder: Builder, call: Call, codes: Codes, windows: Windows, *, co
         return _global_mean(builder, call, codes, [2, 3])
     if not any(padding):
         count_padding = False
+    if count_padding and builder.target in ZERO_CODE_PADDING and codes.grid is not None and codes.grid.zero_point:
+        top, left, bottom, right = padding
+        codes = padded(builder, codes, (0, 0, top, left), (0, 0, bottom, right))
+        padding, count_padding = (0, 0, 0, 0), False
     template = AveragePool(
         inputs=(codes.name,),
         output="",
