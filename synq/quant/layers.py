@@ -129,6 +129,7 @@ class ActQuantizer(nn.Module):
         learned: Whether the scale is a parameter (LSQ); the zero_point keeps its observed value.
         rounded: False only clamps to the values of the smallest and largest code, as an engine does that fuses a layer
             into the sum that reads it.
+        headroom: Factor by which the range exceeds the observed one, >= 1.
 
     Raises:
         RuntimeError: In forward, if no range has been set.
@@ -137,9 +138,9 @@ class ActQuantizer(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, bits: int, learned: bool = False, rounded: bool = True) -> None:
+    def __init__(self, bits: int, learned: bool = False, rounded: bool = True, headroom: float = 1.0) -> None:
         super().__init__()
-        self.bits, self.rounded = bits, rounded
+        self.bits, self.rounded, self.headroom = bits, rounded, headroom
         self.quant_min, self.quant_max = quant_bounds(bits, signed=False)
         self.enabled = True
         self.learned = learned

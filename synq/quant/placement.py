@@ -27,6 +27,9 @@ FLOAT_LOGITS = ("onnxruntime", "openvino")
 """Engines that return the logits of a linear layer in float, from its integer sums."""
 BYTE_BITS = 8
 """Bit-width of the activations between layers that no layer reads."""
+LOGITS_HEADROOM = 2.0
+"""Factor by which the range of logits on a grid exceeds that of the synthetic images. Real images reach beyond it, and
+clipped logits are equal: a CIFAR-100 ResNet-20 lost 15 points at W8A8 without (docs/results/LOG.md)."""
 FUSING_SUMS = ("openvino",)
 """Engines that fuse a convolution into the sum that reads it, and clamp its output without rounding it."""
 
@@ -43,11 +46,13 @@ class Point:
         bits: Bit-width, 2 to 8.
         rounded: Whether it is rounded to its grid, else only clamped to the grid's range.
         at_end: Whether its bit-width is that of the first or last layer, by its place.
+        headroom: Factor by which its range exceeds the observed one.
     """
 
     chain: Chain
     bits: int
     rounded: bool = True
+    headroom: float = 1.0
     at_end: bool = False
 
     @property
@@ -78,6 +83,8 @@ def target_points(net: fx.GraphModule, layers: list[fx.Node], quant: QuantConfig
     read, inputs = {*read_by.values()}, {read_by[node] for node in layers if node.target == layers[-1].target}
     floats = {logits_chain(net, chains)} if quant.target in FLOAT_LOGITS else set()
     clamped = unrounded(net, chains) if quant.target in FUSING_SUMS else set()
+    output = next(node for node in net.graph.nodes if node.op == "output")
+    logits = grid_source(value_inputs(output)[0], chains)
     points = []
     for node, chain in chains.items():
         if chain in floats:
@@ -89,6 +96,7 @@ def target_points(net: fx.GraphModule, layers: list[fx.Node], quant: QuantConfig
                 chain=chain,
                 bits=by_name or by_place or (quant.act_bits if node in read else BYTE_BITS),
                 rounded=node not in clamped,
+                headroom=LOGITS_HEADROOM if node is logits else 1.0,
                 at_end=by_name is None and by_place is not None,
             )
         )

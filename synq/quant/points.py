@@ -24,11 +24,13 @@ class QuantizedTensor:
         readers: Nodes that read it quantized.
         rounded: Whether it is rounded to its grid, else only clamped to the grid's range.
         at_end: Whether its bit-width is that of the first or last layer, by its place.
+        headroom: Factor by which its range exceeds the observed one.
     """
 
     bits: int
     readers: list[fx.Node]
     rounded: bool = True
+    headroom: float = 1.0
     at_end: bool = False
 
 
@@ -95,7 +97,11 @@ def _by_target(
     """Return the quantized activations of a student for an engine."""
     return {
         point.node: QuantizedTensor(
-            bits=point.bits, readers=list(point.node.users), rounded=point.rounded, at_end=point.at_end
+            bits=point.bits,
+            readers=list(point.node.users),
+            rounded=point.rounded,
+            at_end=point.at_end,
+            headroom=point.headroom,
         )
         for point in target_points(net, layers, quant, names)
     }

@@ -91,7 +91,7 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
     bits, notes = bits_and_notes(net, quant, points)
     taps = {}
     for node, point in points.items():
-        act_quantizer = ActQuantizer(point.bits, quant.learned_steps != "none", point.rounded)
+        act_quantizer = ActQuantizer(point.bits, quant.learned_steps != "none", point.rounded, point.headroom)
         quantizer = _insert_quantizer(net, node, point.readers, act_quantizer)
         if quant.points != "inputs":
             taps[node.name] = quantizer.name
@@ -180,11 +180,11 @@ def observe_ranges(
     except ValueError as error:
         raise ValueError(f"{error}: the teacher overflows on the synthetic images") from error
     if act_range == "mse":
-        # A quantizer that does not round has no error within its range.
+        # A quantizer that does not round has no error within its range; one with headroom must not clip at all.
         histograms = {
             name: HistogramObserver(low, high)
             for name, (low, high) in ranges.items()
-            if low < high and net.get_submodule(name).rounded
+            if low < high and net.get_submodule(name).rounded and net.get_submodule(name).headroom == 1
         }
         _observe(net, batches, lambda name, x: histograms[name].update(x) if name in histograms else None)
         for name, histogram in histograms.items():
@@ -195,7 +195,7 @@ def observe_ranges(
     for name, (low, high) in ranges.items():
         quantizer = net.get_submodule(name)
         assert isinstance(quantizer, ActQuantizer)
-        quantizer.set_range(low, high)
+        quantizer.set_range(quantizer.headroom * low, quantizer.headroom * high)
 
 
 @torch.no_grad()

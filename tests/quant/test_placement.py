@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.engine_nets import NETS, SIZE, DenseNet, Squeezed, float_reads, points_of, student_for, traced
-from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear
-from synq.quant.placement import FLOAT_LOGITS
+from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear, quantizers_bypassed
+from synq.quant.placement import FLOAT_LOGITS, LOGITS_HEADROOM
+from synq.quant.student import observe_ranges
 
 TARGETS = ("onnxruntime", "openvino", "litert", "executorch")
 
@@ -198,3 +199,19 @@ def test_the_graph_is_unchanged_and_taps_are_the_quantized_nodes() -> None:
     for node in student.net.graph.nodes:
         if node.name in student.taps:
             assert [user.name for user in node.users] == [student.taps[node.name]]
+
+
+@pytest.mark.parametrize("act_range", ["minmax", "mse"])
+def test_the_range_of_logits_on_a_grid_has_headroom(act_range: Any) -> None:
+    """Real images reach beyond the logits of synthetic ones, and logits at the largest code are a tie."""
+    student = student_for(Squeezed(), "litert")
+    images = torch.randn(32, *SIZE, generator=torch.Generator().manual_seed(3))
+    observe_ranges(student.net, images, act_range=act_range)
+    found = points_of(student.net)
+    logits = found["fc"]
+    with torch.no_grad(), quantizers_bypassed(student.net):
+        values = student.net(images)
+    low, high = (float(logits.scale) * (code - int(logits.zero_point)) for code in (0, logits.quant_max))
+    assert high == pytest.approx(LOGITS_HEADROOM * max(0.0, float(values.max())), rel=0.05)
+    assert low == pytest.approx(LOGITS_HEADROOM * min(0.0, float(values.min())), rel=0.05)
+    assert [name for name, quantizer in found.items() if quantizer.headroom != 1] == ["fc"]
