@@ -82,6 +82,11 @@ def onnx_graph(form: fx.GraphModule, input_size: tuple[int, int, int]) -> onnx.M
         model = export_by_torch(form, (sample,), shapes, [IMAGES], [LOGITS])
     except Exception as error:  # torch.onnx raises many types, all with the same meaning for the user
         raise ValueError(_rejection(unexportable_operations(form) or [reason(error)])) from error
+    if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        # PyTorch 2.15 does so without a word where an operator's decomposition compares sizes (fmin, take_along_dim).
+        raise ValueError(
+            _rejection([f"an operation fixes the number of images at {len(sample)} in PyTorch's exporter"])
+        )
     ceil_mode_to_pads(model)
     return model
 

@@ -96,6 +96,8 @@ def test_bugs_8_the_map_behind_the_operation_is_found(name: str) -> None:
 
 ONNX = [name for name in MOVES if name not in ("kthvalue", "cummax", "median", "max_unpool2d")]
 """Moves that PyTorch can write as ONNX."""
+VERSIONED = ("fmin", "fmax", "take_along_dim", "gather")
+"""Those that some versions cannot write, or for one number of images only: rejected then."""
 
 
 @pytest.mark.slow
@@ -107,7 +109,13 @@ def test_bugs_8_the_onnx_file_computes_the_same(name: str) -> None:
     from synq.export.verify import compare, engine_of, open_session
 
     made = student(Around(*MOVES[name]), 8, "inputs")
-    model = write_container(onnx_graph(integer_form(made.net, operations="onnx"), SIZE), "int8")
+    try:
+        graph = onnx_graph(integer_form(made.net, operations="onnx"), SIZE)
+    except ValueError as error:
+        reasons = ("an operation fixes the number of images at 2", f"{name}() of node {name} has no ONNX export")
+        assert name in VERSIONED and any(reason in str(error) for reason in reasons)
+        return
+    model = write_container(graph, "int8")
     sample = images(8)
     with torch.no_grad():
         wanted: Tensor = integer_form(made.net)(sample)
