@@ -66,6 +66,15 @@ class Arithmetic(ABC):
         self.program = program
         self._unrounded = unrounded_values(program)
 
+    def reject_unrounded_sums(self) -> None:
+        """Raise ValueError if a sum leaves an input unrounded, which this engine does not."""
+        for step in self.program.steps:
+            if isinstance(step, Sum) and step.unrounded is not None:
+                raise ValueError(
+                    f"`unrounded` must be None for {self.program.target}, but got {step.unrounded} at `{step.layer}`: "
+                    "lower the student for this target"
+                )
+
     def grid(self, value: str) -> Grid:
         """Return the grid of a value that holds codes.
 

@@ -57,12 +57,8 @@ class OnnxRuntimeArithmetic(Arithmetic):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program)
+        self.reject_unrounded_sums()
         for step in program.steps:
-            if isinstance(step, Sum) and step.unrounded is not None:
-                raise ValueError(
-                    f"`unrounded` must be None for onnxruntime, but got {step.unrounded} at `{step.layer}`: lower the "
-                    "student for this target"
-                )
             if isinstance(step, Convolution) and step.output not in program.grids:
                 raise ValueError(
                     f"the output of a convolution must have a grid, but that of `{step.layer}` has none: ONNX Runtime "

@@ -66,12 +66,8 @@ class XnnpackArithmetic(Arithmetic):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program)
+        self.reject_unrounded_sums()
         for step in program.steps:
-            if isinstance(step, Sum) and step.unrounded is not None:
-                raise ValueError(
-                    f"`unrounded` must be None for {program.target}, but got {step.unrounded} at `{step.layer}`: lower "
-                    "the student for this target"
-                )
             if isinstance(step, Layer) and step.output not in program.grids:
                 raise ValueError(
                     f"the output of a layer must have a grid for {program.target}, but that of `{step.layer}` has "
