@@ -171,7 +171,7 @@ def export_onnx(
     integers, floats = count_kernels(content)
     write_bytes_atomic(path, content)
     kernels = {"integer_kernels": integers, "float_kernels": floats}
-    return _metadata(path, "onnx", content, comparisons, container=container, **kernels), content
+    return metadata_of(path, "onnx", content, comparisons, container=container, **kernels), content
 
 
 def export_packed(
@@ -199,7 +199,7 @@ def export_packed(
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    return _metadata(path, "packed", path.read_bytes(), comparisons)
+    return metadata_of(path, "packed", path.read_bytes(), comparisons)
 
 
 def export_program(path: Path, form: fx.GraphModule, input_size: tuple[int, int, int], check: Checker) -> ExportedFile:
@@ -226,10 +226,21 @@ def export_program(path: Path, form: fx.GraphModule, input_size: tuple[int, int,
     content = buffer.getvalue()
     comparisons = check(path.name, torch.export.load(io.BytesIO(content)).module(), divides=False)
     write_bytes_atomic(path, content)
-    return _metadata(path, "torch", content, comparisons)
+    return metadata_of(path, "torch", content, comparisons)
 
 
-def _metadata(path: Path, kind: str, content: bytes, comparisons: tuple[Comparison, ...], **facts: Any) -> ExportedFile:
+def metadata_of(
+    path: Path, kind: str, content: bytes, comparisons: tuple[Comparison, ...], **facts: Any
+) -> ExportedFile:
+    """Return the metadata of a written file.
+
+    Args:
+        path: The file.
+        kind: Its format.
+        content: Its bytes.
+        comparisons: How it was verified.
+        facts: Other attributes of `ExportedFile`.
+    """
     digest = hashlib.sha256(content).hexdigest()
     return ExportedFile(
         name=path.name, format=kind, bytes=len(content), sha256=digest, comparisons=comparisons, **facts

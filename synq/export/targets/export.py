@@ -1,6 +1,5 @@
 """Write the file of a student for an engine: verified in that engine image by image, and timed next to float."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from synq.common.files import write_bytes_atomic
 from synq.engines.program import Program
-from synq.export.files import Checker, ExportedFile
+from synq.export.files import Checker, ExportedFile, metadata_of
 from synq.export.targets.formats import TargetFormat
 from synq.export.timing import Latency, run_latencies
 
@@ -43,17 +42,7 @@ def export_target(folder: Path, program: Program, form: TargetFormat, check: Che
         kernels = {"integer_kernels": integers, "float_kernels": floats}
     path = folder / form.file
     write_bytes_atomic(path, content)
-    digest = hashlib.sha256(content).hexdigest()
-    file = ExportedFile(
-        name=form.file,
-        format=form.format,
-        bytes=len(content),
-        sha256=digest,
-        container=program.target,
-        comparisons=comparisons,
-        **kernels,
-    )
-    return file, content
+    return metadata_of(path, form.format, content, comparisons, container=program.target, **kernels), content
 
 
 def target_latencies(
