@@ -248,10 +248,10 @@ def test_the_live_table_is_drawn_while_trials_end() -> None:
 
 
 @pytest.mark.parametrize("digest", ["0012345600000000", "12e4500000000000", "1234567890123456", "00000000000000e1"])
-def test_l_11_digests_are_read_back_as_the_readme_shows(digest: str) -> None:
+def test_l_11_digests_are_read_back_as_the_columns_page_shows(digest: str) -> None:
     pandas = pytest.importorskip("pandas")
-    text = (ROOT / "README.md").read_text("utf-8")
-    dtype = dict.fromkeys(re.findall(r'"(\w+)": str', text[text.index("dtype={") :].split("}")[0]), str)
+    text = (ROOT / "docs" / "reference" / "columns.md").read_text("utf-8")
+    dtype = dict.fromkeys(re.findall(r'"(\w+)": str', text[text.index("digests = {") :].split("}")[0]), str)
     columns = {*LEADERBOARD_COLUMNS, *TRIAL_COLUMNS}
     assert set(dtype) == {column for column in columns if re.search("digest|commit", column)}
     cells = dict.fromkeys(dtype, digest)

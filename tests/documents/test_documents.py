@@ -1,0 +1,117 @@
+"""README and docs/: links, the size of the README, pages made from the code, and the build of the site."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from support.source_tree import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "findings" / "README.md", *sorted(DOCS.rglob("*.md"))]
+LINK = re.compile(r"(?<!\\)\]\(([^()\s]+(?:\([^()]*\))?)\)")
+
+
+def _text(path: Path) -> str:
+    """Return a page without its code."""
+    text = re.sub(r"^[ ]*```.*?^[ ]*```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def _anchors(path: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as GitHub and Python-Markdown both make them."""
+    found = set()
+    text = re.sub(r"^[ ]*```.*?^[ ]*```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for title in re.findall(r"^#+ (.+)$", text, re.M):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).replace("`", "").lower()
+        found.add(re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", plain)).strip("-"))
+    return found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    wrong = []
+    for link in LINK.findall(_text(path)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        if not target.exists():
+            wrong.append(f"{link}: no such file")
+        elif path.is_relative_to(DOCS) and not target.is_relative_to(DOCS):
+            wrong.append(f"{link}: not part of the site")
+        elif anchor and anchor not in _anchors(target):
+            wrong.append(f"{link}: no such heading")
+    assert not wrong
+
+
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1300
+    first, second = (part.split("\n```")[0].strip() for part in text.split("```bash\n")[1:3])
+    assert "pip install -e . &&" in first and first.endswith("launch/sweep.py")
+    assert "<!-- test command -->\n```bash\n" + second in text
+
+
+def test_pictures_are_small() -> None:
+    pictures = [path for suffix in ("png", "svg", "jpg") for path in DOCS.rglob(f"*.{suffix}")]
+    assert pictures and all(path.stat().st_size < 100_000 for path in pictures)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    assert named == {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    index = (DOCS / "how-to" / "index.md").read_text(encoding="utf-8")
+    assert {name.removeprefix("how-to/") for name in named if name.startswith("how-to/")} - {"index.md"} == set(
+        re.findall(r"\]\(([\w-]+\.md)\)", index)
+    )
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    found = importlib.util.spec_from_file_location("reference_pages", DOCS / "scripts" / "reference.py")
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_what_the_code_gives(reference: ModuleType) -> None:
+    assert reference.stale() == [], "run: python docs/scripts/reference.py"
+
+
+def test_a_stale_reference_is_found(reference: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(DOCS / "reference", tmp_path / "reference")
+    page = tmp_path / "reference" / "settings.md"
+    page.write_text(page.read_text(encoding="utf-8").replace("`0.01`", "`0.02`", 1), encoding="utf-8")
+    monkeypatch.setattr(reference, "FOLDER", tmp_path / "reference")
+    assert reference.stale() == ["settings.md"] and reference.main(["--check"]) == 1
+
+
+def _build(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", "mkdocs.yml"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("zensical")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    shutil.copytree(DOCS, tmp_path / "docs")
+    (tmp_path / "synq").symlink_to(ROOT / "synq")
+    done = _build(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path.relative_to(tmp_path / "site").with_suffix(".md") for path in (tmp_path / "site").rglob("*.html")}
+    assert pages >= {path.relative_to(DOCS) for path in DOCS.rglob("*.md")}
+    shown = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html"))
+    loaded = re.findall(
+        r"<(?:script|img)[^>]* src=\"?(https?:[^\" >]+)|<link[^>]*stylesheet[^>]* href=\"?(http[^\" >]+)", shown
+    )
+    assert not loaded, "the pages load nothing from elsewhere"
+    (tmp_path / "docs" / "start.md").write_text("# Start\n\n[nowhere](nowhere.md)\n", encoding="utf-8")
+    assert _build(tmp_path).returncode != 0
