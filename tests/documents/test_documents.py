@@ -72,6 +72,18 @@ def test_every_page_is_in_the_navigation() -> None:
     )
 
 
+def test_files_that_documents_name_exist() -> None:
+    wrong, found = [], 0
+    for path in [page for page in PAGES if "results" not in page.parts]:
+        names = re.findall(
+            r"(?<![\w/.$-])((?:synq|sweeps|launch|docs|tests|findings)/[\w/.-]+\.[a-z]{2,5})\b",
+            path.read_text(encoding="utf-8"),
+        )
+        found += len(names)
+        wrong += [f"{path.name}: {name}" for name in names if not (ROOT / name).exists()]
+    assert not wrong and found > 50
+
+
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
     found = importlib.util.spec_from_file_location("reference_pages", DOCS / "scripts" / "reference.py")
