@@ -97,7 +97,7 @@ else is compared. Settings with more seeds come first (one lucky seed is no evid
 of the best one. Failed seeds are counted (`num_failed`), not averaged.
 
 - `protocol` is A where all layers are low-bit with static ranges, else B ([more](../concepts.md#protocols)).
-- `pareto_size` and `pareto_bitops` are 1 where no row measured in the same way, at any bit-width, is at least as good in
+- `pareto_size`, `pareto_bitops` are 1 where no row measured in the same way, at any bit-width, is at least as good in
   mean objective and in size (BitOps) and better in one.
 - `layer_bits` reads `conv1=W8 relu_3=A8`; `last_bits=weights_only` where `quant.last_bits_for_input` is off.
 - `num_data_seeds` is 1 with `num_seeds` above 1 where `data_seed` was fixed: `top1_std` then lacks a part.
