@@ -43,10 +43,19 @@ def api_page() -> str:
 
 def summary(path: str) -> str:
     """Return the first line of the docstring of a function or class, from its source."""
+    return (ast.get_docstring(definition(path)) or "").partition("\n")[0]
+
+
+def definition(path: str) -> ast.FunctionDef | ast.ClassDef:
+    """Return the source of a function or class, given as `package.module.name`.
+
+    Raises:
+        ValueError: The module does not define it.
+    """
     module, _, name = path.rpartition(".")
     file = ROOT / module.replace(".", "/")
     file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
-            return (ast.get_docstring(node) or "").partition("\n")[0]
+            return node
     raise ValueError(f"`{path}` must be a function or class of its module, but is not there")

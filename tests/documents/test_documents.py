@@ -1,5 +1,6 @@
 """README and docs/: links, the size of the README, pages made from the code, and the build of the site."""
 
+import ast
 import importlib.util
 import re
 import shutil
@@ -10,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from support.source_tree import ROOT
+from support.source_tree import ROOT, files, tree_of
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "findings" / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -127,3 +128,51 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert not loaded, "the pages load nothing from elsewhere"
     (tmp_path / "docs" / "start.md").write_text("# Start\n\n[nowhere](nowhere.md)\n", encoding="utf-8")
     assert _build(tmp_path).returncode != 0
+
+
+def _python(path: Path) -> ast.Module:
+    blocks = re.findall(r"^```python\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S)
+    return ast.parse("\n".join(blocks), filename=path.name)
+
+
+def test_names_in_python_are_public(reference: ModuleType) -> None:
+    api = importlib.import_module("reference_api")
+    public = api.public_names()
+    wrong, found = [], 0
+    for path in [page for page in PAGES if "results" not in page.parts]:
+        tree = _python(path)
+        names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        names = {name for name in names if name.startswith("synq.")} - {"synq.sweeps"}
+        wrong += [f"{path.name}: {name}" for name in names if name not in public]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in public:
+                defined = api.definition(public[ast.unparse(node.func)])
+                arguments = {arg.arg for arg in (*defined.args.args, *defined.args.kwonlyargs)}
+                unknown = {str(word.arg) for word in node.keywords} - arguments
+                wrong += [f"{path.name}: {ast.unparse(node.func)}({name}=)" for name in unknown]
+                found += 1
+    assert not wrong and found >= 5
+
+
+def _texts_of_the_code() -> str:
+    """Return all texts of the source, one a line, without backticks; a formatted value of an f-string is a blank."""
+    lines = []
+    for path in files("synq", "sweeps"):
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.JoinedStr):
+                lines.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                lines.append(node.value)
+    return "\n".join(lines).replace("`", "")
+
+
+def test_messages_explained_are_those_of_the_code() -> None:
+    text = _texts_of_the_code()
+    rows = re.findall(r"^\| (.+?) \| ", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    parts = [part.strip() for row in rows for code in re.findall(r"`([^`]+)`", row)
+             for part in re.split(r"\.\.\.|\b[NM]\b|\bmust\b", code) if len(part.strip()) > 6]  # fmt: skip
+    assert len(parts) > 60
+    missing = [part for part in parts if part not in text]
+    assert not missing, missing
