@@ -1,11 +1,12 @@
 """`synq synthesize`: only the synthetic images of a run."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from synq.config.command_line import Command
-from synq.config.command_options import config_option, option
+from synq.config.command_options import OneOf, config_option, option
 from synq.config.run import RunConfig
 from synq.train import TEACHER_SETTINGS, on_every_process
 
@@ -17,9 +18,12 @@ COMMON = (
     *("synthesis.method", "synthesis.num_images", "synthesis.shard_size", "synthesis.iterations", "synthesis.lr"),
     *("data_seed", "evaluation.heldout_images", "runtime.output_dir", "runtime.store_dir"),
 )
+TOOLS = ("onnxruntime", "nncf", "litert", "modelopt", "aimet", "mct")
 EXAMPLES = """\
   %(prog)s torchvision:resnet18 --teacher.weights IMAGENET1K_V1 --synthesis.num_images 256
-  %(prog)s --config run.toml --npz images.npz"""
+  %(prog)s --config run.toml --npz images.npz
+  %(prog)s --config run.toml --for onnxruntime --folder calibration
+                                             # then: python calibration/calibrate.py float.onnx int8.onnx"""
 
 
 @click.command("synthesize", cls=Command, settings="run", common=COMMON, examples=EXAMPLES, resumes=True)
@@ -31,7 +35,17 @@ EXAMPLES = """\
     help="also write the training images for calibration by other tools: arrays `images` (N, C, H, W) float32, "
     "normalized as network input, `labels` (N,), `mean` and `std` per channel",
 )
-def command(config: RunConfig, npz: str | None) -> int:
+@option(
+    "--for",
+    "tool",
+    metavar="TOOL",
+    type=OneOf(*TOOLS),
+    rule=f"be one of {', '.join(TOOLS)}",
+    help=f"also write the training images as another quantizer reads them, with a script that calibrates it: "
+    f"{', '.join(TOOLS)}",
+)
+@option("--folder", metavar="FOLDER", rule="name a folder", help="output folder of --for (calibration-TOOL)")
+def command(config: RunConfig, npz: str | None, tool: str | None, folder: str | None) -> int:
     """Synthesize the training and held-out images of a run, and stop.
 
     `synq train` with the same settings finds them in the store. All settings of a run are accepted; the images depend
@@ -39,9 +53,15 @@ def command(config: RunConfig, npz: str | None) -> int:
     """
     if npz is not None and not npz.endswith(".npz"):
         raise ValueError(f"`npz` must name a file that ends in .npz, but got {npz!r}")
+    if folder is not None and tool is None:
+        raise ValueError("`folder` must come with `for`, whose output it names, but got no `for`")
+    output = Path(folder or f"calibration-{tool}")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`folder` must be a folder, but {output} is a file; choose another name")
 
     def work(accelerator: "Accelerator") -> tuple[list[str], list[str]]:
         from synq.pipeline import prepare
+        from synq.synthesis.calibration import write_calibration
         from synq.synthesis.npz import write_npz
         from synq.teacher.teacher import load_teacher
 
@@ -50,6 +70,9 @@ def command(config: RunConfig, npz: str | None) -> int:
         if npz is not None and accelerator.is_main_process:
             write_npz(npz, sets[0], load_teacher(config.teacher))
             lines.append(f"{npz} | {len(sets[0].labels)} images")
+        if tool is not None and accelerator.is_main_process:
+            written = write_calibration(output, tool, sets[0], load_teacher(config.teacher))
+            lines.append(f"{' and '.join(map(str, written))} | {len(sets[0].labels)} images")
         return lines, []
 
     return on_every_process(config, work)

@@ -96,6 +96,7 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     if not _accepts_one_image(traced, sample, logits):
         keep_image_axis(traced)
     traced.delete_all_unused_submodules()
+    _own_memory(traced)
     traced.recompile()
     record_traits(traced, sample)
     limit_slopes(traced)
@@ -115,6 +116,13 @@ def _trace(module: nn.Module, sample: Tensor) -> fx.Graph:
             return SizedTracer(sample).trace(module)
         except Exception as second:  # this tracer knows the sizes, so only what it cannot trace is a fault
             raise trace_failure(type(module).__name__, second) from error
+
+
+def _own_memory(traced: fx.GraphModule) -> None:
+    """Give tensors whose elements share memory, as those of `expand`, memory for each: no state could be loaded."""
+    for tensor in (*traced.parameters(), *traced.buffers()):
+        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            tensor.data = tensor.data.contiguous()
 
 
 @torch.no_grad()

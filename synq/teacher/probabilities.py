@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from synq.network.op_traits import OpKind, traits_of
 
 SIZES = (1.0, 1e3, 1e6)
-"""Standard deviations of the outputs of the last layer on which a suspicion is confirmed."""
+"""Standard deviations of the outputs of the layers on which a suspicion is confirmed."""
 ROUNDING = 1e-4
 """Largest relative difference of sums of a row that count as equal."""
 
@@ -19,7 +19,7 @@ def check_no_probabilities(graph: fx.GraphModule, noise: Tensor) -> None:
 
     The last operation does not decide: after a softmax there may be a reshape, a factor or a selection, and a clamp or
     a comparison may take its place. Logits of an untrained network may lie in [0, 1] by chance, but not for any output
-    of its last layer: a suspicion is confirmed with random numbers in its place.
+    of its layers: a suspicion is confirmed with random numbers in their place.
 
     Args:
         graph: The traced classifier, without a log-softmax at its end.
@@ -40,19 +40,21 @@ def check_no_probabilities(graph: fx.GraphModule, noise: Tensor) -> None:
 
 
 class _WithRandomLogits(fx.Interpreter):
-    """Run a classifier with random numbers of one size in place of the output of its last layer."""
+    """Run a classifier with random numbers of one size in place of the output of each layer.
+
+    Of each, not of the last one in its code: that may be the gate of a squeeze-and-excitation block.
+    """
 
     def __init__(self, graph: fx.GraphModule, size: float) -> None:
         super().__init__(graph)
         self.size = size
-        layers = [node for node in graph.graph.nodes if traits_of(node).kind is OpKind.LAYER]
-        self.last = layers[-1] if layers else None
+        self.generator = torch.Generator().manual_seed(0)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n is not self.last:
+        if traits_of(n).kind is not OpKind.LAYER:
             return value
-        random = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+        random = torch.randn(value.shape, generator=self.generator)
         return self.size * random.to(value)
 
 

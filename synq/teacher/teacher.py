@@ -14,6 +14,7 @@ from synq.network.cam_site import CamSite, locate_cam
 from synq.network.op_traits import node_module
 from synq.network.tracing import trace_classifier
 from synq.teacher.architecture import check_architecture, check_task
+from synq.teacher.gradients import check_gradient
 from synq.teacher.missing import check_given
 from synq.teacher.outputs import choose_output
 from synq.teacher.pixel_range import PixelRange
@@ -71,8 +72,8 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     untrained, with the input size and normalization of the source's default weights.
 
     Raises:
-        ValueError: If the spec is unknown, the model has no BatchNorm, is a transformer, cannot be traced, contains
-            NaN, is untrained, or its input size or normalization is neither known nor configured.
+        ValueError: If the spec is unknown, the model has no BatchNorm, is a transformer, cannot be traced, has no
+            gradient, contains NaN, is untrained, or its input size or normalization is neither known nor configured.
         FileNotFoundError: If a file does not exist.
         ConnectionError: If pre-trained weights cannot be downloaded.
     """
@@ -85,6 +86,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     choose_output(module, config.output, input_size)
     graph = trace_classifier(_copied(module, source.name), input_size).requires_grad_(False)
     num_classes = _check_logits(module, graph, input_size, config.num_classes or source.num_classes)
+    check_gradient(graph, input_size)
     if not _accepts_one_image(module, input_size):
         module = copy.deepcopy(graph)
     return Teacher(

@@ -170,7 +170,9 @@ class Draft:
         except Exception:  # whatever a module or function says of a shape that it does not take
             pass
         for line in self.init[len(before[0]) :]:
-            delattr(self.root, line.removeprefix("self.").split(" =")[0])
+            name = line.removeprefix("self.").split(" =")[0]
+            if "." not in name:  # a weight tied to another layer's goes with its layer
+                delattr(self.root, name)
         for part, kept in zip(lists, before, strict=True):
             part[:] = kept
         self.scope, self.count = scope, count

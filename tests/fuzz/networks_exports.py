@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import UserError
 
 from fuzz.networks_checks import close, equal
 from fuzz.networks_rejections import DifferenceError
@@ -54,11 +55,16 @@ def check_exports(teacher: Teacher, student: Student, images: Tensor, where: str
         save_packed(path, form, {"input_size": list(size)})
         equal(load_packed(path, student.net)(images.clone()), logits, f"{where}: packed file, integer form")
     if rng.random() < 0.5:
-        program = torch.export.export(
-            integer_form(student.net, operations="torch"),
-            (torch.zeros(2, *size),),
-            dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
-        )
+        try:
+            program = torch.export.export(
+                integer_form(student.net, operations="torch"),
+                (torch.zeros(2, *size),),
+                dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
+            )
+        except UserError as error:
+            if "Dim('N', max=" in str(error):  # the network's constants suffice for some number of images only
+                return files
+            raise
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
         engine = torch.export.load(io.BytesIO(buffer.getvalue())).module()

@@ -89,13 +89,15 @@ def activation(b: Draft) -> None:
     """Any known activation in any spelling."""
     kind = b.pick("relu", "relu", *ACTIVATIONS)
     b.line(f"x = {activate(b, 'x', b.pick(*ACTIVATIONS[kind]))}")
+    if kind in ("softmax", "tanh", "sigmoid", "hardsigmoid", "hardtanh", "clamp", "exp"):
+        b.may_be_rejected("returned probabilities")  # averages of them may be in [0, 1] for any input
 
 
 def rare_activation(b: Draft) -> None:
     """A function that may be unknown."""
     spelling = b.pick(*RARE["rare"])
     b.line(f"x = {activate(b, 'x', spelling)}")
-    b.may_be_rejected("operations whose quantization is known", "cannot be exported to ONNX")
+    b.may_be_rejected("operations whose quantization is known", "cannot be exported to ONNX", "must have a gradient")
 
 
 def conv_expression(b: Draft, inputs: int, outputs: int, *, keeps_size: bool = False) -> str:

@@ -132,3 +132,12 @@ def test_a_constant_that_a_forward_pass_overwrites_is_named(coordinates: Coordin
 def test_sizes_as_an_object_of_pytorch_are_named() -> None:
     with pytest.raises(ValueError, match=r"without torch\.Size"):
         trace_classifier(Net(lambda net, x: net.coords.expand(torch.Size([len(x), 1, 8, 8])), False).eval(), SIZE)
+
+
+def test_a_constant_whose_elements_share_memory_can_be_stored_and_loaded() -> None:
+    net = Net(lambda net, x: net.plain.expand(64, -1, -1, -1)[: x.shape[0]], branches=True).eval()
+    net.register_buffer("shared", torch.full((1, 1, 1), 0.5).expand(1, 8, 8))
+    traced = trace_classifier(copy.deepcopy(net), SIZE)
+    traced.load_state_dict({name: tensor.clone() for name, tensor in traced.state_dict().items()})
+    images = torch.randn(3, *SIZE)
+    assert torch.equal(traced(images), net(images))

@@ -154,6 +154,7 @@ def float_reads(net: fx.GraphModule, target: str) -> list[str]:
         elif node.op != "placeholder" and is_activation(node):
             folded = traits_of(node).kind is OpKind.NORM or traits_of(node).limits is not None
             for source in sources:
-                if source not in coded and not (folded and source in inside) and node not in logits:
+                is_float = is_activation(source) and source not in coded  # a mask, made of codes, is neither
+                if is_float and not (folded and source in inside) and node not in logits:
                     found.append(f"{node.name} of {source.name}")
     return found

@@ -138,3 +138,29 @@ def test_a_layer_named_softmax_is_no_softmax() -> None:
             return self.softmax(F.relu(self.bn(self.conv(x))).mean((2, 3)))
 
     check_no_probabilities(trace_classifier(Named().eval(), SIZE), torch.randn(3, *SIZE))
+
+
+class Gated(nn.Module):
+    """A classifier whose last map is its logits, with a gate: the last layer of its code does not make the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.gate = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x))) * 0.1
+        return (x * self.gate(x.mean((2, 3))).sigmoid()[:, :, None, None]).mean((2, 3))
+
+
+def test_small_outputs_with_a_gate_are_logits() -> None:
+    graph = trace_classifier(Gated().eval(), SIZE)
+    with torch.no_grad():
+        assert probabilities(graph(images()))  # by their values
+    check_no_probabilities(graph, images())
+
+
+@pytest.mark.parametrize("end", [lambda x: x.heaviside(x.new_zeros(1)) * x, lambda x: x // 0.1])
+def test_operations_without_a_derivative_are_named(end: End) -> None:
+    with pytest.raises(ValueError, match=r"must have a gradient.*(heaviside|floor_divide).*torch\.floor"):
+        load(end)
