@@ -15,6 +15,7 @@ from torch import Tensor
 
 from synq.common.files import check_writable
 from synq.common.notices import print_notice
+from synq.common.progress import Progress
 from synq.config.run import RunConfig, make_absolute, with_overrides
 from synq.engines.deployed import check_deployable
 from synq.evaluation.measure import Measure
@@ -41,6 +42,7 @@ def run(
     accelerator: Accelerator | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_checkpoint: Callable[[Path], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
     teacher: Teacher | None = None,
 ) -> RunRecord:
     """Run all stages, or resume an interrupted run; return the record of a completed run unchanged.
@@ -56,6 +58,8 @@ def run(
         accelerator: Process group; None makes one from `config.runtime`.
         on_epoch: Called on every process after every epoch with epoch, epochs, objective_value and the loss terms.
         on_checkpoint: Called on the main process with the path of each written checkpoint.
+        on_progress: Called on the main process when a stage begins, and after the checkpoint of each epoch, which is
+            not measured for it.
         teacher: The result of `load_teacher(config.teacher)` if already loaded; its graph is moved to the run's device.
             None loads it.
 
@@ -69,7 +73,8 @@ def run(
     """
     config = make_absolute(config)
     accelerator = accelerator or make_accelerator(config.runtime)
-    folder, timer = run_folder(config), StageTimer()
+    show = on_progress if on_progress is not None and accelerator.is_main_process else lambda _: None
+    folder, timer = run_folder(config), StageTimer(lambda stage: show(Progress(stage=stage)))
     with RunLog(config, folder, accelerator) as log:
         local_batch_size(config.finetune.batch_size, accelerator.num_processes)
         with timer("teacher"):
@@ -117,7 +122,8 @@ def run(
             write_config(folder / "config.json", config)
 
         if trained is None:
-            calls = _epoch_callback(config, measure, student, log, on_epoch), on_checkpoint
+            show(Progress(stage="finetune", total=config.finetune.epochs))
+            calls = _epoch_callbacks(config, measure, student, log, on_epoch, on_checkpoint, show)
             with failure_recorded(folder, record, accelerator):
                 history = _finetune(
                     config, student_net, teacher_net, images, train_set, pixels, accelerator, identity, *calls
@@ -181,11 +187,19 @@ def check(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple
     return _open(config, accelerator or make_accelerator(config.runtime), None)[:2]
 
 
-def prepare(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple[SyntheticSet, SyntheticSet]:
-    """Return the training and the held-out set of a run, synthesized first unless the store has them."""
+def prepare(
+    config: RunConfig, *, accelerator: Accelerator | None = None, teacher: Teacher | None = None
+) -> tuple[SyntheticSet, SyntheticSet]:
+    """Return the training and the held-out set of a run, synthesized first unless the store has them.
+
+    Args:
+        config: The run.
+        accelerator: Process group; None makes one from `config.runtime`.
+        teacher: As for `run`.
+    """
     config = make_absolute(config)
     accelerator = accelerator or make_accelerator(config.runtime)
-    return ensure_sets(config, _open(config, accelerator, None)[0], accelerator)
+    return ensure_sets(config, _open(config, accelerator, teacher)[0], accelerator)
 
 
 def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) -> tuple[Teacher, Measure, Student]:
@@ -235,14 +249,21 @@ def _finetune(
     )
 
 
-def _epoch_callback(
+def _epoch_callbacks(
     config: RunConfig,
     measure: Measure,
     student: Student,
     log: RunLog,
     on_epoch: Callable[[dict[str, float]], None] | None,
-) -> Callable[[Epoch], None]:
-    """Return a callback for the end of an epoch: measure the objective if configured, log, call `on_epoch`."""
+    on_checkpoint: Callable[[Path], None] | None,
+    show: Callable[[Progress], None],
+) -> tuple[Callable[[Epoch], None], Callable[[Path], None]]:
+    """Return the callbacks for the end of an epoch and for its checkpoint.
+
+    The first one measures the objective if configured, logs and calls `on_epoch`; the second one calls `on_checkpoint`
+    and `show`.
+    """
+    epochs: list[Epoch] = []
 
     def after_epoch(epoch: Epoch) -> None:
         if on_epoch is not None or config.evaluation.every_epoch:
@@ -250,5 +271,12 @@ def _epoch_callback(
         log.epoch(epoch)
         if on_epoch is not None:
             on_epoch({**epoch, "epochs": config.finetune.epochs})
+        epochs.append(epoch)
 
-    return after_epoch
+    def after_checkpoint(path: Path) -> None:
+        if on_checkpoint is not None:
+            on_checkpoint(path)
+        terms = {name: value for name, value in epochs[-1].items() if name != "epoch"}
+        show(Progress(stage="finetune", done=int(epochs[-1]["epoch"]), total=config.finetune.epochs, terms=terms))
+
+    return after_epoch, after_checkpoint
