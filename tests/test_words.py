@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.source_tree import files, name_of
+from support.terms import BRITISH, FIGURE, PROSE
 
 # Part of an identifier (snake or camel case) -> what the field says.
 IDENTIFIERS = {
@@ -35,29 +36,6 @@ IDENTIFIERS = {
     "idle": "inactive",
     "look|alone|made_of|of_its_day": "probe, only, source, (gone)",
 }
-PROSE = {
-    r"\bwords\b": "args, argv",
-    r"(?<!bit-)\bwidths\b|\bwidth choice\b": "bit-widths, mixed-precision search",
-    r"\bthe ends\b": "first and last layer",
-    r"\bsaid\b|\btold\b|\bsays?\b|\btells?\b|\bhears? of\b": "logged, warned, printed, reported, given",
-    r"\brefus\w+": "reject, raise",
-    r"\bstands?\b(?!-)": "is",
-    r"\bbeside\b|\bbehind\b|\bwhoever\b": "next to, after, any process",
-    r"\bof (its|their) own\b": "separate, dedicated",
-    r"\bin the place of\b": "instead of",
-    r"\banswer\w*": "logits, outputs, reply",
-    r"\balike\b": "equal, tied",
-    r"\bdoors?\b": "command",
-    r"\bsites?\b(?!-)": "cluster, location",
-    r"\bmerit\b|\bhalts?\b|\bworkplace\b|\brehears\w+|\bremarks?\b": "sort_key, stop, workspace, smoke run, note",
-    r"(?<!decimal )\bplaces\b": "paths",
-    r"\bidle\b": "inactive",
-}
-BRITISH = (
-    r"\w*(?:colour|behaviour|favour|neighbour|labelled|modelled|cancelled|travelled|artefact|catalogue|grey|centre|whilst|learnt)\w*"
-    r"|\w*(?:optim|equal|normal|quant|minim|maxim|summar|initial|serial|recogn|organ|parallel|regular|visual|synchron|general|special)is(?:e|ed|es|er|ing|ation)\b"
-    r"|\banalyse\w*|\blicence\w*"
-)
 FIGURES = "sweeps/reports/"
 """The one package where a figure is a drawing; elsewhere a number is a metric, a value or a result."""
 SOURCES = files("synq", "sweeps", "launch")
@@ -79,7 +57,7 @@ def faults(text: str, *, figures: bool = False) -> list[str]:
                     found.append(f"{where}: identifier `{token.string}`: {term}")
             found += [f"{where}: `{token.string}`: American spelling"] if re.search(BRITISH, token.string, re.I) else []
         elif token.type in (tokenize.STRING, tokenize.COMMENT, getattr(tokenize, "FSTRING_MIDDLE", -1)):
-            prose = PROSE if figures else {**PROSE, r"\bfigures?\b": "metric, value, result"}
+            prose = PROSE if figures else {**PROSE, **FIGURE}
             for pattern, term in [*prose.items(), (BRITISH, "American spelling")]:
                 for match in re.finditer(pattern, token.string, re.I):
                     line = where + token.string[: match.start()].count("\n")

@@ -32,7 +32,7 @@ VARIABLES = {
     },
     "Set by SynQ for Ray, unless you have set them": {
         "RAY_AUTH_MODE": "`disabled` for a local Ray, which listens on 127.0.0.1 only; on a cluster set `token` on the "
-        "head and for `ray job submit` alike",
+        "head and for `ray job submit`",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "`0` for a local Ray: loopback only",
         "RAY_USAGE_STATS_ENABLED": "`0` for a local Ray: no usage report",
         "RAY_AIR_NEW_OUTPUT": "`0`: Tune's display is off",
@@ -80,5 +80,5 @@ def environment_page() -> str:
     for title, part in VARIABLES.items():
         lines += [f"## {title}\n", table(("variable", ""), [(f"`{name}`", text) for name, text in part.items()])]
     lines += ["Variables of `MALLOC_...`, `GLIBC_TUNABLES` and `LD_PRELOAD` that tune or replace the C allocator keep "
-              "SynQ from tuning it. Weights & Biases, MLflow and object stores have more of their own.\n"]  # fmt: skip
+              "SynQ from tuning it. Weights & Biases, MLflow and object stores have more.\n"]  # fmt: skip
     return "\n".join(lines)

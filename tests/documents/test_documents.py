@@ -12,9 +12,12 @@ from types import ModuleType
 import pytest
 
 from support.source_tree import ROOT, files, tree_of
+from support.terms import BRITISH, FIGURE, PROSE
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "findings" / "README.md", *sorted(DOCS.rglob("*.md"))]
+CURRENT = [page for page in PAGES if not {"results", "findings"} & {*page.parts}]
+"""Pages of today; results keep the words and names of their day."""
 LINK = re.compile(r"(?<!\\)\]\(([^()\s]+(?:\([^()]*\))?)\)")
 
 
@@ -51,6 +54,16 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("path", CURRENT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_speak_the_language_of_the_field(path: Path) -> None:
+    found = [
+        f"{match[0]!r}: {term}"
+        for pattern, term in [*PROSE.items(), *FIGURE.items(), (BRITISH, "American spelling")]
+        for match in re.finditer(pattern, _text(path), re.I)
+    ]
+    assert not found
+
+
 def test_the_readme_is_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150 and len(text.split()) <= 1300
@@ -75,7 +88,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def test_files_that_documents_name_exist() -> None:
     wrong, found = [], 0
-    for path in [page for page in PAGES if "results" not in page.parts]:
+    for path in CURRENT:
         names = re.findall(
             r"(?<![\w/.$-])((?:synq|sweeps|launch|docs|tests|findings)/[\w/.-]+\.[a-z]{2,5})\b",
             path.read_text(encoding="utf-8"),
@@ -139,7 +152,7 @@ def test_names_in_python_are_public(reference: ModuleType) -> None:
     api = importlib.import_module("reference_api")
     public = api.public_names()
     wrong, found = [], 0
-    for path in [page for page in PAGES if "results" not in page.parts]:
+    for path in CURRENT:
         tree = _python(path)
         names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         names = {name for name in names if name.startswith("synq.")} - {"synq.sweeps"}
