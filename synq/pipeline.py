@@ -21,6 +21,7 @@ from synq.engines.deployed import check_deployable
 from synq.evaluation.measure import Measure
 from synq.finetune.loop import Epoch, finetune
 from synq.finetune.networks import aligned_blocks, prepare_networks
+from synq.finetune.own_term import check_own_term
 from synq.finetune.responses import TappedNetwork
 from synq.finetune.schedule import local_batch_size
 from synq.own_images import ensure_own_images
@@ -212,6 +213,7 @@ def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) 
     if broadcast_object_list([teacher.digest])[0] != teacher.digest:
         raise ValueError("teacher.spec must give all processes the same network, but its weights differ between them")
     check_compilable(config, teacher.cam, accelerator.device)
+    check_own_term(config.finetune, teacher.num_classes)
     aligned_blocks(config, teacher)
     measure = Measure.prepare(
         config.evaluation, teacher, accelerator, quant=config.quant, progress=config.runtime.progress

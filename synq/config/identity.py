@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from synq.config.finetune import inactive_keys
 from synq.config.parsing import config_to_dict, with_overrides
+from synq.config.plugins import versioned
 from synq.config.quant import RESEARCH, end_bits
 
 T = TypeVar("T")
@@ -18,7 +19,13 @@ configuration mean another run."""
 WEIGHT_INDEX_SUFFIX = ".index.json"
 """End of the name of the index of sharded weights, such as model.safetensors.index.json."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin", ".ckpt", WEIGHT_INDEX_SUFFIX)
-SPECS = (("teacher", "spec"), ("teacher", "weights"), ("evaluation", "dataset"), ("synthesis", "source"))
+SPECS = (
+    ("teacher", "spec"),
+    ("teacher", "weights"),
+    ("evaluation", "dataset"),
+    ("synthesis", "source"),
+    ("finetune", "own_term"),
+)
 FOLDERS = (("evaluation", "data_dir"), ("runtime", "output_dir"), ("runtime", "store_dir"))
 
 
@@ -61,10 +68,17 @@ def _changed(
 def make_absolute(config: T) -> T:
     """Return a copy whose file paths are absolute, relative to the current folder (a trial runs in a separate folder).
 
-    Covers weights files, FILE.py:FACTORY, npz:FILE, imagefolder:PATH and every folder; addresses (s3://...) stay.
+    Covers weights files, FILE.py:FACTORY, npz:FILE, imagefolder:PATH and every folder; addresses (s3://...) stay. A
+    loss term of a user gets its version.
+
+    Raises:
+        ValueError: As `versioned`.
+        FileNotFoundError: As `versioned`.
     """
     values = config_to_dict(config)
     specs = _changed(values, SPECS, lambda spec: map_spec_path(spec, absolute_path))
+    if "finetune.own_term" in specs:
+        specs["finetune.own_term"] = versioned(specs["finetune.own_term"])
     return with_overrides(config, specs | _changed(values, FOLDERS, absolute_path))
 
 

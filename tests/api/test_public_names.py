@@ -8,8 +8,29 @@ import sys
 import synq
 
 NAMES = {
-    *("__version__", "quantize", "synthesize", "inspect", "load_teacher", "open_run", "load_student", "sweeps"),
-    *("Run", "RunConfig", "RunRecord", "Recount", "Export", "Inspection", "Progress", "SyntheticSet", "Teacher"),
+    *(
+        "__version__",
+        "quantize",
+        "synthesize",
+        "inspect",
+        "load_teacher",
+        "open_run",
+        "load_student",
+        "sweeps",
+        "loss_term",
+    ),
+    *(
+        "Run",
+        "RunConfig",
+        "RunRecord",
+        "Recount",
+        "Export",
+        "Inspection",
+        "Progress",
+        "SyntheticSet",
+        "Teacher",
+        "LossInputs",
+    ),
 }
 ARGUMENTS = {
     "quantize": "model weight_bits act_bits target weights input_size mean std preprocessing images dataset config "
