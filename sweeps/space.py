@@ -177,4 +177,5 @@ def with_bits(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def setting_names() -> list[str]:
     """Return the dotted keys of the settings that may be searched."""
-    return [key for key in dotted_keys(RunConfig) if key.startswith(("finetune.", "quant.")) and key not in IDENTITY]
+    names = [key for key in dotted_keys(RunConfig) if key.startswith(("finetune.", "quant."))]
+    return [key for key in names if key not in (*IDENTITY, "finetune.own_term")]  # a term, whose weight is searched

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from synq.api.run import load_student as load_student
     from synq.api.run import open_run as open_run
     from synq.common.progress import Progress as Progress
+    from synq.config.plugins import loss_term as loss_term
     from synq.config.run import RunConfig as RunConfig
+    from synq.finetune.own_term import LossInputs as LossInputs
     from synq.runs.record import RunRecord as RunRecord
     from synq.runs.recount import Recount as Recount
     from synq.synthesis.dataset import SyntheticSet as SyntheticSet
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 _SOURCES = {
     "Export": ("synq.api.run", "Export"),
     "Inspection": ("synq.api.quantize", "Inspection"),
+    "LossInputs": ("synq.finetune.own_term", "LossInputs"),
     "Progress": ("synq.common.progress", "Progress"),
     "Recount": ("synq.runs.recount", "Recount"),
     "Run": ("synq.api.run", "Run"),
@@ -41,6 +44,7 @@ _SOURCES = {
     "inspect": ("synq.api.quantize", "inspect"),
     "load_student": ("synq.api.run", "load_student"),
     "load_teacher": ("synq.api.quantize", "load_teacher"),
+    "loss_term": ("synq.config.plugins", "loss_term"),
     "open_run": ("synq.api.run", "open_run"),
     "quantize": ("synq.api.quantize", "quantize"),
     "sweeps": ("synq.sweeps", ""),

@@ -21,8 +21,10 @@ from synq.engines.deployed import check_deployable
 from synq.evaluation.measure import Measure
 from synq.finetune.loop import Epoch, finetune
 from synq.finetune.networks import aligned_blocks, prepare_networks
+from synq.finetune.own_term import check_own_term
 from synq.finetune.responses import TappedNetwork
 from synq.finetune.schedule import local_batch_size
+from synq.own_images import ensure_own_images
 from synq.quant.student import Student, build_student, share_changed, weight_codes
 from synq.runs.forecast import forecast, forecast_line
 from synq.runs.lifecycle import StageTimer, blank_record, complete_record, failure_recorded, finished_record, save
@@ -88,6 +90,7 @@ def run(
         trained = _trained_before(config, teacher, student, measure, accelerator) if on_epoch is None else None
 
         with timer("synthesis"):
+            ensure_own_images(config, teacher, accelerator)
             train_set, heldout = ensure_sets(config, teacher, accelerator)
         measure.hold_out(heldout.images)
         trained = trained if _is_of(trained, train_set, accelerator) else None
@@ -199,7 +202,9 @@ def prepare(
     """
     config = make_absolute(config)
     accelerator = accelerator or make_accelerator(config.runtime)
-    return ensure_sets(config, _open(config, accelerator, teacher)[0], accelerator)
+    teacher = _open(config, accelerator, teacher)[0]
+    ensure_own_images(config, teacher, accelerator)
+    return ensure_sets(config, teacher, accelerator)
 
 
 def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) -> tuple[Teacher, Measure, Student]:
@@ -208,6 +213,7 @@ def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) 
     if broadcast_object_list([teacher.digest])[0] != teacher.digest:
         raise ValueError("teacher.spec must give all processes the same network, but its weights differ between them")
     check_compilable(config, teacher.cam, accelerator.device)
+    check_own_term(config.finetune, teacher.num_classes)
     aligned_blocks(config, teacher)
     measure = Measure.prepare(
         config.evaluation, teacher, accelerator, quant=config.quant, progress=config.runtime.progress

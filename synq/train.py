@@ -20,7 +20,7 @@ from synq.common.exit_codes import INTERRUPTED, RUN_FAILED, USER_ERROR, leave, r
 from synq.config.command_line import Command
 from synq.config.command_options import config_option
 from synq.config.finetune import SWITCHED_OFF
-from synq.config.run import RunConfig
+from synq.config.run import RunConfig, make_absolute
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,7 +63,7 @@ def _run(config: RunConfig, accelerator: "Accelerator") -> tuple[list[str], list
     from synq.pipeline import run
     from synq.runs.record import run_folder, summary_line
 
-    file = run_folder(config) / "record.json"
+    file = run_folder(make_absolute(config)) / "record.json"
     before = file.stat().st_mtime_ns if file.exists() else None
     record = run(config, accelerator=accelerator)
     done = "finished before, nothing to do: " if before == file.stat().st_mtime_ns else ""

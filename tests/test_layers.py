@@ -34,6 +34,7 @@ PACKAGES = (
     "synthesis",
     "finetune",
     "evaluation",
+    "own_images",
     "runs",
     "pipeline",
     "export",
@@ -137,9 +138,9 @@ def test_real_images_enter_through_one_package() -> None:
     for path in files("synq", "sweeps"):
         for name in own_imports(path):
             importers[name].add(module_of(path))
-    entrances = {"synq.evaluation.labeled", "synq.api.quantize", "synq.api.run"}
+    entrances = {"synq.evaluation.labeled", "synq.own_images", "synq.api.quantize", "synq.api.run"}
     assert set().union(*(importers[name] for name in readers)) - readers <= entrances
-    assert importers["synq.evaluation.labeled"] <= {"synq.evaluation.measure"}
+    assert importers["synq.evaluation.labeled"] <= {"synq.evaluation.measure", "synq.own_images"}
 
 
 def test_ray_and_optuna_stay_in_their_packages() -> None:

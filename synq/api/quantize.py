@@ -13,8 +13,10 @@ from synq.api.session import named_as_arguments, session
 from synq.api.settings import Config, settings_of
 from synq.common.progress import Progress
 from synq.common.text_tables import to_text
-from synq.config.run import RunConfig, with_overrides
-from synq.evaluation.labeled_memory import in_memory, is_in_memory, labeled_in_memory
+from synq.config.run import RunConfig, make_absolute, with_overrides
+from synq.config.synthesis import OWN_IMAGES
+from synq.evaluation.labeled_memory import in_memory, is_in_memory, labeled_in_memory, unlabeled_in_memory
+from synq.own_images import num_own_images
 from synq.runs.record import run_folder
 from synq.synthesis.dataset import SyntheticSet
 from synq.teacher.teacher import Teacher
@@ -35,6 +37,7 @@ def quantize(
     mean: Sequence[float] | float | None = None,
     std: Sequence[float] | float | None = None,
     preprocessing: object = None,
+    images: Any = None,
     dataset: Any = None,
     config: Config = None,
     num_images: int | None = None,
@@ -69,12 +72,16 @@ def quantize(
         preprocessing: An object that knows input size, mean and std: weights of torchvision
             (`ResNet18_Weights.IMAGENET1K_V1`) or their `transforms()`, an image processor of Hugging Face, timm's
             pretrained_cfg, or a Compose with Normalize.
+        images: Unlabeled images of yours on which the student is trained instead of synthetic ones, as many as there
+            are: a folder, an .npz file (array x), an array or tensor (N, ...), a `torch.utils.data.Dataset`, or any
+            iterable of images; uint8, or float in [0, 1] and not normalized. Such a run has the protocol own_images and
+            is never ranked with zero-shot ones. Its held-out images are synthetic.
         dataset: Labeled images that the result is measured on, and nothing else: digits, cifar10, cifar100,
             fashion-mnist, imagefolder:PATH, npz:FILE or none; a path; (images, labels); a `torch.utils.data.Dataset` of
             (image, label), or a `DataLoader`. Images are uint8, or float in [0, 1] and not normalized.
         config: All other settings: a `RunConfig`, a .toml or .json file, or a mapping with its keys, such as
             {"finetune.lr": 1e-3} or {"synthesis": {"iterations": 50}}. Arguments of the call go before it.
-        num_images: Number of synthetic training images.
+        num_images: Number of training images; with `images`, by default all of them.
         epochs: Passes over them.
         seed: Seed of fine-tuning and of the synthetic images.
         device: auto (the default: a GPU if there is one), cpu or cuda.
@@ -106,8 +113,9 @@ def quantize(
     )
     with session(progress=progress):
         labeled = in_memory(dataset)
-        with labeled_in_memory(labeled) as spec:
+        with labeled_in_memory(labeled) as spec, unlabeled_in_memory(images) as source:
             settings = with_overrides(settings, {} if spec is None else {"evaluation.dataset": spec})
+            settings = settings if source is None else _with_own(settings, source, num_images)
             settings, teacher = _open(model, settings, preprocessing, config)
             pipeline.run(settings, teacher=working_copy(teacher), on_progress=on_progress)
             return Run(run_folder(settings), settings, teacher, labeled if is_in_memory(spec) else None)
@@ -276,6 +284,14 @@ def _open(model: Model, settings: RunConfig, preprocessing: object, config: Conf
     if model is None and config is None:
         raise ValueError("`model` must be a network or a spec such as torchvision:resnet18, but got none")
     return open_model(model, settings, preprocessing)
+
+
+def _with_own(settings: RunConfig, source: str, num_images: int | None) -> RunConfig:
+    """Return a run on unlabeled images; a batch has at most as many as there are."""
+    settings = make_absolute(with_overrides(settings, {"synthesis.method": OWN_IMAGES, "synthesis.source": source}))
+    number = num_images or num_own_images(str(settings.synthesis.source))
+    batch = min(settings.finetune.batch_size, number)
+    return with_overrides(settings, {"synthesis.num_images": number, "finetune.batch_size": batch})
 
 
 def _common(

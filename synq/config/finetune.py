@@ -59,6 +59,11 @@ class FinetuneConfig:
     step; 0 disables the term."""
     perturb_size: float = 0.02
     """Size of that step, in units of the normalized input."""
+    own_term: str | None = None
+    """Loss term of yours: FILE.py:FUNCTION, MODULE:FUNCTION, or a name that synq.loss_term or an entry point of
+    synq.loss_terms registers; @VERSION is added. It is called with synq.LossInputs and returns one value per image."""
+    own_weight: float = 0.0
+    """Weight of own_term; 0 disables it."""
     difficulty_threshold: float = 0.5
     """Largest difficulty tau (1 - teacher's probability of the label) at which the cross-entropy counts; 1 keeps every
     image."""
@@ -93,6 +98,7 @@ class FinetuneConfig:
             "feature_weight",
             "perturb_weight",
             "perturb_size",
+            "own_weight",
         ):
             between(f"finetune.{name}", getattr(self, name), 0)
         between("finetune.step_lr_factor", self.step_lr_factor, 0)
@@ -105,7 +111,16 @@ class FinetuneConfig:
         for name in ("grad_clip", "grad_clip_relative", "lowpass_cutoff"):
             if getattr(self, name) is not None:
                 between(f"finetune.{name}", getattr(self, name), 0, open_low=True)
-        weights = (self.kd_weight, self.ce_weight, self.cam_weight, self.feature_weight, self.perturb_weight)
+        rule = "be 0 unless `finetune.own_term` names the term"
+        require("finetune.own_weight", rule, self.own_weight, self.own_term is not None or self.own_weight == 0)
+        weights = (
+            self.kd_weight,
+            self.ce_weight,
+            self.cam_weight,
+            self.feature_weight,
+            self.perturb_weight,
+            self.own_weight,
+        )
         require("finetune.kd_weight", "be > 0 where all other weights of the loss are 0", self.kd_weight, any(weights))
         one_of("finetune.optimizer", self.optimizer, ("sgd", "adam"))
         one_of("finetune.schedule", self.schedule, ("cosine", "step", "constant"))
@@ -127,7 +142,10 @@ def inactive_keys(finetune: Mapping[str, Any], learned_steps: str) -> set[str]:
         finetune: A `FinetuneConfig` as a mapping.
         learned_steps: `quant.learned_steps` of the same run.
     """
+    has_own = finetune["own_weight"] != 0 and finetune["own_term"] is not None
     active = {
+        "own_term": has_own,
+        "own_weight": has_own,
         "perturb_size": finetune["perturb_weight"] != 0,
         "cam_method": finetune["cam_weight"] != 0,
         "hard_labels": finetune["ce_weight"] != 0,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from synq.config.finetune import inactive_keys
 from synq.config.parsing import config_to_dict, with_overrides
+from synq.config.plugins import versioned
 from synq.config.quant import RESEARCH, end_bits
 
 T = TypeVar("T")
@@ -18,7 +19,13 @@ configuration mean another run."""
 WEIGHT_INDEX_SUFFIX = ".index.json"
 """End of the name of the index of sharded weights, such as model.safetensors.index.json."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin", ".ckpt", WEIGHT_INDEX_SUFFIX)
-SPECS = (("teacher", "spec"), ("teacher", "weights"), ("evaluation", "dataset"))
+SPECS = (
+    ("teacher", "spec"),
+    ("teacher", "weights"),
+    ("evaluation", "dataset"),
+    ("synthesis", "source"),
+    ("finetune", "own_term"),
+)
 FOLDERS = (("evaluation", "data_dir"), ("runtime", "output_dir"), ("runtime", "store_dir"))
 
 
@@ -38,11 +45,11 @@ def absolute_path(path: str) -> str:
 def map_spec_path(spec: str, function: Callable[[str], str]) -> str:
     """Apply `function` to the file path inside a spec, if there is one.
 
-    npz:FILE, imagefolder:PATH, FILE.py:FACTORY and the name of a weights file hold a path; bundled:NAME, digits or
-    IMAGENET1K_V1 do not.
+    npz:FILE, imagefolder:PATH, folder:PATH, FILE.py:FACTORY and the name of a weights file hold a path; bundled:NAME,
+    digits or IMAGENET1K_V1 do not.
     """
     source, _, rest = spec.partition(":")
-    if source in ("npz", "imagefolder") and rest:
+    if source in ("npz", "imagefolder", "folder") and rest:
         return f"{source}:{function(rest)}"
     path, _, factory = spec.rpartition(":")
     if path.endswith(".py"):
@@ -61,10 +68,17 @@ def _changed(
 def make_absolute(config: T) -> T:
     """Return a copy whose file paths are absolute, relative to the current folder (a trial runs in a separate folder).
 
-    Covers weights files, FILE.py:FACTORY, npz:FILE, imagefolder:PATH and every folder; addresses (s3://...) stay.
+    Covers weights files, FILE.py:FACTORY, npz:FILE, imagefolder:PATH and every folder; addresses (s3://...) stay. A
+    loss term of a user gets its version.
+
+    Raises:
+        ValueError: As `versioned`.
+        FileNotFoundError: As `versioned`.
     """
     values = config_to_dict(config)
     specs = _changed(values, SPECS, lambda spec: map_spec_path(spec, absolute_path))
+    if "finetune.own_term" in specs:
+        specs["finetune.own_term"] = versioned(specs["finetune.own_term"])
     return with_overrides(config, specs | _changed(values, FOLDERS, absolute_path))
 
 
@@ -108,6 +122,7 @@ def config_digest(config: object, *, with_seeds: bool = True, with_evaluation: b
     # Settings that were added later: left out where not given, so that the digests of earlier configurations stay.
     added = ("resize_size", "interpolation")
     left_out += [(values["evaluation"], key) for key in added if values["evaluation"][key] is None]
+    left_out += [(values["synthesis"], "source")] if values["synthesis"]["source"] is None else []
     left_out += [] if with_evaluation else [(values, "evaluation")]
     left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]
     for table, key in left_out:

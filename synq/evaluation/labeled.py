@@ -185,12 +185,17 @@ def load_labeled(
     indices = torch.arange(num_total)
     if limit is not None and limit < num_total:
         indices = _ranks(num_total, "limit").argsort()[:limit].sort().values
-    text = rule.describe() if source.size is None else _resizing(spec, source.size, teacher_input_size)
+    text = rule.describe() if source.size is None else resizing_rule(spec, source.size, teacher_input_size)
     return LabeledSet(spec, source, indices, teacher_input_size, mean, std, text)
 
 
-def _resizing(spec: str, size: tuple[int, int], input_size: tuple[int, int, int]) -> str:
+def resizing_rule(spec: str, size: tuple[int, int], input_size: tuple[int, int, int]) -> str:
     """Return how arrays of images are brought to the teacher's size, as a text.
+
+    Args:
+        spec: The images, for messages.
+        size: Their height and width.
+        input_size: (C, H, W) of the teacher.
 
     Raises:
         ValueError: If that would distort them by more than rounding, or scale them by more than 8.

@@ -1,4 +1,4 @@
-"""Labeled images in memory: known by a spec, memory:labels-DIGEST, while a program uses them."""
+"""Images in memory: known by a spec, memory:labels-DIGEST or memory:images-DIGEST, while a program uses them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,8 +47,38 @@ def labeled_in_memory(data: Any) -> Iterator[str | None]:
     if isinstance(data, Path):
         yield f"npz:{data}" if data.suffix == ".npz" else f"imagefolder:{data}"
         return
-    images = in_memory(data)
-    spec = f"{MEMORY}labels-{images.digest[:DIGITS]}"
+    with _registered(in_memory(data), "labels") as spec:
+        yield spec
+
+
+@contextmanager
+def unlabeled_in_memory(data: Any) -> Iterator[str | None]:
+    """Yield the spec of unlabeled images, which can be read by it inside the ``with`` block.
+
+    Args:
+        data: A spec (folder:PATH, npz:FILE); a folder of image files or an npz file as a path; None; or images in
+            memory, as `ImageObjects` reads them.
+
+    Raises:
+        ValueError: As `ImageObjects`, or a text is no spec.
+    """
+    if isinstance(data, str) and not data.startswith(("folder:", "npz:")):
+        data = Path(data)
+    if data is None or isinstance(data, str):
+        yield data
+    elif isinstance(data, Path):
+        if not data.expanduser().exists():
+            raise FileNotFoundError(f"`images` must name an existing folder or .npz file, but got {str(data)!r}")
+        yield f"npz:{data}" if data.suffix == ".npz" else f"folder:{data}"
+    else:
+        images = data if isinstance(data, ImageObjects) else ImageObjects(data, "images", labeled=False)
+        with _registered(images, "images") as spec:
+            yield spec
+
+
+@contextmanager
+def _registered(images: ImageObjects, kind: str) -> Iterator[str]:
+    spec = f"{MEMORY}{kind}-{images.digest[:DIGITS]}"
     before = _SETS.get(spec)
     _SETS[spec] = images
     try:
@@ -56,6 +86,11 @@ def labeled_in_memory(data: Any) -> Iterator[str | None]:
     finally:
         if before is None:
             del _SETS[spec]
+
+
+def images_of(spec: str) -> ImageObjects | None:
+    """Return the images of a spec that are in memory now, or None."""
+    return _SETS.get(spec)
 
 
 def is_in_memory(spec: str | None) -> bool:

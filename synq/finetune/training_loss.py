@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from synq.config.finetune import FinetuneConfig
+from synq.finetune.own_term import LossInputs, own_term
 from synq.finetune.responses import Response, TappedNetwork
 from synq.losses import LossWeights, kd_kl, synq_loss
 from synq.teacher.pixel_range import PixelRange
@@ -61,6 +62,16 @@ def training_loss(
         student_blocks=response.blocks,
         teacher_blocks=target.blocks,
     )
+    if (term := own_term(config)) is not None:
+        inputs = LossInputs(
+            student_logits=response.logits,
+            teacher_logits=target.logits.detach(),
+            labels=labels,
+            student_map=response.cam,
+            teacher_map=None if target.cam is None else target.cam.detach(),
+        )
+        own = term(inputs).mean()
+        loss, terms["own"] = loss + config.own_weight * own, own.detach()
     if harder is not None:
         perturbed = kd_kl(outputs[0][count:], harder[1], config.kd_temperature).mean()
         loss, terms["perturbed"] = loss + config.perturb_weight * perturbed, perturbed.detach()

@@ -126,7 +126,7 @@ def blank_record(
         model=teacher.name,
         weight_bits=config.quant.weight_bits,
         act_bits=config.quant.act_bits,
-        protocol=config.quant.protocol,
+        protocol=config.protocol,
         act_points=config.quant.points,
         objective=config.evaluation.objective,
         size_bytes=student.size_bytes,

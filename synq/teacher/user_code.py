@@ -7,7 +7,7 @@ import importlib.util
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from synq.common.error_text import one_line
+from synq.config.nearest import nearest
 from synq.config.spec_hints import hub_hint
 from synq.teacher.process_state import process_state_kept
 from synq.teacher.wrappers import check_layers, unwrapped
@@ -57,6 +58,29 @@ def made_by_user(target: str, name: str, sources: Iterable[str]) -> nn.Module:
     return copy.deepcopy(unwrapped(made)) if made is getattr(module, name) else unwrapped(made)
 
 
+def user_function(target: str, name: str, setting: str) -> Callable[..., Any]:
+    """Return a function from a user's file or module; what the code changes for the whole process is put back.
+
+    Args:
+        target: Path of a Python file, or name of a module.
+        name: Name of the function.
+        setting: The setting that names it, for messages.
+
+    Raises:
+        ValueError: The code fails, ends the process, or has no such function.
+        FileNotFoundError: The file does not exist.
+    """
+    is_file = target.endswith(".py")
+    with process_state_kept(target), _sibling_modules(target) if is_file else nullcontext():
+        module = _load_file(target, setting) if is_file else _import(target, name, (), setting)
+        found = getattr(module, name, None)
+    if not callable(found):
+        names = [key for key, value in vars(module).items() if not key.startswith("_") and callable(value)]
+        near = nearest(name, names)
+        raise ValueError(f"`{setting}` must name a function of {target}, but got {name!r}{near}")
+    return found  # type: ignore[no-any-return]
+
+
 def slug(*parts: str) -> str:
     """Join parts into a lower-case name of letters, digits and underscores.
 
@@ -88,10 +112,10 @@ def _called(factory: Any, spec: str, target: str, module: ModuleType) -> Any:
         ) from error
 
 
-def _load_file(target: str) -> ModuleType:
+def _load_file(target: str, setting: str = "teacher.spec") -> ModuleType:
     path = Path(target).expanduser().resolve()
     if not path.is_file():
-        raise FileNotFoundError(f"`teacher.spec` must name an existing Python file, but got {path}")
+        raise FileNotFoundError(f"`{setting}` must name an existing Python file, but got {path}")
     name = slug("synq_user", path.stem, f"{zlib.crc32(str(path).encode()):x}")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -101,7 +125,7 @@ def _load_file(target: str) -> ModuleType:
         spec.loader.exec_module(module)
     except _FAILURES as error:
         raise ValueError(
-            f"`teacher.spec` must name a Python file that can be imported, but {path} raised {one_line(error)}"
+            f"`{setting}` must name a Python file that can be imported, but {path} raised {one_line(error)}"
             f"{_script_hint(error)}"
         ) from error
     return module
@@ -137,10 +161,12 @@ def _is_in(module: ModuleType, folder: Path) -> bool:
     return path.relative_to(folder).parts[0].partition(".")[0] == module.__name__.partition(".")[0]
 
 
-def _import(target: str, name: str, sources: Iterable[str]) -> ModuleType:
+def _import(target: str, name: str, sources: Iterable[str], setting: str = "teacher.spec") -> ModuleType:
     try:
         return importlib.import_module(target)
     except ImportError as error:
+        if not sources:
+            raise ValueError(f"`{setting}` must name a module that can be imported, but {target!r}: {error}") from error
         near = difflib.get_close_matches(target, list(sources), n=1)
         if target.lower() in _HUBS:
             raise ValueError(
@@ -150,7 +176,7 @@ def _import(target: str, name: str, sources: Iterable[str]) -> ModuleType:
         raise ValueError(f"`teacher.spec` must name a known source, but {target!r}: {error}{hint}") from error
     except _FAILURES as error:
         raise ValueError(
-            f"`teacher.spec` must name a module that can be imported, but {target!r} raised {one_line(error)}"
+            f"`{setting}` must name a module that can be imported, but {target!r} raised {one_line(error)}"
             f"{_script_hint(error)}"
         ) from error
 

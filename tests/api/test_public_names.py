@@ -8,12 +8,33 @@ import sys
 import synq
 
 NAMES = {
-    *("__version__", "quantize", "synthesize", "inspect", "load_teacher", "open_run", "load_student", "sweeps"),
-    *("Run", "RunConfig", "RunRecord", "Recount", "Export", "Inspection", "Progress", "SyntheticSet", "Teacher"),
+    *(
+        "__version__",
+        "quantize",
+        "synthesize",
+        "inspect",
+        "load_teacher",
+        "open_run",
+        "load_student",
+        "sweeps",
+        "loss_term",
+    ),
+    *(
+        "Run",
+        "RunConfig",
+        "RunRecord",
+        "Recount",
+        "Export",
+        "Inspection",
+        "Progress",
+        "SyntheticSet",
+        "Teacher",
+        "LossInputs",
+    ),
 }
 ARGUMENTS = {
-    "quantize": "model weight_bits act_bits target weights input_size mean std preprocessing dataset config num_images "
-    "epochs seed device output_dir name progress on_progress",
+    "quantize": "model weight_bits act_bits target weights input_size mean std preprocessing images dataset config "
+    "num_images epochs seed device output_dir name progress on_progress",
     "synthesize": "model num_images weights input_size mean std preprocessing config seed device output_dir progress",
     "load_teacher": "model weights input_size mean std preprocessing config",
     "inspect": "model weight_bits act_bits target weights input_size mean std preprocessing config",

@@ -30,11 +30,16 @@ EVERYTHING_ON = with_overrides(
         "quant.learned_steps": "all",
         "quant.last_bits": 7,
         "finetune.perturb_weight": 0.5,
+        "finetune.own_term": "os:getcwd",
+        "finetune.own_weight": 0.5,
     },
 )
 
 
-NEEDED: dict[str, dict[str, object]] = {"quant.portable": {"quant.target": "openvino"}}
+NEEDED: dict[str, dict[str, object]] = {
+    "quant.portable": {"quant.target": "openvino"},
+    "synthesis.source": {"synthesis.method": "own_images", "synthesis.source": "folder:here"},
+}
 """What a setting is allowed with."""
 
 
@@ -111,6 +116,7 @@ def test_the_digest_counts_exactly_what_decides_the_result(key: str) -> None:
         ({"quant.rounding": "nearest"}, {"reconstruction.iterations": 7, "reconstruction.drop_prob": 0.1}),
         ({"quant.last_bits": None}, {"quant.last_bits_for_input": False}),
         ({"quant.learned_steps": "none"}, {"finetune.step_lr_factor": 3.0}),
+        ({"finetune.own_weight": 0.0}, {"finetune.own_term": "other:term"}),
         ({"finetune.perturb_weight": 0.0}, {"finetune.perturb_size": 0.5}),
         ({"finetune.cam_weight": 0.0}, {"finetune.cam_method": "cam"}),
         ({"finetune.ce_weight": 0.0}, {"finetune.hard_labels": "top2"}),
