@@ -85,8 +85,8 @@ def read(name: str, args: list[str]) -> None:
     try:
         command.read(args)
     except FileNotFoundError as error:
-        missing = str(error.filename or error)
-        assert not re.search(r"(sweeps|launch|docs)/", missing), f"{missing} does not exist"
+        missing = str(error.filename or error).replace(f"{ROOT}/", "")
+        assert not re.search(r"\b(sweeps|launch|docs)/", missing), f"{missing} does not exist"
 
 
 @pytest.mark.parametrize(("path", "name", "args"), SHELL, ids=lambda part: str(getattr(part, "stem", part))[:60])
