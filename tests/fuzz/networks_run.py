@@ -47,7 +47,8 @@ class Report:
     def __str__(self) -> str:
         return (
             f"{self.checked} networks, {self.accepted} accepted ({self.reordered} with sums in another order), "
-            f"{self.checked - self.accepted - len(self.faults)} rejected, {self.exports} files, {len(self.faults)} faults, {self.seconds:.0f} s"
+            f"{self.checked - self.accepted - len(self.faults)} rejected, {self.exports} files, "
+            f"{len(self.faults)} faults, {self.seconds:.0f} s"
         )
 
 
