@@ -15,6 +15,7 @@ from torch import Tensor
 
 from synq.common.files import check_writable
 from synq.common.notices import print_notice
+from synq.common.progress import Progress
 from synq.config.run import RunConfig, make_absolute, with_overrides
 from synq.engines.deployed import check_deployable
 from synq.evaluation.measure import Measure
@@ -22,6 +23,7 @@ from synq.finetune.loop import Epoch, finetune
 from synq.finetune.networks import aligned_blocks, prepare_networks
 from synq.finetune.responses import TappedNetwork
 from synq.finetune.schedule import local_batch_size
+from synq.own_images import ensure_own_images
 from synq.quant.student import Student, build_student, share_changed, weight_codes
 from synq.runs.forecast import forecast, forecast_line
 from synq.runs.lifecycle import StageTimer, blank_record, complete_record, failure_recorded, finished_record, save
@@ -41,6 +43,7 @@ def run(
     accelerator: Accelerator | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_checkpoint: Callable[[Path], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
     teacher: Teacher | None = None,
 ) -> RunRecord:
     """Run all stages, or resume an interrupted run; return the record of a completed run unchanged.
@@ -56,6 +59,8 @@ def run(
         accelerator: Process group; None makes one from `config.runtime`.
         on_epoch: Called on every process after every epoch with epoch, epochs, objective_value and the loss terms.
         on_checkpoint: Called on the main process with the path of each written checkpoint.
+        on_progress: Called on the main process when a stage begins, and after the checkpoint of each epoch, which is
+            not measured for it.
         teacher: The result of `load_teacher(config.teacher)` if already loaded; its graph is moved to the run's device.
             None loads it.
 
@@ -69,7 +74,8 @@ def run(
     """
     config = make_absolute(config)
     accelerator = accelerator or make_accelerator(config.runtime)
-    folder, timer = run_folder(config), StageTimer()
+    show = on_progress if on_progress is not None and accelerator.is_main_process else lambda _: None
+    folder, timer = run_folder(config), StageTimer(lambda stage: show(Progress(stage=stage)))
     with RunLog(config, folder, accelerator) as log:
         local_batch_size(config.finetune.batch_size, accelerator.num_processes)
         with timer("teacher"):
@@ -83,6 +89,7 @@ def run(
         trained = _trained_before(config, teacher, student, measure, accelerator) if on_epoch is None else None
 
         with timer("synthesis"):
+            ensure_own_images(config, teacher, accelerator)
             train_set, heldout = ensure_sets(config, teacher, accelerator)
         measure.hold_out(heldout.images)
         trained = trained if _is_of(trained, train_set, accelerator) else None
@@ -117,7 +124,8 @@ def run(
             write_config(folder / "config.json", config)
 
         if trained is None:
-            calls = _epoch_callback(config, measure, student, log, on_epoch), on_checkpoint
+            show(Progress(stage="finetune", total=config.finetune.epochs))
+            calls = _epoch_callbacks(config, measure, student, log, on_epoch, on_checkpoint, show)
             with failure_recorded(folder, record, accelerator):
                 history = _finetune(
                     config, student_net, teacher_net, images, train_set, pixels, accelerator, identity, *calls
@@ -181,11 +189,21 @@ def check(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple
     return _open(config, accelerator or make_accelerator(config.runtime), None)[:2]
 
 
-def prepare(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple[SyntheticSet, SyntheticSet]:
-    """Return the training and the held-out set of a run, synthesized first unless the store has them."""
+def prepare(
+    config: RunConfig, *, accelerator: Accelerator | None = None, teacher: Teacher | None = None
+) -> tuple[SyntheticSet, SyntheticSet]:
+    """Return the training and the held-out set of a run, synthesized first unless the store has them.
+
+    Args:
+        config: The run.
+        accelerator: Process group; None makes one from `config.runtime`.
+        teacher: As for `run`.
+    """
     config = make_absolute(config)
     accelerator = accelerator or make_accelerator(config.runtime)
-    return ensure_sets(config, _open(config, accelerator, None)[0], accelerator)
+    teacher = _open(config, accelerator, teacher)[0]
+    ensure_own_images(config, teacher, accelerator)
+    return ensure_sets(config, teacher, accelerator)
 
 
 def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) -> tuple[Teacher, Measure, Student]:
@@ -235,14 +253,21 @@ def _finetune(
     )
 
 
-def _epoch_callback(
+def _epoch_callbacks(
     config: RunConfig,
     measure: Measure,
     student: Student,
     log: RunLog,
     on_epoch: Callable[[dict[str, float]], None] | None,
-) -> Callable[[Epoch], None]:
-    """Return a callback for the end of an epoch: measure the objective if configured, log, call `on_epoch`."""
+    on_checkpoint: Callable[[Path], None] | None,
+    show: Callable[[Progress], None],
+) -> tuple[Callable[[Epoch], None], Callable[[Path], None]]:
+    """Return the callbacks for the end of an epoch and for its checkpoint.
+
+    The first one measures the objective if configured, logs and calls `on_epoch`; the second one calls `on_checkpoint`
+    and `show`.
+    """
+    epochs: list[Epoch] = []
 
     def after_epoch(epoch: Epoch) -> None:
         if on_epoch is not None or config.evaluation.every_epoch:
@@ -250,5 +275,12 @@ def _epoch_callback(
         log.epoch(epoch)
         if on_epoch is not None:
             on_epoch({**epoch, "epochs": config.finetune.epochs})
+        epochs.append(epoch)
 
-    return after_epoch
+    def after_checkpoint(path: Path) -> None:
+        if on_checkpoint is not None:
+            on_checkpoint(path)
+        terms = {name: value for name, value in epochs[-1].items() if name != "epoch"}
+        show(Progress(stage="finetune", done=int(epochs[-1]["epoch"]), total=config.finetune.epochs, terms=terms))
+
+    return after_epoch, after_checkpoint

@@ -4,7 +4,7 @@ import statistics
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,14 +37,23 @@ class GroupState:
 class Progress:
     """Show the progress of a sweep on standard output."""
 
-    def __init__(self, total: int, *, live: bool | None = None) -> None:
+    def __init__(
+        self,
+        total: int,
+        *,
+        live: bool | None = None,
+        quiet: bool = False,
+        on_trial: Callable[[RunRecord], None] | None = None,
+    ) -> None:
         """Create the display.
 
         Args:
             total: Number of trials of the whole sweep.
             live: Whether to show a live table; None does so on a terminal.
+            quiet: Whether to print nothing.
+            on_trial: Called with the record of each ended trial.
         """
-        self.total = total
+        self.total, self.quiet, self.on_trial = total, quiet, on_trial
         self.started = time.monotonic()
         self.done_before = 0
         self.num_ended = 0
@@ -60,7 +69,7 @@ class Progress:
         """Start and end of each trial on its worker, in seconds since 1970 by the worker's clock."""
         self.running: dict[str, str] = {}
         self.console = Console()
-        watched = sys.stdout.isatty() if live is None else live
+        watched = not quiet and (sys.stdout.isatty() if live is None else live)
         self.live = Live(get_renderable=self._table, console=self.console, refresh_per_second=2) if watched else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,6 +86,8 @@ class Progress:
 
     def log(self, text: str) -> None:
         """Print a line; on a terminal, above the live table."""
+        if self.quiet:
+            return
         if self.live is not None:
             self.console.print(text, markup=False, highlight=False)
         else:
@@ -112,6 +123,8 @@ class Progress:
             else f"{record.status}: {record.reason}"
         )
         self.log(f"[{self.num_ended}/{self.total}] {trial}{value} | {outcome}{tail}")
+        if self.on_trial is not None:
+            self.on_trial(record)
 
     def worked(self, began: float | None, ended: float | None, gpu_bytes: int) -> None:
         """Record the start and end of a trial on its worker, and its peak GPU memory."""

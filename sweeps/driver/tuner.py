@@ -3,6 +3,7 @@
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ray.tune.experiment import Trial
 
 from synq.common.text_tables import plural
 from synq.config.run import RunConfig
+from synq.runs.record import RunRecord
 
 from ..reports import PAGE
 from ..search_config import LISTED
@@ -37,8 +39,13 @@ REPORT_SECONDS = 60.0
 """Seconds without a result after which a line reports that work continues."""
 
 
-def run_sweep(spec: SweepSpec) -> int:
+def run_sweep(spec: SweepSpec, *, quiet: bool = False, on_trial: Callable[[RunRecord], None] | None = None) -> int:
     """Run a sweep, or resume an interrupted one.
+
+    Args:
+        spec: The sweep.
+        quiet: Whether to print nothing.
+        on_trial: Called with the record of each ended trial.
 
     Returns:
         Exit code: 0 if every group has a completed trial, 1 if one has none or too many trials failed, 130 if
@@ -52,15 +59,15 @@ def run_sweep(spec: SweepSpec) -> int:
     ledger = Ledger(spec)
     ledger.open()
     try:
-        return _run(ledger.spec, ledger)
+        return _run(ledger.spec, ledger, quiet, on_trial)
     finally:
         ledger.close()
 
 
-def _run(spec: SweepSpec, ledger: Ledger) -> int:
+def _run(spec: SweepSpec, ledger: Ledger, quiet: bool, on_trial: Callable[[RunRecord], None] | None) -> int:
     searcher, stop_reason = SweepSearcher(spec, ledger, study_storage(spec)), StopReason()
     was_finished = not searcher.num_left()
-    with Progress(searcher.num_total()) as progress:
+    with Progress(searcher.num_total(), quiet=quiet, on_trial=on_trial) as progress:
         progress.known(ledger.records)
         where = spec.address or spec.output_dir
         progress.log(f"sweep {spec.search.name} in {where}: {len(spec.groups)} groups x {spec.search.trials} trials")
@@ -103,29 +110,27 @@ def _conclude(
 ) -> int:
     """Print the results, draw the page unless it `is_drawn` already, and return the exit code."""
     if stop_reason.failed:
-        print(
-            f"stopped: {stop_reason.failed}. The same command resumes; --retry-failed runs failed trials again",
-            flush=True,
+        progress.log(
+            f"stopped: {stop_reason.failed}. The same command resumes; --retry-failed runs failed trials again"
         )
     elif not searcher.num_left():
         ledger.finish()
-    print_leaderboard(ledger.tables.leaderboard_rows())
+    if not progress.quiet:
+        print_leaderboard(ledger.tables.leaderboard_rows())
     where = spec.address or spec.output_dir
-    print(f"{where}/trials.csv\n{where}/leaderboard.csv", flush=True)
+    progress.log(f"{where}/trials.csv\n{where}/leaderboard.csv")
     if spec.search.report and ledger.records:
-        print(f"{where}/{PAGE}" if is_drawn else _report(spec, ledger), flush=True)
+        progress.log(f"{where}/{PAGE}" if is_drawn else _report(spec, ledger, progress))
     if progress.account():
-        print(progress.account(), flush=True)
+        progress.log(progress.account())
     listed = spec.search.sampler in LISTED
     for key in sorted(searcher.exhausted):
         found, invalid = ledger.num_plans(key), searcher.invalid.get(key)
         why = f"; others are invalid together, for example: {invalid}" if invalid else ""
-        print(f"{key}: the {'list' if listed else 'search'} has only {found} different settings{why}", flush=True)
+        progress.log(f"{key}: the {'list' if listed else 'search'} has only {found} different settings{why}")
     empty = [group.key for group in spec.groups if not ledger.best(group.key)]
     if empty:
-        print(
-            f"no trial was completed in {', '.join(empty)}; the lines above or trials.csv have the reason", flush=True
-        )
+        progress.log(f"no trial was completed in {', '.join(empty)}; the lines above or trials.csv have the reason")
     return NO_RESULT if empty or stop_reason.failed else 0
 
 
@@ -136,9 +141,9 @@ def _is_drawn(spec: SweepSpec) -> bool:
     return page.is_file() and all(file.stat().st_mtime < page.stat().st_mtime for file in records)
 
 
-def _report(spec: SweepSpec, ledger: Ledger) -> str:
+def _report(spec: SweepSpec, ledger: Ledger, progress: Progress) -> str:
     """Make the sweep's page and return its path, or the reason why it failed: the sweep is finished all the same."""
-    print(f"drawing {PAGE} ...", flush=True)
+    progress.log(f"drawing {PAGE} ...")
     try:
         from ..reports.make import make_report
 
@@ -304,7 +309,13 @@ def _name(trial: Trial) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM (sent by `ray job stop`), as on Ctrl-C, in the ``with`` block."""
+    """Raise KeyboardInterrupt on SIGTERM (sent by `ray job stop`), as on Ctrl-C, in the ``with`` block.
+
+    In another thread than the main one, which alone may set a handler, SIGTERM does what it did before.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt

@@ -111,7 +111,8 @@ RUN_COLUMNS = (
     Column("model", "the teacher", _EVERYWHERE, is_text=True),
     Column("weight_bits", "bit-width of the weights", _EVERYWHERE, "W", "W", "bits"),
     Column("act_bits", "bit-width of the activations", _EVERYWHERE, "A", "A", "bits"),
-    Column("protocol", "A: all layers low-bit, static ranges; B: any other", _EVERYWHERE & ~In.SWEEP, is_text=True),
+    Column("protocol", "A: all layers low-bit, static ranges; B: any other; own_images: not zero-shot",
+        _EVERYWHERE & ~In.SWEEP, is_text=True),
     Column("act_points", "quantized tensors: relu, inputs or an engine's", _EVERYWHERE, "points", "quantization points",
         is_text=True),
     Column(

@@ -6,6 +6,7 @@ from typing import Any
 
 from synq.common.files import check_paths
 from synq.config.parsing import between
+from synq.teacher.teacher import Teacher
 
 from ..reports import PAGE
 from .comparison_page import comparison_page
@@ -22,6 +23,7 @@ def make_report(
     runs: int = MOST_RUNS,
     path_overrides: Mapping[str, Any] | None = None,
     num_images: int | None = None,
+    teacher: Teacher | None = None,
 ) -> list[Path]:
     """Write the report of a run or a sweep, or a comparison of several.
 
@@ -31,6 +33,7 @@ def make_report(
             comparison.html in the current folder for several paths.
         runs: As for ``sweep_page``.
         path_overrides, num_images: As for ``run_page``.
+        teacher: As for ``run_page``, for the page of one run.
 
     Returns:
         The path of the page, then those of its figures.
@@ -53,12 +56,16 @@ def make_report(
         target = target / PAGE
     if target is not None and target.suffix not in (".html", ".htm"):
         raise ValueError(f"`output` must end in .html or be a folder, but got {output}")
-    page, default = _page(found, runs, path_overrides, num_images)
+    page, default = _page(found, runs, path_overrides, num_images, teacher)
     return write_page(page, target or default)
 
 
 def _page(
-    paths: Sequence[Path], runs: int, path_overrides: Mapping[str, Any] | None, num_images: int | None
+    paths: Sequence[Path],
+    runs: int,
+    path_overrides: Mapping[str, Any] | None,
+    num_images: int | None,
+    teacher: Teacher | None,
 ) -> tuple[Page, Path]:
     """Return the page and its default path."""
     if len(paths) > 1:
@@ -67,8 +74,8 @@ def _page(
     if path.is_file() and path.name != "record.json":  # the record of a trial: its run is in another folder
         parent = path.resolve().parent
         folder = parent.parent if parent.name == "records" else parent
-        return run_page(path, path_overrides, num_images), folder / f"{path.stem}.html"
+        return run_page(path, path_overrides, num_images, teacher), folder / f"{path.stem}.html"
     if is_run(path):
         folder = path.parent if path.is_file() else path
-        return run_page(folder, path_overrides, num_images), folder / PAGE
+        return run_page(folder, path_overrides, num_images, teacher), folder / PAGE
     return sweep_page(read_sweep(path), runs=runs, path_overrides=path_overrides, num_images=num_images), path / PAGE

@@ -7,6 +7,7 @@ from typing import Any
 from synq.diagnostics.probe import probe_run
 from synq.diagnostics.probe_parts import Probe
 from synq.runs.record import RunRecord
+from synq.teacher.teacher import Teacher
 
 from .image_figures import cam_overlays, image_grid, spectra
 from .page import Block, Gap, Page, Tab, Table, Text
@@ -17,7 +18,12 @@ from .sweep_view import record_of
 LAYER_COLUMNS = ("name", "kind", "role", "bits", "shape", "parameters", "macs", "bitops")
 
 
-def run_page(path: str | Path, path_overrides: Mapping[str, Any] | None = None, num_images: int | None = None) -> Page:
+def run_page(
+    path: str | Path,
+    path_overrides: Mapping[str, Any] | None = None,
+    num_images: int | None = None,
+    teacher: Teacher | None = None,
+) -> Page:
     """Return the page of a run.
 
     Args:
@@ -25,6 +31,7 @@ def run_page(path: str | Path, path_overrides: Mapping[str, Any] | None = None, 
             its record only.
         path_overrides: Current paths of teacher, images and labels, as for ``open_run``.
         num_images: As for ``probe_run``.
+        teacher: As for ``open_run``.
 
     Raises:
         FileNotFoundError, ValueError: There is no record, or it is damaged.
@@ -36,7 +43,7 @@ def run_page(path: str | Path, path_overrides: Mapping[str, Any] | None = None, 
         verdict=run_verdict(record),
         facts=run_facts(record),
         tabs=[
-            *run_tabs(path, record, path_overrides, num_images),
+            *run_tabs(path, record, path_overrides, num_images, teacher=teacher),
             Tab(title="Settings", blocks=settings_blocks(record)),
         ],
         foot=foot([record]),
@@ -49,6 +56,7 @@ def run_tabs(
     path_overrides: Mapping[str, Any] | None = None,
     num_images: int | None = None,
     prefix: str = "",
+    teacher: Teacher | None = None,
 ) -> list[Tab]:
     """Return the figures and tables of a run in tabs.
 
@@ -57,9 +65,10 @@ def run_tabs(
         record: The record of the run.
         path_overrides, num_images: As for ``run_page``.
         prefix: Prefix of the names of figures and tables, which are file names and URL fragments.
+        teacher: As for ``run_page``.
     """
     try:
-        probe: Probe | str = probe_run(path, path_overrides, num_images)
+        probe: Probe | str = probe_run(path, path_overrides, num_images, teacher)
     except (Exception, SystemExit) as error:  # of the teacher's code; the page of the record is still made
         probe = " ".join(str(error).split()) or type(error).__name__
     if isinstance(probe, str):

@@ -119,7 +119,7 @@ def unfinished_record(
         "model": teacher.get("name", config.name),
         "weight_bits": quant.weight_bits,
         "act_bits": quant.act_bits,
-        "protocol": quant.protocol,
+        "protocol": config.protocol,
         "act_points": quant.points,
         "objective": evaluation.objective,
     }

@@ -44,27 +44,14 @@ def command(
     """
     check_paths([run], "RUN")
     from synq.common.files import write_json_atomic
-    from synq.config.identity import absolute_path, map_spec_path
-    from synq.config.run import with_overrides
     from synq.runs.finished import open_run
-    from synq.runs.recount import recount
+    from synq.runs.recount import recount, recount_settings
     from synq.runtime import make_accelerator
 
     found = open_run(run, moved_paths(moved))
-    other = dataset is not None
-    given = {
-        "evaluation.dataset": map_spec_path(dataset, absolute_path) if dataset is not None else None,
-        "evaluation.data_dir": None if data_dir is None else absolute_path(data_dir),
-        "evaluation.batch_size": batch_size,
-        "evaluation.num_images": num_images,
-    }
-    plain: dict[str, object] = {
-        **({"evaluation.num_images": None, "evaluation.objective": "synthetic"} if other else {}),
-    }
-    if dataset is not None and not dataset.startswith("imagefolder:"):  # arrays are not resized by a rule for files
-        plain |= {"evaluation.resize_size": None, "evaluation.interpolation": None}
-    changes = {**plain, **{key: value for key, value in given.items() if value is not None}}
-    settings = with_overrides(found.config, changes).evaluation
+    settings = recount_settings(
+        found.config, dataset=dataset, data_dir=data_dir, num_images=num_images, batch_size=batch_size
+    )
     accelerator = make_accelerator(found.config.runtime)
     result = recount(found, settings, accelerator, progress=found.config.runtime.progress)
     if not accelerator.is_main_process:

@@ -3,6 +3,7 @@
 import re
 import sys
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
@@ -14,6 +15,20 @@ LOGGED_EVERY = 60.0
 CURSOR_CODES = re.compile(r"\x1b\[[A-Z]|[\r\n]")
 """Control sequences that move the cursor of a terminal."""
 LOG_FORMAT = "synq: {desc}: {n:.0f} of {total}, {elapsed}{left}{postfix}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """State of a run, for the callbacks of a program."""
+
+    stage: str
+    """teacher, synthesis, quantize, measure or finetune."""
+    done: int = 0
+    """Number of finished epochs; 0 in other stages."""
+    total: int = 0
+    """Number of epochs; 0 in other stages."""
+    terms: dict[str, float] = field(default_factory=dict)
+    """Mean loss terms of the last epoch, and its seconds."""
 
 
 class Bar(tqdm):

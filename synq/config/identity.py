@@ -22,7 +22,7 @@ taken for one of today's."""
 WEIGHT_INDEX_SUFFIX = ".index.json"
 """End of the name of the index of sharded weights, such as model.safetensors.index.json."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin", ".ckpt", WEIGHT_INDEX_SUFFIX)
-SPECS = (("teacher", "spec"), ("teacher", "weights"), ("evaluation", "dataset"))
+SPECS = (("teacher", "spec"), ("teacher", "weights"), ("evaluation", "dataset"), ("synthesis", "source"))
 FOLDERS = (("evaluation", "data_dir"), ("runtime", "output_dir"), ("runtime", "store_dir"))
 
 
@@ -42,11 +42,11 @@ def absolute_path(path: str) -> str:
 def map_spec_path(spec: str, function: Callable[[str], str]) -> str:
     """Apply `function` to the file path inside a spec, if there is one.
 
-    npz:FILE, imagefolder:PATH, FILE.py:FACTORY and the name of a weights file hold a path; bundled:NAME, digits or
-    IMAGENET1K_V1 do not.
+    npz:FILE, imagefolder:PATH, folder:PATH, FILE.py:FACTORY and the name of a weights file hold a path; bundled:NAME,
+    digits or IMAGENET1K_V1 do not.
     """
     source, _, rest = spec.partition(":")
-    if source in ("npz", "imagefolder") and rest:
+    if source in ("npz", "imagefolder", "folder") and rest:
         return f"{source}:{function(rest)}"
     path, _, factory = spec.rpartition(":")
     if path.endswith(".py"):
@@ -113,6 +113,7 @@ def config_digest(config: object, *, with_seeds: bool = True, with_evaluation: b
     # Settings that were added later: left out where not given, so that the digests of earlier configurations stay.
     added = ("resize_size", "interpolation")
     left_out += [(values["evaluation"], key) for key in added if values["evaluation"][key] is None]
+    left_out += [(values["synthesis"], "source")] if values["synthesis"]["source"] is None else []
     left_out += [] if with_evaluation else [(values, "evaluation")]
     left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]
     for table, key in left_out:

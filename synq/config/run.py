@@ -19,7 +19,7 @@ from synq.config.parsing import one_of as _one_of
 from synq.config.parsing import require as _require
 from synq.config.quant import QuantConfig, ReconstructionConfig
 from synq.config.spec_hints import spec_hint
-from synq.config.synthesis import SynthesisConfig
+from synq.config.synthesis import OWN_IMAGES, SynthesisConfig
 
 __all__ = [
     "EvaluationConfig",
@@ -217,6 +217,12 @@ class RunConfig:
     """Seed of fine-tuning."""
     data_seed: int = 0
     """Seed of the synthetic images."""
+
+    @property
+    def protocol(self) -> str:
+        """Return the protocol: that of the quantization, with own_images unless the run is zero-shot."""
+        own = self.synthesis.method == OWN_IMAGES
+        return f"{self.quant.protocol} {OWN_IMAGES}" if own else self.quant.protocol
 
     def __post_init__(self) -> None:
         slug = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None

@@ -3,23 +3,28 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from synq.config.parsing import between, one_of
+from synq.config.parsing import between, one_of, require
 
 PIXEL_METHODS = ("inversion", "zeroq")
 """Methods that optimize pixels, starting from noise."""
+OWN_IMAGES = "own_images"
+"""Method that makes no images but reads unlabeled ones of the user; its runs have a protocol of that name."""
 SYNTHESIS_METHODS = ("inversion", "zeroq", "gdfq", "genie", "gaussian")
+"""Methods that make images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SynthesisConfig:
     """Synthesis of the images. All of these settings, the teacher and `data_seed` identify a synthetic set."""
 
-    method: Literal["inversion", "zeroq", "gdfq", "genie", "gaussian"] = "inversion"
+    method: Literal["inversion", "zeroq", "gdfq", "genie", "gaussian", "own_images"] = "inversion"
     """How images are made: inversion (pixels optimized for batch-norm statistics and labels, the paper's), zeroq
     (pixels, statistics alone), gdfq (a conditional generator), genie (latents and their generator), gaussian (Gaussian
-    noise, a baseline)."""
+    noise, a baseline), or own_images (unlabeled images of yours, from source; not zero-shot)."""
+    source: str | None = None
+    """Your unlabeled images under method own_images: folder:PATH (image files, at any depth) or npz:FILE (array x)."""
     num_images: int = 1024
-    """Number of synthetic training images."""
+    """Number of training images."""
     shard_size: int = 256
     """Images optimized together. Batch-norm statistics are matched over one shard: larger is better, up to the memory
     limit."""
@@ -84,7 +89,14 @@ class SynthesisConfig:
         for name in ("bns_weight", "inception_weight", "hard_sample_gamma", "center_weight"):
             between(f"synthesis.{name}", getattr(self, name), 0)
         between("synthesis.center_depth", self.center_depth, 0, 1)
-        one_of("synthesis.method", self.method, SYNTHESIS_METHODS)
+        one_of("synthesis.method", self.method, (*SYNTHESIS_METHODS, OWN_IMAGES))
+        own = self.method == OWN_IMAGES
+        require(
+            "synthesis.source",
+            f"be given exactly for method {OWN_IMAGES}",
+            self.source,
+            (self.source is not None) == own,
+        )
         one_of("synthesis.start", self.start, ("fitted", "white"))
         one_of("synthesis.schedule", self.schedule, ("cosine", "plateau"))
         one_of("synthesis.bns_form", self.bns_form, ("std_sum", "var_mean"))
@@ -93,7 +105,7 @@ class SynthesisConfig:
     @property
     def assigns_labels(self) -> bool:
         """Whether labels are assigned before synthesis and enter its loss; else they are the teacher's predictions."""
-        return self.method not in ("zeroq", "gaussian")
+        return self.method not in ("zeroq", "gaussian", OWN_IMAGES)
 
     @property
     def fits_start(self) -> bool:

@@ -40,6 +40,7 @@ from synq.quant.student import Student, build_student
 from synq.runs.finished import Run, open_run
 from synq.synthesis.lowpass import cutoff_in_bins
 from synq.synthesis.run_sets import low_pass
+from synq.teacher.teacher import Teacher
 
 NUM_IMAGES, LEAST_IMAGES = 1024, 64
 """Bounds on the number of images that teacher and student are evaluated on: many small images, few large ones."""
@@ -56,7 +57,10 @@ T = TypeVar("T")
 
 
 def probe_run(
-    folder: str | Path, path_overrides: Mapping[str, Any] | None = None, num_images: int | None = None
+    folder: str | Path,
+    path_overrides: Mapping[str, Any] | None = None,
+    num_images: int | None = None,
+    teacher: Teacher | None = None,
 ) -> Probe:
     """Measure a finished run for its report, on the CPU.
 
@@ -64,11 +68,12 @@ def probe_run(
         folder: As for ``open_run``.
         path_overrides: As for ``open_run``.
         num_images: Largest number of images that the networks are evaluated on; None chooses it by image size.
+        teacher: As for ``open_run``.
 
     Raises:
         FileNotFoundError, ValueError: As ``open_run``, if teacher or student cannot be loaded.
     """
-    run = open_run(folder, path_overrides)
+    run = open_run(folder, path_overrides, teacher)
     bounded = max(LEAST_IMAGES, min(NUM_IMAGES, NUM_PIXELS // math.prod(run.teacher.input_size)))
     data = ReportData(run, num_images or bounded)
     return Probe(

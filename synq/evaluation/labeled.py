@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from synq.common.notices import print_notice
 from synq.config.run import EvaluationConfig
+from synq.evaluation.labeled_memory import is_in_memory, open_memory
 from synq.evaluation.labeled_sources import MAX_SCALE, ImageSource, open_source
 from synq.teacher.preprocessing import Preprocessing, default_rule, overridden
 from synq.teacher.teacher import Teacher
@@ -147,7 +148,8 @@ def load_labeled(
     rejected.
 
     Args:
-        spec: digits (or digits:train), cifar10, cifar100, fashion-mnist, imagefolder:PATH or npz:FILE.
+        spec: digits (or digits:train), cifar10, cifar100, fashion-mnist, imagefolder:PATH or npz:FILE, or that of
+            images in memory.
         teacher_input_size: (C, H, W).
         mean, std: Normalization per channel, for images in [0, 1].
         num_classes: Number of classes K; labels must be in [0, K).
@@ -164,7 +166,11 @@ def load_labeled(
         ConnectionError: If a named set must be downloaded but cannot be.
     """
     rule = preprocessing or default_rule(teacher_input_size)
-    source = open_source(spec, num_classes=num_classes, channels=teacher_input_size[0], data_dir=data_dir, rule=rule)
+    if is_in_memory(spec):
+        source = open_memory(spec, teacher_input_size, rule)
+    else:
+        channels = teacher_input_size[0]
+        source = open_source(spec, num_classes=num_classes, channels=channels, data_dir=data_dir, rule=rule)
     num_total = len(source.labels)
     if num_total == 0:
         raise ValueError(f"data set {spec} must contain images, but is empty")
@@ -179,12 +185,17 @@ def load_labeled(
     indices = torch.arange(num_total)
     if limit is not None and limit < num_total:
         indices = _ranks(num_total, "limit").argsort()[:limit].sort().values
-    text = rule.describe() if source.size is None else _resizing(spec, source.size, teacher_input_size)
+    text = rule.describe() if source.size is None else resizing_rule(spec, source.size, teacher_input_size)
     return LabeledSet(spec, source, indices, teacher_input_size, mean, std, text)
 
 
-def _resizing(spec: str, size: tuple[int, int], input_size: tuple[int, int, int]) -> str:
+def resizing_rule(spec: str, size: tuple[int, int], input_size: tuple[int, int, int]) -> str:
     """Return how arrays of images are brought to the teacher's size, as a text.
+
+    Args:
+        spec: The images, for messages.
+        size: Their height and width.
+        input_size: (C, H, W) of the teacher.
 
     Raises:
         ValueError: If that would distort them by more than rounding, or scale them by more than 8.

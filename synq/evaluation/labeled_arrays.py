@@ -5,6 +5,7 @@ import math
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,8 +19,12 @@ MAX_DIMENSIONS = 4
 """Of images (N, H, W, C)."""
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read the arrays `x` and `y` of an npz archive.
+def read_npz(path: Path, keys: Sequence[str] = ("x", "y")) -> tuple[np.ndarray, ...]:
+    """Read arrays of an npz archive.
+
+    Args:
+        path: The file.
+        keys: Names of the arrays: x (images) and y (labels), or x alone.
 
     Raises:
         OSError: If the file cannot be opened.
@@ -34,21 +39,22 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
         file.seek(0)
         try:
             with zipfile.ZipFile(file) as archive:
-                _check_members(archive)
+                _check_members(archive, keys)
             file.seek(0)
             with np.load(file, allow_pickle=False) as content:
-                return content["x"], content["y"]
+                return tuple(content[key] for key in keys)
         except Exception as error:  # zipfile and NumPy raise any kind for damaged files, from KeyError to SyntaxError
             reason = shown(" ".join(str(error).split()) or type(error).__name__)[1:-1]
             raise ValueError(f"npz file {path} cannot be used: {reason}") from error
 
 
-def _check_members(archive: zipfile.ZipFile) -> None:
+def _check_members(archive: zipfile.ZipFile, keys: Sequence[str]) -> None:
     names = [name.removesuffix(".npy") for name in archive.namelist()]
-    missing = [key for key in ("x", "y") if key not in names]
-    if missing:
-        raise ValueError(f"it must contain arrays `x` and `y`, but has {', '.join(names) or 'none'}")
-    for key in ("x", "y"):
+    if any(key not in names for key in keys):
+        needed = " and ".join(f"`{key}`" for key in keys)
+        kind = "arrays" if len(keys) > 1 else "an array"
+        raise ValueError(f"it must contain {kind} {needed}, but has {', '.join(names) or 'none'}")
+    for key in keys:
         info = archive.getinfo(f"{key}.npy")
         with archive.open(info) as member:
             version = npy.read_magic(member)

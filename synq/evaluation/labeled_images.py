@@ -72,9 +72,50 @@ def read_image(file: Path, size: tuple[int, int, int], rule: Preprocessing) -> T
         OSError: If the file cannot be opened.
         ValueError: If it is damaged, or holds what the module's rules reject; one line that names the file.
     """
-    channels, height, width = size
-    with _opened(file, file.read_bytes(), channels) as image:
-        pixels = _pixels(image, file, channels)
+    with _opened(file, file.read_bytes(), size[0]) as image:
+        pixels = _pixels(image, file, size[0])
+    return _fitted(pixels, size, rule, file)
+
+
+def check_object(picture: Image.Image, name: str) -> Tensor:
+    """Return the pixels of a Pillow image, (C, H, W) uint8, C = 1 for gray and 3 for color.
+
+    Args:
+        picture: The image.
+        name: Where it is from, for messages.
+
+    Raises:
+        ValueError: If it is damaged, or holds what the module's rules reject.
+    """
+    file, gray = Path(f"in `{name}`"), picture.mode in _GRAY or picture.mode in _GRAY_16
+    try:
+        _check_header(picture, file, 3)
+        pixels = _pixels(picture.copy(), file, 1 if gray else 3)
+    except _RejectedError as error:
+        raise ValueError(str(error)) from None
+    values = np.array(pixels)
+    return torch.from_numpy(values.reshape(pixels.height, pixels.width, -1)).permute(2, 0, 1)
+
+
+def fit_object(pixels: Tensor, size: tuple[int, int, int], rule: Preprocessing, name: str) -> Tensor:
+    """Return an image (C, H, W) uint8, resized and cropped by a rule as an image file is.
+
+    Args:
+        pixels: (C, H, W) uint8, C = 1 or 3.
+        size: (C, H, W) of the teacher.
+        rule: Resizing and cropping.
+        name: Where it is from, for messages.
+    """
+    values = pixels.permute(1, 2, 0).contiguous().numpy()
+    if values.shape[2] not in (1, 3):
+        raise ValueError(f"images in `{name}` must be of the teacher's size, or have 1 or 3 channels to be resized")
+    image = Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values)
+    return _fitted(image, size, rule, Path(f"in `{name}`"))
+
+
+def _fitted(pixels: Image.Image, size: tuple[int, int, int], rule: Preprocessing, file: Path) -> Tensor:
+    """Return pixels in mode L or RGB as (C, H, W) uint8, resized and cropped by a rule."""
+    _, height, width = size
     to_height, to_width = rule.scaled(pixels.height, pixels.width)
     if to_height * to_width > MAX_PIXELS:
         raise ValueError(

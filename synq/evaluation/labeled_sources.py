@@ -60,7 +60,8 @@ def open_source(
         source = _fashion_mnist(root)
     elif kind == "npz" and rest:
         path = _locate(rest, spec)
-        source = from_arrays(*read_npz(path), str(path))
+        images, labels = read_npz(path)
+        source = from_arrays(images, labels, str(path))
     elif kind == "imagefolder" and rest:
         return _imagefolder(_locate(rest, spec), num_classes, channels, rule)
     else:
@@ -191,7 +192,7 @@ def _imagefolder(root: Path, num_classes: int, channels: int, rule: Preprocessin
             f"but has {len(folders)}; for a subset of the classes name each folder by its class index"
         )
     found = [
-        (file, number) for folder, number in zip(folders, numbers, strict=True) for file in _image_files(folder, root)
+        (file, number) for folder, number in zip(folders, numbers, strict=True) for file in image_files(folder, root)
     ]
     files = [file for file, _ in found]
 
@@ -208,8 +209,16 @@ def _imagefolder(root: Path, num_classes: int, channels: int, rule: Preprocessin
     return ImageSource(torch.tensor([number for _, number in found], dtype=torch.int64), read, contents)
 
 
-def _image_files(folder: Path, root: Path) -> list[Path]:
-    """Return the image files below a class folder, sorted, without hidden ones; reject images that cannot be read."""
+def image_files(folder: Path, root: Path) -> list[Path]:
+    """Return the image files below a folder, sorted, without hidden ones; reject images that cannot be read.
+
+    Args:
+        folder: The folder, at any depth of which files are taken.
+        root: The folder that the user named, for messages.
+
+    Raises:
+        ValueError: It has an image of a kind that is not read.
+    """
     inside = sorted(file for file in folder.rglob("*") if not _is_hidden(file.relative_to(folder)))
     other = [file for file in inside if file.suffix.lower() in OTHER_SUFFIXES and file.is_file()]
     if other:

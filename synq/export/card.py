@@ -9,6 +9,7 @@ from typing import Any
 from synq import __version__
 from synq.common.files import write_json_atomic, write_text_atomic
 from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
+from synq.config.synthesis import OWN_IMAGES
 from synq.export.card_text import card_markdown
 from synq.runs.record import RunRecord, read_record
 
@@ -35,7 +36,7 @@ def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, A
         "protocol": record.protocol,
         "layer_bits": config.quant.layer_label,
         "act_points": record.act_points,
-        "data_free": record.objective == "synthetic",
+        "data_free": record.objective == "synthetic" and config.synthesis.method != OWN_IMAGES,
         "images": config.synthesis.method,
         "accuracy": {
             "teacher_top1": record.teacher_top1,

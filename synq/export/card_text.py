@@ -6,6 +6,7 @@ from typing import Any
 
 from synq.common.text_tables import markdown_cell, to_markdown
 from synq.config.quant import RESEARCH, end_bits, protocol_label
+from synq.config.synthesis import OWN_IMAGES
 from synq.export.timing import unstable_times
 
 FILE_COLUMNS = (
@@ -32,6 +33,10 @@ selection); the metrics below are measured on other labeled images."""
 NOISE = """\
 The training images of this model are Gaussian noise instead of synthetic images, as a baseline: they depend neither on
 camera images nor on the classifier."""
+OWN = """\
+This model is not zero-shot: it was trained and calibrated on unlabeled images of its maker, with the float classifier
+as the teacher. Labeled images, where metrics refer to them, were used for measurement only, unless the objective is
+selection."""
 SLOW = (
     "Low bit-widths reduce the size, not the latency: ONNX Runtime has integer kernels for {integers} of {total} "
     "convolutions and matrix products. A student trained with `quant.target onnxruntime` runs in integer kernels."
@@ -55,7 +60,11 @@ def card_markdown(values: Mapping[str, Any]) -> str:
     overrides = f"; except for {markdown_cell(values['layer_bits'])}" if values["layer_bits"] else ""
     lines = [f"# {markdown_cell(teacher['name'])}, {bits}", ""]
     statement = NOISE if values["images"] == "gaussian" else STATEMENT
-    lines += [statement if values["data_free"] else SELECTED, ""]
+    if values["images"] == OWN_IMAGES:
+        statement = OWN
+    elif not values["data_free"]:
+        statement = SELECTED
+    lines += [statement, ""]
     facts = {
         "teacher": f"{teacher['spec']} (digest {teacher['digest'][:16]})",
         "input": f"(N, {', '.join(map(str, teacher['input_size']))}) float32, normalized: {_normalization(values)}",

@@ -65,6 +65,7 @@ class ExportOptions:
         with_float: Whether the float teacher is exported to ONNX too, to measure size and latency; not kept.
         path_overrides: Current paths of the run's teacher, images and labels, by configuration key, if they were moved.
         progress: Whether a terminal shows progress bars.
+        without_labels: Whether the run's labeled images are out of reach, so that synthetic ones must do.
     """
 
     formats: Sequence[str] = ()
@@ -75,6 +76,7 @@ class ExportOptions:
     with_float: bool = True
     path_overrides: Mapping[str, Any] = field(default_factory=dict)
     progress: bool = False
+    without_labels: bool = False
 
     def __post_init__(self) -> None:
         for key in self.path_overrides:
@@ -153,7 +155,9 @@ def export_run(
     """
     options, accelerator = options or ExportOptions(), accelerator or Accelerator(cpu=True)
     run = open_run(folder, options.path_overrides, teacher)
-    record, student, quant = run.record, run.student, run.config.quant
+    record, student, quant, evaluation = run.record, run.student, run.config.quant, run.config.evaluation
+    if options.without_labels:
+        evaluation = replace(evaluation, dataset="none", objective="synthetic")
     for_engine = options.format_for(quant.target)
     target = (Path(out) if out is not None else run.folder / "export").resolve()
     check_out_folder(target)
@@ -165,12 +169,12 @@ def export_run(
             form=deployed,
             simulated=student.net,
             synthetic=torch.cat([heldout.images, train_set.images]),
-            measure=Measure.prepare(run.config.evaluation, run.teacher, accelerator, quant=run.config.quant),
+            measure=Measure.prepare(evaluation, run.teacher, accelerator, quant=run.config.quant),
             tolerance=options.tolerance if for_engine is None else for_engine.tolerance(options.tolerance),
             progress=options.progress,
             exact=_is_exact(deployed, for_engine),
         )
-        if not check.measure.has_labels_of(record.eval_digest):
+        if not options.without_labels and not check.measure.has_labels_of(record.eval_digest):
             raise ValueError(
                 "`RUN` must have the labeled images with which it was evaluated, but they have changed or are missing: "
                 "give their current path with `--evaluation.dataset`"

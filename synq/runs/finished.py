@@ -62,16 +62,8 @@ def open_run(
         FileNotFoundError: The folder has no finished run.
         ValueError: A file is damaged, or the teacher's weights are not those of the run.
     """
-    path = Path(folder).resolve()
-    if _is_trial(path):
-        _check_completed(read_record(path), path)
-    path = _run_folder(path)
-    if not (path / "record.json").is_file():
-        started = (path / "checkpoint.pt").exists() or (path / "config.json").exists()
-        hint = "it is not finished, start its command again" if started else _hint_for(path)
-        raise FileNotFoundError(f"`RUN` must hold record.json, but {path} does not: {hint}")
+    path = finished_folder(folder)
     record = read_record(path / "record.json")
-    _check_completed(record, path)
     config = config_from_dict(RunConfig, record.config, source=str(path / "record.json"))
     config = make_absolute(with_overrides(config, path_overrides or {}))
     teacher = teacher or load_teacher(config.teacher)
@@ -92,6 +84,28 @@ def open_run(
         reason = str(error).splitlines()[0]
         raise ValueError(f"`RUN` must hold a student of its teacher, but {weights} is none: {reason}") from error
     return Run(folder=path, record=record, config=config, teacher=teacher, student=student)
+
+
+def finished_folder(folder: str | Path) -> Path:
+    """Return the folder of a completed run.
+
+    Args:
+        folder: As for `open_run`.
+
+    Raises:
+        FileNotFoundError: The folder has no finished run.
+        ValueError: Its record is damaged, or the run failed or was pruned.
+    """
+    path = Path(folder).resolve()
+    if _is_trial(path):
+        _check_completed(read_record(path), path)
+    path = _run_folder(path)
+    if not (path / "record.json").is_file():
+        started = (path / "checkpoint.pt").exists() or (path / "config.json").exists()
+        hint = "it is not finished, start its command again" if started else _hint_for(path)
+        raise FileNotFoundError(f"`RUN` must hold record.json, but {path} does not: {hint}")
+    _check_completed(read_record(path / "record.json"), path)
+    return path
 
 
 def _load_set(store: SetStore, name: str, digest: str) -> SyntheticSet:

@@ -40,13 +40,21 @@ class StageTimer:
         seconds: Seconds by stage, summed if a stage is entered several times.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_stage: Callable[[str], None] | None = None) -> None:
+        """Start the clock.
+
+        Args:
+            on_stage: Called with the name of each stage when it begins.
+        """
         self.started = datetime.now(UTC)
         self.seconds: dict[str, float] = {}
+        self._on_stage = on_stage
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the time until the end of the context to `stage`."""
+        if self._on_stage is not None:
+            self._on_stage(stage)
         started = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
@@ -118,7 +126,7 @@ def blank_record(
         model=teacher.name,
         weight_bits=config.quant.weight_bits,
         act_bits=config.quant.act_bits,
-        protocol=config.quant.protocol,
+        protocol=config.protocol,
         act_points=config.quant.points,
         objective=config.evaluation.objective,
         size_bytes=student.size_bytes,

@@ -48,7 +48,8 @@ class RunRecord:
     act_bits: int = 0
     """Bit-width of the activations."""
     protocol: str = ""
-    """A: uniform bit-widths, step sizes not learned, rounding to nearest; B: anything else."""
+    """A: uniform bit-widths, step sizes not learned, rounding to nearest; B: anything else. With own_images, as in "B
+    own_images": trained on images of the user, not zero-shot."""
     act_points: str = ""
     """Which activations are quantized: relu, inputs, or those of an engine, by its name."""
     objective: str = ""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 
 from synq.common.statistics import drop_stderr, drop_text
-from synq.config.run import EvaluationConfig
+from synq.config.identity import absolute_path, map_spec_path
+from synq.config.run import EvaluationConfig, RunConfig, with_overrides
 from synq.evaluation.measure import Measure, evaluate, lost_and_gained
 from synq.runs.finished import Run
 from synq.runtime import place
@@ -46,6 +47,41 @@ class Recount:
             f"{self.dataset} | {self.num_eval} images | teacher {self.teacher_top1:.2f} | student {self.top1:.2f} | "
             f"{drop_text(self.drop, self.drop_stderr)}"
         )
+
+
+def recount_settings(
+    config: RunConfig,
+    *,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    num_images: int | None = None,
+    batch_size: int | None = None,
+) -> EvaluationConfig:
+    """Return the settings of a recount: those of a run, with what was given.
+
+    Args:
+        config: The run.
+        dataset: Labeled images, as in `EvaluationConfig`; None are the run's.
+        data_dir: Folder of named sets; None is the run's.
+        num_images: Number of images; None means all of a given set, else as many as in the run.
+        batch_size: Images per forward pass; None is the run's.
+
+    Raises:
+        ValueError: A value is invalid.
+    """
+    given = {
+        "evaluation.dataset": map_spec_path(dataset, absolute_path) if dataset is not None else None,
+        "evaluation.data_dir": None if data_dir is None else absolute_path(data_dir),
+        "evaluation.batch_size": batch_size,
+        "evaluation.num_images": num_images,
+    }
+    plain: dict[str, object] = (
+        {"evaluation.num_images": None, "evaluation.objective": "synthetic"} if dataset is not None else {}
+    )
+    if dataset is not None and not dataset.startswith("imagefolder:"):  # arrays are not resized by a rule for files
+        plain |= {"evaluation.resize_size": None, "evaluation.interpolation": None}
+    changes = {**plain, **{key: value for key, value in given.items() if value is not None}}
+    return with_overrides(config, changes).evaluation
 
 
 def recount(run: Run, settings: EvaluationConfig, accelerator: Accelerator, *, progress: bool = False) -> Recount:

@@ -17,6 +17,7 @@ from synq.common.files import read_json, write_json_atomic
 from synq.common.progress import Bar, note, visible
 from synq.common.seeding import make_generator
 from synq.config.run import SynthesisConfig
+from synq.config.synthesis import OWN_IMAGES
 from synq.network.bn_stats import ChannelStatistics, bn_targets
 from synq.runtime import to_layout
 from synq.synthesis.centers import center_targets, pack_statistics, split_evenly, unpack_statistics
@@ -98,6 +99,8 @@ def ensure_set(
     key = store.key(teacher.digest, config, seed, input_size=size, purpose=purpose, pixel_range=pixels)
     found = store.load(key)
     if found is None:
+        if config.method == OWN_IMAGES:
+            raise ValueError(f"`synthesis.source` must be read before its images are used, but {config.source} was not")
         _SetBuilder(teacher, config, seed, store, key, purpose, accelerator, device, progress).build()
         found = store.load(key)
         if found is None:

@@ -145,5 +145,5 @@ def set_requests(
     the same images.
     """
     number = config.evaluation.heldout_images
-    heldout = replace(config.synthesis, num_images=number, method="inversion", swing_conv=None)
+    heldout = replace(config.synthesis, num_images=number, method="inversion", source=None, swing_conv=None)
     return (config.synthesis, config.data_seed, "train"), (heldout, HELDOUT_SEED, "heldout")

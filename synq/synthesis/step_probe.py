@@ -9,6 +9,7 @@ from torch import nn
 
 from synq.common.seeding import make_generator
 from synq.config.run import SynthesisConfig
+from synq.config.synthesis import OWN_IMAGES
 from synq.network.bn_stats import bn_targets
 from synq.runtime import to_layout
 from synq.synthesis.inversion import invert
@@ -82,7 +83,7 @@ def num_passes(config: SynthesisConfig, num_images: int, input_size: tuple[int, 
         input_size: Channels, height, width in pixels.
         num_classes: Number of classes.
     """
-    if config.method == "gaussian":
+    if config.method in ("gaussian", OWN_IMAGES):
         return 0
     passes = num_images * config.iterations
     if config.calib_centers:

@@ -14,8 +14,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from synq.common.files import write_bytes_atomic, write_json_atomic
+from synq.config.identity import map_spec_path
 from synq.config.run import SynthesisConfig, config_to_dict
-from synq.config.synthesis import PIXEL_METHODS
+from synq.config.synthesis import OWN_IMAGES, PIXEL_METHODS
 from synq.synthesis.dataset import (
     DATA_FILE,
     FORMAT_VERSION,
@@ -69,6 +70,11 @@ def set_identity(
         unused |= set() if config.method in PIXEL_METHODS else {"start"}
     if config.method == "gaussian":
         unused = set(settings) - {"method", "num_images", "shard_size"}
+    if config.method == OWN_IMAGES:
+        unused = set(settings) - {"method", "num_images", "source"}
+        settings["source"] = map_spec_path(str(config.source), os.path.basename)
+    else:
+        unused.add("source")
     settings = {name: value for name, value in settings.items() if name not in unused}
     return {
         "format_version": FORMAT_VERSION,

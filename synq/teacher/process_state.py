@@ -27,19 +27,28 @@ def process_state_kept(name: str) -> Iterator[None]:
     Args:
         name: The file or module, as the program name on that command line.
     """
+    argv, parse_error = sys.argv, argparse.ArgumentParser.error
+    with process_settings_kept():
+        random.seed(SEED)
+        np.random.seed(SEED)
+        sys.argv = [name]
+        argparse.ArgumentParser.error = _raise_instead  # type: ignore[method-assign, assignment]
+        try:
+            with warnings.catch_warnings():
+                yield
+        finally:
+            sys.argv = argv
+            argparse.ArgumentParser.error = parse_error  # type: ignore[method-assign]
+
+
+@contextmanager
+def process_settings_kept() -> Iterator[None]:
+    """Put back, after the ``with`` block, settings of PyTorch, random generators and the current folder."""
     flags = [(read, put_back, read()) for read, put_back in _FLAGS]
     states = [(put_back, read()) for read, put_back in _STATES]
-    argv, parse_error = sys.argv, argparse.ArgumentParser.error
-    random.seed(SEED)
-    np.random.seed(SEED)
-    sys.argv = [name]
-    argparse.ArgumentParser.error = _raise_instead  # type: ignore[method-assign, assignment]
     try:
-        with warnings.catch_warnings():
-            yield
+        yield
     finally:
-        sys.argv = argv
-        argparse.ArgumentParser.error = parse_error  # type: ignore[method-assign]
         for read, put_back, value in flags:
             if read() != value:
                 put_back(value)

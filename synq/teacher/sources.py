@@ -23,6 +23,8 @@ from synq.teacher.wrappers import unwrap_parts
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 RANDOM = "random"
+MEMORY = "memory"
+"""Source of a network that was a Python object, not a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ def build_source(config: TeacherConfig) -> SourceModel:
         "torchvision": _torchvision,
         "timm": _timm,
         "pytorchcv": _pytorchcv,
+        MEMORY: _memory,
     }
     if not rest:
         forms = "bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, FILE.py:FACTORY or MODULE:FACTORY"
@@ -72,7 +75,7 @@ def build_source(config: TeacherConfig) -> SourceModel:
         torch.manual_seed(0)
         if kind in builders:
             return builders[kind](rest, config)
-        return _factory(config, list(builders))
+        return _factory(config, [name for name in builders if name != MEMORY])
 
 
 def _bundled(name: str, config: TeacherConfig) -> SourceModel:
@@ -202,6 +205,13 @@ def _pytorchcv(name: str, config: TeacherConfig) -> SourceModel:
         name=slug("pytorchcv", name, Path(file).stem if file else config.weights or ""),
         num_classes=getattr(module, "num_classes", None),
         input_size=(getattr(module, "in_channels", 3), int(size[0]), int(size[1])) if size else None,
+    )
+
+
+def _memory(name: str, config: TeacherConfig) -> SourceModel:
+    raise ValueError(
+        f"`teacher.spec` must name a network that can be loaded, but {config.spec} was an object in the memory of a "
+        "program: give that network again, as in synq.open_run(RUN, model=net)"
     )
 
 

@@ -20,7 +20,7 @@ from synq.teacher.outputs import choose_output
 from synq.teacher.pixel_range import PixelRange
 from synq.teacher.preprocessing import Preprocessing
 from synq.teacher.probabilities import are_log_probabilities, check_no_probabilities
-from synq.teacher.sources import build_source
+from synq.teacher.sources import SourceModel, build_source
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -64,12 +64,17 @@ class Teacher:
         return PixelRange(-mean / std, (1 - mean) / std)
 
 
-def load_teacher(config: TeacherConfig) -> Teacher:
+def load_teacher(config: TeacherConfig, source: SourceModel | None = None) -> Teacher:
     """Load the teacher of a configuration: build the model, load its weights, validate and trace it.
 
     Configured values (`num_classes`, `input_size`, `mean`, `std`) override those of the source. The normalization is
     never guessed; the number of classes may be inferred from a forward pass. With weights "random" the model is
     untrained, with the input size and normalization of the source's default weights.
+
+    Args:
+        config: The teacher.
+        source: The model of `config.spec` if it is there already (`module_source`); it is changed in place. None
+            builds it.
 
     Raises:
         ValueError: If the spec is unknown, the model has no BatchNorm, is a transformer, cannot be traced, has no
@@ -77,7 +82,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         FileNotFoundError: If a file does not exist.
         ConnectionError: If pre-trained weights cannot be downloaded.
     """
-    source = build_source(config)
+    source = source or build_source(config)
     module = source.module.float().cpu().eval().requires_grad_(False)
     check_task(module, source.name)
     check_architecture(module, source.name)

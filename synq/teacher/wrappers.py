@@ -20,9 +20,15 @@ def unwrapped(module: nn.Module) -> nn.Module:
     Args:
         module: A network, possibly in several wrappers; those around its parts stay (`unwrap_parts`).
     """
+    module = inside(module)
+    module._compiled_call_impl = None  # ``net.compile()``
+    return module
+
+
+def inside(module: nn.Module) -> nn.Module:
+    """Return the network inside wrappers, as `unwrapped`, but unchanged: after ``net.compile()`` it stays compiled."""
     while (inner := _inner(module)) is not None:
         module = inner
-    module._compiled_call_impl = None  # ``net.compile()``
     return module
 
 
@@ -35,12 +41,13 @@ def unwrap_parts(module: nn.Module) -> None:
             unwrap_parts(plain)
 
 
-def check_layers(module: nn.Module, spec: str) -> None:
+def check_layers(module: nn.Module, spec: str, *, verb: str = "return") -> None:
     """Reject modules without layers or weights: TorchScript, the meta device, lazy modules.
 
     Args:
         module: The network.
         spec: Where it comes from, for messages.
+        verb: What that must do, for messages: return a network, or be one.
 
     Raises:
         ValueError: If it is one of them, or has one inside.
@@ -49,20 +56,21 @@ def check_layers(module: nn.Module, spec: str) -> None:
         if isinstance(part, torch.jit.ScriptModule):
             where = f"its part {name!r}" if name else "it"
             raise ValueError(
-                f"{spec} must return a network of layers, but {where} is TorchScript ({part.original_name}), a "
-                "compiled program: give the Python class that it was made from, with its weights as `teacher.weights`"
+                f"{spec} must {verb} a network of layers, but {where} is TorchScript ({part.original_name}), a "
+                "compiled program: give the Python class that it was made from, with its weights"
+                + (" as `teacher.weights`" if verb == "return" else "")
             )
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
     if lazy:
         raise ValueError(
-            f"{spec} must return a network whose sizes are known, but it has lazy layers ({some_of(lazy)}): call it "
-            "once on a batch of images before it is returned"
+            f"{spec} must {verb} a network whose sizes are known, but it has lazy layers ({some_of(lazy)}): call it "
+            f"once on a batch of images{' before it is returned' if verb == 'return' else ''}"
         )
     empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise ValueError(
-            f"{spec} must return a network with weights, but {len(empty)} of its tensors are on the meta device, which "
+            f"{spec} must {verb} a network with weights, but {len(empty)} of its tensors are on the meta device, which "
             f"holds no values ({some_of(empty)}): build it without torch.device('meta')"
         )
 

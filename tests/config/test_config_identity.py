@@ -42,7 +42,10 @@ EVERYTHING_ON = with_overrides(
 )
 
 
-NEEDED: dict[str, dict[str, object]] = {"quant.portable": {"quant.target": "openvino"}}
+NEEDED: dict[str, dict[str, object]] = {
+    "quant.portable": {"quant.target": "openvino"},
+    "synthesis.source": {"synthesis.method": "own_images", "synthesis.source": "folder:here"},
+}
 """What a setting is allowed with."""
 
 

@@ -1,0 +1,1 @@
+"""The Python API: what `import synq` offers, loaded on first use."""

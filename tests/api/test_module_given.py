@@ -1,0 +1,133 @@
+"""Networks that are given as objects: given back as they were, found again by their digest, or rejected by name."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import synq
+from support.api_tools import INPUT, RESEARCH, SIZE, GrayNet
+
+
+def test_a_network_is_given_back_as_it_was(tmp_path: Path) -> None:
+    net = GrayNet().train()
+    net.conv1.weight.requires_grad_(False)
+    calls: list[str] = []
+    net.conv1.register_forward_hook(lambda *_: calls.append("forward"))
+    net.conv2.register_full_backward_hook(lambda *_: calls.append("backward"))
+    net(torch.randn(4, *SIZE)).sum().backward()
+    calls.clear()
+    state = copy.deepcopy(net.state_dict())
+    gradients = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+    flags = [(name, p.requires_grad, p.is_leaf) for name, p in net.named_parameters()]
+    modes = [part.training for part in net.modules()]
+    hooks = [len(part._forward_hooks) + len(part._backward_hooks) for part in net.modules()]
+    synq.quantize(net, **INPUT, config=RESEARCH, epochs=1, output_dir=tmp_path, progress=False)
+    assert not calls, "no hook of the user is called"
+    assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in state.items())
+    assert [(name, p.requires_grad, p.is_leaf) for name, p in net.named_parameters()] == flags
+    assert [part.training for part in net.modules()] == modes and all(modes)
+    assert [len(part._forward_hooks) + len(part._backward_hooks) for part in net.modules()] == hooks
+    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+        assert (parameter.grad is None) == (gradient is None)
+        assert gradient is None or torch.equal(parameter.grad, gradient)
+
+
+def test_the_process_keeps_its_settings(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    state, generator = dict(accelerator.state._shared_state), torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu"):
+            synq.quantize(GrayNet().float(), **INPUT, config=RESEARCH, epochs=1, output_dir=tmp_path, progress=False)
+            assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert accelerator.mixed_precision == "bf16" and accelerator.state._shared_state == state
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_the_digest_is_of_code_and_weights() -> None:
+    def spec(net: nn.Module) -> str:
+        return synq.load_teacher(net, **INPUT).spec
+
+    net = GrayNet()
+    assert spec(net) == spec(GrayNet()) == spec(GrayNet().train()) == spec(torch.nn.DataParallel(GrayNet()))
+    changed = GrayNet()
+    with torch.no_grad():
+        changed.fc.bias.add_(1e-3)
+    assert spec(changed) != spec(net)
+
+    class Other(GrayNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    other = Other()
+    other.__class__.__name__ = "GrayNet"
+    assert spec(other) != spec(net)
+
+
+class _Pipeline:
+    """As `transformers.pipeline("image-classification")` looks: a model and its processor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+        self.image_processor = SimpleNamespace(
+            image_mean=[0.5], image_std=[0.25], do_normalize=True, size={"height": 12, "width": 12}
+        )
+
+
+def test_a_pipeline_knows_its_input() -> None:
+    teacher = synq.load_teacher(_Pipeline(GrayNet()))
+    assert (teacher.input_size, teacher.mean, teacher.std) == (SIZE, (0.5,), (0.25,))
+    assert teacher.spec == synq.load_teacher(GrayNet(), **INPUT).spec
+
+
+def test_all_that_is_missing_is_asked_for_together() -> None:
+    with pytest.raises(ValueError, match="`input_size`, `mean` and `std` must be given: the network does not") as error:
+        synq.quantize(GrayNet())
+    assert "teacher." not in str(error.value)
+    with pytest.raises(ValueError, match="`mean` and `std` must be given"):
+        synq.quantize(GrayNet(), input_size=SIZE)
+    untrained = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match="or set `weights='random'`"):
+        synq.quantize(untrained, **INPUT)
+    assert synq.load_teacher(untrained, weights="random", **INPUT).num_classes == 4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch.jit", "ignore::DeprecationWarning")
+def test_what_is_no_network_is_rejected_with_the_reason(tmp_path: Path) -> None:
+    scripted = torch.jit.trace(GrayNet(), torch.zeros(1, *SIZE))
+    file = tmp_path / "net.pt"
+    torch.jit.save(scripted, str(file))
+    weights = tmp_path / "weights.pth"
+    torch.save(GrayNet().state_dict(), weights)
+    exported = torch.export.export(GrayNet(), (torch.zeros(2, *SIZE),))
+    cases: list[tuple[Any, str]] = [
+        (scripted, "TorchScript .* a compiled program without layers to train"),
+        (file, "is TorchScript, a compiled program"),
+        (exported, "torch.export .*a compiled program"),
+        ("net.onnx", "is ONNX, a compiled program"),
+        (str(weights), "holds weights: build the network, load them"),
+        (GrayNet().state_dict(), "a dict of weights: build the network and call its load_state_dict"),
+        (GrayNet, "the class GrayNet: call it"),
+        ("net.py", "name the function in it"),
+        ("resnet18", "did you mean torchvision:resnet18"),
+        (3, "but got int"),
+        (nn.Sequential(scripted, nn.Flatten()), "its part '0' is TorchScript"),
+    ]
+    for model, reason in cases:
+        with pytest.raises(ValueError, match=reason) as error:
+            synq.quantize(model, **INPUT, output_dir=tmp_path / "out")
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="`model` must be a network or a spec"):
+        synq.quantize()
