@@ -42,6 +42,17 @@ class Export:
     metrics: dict[str, Any]
     """Sizes in bytes, latency in milliseconds, and the comparison with the student, as in the run's record."""
 
+    def __str__(self) -> str:
+        rows = [
+            f"{entry['name']}: {entry['bytes'] / 1024:,.0f} KiB (float {self.metrics['float_bytes'] / 1024:,.0f} KiB)"
+            + (f", {1 / ratio:.2f}x the speed of float" if (ratio := entry.get("latency_ratio")) else "")
+            for entry in self.metrics["files"]
+        ]
+        return "\n".join([f"{self.folder}", *rows])
+
+    def __repr__(self) -> str:
+        return f"<synq.Export {self}>"
+
 
 class Run:
     """A finished run, from `synq.quantize` or `synq.open_run`.

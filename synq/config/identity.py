@@ -16,6 +16,10 @@ T = TypeVar("T")
 DIGEST_FORMAT = 5
 """Format of digests, and of `config.json`. Raise it with every change of a key or default that makes an old
 configuration mean another run."""
+ENGINE_RULES = 2
+"""Version of the rules by which an engine's students are built and computed: which tensors are on a grid, at how many
+bits, and the engine's arithmetic. Raise it with every change of them, so that no finished student of earlier rules is
+taken for one of today's."""
 WEIGHT_INDEX_SUFFIX = ".index.json"
 """End of the name of the index of sharded weights, such as model.safetensors.index.json."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".th", ".pt", ".tar", ".bin", ".ckpt", WEIGHT_INDEX_SUFFIX)
@@ -111,6 +115,7 @@ def config_digest(config: object, *, with_seeds: bool = True, with_evaluation: b
         left_out += [(quant, "target"), (quant, "portable")]
     else:
         left_out += [(quant, "act_points")]
+        quant["rules"] = ENGINE_RULES
     if (
         quant["target"] != RESEARCH
         or quant["act_points"] == "inputs"

@@ -3,6 +3,7 @@
 conv(input=x)  F.relu(input=x)  torch.add(x, other=y)   positional: conv(x), relu(x), add(x, y)
 x.relu_()  z += y  x[:, 0] = y                          out of place; later readers of x read the result
 len(x)                                                  x.size(0)
+x.view(-1, 8)  x.view_as(y)                             x.reshape(-1, 8): quantizers may change the memory layout
 x.squeeze() of (N, C, 1, 1)                             x.squeeze((2, 3)): a single image keeps its axis
 x.detach()  x.data, where all logits come through it    x: images and weights before it need their gradients
 """
@@ -44,9 +45,19 @@ def to_normal_form(traced: fx.GraphModule, aliases: Aliases) -> None:
         _to_positions(traced, node)
         if node.op == "call_function" and node.target is builtins.len and node.args[0].meta.get("shape") is not None:
             node.op, node.target, node.args = "call_method", "size", (node.args[0], 0)
+        _to_reshape(node)
     _to_out_of_place(traced, aliases)
     _drop_detached(traced)
     _drop_shape_assertions(traced)
+
+
+def _to_reshape(node: fx.Node) -> None:
+    """Make a view, which takes only some memory layouts, a reshape, which takes all."""
+    if node.op == "call_method" and node.target == "view_as":
+        node.target = "reshape_as"
+    is_dtype = any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
+    if node.op == "call_method" and node.target == "view" and not is_dtype:
+        node.target, node.kwargs = "reshape", {{"size": "shape"}.get(key, key): v for key, v in node.kwargs.items()}
 
 
 def keep_image_axis(traced: fx.GraphModule) -> None:

@@ -215,7 +215,8 @@ def _check_logits(
         raise ValueError("teacher must return finite logits, but returned NaN or infinity for normalized noise")
     is_traced = torch.allclose(logits, traced, rtol=1e-4, atol=margin)
     # Random numbers that choose a pool's windows may choose the same values twice.
-    if not torch.allclose(logits, again, rtol=1e-4, atol=margin) or (is_random and not is_traced):
+    differs = not torch.equal(logits, again) if is_random else not torch.allclose(logits, again, rtol=1e-4, atol=margin)
+    if differs or (is_random and not is_traced):
         raise ValueError(
             "teacher must be deterministic in eval mode, but returned different logits for the same images; "
             "pass training=self.training to functional dropout"

@@ -5,7 +5,15 @@ import dataclasses
 import pytest
 
 from synq.config.parsing import dotted_keys
-from synq.config.run import EvaluationConfig, RunConfig, TeacherConfig, config_digest, config_to_dict, with_overrides
+from synq.config.run import (
+    EvaluationConfig,
+    QuantConfig,
+    RunConfig,
+    TeacherConfig,
+    config_digest,
+    config_to_dict,
+    with_overrides,
+)
 
 DECIDES_NOTHING = {
     "name",
@@ -160,3 +168,10 @@ def test_a_moved_checkout_keeps_its_digests() -> None:
     assert config_digest(config("/a")) == config_digest(config("/b/c"))
     other = dataclasses.replace(config("/a"), teacher=TeacherConfig(spec="/a/net.py:make", weights="/a/v.pth"))
     assert config_digest(other) != config_digest(config("/a"))
+
+
+def test_students_of_earlier_rules_of_an_engine_have_another_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, research = RunConfig(quant=QuantConfig(target="onnxruntime")), RunConfig()
+    now = config_digest(engine), config_digest(research)
+    monkeypatch.setattr("synq.config.identity.ENGINE_RULES", 1)
+    assert config_digest(engine) != now[0] and config_digest(research) == now[1]

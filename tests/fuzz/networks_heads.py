@@ -295,6 +295,7 @@ def two_branches(b: Draft) -> None:
 def only_pool(b: Draft) -> None:
     """The channels of the last map are the logits."""
     pooled(b)
+    b.may_be_rejected("returned probabilities")  # for example the maximum of a negated hard swish
     finish(b)
 
 

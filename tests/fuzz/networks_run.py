@@ -30,6 +30,7 @@ class Report:
 
     Attributes:
         checked, accepted, exports: Numbers of networks, and of files.
+        reordered: Number of accepted networks whose traced copy adds in another order than the module.
         rejections: Reasons of rejections, shortened, and how often.
         faults: Text of each fault: seed, error, short source.
         seconds: Time.
@@ -38,14 +39,16 @@ class Report:
     checked: int = 0
     accepted: int = 0
     exports: int = 0
+    reordered: int = 0
     rejections: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def __str__(self) -> str:
         return (
-            f"{self.checked} networks, {self.accepted} accepted, {self.checked - self.accepted - len(self.faults)} "
-            f"rejected, {self.exports} files, {len(self.faults)} faults, {self.seconds:.0f} s"
+            f"{self.checked} networks, {self.accepted} accepted ({self.reordered} with sums in another order), "
+            f"{self.checked - self.accepted - len(self.faults)} rejected, {self.exports} files, "
+            f"{len(self.faults)} faults, {self.seconds:.0f} s"
         )
 
 
@@ -71,6 +74,7 @@ def _fault(network: Network, exports: bool) -> tuple[str | None, str, Report]:
         )
     report.exports = outcome.exports
     report.accepted = not outcome.rejected
+    report.reordered = not outcome.is_identical
     if outcome.rejected:
         report.rejections[outcome.rejected[:150]] += 1
     return None, "", report
@@ -105,6 +109,7 @@ def run(seeds: Iterable[int], *, exports: bool = False, log: Path | None = None,
         total.checked += 1
         total.accepted += report.accepted
         total.exports += report.exports
+        total.reordered += report.reordered
         total.rejections += report.rejections
         if kind is not None:
             short = shortened(seed, kind, exports=exports) if shorten else network

@@ -125,7 +125,7 @@ def test_a_difference_of_the_last_digits_is_found(monkeypatch: pytest.MonkeyPatc
     def wrong(module: torch.nn.Module, size: tuple[int, int, int]) -> torch.fx.GraphModule:
         traced = plain(module, size)
         with torch.no_grad():
-            next(traced.parameters()).mul_(1 + 1e-6)
+            next(traced.parameters()).mul_(1 + 2e-6)
         return traced
 
     monkeypatch.setattr("synq.teacher.teacher.trace_classifier", wrong)

@@ -3,7 +3,7 @@
 import copy
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -298,3 +298,26 @@ def test_bugs_3_a_size_read_early_joins_no_blocks() -> None:
         for end in ends:
             value, start = segment(traced, start, end)(value), end
         assert torch.equal(value, traced(x))
+
+
+class ViewOfALayout(nn.Module):
+    """A view that takes the memory layout of a linear layer over channels, and of no quantizer after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.bn, self.fc = nn.Linear(3, 4), nn.BatchNorm2d(4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.lin(x.transpose(1, 3)).transpose(1, 3))
+        return self.fc(x.view(x.size(0), x.size(1), -1).mean(2))
+
+
+@pytest.mark.parametrize("points", ["relu", "inputs"])
+def test_a_view_does_not_depend_on_the_layout_that_quantizers_leave(points: Literal["relu", "inputs"]) -> None:
+    traced = same(ViewOfALayout())
+    student = quantize_model(traced, QuantConfig(act_points=points))
+    observe_ranges(student.net, torch.randn(8, *SIZE), act_range="minmax")
+    form = integer_form(student.net)
+    images = torch.randn(3, *SIZE).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert student.net(images).shape == form(images).shape == (3, 5)
