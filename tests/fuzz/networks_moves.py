@@ -37,9 +37,9 @@ def max_pool(b: Draft) -> None:
         ),
     )
     if "Fractional" in form or "indices" in form:
-        b.may_be_rejected(
-            "operations whose quantization is known", "deterministic", "adaptive_max_pool2d", "AdaptiveMaxPool2d"
-        )
+        b.may_be_rejected("operations whose quantization is known", "deterministic")
+    if "adaptive_max" in form or "AdaptiveMax" in form:  # windows of different sizes
+        b.may_be_rejected("adaptive_max_pool2d", "AdaptiveMaxPool2d")
     b.apply(form, "pool")
 
 
