@@ -120,7 +120,9 @@ def _conclude(
     where = spec.address or spec.output_dir
     progress.log(f"{where}/trials.csv\n{where}/leaderboard.csv")
     if spec.search.report and ledger.records:
-        progress.log(f"{where}/{PAGE}" if is_drawn else _report(spec, ledger, progress))
+        if not is_drawn:
+            progress.log(f"drawing {PAGE} ...")
+        progress.log(f"{where}/{PAGE}" if is_drawn else _report(spec, ledger))
     if progress.account():
         progress.log(progress.account())
     listed = spec.search.sampler in LISTED
@@ -141,9 +143,8 @@ def _is_drawn(spec: SweepSpec) -> bool:
     return page.is_file() and all(file.stat().st_mtime < page.stat().st_mtime for file in records)
 
 
-def _report(spec: SweepSpec, ledger: Ledger, progress: Progress) -> str:
+def _report(spec: SweepSpec, ledger: Ledger) -> str:
     """Make the sweep's page and return its path, or the reason why it failed: the sweep is finished all the same."""
-    progress.log(f"drawing {PAGE} ...")
     try:
         from ..reports.make import make_report
 

@@ -63,14 +63,18 @@ def test_key_covers_every_setting_of_synthesis(tmp_path: Path) -> None:
     store = SetStore(tmp_path)
     base = dataclasses.replace(CONFIG, method="genie", calib_centers=True)
     keys = {_key(store, config=base)}
-    for field in dataclasses.fields(SynthesisConfig):
+    fields = [field for field in dataclasses.fields(SynthesisConfig) if field.name != "source"]
+    for field in fields:
         value = getattr(base, field.name)
         if field.name in OTHER_VALUES:
             other: object = OTHER_VALUES[field.name]
         else:
             other = value + 1 if isinstance(value, int) else 0.75 * value + 0.1
         keys.add(_key(store, config=dataclasses.replace(base, **{field.name: other})))
-    assert len(keys) == len(dataclasses.fields(SynthesisConfig)) + 1
+    assert len(keys) == len(fields) + 1
+    own = dataclasses.replace(CONFIG, method="own_images", source="folder:/here/photos")
+    moved, other = (dataclasses.replace(own, source=f"folder:/there/{name}") for name in ("photos", "others"))
+    assert _key(store, config=own) == _key(store, config=moved) != _key(store, config=other)
 
 
 def test_key_covers_teacher_seed_purpose_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +102,7 @@ def test_key_covers_nothing_else() -> None:
         "center_iterations",
         "center_weight",
         "center_depth",
+        "source",
     }
     assert fields - set(identity["synthesis"]) == unused
 
