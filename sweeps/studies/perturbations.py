@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from synq.evaluation.fidelity import centered, kl
+from synq.evaluation.harder_views import mixed, rectangles
 from synq.synthesis.lowpass import cutoff_in_bins, gaussian_lowpass
 
 
@@ -71,72 +72,10 @@ def feature_distance(teacher_features: Tensor, student_features: Tensor) -> Tens
     return (student - teacher).square().sum(1) / teacher.square().sum(1).clamp_min(1e-12)
 
 
-def partners(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw for each image a partner of another class, uniformly over all such images.
-
-    Args:
-        labels: (N,) int64.
-        generator: CPU generator.
-
-    Returns:
-        (N,) int64 row numbers; the next row if all images are of one class.
-    """
-    labels = labels.cpu()
-    allowed = labels[:, None] != labels[None, :]
-    draw = torch.rand(allowed.shape, generator=generator, dtype=torch.float64)
-    chosen = draw.masked_fill(~allowed, -1).argmax(1)
-    return torch.where(allowed.any(1), chosen, (torch.arange(len(labels)) + 1) % len(labels))
-
-
-def mixed(images: Tensor, partner: Tensor, share: Tensor | float) -> Tensor:
-    """Blend each image with its partner: share x_i + (1 - share) x_partner(i).
-
-    Args:
-        images: (N, C, H, W).
-        partner: (N,) int64 row numbers, from `partners`.
-        share: Weight of the image itself, in [0, 1]: one for all, or (N,).
-
-    Returns:
-        (N, C, H, W).
-
-    Source: mixup (Zhang et al. 2018), without labels.
-    """
-    part = torch.as_tensor(share, dtype=images.dtype).reshape(-1, 1, 1, 1).to(images.device)
-    return part * images + (1 - part) * images[partner.to(images.device)]
-
-
-def cut_mixed(images: Tensor, partner: Tensor, area: float, generator: torch.Generator) -> Tensor:
-    """Replace a random rectangle of each image, ``area`` of its pixels, by the same region of its partner.
-
-    Args:
-        images: (N, C, H, W).
-        partner: (N,) int64 row numbers, or (N,) of other images of the same batch.
-        area: Share of the pixels that is replaced, in (0, 1).
-        generator: CPU generator.
-
-    Returns:
-        (N, C, H, W).
-
-    Source: CutMix (Yun et al. 2019), without labels.
-    """
-    inside = _rectangles(images, area, generator)
-    return torch.where(inside, images[partner.to(images.device)], images)
-
-
 def erased(images: Tensor, area: float, generator: torch.Generator) -> Tensor:
-    """Replace a random rectangle of each image by the mean of the set; arguments as for `cut_mixed`."""
+    """Replace a random rectangle of each image by the mean of the set; arguments as for `harder_views.cut_mixed`."""
     mean, _ = _spread(images)
-    return torch.where(_rectangles(images, area, generator), mean, images)
-
-
-def _rectangles(images: Tensor, area: float, generator: torch.Generator) -> Tensor:
-    count, _, height, width = images.shape
-    side = (max(1, round(height * area**0.5)), max(1, round(width * area**0.5)))
-    top = torch.randint(0, height - side[0] + 1, (count, 1), generator=generator)
-    left = torch.randint(0, width - side[1] + 1, (count, 1), generator=generator)
-    rows, columns = torch.arange(height)[None], torch.arange(width)[None]
-    in_rows, in_columns = (rows >= top) & (rows < top + side[0]), (columns >= left) & (columns < left + side[1])
-    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None].to(images.device)
+    return torch.where(rectangles(images, area, generator), mean, images)
 
 
 def noisy(images: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
