@@ -18,10 +18,12 @@ import click
 import torch
 
 from synq.common.exit_codes import leave
+from synq.common.text_tables import to_markdown
 from synq.config.command_line import Command
 from synq.config.command_options import option
 from synq.config.run import EvaluationConfig, RunConfig, with_overrides
 from synq.finetune.loop import NonFiniteLossError
+from synq.sweeps.studies.agreement_fit import COLUMNS, Errors, errors, fit, row_of, table
 from synq.sweeps.studies.agreement_study import Network, Student, measured
 
 HERE = Path(__file__).resolve().parent
@@ -59,7 +61,7 @@ def networks(folder: Path, fashion: str, cifar: Path) -> dict[str, tuple[dict[st
         "fashion_cnn": made("train_fashion_cnn.py", "FashionCNN", small, "fashion", "fashion-mnist"),
         "fashion_mobilenet": made(own, "fashion_mobilenet", small, "fashion", "fashion-mnist"),
         "fashion_vgg": made(own, "fashion_vgg", small, "fashion", "fashion-mnist"),
-        "digits_vgg": made(own, "digits_vgg", [1, 8, 8], "digits", f"npz:{folder / 'digits_vgg.npz'}"),
+        "digits_vgg": made(own, "digits_vgg", [1, 8, 8], "digits", "digits"),
         "fashion_resnet": made(own, "fashion_resnet", small, "fashion", "fashion-mnist"),
         "cifar_resnet": made(own, "cifar_resnet", [3, 32, 32], "cifar", f"npz:{folder / 'cifar_resnet.npz'}"),
         "cifar10_resnet20": real(10, CIFAR_MEAN, CIFAR_STD),
@@ -75,11 +77,11 @@ def students(name: str, teacher: dict[str, Any], labeled: EvaluationConfig, outp
     rounded = {"finetune.epochs": 0}
 
     def student(variant: str, bits: tuple[int, int], more: dict[str, Any]) -> Student:
-        widths = {"quant.weight_bits": bits[0], "quant.act_bits": bits[1]}
+        chosen = {"quant.weight_bits": bits[0], "quant.act_bits": bits[1]}
         return Student(
             network=name,
             variant=variant,
-            config=with_overrides(RunConfig(), {**base, **widths, **more}),
+            config=with_overrides(RunConfig(), {**base, **chosen, **more}),
             labeled=labeled,
         )
 
@@ -110,33 +112,37 @@ def students(name: str, teacher: dict[str, Any], labeled: EvaluationConfig, outp
 @option("--fashion", metavar="FOLDER", default=".", help="folder of Fashion-MNIST's IDX files")
 @option("--cifar", metavar="FOLDER", default=".", help="folder of the CIFAR networks, teachers.py and test images")
 @option("--only", several=True, metavar="NAME", help="some of the networks (default: all)")
-def command(output: str, folder: str, fashion: str, cifar: str, only: tuple[str, ...]) -> None:
-    """Make and measure the students of the calibration."""
+@option("--table-only", is_flag=True, help="make no student: constants and table of those that are there")
+def command(output: str, folder: str, fashion: str, cifar: str, only: tuple[str, ...], table_only: bool) -> None:
+    """Make and measure the students of the calibration, and print constants, error rates and table."""
     torch.set_num_threads(1)
     root = Path(output)
     for name, (teacher, labeled) in networks(Path(folder).resolve(), fashion, Path(cifar).resolve()).items():
-        if only and name not in only:
+        if table_only or (only and name not in only):
             continue
         network = None
         for student in students(name, teacher, labeled, root / "runs"):
             started = time.perf_counter()
             network = network or Network(student)
             try:
-                found = measured(student, network, root / "logits")
+                measured(student, network, root / "logits")
             except NonFiniteLossError as error:
-                print(f"{student.name}: {error}", flush=True)
+                print(f"{student.name}: left out, {error}", flush=True)
                 continue
-            same = {
-                key: 100 * float((found[f"t.{key}"].argmax(1) == found[f"s.{key}"].argmax(1)).double().mean())
-                for key in ("plain", "mixup_0.5", "mixup_uniform", "cutmix_0.5", "labeled")
-            }
-            top1 = [100 * float((found[f"{k}.labeled"].argmax(1) == found["labels"]).double().mean()) for k in "ts"]
+            row = row_of(root / "logits" / f"{student.name}.safetensors")
             print(
-                f"{student.name}: "
-                + " ".join(f"{key} {value:.1f}" for key, value in same.items())
-                + f" top-1 {top1[1]:.2f} of {top1[0]:.2f}, {time.perf_counter() - started:.0f} s",
+                f"{student.name}: plain {row.plain:.1f}, views {row.harder:.1f}, labeled {row.real:.1f}, top-1 "
+                f"{row.top1:.2f} of {row.teacher_top1:.2f}, {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
+    rows = [row_of(path) for path in sorted((root / "logits").glob("*.safetensors"))]
+    if len({row.network for row in rows}) < 3:
+        print("constants and table need three networks")
+        return
+    print(fit(rows))
+    for name, value in errors(rows).items():
+        print(f"{name}: {value.text() if isinstance(value, Errors) else value}")
+    print(to_markdown(table(rows), COLUMNS), end="")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python launch/calibration_networks.py NAME OUTPUT --fashion FOLDER --cifar FILE.npz
 
 NAME is a key of `RECIPES`; the weights go to OUTPUT/NAME.safetensors, labeled images that training did not see to
-OUTPUT/NAME.npz where no public test part exists. Each takes a minute or two of one thread; the same seed gives the same
-weights on the same machine and versions. `launch/train_fashion_cnn.py` trains one more network.
+OUTPUT/NAME.npz where the product knows no test part. Each takes a minute or two of one thread; the same seed gives the
+same weights on the same machine and versions. `launch/train_fashion_cnn.py` trains one more network.
 """
 
 import sys
@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from launch.train_fashion_cnn import load_part
 from synq.common.exit_codes import leave
 from synq.common.seeding import make_generator, seed_everything
 from synq.config.command_line import Command
 from synq.config.command_options import option
+from synq.evaluation.labeled import load_labeled
+from synq.evaluation.labeled_arrays import read_idx
 
 PEAK_LR, BATCH_SIZE = 0.05, 64
 
@@ -125,7 +126,7 @@ RECIPES = {
     "fashion_mobilenet": Recipe(fashion_mobilenet, "fashion", 12000, 3),
     "fashion_vgg": Recipe(fashion_vgg, "fashion", 6000, 4),
     "fashion_resnet": Recipe(fashion_resnet, "fashion", 2000, 10),  # few images: a teacher of lower accuracy
-    "digits_vgg": Recipe(digits_vgg, "digits", 900, 20),
+    "digits_vgg": Recipe(digits_vgg, "digits", 1177, 16),
     "cifar_resnet": Recipe(cifar_resnet, "cifar", 2995, 25),  # the half of a test set: a teacher that is often unsure
 }
 NORMALIZATION = {
@@ -139,14 +140,16 @@ NORMALIZATION = {
 def _pixels(source: str, fashion: str | None, cifar: str | None) -> tuple[Tensor, Tensor]:
     """Return uint8 images (N, C, H, W) and labels (N,) of a source."""
     if source == "fashion":
-        images, labels = load_part(Path(fashion or "."), "train")
-        return ((images * 0.353 + 0.286) * 255).round().to(torch.uint8), labels
+        names = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+        files = [file for name in names for file in sorted(Path(fashion or ".").glob(f"{name}*"))[:1]]
+        if len(files) != 2:
+            raise FileNotFoundError(f"`--fashion` must hold {' and '.join(names)}, but {fashion} does not")
+        images, labels = (torch.from_numpy(read_idx(file).copy()) for file in files)
+        return images[:, None], labels.long()
     if source == "digits":
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        pixels = torch.from_numpy((digits.images * 255 / 16).round().astype(np.uint8))[:, None]
-        return pixels, torch.from_numpy(digits.target).long()
+        digits = load_labeled("digits:train", (1, 8, 8), (0.0,), (1.0,), num_classes=10)
+        pixels, labels = digits.batch(torch.arange(len(digits)))
+        return (pixels * 255).round().to(torch.uint8), labels
     with np.load(cifar or "") as content:
         return torch.from_numpy(content["x"]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(content["y"]).long()
 
@@ -189,7 +192,7 @@ def command(name: str, output: str, fashion: str | None, cifar: str | None) -> N
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     save_file(state, folder / f"{name}.safetensors")
-    if recipe.source != "fashion":
+    if recipe.source == "cifar":
         rest = slice(recipe.images, None)
         images = pixels[rest].permute(0, 2, 3, 1).numpy()
         np.savez_compressed(folder / f"{name}.npz", x=images, y=labels[rest].numpy())

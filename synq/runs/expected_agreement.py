@@ -59,7 +59,7 @@ class HeldOut:
         return ""
 
 
-def _logit(percent: float, images: int) -> float:
+def logit(percent: float, images: int) -> float:
     """Return the logit of a share of ``images``, with half an image added on both sides: all of them is no infinity."""
     count = percent / 100 * images
     return math.log((count + 0.5) / (images - count + 0.5))
@@ -72,7 +72,7 @@ def predict(agreement: float, images: int) -> tuple[float, float, float]:
         agreement: Mean agreement with the teacher on the views, in percent.
         images: Images of all views together.
     """
-    middle = INTERCEPT + SLOPE * _logit(agreement, images)
+    middle = INTERCEPT + SLOPE * logit(agreement, images)
     value, low, high = (100 / (1 + math.exp(-(middle + shift))) for shift in (0.0, LOWER, UPPER))
     return value, low, high
 
@@ -80,7 +80,7 @@ def predict(agreement: float, images: int) -> tuple[float, float, float]:
 def expected_agreement(
     rtn: Mapping[str, float | None], final: Mapping[str, float | None], heldout: HeldOut, views: int
 ) -> dict[str, Any]:
-    """Return the record's field: value, low, high (percent; None where nothing can be said), reason and evidence.
+    """Return the record's field: value, low, high (percent; None where nothing can be predicted), reason and evidence.
 
     Args:
         rtn: `Measurement.harder` of the student before fine-tuning.

@@ -1,0 +1,101 @@
+"""The calibration of the expected agreement: its line, its intervals by left-out networks, its counts of errors."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from synq.evaluation.harder_views import VIEWS
+from synq.runs.expected_agreement import MIN_LOSS, POOR
+from synq.sweeps.studies.agreement_fit import Errors, Row, errors, fit, left_out, pairs_of, row_of, table
+
+
+def _row(network: str, harder: float, real: float, variant: str = "rounded", **more: Any) -> Row:
+    values: dict[str, Any] = {"bits": "W4A4", "points": "relu", "plain": 99.0, "top1": real, "teacher_top1": 100.0}
+    values |= {"drop_stderr": 0.1, "images": 10**6, "labeled": 10**6}
+    return Row(network=network, harder=harder, real=real, variant=variant, **{**values, **more})
+
+
+def _share(logit: float) -> float:
+    return float(100 * torch.sigmoid(torch.tensor(logit, dtype=torch.float64)))
+
+
+def _rows(shift: float = 0.0) -> list[Row]:
+    """Four networks on the line 1 + 2 x, one of which is off by `shift`."""
+    points = [(name, x / 2) for name in "abcd" for x in range(-2, 5)]
+    shares = [(name, x, 1 + 2 * x + (shift if name == "d" else 0)) for name, x in points]
+    return [_row(name, _share(x), _share(y), f"v{x}") for name, x, y in shares]
+
+
+def test_the_line_is_found_and_its_interval_is_that_of_left_out_networks() -> None:
+    line = fit(_rows())
+    assert (line.intercept, line.slope) == pytest.approx((1.0, 2.0), abs=1e-2)
+    assert (line.lower, line.upper) == pytest.approx((0.0, 0.0), abs=1e-2)
+    assert fit(_rows(-1.0)).lower == pytest.approx(-1.0, abs=1e-2), "a network that the others do not predict"
+
+
+def test_a_network_does_not_predict_itself() -> None:
+    before, after = (
+        {case.row.variant: case.value for case in left_out(_rows(shift)) if case.row.network == "d"}
+        for shift in (0.0, -2.0)
+    )
+    assert before == pytest.approx(after)
+
+
+def test_every_network_weighs_the_same() -> None:
+    rows = _rows(-1.0)
+    many = [*rows, *[row for row in rows if row.network == "a"] * 9]
+    assert fit(many).intercept == pytest.approx(fit(rows).intercept)
+
+
+def test_pairs_and_counts_by_hand() -> None:
+    other = {"bits": "W8A8"}
+    rows = [
+        *(_row(name, 95.0, 98.0) for name in "abc"),
+        _row("a", 95.0 - MIN_LOSS - 1, 94.0, "harmed"),
+        _row("a", 95.0 - MIN_LOSS - 1, 98.5, "not_harmed"),
+        _row("b", 94.0, 90.0, "unseen"),
+        _row("c", 97.0, 99.0, "tuned"),
+        _row("c", 60.0, 70.0, "poor_rounded", **other),
+        _row("c", 70.0, 80.0, "poor_tuned", **other),
+        _row("c", 70.0, 80.0, "tuned", **other),
+    ]
+    assert {pair.tuned.variant for pair in pairs_of(rows)} == {
+        "harmed",
+        "not_harmed",
+        "unseen",
+        "tuned",
+        "poor_tuned",
+    }, "the last has no rounded student"
+    found = errors(rows)
+    assert found["worse"] == Errors(found=1, missed=1, false=1, silent=2)
+    assert found["worse_top1"] == (1, 2)
+    assert found["worse"].text() == "1 of 2 warned rightly, 1 missed; 1 of 3 others warned wrongly"
+    verdicts = {(row["network"], row["student"]): row["verdict"] for row in table(rows)}
+    assert "worse wrongly" in str(verdicts["a", "not_harmed"]) and "worse missed" in str(verdicts["b", "unseen"])
+
+
+def test_poor_students_are_counted() -> None:
+    rows = _rows()
+    found = errors(rows)["poor"]
+    assert found.found == sum(row.real < POOR for row in rows) > 0 and found.missed == found.false == 0
+    wrong = [replace(row, real=99.0) if row.network == "d" else row for row in rows]
+    assert errors(wrong)["poor"].false > 0
+
+
+def test_a_file_gives_its_row(tmp_path: Path) -> None:
+    eye = torch.eye(4)
+    found = {f"{who}.{name}": eye.clone() for who in "ts" for name in (*VIEWS, "plain", "labeled")}
+    found["s.labeled"] = eye[[0, 1, 2, 2]]
+    found["s.mixup_0.5"] = eye[[0, 0, 0, 0]]
+    found["labels"] = torch.tensor([0, 1, 1, 2])
+    path = tmp_path / "net-W3A3-relu-poor_tuned.safetensors"
+    path.write_bytes(safetensors.torch.save(found))
+    row = row_of(path)
+    assert (row.network, row.bits, row.points, row.variant) == ("net", "W3A3", "relu", "poor_tuned")
+    assert (row.plain, row.real, row.top1, row.teacher_top1) == (100.0, 75.0, 75.0, 50.0)
+    assert row.harder == pytest.approx(100 - 75 / len(VIEWS)) and row.labeled == 4
+    assert row.images == 4 * len(VIEWS)
