@@ -34,7 +34,21 @@ HOT = {"finetune.epochs": 3, "finetune.lr": 0.2}
 BROKEN = {"finetune.epochs": 1, "finetune.lr": 0.01, "finetune.grad_clip": None, "finetune.grad_clip_relative": None}
 POOR = {"synthesis.num_images": 64, "synthesis.iterations": 8}
 """Images far from converged."""
+SHORT = {"synthesis.iterations": 25, "finetune.epochs": 2}
+"""For the slowest network."""
 BITS = ((8, 8), (4, 4), (3, 3), (2, 4))
+PARTS = {
+    "digits_resnet8": ("harmed", "inputs", "engine", "poor"),
+    "fashion_cnn": ("harmed", "inputs", "engine", "poor"),
+    "fashion_mobilenet": ("harmed", "inputs", "poor"),
+    "fashion_vgg": ("harmed", "inputs", "engine", "poor"),
+    "digits_vgg": ("harmed", "inputs", "engine", "poor"),
+    "fashion_resnet": ("harmed", "inputs"),
+    "cifar_resnet": ("harmed",),
+    "cifar10_resnet20": ("harmed",),
+    "cifar100_resnet20": (),
+}
+"""Students of each network next to the rounded and the tuned one at each of `BITS`: fewer of large networks."""
 
 
 def networks(folder: Path, fashion: str, cifar: Path) -> dict[str, tuple[dict[str, Any], EvaluationConfig]]:
@@ -61,7 +75,7 @@ def networks(folder: Path, fashion: str, cifar: Path) -> dict[str, tuple[dict[st
         "fashion_cnn": made("train_fashion_cnn.py", "FashionCNN", small, "fashion", "fashion-mnist"),
         "fashion_mobilenet": made(own, "fashion_mobilenet", small, "fashion", "fashion-mnist"),
         "fashion_vgg": made(own, "fashion_vgg", small, "fashion", "fashion-mnist"),
-        "digits_vgg": made(own, "digits_vgg", [1, 8, 8], "digits", "digits"),
+        "digits_vgg": made(own, "digits_vgg", [1, 8, 8], "digits", f"npz:{folder / 'digits_vgg.npz'}"),
         "fashion_resnet": made(own, "fashion_resnet", small, "fashion", "fashion-mnist"),
         "cifar_resnet": made(own, "cifar_resnet", [3, 32, 32], "cifar", f"npz:{folder / 'cifar_resnet.npz'}"),
         "cifar10_resnet20": real(10, CIFAR_MEAN, CIFAR_STD),
@@ -74,6 +88,9 @@ def students(name: str, teacher: dict[str, Any], labeled: EvaluationConfig, outp
     base: dict[str, Any] = {f"teacher.{key}": value for key, value in teacher.items()}
     base |= {"evaluation.dataset": "none", "runtime.output_dir": str(output / name), "runtime.progress": False}
     base |= {"synthesis.num_images": 256, "synthesis.iterations": 60, "runtime.device": "cpu"}
+    short = SHORT if name == "cifar100_resnet20" else {}
+    base |= {key: value for key, value in short.items() if key.startswith("synthesis")}
+    tuned = {**TUNED, **{key: value for key, value in short.items() if key.startswith("finetune")}}
     rounded = {"finetune.epochs": 0}
 
     def student(variant: str, bits: tuple[int, int], more: dict[str, Any]) -> Student:
@@ -85,25 +102,25 @@ def students(name: str, teacher: dict[str, Any], labeled: EvaluationConfig, outp
             labeled=labeled,
         )
 
-    both, inputs = (("rounded", rounded), ("tuned", TUNED)), {"quant.act_points": "inputs"}
+    both, parts = (("rounded", rounded), ("tuned", tuned)), PARTS[name]
     for bits in BITS:
         for variant, more in both:
             yield student(variant, bits, more)
-    for bits in ((8, 8), (4, 4)):
-        yield student("hot", bits, HOT)
-    if name == "cifar100_resnet20":  # the slowest one
-        return
-    yield student("broken", (3, 3), BROKEN)
-    for bits in ((4, 4), (3, 3)):
+    if "harmed" in parts:
+        for bits in ((8, 8), (4, 4)):
+            yield student("hot", bits, HOT)
+        yield student("broken", (3, 3), BROKEN)
+    if "inputs" in parts:
+        for bits in ((4, 4), (3, 3)):
+            for variant, more in both:
+                yield student(variant, bits, {"quant.act_points": "inputs", **more})
+    if "engine" in parts:
         for variant, more in both:
-            yield student(variant, bits, {**inputs, **more})
-    for variant, more in both:
-        yield student(variant, (8, 8), {"quant.target": "onnxruntime", **more})
-    if name == "cifar10_resnet20":
-        return
-    for bits in ((8, 8), (4, 4)):
-        for variant, more in both:
-            yield student(f"poor_{variant}", bits, {**POOR, **more})
+            yield student(variant, (8, 8), {"quant.target": "onnxruntime", **more})
+    if "poor" in parts:
+        for bits in ((8, 8), (4, 4)):
+            for variant, more in both:
+                yield student(f"poor_{variant}", bits, {**POOR, **more})
 
 
 @click.command("calibrate_agreement", cls=Command)

@@ -27,6 +27,7 @@ from synq.config.command_line import Command
 from synq.config.command_options import option
 from synq.evaluation.labeled import load_labeled
 from synq.evaluation.labeled_arrays import read_idx
+from synq.evaluation.labeled_sources import digits_heldout_mask
 
 PEAK_LR, BATCH_SIZE = 0.05, 64
 
@@ -126,7 +127,7 @@ RECIPES = {
     "fashion_mobilenet": Recipe(fashion_mobilenet, "fashion", 12000, 3),
     "fashion_vgg": Recipe(fashion_vgg, "fashion", 6000, 4),
     "fashion_resnet": Recipe(fashion_resnet, "fashion", 2000, 10),  # few images: a teacher of lower accuracy
-    "digits_vgg": Recipe(digits_vgg, "digits", 1177, 16),
+    "digits_vgg": Recipe(digits_vgg, "digits", 900, 20),
     "cifar_resnet": Recipe(cifar_resnet, "cifar", 2995, 25),  # the half of a test set: a teacher that is often unsure
 }
 NORMALIZATION = {
@@ -147,8 +148,11 @@ def _pixels(source: str, fashion: str | None, cifar: str | None) -> tuple[Tensor
         images, labels = (torch.from_numpy(read_idx(file).copy()) for file in files)
         return images[:, None], labels.long()
     if source == "digits":
-        digits = load_labeled("digits:train", (1, 8, 8), (0.0,), (1.0,), num_classes=10)
-        pixels, labels = digits.batch(torch.arange(len(digits)))
+        parts = [load_labeled(spec, (1, 8, 8), (0.0,), (1.0,), num_classes=10) for spec in ("digits:train", "digits")]
+        is_heldout = torch.from_numpy(digits_heldout_mask(sum(map(len, parts))))
+        pixels, labels = torch.empty((len(is_heldout), 1, 8, 8)), torch.empty(len(is_heldout), dtype=torch.int64)
+        for part, rows in zip(parts, (~is_heldout, is_heldout), strict=True):  # back to the order of the whole set
+            pixels[rows], labels[rows] = part.batch(torch.arange(len(part)))
         return (pixels * 255).round().to(torch.uint8), labels
     with np.load(cifar or "") as content:
         return torch.from_numpy(content["x"]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(content["y"]).long()
@@ -167,7 +171,7 @@ def train(recipe: Recipe, pixels: Tensor, labels: Tensor, seed: int = 0) -> nn.M
     for _ in range(recipe.epochs):
         for rows in torch.randperm(len(images), generator=generator)[: steps * BATCH_SIZE].split(BATCH_SIZE):
             batch = images[rows]
-            if recipe.source == "cifar":
+            if recipe.source != "fashion":
                 flips = torch.rand(len(rows), 1, 1, 1, generator=generator) < 0.5
                 batch = torch.where(flips, batch.flip(3), batch)
             optimizer.zero_grad()
@@ -192,7 +196,7 @@ def command(name: str, output: str, fashion: str | None, cifar: str | None) -> N
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     save_file(state, folder / f"{name}.safetensors")
-    if recipe.source == "cifar":
+    if recipe.source != "fashion":
         rest = slice(recipe.images, None)
         images = pixels[rest].permute(0, 2, 3, 1).numpy()
         np.savez_compressed(folder / f"{name}.npz", x=images, y=labels[rest].numpy())

@@ -70,10 +70,8 @@ def _run(config: RunConfig, accelerator: "Accelerator") -> tuple[list[str], list
     done = "finished before, nothing to do: " if before == file.stat().st_mtime_ns else ""
     notes = [f"warning: {text}" for text in record.warnings]
     expected = [agreement_line(record.expected_agreement)] if record.status == "completed" else []
-    return [*expected, summary_line(record)], [
-        *(note for note in notes if not was_printed(note)),
-        f"{done}{file.parent}",
-    ]
+    notes = [*(note for note in notes if not was_printed(note)), *expected, f"{done}{file.parent}"]
+    return [summary_line(record)], notes
 
 
 def on_every_process(config: RunConfig, work: Callable[["Accelerator"], tuple[list[str], list[str]]]) -> int:

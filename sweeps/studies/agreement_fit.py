@@ -14,8 +14,8 @@ import safetensors.torch
 from torch import Tensor
 
 from synq.common.statistics import drop_stderr
-from synq.evaluation.harder_views import VIEWS
-from synq.runs.expected_agreement import MIN_LOSS, POOR, logit
+from synq.evaluation.harder_views import VIEWS, confidence
+from synq.runs.expected_agreement import FLOOR, MIN_LOSS, POOR, logit
 
 COVERAGE = 0.9
 """Share of residuals between the bounds of the interval."""
@@ -32,6 +32,8 @@ class Row:
     plain: float
     harder: float
     """Mean over the views of the prediction."""
+    confidence: float
+    """The teacher's confidence on them, in percent."""
     real: float
     top1: float
     teacher_top1: float
@@ -44,6 +46,11 @@ class Row:
     def x(self) -> float:
         """Return the logit of the agreement on the views."""
         return logit(self.harder, self.images)
+
+    @property
+    def z(self) -> float:
+        """Return the logit of the teacher's confidence on the views."""
+        return logit(self.confidence, self.images)
 
     @property
     def y(self) -> float:
@@ -68,6 +75,7 @@ def row_of(path: Path) -> Row:
         variant=variant,
         plain=same("plain"),
         harder=sum(same(name) for name in VIEWS) / len(VIEWS),
+        confidence=sum(float(confidence(found[f"t.{name}"], found[f"s.{name}"]).mean()) for name in VIEWS) / len(VIEWS),
         real=same("labeled"),
         top1=100 * _share(right["s"]),
         teacher_top1=100 * _share(right["t"]),
@@ -83,18 +91,22 @@ def _share(is_true: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Line:
-    """logit(real) = intercept + slope logit(views), and the bounds of its residuals on networks that were left out."""
+    """A plane through logits, and the bounds of its residuals on networks that were left out.
+
+    logit(real) = intercept + slope logit(views) + confidence_slope logit(confidence).
+    """
 
     intercept: float
     slope: float
+    confidence_slope: float
     lower: float
     upper: float
 
     def predict(self, row: Row) -> tuple[float, float, float]:
         """Return the expected agreement and its interval in percent."""
-        middle = self.intercept + self.slope * row.x
+        middle = self.intercept + self.slope * row.x + self.confidence_slope * row.z
         low, value, high = (100 / (1 + math.exp(-(middle + shift))) for shift in (self.lower, 0.0, self.upper))
-        return value, low, high
+        return value, 0.0 if row.harder < FLOOR else low, high
 
 
 def fit(rows: Sequence[Row]) -> Line:
@@ -102,21 +114,23 @@ def fit(rows: Sequence[Row]) -> Line:
     names = sorted({row.network for row in rows})
     residuals, weights = [], []
     for name in names:
-        inner, outer = ([row for row in rows if (row.network == name) == is_left] for is_left in (False, True))
-        intercept, slope = _least_squares(inner)
-        residuals += [row.y - intercept - slope * row.x for row in outer]
+        inner = [row for row in rows if row.network != name]
+        outer = [row for row in rows if row.network == name and row.harder >= FLOOR]
+        intercept, slope, other = _least_squares(inner)
+        residuals += [row.y - intercept - slope * row.x - other * row.z for row in outer]
         weights += [1 / len(outer)] * len(outer)
     tail = (1 - COVERAGE) / 2
     lower, upper = (_quantile(residuals, weights, share) for share in (tail, 1 - tail))
     return Line(*_least_squares(rows), lower, upper)
 
 
-def _least_squares(rows: Sequence[Row]) -> tuple[float, float]:
+def _least_squares(rows: Sequence[Row]) -> tuple[float, float, float]:
+    rows = [row for row in rows if row.harder >= FLOOR]
     count = {row.network: sum(other.network == row.network for other in rows) for row in rows}
     weights = np.array([count[row.network] ** -0.5 for row in rows])
-    x, y = np.array([row.x for row in rows]), np.array([row.y for row in rows])
-    solution = np.linalg.lstsq(np.stack([weights, x * weights], 1), y * weights, rcond=None)[0]
-    return float(solution[0]), float(solution[1])
+    x, y, z = (np.array(values) for values in zip(*((row.x, row.y, row.z) for row in rows), strict=True))
+    solution = np.linalg.lstsq(np.stack([np.ones_like(x), x, z], 1) * weights[:, None], y * weights, rcond=None)[0]
+    return float(solution[0]), float(solution[1]), float(solution[2])
 
 
 def _quantile(values: Sequence[float], weights: Sequence[float], share: float) -> float:
@@ -214,9 +228,7 @@ def errors(rows: Sequence[Row]) -> dict[str, Any]:
     """
     found = left_out(rows)
     names = sorted({row.network for row in rows})
-    inside = {
-        name: [case.is_inside for case in found if case.row.network == name] for name in names
-    }
+    inside = {name: [case.is_inside for case in found if case.row.network == name] for name in names}
     pairs = pairs_of(rows)
     warned = [pair for pair in pairs if pair.lost >= MIN_LOSS]
     plain = [(pair.really_lost > MARGIN, pair.rounded.plain - pair.tuned.plain >= MIN_LOSS) for pair in pairs]

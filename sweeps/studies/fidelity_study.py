@@ -66,7 +66,7 @@ def _mixup(share: float | None) -> View:
 
 
 def _cutmix(area: float) -> View:
-    return lambda x, labels, net, g: harder_views.cut_mixed(x, harder_views.partners(labels, g), area, g)
+    return lambda x, labels, net, g: perturbations.cut_mixed(x, harder_views.partners(labels, g), area, g)
 
 
 def _fixed(function: Callable[..., Tensor], *values: float) -> View:

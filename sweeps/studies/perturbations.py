@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from synq.evaluation.fidelity import centered, kl
-from synq.evaluation.harder_views import mixed, rectangles
+from synq.evaluation.harder_views import mixed
 from synq.synthesis.lowpass import cutoff_in_bins, gaussian_lowpass
 
 
@@ -72,10 +72,38 @@ def feature_distance(teacher_features: Tensor, student_features: Tensor) -> Tens
     return (student - teacher).square().sum(1) / teacher.square().sum(1).clamp_min(1e-12)
 
 
+def cut_mixed(images: Tensor, partner: Tensor, area: float, generator: torch.Generator) -> Tensor:
+    """Replace a random rectangle of each image, ``area`` of its pixels, by the same region of its partner.
+
+    Args:
+        images: (N, C, H, W).
+        partner: (N,) int64 row numbers, or (N,) of other images of the same batch.
+        area: Share of the pixels that is replaced, in (0, 1).
+        generator: CPU generator.
+
+    Returns:
+        (N, C, H, W).
+
+    Source: CutMix (Yun et al. 2019), without labels.
+    """
+    inside = _rectangles(images, area, generator)
+    return torch.where(inside, images[partner.to(images.device)], images)
+
+
 def erased(images: Tensor, area: float, generator: torch.Generator) -> Tensor:
-    """Replace a random rectangle of each image by the mean of the set; arguments as for `harder_views.cut_mixed`."""
+    """Replace a random rectangle of each image by the mean of the set; arguments as for `cut_mixed`."""
     mean, _ = _spread(images)
-    return torch.where(rectangles(images, area, generator), mean, images)
+    return torch.where(_rectangles(images, area, generator), mean, images)
+
+
+def _rectangles(images: Tensor, area: float, generator: torch.Generator) -> Tensor:
+    count, _, height, width = images.shape
+    side = (max(1, round(height * area**0.5)), max(1, round(width * area**0.5)))
+    top = torch.randint(0, height - side[0] + 1, (count, 1), generator=generator)
+    left = torch.randint(0, width - side[1] + 1, (count, 1), generator=generator)
+    rows, columns = torch.arange(height)[None], torch.arange(width)[None]
+    in_rows, in_columns = (rows >= top) & (rows < top + side[0]), (columns >= left) & (columns < left + side[1])
+    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None].to(images.device)
 
 
 def noisy(images: Tensor, sigma: float, generator: torch.Generator) -> Tensor:

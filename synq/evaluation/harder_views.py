@@ -55,43 +55,18 @@ def mixed(images: Tensor, partner: Tensor, share: Tensor | float) -> Tensor:
     return part * images + (1 - part) * images[partner.to(images.device)]
 
 
-def cut_mixed(images: Tensor, partner: Tensor, area: float, generator: torch.Generator) -> Tensor:
-    """Replace a random rectangle of each image, ``area`` of its pixels, by the same region of its partner.
-
-    Args:
-        images: (N, C, H, W).
-        partner: (N,) int64 row numbers, or (N,) of other images of the same batch.
-        area: Share of the pixels that is replaced, in (0, 1).
-        generator: CPU generator.
-
-    Returns:
-        (N, C, H, W).
-
-    Source: CutMix (Yun et al. 2019), without labels.
-    """
-    inside = rectangles(images, area, generator)
-    return torch.where(inside, images[partner.to(images.device)], images)
-
-
-def rectangles(images: Tensor, area: float, generator: torch.Generator) -> Tensor:
-    """Return a mask (N, 1, H, W) of a random rectangle per image; arguments as for `cut_mixed`."""
-    count, _, height, width = images.shape
-    side = (max(1, round(height * area**0.5)), max(1, round(width * area**0.5)))
-    top = torch.randint(0, height - side[0] + 1, (count, 1), generator=generator)
-    left = torch.randint(0, width - side[1] + 1, (count, 1), generator=generator)
-    rows, columns = torch.arange(height)[None], torch.arange(width)[None]
-    in_rows, in_columns = (rows >= top) & (rows < top + side[0]), (columns >= left) & (columns < left + side[1])
-    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None].to(images.device)
-
-
 View = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """(images (N, C, H, W), partners (N,), generator) -> (N, C, H, W)."""
 VIEWS: dict[str, View] = {
     "mixup_0.5": lambda x, partner, g: mixed(x, partner, 0.5),
     "mixup_uniform": lambda x, partner, g: mixed(x, partner, torch.rand(len(x), generator=g)),
-    "cutmix_0.5": lambda x, partner, g: cut_mixed(x, partner, 0.5, g),
 }
 """Views whose agreement is averaged, by name; each has a separate generator, the same for every network."""
+
+
+def confidence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Return the largest probability of the teacher for each image, in percent; the student does not matter."""
+    return 100 * teacher_logits.double().softmax(1).amax(1)
 
 
 @dataclass
@@ -118,7 +93,10 @@ class HarderViews:
     def fidelity(
         self, teacher: nn.Module, student: nn.Module, *, batch_size: int, accelerator: Accelerator
     ) -> dict[str, float]:
-        """Return agreement in percent and KL in nats between student and teacher, averaged over the views.
+        """Return agreement, KL in nats and the teacher's confidence, averaged over the views.
+
+        Agreement is the percentage of images with the same class; confidence is the mean of the teacher's largest
+        probability, in percent: a teacher of high accuracy is more certain of blends.
 
         Args:
             teacher: (N, C, H, W) -> logits (N, K), the same one in every call.
@@ -126,13 +104,14 @@ class HarderViews:
             batch_size: Images per forward pass over all processes.
             accelerator: Process group; a collective call.
         """
-        sums = {"kl": 0.0, "disagreement": 0.0}
+        functions = {"kl": measures.kl, "disagreement": measures.disagreement, "confidence": confidence}
+        sums = dict.fromkeys(functions, 0.0)
         for name in VIEWS:
             images = self.view(name)
             if name not in self._teacher:
                 logits = TeacherLogits.compute(teacher, images, batch_size=batch_size, accelerator=accelerator)
                 self._teacher[name] = replace(logits, images=images[:0])  # the view is not kept
-            functions = {"kl": measures.kl, "disagreement": measures.disagreement}
             found = fidelity(replace(self._teacher[name], images=images), student, functions, accelerator=accelerator)
             sums = {key: total + found[key] for key, total in sums.items()}
-        return {"agreement": 100 - sums["disagreement"] / len(VIEWS), "kl": sums["kl"] / len(VIEWS)}
+        means = {key: total / len(VIEWS) for key, total in sums.items()}
+        return {"agreement": 100 - means.pop("disagreement"), **means}

@@ -7,11 +7,15 @@ mapped to their agreement on real images by a line through the logits of both, f
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-INTERCEPT, SLOPE = 0.0, 1.0
-"""logit(real agreement) = INTERCEPT + SLOPE logit(agreement on the views)."""
+INTERCEPT, SLOPE, CONFIDENCE_SLOPE = 0.0, 1.0, 0.0
+"""logit(real agreement) = INTERCEPT + SLOPE logit(agreement on the views) + CONFIDENCE_SLOPE logit(confidence), the
+teacher's mean largest probability on them: a teacher that is certain of blends has few real images that a small error
+moves to another class."""
+MIN_CONFIDENCE, MAX_CONFIDENCE = 40.0, 85.0
+"""Smallest and largest confidence of the calibration's teachers, in percent."""
 LOWER, UPPER = -1.0, 1.0
 """Residuals of that line, in logits, between which 90 % of those of left-out networks are."""
 NETWORKS = 9
@@ -19,11 +23,14 @@ NETWORKS = 9
 SOURCE = "docs/results/CALIBRATION.md"
 MIN_IMAGES = 200
 """Fewest held-out images: the calibration had 256."""
-MAX_CLASSES = 100
+MAX_CLASSES = 10
 MAX_SIDE = 32
 """Most classes, and longest side of an image in pixels, of the calibration."""
 MIN_SHOWN = 0.5
 """Smallest share of held-out images that the teacher gives their assigned class."""
+FLOOR = 20.0
+"""Agreement on the views, in percent, below which a student is destroyed: such students are no part of the fit, and
+their interval begins at 0."""
 POOR = 90.0
 """Expected agreement in percent below which a student is called poor."""
 MIN_LOSS = 3.0
@@ -42,6 +49,8 @@ class HeldOut:
     """Longer side of its images, in pixels."""
     shown: float
     """Share (0..1) of the held-out images that the teacher gives their assigned class."""
+    confidence: float | None = None
+    """Mean largest probability of the teacher on the views, in percent; None if nothing was measured."""
 
     def reason(self) -> str:
         """Return why nothing can be predicted; "" if it can."""
@@ -56,6 +65,13 @@ class HeldOut:
                 f"the teacher classifies only {100 * self.shown:.0f} % of the held-out images as their assigned class "
                 "(more `synthesis.iterations` help)"
             )
+        if self.confidence is None:
+            return "the run did not measure it"
+        if not MIN_CONFIDENCE <= self.confidence <= MAX_CONFIDENCE:
+            return (
+                f"the teacher's confidence on blends of held-out images, {self.confidence:.0f} %, is outside the "
+                f"calibration's, {MIN_CONFIDENCE:.0f} to {MAX_CONFIDENCE:.0f} %"
+            )
         return ""
 
 
@@ -65,16 +81,17 @@ def logit(percent: float, images: int) -> float:
     return math.log((count + 0.5) / (images - count + 0.5))
 
 
-def predict(agreement: float, images: int) -> tuple[float, float, float]:
+def predict(agreement: float, confidence: float, images: int) -> tuple[float, float, float]:
     """Return the expected agreement on real images and its 90 % interval, all in percent.
 
     Args:
         agreement: Mean agreement with the teacher on the views, in percent.
+        confidence: The teacher's confidence on them, in percent.
         images: Images of all views together.
     """
-    middle = INTERCEPT + SLOPE * logit(agreement, images)
+    middle = INTERCEPT + SLOPE * logit(agreement, images) + CONFIDENCE_SLOPE * logit(confidence, images)
     value, low, high = (100 / (1 + math.exp(-(middle + shift))) for shift in (0.0, LOWER, UPPER))
-    return value, low, high
+    return value, 0.0 if agreement < FLOOR else low, high
 
 
 def expected_agreement(
@@ -88,12 +105,14 @@ def expected_agreement(
         heldout: The held-out set.
         views: Number of views.
     """
-    agreement, reason = final.get("agreement"), heldout.reason()
+    agreement, confidence = final.get("agreement"), final.get("confidence")
+    heldout = replace(heldout, confidence=confidence)
+    reason = heldout.reason()
     if agreement is None or not math.isfinite(final.get("kl") or 0.0):
         reason = "the student has no finite logits"
     value = low = high = None
-    if not reason and agreement is not None:
-        value, low, high = predict(agreement, views * heldout.images)
+    if not reason and agreement is not None and confidence is not None:
+        value, low, high = predict(agreement, confidence, views * heldout.images)
     values = {"value": value, "low": low, "high": high, "reason": reason, "calibration": SOURCE}
     return {**values, "views": {**final}, "rtn_views": {**rtn}, "heldout": asdict(heldout)}
 

@@ -66,6 +66,8 @@ def test_agreement_and_kl_are_means_over_the_views(accelerator: Accelerator, bat
     pairs = [(teacher(views.view(name)), swapped(views.view(name))) for name in VIEWS]
     agreements = [100 * float((t.argmax(1) == s.argmax(1)).double().mean()) for t, s in pairs]
     assert found["agreement"] == pytest.approx(sum(agreements) / len(VIEWS)) and 20 < found["agreement"] < 90
+    certain = [float(t.double().softmax(1).amax(1).mean()) for t, _ in pairs]
+    assert found["confidence"] == same["confidence"] == pytest.approx(100 * sum(certain) / len(VIEWS))
     assert found["kl"] == pytest.approx(sum(float(kl(t, s).mean()) for t, s in pairs) / len(VIEWS))
 
 

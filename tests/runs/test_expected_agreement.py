@@ -19,18 +19,22 @@ from synq.train import main
 USUAL = HeldOut(images=256, classes=10, side=32, shown=0.95)
 
 
-def _field(before: float, after: float, heldout: HeldOut = USUAL) -> dict[str, Any]:
-    return expected_agreement({"agreement": before, "kl": 0.1}, {"agreement": after, "kl": 0.1}, heldout, 3)
+def _field(before: float, after: float, heldout: HeldOut = USUAL, confidence: float = 75.0) -> dict[str, Any]:
+    rtn, final = ({"agreement": value, "kl": 0.1, "confidence": confidence} for value in (before, after))
+    return expected_agreement(rtn, final, heldout, 2)
 
 
 def test_prediction_by_hand() -> None:
-    logit = math.log((0.9 * 768 + 0.5) / (0.1 * 768 + 0.5))
-    value, low, high = predict(90.0, 768)
-    assert value == pytest.approx(100 / (1 + math.exp(-module.INTERCEPT - module.SLOPE * logit)))
+    agreed, sure = (math.log((p * 512 + 0.5) / ((1 - p) * 512 + 0.5)) for p in (0.9, 0.7))
+    middle = module.INTERCEPT + module.SLOPE * agreed + module.CONFIDENCE_SLOPE * sure
+    value, low, high = predict(90.0, 70.0, 512)
+    assert value == pytest.approx(100 / (1 + math.exp(-middle)))
     assert 0 < low < value < high < 100
-    assert predict(100.0, 768)[0] < 100, "no image of 768 is no proof"
-    values = [predict(agreement, 768) for agreement in (0.0, 10.0, 50.0, 80.0, 99.0, 100.0)]
+    assert predict(100.0, 70.0, 512)[0] < 100, "no image of 512 is no proof"
+    values = [predict(agreement, 70.0, 512) for agreement in (0.0, 10.0, 50.0, 80.0, 99.0, 100.0)]
     assert values == sorted(values)
+    assert predict(80.0, 80.0, 512) > predict(80.0, 60.0, 512), "certain of blends: certain of real images"
+    assert predict(10.0, 70.0, 512)[1] == 0.0, "a destroyed student has no lower bound"
 
 
 def test_a_good_student_has_no_warning_and_an_interval() -> None:
@@ -58,7 +62,7 @@ def test_a_student_slightly_worse_than_the_rounded_one_is_named_where_neither_is
     ("heldout", "reason"),
     [
         (replace(USUAL, images=64), "there are 64 held-out images and it takes"),
-        (replace(USUAL, classes=1000), "calibrated up to 100 classes, and the teacher has 1000"),
+        (replace(USUAL, classes=1000), "calibrated up to 10 classes, and the teacher has 1000"),
         (replace(USUAL, side=224), "images of 32 pixels, and the teacher's have 224"),
         (replace(USUAL, shown=0.2), "the teacher classifies only 20 %"),
     ],
@@ -70,8 +74,14 @@ def test_outside_the_calibration_it_cannot_be_estimated(heldout: HeldOut, reason
     assert any("worse" in text for text in doubts(_field(97.0, 12.0, heldout))), "the comparison needs no calibration"
 
 
+@pytest.mark.parametrize("confidence", [module.MIN_CONFIDENCE - 1, module.MAX_CONFIDENCE + 1])
+def test_a_teacher_unlike_those_of_the_calibration_is_not_judged(confidence: float) -> None:
+    assert "is outside the calibration's" in agreement_line(_field(97.0, 97.0, confidence=confidence))
+
+
 def test_logits_that_are_not_finite_are_no_agreement() -> None:
-    field = expected_agreement({"agreement": 97.0, "kl": 0.1}, {"agreement": 10.0, "kl": math.nan}, USUAL, 3)
+    final = {"agreement": 10.0, "kl": math.nan, "confidence": 75.0}
+    field = expected_agreement({"agreement": 97.0, "kl": 0.1, "confidence": 75.0}, final, USUAL, 2)
     assert "cannot be estimated: the student has no finite logits" in agreement_line(field)
 
 
@@ -98,7 +108,8 @@ def test_the_command_and_the_card_print_it(
     args = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     assert main([arg.lower() if arg in ("True", "False") else arg for arg in args]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[-2].startswith("expected agreement with the teacher on real images: ")
+    assert err.splitlines()[-2].startswith("synq: expected agreement with the teacher on real images: ")
+    assert len(out.splitlines()) == 1
     assert "warning: the student is poor" in err and "probably made the student worse" in err
     (folder,) = (path.parent for path in tmp_path.glob("*/record.json"))
     record = read_record(folder / "record.json")

@@ -1,5 +1,6 @@
 """The calibration of the expected agreement: its line, its intervals by left-out networks, its counts of errors."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from synq.evaluation.harder_views import VIEWS
 from synq.runs.expected_agreement import MIN_LOSS, POOR
 from synq.sweeps.studies.agreement_fit import Errors, Row, errors, fit, left_out, pairs_of, row_of, table
 
+CONFIDENCE = {"a": 50.0, "b": 60.0, "c": 70.0, "d": 65.0}
+
 
 def _row(network: str, harder: float, real: float, variant: str = "rounded", **more: Any) -> Row:
     values: dict[str, Any] = {"bits": "W4A4", "points": "relu", "plain": 99.0, "top1": real, "teacher_top1": 100.0}
-    values |= {"drop_stderr": 0.1, "images": 10**6, "labeled": 10**6}
+    values |= {"drop_stderr": 0.1, "images": 10**6, "labeled": 10**6, "confidence": CONFIDENCE[network]}
     return Row(network=network, harder=harder, real=real, variant=variant, **{**values, **more})
 
 
@@ -24,15 +27,16 @@ def _share(logit: float) -> float:
 
 
 def _rows(shift: float = 0.0) -> list[Row]:
-    """Four networks on the line 1 + 2 x, one of which is off by `shift`."""
+    """Four networks on the plane 1 + 2 x + z / 2, one of which is off by `shift`."""
     points = [(name, x / 2) for name in "abcd" for x in range(-2, 5)]
-    shares = [(name, x, 1 + 2 * x + (shift if name == "d" else 0)) for name, x in points]
+    certain = {name: math.log(share / (100 - share)) for name, share in CONFIDENCE.items()}
+    shares = [(name, x, 1 + 2 * x + certain[name] / 2 + (shift if name == "d" else 0)) for name, x in points]
     return [_row(name, _share(x), _share(y), f"v{x}") for name, x, y in shares]
 
 
 def test_the_line_is_found_and_its_interval_is_that_of_left_out_networks() -> None:
     line = fit(_rows())
-    assert (line.intercept, line.slope) == pytest.approx((1.0, 2.0), abs=1e-2)
+    assert (line.intercept, line.slope, line.confidence_slope) == pytest.approx((1.0, 2.0, 0.5), abs=1e-2)
     assert (line.lower, line.upper) == pytest.approx((0.0, 0.0), abs=1e-2)
     assert fit(_rows(-1.0)).lower == pytest.approx(-1.0, abs=1e-2), "a network that the others do not predict"
 
@@ -49,6 +53,13 @@ def test_every_network_weighs_the_same() -> None:
     rows = _rows(-1.0)
     many = [*rows, *[row for row in rows if row.network == "a"] * 9]
     assert fit(many).intercept == pytest.approx(fit(rows).intercept)
+
+
+def test_a_destroyed_student_is_no_part_of_the_fit() -> None:
+    rows = _rows()
+    assert fit([*rows, _row("a", 5.0, 5.0, "broken")]) == fit(rows)
+    broken = [case for case in left_out([*rows, _row("a", 5.0, 5.0, "broken")]) if case.row.variant == "broken"]
+    assert broken[0].low == 0.0
 
 
 def test_pairs_and_counts_by_hand() -> None:
@@ -91,6 +102,7 @@ def test_a_file_gives_its_row(tmp_path: Path) -> None:
     found = {f"{who}.{name}": eye.clone() for who in "ts" for name in (*VIEWS, "plain", "labeled")}
     found["s.labeled"] = eye[[0, 1, 2, 2]]
     found["s.mixup_0.5"] = eye[[0, 0, 0, 0]]
+    found["t.mixup_0.5"] = 100 * eye
     found["labels"] = torch.tensor([0, 1, 1, 2])
     path = tmp_path / "net-W3A3-relu-poor_tuned.safetensors"
     path.write_bytes(safetensors.torch.save(found))
@@ -99,3 +111,5 @@ def test_a_file_gives_its_row(tmp_path: Path) -> None:
     assert (row.plain, row.real, row.top1, row.teacher_top1) == (100.0, 75.0, 75.0, 50.0)
     assert row.harder == pytest.approx(100 - 75 / len(VIEWS)) and row.labeled == 4
     assert row.images == 4 * len(VIEWS)
+    one = math.e / (math.e + 3)
+    assert row.confidence == pytest.approx(100 * (1 + (len(VIEWS) - 1) * one) / len(VIEWS))

@@ -66,7 +66,7 @@ def test_mixed_blends_image_by_image() -> None:
 @pytest.mark.parametrize("area", [0.25, 0.5])
 def test_cut_and_erased_pixels_are_one_rectangle_of_the_area(area: float) -> None:
     partner = harder_views.partners(LABELS, generator())
-    cut = harder_views.cut_mixed(IMAGES, partner, area, generator(1))
+    cut = perturbations.cut_mixed(IMAGES, partner, area, generator(1))
     hole = perturbations.erased(IMAGES, area, generator(1))
     changed = (cut != IMAGES).all(1)
     assert torch.equal(cut[:, 0][changed], IMAGES[partner][:, 0][changed]), "the pixels are the partner's"
