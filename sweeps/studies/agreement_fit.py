@@ -15,7 +15,7 @@ from torch import Tensor
 
 from synq.common.statistics import drop_stderr
 from synq.evaluation.harder_views import VIEWS, confidence
-from synq.runs.expected_agreement import FLOOR, MIN_LOSS, POOR, logit
+from synq.runs.expected_agreement import FLOOR, MIN_LOSS, POOR, Calibration, logit
 
 COVERAGE = 0.9
 """Share of residuals between the bounds of the interval."""
@@ -41,6 +41,11 @@ class Row:
     images: int
     """Held-out images of all views together."""
     labeled: int
+
+    @property
+    def has_collapsed(self) -> bool:
+        """Return whether the student is no part of a fit."""
+        return min(self.harder, self.plain) < FLOOR
 
     @property
     def x(self) -> float:
@@ -89,43 +94,23 @@ def _share(is_true: Tensor) -> float:
     return float(is_true.double().mean())
 
 
-@dataclass(frozen=True)
-class Line:
-    """A plane through logits, and the bounds of its residuals on networks that were left out.
-
-    logit(real) = intercept + slope logit(views) + confidence_slope logit(confidence).
-    """
-
-    intercept: float
-    slope: float
-    confidence_slope: float
-    lower: float
-    upper: float
-
-    def predict(self, row: Row) -> tuple[float, float, float]:
-        """Return the expected agreement and its interval in percent."""
-        middle = self.intercept + self.slope * row.x + self.confidence_slope * row.z
-        low, value, high = (100 / (1 + math.exp(-(middle + shift))) for shift in (self.lower, 0.0, self.upper))
-        return value, 0.0 if row.harder < FLOOR else low, high
-
-
-def fit(rows: Sequence[Row]) -> Line:
+def fit(rows: Sequence[Row]) -> Calibration:
     """Fit a line by least squares, every network with the same weight, and the quantiles of left-out residuals."""
     names = sorted({row.network for row in rows})
     residuals, weights = [], []
     for name in names:
         inner = [row for row in rows if row.network != name]
-        outer = [row for row in rows if row.network == name and row.harder >= FLOOR]
+        outer = [row for row in rows if row.network == name and not row.has_collapsed]
         intercept, slope, other = _least_squares(inner)
         residuals += [row.y - intercept - slope * row.x - other * row.z for row in outer]
         weights += [1 / len(outer)] * len(outer)
     tail = (1 - COVERAGE) / 2
     lower, upper = (_quantile(residuals, weights, share) for share in (tail, 1 - tail))
-    return Line(*_least_squares(rows), lower, upper)
+    return Calibration(*_least_squares(rows), lower, upper)
 
 
 def _least_squares(rows: Sequence[Row]) -> tuple[float, float, float]:
-    rows = [row for row in rows if row.harder >= FLOOR]
+    rows = [row for row in rows if not row.has_collapsed]
     count = {row.network: sum(other.network == row.network for other in rows) for row in rows}
     weights = np.array([count[row.network] ** -0.5 for row in rows])
     x, y, z = (np.array(values) for values in zip(*((row.x, row.y, row.z) for row in rows), strict=True))
@@ -158,7 +143,9 @@ class Prediction:
 def left_out(rows: Sequence[Row]) -> list[Prediction]:
     """Return each row with the prediction, and the interval, of the lines that saw no row of its network."""
     lines = {name: fit([row for row in rows if row.network != name]) for name in {row.network for row in rows}}
-    return [Prediction(row, *lines[row.network].predict(row)) for row in rows]
+    return [
+        Prediction(row, *lines[row.network].predict(row.harder, row.plain, row.confidence, row.images)) for row in rows
+    ]
 
 
 @dataclass(frozen=True)
@@ -207,7 +194,7 @@ class Errors:
         return cls(*numbers, silent=len(cases) - sum(numbers))
 
     def text(self) -> str:
-        """Return the counts in words."""
+        """Return the counts as a text."""
         return (
             f"{self.found} of {self.found + self.missed} warned rightly, {self.missed} missed; {self.false} of "
             f"{self.false + self.silent} others warned wrongly"
@@ -243,7 +230,11 @@ def errors(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-COLUMNS = ("network", "bits", "points", "student", "plain", "views", "expected", "interval", "real", "drop", "verdict")
+COLUMNS = (
+    *("network", "bits", "points", "student", "plain", "views", "confidence", "expected", "interval", "real", "images"),
+    *("drop", "verdict"),
+)
+"""All but the last two are in percent; "images" is the number of labeled ones."""
 
 
 def table(rows: Sequence[Row]) -> list[dict[str, object]]:
@@ -255,9 +246,10 @@ def table(rows: Sequence[Row]) -> list[dict[str, object]]:
         notes += [] if case.is_inside else ["outside"]
         notes += _verdict("poor", row.real < POOR, case.value < POOR)
         notes += [] if pair is None else _verdict("worse", pair.really_lost > MARGIN, pair.lost >= MIN_LOSS)
-        values = (f"{row.plain:.1f}", f"{row.harder:.1f}", f"{case.value:.1f}", f"{case.low:.1f}-{case.high:.1f}")
+        values = [f"{value:.2f}" for value in (row.plain, row.harder, row.confidence)]
+        values += [f"{case.value:.1f}", f"{case.low:.1f} to {case.high:.1f}", f"{row.real:.2f}", str(row.labeled)]
         drop = f"{row.teacher_top1 - row.top1:.2f} ± {row.drop_stderr:.2f}"
-        cells = (row.network, row.bits, row.points, row.variant, *values, f"{row.real:.1f}", drop, ", ".join(notes))
+        cells = (row.network, row.bits, row.points, row.variant, *values, drop, ", ".join(notes))
         lines.append(dict(zip(COLUMNS, cells, strict=True)))
     return lines
 

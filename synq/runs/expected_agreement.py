@@ -10,15 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-INTERCEPT, SLOPE, CONFIDENCE_SLOPE = 0.0, 1.0, 0.0
-"""logit(real agreement) = INTERCEPT + SLOPE logit(agreement on the views) + CONFIDENCE_SLOPE logit(confidence), the
-teacher's mean largest probability on them: a teacher that is certain of blends has few real images that a small error
-moves to another class."""
-MIN_CONFIDENCE, MAX_CONFIDENCE = 40.0, 85.0
+MIN_CONFIDENCE, MAX_CONFIDENCE = 45.0, 85.0
 """Smallest and largest confidence of the calibration's teachers, in percent."""
-LOWER, UPPER = -1.0, 1.0
-"""Residuals of that line, in logits, between which 90 % of those of left-out networks are."""
-NETWORKS = 9
+NETWORKS = 7
 """Networks of the calibration."""
 SOURCE = "docs/results/CALIBRATION.md"
 MIN_IMAGES = 200
@@ -28,9 +22,9 @@ MAX_SIDE = 32
 """Most classes, and longest side of an image in pixels, of the calibration."""
 MIN_SHOWN = 0.5
 """Smallest share of held-out images that the teacher gives their assigned class."""
-FLOOR = 20.0
-"""Agreement on the views, in percent, below which a student is destroyed: such students are no part of the fit, and
-their interval begins at 0."""
+FLOOR = 40.0
+"""Agreement in percent, on the held-out images or on the views, below which a student has collapsed: it is no part of
+the fit, and on real images it is taken to agree no more than on the held-out ones, with 0 as the lower bound."""
 POOR = 90.0
 """Expected agreement in percent below which a student is called poor."""
 MIN_LOSS = 3.0
@@ -81,21 +75,46 @@ def logit(percent: float, images: int) -> float:
     return math.log((count + 0.5) / (images - count + 0.5))
 
 
-def predict(agreement: float, confidence: float, images: int) -> tuple[float, float, float]:
-    """Return the expected agreement on real images and its 90 % interval, all in percent.
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A plane through logits, and the bounds of its residuals.
 
-    Args:
-        agreement: Mean agreement with the teacher on the views, in percent.
-        confidence: The teacher's confidence on them, in percent.
-        images: Images of all views together.
+    logit(real agreement) = intercept + slope logit(agreement on the views) + confidence_slope logit(confidence). A
+    teacher that is certain of blends has few real images that a small error moves to another class.
     """
-    middle = INTERCEPT + SLOPE * logit(agreement, images) + CONFIDENCE_SLOPE * logit(confidence, images)
-    value, low, high = (100 / (1 + math.exp(-(middle + shift))) for shift in (0.0, LOWER, UPPER))
-    return value, 0.0 if agreement < FLOOR else low, high
+
+    intercept: float
+    slope: float
+    confidence_slope: float
+    lower: float
+    upper: float
+    """Residuals, in logits, between which 90 % of those of left-out networks are."""
+
+    def predict(self, agreement: float, plain: float, confidence: float, images: int) -> tuple[float, float, float]:
+        """Return the expected agreement on real images and its interval, all in percent.
+
+        Args:
+            agreement: Mean agreement with the teacher on the views, in percent.
+            plain: Agreement on the unperturbed held-out images, in percent.
+            confidence: The teacher's confidence on the views, in percent.
+            images: Images of all views together.
+        """
+        middle = self.intercept + self.slope * logit(agreement, images)
+        middle += self.confidence_slope * logit(confidence, images)
+        value, low, high = (100 / (1 + math.exp(-(middle + shift))) for shift in (0.0, self.lower, self.upper))
+        return (value, low, high) if min(agreement, plain) >= FLOOR else (min(value, plain), 0.0, high)
+
+
+CALIBRATION = Calibration(0.8375, 1.0321, 0.5706, -2.0324, 1.7843)
+"""What `launch/calibrate_agreement.py` printed, see docs/results/CALIBRATION.md."""
 
 
 def expected_agreement(
-    rtn: Mapping[str, float | None], final: Mapping[str, float | None], heldout: HeldOut, views: int
+    rtn: Mapping[str, float | None],
+    final: Mapping[str, float | None],
+    heldout: HeldOut,
+    views: int,
+    plain: float | None,
 ) -> dict[str, Any]:
     """Return the record's field: value, low, high (percent; None where nothing can be predicted), reason and evidence.
 
@@ -104,6 +123,7 @@ def expected_agreement(
         final: The same after it.
         heldout: The held-out set.
         views: Number of views.
+        plain: Agreement on the unperturbed held-out images after fine-tuning, in percent.
     """
     agreement, confidence = final.get("agreement"), final.get("confidence")
     heldout = replace(heldout, confidence=confidence)
@@ -111,8 +131,8 @@ def expected_agreement(
     if agreement is None or not math.isfinite(final.get("kl") or 0.0):
         reason = "the student has no finite logits"
     value = low = high = None
-    if not reason and agreement is not None and confidence is not None:
-        value, low, high = predict(agreement, confidence, views * heldout.images)
+    if not reason and agreement is not None and confidence is not None and plain is not None:
+        value, low, high = CALIBRATION.predict(agreement, plain, confidence, views * heldout.images)
     values = {"value": value, "low": low, "high": high, "reason": reason, "calibration": SOURCE}
     return {**values, "views": {**final}, "rtn_views": {**rtn}, "heldout": asdict(heldout)}
 

@@ -179,7 +179,7 @@ def complete_record(
         codes_changed: Share (0..1) of the integer weights that fine-tuning changed.
         heldout: From `held_out_facts`.
     """
-    expected = expected_agreement(rounded.harder, final.harder, heldout, len(VIEWS))
+    expected = expected_agreement(rounded.harder, final.harder, heldout, len(VIEWS), final.fidelity.get("agreement"))
     changes = tuning_changes(rounded.top1, final.top1, rounded.fidelity, final.fidelity)
     return replace(
         record,

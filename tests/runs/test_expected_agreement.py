@@ -12,7 +12,7 @@ from synq.export.card import card_values
 from synq.export.card_text import card_markdown
 from synq.pipeline import run
 from synq.runs import expected_agreement as module
-from synq.runs.expected_agreement import HeldOut, agreement_line, doubts, expected_agreement, predict
+from synq.runs.expected_agreement import HeldOut, agreement_line, doubts, expected_agreement
 from synq.runs.record import RunRecord, read_record, run_folder
 from synq.train import main
 
@@ -21,20 +21,22 @@ USUAL = HeldOut(images=256, classes=10, side=32, shown=0.95)
 
 def _field(before: float, after: float, heldout: HeldOut = USUAL, confidence: float = 75.0) -> dict[str, Any]:
     rtn, final = ({"agreement": value, "kl": 0.1, "confidence": confidence} for value in (before, after))
-    return expected_agreement(rtn, final, heldout, 2)
+    return expected_agreement(rtn, final, heldout, 2, min(100.0, after + 10))
 
 
 def test_prediction_by_hand() -> None:
     agreed, sure = (math.log((p * 512 + 0.5) / ((1 - p) * 512 + 0.5)) for p in (0.9, 0.7))
-    middle = module.INTERCEPT + module.SLOPE * agreed + module.CONFIDENCE_SLOPE * sure
-    value, low, high = predict(90.0, 70.0, 512)
+    line, predict = module.CALIBRATION, module.CALIBRATION.predict
+    middle = line.intercept + line.slope * agreed + line.confidence_slope * sure
+    value, low, high = predict(90.0, 99.0, 70.0, 512)
     assert value == pytest.approx(100 / (1 + math.exp(-middle)))
     assert 0 < low < value < high < 100
-    assert predict(100.0, 70.0, 512)[0] < 100, "no image of 512 is no proof"
-    values = [predict(agreement, 70.0, 512) for agreement in (0.0, 10.0, 50.0, 80.0, 99.0, 100.0)]
+    assert predict(100.0, 100.0, 70.0, 512)[0] < 100, "no image of 512 is no proof"
+    values = [predict(agreement, agreement, 70.0, 512) for agreement in (0.0, 10.0, 50.0, 80.0, 99.0, 100.0)]
     assert values == sorted(values)
-    assert predict(80.0, 80.0, 512) > predict(80.0, 60.0, 512), "certain of blends: certain of real images"
-    assert predict(10.0, 70.0, 512)[1] == 0.0, "a destroyed student has no lower bound"
+    assert predict(80.0, 99.0, 80.0, 512) > predict(80.0, 99.0, 60.0, 512), "certain of blends: certain of real images"
+    assert predict(10.0, 90.0, 70.0, 512)[1] == 0.0, "a collapsed student has no lower bound"
+    assert predict(60.0, 12.0, 70.0, 512)[:2] == (12.0, 0.0), "nor one that fails on the held-out images"
 
 
 def test_a_good_student_has_no_warning_and_an_interval() -> None:
@@ -81,7 +83,7 @@ def test_a_teacher_unlike_those_of_the_calibration_is_not_judged(confidence: flo
 
 def test_logits_that_are_not_finite_are_no_agreement() -> None:
     final = {"agreement": 10.0, "kl": math.nan, "confidence": 75.0}
-    field = expected_agreement({"agreement": 97.0, "kl": 0.1, "confidence": 75.0}, final, USUAL, 2)
+    field = expected_agreement({"agreement": 97.0, "kl": 0.1, "confidence": 75.0}, final, USUAL, 2, 10.0)
     assert "cannot be estimated: the student has no finite logits" in agreement_line(field)
 
 

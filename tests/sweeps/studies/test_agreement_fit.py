@@ -10,8 +10,16 @@ import safetensors.torch
 import torch
 
 from synq.evaluation.harder_views import VIEWS
-from synq.runs.expected_agreement import MIN_LOSS, POOR
-from synq.sweeps.studies.agreement_fit import Errors, Row, errors, fit, left_out, pairs_of, row_of, table
+from synq.runs.expected_agreement import (
+    CALIBRATION,
+    MAX_CONFIDENCE,
+    MIN_CONFIDENCE,
+    MIN_LOSS,
+    NETWORKS,
+    POOR,
+    SOURCE,
+)
+from synq.sweeps.studies.agreement_fit import COLUMNS, Errors, Row, errors, fit, left_out, pairs_of, row_of, table
 
 CONFIDENCE = {"a": 50.0, "b": 60.0, "c": 70.0, "d": 65.0}
 
@@ -113,3 +121,25 @@ def test_a_file_gives_its_row(tmp_path: Path) -> None:
     assert row.images == 4 * len(VIEWS)
     one = math.e / (math.e + 3)
     assert row.confidence == pytest.approx(100 * (1 + (len(VIEWS) - 1) * one) / len(VIEWS))
+
+
+def test_the_constants_of_the_product_are_those_of_the_table_in_the_docs(root: Path) -> None:
+    text = (root / SOURCE).read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    (head,) = (number for number, cells in enumerate(lines) if tuple(cells) == COLUMNS)
+    rows = []
+    for cells in lines[head + 2 :]:
+        found = dict(zip(COLUMNS, cells, strict=True))
+        shares = {"plain": "plain", "harder": "views", "confidence": "confidence", "real": "real"}
+        texts = {"network": "network", "bits": "bits", "points": "points", "variant": "student"}
+        values: dict[str, Any] = {key: float(found[column]) for key, column in shares.items()}
+        values |= {key: found[column] for key, column in texts.items()}
+        values |= {"images": 256 * len(VIEWS), "labeled": int(found["images"])}
+        rows.append(Row(top1=0.0, teacher_top1=0.0, drop_stderr=0.0, **values))
+    fitted = fit(rows)
+    for name in ("intercept", "slope", "confidence_slope", "lower", "upper"):
+        assert getattr(CALIBRATION, name) == pytest.approx(getattr(fitted, name), abs=5e-3), name
+    assert len({row.network for row in rows}) == NETWORKS
+    assert len({row.bits for row in rows}) >= 4
+    certain = [row.confidence for row in rows]
+    assert min(certain) >= MIN_CONFIDENCE and max(certain) <= MAX_CONFIDENCE
