@@ -27,7 +27,15 @@ from synq.finetune.schedule import local_batch_size
 from synq.own_images import ensure_own_images
 from synq.quant.student import Student, build_student, share_changed, weight_codes
 from synq.runs.forecast import forecast, forecast_line
-from synq.runs.lifecycle import StageTimer, blank_record, complete_record, failure_recorded, finished_record, save
+from synq.runs.lifecycle import (
+    StageTimer,
+    blank_record,
+    complete_record,
+    failure_recorded,
+    finished_record,
+    held_out_facts,
+    save,
+)
 from synq.runs.record import RunRecord, run_folder, write_config
 from synq.runs.reuse import finished_student, take_student
 from synq.runs.tracking import RunLog
@@ -92,7 +100,7 @@ def run(
         with timer("synthesis"):
             ensure_own_images(config, teacher, accelerator)
             train_set, heldout = ensure_sets(config, teacher, accelerator)
-        measure.hold_out(heldout.images)
+        measure.hold_out(heldout.images, heldout.labels)
         trained = trained if _is_of(trained, train_set, accelerator) else None
         source = folder if trained is None else trained[0]
         prepared = (source if exists_on_main(source / "prepared.pt") else folder) / "prepared.pt"
@@ -139,7 +147,8 @@ def run(
         with timer("measure"):
             final = measure(student.net)
         changed = share_changed(codes, weight_codes(student.net))
-        record = complete_record(record, reference, rounded, final, history, timer.seconds, changed)
+        facts = held_out_facts(heldout, teacher)
+        record = complete_record(record, reference, rounded, final, history, timer.seconds, changed, facts)
         save(folder, record, student.net, accelerator)
         log.end(record)
         accelerator.wait_for_everyone()

@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(config: RunConfig, accelerator: "Accelerator") -> tuple[list[str], list[str]]:
     from synq.common.notices import was_printed
     from synq.pipeline import run
+    from synq.runs.expected_agreement import agreement_line
     from synq.runs.record import run_folder, summary_line
 
     file = run_folder(make_absolute(config)) / "record.json"
@@ -68,7 +69,9 @@ def _run(config: RunConfig, accelerator: "Accelerator") -> tuple[list[str], list
     record = run(config, accelerator=accelerator)
     done = "finished before, nothing to do: " if before == file.stat().st_mtime_ns else ""
     notes = [f"warning: {text}" for text in record.warnings]
-    return [summary_line(record)], [*(note for note in notes if not was_printed(note)), f"{done}{file.parent}"]
+    expected = [agreement_line(record.expected_agreement)] if record.status == "completed" else []
+    notes = [*(note for note in notes if not was_printed(note)), *expected, f"{done}{file.parent}"]
+    return [summary_line(record)], notes
 
 
 def on_every_process(config: RunConfig, work: Callable[["Accelerator"], tuple[list[str], list[str]]]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from synq.common.statistics import drop_text
 from synq.common.text_tables import Row
 from synq.config.quant import first_last_label
+from synq.runs.expected_agreement import agreement_line
 from synq.runs.record import RunRecord, run_protocol
 from synq.runs.tuning_effect import effect_sentence
 
@@ -47,6 +48,9 @@ def run_verdict(record: RunRecord) -> list[str]:
             fidelity = f" Student and teacher agree on {agreement:.1f} % of the held-out synthetic images."
         lines.append(f"No labeled images were given, so the accuracy is unknown.{fidelity}")
     effect = effect_sentence(record)
+    if record.expected_agreement:
+        expected = agreement_line(record.expected_agreement)
+        lines.append(f"{expected[0].upper()}{expected[1:]}.")
     return lines + ([effect] if effect else []) + [f"Note: {text}" for text in record.warnings]
 
 

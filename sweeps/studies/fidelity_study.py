@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from synq.common.files import write_bytes_atomic
 from synq.common.seeding import make_generator
 from synq.config.run import RunConfig, config_from_dict
-from synq.evaluation import fidelity
+from synq.evaluation import fidelity, harder_views
 from synq.finetune.augment import flip_shift
 from synq.network.tracing import with_features
 from synq.quant.integer_form import integer_form
@@ -59,14 +59,14 @@ View = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], torch.Generator], T
 
 def _mixup(share: float | None) -> View:
     def view(x: Tensor, labels: Tensor, net: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
-        partner = perturbations.partners(labels, generator)
-        return perturbations.mixed(x, partner, torch.rand(len(x), generator=generator) if share is None else share)
+        partner = harder_views.partners(labels, generator)
+        return harder_views.mixed(x, partner, torch.rand(len(x), generator=generator) if share is None else share)
 
     return view
 
 
 def _cutmix(area: float) -> View:
-    return lambda x, labels, net, g: perturbations.cut_mixed(x, perturbations.partners(labels, g), area, g)
+    return lambda x, labels, net, g: perturbations.cut_mixed(x, harder_views.partners(labels, g), area, g)
 
 
 def _fixed(function: Callable[..., Tensor], *values: float) -> View:
@@ -104,7 +104,7 @@ VIEWS: dict[str, View] = {
     "drown_0.5": _drawn(perturbations.drowned, 0.5),
     **{f"zoom_{size}": _drawn(perturbations.zoomed, size) for size in (0.5, 0.75)},
     **{f"adversarial_{epsilon}": _attack(epsilon) for epsilon in (0.02, 0.05, 0.1, 0.2)},
-    "boundary": lambda x, labels, net, g: perturbations.on_boundary(x, perturbations.partners(labels, g), net),
+    "boundary": lambda x, labels, net, g: perturbations.on_boundary(x, harder_views.partners(labels, g), net),
 }
 """Views by name: (images, their labels, the teacher, generator) -> images. Each has a separate generator."""
 BN_VIEWS = ("plain", "noise_0.5", "mixup_0.5", "cutmix_0.5", "adversarial_0.05")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from synq.evaluation.fidelity import centered, kl
+from synq.evaluation.harder_views import mixed
 from synq.synthesis.lowpass import cutoff_in_bins, gaussian_lowpass
 
 
@@ -69,40 +70,6 @@ def feature_distance(teacher_features: Tensor, student_features: Tensor) -> Tens
     """
     teacher, student = teacher_features.double().flatten(1), student_features.double().flatten(1)
     return (student - teacher).square().sum(1) / teacher.square().sum(1).clamp_min(1e-12)
-
-
-def partners(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw for each image a partner of another class, uniformly over all such images.
-
-    Args:
-        labels: (N,) int64.
-        generator: CPU generator.
-
-    Returns:
-        (N,) int64 row numbers; the next row if all images are of one class.
-    """
-    labels = labels.cpu()
-    allowed = labels[:, None] != labels[None, :]
-    draw = torch.rand(allowed.shape, generator=generator, dtype=torch.float64)
-    chosen = draw.masked_fill(~allowed, -1).argmax(1)
-    return torch.where(allowed.any(1), chosen, (torch.arange(len(labels)) + 1) % len(labels))
-
-
-def mixed(images: Tensor, partner: Tensor, share: Tensor | float) -> Tensor:
-    """Blend each image with its partner: share x_i + (1 - share) x_partner(i).
-
-    Args:
-        images: (N, C, H, W).
-        partner: (N,) int64 row numbers, from `partners`.
-        share: Weight of the image itself, in [0, 1]: one for all, or (N,).
-
-    Returns:
-        (N, C, H, W).
-
-    Source: mixup (Zhang et al. 2018), without labels.
-    """
-    part = torch.as_tensor(share, dtype=images.dtype).reshape(-1, 1, 1, 1).to(images.device)
-    return part * images + (1 - part) * images[partner.to(images.device)]
 
 
 def cut_mixed(images: Tensor, partner: Tensor, area: float, generator: torch.Generator) -> Tensor:

@@ -96,6 +96,7 @@ def command(
     from synq.export.export import ExportOptions, export_run
     from synq.export.timing import unstable_times
     from synq.export.verify import Tolerance
+    from synq.runs.expected_agreement import agreement_line
 
     options = ExportOptions(
         formats=formats,
@@ -111,6 +112,7 @@ def command(
     metrics = record.deployment
     if metrics.get("latency_ms") is None and metrics.get("latency_spread") is not None:
         print(f"latency not stored: {unstable_times(metrics['latency_spread'])}")
+    print(agreement_line(record.expected_agreement))
     print(folder, flush=True)
 
 

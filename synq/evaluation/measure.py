@@ -16,6 +16,7 @@ from synq.config.run import EvaluationConfig, QuantConfig
 from synq.engines.deployed import deployed_network
 from synq.evaluation import fidelity as measures
 from synq.evaluation.accuracy import top_hits
+from synq.evaluation.harder_views import HarderViews
 from synq.evaluation.labeled import DIGEST_PREFIX, LabeledSet, open_labeled
 from synq.evaluation.teacher_logits import TeacherLogits, dtype_of_net, fidelity, local_batches
 from synq.teacher.teacher import Teacher
@@ -116,6 +117,8 @@ class Measurement:
         top1, top5: Accuracy in percent on the reported labeled images; None without labels.
         num_eval: Number of reported labeled images; None without labels.
         lost, gained: How many of them only the teacher, or only the network classifies correctly; None without labels.
+        harder: Agreement in percent and KL on the views of `harder_views`; empty for the teacher, or without held-out
+            labels.
     """
 
     objective: float | None
@@ -125,6 +128,7 @@ class Measurement:
     num_eval: int | None
     lost: int | None = None
     gained: int | None = None
+    harder: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -158,6 +162,7 @@ class Measure:
     """Computed with the first network, when the teacher is on its final device."""
     _teacher: Accuracy | None = field(default=None, init=False, repr=False)
     """Accuracy of the teacher on the reported images, computed at the same time."""
+    _harder: HarderViews | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def prepare(
@@ -204,9 +209,10 @@ class Measure:
             return digest == self.labels_digest
         return digest == self.labeled.earlier_fingerprint()
 
-    def hold_out(self, images: Tensor) -> None:
-        """Set the held-out images (N, C, H, W)."""
+    def hold_out(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Set the held-out images (N, C, H, W), and their assigned classes (N,) if `Measurement.harder` is wanted."""
         self.heldout, self._reference = images, None
+        self._harder = None if labels is None else HarderViews(images, labels)
 
     def objective(self, net: fx.GraphModule) -> float:
         """Return the objective: the fidelity measure (lower is better), or top-1 in percent on the selection part."""
@@ -254,6 +260,12 @@ class Measure:
         values = self._means(net, {**functions, name: measures.OBJECTIVES[name]})
         return {**values, "agreement": 100 - values["agreement"]}
 
+    def _on_harder_views(self, net: nn.Module) -> dict[str, float | None]:
+        if self._harder is None:
+            return {}
+        size, teacher = self.settings.batch_size, self.teacher.graph
+        return {**self._harder.fidelity(teacher, net, batch_size=size, accelerator=self.accelerator)}
+
     def _means(self, net: nn.Module, functions: Mapping[str, measures.Measure]) -> dict[str, float]:
         if self._reference is None:
             size = self.settings.batch_size
@@ -265,11 +277,13 @@ class Measure:
     def __call__(self, net: fx.GraphModule) -> Measurement:
         """Evaluate the teacher, or a student as its engine runs it, completely; a collective call of all processes."""
         is_teacher, form = net is self.teacher.graph, self.deployed_form(net)
-        values = self._fidelity(form)
+        values, harder = self._fidelity(form), {} if is_teacher else self._on_harder_views(form)
         chosen = values[self.settings.fidelity_measure]
         objective = chosen if self.settings.objective == "synthetic" else self._objective(form)
         if self.labeled is None:
-            return Measurement(objective=objective, fidelity={**values}, top1=None, top5=None, num_eval=None)
+            return Measurement(
+                objective=objective, fidelity={**values}, top1=None, top5=None, num_eval=None, harder=harder
+            )
         if self._teacher is None:
             self._teacher = self._accuracy(self.teacher.graph, self.reported)
         accuracy = self._teacher if is_teacher else self._accuracy(form, self.reported)
@@ -282,4 +296,5 @@ class Measure:
             num_eval=accuracy.num_images,
             lost=lost,
             gained=gained,
+            harder=harder,
         )

@@ -49,6 +49,7 @@ def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, A
             "top1_std": stdev(tops) if len(tops) > 1 else None,
         },
         "fidelity": record.fidelity,
+        "expected_agreement": record.expected_agreement,
         "deployment": record.deployment,
         "float_tensors": [{"name": row["name"], "kind": row["kind"], "role": row["role"]} for row in floats],
         "digests": {"config": record.config_digest, "set": record.set_digest, "labels": record.eval_digest},

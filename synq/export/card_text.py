@@ -8,6 +8,7 @@ from synq.common.text_tables import markdown_cell, to_markdown
 from synq.config.quant import RESEARCH, end_bits, protocol_label
 from synq.config.synthesis import OWN_IMAGES
 from synq.export.timing import unstable_times
+from synq.runs.expected_agreement import agreement_line, doubts
 
 FILE_COLUMNS = (
     "file",
@@ -71,6 +72,7 @@ def card_markdown(values: Mapping[str, Any]) -> str:
         "output": f"(N, {teacher['num_classes']}) logits",
         "bit-widths": f"{bits}, protocol {protocol}, {_points(quant)}{overrides}",
         "accuracy": _accuracy(accuracy),
+        "expected": _expected(values["expected_agreement"]),
         "size": _size(metrics),
         "speed": speed_text(metrics),
         "stays float": _stays_float(values["float_tensors"], metrics["float_norms"]),
@@ -189,6 +191,11 @@ def _accuracy(accuracy: Mapping[str, Any]) -> str:
     if accuracy["top1_std"] is not None:
         text += f"; {accuracy['top1_mean']:.2f} ± {accuracy['top1_std']:.2f} over {len(accuracy['seeds'])} seeds"
     return text
+
+
+def _expected(field: Mapping[str, Any]) -> str:
+    """Return the expected agreement on real images, and what is to be doubted."""
+    return ". ".join([agreement_line(field), *(f"**Warning**: {text}" for text in doubts(field))])
 
 
 def _size(metrics: Mapping[str, Any]) -> str:

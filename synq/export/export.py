@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import fx, nn
 
+from synq.common.notices import print_notice
 from synq.config.parsing import between, one_of
 from synq.config.quant import RESEARCH
 from synq.config.run import PATH_SETTINGS
@@ -34,6 +35,7 @@ from synq.export.verify import Tolerance
 from synq.quant.cost import float_bytes
 from synq.quant.integer_form import integer_form
 from synq.quant.student import Student
+from synq.runs.expected_agreement import doubts
 from synq.runs.finished import open_run
 from synq.runs.record import DEPLOYED, RunRecord, read_record, write_record
 from synq.teacher.teacher import Teacher
@@ -159,6 +161,8 @@ def export_run(
     if options.without_labels:
         evaluation = replace(evaluation, dataset="none", objective="synthetic")
     for_engine = options.format_for(quant.target)
+    for text in doubts(record.expected_agreement):  # before anything is written
+        print_notice(f"warning: {text}")
     target = (Path(out) if out is not None else run.folder / "export").resolve()
     check_out_folder(target)
     siblings, copies = siblings_of(record, run.folder), _sweep_records(run.folder, record)

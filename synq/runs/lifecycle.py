@@ -19,9 +19,11 @@ from synq.common.files import write_bytes_atomic
 from synq.common.notices import print_notice
 from synq.common.statistics import drop_of
 from synq.config.run import RunConfig, config_digest, config_to_dict
+from synq.evaluation.harder_views import MAX_IMAGES, VIEWS
 from synq.evaluation.measure import Measurement
 from synq.finetune.loop import Epoch, NonFiniteLossError
 from synq.quant.student import Student
+from synq.runs.expected_agreement import HeldOut, expected_agreement, poor_warnings, worse_warnings
 from synq.runs.record import RunRecord, read_record, write_record
 from synq.runs.tuning_effect import harm_warnings, rounding_warnings, tuning_changes
 from synq.synthesis.dataset import SyntheticSet
@@ -171,6 +173,7 @@ def complete_record(
     history: list[Epoch],
     seconds: dict[str, float],
     codes_changed: float,
+    heldout: HeldOut,
 ) -> RunRecord:
     """Return ``record`` with the results of a finished run.
 
@@ -182,7 +185,9 @@ def complete_record(
         history: Mean loss terms of each epoch.
         seconds: Seconds by stage.
         codes_changed: Share (0..1) of the integer weights that fine-tuning changed.
+        heldout: From `held_out_facts`.
     """
+    expected = expected_agreement(rounded.harder, final.harder, heldout, len(VIEWS), final.fidelity.get("agreement"))
     changes = tuning_changes(rounded.top1, final.top1, rounded.fidelity, final.fidelity)
     return replace(
         record,
@@ -205,12 +210,21 @@ def complete_record(
             *record.warnings,
             *_mask_warnings(record.config["finetune"], history),
             *(harm_warnings(changes) if history else []),
+            *(worse_warnings(expected) if history else []),
+            *poor_warnings(expected),
             *_distance_warnings(record.config["quant"], final),
         ],
         seconds=seconds,
         total_seconds=sum(seconds.values()),
         codes_changed=codes_changed,
+        expected_agreement=expected,
     )
+
+
+def held_out_facts(heldout: SyntheticSet, teacher: Teacher) -> HeldOut:
+    """Return what decides whether the agreement on real images can be predicted from a held-out set."""
+    images, side = min(len(heldout.labels), MAX_IMAGES), max(teacher.input_size[1:])
+    return HeldOut(images=images, classes=teacher.num_classes, side=side, shown=heldout.manifest["agreement"])
 
 
 def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:

@@ -128,6 +128,9 @@ class RunRecord:
     set_seconds: float | None = None
     """Seconds that making the two synthetic sets took, in this run or in an earlier one, summed over processes."""
 
+    expected_agreement: dict[str, Any] = field(default_factory=dict)
+    """Agreement with the teacher expected on real images, in percent, with its interval and the evidence: what
+    `synq.runs.expected_agreement` returns; empty in a run of an earlier version or one that did not complete."""
     student_of: str = ""
     """Name of the folder of the run that trained the student, if this one only measured it; "" if it trained it."""
 

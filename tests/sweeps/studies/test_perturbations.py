@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from synq.evaluation import harder_views
 from synq.sweeps.studies import perturbations
 from synq.sweeps.studies.fidelity_study import VIEWS
 
@@ -49,22 +50,22 @@ def test_partner_is_of_another_class_and_every_such_image_occurs() -> None:
     labels = torch.tensor([0, 0, 0, 1, 2])
     seen: dict[int, set[int]] = {i: set() for i in range(5)}
     for seed in range(60):
-        for i, j in enumerate(perturbations.partners(labels, generator(seed)).tolist()):
+        for i, j in enumerate(harder_views.partners(labels, generator(seed)).tolist()):
             seen[i].add(j)
     assert seen == {0: {3, 4}, 1: {3, 4}, 2: {3, 4}, 3: {0, 1, 2, 4}, 4: {0, 1, 2, 3}}
-    assert perturbations.partners(torch.zeros(3, dtype=torch.int64), generator()).tolist() == [1, 2, 0]
+    assert harder_views.partners(torch.zeros(3, dtype=torch.int64), generator()).tolist() == [1, 2, 0]
 
 
 def test_mixed_blends_image_by_image() -> None:
     x = torch.tensor([1.0, 2.0, 4.0])[:, None, None, None].expand(3, 1, 2, 2)
     partner = torch.tensor([1, 2, 0])
-    assert perturbations.mixed(x, partner, 0.25)[:, 0, 0, 0].tolist() == [1.75, 3.5, 1.75]
-    assert perturbations.mixed(x, partner, torch.tensor([0.0, 0.5, 1.0]))[:, 0, 1, 1].tolist() == [2.0, 3.0, 4.0]
+    assert harder_views.mixed(x, partner, 0.25)[:, 0, 0, 0].tolist() == [1.75, 3.5, 1.75]
+    assert harder_views.mixed(x, partner, torch.tensor([0.0, 0.5, 1.0]))[:, 0, 1, 1].tolist() == [2.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize("area", [0.25, 0.5])
 def test_cut_and_erased_pixels_are_one_rectangle_of_the_area(area: float) -> None:
-    partner = perturbations.partners(LABELS, generator())
+    partner = harder_views.partners(LABELS, generator())
     cut = perturbations.cut_mixed(IMAGES, partner, area, generator(1))
     hole = perturbations.erased(IMAGES, area, generator(1))
     changed = (cut != IMAGES).all(1)
@@ -124,7 +125,7 @@ def test_adversarial_step_lowers_confidence_by_a_step_of_the_size_said() -> None
 
 
 def test_boundary_image_is_where_the_answer_changes() -> None:
-    partner = perturbations.partners(net(IMAGES).argmax(1), generator())
+    partner = harder_views.partners(net(IMAGES).argmax(1), generator())
     found = perturbations.on_boundary(IMAGES, partner, net, steps=12)
     assert torch.equal(net(found).argmax(1), net(IMAGES).argmax(1))
     gaps = [x.softmax(1).topk(2).values for x in (net(found), net(IMAGES))]
