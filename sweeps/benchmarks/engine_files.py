@@ -1,10 +1,12 @@
 """The files of one network for an engine: float, the students', and how each is opened."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
 
 from synq.config.quant import QuantConfig
 from synq.engines.deployed import program_of
@@ -58,7 +60,10 @@ def files_of(
     for weight_bits, act_bits in bits:
         program = _program(graph, images, QuantConfig(target=target, weight_bits=weight_bits, act_bits=act_bits))  # type: ignore[arg-type]
         if not found:
-            content = _float_file(target, graph, program, batch)
+            # Batch norms are folded before the file is written: not every tool does so, and what it then leaves in
+            # float would be the fault of the file.
+            folded = trace_classifier(fuse(copy.deepcopy(module)), size)  # type: ignore[arg-type]
+            content = _float_file(target, folded, program, batch)
             found[FLOAT] = File.of(target, content, partial(form.open, content))
         student = _student_file(target, program, batch)
         found[f"W{weight_bits}A{act_bits}"] = File.of(target, student, partial(form.open, student))

@@ -62,7 +62,7 @@ KINDS = {
 
 
 def rows(context: Context) -> Iterable[Row]:
-    """Measure every installed engine (`Context.engines`, if given), network and case."""
+    """Measure every installed engine and network, or those of the context, in every case."""
     for target in context.engines or tuple(FORMATS):
         if missing := FORMATS[target].missing():
             if context.engines:
@@ -71,8 +71,8 @@ def rows(context: Context) -> Iterable[Row]:
                     f"pip install 'synq[{FORMATS[target].extra}]'"
                 )
             continue
-        for key, kind in KINDS.items():
-            yield from _rows_of_network(context, target, key, kind)
+        for key in context.networks or tuple(KINDS):
+            yield from _rows_of_network(context, target, key, KINDS[key])
 
 
 def _rows_of_network(context: Context, target: str, key: str, kind: Kind) -> Iterable[Row]:

@@ -35,6 +35,7 @@ def measure(
     rounds: int = 9,
     seed: int = 0,
     engines: tuple[str, ...] = (),
+    networks: tuple[str, ...] = (),
     output_dir: str | Path = "runs/bench",
 ) -> None:
     """Measure groups of benchmarks, print them, and write bench.json and bench.md after each group.
@@ -46,6 +47,7 @@ def measure(
         rounds: Timed rounds of each comparison.
         seed: Seed of weights and images.
         engines: Targets that the group engines measures; empty: those whose engines are installed.
+        networks: Networks that the same group measures; empty: all.
         output_dir: Folder of bench.json and bench.md.
 
     Raises:
@@ -54,7 +56,12 @@ def measure(
     """
     accelerator = make_accelerator(RuntimeConfig(device=device, num_threads=threads))
     context = Context(
-        device=accelerator.device, threads=torch.get_num_threads(), rounds=rounds, seed=seed, engines=engines
+        device=accelerator.device,
+        threads=torch.get_num_threads(),
+        rounds=rounds,
+        seed=seed,
+        engines=engines,
+        networks=networks,
     )
     folder, facts, done = Path(output_dir), machine(context), []
     # A folder that cannot be written is reported before the work.

@@ -60,6 +60,7 @@ class Context:
     rounds: int
     seed: int = 0
     engines: tuple[str, ...] = ()  # of the group engines; empty: those that are installed
+    networks: tuple[str, ...] = ()  # of the same group; empty: all
 
 
 HEAD = ["what", "median", "quartiles", "target", "note"]

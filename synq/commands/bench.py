@@ -9,6 +9,7 @@ from synq.config.command_options import INT, OneOf, option
 
 GROUPS = ("ceilings", "steps", "options", "synthesis", "curves", "population", "processes", "sweep", "engines")
 ENGINES = ("onnxruntime", "openvino", "litert", "executorch")
+NETWORKS = ("resnet18", "mobilenet_v2", "mobilenet_v3_large")
 EXAMPLES = """\
   %(prog)s                               all groups, about half an hour on two CPU cores
   %(prog)s --only steps synthesis --rounds 3
@@ -54,6 +55,13 @@ def _failures() -> tuple[type[BaseException], ...]:
     help=f"what the group engines measures: some of {' '.join(ENGINES)} (default: those that are installed)",
 )
 @option(
+    "--networks",
+    several=True,
+    type=OneOf(*NETWORKS),
+    metavar="NETWORK",
+    help=f"what the group engines runs: some of {' '.join(NETWORKS)} (default: all)",
+)
+@option(
     "--output-dir", metavar="DIR", default="runs/bench", help="folder of bench.json and bench.md (default: runs/bench)"
 )
 def command(
@@ -64,6 +72,7 @@ def command(
     rounds: int,
     seed: int,
     engines: tuple[str, ...],
+    networks: tuple[str, ...],
     output_dir: str,
 ) -> None:
     """Measure time ratios of alternating calls in one process, and print and write a table with their quartiles.
@@ -78,7 +87,16 @@ def command(
     from synq.sweeps.benchmarks.measure import measure
 
     chosen = [name for name in (only or GROUPS) if name not in skip]
-    measure(chosen, device=device, threads=threads, rounds=rounds, seed=seed, engines=engines, output_dir=output_dir)
+    measure(
+        chosen,
+        device=device,
+        threads=threads,
+        rounds=rounds,
+        seed=seed,
+        engines=engines,
+        networks=networks,
+        output_dir=output_dir,
+    )
 
 
 main = command.run
