@@ -23,6 +23,7 @@ GROUPS = {
     "population": "Several students in one process",
     "processes": "Two processes (DDP)",
     "sweep": "Concurrent trials",
+    "engines": "Integer files in their engines",
 }
 
 
@@ -33,6 +34,8 @@ def measure(
     threads: int | None = None,
     rounds: int = 9,
     seed: int = 0,
+    engines: tuple[str, ...] = (),
+    networks: tuple[str, ...] = (),
     output_dir: str | Path = "runs/bench",
 ) -> None:
     """Measure groups of benchmarks, print them, and write bench.json and bench.md after each group.
@@ -43,6 +46,8 @@ def measure(
         threads: CPU threads; None uses PyTorch's default.
         rounds: Timed rounds of each comparison.
         seed: Seed of weights and images.
+        engines: Targets that the group engines measures; empty: those whose engines are installed.
+        networks: Networks that the same group measures; empty: all.
         output_dir: Folder of bench.json and bench.md.
 
     Raises:
@@ -50,7 +55,14 @@ def measure(
         WorkerError: A worker process failed.
     """
     accelerator = make_accelerator(RuntimeConfig(device=device, num_threads=threads))
-    context = Context(device=accelerator.device, threads=torch.get_num_threads(), rounds=rounds, seed=seed)
+    context = Context(
+        device=accelerator.device,
+        threads=torch.get_num_threads(),
+        rounds=rounds,
+        seed=seed,
+        engines=engines,
+        networks=networks,
+    )
     folder, facts, done = Path(output_dir), machine(context), []
     # A folder that cannot be written is reported before the work.
     write_json_atomic(folder / "bench.json", as_json([], facts))

@@ -59,6 +59,8 @@ class Context:
     threads: int
     rounds: int
     seed: int = 0
+    engines: tuple[str, ...] = ()  # of the group engines; empty: those that are installed
+    networks: tuple[str, ...] = ()  # of the same group; empty: all
 
 
 HEAD = ["what", "median", "quartiles", "target", "note"]
@@ -88,6 +90,7 @@ def machine(context: Context) -> dict[str, Any]:
     cuda = context.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(context.device) if cuda else processor_name(),
+        **({} if cuda else {"features": " ".join(processor_features()) or "unknown"}),
         "threads": context.threads,
         "rounds": context.rounds,
         "seed": context.seed,
@@ -98,9 +101,29 @@ def machine(context: Context) -> dict[str, Any]:
 
 def processor_name() -> str:
     """Return the processor's name as the operating system reports it."""
+    return _cpu_fact("model name") or platform.processor() or platform.machine()
+
+
+FEATURES = {
+    "AVX2": ("avx2",),
+    "AVX-512": ("avx512f",),
+    "VNNI": ("avx512_vnni", "avx_vnni"),
+    "BF16": ("avx512_bf16",),
+    "AMX": ("amx_int8",),
+}
+"""Features that the speed of integer kernels depends on, and the flags of Linux that show them."""
+
+
+def processor_features() -> list[str]:
+    """Return which of `FEATURES` the processor has; empty if the operating system does not tell."""
+    flags = set(_cpu_fact("flags").split())
+    return [name for name, shown in FEATURES.items() if flags.intersection(shown)]
+
+
+def _cpu_fact(key: str) -> str:
+    """Return a fact about the first processor as Linux reports it, "" without it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+            return next((line.partition(":")[2].strip() for line in file if line.startswith(key)), "")
     except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""

@@ -267,7 +267,7 @@ def _write_target_file(
     file, content = export_target(folder, program, form, check)
     metrics = _sizes(student, teacher, [file])
     if options.with_float:
-        float_file = form.write_float(teacher, program)
+        float_file = form.write_float(teacher.graph, program)
         metrics["float_onnx_bytes"] = len(float_file)
         if options.rounds:
             contents, images = {file.name: content, FLOAT: float_file}, check.synthetic[:1]

@@ -11,6 +11,7 @@ OpenVINO 2026.4.1):
   is loaded: DequantizeLinear of INT4 itself keeps the layer in float.
 - Limits of codes, for activations below 8 bits or folded ReLUs whose zero point is not 0, are a Clip *after*
   QuantizeLinear, on codes; before it, the layer stays in float.
+- Depthwise convolutions have a multiple of 16 channels: for ONNX Runtime, others get channels of zeros.
 - MaxPool, Reshape and other movements are between DequantizeLinear and QuantizeLinear of one grid, Pad is on codes.
 
 The graph computes the program in the order of its steps; `OnnxRuntimeArithmetic` is what ONNX Runtime makes of it.
@@ -22,6 +23,7 @@ from onnx import TensorProto, helper
 from synq.engines.program import Program
 from synq.engines.simulation import ARITHMETICS
 from synq.export.qdq.graph import QuantizedGraph
+from synq.export.qdq.padded_channels import with_whole_blocks
 from synq.export.qdq.steps import write_step
 from synq.export.verify import IMAGES
 
@@ -43,6 +45,8 @@ def standard_onnx(program: Program, *, pack_two_bits: bool = False) -> onnx.Mode
     Raises:
         ValueError: If a function has no nodes.
     """
+    if program.target == "onnxruntime":
+        program = with_whole_blocks(program)
     arithmetic = ARITHMETICS[program.target](program)
     graph = QuantizedGraph({program.image: IMAGES, program.logits: LOGITS}, program.grids)
     for step in program.steps:

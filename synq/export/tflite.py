@@ -179,7 +179,7 @@ class _Writer(Emitter):
             f"{step.output}.padded", (height + top + bottom, width + left + right, channels), grid, offset
         )
         inputs = [source, self.numbers([(0, 0), (top, bottom), (left, right), (0, 0)])]
-        if not isinstance(step, MaxPool):
+        if not isinstance(step, MaxPool) or self.program.grids[step.inputs[0]].zero_point == 0:  # 0 is the least value
             self.graph.operator("PAD", inputs, padded, 2, "Pad")
         elif grid is None:
             lowest = self.graph.constant("lowest", np.full(1, np.finfo(np.float32).min))

@@ -6,14 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synq.config.run import RunConfig, config_from_dict, make_absolute, with_overrides
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from synq.common.error_text import one_line
+from synq.config.run import RunConfig, config_digest, config_from_dict, make_absolute, with_overrides
 from synq.quant.student import Student, build_student
 from synq.runs.record import RunRecord, read_record
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.run_sets import set_names, set_store
 from synq.synthesis.store import SetStore
 from synq.teacher.teacher import Teacher, load_teacher
-from synq.teacher.weight_files import read_weights
+
+MAX_REASON = 300
+"""Characters of a reason that PyTorch gives, which may list every tensor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +71,11 @@ def open_run(
     path = finished_folder(folder)
     record = read_record(path / "record.json")
     config = config_from_dict(RunConfig, record.config, source=str(path / "record.json"))
+    if config_digest(config) != record.config_digest:
+        raise ValueError(
+            f"`RUN` must have the settings with which it was run, but those in {path / 'record.json'} have another "
+            "digest than its own: they were changed; copy the record again, or run the changed settings"
+        )
     config = make_absolute(with_overrides(config, path_overrides or {}))
     teacher = teacher or load_teacher(config.teacher)
     if teacher.digest != record.teacher.get("digest"):
@@ -79,9 +90,16 @@ def open_run(
             f"`RUN` must hold student.safetensors, but {path} does not: run it again in another folder"
         )
     try:
-        student.net.load_state_dict(read_weights(weights))
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        state = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"`RUN` must hold a readable student.safetensors, but {weights} is damaged ({one_line(error)}): run it "
+            "again in another folder"
+        ) from error
+    try:
+        student.net.load_state_dict(state)
+    except RuntimeError as error:
+        reason = one_line(error)[:MAX_REASON]
         raise ValueError(f"`RUN` must hold a student of its teacher, but {weights} is none: {reason}") from error
     return Run(folder=path, record=record, config=config, teacher=teacher, student=student)
 

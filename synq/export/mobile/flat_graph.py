@@ -28,6 +28,7 @@ class FlatGraph:
         self._codes: dict[tuple[int, int], int] = {}
         self._buffers: list[Any] = [schema.BufferT()]  # number 0 is the empty one of activations, by the format
         self._constants: dict[tuple[object, ...], int] = {}
+        self._used: set[str] = set()
 
     def activation(
         self, name: str, shape: Sequence[int], quantization: tuple[float, int] | None = None, dtype: str = "float32"
@@ -35,7 +36,7 @@ class FlatGraph:
         """Add a tensor that an operator computes, or an input.
 
         Args:
-            name: Any; need not be unique.
+            name: Any; a number is added where another tensor has it.
             shape: Without the batch.
             quantization: Scale and zero point of int8 codes; None: not quantized.
             dtype: If it is not quantized.
@@ -52,7 +53,7 @@ class FlatGraph:
         """Add a constant, or return the number of an equal one.
 
         Args:
-            name: Any.
+            name: As for `activation`.
             array: float32, int32 or int8.
             scales: None if it is not quantized, one, or one for each position of ``axis``.
             zero_point: Of all scales.
@@ -125,9 +126,18 @@ class FlatGraph:
     def _tensor(self, name: str, dtype: np.dtype[Any], shape: Sequence[int]) -> Any:
         tensor = self._schema.TensorT()
         types = {"float32": "FLOAT32", "int32": "INT32", "int8": "INT8"}
-        tensor.name, tensor.type = name, getattr(self._schema.TensorType, types[dtype.name])
+        tensor.name, tensor.type = self._unique(name), getattr(self._schema.TensorType, types[dtype.name])
         tensor.shape, tensor.hasRank = [int(size) for size in shape], True
         return tensor
+
+    def _unique(self, name: str) -> str:
+        """Return a name that no other tensor has: tools that quantize or edit files find tensors by their names."""
+        found, number = name, 0
+        while found in self._used:
+            number += 1
+            found = f"{name}.{number}"
+        self._used.add(found)
+        return found
 
     def _add(self, tensor: Any) -> int:
         self._tensors.append(tensor)

@@ -7,15 +7,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from synq.engines.program import Program
-from synq.export.verify import IMAGES, Engine, Tolerance, engine_of, open_session
+from synq.export.verify import Engine, Tolerance, engine_of, open_session
 from synq.quant.integer_form import integer_form
-from synq.teacher.teacher import Teacher
 
 if TYPE_CHECKING:
-    from openvino import CompiledModel
+    import openvino
 
 Opener = Callable[[bytes, int], Engine]
 """(content of a file, threads) -> what runs it; 0 threads: the engine's default."""
@@ -32,7 +31,8 @@ class TargetFormat:
         packages: Packages that writing and verifying need.
         extra: The project's extra that has them.
         write: Returns the content of the file of a program.
-        write_float: Returns the content of the float teacher's file of the same format, for its time and size.
+        write_float: Returns the content of the file of the traced float network, of the same format, for its time and
+            size; the program gives the size of an image.
         open: Opens content in the engine with its default options.
         bit_equal: Whether every logit must be the simulation's to the last bit.
         agreement: Else the smallest percentage of images with the same class that may be asked for.
@@ -44,7 +44,7 @@ class TargetFormat:
     packages: tuple[str, ...]
     extra: str
     write: Callable[[Program], bytes]
-    write_float: Callable[[Teacher, Program], bytes]
+    write_float: Callable[[fx.GraphModule, Program], bytes]
     open: Opener
     bit_equal: bool = True
     agreement: float = 100.0
@@ -78,16 +78,22 @@ def format_of(target: str) -> TargetFormat:
     return found
 
 
+def image_size(program: Program) -> tuple[int, int, int]:
+    """Return (C, H, W) of the images of a program."""
+    channels, height, width = program.shapes[program.image]
+    return channels, height, width
+
+
 def _standard_onnx(program: Program) -> bytes:
     from synq.export.standard_onnx import standard_onnx
 
     return bytes(standard_onnx(program).SerializeToString())
 
 
-def _float_onnx(teacher: Teacher, program: Program) -> bytes:
+def _float_onnx(graph: fx.GraphModule, program: Program) -> bytes:
     from synq.export.onnx_graph import write_onnx
 
-    return write_onnx(integer_form(teacher.graph, operations="onnx"), teacher.input_size)
+    return write_onnx(integer_form(graph, operations="onnx"), image_size(program))
 
 
 def _in_onnxruntime(content: bytes, threads: int) -> Engine:
@@ -104,15 +110,20 @@ def in_openvino(content: bytes, threads: int, *, precision: str = "f32") -> Engi
     """
     import openvino
 
-    core = openvino.Core()
+    return model_in_openvino(openvino.Core().read_model(content, b""), threads, precision=precision)
+
+
+def model_in_openvino(model: "openvino.Model", threads: int, *, precision: str = "f32") -> Engine:
+    """Compile a model of OpenVINO for the CPU; see `in_openvino`."""
+    import openvino
+
     options: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    compiled: CompiledModel = core.compile_model(core.read_model(content, b""), "CPU", options)
-    request = compiled.create_infer_request()
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
 
     def run(images: Tensor) -> Tensor:
-        found = request.infer({IMAGES: images.float().numpy()})
+        found = request.infer([images.float().numpy()])
         return torch.from_numpy(next(iter(found.values())).copy())
 
     return run
@@ -124,7 +135,7 @@ def _tflite(program: Program) -> bytes:
     return write_tflite(program)
 
 
-def _float_tflite(teacher: Teacher, program: Program) -> bytes:
+def _float_tflite(graph: fx.GraphModule, program: Program) -> bytes:
     from synq.export.tflite import write_tflite
 
     return write_tflite(program, floats=True)
@@ -163,21 +174,31 @@ def _pte(program: Program) -> bytes:
     return write_pte(program)
 
 
-def _float_pte(teacher: Teacher, program: Program) -> bytes:
+def _float_pte(graph: fx.GraphModule, program: Program) -> bytes:
     from synq.export.executorch import lowered_to_xnnpack
 
-    return lowered_to_xnnpack(teacher.graph, teacher.input_size)
+    return lowered_to_xnnpack(graph, image_size(program))
 
 
 def _in_executorch(content: bytes, threads: int) -> Engine:
-    """Open a .pte file of one image in ExecuTorch, whose threads its Python package does not set."""
+    """Open a .pte file in ExecuTorch, which runs as many images at once as the file was written for.
+
+    Its threads are those of the process: files that were opened with another number must not run afterwards.
+    """
+    from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
+    # A reset frees the threads that opened files refer to, so there is none without need.
+    if threads and portable_lib._threadpool_get_thread_count() != threads:
+        portable_lib._unsafe_reset_threadpool(threads)
     program = Runtime.get().load_program(content)
     method = program.load_method("forward")
+    assert method is not None
+    batch = method.metadata.input_tensor_meta(0).sizes()[0]
 
     def run(images: Tensor, keep: object = program) -> Tensor:  # a method does not keep its program alive
-        return torch.cat([method.execute([image[None].contiguous()])[0].clone() for image in images.float()])
+        parts = images.float().contiguous().split(batch)
+        return torch.cat([method.execute([part])[0].clone() for part in parts])
 
     return run
 

@@ -1,0 +1,107 @@
+"""How many convolutions and linear layers of a file its engine computes with integers, counted in the engine's graph.
+
+ONNX Runtime writes its optimized graph, OpenVINO its execution graph. LiteRT and ExecuTorch hand operators to XNNPACK,
+which picks its kernel by the type of the tensors: an operator with an int8 input that was handed over is an integer
+one.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import openvino
+
+Layers = tuple[int, int]
+"""Layers that run with integers, and all layers."""
+
+
+def layers_in(target: str, content: bytes) -> Layers:
+    """Return the counts of a file in the engine of a target."""
+    return _COUNTERS[target](content)
+
+
+def _in_onnxruntime(content: bytes) -> Layers:
+    from synq.export.kernels import count_kernels
+
+    integers, floats = count_kernels(content)
+    return integers, integers + floats
+
+
+def _in_openvino(content: bytes) -> Layers:
+    import openvino
+
+    return layers_in_openvino(openvino.Core().read_model(content, b""))
+
+
+def layers_in_openvino(model: "openvino.Model") -> Layers:
+    """Return the counts of a model in OpenVINO's CPU plugin."""
+    import openvino
+
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    facts = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ordered_ops()]
+    kinds = [
+        str(fact["runtimePrecision"].astype(str))
+        for fact in facts
+        if fact["layerType"].astype(str) in ("Convolution", "FullyConnected", "MatMul")
+    ]
+    return sum(kind in ("u8", "i8") for kind in kinds), len(kinds)
+
+
+def _in_litert(content: bytes) -> Layers:
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_content=content, num_threads=1)
+    interpreter.allocate_tensors()
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(content, 0))
+    kinds = (
+        schema.BuiltinOperator.CONV_2D,
+        schema.BuiltinOperator.DEPTHWISE_CONV_2D,
+        schema.BuiltinOperator.FULLY_CONNECTED,
+    )
+    graph = model.subgraphs[0]
+    codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
+    inputs = [graph.tensors[op.inputs[0]].type for op in graph.operators if codes[op.opcodeIndex] in kinds]
+    operators = [fact["op_name"] for fact in interpreter._get_ops_details()]
+    if operators.count("DELEGATE") != 1:  # some operator may run elsewhere
+        return 0, len(inputs)
+    return sum(kind == schema.TensorType.INT8 for kind in inputs), len(inputs)
+
+
+def _in_executorch(content: bytes) -> Layers:
+    from executorch.backends.xnnpack import serialization
+    from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
+    from executorch.exir._serialize._flatbuffer import _flatc_decompile
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    program = deserialize_pte_binary(content).program
+    integers = total = 0
+    for blob in program.backend_delegate_data:
+        data = bytes(blob.data)
+        header = XNNHeader.from_bytes(data[: XNNHeader.EXPECTED_LENGTH])
+        start, stop = header.flatbuffer_offset, header.flatbuffer_offset + header.flatbuffer_size
+        with tempfile.TemporaryDirectory() as folder:
+            schema, graph = Path(folder) / "schema.fbs", Path(folder) / "graph.bin"
+            schema.write_bytes(files(serialization).joinpath("schema.fbs").read_bytes())
+            graph.write_bytes(data[start:stop])
+            _flatc_decompile(folder, str(schema), str(graph), ["--raw-binary"])
+            found = json.loads((Path(folder) / "graph.json").read_text())
+        values = [value["xvalue_union"] for value in found["xvalues"]]
+        quantized = {value["tensor_value"]["id_out"] for value in values if "tensor_value" in value}
+        for node in found["xnodes"]:
+            if node["xnode_union_type"] in ("XNNConv2d", "XNNDepthwiseConv2d", "XNNFullyConnected"):
+                total += 1
+                integers += node["xnode_union"]["input1_id"] in quantized
+    return integers, total
+
+
+_COUNTERS: dict[str, Callable[[bytes], Layers]] = {
+    "onnxruntime": _in_onnxruntime,
+    "openvino": _in_openvino,
+    "litert": _in_litert,
+    "executorch": _in_executorch,
+}
