@@ -12,6 +12,7 @@ from torch._dynamo.exc import UserError
 
 from fuzz.networks_checks import close, equal
 from fuzz.networks_rejections import DifferenceError
+from fuzz.networks_targets import file_fault
 from synq.export.onnx_graph import INT4_BITS, onnx_graph, write_container
 from synq.export.packed import load_packed, save_packed
 from synq.export.verify import Tolerance, compare, engine_of, open_session
@@ -70,7 +71,10 @@ def check_exports(teacher: Teacher, student: Student, images: Tensor, where: str
         engine = torch.export.load(io.BytesIO(buffer.getvalue())).module()
         check_file(engine, logits, images, f"{where}: program", simulation)
         files += 1
-    return files
+    fault, count = file_fault(teacher, rng, images)
+    if fault:
+        raise DifferenceError(fault)
+    return files + count
 
 
 def check_float_onnx(teacher: Teacher, images: Tensor) -> None:

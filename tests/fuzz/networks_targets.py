@@ -8,6 +8,9 @@ from torch import Tensor
 from support.engine_nets import float_reads
 from synq.config.quant import PORTABLE_TARGETS, TARGETS
 from synq.config.run import QuantConfig
+from synq.engines.deployed import program_of
+from synq.engines.simulation import Simulation
+from synq.export.targets.formats import FORMATS
 from synq.quant.integer_form import codes_of
 from synq.quant.layers import QuantConv2d, QuantLinear, quantizers_bypassed
 from synq.quant.student import Student, build_student, observe_ranges
@@ -48,3 +51,31 @@ def faults_of(student: Student, target: str, images: Tensor, expected: Tensor) -
         if isinstance(layer, QuantConv2d | QuantLinear) and codes_of(layer).zero_point.any():
             faults.append(f"the weight of {name} is not symmetric")
     return faults
+
+
+@torch.no_grad()
+def file_fault(teacher: Teacher, rng: random.Random, observed: Tensor) -> tuple[str, int]:
+    """Export a student for a random engine of those that compute every bit, and compare its file with the simulation.
+
+    Args:
+        teacher: The classifier.
+        rng: Chooses the engine and the bit-widths.
+        observed: (N, C, H, W) the images on which its ranges are observed, and the two are compared.
+
+    Returns:
+        What is wrong, "" if nothing is; and the number of files, 0 if the engine has no form for an operation.
+    """
+    target = rng.choice([name for name in ("onnxruntime", "litert") if not FORMATS[name].missing()])
+    quant = QuantConfig(target=target, weight_bits=rng.choice((4, 8)), act_bits=rng.choice((4, 8)))  # type: ignore[arg-type]
+    student = build_student(teacher, quant)
+    observe_ranges(student.net, observed, act_range="minmax", image_range=teacher.pixel_range())
+    try:
+        program = program_of(student.net, quant, teacher.input_size)
+    except ValueError as error:  # one line with the layer's name, and the cure
+        return ("" if "`quant.target`" in str(error) or "target" in str(error) else str(error)), 0
+    engine = FORMATS[target].open(FORMATS[target].write(program), 1)
+    expected, found = Simulation(program)(observed.clone()), engine(observed.clone())
+    if torch.equal(found, expected):
+        return "", 1
+    differ = int((found != expected).sum())
+    return f"{quant.label}: {differ} of {expected.numel()} logits of the file differ from the simulation", 1
