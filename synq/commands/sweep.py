@@ -18,7 +18,7 @@ EXAMPLES = """\
     "sweep",
     cls=Command,
     examples=EXAMPLES,
-    advice="everything else is set in the spec (see --help, README)",
+    advice="everything else is set in the spec (see --help and docs/how-to/sweep.md)",
     exit_codes="0 done, 1 a group has no completed trial or too many failed, 2 input rejected, 130 interrupted",
     resumes=True,
 )
