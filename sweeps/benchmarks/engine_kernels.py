@@ -91,7 +91,7 @@ def _in_executorch(content: bytes) -> Layers:
             graph.write_bytes(data[start:stop])
             _flatc_decompile(folder, str(schema), str(graph), ["--raw-binary"])
             text = (Path(folder) / "graph.json").read_text(encoding="utf-8")
-            found = json.loads(re.sub(r"(:\s*)-?(inf|nan)\b", r"\1null", text))  # limits, which JSON has no words for
+            found = json.loads(re.sub(r"(:\s*)-?(inf|nan)\b", r"\1null", text))  # limits, which JSON cannot have
         values = [value["xvalue_union"] for value in found["xvalues"]]
         quantized = {value["tensor_value"]["id_out"] for value in values if "tensor_value" in value}
         for node in found["xnodes"]:
