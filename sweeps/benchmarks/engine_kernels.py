@@ -6,6 +6,7 @@ one.
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from importlib.resources import files
@@ -89,7 +90,8 @@ def _in_executorch(content: bytes) -> Layers:
             schema.write_bytes(files(serialization).joinpath("schema.fbs").read_bytes())
             graph.write_bytes(data[start:stop])
             _flatc_decompile(folder, str(schema), str(graph), ["--raw-binary"])
-            found = json.loads((Path(folder) / "graph.json").read_text())
+            text = (Path(folder) / "graph.json").read_text(encoding="utf-8")
+            found = json.loads(re.sub(r"(:\s*)-?(inf|nan)\b", r"\1null", text))  # limits, which JSON cannot have
         values = [value["xvalue_union"] for value in found["xvalues"]]
         quantized = {value["tensor_value"]["id_out"] for value in values if "tensor_value" in value}
         for node in found["xnodes"]:

@@ -88,9 +88,11 @@ def _nncf(module: nn.Module, float_file: bytes, images: Tensor, batch: int) -> F
 
 
 def _ai_edge_quantizer(module: nn.Module, float_file: bytes, images: Tensor, batch: int) -> File:
-    from ai_edge_quantizer import quantizer, recipe
+    from ai_edge_quantizer import algorithm_manager, qtyping, quantizer, recipe
 
     tool = quantizer.Quantizer(float_file, recipe.static_wi8_ai8())
+    for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):  # images and logits stay floats
+        tool.update_quantization_recipe(".*", end, algorithm_key=algorithm_manager.AlgorithmName.NO_QUANTIZE)
     calibration = [{IMAGES: image[None].permute(0, 2, 3, 1).contiguous().numpy()} for image in images]
     ranges = tool.calibrate({"serving_default": calibration})
     return _file("litert", bytes(tool.quantize(ranges).quantized_model))

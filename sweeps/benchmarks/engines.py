@@ -23,7 +23,7 @@ from .timing import Spread
 
 CASES = ((1, 1), (8, 1), (1, 2))
 """Images of a run, and threads."""
-CALIBRATION = 16
+CALIBRATION = 8
 """Images on which ranges are observed; their number does not change the speed."""
 OWN_SHARE, LOW_BITS_SHARE = 0.98, 0.97
 """Smallest accepted speed relative to the own tool's file, and of 4 bits relative to 8 bits."""

@@ -115,7 +115,7 @@ FEATURES = {
 
 
 def processor_features() -> list[str]:
-    """Return which of `FEATURES` the processor has; empty if the operating system does not tell."""
+    """Return which of `FEATURES` the processor has; empty where they are unknown."""
     flags = set(_cpu_fact("flags").split())
     return [name for name, shown in FEATURES.items() if flags.intersection(shown)]
 

@@ -57,6 +57,8 @@ def differing(
     found = {}
     for name, output in zip([program.logits, *names], outputs, strict=True):
         value = torch.from_numpy(np.asarray(output, np.float32))
+        if name != program.logits and value.ndim == 4:  # without the channels that fill whole blocks
+            value = value[:, : expected[name].shape[1]]
         assert value.shape == expected[name].shape, name
         if not torch.equal(value, expected[name]):
             found[name] = int((value != expected[name]).sum())
