@@ -190,8 +190,9 @@ class Errors:
     @classmethod
     def count(cls, cases: Sequence[tuple[bool, bool]]) -> "Errors":
         """Count cases of (is true, was warned)."""
-        numbers = [sum(case == kind for case in cases) for kind in ((True, True), (True, False), (False, True))]
-        return cls(*numbers, silent=len(cases) - sum(numbers))
+        kinds = ((True, True), (True, False), (False, True), (False, False))
+        found, missed, false, silent = (sum(case == kind for case in cases) for kind in kinds)
+        return cls(found, missed, false, silent)
 
     def text(self) -> str:
         """Return the counts as a text."""
