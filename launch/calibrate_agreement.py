@@ -40,7 +40,6 @@ BITS = ((8, 8), (4, 4), (3, 3), (2, 4))
 PARTS = {
     "digits_resnet8": ("harmed", "inputs", "engine", "poor"),
     "fashion_cnn": ("harmed", "inputs", "engine", "poor"),
-    "fashion_mobilenet": ("harmed", "inputs", "poor"),
     "fashion_vgg": ("harmed", "inputs", "engine", "poor"),
     "digits_vgg": ("harmed", "inputs", "engine", "poor"),
     "fashion_resnet": ("harmed", "inputs"),
@@ -73,7 +72,6 @@ def networks(folder: Path, fashion: str, cifar: Path) -> dict[str, tuple[dict[st
     return {
         "digits_resnet8": ({}, EvaluationConfig()),
         "fashion_cnn": made("train_fashion_cnn.py", "FashionCNN", small, "fashion", "fashion-mnist"),
-        "fashion_mobilenet": made(own, "fashion_mobilenet", small, "fashion", "fashion-mnist"),
         "fashion_vgg": made(own, "fashion_vgg", small, "fashion", "fashion-mnist"),
         "digits_vgg": made(own, "digits_vgg", [1, 8, 8], "digits", f"npz:{folder / 'digits_vgg.npz'}"),
         "fashion_resnet": made(own, "fashion_resnet", small, "fashion", "fashion-mnist"),

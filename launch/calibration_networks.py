@@ -32,29 +32,9 @@ from synq.evaluation.labeled_sources import digits_heldout_mask
 PEAK_LR, BATCH_SIZE = 0.05, 64
 
 
-def _conv(
-    c_in: int, c_out: int, size: int, stride: int = 1, groups: int = 1, act: nn.Module | None = None
-) -> nn.Module:
-    conv = nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=False)
+def _conv(c_in: int, c_out: int, size: int, stride: int = 1, act: nn.Module | None = None) -> nn.Module:
+    conv = nn.Conv2d(c_in, c_out, size, stride, size // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), *([] if act is None else [act]))
-
-
-class InvertedResidual(nn.Module):
-    """Pointwise expansion by four, depthwise convolution, linear projection; ReLU6."""
-
-    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
-        super().__init__()
-        wide = 4 * c_in
-        self.body = nn.Sequential(
-            _conv(c_in, wide, 1, act=nn.ReLU6()),
-            _conv(wide, wide, 3, stride, wide, nn.ReLU6()),
-            _conv(wide, c_out, 1),
-        )
-        self.is_residual = stride == 1 and c_in == c_out
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (N, c_out, H / stride, W / stride)."""
-        return x + self.body(x) if self.is_residual else self.body(x)
 
 
 class BasicBlock(nn.Module):
@@ -73,13 +53,6 @@ class BasicBlock(nn.Module):
 
 def _headed(c_out: int, *layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_out, 10))
-
-
-def fashion_mobilenet() -> nn.Module:
-    """Return a MobileNetV2-like network of six inverted residuals for (N, 1, 28, 28)."""
-    plan = ((16, 24, 2), (24, 24, 1), (24, 32, 2), (32, 32, 1), (32, 48, 1), (48, 48, 1))
-    blocks = [InvertedResidual(c_in, c_out, stride) for c_in, c_out, stride in plan]
-    return _headed(96, _conv(1, 16, 3, act=nn.ReLU6()), *blocks, _conv(48, 96, 1, act=nn.ReLU6()))
 
 
 def _vgg(channels: int, plan: tuple[int, ...], side: int) -> nn.Module:
@@ -124,7 +97,6 @@ class Recipe:
 
 
 RECIPES = {
-    "fashion_mobilenet": Recipe(fashion_mobilenet, "fashion", 12000, 3),
     "fashion_vgg": Recipe(fashion_vgg, "fashion", 6000, 4),
     "fashion_resnet": Recipe(fashion_resnet, "fashion", 2000, 10),  # few images: a teacher of lower accuracy
     "digits_vgg": Recipe(digits_vgg, "digits", 900, 20),

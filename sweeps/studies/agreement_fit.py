@@ -3,7 +3,6 @@
 Everything that is reported of a network was fitted on the other networks only.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -191,7 +190,9 @@ class Errors:
     @classmethod
     def count(cls, cases: Sequence[tuple[bool, bool]]) -> "Errors":
         """Count cases of (is true, was warned)."""
-        return cls(*(sum(case == kind for case in cases) for kind in itertools.product((True, False), repeat=2)))
+        kinds = ((True, True), (True, False), (False, True), (False, False))
+        found, missed, false, silent = (sum(case == kind for case in cases) for kind in kinds)
+        return cls(found, missed, false, silent)
 
     def text(self) -> str:
         """Return the counts as a text."""

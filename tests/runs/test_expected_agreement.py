@@ -64,7 +64,7 @@ def test_a_student_slightly_worse_than_the_rounded_one_is_named_where_neither_is
     ("heldout", "reason"),
     [
         (replace(USUAL, images=64), "there are 64 held-out images and it takes"),
-        (replace(USUAL, classes=1000), "calibrated up to 10 classes, and the teacher has 1000"),
+        (replace(USUAL, classes=1000), "calibrated up to 100 classes, and the teacher has 1000"),
         (replace(USUAL, side=224), "images of 32 pixels, and the teacher's have 224"),
         (replace(USUAL, shown=0.2), "the teacher classifies only 20 %"),
     ],
