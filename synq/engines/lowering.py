@@ -21,6 +21,7 @@ from synq.engines.aten.pointwise import POINTWISE
 from synq.engines.aten.pools import POOLS
 from synq.engines.aten.symbols import Builder, Call, Codes, Pending, Symbol, made, quantized_image
 from synq.engines.checks import validate
+from synq.engines.kernels import check_kernels
 from synq.engines.program import Convolution, Elementwise, Grid, Pad, Program, Step, Sum
 from synq.network.aten_groups import CONSTANTS
 from synq.quant.fake_quant import SCALE_EPS
@@ -55,7 +56,7 @@ def lower(net: fx.GraphModule, target: str, input_size: tuple[int, int, int], *,
             16 bits.
 
     Raises:
-        ValueError: If an operation has no integer form, or a range has not been observed.
+        ValueError: If an operation has no integer form, or the engine no kernel, or a range has not been observed.
     """
     captured = capture(net, input_size)
     unobserved = [name for name, quantizer in captured.quantizers.items() if not quantizer.has_range]
@@ -77,6 +78,7 @@ def lower(net: fx.GraphModule, target: str, input_size: tuple[int, int, int], *,
         shapes={name: shape for name, shape in builder.shapes.items() if name in names},
     )
     validate(program)
+    check_kernels(program)
     return program
 
 

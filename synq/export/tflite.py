@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from synq.engines.kernels import check_kernels, unsupported
 from synq.engines.program import (
     AveragePool,
     Concatenation,
@@ -40,13 +41,12 @@ from synq.engines.program import (
     Sum,
     Transpose,
 )
+from synq.engines.windows import same_padding
 from synq.engines.xnnpack_arithmetic import pool_as_convolution
 from synq.export.mobile.channels_last import memory_axes, memory_axis, reshape_moves, transpose_moves
 from synq.export.mobile.emitter import OFFSET, Emitter
 from synq.export.mobile.functions import emit_function
 from synq.export.mobile.ranges import check_ratio, kernel_weight_scale
-from synq.export.mobile.rejections import unsupported
-from synq.export.mobile.windows import same_padding
 
 SAME, VALID = 0, 1
 """Numbers of paddings in the format."""
@@ -93,10 +93,11 @@ class _Writer(Emitter):
 
     def write(self) -> bytes:
         program = self.program
+        check_kernels(program)
         self.tensors[program.image] = self.tensor(program.image, self.shape(program.image), None)
         for step in program.steps:
             if type(step) not in self.kinds:
-                raise ValueError(unsupported("litert", step, f"a step {type(step).__name__}"))
+                raise ValueError(unsupported("litert", f"`{step.layer}` is a step {type(step).__name__}"))
             self.kinds[type(step)](step)
         inputs, outputs = ({name: self.tensors[name]} for name in (program.image, program.logits))
         return self.graph.serialize(inputs, outputs, "float network" if self.floats else "integer network")
@@ -154,11 +155,10 @@ class _Writer(Emitter):
     def dense(self, step: Dense) -> None:
         if self.program.grids.get(step.output) is None:
             cure = "give its output a grid, and dequantize it"
-            raise ValueError(unsupported("litert", step, "a linear layer with an output in floats", cure))
+            raise ValueError(
+                unsupported("litert", f"`{step.layer}` is a linear layer with an output in floats: {cure}")
+            )
         rank = self.rank(step.output)
-        if rank > 3:
-            cure = "reshape its input to (N, positions, features)"
-            raise ValueError(unsupported("litert", step, f"a linear layer on {rank} axes", cure))
         layer = self.weights(step, step.weight, 0)
         inputs = [*self.inputs(step), *layer]
         self.emit(step, "FULLY_CONNECTED", inputs, 5, "FullyConnected", fuses=True, keepNumDims=rank > 2)
@@ -197,9 +197,6 @@ class _Writer(Emitter):
 
     def product(self, step: Product) -> None:
         check_ratio(self.program, step, "litert")
-        if len({self.rank(value) for value in step.inputs}) > 1:
-            cure = "give both factors as many axes"
-            raise ValueError(unsupported("litert", step, "a product of values with different numbers of axes", cure))
         self.emit(step, "MUL", self.inputs(step), 2, "Mul", fuses=True)
 
     def concatenation(self, step: Concatenation) -> None:
@@ -214,15 +211,10 @@ class _Writer(Emitter):
         self.emit(step, "MEAN", [*self.inputs(step), self.numbers([1, 2])], 2, "Reducer", keepDims=True)
 
     def average_pool(self, step: AveragePool) -> None:
-        channels, height, width = self.program.shapes[step.inputs[0]]
+        channels = self.program.shapes[step.inputs[0]][0]
         if step.count_padding or not any(step.padding):
             self.convolution(pool_as_convolution(step, channels))
             return
-        if same_padding((height, width), step.kernel, step.stride, (1, 1)) != step.padding:
-            cure = "count its padding (`count_include_pad=True`), or export with `--target exact`"
-            raise ValueError(
-                unsupported("litert", step, f"an average pool that leaves out the padding {step.padding}", cure)
-            )
         own, shape = self.grid(step.inputs[0]), self.shape(step.output)
         source = self.tensors[step.inputs[0]] if own is None else self.requantized(step.inputs[0], own, OFFSET)
         pooled = self.tensor(f"{step.output}.pooled", shape, own)
@@ -240,8 +232,6 @@ class _Writer(Emitter):
     # Movements.
 
     def max_pool(self, step: MaxPool) -> None:
-        if step.dilation != (1, 1):
-            raise ValueError(unsupported("litert", step, "a maximum pool with dilation"))
         source, padding = self.padded(step, step.kernel, step.dilation)
         self.emit(step, "MAX_POOL_2D", [source], 2, "Pool2D", **_pool_values(step, padding))
 

@@ -80,7 +80,7 @@ def test_what_the_engine_cannot_compute_exactly_is_rejected(make: object, messag
     builder = ProgramBuilder((3, 12, 11), 0, weight_bits=8, act_bits=8)
     value = make(builder, builder.quantize())  # type: ignore[operator]
     program = builder.build(builder.dequantize(builder.flatten(value)), "executorch")
-    with pytest.raises(ValueError, match=f"`--target executorch` must .* but `layer.{value}` is {message}"):
+    with pytest.raises(ValueError, match=f"`quant.target` executorch must .* but `layer.{value}` is {message}"):
         QuantizedModule(program)(IMAGES)
 
 

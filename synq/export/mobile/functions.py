@@ -12,10 +12,10 @@ from inspect import signature
 import numpy as np
 import torch
 
+from synq.engines.kernels import unsupported
 from synq.engines.program import Elementwise
 from synq.engines.xnnpack_arithmetic import XnnpackArithmetic
 from synq.export.mobile.emitter import OFFSET, Emitter
-from synq.export.mobile.rejections import unsupported
 
 RELU6 = 3
 """Number of the fused activation."""
@@ -80,7 +80,8 @@ def emit_function(emitter: Emitter, step: Elementwise) -> None:
         _emit_table(emitter, step)
         return
     if chain is None:
-        raise ValueError(unsupported("litert", step, f"the function {step.function} in floats", "time another network"))
+        text = f"`{step.layer}` is the function {step.function} in floats: time another network"
+        raise ValueError(unsupported("litert", text))
     [source] = emitter.inputs(step)
     if step.function in ON_CODES and not emitter.floats:
         emitter.emit(step, chain[0].operator, [source])

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from synq.engines.kernels import check_kernels, unsupported
 from synq.engines.program import (
     AveragePool,
     Concatenation,
@@ -37,7 +38,6 @@ from synq.engines.program import (
 )
 from synq.engines.xnnpack_arithmetic import pool_as_convolution
 from synq.export.mobile.ranges import check_ratio, kernel_weight_scale
-from synq.export.mobile.rejections import unsupported
 
 OFFSET = 128
 """Codes of a program minus it are int8."""
@@ -71,20 +71,18 @@ class QuantizedModule(nn.Module):
     def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program
+        check_kernels(program)
         self.steps = [_as_layer(program, step) for step in program.steps]
         for number, step in enumerate(self.steps):
             if isinstance(step, Layer):
                 self._register(number, step)
             elif isinstance(step, Sum | Product):
                 check_ratio(program, step, "executorch")
-            elif isinstance(step, Elementwise) and step.function not in FUNCTIONS:
-                cure = f"use one of {', '.join(sorted(FUNCTIONS))}, or export with `--target exact`"
-                raise ValueError(unsupported("executorch", step, f"the function {step.function}", cure))
 
     def _register(self, number: int, step: Layer) -> None:
         if step.output not in self.program.grids:
             cure = "give its output a grid, and dequantize it"
-            raise ValueError(unsupported("executorch", step, "a layer with an output in floats", cure))
+            raise ValueError(unsupported("executorch", f"`{step.layer}` is a layer with an output in floats: {cure}"))
         source, output = self.program.grids[step.inputs[0]], self.program.grids[step.output]
         scale = kernel_weight_scale(step, source, output)
         steps = scale * torch.tensor(source.scale, dtype=torch.float32)
@@ -142,7 +140,7 @@ class QuantizedModule(nn.Module):
                 return F.pad(x, sides)
             case NearestResize():
                 return F.interpolate(x, scale_factor=[float(factor) for factor in step.factors], mode="nearest")
-        raise ValueError(unsupported("executorch", step, f"a step {type(step).__name__}"))
+        raise ValueError(unsupported("executorch", f"`{step.layer}` is a step {type(step).__name__}"))
 
     def _weight(self, number: int) -> Tensor:
         dequantize = torch.ops.quantized_decomposed.dequantize_per_channel.default
@@ -167,19 +165,13 @@ class QuantizedModule(nn.Module):
         ]
 
     def _max_pool(self, step: MaxPool, x: Tensor) -> Tensor:
-        top, left, bottom, right = step.padding
-        if (top, left) != (bottom, right) or 2 * top > step.kernel[0] or 2 * left > step.kernel[1]:
-            raise ValueError(unsupported("executorch", step, f"a maximum pool with the padding {step.padding}"))
-        return F.max_pool2d(x, step.kernel, step.stride, (top, left), step.dilation)
+        return F.max_pool2d(x, step.kernel, step.stride, step.padding[:2], step.dilation)
 
 
 def _as_layer(program: Program, step: Step) -> Step:
     """Return an average pool as the convolution that it is; other steps as they are."""
     if not isinstance(step, AveragePool):
         return step
-    if any(step.padding) and not step.count_padding:
-        cure = "count its padding (`count_include_pad=True`), or export with `--target exact`"
-        raise ValueError(unsupported("executorch", step, "an average pool that leaves out its padding", cure))
     return pool_as_convolution(step, program.shapes[step.inputs[0]][0])
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from synq.engines.kernels import unsupported
 from synq.engines.program import Grid, Layer, Product, Program, Sum
-from synq.export.mobile.rejections import unsupported
 
 LARGEST_FACTOR, SMALLEST_FACTOR = 2.0**8, 2.0**-32
 """Of a layer's sums: from the second on, below the first."""
@@ -48,5 +48,5 @@ def check_ratio(program: Program, step: Sum | Product, target: str) -> None:
     ratio = whole / program.grids[step.output].scale
     if not low <= ratio < high:
         kind = "a sum" if isinstance(step, Sum) else "a product"
-        cure = "check the range of its output, or export with `--target exact`"
-        raise ValueError(unsupported(target, step, f"{kind} with {ratio:.3g} times its output's scale", cure))
+        text = f"`{step.layer or step.output}` is {kind} with {ratio:.3g} times its output's scale: check that range"
+        raise ValueError(unsupported(target, text))
