@@ -15,15 +15,14 @@ if TYPE_CHECKING:
 
 COMMON = (
     *TEACHER_SETTINGS,
-    *("synthesis.method", "synthesis.num_images", "synthesis.shard_size", "synthesis.iterations", "synthesis.lr"),
+    *("synthesis.method", "synthesis.num_images", "synthesis.iterations", "synthesis.lr"),
     *("data_seed", "evaluation.heldout_images", "runtime.output_dir", "runtime.store_dir"),
 )
 TOOLS = ("onnxruntime", "nncf", "litert", "modelopt", "aimet", "mct")
 EXAMPLES = """\
   %(prog)s torchvision:resnet18 --teacher.weights IMAGENET1K_V1 --synthesis.num_images 256
   %(prog)s --config run.toml --npz images.npz
-  %(prog)s --config run.toml --for onnxruntime --folder calibration
-                                             # then: python calibration/calibrate.py float.onnx int8.onnx"""
+  %(prog)s --config run.toml --for onnxruntime --folder calibration"""
 
 
 @click.command("synthesize", cls=Command, settings="run", common=COMMON, examples=EXAMPLES, resumes=True)
@@ -41,8 +40,7 @@ EXAMPLES = """\
     metavar="TOOL",
     type=OneOf(*TOOLS),
     rule=f"be one of {', '.join(TOOLS)}",
-    help=f"also write the training images as another quantizer reads them, with a script that calibrates it: "
-    f"{', '.join(TOOLS)}",
+    help=f"also write the images as another quantizer reads them, with a script: {', '.join(TOOLS)}",
 )
 @option("--folder", metavar="FOLDER", rule="name a folder", help="output folder of --for (calibration-TOOL)")
 def command(config: RunConfig, npz: str | None, tool: str | None, folder: str | None) -> int:

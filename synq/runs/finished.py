@@ -74,7 +74,8 @@ def open_run(
     if config_digest(config) != record.config_digest:
         raise ValueError(
             f"`RUN` must have the settings with which it was run, but those in {path / 'record.json'} have another "
-            "digest than its own: they were changed; copy the record again, or run the changed settings"
+            "digest than its own: they were changed, or are those of another version of SynQ; copy the record again, "
+            "or run these settings anew"
         )
     config = make_absolute(with_overrides(config, path_overrides or {}))
     teacher = teacher or load_teacher(config.teacher)

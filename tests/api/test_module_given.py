@@ -39,7 +39,9 @@ def test_a_network_is_given_back_as_it_was(tmp_path: Path) -> None:
 
 def test_the_process_keeps_its_settings(tmp_path: Path) -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests in this process
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     state, generator = dict(accelerator.state._shared_state), torch.get_rng_state()
     torch.set_default_dtype(torch.float64)
@@ -52,6 +54,7 @@ def test_the_process_keeps_its_settings(tmp_path: Path) -> None:
         torch.set_default_dtype(torch.float32)
     assert accelerator.mixed_precision == "bf16" and accelerator.state._shared_state == state
     assert torch.equal(torch.get_rng_state(), generator)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_digest_is_of_code_and_weights() -> None:

@@ -14,7 +14,7 @@ import torch
 from synq import pipeline
 from synq.commands.evaluate import main
 from synq.common.notices import forget_notices
-from synq.config.run import RunConfig, config_digest, with_overrides
+from synq.config.run import RunConfig, config_digest, config_from_dict, with_overrides
 from synq.pipeline import run
 from synq.runs.finished import open_run
 from synq.runs.record import read_record, run_folder
@@ -188,6 +188,7 @@ def test_m_5_the_rule_for_image_files_is_not_applied_to_arrays(
     folder = shutil.copytree(finished, tmp_path / finished.name)
     content = json.loads((folder / "record.json").read_text())
     content["config"]["evaluation"] |= {"dataset": "imagefolder:/val", "resize_size": 40, "interpolation": "bicubic"}
+    content["config_digest"] = config_digest(config_from_dict(RunConfig, content["config"]))
     (folder / "record.json").write_text(json.dumps(content))
     assert main([str(folder), "--dataset", _labeled_file(tmp_path / "mine.npz", 20, seed=3)]) == 0
     assert "20 images" in capsys.readouterr().out

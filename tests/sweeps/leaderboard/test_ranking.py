@@ -182,7 +182,8 @@ def test_runs_share_a_row_exactly_if_the_digest_of_their_setting_is_the_same() -
         same = config_digest(config, with_seeds=False) == digest
         assert (read_setting(config_to_dict(config))[1] == key) is same, (name, value)
         seen[same].add(name)
-    both = {"teacher.mean", "teacher.std", "quant.portable"}  # these go with others
+    own = {"synthesis.source", "finetune.own_weight"}
+    both = {"teacher.mean", "teacher.std", "quant.portable"} | own  # these go with others
     assert seen[True] | seen[False] == set(dotted_keys(RunConfig)) - both
     assert {"seed", "data_seed", "name", "finetune.log_every", "runtime.device"} <= seen[True]
     assert {"finetune.lr", "quant.act_bits", "runtime.precision", "synthesis.lr"} <= seen[False]
@@ -192,5 +193,12 @@ def test_runs_share_a_row_exactly_if_the_digest_of_their_setting_is_the_same() -
         for on in (True, False)
     }
     assert len(keys | {key}) == 3
+    for given in (
+        {"synthesis.method": "own_images", "synthesis.source": ("one", "two")},
+        {"finetune.own_term": "loss.py:f", "finetune.own_weight": (0.5, 2.0)},
+    ):
+        (setting, values), fixed = given.popitem(), given
+        made = {read_setting(config_to_dict(with_overrides(base, fixed | {setting: value})))[1] for value in values}
+        assert len(made | {key}) == 3, setting
     normalized = with_overrides(base, {"teacher.mean": [0.5], "teacher.std": [0.5]})
     assert read_setting(config_to_dict(normalized))[1] != key
