@@ -9,7 +9,7 @@ from torch import Tensor
 
 from synq.common.error_text import one_line
 from synq.config.finetune import FinetuneConfig
-from synq.config.plugins import check_version, registered
+from synq.config.plugins import check_version, registered, split_version
 from synq.teacher.user_code import user_function
 
 CHECKED = 3
@@ -43,7 +43,7 @@ def own_term(config: FinetuneConfig) -> OwnTerm | None:
     """
     if config.own_term is None or not config.own_weight:
         return None
-    name = config.own_term.partition("@")[0]
+    name, _ = split_version(config.own_term)
     if ":" in name:
         return _loaded(config.own_term)
     found = registered(name)
@@ -95,5 +95,5 @@ def check_own_term(config: FinetuneConfig, num_classes: int) -> None:
 @functools.lru_cache(maxsize=16)
 def _loaded(text: str) -> OwnTerm:
     """Return the function of a file or module; the text has the version of the file, so that a changed one is read."""
-    target, _, function = text.partition("@")[0].rpartition(":")
+    target, _, function = split_version(text)[0].rpartition(":")
     return user_function(target, function, "finetune.own_term")

@@ -105,6 +105,15 @@ def test_a_function_of_a_file_by_command(
     assert "must name an existing Python file" in capsys.readouterr().err
 
 
+def test_the_path_of_a_file_may_have_an_at_sign(tmp_path: Path) -> None:
+    file = tmp_path / "me@home" / "my_losses.py"
+    file.parent.mkdir()
+    file.write_text(FILE)
+    run = quantize(tmp_path / "out", own_term=f"{file}:margin", own_weight=0.5)
+    name, version = plugins.split_version(str(run.record.config["finetune"]["own_term"]))
+    assert name == f"{file}:margin" and len(version) == plugins.DIGITS and run.record.loss_history[-1]["own"] > 0
+
+
 def test_an_entry_point_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "acme_losses.py").write_text(FILE)
     info = tmp_path / "acme_losses-2.5.dist-info"
