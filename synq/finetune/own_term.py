@@ -27,7 +27,7 @@ class LossInputs:
     labels: Tensor
     """(N,) int64: the classes that the images were made for, or the teacher's predictions."""
     student_map: Tensor | None = None
-    """(N, H, W), the class activation maps of the student; None where `finetune.cam_weight` is 0."""
+    """(N, H, W), the class activation maps of the student; None where `finetune.cam_weight` is 0 or there are none."""
     teacher_map: Tensor | None = None
     """(N, H, W), those of the teacher."""
 
@@ -52,12 +52,13 @@ def own_term(config: FinetuneConfig) -> OwnTerm | None:
     return found
 
 
-def check_own_term(config: FinetuneConfig, num_classes: int) -> None:
+def check_own_term(config: FinetuneConfig, num_classes: int, *, with_maps: bool = True) -> None:
     """Call the loss term of a user on random logits, before anything is computed.
 
     Args:
         config: The settings.
         num_classes: Number of classes K.
+        with_maps: Whether the teacher has class activation maps.
 
     Raises:
         ValueError: It is unknown or of another version, fails, or does not return one finite value with a gradient for
@@ -71,7 +72,7 @@ def check_own_term(config: FinetuneConfig, num_classes: int) -> None:
     assert term is not None
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, CHECKED, num_classes, generator=generator)
-    maps = torch.rand(2, CHECKED, 4, 4, generator=generator) if config.uses_cam else (None, None)
+    maps = torch.rand(2, CHECKED, 4, 4, generator=generator) if config.uses_cam and with_maps else (None, None)
     inputs = LossInputs(
         student_logits=student.requires_grad_(),
         teacher_logits=teacher,

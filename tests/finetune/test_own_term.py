@@ -160,3 +160,13 @@ def test_the_weight_is_searched_and_the_term_is_not(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"finetune\.own_term"):
         spec_from_dict({"base": base, "space": {"finetune.own_term": {"type": "choice", "values": ["a:b"]}}})
+
+
+def test_a_term_that_needs_maps_is_rejected_where_the_network_has_none() -> None:
+    synq.loss_term("maps", version="1")(
+        lambda inputs: distance(inputs) + (inputs.student_map - inputs.teacher_map).square().mean((1, 2))
+    )
+    config = with_overrides(synq.RunConfig(), {"finetune.own_term": "maps@1", "finetune.own_weight": 1.0}).finetune
+    check_own_term(config, 5)
+    with pytest.raises(ValueError, match=r"must return one value with a gradient for each image, but maps@1 raised"):
+        check_own_term(config, 5, with_maps=False)
