@@ -24,7 +24,8 @@ from synq.evaluation.labeled_arrays import read_npz
 from synq.evaluation.labeled_images import check_image, read_image
 from synq.evaluation.labeled_memory import images_of
 from synq.evaluation.labeled_sources import image_files
-from synq.synthesis.run_sets import set_store
+from synq.synthesis.dataset import SyntheticSet
+from synq.synthesis.run_sets import set_names, set_store
 from synq.synthesis.store import set_identity
 from synq.teacher.preprocessing import Preprocessing, default_rule
 from synq.teacher.teacher import Teacher
@@ -75,27 +76,18 @@ def ensure_own_images(config: RunConfig, teacher: Teacher, accelerator: Accelera
     settings = config.synthesis
     if settings.method != OWN_IMAGES:
         return
-    rule = teacher.preprocessing or default_rule(teacher.input_size)
-    source = open_own_images(str(settings.source), teacher.input_size, rule)
+    source, text = _source_and_rule(config, teacher)
     if source.count < settings.num_images:
         raise ValueError(
             f"`synthesis.num_images` must be at most {source.count}, the number of images of {settings.source}, but "
             f"got {settings.num_images}"
         )
-    if source.size is not None:
-        resizing_rule(str(settings.source), source.size, teacher.input_size)
-    store, pixels, content = set_store(config), teacher.pixel_range(), source.digest()
+    store, pixels, content = set_store(config), teacher.pixel_range(), _content(source, text)
     identity = set_identity(teacher.digest, teacher.input_size, settings, config.data_seed, "train", pixels)
-    key = store.key(
-        teacher.digest, settings, config.data_seed, input_size=teacher.input_size, purpose="train", pixel_range=pixels
-    )
+    key = set_names(config, teacher)[0]
     with store.lock(key, "set"):
         if (found := store.load(key)) is not None:
-            if found.manifest.get("content") != content:
-                raise ValueError(
-                    f"`synthesis.source` must have the images of the set {found.path}, but {settings.source} has "
-                    "changed since: choose another store or output_dir, or remove that set"
-                )
+            _check_content(found, content, str(settings.source))
             return
         started = time.perf_counter()
         order = torch.randperm(source.count, generator=make_generator("own_images", config.data_seed))
@@ -119,6 +111,47 @@ def ensure_own_images(config: RunConfig, teacher: Teacher, accelerator: Accelera
             "seconds": round(time.perf_counter() - started, 3),
         }
         store.assemble(key, files, lambda _: about)
+
+
+def check_own_images(config: RunConfig, teacher: Teacher) -> None:
+    """Check that the images of a run of method own_images are those of its stored set, if there is one.
+
+    The digest of a run has only the name of their folder or file, so that it may move.
+
+    Args:
+        config: The run; another method does nothing.
+        teacher: Its teacher.
+
+    Raises:
+        ValueError: As `ensure_own_images`.
+        OSError: A file cannot be read.
+    """
+    if config.synthesis.method != OWN_IMAGES:
+        return
+    found = set_store(config).load(set_names(config, teacher)[0])
+    if found is not None:
+        _check_content(found, _content(*_source_and_rule(config, teacher)), str(config.synthesis.source))
+
+
+def _source_and_rule(config: RunConfig, teacher: Teacher) -> tuple[OwnSource, str]:
+    """Return the images of a run, and as a text how they are brought to the size of its teacher."""
+    spec = str(config.synthesis.source)
+    rule = teacher.preprocessing or default_rule(teacher.input_size)
+    source = open_own_images(spec, teacher.input_size, rule)
+    return source, rule.describe() if source.size is None else resizing_rule(spec, source.size, teacher.input_size)
+
+
+def _content(source: OwnSource, rule: str) -> str:
+    """Return the digest of images and of how they are resized, 64 hexadecimal digits."""
+    return hashlib.sha256(f"{rule}\n{source.digest()}".encode()).hexdigest()
+
+
+def _check_content(found: SyntheticSet, content: str, spec: str) -> None:
+    if found.manifest.get("content") != content:
+        raise ValueError(
+            f"`synthesis.source` must have the images of the set {found.path}, but {spec} has changed since, is "
+            "another source of the same name, or is resized by another rule: rename it, or choose another output_dir"
+        )
 
 
 def open_own_images(spec: str, input_size: tuple[int, int, int], rule: Preprocessing) -> OwnSource:

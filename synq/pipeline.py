@@ -24,7 +24,7 @@ from synq.finetune.networks import aligned_blocks, prepare_networks
 from synq.finetune.own_term import check_own_term
 from synq.finetune.responses import TappedNetwork
 from synq.finetune.schedule import local_batch_size
-from synq.own_images import ensure_own_images
+from synq.own_images import check_own_images, ensure_own_images
 from synq.quant.student import Student, build_student, share_changed, weight_codes
 from synq.runs.forecast import forecast, forecast_line
 from synq.runs.lifecycle import (
@@ -89,6 +89,7 @@ def run(
         local_batch_size(config.finetune.batch_size, accelerator.num_processes)
         with timer("teacher"):
             teacher, measure, student = _open(config, accelerator, teacher)
+            check_own_images(config, teacher)
         finished = finished_record(folder / "record.json", teacher, measure.has_labels_of, accelerator)
         if finished is not None:
             return finished
@@ -222,7 +223,7 @@ def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) 
     if broadcast_object_list([teacher.digest])[0] != teacher.digest:
         raise ValueError("teacher.spec must give all processes the same network, but its weights differ between them")
     check_compilable(config, teacher.cam, accelerator.device)
-    check_own_term(config.finetune, teacher.num_classes)
+    check_own_term(config.finetune, teacher.num_classes, with_maps=teacher.cam.kind != "none")
     aligned_blocks(config, teacher)
     measure = Measure.prepare(
         config.evaluation, teacher, accelerator, quant=config.quant, progress=config.runtime.progress

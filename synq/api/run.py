@@ -85,7 +85,8 @@ class Run:
         what the engine does. An ordinary module in eval mode on the CPU: it can be moved, copied, saved by `torch.save`
         and trained further. Nothing else of this object reads it: `evaluate` and `export` use the run's files.
         """
-        return self._opened().student.net
+        with session(progress=False):
+            return self._opened().student.net
 
     @functools.cached_property
     def deployed(self) -> nn.Module:

@@ -4,7 +4,7 @@ import functools
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -48,8 +48,10 @@ def session(*, progress: bool) -> Iterator[None]:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 torch.set_autocast_enabled(device, False)
+        # Left where the caller is inside `with torch.device(...)`.
+        on_cpu = torch.device("cpu") if torch.get_default_device().type != "cpu" else nullcontext()
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with on_cpu, torch.inference_mode(False), torch.enable_grad():
                 yield
         finally:
             for state, values in zip(shared, before, strict=True):

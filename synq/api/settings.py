@@ -52,12 +52,16 @@ def _nested(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         *parts, last = str(key).split(".")
         table = found
-        for part in parts:
+        for number, part in enumerate(parts, 1):
             table = table.setdefault(part, {})
-        if isinstance(value, Mapping) and isinstance(table.get(last), dict):
-            table[last] |= value
+            if not isinstance(table, dict):
+                name = ".".join(parts[:number])
+                raise ValueError(f"config: `{name}` must be a table of keys next to `{key}`, but got {table!r}")
+        plain = _plain_value(value)
+        if isinstance(plain, dict) and isinstance(table.get(last), dict):
+            table[last] |= plain
         else:
-            table[last] = dict(value) if isinstance(value, Mapping) else _plain_value(value)
+            table[last] = plain
     return found
 
 

@@ -87,10 +87,21 @@ def versioned(text: str) -> str:
         ValueError: The name is not registered.
         FileNotFoundError: The file does not exist.
     """
-    if "@" in text:
+    if split_version(text)[1]:
         return text
     version = _version(text)
     return f"{text}@{version}" if version else text
+
+
+def split_version(text: str) -> tuple[str, str]:
+    """Return the name and the version of NAME@VERSION; "" without a version. The path of a file may have an @, too.
+
+    Args:
+        text: NAME, FILE.py:FUNCTION or MODULE:FUNCTION, with or without @VERSION.
+    """
+    target, colon, last = text.rpartition(":")
+    name, _, version = last.partition("@")
+    return f"{target}{colon}{name}", version
 
 
 def check_version(text: str) -> None:
@@ -103,7 +114,7 @@ def check_version(text: str) -> None:
         ValueError: It is not registered, or has another version.
         FileNotFoundError: The file does not exist.
     """
-    name, _, wanted = text.partition("@")
+    name, wanted = split_version(text)
     version = _version(name)
     if version != wanted:
         raise ValueError(

@@ -34,7 +34,8 @@ class ImageObjects:
 
     Attributes:
         labels: (N,) int64, or None where the images are not labeled.
-        digest: SHA-256 of pixels, sizes and labels, 64 hexadecimal digits.
+        digest: SHA-256 of pixels, sizes, labels if they are needed, and which images are Pillow's, which are resized
+            in another way; 64 hexadecimal digits.
         sizes: The different sizes (height, width) of the images.
         has_pictures: Whether some are Pillow images, which are resized as image files are.
     """
@@ -61,7 +62,8 @@ class ImageObjects:
             pixels = self._pixels(picture)
             self.has_pictures |= _is_picture(picture)
             sizes.add((int(pixels.shape[1]), int(pixels.shape[2])))
-            digest.update(f"{tuple(pixels.shape)} {label}\n".encode())
+            kind = " Pillow" if _is_picture(picture) else ""
+            digest.update(f"{tuple(pixels.shape)} {label if labeled else None}{kind}\n".encode())
             digest.update(pixels.contiguous().numpy().tobytes())
             found.append(label)
         if count == 0:
@@ -172,11 +174,12 @@ def _opened(data: Any, name: str, *, labeled: bool) -> tuple[Callable[[int], Any
         if labeled:
             raise ValueError(f"`{name}` must have labels, as (images, labels), but got {type(data).__name__} alone")
         return data.__getitem__, len(data), [None] * len(data)
-    if not _is_loader(data) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    if not _is_stream(data) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return data.__getitem__, len(data), None
     if not hasattr(data, "__iter__"):
         raise ValueError(f"`{name}` must be images, a data set or an iterable of them, but got {type(data).__name__}")
-    kept = list(_kept(data, name, batches=_is_loader(data)))
+    batches = isinstance(data, torch.utils.data.DataLoader) and data.batch_sampler is not None
+    kept = list(_kept(data, name, batches=batches))
     return kept.__getitem__, len(kept), None
 
 
@@ -223,5 +226,6 @@ def _has_pairs(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], tuple | Mapping)
 
 
-def _is_loader(data: Any) -> bool:
-    return isinstance(data, torch.utils.data.DataLoader)
+def _is_stream(data: Any) -> bool:
+    """Return whether an object can only be iterated, although it may have a length and inherit an index."""
+    return isinstance(data, torch.utils.data.DataLoader | torch.utils.data.IterableDataset)

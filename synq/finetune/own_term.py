@@ -9,7 +9,7 @@ from torch import Tensor
 
 from synq.common.error_text import one_line
 from synq.config.finetune import FinetuneConfig
-from synq.config.plugins import check_version, registered
+from synq.config.plugins import check_version, registered, split_version
 from synq.teacher.user_code import user_function
 
 CHECKED = 3
@@ -27,7 +27,7 @@ class LossInputs:
     labels: Tensor
     """(N,) int64: the classes that the images were made for, or the teacher's predictions."""
     student_map: Tensor | None = None
-    """(N, H, W), the class activation maps of the student; None where `finetune.cam_weight` is 0."""
+    """(N, H, W), the class activation maps of the student; None where `finetune.cam_weight` is 0 or there are none."""
     teacher_map: Tensor | None = None
     """(N, H, W), those of the teacher."""
 
@@ -43,7 +43,7 @@ def own_term(config: FinetuneConfig) -> OwnTerm | None:
     """
     if config.own_term is None or not config.own_weight:
         return None
-    name = config.own_term.partition("@")[0]
+    name, _ = split_version(config.own_term)
     if ":" in name:
         return _loaded(config.own_term)
     found = registered(name)
@@ -52,12 +52,13 @@ def own_term(config: FinetuneConfig) -> OwnTerm | None:
     return found
 
 
-def check_own_term(config: FinetuneConfig, num_classes: int) -> None:
+def check_own_term(config: FinetuneConfig, num_classes: int, *, with_maps: bool = True) -> None:
     """Call the loss term of a user on random logits, before anything is computed.
 
     Args:
         config: The settings.
         num_classes: Number of classes K.
+        with_maps: Whether the teacher has class activation maps.
 
     Raises:
         ValueError: It is unknown or of another version, fails, or does not return one finite value with a gradient for
@@ -71,7 +72,7 @@ def check_own_term(config: FinetuneConfig, num_classes: int) -> None:
     assert term is not None
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, CHECKED, num_classes, generator=generator)
-    maps = torch.rand(2, CHECKED, 4, 4, generator=generator) if config.uses_cam else (None, None)
+    maps = torch.rand(2, CHECKED, 4, 4, generator=generator) if config.uses_cam and with_maps else (None, None)
     inputs = LossInputs(
         student_logits=student.requires_grad_(),
         teacher_logits=teacher,
@@ -95,5 +96,5 @@ def check_own_term(config: FinetuneConfig, num_classes: int) -> None:
 @functools.lru_cache(maxsize=16)
 def _loaded(text: str) -> OwnTerm:
     """Return the function of a file or module; the text has the version of the file, so that a changed one is read."""
-    target, _, function = text.partition("@")[0].rpartition(":")
+    target, _, function = split_version(text)[0].rpartition(":")
     return user_function(target, function, "finetune.own_term")

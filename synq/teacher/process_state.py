@@ -89,12 +89,54 @@ def _autocast(device: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     return lambda: torch.is_autocast_enabled(device), lambda value: torch.set_autocast_enabled(device, value)
 
 
+_PRECISIONS = ("", "cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn", "mkldnn", "mkldnn.matmul", "mkldnn.conv")
+"""Parts of torch.backends with `fp32_precision`, the most general first; PyTorch has them since 2.9."""
+
+
+def _precisions() -> tuple[str | None, bool | None, dict[str, str]]:
+    """Return the precision of float32 by both interfaces of PyTorch: the former ones, and `fp32_precision` by part.
+
+    The former ones raise where `fp32_precision` has been set to what they cannot express; they are None then.
+    """
+    former = _read(torch.get_float32_matmul_precision), _read(lambda: torch.backends.cudnn.allow_tf32)
+    return *former, {name: part.fp32_precision for name, part in _precision_parts().items()}
+
+
+def _read(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except RuntimeError:  # "mix of the legacy and new APIs"
+        return None
+
+
+def _set_precisions(values: tuple[str | None, bool | None, dict[str, str]]) -> None:
+    matmul, allow_tf32, by_part = values
+    if matmul is not None:
+        torch.set_float32_matmul_precision(matmul)
+    if allow_tf32 is not None:
+        torch.backends.cudnn.allow_tf32 = allow_tf32
+    for name, part in _precision_parts().items():
+        if part.fp32_precision != by_part[name]:
+            part.fp32_precision = by_part[name]
+
+
+def _precision_parts() -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for name in _PRECISIONS:
+        part: Any = torch.backends
+        for step in filter(None, name.split(".")):
+            part = getattr(part, step, None)
+        if hasattr(part, "fp32_precision"):
+            parts[name] = part
+    return parts
+
+
 _FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, _set_default_device),
     (torch.get_num_threads, torch.set_num_threads),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (_precisions, _set_precisions),
     (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     (
         lambda: (
@@ -103,7 +145,7 @@ _FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
         ),
         _set_deterministic,
     ),
-    *(_attribute(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
+    *(_attribute(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
     *(_autocast(device) for device in ("cpu", "cuda")),
     (_folder, _set_folder),
 )

@@ -11,6 +11,7 @@ from torch import nn
 
 import synq
 from support.api_tools import INPUT, RESEARCH, SIZE, GrayNet
+from synq.teacher.process_state import _precisions, _set_precisions, process_settings_kept
 
 
 def test_a_network_is_given_back_as_it_was(tmp_path: Path) -> None:
@@ -55,6 +56,32 @@ def test_the_process_keeps_its_settings(tmp_path: Path) -> None:
     assert accelerator.mixed_precision == "bf16" and accelerator.state._shared_state == state
     assert torch.equal(torch.get_rng_state(), generator)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_every_default_of_the_process_is_accepted() -> None:
+    net = GrayNet()
+    with torch.device("meta"):  # as inside `with torch.device("cuda")`
+        assert synq.load_teacher(net, **INPUT).digest == synq.load_teacher(net, **INPUT).digest
+        assert torch.get_default_device().type == "meta"
+    assert torch.get_default_device().type == "cpu"
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch 2.9 and later")
+@pytest.mark.parametrize("part", [torch.backends.cuda.matmul, torch.backends.cudnn.conv])
+def test_the_precision_of_float32_may_be_set_by_part(part: Any) -> None:
+    before = _precisions()
+    try:
+        part.fp32_precision = "ieee" if part.fp32_precision == "tf32" else "tf32"
+        mixed = _precisions()
+        with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+            assert torch.get_float32_matmul_precision() and torch.backends.cudnn.allow_tf32
+        with process_settings_kept():
+            torch.set_float32_matmul_precision("medium")
+            torch.backends.cudnn.allow_tf32 = False
+        assert _precisions()[2] == mixed[2] != before[2]
+    finally:
+        _set_precisions(before)
+    assert _precisions() == before
 
 
 def test_the_digest_is_of_code_and_weights() -> None:

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -160,3 +161,17 @@ def test_settings_by_mapping_file_and_object(net: GrayNet, tmp_path: Path) -> No
         settings_of({"finetune.lrr": 1}, {})
     with pytest.raises(ValueError, match="`config` must be a RunConfig"):
         settings_of(3, {})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`synthesis` must be a table of keys next to `synthesis\.iterations`, but"):
+        settings_of({"synthesis": 5, "synthesis.iterations": 3}, {})
+    bits = {"conv1": 4}
+    given = {"quant": {"layer_weight_bits": bits, "weight_bits": np.int64(5)}, "quant.layer_weight_bits.fc": 3}
+    quant = settings_of({**given, "runtime": {"output_dir": Path("x")}}, {}).quant
+    assert quant.layer_weight_bits == {"conv1": 4, "fc": 3} and quant.weight_bits == 5 and bits == {"conv1": 4}
+
+
+def test_the_student_is_an_ordinary_module_whatever_mode_it_is_first_read_in(run: synq.Run, net: GrayNet) -> None:
+    opened = synq.open_run(run.path, model=net)
+    with torch.inference_mode():
+        student = opened.student
+    assert not any(tensor.is_inference() for tensor in (*student.parameters(), *student.buffers()))
+    assert torch.equal(student(torch.ones(1, *SIZE)), run.student(torch.ones(1, *SIZE)))

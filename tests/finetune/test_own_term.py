@@ -105,6 +105,15 @@ def test_a_function_of_a_file_by_command(
     assert "must name an existing Python file" in capsys.readouterr().err
 
 
+def test_the_path_of_a_file_may_have_an_at_sign(tmp_path: Path) -> None:
+    file = tmp_path / "me@home" / "my_losses.py"
+    file.parent.mkdir()
+    file.write_text(FILE)
+    run = quantize(tmp_path / "out", own_term=f"{file}:margin", own_weight=0.5)
+    name, version = plugins.split_version(str(run.record.config["finetune"]["own_term"]))
+    assert name == f"{file}:margin" and len(version) == plugins.DIGITS and run.record.loss_history[-1]["own"] > 0
+
+
 def test_an_entry_point_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "acme_losses.py").write_text(FILE)
     info = tmp_path / "acme_losses-2.5.dist-info"
@@ -151,3 +160,13 @@ def test_the_weight_is_searched_and_the_term_is_not(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"finetune\.own_term"):
         spec_from_dict({"base": base, "space": {"finetune.own_term": {"type": "choice", "values": ["a:b"]}}})
+
+
+def test_a_term_that_needs_maps_is_rejected_where_the_network_has_none() -> None:
+    synq.loss_term("maps", version="1")(
+        lambda inputs: distance(inputs) + (inputs.student_map - inputs.teacher_map).square().mean((1, 2))
+    )
+    config = with_overrides(synq.RunConfig(), {"finetune.own_term": "maps@1", "finetune.own_weight": 1.0}).finetune
+    check_own_term(config, 5)
+    with pytest.raises(ValueError, match=r"must return one value with a gradient for each image, but maps@1 raised"):
+        check_own_term(config, 5, with_maps=False)

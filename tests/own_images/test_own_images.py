@@ -14,6 +14,7 @@ from torch import Tensor
 import synq
 from support.api_tools import INPUT, RESEARCH, SIZE, GrayNet, labeled
 from synq.config.run import config_digest, with_overrides
+from synq.evaluation.image_objects import ImageObjects
 from synq.runs.record import RunRecord
 
 COUNT = 20
@@ -103,6 +104,53 @@ def test_images_that_have_changed_are_another_set(pictures: Path, tmp_path: Path
     changed.save(pictures / "deep" / "000.png")
     with pytest.raises(ValueError, match=r"`synthesis\.source` must have the images of the set .* has changed since"):
         quantize(pictures, tmp_path / "out", epochs=1)
+
+
+def test_a_finished_run_is_not_taken_for_one_of_other_images(pictures: Path, tmp_path: Path) -> None:
+    done = quantize(pictures, tmp_path / "out", epochs=0)
+    assert quantize(pictures, tmp_path / "out", epochs=0).record == done.record
+    Image.new("L", (24, 24), 7).save(pictures / "deep" / "000.png")
+    with pytest.raises(ValueError, match="has changed since"):
+        quantize(pictures, tmp_path / "out", epochs=0)
+    other = tmp_path / "elsewhere" / pictures.name
+    other.mkdir(parents=True)
+    for number in range(COUNT):
+        Image.new("L", (24, 24), number).save(other / f"{number}.png")
+    with pytest.raises(ValueError, match="another source of the same name"):
+        quantize(other, tmp_path / "out", epochs=0)
+
+
+def test_images_that_are_resized_by_another_rule_are_other_images(pictures: Path, tmp_path: Path) -> None:
+    known = {"mean": (0.5,), "std": (0.25,), "input_size": SIZE, "interpolation": "bilinear"}
+    quantize(pictures, tmp_path / "out", epochs=0, preprocessing={**known, "crop_pct": 1.0})
+    with pytest.raises(ValueError, match="is resized by another rule"):
+        quantize(pictures, tmp_path / "out", epochs=0, preprocessing={**known, "crop_pct": 0.5})
+
+
+def test_the_digest_is_of_what_a_student_sees(pixels: np.ndarray) -> None:
+    floats = torch.from_numpy(pixels).float()[:, None] / 255
+
+    def digest(data: Any, labeled: bool = False) -> str:
+        return ImageObjects(data, "images", labeled=labeled).digest
+
+    assert digest(floats) == digest(_Items(floats)) == digest((floats, torch.zeros(COUNT))), "labels do not matter"
+    assert digest((floats, torch.zeros(COUNT).long()), True) != digest((floats, torch.ones(COUNT).long()), True)
+    assert digest(floats) != digest(list(map(Image.fromarray, pixels))), "these are resized as image files"
+
+
+class _Stream(torch.utils.data.IterableDataset[tuple[Tensor, int]]):
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        yield from ((torch.full(SIZE, 0.2 * number), number) for number in range(3))
+
+
+def test_data_that_can_only_be_iterated() -> None:
+    loader = torch.utils.data.DataLoader(_Stream(), batch_size=None)
+    found = [ImageObjects(data, "dataset", labeled=True) for data in (_Stream(), loader)]
+    assert [each.labels.tolist() for each in found if each.labels is not None] == [[0, 1, 2]] * 2
+    assert found[0].digest == found[1].digest and found[0].sizes == {SIZE[1:]}
 
 
 def test_fewer_images_are_a_fixed_choice(pixels: np.ndarray, tmp_path: Path) -> None:
