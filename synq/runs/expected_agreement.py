@@ -128,7 +128,8 @@ def expected_agreement(
     agreement, confidence = final.get("agreement"), final.get("confidence")
     heldout = replace(heldout, confidence=confidence)
     reason = heldout.reason()
-    if agreement is None or not math.isfinite(final.get("kl") or 0.0):
+    measured = (agreement, plain, final.get("kl"))
+    if any(number is None or not math.isfinite(number) for number in measured):
         reason = "the student has no finite logits"
     value = low = high = None
     if not reason and agreement is not None and confidence is not None and plain is not None:

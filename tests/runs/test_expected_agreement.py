@@ -136,3 +136,12 @@ def test_measuring_it_changes_neither_student_nor_objective_nor_digest(
         found.append((student, record.config_digest, record.objective_value, record.fidelity, record.top1))
         assert bool(record.expected_agreement["views"]) == (name == "with")
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("agreement, plain", [(98.0, None), (math.nan, 98.0), (98.0, math.nan)])
+def test_what_was_not_measured_has_a_reason(agreement: float, plain: float | None) -> None:
+    final = {"agreement": agreement, "kl": 0.1, "confidence": 75.0}
+    field = expected_agreement({"agreement": 97.0, "kl": 0.1, "confidence": 75.0}, final, USUAL, 2, plain)
+    assert field["value"] is None and agreement_line(field).endswith(
+        "cannot be estimated: the student has no finite logits"
+    )
