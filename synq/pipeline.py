@@ -181,7 +181,7 @@ def _is_of(found: tuple[Path, RunRecord] | None, train_set: SyntheticSet, accele
         return False
     if accelerator.is_main_process:
         print_notice(
-            f"the student of {found[0]}, which differs in its evaluation only, is measured and not trained again"
+            f"the student of {found[0]}, which differs in name or evaluation only, is measured and not trained again"
         )
     return True
 

@@ -59,18 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: RunConfig, accelerator: "Accelerator") -> tuple[list[str], list[str]]:
-    from synq.common.notices import was_printed
+    from synq.common.notices import print_notice, was_printed
+    from synq.export.targets.formats import missing_note
     from synq.pipeline import run
-    from synq.runs.expected_agreement import agreement_line
+    from synq.runs.expected_agreement import closing_notes
     from synq.runs.record import run_folder, summary_line
 
     file = run_folder(make_absolute(config)) / "record.json"
     before = file.stat().st_mtime_ns if file.exists() else None
+    if missing := missing_note(config.quant.target):
+        print_notice(missing)
     record = run(config, accelerator=accelerator)
     done = "finished before, nothing to do: " if before == file.stat().st_mtime_ns else ""
-    notes = [f"warning: {text}" for text in record.warnings]
-    expected = [agreement_line(record.expected_agreement)] if record.status == "completed" else []
-    notes = [*(note for note in notes if not was_printed(note)), *expected, f"{done}{file.parent}"]
+    notes = [*(note for note in closing_notes(record) if not was_printed(note)), f"{done}{file.parent}"]
     return [summary_line(record)], notes
 
 

@@ -11,12 +11,15 @@ from synq.api.models import Model, open_model, teacher_arguments, working_copy
 from synq.api.run import Run
 from synq.api.session import named_as_arguments, session
 from synq.api.settings import Config, settings_of
+from synq.common.notices import print_notice
 from synq.common.progress import Progress
 from synq.common.text_tables import to_text
 from synq.config.run import RunConfig, make_absolute, with_overrides
 from synq.config.synthesis import OWN_IMAGES
 from synq.evaluation.labeled_memory import in_memory, is_in_memory, labeled_in_memory, unlabeled_in_memory
+from synq.export.targets.formats import missing_note
 from synq.own_images import num_own_images
+from synq.runs.expected_agreement import closing_notes
 from synq.runs.record import run_folder
 from synq.synthesis.dataset import SyntheticSet
 from synq.teacher.teacher import Teacher
@@ -117,7 +120,11 @@ def quantize(
             settings = with_overrides(settings, {} if spec is None else {"evaluation.dataset": spec})
             settings = settings if source is None else _with_own(settings, source, num_images)
             settings, teacher = _open(model, settings, preprocessing, config)
-            pipeline.run(settings, teacher=working_copy(teacher), on_progress=on_progress)
+            if missing := missing_note(settings.quant.target):
+                print_notice(missing)
+            record = pipeline.run(settings, teacher=working_copy(teacher), on_progress=on_progress)
+            for note in closing_notes(record):
+                print_notice(note)
             return Run(run_folder(settings), settings, teacher, labeled if is_in_memory(spec) else None)
 
 

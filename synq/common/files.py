@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,16 @@ def check_writable(folder: Path) -> None:
     Raises:
         OSError: It cannot; the message names the parent folder and the reason.
     """
-    probe = folder / ".writable"
+    probe, existed = folder / ".writable", folder.exists()
     try:
         write_bytes_atomic(probe, b"")
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(f"runtime.output_dir must be writable, but got {folder.parent}: {reason}") from error
     probe.unlink(missing_ok=True)
+    if not existed:
+        with suppress(OSError):  # another process has begun to write there
+            folder.rmdir()
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

@@ -75,7 +75,9 @@ def card_markdown(values: Mapping[str, Any]) -> str:
         "expected": _expected(values["expected_agreement"]),
         "size": _size(metrics),
         "speed": speed_text(metrics),
-        "stays float": _stays_float(values["float_tensors"], metrics["float_norms"]),
+        "stays float": _stays_float(
+            values["float_tensors"], metrics["float_norms"], has_biases="engine" not in metrics
+        ),
         "verified": _verified(metrics),
         "elsewhere": _elsewhere(metrics),
         "made by": f"SynQ {values['synq']}, commit {values['commit'][:12]}, {values['device']}, {values['started']}",
@@ -228,7 +230,8 @@ def _verified(metrics: Mapping[str, Any]) -> str:
     tolerance, machine = metrics["tolerance"], metrics["machine"]
     margin = f" (where its two largest logits differ by more than {tolerance['margin']})" if tolerance["margin"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    where = f"; on {markdown_cell(machine['cpu'])}, {machine['threads'] or 'all'} threads, {versions}"
+    threads = f"{machine['threads'] or 'all'} thread{'s' * (machine['threads'] != 1)}"
+    where = f"; on {markdown_cell(machine['cpu'])}, {threads}, {versions}"
     if "engine" in metrics:
         engine, agreed = metrics["engine"], min(found["agreement_all"] for found in metrics["files"][0]["comparisons"])
         images = sum(found["images"] for found in metrics["files"][0]["comparisons"])
@@ -243,14 +246,20 @@ def _verified(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _stays_float(rows: Sequence[Mapping[str, Any]], norms: int) -> str:
+def _counted(name: str, number: int) -> str:
+    return name.removesuffix("s") if number == 1 else name
+
+
+def _stays_float(rows: Sequence[Mapping[str, Any]], norms: int, *, has_biases: bool) -> str:
+    """Return which values of a file are floats; the biases of a file for an engine are int32."""
     kinds: dict[str, int] = {}
     for row in rows:
         if row["kind"] not in ("BatchNorm2d", "BatchNorm1d", "batch_norm"):
             kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
-    listed = ", ".join(f"{number} {PLAIN_NAMES.get(kind, kind)}" for kind, number in kinds.items())
+    listed = ", ".join(f"{number} {_counted(PLAIN_NAMES.get(kind, kind), number)}" for kind, number in kinds.items())
     kept = f"; {norms} batch norms, as a gain and a shift per channel" if norms else ""
-    return f"outputs of {listed}; biases{kept}" if listed else f"biases{kept}"
+    parts = [f"outputs of {listed}"] * bool(listed) + ["biases"] * has_biases
+    return "; ".join(parts) + kept if parts or kept else "nothing"
 
 
 def _examples(metrics: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:

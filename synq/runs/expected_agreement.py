@@ -8,7 +8,10 @@ mapped to their agreement on real images by a line through the logits of both, f
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from synq.runs.record import RunRecord
 
 MIN_CONFIDENCE, MAX_CONFIDENCE = 44.0, 85.0
 """Smallest and largest confidence of the calibration's teachers, in percent."""
@@ -183,3 +186,9 @@ def worse_warnings(field: Mapping[str, Any]) -> list[str]:
 def doubts(field: Mapping[str, Any]) -> list[str]:
     """Return the warnings about a student: that it is poor, or worse than the rounded one."""
     return [*poor_warnings(field), *worse_warnings(field)]
+
+
+def closing_notes(record: "RunRecord") -> list[str]:
+    """Return what is printed after a run: its warnings, and the expected agreement of a completed one."""
+    expected = [agreement_line(record.expected_agreement)] if record.status == "completed" else []
+    return [*(f"warning: {text}" for text in record.warnings), *expected]

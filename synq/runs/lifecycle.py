@@ -113,7 +113,7 @@ def blank_record(
         *quant.layer_weight_bits.values(),
         *quant.layer_act_bits.values(),
     )
-    doubts = rounding_warnings(min(all_bits), rounded.fidelity)
+    doubts = rounding_warnings(min(all_bits), rounded.fidelity, quant.act_range)
     if accelerator.is_main_process:
         for text in doubts:
             print_notice(f"warning: {text}")

@@ -70,7 +70,7 @@ def tuning_changes(
     return changes
 
 
-def rounding_warnings(bits: int, rtn_fidelity: Mapping[str, float | None]) -> list[str]:
+def rounding_warnings(bits: int, rtn_fidelity: Mapping[str, float | None], act_range: str = "minmax") -> list[str]:
     """Return a warning if a student disagrees with its teacher though it was rounded to 8 bits only.
 
     Measured at W8A8: 98.4 % and more where teacher and student see the same pixels, 84 to 91 % in the runs of before,
@@ -79,14 +79,16 @@ def rounding_warnings(bits: int, rtn_fidelity: Mapping[str, float | None]) -> li
     Args:
         bits: The smallest width of a weight or activation.
         rtn_fidelity: Fidelity to the teacher on held-out synthetic images before fine-tuning, by measure.
+        act_range: Range of the activations, `quant.act_range`.
     """
+    advice = "`quant.equalization`" if act_range == "mse" else "`quant.act_range` mse or `quant.equalization`"
     agreement = rtn_fidelity.get("agreement")
     if bits < 8 or agreement is None or agreement >= MIN_AGREEMENT_AT_8_BITS:
         return []
     return [
         f"rounded to 8 bits, the student agrees with its teacher on only {agreement:.1f} % of the held-out synthetic "
         "images, which so many bits cannot explain: look for a tensor of extreme range in `synq report` (layers), try "
-        "`quant.act_range` mse or `quant.equalization`, or check that `teacher.mean` and `teacher.std` are those of "
+        f"{advice}, or check that `teacher.mean` and `teacher.std` are those of "
         "its training"
     ]
 

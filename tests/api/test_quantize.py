@@ -175,3 +175,17 @@ def test_the_student_is_an_ordinary_module_whatever_mode_it_is_first_read_in(run
         student = opened.student
     assert not any(tensor.is_inference() for tensor in (*student.parameters(), *student.buffers()))
     assert torch.equal(student(torch.ones(1, *SIZE)), run.student(torch.ones(1, *SIZE)))
+
+
+def test_what_a_run_warns_of_is_printed(net: GrayNet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = synq.quantize(net, **INPUT, config=RESEARCH, output_dir=tmp_path, seed=3)
+    printed = capsys.readouterr().err
+    assert made.record.warnings, "an untrained network, with few images"
+    assert all(" ".join(text.split()) in printed for text in made.record.warnings)
+    assert "expected agreement" in printed or "agreement with the teacher on real images" in printed
+
+
+def test_rejected_input_leaves_no_folder(net: GrayNet, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"1 channel\(s\)"):
+        synq.quantize(net, **INPUT, images=np.zeros((8, 9, 9, 3), np.uint8), config=RESEARCH, output_dir=tmp_path)
+    assert not list(tmp_path.glob("*run*"))

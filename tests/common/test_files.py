@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from synq.common import files
-from synq.common.files import check_paths, read_json, write_bytes_atomic, write_json_atomic, write_text_atomic
+from synq.common.files import (
+    check_paths,
+    check_writable,
+    read_json,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 
 def test_a_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -60,3 +67,11 @@ def test_paths_that_are_not_there_are_refused(tmp_path: Path) -> None:
     check_paths([tmp_path])
     with pytest.raises(FileNotFoundError, match=r"`RUN` must exist, but got .*nothing"):
         check_paths([tmp_path, tmp_path / "nothing"], "RUN")
+
+
+def test_a_folder_that_is_only_checked_is_not_made(tmp_path: Path) -> None:
+    check_writable(tmp_path / "runs" / "run-1")
+    assert not (tmp_path / "runs" / "run-1").exists()
+    (tmp_path / "kept").mkdir()
+    check_writable(tmp_path / "kept")
+    assert list((tmp_path / "kept").iterdir()) == []

@@ -22,7 +22,7 @@ from synq.export.card_text import SLOWER, card_markdown
 from synq.export.export import ExportOptions
 from synq.export.files import Checker, ExportRejectedError
 from synq.export.targets.export import export_target
-from synq.export.targets.formats import FORMATS, format_of
+from synq.export.targets.formats import FORMATS, format_of, missing_note
 from synq.export.verify import Tolerance
 from synq.pipeline import run
 from synq.runs.finished import open_run
@@ -223,3 +223,9 @@ def test_card_markdown_of_a_mobile_file_has_an_example(exported: Path) -> None:
     for kind, name, word in (("tflite", "model.tflite", "ai_edge_litert"), ("pte", "model.pte", "executorch.runtime")):
         file |= {"format": kind, "name": name}
         assert word in card_markdown(values) and name in card_markdown(values)
+
+
+def test_a_missing_package_is_named_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("synq.export.targets.formats.find_spec", lambda name: None if name == "executorch" else name)
+    assert missing_note("executorch").endswith("executorch is needed: pip install 'synq[executorch]'")
+    assert missing_note("onnxruntime") == missing_note("research") == ""

@@ -78,6 +78,15 @@ def format_of(target: str) -> TargetFormat:
     return found
 
 
+def missing_note(target: str) -> str:
+    """Return what must be installed before a student for a target can be exported; "" if nothing is missing."""
+    found = FORMATS.get(target)
+    missing = [] if found is None else found.missing()
+    if found is None or not missing:
+        return ""
+    return f"to export the student later, {missing[0]} is needed: pip install 'synq[{found.extra}]'"
+
+
 def image_size(program: Program) -> tuple[int, int, int]:
     """Return (C, H, W) of the images of a program."""
     channels, height, width = program.shapes[program.image]
