@@ -214,7 +214,8 @@ def test_ctrl_c_publishes_no_partial_file(address: str, tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         store.put(tmp_path / "slow", "x")
     writer.join()
-    assert store.read("x") == b"x" * 3 * 2**20 and store.names("") == ["x"]
+    # Whole, or absent where the signal came before the first block was handed over (on a busy machine).
+    assert (store.read("x"), store.names("")) in ((b"x" * 3 * 2**20, ["x"]), (None, []))
 
 
 PUT = """
