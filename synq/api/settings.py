@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from synq.config.parsing import config_from_dict, load_config, merged_keys, with_overrides
+from synq.config.key_tables import merged_keys, nested_keys
+from synq.config.parsing import config_from_dict, load_config, with_overrides
 from synq.config.quant import RESEARCH
 from synq.config.run import RunConfig, load_run
 
@@ -65,38 +66,11 @@ def _written(config: Config) -> dict[str, Any]:
     if isinstance(config, str | Path):
         return load_config(config)
     if config is None or isinstance(config, Mapping):
-        return nested_keys(config or {})
+        return nested_keys(_plain(config or {}), "config")
     raise ValueError(
         "`config` must be a RunConfig, a mapping with its keys or the path of a .toml or .json file, but got "
         f"{type(config).__name__}"
     )
-
-
-def nested_keys(config: Mapping[str, Any], name: str = "config") -> dict[str, Any]:
-    """Return a mapping of nested or dotted keys as plain values with nested keys only.
-
-    Args:
-        config: The mapping.
-        name: Its name, for messages.
-
-    Raises:
-        ValueError: A key has a value, and another key has it as a table.
-    """
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        *parts, last = str(key).split(".")
-        table = found
-        for number, part in enumerate(parts, 1):
-            table = table.setdefault(part, {})
-            if not isinstance(table, dict):
-                path = ".".join(parts[:number])
-                raise ValueError(f"{name}: `{path}` must be a table of keys next to `{key}`, but got {table!r}")
-        plain = _plain_value(value)
-        if isinstance(plain, dict) and isinstance(table.get(last), dict):
-            table[last] |= plain
-        else:
-            table[last] = plain
-    return found
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -284,24 +284,6 @@ def _read_bool(text: str) -> bool:
     return text.lower() == "true"
 
 
-def merged_keys(tables: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested tables with values by dotted key that go before theirs; what is no table stays, to be rejected.
-
-    Args:
-        tables: Nested keys.
-        overrides: Values by dotted key.
-    """
-    merged = dict(tables)
-    for key, value in overrides.items():
-        part, _, rest = key.partition(".")
-        below = merged.get(part, {})
-        if not rest:
-            merged[part] = value
-        elif isinstance(below, Mapping):
-            merged[part] = merged_keys(below, {rest: value})
-    return merged
-
-
 def load_config(path: str | Path, name: str = "config") -> dict[str, Any]:
     """Read a TOML or JSON file as a dict.
 

@@ -14,13 +14,13 @@ from typing import Any, Literal
 from synq.config.file_kinds import read_as
 from synq.config.finetune import FinetuneConfig
 from synq.config.identity import DIGEST_FORMAT, config_digest, make_absolute
+from synq.config.key_tables import merged_keys
 from synq.config.parsing import between as _between
 from synq.config.parsing import (
     check_format,
     config_from_dict,
     config_to_dict,
     load_config,
-    merged_keys,
     parse_bits,
     with_overrides,
 )
