@@ -17,8 +17,10 @@ from typing import Any
 
 from synq.config.file_kinds import read_as
 from synq.config.identity import absolute_path
+from synq.config.key_tables import nested_keys
 from synq.config.nearest import unknown_key
 from synq.config.parsing import dotted_keys, one_of, require, shown
+from synq.config.plugins import check_elsewhere
 from synq.config.quant import TARGETS
 from synq.config.run import (
     MAX_NAME,
@@ -204,7 +206,7 @@ def resolve_spec(written: SpecFile, *, root: str | Path = "") -> SweepSpec:
 
 
 def check_spec(spec: SweepSpec) -> None:
-    """Check a resolved spec: distinct groups, every edge of the space valid in every group, all points in the space.
+    """Check a resolved spec: distinct groups, loss terms that trials can load, every edge of the space valid in every group, all points in the space.
 
     Raises:
         ValueError: A check fails.
@@ -220,6 +222,7 @@ def check_spec(spec: SweepSpec) -> None:
         require(
             "models.name", f"have at most {MAX_NAME // 2} characters", group.model, len(group.model) <= MAX_NAME // 2
         )
+        check_elsewhere(group.base.finetune.own_term)
     for group, dimension in itertools.product(spec.groups, spec.dimensions):
         for value in dimension.edges():
             try:
@@ -257,7 +260,7 @@ def _entries(value: Any, name: str) -> list[Any]:
 
 def _read_base(value: Any, name: str) -> dict[str, Any]:
     """Return the settings of a run as tables; raise ValueError for those that a spec has at its top level."""
-    base = read_table(value, name)
+    base = nested_keys(read_table(value, name), name)
     for path, instead in TOP_LEVEL_KEYS:
         table: Any = base
         for part in path[:-1]:

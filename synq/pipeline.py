@@ -223,7 +223,9 @@ def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) 
     if broadcast_object_list([teacher.digest])[0] != teacher.digest:
         raise ValueError("teacher.spec must give all processes the same network, but its weights differ between them")
     check_compilable(config, teacher.cam, accelerator.device)
-    check_own_term(config.finetune, teacher.num_classes, with_maps=teacher.cam.kind != "none")
+    check_own_term(
+        config.finetune, teacher.num_classes, device=accelerator.device, with_maps=teacher.cam.kind != "none"
+    )
     aligned_blocks(config, teacher)
     measure = Measure.prepare(
         config.evaluation, teacher, accelerator, quant=config.quant, progress=config.runtime.progress

@@ -59,14 +59,16 @@ def open_model(model: Model, config: RunConfig, preprocessing: object = None) ->
         if ":" not in model and (reason := file_error(model)):
             raise ValueError(reason)
         config = with_overrides(config, {"teacher.spec": model})
-    config = make_absolute(config)
+    config, rule = make_absolute(config), None
     if preprocessing is not None:
         settings = config.teacher
         known = input_format(None, preprocessing, settings.input_size)
         found = {"input_size": known.input_size, "mean": known.mean, "std": known.std}
         missing = {key: value for key, value in found.items() if getattr(settings, key) is None and value is not None}
         config = with_overrides(config, {f"teacher.{key}": list(value) for key, value in missing.items()})
-    return config, load_teacher(config.teacher)
+        rule = known.rule
+    teacher = load_teacher(config.teacher)
+    return config, teacher if rule is None else replace(teacher, preprocessing=rule)
 
 
 def working_copy(teacher: Teacher) -> Teacher:

@@ -10,7 +10,7 @@ from synq import pipeline
 from synq.api.models import Model, open_model, teacher_arguments, working_copy
 from synq.api.run import Run
 from synq.api.session import named_as_arguments, session
-from synq.api.settings import Config, settings_of
+from synq.api.settings import Config, chosen_num_images, settings_of
 from synq.common.notices import print_notice
 from synq.common.progress import Progress
 from synq.common.text_tables import to_text
@@ -26,6 +26,8 @@ from synq.teacher.teacher import Teacher
 
 Target = Literal["research", "onnxruntime", "openvino", "litert", "executorch"]
 Device = Literal["auto", "cpu", "cuda"]
+MANY = 2**31
+"""Number of training images until those of the user are counted."""
 
 
 @named_as_arguments
@@ -84,7 +86,7 @@ def quantize(
             (image, label), or a `DataLoader`. Images are uint8, or float in [0, 1] and not normalized.
         config: All other settings: a `RunConfig`, a .toml or .json file, or a mapping with its keys, such as
             {"finetune.lr": 1e-3} or {"synthesis": {"iterations": 50}}. Arguments of the call go before it.
-        num_images: Number of training images; with `images`, by default all of them.
+        num_images: Number of training images; with `images`, all of them unless it or `config` chooses fewer.
         epochs: Passes over them.
         seed: Seed of fine-tuning and of the synthetic images.
         device: auto (the default: a GPU if there is one), cpu or cuda.
@@ -109,16 +111,17 @@ def quantize(
             "quant.weight_bits": weight_bits,
             "quant.act_bits": act_bits,
             "quant.target": target,
-            **_common(num_images, seed, device, output_dir, progress),
+            **_common(num_images if images is None else MANY, seed, device, output_dir, progress),
             "finetune.epochs": epochs,
             "name": name,
         },
     )
+    number = None if images is None else num_images if num_images is not None else chosen_num_images(config)
     with session(progress=progress):
         labeled = in_memory(dataset)
         with labeled_in_memory(labeled) as spec, unlabeled_in_memory(images) as source:
             settings = with_overrides(settings, {} if spec is None else {"evaluation.dataset": spec})
-            settings = settings if source is None else _with_own(settings, source, num_images)
+            settings = settings if source is None else _with_own(settings, source, number)
             settings, teacher = _open(model, settings, preprocessing, config)
             if missing := missing_note(settings.quant.target):
                 print_notice(missing)
@@ -293,12 +296,13 @@ def _open(model: Model, settings: RunConfig, preprocessing: object, config: Conf
     return open_model(model, settings, preprocessing)
 
 
-def _with_own(settings: RunConfig, source: str, num_images: int | None) -> RunConfig:
-    """Return a run on unlabeled images; a batch has at most as many as there are."""
+def _with_own(settings: RunConfig, source: str, number: Any) -> RunConfig:
+    """Return a run on unlabeled images, by default all; a batch has at most as many as there are."""
     settings = make_absolute(with_overrides(settings, {"synthesis.method": OWN_IMAGES, "synthesis.source": source}))
-    number = num_images or num_own_images(str(settings.synthesis.source))
-    batch = min(settings.finetune.batch_size, number)
-    return with_overrides(settings, {"synthesis.num_images": number, "finetune.batch_size": batch})
+    counted = number if number is not None else num_own_images(str(settings.synthesis.source))
+    synthesis = with_overrides(settings, {"synthesis.num_images": counted, "finetune.batch_size": 1}).synthesis
+    batch = min(settings.finetune.batch_size, synthesis.num_images)
+    return with_overrides(settings, {"synthesis.num_images": counted, "finetune.batch_size": batch})
 
 
 def _common(

@@ -279,7 +279,7 @@ def open_run(
                 f"`model` must have the code and the weights of the run in {folder}, {record.model} with digest "
                 f"{str(record.teacher.get('digest'))[:12]}, but has digest {teacher.digest[:12]}"
             )
-        return Run(folder, config, teacher, in_memory(dataset))
+        return Run(folder, config, finished.with_rule_of(record, teacher), in_memory(dataset))
 
 
 def load_student(path: str | Path, *, model: Model = None) -> nn.Module:

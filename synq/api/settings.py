@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from synq.config.key_tables import merged_keys, nested_keys
 from synq.config.parsing import config_from_dict, load_config, with_overrides
 from synq.config.quant import RESEARCH
 from synq.config.run import RunConfig, load_run
@@ -28,41 +29,48 @@ def settings_of(config: Config, arguments: Mapping[str, Any]) -> RunConfig:
         ValueError: A key is unknown or a value invalid; the message names it.
         OSError: The file cannot be read.
     """
-    given = {key: value for key, value in arguments.items() if value is not None}
+    given = _plain({key: value for key, value in arguments.items() if value is not None})
     if isinstance(config, RunConfig):
-        return with_overrides(config, _plain(given))
-    if isinstance(config, str | Path):
-        base, quant = load_run(config), load_config(config).get("quant", {})
-    elif config is None or isinstance(config, Mapping):
-        nested = _nested(config or {})
-        base, quant = config_from_dict(RunConfig, nested, source="config"), nested.get("quant", {})
-    else:
-        raise ValueError(
-            "`config` must be a RunConfig, a mapping with its keys or the path of a .toml or .json file, but got "
-            f"{type(config).__name__}"
-        )
+        return with_overrides(config, given)
+    try:
+        base = _built(config, {})
+    except ValueError:  # valid perhaps with the arguments, as a batch of more images than there are by default
+        base = _built(config, given)
+    quant = _written(config).get("quant", {})
     if "target" not in quant and not any(quant.get(key, RESEARCH) != RESEARCH for key in RESEARCH_KEYS):
         given.setdefault("quant.target", SHIPPED_TARGET)
-    return with_overrides(base, _plain(given))
+    return with_overrides(base, given)
 
 
-def _nested(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mapping of nested or dotted keys with nested keys only."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        *parts, last = str(key).split(".")
-        table = found
-        for number, part in enumerate(parts, 1):
-            table = table.setdefault(part, {})
-            if not isinstance(table, dict):
-                name = ".".join(parts[:number])
-                raise ValueError(f"config: `{name}` must be a table of keys next to `{key}`, but got {table!r}")
-        plain = _plain_value(value)
-        if isinstance(plain, dict) and isinstance(table.get(last), dict):
-            table[last] |= plain
-        else:
-            table[last] = plain
-    return found
+def chosen_num_images(config: Config) -> Any:
+    """Return the number of training images that settings choose; None if they leave it to the images.
+
+    Args:
+        config: As for `settings_of`. A `RunConfig` has every key, so its default is no choice.
+    """
+    if isinstance(config, RunConfig):
+        number = config.synthesis.num_images
+        return None if number == RunConfig().synthesis.num_images else number
+    return _written(config).get("synthesis", {}).get("num_images")
+
+
+def _built(config: Config, given: Mapping[str, Any]) -> RunConfig:
+    """Return the settings of a file or a mapping, with those by dotted key that go before them."""
+    if isinstance(config, str | Path):
+        return load_run(config, given)
+    return config_from_dict(RunConfig, merged_keys(_written(config), given), source="config")
+
+
+def _written(config: Config) -> dict[str, Any]:
+    """Return the tables of keys that a file or a mapping has."""
+    if isinstance(config, str | Path):
+        return load_config(config)
+    if config is None or isinstance(config, Mapping):
+        return nested_keys(_plain(config or {}), "config")
+    raise ValueError(
+        "`config` must be a RunConfig, a mapping with its keys or the path of a .toml or .json file, but got "
+        f"{type(config).__name__}"
+    )
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -211,13 +211,13 @@ def _plain(spec: Mapping[str, Any]) -> dict[str, Any]:
     from torch import nn
 
     models = spec.get("models", ())
-    if isinstance(models, nn.Module) or (
-        isinstance(models, list | tuple) and any(isinstance(model, nn.Module) for model in models)
-    ):
-        raise ValueError(
-            "`models` must be specs or tables, which other processes can load, such as FILE.py:FACTORY, but got a "
-            "network in memory"
-        )
+    for model in models if isinstance(models, list | tuple) else (models,):
+        parts = (model, *model.values()) if isinstance(model, Mapping) else (model,)
+        if any(isinstance(part, nn.Module) for part in parts):
+            raise ValueError(
+                "`models` must be specs or tables of settings, which other processes can load, such as "
+                "FILE.py:FACTORY, but got a network in memory"
+            )
     values = {key: str(value) if isinstance(value, Path) else value for key, value in spec.items()}
     if isinstance(space := values.get("space"), Mapping):
         values["space"] = {

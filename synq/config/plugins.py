@@ -123,6 +123,23 @@ def check_version(text: str) -> None:
         )
 
 
+def check_elsewhere(text: str | None) -> None:
+    """Check that other processes can load a loss term: that it is of a file, a module or an entry point.
+
+    Args:
+        text: As `versioned` returns it; None without a term.
+
+    Raises:
+        ValueError: Only a decorator in this process can know it.
+    """
+    name = "" if text is None else split_version(text)[0]
+    if name and ":" not in name and name not in _entry_points():
+        raise ValueError(
+            f"`finetune.own_term` must be FILE.py:FUNCTION, MODULE:FUNCTION or a name of an entry point of {LOSS_TERMS}"
+            f", which the processes of the trials can load, but got {name!r}, which a decorator gives in one process"
+        )
+
+
 def _version(name: str) -> str:
     """Return the version of a loss term; "" for one of a module, whose version is not known."""
     if name in _REGISTERED:

@@ -6,6 +6,7 @@ A configuration is a `RunConfig` of seven parts. Mappings (TOML, JSON, dotted ov
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,16 @@ from typing import Any, Literal
 from synq.config.file_kinds import read_as
 from synq.config.finetune import FinetuneConfig
 from synq.config.identity import DIGEST_FORMAT, config_digest, make_absolute
+from synq.config.key_tables import merged_keys
 from synq.config.parsing import between as _between
-from synq.config.parsing import check_format, config_from_dict, config_to_dict, load_config, parse_bits, with_overrides
+from synq.config.parsing import (
+    check_format,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    parse_bits,
+    with_overrides,
+)
 from synq.config.parsing import one_of as _one_of
 from synq.config.parsing import require as _require
 from synq.config.quant import QuantConfig, ReconstructionConfig
@@ -235,10 +244,14 @@ class RunConfig:
         _require("finetune.batch_size", rule, size, self.finetune.epochs == 0 or size <= images)
 
 
-def load_run(path: str | Path) -> RunConfig:
+def load_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read the settings of one run from a TOML or JSON file; missing keys have their defaults.
 
     A `config.json` written by a run has every key, and the number of its format.
+
+    Args:
+        path: The file.
+        overrides: Settings by dotted key that go before those of the file.
 
     Raises:
         OSError: As `load_config`.
@@ -249,7 +262,7 @@ def load_run(path: str | Path) -> RunConfig:
         cure = "write the settings into a new file and run it again"
         check_format(path, "the settings of a run", content.pop("format", None), DIGEST_FORMAT, cure)
     with read_as("run", content, path):
-        return config_from_dict(RunConfig, content, source=str(path))
+        return config_from_dict(RunConfig, merged_keys(content, overrides or {}), source=str(path))
 
 
 def _is_incomplete(content: dict[str, Any]) -> bool:

@@ -174,6 +174,10 @@ def _opened(data: Any, name: str, *, labeled: bool) -> tuple[Callable[[int], Any
         if labeled:
             raise ValueError(f"`{name}` must have labels, as (images, labels), but got {type(data).__name__} alone")
         return data.__getitem__, len(data), [None] * len(data)
+    if isinstance(data, Mapping):
+        form = "(images, labels)" if labeled else "its images"
+        keys = ", ".join(map(str, data))
+        raise ValueError(f"`{name}` must be images or a data set, but got a dict of {keys:.80}: give {form} from it")
     if not _is_stream(data) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return data.__getitem__, len(data), None
     if not hasattr(data, "__iter__"):

@@ -1,5 +1,6 @@
 """Images in memory: known by a spec, memory:labels-DIGEST or memory:images-DIGEST, while a program uses them."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from synq.evaluation.image_objects import ImageObjects
-from synq.evaluation.labeled_sources import ImageSource
+from synq.evaluation.labeled_sources import FORMS, ImageSource
 from synq.teacher.preprocessing import Preprocessing
 
 MEMORY = "memory:"
@@ -35,12 +36,14 @@ def labeled_in_memory(data: Any) -> Iterator[str | None]:
     """Yield the spec of labeled images, which can be opened by it inside the ``with`` block.
 
     Args:
-        data: A spec; a folder of class folders or an npz file as a path; None; or images and labels in memory, as
-            `ImageObjects` reads them.
+        data: A spec; a folder of class folders or an npz file as a path, also as text; None; or images and labels in
+            memory, as `ImageObjects` reads them.
 
     Raises:
         ValueError: As `ImageObjects`.
     """
+    if isinstance(data, str) and _is_path(data):
+        data = Path(data)
     if data is None or isinstance(data, str):
         yield data
         return
@@ -49,6 +52,15 @@ def labeled_in_memory(data: Any) -> Iterator[str | None]:
         return
     with _registered(in_memory(data), "labels") as spec:
         yield spec
+
+
+def _is_path(text: str) -> bool:
+    """Return whether a text is a path and no spec, nor one with an error in it."""
+    kind, colon, _ = text.partition(":")
+    if not text or kind == MEMORY[:-1] or kind in {form.partition(":")[0] for form in FORMS}:
+        return False
+    has_form = not colon and (os.sep in text or text.endswith(".npz"))
+    return has_form or text.startswith(("/", "~", ".")) or os.path.exists(text)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from synq.evaluation.labeled_arrays import read_idx, read_npz
 from synq.evaluation.labeled_images import IMAGE_SUFFIXES, OTHER_SUFFIXES, check_image, read_image
 from synq.teacher.preprocessing import Preprocessing
 
+FORMS = ("digits", "cifar10", "cifar100", "fashion-mnist", "imagefolder:PATH", "npz:FILE", "none")
+"""Specs of labeled images."""
 DATA_DIR_VARIABLE = "SYNQ_DATA_DIR"
 FASHION_MNIST_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"),)  # Debian's package dataset-fashion-mnist
 DIGITS_HELDOUT = 1 / 3
@@ -65,10 +67,9 @@ def open_source(
     elif kind == "imagefolder" and rest:
         return _imagefolder(_locate(rest, spec), num_classes, channels, rule)
     else:
-        forms = ["digits", "cifar10", "cifar100", "fashion-mnist", "imagefolder:PATH", "npz:FILE", "none"]
-        near = difflib.get_close_matches(spec, forms, n=1)
+        near = difflib.get_close_matches(spec, FORMS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"`evaluation.dataset` must be one of {', '.join(forms)}, but got {spec!r}{hint}")
+        raise ValueError(f"`evaluation.dataset` must be one of {', '.join(FORMS)}, but got {spec!r}{hint}")
     found = source.read(torch.arange(min(1, len(source.labels))), (channels, 0, 0)).shape[1]
     if found not in (channels, 1):
         raise ValueError(f"images of {spec} must match a teacher of {channels} channel(s), but have {found}")

@@ -52,12 +52,15 @@ def own_term(config: FinetuneConfig) -> OwnTerm | None:
     return found
 
 
-def check_own_term(config: FinetuneConfig, num_classes: int, *, with_maps: bool = True) -> None:
+def check_own_term(
+    config: FinetuneConfig, num_classes: int, *, device: torch.device | str = "cpu", with_maps: bool = True
+) -> None:
     """Call the loss term of a user on random logits, before anything is computed.
 
     Args:
         config: The settings.
         num_classes: Number of classes K.
+        device: Device of the run, which a term with constants on another one would fail on.
         with_maps: Whether the teacher has class activation maps.
 
     Raises:
@@ -71,12 +74,13 @@ def check_own_term(config: FinetuneConfig, num_classes: int, *, with_maps: bool 
     term = own_term(config)
     assert term is not None
     generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, CHECKED, num_classes, generator=generator)
-    maps = torch.rand(2, CHECKED, 4, 4, generator=generator) if config.uses_cam and with_maps else (None, None)
+    student, teacher = torch.randn(2, CHECKED, num_classes, generator=generator).to(device)
+    has_maps = config.uses_cam and with_maps
+    maps = torch.rand(2, CHECKED, 4, 4, generator=generator).to(device) if has_maps else (None, None)
     inputs = LossInputs(
         student_logits=student.requires_grad_(),
         teacher_logits=teacher,
-        labels=torch.arange(CHECKED) % num_classes,
+        labels=(torch.arange(CHECKED) % num_classes).to(device),
         student_map=maps[0],
         teacher_map=maps[1],
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from synq.runs.record import RunRecord, read_record
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.run_sets import set_names, set_store
 from synq.synthesis.store import SetStore
+from synq.teacher.preprocessing import stored_rule
 from synq.teacher.teacher import Teacher, load_teacher
 
 MAX_REASON = 300
@@ -62,7 +63,7 @@ def open_run(
         folder: The run's folder, the record in it, or a sweep's record of the trial (records/TRIAL.json).
         path_overrides: New values, by dotted key, of settings in PATH_SETTINGS whose files were moved since the run;
             the returned settings have them, the record is unchanged.
-        teacher: The run's teacher if already loaded; None loads it.
+        teacher: The run's teacher if already loaded, `with_rule_of` its record; None loads it.
 
     Raises:
         FileNotFoundError: The folder has no finished run.
@@ -78,7 +79,7 @@ def open_run(
             "or run these settings anew"
         )
     config = make_absolute(with_overrides(config, path_overrides or {}))
-    teacher = teacher or load_teacher(config.teacher)
+    teacher = teacher or with_rule_of(record, load_teacher(config.teacher))
     if teacher.digest != record.teacher.get("digest"):
         raise ValueError(
             f"`RUN` must be of the current weights of teacher {config.teacher.spec}, but {path} is of other weights, "
@@ -103,6 +104,23 @@ def open_run(
         reason = one_line(error)[:MAX_REASON]
         raise ValueError(f"`RUN` must hold a student of its teacher, but {weights} is none: {reason}") from error
     return Run(folder=path, record=record, config=config, teacher=teacher, student=student)
+
+
+def with_rule_of(record: RunRecord, teacher: Teacher) -> Teacher:
+    """Return the teacher of a run with the rule by which the run resized image files for it.
+
+    An object may have stated the rule (`preprocessing` in Python), which the teacher's spec does not name.
+
+    Args:
+        record: The run's record; one of an earlier version names no rule, and the teacher keeps its own.
+        teacher: The teacher as it was loaded.
+
+    Raises:
+        ValueError: The rule on record is damaged.
+    """
+    if "preprocessing" not in record.teacher:
+        return teacher
+    return replace(teacher, preprocessing=stored_rule(record.teacher["preprocessing"]))
 
 
 def finished_folder(folder: str | Path) -> Path:

@@ -98,6 +98,7 @@ def blank_record(
         "input_size": list(teacher.input_size),
         "mean": list(teacher.mean),
         "std": list(teacher.std),
+        "preprocessing": None if teacher.preprocessing is None else asdict(teacher.preprocessing),
         "cam": {"node": cam.node, "kind": cam.kind, "reason": cam.reason},
     }
     warnings = []

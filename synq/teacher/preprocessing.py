@@ -1,7 +1,7 @@
 """How weights expect image files to be resized and cropped: the rule of their source, which their accuracy is of."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -52,6 +52,24 @@ class Preprocessing:
             "border": f"into {height} x {width}, aspect ratio kept, filled up with the mean color",
         }
         return f"resize {how[self.crop_mode]} ({self.interpolation}, antialiased), center crop; rule of {self.source}"
+
+
+def stored_rule(values: Mapping[str, Any] | None) -> Preprocessing | None:
+    """Return the rule that a record has as plain values; None without one.
+
+    Args:
+        values: The fields of a `Preprocessing`, as `dataclasses.asdict` and JSON give them.
+
+    Raises:
+        ValueError: They are no rule.
+    """
+    if values is None:
+        return None
+    try:
+        height, width = values["resize_size"]
+        return Preprocessing(**{**values, "resize_size": (int(height), int(width)), "fill": tuple(values["fill"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"`teacher.preprocessing` of a record must be a rule of resizing, but got {values}") from error
 
 
 def default_rule(input_size: Sequence[int]) -> Preprocessing:

@@ -65,6 +65,22 @@ def _set_default_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
+def _cuda_states() -> list[torch.Tensor] | None:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+
+def _set_cuda_states(states: list[torch.Tensor] | None) -> None:
+    """Put back the generators of all GPUs.
+
+    None: CUDA had not been started, so that there was only a seed to come, that of the CPU's generator unless the
+    caller gave CUDA another. It replaces the seed of the ``with`` block.
+    """
+    if states is None:
+        torch.cuda.manual_seed_all(torch.initial_seed())  # without CUDA it is ignored, or waits until CUDA is started
+    else:
+        torch.cuda.set_rng_state_all(states)
+
+
 def _set_folder(folder: str | None) -> None:
     if folder is not None:
         os.chdir(folder)
@@ -156,5 +172,6 @@ _STATES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_rng_state, torch.set_rng_state),
     (random.getstate, random.setstate),
     (np.random.get_state, np.random.set_state),
+    (_cuda_states, _set_cuda_states),
 )
-"""The same for random generators."""
+"""The same for random generators; that of the CPU is put back before those of CUDA, which may take its seed."""

@@ -38,6 +38,25 @@ def test_a_network_is_given_back_as_it_was(tmp_path: Path) -> None:
         assert gradient is None or torch.equal(parameter.grad, gradient)
 
 
+def test_the_generators_of_gpus_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two states of CUDA, started and not, in place of a GPU; with one, see end_to_end/test_gpu.py."""
+    states = [torch.arange(4, dtype=torch.uint8)]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [state.clone() for state in states])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda values: states.__setitem__(slice(None), values))
+    with process_settings_kept():
+        states[0].fill_(9)
+    assert states[0].tolist() == [0, 1, 2, 3]
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        with process_settings_kept():
+            torch.manual_seed(0)
+    assert seeds[-1] == 7, "the seed of the caller waits for CUDA to start, and not ours"
+
+
 def test_the_process_keeps_its_settings(tmp_path: Path) -> None:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState

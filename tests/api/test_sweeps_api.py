@@ -11,6 +11,7 @@ import torch
 
 import synq
 from support.sweep_tools import TINY
+from synq.config import plugins
 
 SPEC: dict[str, Any] = {
     **TINY,
@@ -75,11 +76,39 @@ def test_the_same_call_returns_at_once(
 
 
 def test_a_network_in_memory_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`models` must be specs or tables"):
+    with pytest.raises(
+        ValueError, match=r"`models` must be specs or tables of settings, .* but got a network in memory$"
+    ):
         synq.sweeps.run({"models": [torch.nn.Identity()]}, output_dir=tmp_path)
+    for models in ([{"spec": torch.nn.ReLU()}], {"spec": torch.nn.ReLU()}):
+        with pytest.raises(ValueError, match=r"but got a network in memory$"):
+            synq.sweeps.run({"models": models}, output_dir=tmp_path)
     with pytest.raises(ValueError, match=r"finetune\.momentun"):
         synq.sweeps.run({**SPEC, "space": {"finetune.momentun": [0.0]}}, output_dir=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_term_of_this_process_is_rejected_before_any_trial(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(plugins, "_REGISTERED", {})
+    synq.loss_term("deco", version="1")(lambda inputs: inputs.student_logits.mean(1))
+    for term in ("deco", "deco@1"):
+        base = {**TINY["base"], "finetune.own_term": term, "finetune.own_weight": 1.0}
+        with pytest.raises(ValueError, match=r"`finetune\.own_term` must be FILE\.py:FUNCTION.* but got 'deco'"):
+            synq.sweeps.run({**SPEC, "base": base}, output_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_base_of_a_sweep_may_have_dotted_keys() -> None:
+    from synq.sweeps.spec_file import spec_from_dict
+
+    dotted = {"base": {"finetune.epochs": 7, "finetune": {"lr": 0.5}}, "sampler": "random"}
+    models = [{"spec": "bundled:digits_resnet8", "base": {"synthesis.iterations": 3}}]
+    (group,) = spec_from_dict({**dotted, "models": models}).groups
+    assert (group.base.finetune.epochs, group.base.finetune.lr, group.base.synthesis.iterations) == (7, 0.5, 3)
+    with pytest.raises(ValueError, match=r"`base\.quant\.weight_bits` must be left out"):
+        spec_from_dict({"base": {"quant.weight_bits": 3}})
+    with pytest.raises(ValueError, match=r"base: `finetune` must be a table of keys next to `finetune\.lr`, but got 3"):
+        spec_from_dict({"base": {"finetune": 3, "finetune.lr": 0.5}})
 
 
 def test_tables_of_a_finished_sweep(folder: Path) -> None:

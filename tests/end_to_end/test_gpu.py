@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+import synq
 from synq.config.run import RunConfig, with_overrides
 from synq.pipeline import run
 from synq.quant.fake_quant import choose_qparams, dequantize, fake_quantize, quant_bounds, quantize
+from synq.teacher.process_state import process_settings_kept
 
 pytestmark = pytest.mark.gpu
 
@@ -63,3 +65,30 @@ def test_gradients_per_channel_are_those_of_the_fused_op_on_the_gpu() -> None:
     assert torch.equal(*outs)
     got, wanted = (torch.autograd.grad(out, weight, pull)[0] for out in outs)
     assert torch.equal(got, wanted) and not torch.equal(got, pull)
+
+
+def test_a_loss_term_with_constants_on_the_cpu_is_rejected_before_the_run(
+    tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    scale = torch.ones(1)
+
+    @synq.loss_term("on_cpu", version="1")
+    def term(inputs: synq.LossInputs) -> torch.Tensor:
+        return ((inputs.student_logits - inputs.teacher_logits) * scale).square().mean(1)
+
+    given = {"finetune.own_term": "on_cpu", "finetune.own_weight": 1.0, "runtime.device": "cuda"}
+    config = with_overrides(RunConfig(), {**tiny_settings, **given, "runtime.output_dir": str(tmp_path / "out")})
+    with pytest.raises(ValueError, match=r"`finetune\.own_term` must return .* raised RuntimeError"):
+        run(config)
+    assert not list(tmp_path.glob("out/run-*/checkpoint.pt"))
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_a_call_of_the_api_leaves_the_generators_of_the_gpu(seed: int) -> None:
+    torch.manual_seed(seed)
+    torch.cuda.init()
+    state = torch.cuda.get_rng_state_all()
+    with process_settings_kept():
+        torch.manual_seed(0)
+        torch.rand(5, device="cuda")
+    assert all(map(torch.equal, torch.cuda.get_rng_state_all(), state))

@@ -170,3 +170,17 @@ def test_a_term_that_needs_maps_is_rejected_where_the_network_has_none() -> None
     check_own_term(config, 5)
     with pytest.raises(ValueError, match=r"must return one value with a gradient for each image, but maps@1 raised"):
         check_own_term(config, 5, with_maps=False)
+
+
+def test_a_term_is_checked_on_the_device_of_the_run() -> None:
+    devices: list[str] = []
+
+    @synq.loss_term("placed", version="1")
+    def term(inputs: synq.LossInputs) -> Tensor:
+        tensors = (inputs.student_logits, inputs.teacher_logits, inputs.labels, inputs.student_map, inputs.teacher_map)
+        devices.extend(tensor.device.type for tensor in tensors if tensor is not None)
+        return torch.zeros(3, requires_grad=True)
+
+    config = with_overrides(synq.RunConfig(), {"finetune.own_term": "placed@1", "finetune.own_weight": 1.0}).finetune
+    check_own_term(config, 5, device="meta")
+    assert devices == ["meta"] * 5

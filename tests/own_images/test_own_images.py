@@ -18,6 +18,7 @@ from synq.evaluation.image_objects import ImageObjects
 from synq.runs.record import RunRecord
 
 COUNT = 20
+OWN = {**RESEARCH, "synthesis": {key: value for key, value in RESEARCH["synthesis"].items() if key != "num_images"}}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def pictures(pixels: np.ndarray, tmp_path: Path) -> Path:
 
 
 def quantize(images: Any, folder: Path, **more: Any) -> synq.Run:
-    called = {**INPUT, "epochs": 1, "config": RESEARCH, "progress": False, **more}
+    called = {**INPUT, "epochs": 1, "config": OWN, "progress": False, **more}
     return synq.quantize(GrayNet(), images=images, output_dir=folder, **called)
 
 
@@ -157,6 +158,46 @@ def test_fewer_images_are_a_fixed_choice(pixels: np.ndarray, tmp_path: Path) -> 
     sets = [quantize(pixels, tmp_path / name, epochs=0, num_images=5).record.set_digest for name in ("a", "b")]
     other = quantize(pixels, tmp_path / "c", epochs=0, num_images=5, seed=1).record.set_digest
     assert sets[0] == sets[1] != other
+
+
+def test_their_number_may_be_chosen_in_the_settings(pixels: np.ndarray, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[synthesis]\nnum_images = 5\n[finetune]\nbatch_size = 16\n")
+    whole = synq.RunConfig()
+    chosen = with_overrides(whole, {"synthesis.num_images": 5, "finetune.batch_size": 4})
+    cases: list[tuple[Any, int | None, int]] = [
+        ({**OWN, "synthesis.num_images": 5}, None, 5),
+        ({**OWN, "synthesis.num_images": 5}, 6, 6),
+        ({**OWN, "finetune.batch_size": 2000}, None, COUNT),
+        ({**OWN, "finetune.batch_size": 2000}, 7, 7),
+        (file, None, 5),
+        (chosen, None, 5),
+        (whole, None, COUNT),
+    ]
+    from synq.api.quantize import MANY, _with_own
+    from synq.api.settings import chosen_num_images, settings_of
+
+    np.savez(tmp_path / "own.npz", x=pixels)
+    for config, argument, expected in cases:
+        number = argument if argument is not None else chosen_num_images(config)
+        settings = settings_of(config, {"synthesis.num_images": MANY})
+        found = _with_own(settings, f"npz:{tmp_path / 'own.npz'}", number)
+        assert found.synthesis.num_images == expected >= found.finetune.batch_size
+    run = quantize(pixels, tmp_path / "out", config=cases[0][0], epochs=0)
+    assert run.images.images.shape == (5, *SIZE)
+    with pytest.raises(ValueError, match=r"`synthesis\.num_images` must be a finite number >= 1"):
+        quantize(pixels, tmp_path / "out", num_images=0)
+
+
+def test_an_argument_may_make_the_settings_valid(tmp_path: Path) -> None:
+    from synq.api.settings import settings_of
+
+    file = tmp_path / "run.toml"
+    file.write_text("[finetune]\nbatch_size = 2000\n")
+    for config in ({"finetune.batch_size": 2000}, file):
+        assert settings_of(config, {"synthesis.num_images": 3000}).finetune.batch_size == 2000
+        with pytest.raises(ValueError, match=r"`finetune\.batch_size` must be <= `synthesis\.num_images` \(1024\)"):
+            settings_of(config, {"seed": 1})
 
 
 def test_what_cannot_be_read_is_rejected(pixels: np.ndarray, tmp_path: Path) -> None:
