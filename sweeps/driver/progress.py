@@ -4,7 +4,7 @@ import statistics
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,10 @@ from rich.table import Table
 
 from synq.runs.record import RunRecord, summary_line
 
-from ..leaderboard.columns import RUN_COLUMNS, SWEEP_COLUMNS, In, headings
-from ..leaderboard.records import Row, cell
+from ..leaderboard.columns import SWEEP_COLUMNS
+from ..leaderboard.ranking import Standing
+from ..leaderboard.records import cell
+from ..leaderboard.settings import constants_text, shown_columns
 
 ENDS = ("completed", "pruned", "failed")
 
@@ -184,15 +186,27 @@ class Progress:
         return table
 
 
-def print_leaderboard(rows: Sequence[Row], *, live: bool | None = None) -> None:
-    """Print a leaderboard: a formatted table on a terminal, aligned plain text in a log."""
+def print_leaderboard(standings: Sequence[Standing], searched: Iterable[str] = (), *, live: bool | None = None) -> None:
+    """Print a leaderboard: a formatted table on a terminal, aligned plain text in a log.
+
+    Of the settings it has those that vary; the others are in a line above it.
+
+    Args:
+        standings: Its rows.
+        searched: Dotted keys of the searched settings.
+        live: Whether to format the table; None does so on a terminal.
+    """
     watched = sys.stdout.isatty() if live is None else live
-    texts = [[_short(row.get(column)) for column in SWEEP_COLUMNS] for row in rows]
-    heads = [*headings(column for column in RUN_COLUMNS if In.SWEEP in column.tables).values()]
+    settings = [standing.settings for standing in standings]
+    columns = shown_columns(SWEEP_COLUMNS, settings)
+    texts = [[_short(standing.cell(column.key)) for column in columns] for standing in standings]
+    heads = [column.heading for column in columns]
+    if constants := constants_text(settings, searched):
+        print(constants, flush=True)
     if watched:
         table = Table(*heads)
-        for row, cells in zip(rows, texts, strict=True):
-            table.add_row(*cells, style="bold" if row.get("rank") == 1 else None)
+        for standing, cells in zip(standings, texts, strict=True):
+            table.add_row(*cells, style="bold" if standing.row["rank"] == 1 else None)
         Console().print(table)
         return
     sizes = [max(len(line[i]) for line in [heads, *texts]) for i in range(len(heads))]

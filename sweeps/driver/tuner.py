@@ -19,6 +19,7 @@ from synq.common.text_tables import plural
 from synq.config.run import RunConfig
 from synq.runs.record import RunRecord
 
+from ..leaderboard.settings import searched_in
 from ..reports import PAGE
 from ..search_config import LISTED
 from ..spec import Group, SweepSpec, run_config
@@ -116,7 +117,8 @@ def _conclude(
     elif not searcher.num_left():
         ledger.finish()
     if not progress.quiet:
-        print_leaderboard(ledger.tables.leaderboard_rows())
+        searched = searched_in({"space": [dimension.name for dimension in spec.dimensions]})
+        print_leaderboard(ledger.tables.standings(), searched)
     where = spec.address or spec.output_dir
     progress.log(f"{where}/trials.csv\n{where}/leaderboard.csv")
     if spec.search.report and ledger.records:

@@ -1,13 +1,14 @@
 """Every column of every table of runs: its key, headings, unit and meaning.
 
 The order of `RUN_COLUMNS` is the order of the columns everywhere. To add a column to trials.csv or leaderboard.csv,
-append one `Column`, name the tables that show it, and compute its value in `ranking.py`; a searched setting needs the
-`Column` only. Keys are the names in the CSV files: none is ever renamed, new ones come last in each file.
+append one `Column`, name the tables that show it, and compute its value in `ranking.py`. Keys are the names in the CSV
+files: none is ever renamed, new ones come last in each file. A setting without a `Column` here gets one where it varies
+(`settings.py`); these come after all others.
 
 Imports neither Ray nor torch.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Flag, auto
 from typing import Any, Literal
@@ -207,7 +208,7 @@ def _shared(*names: str) -> list[Column]:
 BEST_TABLE = (
     *_shared("model", "weight_bits", "act_bits", "protocol", "act_points", "objective_value", "top1_mean", "top1_std"),
     *_shared("num_seeds", "drop"),
-    Column("setting", "its searched settings, as they are given in a configuration"),
+    Column("setting", "its settings that were searched or vary, as they are given in a configuration"),
     Column("trial", "run of its first seed"),
 )
 """The best setting of each ranking, in reports and in `synq show`."""
@@ -317,19 +318,3 @@ def setting_cells(finetune: FinetuneConfig, input_size: Any) -> dict[str, Settin
         input_size: The teacher's input size (C, H, W), or None where it is unknown.
     """
     return {key: column.setting(finetune, input_size) for key, column in SETTINGS.items() if column.setting is not None}
-
-
-def setting_text(finetune: Mapping[str, Any]) -> str:
-    """Return the searched settings of a configuration as text, with their units.
-
-    Args:
-        finetune: The part `finetune` of a record's configuration.
-    """
-    parts = []
-    for key, column in SETTINGS.items():
-        value = finetune.get(key)
-        if value is not None:
-            parts.append(f"{key} {value:.4g} {finetune.get(column.unit_key, '')}".rstrip())
-        elif column.texts:
-            parts.append(f"{key} off")
-    return ", ".join(parts)

@@ -1,6 +1,6 @@
 """Tables as pandas DataFrames, with a column `params.KEY` for every setting that was searched or varies.
 
-`leaderboard.csv` has the columns of the usual settings only. Imports neither Ray nor torch; pandas only when called.
+trials.csv and leaderboard.csv have the settings that vary. Imports neither Ray nor torch; pandas only when called.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,24 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from synq.common.files import read_json
 from synq.common.text_tables import Row
-from synq.config.parsing import dotted_keys
-from synq.config.run import RunConfig
 from synq.runs.record import RunRecord
 
-from ..space import BITS, value_at
+from ..space import value_at
 from .columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 from .records import load_records
+from .settings import PREFIX, searched_in
 from .tables import Tables
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-PREFIX = "params."
-"""Start of the name of a column with a setting."""
-PARTS = ("synthesis.", "quant.", "reconstruction.", "finetune.")
-"""Parts of a configuration whose settings may vary between the runs of a table."""
-OWN_COLUMNS = ("quant.weight_bits", "quant.act_bits")
-"""Settings that have a column anyway."""
 
 
 def searched_settings(paths: Iterable[str | Path]) -> list[str]:
@@ -38,18 +30,13 @@ def searched_settings(paths: Iterable[str | Path]) -> list[str]:
     Raises:
         ValueError: A sweep.json is damaged.
     """
-    names: dict[str, None] = {}
-    for path in paths:
-        file = Path(path) / "sweep.json"
-        space = read_json(file).get("space", []) if file.is_file() else []
-        names.update(dict.fromkeys(one["name"] if isinstance(one, dict) else one for one in space))
-    return [name for name in names if name != BITS]
+    files = [Path(path) / "sweep.json" for path in paths]
+    return list(dict.fromkeys(name for file in files if file.is_file() for name in searched_in(read_json(file))))
 
 
 def varying_settings(records: Sequence[RunRecord]) -> list[str]:
     """Return the dotted names of the settings that differ between runs, without those that have a column anyway."""
-    keys = [key for key in dotted_keys(RunConfig) if key.startswith(PARTS) and key not in OWN_COLUMNS]
-    return [key for key in keys if len({repr(value_of(record, key)) for record in records}) > 1]
+    return Tables(records).varying()
 
 
 def value_of(record: RunRecord, key: str) -> Any:

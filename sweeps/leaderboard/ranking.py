@@ -24,6 +24,7 @@ from synq.runs.record import DEPLOYED, RunRecord
 
 from ..stats import mean, std
 from .columns import LEADERBOARD_COLUMNS, RUN_COLUMNS, SETTINGS, TRIAL_COLUMNS, setting_cells
+from .settings import PREFIX, Values, read_settings, setting_cell, value_of
 
 RANK_COLUMNS = ("rank", "best", "pareto_size", "pareto_bitops")
 """Columns of the leaderboard that depend on its other rows."""
@@ -130,6 +131,8 @@ class Run:
     """Its row of trials.csv."""
     line: str
     """The row as a line of CSV."""
+    settings: Values
+    """All settings of the run."""
     sort_key: tuple[Any, ...]
     """Sort key of trials.csv; for equal names the line decides, so that the order does not depend on reading."""
 
@@ -165,7 +168,7 @@ def read_run(record: RunRecord, source: str = "") -> Run:
     row = {column: cells[column] for column in TRIAL_COLUMNS}  # a KeyError for a column that nothing fills
     ranking, line = _ranking(record, config), csv_line(row.values())
     sort_key = (ranking.order()[:9], record.name, record.config_digest, record.started, line)
-    return Run(ranking, setting, row, line, sort_key)
+    return Run(ranking, setting, row, line, read_settings(config, trained=trained), sort_key)
 
 
 def _ranking(record: RunRecord, config: RunConfig) -> Ranking:
@@ -201,6 +204,8 @@ class Standing:
     """Its cells; `rank` and the three columns from `best` on depend on other rows and are filled in last."""
     objective_std: float | None
     """Sample standard deviation of the objective over the seeds; None for one seed."""
+    settings: Values
+    """All settings of its first run."""
     cost: float = field(init=False)
     """The mean objective, with its sign such that lower is better."""
     head: str = field(init=False)
@@ -218,8 +223,14 @@ class Standing:
         """Return the sort key within a ranking; the text breaks ties."""
         return (-self.row["num_seeds"], self.cost, self.row["config_digest"], self.head)
 
+    def cell(self, column: str) -> Any:
+        """Return the cell of a column of leaderboard.csv, or of any setting as `params.KEY`."""
+        if column.startswith(PREFIX):
+            return setting_cell(value_of(self.settings, column.removeprefix(PREFIX)))
+        return self.row[column]
+
     def line(self) -> str:
-        """Return the row as a line of CSV."""
+        """Return the row as a line of CSV, without the settings that vary."""
         row = self.row
         size, bitops = ("" if row[mark] is None else row[mark] for mark in ("pareto_size", "pareto_bitops"))
         return f"{row['rank']},{self.head},{row['best']},{size},{bitops}{self.tail}"
@@ -256,11 +267,11 @@ def standings(runs: Iterable[Run]) -> list[Standing]:
 
 
 def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int) -> Standing:
-    by_seed: dict[tuple[int, int], Row] = {}
+    by_seed: dict[tuple[int, int], Run] = {}
     # The whole content breaks ties between two records of one run, so that the order of reading does not matter.
     for run in sorted(runs, key=lambda run: (run.seeds, run.row["started"], run.row["host"], repr(run.row))):
-        by_seed.setdefault(run.seeds, run.row)  # a duplicate run (of merged sweeps) counts once
-    kept = list(by_seed.values())
+        by_seed.setdefault(run.seeds, run)  # a duplicate run (of merged sweeps) counts once
+    first, kept = next(iter(by_seed.values())), [run.row for run in by_seed.values()]
     cells: Row = {**kept[0], **dict.fromkeys(RANK_COLUMNS)}
     cells |= {column: mean(run[column] for run in kept) for column in MEANS}
     cells |= {column: "; ".join(sorted({run[column] for run in kept})) for column in COLLECTED}
@@ -277,4 +288,4 @@ def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int) -> Standin
         "fidelity_measure": ranking.fidelity_measure,
     }
     row = {column: cells[column] for column in LEADERBOARD_COLUMNS}  # a KeyError for a column that nothing fills
-    return Standing(ranking, row, std(run["objective_value"] for run in kept))
+    return Standing(ranking, row, std(run["objective_value"] for run in kept), first.settings)

@@ -11,6 +11,7 @@ from synq.runs.record import RunRecord
 
 from .columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 from .ranking import Ranking, Run, Standing, read_run, standings
+from .settings import PREFIX, Values, line_of, setting_cells_of, varying
 
 
 class Tables:
@@ -57,13 +58,27 @@ class Tables:
         """Remove the record added under a name, if there is one."""
         self._remove(name)
 
+    def varying(self) -> list[str]:
+        """Return the dotted keys of the settings that vary between the runs; each is a column of both tables."""
+        return varying(self.settings())
+
+    def settings(self) -> list[Values]:
+        """Return the settings of every run, in no particular order."""
+        return [run.settings for run in self._runs.values()]
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns of leaderboard.csv: the usual ones, and `params.KEY` for each setting that varies."""
+        return (*LEADERBOARD_COLUMNS, *(f"{PREFIX}{key}" for key in self.varying()))
+
     def trial_rows(self) -> list[Row]:
         """Return one row per record, sorted by group and name."""
-        return [dict(run.row) for run in self._sorted_runs()]
+        keys = self.varying()
+        return [run.row | setting_cells_of(run.settings, keys) for run in self._sorted_runs()]
 
     def leaderboard_rows(self) -> list[Row]:
         """Return one ranked row per setting with at least one completed run; see `ranking.standings`."""
-        return [dict(standing.row) for standing in self.standings()]
+        keys = self.varying()
+        return [standing.row | setting_cells_of(standing.settings, keys) for standing in self.standings()]
 
     def standings(self) -> list[Standing]:
         """Return the rows of the leaderboard with the values that determine their ranks; read-only, not copies."""
@@ -76,9 +91,13 @@ class Tables:
         Raises:
             OSError: The folder cannot be written, or the disk is full.
         """
-        trials = [csv_line(TRIAL_COLUMNS), *(run.line for run in self._sorted_runs())]
+        keys = self.varying()
+        new = [f"{PREFIX}{key}" for key in keys]
+        trials = [csv_line([*TRIAL_COLUMNS, *new])]
+        trials += [f"{run.line}{line_of(run.settings, keys)}" for run in self._sorted_runs()]
         write_text_atomic(Path(folder) / "trials.csv", "\n".join(trials) + "\n")
-        ranked = [csv_line(LEADERBOARD_COLUMNS), *(standing.line() for standing in self.standings())]
+        ranked = [csv_line([*LEADERBOARD_COLUMNS, *new])]
+        ranked += [f"{standing.line()}{line_of(standing.settings, keys)}" for standing in self.standings()]
         write_text_atomic(Path(folder) / "leaderboard.csv", "\n".join(ranked) + "\n")
 
     def _remove(self, key: Hashable) -> None:

@@ -13,6 +13,7 @@ from synq.config.quant import protocol_label
 
 from .columns import COMPARE_COLUMNS, LEADERBOARD_COLUMNS, SETTINGS, TEXT_COLUMNS
 from .ranking import Ranking, Standing
+from .settings import KEYS, PREFIX, setting_cells_of, setting_column, varying
 
 OPERATORS: dict[str, Callable[[int, int], bool]] = {
     "<=": operator.le,
@@ -29,7 +30,7 @@ class Condition:
     """A condition on a row, such as `weight_bits<=4`."""
 
     column: str
-    """Column of leaderboard.csv."""
+    """Column of leaderboard.csv, or any setting as `params.KEY`."""
     sign: str
     """One of = != < <= > >=."""
     text: str
@@ -37,14 +38,17 @@ class Condition:
     number: float | None
     """The value as a number; None if texts are compared."""
 
-    def holds(self, row: Row) -> bool:
+    def holds(self, standing: Standing) -> bool:
         """Return whether a row satisfies it.
 
-        Numbers are equal if their texts are; an empty cell is unequal to any number.
+        Numbers are equal if their texts are; an empty cell is unequal to any number. Texts of settings are compared
+        without regard to case: `true` is True.
         """
-        value = row[self.column]
+        value = standing.cell(self.column)
         if self.number is None:
             same = self.text in (cell(value), plain(value))
+            if self.column.startswith(PREFIX):
+                same = self.text.casefold() == plain(value).casefold()
             return OPERATORS[self.sign](0 if same else 1, 0)
         if not isinstance(value, int | float) or not math.isfinite(value):
             return self.sign == "!="
@@ -53,17 +57,21 @@ class Condition:
 
 
 def parse_condition(text: str) -> Condition:
-    """Parse a condition such as "weight_bits=4" or "top1_mean>=90".
+    """Parse a condition such as "weight_bits=4", "top1_mean>=90" or "finetune.momentum=0.9".
 
     Raises:
         ValueError: It has another form, an unknown column, or a value of another type than the column.
     """
-    match = re.fullmatch(r"\s*([\w-]+)\s*(<=|>=|!=|=|<|>)(.*)", text, flags=re.DOTALL)
+    match = re.fullmatch(r"\s*([\w.-]+)\s*(<=|>=|!=|=|<|>)(.*)", text, flags=re.DOTALL)
     if match is None:
         raise ValueError(f"`where` must read COLUMN, one of = != < <= > >=, VALUE, but got {text!r}")
     column, sign, value = check_column("where", match[1].replace("-", "_")), match[2], " ".join(match[3].split())
     texts = SETTINGS[column].texts if column in SETTINGS else ()
-    if column in TEXT_COLUMNS or value in ("", *texts):
+    is_text = column in TEXT_COLUMNS
+    if column.startswith(PREFIX):
+        setting = setting_column(column.removeprefix(PREFIX))
+        is_text, texts = setting.is_text, (*setting.texts, "none")
+    if is_text or value in ("", *texts):
         if sign not in ("=", "!="):
             raise ValueError(f"`where` must compare the texts of {column} by = or !=, but got {text!r}")
         return Condition(column, sign, value, None)
@@ -77,7 +85,7 @@ def parse_condition(text: str) -> Condition:
 
 
 def check_column(name: str, column: str) -> str:
-    """Return `column` if leaderboard.csv has it.
+    """Return the key of a column of leaderboard.csv, or of a setting: `params.KEY`, also if given as `KEY`.
 
     Args:
         name: Option by which the column was given, for the message.
@@ -86,15 +94,32 @@ def check_column(name: str, column: str) -> str:
     Raises:
         ValueError: There is no such column; the message names the most similar one.
     """
-    if column not in LEADERBOARD_COLUMNS:
-        hint = key_hint(column, LEADERBOARD_COLUMNS)
-        raise ValueError(f"`{name}` must name columns of leaderboard.csv, but got {column!r}{hint}")
-    return column
+    if column in LEADERBOARD_COLUMNS:
+        return column
+    key = column.removeprefix(PREFIX)
+    if key not in KEYS:
+        hint = key_hint(key, [*LEADERBOARD_COLUMNS, *KEYS])
+        raise ValueError(f"`{name}` must name columns of leaderboard.csv or settings, but got {column!r}{hint}")
+    return f"{PREFIX}{key}"
+
+
+def ordered(rows: Sequence[Standing], column: str, *, descending: bool = False) -> list[Standing]:
+    """Return rows in the order of a column: numbers, then texts, then empty cells; equal ones in their order.
+
+    Args:
+        rows: The rows.
+        column: As `check_column` returns it.
+        descending: Whether the largest number, or the last text, comes first.
+    """
+    cells = [(standing.cell(column), standing) for standing in rows]
+    full = [pair for pair in cells if pair[0] not in (None, "")]
+    full.sort(key=lambda pair: (isinstance(pair[0], str), pair[0]), reverse=descending)
+    return [standing for _, standing in [*full, *(pair for pair in cells if pair[0] in (None, ""))]]
 
 
 def choose(rows: Iterable[Standing], conditions: Sequence[Condition]) -> list[Standing]:
     """Return the rows that satisfy all conditions, in their order and with their ranks among all rows."""
-    return [standing for standing in rows if all(condition.holds(standing.row) for condition in conditions)]
+    return [standing for standing in rows if all(condition.holds(standing) for condition in conditions)]
 
 
 def check_chosen(chosen: Sequence[Standing], rows: Sequence[Standing], conditions: Sequence[Condition]) -> None:
@@ -115,7 +140,7 @@ def check_chosen(chosen: Sequence[Standing], rows: Sequence[Standing], condition
         raise ValueError(
             f"`where` must leave a row, but got conditions of which none of {len(rows)} rows satisfies all"
         )
-    texts = {plain(standing.row[bad.column]) for standing in rows} if bad.number is None else ()
+    texts = {plain(standing.cell(bad.column)) for standing in rows} if bad.number is None else ()
     raise ValueError(
         f"`where` must leave a row, but got {bad.column}{bad.sign}{bad.text}, which holds for none of {len(rows)}"
         f"{nearest(bad.text, sorted(texts))}"
@@ -155,6 +180,8 @@ def compare(tables: Mapping[str, Sequence[Standing]]) -> list[Row]:
     Differences are to the first path; their standard error is sqrt(s1^2 / n1 + s2^2 / n2) with the sample standard
     deviations s over n runs, empty if an n is 1. The runs of two paths count as independent.
 
+    Each line also has `params.KEY` for every setting that varies between the lines.
+
     Args:
         tables: Rows in the order of their ranks, by path.
     """
@@ -163,12 +190,14 @@ def compare(tables: Mapping[str, Sequence[Standing]]) -> list[Row]:
         for standing in rows:
             best.setdefault(standing.ranking, {}).setdefault(path, standing)
     first = next(iter(tables))
+    keys = varying(standing.settings for found in best.values() for standing in found.values())
     lines = []
     for ranking in sorted(best, key=Ranking.order):
         digest = hashlib.sha256("\n".join(ranking.measure()).encode("utf-8", "replace")).hexdigest()[:8]
         reference = best[ranking].get(first)
         for path, standing in best[ranking].items():
             line = {column: standing.row.get(column) for column in COMPARE_COLUMNS} | {"path": path, "measure": digest}
+            line |= setting_cells_of(standing.settings, keys)
             if reference is not None and path != first:
                 line |= _difference("objective", "objective_value", standing, reference)
                 line |= _difference("top1", "top1_mean", standing, reference)

@@ -5,15 +5,16 @@ from typing import Any
 
 from matplotlib.figure import Figure as Canvas
 
-from ..leaderboard.columns import COMPARE_SHOWN, COMPARE_TABLE, PAGE_COLUMNS, RUN_COLUMNS, page_texts
+from ..leaderboard.columns import COMPARE_SHOWN, COMPARE_TABLE, keys, page_texts
 from ..leaderboard.ranking import Ranking, Standing
+from ..leaderboard.settings import PREFIX, setting_column
 from ..leaderboard.views import compare, shown
 from .drawing import COLORS, draw
 from .page import Block, Figure, Gap, Page, Tab, Table, slug
 from .published import Reference, references
 from .summary import foot, label
 from .sweep_figures import pareto, trust
-from .sweep_page import by_ranking
+from .sweep_page import by_ranking, leaderboard_table
 from .sweep_view import SweepView
 
 PROTOCOLS = {
@@ -35,6 +36,7 @@ def comparison_page(sweeps: Sequence[SweepView]) -> Page:
     ]
     lines = shown(compare(tables))
     if lines:
+        own = [setting_column(key.removeprefix(PREFIX)) for key in lines[0] if key.startswith(PREFIX)]
         caption = (
             f"The best row of each in every ranking; differences are to {names[0]}, ± their standard error over seeds."
         )
@@ -42,9 +44,9 @@ def comparison_page(sweeps: Sequence[SweepView]) -> Page:
             name="compare",
             title="Side by side",
             caption=caption,
-            columns=COMPARE_SHOWN,
+            columns=[*COMPARE_SHOWN, *keys(own)],
             rows=lines,
-            **page_texts(COMPARE_TABLE),
+            **page_texts([*COMPARE_TABLE, *own]),
         )
         tabs.insert(0, Tab(title="Side by side", blocks=[comparison]))
     tabs += [Tab(title=name, blocks=_one(name, sweep)) for name, sweep in zip(names, sweeps, strict=True)]
@@ -194,15 +196,8 @@ def _published(protocol: str, found: Mapping[Ranking, Sequence[Reference]]) -> T
 def _one(name: str, sweep: SweepView) -> list[Block]:
     standings = sweep.standings()
     prefix = slug(name)
-    board = Table(
-        name=f"leaderboard-{prefix}",
-        title=f"Leaderboard of {name}",
-        caption=f"{len(standings)} settings of {sweep.root}.",
-        columns=PAGE_COLUMNS,
-        rows=[standing.row for standing in standings],
-        **page_texts(RUN_COLUMNS),
-        bold=[standing.row["rank"] == 1 for standing in standings],
-    )
+    caption = f"{len(standings)} settings of {sweep.root}."
+    board = leaderboard_table(f"leaderboard-{prefix}", f"Leaderboard of {name}", caption, sweep, standings)
     return [
         board,
         *(

@@ -14,8 +14,8 @@ from synq.runs.expected_agreement import agreement_line
 from synq.runs.record import RunRecord, run_protocol
 from synq.runs.tuning_effect import effect_sentence
 
-from ..leaderboard.columns import setting_text
 from ..leaderboard.ranking import Standing
+from ..leaderboard.settings import setting_text
 from .sweep_view import SweepView
 
 OF = ("a drop of", "a gain of")
@@ -158,8 +158,7 @@ def best_rows(sweep: SweepView, standings: Sequence[Standing]) -> list[Row]:
     rows = []
     for standing in leaders(standings):
         name = run_of(sweep, standing)
-        settings = "" if name is None else setting_text(sweep.records[name].config["finetune"])
-        rows.append(standing.row | {"setting": settings, "trial": name})
+        rows.append(standing.row | {"setting": setting_text(standing.settings, sweep.settings), "trial": name})
     return rows
 
 

@@ -6,8 +6,9 @@ from typing import Any
 from synq.common.text_tables import Row
 from synq.runs.record import RunRecord
 
-from ..leaderboard.columns import BEST_TABLE, PAGE_COLUMNS, RUN_COLUMNS, TRIAL_COLUMNS, keys, page_texts
+from ..leaderboard.columns import BEST_TABLE, PAGE_COLUMNS, TRIAL_COLUMNS, keys, page_texts
 from ..leaderboard.ranking import Ranking, Standing, read_run
+from ..leaderboard.settings import constants_text, shown_columns
 from .page import Block, Gap, Page, Tab, Table, Text
 from .run_page import run_tabs, settings_blocks
 from .study_figures import study_figures
@@ -45,18 +46,12 @@ def sweep_page(
         path_overrides, num_images: As for ``run_page``.
     """
     standings = sweep.standings()
-    rows = [standing.row for standing in standings]
     trusted, notes = trust(by_ranking(sweep), searched=sweep.is_sweep)
-    board = Table(
-        name="leaderboard",
-        title="Leaderboard",
-        caption="One row for each setting, ranked within its model, bit-widths and protocol; the first of each ranking "
-        "is highlighted. leaderboard.csv has all columns.",
-        columns=_filled(rows, PAGE_COLUMNS),
-        rows=rows,
-        **page_texts(RUN_COLUMNS),
-        bold=[row["rank"] == 1 for row in rows],
+    caption = (
+        "One row for each setting, ranked within its model, bit-widths and protocol; the first of each ranking is "
+        "highlighted. leaderboard.csv has all columns."
     )
+    board = leaderboard_table("leaderboard", "Leaderboard", caption, sweep, standings)
     tabs = [
         Tab(title="Overview", blocks=[*best_table(sweep, standings), trusted, *pareto(standings)]),
         Tab(
@@ -76,6 +71,23 @@ def sweep_page(
     )
 
 
+def leaderboard_table(name: str, title: str, caption: str, sweep: SweepView, standings: Sequence[Standing]) -> Table:
+    """Return a leaderboard with a column for each setting that varies; the others are named in its caption."""
+    settings = [standing.settings for standing in standings]
+    columns = shown_columns(PAGE_COLUMNS, settings)
+    rows = [{column.key: standing.cell(column.key) for column in columns} for standing in standings]
+    same = constants_text(settings, sweep.settings)
+    return Table(
+        name=name,
+        title=title,
+        caption=f"{caption} {same[0].upper()}{same[1:]}." if same else caption,
+        columns=_filled(rows, keys(columns)),
+        rows=rows,
+        **page_texts(columns),
+        bold=[row["rank"] == 1 for row in rows],
+    )
+
+
 def _filled(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
     """Return the columns that are not empty in all rows."""
     return [column for column in columns if any(row.get(column) not in (None, "") for row in rows)]
@@ -89,7 +101,7 @@ def best_table(sweep: SweepView, standings: Sequence[Standing]) -> list[Block]:
         name="best",
         title="Best settings",
         caption=caption,
-        columns=keys(BEST_TABLE),
+        columns=_filled(rows, keys(BEST_TABLE)),
         rows=rows,
         **page_texts(BEST_TABLE),
     )
@@ -146,7 +158,7 @@ def _trials(sweep: SweepView) -> list[Block]:
         if record.status == "failed"
     ]
     rows = sweep.tables.trial_rows()
-    columns = _filled(rows, [column for column in TRIAL_COLUMNS if column not in OMITTED])
+    shown = shown_columns([key for key in TRIAL_COLUMNS if key not in OMITTED], sweep.tables.settings())
     waiting = [{"trial": name, "epochs": len(sweep.plans[name].history)} for name in sweep.running]
     blocks: list[Block] = []
     if failures:
@@ -174,9 +186,9 @@ def _trials(sweep: SweepView) -> list[Block]:
                 name="trials",
                 title="All trials",
                 caption=caption,
-                columns=columns,
+                columns=_filled(rows, keys(shown)),
                 rows=rows,
-                **page_texts(RUN_COLUMNS),
+                **page_texts(shown),
             )
         )
     return blocks

@@ -3,6 +3,7 @@
 Imports neither Ray, Optuna nor torch, and takes no lock.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from synq.runs.record import RunRecord, read_record
 
 from ..leaderboard.ranking import Standing
 from ..leaderboard.records import record_files
+from ..leaderboard.settings import searched_in
 from ..leaderboard.tables import Tables
 from ..space import Dimension
 from ..state.plans import Plan, read_plan, read_sweep_file
@@ -52,6 +54,11 @@ class SweepView:
     def running(self) -> list[str]:
         """Trials without a record: running, waiting or interrupted."""
         return [trial for trial in self.plans if trial not in self.records]
+
+    @functools.cached_property
+    def settings(self) -> list[str]:
+        """Return the dotted keys of the settings that the sweep searches, then of those that vary as well."""
+        return list(dict.fromkeys([*searched_in(self.about), *self.tables.varying()]))
 
     def standings(self) -> list[Standing]:
         """Return the rows of the leaderboard."""

@@ -11,9 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from synq.common.text_tables import plain
+from synq.common.text_tables import plain, to_text
 
-from ..leaderboard.columns import BEST_TABLE
+from ..leaderboard.columns import BEST_TABLE, TERMINAL_COLUMNS, headings, keys
+from ..leaderboard.ranking import Standing
+from ..leaderboard.settings import constants_text, shown_columns
+from ..leaderboard.views import protocol_of
 from .summary import (
     best_rows,
     run_facts,
@@ -24,6 +27,8 @@ from .summary import (
 )
 from .sweep_view import is_run, read_sweep, record_of
 
+MOST_ROWS = 10
+"""Most rows of the leaderboard that are printed."""
 MOST_FAILURES = 5
 """Most failures that are printed; the page and trials.csv have all."""
 
@@ -76,12 +81,29 @@ def _show_sweep(path: Path, console: Console) -> None:
     ]
     if rows:
         _table(console, [column.heading for column in BEST_TABLE], rows)
+    if len(standings) > len(rows):
+        _leaderboard(console, standings, sweep.settings)
     failures = [(name, record.reason) for name, record in sweep.records.items() if record.status == "failed"]
     if failures:
         _table(console, ("failed trial", "reason"), failures[:MOST_FAILURES])
     if len(failures) > MOST_FAILURES:
         console.print(f"and {len(failures) - MOST_FAILURES} more, in trials.csv")
     console.print(f"all settings: synq leaderboard {path} --print; figures: synq report {path}")
+
+
+def _leaderboard(console: Console, standings: Sequence[Standing], searched: Sequence[str]) -> None:
+    """Print the first rows of the leaderboard, with a column for each setting that varies between all its rows."""
+    settings = [standing.settings for standing in standings]
+    columns = shown_columns(TERMINAL_COLUMNS, settings)
+    first = standings[:MOST_ROWS]
+    rows = [
+        {key: standing.cell(key) for key in keys(columns)} | {"protocol": protocol_of(standing.row)}
+        for standing in first
+    ]
+    same = constants_text(settings, searched)
+    count = f"the first {len(first)} of {len(standings)} rows of the leaderboard"
+    console.print(plain(f"{count}; {same}" if same else count), soft_wrap=True)
+    console.print(to_text(rows, keys(columns), headings(columns)), soft_wrap=True)
 
 
 def _table(console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -127,7 +127,7 @@ def run(
     output_dir: str | Path | None = None,
     num_trials: int | None = None,
     max_concurrent: int | None = None,
-    report: bool = False,
+    report: bool | None = None,
     retry_failed: bool = False,
     progress: bool = True,
     on_trial: Callable[[RunRecord], None] | None = None,
@@ -143,7 +143,7 @@ def run(
         output_dir: Folder of the sweep; None takes that of the spec, by default runs/NAME.
         num_trials: Number of trials of each group; None takes that of the spec.
         max_concurrent: Maximum number of concurrent trials; None takes that of the spec.
-        report: Whether to write report.html at the end.
+        report: Whether to write report.html at the end; None takes that of the spec, by default true.
         retry_failed: Whether to run trials again that failed in an earlier call.
         progress: Whether to print a line, or a live table, for each trial; False prints nothing.
         on_trial: Called with the record of each ended trial.

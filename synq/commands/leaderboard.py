@@ -16,6 +16,7 @@ EXAMPLES = """\
   %(prog)s runs/demo                                     make the tables of a sweep again
   %(prog)s runs/monday runs/tuesday --output-dir both    one pair of tables from two sweeps; the same run counts once
   %(prog)s runs/demo --where weight_bits=4 --where "top1_mean>=90"
+  %(prog)s runs/demo --where finetune.momentum=0.9 --sort finetune.lr    any setting, by its key
   %(prog)s runs/demo --where model=cifar10_resnet20 --where weight_bits=4 --where act_bits=4 --single-ranking
   %(prog)s runs/demo --print --format markdown --columns rank,model,weight_bits,act_bits,top1_mean,top1_std
   %(prog)s runs/before runs/after --compare --output-dir comparison"""
@@ -28,8 +29,14 @@ EXAMPLES = """\
     "--where",
     multiple=True,
     metavar="CONDITION",
-    help="only rows with COLUMN=VALUE (also != < <= > >=); several conditions are combined by AND; the rows are "
-    "printed unless --output-dir is given",
+    help="only rows with COLUMN=VALUE (also != < <= > >=), of a column of leaderboard.csv or any setting such as "
+    "finetune.lr; several conditions are combined by AND; the rows are printed unless --output-dir is given",
+)
+@option(
+    "--sort",
+    metavar="COLUMN",
+    help="order of the printed rows and of leaderboard.md, by a column or setting; -COLUMN begins with the largest "
+    "(default: by rank)",
 )
 @option("--single-ranking", is_flag=True, help="rank all selected rows together; an error if they are not comparable")
 @option(
@@ -44,7 +51,7 @@ EXAMPLES = """\
     "the CSV file",
 )
 @option("--markdown", is_flag=True, help="--format markdown")
-@option("--columns", metavar="A,B,...", help="columns of the printed table and of leaderboard.md")
+@option("--columns", metavar="A,B,...", help="columns or settings in the printed table and in leaderboard.md")
 @option("--print", "prints", is_flag=True, help="print the rows; files are written only if --output-dir is given")
 def command(
     paths: tuple[str, ...],
@@ -56,8 +63,11 @@ def command(
     markdown: bool,
     columns: str | None,
     prints: bool,
+    sort: str | None,
 ) -> None:
     """Rebuild the tables of sweeps from their records; several sweeps become one pair of tables.
+
+    Every setting that varies is a column: params.KEY in the files, under a short heading in a terminal.
 
     Each combination of model, bit-widths, protocol, act_points, objective and evaluation images is a separate ranking.
     A selected row keeps its rank among all rows.
@@ -66,10 +76,12 @@ def command(
         raise ValueError("`compare` must be left out with `single-ranking`, but got both")
     check_paths(paths)
     kind = kind or ("markdown" if markdown else None)
+    if compares and sort:
+        raise ValueError(f"`sort` must be left out with `compare`, but got {sort}")
     if compares:
         _compare(paths, where, output_dir, kind, columns)
     else:
-        _rebuild(paths, where, output_dir, kind, columns, prints=prints, ranks_together=single_ranking)
+        _rebuild(paths, where, output_dir, kind, columns, sort, prints=prints, ranks_together=single_ranking)
 
 
 def _rebuild(
@@ -78,6 +90,7 @@ def _rebuild(
     output_dir: str | None,
     kind: str | None,
     column_names: str | None,
+    sort: str | None,
     *,
     prints: bool,
     ranks_together: bool,
@@ -85,14 +98,25 @@ def _rebuild(
     """Write one leaderboard of all paths, or print selected rows of it."""
     from synq.common.files import write_text_atomic
     from synq.common.text_tables import to_csv, to_markdown, to_text
-    from synq.sweeps.leaderboard.columns import LEADERBOARD_COLUMNS, RUN_COLUMNS, TERMINAL_COLUMNS, headings
+    from synq.sweeps.leaderboard.columns import TERMINAL_COLUMNS, headings, keys
+    from synq.sweeps.leaderboard.frames import searched_settings
     from synq.sweeps.leaderboard.records import read_tables
-    from synq.sweeps.leaderboard.views import check_chosen, choose, parse_condition, protocol_of, single_ranking
+    from synq.sweeps.leaderboard.settings import column_of, constants_text, shown_columns
+    from synq.sweeps.leaderboard.views import (
+        check_chosen,
+        check_column,
+        choose,
+        ordered,
+        parse_condition,
+        protocol_of,
+        single_ranking,
+    )
 
     conditions = [parse_condition(text) for text in where]
     columns = _columns(column_names)
+    order = check_column("sort", sort.removeprefix("-").replace("-", "_")) if sort else None
     chosen = bool(conditions or ranks_together)
-    writes = output_dir is not None or not (chosen or prints)
+    writes = output_dir is not None or not (chosen or prints or order)
     if writes and output_dir is None and (len(paths) > 1 or not Path(paths[0]).is_dir()):
         raise ValueError(f"`output_dir` must be given unless PATH is one folder, but got {' '.join(paths)}")
     folder = Path(output_dir or paths[0])
@@ -103,25 +127,39 @@ def _rebuild(
     standings = choose(known, conditions)
     check_chosen(standings, known, conditions)
     rows = single_ranking(standings) if ranks_together else [standing.row for standing in standings]
+    every = tables.columns()
+    wanted = [*every, *columns]
+    rows = [
+        {column: standing.cell(column) for column in wanted} | row
+        for standing, row in zip(standings, rows, strict=True)
+    ]
     names = ["leaderboard.csv"] if chosen else ["trials.csv", "leaderboard.csv"]
     if writes and chosen:
-        write_text_atomic(folder / "leaderboard.csv", to_csv(rows, LEADERBOARD_COLUMNS))
+        write_text_atomic(folder / "leaderboard.csv", to_csv(rows, every))
     elif writes:
         tables.write(folder)
+    if order:
+        of_row = dict(zip(map(id, standings), rows, strict=True))
+        standings = ordered(standings, order, descending=str(sort).startswith("-"))
+        rows = [of_row[id(standing)] for standing in standings]
     if writes and kind == "markdown":
         names.append("leaderboard.md")
-        write_text_atomic(folder / "leaderboard.md", to_markdown(rows, columns or LEADERBOARD_COLUMNS))
+        write_text_atomic(folder / "leaderboard.md", to_markdown(rows, columns or every))
     printed = prints or not writes
     if writes:
         count = f"{len(rows)} rows of {len(tables)} records" if chosen else f"{len(tables)} records"
         note = f"{count} -> {', '.join(str(folder / name) for name in names)}"
         print(note, file=sys.stderr if printed else sys.stdout)  # standard output has only the table
     if printed and kind is None:
+        settings = [standing.settings for standing in standings]
+        usual = shown_columns(TERMINAL_COLUMNS, settings)
         named = rows if columns else [{**row, "protocol": protocol_of(row)} for row in rows]
-        _show(to_text(named, columns or TERMINAL_COLUMNS, headings(RUN_COLUMNS)))
+        if not columns and (constants := constants_text(settings, searched_settings(paths))):
+            _show(f"{constants}\n")
+        _show(to_text(named, columns or keys(usual), headings(map(column_of, columns) if columns else usual)))
     elif printed:
         as_text = to_csv if kind == "csv" else to_markdown
-        _show(as_text(rows, columns or LEADERBOARD_COLUMNS))
+        _show(as_text(rows, columns or every))
 
 
 def _compare(
@@ -132,6 +170,7 @@ def _compare(
     from synq.common.text_tables import to_csv, to_markdown, to_text
     from synq.sweeps.leaderboard.columns import COMPARE_COLUMNS, COMPARE_SHOWN, COMPARE_TABLE, headings
     from synq.sweeps.leaderboard.records import read_tables
+    from synq.sweeps.leaderboard.settings import PREFIX, column_of
     from synq.sweeps.leaderboard.views import check_chosen, choose, compare, differences, parse_condition, shown
 
     conditions = [parse_condition(text) for text in where]
@@ -147,19 +186,22 @@ def _compare(
     check_chosen([*chain(*chosen.values())], [*chain(*known.values())], conditions)
     lines = compare(chosen)
     readable = shown(lines)
+    own = [name for name in lines[0] if name.startswith(PREFIX)] if lines else []
+    every, short = [*COMPARE_COLUMNS, *own], [*COMPARE_SHOWN, *own]
+    heads = headings([*COMPARE_TABLE, *map(column_of, own)])
     if output_dir is not None:
         folder = Path(output_dir)
-        write_text_atomic(folder / "compare.csv", to_csv(lines, COMPARE_COLUMNS))
-        write_text_atomic(folder / "compare.md", to_markdown(readable, COMPARE_SHOWN, headings(COMPARE_TABLE)))
+        write_text_atomic(folder / "compare.csv", to_csv(lines, every))
+        write_text_atomic(folder / "compare.md", to_markdown(readable, short, heads))
         print(f"{len(lines)} rows -> {folder / 'compare.csv'}, {folder / 'compare.md'}", file=sys.stderr)
     rankings = {standing.ranking for rows in chosen.values() for standing in rows}
     if len(rankings) == len(lines) > 1:
         print(f"synq: no two PATHs have rows that may be compared: {differences(rankings)}", file=sys.stderr)
     if kind == "csv":
-        _show(to_csv(lines, COMPARE_COLUMNS))
+        _show(to_csv(lines, every))
     else:
         as_text = to_text if kind is None else to_markdown
-        _show(as_text(readable, COMPARE_SHOWN, headings(COMPARE_TABLE)))
+        _show(as_text(readable, short, heads))
 
 
 def _columns(text: str | None) -> list[str]:

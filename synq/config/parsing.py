@@ -90,6 +90,12 @@ def dotted_keys(cls: type) -> list[str]:
     return list(_dotted_hints(cls))
 
 
+def is_number(cls: type, key: str) -> bool:
+    """Return whether the values of a dotted key of a configuration class are numbers, or None."""
+    hint = _dotted_hints(cls)[key]
+    return {*(typing.get_args(hint) or (hint,))} <= {int, float, types.NoneType}
+
+
 def config_from_dict(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
     """Build `cls` from a mapping of plain values, nested parts included; missing keys have their defaults.
 

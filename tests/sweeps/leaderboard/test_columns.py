@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from support.records import record
-from synq.config.run import FinetuneConfig, config_to_dict
+from synq.config.run import FinetuneConfig, RunConfig
 from synq.runs.record import DEPLOYED
 from synq.sweeps.leaderboard.columns import (
     ABLATION_TABLE,
@@ -27,9 +27,9 @@ from synq.sweeps.leaderboard.columns import (
     keys,
     page_texts,
     setting_cells,
-    setting_text,
 )
 from synq.sweeps.leaderboard.records import trial_rows
+from synq.sweeps.leaderboard.settings import read_settings, setting_text
 
 TABLES = {
     "runs": RUN_COLUMNS,
@@ -97,10 +97,10 @@ def test_a_searched_setting_is_a_field_of_the_finetuning_and_a_column_of_both_fi
 @pytest.mark.parametrize(
     ("changes", "size", "cell", "text"),
     [
-        ({"lowpass_cutoff": 0.5, "lowpass_unit": "nyquist"}, (3, 32, 48), 8.0, "lowpass_cutoff 0.5 nyquist"),
-        ({"lowpass_cutoff": 0.5, "lowpass_unit": "nyquist"}, None, None, "lowpass_cutoff 0.5 nyquist"),
-        ({"lowpass_cutoff": 12.0, "lowpass_unit": "bins"}, None, 12.0, "lowpass_cutoff 12 bins"),
-        ({"lowpass_cutoff": None}, (3, 32, 32), "None", "lowpass_cutoff off"),
+        ({"lowpass_cutoff": 0.5, "lowpass_unit": "nyquist"}, (3, 32, 48), 8.0, "finetune.lowpass_cutoff 0.5 nyquist"),
+        ({"lowpass_cutoff": 0.5, "lowpass_unit": "nyquist"}, None, None, "finetune.lowpass_cutoff 0.5 nyquist"),
+        ({"lowpass_cutoff": 12.0, "lowpass_unit": "bins"}, None, 12.0, "finetune.lowpass_cutoff 12 bins"),
+        ({"lowpass_cutoff": None}, (3, 32, 32), "None", "finetune.lowpass_cutoff None"),
     ],
 )
 def test_the_cutoff_is_in_bins_in_a_table_and_as_configured_in_text(
@@ -108,4 +108,4 @@ def test_the_cutoff_is_in_bins_in_a_table_and_as_configured_in_text(
 ) -> None:
     config = FinetuneConfig(**changes)
     assert setting_cells(config, size)["lowpass_cutoff"] == cell
-    assert text in setting_text(config_to_dict(config)).split(", ")
+    assert setting_text(read_settings(RunConfig(finetune=config)), ["finetune.lowpass_cutoff"]) == text

@@ -200,7 +200,7 @@ def test_tables_are_the_same_bytes_in_any_order_and_rebuilt_from_files(
     assert main([str(tmp_path)]) == 0 and "9 records" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")} == first
     rows = list(csv.DictReader(io.StringIO(first["trials.csv"].decode())))
-    assert list(rows[0]) == list(TRIAL_COLUMNS) and rows[-1]["reason"].startswith("'=1+1")
+    assert list(rows[0]) == [*TRIAL_COLUMNS, "params.finetune.lr"] and rows[-1]["reason"].startswith("'=1+1")
     assert len(load_records([tmp_path, tmp_path / "records" / "t0.json"])) == 10
 
 

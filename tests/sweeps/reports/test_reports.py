@@ -264,7 +264,7 @@ def test_cells_have_rounded_text_and_exact_sort_keys(tmp_path: Path) -> None:
 def test_settings_of_the_best_rows_are_readable(page: Page) -> None:
     rows = _table(page, "best").rows
     for row in rows:
-        assert re.search(r"lowpass_cutoff (off|[\d.]+ nyquist), cam_weight [\d.]+, .*lr [\d.e-]+", row["setting"]), row[
-            "setting"
-        ]
+        assert re.search(
+            r"finetune.lowpass_cutoff (None|[\d.]+ nyquist), finetune.cam_weight [\d.]+, .*lr [\d.e-]+", row["setting"]
+        ), row["setting"]
         assert row["trial"].startswith(f"group-W{row['weight_bits']}A")
