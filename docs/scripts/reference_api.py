@@ -59,9 +59,7 @@ def described(name: str, node: ast.FunctionDef | ast.ClassDef) -> str:
         if isinstance(part, ast.FunctionDef) and part.name[0] != "_":
             short = name.rpartition(".")[2]
             is_value = any("property" in ast.unparse(mark) for mark in part.decorator_list)
-            head = (
-                f"`{short}.{part.name}`" if is_value else f"```text\n{signature(f'{short}.{part.name}', part)}\n```"
-            )
+            head = f"`{short}.{part.name}`" if is_value else f"```text\n{signature(f'{short}.{part.name}', part)}\n```"
             parts.append(f"{head}\n\n{as_markdown(ast.get_docstring(part) or '')}\n")
     return "\n".join(parts)
 

@@ -1,5 +1,6 @@
 """Page that compares several sweeps: the best setting of each in every ranking, with published results."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from ..leaderboard.columns import COMPARE_SHOWN, COMPARE_TABLE, keys, page_texts
 from ..leaderboard.ranking import Ranking, Standing
 from ..leaderboard.settings import PREFIX, setting_column
 from ..leaderboard.views import compare, shown
-from .drawing import COLORS, draw
+from .drawing import COLORS, WIDTH, draw
 from .page import Block, Figure, Gap, Page, Tab, Table, slug
 from .published import Reference, references
 from .summary import foot, label
@@ -151,10 +152,10 @@ def _drops(
                     )
         for i, name in enumerate(names):
             axes.plot([], [], "o", color=COLORS[i % len(COLORS)], label=name)
-        axes.set_yticks(range(len(measured)), [label(next(iter(part[ranking].values()))) for ranking in measured])
-        axes.set(
-            xlabel="top-1 drop from the teacher [percentage points], lower is better", ylim=(len(measured) - 0.4, -0.6)
+        axes.set_yticks(
+            range(len(measured)), [textwrap.fill(label(next(iter(part[ranking].values()))), 18) for ranking in measured]
         )
+        axes.set(xlabel="top-1 drop from the teacher [points], lower is better", ylim=(len(measured) - 0.4, -0.6))
         canvas.legend(loc="outside lower center", ncols=2)
 
     caption = (
@@ -162,7 +163,7 @@ def _drops(
         f"seeds. Dashed: the drop published for {REFERENCE} on a network of that name with the weights of the paper "
         "(only for act_points relu); compare the drop, not the top-1."
     )
-    return draw(f"drops-{slug(protocol)}", title, caption, plot, (8.0, 1.6 + 0.5 * len(measured)))
+    return draw(f"drops-{slug(protocol)}", title, caption, plot, (WIDTH, 1.6 + 0.6 * len(measured)))
 
 
 def _published(protocol: str, found: Mapping[Ranking, Sequence[Reference]]) -> Table | Gap:

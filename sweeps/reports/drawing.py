@@ -16,6 +16,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLoc
 from .page import Figure, Gap
 
 PIXELS_PER_INCH = 100
+WIDTH = 4.8
+"""Width of a figure in inches: legible in half of a wide page and, scaled to three quarters, on a phone."""
+LEAST_TRIALS = 9
+"""Fewest completed trials for a figure or a number that relates settings, objective and accuracy."""
 COLORS = ("#0b6bcb", "#d1495b", "#2e8b57", "#b8860b", "#7a4fbf", "#4f5d73", "#008b8b", "#c06014")
 STYLE: Any = {
     "text.parse_math": False,  # a name may contain two dollar signs
@@ -27,6 +31,8 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.prop_cycle": cycler(color=COLORS),
+    "legend.frameon": False,
+    "legend.fontsize": 8,
     "svg.hashsalt": "synq",  # makes files reproducible
     "figure.dpi": PIXELS_PER_INCH,
 }
@@ -42,7 +48,13 @@ def style() -> Iterator[None]:
 
 
 def draw(
-    name: str, title: str, caption: str, plot: Callable[[Canvas], None], size: tuple[float, float] = (6.4, 3.6)
+    name: str,
+    title: str,
+    caption: str,
+    plot: Callable[[Canvas], None],
+    size: tuple[float, float] = (WIDTH, 3.3),
+    *,
+    pixels: bool = False,
 ) -> Figure | Gap:
     """Return a figure, or a gap with the error if it cannot be drawn, so that the rest of the page is still made.
 
@@ -52,29 +64,31 @@ def draw(
         caption: Description of the figure, with the sample size n.
         plot: Draws on an empty Matplotlib figure.
         size: Width and height in inches of 100 pixels.
+        pixels: As for ``Figure``.
     """
     try:
         with style():
             canvas = Canvas(figsize=size, layout="constrained")
             FigureCanvasAgg(canvas)
             plot(canvas)
-            return finish(canvas, name, title, caption)
+            return finish(canvas, name, title, caption, pixels=pixels)
     except Exception as error:  # raised by Matplotlib for values that no axis can show
-        return failed(title, error)
+        text = " ".join(str(error).split())
+        return Gap(title=title, reason=f"it could not be drawn ({type(error).__name__}: {text})")
 
 
-def failed(title: str, error: Exception) -> Gap:
-    """Return the gap for a figure that could not be drawn."""
-    return Gap(title=title, reason=f"it could not be drawn ({type(error).__name__}: {' '.join(str(error).split())})")
+def too_few(number: int) -> str:
+    """Return the reason for a gap in place of a figure of fewer than LEAST_TRIALS trials."""
+    trials = f"{number} completed trial{'' if number == 1 else 's'}"
+    return f"too few to tell: {trials}, and {LEAST_TRIALS} are needed"
 
 
-def finish(canvas: Canvas, name: str, title: str, caption: str, *, tight: bool = False) -> Figure:
+def finish(canvas: Canvas, name: str, title: str, caption: str, *, pixels: bool = False) -> Figure:
     """Save a Matplotlib figure as a figure of a page.
 
     Args:
         canvas: The Matplotlib figure.
-        name, title, caption: As for ``draw``.
-        tight: Crop to the drawn area, for a layout that is not ours.
+        name, title, caption, pixels: As for ``draw``.
     """
     for axes in canvas.axes:
         _plain_numbers(axes)
@@ -84,11 +98,13 @@ def finish(canvas: Canvas, name: str, title: str, caption: str, *, tight: bool =
         ("png", {"dpi": 2 * PIXELS_PER_INCH}),
     ):
         buffer = io.BytesIO()
-        canvas.savefig(buffer, format=ending, bbox_inches="tight" if tight else None, **options)  # type: ignore[arg-type]
+        canvas.savefig(buffer, format=ending, **options)  # type: ignore[arg-type]
         files[ending] = buffer.getvalue()
         canvas.set_layout_engine("none")  # the layout need not be computed again
     width = int(canvas.get_figwidth() * PIXELS_PER_INCH)
-    return Figure(name=name, title=title, caption=caption, svg=files["svg"], png=files["png"], width=width)
+    return Figure(
+        name=name, title=title, caption=caption, svg=files["svg"], png=files["png"], width=width, pixels=pixels
+    )
 
 
 def _plain_numbers(axes: Axes) -> None:

@@ -3,41 +3,44 @@
 Each function takes plain arrays, or the reason why there are none, and returns a figure or a gap with the reason.
 """
 
+import functools
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from synq.diagnostics.probe_parts import ImageGrid, Maps, Spectra
 
-from .drawing import draw, panels
+from .drawing import WIDTH, draw, panels
 from .page import Figure, Gap
 
 
-def image_grid(grid: ImageGrid | str, cutoff: str) -> Figure | Gap:
-    """Return a figure of synthetic images by class, before and after the low-pass filter (paper, Fig. 1)."""
-    title = "Synthetic images before and after the low-pass filter"
+def image_grids(grid: ImageGrid | str, cutoff: str) -> list[Figure | Gap]:
+    """Return figures of synthetic images by class, before and after the low-pass filter (paper, Fig. 1)."""
     if isinstance(grid, str):
-        return Gap(title=title, reason=grid)
+        return [Gap(title="Synthetic images before and after the low-pass filter", reason=grid)]
     classes, each = grid.before.shape[:2]
 
-    def plot(canvas: Canvas) -> None:
-        for axes, images, name in zip(
-            panels(canvas, 2), (grid.before, grid.after), ("synthesized", "filtered"), strict=True
-        ):
-            _show_tiles(axes, images)
-            axes.set_title(f"{name}: one row per class")
-            height = images.shape[2]
-            axes.set_yticks([(i + 0.5) * height for i in range(classes)], [str(c) for c in grid.classes])
-            axes.set_ylabel("class")
+    def plot(canvas: Canvas, images: np.ndarray) -> None:
+        axes = canvas.subplots()
+        _show_tiles(axes, images)
+        axes.set_yticks([(i + 0.5) * images.shape[2] for i in range(classes)], [str(c) for c in grid.classes])
+        axes.set_ylabel("class")
 
     caption = (
         f"{each} images of each of {classes} classes, of {grid.num_images} in the set. Filter: {cutoff}. "
         f"{100 * grid.clipped:.0f} % of the pixels are outside the range from black to white; they are clipped in this "
         "figure only, not in the run." + ("" if grid.channels in (1, 3) else f" First of {grid.channels} channels.")
     )
-    tile = 3.8 / each  # width of one image in inches, with two grids side by side
-    height = 0.5 + classes * tile * grid.before.shape[2] / grid.before.shape[3]
-    return draw("images", title, caption, plot, (8.8, min(10.0, max(1.6, height))))
+    tile = (WIDTH - 0.5) / each  # width of one image in inches
+    height = 0.1 + classes * tile * grid.before.shape[2] / grid.before.shape[3]
+    size = WIDTH, min(10.0, max(1.6, height))
+    before, after = functools.partial(plot, images=grid.before), functools.partial(plot, images=grid.after)
+    short = f"The same images after the filter ({cutoff})."
+    return [
+        draw("images", "Synthetic images before the low-pass filter", caption, before, size, pixels=True),
+        draw("images-filtered", "Synthetic images after the low-pass filter", short, after, size, pixels=True),
+    ]
 
 
 def _show_tiles(axes: Axes, images: np.ndarray) -> None:
@@ -74,10 +77,12 @@ def spectra(found: Spectra | str) -> list[Figure | Gap]:
             height, width = level.shape
             edges = (-width / 2, width / 2, height / 2, -height / 2)
             shown = axes.imshow(level, vmin=low, vmax=high, cmap="viridis", extent=edges)
-            axes.set(title=name.partition(" (")[0], xlabel="horizontal DFT bins")
+            axes.set_title(name.partition(" (")[0])
+            axes.locator_params(nbins=4, integer=True)
             axes.grid(False)
         axes_list[0].set_ylabel("vertical DFT bins")
-        canvas.colorbar(shown, ax=axes_list, label="log10 mean amplitude", shrink=0.8)
+        axes_list[len(levels) // 2].set_xlabel("horizontal DFT bins")
+        canvas.colorbar(shown, ax=axes_list, label="log10 mean amplitude", location="bottom", aspect=40)
 
     def plot_profiles(canvas: Canvas) -> None:
         axes = canvas.subplots()
@@ -91,7 +96,7 @@ def spectra(found: Spectra | str) -> list[Figure | Gap]:
     spectrum = "Magnitude of the two-dimensional DFT, mean over images and channels, zero frequency in the center"
     radial = "Means of the spectra over rings; the low-pass filter lowers the right part."
     return [
-        draw("spectra", title, f"{spectrum} ({counts}).", plot_maps, (2.6 * len(levels) + 0.6, 2.9)),
+        draw("spectra", title, f"{spectrum} ({counts}).", plot_maps, (WIDTH, 2.9), pixels=True),
         draw("spectrum-profile", "Radial profile of the spectra", f"{radial} {counts}.", plot_profiles),
     ]
 
@@ -119,7 +124,7 @@ def cam_overlays(found: Maps | str) -> Figure | Gap:
                     heat = found.maps[name][column] / top[column]
                     axes.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.6, extent=edges, interpolation="bilinear")
                 else:
-                    axes.set_title(f"class {found.labels[column]}")
+                    axes.set_title(f"class {found.labels[column]}", fontsize=8)
                 if column == 0:
                     axes.set_ylabel(name.replace(" to ", " to\n"))
 
@@ -127,4 +132,5 @@ def cam_overlays(found: Maps | str) -> Figure | Gap:
         f"Grad-CAM of the label on {number} {found.source}, not normalized, large values bright, one color scale per "
         "column. The maps of a fine-tuned student should resemble the teacher's more than those before fine-tuning do."
     )
-    return draw("cam", title, caption, plot, (0.6 + 1.05 * number, 0.3 + 1.05 * (len(names) + 1)))
+    tile = (WIDTH - 0.5) / number
+    return draw("cam", title, caption, plot, (WIDTH, 0.4 + tile * (len(names) + 1)), pixels=True)

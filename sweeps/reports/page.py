@@ -20,6 +20,9 @@ from synq.common.text_tables import Row, plain
 MOST_SVG_BYTES = 300_000
 """A figure whose SVG is larger is embedded as PNG; the separate SVG file is written anyway."""
 
+MOST_NARROW_COLUMNS = 3
+"""Most columns of a table that stays a table on a narrow screen."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
@@ -32,6 +35,7 @@ class Figure:
         svg: The figure as SVG.
         png: The figure as PNG.
         width: Width on the page in pixels.
+        pixels: Whether it shows images, whose colors are not adapted to a dark page.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Figure:
     svg: bytes
     png: bytes
     width: int
+    pixels: bool = False
 
     def with_prefix(self, prefix: str) -> "Figure":
         """Return the figure with a prefix in its name, for a page that has several of its kind."""
@@ -94,6 +99,11 @@ class Table:
         """Return the table with a prefix in its name."""
         return replace(self, name=slug(f"{prefix}-{self.name}"))
 
+    @property
+    def stacked(self) -> bool:
+        """Whether its rows become cards on a narrow screen, since its columns would not fit."""
+        return len(self.columns) > MOST_NARROW_COLUMNS
+
     def cells(self) -> Iterator[tuple[bool, str, list[tuple[str, str]]]]:
         """Yield (highlighted, extra search text, cells) of each row.
 
@@ -137,10 +147,11 @@ class Page:
 
     Attributes:
         title: Heading.
-        verdict: Sentences about the result: whether it worked, whether it can be trusted.
+        verdict: Sentences about the result; the first is the verdict, the others are notes.
         facts: Pairs of name and value for the head of the page.
         tabs: The parts.
         foot: Provenance: records, commit, versions, date.
+        chart: Figure next to the verdict; None if there is nothing to draw.
     """
 
     title: str
@@ -148,10 +159,11 @@ class Page:
     facts: Sequence[tuple[str, str]]
     tabs: Sequence[Tab]
     foot: str
+    chart: Figure | None = None
 
     def __post_init__(self) -> None:
         """Make the names of tabs, figures and tables unique, since they are URL fragments and file names."""
-        taken: dict[str, int] = {}
+        taken: dict[str, int] = {} if self.chart is None else {self.chart.name: 1}
         tabs = []
         for tab in self.tabs:
             blocks = [
@@ -163,7 +175,13 @@ class Page:
 
     def figures(self) -> Iterator[Figure]:
         """Yield every figure."""
+        if self.chart is not None:
+            yield self.chart
         yield from (block for tab in self.tabs for block in tab.blocks if isinstance(block, Figure))
+
+    def tables(self) -> Iterator[Table]:
+        """Yield every table."""
+        yield from (block for tab in self.tabs for block in tab.blocks if isinstance(block, Table))
 
 
 def slug(text: str) -> str:
@@ -190,9 +208,15 @@ def render(page: Page) -> str:
         trim_blocks=True,
     )
     environment.tests["kind"] = lambda block, name: type(block).__name__ == name
+    environment.filters["css_text"] = _css_text
     assets = resources.files("synq.sweeps.reports") / "assets"
     style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return environment.get_template("page.html").render(page=page, style=style, script=script)
+
+
+def _css_text(text: str) -> str:
+    """Return a text for a CSS string; every character that may end the string or the style element is escaped."""
+    return "".join(c if c.isascii() and (c.isalnum() or c == " ") else f"\\{ord(c):x} " for c in text)
 
 
 def write_page(page: Page, path: str | Path) -> list[Path]:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from synq.diagnostics.probe_parts import REACH, LayerError, Predictions, RangeCount
 from synq.runs.record import RunRecord
 
-from .drawing import COLORS, draw
+from .drawing import COLORS, WIDTH, draw
 from .page import Figure, Gap
 
 MOST_CLASSES = 20
@@ -68,7 +68,7 @@ def error_by_difficulty(found: Predictions | str, threshold: float, *, uses_labe
         axes.axvline(threshold, color="#4f5d73", linestyle="--", label=f"difficulty_threshold {threshold:g}")
         axes.set(xlim=(0, 1), ylim=(-14, 108), xlabel="difficulty: 1 - the teacher's probability of the label")
         axes.set_ylabel("error rate [%]" if found.labeled else "disagreement with the teacher [%]")
-        canvas.legend(loc="outside right upper")
+        canvas.legend(loc="outside lower center", ncols=3)
 
     caption = (
         f"{len(found.labels)} {found.source} in {NUM_DIFFICULTY_BINS} bins; small numbers: images per bin; bars: one "
@@ -98,7 +98,7 @@ def losses(record: RunRecord) -> list[Figure | Gap]:
                 axes.plot(epochs, [math.nan if value is None else value for value in values], marker=".", label=name)
         axes.set(yscale="log", xlabel="epoch", ylabel="mean over the epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        canvas.legend(loc="outside right upper")
+        canvas.legend(loc="outside lower center", ncols=3)
 
     caption = (
         f"Means over each of {len(history)} epochs: the loss and its unweighted terms (log scale; terms that are zero "
@@ -144,21 +144,19 @@ def layer_errors(found: Sequence[LayerError] | str) -> Figure | Gap:
             [_finite(layer.output_db) for layer in found],
             positions,
             "s",
-            label="output, with all layers before it quantized",
+            label="output, all layers before it quantized",
             color=COLORS[1],
         )
         axes.set_yticks(positions, [f"{layer.name} ({layer.bits} bit)" for layer in found])
         axes.set(xlabel="SQNR [dB], higher is better", ylim=(len(found) - 0.4, -0.6))
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.4, 1 + 0.5 / max(2.0, ROW * len(found))), ncols=2, frameon=False
-        )
+        canvas.legend(loc="outside lower center", ncols=2)
 
     caption = (
         f"{len(found)} layers from input to output. Signal-to-quantization-noise ratio: 10 log10 of the power of the "
         "teacher's values over that of the difference of the fine-tuned student. A layer far below its neighbors is "
         "the first candidate for more bits."
     )
-    return draw("layers", title, caption, plot, (6.8, 1.2 + ROW * max(len(found), 4)))
+    return draw("layers", title, caption, plot, (WIDTH, 1.2 + ROW * max(len(found), 4)))
 
 
 def _finite(value: float) -> float:
@@ -198,14 +196,14 @@ def range_strips(found: Sequence[RangeCount] | str) -> Figure | Gap:
         least = min(one.low / bound for one, bound in zip(found, bounds, strict=True))
         axes.set(xlabel="value / largest absolute bound of the range", xlim=(-REACH if least < 0 else -0.1, REACH))
         axes.grid(False)
-        canvas.colorbar(shown, label="log10 fraction of the values")
+        canvas.colorbar(shown, label="log10 fraction of the values", location="bottom", aspect=40)
 
     clipped = max(found, key=lambda one: one.clipped)
     caption = (
         f"One row for each of {len(found)} quantized activations; red marks: bounds of its range. Most values are "
         f"clipped at {clipped.name.removeprefix('act_quantizers.')}: {100 * clipped.clipped:.2g} %."
     )
-    return draw("ranges", title, caption, plot, (6.8, 1.0 + ROW * max(len(found), 4)))
+    return draw("ranges", title, caption, plot, (WIDTH, 1.5 + ROW * max(len(found), 4)))
 
 
 def confusion(found: Predictions | str, num_classes: int) -> Figure | Gap:
@@ -242,9 +240,12 @@ def confusion(found: Predictions | str, num_classes: int) -> Figure | Gap:
             axes.set_xticks(range(num_classes))
             axes.set_yticks(range(num_classes))
             axes.grid(False)
-            canvas.colorbar(shown, label="images with different predictions", ticks=MaxNLocator(integer=True))
+            ticks = MaxNLocator(integer=True)
+            canvas.colorbar(
+                shown, label="images with different predictions", ticks=ticks, location="bottom", aspect=40, shrink=0.8
+            )
 
-        return draw("confusion", title, f"{about} Color: only different predictions.", plot, (5.6, 4.4))
+        return draw("confusion", title, f"{about} Color: only different predictions.", plot, (WIDTH, 5.2))
     differing = [(int(count), f"{t} -> {s}") for (t, s), count in zip(pairs.T, counts, strict=True) if t != s]
     if not differing:
         return Gap(title=title, reason=f"{about} There is no difference to draw.")
@@ -261,5 +262,5 @@ def confusion(found: Predictions | str, num_classes: int) -> Figure | Gap:
         title,
         f"{about} The {len(differing)} most frequent differences.",
         plot_bars,
-        (6.4, 0.9 + 0.22 * len(differing)),
+        (WIDTH, 0.9 + 0.22 * len(differing)),
     )

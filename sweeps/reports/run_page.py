@@ -4,18 +4,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from synq.config.run import RunConfig
 from synq.diagnostics.probe import probe_run
 from synq.diagnostics.probe_parts import Probe
 from synq.runs.record import RunRecord
 from synq.teacher.teacher import Teacher
 
-from .image_figures import cam_overlays, image_grid, spectra
+from .headline import run_chart
+from .image_figures import cam_overlays, image_grids, spectra
 from .page import Block, Gap, Page, Tab, Table, Text
 from .run_figures import confusion, error_by_difficulty, layer_errors, losses, range_strips
 from .summary import foot, run_facts, run_label, run_verdict
 from .sweep_view import record_of
 
-LAYER_COLUMNS = ("name", "kind", "role", "bits", "shape", "parameters", "macs", "bitops")
+LAYER_COLUMNS = ("name", "kind", "role", "bits", "shape", "parameters", "numel", "macs", "bitops")
+LAYER_HEADINGS = {
+    "name": "layer",
+    "role": "tensor",
+    "parameters": "weights",
+    "numel": "values",
+    "macs": "MACs per image",
+    "bitops": "BitOps per image",
+}
+LAYER_MEANINGS = {
+    "role": "the layer's weight, or the activation that it returns",
+    "numel": "number of values; of one image for an activation",
+    "macs": "multiply-accumulate operations",
+    "bitops": "MACs x weight bits x input bits; a float operand counts 32 bits",
+}
 
 
 def run_page(
@@ -39,7 +55,7 @@ def run_page(
     path = Path(path)
     record = record_of(path)
     return Page(
-        title=f"Run {record.name}: {run_label(record)}",
+        title=run_title(record),
         verdict=run_verdict(record),
         facts=run_facts(record),
         tabs=[
@@ -47,6 +63,7 @@ def run_page(
             Tab(title="Settings", blocks=settings_blocks(record)),
         ],
         foot=foot([record]),
+        chart=run_chart(record),
     )
 
 
@@ -80,7 +97,7 @@ def run_tabs(
         settings, classes = record.config["finetune"], int(record.teacher.get("num_classes") or 0)
         blocks_by_title = {
             "Training": losses(record),
-            "Images": [image_grid(probe.images, _filter_text(settings)), *spectra(probe.spectra)],
+            "Images": [*image_grids(probe.images, _filter_text(settings)), *spectra(probe.spectra)],
             "Predictions": [
                 cam_overlays(probe.maps),
                 error_by_difficulty(
@@ -96,6 +113,11 @@ def run_tabs(
     ]
 
 
+def run_title(record: RunRecord) -> str:
+    """Return the heading of a run: its name, unless it is the default, and its label."""
+    return f"Run {'' if record.name == RunConfig().name else f'{record.name}: '}{run_label(record)}"
+
+
 def _filter_text(settings: Mapping[str, Any]) -> str:
     cutoff = settings.get("lowpass_cutoff")
     return "none" if cutoff is None else f"Gaussian, D0 = {cutoff:g} {settings.get('lowpass_unit')}"
@@ -107,7 +129,15 @@ def _layer_table(record: RunRecord) -> Table | Gap:
     columns = [name for name in LAYER_COLUMNS if any(name in row for row in record.layers)]
     columns += sorted({name for row in record.layers for name in row} - set(LAYER_COLUMNS))
     caption = "Bits of each weight and activation; 32 means float."
-    return Table(name="bits", title="Bits", caption=caption, columns=columns, rows=record.layers)
+    return Table(
+        name="bits",
+        title="Bits",
+        caption=caption,
+        columns=columns,
+        rows=record.layers,
+        headings=LAYER_HEADINGS,
+        meanings=LAYER_MEANINGS,
+    )
 
 
 def settings_blocks(record: RunRecord) -> list[Block]:

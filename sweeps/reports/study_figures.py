@@ -1,11 +1,9 @@
-"""Optuna's figures of a search: history, importances, parallel coordinates, slices.
+"""Figures of a search: history, importances, parallel coordinates, slices.
 
-No other file of the reports uses Optuna.
-
-The study is rebuilt from plans and records, so that any sweep can have a page at any time, without Optuna's storage.
+No other file of the reports uses Optuna, which computes the importances. The study is rebuilt from plans and records,
+so that any sweep can have a page at any time, without Optuna's storage.
 """
 
-import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,7 +11,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 import optuna
-from matplotlib.colors import ListedColormap
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
@@ -21,14 +23,16 @@ from synq.runs.record import RunRecord
 
 from ..space import Dimension, value_of
 from ..state.plans import Plan
-from .drawing import failed, finish, style
+from .drawing import COLORS, LEAST_TRIALS, WIDTH, draw, panels, too_few
 from .page import Figure, Gap, slug
 
 STATES = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 OFF_MARGIN = 0.15
 """An optional range encodes "off" above its upper bound, by this fraction of the range."""
-LEAST_TRIALS = 3
-Plot = Callable[..., Any]
+LEAST_HISTORY = 2
+"""Fewest trials for a history."""
+MOST_LABELS = 5
+"""Most labels of choices on one axis of the parallel coordinates."""
 
 
 def study_figures(
@@ -50,106 +54,202 @@ def study_figures(
     """
     study = _study(dimensions, trials, minimize)
     done = study.get_trials(states=[TrialState.COMPLETE])
-    varied = [name for name in _names(dimensions) if len({repr(trial.params.get(name)) for trial in done}) > 1]
+    searched = dict(zip(_names(dimensions), dimensions, strict=True))
+    varied = {
+        name: dimension
+        for name, dimension in searched.items()
+        if len({repr(trial.params.get(name)) for trial in done}) > 1
+    }
     heading, suffix = f"{group}: ", slug(group)
     count = f"n = {len(done)} completed trials"
-    if len(done) < LEAST_TRIALS or not varied:
-        reason = (
-            f"it takes {LEAST_TRIALS} completed trials that differ in a searched setting; this search has {len(done)}"
+    objective += ", lower is better" if minimize else ", higher is better"
+    figures: list[Figure | Gap] = []
+    if len(done) >= LEAST_HISTORY:
+        figures.append(
+            draw(
+                f"history-{suffix}",
+                f"{heading}optimization history",
+                f"Objective of each completed trial in order of proposal, and best value so far; {count}.",
+                lambda canvas: _history(canvas, done, objective, minimize),
+            )
         )
-        return [Gap(title=f"{heading}effect of the settings", reason=reason)]
-    same = len({trial.value for trial in done}) == 1
-    plots = optuna.visualization.matplotlib
-    figures: list[Figure | Gap] = [
-        _figure(
-            functools.partial(plots.plot_optimization_history, study, target_name=objective),
-            f"history-{suffix}",
-            f"{heading}optimization history",
-            f"Objective of each completed trial in order of proposal, and best value so far; {count}.",
-        ),
-        _figure(
-            functools.partial(plots.plot_parallel_coordinate, study, params=varied, target_name=objective),
+    title = f"{heading}effect of the settings"
+    if len(done) < LEAST_TRIALS:
+        return [*figures, Gap(title=title, reason=too_few(len(done)))]
+    if not varied:
+        return [*figures, Gap(title=title, reason="the completed trials do not differ in a searched setting")]
+    figures += [
+        _importance(study, list(varied), f"importance-{suffix}", f"{heading}importance of the settings", count),
+        draw(
             f"parallel-{suffix}",
             f"{heading}parallel coordinates",
-            f"One line through the settings of each completed trial, dark for a good objective; {count}."
-            f"{_off_note(dimensions)}",
-            size=(1.5 * len(varied) + 2.2, 4.0),
-            grid=False,
+            f"One line through the objective and the settings of each completed trial, strong color for a good "
+            f"objective; {count}.{_off_note(dimensions)}",
+            lambda canvas: _parallel(canvas, done, varied, objective, minimize),
+            (WIDTH, 1.0 + 0.62 * (len(varied) + 1)),
         ),
-        _figure(
-            functools.partial(plots.plot_slice, study, params=varied, target_name=objective),
+        draw(
             f"slices-{suffix}",
             f"{heading}objective against each setting",
-            f"Objective against one setting at a time, with the others as sampled; shade: order of the trials; {count} "
+            f"Objective against one setting at a time, with the others as sampled; color: order of the trials; {count} "
             f"(paper, Fig. 7).{_off_note(dimensions)}",
-            size=(2.3 * len(varied) + 0.8, 3.2),
+            lambda canvas: _slices(canvas, done, varied, _objective, objective),
+            _slices_size(len(varied)),
         ),
     ]
     if all("top1" in trial.user_attrs for trial in done):
         figures.append(
-            _figure(
-                functools.partial(plots.plot_slice, study, params=varied, target=_top1, target_name="top-1 [%]"),
+            draw(
                 f"slices-top1-{suffix}",
                 f"{heading}top-1 against each setting",
                 "The same for top-1 on the labeled images, which the search does not use unless its objective is "
                 f"`selection`; {count}.",
-                size=(2.3 * len(varied) + 0.8, 3.2),
+                lambda canvas: _slices(canvas, done, varied, _top1, "top-1 [%]"),
+                _slices_size(len(varied)),
             )
         )
-    if same:
-        figures.insert(
-            1, Gap(title=f"{heading}importance of the settings", reason="all trials have the same objective")
-        )
-        return figures
-    importance = _figure(
-        functools.partial(
-            plots.plot_param_importances,
-            study,
-            params=varied,
-            evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
-        ),
-        f"importance-{suffix}",
-        f"{heading}importance of the settings",
-        "Share of the objective's variance that each setting explains individually (fANOVA, main effects only, "
-        f"normalized to sum 1); {count}. Unreliable with fewer than about twenty trials.",
-        size=(6.4, 1.2 + 0.35 * len(varied)),
-    )
-    figures.insert(1, importance)
     return figures
 
 
-def _figure(
-    plot: Plot, name: str, title: str, caption: str, size: tuple[float, float] = (6.4, 3.4), grid: bool = True
-) -> Figure | Gap:
-    """Draw with a function of Optuna; figures that it opens in pyplot are closed."""
-    from matplotlib import pyplot
+def _objective(trial: FrozenTrial) -> float:
+    assert trial.value is not None
+    return trial.value
 
-    backend, before = pyplot.get_backend(), set(pyplot.get_fignums())
-    pyplot.switch_backend("agg")  # a machine with a display would open a window
-    try:
-        with style(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Optuna's experimental features, and Matplotlib's deprecations in them
-            axes = plot()
-            canvas = axes.figure if hasattr(axes, "figure") else axes.flatten()[0].figure
-            canvas.set_size_inches(*size)
-            canvas.suptitle("")
-            for one in canvas.axes:
-                for side in ("left", "center"):
-                    one.set_title("", loc=side)
-                one.grid(grid)
-                for drawn in one.collections:
-                    if drawn.get_cmap().name.startswith("Blues"):  # whose first colors are almost invisible on white
-                        shades = np.linspace(0.35, 1.0, 256)
-                        back = shades[::-1] if drawn.get_cmap().name.endswith("_r") else shades
-                        drawn.set_cmap(ListedColormap(matplotlib.colormaps["Blues"](back)))
-            return finish(canvas, name, title, caption, tight=True)
-    except Exception as error:  # as in `draw`
-        return failed(title, error)
-    finally:
-        for number in set(pyplot.get_fignums()) - before:
-            pyplot.close(number)
-        if backend.lower() != "agg":
-            pyplot.switch_backend(backend)
+
+def _top1(trial: FrozenTrial) -> float:
+    return float(trial.user_attrs["top1"])
+
+
+def _history(canvas: Canvas, done: Sequence[FrozenTrial], objective: str, minimize: bool) -> None:
+    axes = canvas.subplots()
+    numbers, values = [trial.number for trial in done], [_objective(trial) for trial in done]
+    best = (np.minimum if minimize else np.maximum).accumulate(values)
+    axes.plot(numbers, values, "o", markersize=4, label="trial")
+    axes.step(numbers, best, where="post", label="best so far")
+    axes.set(xlabel="trial", ylabel=objective)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    canvas.legend(loc="outside lower center", ncols=2)
+
+
+def _importance(study: optuna.Study, names: list[str], file: str, title: str, count: str) -> Figure | Gap:
+    if len({trial.value for trial in study.get_trials(states=[TrialState.COMPLETE])}) == 1:
+        return Gap(title=title, reason="all trials have the same objective")
+
+    def plot(canvas: Canvas) -> None:
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna's experimental features
+            found = optuna.importance.get_param_importances(study, params=names, evaluator=evaluator)
+        axes = canvas.subplots()
+        bars = axes.barh(list(found), list(found.values()), height=0.6)
+        axes.bar_label(bars, [f"{value:.2f}" for value in found.values()], padding=3)
+        axes.invert_yaxis()
+        axes.set(xlabel="share of the objective's variance", xlim=(0, 1.12))
+        axes.grid(axis="y", visible=False)
+
+    caption = (
+        "Share of the objective's variance that each setting explains individually (fANOVA, main effects only, "
+        f"normalized to sum 1); {count}. Unreliable with fewer than about twenty trials."
+    )
+    return draw(file, title, caption, plot, (WIDTH, 0.9 + 0.3 * len(names)))
+
+
+def _shades() -> ListedColormap:
+    """Return blues without the lightest, which are almost invisible on white."""
+    return ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.35, 1.0, 256)))
+
+
+def _position(dimension: Dimension, value: Any) -> float:
+    """Return the place of a value on a linear axis: its index among the choices, or its logarithm."""
+    if dimension.type == "choice":
+        return float([repr("none" if one is None else one) for one in dimension.values].index(repr(value)))
+    return float(np.log10(value)) if dimension.log else float(value)
+
+
+def _parallel(
+    canvas: Canvas, done: Sequence[FrozenTrial], varied: dict[str, Dimension], objective: str, minimize: bool
+) -> None:
+    """Draw one horizontal axis for the objective and for each setting, below one another."""
+    axes = canvas.subplots()
+    values = np.array([_objective(trial) for trial in done])
+    shades = values.argsort().argsort() / max(1, len(values) - 1)
+    shades = 1 - shades if minimize else shades
+    rows = [_shares(values)]
+    marks = [[(0.0, f"{values.min():.3g}"), (1.0, f"{values.max():.3g}")]]
+    for name, dimension in varied.items():
+        found = [trial.params.get(name) for trial in done]
+        known = [_position(dimension, value) for value in found if value is not None]
+        low, span = min(known), max(max(known) - min(known), 1e-12)
+        rows.append(
+            np.array([np.nan if v is None else (_position(dimension, v) - low) / span for v in found], dtype=float)
+        )
+        labels = {(_position(dimension, v) - low) / span: _short(v) for v in found if v is not None}
+        shown = sorted(labels.items())
+        choices = dimension.type == "choice" and len(shown) <= MOST_LABELS
+        marks.append(shown if choices else [shown[0], shown[-1]])
+    places = np.arange(len(rows))
+    for i in np.argsort(shades):
+        axes.plot([row[i] for row in rows], places, color=_shades()(shades[i]), linewidth=1, alpha=0.8)
+    for place, name, ends in zip(places, [objective, *varied], marks, strict=True):
+        axes.axhline(place, color="#4f5d73", linewidth=0.8)
+        axes.annotate(name, (0.5, place), (0, 5), textcoords="offset points", ha="center", **LABEL)
+        for share, text in ends:
+            side = "left" if share == 0 else "right" if share == 1 else "center"
+            axes.annotate(text, (share, place), (0, -5), textcoords="offset points", ha=side, va="top", **LABEL)
+    axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_axis_off()
+
+
+LABEL: Any = {"fontsize": 8, "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}}
+"""Style of a label over lines."""
+
+
+def _shares(values: np.ndarray) -> np.ndarray:
+    return np.asarray((values - values.min()) / max(float(np.ptp(values)), 1e-300))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _slices_size(number: int) -> tuple[float, float]:
+    return WIDTH, 0.9 + 1.9 * -(-number // 2)
+
+
+def _slices(
+    canvas: Canvas,
+    done: Sequence[FrozenTrial],
+    varied: dict[str, Dimension],
+    target: Callable[[FrozenTrial], float],
+    label: str,
+) -> None:
+    colors = ScalarMappable(Normalize(done[0].number, done[-1].number), _shades())
+    axes_list = panels(canvas, len(varied), sharey=True)
+    for axes, (name, dimension) in zip(axes_list, varied.items(), strict=True):
+        part = [trial for trial in done if name in trial.params]
+        places = [trial.params[name] for trial in part]
+        if dimension.type == "choice":
+            places = [_position(dimension, value) for value in places]
+            texts = [_short("none" if value is None else value) for value in dimension.values]
+            axes.set_xticks(range(len(texts)), texts)
+        else:
+            _scale(axes, dimension)
+        axes.scatter(
+            places, [target(trial) for trial in part], s=14, c=[trial.number for trial in part], norm=colors.norm,
+            cmap=colors.cmap, edgecolors=COLORS[5], linewidths=0.3,
+        )  # fmt: skip
+        axes.set_xlabel(name)
+    canvas.supylabel(label, fontsize=9)
+    canvas.colorbar(
+        colors, ax=axes_list, location="bottom", label="trial", aspect=40, ticks=MaxNLocator(6, integer=True)
+    )
+
+
+def _scale(axes: Axes, dimension: Dimension) -> None:
+    if dimension.log:
+        axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=dimension.type == "int"))
 
 
 def _study(dimensions: Sequence[Dimension], trials: Iterable[tuple[Plan, RunRecord]], minimize: bool) -> optuna.Study:
@@ -182,10 +282,6 @@ def _trial(
         user_attrs=attributes,
         intermediate_values=dict(plan.history),
     )
-
-
-def _top1(trial: FrozenTrial) -> float:
-    return float(trial.user_attrs["top1"])
 
 
 def _names(dimensions: Sequence[Dimension]) -> list[str]:

@@ -1,5 +1,6 @@
 """Figures of a sweep from its records: objective against top-1, accuracy against cost, timeline of the trials."""
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -13,11 +14,9 @@ from synq.runs.record import RunRecord
 
 from ..leaderboard.ranking import Standing
 from ..stats import rank_correlation
-from .drawing import COLORS, draw, panels
+from .drawing import COLORS, LEAST_TRIALS, WIDTH, draw, panels, too_few
 from .page import Figure, Gap
 
-LEAST_TRIALS = 8
-"""Smallest number of trials for a rank correlation."""
 NUM_BOOTSTRAP = 2000
 MOST_SERIES = 12
 """Most series in a legend."""
@@ -67,45 +66,49 @@ def trust(groups: Mapping[str, Sequence[RunRecord]], *, searched: bool) -> tuple
         ]
         for name, records in groups.items()
     }
-    few = [name for name, pairs in labeled.items() if len(pairs) < 2]
     if not any(labeled.values()):
         return Gap(title=title, reason="no completed trial was evaluated on labeled images"), []
-    labeled = {name: pairs for name, pairs in labeled.items() if len(pairs) > 1}
-    if not labeled:
-        return Gap(title=title, reason="no group has two completed trials with top-1"), []
+    most = max(map(len, labeled.values()))
+    if most < LEAST_TRIALS:
+        return Gap(title=title, reason=too_few(most)), []
+    few = [name for name, pairs in labeled.items() if len(pairs) < LEAST_TRIALS]
+    labeled = {name: pairs for name, pairs in labeled.items() if name not in few}
     kinds = {name: next(iter(groups[name])).objective for name in labeled}
     titles, notes = {}, []
     for name, pairs in labeled.items():
         found = rank_agreement(pairs, minimize=kinds[name] == "synthetic")
         spread = max(top1 for _, top1 in pairs) - min(top1 for _, top1 in pairs)
         if found is None:
-            titles[name] = f"{name}\nn = {len(pairs)}"
+            titles[name] = f"{_wrapped(name)}\nn = {len(pairs)}"
             continue
-        titles[name] = f"{name}\nrho = {found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}], n = {len(pairs)}"
+        titles[name] = f"{_wrapped(name)}\nrho = {found[0]:+.2f} [{found[1]:+.2f}, {found[2]:+.2f}], n = {len(pairs)}"
         notes.append(
             f"{name}: the rank correlation of objective and top-1 over {len(pairs)} trials is Spearman's rho = "
-            f"{found[0]:.2f} (95 % interval {found[1]:.2f} to {found[2]:.2f}); top-1 varies by {spread:.2f} percentage "
-            f"points: {_conclusion(found)}."
+            f"{found[0]:+.2f} (95 % interval {found[1]:+.2f} to {found[2]:+.2f}; +1: the better objective always has "
+            f"the higher top-1); top-1 varies by {spread:.2f} percentage points: {_conclusion(found)}."
         )
 
     def plot(canvas: Canvas) -> None:
-        for axes, (name, pairs) in zip(panels(canvas, len(labeled), columns=3), labeled.items(), strict=True):
+        for axes, (name, pairs) in zip(panels(canvas, len(labeled)), labeled.items(), strict=True):
             axes.scatter([value for value, _ in pairs], [top1 for _, top1 in pairs], s=16, alpha=0.7)
             axes.set_title(titles[name], fontsize=8)
-            axes.set(xlabel=f"{kinds[name]} objective", ylabel="top-1 [%]")
+            better = "lower" if kinds[name] == "synthetic" else "higher"
+            axes.set(xlabel=f"{kinds[name]} objective\n({better} is better)", ylabel="top-1 [%]")
             axes.locator_params(axis="x", nbins=4)
 
-    columns, rows = min(3, len(labeled)), -(-len(labeled) // 3)
     caption: str = (
         f"One dot for each completed {'trial of the search (one seed)' if searched else 'run of any seed'}; rho is "
-        f"Spearman's rank correlation with its 95 % bootstrap interval, for at least {LEAST_TRIALS} trials. At +1 the "
-        f"objective ({_OBJECTIVES}) ranks settings exactly as top-1 on the reported images does. A low rho with almost "
-        "constant top-1 only means that the settings are equally good."
-    ) + (f" Groups left out, since they have fewer than two such trials: {len(few)}." if few else "")
-    return draw("trust", title, caption, plot, (max(4.6, 3.4 * columns), 0.3 + 2.9 * rows)), notes
+        "Spearman's rank correlation of a good objective with a high top-1, with its 95 % bootstrap interval. At +1 "
+        "the objective ranks settings exactly as top-1 on the reported images does; where a lower objective is better, "
+        "the dots then fall from left to right. A low rho with almost constant top-1 only means that the settings are "
+        "equally good."
+    ) + (f" Groups left out, since they have fewer than {LEAST_TRIALS} such trials: {len(few)}." if few else "")
+    return draw("trust", title, caption, plot, (WIDTH, 0.3 + 2.9 * -(-len(labeled) // 2))), notes
 
 
-_OBJECTIVES = "synthetic: label-free, lower is better; selection: top-1 on other images, higher is better"
+def _wrapped(text: str) -> str:
+    """Return a text in lines that fit half of a figure."""
+    return textwrap.fill(text, 30)
 
 
 def _conclusion(found: tuple[float, float, float]) -> str:
@@ -129,7 +132,8 @@ def pareto(standings: Sequence[Standing]) -> list[Figure | Gap]:
         series[f"{row['model']} {row['protocol']} {row['act_points']}"].append(row)
 
     def plot(canvas: Canvas) -> None:
-        for axes, (column, (axis_label, unit)) in zip(panels(canvas, 2), UNITS.items(), strict=True):
+        named_axis = False
+        for axes, (column, (axis_label, unit)) in zip(panels(canvas, 2, sharey=True), UNITS.items(), strict=True):
             for i, (name, part) in enumerate(series.items()):
                 known = [row for row in part if row[column] is not None]
                 color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
@@ -143,8 +147,10 @@ def pareto(standings: Sequence[Standing]) -> list[Figure | Gap]:
                     position = (row[column] / unit, row[value])
                     bits = f"W{row['weight_bits']}A{row['act_bits']}"
                     axes.annotate(bits, position, (4, 4), textcoords="offset points", fontsize=7, color=color)
-            axes.set(xlabel=axis_label, ylabel=label)
-        canvas.legend(loc="outside lower center", ncols=2, fontsize=7)
+            axes.set(xlabel=axis_label, ylabel="" if named_axis else label)
+            axes.locator_params(axis="x", nbins=3)
+            named_axis = True
+        canvas.legend(loc="outside lower center", fontsize=7)
 
     caption = (
         f"One mark for each of {len(rows)} settings of the leaderboard "
@@ -152,7 +158,7 @@ def pareto(standings: Sequence[Standing]) -> list[Figure | Gap]:
         "the settings of rank 1 with the same model, protocol and act_points."
         + (f" The legend has the first {MOST_SERIES} of {len(series)} series." if len(series) > MOST_SERIES else "")
     )
-    return [draw("pareto", title, caption, plot, (8.4, 3.6 + 0.09 * min(len(series), MOST_SERIES)))]
+    return [draw("pareto", title, caption, plot, (WIDTH, 3.1 + 0.14 * min(len(series), MOST_SERIES)))]
 
 
 def front(rows: Iterable[Row], cost: str, value: str, *, higher: bool) -> list[Row]:
@@ -206,21 +212,24 @@ def timeline(records: Iterable[RunRecord]) -> Figure | Gap:
                     linewidth=0.4,
                 )
         starts = [i for i in range(len(lanes[:MOST_LANES])) if i == 0 or lanes[i][0] != lanes[i - 1][0]]
-        axes.set_yticks(starts, [f"{lanes[i][0]} {devices[lanes[i][0]]}".rstrip() for i in starts])
+        axes.set_yticks(starts, [f"{lanes[i][0]}\n{devices[lanes[i][0]]}".rstrip() for i in starts])
         axes.invert_yaxis()
         axes.set_xlabel("minutes since the first trial began")
         shown = {status for _, lane in lanes for *_, status in lane}
         for status in [name for name in STATUS_COLORS if name in shown]:
             axes.barh([0], [0], color=STATUS_COLORS[status], label=status)
         axes.grid(axis="y", visible=False)
-        canvas.legend(loc="outside right upper")
+        axes.locator_params(axis="x", nbins=5)
+        canvas.legend(loc="outside lower center", ncols=3)
 
     number = sum(map(len, spans.values()))
     caption = f"One bar for each of {number} trials; a machine has as many lanes as trials ran there concurrently."
     caption += f" {missing} trials without a start time are not shown." if missing else ""
     caption += f" The first {MOST_LANES} of {len(lanes)} lanes." if len(lanes) > MOST_LANES else ""
     caption += " A resumed trial starts at its last start, with its total time."
-    return draw("timeline", title, caption, plot, (8.4, 1.1 + 0.22 * min(len(lanes), MOST_LANES)))
+    return draw(
+        "timeline", title, caption, plot, (WIDTH, 1.3 + max(0.22 * min(len(lanes), MOST_LANES), 0.34 * len(spans)))
+    )
 
 
 def _lanes(spans: Iterable[tuple[float, float, str]]) -> list[list[tuple[float, float, str]]]:

@@ -9,6 +9,7 @@ from synq.runs.record import RunRecord
 from ..leaderboard.columns import BEST_TABLE, PAGE_COLUMNS, TRIAL_COLUMNS, keys, page_texts
 from ..leaderboard.ranking import Ranking, Standing, read_run
 from ..leaderboard.settings import constants_text, shown_columns
+from .headline import overall, sweep_chart
 from .page import Block, Gap, Page, Tab, Table, Text
 from .run_page import run_tabs, settings_blocks
 from .study_figures import study_figures
@@ -64,10 +65,11 @@ def sweep_page(
     ]
     return Page(
         title=f"Sweep {sweep.name}" if sweep.is_sweep else f"{len(sweep.records)} runs in {sweep.root}",
-        verdict=[*sweep_verdict(sweep, standings), *notes],
+        verdict=[*overall(standings), *sweep_verdict(sweep, standings), *notes],
         facts=sweep_facts(sweep),
         tabs=tabs,
         foot=foot(list(sweep.records.values())) if sweep.records else "No record yet.",
+        chart=sweep_chart(standings),
     )
 
 

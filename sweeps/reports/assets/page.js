@@ -46,6 +46,13 @@
     "=": (a, b) => a === b,
   };
 
+  const markOverflow = () => {
+    for (const block of document.querySelectorAll(".table")) {
+      const box = block.querySelector(".scroll");
+      block.toggleAttribute("data-more", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+    }
+  };
+
   for (const block of document.querySelectorAll(".table")) {
     const body = block.querySelector("tbody");
     const heads = [...block.querySelectorAll("th")];
@@ -94,8 +101,26 @@
     };
     if (rows.length > 1) {
       block.querySelector(".filter").hidden = false;
+      // On a narrow screen rows are cards without headings to click.
+      const order = block.querySelector(".order select");
+      heads.forEach((head, column) => {
+        for (const [name, arrow] of [["ascending", "\u25b2"], ["descending", "\u25bc"]])
+          order.add(new Option(`${head.textContent.trim()} ${arrow}`, `${column} ${name}`));
+      });
+      order.addEventListener("change", () => {
+        const [column, name] = order.value.split(" ");
+        if (!name) return body.append(...rows);
+        if (name === "descending") heads[column].setAttribute("aria-sort", "ascending");
+        else heads[column].removeAttribute("aria-sort");
+        heads[column].querySelector("button").click();
+      });
       input.addEventListener("input", filter);
       filter();
     }
+    block.querySelector(".scroll").addEventListener("scroll", markOverflow, { passive: true });
   }
+  tabs.forEach((tab) => tab.addEventListener("click", markOverflow));
+  addEventListener("hashchange", markOverflow);
+  addEventListener("resize", markOverflow);
+  markOverflow();
 })();
