@@ -121,6 +121,8 @@ def _processor(processor: Any) -> InputFormat:
     channels = len(processor.image_mean or (0, 0, 0))
     mean = _numbers(processor.image_mean) if has_norm else (0.0,) * channels
     std = _numbers(processor.image_std) if has_norm else (1.0,) * channels
+    if getattr(processor, "include_top", False):  # that of EfficientNet divides by its std once more
+        std = tuple(value * again for value, again in zip(std, _numbers(processor.image_std), strict=True))
     factor = 255 * float(getattr(processor, "rescale_factor", 1 / 255))
     if not getattr(processor, "do_rescale", True):
         factor = 255.0

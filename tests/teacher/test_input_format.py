@@ -66,6 +66,12 @@ def test_of_a_processor() -> None:
     assert found is not None and (found.input_size, found.mean, found.std) == ((3, 64, 64), (0.0,) * 3, (1.0,) * 3)
 
 
+def test_a_processor_that_divides_by_its_std_twice() -> None:
+    found = format_of(Processor(size={"height": 8, "width": 8}, include_top=True))
+    assert found is not None and found.mean == (0.5, 0.4, 0.3)
+    assert found.std == pytest.approx((0.04, 0.04, 0.01))
+
+
 class SizeDict:
     """As of transformers 5: every name is an attribute, None where it is not set, and it is no mapping."""
 
