@@ -24,11 +24,12 @@ MAX_DEPTH = 20
 
 
 def shown(value: object) -> str:
-    """Return a value as Python writes it, for a message; a long one is shortened."""
+    """Return a value as Python writes it, for a message, on one line; a long one is shortened."""
     try:
         text = repr(value)
     except ValueError:  # a whole number of more digits than Python converts to text
         return "a number of thousands of digits"
+    text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
 
 

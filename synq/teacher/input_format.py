@@ -16,6 +16,9 @@ from synq.teacher.preprocessing import Preprocessing, timm_rule, torchvision_rul
 
 PILLOW_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Filters of Pillow by their number, as in `resample` of a processor."""
+WARPED_FROM = 384
+"""Size from which a processor with `crop_pct` and without `crop_size` (ConvNeXT) resizes to the size and crops nothing;
+below it, it resizes to size / crop_pct and cuts out the center."""
 ATTRIBUTES = ("pretrained_cfg", "image_processor", "processor", "feature_extractor", "default_cfg")
 """Attributes of a network (timm) or of a pipeline (Hugging Face) that know its input."""
 
@@ -113,14 +116,13 @@ def _torchvision(preset: Any, name: str, input_size: tuple[int, int, int] | None
 def _processor(processor: Any) -> InputFormat:
     """Return the input of an image processor: value = (pixel * factor - offset - mean) / std, for pixels in 0..255."""
     name = type(processor).__name__
-    sizes = [_sides(getattr(processor, key, None)) for key in ("crop_size", "size")]
-    if not getattr(processor, "do_center_crop", True):
-        sizes = sizes[1:]
-    height, width = next((sides for sides in sizes if sides is not None), (0, 0))
+    height, width = _processed_sides(processor) or (0, 0)
     has_norm = getattr(processor, "do_normalize", True)
     channels = len(processor.image_mean or (0, 0, 0))
     mean = _numbers(processor.image_mean) if has_norm else (0.0,) * channels
     std = _numbers(processor.image_std) if has_norm else (1.0,) * channels
+    if getattr(processor, "include_top", False):  # that of EfficientNet divides by its std once more
+        std = tuple(value * again for value, again in zip(std, _numbers(processor.image_std), strict=True))
     factor = 255 * float(getattr(processor, "rescale_factor", 1 / 255))
     if not getattr(processor, "do_rescale", True):
         factor = 255.0
@@ -135,21 +137,54 @@ def _processor(processor: Any) -> InputFormat:
     )
 
 
+def _processed_sides(processor: Any) -> tuple[int, int] | None:
+    """Return height and width of what a processor returns; None if they are not known."""
+    crop = _as_mapping(getattr(processor, "crop_size", None))
+    sides = _sides(crop) if getattr(processor, "do_center_crop", True) else None
+    if sides is not None or not getattr(processor, "do_resize", True):
+        return sides
+    return _sides(_as_mapping(getattr(processor, "size", None)))
+
+
 def _processor_rule(processor: Any, name: str, height: int, width: int) -> Preprocessing | None:
-    size = getattr(processor, "size", None)
-    number = getattr(processor, "resample", None)
-    if not height or not isinstance(size, Mapping) or number is None or not 0 <= int(number) < len(PILLOW_FILTERS):
+    size = _as_mapping(getattr(processor, "size", None))
+    interpolation = _filter_name(getattr(processor, "resample", None))
+    resizes = height and getattr(processor, "do_resize", True)
+    if not resizes or not isinstance(size, Mapping) or interpolation is None:
         return None
     shorter, share = size.get("shortest_edge"), getattr(processor, "crop_pct", None)
-    sides = (int(shorter / (share or 1)),) * 2 if shorter else (int(size["height"]), int(size["width"]))
+    if not shorter and not {"height", "width"} <= size.keys():
+        return None
+    crops = getattr(processor, "do_center_crop", True) and getattr(processor, "crop_size", None) is not None
+    warps = bool(shorter and share and not crops and shorter >= WARPED_FROM)
+    if shorter:
+        sides = (int(shorter if warps else shorter / (share or 1)),) * 2
+    else:
+        sides = (int(size["height"]), int(size["width"]))
     if min(sides[0] - height, sides[1] - width) < 0:
         return None
     return Preprocessing(
         resize_size=(sides[0], sides[1]),
-        interpolation=PILLOW_FILTERS[int(number)],
-        crop_mode="center" if shorter else "squash",
+        interpolation=interpolation,
+        crop_mode="center" if shorter and not warps else "squash",
         source=name,
     )
+
+
+def _filter_name(resample: Any) -> str | None:
+    """Return the filter that a number of Pillow or an interpolation mode of torchvision means; None if unknown."""
+    value = getattr(resample, "value", resample)
+    if isinstance(value, int) and 0 <= value < len(PILLOW_FILTERS):
+        return PILLOW_FILTERS[value]
+    return value if isinstance(value, str) and value in PILLOW_FILTERS else None
+
+
+def _as_mapping(size: Any) -> Any:
+    """Return the `SizeDict` of transformers, which has an item for every name but is no mapping, as one."""
+    names = ("height", "width", "shortest_edge")
+    if isinstance(size, Mapping) or not any(hasattr(size, name) for name in names):
+        return size
+    return {name: side for name in names if (side := getattr(size, name, None)) is not None}
 
 
 def _composed(compose: Any) -> InputFormat | None:

@@ -66,6 +66,42 @@ def test_of_a_processor() -> None:
     assert found is not None and (found.input_size, found.mean, found.std) == ((3, 64, 64), (0.0,) * 3, (1.0,) * 3)
 
 
+def test_a_processor_that_divides_by_its_std_twice() -> None:
+    found = format_of(Processor(size={"height": 8, "width": 8}, include_top=True))
+    assert found is not None and found.mean == (0.5, 0.4, 0.3)
+    assert found.std == pytest.approx((0.04, 0.04, 0.01))
+
+
+class SizeDict:
+    """As of transformers 5: every name is an attribute, None where it is not set, and it is no mapping."""
+
+    def __init__(self, **sides: int) -> None:
+        self.height = self.width = self.shortest_edge = self.longest_edge = None
+        vars(self).update(sides)
+
+
+@pytest.mark.parametrize(("edge", "resized", "mode"), [(64, 73, "center"), (384, 384, "squash")])
+def test_of_a_processor_that_crops_by_a_share(edge: int, resized: int, mode: str) -> None:
+    """The rule of ConvNextImageProcessor, with its attributes in transformers 5 and 4."""
+    new = {"size": SizeDict(shortest_edge=edge), "crop_size": None, "do_center_crop": None}
+    for more in (new, {"size": {"shortest_edge": edge}}):
+        found = format_of(Processor(**more, crop_pct=0.875, do_resize=True, resample=3))
+        assert found is not None and found.input_size == (3, edge, edge)
+        rule = found.rule
+        assert rule is not None and (rule.resize_size, rule.crop_mode) == ((resized, resized), mode)
+        assert rule.interpolation == "bicubic"
+
+
+def test_of_a_processor_of_transformers_5() -> None:
+    sizes = {"size": SizeDict(shortest_edge=256), "crop_size": SizeDict(height=224, width=224)}
+    found = format_of(Processor(**sizes, do_center_crop=True, resample=2))
+    assert found is not None and found.input_size == (3, 224, 224)
+    assert found.rule is not None and found.rule.resize_size == (256, 256)
+    for more in ({"do_resize": False}, {"size": SizeDict(longest_edge=64)}):
+        found = format_of(Processor(**{"size": SizeDict(height=64, width=64), **more}, do_center_crop=None, resample=2))
+        assert found is not None and (found.input_size, found.rule) == (None, None), "the size is that of the image"
+
+
 def test_a_processor_of_another_scale() -> None:
     """Pixels in 0..255 by the processor's own formula, and by the mean and std for images in [0, 1]."""
     processor = Processor(size={"height": 8, "width": 8}, rescale_factor=1 / 127.5, rescale_offset=True)
