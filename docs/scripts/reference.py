@@ -33,6 +33,7 @@ from synq.sweeps.leaderboard.columns import (  # noqa: E402
     Column,
     In,
 )
+from synq.sweeps.leaderboard.settings import COLUMN_KEYS, setting_column  # noqa: E402
 from synq.sweeps.search_config import SearchConfig  # noqa: E402
 from synq.sweeps.space import DEFAULT_SPACE, Dimension  # noqa: E402
 from synq.sweeps.spec_file import MODEL_KEYS, SpecFile  # noqa: E402
@@ -87,6 +88,18 @@ values, `evaluation.dataset`: `none` counts no labels, `None` takes the set of t
 
 `$NAME` and `${NAME}` in a text are replaced by the environment variable. An unknown key is rejected with the nearest
 known one.
+"""
+SETTING_NOTES = """\
+Every setting of `synthesis`, `quant`, `reconstruction` and `finetune` that differs between the runs of a table is a
+column `params.KEY` at the end of `trials.csv`, `leaderboard.csv` and `compare.csv`, with the value of the configuration
+(`params.finetune.lowpass_cutoff` in its unit, `lowpass_cutoff` in DFT bins), in the order below. A cell reads `None`
+where a setting is unset and is empty where it is unknown. The DataFrames of `synq.sweeps` also have the searched
+settings that took one value.
+
+In a terminal, in `synq show` and on a page only settings that vary between the rows have a column, under the heading
+below; those that most sweeps search and those that this one searches are named once above the table if they do not
+vary. `synq leaderboard --where`, `--columns` and `--sort` take any setting, also those of `teacher`, `evaluation` and
+`runtime`, by its key, such as `finetune.momentum`.
 """
 COLUMN_NOTES = """
 ## Reading the tables
@@ -200,13 +213,17 @@ def columns_page() -> str:
     """Return the page of all columns."""
     lines = ["# Columns of the tables\n", "## trials.csv and leaderboard.csv\n"]
     lines += ["`trials.csv` has one row per run, `leaderboard.csv` one per setting with means over its seeds. The "
-              "heading is that of a terminal.\n"]  # fmt: skip
+              "heading is that of a terminal. After these columns both files have [one for each setting that "
+              "varies](#settings-that-vary).\n"]  # fmt: skip
     rows = []
     for column in RUN_COLUMNS:
         files = [name for flag, name in ((In.TRIALS, "trials"), (In.BOARD, "leaderboard")) if flag in column.tables]
         rows.append((f"`{column.key}`", column.heading if column.short else "", column.unit, ", ".join(files),
                      column.meaning))  # fmt: skip
     lines.append(table(("column", "heading", "unit", "file", ""), rows))
+    lines += ["## Settings that vary\n", SETTING_NOTES]
+    names = [(f"`{setting.key}`", setting.heading) for setting in map(setting_column, COLUMN_KEYS)]
+    lines.append(table(("column", "heading"), names))
     tables = {"Best settings (`synq show`, reports)": BEST_TABLE, "compare.csv (`synq leaderboard --compare`)":
               COMPARE_TABLE, "recipe.csv": RECIPE_TABLE, "ablation.csv": ABLATION_TABLE,
               "fidelity_study.csv": FIDELITY_TABLE}  # fmt: skip

@@ -28,9 +28,10 @@ COLUMN_KEYS = tuple(key for key in KEYS if key.startswith(PARTS) and key not in 
 """Settings that get a column if they vary."""
 UNKNOWN = ""
 """Value of a setting that a record does not have."""
-WORDS = {
-    "act": "activation", "bn": "BN", "bns": "BNS", "calib": "calibration", "cam": "CAM", "ce": "CE", "ema": "EMA",
-    "iterations": "steps", "kd": "KD", "mse": "MSE", "num": "", "prob": "probability",
+SPELLINGS = {
+    "act": "activation", "augment": "augmentation", "bn": "BN", "bns": "BNS", "calib": "calibration", "cam": "CAM",
+    "ce": "CE", "dim": "dimension", "ema": "EMA", "grad": "gradient", "iterations": "steps", "kd": "KD",
+    "lowpass": "low-pass", "mse": "MSE", "num": "", "perturb": "perturbation", "prob": "probability",
 }  # fmt: skip
 """Parts of the names of settings as they are written in headings."""
 HEADINGS = {
@@ -42,8 +43,6 @@ HEADINGS = {
     "finetune.own_term": "own loss term",
 }
 """Headings that do not follow from the name of the setting."""
-UNITS = {"finetune.epochs": "epochs", "finetune.warmup_epochs": "epochs", "finetune.step_epochs": "epochs"}
-"""Units of settings whose heading does not give them."""
 
 Values = tuple[Any, ...]
 """The values of a run for `KEYS`."""
@@ -109,19 +108,19 @@ def _end_of_line(*cells: Any) -> str:
 
 @functools.cache
 def setting_column(key: str) -> Column:
-    """Return the column of a setting: its heading in the field's words, its meaning from the configuration.
+    """Return the column of a setting: its heading in the terms of the field, its meaning from the configuration.
 
     Args:
         key: The dotted key.
     """
     part, _, name = key.partition(".")
-    words = " ".join(word for word in (WORDS.get(one, one) for one in name.split("_")) if word)
-    heading = words if part in ("finetune", "quant") else f"{part} {words}"
+    text = " ".join(filter(None, (SPELLINGS.get(one, one) for one in name.split("_"))))
+    heading = text if part in ("finetune", "quant") else f"{part} {text}"
     meaning = field_docs(RunConfig).get(key) or f"the setting {key}"
-    text = not is_number(RunConfig, key)
+    is_text = not is_number(RunConfig, key)
     return Column(
-        f"{PREFIX}{key}", meaning, short=HEADINGS.get(key, heading), unit=UNITS.get(key, ""), is_text=text,
-        texts=() if text else ("None",),
+        f"{PREFIX}{key}", meaning, short=HEADINGS.get(key, heading), is_text=is_text,
+        texts=() if is_text else ("None",),
     )  # fmt: skip
 
 
@@ -150,8 +149,8 @@ def shown_columns(keys: Collection[str], rows: Sequence[Values]) -> list[Column]
     changing = _changing(rows)
     usual = [column for column in RUN_COLUMNS if column.key in keys]
     kept = [column for column in usual if column.key not in SETTINGS or f"finetune.{column.key}" in changing]
-    places = [number for number, column in enumerate(usual) if column.key in SETTINGS]
-    left = sum(column in kept for column in usual[: max(places, default=len(usual) - 1) + 1])
+    indices = [number for number, column in enumerate(usual) if column.key in SETTINGS]
+    left = sum(column in kept for column in usual[: max(indices, default=len(usual) - 1) + 1])
     own = [key for key in changing if key.removeprefix("finetune.") not in SETTINGS]
     return [*kept[:left], *map(setting_column, own), *kept[left:]]
 

@@ -103,7 +103,7 @@ def _leaderboard(console: Console, standings: Sequence[Standing], searched: Sequ
     same = constants_text(settings, searched)
     count = f"the first {len(first)} of {len(standings)} rows of the leaderboard"
     console.print(plain(f"{count}; {same}" if same else count), soft_wrap=True)
-    console.print(to_text(rows, keys(columns), headings(columns)), soft_wrap=True)
+    console.print(to_text(rows, keys(columns), headings(columns)).rstrip(), soft_wrap=True)
 
 
 def _table(console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

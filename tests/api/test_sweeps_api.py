@@ -55,6 +55,8 @@ def test_settings_that_were_searched_are_columns(swept: tuple[synq.sweeps.SweepR
     assert best.config.finetune.momentum == result.leaderboard[PARAMS[0]][0]
     assert best.metrics["objective_value"] == result.leaderboard["objective_value"][0]
     assert best.student(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    header = (result.path / "leaderboard.csv").read_text().splitlines()[0].split(",")
+    assert header[-1] == PARAMS[0] and PARAMS[1] not in header, "a file has what varies"
     assert "params.finetune.momentum" in result._repr_html_() and "2 of 2 trials" in str(result)
 
 
@@ -73,6 +75,21 @@ def test_the_same_call_returns_at_once(
     assert "the sweep is finished" in capfd.readouterr().out
     with pytest.raises(ValueError, match="`group` must be one of digits_resnet8-W4A4, but got 'x'"):
         result.best("x")
+
+
+@pytest.mark.slow
+def test_the_page_is_made_as_the_spec_says_unless_the_call_says_otherwise(
+    swept: tuple[synq.sweeps.SweepResult, list[str]],
+) -> None:
+    result, _ = swept
+    page = result.path / "report.html"
+    page.unlink(missing_ok=True)
+    synq.sweeps.run({**SPEC, "report": True}, output_dir=result.path, progress=False, report=False)
+    synq.sweeps.run(SPEC, output_dir=result.path, progress=False)
+    assert not page.exists()
+    synq.sweeps.run({**SPEC, "report": True}, output_dir=result.path, progress=False)
+    assert "params.finetune.momentum" in page.read_text(encoding="utf-8")
+    page.unlink()
 
 
 def test_a_network_in_memory_is_rejected(tmp_path: Path) -> None:

@@ -73,7 +73,8 @@
 
     const input = block.querySelector("input");
     const count = block.querySelector("output");
-    const namesOf = (head) => [head.dataset.column, head.textContent.replace(/\[.*/, "").trim()];
+    const namesOf = ({ dataset: { column }, textContent }) =>
+      [column, column.replace(/^params\./, ""), textContent.replace(/\[.*/, "").trim()];
     const columnOf = (name) => heads.findIndex((head) => namesOf(head).some((text) => text.toLowerCase() === name));
     let unknown = [];
     const test = (term) => {
