@@ -76,7 +76,7 @@ def sweep_chart(standings: Sequence[Standing]) -> Figure | None:
                 if row["rtn_top1"] is not None:
                     axes.scatter([row["rtn_top1"]], [place], **BEFORE)
             axes.scatter([row[key]], [place], **{**STUDENT, "label": "best setting"}, zorder=3)
-            number = f"{row[key]:.2f}" if labeled else f"{row[key]:.4g}"
+            number = f"{row[key]:.2f}, drop {row['drop']:.2f}" if labeled else f"{row[key]:.4g}"
             text = f"{label(standing)}: {number}"
             axes.annotate(text, (0, place), (0, 9), xycoords=("axes fraction", "data"), textcoords="offset points")
         axes.set_yticks([])

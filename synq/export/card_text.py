@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from synq.common.text_tables import markdown_cell, to_markdown
+from synq.common.text_tables import markdown_cell, plural, to_markdown
 from synq.config.quant import RESEARCH, end_bits, protocol_label
 from synq.config.synthesis import OWN_IMAGES
 from synq.export.timing import unstable_times
@@ -45,7 +45,7 @@ SLOW = (
 SLOWER = "**This file is slower than float on this processor**: "
 """Beginning of the speed of a file whose latency is above that of the float teacher."""
 
-PLAIN_NAMES = {"Conv2d": "convolutions", "Linear": "linear layers"}
+PLAIN_NAMES = {"Conv2d": "convolution", "Linear": "linear layer"}
 """Names of layer types in prose."""
 
 
@@ -228,7 +228,8 @@ def _verified(metrics: Mapping[str, Any]) -> str:
     tolerance, machine = metrics["tolerance"], metrics["machine"]
     margin = f" (where its two largest logits differ by more than {tolerance['margin']})" if tolerance["margin"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    where = f"; on {markdown_cell(machine['cpu'])}, {machine['threads'] or 'all'} threads, {versions}"
+    threads = plural(machine["threads"], "thread") if machine["threads"] else "all threads"
+    where = f"; on {markdown_cell(machine['cpu'])}, {threads}, {versions}"
     if "engine" in metrics:
         engine, agreed = metrics["engine"], min(found["agreement_all"] for found in metrics["files"][0]["comparisons"])
         images = sum(found["images"] for found in metrics["files"][0]["comparisons"])
@@ -248,8 +249,11 @@ def _stays_float(rows: Sequence[Mapping[str, Any]], norms: int) -> str:
     for row in rows:
         if row["kind"] not in ("BatchNorm2d", "BatchNorm1d", "batch_norm"):
             kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
-    listed = ", ".join(f"{number} {PLAIN_NAMES.get(kind, kind)}" for kind, number in kinds.items())
-    kept = f"; {norms} batch norms, as a gain and a shift per channel" if norms else ""
+    listed = ", ".join(
+        plural(number, PLAIN_NAMES[kind]) if kind in PLAIN_NAMES else f"{number} {kind}"
+        for kind, number in kinds.items()
+    )
+    kept = f"; {plural(norms, 'batch norm')}, as a gain and a shift per channel" if norms else ""
     return f"outputs of {listed}; biases{kept}" if listed else f"biases{kept}"
 
 
