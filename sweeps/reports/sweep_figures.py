@@ -43,7 +43,7 @@ def rank_agreement(trials: Sequence[tuple[float, float]], *, minimize: bool) -> 
         return None
     scores, top1 = np.array(trials, dtype=float).T
     scores = -scores if minimize else scores
-    if np.ptp(scores) == 0 or np.ptp(top1) == 0:
+    if scores.min() == scores.max() or top1.min() == top1.max():
         return None
     drawn = np.random.default_rng(0).integers(0, len(top1), (NUM_BOOTSTRAP, len(top1)))
     low, high = np.quantile(rank_correlation(scores[drawn], top1[drawn]), [0.025, 0.975])
