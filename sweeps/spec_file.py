@@ -206,7 +206,7 @@ def resolve_spec(written: SpecFile, *, root: str | Path = "") -> SweepSpec:
 
 
 def check_spec(spec: SweepSpec) -> None:
-    """Check a resolved spec: distinct groups, loss terms that trials can load, every edge of the space valid in every group, all points in the space.
+    """Check a resolved spec: groups differ, trials can load its loss terms, edges and points of the space are valid.
 
     Raises:
         ValueError: A check fails.

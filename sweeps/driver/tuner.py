@@ -71,7 +71,8 @@ def _run(spec: SweepSpec, ledger: Ledger, quiet: bool, on_trial: Callable[[RunRe
     with Progress(searcher.num_total(), quiet=quiet, on_trial=on_trial) as progress:
         progress.known(ledger.records)
         where = spec.address or spec.output_dir
-        progress.log(f"sweep {spec.search.name} in {where}: {len(spec.groups)} groups x {spec.search.trials} trials")
+        size = f"{plural(len(spec.groups), 'group')} x {plural(spec.search.trials, 'trial')}"
+        progress.log(f"sweep {spec.search.name} in {where}: {size}")
         if ledger.plans:
             done = f"{len(ledger.records)} trials are there already"
             interrupted = f"{len(searcher.interrupted)} were interrupted"

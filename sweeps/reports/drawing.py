@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
+from synq.common.text_tables import plural
+
 from .page import Figure, Gap
 
 PIXELS_PER_INCH = 100
@@ -79,8 +81,7 @@ def draw(
 
 def too_few(number: int) -> str:
     """Return the reason for a gap in place of a figure of fewer than LEAST_TRIALS trials."""
-    trials = f"{number} completed trial{'' if number == 1 else 's'}"
-    return f"too few to tell: {trials}, and {LEAST_TRIALS} are needed"
+    return f"too few to judge: {plural(number, 'completed trial')}, and {LEAST_TRIALS} are needed"
 
 
 def finish(canvas: Canvas, name: str, title: str, caption: str, *, pixels: bool = False) -> Figure:

@@ -45,14 +45,14 @@ def run_chart(record: RunRecord) -> Figure | None:
         axes = canvas.subplots()
         for place, (name, value) in enumerate(known.items()):
             axes.scatter([value], [place], **{one["label"]: one for one in (TEACHER, BEFORE, STUDENT)}[name])
-            axes.annotate(f"{value:.2f}", (value, place), (9, 0), textcoords="offset points", va="center")
+            axes.annotate(f"{value:.2f}", (value, place), (0, 7), textcoords="offset points", ha="center")
             if name == "student" and record.top1 is not None and record.drop_stderr is not None:
                 axes.errorbar(value, place, xerr=record.drop_stderr, color=COLORS[0], capsize=2)
         axes.set_yticks(range(len(known)), list(known))
-        axes.set(xlabel=axis, ylim=(len(known) - 0.4, -0.6))
-        _widen(axes)
+        axes.margins(x=0.1)
+        axes.set(xlabel=axis, ylim=(len(known) - 0.5, -0.9))
 
-    return _drawn("Student and teacher", caption, plot, 0.8 + 0.3 * len(known))
+    return _drawn("Student and teacher", caption, plot, 0.8 + 0.36 * len(known))
 
 
 def sweep_chart(standings: Sequence[Standing]) -> Figure | None:
@@ -76,7 +76,7 @@ def sweep_chart(standings: Sequence[Standing]) -> Figure | None:
                 if row["rtn_top1"] is not None:
                     axes.scatter([row["rtn_top1"]], [place], **BEFORE)
             axes.scatter([row[key]], [place], **{**STUDENT, "label": "best setting"}, zorder=3)
-            number = f"{row[key]:.2f}" if labeled else f"{row[key]:.4g}"
+            number = f"{row[key]:.2f}, drop {row['drop']:.2f}" if labeled else f"{row[key]:.4g}"
             text = f"{label(standing)}: {number}"
             axes.annotate(text, (0, place), (0, 9), xycoords=("axes fraction", "data"), textcoords="offset points")
         axes.set_yticks([])

@@ -34,7 +34,7 @@ def image_grids(grid: ImageGrid | str, cutoff: str) -> list[Figure | Gap]:
     )
     tile = (WIDTH - 0.5) / each  # width of one image in inches
     height = 0.1 + classes * tile * grid.before.shape[2] / grid.before.shape[3]
-    size = WIDTH, min(10.0, max(1.6, height))
+    size = WIDTH, min(6.5, max(1.6, height))
     before, after = functools.partial(plot, images=grid.before), functools.partial(plot, images=grid.after)
     short = f"The same images after the filter ({cutoff})."
     return [
@@ -96,7 +96,7 @@ def spectra(found: Spectra | str) -> list[Figure | Gap]:
     spectrum = "Magnitude of the two-dimensional DFT, mean over images and channels, zero frequency in the center"
     radial = "Means of the spectra over rings; the low-pass filter lowers the right part."
     return [
-        draw("spectra", title, f"{spectrum} ({counts}).", plot_maps, (WIDTH, 2.9), pixels=True),
+        draw("spectra", title, f"{spectrum} ({counts}).", plot_maps, (WIDTH, 2.6), pixels=True),
         draw("spectrum-profile", "Radial profile of the spectra", f"{radial} {counts}.", plot_profiles),
     ]
 

@@ -60,7 +60,7 @@ def study_figures(
         for name, dimension in searched.items()
         if len({repr(trial.params.get(name)) for trial in done}) > 1
     }
-    heading, suffix = f"{group}: ", slug(group)
+    suffix = slug(group)
     count = f"n = {len(done)} completed trials"
     objective += ", lower is better" if minimize else ", higher is better"
     figures: list[Figure | Gap] = []
@@ -68,21 +68,21 @@ def study_figures(
         figures.append(
             draw(
                 f"history-{suffix}",
-                f"{heading}optimization history",
+                "Optimization history",
                 f"Objective of each completed trial in order of proposal, and best value so far; {count}.",
                 lambda canvas: _history(canvas, done, objective, minimize),
             )
         )
-    title = f"{heading}effect of the settings"
+    title = "Effect of the settings"
     if len(done) < LEAST_TRIALS:
         return [*figures, Gap(title=title, reason=too_few(len(done)))]
     if not varied:
         return [*figures, Gap(title=title, reason="the completed trials do not differ in a searched setting")]
     figures += [
-        _importance(study, list(varied), f"importance-{suffix}", f"{heading}importance of the settings", count),
+        _importance(study, list(varied), f"importance-{suffix}", "Importance of the settings", count),
         draw(
             f"parallel-{suffix}",
-            f"{heading}parallel coordinates",
+            "Parallel coordinates",
             f"One line through the objective and the settings of each completed trial, strong color for a good "
             f"objective; {count}.{_off_note(dimensions)}",
             lambda canvas: _parallel(canvas, done, varied, objective, minimize),
@@ -90,7 +90,7 @@ def study_figures(
         ),
         draw(
             f"slices-{suffix}",
-            f"{heading}objective against each setting",
+            "Objective against each setting",
             f"Objective against one setting at a time, with the others as sampled; color: order of the trials; {count} "
             f"(paper, Fig. 7).{_off_note(dimensions)}",
             lambda canvas: _slices(canvas, done, varied, _objective, objective),
@@ -101,7 +101,7 @@ def study_figures(
         figures.append(
             draw(
                 f"slices-top1-{suffix}",
-                f"{heading}top-1 against each setting",
+                "Top-1 against each setting",
                 "The same for top-1 on the labeled images, which the search does not use unless its objective is "
                 f"`selection`; {count}.",
                 lambda canvas: _slices(canvas, done, varied, _top1, "top-1 [%]"),
@@ -187,11 +187,11 @@ def _parallel(
         shown = sorted(labels.items())
         choices = dimension.type == "choice" and len(shown) <= MOST_LABELS
         marks.append(shown if choices else [shown[0], shown[-1]])
-    places = np.arange(len(rows))
+    positions = np.arange(len(rows))
     for i in np.argsort(shades):
-        axes.plot([row[i] for row in rows], places, color=_shades()(shades[i]), linewidth=1, alpha=0.8)
-    for place, name, ends in zip(places, [objective, *varied], marks, strict=True):
-        axes.axhline(place, color="#4f5d73", linewidth=0.8)
+        axes.plot([row[i] for row in rows], positions, color=_shades()(shades[i]), linewidth=1, alpha=0.8)
+    for place, name, ends in zip(positions, [objective, *varied], marks, strict=True):
+        axes.axhline(float(place), color="#4f5d73", linewidth=0.8)
         axes.annotate(name, (0.5, place), (0, 5), textcoords="offset points", ha="center", **LABEL)
         for share, text in ends:
             side = "left" if share == 0 else "right" if share == 1 else "center"
@@ -223,19 +223,20 @@ def _slices(
     target: Callable[[FrozenTrial], float],
     label: str,
 ) -> None:
-    colors = ScalarMappable(Normalize(done[0].number, done[-1].number), _shades())
+    norm = Normalize(done[0].number, done[-1].number)
+    colors = ScalarMappable(norm, _shades())
     axes_list = panels(canvas, len(varied), sharey=True)
     for axes, (name, dimension) in zip(axes_list, varied.items(), strict=True):
         part = [trial for trial in done if name in trial.params]
-        places = [trial.params[name] for trial in part]
+        positions = [trial.params[name] for trial in part]
         if dimension.type == "choice":
-            places = [_position(dimension, value) for value in places]
+            positions = [_position(dimension, value) for value in positions]
             texts = [_short("none" if value is None else value) for value in dimension.values]
             axes.set_xticks(range(len(texts)), texts)
         else:
             _scale(axes, dimension)
         axes.scatter(
-            places, [target(trial) for trial in part], s=14, c=[trial.number for trial in part], norm=colors.norm,
+            positions, [target(trial) for trial in part], s=14, c=[trial.number for trial in part], norm=norm,
             cmap=colors.cmap, edgecolors=COLORS[5], linewidths=0.3,
         )  # fmt: skip
         axes.set_xlabel(name)

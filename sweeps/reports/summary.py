@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from synq.common.statistics import drop_text
-from synq.common.text_tables import Row
+from synq.common.text_tables import Row, plural
 from synq.config.quant import first_last_label
 from synq.runs.expected_agreement import agreement_line
 from synq.runs.record import RunRecord, run_protocol
@@ -119,10 +119,11 @@ def sweep_verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
         lines.append("No trial is completed yet.")
     failed = sum(record.status == "failed" for record in sweep.records.values())
     if failed:
-        lines.append(f"{failed} trials failed; the tab Trials has the reasons.")
+        lines.append(f"{plural(failed, 'trial')} failed; the tab Trials has the reasons.")
     if sweep.running:
         lines.append(
-            f"{len(sweep.running)} trials are not finished: the sweep is running, or was interrupted and is resumed by "
+            f"{plural(len(sweep.running), 'trial')} {'is' if len(sweep.running) == 1 else 'are'} not finished: the "
+            "sweep is running, or was interrupted and is resumed by "
             "the same command."
         )
     return lines + [f"Not read: {text}" for text in sweep.unread]

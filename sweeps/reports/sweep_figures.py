@@ -43,7 +43,7 @@ def rank_agreement(trials: Sequence[tuple[float, float]], *, minimize: bool) -> 
         return None
     scores, top1 = np.array(trials, dtype=float).T
     scores = -scores if minimize else scores
-    if np.ptp(scores) == 0 or np.ptp(top1) == 0:
+    if scores.min() == scores.max() or top1.min() == top1.max():
         return None
     drawn = np.random.default_rng(0).integers(0, len(top1), (NUM_BOOTSTRAP, len(top1)))
     low, high = np.quantile(rank_correlation(scores[drawn], top1[drawn]), [0.025, 0.975])
@@ -81,7 +81,7 @@ def trust(groups: Mapping[str, Sequence[RunRecord]], *, searched: bool) -> tuple
         if found is None:
             titles[name] = f"{_wrapped(name)}\nn = {len(pairs)}"
             continue
-        titles[name] = f"{_wrapped(name)}\nrho = {found[0]:+.2f} [{found[1]:+.2f}, {found[2]:+.2f}], n = {len(pairs)}"
+        titles[name] = f"{_wrapped(name)}\nrho = {found[0]:+.2f} [{found[1]:+.2f}, {found[2]:+.2f}]\nn = {len(pairs)}"
         notes.append(
             f"{name}: the rank correlation of objective and top-1 over {len(pairs)} trials is Spearman's rho = "
             f"{found[0]:+.2f} (95 % interval {found[1]:+.2f} to {found[2]:+.2f}; +1: the better objective always has "
@@ -150,7 +150,7 @@ def pareto(standings: Sequence[Standing]) -> list[Figure | Gap]:
             axes.set(xlabel=axis_label, ylabel="" if named_axis else label)
             axes.locator_params(axis="x", nbins=3)
             named_axis = True
-        canvas.legend(loc="outside lower center", fontsize=7)
+        canvas.legend(loc="outside lower center", fontsize=8)
 
     caption = (
         f"One mark for each of {len(rows)} settings of the leaderboard "

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from synq.common.text_tables import Row
+from synq.common.text_tables import Row, plural
 from synq.runs.record import RunRecord
 
 from ..leaderboard.columns import BEST_TABLE, PAGE_COLUMNS, TRIAL_COLUMNS, keys, page_texts
@@ -143,6 +143,7 @@ def _search(sweep: SweepView) -> list[Block]:
     search = sweep.about["search"]
     blocks: list[Block] = []
     for group in sweep.groups:
+        blocks.append(Text(title=f"Group {group}", lines=[f"{plural(len(sweep.search_trials(group)), 'trial')}."]))
         blocks += study_figures(
             group,
             sweep.dimensions,

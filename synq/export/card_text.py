@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from synq.common.text_tables import markdown_cell, to_markdown
+from synq.common.text_tables import markdown_cell, plural, to_markdown
 from synq.config.quant import RESEARCH, end_bits, protocol_label
 from synq.config.synthesis import OWN_IMAGES
 from synq.export.timing import unstable_times
@@ -45,7 +45,7 @@ SLOW = (
 SLOWER = "**This file is slower than float on this processor**: "
 """Beginning of the speed of a file whose latency is above that of the float teacher."""
 
-PLAIN_NAMES = {"Conv2d": "convolutions", "Linear": "linear layers"}
+PLAIN_NAMES = {"Conv2d": "convolution", "Linear": "linear layer"}
 """Names of layer types in prose."""
 
 
@@ -230,7 +230,7 @@ def _verified(metrics: Mapping[str, Any]) -> str:
     tolerance, machine = metrics["tolerance"], metrics["machine"]
     margin = f" (where its two largest logits differ by more than {tolerance['margin']})" if tolerance["margin"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    threads = f"{machine['threads'] or 'all'} thread{'s' * (machine['threads'] != 1)}"
+    threads = plural(machine["threads"], "thread") if machine["threads"] else "all threads"
     where = f"; on {markdown_cell(machine['cpu'])}, {threads}, {versions}"
     if "engine" in metrics:
         engine, agreed = metrics["engine"], min(found["agreement_all"] for found in metrics["files"][0]["comparisons"])
@@ -246,18 +246,17 @@ def _verified(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _counted(name: str, number: int) -> str:
-    return name.removesuffix("s") if number == 1 else name
-
-
 def _stays_float(rows: Sequence[Mapping[str, Any]], norms: int, *, has_biases: bool) -> str:
     """Return which values of a file are floats; the biases of a file for an engine are int32."""
     kinds: dict[str, int] = {}
     for row in rows:
         if row["kind"] not in ("BatchNorm2d", "BatchNorm1d", "batch_norm"):
             kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
-    listed = ", ".join(f"{number} {_counted(PLAIN_NAMES.get(kind, kind), number)}" for kind, number in kinds.items())
-    kept = f"; {norms} batch norms, as a gain and a shift per channel" if norms else ""
+    listed = ", ".join(
+        plural(number, PLAIN_NAMES[kind]) if kind in PLAIN_NAMES else f"{number} {kind}"
+        for kind, number in kinds.items()
+    )
+    kept = f"; {plural(norms, 'batch norm')}, as a gain and a shift per channel" if norms else ""
     parts = [f"outputs of {listed}"] * bool(listed) + ["biases"] * has_biases
     return "; ".join(parts) + kept if parts or kept else "nothing"
 

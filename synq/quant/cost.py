@@ -102,7 +102,7 @@ def account(
             continue
         kind = type(module).__name__.removeprefix("Quant") if module is not None else operation_name(node)
         bits = points.get(node, FLOAT_BITS)
-        note = notes.get(node, "" if node in points else "not a point of the chosen rule")
+        note = notes.get(node, "" if node in points else "float: not a quantization point")
         size = math.prod(shape[1:])
         rows.append(TensorRow(name=node.name, role="activation", kind=kind, bits=bits, numel=size, note=note))
     return tuple(rows)

@@ -154,7 +154,7 @@ def agreement_line(field: Mapping[str, Any]) -> str:
         return f"{head}: cannot be estimated: {field['reason']}"
     return (
         f"{head}: {field['value']:.0f} % ({field['low']:.0f} to {field['high']:.0f}; calibrated on {NETWORKS} "
-        f"networks, see {field['calibration']})"
+        f"networks, see {field['calibration']} in the sources of SynQ)"
     )
 
 

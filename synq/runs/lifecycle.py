@@ -18,6 +18,7 @@ from synq.common.environment import environment
 from synq.common.files import write_bytes_atomic
 from synq.common.notices import print_notice
 from synq.common.statistics import drop_of
+from synq.common.text_tables import plural
 from synq.config.run import RunConfig, config_digest, config_to_dict
 from synq.evaluation.harder_views import MAX_IMAGES, VIEWS
 from synq.evaluation.measure import Measurement
@@ -261,7 +262,7 @@ def _device_name(accelerator: Accelerator) -> str:
     processes = f" x {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_name(accelerator.device) + processes
-    return f"cpu, {torch.get_num_threads()} threads{processes}"
+    return f"cpu, {plural(torch.get_num_threads(), 'thread')}{processes}"
 
 
 def finished_record(

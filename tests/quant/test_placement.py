@@ -171,7 +171,7 @@ def test_rows_of_a_step_and_of_what_moves_values_have_the_bits_of_the_tensor() -
         (4, "on the grid of relu"),
         (4, ""),
         (8, "on the grid of mean"),
-        (32, "not a point of the chosen rule"),
+        (32, "float: not a quantization point"),
     ]
     clamped = next(row for row in student_for(Sums("a", "b"), "openvino").rows if row.note == "clamped, not rounded")
     assert clamped.name == "a" and clamped.bits == 8

@@ -74,6 +74,56 @@ def test_every_tab_fits_the_screen_and_every_figure_is_shown(browser: Any, path:
     page.close()
 
 
+def test_no_table_is_cut_on_a_phone_and_the_result_is_on_the_first_screen(browser: Any, path: Path) -> None:
+    page, problems = open_page(browser, path, PHONE)
+    for tab in page.locator("[role=tab]").all():
+        tab.click()
+        boxes = page.locator("section:visible .scroll").evaluate_all(
+            "all => all.map(box => [box.scrollWidth, box.clientWidth])"
+        )
+        assert all(inside <= outside for inside, outside in boxes), boxes
+    page.locator("[role=tab]").first.click()
+    for column in ("top1_mean", "drop"):
+        number = page.locator("#table-best th[data-column=" + column + "]").evaluate("cell => cell.cellIndex")
+        cell = page.locator(f"#table-best td:nth-child({number + 1})").first
+        box = cell.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"]
+        label = cell.evaluate("cell => getComputedStyle(cell, '::before').content")
+        assert label in ('"top-1 [%]"', '"drop [points]"')
+    chart = page.locator("header figure img").bounding_box()
+    assert chart["x"] >= 0 and chart["x"] + chart["width"] <= PHONE["width"] and not problems
+    page.close()
+
+
+def test_cards_on_a_phone_are_sorted_by_a_list(browser: Any, path: Path) -> None:
+    page, problems = open_page(browser, path, PHONE)
+    page.get_by_role("tab", name="Leaderboard").click()
+    column = page.locator("#table-leaderboard th[data-column=top1_mean]").evaluate("cell => cell.cellIndex")
+    found = {}
+    for name in ("ascending", "descending", "ascending"):
+        page.locator("#table-leaderboard .order select").select_option(f"{column} {name}")
+        found[name] = page.locator(f"#table-leaderboard td:nth-child({column + 1})").evaluate_all(
+            "all => all.map(cell => Number(cell.dataset.number))"
+        )
+    assert found["ascending"] == sorted(found["ascending"]) == found["descending"][::-1] and not problems
+    page.close()
+
+
+def test_a_dark_screen_has_a_dark_page_and_a_cut_table_says_so(browser: Any, path: Path) -> None:
+    page, _ = open_page(browser, path, DESKTOP)
+    back = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(back) == "rgb(255, 255, 255)"
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(back) == "rgb(18, 22, 28)"
+    assert "invert" in page.locator("header figure img").evaluate("image => getComputedStyle(image).filter")
+    page.get_by_role("tab", name="Trials").click()
+    block = page.locator("#table-trials")
+    assert block.locator(".hint").is_visible()
+    block.locator(".scroll").evaluate("box => box.scrollTo(box.scrollWidth, 0)")
+    block.locator(".hint").wait_for(state="hidden")
+    page.close()
+
+
 def test_a_click_on_a_heading_sorts(browser: Any, path: Path) -> None:
     page, problems = open_page(browser, path, DESKTOP)
     page.get_by_role("tab", name="Leaderboard").click()

@@ -17,7 +17,19 @@ from synq.sweeps.reports.page import Figure, Gap, Table
 from synq.sweeps.reports.run_page import run_page
 from synq.synthesis.lowpass import gaussian_lowpass
 
-DRAWINGS = {"losses", "images", "spectra", "spectrum-profile", "cam", "difficulty", "confusion", "layers", "ranges"}
+DRAWINGS = {
+    "headline",
+    "losses",
+    "images",
+    "images-filtered",
+    "spectra",
+    "spectrum-profile",
+    "cam",
+    "difficulty",
+    "confusion",
+    "layers",
+    "ranges",
+}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +132,9 @@ def test_missing_files_of_a_run_become_gaps(finished: Path, tmp_path: Path, caps
     page = run_page(finished, {"runtime.store_dir": str(tmp_path / "empty")})
     gaps = {block.title: block.reason for tab in page.tabs for block in tab.blocks if isinstance(block, Gap)}
     assert "must find its synthetic images" in gaps["Amplitude spectra"]
-    assert {"losses", "difficulty", "confusion", "layers", "ranges"} == {figure.name for figure in page.figures()}
+    assert {"headline", "losses", "difficulty", "confusion", "layers", "ranges"} == {
+        figure.name for figure in page.figures()
+    }
     copy = shutil.copytree(finished, tmp_path / "run")
     (copy / "student.safetensors").unlink()
     assert report([str(copy)]) == 0  # the record alone has a page, too
