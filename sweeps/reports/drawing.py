@@ -81,7 +81,7 @@ def draw(
 
 def too_few(number: int) -> str:
     """Return the reason for a gap in place of a figure of fewer than LEAST_TRIALS trials."""
-    return f"too few to tell: {plural(number, 'completed trial')}, and {LEAST_TRIALS} are needed"
+    return f"too few to judge: {plural(number, 'completed trial')}, and {LEAST_TRIALS} are needed"
 
 
 def finish(canvas: Canvas, name: str, title: str, caption: str, *, pixels: bool = False) -> Figure:

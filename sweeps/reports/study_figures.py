@@ -187,10 +187,10 @@ def _parallel(
         shown = sorted(labels.items())
         choices = dimension.type == "choice" and len(shown) <= MOST_LABELS
         marks.append(shown if choices else [shown[0], shown[-1]])
-    places = np.arange(len(rows))
+    positions = np.arange(len(rows))
     for i in np.argsort(shades):
-        axes.plot([row[i] for row in rows], places, color=_shades()(shades[i]), linewidth=1, alpha=0.8)
-    for place, name, ends in zip(places, [objective, *varied], marks, strict=True):
+        axes.plot([row[i] for row in rows], positions, color=_shades()(shades[i]), linewidth=1, alpha=0.8)
+    for place, name, ends in zip(positions, [objective, *varied], marks, strict=True):
         axes.axhline(float(place), color="#4f5d73", linewidth=0.8)
         axes.annotate(name, (0.5, place), (0, 5), textcoords="offset points", ha="center", **LABEL)
         for share, text in ends:
@@ -228,15 +228,15 @@ def _slices(
     axes_list = panels(canvas, len(varied), sharey=True)
     for axes, (name, dimension) in zip(axes_list, varied.items(), strict=True):
         part = [trial for trial in done if name in trial.params]
-        places = [trial.params[name] for trial in part]
+        positions = [trial.params[name] for trial in part]
         if dimension.type == "choice":
-            places = [_position(dimension, value) for value in places]
+            positions = [_position(dimension, value) for value in positions]
             texts = [_short("none" if value is None else value) for value in dimension.values]
             axes.set_xticks(range(len(texts)), texts)
         else:
             _scale(axes, dimension)
         axes.scatter(
-            places, [target(trial) for trial in part], s=14, c=[trial.number for trial in part], norm=norm,
+            positions, [target(trial) for trial in part], s=14, c=[trial.number for trial in part], norm=norm,
             cmap=colors.cmap, edgecolors=COLORS[5], linewidths=0.3,
         )  # fmt: skip
         axes.set_xlabel(name)

@@ -122,7 +122,7 @@ def test_the_same_sweep_gives_the_same_drawings(single: SweepView, page: Page) -
 def test_missing_figures_have_a_reason(tmp_path: Path) -> None:
     folder = made_sweep(tmp_path / "few", trials=2, bits=("W4A4",))
     reasons = {gap.title: gap.reason for gap in _blocks(sweep_page(read_sweep(folder), runs=0), Gap)}
-    few = "too few to tell: 2 completed trials, and 9 are needed"
+    few = "too few to judge: 2 completed trials, and 9 are needed"
     assert reasons["Effect of the settings"] == reasons["Can the objective be trusted?"] == few
     for path in (folder / "records").glob("*.json"):
         record = read_record(path)
