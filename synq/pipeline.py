@@ -101,6 +101,7 @@ def run(
         with timer("synthesis"):
             ensure_own_images(config, teacher, accelerator)
             train_set, heldout = ensure_sets(config, teacher, accelerator)
+        folder.mkdir(parents=True, exist_ok=True)
         measure.hold_out(heldout.images, heldout.labels)
         trained = trained if _is_of(trained, train_set, accelerator) else None
         source = folder if trained is None else trained[0]

@@ -79,7 +79,8 @@ def check_space(folder: Path, size: int, copies: int) -> None:
     Raises:
         OSError: If it has not; the message names the folder, the required and the free space.
     """
-    free = shutil.disk_usage(folder).free
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
     if free < copies * size:
         raise OSError(
             f"runtime.output_dir must have {copies * size / 2**20:.0f} MiB free for the filtered images of {copies} "

@@ -13,6 +13,7 @@ from torch import nn
 
 import synq
 from support.api_tools import INPUT, RESEARCH, SIZE, GrayNet, labeled
+from synq.common.notices import forget_notices
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,7 @@ def test_the_student_is_an_ordinary_module_whatever_mode_it_is_first_read_in(run
 
 
 def test_what_a_run_warns_of_is_printed(net: GrayNet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forget_notices()  # those of other tests in this process
     made = synq.quantize(net, **INPUT, config=RESEARCH, output_dir=tmp_path, seed=3)
     printed = capsys.readouterr().err
     assert made.record.warnings, "an untrained network, with few images"
@@ -187,5 +189,5 @@ def test_what_a_run_warns_of_is_printed(net: GrayNet, tmp_path: Path, capsys: py
 
 def test_rejected_input_leaves_no_folder(net: GrayNet, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 channel\(s\)"):
-        synq.quantize(net, **INPUT, images=np.zeros((8, 9, 9, 3), np.uint8), config=RESEARCH, output_dir=tmp_path)
+        synq.quantize(net, **INPUT, images=np.zeros((32, 9, 9, 3), np.uint8), config=RESEARCH, output_dir=tmp_path)
     assert not list(tmp_path.glob("*run*"))

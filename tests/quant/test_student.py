@@ -20,7 +20,7 @@ from synq.teacher.teacher import load_teacher
 
 def test_relu_rule_leaves_the_image_and_sums_float_with_a_note() -> None:
     rows = {row.name: row for row in make("relu").rows if row.role == "activation"}
-    assert rows["x"].bits == 32 and rows["add"].bits == 32 and "not a point" in rows["add"].note
+    assert rows["x"].bits == 32 and rows["add"].bits == 32 and "not a quantization point" in rows["add"].note
     assert rows["relu"].bits == 4 and rows["relu_1"].bits == 4 and rows["relu_2"].bits == 4
 
 
