@@ -1,6 +1,6 @@
 """Scripts that calibrate other quantizers with synthetic images; `$NAME` and the like are replaced when one is written.
 
-Versions at which they were run: onnxruntime 1.32, nncf 3.2 with openvino 2026.4, ai-edge-quantizer 0.8. Those for
+Versions at which they were run: onnxruntime 1.32, nncf 3.4 with openvino 2026.4, ai-edge-quantizer 0.10. Those for
 modelopt, aimet and mct are by their documentation.
 """
 
