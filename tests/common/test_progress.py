@@ -86,6 +86,7 @@ def test_runs_that_are_only_read_show_no_bar_that_would_flash(
 ) -> None:
     record = run(with_overrides(config, {"runtime.progress": False}))
     monkeypatch.setattr(bars, "APPEARS_AFTER", 600.0)
+    capsys.readouterr()  # notices of the run itself, printed once per process
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert run_all({"only": config}, 1, lambda cell, found: print(cell)) == {"only": record}
     captured = capsys.readouterr()
