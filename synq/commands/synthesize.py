@@ -8,6 +8,7 @@ import click
 from synq.config.command_line import Command
 from synq.config.command_options import OneOf, config_option, option
 from synq.config.run import RunConfig
+from synq.synthesis.calibration_scripts import SCRIPTS
 from synq.train import TEACHER_SETTINGS, on_every_process
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ COMMON = (
     *("synthesis.method", "synthesis.num_images", "synthesis.iterations", "synthesis.lr"),
     *("data_seed", "evaluation.heldout_images", "runtime.output_dir", "runtime.store_dir"),
 )
-TOOLS = ("onnxruntime", "nncf", "litert", "modelopt", "aimet", "mct")
+TOOLS = tuple(SCRIPTS)
 EXAMPLES = """\
   %(prog)s torchvision:resnet18 --teacher.weights IMAGENET1K_V1 --synthesis.num_images 256
   %(prog)s --config run.toml --npz images.npz

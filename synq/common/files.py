@@ -44,6 +44,11 @@ def write_bytes_atomic(path: str | Path, content: bytes) -> None:
         raise
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or its nearest parent folder that exists."""
+    return next(part for part in (path, *path.absolute().parents) if part.exists())
+
+
 def check_writable(folder: Path) -> None:
     """Raise before a run if its folder cannot be written.
 

@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from synq.common.files import nearest_existing
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -79,8 +81,7 @@ def check_space(folder: Path, size: int, copies: int) -> None:
     Raises:
         OSError: If it has not; the message names the folder, the required and the free space.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(nearest_existing(folder)).free
     if free < copies * size:
         raise OSError(
             f"runtime.output_dir must have {copies * size / 2**20:.0f} MiB free for the filtered images of {copies} "

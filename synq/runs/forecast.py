@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from synq.common.files import nearest_existing
 from synq.common.seeding import make_generator
 from synq.common.text_tables import duration
 from synq.config.run import RunConfig
@@ -98,7 +99,7 @@ def forecast(
         measure=inference * measured / processes,
         memory=BASE_BYTES + WORKING * at_once + 8 * weights + pixels * config.synthesis.num_images,
         disk=2 * pixels * images + 5 * weights,  # a set is assembled from its shards; a checkpoint has the moments, too
-        free=float(shutil.disk_usage(_existing(Path(config.runtime.output_dir))).free),
+        free=float(shutil.disk_usage(nearest_existing(Path(config.runtime.output_dir))).free),
     )
 
 
@@ -171,11 +172,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _existing(path: Path) -> Path:
-    """Return the nearest existing parent folder of a path."""
-    return next(part for part in (path, *path.absolute().parents) if part.exists())
 
 
 def _gib(number: float) -> str:

@@ -72,7 +72,7 @@ def file_fault(teacher: Teacher, rng: random.Random, observed: Tensor) -> tuple[
     try:
         program = program_of(student.net, quant, teacher.input_size)
     except ValueError as error:  # one line with the layer's name, and the cure
-        return ("" if "`quant.target`" in str(error) or "target" in str(error) else str(error)), 0
+        return ("" if "target" in str(error) else str(error)), 0
     engine = FORMATS[target].open(FORMATS[target].write(program), 1)
     expected, found = Simulation(program)(observed.clone()), engine(observed.clone())
     if torch.equal(found, expected):

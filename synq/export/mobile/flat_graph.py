@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from synq.common.names import unique_name
+
 FILE_IDENTIFIER = b"TFL3"
 SCHEMA_VERSION = 3
 
@@ -126,18 +128,10 @@ class FlatGraph:
     def _tensor(self, name: str, dtype: np.dtype[Any], shape: Sequence[int]) -> Any:
         tensor = self._schema.TensorT()
         types = {"float32": "FLOAT32", "int32": "INT32", "int8": "INT8"}
-        tensor.name, tensor.type = self._unique(name), getattr(self._schema.TensorType, types[dtype.name])
+        # Unique, because tools that quantize or edit files find tensors by their names.
+        tensor.name, tensor.type = unique_name(name, self._used), getattr(self._schema.TensorType, types[dtype.name])
         tensor.shape, tensor.hasRank = [int(size) for size in shape], True
         return tensor
-
-    def _unique(self, name: str) -> str:
-        """Return a name that no other tensor has: tools that quantize or edit files find tensors by their names."""
-        found, number = name, 0
-        while found in self._used:
-            number += 1
-            found = f"{name}.{number}"
-        self._used.add(found)
-        return found
 
     def _add(self, tensor: Any) -> int:
         self._tensors.append(tensor)

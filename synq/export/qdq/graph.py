@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from synq.common.names import unique_name
 from synq.engines.program import Grid, Step
 
 CODE_MAX = 255
@@ -50,20 +51,11 @@ class QuantizedGraph:
 
     def unique(self, name: str) -> str:
         """Return a name that no other value or constant has."""
-        found, number = name, 0
-        while found in self._used:
-            number += 1
-            found = f"{name}.{number}"
-        self._used.add(found)
-        return found
+        return unique_name(name, self._used)
 
     def node(self, kind: str, inputs: Sequence[str], output: str, label: str, **attributes: Any) -> str:
         """Append a node, named by the label; return its output."""
-        name, number = label, 0
-        while name in self._labels:
-            number += 1
-            name = f"{label}.{number}"
-        self._labels.add(name)
+        name = unique_name(label, self._labels)
         self.nodes.append(helper.make_node(kind, list(inputs), [output], name=name, **attributes))
         return output
 
