@@ -90,6 +90,11 @@ def test_padding_before_a_convolution_is_its_padding() -> None:
     assert not [step for step in program.steps if isinstance(step, Pad)]
 
 
+def test_an_index_of_all_images_of_the_batch_moves_nothing() -> None:
+    chosen = lowered(lambda net, x: net.second(x[torch.arange(x.size(0))]))
+    assert [type(step) for step in chosen.steps] == [type(step) for step in lowered(lambda net, x: net.second(x)).steps]
+
+
 @pytest.mark.parametrize(
     ("middle", "reason"),
     [
@@ -98,6 +103,7 @@ def test_padding_before_a_convolution_is_its_padding() -> None:
         (lambda net, x: F.adaptive_avg_pool2d(x, 4), "windows differ in size: 15 x 18"),
         (lambda net, x: F.interpolate(x, scale_factor=2.0, mode="bilinear"), "upsample_bilinear2d"),
         (lambda net, x: x.view(-1, 8, 30, 9) + x.flatten(1).sum(1)[:, None, None, None], "adds up positions"),
+        (lambda net, x: x[torch.arange(x.size(0)).flip(0)], "index in layer .*: it moves the axis of the images"),
         (lambda net, x: x / (1 + x.abs()), "div in layer .*: it divides by an activation"),
     ],
 )

@@ -228,17 +228,20 @@ def by_positions(builder: Builder, call: Call) -> Symbol:
     rank = len(symbol.shape) + 1
     if len(call.shape) != rank - 1:
         builder.reject(call, "it changes the number of axes")
+    # With as many images as in the capture: an index by arange(batch) chooses among them, too.
+    sizes = (call.shapes[0][0], *symbol.shape)
     chosen_rows: list[tuple[int, list[int]]] = []
-    for axis in range(1, rank):
-        size = symbol.shape[axis - 1]
+    for axis, size in enumerate(sizes):
         numbers = torch.arange(size, dtype=torch.float32).reshape([-1 if a == axis else 1 for a in range(rank)])
-        args = tuple(numbers.expand(1, *symbol.shape) if a is symbol else a for a in call.args)
-        kwargs = {key: numbers.expand(1, *symbol.shape) if a is symbol else a for key, a in call.kwargs.items()}
+        args = tuple(numbers.expand(sizes) if a is symbol else a for a in call.args)
+        kwargs = {key: numbers.expand(sizes) if a is symbol else a for key, a in call.kwargs.items()}
         found = call.operator(*args, **kwargs).movedim(axis, 0).flatten(1)
-        if found.shape[0] != call.shape[axis - 1] or not bool((found == found[:, :1]).all()):
+        if found.shape[0] != call.shapes[0][axis] or not bool((found == found[:, :1]).all()):
             builder.reject(call, "it moves values from one axis to another")
         rows = [int(p) for p in found[:, 0]]
         if rows != list(range(size)):
+            if axis == 0:
+                builder.reject(call, "it moves the axis of the images")
             chosen_rows.append((axis, rows))
 
     def by_rows(codes: Codes) -> Codes:
