@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ import safetensors.torch
 import torch
 
 from synq.common.scratch import scratch_tensor
-from synq.config.run import FinetuneConfig, RunConfig, TeacherConfig, with_overrides
+from synq.config.run import RunConfig, TeacherConfig, with_overrides
 from synq.config.synthesis import SYNTHESIS_METHODS
 from synq.evaluation.measure import Accuracy, evaluate
 from synq.finetune.loop import NonFiniteLossError
 from synq.pipeline import prepare, run
 from synq.quant.student import build_student, observe_ranges
-from synq.runs.lifecycle import _mask_warnings
 from synq.runs.record import read_record, run_folder
 from synq.synthesis.run_sets import low_pass, set_names
 from synq.teacher.teacher import load_teacher
@@ -142,13 +140,6 @@ def test_inert_threshold_is_said(config: RunConfig) -> None:
     record = run(with_overrides(config, {"finetune.difficulty_threshold": 0.0}))
     assert record.kept_share == 0.0 and any("switches hard labels off" in text for text in record.warnings)
     assert run(with_overrides(config, {"finetune.difficulty_threshold": 1.0})).kept_share == 1.0
-
-
-def test_the_default_threshold_is_no_reason_for_a_warning() -> None:
-    easy, settings = [{"kept": 1.0}], asdict(FinetuneConfig())
-    assert _mask_warnings(settings, easy) == []  # type: ignore[arg-type]
-    assert _mask_warnings({**settings, "difficulty_threshold": 0.6}, easy) != []  # type: ignore[arg-type]
-    assert _mask_warnings(settings, [{"kept": 0.0}]) != [], "hard labels that are off are worth one"
 
 
 def test_a_fine_tuning_that_harms_is_said(config: RunConfig) -> None:
