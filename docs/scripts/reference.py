@@ -224,8 +224,9 @@ def columns_page() -> str:
     lines += ["## Settings that vary\n", SETTING_NOTES]
     names = [(f"`{setting.key}`", setting.heading) for setting in map(setting_column, COLUMN_KEYS)]
     lines.append(table(("column", "heading"), names))
-    tables = {"Best settings (`synq show`, reports)": BEST_TABLE, "compare.csv (`synq leaderboard --compare`)":
-              COMPARE_TABLE, "recipe.csv": RECIPE_TABLE, "ablation.csv": ABLATION_TABLE,
+    best = "Best settings (`synq show`, reports), with a column for each setting that was searched or varies"
+    tables = {best: BEST_TABLE, "compare.csv (`synq leaderboard --compare`)": COMPARE_TABLE,
+              "recipe.csv": RECIPE_TABLE, "ablation.csv": ABLATION_TABLE,
               "fidelity_study.csv": FIDELITY_TABLE}  # fmt: skip
     for title, columns in tables.items():
         lines += [f"## {title}\n", table(("column", "unit", ""), [_row(column) for column in columns])]

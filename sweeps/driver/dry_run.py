@@ -13,6 +13,7 @@ from synq import pipeline
 from synq.common.text_tables import duration, plural
 from synq.config.run import RunConfig, with_overrides
 from synq.evaluation.measure import forget_teachers
+from synq.finetune.schedule import num_steps
 from synq.runs.record import RunRecord
 from synq.synthesis.dataset import MANIFEST_FILE
 from synq.synthesis.run_sets import set_names, set_store
@@ -173,7 +174,8 @@ def _cost(spec: SweepSpec, group: Group, records: list[RunRecord]) -> Cost:
         totals = [sum(part for stage, part in record.seconds.items() if stage != "synthesis") for record in timed]
         return Cost(synthesis=synthesis, trial=statistics.fmean(totals), source="trials as in this sweep's records")
     epochs = config.finetune.epochs
-    trained = config.synthesis.num_images // config.finetune.batch_size * config.finetune.batch_size * epochs
+    size = config.finetune.batch_size
+    trained = num_steps(config.synthesis.num_images, size) * size * epochs
     heldout = config.evaluation.heldout_images / images
     share = max(heldout, len(measure.reported) / images)
     # The small run has three measurements, half of each on held-out and half on labeled images.

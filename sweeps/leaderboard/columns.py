@@ -208,10 +208,9 @@ def _shared(*names: str) -> list[Column]:
 BEST_TABLE = (
     *_shared("model", "weight_bits", "act_bits", "protocol", "act_points", "objective_value", "top1_mean", "top1_std"),
     *_shared("num_seeds", "drop"),
-    Column("setting", "its settings that were searched or vary, as they are given in a configuration"),
     Column("trial", "run of its first seed"),
 )
-"""The best setting of each ranking, in reports and in `synq show`."""
+"""The best setting of each ranking, in reports and in `synq show`; `settings.best_columns` adds the settings."""
 
 COMPARE_TABLE = (
     *_shared("model", "weight_bits", "act_bits", "protocol", "first_bits", "last_bits", "act_points", "objective"),

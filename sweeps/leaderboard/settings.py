@@ -14,7 +14,7 @@ from synq.config.parsing import dotted_keys, is_number
 from synq.config.run import RunConfig
 
 from ..space import IDENTITY
-from .columns import RUN_COLUMNS, SETTINGS, Column
+from .columns import BEST_TABLE, RUN_COLUMNS, SETTINGS, Column
 
 PREFIX = "params."
 """Start of the key of a column with a setting."""
@@ -164,14 +164,20 @@ def _changing(rows: Sequence[Values]) -> dict[str, None]:
     return found
 
 
-def setting_text(values: Values, keys: Collection[str]) -> str:
-    """Return settings as text, as they are given in a configuration, with the unit of a cutoff.
+def best_columns(keys: Sequence[str]) -> list[Column]:
+    """Return the columns of the best settings: those of `BEST_TABLE` with the settings before the trial.
 
     Args:
-        values: The settings of a run.
-        keys: Dotted keys of those to name; unknown values are left out.
+        keys: Dotted keys of the settings that were searched or vary.
     """
-    return ", ".join(f"{key} {text}" for key in keys if (text := _with_unit(values, key)))
+    names = [key.removeprefix("finetune.") for key in keys]
+    units = {SETTINGS[name].unit_key for name in names if name in SETTINGS}  # of a cell that has another unit anyway
+    found = [
+        SETTINGS[name] if name in SETTINGS else setting_column(key)
+        for name, key in zip(names, keys, strict=True)
+        if name not in units
+    ]
+    return [*BEST_TABLE[:-1], *found, BEST_TABLE[-1]]
 
 
 def constants_text(rows: Sequence[Values], searched: Iterable[str] = ()) -> str:

@@ -15,7 +15,7 @@ from synq.runs.record import RunRecord, run_protocol
 from synq.runs.tuning_effect import effect_sentence
 
 from ..leaderboard.ranking import Standing
-from ..leaderboard.settings import setting_text
+from ..leaderboard.settings import best_columns
 from .sweep_view import SweepView
 
 OF = ("a drop of", "a gain of")
@@ -159,7 +159,8 @@ def best_rows(sweep: SweepView, standings: Sequence[Standing]) -> list[Row]:
     rows = []
     for standing in leaders(standings):
         name = run_of(sweep, standing)
-        rows.append(standing.row | {"setting": setting_text(standing.settings, sweep.settings), "trial": name})
+        cells = {column.key: standing.cell(column.key) for column in best_columns(sweep.settings)[:-1]}
+        rows.append(standing.row | cells | {"trial": name})
     return rows
 
 

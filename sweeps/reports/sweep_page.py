@@ -6,9 +6,9 @@ from typing import Any
 from synq.common.text_tables import Row, plural
 from synq.runs.record import RunRecord
 
-from ..leaderboard.columns import BEST_TABLE, PAGE_COLUMNS, TRIAL_COLUMNS, keys, page_texts
+from ..leaderboard.columns import PAGE_COLUMNS, TRIAL_COLUMNS, keys, page_texts
 from ..leaderboard.ranking import Ranking, Standing, read_run
-from ..leaderboard.settings import constants_text, shown_columns
+from ..leaderboard.settings import best_columns, constants_text, shown_columns
 from .headline import overall, sweep_chart
 from .page import Block, Gap, Page, Tab, Table, Text
 from .run_page import run_tabs, settings_blocks
@@ -27,6 +27,8 @@ from .sweep_view import SweepView
 
 OMITTED = ("versions", "commit", "host", "heldout_digest", "set_digest")
 """Columns of trials.csv with the same value in almost all rows, left out of the page."""
+SEEN_FIRST = ("rank", "model", "weight_bits", "act_bits", "top1_mean", "drop")
+"""Columns of the leaderboard that a screen shows without being scrolled sideways."""
 MOST_RUNS = 4
 """Number of groups whose best run is analyzed."""
 
@@ -76,7 +78,7 @@ def sweep_page(
 def leaderboard_table(name: str, title: str, caption: str, sweep: SweepView, standings: Sequence[Standing]) -> Table:
     """Return a leaderboard with a column for each setting that varies; the others are named in its caption."""
     settings = [standing.settings for standing in standings]
-    columns = shown_columns(PAGE_COLUMNS, settings)
+    columns = sorted(shown_columns(PAGE_COLUMNS, settings), key=lambda column: column.key not in SEEN_FIRST)
     rows = [{column.key: standing.cell(column.key) for column in columns} for standing in standings]
     same = constants_text(settings, sweep.settings)
     return Table(
@@ -98,14 +100,14 @@ def _filled(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
 def best_table(sweep: SweepView, standings: Sequence[Standing]) -> list[Block]:
     """Return a table of the best setting of each ranking, or no block if there is none."""
     caption = "The first row of each ranking: most seeds, then the best mean objective."
-    rows = best_rows(sweep, standings)
+    rows, columns = best_rows(sweep, standings), best_columns(sweep.settings)
     table = Table(
         name="best",
         title="Best settings",
         caption=caption,
-        columns=_filled(rows, keys(BEST_TABLE)),
+        columns=_filled(rows, keys(columns)),
         rows=rows,
-        **page_texts(BEST_TABLE),
+        **page_texts(columns),
     )
     records = [sweep.paths[row["trial"]] for row in rows if row["trial"] in sweep.paths]
     commands = [f"synq export {path if path.name != 'record.json' else path.parent}" for path in records]

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from synq.common.text_tables import plain, to_text
 
-from ..leaderboard.columns import BEST_TABLE, TERMINAL_COLUMNS, headings, keys
+from ..leaderboard.columns import TERMINAL_COLUMNS, headings, keys
 from ..leaderboard.ranking import Standing
-from ..leaderboard.settings import constants_text, shown_columns
+from ..leaderboard.settings import best_columns, constants_text, shown_columns
 from ..leaderboard.views import protocol_of
 from .summary import (
     best_rows,
@@ -76,11 +76,12 @@ def _show_sweep(path: Path, console: Console) -> None:
     for line in sweep_verdict(sweep, standings):
         console.print(plain(line))
     _table(console, ("", ""), sweep_facts(sweep))
+    columns = best_columns(sweep.settings)
     rows = [
-        tuple(_number(row[column.key], column.decimals) for column in BEST_TABLE) for row in best_rows(sweep, standings)
+        tuple(_number(row[column.key], column.decimals) for column in columns) for row in best_rows(sweep, standings)
     ]
     if rows:
-        _table(console, [column.heading for column in BEST_TABLE], rows)
+        _table(console, [column.heading for column in columns], rows)
     if len(standings) > len(rows):
         _leaderboard(console, standings, sweep.settings)
     failures = [(name, record.reason) for name, record in sweep.records.items() if record.status == "failed"]

@@ -6,7 +6,6 @@ from typing import Any
 
 from synq.config.key_tables import merged_keys, nested_keys
 from synq.config.parsing import config_from_dict, load_config, with_overrides
-from synq.config.quant import RESEARCH
 from synq.config.run import RunConfig, load_run
 
 Config = RunConfig | Mapping[str, Any] | str | Path | None
@@ -36,10 +35,25 @@ def settings_of(config: Config, arguments: Mapping[str, Any]) -> RunConfig:
         base = _built(config, {})
     except ValueError:  # valid perhaps with the arguments, as a batch of more images than there are by default
         base = _built(config, given)
-    quant = _written(config).get("quant", {})
-    if "target" not in quant and not any(quant.get(key, RESEARCH) != RESEARCH for key in RESEARCH_KEYS):
+    if not _chooses_target(_written(config).get("quant", {})):
         given.setdefault("quant.target", SHIPPED_TARGET)
     return with_overrides(base, given)
+
+
+def with_shipped_target(config: RunConfig, file: str | None, overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the settings of a command line with `SHIPPED_TARGET`, unless they choose a target.
+
+    Args:
+        config: The settings, those of the file and the overrides among them.
+        file: The settings file; None if there is none.
+        overrides: Values of options, by dotted key.
+    """
+    quant = {**_written(file).get("quant", {}), **nested_keys(_plain(overrides), "config").get("quant", {})}
+    return config if _chooses_target(quant) else with_overrides(config, {"quant.target": SHIPPED_TARGET})
+
+
+def _chooses_target(quant: Mapping[str, Any]) -> bool:
+    return "target" in quant or any(key in quant for key in RESEARCH_KEYS)
 
 
 def chosen_num_images(config: Config) -> Any:

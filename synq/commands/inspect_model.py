@@ -37,13 +37,17 @@ def command(config: RunConfig, as_json: bool) -> None:
     or an operation that does not change its input's values, such as max pooling (BitOps count the bits that are read);
     the batch norms that guide the synthesis; where and how class activation maps are computed; parameters,
     multiply-accumulates (MACs), bit operations (BitOps) and sizes. A classifier that cannot be quantized is rejected as
-    in a run. Only the settings of `teacher` and `quant` are used.
+    in a run. Only the settings of `teacher` and `quant` are used. Without a target it is onnxruntime, as in
+    `synq.inspect` and `synq.quantize`; `synq train` without one has research.
     """
+    from synq.api.settings import with_shipped_target
     from synq.common.text_tables import to_text
     from synq.diagnostics.inspection import COLUMNS, HEADINGS, inspect, summary
     from synq.quant.student import build_student
     from synq.teacher.teacher import load_teacher
 
+    given = click.get_current_context().obj
+    config = with_shipped_target(config, given.files[0] if given.files else None, given.overrides)
     teacher = load_teacher(config.teacher)
     found = inspect(teacher, build_student(teacher, config.quant), config.quant)
     if as_json:

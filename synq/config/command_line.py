@@ -14,6 +14,7 @@ first argument without its option (TEACHER for `--teacher.spec`).
 
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -159,6 +160,7 @@ class Command(click.Command):
             self._print_help(ctx, level, args)
             ctx.exit()
         given, positional = self._collect(args)
+        self._check_number(positional, ctx.info_name or "")
         attached = [flag if value is None else f"{flag}={value}" for flag, values in given.items() for value in values]
         rest = super().parse_args(ctx, [*attached, "--", *positional])
         self._read_settings(ctx)
@@ -215,6 +217,20 @@ class Command(click.Command):
             name = "TEACHER" if self.settings == "run" else self.first.removeprefix("--").upper()
             order = f", and {name} must come first" if name else ""
             raise ValueError(f"each setting must read --KEY VALUE{order}, but got {arg}; {self.advice}")
+
+    def _check_number(self, positional: Sequence[str], program: str) -> None:
+        """Raise ValueError if there are more arguments than the command has, as where the shell expands a pattern."""
+        known = self.own_arguments
+        if any(param.nargs < 0 for param in known) or len(positional) <= len(known):
+            return
+        names = shlex.join(positional)
+        if len(known) != 1:
+            raise ValueError(f"there must be {len(known)} arguments, but got {len(positional)}: {names}; {self.advice}")
+        name = label(known[0])
+        raise ValueError(
+            f"`{name}` must be one, but got {len(positional)}: {names}; choose one, or call the command for each: "
+            f'`for {name} in {names}; do {program} "${name}"; done`'
+        )
 
     def _unknown(self, flag: str) -> str:
         flags = {key_of(name): name for param in self.own_options for name in param.opts}

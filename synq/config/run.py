@@ -240,7 +240,7 @@ class RunConfig:
         _between("seed", self.seed, 0, 2**63 - 1)
         _between("data_seed", self.data_seed, 0, 2**63 - 1)
         size, images = self.finetune.batch_size, self.synthesis.num_images
-        rule = f"be <= `synthesis.num_images` ({images}), because an incomplete batch is dropped"
+        rule = f"be <= `synthesis.num_images` ({images}), because a batch has no image twice"
         _require("finetune.batch_size", rule, size, self.finetune.epochs == 0 or size <= images)
 
 

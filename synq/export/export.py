@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from synq.common.notices import print_notice
 from synq.config.parsing import between, one_of
 from synq.config.quant import RESEARCH
 from synq.config.run import PATH_SETTINGS
+from synq.config.synthesis import OWN_IMAGES
 from synq.engines.deployed import deployed_network
 from synq.engines.simulation import Simulation
 from synq.evaluation.measure import Measure
@@ -172,7 +173,7 @@ def export_run(
         check = Checker(
             form=deployed,
             simulated=student.net,
-            synthetic=torch.cat([heldout.images, train_set.images]),
+            images=_images_by_source(run.config.synthesis.method, train_set.images, heldout.images),
             measure=Measure.prepare(evaluation, run.teacher, accelerator, quant=run.config.quant),
             tolerance=options.tolerance if for_engine is None else for_engine.tolerance(options.tolerance),
             progress=options.progress,
@@ -197,6 +198,13 @@ def export_run(
         kept = {key: there.deployment.get(key) for key in DEPLOYED if record.deployment.get(key) is None}
         write_record(path, replace(there, deployment={**record.deployment, **kept}))
     return target, record
+
+
+def _images_by_source(method: str, trained: Tensor, heldout: Tensor) -> dict[str, Tensor]:
+    """Return the images of a run by what they are: those of the user are own, all others synthetic."""
+    if method == OWN_IMAGES:
+        return {"synthetic": heldout, "own": trained}
+    return {"synthetic": torch.cat([heldout, trained])}
 
 
 def _check_top1(record: RunRecord, check: Checker) -> None:
@@ -252,7 +260,7 @@ def _write_files(
         metrics["float_onnx_bytes"] = len(float_model)
         if options.rounds:
             timed = {**models, FLOAT: float_model}
-            times = latencies(timed, check.synthetic[:1], threads=options.threads, rounds=options.rounds)
+            times = latencies(timed, check.example, threads=options.threads, rounds=options.rounds)
             files = [with_latency(file, times) if file.name in times else file for file in files]
             metrics |= _speed(times[next(iter(models))], times[FLOAT])
     return metrics | _verification(files, check, options) | {"float_norms": len(channel_affines(form))}
@@ -270,7 +278,7 @@ def _write_target_file(
         float_file = form.write_float(teacher.graph, program)
         metrics["float_onnx_bytes"] = len(float_file)
         if options.rounds:
-            contents, images = {file.name: content, FLOAT: float_file}, check.synthetic[:1]
+            contents, images = {file.name: content, FLOAT: float_file}, check.example
             times = target_latencies(contents, form, images, threads=options.threads, rounds=options.rounds)
             file = with_latency(file, times)
             metrics |= _speed(times[file.name], times[FLOAT])

@@ -2,8 +2,9 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ class Checker:
     Attributes:
         form: The student as it is deployed: its integer form, or the simulation of its engine.
         simulated: The fine-tuned student, with fake quantization, on the CPU.
-        synthetic: (N, C, H, W) all synthetic images of the run.
+        images: (N, C, H, W) the run's sets of images by name: synthetic, and own for unlabeled ones of the user.
         measure: Provides the labeled images, if there are any.
         tolerance: Largest accepted difference.
         progress: Whether to show a progress bar.
@@ -84,13 +85,18 @@ class Checker:
 
     form: nn.Module
     simulated: nn.Module
-    synthetic: Tensor
+    images: Mapping[str, Tensor]
     measure: Measure
     tolerance: Tolerance
     progress: bool = False
     exact: bool = False
     reference_logits: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
     simulation: dict[str, Comparison] = field(default_factory=dict, init=False)
+
+    @property
+    def example(self) -> Tensor:
+        """Return one image, (1, C, H, W)."""
+        return next(iter(self.images.values()))[:1]
 
     @torch.no_grad()
     def __call__(self, name: str, engine: Engine, *, divides: bool = True) -> tuple[Comparison, ...]:
@@ -140,10 +146,15 @@ class Checker:
 
     def _sources(self) -> Iterator[tuple[str, int, Reader]]:
         """Yield the name of each set of images, its size, and its reader."""
-        yield "synthetic", len(self.synthetic), lambda start, stop: (self.synthetic[start:stop], None)
+        for name, images in self.images.items():
+            yield name, len(images), partial(_rows, images)
         labeled, rows = self.measure.labeled, self.measure.reported
         if labeled is not None:
             yield "labeled", len(rows), lambda start, stop: labeled.batch(rows[start:stop])
+
+
+def _rows(images: Tensor, start: int, stop: int) -> tuple[Tensor, None]:
+    return images[start:stop], None
 
 
 def export_onnx(

@@ -24,7 +24,7 @@ class Comparison:
     """Differences between an exported file and its student on one set of images.
 
     Attributes:
-        source: Name of the set: synthetic or labeled.
+        source: Name of the set: synthetic, own (unlabeled images of the user) or labeled.
         images: Number of images.
         margin: An image is decided if the student's two largest logits differ by more than this.
         decided: Number of decided images.

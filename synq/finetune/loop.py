@@ -26,7 +26,7 @@ from synq.finetune.checkpoints import check_same_epoch, load_checkpoint, save_ch
 from synq.finetune.ema import WeightAverage
 from synq.finetune.optimizers import clip_relative, make_optimizer
 from synq.finetune.responses import Response, TappedNetwork, cached_responses, teacher_response
-from synq.finetune.schedule import epoch_batches, local_batch_size, lr_at
+from synq.finetune.schedule import epoch_batches, local_batch_size, lr_at, num_steps
 from synq.finetune.training_loss import harder_images, training_loss
 from synq.network.tracing import batchnorm_parameters
 from synq.runtime import synchronize_parameters
@@ -203,8 +203,8 @@ def finetune(
         NonFiniteLossError: If a loss term or the gradient norm is not finite.
     """
     share = local_batch_size(config.batch_size, accelerator.num_processes)
-    steps_per_epoch = len(images) // config.batch_size
-    if steps_per_epoch == 0 and config.epochs > 0:
+    steps_per_epoch = num_steps(len(images), config.batch_size)
+    if len(images) < config.batch_size and config.epochs > 0:
         raise ValueError(f"finetune.batch_size must be <= the {len(images)} images, but got {config.batch_size}")
     shown = progress and accelerator.is_main_process
     with_cam = config.uses_cam and student.cam_site.kind != "none"

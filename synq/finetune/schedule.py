@@ -11,13 +11,21 @@ from synq.config.run import FinetuneConfig
 
 
 def epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Yield the row numbers (B,) of each global batch of an epoch; an incomplete last batch is dropped.
+    """Yield the row numbers (B,) of each global batch of an epoch; B is at most the number of images.
 
+    Every image is in the epoch. An incomplete last batch is filled up with the first images of the epoch's own order,
+    none of them twice in it: every batch has the same size, so that processes have equal shares, as the mean of their
+    gradients needs, and every step the same weight; a smaller last batch would have neither.
     Every process draws the same order and takes a slice of each batch, so 1 and n processes see the same samples.
     """
     order = torch.randperm(num_images, generator=make_generator("order", seed, epoch))
-    for start in range(0, num_images - batch_size + 1, batch_size):
-        yield order[start : start + batch_size]
+    order = torch.cat([order, order[: -num_images % batch_size]])
+    yield from order.split(batch_size)
+
+
+def num_steps(num_images: int, batch_size: int) -> int:
+    """Return the number of batches of an epoch, see `epoch_batches`."""
+    return -(-num_images // batch_size)
 
 
 def local_batch_size(batch_size: int, num_processes: int) -> int:

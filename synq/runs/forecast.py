@@ -13,6 +13,7 @@ from synq.common.files import nearest_existing
 from synq.common.seeding import make_generator
 from synq.common.text_tables import duration
 from synq.config.run import RunConfig
+from synq.finetune.schedule import num_steps
 from synq.quant.student import Student, observe_ranges
 from synq.synthesis.run_sets import set_requests, set_store
 from synq.synthesis.step_probe import QUICK_SECONDS, StepCost, num_passes, probe_synthesis, saved_bytes
@@ -84,7 +85,7 @@ def forecast(
             passes += num_passes(settings, settings.num_images, teacher.input_size, teacher.num_classes)
             images += settings.num_images
     finetune, evaluation = config.finetune, config.evaluation
-    trained = config.synthesis.num_images // finetune.batch_size * finetune.batch_size * finetune.epochs
+    trained = num_steps(config.synthesis.num_images, finetune.batch_size) * finetune.batch_size * finetune.epochs
     measured = 3 * (num_labeled + evaluation.heldout_images)
     measured += evaluation.heldout_images * finetune.epochs if evaluation.every_epoch else 0
     pixels = FLOAT * teacher.input_size[0] * teacher.input_size[1] * teacher.input_size[2]

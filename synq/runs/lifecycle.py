@@ -19,7 +19,7 @@ from synq.common.files import write_bytes_atomic
 from synq.common.notices import print_notice
 from synq.common.statistics import drop_of
 from synq.common.text_tables import plural
-from synq.config.run import RunConfig, config_digest, config_to_dict
+from synq.config.run import FinetuneConfig, RunConfig, config_digest, config_to_dict
 from synq.evaluation.harder_views import MAX_IMAGES, VIEWS
 from synq.evaluation.measure import Measurement
 from synq.finetune.loop import Epoch, NonFiniteLossError
@@ -230,12 +230,15 @@ def held_out_facts(heldout: SyntheticSet, teacher: Teacher) -> HeldOut:
 
 
 def _mask_warnings(settings: dict[str, Any], history: list[Epoch]) -> list[str]:
-    """Warn if nearly all or nearly no images keep their hard label (the inception loss makes most of them easy)."""
+    """Warn if nearly no image keeps its hard label, or nearly all of them do and the user chose the threshold.
+
+    At the default threshold the latter is what fitted images give: nothing to mend, and in the record as `kept_share`.
+    """
     tau = settings["difficulty_threshold"]
     if not history or settings["ce_weight"] == 0 or tau >= 1:
         return []
     share = history[-1]["kept"]
-    if 0.01 <= share <= 0.99:
+    if 0.01 <= share <= 0.99 or (share > 0.99 and tau == FinetuneConfig().difficulty_threshold):
         return []
     if share > 0.99:
         remedy = "this is no error, but a stronger low-pass filter makes more images difficult"

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from synq.common.files import read_json, write_json_atomic
 from synq.config.parsing import dotted_keys
 from synq.config.run import RunConfig
-from synq.finetune.schedule import lr_at
+from synq.finetune.schedule import lr_at, num_steps
 from synq.runs.record import RunRecord
 
 PROJECT = "synq"
@@ -99,7 +99,7 @@ class RunLog:
         if not self.is_on:
             return
         number, finetune = int(epoch["epoch"]), self.config.finetune
-        steps = self.config.synthesis.num_images // finetune.batch_size
+        steps = num_steps(self.config.synthesis.num_images, finetune.batch_size)
         values = {**epoch, "lr": lr_at(number * steps - 1, steps, finetune)}
         del values["epoch"]
         self._log("train", values, number)

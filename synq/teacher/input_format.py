@@ -19,6 +19,8 @@ PILLOW_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 WARPED_FROM = 384
 """Size from which a processor with `crop_pct` and without `crop_size` (ConvNeXT) resizes to the size and crops nothing;
 below it, it resizes to size / crop_pct and cuts out the center."""
+ENLARGED = {"LevitImageProcessor": (256, 224)}
+"""Processors whose code resizes the shorter side to more than they state, by the start of their name: the ratio."""
 ATTRIBUTES = ("pretrained_cfg", "image_processor", "processor", "feature_extractor", "default_cfg")
 """Attributes of a network (timm) or of a pipeline (Hugging Face) that know its input."""
 
@@ -157,6 +159,9 @@ def _processor_rule(processor: Any, name: str, height: int, width: int) -> Prepr
         return None
     crops = getattr(processor, "do_center_crop", True) and getattr(processor, "crop_size", None) is not None
     warps = bool(shorter and share and not crops and shorter >= WARPED_FROM)
+    for start, (enlarged, stated) in ENLARGED.items():
+        if shorter and name.startswith(start):
+            shorter = int(enlarged / stated * shorter)
     if shorter:
         sides = (int(shorter if warps else shorter / (share or 1)),) * 2
     else:

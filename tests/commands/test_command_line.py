@@ -87,7 +87,11 @@ def test_the_error_of_an_unknown_option_suggests_the_nearest_one(capsys: pytest.
     ("args", "message"),
     [
         ([], "`PATH` must be given, but is not; see --help"),
-        (["a", "b"], "got unexpected extra argument (b); see --help"),
+        (
+            ["a", "b c"],
+            "`PATH` must be one, but got 2: a 'b c'; choose one, or call the command for each: "
+            "`for PATH in a 'b c'; do synq plain \"$PATH\"; done`",
+        ),
         (["a", "--max-bytes", "x"], "`max-bytes` must be a number, but got 'x'"),
         (["a", "--max-bytes", "--activations"], "`max-bytes` must be given one value, but got none"),
         (["a", "--format", "csw"], "`format` must be one of csv, markdown, but got 'csw'; did you mean `csv`?"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+import synq
 from synq.cli import run
 from synq.config.run import QuantConfig, TeacherConfig
 from synq.diagnostics.inspection import CAM_NOTE, SYNTHESIS_NOTE, inspect, summary
@@ -83,6 +84,24 @@ def test_the_summary_has_a_line_for_each_part(teacher: Teacher) -> None:
     assert "756 k MACs" in lines["student"] and "7 Conv2d" in lines["float"]
 
 
+def test_the_command_and_the_function_have_the_same_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = tmp_path / "run.toml"
+    for text, options, given in (
+        ("", [], {}),
+        ("[quant]\nact_points = 'inputs'\n", [], {"quant": {"act_points": "inputs"}}),
+        (
+            "[quant]\nweight_bits = 3\n",
+            ["--quant.target", "research"],
+            {"quant.weight_bits": 3, "quant.target": "research"},
+        ),
+    ):
+        settings.write_text(text)
+        assert run(["inspect", "--config", str(settings), *options, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found == synq.inspect("bundled:digits_resnet8", config=given).values
+    assert found["student"]["act_points"] == "relu"
+
+
 def test_the_command_prints_tables_or_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", "--quant.weight_bits", "2"]) == 0
     table = capsys.readouterr().out
@@ -97,7 +116,7 @@ def test_the_command_prints_tables_or_json(capsys: pytest.CaptureFixture[str]) -
         "BitOps",
         "note",
     ]
-    assert "W2A4" in table
+    assert "W2A4" in table and "target onnxruntime" in table
     assert run(["inspect", "bundled:digits_resnet8", "--json", "--quant.act_points", "inputs"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["student"]["act_points"] == "inputs" and found["layers"][0]["output_bits"] == 4

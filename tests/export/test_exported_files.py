@@ -32,7 +32,7 @@ def test_a_file_with_other_logits_is_rejected_and_not_written(finished: Path, tm
     layer.codes.copy_(-layer.codes.clamp(min=-7))  # type: ignore[union-attr, operator]
     images = torch.randn(40, 1, 16, 16)
 
-    check = Checker(integer_form(student.net), student.net, images, NoLabels(), Tolerance())  # type: ignore[arg-type]
+    check = Checker(integer_form(student.net), student.net, {"synthetic": images}, NoLabels(), Tolerance())  # type: ignore[arg-type]
     with pytest.raises(
         ExportRejectedError, match=r"model\.onnx was not written: it predicts another class than the student"
     ):
@@ -50,7 +50,7 @@ class Shifted(nn.Module):
 @pytest.mark.parametrize("unsure", [5, 50])
 def test_no_file_is_held_to_more_than_the_simulation(unsure: int) -> None:
     images = torch.tensor([[0.3, 0.0], [9.0, 0.0]]).repeat_interleave(torch.tensor([unsure, 100 - unsure]), dim=0)
-    check = Checker(nn.Identity(), Shifted(), images, NoLabels(), Tolerance())  # type: ignore[arg-type]
+    check = Checker(nn.Identity(), Shifted(), {"synthetic": images}, NoLabels(), Tolerance())  # type: ignore[arg-type]
     moved = torch.tensor([0.0, 0.4])
     if unsure > 10:
         with pytest.raises(
@@ -71,7 +71,7 @@ def test_no_file_is_held_to_more_than_the_simulation(unsure: int) -> None:
 
 def test_l_1_a_file_of_an_exact_student_is_held_to_the_last_bit() -> None:
     images = torch.tensor([[9.0, 0.0], [8.0, 0.0]])
-    parts = (nn.Identity(), Shifted(), images, NoLabels(), Tolerance(agreement=0, mean_difference=9))
+    parts = (nn.Identity(), Shifted(), {"synthetic": images}, NoLabels(), Tolerance(agreement=0, mean_difference=9))
     check = Checker(*parts, exact=True)  # type: ignore[arg-type]
     (found,) = check("file", lambda x: x.clone())
     assert found.identical == 2
@@ -89,7 +89,7 @@ class OneBatch(nn.Module):
 
 
 def test_bugs_10_a_network_without_a_program_is_rejected_in_one_line(tmp_path: Path) -> None:
-    check = Checker(OneBatch(), OneBatch(), torch.zeros(2, 3), NoLabels(), Tolerance())  # type: ignore[arg-type]
+    check = Checker(OneBatch(), OneBatch(), {"synthetic": torch.zeros(2, 3)}, NoLabels(), Tolerance())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^the student cannot be exported by torch\.export: [^\n\x1b]+$"):
         export_program(tmp_path / "model.pt2", torch.fx.symbolic_trace(OneBatch()), (3, 4, 4), check)
     assert not list(tmp_path.iterdir())

@@ -159,7 +159,7 @@ def test_a_file_that_differs_in_one_bit_is_not_written(for_engine: Path, tmp_pat
     check = Checker(
         form=Simulation(program),
         simulated=opened.student.net,
-        synthetic=torch.randn(64, *opened.teacher.input_size),
+        images={"synthetic": torch.randn(64, *opened.teacher.input_size)},
         measure=Measure.prepare(
             with_overrides(opened.config, {"evaluation.dataset": "none"}).evaluation,
             opened.teacher,

@@ -4,13 +4,20 @@ import pytest
 import torch
 
 from synq.config.run import FinetuneConfig
-from synq.finetune.schedule import epoch_batches, local_batch_size, lr_at
+from synq.finetune.schedule import epoch_batches, local_batch_size, lr_at, num_steps
 
 
-def test_batches_are_a_permutation_and_the_rest_is_dropped() -> None:
+def test_every_image_is_in_an_epoch_and_every_batch_is_whole() -> None:
     batches = list(epoch_batches(21, 4, seed=5, epoch=2))
     rows = torch.cat(batches)
-    assert [len(b) for b in batches] == [4] * 5 and len(rows.unique()) == 20
+    assert [len(b) for b in batches] == [4] * num_steps(21, 4) == [4] * 6
+    assert torch.equal(rows[:21].sort().values, torch.arange(21)), "each image once"
+    assert torch.equal(rows[21:], rows[:3]), "the last batch begins with the rest and ends with the first of the order"
+    assert all(len(batch.unique()) == 4 for batch in batches)
+    halves = [torch.cat([batch[part::2] for batch in batches]) for part in (0, 1)]
+    assert len(halves[0]) == len(halves[1]), "processes have equal shares"
+    whole = torch.cat(list(epoch_batches(20, 4, seed=5, epoch=2)))
+    assert len(whole) == len(whole.unique()) == 20 and num_steps(20, 4) == 5
     assert torch.equal(rows, torch.cat(list(epoch_batches(21, 4, seed=5, epoch=2))))
     assert not torch.equal(rows, torch.cat(list(epoch_batches(21, 4, seed=5, epoch=3))))
     assert not torch.equal(rows, torch.cat(list(epoch_batches(21, 4, seed=6, epoch=2))))

@@ -96,7 +96,9 @@ def test_a_run_on_own_images_has_its_own_protocol_and_ranking(pixels: np.ndarray
         single_ranking(read_tables([tmp_path]).standings())
     assert quantize(pixels, tmp_path, dataset=labeled()).record == own.record, "found again"
     exported = own.export(formats=["packed"])
-    assert "not zero-shot" in (exported.folder / "README.md").read_text()
+    card = (exported.folder / "README.md").read_text()
+    assert "not zero-shot" in card
+    assert "| 16 synthetic |" in card and f"| {COUNT} own |" in card and f"{16 + COUNT} synthetic" not in card
 
 
 def test_images_that_have_changed_are_another_set(pictures: Path, tmp_path: Path) -> None:

@@ -112,3 +112,13 @@ def test_a_processor_of_another_scale() -> None:
         theirs = (pixels / 127.5 - 1 - processor.image_mean[channel]) / processor.image_std[channel]
         ours = (pixels / 255 - found.mean[channel]) / found.std[channel]
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_of_a_processor_that_resizes_to_more_than_it_states() -> None:
+    """LeViT's resizes the shorter side to 256 / 224 of `size`, whatever else it states."""
+    sizes = {"size": SizeDict(shortest_edge=224), "crop_size": SizeDict(height=224, width=224)}
+    for name, resized in (("LevitImageProcessor", 256), ("LevitImageProcessorFast", 256), ("Processor", 224)):
+        kind = type(name, (Processor,), {})
+        found = format_of(kind(**sizes, do_center_crop=True, resample=3))
+        assert found is not None and found.input_size == (3, 224, 224)
+        assert found.rule is not None and found.rule.resize_size == (resized, resized)

@@ -96,11 +96,14 @@ def test_the_rows_of_show_and_of_the_page_are_told_apart_by_what_was_searched(
 ) -> None:
     assert show([sweep]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "finetune.own_weight" in text and "finetune.cam_weight" not in text, "no value that was not searched"
+    assert HEADING in text and "CAM weight" not in text.split("rows of the leaderboard")[0], (
+        "no value that was not searched"
+    )
     assert f"the first 3 of 3 rows of the leaderboard; {SAME}" in text and HEADING in text
     page = sweep_page(read_sweep(sweep))
     tables = {block.name: block for tab in page.tabs for block in tab.blocks if hasattr(block, "columns")}
-    assert [row["setting"] for row in tables["best"].rows] == ["finetune.own_weight 1"]
+    assert [row[WEIGHT] for row in tables["best"].rows] == [1.0] and tables["best"].columns[-2:] == [WEIGHT, "trial"]
+    assert tables["best"].headings[WEIGHT] == HEADING
     for name in ("leaderboard", "trials"):
         assert tables[name].headings[WEIGHT] == HEADING and not set(SETTINGS) & set(tables[name].columns)
         assert tables[name].meanings[WEIGHT] == "Weight of own_term; 0 disables it."

@@ -95,6 +95,22 @@ def test_no_table_is_cut_on_a_phone_and_the_result_is_on_the_first_screen(browse
     page.close()
 
 
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_the_result_is_seen_without_scrolling_sideways(browser: Any, tmp_path: Path, size: dict[str, int]) -> None:
+    made_sweep(tmp_path, trials=12, model="torchvision:shufflenet_v2_x0_5")
+    path = write_page(sweep_page(read_sweep(tmp_path), runs=0), tmp_path / "report.html")[0]
+    page, problems = open_page(browser, path, size)
+    for tab, table in (("Overview", "best"), ("Leaderboard", "leaderboard")):
+        page.get_by_role("tab", name=tab).click()
+        for column in ("top1_mean", "drop"):
+            number = page.locator(f"#table-{table} th[data-column={column}]").evaluate("cell => cell.cellIndex")
+            cells = page.locator(f"#table-{table} td:nth-child({number + 1})")
+            for box in (cells.first.bounding_box(), cells.last.bounding_box()):
+                assert box["x"] >= 0 and box["x"] + box["width"] <= size["width"], (table, column, box)
+    assert not problems
+    page.close()
+
+
 def test_cards_on_a_phone_are_sorted_by_a_list(browser: Any, path: Path) -> None:
     page, problems = open_page(browser, path, PHONE)
     page.get_by_role("tab", name="Leaderboard").click()
