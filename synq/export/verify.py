@@ -100,7 +100,7 @@ class Tolerance:
                     f"{simulation.differing} of {simulation.decided} {simulation.source} images"
                 )
             allowed, mean = max(allowed, 2 * simulation.differing), max(mean, 2 * simulation.mean_difference)
-        if not found.decided:
+        if not found.decided and found.identical < found.images:
             return (
                 f"it cannot be verified: for none of {found.images} {found.source} images do the student's two largest "
                 f"logits differ by more than {found.margin:g}"

@@ -91,8 +91,9 @@ def test_what_cannot_be_checked() -> None:
     assert "cannot be verified: with float sums the student" in Tolerance().violation(result(50, 1000), shaky)
     assert Tolerance().violation(result(50, 1000), result(100, 1000)) == "", "a tenth is not too much"
     assert Tolerance().violation(result(1, 1000), shaky) == "", "it agrees all the same"
-    nothing = replace(result(0, 100), decided=0, margin=7.0)
+    nothing = replace(result(0, 100), decided=0, margin=7.0, identical=99)
     assert "for none of 100 labeled images" in Tolerance().violation(nothing)
+    assert Tolerance().violation(replace(nothing, identical=100)) == "", "bit-identical logits need no margin"
 
 
 def test_l_1_exact_students_need_bit_identical_logits() -> None:

@@ -97,5 +97,7 @@ def check_file(
         raise DifferenceError(f"{what}: shape {tuple(one.shape)} for one image")
     comparison = compare(lambda _: found, [(logits, images, None)], source="random")
     violation = Tolerance().violation(comparison, simulation)  # type: ignore[arg-type]
-    if violation and comparison.mean_difference > 0.02:
+    # Differences are in units of the deviation of the logits, which is that of rounding where all are the same.
+    constant = float(logits.std()) <= 1e-5 * float(logits.abs().max())
+    if violation and comparison.mean_difference > 0.02 and not constant:
         raise DifferenceError(f"{what}: {violation}")
