@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from synq.config import plugins
 from synq.config.plugins import (
     DATASET_SOURCE,
     LOSS_TERM,
-    REGISTERED,
     SAMPLER,
     SYNTHESIS_METHOD,
     TEACHER_SOURCE,
@@ -107,7 +107,7 @@ def _registers(kind: Kind, name: str, version: str) -> Callable[[F], F]:
         raise ValueError(f"`version` must be a text without @ and colons, but got {version!r}")
 
     def register(function: F) -> F:
-        REGISTERED[kind.group, name] = Registered(function, version)
+        plugins.REGISTERED[kind.group, name] = Registered(function, version)
         return function
 
     return register
