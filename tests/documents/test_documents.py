@@ -167,7 +167,7 @@ def test_names_in_python_are_public(reference: ModuleType) -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in public:
                 defined = api.definition(public[ast.unparse(node.func)])
-                arguments = {arg.arg for arg in (*defined.args.args, *defined.args.kwonlyargs)}
+                arguments = _arguments(defined)
                 unknown = {str(word.arg) for word in node.keywords} - arguments
                 wrong += [f"{path.name}: {ast.unparse(node.func)}({name}=)" for name in unknown]
                 found += 1
