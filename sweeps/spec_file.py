@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from synq.config.file_kinds import read_as
-from synq.config.identity import absolute_path
+from synq.config.identity import absolute_path, resolved
 from synq.config.key_tables import nested_keys
 from synq.config.nearest import unknown_key
 from synq.config.parsing import dotted_keys, one_of, require, shown
@@ -44,7 +44,6 @@ from .spec_tables import (
     read_points,
     read_space,
     read_table,
-    resolved,
     resolved_points,
     resolved_space,
 )

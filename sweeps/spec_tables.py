@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from synq.config.finetune import OWN_WEIGHT, check_own_weight
-from synq.config.identity import absolute_path, map_spec_path
+from synq.config.identity import resolved
 from synq.config.nearest import key_hint, unknown_key
 from synq.config.parsing import config_from_dict, require
-from synq.config.plugins import LOSS_TERM, SYNTHESIS_METHOD, Kind, check_elsewhere, settings_in, versioned
+from synq.config.plugins import LOSS_TERM, SYNTHESIS_METHOD, check_elsewhere, settings_in
 
 from .points import Point
 from .space import BITS, DEFAULT_SPACE, IDENTITY, METHOD, Dimension, setting_names
@@ -119,16 +119,6 @@ def default_space(base: Mapping[str, Any]) -> tuple[tuple[Dimension, ...], dict[
     rule = "be nyquist with the default search space (or give another [space])"
     require("base.finetune.lowpass_unit", rule, unit, unit == "nyquist")
     return read_space(DEFAULT_SPACE), {**base, "finetune": finetune}
-
-
-def resolved(kind: Kind, value: str) -> str:
-    """Return a value that may name a function of the user, with an absolute path and its version.
-
-    Raises:
-        ValueError: The name is not registered.
-        FileNotFoundError: The file does not exist.
-    """
-    return versioned(kind, map_spec_path(value, absolute_path))
 
 
 def resolved_points(points: Iterable[Point]) -> tuple[Point, ...]:

@@ -30,7 +30,7 @@ from ..state.plans import read_sweep_file
 from ..storage.object_store import open_storage
 from .cluster import Capacity, capacity, cluster, this_machine
 from .group_search import check_sampler
-from .tuner import sets_needed
+from .tuner import by_method, sets_needed
 
 WARM_UP, CLOSER = (16, 2), (128, 16)
 """(images, synthesis iterations) of the small runs: the first only warms up, the second is measured if it was quick."""
@@ -102,7 +102,7 @@ def print_preview(spec: SweepSpec) -> None:
         state = "there already" if not missing else f"to be made, about {duration(seconds)} on one worker"
         images = f"{config.synthesis.num_images} + {config.evaluation.heldout_images} held-out images"
         work = f"{images} x {config.synthesis.iterations} iterations"
-        print(f"  {group.model} data_seed {config.data_seed}: {work}, {state}")
+        print(f"  {group.model}{by_method(spec, config)} data_seed {config.data_seed}: {work}, {state}")
 
     left = max(0, len(spec.groups) * search.trials + reruns - len(records))
     trials = statistics.fmean(cost.trial for cost in costs.values()) * left / max(1, min(slots, left))

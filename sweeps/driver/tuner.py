@@ -226,7 +226,7 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
 
     needed = sets_needed(spec)
     names = {
-        recipe: f"synthetic set {group.model}{_of(spec, config)} seed {config.data_seed}"
+        recipe: f"synthetic set {group.model}{by_method(spec, config)} seed {config.data_seed}"
         for recipe, (group, config) in needed.items()
     }
     remote = _remote(spec, make_sets)
@@ -248,14 +248,13 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
         group, config = needed[recipe]
         model, seed = ledger.teachers[group.key]["name"], config.data_seed
         what = f"ready after {time.monotonic() - started:.0f} s" if reply["made"] else "there already"
-        progress.log(
-            f"synthetic set of {model}{_of(spec, config)}, seed {seed}: {config.synthesis.num_images} images, {what}"
-        )
+        number, name = config.synthesis.num_images, f"{model}{by_method(spec, config)}"
+        progress.log(f"synthetic set of {name}, seed {seed}: {number} images, {what}")
         for text in reply["warnings"]:
             progress.log(f"warning: {text}")
 
 
-def _of(spec: SweepSpec, config: RunConfig) -> str:
+def by_method(spec: SweepSpec, config: RunConfig) -> str:
     """Return the synthesis method of a run, for messages, where a sweep searches it; "" elsewhere."""
     searched = any(dimension.name == METHOD for dimension in spec.dimensions)
     return f" by {Path(unversioned(SYNTHESIS_METHOD, config.synthesis.method)).name}" if searched else ""

@@ -76,6 +76,20 @@ def _is_text_of(kind: Kind, value: str) -> bool:
     return is_added(kind, value) and not is_file(value)
 
 
+def resolved(kind: Kind, value: str) -> str:
+    """Return the value of a setting with absolute paths, and with the version of what a user added.
+
+    Args:
+        kind: The kind that the setting may name.
+        value: The value.
+
+    Raises:
+        ValueError: As `versioned`.
+        FileNotFoundError: As `versioned`.
+    """
+    return versioned(kind, value if kind.has_text and _is_text_of(kind, value) else map_spec_path(value, absolute_path))
+
+
 def make_absolute(config: T) -> T:
     """Return a copy whose file paths are absolute, relative to the current folder (a trial runs in a separate folder).
 

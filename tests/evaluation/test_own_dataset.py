@@ -111,7 +111,8 @@ def test_a_set_of_a_package_and_of_a_file_in_a_run(tmp_path: Path, monkeypatch: 
     assert other.path != run.path and other.record.num_eval == 20
     assert other.record.config["evaluation"]["dataset"].startswith(f"{tmp_path}/mine.py:pair@")
     assert other.record.student_of == run.path.name, "the student does not depend on the labeled images"
-    assert run.evaluate("acme:test").num_eval == 20
+    counted = run.evaluate("acme:some/folder.tar")
+    assert counted.num_eval == 20 and counted.dataset == "acme@2.5:some/folder.tar", "the text is no path of ours"
 
 
 def test_a_set_by_command(
