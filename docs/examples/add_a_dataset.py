@@ -20,7 +20,7 @@ def digits(part: str) -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> None:
     """Quantize the classifier that ships with SynQ, and measure it on two parts of a set."""
-    settings = {"num_images": 256, "epochs": 5, "target": "research", "output_dir": "runs"}
+    settings = {"num_images": 64, "epochs": 2, "target": "research", "output_dir": "runs"}
     run = synq.quantize("bundled:digits_resnet8", weight_bits=3, act_bits=3, dataset="my_digits:even", **settings)
     print(run)
     print(run.evaluate("my_digits:odd").line())

@@ -20,7 +20,7 @@ def load(name: str) -> synq.SourceModel:
 
 def main() -> None:
     """Quantize a network of the zoo by its name."""
-    run = synq.quantize("myzoo:digits_cnn", num_images=256, epochs=5, target="research", output_dir="runs")
+    run = synq.quantize("myzoo:digits_cnn", num_images=64, epochs=2, target="research", output_dir="runs")
     print(run)
     print("teacher", run.record.config["teacher"]["spec"])
 
