@@ -33,6 +33,7 @@ SPEC = {
     "bits": ["W3A3"],
     "sampler": "near_best",
     "scheduler": "none",
+    "report": False,
     "num_trials": 4,
     "base": {
         "synthesis": {"num_images": 64, "shard_size": 64, "iterations": 20},

@@ -30,6 +30,7 @@ SPEC = {
     "bits": ["W3A3"],
     "sampler": "grid",
     "scheduler": "none",
+    "report": False,
     "base": {
         "synthesis": {"num_images": 64, "shard_size": 64, "iterations": 20},
         "finetune": {"epochs": 2, "batch_size": 32},
