@@ -191,6 +191,7 @@ def check_sampler(spec: SweepSpec) -> None:
     """
     search = spec.search
     if search.has_own_sampler:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # a new study is no news for the user
         scratch = GroupSearch(
             spec.dimensions,
             minimize=search.minimize,
