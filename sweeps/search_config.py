@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from synq.config.parsing import between, one_of, require
+from synq.config.plugins import SAMPLER, check_known, is_added
 from synq.config.run import MAX_NAME
 
 DEFAULT_TRIALS = 8
-SAMPLERS = ("tpe", "random", "gp", "nsga2", "grid", "points")
+SAMPLERS = SAMPLER.built_in
 LISTED = ("grid", "points")
 """Samplers whose trials are all known from the start."""
 OBJECTIVES = ("synthetic", "selection")
@@ -40,9 +41,11 @@ class SearchConfig:
     search."""
     final_top_k: int = 1
     """Number of the best settings of each (model, bits) to run on `seeds`."""
-    sampler: Literal["tpe", "random", "gp", "nsga2", "grid", "points"] = "tpe"
-    """How settings are proposed: by Optuna (tpe, random, gp, nsga2), every combination of the space (grid), or only the
-    listed [[points]] (points)."""
+    sampler: str = "tpe"
+    """How settings are proposed: by Optuna (tpe, random, gp, nsga2), every combination of the space (grid), only the
+    listed [[points]] (points), or a function of yours: FILE.py:FUNCTION, MODULE:FUNCTION, or a name that synq.sampler
+    or an entry point of synq.samplers registers; @VERSION is added. It is called with synq.SamplerInputs and returns an
+    optuna.samplers.BaseSampler."""
     sampler_seed: int = 0
     """Seed of the proposals."""
     warm_start: tuple[str, ...] = ()
@@ -99,10 +102,10 @@ class SearchConfig:
         for name, choices in (
             ("objective", OBJECTIVES),
             ("second_objective", SECOND_OBJECTIVES),
-            ("sampler", SAMPLERS),
             ("scheduler", ("asha", "none")),
         ):
             one_of(name, getattr(self, name), choices)
+        check_known(SAMPLER, self.sampler)
         storage = self.study_storage in ("none", "journal") or "://" in self.study_storage
         require("study_storage", "be none, journal or the address of a database", self.study_storage, storage)
         self._check_resources()
@@ -124,6 +127,11 @@ class SearchConfig:
     def minimize(self) -> bool:
         """Whether a lower objective is better."""
         return self.objective == "synthetic"
+
+    @property
+    def has_own_sampler(self) -> bool:
+        """Whether the sampler is a function of the user."""
+        return is_added(SAMPLER, self.sampler)
 
     @property
     def two_objectives(self) -> bool:

@@ -27,6 +27,8 @@ MAX_LISTED = 10_000
 """Largest number of values of a range that a grid may have."""
 BITS = "bits"
 """Name of the dimension of bit-widths (W4A4, ...) in a search with two objectives."""
+METHOD = "synthesis.method"
+"""The one setting of the synthesis that may be searched: the held-out images are the same for all methods."""
 
 
 class Suggester(Protocol):
@@ -177,5 +179,5 @@ def with_bits(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def setting_names() -> list[str]:
     """Return the dotted keys of the settings that may be searched."""
-    names = [key for key in dotted_keys(RunConfig) if key.startswith(("finetune.", "quant."))]
+    names = [key for key in dotted_keys(RunConfig) if key.startswith(("finetune.", "quant.")) or key == METHOD]
     return [key for key in names if key not in (*IDENTITY, "finetune.own_term")]  # a term, whose weight is searched

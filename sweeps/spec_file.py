@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from synq.config.file_kinds import read_as
-from synq.config.identity import absolute_path
+from synq.config.identity import absolute_path, resolved
 from synq.config.key_tables import nested_keys
 from synq.config.nearest import unknown_key
 from synq.config.parsing import dotted_keys, one_of, require, shown
-from synq.config.plugins import check_elsewhere
+from synq.config.plugins import SAMPLER, TEACHER_SOURCE, unversioned
 from synq.config.quant import TARGETS
 from synq.config.run import (
     MAX_NAME,
@@ -38,7 +38,15 @@ from .points import Point, completed, grid_size, listed_dimensions, point_params
 from .search_config import DEFAULT_TRIALS, LISTED, SearchConfig
 from .space import BITS, Dimension, base_values, with_bits
 from .spec import Group, SweepSpec
-from .spec_tables import default_space, read_points, read_space, read_table
+from .spec_tables import (
+    check_added,
+    default_space,
+    read_points,
+    read_space,
+    read_table,
+    resolved_points,
+    resolved_space,
+)
 from .storage.addresses import is_address
 
 DEMO_SPEC = Path(__file__).parent / "specs" / "demo.toml"
@@ -186,8 +194,8 @@ def resolve_spec(written: SpecFile, *, root: str | Path = "") -> SweepSpec:
     Raises:
         ValueError: The settings of a group are invalid, or a grid has a range without steps.
     """
-    search, base, points = _absolute(written.search, root), written.base, written.points
-    space = written.space or ()
+    search, base, points = _absolute(written.search, root), written.base, resolved_points(written.points)
+    space = resolved_space(written.space or ())
     if written.space is None and search.sampler != "points":
         space, base = default_space(base)
     labels = written.bits[:1] if search.two_objectives else written.bits
@@ -222,7 +230,7 @@ def check_spec(spec: SweepSpec) -> None:
         require(
             "models.name", f"have at most {MAX_NAME // 2} characters", group.model, len(group.model) <= MAX_NAME // 2
         )
-        check_elsewhere(group.base.finetune.own_term)
+    check_added(spec)
     for group, dimension in itertools.product(spec.groups, spec.dimensions):
         for value in dimension.edges():
             try:
@@ -297,7 +305,8 @@ def _absolute(search: SearchConfig, root: str | Path) -> SearchConfig:
     folder = os.path.join("runs", search.name) if search.output_dir == "none" else search.output_dir
     if not is_address(folder):
         folder = os.path.abspath(os.path.join(root, os.path.expanduser(folder)))
-    return replace(search, output_dir=folder, warm_start=tuple(map(absolute_path, search.warm_start)))
+    warm_start = tuple(map(absolute_path, search.warm_start))
+    return replace(search, output_dir=folder, warm_start=warm_start, sampler=resolved(SAMPLER, search.sampler))
 
 
 def _group(search: SearchConfig, base: dict[str, Any], model: ModelEntry, target: str, label: str) -> Group:
@@ -320,10 +329,9 @@ def _group(search: SearchConfig, base: dict[str, Any], model: ModelEntry, target
         data_dir = os.environ.get("SYNQ_DATA_DIR") or "data"
         config = replace(config, evaluation=replace(config.evaluation, data_dir=data_dir))
     config = make_absolute(config)
-    spec = config.teacher.spec
-    if ".py:" in spec:
-        spec = spec.rpartition(":")[2]
-    name = model.name or _identifier(spec.removeprefix("bundled:"))
+    spec = unversioned(TEACHER_SOURCE, config.teacher.spec)
+    spec = spec.rpartition(":")[2] if ".py:" in spec else spec.removeprefix("bundled:")
+    name = model.name or _identifier(spec)
     return Group(model=name, base=config, named=model.name, all_bits=search.two_objectives)
 
 

@@ -1,14 +1,18 @@
-"""Parsing of tables of a spec file: the search space and the points to try first."""
+"""Parsing of tables of a spec file: the search space and the points to try first; what a user adds in them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from synq.config.finetune import OWN_WEIGHT, check_own_weight
+from synq.config.identity import resolved
 from synq.config.nearest import key_hint, unknown_key
 from synq.config.parsing import config_from_dict, require
+from synq.config.plugins import LOSS_TERM, SYNTHESIS_METHOD, check_elsewhere, settings_in
 
 from .points import Point
-from .space import BITS, DEFAULT_SPACE, IDENTITY, Dimension, setting_names
+from .space import BITS, DEFAULT_SPACE, IDENTITY, METHOD, Dimension, setting_names
+from .spec import SweepSpec
 
 
 def read_table(value: Any, name: str) -> dict[str, Any]:
@@ -41,7 +45,8 @@ def _read_point(entry: Any, names: set[str]) -> Point:
     for name in point:
         if name not in names:
             raise ValueError(
-                f"`points` must name settings of finetune or quant, but got {name!r}{key_hint(name, sorted(names))}"
+                f"`points` must name settings of finetune or quant, or `{METHOD}`, but got {name!r}"
+                f"{key_hint(name, sorted(names))}"
             )
     return {name: None if value == "none" else value for name, value in point.items()}
 
@@ -77,12 +82,16 @@ def _dimension(name: str, table: Any) -> Dimension:
             f"`space` must not hold `{name}`: bit-widths and engines are groups (`bits`, `targets`), "
             "act_points and portable belong in [base]"
         )
-    if name.startswith("synthesis."):
-        raise ValueError(f"`space` must not hold `{name}`: the synthetic sets are made once, before the trials")
+    if name.startswith("synthesis.") and name != METHOD:
+        raise ValueError(
+            f"`space` must not hold `{name}`: the synthetic sets are made once, before the trials; of the synthesis "
+            f"only `{METHOD}` can be searched"
+        )
     names = setting_names()
     if name not in names:
         raise ValueError(
-            f"`space.{name}` must name a setting of finetune or quant, but got an unknown one{key_hint(name, names)}"
+            f"`space.{name}` must name a setting of finetune or quant, or `{METHOD}`, but got an unknown one"
+            f"{key_hint(name, names)}"
         )
     values = read_table(table, f"space.{name}")
     known = tuple(_Range.__dataclass_fields__)
@@ -110,3 +119,37 @@ def default_space(base: Mapping[str, Any]) -> tuple[tuple[Dimension, ...], dict[
     rule = "be nyquist with the default search space (or give another [space])"
     require("base.finetune.lowpass_unit", rule, unit, unit == "nyquist")
     return read_space(DEFAULT_SPACE), {**base, "finetune": finetune}
+
+
+def resolved_points(points: Iterable[Point]) -> tuple[Point, ...]:
+    """Return points whose synthesis methods are `resolved`."""
+    return tuple(
+        {**point, METHOD: resolved(SYNTHESIS_METHOD, point[METHOD])} if isinstance(point.get(METHOD), str) else point
+        for point in points
+    )
+
+
+def resolved_space(dimensions: Iterable[Dimension]) -> tuple[Dimension, ...]:
+    """Return dimensions whose synthesis methods are `resolved`."""
+    return tuple(
+        replace(one, values=tuple(resolved(SYNTHESIS_METHOD, value) if isinstance(value, str) else value
+                                  for value in one.values))
+        if one.name == METHOD else one
+        for one in dimensions
+    )  # fmt: skip
+
+
+def check_added(spec: SweepSpec) -> None:
+    """Check what a user added to the runs of a sweep: trials can load it, and a loss term has a weight.
+
+    Raises:
+        ValueError: A check fails.
+    """
+    searched = {name for point in spec.points for name in point} | {one.name for one in spec.dimensions}
+    methods = [value for one in spec.dimensions if one.name == METHOD for value in one.values]
+    for group in spec.groups:
+        for kind, value in (*settings_in(group.base), *((SYNTHESIS_METHOD, method) for method in methods)):
+            check_elsewhere(kind, value)
+        if OWN_WEIGHT in searched and group.base.finetune.own_term is not None:
+            check_elsewhere(LOSS_TERM, group.base.finetune.own_term)
+        check_own_weight(group.base.finetune, is_given=OWN_WEIGHT in searched)

@@ -20,12 +20,19 @@ if TYPE_CHECKING:
     from synq.api.run import load_student as load_student
     from synq.api.run import open_run as open_run
     from synq.common.progress import Progress as Progress
-    from synq.config.plugins import loss_term as loss_term
+    from synq.config.registration import dataset_source as dataset_source
+    from synq.config.registration import loss_term as loss_term
+    from synq.config.registration import sampler as sampler
+    from synq.config.registration import synthesis_method as synthesis_method
+    from synq.config.registration import teacher_source as teacher_source
     from synq.config.run import RunConfig as RunConfig
     from synq.finetune.own_term import LossInputs as LossInputs
     from synq.runs.record import RunRecord as RunRecord
     from synq.runs.recount import Recount as Recount
+    from synq.sweeps.driver.own_sampler import SamplerInputs as SamplerInputs
     from synq.synthesis.dataset import SyntheticSet as SyntheticSet
+    from synq.synthesis.own_method import SynthesisInputs as SynthesisInputs
+    from synq.teacher.sources import SourceModel as SourceModel
     from synq.teacher.teacher import Teacher as Teacher
 
 __version__ = "0.1.0"
@@ -39,16 +46,23 @@ _SOURCES = {
     "Run": ("synq.api.run", "Run"),
     "RunConfig": ("synq.config.run", "RunConfig"),
     "RunRecord": ("synq.runs.record", "RunRecord"),
+    "SamplerInputs": ("synq.sweeps.driver.own_sampler", "SamplerInputs"),
+    "SourceModel": ("synq.teacher.sources", "SourceModel"),
+    "SynthesisInputs": ("synq.synthesis.own_method", "SynthesisInputs"),
     "SyntheticSet": ("synq.synthesis.dataset", "SyntheticSet"),
     "Teacher": ("synq.teacher.teacher", "Teacher"),
+    "dataset_source": ("synq.config.registration", "dataset_source"),
     "inspect": ("synq.api.quantize", "inspect"),
     "load_student": ("synq.api.run", "load_student"),
     "load_teacher": ("synq.api.quantize", "load_teacher"),
-    "loss_term": ("synq.config.plugins", "loss_term"),
+    "loss_term": ("synq.config.registration", "loss_term"),
     "open_run": ("synq.api.run", "open_run"),
     "quantize": ("synq.api.quantize", "quantize"),
+    "sampler": ("synq.config.registration", "sampler"),
     "sweeps": ("synq.sweeps", ""),
+    "synthesis_method": ("synq.config.registration", "synthesis_method"),
     "synthesize": ("synq.api.quantize", "synthesize"),
+    "teacher_source": ("synq.config.registration", "teacher_source"),
 }
 """Public name -> its module and its name there; "" is the module itself."""
 

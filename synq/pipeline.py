@@ -16,6 +16,7 @@ from torch import Tensor
 from synq.common.files import check_writable
 from synq.common.notices import print_notice
 from synq.common.progress import Progress
+from synq.config.plugins import check_version, settings_in
 from synq.config.run import RunConfig, make_absolute, with_overrides
 from synq.engines.deployed import check_deployable
 from synq.evaluation.measure import Measure
@@ -41,6 +42,7 @@ from synq.runs.reuse import finished_student, take_student
 from synq.runs.tracking import RunLog
 from synq.runtime import check_compilable, dtype_of, exists_on_main, make_accelerator
 from synq.synthesis.dataset import SyntheticSet
+from synq.synthesis.own_method import own_method
 from synq.synthesis.run_sets import check_space, ensure_sets, low_pass
 from synq.teacher.pixel_range import PixelRange
 from synq.teacher.teacher import Teacher, load_teacher
@@ -223,6 +225,9 @@ def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) 
     teacher = teacher or load_teacher(config.teacher)
     if broadcast_object_list([teacher.digest])[0] != teacher.digest:
         raise ValueError("teacher.spec must give all processes the same network, but its weights differ between them")
+    for kind, value in settings_in(config):
+        check_version(kind, value)
+    own_method(config.synthesis)
     check_compilable(config, teacher.cam, accelerator.device)
     check_own_term(
         config.finetune, teacher.num_classes, device=accelerator.device, with_maps=teacher.cam.kind != "none"

@@ -44,7 +44,8 @@ NOTICE = "<!-- Made by docs/scripts/reference.py from the code. Do not edit. -->
 SPEC_EXAMPLES = """\
 ## The search space
 
-A `[space]` replaces the default one. Each table in it is one searched setting of `finetune` or `quant`:
+A `[space]` replaces the default one. Each table in it is one searched setting of `finetune` or `quant`, or
+`synthesis.method`:
 
 ```toml
 [space."finetune.lr"]    # or [space.finetune.lr]
@@ -78,8 +79,8 @@ values = ["minmax", "mse"]
 """
 SPEC_NOTES = """
 Not searched: bit-widths (groups, `bits`; a dimension with `second_objective`), engines (groups, `targets`),
-`quant.act_points` and the other settings that decide a ranking, and `synthesis.*`, since a sweep makes its synthetic
-sets before its trials.
+`quant.act_points` and the other settings that decide a ranking, and `synthesis.*` other than `synthesis.method`, since
+a sweep makes its synthetic sets before its trials.
 
 `[[points]]` hold settings by the same names, `"finetune.lr" = 0.01`; what a point leaves out has the value of `[base]`.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from synq import pipeline
 from synq.common.text_tables import duration, plural
+from synq.config.plugins import SAMPLER, unversioned
 from synq.config.run import RunConfig, with_overrides
 from synq.evaluation.measure import forget_teachers
 from synq.finetune.schedule import num_steps
@@ -28,7 +29,8 @@ from ..state.ledger import settled_budget
 from ..state.plans import read_sweep_file
 from ..storage.object_store import open_storage
 from .cluster import Capacity, capacity, cluster, this_machine
-from .tuner import sets_needed
+from .group_search import check_sampler
+from .tuner import by_method, sets_needed
 
 WARM_UP, CLOSER = (16, 2), (128, 16)
 """(images, synthesis iterations) of the small runs: the first only warms up, the second is measured if it was quick."""
@@ -59,6 +61,7 @@ def print_preview(spec: SweepSpec) -> None:
         ValueError: As `run_sweep`.
         OSError: As `run_sweep`.
     """
+    check_sampler(spec)
     notes = spec.output_dir / "sweep.json"
     spec = replace(spec, search=settled_budget(spec.search, read_sweep_file(notes)))
     search = spec.search
@@ -76,8 +79,8 @@ def print_preview(spec: SweepSpec) -> None:
     for group in spec.groups:
         first = _first(spec, group)
         print(
-            f"  {group.key}: {search.trials} by {search.sampler} ({first}), {_early(spec, group)}, about "
-            f"{duration(costs[group.key].trial)} each"
+            f"  {group.key}: {search.trials} by {unversioned(SAMPLER, search.sampler)} ({first}), "
+            f"{_early(spec, group)}, about {duration(costs[group.key].trial)} each"
         )
     print(f"  space: {', '.join(dimension.name for dimension in spec.dimensions) or 'none'}")
     reruns = _reruns(spec)
@@ -99,7 +102,7 @@ def print_preview(spec: SweepSpec) -> None:
         state = "there already" if not missing else f"to be made, about {duration(seconds)} on one worker"
         images = f"{config.synthesis.num_images} + {config.evaluation.heldout_images} held-out images"
         work = f"{images} x {config.synthesis.iterations} iterations"
-        print(f"  {group.model} data_seed {config.data_seed}: {work}, {state}")
+        print(f"  {group.model}{by_method(spec, config)} data_seed {config.data_seed}: {work}, {state}")
 
     left = max(0, len(spec.groups) * search.trials + reruns - len(records))
     trials = statistics.fmean(cost.trial for cost in costs.values()) * left / max(1, min(slots, left))

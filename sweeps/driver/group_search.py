@@ -11,8 +11,12 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
+from synq.config.plugins import SAMPLER, is_added
+
 from ..search_config import LISTED, SAMPLERS
 from ..space import Dimension, sample
+from ..spec import SweepSpec
+from .own_sampler import SamplerInputs, check_proposal, own_sampler, proposal_error
 
 OBJECTIVE = "objective_value"
 EPOCH = "epoch"
@@ -45,17 +49,22 @@ class GroupSearch(OptunaSearch):
             dimensions: The search space.
             minimize: Whether a lower objective is better.
             second_objective: Field of a trial's result that is also minimized; none for a single objective.
-            sampler: One of `SAMPLERS`; those of `LISTED` only take what is enqueued.
+            sampler: One of `SAMPLERS`, or a function of the user; those of `LISTED` only take what is enqueued.
             seed: Seed of the random numbers of every proposal, as text.
             num_startup: Number of random trials before tpe and gp use results; also the population size of nsga2.
             study_name: Name of the Optuna study.
             storage: Storage of the study; None keeps it in memory.
+
+        Raises:
+            ValueError: As `own_sampler`.
         """
         self.dimensions = dimensions
         self.sampler_name, self.seed_text, self.num_startup = sampler, seed, num_startup
+        self.is_own = is_added(SAMPLER, sampler)
         self.reported: dict[str, set[int]] = {}
         self.metrics = [OBJECTIVE, *([second_objective] if second_objective != "none" else [])]
         modes = ["min" if minimize else "max", "min"][: len(self.metrics)]
+        self.directions = tuple("minimize" if mode == "min" else "maximize" for mode in modes)
         one = len(self.metrics) == 1
         super().__init__(
             partial(sample, dimensions),
@@ -80,12 +89,26 @@ class GroupSearch(OptunaSearch):
             number: Number of the proposal; it seeds the random numbers, so that a restarted driver does not repeat the
                 first ones.
             blind: Whether to draw at random, because the sampler only proposes known settings.
+
+        Raises:
+            ValueError: The sampler is the user's, and fails or proposes settings outside the space.
         """
         self.study.sampler = self._sampler_of(number, blind=blind)
         with warnings.catch_warnings():  # of proposals that take more than a second, as with a Gaussian process
             warnings.filterwarnings("ignore", "Define-by-run function", UserWarning)
-            suggestion: Any = self.suggest(trial_id)
-        return suggestion["overrides"], dict(self._ot_trials[trial_id].params)
+            suggestion: Any = self._suggested(trial_id)
+        params = dict(self._ot_trials[trial_id].params)
+        if self.is_own:
+            check_proposal(self.sampler_name, self.dimensions, params)
+        return suggestion["overrides"], params
+
+    def _suggested(self, trial_id: str) -> Any:
+        try:
+            return self.suggest(trial_id)
+        except Exception as error:  # a user's sampler may raise anything
+            if not self.is_own:
+                raise
+            raise proposal_error(self.sampler_name, error) from error
 
     def accept(self, proposal: str, trial_id: str, trial: str) -> None:
         """Turn a proposal into a trial, named `trial_id` in Ray Tune and `trial` in the sweep."""
@@ -94,11 +117,11 @@ class GroupSearch(OptunaSearch):
 
     def attach(self, trial_id: str, params: dict[str, Any], trial: str) -> None:
         """Add a trial with given parameters to the study, as if it had just been proposed."""
-        # NSGA-II records the generation of each trial as it draws; other samplers would draw in vain.
-        if self.sampler_name != "nsga2":
+        # NSGA-II, and perhaps a user's, records the generation of each trial as it draws; others would draw in vain.
+        if self.sampler_name != "nsga2" and not self.is_own:
             self.study.sampler = optuna.samplers.RandomSampler(seed=0)
         self.study.enqueue_trial(params)
-        self.suggest(trial_id)
+        self._suggested(trial_id)
         self._ot_trials[trial_id].set_user_attr("trial", trial)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -138,6 +161,11 @@ class GroupSearch(OptunaSearch):
         seed = random.Random(f"{self.seed_text}/{number}").getrandbits(31)
         if blind or self.sampler_name in ("random", *LISTED):  # listed proposals are enqueued, nothing is drawn
             return optuna.samplers.RandomSampler(seed=seed)
+        if self.is_own:
+            inputs = SamplerInputs(
+                seed=seed, num_startup=self.num_startup, dimensions=self.dimensions, directions=self.directions
+            )
+            return own_sampler(self.sampler_name, inputs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if self.sampler_name == "gp":
@@ -150,6 +178,35 @@ class GroupSearch(OptunaSearch):
             return optuna.samplers.TPESampler(
                 seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=self.num_startup
             )
+
+
+def check_sampler(spec: SweepSpec) -> None:
+    """Let the sampler of a user propose settings in a scratch study, so that it fails before anything is computed.
+
+    Args:
+        spec: The sweep; one with a sampler of SynQ passes.
+
+    Raises:
+        ValueError: As `own_sampler` and `GroupSearch.propose`.
+    """
+    search = spec.search
+    if search.has_own_sampler:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # a new study is no news for the user
+        scratch = GroupSearch(
+            spec.dimensions,
+            minimize=search.minimize,
+            second_objective=search.second_objective,
+            sampler=search.sampler,
+            seed="check",
+            num_startup=num_startup(spec),
+            study_name="check",
+        )
+        scratch.propose("check", 0)
+
+
+def num_startup(spec: SweepSpec) -> int:
+    """Return the number of random trials of a group before its sampler uses results."""
+    return min(10, max(2, spec.search.trials // 3))
 
 
 def is_finite(value: Any) -> bool:

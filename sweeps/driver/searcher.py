@@ -20,7 +20,7 @@ from ..space import base_values, value_of
 from ..spec import Group, SweepSpec, run_config
 from ..state.ledger import Ledger
 from ..state.plans import Plan
-from .group_search import EPOCH, OBJECTIVE, STATUS, GroupSearch
+from .group_search import EPOCH, OBJECTIVE, STATUS, GroupSearch, num_startup
 
 MAX_PROPOSALS = 32
 """Consecutive proposals that repeat a known run or are invalid, after which the space counts as exhausted."""
@@ -39,7 +39,7 @@ class SweepSearcher(Searcher):
                 second_objective=spec.search.second_objective,
                 sampler=spec.search.sampler,
                 seed=f"{spec.search.sampler_seed}/{group.key}",
-                num_startup=min(10, max(2, spec.search.trials // 3)),
+                num_startup=num_startup(spec),
                 study_name=study_name(spec, group),
                 storage=storage,
             )

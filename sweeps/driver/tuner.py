@@ -16,12 +16,14 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from synq.common.text_tables import plural
+from synq.config.plugins import SYNTHESIS_METHOD, unversioned
 from synq.config.run import RunConfig
 from synq.runs.record import RunRecord
 
 from ..leaderboard.settings import searched_in
 from ..reports import PAGE
 from ..search_config import LISTED
+from ..space import METHOD
 from ..spec import Group, SweepSpec, run_config
 from ..state.ledger import Ledger
 from ..state.plans import set_recipe
@@ -30,6 +32,7 @@ from .asha import SweepScheduler
 from .callback import SweepCallback, SweepStopper
 from .cluster import check_shared, cluster
 from .dashboard import study_storage
+from .group_search import check_sampler
 from .progress import Progress, print_leaderboard
 from .searcher import SweepSearcher
 from .stop_reason import StopReason
@@ -57,6 +60,7 @@ def run_sweep(spec: SweepSpec, *, quiet: bool = False, on_trial: Callable[[RunRe
         OSError: A file, the storage or Ray failed.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    check_sampler(spec)
     ledger = Ledger(spec)
     ledger.open()
     try:
@@ -205,11 +209,14 @@ def _replies(tasks: Iterable[Any], waited: Callable[[], None] = lambda: None) ->
 def sets_needed(spec: SweepSpec) -> dict[str, tuple[Group, RunConfig]]:
     """Return the distinct (training, held-out) pairs of sets of the trials: recipe -> a group and run that use it."""
     needed: dict[str, tuple[Group, RunConfig]] = {}
+    searched = [value for one in spec.dimensions if one.name == METHOD for value in one.values]
+    methods: list[dict[str, Any]] = [{METHOD: value} for value in searched] or [{}]
     for group in spec.groups:
         base = group.base
         for seeds in dict.fromkeys([(base.seed, base.data_seed), *((seed, seed) for seed in spec.search.seeds)]):
-            config = run_config(spec, group, {}, seeds=seeds)
-            needed.setdefault(set_recipe(config), (group, config))
+            for method in methods:
+                config = run_config(spec, group, method, seeds=seeds)
+                needed.setdefault(set_recipe(config), (group, config))
     return needed
 
 
@@ -219,7 +226,8 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
 
     needed = sets_needed(spec)
     names = {
-        recipe: f"synthetic set {group.model} seed {config.data_seed}" for recipe, (group, config) in needed.items()
+        recipe: f"synthetic set {group.model}{by_method(spec, config)} seed {config.data_seed}"
+        for recipe, (group, config) in needed.items()
     }
     remote = _remote(spec, make_sets)
     started = time.monotonic()
@@ -240,9 +248,16 @@ def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
         group, config = needed[recipe]
         model, seed = ledger.teachers[group.key]["name"], config.data_seed
         what = f"ready after {time.monotonic() - started:.0f} s" if reply["made"] else "there already"
-        progress.log(f"synthetic set of {model}, seed {seed}: {config.synthesis.num_images} images, {what}")
+        number, name = config.synthesis.num_images, f"{model}{by_method(spec, config)}"
+        progress.log(f"synthetic set of {name}, seed {seed}: {number} images, {what}")
         for text in reply["warnings"]:
             progress.log(f"warning: {text}")
+
+
+def by_method(spec: SweepSpec, config: RunConfig) -> str:
+    """Return the synthesis method of a run, for messages, where a sweep searches it; "" elsewhere."""
+    searched = any(dimension.name == METHOD for dimension in spec.dimensions)
+    return f" by {Path(unversioned(SYNTHESIS_METHOD, config.synthesis.method)).name}" if searched else ""
 
 
 def _made(

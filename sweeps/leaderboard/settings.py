@@ -5,11 +5,13 @@ A column of a setting has the key `params.KEY`, for example `params.finetune.own
 
 import functools
 import operator
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from synq.common.text_tables import csv_line, plain
 from synq.config.command_help import field_docs
+from synq.config.identity import map_spec_path
 from synq.config.parsing import dotted_keys, is_number
 from synq.config.run import RunConfig
 
@@ -50,17 +52,21 @@ Values = tuple[Any, ...]
 _values_of = operator.attrgetter(*KEYS)
 _USUAL = {column.key: column for column in RUN_COLUMNS}
 _INDEX = {key: number for number, key in enumerate(KEYS)}
+_FUNCTIONS = [_INDEX[key] for key in ("synthesis.method", "finetune.own_term")]
 _COLUMN_INDEX = [(key, _INDEX[key]) for key in COLUMN_KEYS]
 
 
 def read_settings(config: RunConfig, *, trained: bool = True) -> Values:
-    """Return the values of a configuration for `KEYS`.
+    """Return the values of a configuration for `KEYS`; functions of files by the name of the file only, as in digests.
 
     Args:
         config: The configuration of a run.
         trained: Whether its record has the settings of fine-tuning; they are unknown otherwise.
     """
     values: Values = _values_of(config)
+    if any(values[number] and ".py:" in values[number] for number in _FUNCTIONS):
+        short = {number: map_spec_path(values[number] or "", os.path.basename) or None for number in _FUNCTIONS}
+        values = tuple(short.get(number, value) for number, value in enumerate(values))
     if trained:
         return values
     return tuple(UNKNOWN if key.startswith("finetune.") else value for key, value in zip(KEYS, values, strict=True))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from synq.config.finetune import check_own_weight, has_own_weight
 from synq.config.key_tables import merged_keys, nested_keys
 from synq.config.parsing import config_from_dict, load_config, with_overrides
 from synq.config.run import RunConfig, load_run
@@ -30,6 +31,7 @@ def settings_of(config: Config, arguments: Mapping[str, Any]) -> RunConfig:
     """
     given = _plain({key: value for key, value in arguments.items() if value is not None})
     if isinstance(config, RunConfig):
+        check_own_weight(config.finetune)
         return with_overrides(config, given)
     try:
         base = _built(config, {})
@@ -37,6 +39,7 @@ def settings_of(config: Config, arguments: Mapping[str, Any]) -> RunConfig:
         base = _built(config, given)
     if not _chooses_target(_written(config).get("quant", {})):
         given.setdefault("quant.target", SHIPPED_TARGET)
+    check_own_weight(base.finetune, is_given=has_own_weight(_written(config)))
     return with_overrides(base, given)
 
 

@@ -8,6 +8,7 @@ import click
 from synq.commands import run_failures
 from synq.config.command_line import Command
 from synq.config.command_options import INT, option
+from synq.config.finetune import check_own_weight
 from synq.config.run import RunConfig, load_run, make_absolute, with_overrides
 
 EXAMPLES = """\
@@ -71,6 +72,7 @@ def command(
         study = AblationSpec(name=run.name, bits=("W4A4", "W3A3"), seeds=(0, 1, 2), base=run)
     written = study.base
     study = replace(study, base=make_absolute(with_overrides(written, overrides)))
+    check_own_weight(study.base.finetune)
     runs = plan(study.base, list(bits) or study.bits, list(seeds) or study.seeds, list(rows) or study.rows)
     records = run_all(
         runs,

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from synq.config.command_options import Argument, Option
 from synq.config.parsing import dotted_keys
+from synq.config.plugins import KINDS, installed
 from synq.config.run import RunConfig
 
 GROUPS = tuple(part.name for part in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(part.type))
@@ -103,7 +104,7 @@ def full_help(command: Described, program: str, config: RunConfig) -> str:
 
 def group_help(program: str, config: RunConfig, group: str) -> str:
     """Return the help of all settings of one group."""
-    return "\n".join(_group_lines(config, group, _width()))
+    return "\n".join([*_group_lines(config, group, _width()), *_added_lines(f"{group}.")])
 
 
 def _group_lines(config: RunConfig, group: str, width: int) -> list[str]:
@@ -118,7 +119,20 @@ def _usage(command: Described, program: str, width: int) -> list[str]:
 
 def _closing(command: Described, program: str) -> list[str]:
     examples = command.examples.replace("%(prog)s", program).rstrip().splitlines()
-    return [*(["", "examples:"] if examples else []), *examples, "", f"exit codes: {command.exit_codes}"]
+    return [
+        *(["", "examples:"] if examples else []), *examples, *_added_lines(), "", f"exit codes: {command.exit_codes}"
+    ]  # fmt: skip
+
+
+def _added_lines(start: str = "") -> list[str]:
+    """Return what installed packages add, one line for each setting whose name has this start; [] if it is nothing."""
+    found = {}
+    for kind in KINDS:
+        text = ":..." if kind.has_text else ""
+        names = [f"{name}{text} ({version})" for name, version in sorted(installed(kind).items())]
+        if names and kind.setting.startswith(start):
+            found[kind.setting] = ", ".join(names)
+    return ["", "from installed packages:", *(f"  {key}: {names}" for key, names in found.items())] if found else []
 
 
 def _own(command: Described) -> list[tuple[str, str, bool]]:

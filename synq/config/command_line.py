@@ -25,8 +25,9 @@ import click
 from synq.common.exit_codes import USER_ERROR, exit_code
 from synq.config.command_help import GROUPS, full_help, group_help, overview, short_help
 from synq.config.command_options import Argument, Option, key_of, label, parameter_name, setting_options
+from synq.config.finetune import check_own_weight, has_own_weight
 from synq.config.nearest import nearest, unknown_key
-from synq.config.parsing import dotted_keys, one_of, values_from_text, with_overrides
+from synq.config.parsing import dotted_keys, load_config, one_of, values_from_text, with_overrides
 from synq.config.run import RunConfig, load_run, make_absolute
 
 HELP_FLAGS = ("-h", "--help")
@@ -175,7 +176,9 @@ class Command(click.Command):
             ctx.params["overrides"] = overrides
         else:
             files = tuple(ctx.params.pop("config_files") or ())
-            ctx.params["config"] = make_absolute(read_run(files, overrides))
+            config = read_run(files, overrides)
+            check_own_weight(config.finetune, is_given=has_own_weight(overrides, *map(load_config, files)))
+            ctx.params["config"] = make_absolute(config)
             ctx.obj = GivenSettings(files, overrides)
 
     def _collect(self, args: Sequence[str]) -> tuple[dict[str, list[str | None]], list[str]]:

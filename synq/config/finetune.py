@@ -63,7 +63,7 @@ class FinetuneConfig:
     """Loss term of yours: FILE.py:FUNCTION, MODULE:FUNCTION, or a name that synq.loss_term or an entry point of
     synq.loss_terms registers; @VERSION is added. It is called with synq.LossInputs and returns one value per image."""
     own_weight: float = 0.0
-    """Weight of own_term; 0 disables it."""
+    """Weight of own_term, which must be given with it; 0 disables it."""
     difficulty_threshold: float = 0.5
     """Largest difficulty tau (1 - teacher's probability of the label) at which the cross-entropy counts; 1 keeps every
     image."""
@@ -133,6 +133,28 @@ class FinetuneConfig:
     def uses_cam(self) -> bool:
         """Whether the loss has a CAM term; a teacher without a location for the maps disables it all the same."""
         return self.cam_weight > 0
+
+
+OWN_WEIGHT = "finetune.own_weight"
+
+
+def has_own_weight(*given: Mapping[str, Any]) -> bool:
+    """Return whether settings that were given, as tables or by dotted key, have the weight of the user's loss term."""
+    return any(OWN_WEIGHT in keys or "own_weight" in (keys.get("finetune") or {}) for keys in given)
+
+
+def check_own_weight(finetune: FinetuneConfig, *, is_given: bool = False) -> None:
+    """Raise ValueError if there is a loss term of the user without a weight, which would have no effect.
+
+    Args:
+        finetune: The settings as the user gave them. Trials of a sweep, whose weights may be 0, are not checked.
+        is_given: Whether the weight was given, perhaps as 0, or a sweep searches it.
+    """
+    if finetune.own_term is not None and not finetune.own_weight and not is_given:
+        raise ValueError(
+            f"`{OWN_WEIGHT}` must be given with `finetune.own_term`, which has no effect at weight 0, but got only "
+            f"{finetune.own_term}: give a weight, such as 1"
+        )
 
 
 def inactive_keys(finetune: Mapping[str, Any], learned_steps: str) -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from synq.config.finetune import inactive_keys
 from synq.config.parsing import config_to_dict, with_overrides
-from synq.config.plugins import versioned
+from synq.config.plugins import KINDS, Kind, is_added, is_file, versioned
 from synq.config.quant import RESEARCH, end_bits
 
 T = TypeVar("T")
@@ -27,6 +27,7 @@ SPECS = (
     ("teacher", "spec"),
     ("teacher", "weights"),
     ("evaluation", "dataset"),
+    ("synthesis", "method"),
     ("synthesis", "source"),
     ("finetune", "own_term"),
 )
@@ -65,15 +66,35 @@ def map_spec_path(spec: str, function: Callable[[str], str]) -> str:
 def _changed(
     values: dict[str, Any], keys: tuple[tuple[str, str], ...], function: Callable[[str], str]
 ) -> dict[str, str]:
-    """Return the new values, by dotted key, of those `keys` that are set."""
-    return {f"{part}.{key}": function(values[part][key]) for part, key in keys if values[part][key]}
+    """Return the new values, by dotted key, of those `keys` that are set; a text for a user's function stays."""
+    given = {f"{part}.{key}": values[part][key] for part, key in keys if values[part][key]}
+    kept = {kind.setting for kind in KINDS if kind.has_text and _is_text_of(kind, given.get(kind.setting, ""))}
+    return {name: value if name in kept else function(value) for name, value in given.items()}
+
+
+def _is_text_of(kind: Kind, value: str) -> bool:
+    return is_added(kind, value) and not is_file(value)
+
+
+def resolved(kind: Kind, value: str) -> str:
+    """Return the value of a setting with absolute paths, and with the version of what a user added.
+
+    Args:
+        kind: The kind that the setting may name.
+        value: The value.
+
+    Raises:
+        ValueError: As `versioned`.
+        FileNotFoundError: As `versioned`.
+    """
+    return versioned(kind, value if kind.has_text and _is_text_of(kind, value) else map_spec_path(value, absolute_path))
 
 
 def make_absolute(config: T) -> T:
     """Return a copy whose file paths are absolute, relative to the current folder (a trial runs in a separate folder).
 
-    Covers weights files, FILE.py:FACTORY, npz:FILE, imagefolder:PATH and every folder; addresses (s3://...) stay. A
-    loss term of a user gets its version.
+    Covers weights files, FILE.py:FACTORY, npz:FILE, imagefolder:PATH and every folder; addresses (s3://...) stay. What
+    a user added (`synq.config.plugins`) gets its version.
 
     Raises:
         ValueError: As `versioned`.
@@ -81,8 +102,9 @@ def make_absolute(config: T) -> T:
     """
     values = config_to_dict(config)
     specs = _changed(values, SPECS, lambda spec: map_spec_path(spec, absolute_path))
-    if "finetune.own_term" in specs:
-        specs["finetune.own_term"] = versioned(specs["finetune.own_term"])
+    for kind in KINDS:
+        if kind.setting in specs:
+            specs[kind.setting] = versioned(kind, specs[kind.setting])
     return with_overrides(config, specs | _changed(values, FOLDERS, absolute_path))
 
 

@@ -63,8 +63,9 @@ class TeacherConfig:
     """The pre-trained classifier to quantize."""
 
     spec: str = "bundled:digits_resnet8"
-    """Which model: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, FILE.py:FACTORY or
-    PACKAGE.MODULE:FACTORY."""
+    """Which model: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, FILE.py:FACTORY, PACKAGE.MODULE:FACTORY,
+    or SOURCE:MODEL of a source that synq.teacher_source or an entry point of synq.teacher_sources registers (@VERSION
+    is added to SOURCE)."""
     weights: str | None = None
     """Weights file (.safetensors, a file of torch.save, or the .index.json of a sharded set), a weights name of
     torchvision such as IMAGENET1K_V1, or random (untrained); None takes those of the source."""
@@ -121,8 +122,10 @@ class EvaluationConfig:
     NONE_IS_TEXT = ("dataset",)
 
     dataset: str | None = None
-    """Labeled set for top-1: digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH or npz:FILE; none skips it;
-    None takes the set of the bundled teacher."""
+    """Labeled set for top-1: digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH or npz:FILE; or a function of
+    yours that returns images and labels: FILE.py:FUNCTION, or NAME[:TEXT] of one that synq.dataset_source or an entry
+    point of synq.dataset_sources registers (@VERSION is added); none skips it; None takes the set of the bundled
+    teacher."""
     data_dir: str | None = None
     """Folder with the files of cifar10, cifar100 and fashion-mnist."""
     num_images: int | None = None

@@ -4,23 +4,26 @@ from dataclasses import dataclass
 from typing import Literal
 
 from synq.config.parsing import between, one_of, require
+from synq.config.plugins import SYNTHESIS_METHOD, check_known, is_added
 
 PIXEL_METHODS = ("inversion", "zeroq")
 """Methods that optimize pixels, starting from noise."""
 OWN_IMAGES = "own_images"
 """Method that makes no images but reads unlabeled ones of the user; its runs have a protocol of that name."""
-SYNTHESIS_METHODS = ("inversion", "zeroq", "gdfq", "genie", "gaussian")
-"""Methods that make images."""
+SYNTHESIS_METHODS = tuple(name for name in SYNTHESIS_METHOD.built_in if name != OWN_IMAGES)
+"""Methods of SynQ that make images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SynthesisConfig:
     """Synthesis of the images. All of these settings, the teacher and `data_seed` identify a synthetic set."""
 
-    method: Literal["inversion", "zeroq", "gdfq", "genie", "gaussian", "own_images"] = "inversion"
+    method: str = "inversion"
     """How images are made: inversion (pixels optimized for batch-norm statistics and labels, the paper's), zeroq
     (pixels, statistics alone), gdfq (a conditional generator), genie (latents and their generator), gaussian (Gaussian
-    noise, a baseline), or own_images (unlabeled images of yours, from source; not zero-shot)."""
+    noise, a baseline), own_images (unlabeled images of yours, from source; not zero-shot), or a function of yours:
+    FILE.py:FUNCTION, MODULE:FUNCTION, or a name that synq.synthesis_method or an entry point of synq.synthesis_methods
+    registers; @VERSION is added. It is called with synq.SynthesisInputs and returns images."""
     source: str | None = None
     """Your unlabeled images under method own_images: folder:PATH (image files, at any depth) or npz:FILE (array x)."""
     num_images: int = 1024
@@ -89,7 +92,7 @@ class SynthesisConfig:
         for name in ("bns_weight", "inception_weight", "hard_sample_gamma", "center_weight"):
             between(f"synthesis.{name}", getattr(self, name), 0)
         between("synthesis.center_depth", self.center_depth, 0, 1)
-        one_of("synthesis.method", self.method, (*SYNTHESIS_METHODS, OWN_IMAGES))
+        check_known(SYNTHESIS_METHOD, self.method)
         own = self.method == OWN_IMAGES
         require(
             "synthesis.source",
@@ -97,10 +100,17 @@ class SynthesisConfig:
             self.source,
             (self.source is not None) == own,
         )
+        rule = "be false for a method of yours, which gets no calibration centers"
+        require("synthesis.calib_centers", rule, self.calib_centers, not (self.calib_centers and self.is_added))
         one_of("synthesis.start", self.start, ("fitted", "white"))
         one_of("synthesis.schedule", self.schedule, ("cosine", "plateau"))
         one_of("synthesis.bns_form", self.bns_form, ("std_sum", "var_mean"))
         one_of("synthesis.augment", self.augment, ("none", "flip_shift"))
+
+    @property
+    def is_added(self) -> bool:
+        """Whether the method is a function of the user."""
+        return is_added(SYNTHESIS_METHOD, self.method)
 
     @property
     def assigns_labels(self) -> bool:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from synq.common.notices import print_notice
 from synq.config.run import EvaluationConfig
-from synq.evaluation.labeled_memory import is_in_memory, open_memory
+from synq.evaluation.labeled_memory import is_in_memory, is_own, open_memory, open_own
 from synq.evaluation.labeled_sources import MAX_SCALE, ImageSource, open_source
 from synq.teacher.preprocessing import Preprocessing, default_rule, overridden
 from synq.teacher.teacher import Teacher
@@ -148,8 +148,8 @@ def load_labeled(
     rejected.
 
     Args:
-        spec: digits (or digits:train), cifar10, cifar100, fashion-mnist, imagefolder:PATH or npz:FILE, or that of
-            images in memory.
+        spec: digits (or digits:train), cifar10, cifar100, fashion-mnist, imagefolder:PATH or npz:FILE, that of images
+            in memory, or that of a function of the user.
         teacher_input_size: (C, H, W).
         mean, std: Normalization per channel, for images in [0, 1].
         num_classes: Number of classes K; labels must be in [0, K).
@@ -168,6 +168,8 @@ def load_labeled(
     rule = preprocessing or default_rule(teacher_input_size)
     if is_in_memory(spec):
         source = open_memory(spec, teacher_input_size, rule)
+    elif is_own(spec):
+        source = open_own(spec, teacher_input_size, rule)
     else:
         channels = teacher_input_size[0]
         source = open_source(spec, num_classes=num_classes, channels=channels, data_dir=data_dir, rule=rule)

@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from synq.common.error_text import one_line
+from synq.config.plugins import DATASET_SOURCE, is_added, parsed, unversioned
 from synq.evaluation.image_objects import ImageObjects
 from synq.evaluation.labeled_sources import FORMS, ImageSource
 from synq.teacher.preprocessing import Preprocessing
+from synq.teacher.user_code import added_function, called
 
 MEMORY = "memory:"
 DIGITS = 12
@@ -57,6 +60,8 @@ def labeled_in_memory(data: Any) -> Iterator[str | None]:
 def _is_path(text: str) -> bool:
     """Return whether a text is a path and no spec, nor one with an error in it."""
     kind, colon, _ = text.partition(":")
+    if is_own(text):
+        return False
     if not text or kind == MEMORY[:-1] or kind in {form.partition(":")[0] for form in FORMS}:
         return False
     has_form = not colon and (os.sep in text or text.endswith(".npz"))
@@ -127,6 +132,41 @@ def open_memory(spec: str, input_size: tuple[int, int, int], rule: Preprocessing
             f"`evaluation.dataset` must name images that can be read, but {spec} were in the memory of a program: "
             "give them again, as `dataset`"
         )
+    return _source(images, "dataset", input_size, rule)
+
+
+def open_own(spec: str, input_size: tuple[int, int, int], rule: Preprocessing) -> ImageSource:
+    """Open the labeled images that a function of the user returns.
+
+    Args:
+        spec: The function, as `evaluation.dataset` names it.
+        input_size: (C, H, W) of the teacher.
+        rule: How Pillow images of another size are resized and cropped.
+
+    Raises:
+        ValueError: There is no such function, it fails, or it returns no images with labels.
+        FileNotFoundError: Its file does not exist.
+    """
+    name = unversioned(DATASET_SOURCE, spec)
+    rule_of = "`evaluation.dataset` must return images and labels"
+    data = called(added_function(DATASET_SOURCE, spec), parsed(DATASET_SOURCE, spec).text or "", rule_of, name)
+    if data is None or isinstance(data, str | bytes):
+        raise ValueError(f"{rule_of}, but {name} returned {type(data).__name__}")
+    try:
+        images = ImageObjects(data, f"evaluation.dataset {name}", labeled=True)
+    except ValueError:
+        raise
+    except Exception as error:  # a data set of the user may raise anything while it is read
+        raise ValueError(f"{rule_of}, but {name} raised {one_line(error)}") from error
+    return _source(images, f"evaluation.dataset {name}", input_size, rule)
+
+
+def is_own(spec: str) -> bool:
+    """Return whether a spec names a function of the user."""
+    return is_added(DATASET_SOURCE, spec)
+
+
+def _source(images: ImageObjects, name: str, input_size: tuple[int, int, int], rule: Preprocessing) -> ImageSource:
     read_as = (next(iter(images.sizes)),) if len(images.sizes) == 1 else ()
     is_resized = images.has_pictures and read_as != (input_size[1:],)
 
@@ -137,5 +177,6 @@ def open_memory(spec: str, input_size: tuple[int, int, int], rule: Preprocessing
         return images.contents(indices.tolist())
 
     if not read_as and not images.has_pictures:
-        raise ValueError(f"`dataset` must hold arrays of one size, but got {sorted(images.sizes)[:3]}")
+        raise ValueError(f"`{name}` must hold arrays of one size, but got {sorted(images.sizes)[:3]}")
+    assert images.labels is not None
     return ImageSource(images.labels, read, contents, None if is_resized or not read_as else read_as[0])

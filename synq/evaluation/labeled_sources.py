@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from synq.config.plugins import DATASET_SOURCE, known
 from synq.evaluation.labeled_arrays import read_idx, read_npz
 from synq.evaluation.labeled_images import IMAGE_SUFFIXES, OTHER_SUFFIXES, check_image, read_image
 from synq.teacher.preprocessing import Preprocessing
@@ -67,9 +68,11 @@ def open_source(
     elif kind == "imagefolder" and rest:
         return _imagefolder(_locate(rest, spec), num_classes, channels, rule)
     else:
-        near = difflib.get_close_matches(spec, FORMS, n=1)
+        added = known(DATASET_SOURCE)
+        near = difflib.get_close_matches(spec, [*FORMS, *added], n=1) or difflib.get_close_matches(kind, added, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"`evaluation.dataset` must be one of {', '.join(FORMS)}, but got {spec!r}{hint}")
+        forms = ", ".join((*FORMS[:-1], *added, *DATASET_SOURCE.forms, FORMS[-1]))
+        raise ValueError(f"`evaluation.dataset` must be one of {forms}, but got {spec!r}{hint}")
     found = source.read(torch.arange(min(1, len(source.labels))), (channels, 0, 0)).shape[1]
     if found not in (channels, 1):
         raise ValueError(f"images of {spec} must match a teacher of {channels} channel(s), but have {found}")

@@ -1,6 +1,7 @@
 """The model card of an exported student: card.json for programs, README.md for people."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -8,6 +9,7 @@ from typing import Any
 
 from synq import __version__
 from synq.common.files import write_json_atomic, write_text_atomic
+from synq.config.identity import map_spec_path
 from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
 from synq.config.synthesis import OWN_IMAGES
 from synq.export.card_text import card_markdown
@@ -24,6 +26,7 @@ def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, A
         siblings: Completed runs with the same settings, one per seed, including this run.
     """
     config = config_from_dict(RunConfig, record.config)
+    is_own = config.synthesis.method == OWN_IMAGES or config.synthesis.is_added
     tops = [run.top1 for run in siblings if run.top1 is not None]
     floats = [row for row in record.layers if row["bits"] == 32]
     return {
@@ -36,8 +39,8 @@ def card_values(record: RunRecord, siblings: Sequence[RunRecord]) -> dict[str, A
         "protocol": record.protocol,
         "layer_bits": config.quant.layer_label,
         "act_points": record.act_points,
-        "data_free": record.objective == "synthetic" and config.synthesis.method != OWN_IMAGES,
-        "images": config.synthesis.method,
+        "data_free": record.objective == "synthetic" and not is_own,
+        "images": map_spec_path(config.synthesis.method, os.path.basename),
         "accuracy": {
             "teacher_top1": record.teacher_top1,
             "rtn_top1": record.rtn_top1,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from synq.common.text_tables import markdown_cell, plural, to_markdown
+from synq.config.plugins import SYNTHESIS_METHOD, is_added
 from synq.config.quant import RESEARCH, end_bits, protocol_label
 from synq.config.synthesis import OWN_IMAGES
 from synq.export.timing import unstable_times
@@ -38,6 +39,10 @@ OWN = """\
 This model is not zero-shot: it was trained and calibrated on unlabeled images of its maker, with the float classifier
 as the teacher. Labeled images, where metrics refer to them, were used for measurement only, unless the objective is
 selection."""
+OWN_METHOD = """\
+The training images of this model were made by a function of its maker, {}, which SynQ does not know: whether it used
+camera images is for its maker to state. Labeled images, where metrics refer to them, were used for measurement only,
+unless the objective is selection."""
 SLOW = (
     "Low bit-widths reduce the size, not the latency: ONNX Runtime has integer kernels for {integers} of {total} "
     "convolutions and matrix products. A student trained with `quant.target onnxruntime` runs in integer kernels."
@@ -63,6 +68,8 @@ def card_markdown(values: Mapping[str, Any]) -> str:
     statement = NOISE if values["images"] == "gaussian" else STATEMENT
     if values["images"] == OWN_IMAGES:
         statement = OWN
+    elif is_added(SYNTHESIS_METHOD, values["images"]):
+        statement = OWN_METHOD.format(markdown_cell(values["images"]))
     elif not values["data_free"]:
         statement = SELECTED
     lines += [statement, ""]

@@ -1,6 +1,5 @@
 """The loss term that a user adds, `finetune.own_term`: found, checked on random logits, and computed."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,8 +8,8 @@ from torch import Tensor
 
 from synq.common.error_text import one_line
 from synq.config.finetune import FinetuneConfig
-from synq.config.plugins import check_version, registered, split_version
-from synq.teacher.user_code import user_function
+from synq.config.plugins import LOSS_TERM, check_version
+from synq.teacher.user_code import added_function
 
 CHECKED = 3
 """Images of the call that checks a term."""
@@ -43,13 +42,7 @@ def own_term(config: FinetuneConfig) -> OwnTerm | None:
     """
     if config.own_term is None or not config.own_weight:
         return None
-    name, _ = split_version(config.own_term)
-    if ":" in name:
-        return _loaded(config.own_term)
-    found = registered(name)
-    if found is None:
-        raise ValueError(f"`finetune.own_term` must be registered in this process, but got {name!r}")
-    return found
+    return added_function(LOSS_TERM, config.own_term)
 
 
 def check_own_term(
@@ -70,7 +63,7 @@ def check_own_term(
     """
     if config.own_term is None or not config.own_weight:
         return
-    check_version(config.own_term)
+    check_version(LOSS_TERM, config.own_term)
     term = own_term(config)
     assert term is not None
     generator = torch.Generator().manual_seed(0)
@@ -95,10 +88,3 @@ def check_own_term(
         raise ValueError(f"{rule} returned {found} for {CHECKED} images")
     if not values.requires_grad or not bool(values.isfinite().all()):
         raise ValueError(f"{rule} returned {'no gradient' if not values.requires_grad else 'NaN or infinity'}")
-
-
-@functools.lru_cache(maxsize=16)
-def _loaded(text: str) -> OwnTerm:
-    """Return the function of a file or module; the text has the version of the file, so that a changed one is read."""
-    target, _, function = split_version(text)[0].rpartition(":")
-    return user_function(target, function, "finetune.own_term")

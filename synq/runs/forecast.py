@@ -120,6 +120,7 @@ def forecast_line(config: RunConfig, found: Forecast) -> str:
         f"about {duration(found.seconds)}{detail}, {_gib(found.memory)} of memory per process, "
         f"{_gib(found.disk)} of disk ({_gib(found.free)} free)"
     )
+    line += f"; without the synthesis by {config.synthesis.method}" if config.synthesis.is_added else ""
     return line + _smaller(config, found)
 
 

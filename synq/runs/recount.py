@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 
 from synq.common.statistics import drop_stderr, drop_text
-from synq.config.identity import absolute_path, map_spec_path
+from synq.config.identity import absolute_path, resolved
+from synq.config.plugins import DATASET_SOURCE
 from synq.config.run import EvaluationConfig, RunConfig, with_overrides
 from synq.evaluation.measure import Measure, evaluate, lost_and_gained
 from synq.runs.finished import Run
@@ -70,7 +71,7 @@ def recount_settings(
         ValueError: A value is invalid.
     """
     given = {
-        "evaluation.dataset": map_spec_path(dataset, absolute_path) if dataset is not None else None,
+        "evaluation.dataset": resolved(DATASET_SOURCE, dataset) if dataset is not None else None,
         "evaluation.data_dir": None if data_dir is None else absolute_path(data_dir),
         "evaluation.batch_size": batch_size,
         "evaluation.num_images": num_images,

@@ -23,6 +23,7 @@ from synq.runtime import to_layout
 from synq.synthesis.centers import center_targets, pack_statistics, split_evenly, unpack_statistics
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.inversion import TERMS, Inversion, invert
+from synq.synthesis.own_method import given_images
 from synq.synthesis.start_noise import WHITE, StartNoise, fit_start
 from synq.synthesis.store import Purpose, SetStore, set_identity
 from synq.teacher.teacher import Teacher
@@ -232,13 +233,16 @@ class _SetBuilder:
             if config.fits_start and self._fitted is None:
                 note(bar, "fitting the initial noise")
             start = self._start(config)
+            generator = make_generator("synthesis", self.seed, self.purpose, kind, index)
+            given, labels = given_images(self.teacher, self.module, labels, config, generator, self.device, bar)
             inversion = invert(
                 self.module,
                 labels,
                 self.teacher.input_size,
                 self.targets,
                 config=config,
-                generator=make_generator("synthesis", self.seed, self.purpose, kind, index),
+                generator=generator,
+                given=given,
                 center_targets=deep_targets,
                 start=start,
                 pixel_range=self.pixel_range,

@@ -80,6 +80,20 @@ class PixelSource:
             self._range.clamp_(self._pixels)
 
 
+class GivenImages:
+    """Holds finished images (N, C, H, W), which a method of the user made; nothing is optimized."""
+
+    def __init__(self, images: Tensor) -> None:
+        self._images = images
+        self.groups: list[ParameterGroup] = []
+
+    def images(self) -> Tensor:
+        return self._images
+
+    def constrain(self) -> None:
+        """Do nothing: there is no step."""
+
+
 class LatentSource:
     """Optimizes one latent vector per image, initialized with N(0, 1), and one generator per shard.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from synq.config.run import SynthesisConfig
 from synq.losses import inception_loss
 from synq.network.bn_stats import BatchNormInputs, ChannelStatistics, bns_loss
-from synq.synthesis.image_sources import ParameterGroup, make_source
+from synq.synthesis.image_sources import GivenImages, ParameterGroup, make_source
 from synq.synthesis.start_noise import WHITE, StartNoise
 from synq.synthesis.swing import SwingConvolutions, draw_swings
 from synq.teacher.pixel_range import PixelRange
@@ -122,6 +122,7 @@ def invert(
     config: SynthesisConfig,
     generator: torch.Generator,
     iterations: int | None = None,
+    given: Tensor | None = None,
     center_targets: Mapping[str, ChannelStatistics] | None = None,
     start: StartNoise = WHITE,
     pixel_range: PixelRange | None = None,
@@ -151,6 +152,7 @@ def invert(
         generator: CPU generator for the initial values, the augmentation, the swing shifts and the noise of a
             conditional generator.
         iterations: Number of steps, >= 0; None means `config.iterations`.
+        given: Finished images (N, C, H, W), of which only the loss terms and statistics are computed; None makes them.
         center_targets: Second set of target statistics for some of the layers, on `device`; None for no second target.
         start: Distribution of the initial pixels: the result of `fit_start`, or white noise. Generators ignore it.
         pixel_range: Range of normalized pixels, which no image leaves at any step; None for no bounds.
@@ -170,9 +172,13 @@ def invert(
     assert not any(part.training for part in module.modules()), "the teacher must be in eval mode"
     device = torch.device("cpu") if device is None else device
     iterations = config.iterations if iterations is None else iterations
-    iterations = 0 if config.method == "gaussian" else iterations
-    source = make_source(
-        labels, input_size, config=config, generator=generator, device=device, start=start, pixel_range=pixel_range
+    iterations = 0 if config.method == "gaussian" or given is not None else iterations
+    source = (
+        GivenImages(given.to(device))
+        if given is not None
+        else make_source(
+            labels, input_size, config=config, generator=generator, device=device, start=start, pixel_range=pixel_range
+        )
     )
     labels = labels.to(device)
     views = _draw_views(config.augment, iterations, *input_size[1:], generator)
@@ -183,7 +189,7 @@ def invert(
         for group, schedule in zip(source.groups, schedules, strict=True)
     ]
     # Fused: one kernel per step, and the only implementation that accepts the learning rate as a device tensor.
-    optimizer = torch.optim.Adam(groups, fused=True)
+    optimizer = torch.optim.Adam(groups, fused=True) if groups else None
     parameters = [parameter for group in source.groups for parameter in group.parameters]
     gradients = [torch.empty_like(parameter) for parameter in parameters]
     for parameter, buffer in zip(parameters, gradients, strict=True):
@@ -219,6 +225,7 @@ def invert(
                 for buffer, gradient in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
                     buffer.copy_(gradient)
                 loss = loss.detach()
+                assert optimizer is not None
                 optimizer.step()
                 source.constrain()
                 for schedule in schedules:

@@ -21,6 +21,12 @@ HELDOUT_SEED = 0
 """Seed of every held-out set. One constant, so that all runs of a teacher share one set; its purpose, "heldout",
 separates its random stream from that of training sets."""
 
+OWN_CURE = (
+    "{} makes images that do not show the classes that it was given; if it makes them for other classes, let it return "
+    "(images, labels)"
+)
+"""What to do about images of a method of the user that do not show their class."""
+
 
 def set_store(config: RunConfig) -> SetStore:
     """Return the store of a run's synthetic sets."""
@@ -83,7 +89,8 @@ def set_warnings(config: SynthesisConfig, *sets: SyntheticSet) -> list[str]:
         share, chance = part.manifest["agreement"], 1 / part.manifest["num_classes"]
         if assigned and share < (1 + chance) / 2:
             head = f"the teacher classifies only {100 * share:.0f} % of the {names[number]}synthetic images as their"
-            return [f"{head} assigned class: {_cure(config)}"]
+            is_own = config.is_added and number == 0
+            return [f"{head} assigned class: {OWN_CURE.format(config.method) if is_own else _cure(config)}"]
     return []
 
 

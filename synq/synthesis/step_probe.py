@@ -43,7 +43,8 @@ def probe_synthesis(teacher: Teacher, config: SynthesisConfig, device: torch.dev
     module: nn.Module = copy.deepcopy(teacher.module).eval().requires_grad_(False).to(device)
     to_layout(module, torch.channels_last, teacher.input_size)
     targets = bn_targets(module)
-    plain = replace(config, start="white", calib_centers=False)
+    method = "inversion" if config.is_added else config.method  # of the user's method nothing is known
+    plain = replace(config, start="white", calib_centers=False, method=method)
 
     def steps(images: int, iterations: int) -> float:
         labels = torch.arange(images) % teacher.num_classes
@@ -77,13 +78,15 @@ def probe_synthesis(teacher: Teacher, config: SynthesisConfig, device: torch.dev
 def num_passes(config: SynthesisConfig, num_images: int, input_size: tuple[int, int, int], num_classes: int) -> int:
     """Return the number of forward and backward passes of single images that making a set takes.
 
+    For a method of the user, whose cost is unknown, it is 0.
+
     Args:
         config: Settings of the synthesis.
         num_images: Number of images of the set.
         input_size: Channels, height, width in pixels.
         num_classes: Number of classes.
     """
-    if config.method in ("gaussian", OWN_IMAGES):
+    if config.method in ("gaussian", OWN_IMAGES) or config.is_added:
         return 0
     passes = num_images * config.iterations
     if config.calib_centers:

@@ -68,6 +68,9 @@ def set_identity(
         unused |= set() if config.assigns_labels else set(LABEL_FIELDS)
         unused |= {"lr"} if config.method == "gdfq" else set()
         unused |= set() if config.method in PIXEL_METHODS else {"start"}
+    if config.is_added:  # its function may use any setting
+        unused = set(CENTER_FIELDS)
+        settings["method"] = map_spec_path(config.method, os.path.basename)
     if config.method == "gaussian":
         unused = set(settings) - {"method", "num_images", "shard_size"}
     if config.method == OWN_IMAGES:

@@ -1,10 +1,11 @@
 """Sources of teachers: one function per source, which builds the module and collects its metadata."""
 
+import copy
 import importlib
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch import nn
 
 from synq.common.error_text import one_line
 from synq.config.identity import WEIGHT_SUFFIXES
+from synq.config.plugins import TEACHER_SOURCE, is_added, known, parsed
 from synq.config.run import TeacherConfig
 from synq.teacher.cifar_resnet import cifar_resnet
+from synq.teacher.input_format import input_format
 from synq.teacher.preprocessing import Preprocessing, timm_rule, torchvision_rule
-from synq.teacher.user_code import made_by_user, slug, unknown
+from synq.teacher.user_code import added_function, called, made_by_user, slug, unknown
 from synq.teacher.weight_files import is_weight_file, load_weights
-from synq.teacher.wrappers import unwrap_parts
+from synq.teacher.wrappers import check_layers, unwrap_parts, unwrapped
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 RANDOM = "random"
@@ -29,26 +32,24 @@ MEMORY = "memory"
 
 @dataclass(frozen=True, kw_only=True)
 class SourceModel:
-    """A model with the metadata that its source provides; None for unknown values.
-
-    Attributes:
-        module: The model.
-        name: Short name of letters, digits and underscores.
-        num_classes: Number of logits.
-        input_size: (C, H, W).
-        mean, std: Normalization per channel, for images in [0, 1].
-        default_dataset: Spec of the labeled images to evaluate on by default.
-        preprocessing: How image files are resized and cropped for these weights, at the configured input size.
-    """
+    """A model with the metadata that its source provides; None for unknown values."""
 
     module: nn.Module
-    name: str
+    """The model."""
+    name: str = ""
+    """Short name of letters, digits and underscores; "" makes one from the spec."""
     num_classes: int | None = None
+    """Number of logits."""
     input_size: tuple[int, int, int] | None = None
+    """Channels, height and width in pixels."""
     mean: tuple[float, ...] | None = None
+    """Mean per channel of the normalization, for images in [0, 1]."""
     std: tuple[float, ...] | None = None
+    """Standard deviation per channel of the normalization."""
     default_dataset: str | None = None
+    """Spec of the labeled images to evaluate on by default."""
     preprocessing: Preprocessing | None = None
+    """How image files are resized and cropped for these weights, at the configured input size."""
 
 
 def build_source(config: TeacherConfig) -> SourceModel:
@@ -67,15 +68,19 @@ def build_source(config: TeacherConfig) -> SourceModel:
         "pytorchcv": _pytorchcv,
         MEMORY: _memory,
     }
+    added = known(TEACHER_SOURCE)
     if not rest:
-        forms = "bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, FILE.py:FACTORY or MODULE:FACTORY"
+        more = "".join(f", {name}:MODEL" for name in added)
+        forms = f"bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME{more}, FILE.py:FACTORY or MODULE:FACTORY"
         raise ValueError(f"`teacher.spec` must have the form {forms}, but got {config.spec!r}")
     # A factory may initialize weights randomly: every process and every run must get the same weights.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if kind in builders:
             return builders[kind](rest, config)
-        return _factory(config, [name for name in builders if name != MEMORY])
+        if is_added(TEACHER_SOURCE, config.spec):
+            return _added(config)
+        return _factory(config, [*(name for name in builders if name != MEMORY), *added])
 
 
 def _bundled(name: str, config: TeacherConfig) -> SourceModel:
@@ -224,6 +229,40 @@ def _factory(config: TeacherConfig, sources: list[str]) -> SourceModel:
     unwrap_parts(model)
     label = Path(file).stem if file else config.weights or ""
     return SourceModel(module=model, name=slug(name, "" if label == name else label))
+
+
+def _added(config: TeacherConfig) -> SourceModel:
+    """Return the model of a source that a user added, and what is known about its input."""
+    name, _, text = parsed(TEACHER_SOURCE, config.spec)
+    rule, spec = "`teacher.spec` must return a torch.nn.Module or a synq.SourceModel", f"{name}:{text}"
+    if config.weights is not None and not is_weight_file(config.weights):
+        raise ValueError(f"`teacher.weights` must be a file or left out for {spec}, but got {config.weights!r}")
+    made = called(added_function(TEACHER_SOURCE, config.spec), text, rule, spec)
+    found = made if isinstance(made, SourceModel) else SourceModel(module=made)
+    if not isinstance(found.module, nn.Module):
+        raise ValueError(f"{rule}, but {spec} returned {type(found.module).__name__}")
+    facts = {key: getattr(found, key) for key in ("num_classes", "input_size", "mean", "std")}
+    try:
+        facts = {key: getattr(TeacherConfig(**facts), key) for key in facts}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{rule} with a valid input, but {spec} returned another: {error}") from error
+    check_layers(found.module, spec)
+    # A copy, because a source may return one object twice, and loading weights must not change what it holds.
+    model = copy.deepcopy(unwrapped(found.module))
+    if config.weights is not None:
+        load_weights(model, config.weights)
+    unwrap_parts(model)
+    known_input = input_format(model, None, config.input_size)  # by the attributes of timm and others
+    for key in ("input_size", "mean", "std"):
+        facts[key] = facts[key] if facts[key] is not None else getattr(known_input, key)
+    label = "" if config.weights is None else Path(config.weights).stem
+    return replace(
+        found,
+        module=model,
+        name=slug(found.name or f"{name}_{text}", label),
+        preprocessing=found.preprocessing or known_input.rule,
+        **facts,
+    )
 
 
 def _file_or_random(source: str, config: TeacherConfig) -> str | None:

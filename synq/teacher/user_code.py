@@ -2,8 +2,10 @@
 
 import copy
 import difflib
+import functools
 import importlib
 import importlib.util
+import random
 import re
 import sys
 import zlib
@@ -13,10 +15,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from synq.common.error_text import one_line
 from synq.config.nearest import nearest
+from synq.config.plugins import Kind, parsed, registered, unknown_name
 from synq.config.spec_hints import hub_hint
 from synq.teacher.process_state import process_state_kept
 from synq.teacher.wrappers import check_layers, unwrapped
@@ -79,6 +84,66 @@ def user_function(target: str, name: str, setting: str) -> Callable[..., Any]:
         near = nearest(name, names)
         raise ValueError(f"`{setting}` must name a function of {target}, but got {name!r}{near}")
     return found  # type: ignore[no-any-return]
+
+
+def added_function(kind: Kind, value: str) -> Callable[..., Any]:
+    """Return the function that a setting names: a registered one, or one of a file or module.
+
+    Args:
+        kind: The kind that the setting names.
+        value: The value, as `synq.config.plugins.versioned` returns it; that of a file has its version, so that a
+            changed file is read again.
+
+    Raises:
+        ValueError: There is no such function, or its code cannot be imported.
+        FileNotFoundError: Its file does not exist.
+    """
+    name = parsed(kind, value).name
+    if ":" in name:
+        return _loaded(kind.setting, value)
+    try:
+        found = registered(kind, name)
+    except _FAILURES as error:
+        raise ValueError(
+            f"`{kind.setting}` must name an entry point that can be imported, but {name} raised {one_line(error)}"
+        ) from error
+    if found is None:
+        raise unknown_name(kind, name)
+    if not callable(found):
+        raise ValueError(f"`{kind.setting}` must name a function, but {name} is {type(found).__name__}")
+    return found
+
+
+def called(function: Callable[..., Any], argument: Any, rule: str, name: str, *, seed: int = 0) -> Any:
+    """Return what a user's function makes of its argument; what it changes for the whole process is put back.
+
+    Args:
+        function: The function.
+        argument: Its argument.
+        rule: The requirement for what it returns, "`SETTING` must ...", for messages.
+        name: Its name.
+        seed: Seed of the global random generators of PyTorch, NumPy and Python inside the function, >= 0.
+
+    Raises:
+        ValueError: It raises anything, or ends the process.
+        OutOfMemoryError: The memory of a GPU does not suffice.
+    """
+    try:
+        with process_state_kept(name):
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            return function(argument)
+    except torch.OutOfMemoryError:
+        raise
+    except _FAILURES as error:
+        raise ValueError(f"{rule}, but {name} raised {one_line(error)}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _loaded(setting: str, value: str) -> Callable[..., Any]:
+    target, _, last = value.rpartition(":")
+    return user_function(target, last.partition("@")[0], setting)
 
 
 def slug(*parts: str) -> str:

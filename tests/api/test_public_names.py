@@ -18,6 +18,10 @@ NAMES = {
         "load_student",
         "sweeps",
         "loss_term",
+        "synthesis_method",
+        "teacher_source",
+        "dataset_source",
+        "sampler",
     ),
     *(
         "Run",
@@ -30,6 +34,9 @@ NAMES = {
         "SyntheticSet",
         "Teacher",
         "LossInputs",
+        "SynthesisInputs",
+        "SourceModel",
+        "SamplerInputs",
     ),
 }
 ARGUMENTS = {

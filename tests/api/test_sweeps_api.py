@@ -106,7 +106,7 @@ def test_a_network_in_memory_is_rejected(tmp_path: Path) -> None:
 
 
 def test_a_loss_term_of_this_process_is_rejected_before_any_trial(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(plugins, "_REGISTERED", {})
+    monkeypatch.setattr(plugins, "REGISTERED", {})
     synq.loss_term("deco", version="1")(lambda inputs: inputs.student_logits.mean(1))
     for term in ("deco", "deco@1"):
         base = {**TINY["base"], "finetune.own_term": term, "finetune.own_weight": 1.0}

@@ -148,6 +148,13 @@ def _python(path: Path) -> ast.Module:
     return ast.parse("\n".join(blocks), filename=path.name)
 
 
+def _arguments(defined: ast.FunctionDef | ast.ClassDef) -> set[str]:
+    """Return the arguments of a function, or the fields of a dataclass."""
+    if isinstance(defined, ast.FunctionDef):
+        return {arg.arg for arg in (*defined.args.args, *defined.args.kwonlyargs)}
+    return {ast.unparse(part.target) for part in defined.body if isinstance(part, ast.AnnAssign)}
+
+
 def test_names_in_python_are_public(reference: ModuleType) -> None:
     api = importlib.import_module("reference_api")
     public = api.public_names()
@@ -160,7 +167,7 @@ def test_names_in_python_are_public(reference: ModuleType) -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in public:
                 defined = api.definition(public[ast.unparse(node.func)])
-                arguments = {arg.arg for arg in (*defined.args.args, *defined.args.kwonlyargs)}
+                arguments = _arguments(defined)
                 unknown = {str(word.arg) for word in node.keywords} - arguments
                 wrong += [f"{path.name}: {ast.unparse(node.func)}({name}=)" for name in unknown]
                 found += 1

@@ -13,6 +13,10 @@ PRINTED = {
     "export_and_run": "bits that differ from the student: 0",
     "own_images": "A own_images",
     "add_a_loss": "params.finetune.own_weight",
+    "add_a_synthesis": "add_a_synthesis.py:ascent@",
+    "add_a_teacher": "teacher myzoo@1:digits_cnn",
+    "add_a_dataset": "my_digits@1:odd | 906 images",
+    "add_a_sampler": "params.finetune.lr",
     "sweep_from_python": "params.quant.mse_norm",
 }
 

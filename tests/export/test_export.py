@@ -134,6 +134,10 @@ def test_a_selected_student_does_not_claim_to_be_free_of_data(finished: Path, ex
     noise = {**record.config, "synthesis": {**record.config["synthesis"], "method": "gaussian"}}
     text = card_markdown(card_values(replace(record, objective="synthetic", config=noise), [record]))
     assert NOISE in text and STATEMENT not in text
+    own = {**record.config, "synthesis": {**record.config["synthesis"], "method": "/home/me/mine.py:images@1a2b"}}
+    values = card_values(replace(record, objective="synthetic", config=own), [record])
+    text = card_markdown(values)
+    assert not values["data_free"] and STATEMENT not in text and "a function of its maker, mine.py:images@1a2b" in text
 
 
 def test_a_moved_run_gets_the_path_of_its_images(

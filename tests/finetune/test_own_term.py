@@ -25,7 +25,7 @@ def margin(inputs):
 
 @pytest.fixture(autouse=True)
 def _no_other_terms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(plugins, "_REGISTERED", {})
+    monkeypatch.setattr(plugins, "REGISTERED", {})
     plugins._entry_points.cache_clear()
     yield
     plugins._entry_points.cache_clear()
@@ -78,7 +78,7 @@ def test_the_version_is_part_of_the_digest_and_is_checked(tmp_path: Path) -> Non
 def test_a_finished_run_is_opened_without_its_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synq.loss_term("distance", version="1")(distance)
     run = quantize(tmp_path, own_term="distance", own_weight=1.0)
-    monkeypatch.setattr(plugins, "_REGISTERED", {})
+    monkeypatch.setattr(plugins, "REGISTERED", {})
     opened = synq.open_run(run.path, model=GrayNet())
     assert opened.record == run.record
     with pytest.raises(ValueError, match=r"a name that synq\.loss_term or an entry point of synq\.loss_terms"):
@@ -110,7 +110,7 @@ def test_the_path_of_a_file_may_have_an_at_sign(tmp_path: Path) -> None:
     file.parent.mkdir()
     file.write_text(FILE)
     run = quantize(tmp_path / "out", own_term=f"{file}:margin", own_weight=0.5)
-    name, version = plugins.split_version(str(run.record.config["finetune"]["own_term"]))
+    name, version, _ = plugins.parsed(plugins.LOSS_TERM, str(run.record.config["finetune"]["own_term"]))
     assert name == f"{file}:margin" and len(version) == plugins.DIGITS and run.record.loss_history[-1]["own"] > 0
 
 
@@ -155,8 +155,8 @@ def test_the_weight_is_searched_and_the_term_is_not(tmp_path: Path) -> None:
     base = {"finetune": {"own_term": f"{tmp_path}/my_losses.py:margin"}}
     space = {"finetune.own_weight": {"type": "choice", "values": [0.0, 0.5]}}
     spec = spec_from_dict({"base": base, "space": space, "sampler": "grid", "output_dir": str(tmp_path / "out")})
-    assert spec.groups[0].base.finetune.own_term == f"{tmp_path}/my_losses.py:margin@" + plugins._version(
-        f"{tmp_path}/my_losses.py:margin"
+    assert spec.groups[0].base.finetune.own_term == plugins.versioned(
+        plugins.LOSS_TERM, f"{tmp_path}/my_losses.py:margin"
     )
     with pytest.raises(ValueError, match=r"finetune\.own_term"):
         spec_from_dict({"base": base, "space": {"finetune.own_term": {"type": "choice", "values": ["a:b"]}}})

@@ -161,7 +161,7 @@ def test_point_of_a_value(dimension: Dimension, value: Any, point: Any) -> None:
         ({"sampler": "points", "points": [{"finetune.lr": 0.1}], "space": {}}, "`space` must be left out for sampler"),
         ({"points": [{"finetune.lrr": 0.1}]}, "did you mean `finetune.lr`?"),
         ({"points": [{"finetune.lr": 5.0}]}, "`points` must lie in the search space, but got"),
-        ({"points": [{"bits": "W2A2"}]}, "`points` must name settings of finetune or quant, but got 'bits'"),
+        ({"points": [{"bits": "W2A2"}]}, "finetune or quant, or `synthesis.method`, but got 'bits'"),
         ({"points": {"finetune.lr": 0.1}}, "`points` must be a list of tables"),
         ({"seeds": [1, 1]}, "`seeds` must be different numbers"),
         ({"sampler": "tp"}, "did you mean `tpe`?"),

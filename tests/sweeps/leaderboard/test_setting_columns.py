@@ -106,7 +106,7 @@ def test_the_rows_of_show_and_of_the_page_are_told_apart_by_what_was_searched(
     assert tables["best"].headings[WEIGHT] == HEADING
     for name in ("leaderboard", "trials"):
         assert tables[name].headings[WEIGHT] == HEADING and not set(SETTINGS) & set(tables[name].columns)
-        assert tables[name].meanings[WEIGHT] == "Weight of own_term; 0 disables it."
+        assert tables[name].meanings[WEIGHT] == "Weight of own_term, which must be given with it; 0 disables it."
         assert sorted(row[WEIGHT] for row in tables[name].rows) == [0.0, 0.1, 1.0]
     assert "The same in all rows: cutoff 1 nyquist" in tables["leaderboard"].caption
     html = make_report([sweep])[0].read_text()
