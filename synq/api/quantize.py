@@ -25,6 +25,7 @@ from synq.synthesis.dataset import SyntheticSet
 from synq.teacher.teacher import Teacher
 
 Target = Literal["research", "onnxruntime", "openvino", "litert", "executorch"]
+InspectTarget = Literal["research", "onnxruntime", "openvino", "litert", "executorch", "tensorrt", "qnn"]
 Device = Literal["auto", "cpu", "cuda"]
 MANY = 2**31
 """Number of training images until those of the user are counted."""
@@ -219,7 +220,7 @@ class Inspection:
     """How a classifier would be quantized, layer by layer."""
 
     values: dict[str, Any]
-    """teacher, synthesis, cam, student, onnx and layers, as `synq inspect --json` prints them."""
+    """teacher, synthesis, cam, student, onnx, kernels and layers, as `synq inspect --json` prints them."""
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -227,11 +228,21 @@ class Inspection:
         rows: list[dict[str, Any]] = self.values["layers"]
         return rows
 
+    @property
+    def kernels(self) -> list[dict[str, Any]]:
+        """One row for each step in the engine: its kernel, whether it runs in integers, floats or is rejected, and why.
+
+        Empty under target research, which is for no engine.
+        """
+        rows: list[dict[str, Any]] = self.values["kernels"].get("steps", [])
+        return rows
+
     def __str__(self) -> str:
         from synq.diagnostics.inspection import COLUMNS, HEADINGS, summary
+        from synq.diagnostics.kernel_table import table_text
 
         rows = [{name: value or None for name, value in row.items()} for row in self.layers]
-        return f"{to_text(rows, COLUMNS, HEADINGS)}\n{summary(self.values)}"
+        return f"{to_text(rows, COLUMNS, HEADINGS)}\n{table_text(self.values['kernels'])}{summary(self.values)}"
 
     def __repr__(self) -> str:
         teacher, student = self.values["teacher"], self.values["student"]
@@ -247,7 +258,7 @@ def inspect(
     weight_bits: int | None = None,
     act_bits: int | None = None,
     *,
-    target: Target | None = None,
+    target: InspectTarget | None = None,
     weights: str | Path | None = None,
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | float | None = None,
@@ -261,7 +272,8 @@ def inspect(
         model: As for `quantize`; so are all other arguments.
         weight_bits: See `quantize`.
         act_bits: See `quantize`.
-        target: See `quantize`.
+        target: See `quantize`; `Inspection.kernels` then has the engine's kernel of each step. "tensorrt" or "qnn":
+            by their published rules, not run.
         weights: See `quantize`.
         input_size: See `quantize`.
         mean: See `quantize`.
@@ -274,6 +286,7 @@ def inspect(
         OSError: A file cannot be read.
     """
     from synq.diagnostics import inspection
+    from synq.diagnostics.kernel_table import for_target
     from synq.quant.student import build_student
 
     settings = settings_of(
@@ -282,12 +295,12 @@ def inspect(
             **teacher_arguments(weights=weights, input_size=input_size, mean=mean, std=std),
             "quant.weight_bits": weight_bits,
             "quant.act_bits": act_bits,
-            "quant.target": target,
         },
     )
     with session(progress=True):
         settings, teacher = _open(model, settings, preprocessing, config)
-        return Inspection(inspection.inspect(teacher, build_student(teacher, settings.quant), settings.quant))
+        quant, rules = for_target(settings.quant, target)
+        return Inspection(inspection.inspect(teacher, build_student(teacher, quant), quant, rules))
 
 
 def _open(model: Model, settings: RunConfig, preprocessing: object, config: Config) -> tuple[RunConfig, Teacher]:

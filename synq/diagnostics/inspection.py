@@ -7,6 +7,7 @@ from torch import fx
 from synq.common.text_tables import Row
 from synq.config.quant import ACT_POINTS, RESEARCH, protocol_label
 from synq.config.run import QuantConfig
+from synq.diagnostics.kernel_table import kernel_summary, kernel_table
 from synq.engines.deployed import check_deployable
 from synq.export.export import missing_packages
 from synq.export.operation_check import unexportable_operations
@@ -27,19 +28,24 @@ UNITS = ("", "k", "M", "G", "T")
 SYNTHESIS_NOTE, CAM_NOTE = "guides synthesis", "class activation map"
 
 
-def inspect(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str, Any]:
+def inspect(teacher: Teacher, student: Student, quant: QuantConfig, rules: str = "") -> dict[str, Any]:
     """Return the properties of a teacher and of its student as plain JSON values.
 
     Args:
         teacher: The classifier.
         student: The student that `build_student` makes of it.
         quant: The bits.
+        rules: Engine whose published rules the file is checked against; "" for none.
 
     Returns:
         ``teacher`` (source, digest, input, classes, parameters, bytes), ``synthesis`` (the batch norms that guide it),
         ``cam``, ``student`` (bits, bytes, MACs, BitOps, and BitOps of the float model), ``onnx`` (whether
-        ``synq export`` can write the file, ONNX or that of the engine, and if not, or if not checked, why), and
-        ``layers``: one row with COLUMNS for each node of the graph, in order of execution.
+        ``synq export`` can write the file, ONNX or that of the engine, and if not, or if not checked, why), ``kernels``
+        (as `kernel_table`; empty under target research) and ``layers``: one row with COLUMNS for each node of the
+        graph, in order of execution.
+
+    Raises:
+        ValueError: As `kernel_table`.
     """
     guides, cam = bn_targets(teacher.graph), teacher.cam
     weights = [row for row in student.rows if row.role == "weight"]
@@ -79,6 +85,7 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str,
             "float_bitops": macs * FLOAT_BITS**2,
         },
         "onnx": _onnx(teacher, student, quant),
+        "kernels": kernel_table(student, quant, teacher.input_size, rules),
         "layers": _layers(teacher, student, set(guides)),
     }
 
@@ -118,6 +125,8 @@ def summary(found: dict[str, Any]) -> str:
         "float": "outputs of " + ", ".join(f"{n} {kind}" for kind, n in floats.items()) if floats else "nothing",
         file: found["onnx"]["reason"] or "every operation can be exported",
     }
+    if line := kernel_summary(found["kernels"]):
+        lines["kernels"] = line
     return "".join(f"{name:<10} {text}\n" for name, text in lines.items())
 
 

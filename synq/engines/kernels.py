@@ -26,11 +26,21 @@ def check_kernels(program: Program) -> None:
     Raises:
         ValueError: If it has none; the message names all such layers.
     """
-    find = {"litert": _without_litert_kernel, "executorch": _without_executorch_kernel}.get(program.target)
-    found = [] if find is None else [(step, find(program, step)) for step in program.steps]
-    lines = list(dict.fromkeys(f"`{step.layer or step.output}` is {reason}" for step, reason in found if reason))
+    found = steps_without_kernel(program)
+    lines = list(
+        dict.fromkeys(
+            f"`{step.layer or step.output}` is {found[step.output]}" for step in program.steps if step.output in found
+        )
+    )
     if lines:
         raise ValueError(unsupported(program.target, "; ".join(lines)))
+
+
+def steps_without_kernel(program: Program) -> dict[str, str]:
+    """Return what each step is that the engine has no kernel for, and the cure, by the output of the step."""
+    find = {"litert": _without_litert_kernel, "executorch": _without_executorch_kernel}.get(program.target)
+    found = {} if find is None else {step.output: find(program, step) for step in program.steps}
+    return {output: reason for output, reason in found.items() if reason}
 
 
 def unsupported(target: str, found: str) -> str:

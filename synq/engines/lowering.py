@@ -14,15 +14,25 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from synq.engines.aten.arithmetic import ARITHMETIC
-from synq.engines.aten.capture import Captured, capture, layer_of, markers, nodes_in_order
+from synq.engines.aten.capture import BATCH, Captured, capture, layer_of, markers, nodes_in_order
 from synq.engines.aten.layers import LayerWeight, batch_norm, convolution, dense
 from synq.engines.aten.moves import MOVES
 from synq.engines.aten.pointwise import POINTWISE
 from synq.engines.aten.pools import POOLS
-from synq.engines.aten.symbols import Builder, Call, Codes, Pending, Symbol, made, quantized_image
+from synq.engines.aten.symbols import (
+    UNIT,
+    Builder,
+    Call,
+    Codes,
+    OperatorRejectedError,
+    Pending,
+    Symbol,
+    made,
+    quantized_image,
+)
 from synq.engines.checks import validate
 from synq.engines.kernels import check_kernels
-from synq.engines.program import Convolution, Elementwise, Grid, Pad, Program, Step, Sum
+from synq.engines.program import Convolution, Elementwise, Grid, Pad, Program, Rejected, Step, Sum
 from synq.network.aten_groups import CONSTANTS
 from synq.quant.fake_quant import SCALE_EPS
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer
@@ -58,15 +68,51 @@ def lower(net: fx.GraphModule, target: str, input_size: tuple[int, int, int], *,
     Raises:
         ValueError: If an operation has no integer form, or the engine no kernel, or a range has not been observed.
     """
+    program, _ = _lowered(net, target, input_size, largest_code, survey=False)
+    validate(program)
+    check_kernels(program)
+    return program
+
+
+@torch.no_grad()
+def survey(
+    net: fx.GraphModule, target: str, input_size: tuple[int, int, int], *, largest_code: int = 127
+) -> tuple[Program, str]:
+    """Return the steps of a student for an engine with those that have no form among them, as `Rejected`.
+
+    Args:
+        net: As for `lower`; so are the other arguments.
+        target: See there.
+        input_size: See there.
+        largest_code: See there.
+
+    Returns:
+        The program, which cannot be run or written if a step is rejected, and why it ends before the logits; "" if it
+        does not.
+
+    Raises:
+        ValueError: If a range has not been observed.
+    """
+    return _lowered(net, target, input_size, largest_code, survey=True)
+
+
+def _lowered(
+    net: fx.GraphModule, target: str, input_size: tuple[int, int, int], largest_code: int, *, survey: bool
+) -> tuple[Program, str]:
     captured = capture(net, input_size)
     unobserved = [name for name, quantizer in captured.quantizers.items() if not quantizer.has_range]
     if unobserved:
         raise ValueError(f"activation ranges must be observed, but {unobserved[0]} has none: call observe_ranges first")
     builder = Builder(target=target, largest_code=largest_code)
-    lowering = _Lowering(captured, builder)
-    logits = lowering.run(input_size)
+    lowering, end = _Lowering(captured, builder, survey=survey), ""
+    try:
+        logits = lowering.run(input_size)
+    except OperatorRejectedError as error:
+        if not survey:
+            raise
+        logits, end = "", str(error)
     steps = _without_padding_steps(builder.steps, builder.shapes)
-    steps = _needed(steps, logits)
+    steps = _needed(steps, logits) if logits else steps
     steps = _with_unrounded(steps, lowering.unrounded)
     names = {IMAGE, *(step.output for step in steps)}
     program = Program(
@@ -77,16 +123,14 @@ def lower(net: fx.GraphModule, target: str, input_size: tuple[int, int, int], *,
         grids={name: grid for name, grid in builder.grids.items() if name in names},
         shapes={name: shape for name, shape in builder.shapes.items() if name in names},
     )
-    validate(program)
-    check_kernels(program)
-    return program
+    return program, end
 
 
 class _Lowering:
     """Walks over the operators of a student, with a symbol or constant for each tensor."""
 
-    def __init__(self, captured: Captured, builder: Builder) -> None:
-        self.captured, self.builder = captured, builder
+    def __init__(self, captured: Captured, builder: Builder, *, survey: bool) -> None:
+        self.captured, self.builder, self.survey = captured, builder, survey
         self.values: dict[fx.Node, Any] = {}
         self.unrounded: set[str] = set()  # values that their quantizers only clamp
 
@@ -134,9 +178,31 @@ class _Lowering:
             layer=layer_of(node),
             shapes=tuple(tuple(value.shape) for value in outputs),
         )
-        if call.name not in _LOWERINGS:
-            self.builder.reject(call, "the operator is unknown to it")
-        return _LOWERINGS[call.name](self.builder, call)
+        try:
+            if call.name not in _LOWERINGS:
+                self.builder.reject(call, "the operator is unknown to it")
+            return _LOWERINGS[call.name](self.builder, call)
+        except OperatorRejectedError as error:
+            if not self.survey:
+                raise
+            results = self._rejected(call, symbols, error)
+            return results if isinstance(node.meta["val"], list | tuple) else results[0]
+
+    def _rejected(self, call: Call, symbols: list[Symbol], error: OperatorRejectedError) -> list[Pending]:
+        """Return results in place of those of an operator without a form, so that a survey can go on after it.
+
+        Raises:
+            OperatorRejectedError: If the results are not one for each image: nothing is known of what reads them.
+        """
+        inputs = tuple(
+            symbol.name if isinstance(symbol, Codes) else self.builder.round(symbol, UNIT, symbol.template.layer).name
+            for symbol in symbols
+        )
+        step = Rejected(inputs=inputs, output="", layer=call.layer, operator=call.name, reason=error.reason)
+        if any(shape[:1] != (BATCH,) for shape in call.shapes):
+            self.builder.round(made(step, call.shapes[0]), None, call.layer)
+            raise error
+        return [made(step, shape[1:]) for shape in call.shapes]
 
     def _quantized(self, value: Any, module: str) -> Symbol:
         """Return the codes that a quantizer makes of its input."""

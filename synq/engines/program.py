@@ -172,6 +172,19 @@ class Elementwise(Limited):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rejected(Step):
+    """An operator without an integer form: only a survey lists it, no program that is run or written has it.
+
+    Attributes:
+        operator: Its name in PyTorch.
+        reason: Why it has none.
+    """
+
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Movement(Step):
     """A step that moves or chooses codes: input and output have one grid."""
 

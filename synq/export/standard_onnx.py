@@ -45,17 +45,36 @@ def standard_onnx(program: Program, *, pack_two_bits: bool = False) -> onnx.Mode
     Raises:
         ValueError: If a function has no nodes.
     """
+    return onnx_with_owners(program, pack_two_bits=pack_two_bits)[0]
+
+
+def onnx_with_owners(program: Program, *, pack_two_bits: bool = False) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """Return a program as an ONNX model, and the step that each of its nodes was written for.
+
+    Args:
+        program: As for `standard_onnx`; so is the other argument.
+        pack_two_bits: See there.
+
+    Returns:
+        The model, and the output of the step by the name of the node.
+
+    Raises:
+        ValueError: If a function has no nodes.
+    """
     if program.target == "onnxruntime":
         program = with_whole_blocks(program)
+    owners: dict[str, str] = {}
     arithmetic = ARITHMETICS[program.target](program)
     graph = QuantizedGraph({program.image: IMAGES, program.logits: LOGITS}, program.grids)
     for step in program.steps:
         rows = program.shapes[step.inputs[0]][:-1]
+        before = len(graph.nodes)
         write_step(graph, step, arithmetic, rows, pack_two_bits=pack_two_bits)
+        owners |= {node.name: step.output for node in graph.nodes[before:]}
     ends = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *program.shapes[value]])
         for name, value in ((IMAGES, program.image), (LOGITS, program.logits))
     ]
     model = graph.model("student", ends[:1], ends[1:])
     onnx.checker.check_model(model, full_check=True)
-    return model
+    return model, owners

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -52,12 +52,14 @@ class Limit:
     Attributes:
         name: Option that sets the limit, for messages.
         most: Upper bound of the sum.
+        unit: Unit of a cost that is no whole number, for messages.
         single: Cost by tensor and bit-width; missing tensors cost nothing.
         products: Terms that depend on several bit-widths.
     """
 
     name: str
     most: float
+    unit: str = ""
     single: Mapping[Key, Mapping[int, float]] = field(default_factory=dict)
     products: Sequence[Product] = ()
 
@@ -66,19 +68,30 @@ class Limit:
         products = (p.factor * chosen[p.tensor] * max(chosen[other] for other in p.others) for p in self.products)
         return sum(costs[chosen[key]] for key, costs in self.single.items()) + sum(products)
 
+    def least(self, options: Mapping[Key, Iterable[int]]) -> float:
+        """Return the lowest possible cost, with any of the possible bit-widths of each tensor."""
+        lowest = {key: min(bits) for key, bits in options.items()}
+        products = replace(self, single={}).spent(lowest)
+        return products + sum(min(costs[bits] for bits in options[key]) for key, costs in self.single.items())
+
+    def amount(self, cost: float) -> str:
+        """Return a cost as text, rounded up so that a limit of it can be met."""
+        return f"{math.ceil(cost * 1e4) / 1e4:g} {self.unit}" if self.unit else f"{math.ceil(cost)}"
+
 
 def check_limits(options: Mapping[Key, Iterable[int]], limits: Sequence[Limit]) -> None:
-    """Check that the lowest bit-width of every tensor meets all limits.
+    """Check that each limit can be met.
 
     Raises:
         ValueError: A limit cannot be met; the message has the lowest possible cost.
     """
     for limit in limits:
-        lowest = limit.spent({key: min(bits) for key, bits in options.items()})
+        lowest = limit.least(options)
         if lowest > limit.most:
+            kind = "cheapest" if limit.unit else "lowest"
             raise ValueError(
-                f"`{limit.name}` must be at least {math.ceil(lowest)}, the cost of the lowest bit-widths to choose "
-                f"from, but got {limit.most:g}"
+                f"`{limit.name}` must be at least {limit.amount(lowest)}, the cost of the {kind} bit-widths to "
+                f"choose from, but got {limit.most:g}{f' {limit.unit}' if limit.unit else ''}"
             )
 
 
@@ -91,11 +104,12 @@ def choose_bits(
 
     Args:
         losses: Finite loss by tensor and bit-width; a tensor with a fixed bit-width has one entry.
-        limits: Constraints over the tensors and bit-widths of ``losses``; no cost may decrease with more bits.
+        limits: Constraints over the tensors and bit-widths of ``losses``; costs of single tensors may rise or fall
+            with more bits.
         tied: Groups of tensors that must share a bit-width, with the same candidates.
 
     Raises:
-        ValueError: The lowest bit-widths exceed a limit.
+        ValueError: A limit cannot be met, or not all of them at once.
     """
     check_limits(losses, limits)
     found = [_Program(losses, limits, tied, scale).best() for scale in SCALES]
@@ -167,7 +181,10 @@ class _Program:
                 options={"mip_rel_gap": 0},
             )
         if found.x is None:
-            raise RuntimeError(f"the solver found no bit-widths: {found.message}")
+            names = " and ".join(f"`{limit.name}` {limit.most:g}" for limit in self.limits if limit.most < np.inf)
+            raise ValueError(
+                f"the limits must be met by one choice of bit-widths, but none meets {names} at once: raise one of them"
+            )
         return {key: next(b for b, c in self.choices[key].items() if found.x[c] > 0.5) for key in self.losses}
 
     def _choice(self, key: Key | tuple[Key, ...], options: Mapping[int, float] | Sequence[int]) -> dict[int, int]:

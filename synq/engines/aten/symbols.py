@@ -10,7 +10,7 @@ from torch import Tensor
 
 from synq.engines.aten.capture import BATCH
 from synq.engines.aten.folding import folded
-from synq.engines.program import Dequantize, Elementwise, Grid, Layer, Limited, Movement, Quantize, Step
+from synq.engines.program import Dequantize, Elementwise, Grid, Layer, Limited, Movement, Quantize, Rejected, Step
 from synq.network.aten_traits import OperatorCall
 from synq.quant.fake_quant import quantize
 
@@ -66,6 +66,23 @@ class Pending:
 
 
 Symbol = Codes | Pending
+UNIT = Grid(scale=1 / 128, zero_point=128, quant_max=255)
+"""Grid of a rejected result in a survey, where nothing rounds it: any other would do."""
+
+
+class OperatorRejectedError(ValueError):
+    """An operator has no integer form.
+
+    Attributes:
+        reason: Why, without the operator's name.
+    """
+
+    def __init__(self, target: str, call: "Call", reason: str) -> None:
+        super().__init__(
+            f"`quant.target` {target} must have an integer form of every operation, but there is none for "
+            f"{call.name} in layer {call.layer!r}: {reason}. Set `quant.target` to research, which exports any network"
+        )
+        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +128,8 @@ class Builder:
     makers: dict[str, Step] = field(default_factory=dict)
 
     def reject(self, call: Call, reason: str) -> NoReturn:
-        """Raise the ValueError of an operator without a form."""
-        raise ValueError(
-            f"`quant.target` {self.target} must have an integer form of every operation, but there is none for "
-            f"{call.name} in layer {call.layer!r}: {reason}. Set `quant.target` to research, which exports any network"
-        )
+        """Raise the error of an operator without a form."""
+        raise OperatorRejectedError(self.target, call, reason)
 
     def unique(self, wanted: str) -> str:
         """Return ``wanted``, with a number appended if a value has this name."""
@@ -170,7 +184,7 @@ class Builder:
             return symbol
         if not isinstance(symbol, Pending):
             self.reject(call, "it reads a constant tensor where it must read an activation")
-        grid = self.kept_grid(symbol)
+        grid = UNIT if isinstance(symbol.template, Rejected) else self.kept_grid(symbol)
         if grid is None:
             self.reject(call, f"it reads {type(symbol.template).__name__} {symbol.template.layer!r} before a quantizer")
         return self.round(symbol, grid, symbol.template.layer)
