@@ -10,6 +10,7 @@ from ..leaderboard.columns import PAGE_COLUMNS, TRIAL_COLUMNS, keys, page_texts
 from ..leaderboard.ranking import Ranking, Standing, read_run
 from ..leaderboard.settings import best_columns, constants_text, shown_columns
 from .headline import overall, sweep_chart
+from .latency_figures import accuracy_over_latency
 from .page import Block, Gap, Page, Tab, Table, Text
 from .run_page import run_tabs, settings_blocks
 from .study_figures import study_figures
@@ -56,7 +57,15 @@ def sweep_page(
     )
     board = leaderboard_table("leaderboard", "Leaderboard", caption, sweep, standings)
     tabs = [
-        Tab(title="Overview", blocks=[*best_table(sweep, standings), trusted, *pareto(standings)]),
+        Tab(
+            title="Overview",
+            blocks=[
+                *best_table(sweep, standings),
+                trusted,
+                *pareto(standings),
+                *accuracy_over_latency(standings),
+            ],
+        ),
         Tab(
             title="Leaderboard",
             blocks=[board if standings else Gap(title="Leaderboard", reason="no trial is completed yet")],

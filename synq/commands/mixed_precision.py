@@ -18,6 +18,7 @@ COMMON = (
 )
 EXAMPLES = """\
   %(prog)s bundled:digits_resnet8 --activations          no larger, and no more bit operations, than now
+  %(prog)s bundled:digits_resnet8 --quant.target onnxruntime --activations --latency-budget 1.02
   %(prog)s torchvision:resnet18 --max-bytes inf --max-bitops 2e10 --candidates 2 4 8"""
 
 
@@ -34,6 +35,13 @@ EXAMPLES = """\
     type=FLOAT,
     help="budget for BitOps per image (default: with --activations the BitOps at the given bits, else no budget)",
 )
+@option(
+    "--latency-budget",
+    metavar="RATIO|MS",
+    help="budget for the latency in the engine of quant.target, measured here: relative to the W8A8 file (1.05), or in "
+    "milliseconds (12ms)",
+)
+@option("--latency-threads", type=INT, default=1, help="threads of the engine for --latency-budget (default: 1)")
 @option(
     "--candidates",
     several=True,
@@ -53,6 +61,8 @@ def command(
     activations: bool,
     max_bytes: float | None,
     max_bitops: float | None,
+    latency_budget: str | None,
+    latency_threads: int,
     candidates: tuple[int, ...],
     activation_factor: float,
 ) -> None:
@@ -64,7 +74,12 @@ def command(
     weights. Tensors whose bits are set by name, or by first_bits or last_bits, keep them. Writes
     <output_dir>/<name>-mixed-precision-<digest>/: scan.csv, the KL of every tensor at every bit-width, and
     settings.json, the same run with the chosen bits in quant.layer_weight_bits and quant.layer_act_bits.
+
+    For an engine (quant.target) the bytes are those of its file, and every operation must have a form there. With
+    --latency-budget each layer is timed in the engine at each bit-width, once for a processor and engine version
+    (<output_dir>/layer-times/), and the file of the result next to those of W8A8 and float (latency.json).
     """
+    from synq.mixed_precision.latency import parse_budget
     from synq.mixed_precision.search import SearchOptions, search
 
     options = SearchOptions(
@@ -73,6 +88,7 @@ def command(
         activation_factor=activation_factor,
         max_bytes=max_bytes,
         max_bitops=max_bitops,
+        latency=None if latency_budget is None else parse_budget(latency_budget, latency_threads),
     )
     found = search(config, options)
     if found is not None:

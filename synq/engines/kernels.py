@@ -20,6 +20,16 @@ EXECUTORCH_FUNCTIONS = frozenset(
 """Functions of single values that ExecuTorch's XNNPACK backend computes."""
 
 
+def stored_weight_bits(target: str, bits: int) -> int:
+    """Return the bits that a weight takes in the file of an engine: half a byte in ONNX up to 4, else a byte.
+
+    Args:
+        target: Name of the engine.
+        bits: Bit-width, 2 to 8.
+    """
+    return 4 if target in ("onnxruntime", "openvino") and bits <= 4 else 8
+
+
 def check_kernels(program: Program) -> None:
     """Check that the engine of a program has a kernel for each of its steps. No rule depends on a range.
 

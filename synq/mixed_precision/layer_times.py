@@ -2,7 +2,7 @@
 
     milliseconds of a file  =  milliseconds of the W8A8 file  +  sum over tensors of (step at b bits - step at 8 bits)
 
-Each step is timed alone, as a file of its own, at all bit-widths in turns; the smallest of many times counts. What
+Each step is timed alone, as a separate file, at all bit-widths in turns; the smallest of many times counts. What
 differs by less than the times vary differs by nothing: engines that keep every code in a byte run the same kernel. The
 limits of codes below 8 bits are one kernel with other constants, which is timed once.
 """

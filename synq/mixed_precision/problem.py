@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from synq.config.quant import RESEARCH
 from synq.config.run import QuantConfig
+from synq.engines.kernels import stored_weight_bits
 from synq.mixed_precision.ilp import Key, Limit, Product
 from synq.network.op_traits import node_module
 from synq.quant.bit_patterns import BitPatterns, layer_names
@@ -18,7 +20,8 @@ class MixedPrecisionProblem:
 
     Args:
         student: Student built with ``quant``.
-        quant: Its bit-widths; those set by name, or for the first or last layer, are fixed.
+        quant: Its bit-widths; those set by name, or for the first or last layer, are fixed, and for an engine those of
+            activations that no layer reads.
         activations: Whether the bit-widths of activations are free, too.
 
     Attributes:
@@ -51,6 +54,9 @@ class MixedPrecisionProblem:
         self.tied = [keys for keys in reads.values() if len(keys) > 1]
         fixed = {key for key in self.as_given if self._is_named(key)}
         fixed |= {("activation", name) for name in student.at_ends}
+        if quant.target != RESEARCH:  # an engine multiplies nothing by the others: they keep the bits of a byte
+            read = {name for call in self._calls for name in call.inputs}
+            fixed |= {key for key in self.as_given if key[0] == "activation" and key[1] not in read}
         if not activations:
             fixed |= {key for key in self.as_given if key[0] == "activation"}
         while more := {key for keys in self.tied if fixed & {*keys} for key in keys} - fixed:
@@ -73,9 +79,14 @@ class MixedPrecisionProblem:
         }
 
     def bytes_limit(self, most: float | None) -> Limit:
-        """Return the limit on the packed size of all weights in bytes; None takes that of the given bit-widths."""
+        """Return the limit on the size of all weights in bytes; None takes that of the given bit-widths.
+
+        They are packed, or, for an engine, as its file stores them.
+        """
+        target = self.quant.target
+        stored = {b: b if target == RESEARCH else stored_weight_bits(target, b) for b in range(2, 9)}
         single: dict[Key, dict[int, float]] = {
-            ("weight", name): {bits: math.ceil(row.numel * bits / 8) for bits in range(2, 9)}
+            ("weight", name): {bits: math.ceil(row.numel * size / 8) for bits, size in stored.items()}
             for name, row in self._rows.items()
         }
         return self._limit("max-bytes", most, single, ())

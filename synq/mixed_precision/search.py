@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from synq.mixed_precision.ilp import Key, Limit
+    from synq.mixed_precision.latency import LatencyBudget
     from synq.mixed_precision.problem import MixedPrecisionProblem
     from synq.mixed_precision.sensitivity import Score
     from synq.quant.bit_patterns import Role
@@ -40,6 +41,7 @@ class SearchOptions:
         max_bytes: Maximum size of the integer weights in bytes; None takes that of the given bit-widths.
         max_bitops: Maximum number of bit operations per image; None takes that of the given bit-widths if activations
             are chosen, else sets no limit.
+        latency: Latency in the engine of the target; None sets no limit and measures nothing.
     """
 
     candidates: list[int]
@@ -47,6 +49,7 @@ class SearchOptions:
     activation_factor: float
     max_bytes: float | None
     max_bitops: float | None
+    latency: "LatencyBudget | None" = None
 
     def __post_init__(self) -> None:
         for bits in self.candidates:
@@ -60,7 +63,8 @@ def search(config: RunConfig, options: SearchOptions) -> tuple[Path, str] | None
     """Choose the bit-width of each tensor; write the sensitivity scan and the resulting settings.
 
     Writes to <output_dir>/<name>-mixed-precision-<digest>/: scan.csv, every tensor at every bit-width, and
-    settings.json, the same run with the chosen bit-widths in `quant.layer_weight_bits` and `quant.layer_act_bits`. The
+    settings.json, the same run with the chosen bit-widths in `quant.layer_weight_bits` and `quant.layer_act_bits`; with
+    a latency budget also latency.json, the measured time of every step, and of the file next to the predicted one. The
     synthetic images are made first if they are not stored yet. The main process scans and writes; other processes only
     take part in the synthesis.
 
@@ -72,17 +76,25 @@ def search(config: RunConfig, options: SearchOptions) -> tuple[Path, str] | None
         The settings file, and the scan with its sums as a table; None in all processes but the main one.
 
     Raises:
-        ValueError: No bit-width is free, or the limits cannot be met.
+        ValueError: No bit-width is free, the limits cannot be met, or an operation has no form in the engine.
     """
+    import torch
+
+    from synq.engines.deployed import check_deployable
     from synq.mixed_precision.ilp import check_limits, choose_bits
+    from synq.mixed_precision.latency import latency_format, latency_lines, measure_latency
     from synq.mixed_precision.problem import MixedPrecisionProblem
     from synq.pipeline import prepare
     from synq.quant.student import build_student
-    from synq.runtime import make_accelerator
+    from synq.runtime import make_accelerator, place
+    from synq.synthesis.run_sets import low_pass
     from synq.teacher.teacher import load_teacher
 
+    if options.latency is not None:
+        latency_format(config.quant)
     accelerator, teacher = make_accelerator(config.runtime), load_teacher(config.teacher)
     student = build_student(teacher, config.quant)
+    check_deployable(student.net, config.quant, teacher.input_size)
     problem = MixedPrecisionProblem(student, config.quant, activations=options.activations)
     if not problem.free:
         raise ValueError(
@@ -97,7 +109,17 @@ def search(config: RunConfig, options: SearchOptions) -> tuple[Path, str] | None
     bit_widths = sorted({*options.candidates, *(problem.as_given[key] for key in problem.free)})
     if not accelerator.is_main_process:  # the main process alone shows the progress of the scan
         config = replace(config, runtime=replace(config.runtime, progress=False))
-    scores = _scan(config, teacher, train_set.images, bit_widths, accelerator.device, activations=options.activations)
+    images = low_pass(train_set.images[: config.quant.calib_images], config, pixel_range=teacher.pixel_range())
+    measured = None
+    if options.latency is not None and accelerator.is_main_process:  # before the scan: a limit may be out of reach
+        possible = {
+            key: sorted({*bits, problem.as_given[key]})
+            for key, bits in problem.bits_options(options.candidates).items()
+        }
+        measured = measure_latency(config, teacher, images, possible, options.latency)
+        limits.append(measured.limit())
+        check_limits(problem.bits_options(options.candidates), limits)
+    scores = _scan(config, teacher, images, bit_widths, accelerator.device, activations=options.activations)
     if not accelerator.is_main_process:
         return None
 
@@ -118,7 +140,13 @@ def search(config: RunConfig, options: SearchOptions) -> tuple[Path, str] | None
     ]
     write_text_atomic(folder / "scan.csv", to_csv(rows, COLUMNS))
     write_json_atomic(folder / "settings.json", config_to_dict(found))
-    return folder / "settings.json", _table(problem, kls, losses, chosen, bit_widths, limits)
+    table = _table(problem, kls, losses, chosen, bit_widths, limits)
+    if measured is not None:
+        place(teacher.graph, config.runtime, torch.device("cpu"), teacher.input_size)
+        latency = measured.report(found, teacher, images, chosen)
+        write_json_atomic(folder / "latency.json", latency)
+        table += "".join(f"{line}\n" for line in latency_lines(latency))
+    return folder / "settings.json", table
 
 
 def _scan(
@@ -136,12 +164,9 @@ def _scan(
     from synq.quant.prepare import prepare_student
     from synq.quant.student import build_student
     from synq.runtime import dtype_of, place
-    from synq.synthesis.run_sets import low_pass
 
     quant = config.quant
-    images = low_pass(images[: quant.calib_images], config, pixel_range=teacher.pixel_range()).to(
-        device, dtype_of(config.runtime)
-    )
+    images = images.to(device, dtype_of(config.runtime))
     place(teacher.graph, config.runtime, device, teacher.input_size)
     reference, scores = logits_of(teacher.graph, images), []
     ranges = {name: getattr(quant, name) for name in ("weight_range", "act_range", "mse_norm", "calib_images")}
@@ -177,7 +202,7 @@ def _table(
     ]
     for label, choice in (("now", problem.as_given), ("chosen", chosen)):
         total = sum(by_bits[choice[key]] for key, by_bits in losses.items() if choice[key] in by_bits)
-        size, bitops = (limit.spent(choice) for limit in limits)
+        size, bitops = (limit.spent(choice) for limit in limits[:2])
         lines.append(
             f"{label + ':':<8} their sum {total:.4g}, {size:,.0f} bytes of weights, {bitops:,.0f} bit operations"
         )
