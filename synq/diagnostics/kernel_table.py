@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 from synq.common.text_tables import Row, to_text
 from synq.config.quant import RESEARCH, TARGETS, QuantConfig
+from synq.diagnostics.published_rules import PUBLISHED, broken_rules
 from synq.engines.deployed import program_of_any_range, surveyed_program
 from synq.engines.forms import MEASURED, Runs, step_forms
-from synq.export.published_rules import PUBLISHED, broken_rules
 from synq.quant.student import Student
 
 COLUMNS = ("layer", "operation", "kernel", "runs", "weight_bits", "input_bits", "output_bits", "reason")
@@ -64,7 +64,11 @@ def kernel_table(
         return {}
     if rules:
         return _by_rules(student, quant, input_size, rules)
-    program, incomplete = surveyed_program(student.net, quant, input_size)
+    try:
+        program, incomplete = surveyed_program(student.net, quant, input_size)
+        found_steps = step_forms(program)
+    except ValueError as error:  # the network as a whole has no form: the reason is the result of an inspection
+        found_steps, incomplete = [], str(error)
     rows = [
         {
             "layer": found.layer,
@@ -77,7 +81,7 @@ def kernel_table(
             "reason": found.form.reason,
             "output": found.output,
         }
-        for found in step_forms(program)
+        for found in found_steps
     ]
     return _table(MEASURED[quant.target], rows, get_args(Runs), measured=True, incomplete=incomplete)
 
@@ -99,7 +103,7 @@ def kernel_summary(found: dict[str, Any]) -> str:
             f"{general}"
         )
     parts = [f"{counts['integer']} steps in integers", f"{counts['float']} in floats", f"{counts['rejected']} rejected"]
-    end = "; the list ends there: what follows mixes the images" if found["incomplete"] else ""
+    end = "; the list ends there, before the logits" if found["incomplete"] else ""
     return f"{', '.join(parts)} (measured in {engine}){end}"
 
 
