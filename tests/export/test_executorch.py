@@ -4,14 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 pytest.importorskip("executorch", reason="ExecuTorch is not installed (the extra `executorch`)")
 
 from support.executorch_models import differing_logits
 from support.mobile_nets import NETS, lowered
+from support.placed_students import placed
 from support.program_builder import ProgramBuilder
 from support.random_programs import random_program
-from synq.engines.program import AveragePool, Program
+from synq.engines.lowering import lower
+from synq.engines.program import AveragePool, Elementwise, Program
 from synq.engines.simulation import Simulation
 from synq.export.executorch import write_pte
 from synq.export.mobile.quantized_module import FUNCTIONS, QuantizedModule
@@ -95,3 +98,26 @@ def test_biases_beyond_24_bits() -> None:
     builder.steps[-1] = replace(step, bias=bias, weight_scale=scale)  # type: ignore[call-arg]
     program = builder.build(builder.dequantize(builder.flatten(value)), "executorch")
     assert not differing_logits(program, IMAGES)
+
+
+class _Separated(nn.Module):
+    """A layer whose activation is not its only reader, so that both are rounded; the activation limits the codes."""
+
+    def __init__(self, largest: float) -> None:
+        super().__init__()
+        self.conv, self.between, self.act = nn.Conv2d(3, 8, 3, 2, 1), nn.Identity(), nn.Hardtanh(0.0, largest)
+        self.depth, self.head = nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.between(self.conv(x)))
+        return self.head(self.act(self.between(self.depth(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("largest", [6.0, 0.3])
+def test_a_clamp_after_a_rounded_layer_is_not_fused_into_it(largest: float) -> None:
+    """XNNPACK fuses a clamp into the layer before; then that layer's own rounding is lost."""
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 16, 16)
+    program = lower(placed(_Separated(largest), (3, 16, 16), images, "executorch"), "executorch", (3, 16, 16))
+    assert any(isinstance(step, Elementwise) and step.function == "identity" for step in program.steps)
+    assert not differing_logits(program, images)

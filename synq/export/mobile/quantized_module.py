@@ -98,7 +98,12 @@ class QuantizedModule(nn.Module):
             inputs = [self._real(values[name], self.program.grids.get(name)) for name in step.inputs]
             real = self._computed(number, step, inputs)
             grid = self.program.grids.get(step.output)
-            values[step.output] = real if grid is None else _quantized(step, real, grid)
+            if grid is None:
+                values[step.output] = real
+            elif isinstance(step, Elementwise) and step.function == "identity":
+                values[step.output] = self._on_another_grid(step, real, grid)
+            else:
+                values[step.output] = _quantized(step, real, grid)
         return values[self.program.logits]
 
     def _real(self, value: Tensor, grid: Grid | None) -> Tensor:
@@ -163,6 +168,17 @@ class QuantizedModule(nn.Module):
             part if _scale(self.program.grids[name]) == _scale(grid) else self._real(_rounded(part, grid), grid)
             for name, part in zip(step.inputs, inputs, strict=True)
         ]
+
+    def _on_another_grid(self, step: Elementwise, real: Tensor, grid: Grid) -> Tensor:
+        """Return the codes of a value that is moved onto another grid and limited there, in this order.
+
+        XNNPACK fuses a clamp into the layer before it, which would then round onto the grid after the clamp only.
+        """
+        if _scale(self.program.grids[step.inputs[0]]) == _scale(grid):
+            return _quantized(step, real, grid)
+        codes = _rounded(real, grid)
+        unlimited = (step.low, step.high) == (0, OFFSET + INT8[1])
+        return codes if unlimited else _quantized(step, self._real(codes, grid), grid)
 
     def _max_pool(self, step: MaxPool, x: Tensor) -> Tensor:
         return F.max_pool2d(x, step.kernel, step.stride, step.padding[:2], step.dilation)
