@@ -63,7 +63,7 @@ KINDS = {
 
 def rows(context: Context) -> Iterable[Row]:
     """Measure every installed engine and network, or those of the context, in every case."""
-    for target in context.engines or tuple(FORMATS):
+    for target in context.engines or tuple(BITS):
         if missing := FORMATS[target].missing():
             if context.engines:
                 raise ValueError(

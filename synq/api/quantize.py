@@ -24,8 +24,8 @@ from synq.runs.record import run_folder
 from synq.synthesis.dataset import SyntheticSet
 from synq.teacher.teacher import Teacher
 
-Target = Literal["research", "onnxruntime", "openvino", "litert", "executorch"]
-InspectTarget = Literal["research", "onnxruntime", "openvino", "litert", "executorch", "tensorrt", "qnn"]
+Target = Literal["research", "onnxruntime", "openvino", "litert", "executorch", "tensorrt", "qnn"]
+InspectTarget = Target
 Device = Literal["auto", "cpu", "cuda"]
 MANY = 2**31
 """Number of training images until those of the user are counted."""
@@ -67,8 +67,9 @@ def quantize(
             bundled:digits_resnet8. None takes `teacher.spec` of `config`.
         weight_bits: Bit-width of the weights, 2 to 8; by default 4.
         act_bits: Bit-width of the activations, 2 to 8; by default 4.
-        target: Engine that is to run the student: onnxruntime (the default), openvino, litert, executorch; or research,
-            for comparison with papers. The default does not apply where `config` chooses a target, as a `RunConfig`
+        target: Engine that is to run the student: onnxruntime (the default), openvino, litert, executorch; tensorrt or
+            qnn, whose files are checked against published rules and not run; or research, for comparison with papers.
+            The default does not apply where `config` chooses a target, as a `RunConfig`
             always does.
         weights: Of a spec: a weight file, or the name of weights. "random" quantizes an untrained network on purpose.
         input_size: (C, H, W). Like mean and std, taken from timm's pretrained_cfg or an attached processor of Hugging

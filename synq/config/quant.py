@@ -7,12 +7,16 @@ from synq.config.parsing import between, one_of, require
 
 RESEARCH = "research"
 """Target of a student for no engine: `act_points` decides which tensors are quantized."""
-TARGETS = (RESEARCH, "onnxruntime", "openvino", "litert", "executorch")
+TARGETS = (RESEARCH, "onnxruntime", "openvino", "litert", "executorch", "tensorrt", "qnn")
 """Values of `QuantConfig.target`."""
+BY_RULES = ("tensorrt", "qnn")
+"""Engines that do not run here: their files keep the published rules, which are checked, and activations of 8 bits."""
 ACT_POINTS = ("relu", "inputs")
 """Values of `QuantConfig.act_points`."""
 PORTABLE_TARGETS = ("onnxruntime", "openvino")
 """Engines whose kernels for x86 add in 16 bits where a CPU has no VNNI."""
+BYTE_BITS = 8
+"""Bit-width of the activations between layers that no layer reads: an engine stores each code in a byte."""
 END_BITS = 8
 """Bit-width of the first and last layer of a student for an engine, where none is given."""
 WEIGHTS_ONLY = "last_bits=weights_only"
@@ -61,9 +65,10 @@ class QuantConfig:
     """Bit-width of the weights, 2 to 8."""
     act_bits: int = 4
     """Bit-width of the activations, 2 to 8; for an engine of those that a layer reads, others between layers have 8."""
-    target: Literal["research", "onnxruntime", "openvino", "litert", "executorch"] = "research"
+    target: Literal["research", "onnxruntime", "openvino", "litert", "executorch", "tensorrt", "qnn"] = "research"
     """Engine that is to run the student. It decides which activations are quantized (every tensor that depends on the
-    image) and makes weights symmetric. research: act_points decides, weights are asymmetric."""
+    image) and makes weights symmetric. research: act_points decides, weights are asymmetric. Files for tensorrt and qnn
+    are checked against the published rules of these engines, not run in them."""
     portable: bool = False
     """Whether weight codes stay within +-64 except in depthwise layers, so that x86 CPUs without VNNI, whose kernels
     add in 16 bits, compute the same (target onnxruntime or openvino)."""
@@ -124,6 +129,11 @@ class QuantConfig:
             place = f"be left out for target {self.target}, which quantizes every tensor that depends on the image"
             require("quant.act_points", place, self.act_points, self.act_points == "relu")
             require("quant.last_bits_for_input", place, self.last_bits_for_input, self.last_bits_for_input)
+        if self.target in BY_RULES:
+            rule = f"be 8 for target {self.target}, which has integer kernels for no fewer bits"
+            acts = {name: bits for name, bits in bit_widths.items() if "weight" not in name}
+            for name, bits in acts.items():
+                require(f"quant.{name}", rule, bits, bits == BYTE_BITS)
         if self.portable and self.target not in PORTABLE_TARGETS:
             engines = " or ".join(PORTABLE_TARGETS)
             raise ValueError(

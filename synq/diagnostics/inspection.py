@@ -5,7 +5,7 @@ from typing import Any
 from torch import fx
 
 from synq.common.text_tables import Row
-from synq.config.quant import ACT_POINTS, RESEARCH, protocol_label
+from synq.config.quant import ACT_POINTS, BY_RULES, RESEARCH, protocol_label
 from synq.config.run import QuantConfig
 from synq.diagnostics.kernel_table import kernel_summary, kernel_table
 from synq.engines.deployed import check_deployable
@@ -123,11 +123,17 @@ def summary(found: dict[str, Any]) -> str:
             f"({student['bitops'] / student['float_bitops']:.3f} of float)"
         ),
         "float": "outputs of " + ", ".join(f"{n} {kind}" for kind, n in floats.items()) if floats else "nothing",
-        file: found["onnx"]["reason"] or "every operation can be exported",
+        file: found["onnx"]["reason"] or f"every operation can be exported{_checked_note(student['act_points'])}",
     }
     if line := kernel_summary(found["kernels"]):
         lines["kernels"] = line
     return "".join(f"{name:<10} {text}\n" for name, text in lines.items())
+
+
+def _checked_note(points: str) -> str:
+    return (
+        "; the file is checked against the published rules of the engine, not run in it" if points in BY_RULES else ""
+    )
 
 
 def _onnx(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def _faults(program: Program, step: Step, known: set[str]) -> Iterator[str]:
     elif isinstance(step, Movement):
         if any(given != grid for given in inputs):
             yield f"keep the grid, but reads {inputs[0]} and makes {grid}"
-    elif any(given is None for given in inputs):
+    elif any(given is None for place, given in enumerate(inputs) if not _is_fused(step, place)):
         yield "read codes, but reads floats"
     if isinstance(step, Dequantize) and grid is not None:
         yield "make floats"
@@ -70,6 +70,11 @@ def _faults(program: Program, step: Step, known: set[str]) -> Iterator[str]:
         yield "leave the axis of the images alone"
     if isinstance(step, Layer):
         yield from _layer_faults(program, step)
+
+
+def _is_fused(step: Step, place: int) -> bool:
+    """Return whether a step is a sum into which the engine fuses the layer that makes its input."""
+    return isinstance(step, Sum) and step.unrounded == place
 
 
 def _layer_faults(program: Program, step: Layer) -> Iterator[str]:

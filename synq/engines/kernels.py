@@ -1,11 +1,13 @@
 """Steps for which an engine has no integer kernel that computes what was measured, found before anything is trained.
 
-ONNX Runtime and OpenVINO have a form for every step of a program. LiteRT (2.3) and ExecuTorch (1.5) do not:
+ONNX Runtime and OpenVINO have a form for every step of a program. LiteRT (2.3) and ExecuTorch (1.5) do not, and files
+for TensorRT and QNN have no tables of codes:
 
     LiteRT        linear layers on more than 3 axes; products of values with different numbers of axes; dilated maximum
                   pools; average pools that leave out a padding other than SAME
     ExecuTorch    average pools that leave out their padding; maximum pools with an uneven padding, or one above half
                   their window; functions that XNNPACK does not have
+    TensorRT, QNN functions that are no operation of ONNX of which the engine documents a kernel
 """
 
 from synq.engines.program import AveragePool, Dense, Elementwise, MaxPool, Product, Program, Step
@@ -18,6 +20,16 @@ EXECUTORCH_FUNCTIONS = frozenset(
     }
 )
 """Functions of single values that ExecuTorch's XNNPACK backend computes."""
+STANDARD_FUNCTIONS = {
+    "tensorrt": frozenset(
+        ("identity", "affine", "leaky_relu", "sigmoid", "hardsigmoid", "hardswish", "silu", "gelu", "gelu_tanh", "tanh")
+    ),
+    "qnn": frozenset(
+        ("identity", "affine", "leaky_relu", "sigmoid", "hardsigmoid", "hardswish", "silu", "gelu", "tanh")
+    ),
+}
+"""Functions of single values that files for engines which are not run here may have: operations of ONNX that the
+documents of the engine list."""
 
 
 def stored_weight_bits(target: str, bits: int) -> int:
@@ -27,7 +39,7 @@ def stored_weight_bits(target: str, bits: int) -> int:
         target: Name of the engine.
         bits: Bit-width, 2 to 8.
     """
-    return 4 if target in ("onnxruntime", "openvino") and bits <= 4 else 8
+    return 4 if target in ("onnxruntime", "openvino", "qnn") and bits <= 4 else 8
 
 
 def check_kernels(program: Program) -> None:
@@ -48,7 +60,12 @@ def check_kernels(program: Program) -> None:
 
 def steps_without_kernel(program: Program) -> dict[str, str]:
     """Return what each step is that the engine has no kernel for, and the cure, by the output of the step."""
-    find = {"litert": _without_litert_kernel, "executorch": _without_executorch_kernel}.get(program.target)
+    find = {
+        "litert": _without_litert_kernel,
+        "executorch": _without_executorch_kernel,
+        "tensorrt": _without_standard_kernel,
+        "qnn": _without_standard_kernel,
+    }.get(program.target)
     found = {} if find is None else {step.output: find(program, step) for step in program.steps}
     return {output: reason for output, reason in found.items() if reason}
 
@@ -92,4 +109,16 @@ def _without_executorch_kernel(program: Program, step: Step) -> str:
             return f"a maximum pool with the padding {step.padding}: pad evenly, at most half of the window"
     if isinstance(step, AveragePool) and any(step.padding) and not step.count_padding:
         return "an average pool that leaves out its padding: set count_include_pad=True"
+    return ""
+
+
+def _without_standard_kernel(program: Program, step: Step) -> str:
+    """Return what a step is that TensorRT or QNN documents no kernel for, and the cure; "" for any other step."""
+    known = STANDARD_FUNCTIONS[program.target]
+    if isinstance(step, Elementwise) and step.function not in known:
+        return f"the function {step.function}: use one of {', '.join(sorted(known))}"
+    if program.target == "qnn" and isinstance(step, Elementwise) and step.function == "affine":
+        factor, offset = step.arguments.get("factor", 1.0), step.arguments.get("offset", 0.0)
+        if factor != 1.0 and offset != 0.0:
+            return "a product with a constant and a sum with another: quantize in between, or fold them into a layer"
     return ""

@@ -60,7 +60,7 @@ def lower(net: fx.GraphModule, target: str, input_size: tuple[int, int, int], *,
 
     Args:
         net: Network of a ``Student`` whose quantizers were placed for ``target``, with observed ranges.
-        target: Name of the engine: onnxruntime, openvino, litert or executorch.
+        target: Name of the engine, one of `synq.config.quant.TARGETS`.
         input_size: (C, H, W) of one image.
         largest_code: Weight code of batch norms that become layers, 1..127: 64 where sums of two products must fit into
             16 bits.
@@ -113,7 +113,8 @@ def _lowered(
         logits, end = "", str(error)
     steps = _without_padding_steps(builder.steps, builder.shapes)
     steps = _needed(steps, logits) if logits else steps
-    steps = _with_unrounded(steps, lowering.unrounded)
+    floats = {step.output for step in steps if isinstance(step, Convolution) and step.output not in builder.grids}
+    steps = _with_unrounded(steps, lowering.unrounded | floats)
     names = {IMAGE, *(step.output for step in steps)}
     program = Program(
         target=target,
@@ -256,7 +257,7 @@ def _needed(steps: list[Step], logits: str) -> list[Step]:
 
 
 def _with_unrounded(steps: list[Step], clamped: set[str]) -> list[Step]:
-    """Mark the input of each sum that is fused into it, and therefore limited but not rounded.
+    """Mark the input of each sum that is fused into it, and therefore limited but not rounded, or in floats.
 
     Raises:
         ValueError: If another step than one sum reads such a value.

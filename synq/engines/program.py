@@ -118,8 +118,8 @@ class Sum(Limited):
     """Sum of two values of one shape.
 
     Attributes:
-        unrounded: Position of the input that the engine fuses into the sum, limited but not rounded (OpenVINO); None
-            where both are rounded.
+        unrounded: Position of the input that the engine fuses into the sum: limited but not rounded (OpenVINO), or in
+            floats (TensorRT); None where both are rounded.
     """
 
     unrounded: int | None = None

@@ -38,6 +38,7 @@ from synq.engines.program import (
     Sum,
     Transpose,
 )
+from synq.engines.standard_arithmetic import StandardArithmetic
 from synq.engines.xnnpack_arithmetic import XnnpackArithmetic
 
 ARITHMETICS: dict[str, Callable[[Program], Arithmetic]] = {
@@ -45,6 +46,8 @@ ARITHMETICS: dict[str, Callable[[Program], Arithmetic]] = {
     "openvino": OpenVinoArithmetic,
     "litert": XnnpackArithmetic,
     "executorch": XnnpackArithmetic,
+    "tensorrt": StandardArithmetic,
+    "qnn": StandardArithmetic,
 }
 """Arithmetic of each target."""
 

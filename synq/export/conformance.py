@@ -1,7 +1,8 @@
 """Published rules of TensorRT and of QNN's HTP for Q/DQ graphs, checked on an ONNX file.
 
-Neither engine runs here: TensorRT needs an NVIDIA GPU, HTP a Qualcomm processor. A file without violations has the form
-that the documents ask for; that the engine builds it, is fast or returns the student's logits has not been measured.
+Neither engine runs here: TensorRT needs an NVIDIA GPU, HTP a Qualcomm processor. Students of the targets tensorrt and
+qnn have files that keep all rules. A file without violations has the form that the documents ask for; that the engine
+builds it, is fast or returns the student's logits has not been measured.
 
 TensorRT ("Working with Quantized Types" of the TensorRT developer guide; ``docs/operators.md`` of onnx-tensorrt):
 

@@ -14,6 +14,9 @@ OpenVINO 2026.4.1):
 - Depthwise convolutions have a multiple of 16 channels: for ONNX Runtime, others get channels of zeros.
 - MaxPool, Reshape and other movements are between DequantizeLinear and QuantizeLinear of one grid, Pad is on codes.
 
+Files for TensorRT and QNN have the forms of their published rules (`synq.export.conformance`) instead: no operation on
+codes, INT8 and float biases for the one, a batch of 1 for the other.
+
 The graph computes the program in the order of its steps; `OnnxRuntimeArithmetic` is what ONNX Runtime makes of it.
 """
 
@@ -22,7 +25,7 @@ from onnx import TensorProto, helper
 
 from synq.engines.program import Program
 from synq.engines.simulation import ARITHMETICS
-from synq.export.qdq.graph import QuantizedGraph
+from synq.export.qdq.graph import FORMS, QdqForm, QuantizedGraph
 from synq.export.qdq.padded_channels import with_whole_blocks
 from synq.export.qdq.steps import write_step
 from synq.export.verify import IMAGES
@@ -39,8 +42,8 @@ def standard_onnx(program: Program, *, pack_two_bits: bool = False) -> onnx.Mode
         pack_two_bits: Store weights of 2 bits in a quarter of a byte; INT4, half a byte, is the standard type.
 
     Returns:
-        A model ``images`` float32 (N, C, H, W) -> ``logits`` float32 (N, K), with a dynamic N and the lowest operator
-        set that has its operations and types (21 with INT4).
+        A model ``images`` float32 (N, C, H, W) -> ``logits`` float32 (N, K), with a dynamic N (1 for QNN) and the
+        lowest operator set that has its operations and types (21 with INT4).
 
     Raises:
         ValueError: If a function has no nodes.
@@ -65,14 +68,15 @@ def onnx_with_owners(program: Program, *, pack_two_bits: bool = False) -> tuple[
         program = with_whole_blocks(program)
     owners: dict[str, str] = {}
     arithmetic = ARITHMETICS[program.target](program)
-    graph = QuantizedGraph({program.image: IMAGES, program.logits: LOGITS}, program.grids)
+    form = FORMS.get(program.target, QdqForm())
+    graph = QuantizedGraph({program.image: IMAGES, program.logits: LOGITS}, program.grids, form)
     for step in program.steps:
         rows = program.shapes[step.inputs[0]][:-1]
         before = len(graph.nodes)
         write_step(graph, step, arithmetic, rows, pack_two_bits=pack_two_bits)
         owners |= {node.name: step.output for node in graph.nodes[before:]}
     ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *program.shapes[value]])
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [form.batch or "N", *program.shapes[value]])
         for name, value in ((IMAGES, program.image), (LOGITS, program.logits))
     ]
     model = graph.model("student", ends[:1], ends[1:])

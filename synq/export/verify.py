@@ -177,17 +177,22 @@ def compare(
     )
 
 
-def open_session(model: bytes, threads: int = 0, optimized: Path | None = None) -> "onnxruntime.InferenceSession":
-    """Return an ONNX Runtime session on the CPU with the default graph optimizations.
+def open_session(
+    model: bytes, threads: int = 0, optimized: Path | None = None, *, optimizes: bool = True
+) -> "onnxruntime.InferenceSession":
+    """Return an ONNX Runtime session on the CPU.
 
     Args:
         model: An ONNX model.
         threads: Threads within an operation; 0: the default of ONNX Runtime.
         optimized: File to which ONNX Runtime writes the optimized graph; None: none.
+        optimizes: Whether to apply the default graph optimizations; else each node runs as it is.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if not optimizes:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3  # each optimized file gets a warning that it is specific to this machine
     if threads:
         options.intra_op_num_threads = threads

@@ -99,6 +99,27 @@ def choose_symmetric_qparams(min_val: Tensor, max_val: Tensor, quant_max: int) -
     return scale, torch.zeros_like(scale, dtype=torch.int32)
 
 
+@torch.no_grad()
+def choose_centered_qparams(min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
+    """Return the scale and zero_point of a range on unsigned codes whose values are symmetric around 0.
+
+    Codes minus the zero_point are those of ``choose_symmetric_qparams``, and one more at the lower end: a range (-1, 2)
+    and codes 0..255 give the scale 2 / 127 and the zero_point 128.
+
+    Args:
+        min_val: Minimum values, any shape.
+        max_val: Maximum values, same shape.
+        quant_min: Smallest code, 0.
+        quant_max: Largest code, 2^bits - 1.
+
+    Returns:
+        ``(scale, zero_point)`` as ``choose_qparams``.
+    """
+    largest = (quant_max - quant_min) // 2
+    scale, zero_point = choose_symmetric_qparams(min_val, max_val, largest)
+    return scale, zero_point + quant_max - largest
+
+
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None = None
 ) -> Tensor:

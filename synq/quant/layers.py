@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synq.quant.fake_quant import SCALE_EPS, choose_qparams, fake_quantize, quant_bounds, quantize
+from synq.quant.fake_quant import (
+    SCALE_EPS,
+    choose_centered_qparams,
+    choose_qparams,
+    fake_quantize,
+    quant_bounds,
+    quantize,
+)
 from synq.quant.lsq import clamp_to_grid, fake_quantize_learned, gradient_factor
 from synq.quant.observers import minmax_per_channel, weight_qparams
 
@@ -122,7 +129,7 @@ class WeightQuantizer(nn.Module):
 
 
 class ActQuantizer(nn.Module):
-    """Per-tensor asymmetric fake quantization of an activation with a static range. Codes are unsigned.
+    """Per-tensor fake quantization of an activation with a static range, asymmetric or symmetric. Codes are unsigned.
 
     Args:
         bits: Bit-width, 2..8.
@@ -130,6 +137,7 @@ class ActQuantizer(nn.Module):
         rounded: False only clamps to the values of the smallest and largest code, as an engine does that fuses a layer
             into the sum that reads it.
         headroom: Factor by which the range exceeds the observed one, >= 1.
+        symmetric: Whether the zero_point is 2^(bits-1), so that codes minus it are signed with zero point 0.
 
     Raises:
         RuntimeError: In forward, if no range has been set.
@@ -138,9 +146,16 @@ class ActQuantizer(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, bits: int, learned: bool = False, rounded: bool = True, headroom: float = 1.0) -> None:
+    def __init__(
+        self,
+        bits: int,
+        learned: bool = False,
+        rounded: bool = True,
+        headroom: float = 1.0,
+        symmetric: bool = False,
+    ) -> None:
         super().__init__()
-        self.bits, self.rounded, self.headroom = bits, rounded, headroom
+        self.bits, self.rounded, self.headroom, self.symmetric = bits, rounded, headroom, symmetric
         self.quant_min, self.quant_max = quant_bounds(bits, signed=False)
         self.enabled = True
         self.learned = learned
@@ -149,7 +164,7 @@ class ActQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_range(self, low: float, high: float) -> None:
-        """Set scale and zero_point for the range [min(low, 0), max(high, 0)].
+        """Set scale and zero_point for the range [min(low, 0), max(high, 0)], or the symmetric one that includes it.
 
         Raises:
             ValueError: If a bound is not finite.
@@ -157,7 +172,8 @@ class ActQuantizer(nn.Module):
         bounds = torch.tensor([low, high], dtype=torch.float32)
         if not bool(torch.isfinite(bounds).all()):
             raise ValueError(f"activation range must be finite, but got [{low}, {high}]")
-        scale, zero_point = choose_qparams(bounds[0], bounds[1], self.quant_min, self.quant_max)
+        choose = choose_centered_qparams if self.symmetric else choose_qparams
+        scale, zero_point = choose(bounds[0], bounds[1], self.quant_min, self.quant_max)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         self.has_range = True
@@ -196,7 +212,12 @@ class ActQuantizer(nn.Module):
         return clamp_to_grid(x.relu() if rectified else x, scale.float(), self.zero_point, *bounds, grad_factor)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}" + (", learned" if self.learned else "") + ("" if self.rounded else ", not rounded")
+        return (
+            f"bits={self.bits}"
+            + (", learned" if self.learned else "")
+            + ("" if self.rounded else ", not rounded")
+            + (", symmetric" if self.symmetric else "")
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]

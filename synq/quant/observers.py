@@ -11,7 +11,13 @@ import math
 import torch
 from torch import Tensor
 
-from synq.quant.fake_quant import choose_qparams, choose_symmetric_qparams, fake_quantize, quant_bounds
+from synq.quant.fake_quant import (
+    choose_centered_qparams,
+    choose_qparams,
+    choose_symmetric_qparams,
+    fake_quantize,
+    quant_bounds,
+)
 
 _HISTC_CHUNK = 2**23
 """Number of elements per call: histc counts in the dtype of its input, and float32 counts only up to 2^24 per bin."""
@@ -131,7 +137,13 @@ class HistogramObserver:
 
 
 def _quantization_errors(
-    values: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, bounds: tuple[int, int], norm: float
+    values: Tensor,
+    weights: Tensor,
+    lows: Tensor,
+    highs: Tensor,
+    bounds: tuple[int, int],
+    norm: float,
+    symmetric: bool,
 ) -> Tensor:
     """Return sum_b weights_b |v_b - fake_quantize(v_b)|^norm for each of M ranges.
 
@@ -142,11 +154,13 @@ def _quantization_errors(
         highs: Upper bounds of the ranges, (M,).
         bounds: (quant_min, quant_max).
         norm: Exponent p > 0.
+        symmetric: Whether the grids are those of ``choose_centered_qparams``.
 
     Returns:
         (M,).
     """
-    scale, zero_point = choose_qparams(lows, highs, *bounds)
+    choose = choose_centered_qparams if symmetric else choose_qparams
+    scale, zero_point = choose(lows, highs, *bounds)
     rows = max(1, 2**17 // len(values))  # a block that fits into the CPU cache
     parts = []
     for s, z in zip(scale.split(rows), zero_point.split(rows), strict=True):
@@ -158,7 +172,14 @@ def _quantization_errors(
 
 @torch.no_grad()
 def mse_range(
-    counts: Tensor, bin_min: float, bin_max: float, quant_min: int, quant_max: int, norm: float = 2.4
+    counts: Tensor,
+    bin_min: float,
+    bin_max: float,
+    quant_min: int,
+    quant_max: int,
+    norm: float = 2.4,
+    *,
+    symmetric: bool = False,
 ) -> tuple[float, float]:
     """Return the range (lo, hi) that minimizes sum_b counts_b |c_b - q(c_b; lo, hi)|^norm, c_b the center of bin b.
 
@@ -174,9 +195,10 @@ def mse_range(
         quant_min: Smallest code.
         quant_max: Largest code.
         norm: Exponent p > 0. 2 is the mean squared error; a larger exponent clips less.
+        symmetric: Whether the grid is that of ``choose_centered_qparams``; of the range only the larger bound matters.
 
     Returns:
-        ``(lo, hi)`` with lo <= 0 <= hi, the arguments of ``choose_qparams``.
+        ``(lo, hi)`` with lo <= 0 <= hi, the arguments of ``choose_qparams`` or ``choose_centered_qparams``.
 
     Raises:
         ValueError: If ``norm`` is not positive.
@@ -206,7 +228,13 @@ def mse_range(
         shrink_high = grid_high if high > 0 else torch.ones(1)
         pairs = torch.cartesian_prod(shrink_low, shrink_high)
         errors = _quantization_errors(
-            values, weights, pairs[:, 0] * (low / unit), pairs[:, 1] * (high / unit), (quant_min, quant_max), norm
+            values,
+            weights,
+            pairs[:, 0] * (low / unit),
+            pairs[:, 1] * (high / unit),
+            (quant_min, quant_max),
+            norm,
+            symmetric,
         )
         index = int(errors.argmin())
         if float(errors[index]) < best_error:

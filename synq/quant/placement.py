@@ -9,7 +9,8 @@ An engine runs on integers, so every tensor that depends on the image is put on 
     max pool, reshape, slice, pad, transpose, nearest resize    none: values of one tensor, on its grid
 
 Each element of a chain is the only reader of the one before. The logits of a linear layer stay float where the engine
-returns floats. OpenVINO fuses a convolution into the sum that reads it, which clamps and does not round its output.
+returns floats. OpenVINO fuses a convolution into the sum that reads it, which clamps and does not round its output;
+TensorRT fuses one whose output is no point.
 """
 
 from collections.abc import Iterable
@@ -18,20 +19,23 @@ from dataclasses import dataclass
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from synq.config.quant import QuantConfig
+from synq.config.quant import BYTE_BITS, QuantConfig
 from synq.network.op_traits import OpKind, is_activation, is_passive, node_module, traits_of, value_inputs
 from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import BitPatterns
 
-FLOAT_LOGITS = ("onnxruntime", "openvino")
+FLOAT_LOGITS = ("onnxruntime", "openvino", "tensorrt")
 """Engines that return the logits of a linear layer in float, from its integer sums."""
-BYTE_BITS = 8
-"""Bit-width of the activations between layers that no layer reads."""
 LOGITS_HEADROOM = 2.0
 """Factor by which the range of logits on a grid exceeds that of the synthetic images. Real images reach beyond it, and
 clipped logits are equal: a CIFAR-100 ResNet-20 lost 15 points at W8A8 without (docs/results/LOG.md)."""
 FUSING_SUMS = ("openvino",)
 """Engines that fuse a convolution into the sum that reads it, and clamp its output without rounding it."""
+FLOAT_BRANCHES = ("tensorrt",)
+"""Engines that fuse a convolution into the sum that reads it if its output is in float: only the other branch is
+quantized."""
+SYMMETRIC_ACTIVATIONS = ("tensorrt",)
+"""Engines whose activations are INT8 with zero point 0."""
 
 Chain = tuple[fx.Node, ...]
 """Nodes that an engine computes in one step, each the only reader of the one before; the last one is quantized."""
@@ -47,6 +51,7 @@ class Point:
         rounded: Whether it is rounded to its grid, else only clamped to the grid's range.
         at_end: Whether its bit-width is that of the first or last layer, by its place.
         headroom: Factor by which its range exceeds the observed one.
+        symmetric: Whether the values of its grid are symmetric around 0.
     """
 
     chain: Chain
@@ -54,6 +59,7 @@ class Point:
     rounded: bool = True
     headroom: float = 1.0
     at_end: bool = False
+    symmetric: bool = False
 
     @property
     def node(self) -> fx.Node:
@@ -82,6 +88,8 @@ def target_points(net: fx.GraphModule, layers: list[fx.Node], quant: QuantConfig
     read_by = {node: grid_source(tensor_inputs(node)[0], chains) for node in layers}
     read, inputs = {*read_by.values()}, {read_by[node] for node in layers if node.target == layers[-1].target}
     floats = {logits_chain(net, chains)} if quant.target in FLOAT_LOGITS else set()
+    if quant.target in FLOAT_BRANCHES:
+        floats |= {chains[node] for node in unrounded(net, chains) if not is_rectifier(node)}
     clamped = unrounded(net, chains) if quant.target in FUSING_SUMS else set()
     output = next(node for node in net.graph.nodes if node.op == "output")
     logits = grid_source(value_inputs(output)[0], chains)
@@ -98,6 +106,7 @@ def target_points(net: fx.GraphModule, layers: list[fx.Node], quant: QuantConfig
                 rounded=node not in clamped,
                 headroom=LOGITS_HEADROOM if node is logits else 1.0,
                 at_end=by_name is None and by_place is not None,
+                symmetric=quant.target in SYMMETRIC_ACTIVATIONS,
             )
         )
     return points

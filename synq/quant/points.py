@@ -25,6 +25,7 @@ class QuantizedTensor:
         rounded: Whether it is rounded to its grid, else only clamped to the grid's range.
         at_end: Whether its bit-width is that of the first or last layer, by its place.
         headroom: Factor by which its range exceeds the observed one.
+        symmetric: Whether the values of its grid are symmetric around 0.
     """
 
     bits: int
@@ -32,6 +33,7 @@ class QuantizedTensor:
     rounded: bool = True
     headroom: float = 1.0
     at_end: bool = False
+    symmetric: bool = False
 
 
 def quantized_activations(
@@ -102,6 +104,7 @@ def _by_target(
             rounded=point.rounded,
             at_end=point.at_end,
             headroom=point.headroom,
+            symmetric=point.symmetric,
         )
         for point in target_points(net, layers, quant, names)
     }

@@ -91,7 +91,13 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
     bits, notes = bits_and_notes(net, quant, points)
     taps = {}
     for node, point in points.items():
-        act_quantizer = ActQuantizer(point.bits, quant.learned_steps != "none", point.rounded, point.headroom)
+        act_quantizer = ActQuantizer(
+            point.bits,
+            learned=quant.learned_steps != "none",
+            rounded=point.rounded,
+            headroom=point.headroom,
+            symmetric=point.symmetric,
+        )
         quantizer = _insert_quantizer(net, node, point.readers, act_quantizer)
         if quant.points != "inputs":
             taps[node.name] = quantizer.name
@@ -191,7 +197,7 @@ def observe_ranges(
             quantizer = net.get_submodule(name)
             assert isinstance(quantizer, ActQuantizer)
             bounds = (quantizer.quant_min, quantizer.quant_max)
-            ranges[name] = mse_range(histogram.counts, *ranges[name], *bounds, norm=norm)
+            ranges[name] = mse_range(histogram.counts, *ranges[name], *bounds, norm=norm, symmetric=quantizer.symmetric)
     for name, (low, high) in ranges.items():
         quantizer = net.get_submodule(name)
         assert isinstance(quantizer, ActQuantizer)

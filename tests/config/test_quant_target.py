@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 
-from synq.config.quant import TARGETS
+from synq.config.quant import BY_RULES, TARGETS
 from synq.config.run import QuantConfig, RunConfig, config_digest, config_to_dict, with_overrides
 from synq.runs.record import RunRecord, run_protocol
 
 ENGINES = [target for target in TARGETS if target != "research"]
+DIGESTS = ["c6fd6bb4c38d875a", "d2e9f69462cd4760", "3965e415d6fcd34c", "8f20772a35233500", "c05ce20c8ade86b0"]
+"""Of the default configuration with each target, before there were tensorrt and qnn."""
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,19 @@ ENGINES = [target for target in TARGETS if target != "research"]
             for target in ("litert", "executorch")
         ),
         ({"target": "openvino", "weight_bits": 9}, r"`quant\.weight_bits` must be a whole number in \[2, 8\]"),
+        *(
+            (
+                {"target": target, "act_bits": 8, **bits},
+                rf"`quant\.{name}` must be 8 for target {target}, .*, but got 4",
+            )
+            for target in BY_RULES
+            for name, bits in (
+                ("act_bits", {"act_bits": 4}),
+                ("first_bits", {"first_bits": 4}),
+                ("last_bits", {"last_bits": 4}),
+                (r"layer_act_bits\.relu", {"layer_act_bits": {"relu": 4}}),
+            )
+        ),
     ],
 )
 def test_what_does_not_go_together_is_rejected_in_one_line(settings: dict[str, Any], message: str) -> None:
@@ -43,11 +58,23 @@ def test_what_does_not_go_together_is_rejected_in_one_line(settings: dict[str, A
 
 @pytest.mark.parametrize("target", ENGINES)
 def test_the_first_and_last_layer_have_eight_bits_unless_given(target: str) -> None:
-    usual = QuantConfig(target=target)  # type: ignore[arg-type]
-    assert (usual.end_bits, usual.protocol, usual.points, usual.group) == ((8, 8), "B", target, f"W4A4-{target}")
-    given = QuantConfig(target=target, first_bits=4, last_bits=4)  # type: ignore[arg-type]
-    assert (given.end_bits, given.protocol) == ((4, 4), "A")
+    act_bits = 8 if target in BY_RULES else 4
+    usual = QuantConfig(target=target, act_bits=act_bits)  # type: ignore[arg-type]
+    labels = ((8, 8), "B", target, f"W4A{act_bits}-{target}")
+    assert (usual.end_bits, usual.protocol, usual.points, usual.group) == labels
+    if target not in BY_RULES:
+        given = QuantConfig(target=target, first_bits=4, last_bits=4)  # type: ignore[arg-type]
+        assert (given.end_bits, given.protocol) == ((4, 4), "A")
     assert QuantConfig(target=target, weight_bits=8, act_bits=8).protocol == "A"  # type: ignore[arg-type]
+
+
+def test_digests_of_engines_are_those_of_earlier_versions() -> None:
+    """Further targets change no digest: finished runs are found again."""
+    found = [
+        config_digest(RunConfig(quant=QuantConfig(target=target)))  # type: ignore[arg-type]
+        for target in ("research", "onnxruntime", "openvino", "litert", "executorch")
+    ]
+    assert found == DIGESTS
 
 
 def test_research_students_have_the_labels_that_they_had() -> None:
@@ -69,6 +96,7 @@ def test_uniform_bits_keep_the_rule_and_nothing_else() -> None:
 
 def test_the_digest_knows_engines_and_research_digests_are_fixed() -> None:
     base = RunConfig()
+    base = with_overrides(base, {"quant.act_bits": 8})
     digests = {target: config_digest(with_overrides(base, {"quant.target": target})) for target in TARGETS}
     assert len({*digests.values()}) == len(TARGETS)
     assert digests["research"] == config_digest(base)

@@ -99,6 +99,36 @@ def test_a_student_for_openvino_agrees_with_its_file(tmp_path: Path, tiny_settin
     assert "in OpenVINO: the student's class for" in (folder / "export/README.md").read_text()
 
 
+@pytest.mark.parametrize(("target", "engine"), [("tensorrt", "TensorRT"), ("qnn", "QNN HTP")])
+def test_a_student_for_an_engine_that_does_not_run_here(
+    target: str,
+    engine: str,
+    tmp_path: Path,
+    tiny_settings: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Record and card name what was checked, and that nothing was run or timed in the engine."""
+    given = {"runtime.output_dir": str(tmp_path), "quant.weight_bits": 4, "quant.act_bits": 8}
+    config = with_overrides(RunConfig(), {**tiny_settings, **given, "quant.target": target})
+    run(config)
+    folder = run_folder(config)
+    assert main([str(folder), "--rounds", "2"]) == 0
+    record = read_record(folder / "record.json")
+    (file,) = record.deployment["files"]
+    assert all(found["agreement_all"] == 100 for found in file["comparisons"])
+    assert file["integer_kernels"] is None and file["latency_ms"] is None
+    assert (record.deployment["checked_for"], record.deployment["exact"]) == (engine, False)
+    assert record.deployment["conformance"][target]["violations"] == 0
+    text = (folder / "export/README.md").read_text()
+    assert f"against the published rules of {engine}, all kept; not run in it" in text
+    assert f"not measured: {engine} does not run here" in text
+    (code,) = (part.split("```")[0] for part in text.split("```python\n")[1:])
+    monkeypatch.chdir(folder / "export")
+    exec(code, {})
+    assert "[" in capsys.readouterr().out
+
+
 def test_a_run_in_float64_records_what_the_file_does(tmp_path: Path, tiny_settings: dict[str, object]) -> None:
     given = {"runtime.output_dir": str(tmp_path), "quant.target": "onnxruntime", "runtime.precision": "fp64"}
     config = with_overrides(RunConfig(), {**tiny_settings, **given})

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from support.engine_nets import float_reads
-from synq.config.quant import PORTABLE_TARGETS, TARGETS
+from synq.config.quant import BY_RULES, PORTABLE_TARGETS, TARGETS
 from synq.config.run import QuantConfig
 from synq.engines.deployed import program_of
 from synq.engines.simulation import Simulation
@@ -21,6 +21,7 @@ def engine_student(teacher: Teacher, rng: random.Random, observed: Tensor) -> tu
     """Return a student for a random engine with observed ranges, and its settings in one line."""
     target = rng.choice([name for name in TARGETS if name != "research"])
     weight_bits, act_bits, steps = rng.choice((3, 4, 8)), rng.choice((4, 8)), rng.choice(("none", "all"))
+    act_bits = 8 if target in BY_RULES else act_bits
     portable = target in PORTABLE_TARGETS and rng.random() < 0.5
     quant = QuantConfig(
         target=target,  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear, quantizers
 from synq.quant.placement import FLOAT_LOGITS, LOGITS_HEADROOM
 from synq.quant.student import observe_ranges
 
-TARGETS = ("onnxruntime", "openvino", "litert", "executorch")
+TARGETS = ("onnxruntime", "openvino", "litert", "executorch", "tensorrt", "qnn")
 
 
 @pytest.mark.parametrize("name", [name for name, (_, points) in NETS.items() if points])

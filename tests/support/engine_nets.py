@@ -12,7 +12,7 @@ from synq.config.run import QuantConfig
 from synq.network.op_traits import OpKind, is_activation, node_module, traits_of, value_inputs
 from synq.network.tracing import trace_classifier
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer
-from synq.quant.placement import FLOAT_LOGITS, step_chains
+from synq.quant.placement import FLOAT_BRANCHES, FLOAT_LOGITS, is_sum, step_chains
 from synq.quant.student import Student, observe_ranges, quantize_model
 
 SIZE = (3, 16, 16)
@@ -155,6 +155,7 @@ def float_reads(net: fx.GraphModule, target: str) -> list[str]:
             folded = traits_of(node).kind is OpKind.NORM or traits_of(node).limits is not None
             for source in sources:
                 is_float = is_activation(source) and source not in coded  # a mask, made of codes, is neither
-                if is_float and not (folded and source in inside) and node not in logits:
+                fused = target in FLOAT_BRANCHES and is_sum(node)
+                if is_float and not fused and not (folded and source in inside) and node not in logits:
                     found.append(f"{node.name} of {source.name}")
     return found

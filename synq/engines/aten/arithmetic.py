@@ -25,7 +25,7 @@ def add(builder: Builder, call: Call) -> Any:
             (second, signs[1], first, signs[0]) if _is_constant(first) else (first, signs[0], second, signs[1])
         )
         return _with_constant(builder, call, symbol, sign, other_sign * _tensor(constant))
-    operands = [builder.codes(call, operand) for operand in (first, second)]
+    operands = [builder.addend(call, operand) for operand in (first, second)]
     if operands[0] == operands[1] and signs == (1.0, -1.0):
         builder.reject(call, "it subtracts an activation from itself")
     terms = [_scaled(builder, call, codes, sign) for codes, sign in zip(operands, signs, strict=True)]

@@ -10,9 +10,21 @@ from torch import Tensor
 
 from synq.engines.aten.capture import BATCH
 from synq.engines.aten.folding import folded
-from synq.engines.program import Dequantize, Elementwise, Grid, Layer, Limited, Movement, Quantize, Rejected, Step
+from synq.engines.program import (
+    Convolution,
+    Dequantize,
+    Elementwise,
+    Grid,
+    Layer,
+    Limited,
+    Movement,
+    Quantize,
+    Rejected,
+    Step,
+)
 from synq.network.aten_traits import OperatorCall
 from synq.quant.fake_quant import quantize
+from synq.quant.placement import FLOAT_BRANCHES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +200,17 @@ class Builder:
         if grid is None:
             self.reject(call, f"it reads {type(symbol.template).__name__} {symbol.template.layer!r} before a quantizer")
         return self.round(symbol, grid, symbol.template.layer)
+
+    def addend(self, call: Call, symbol: Any) -> Codes:
+        """Return an operand of a sum: codes, or the floats of a convolution that its engine fuses into the sum.
+
+        Raises:
+            ValueError: As `codes`.
+        """
+        fusable = isinstance(symbol, Pending) and isinstance(symbol.template, Convolution)
+        if self.target in FLOAT_BRANCHES and fusable and not symbol.is_clamped and not symbol.moves:
+            return self.round(symbol, None, symbol.template.layer)
+        return self.codes(call, symbol)
 
     def kept_grid(self, pending: Pending) -> Grid | None:
         """Return the grid of the inputs if the result needs no other one: it was only clamped, or put side by side."""

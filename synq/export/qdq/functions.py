@@ -3,6 +3,7 @@
 A function of codes is one of these, in this order:
 
 - nothing, or a Clip on codes, if every code stays the same but for limits: a change of grid by a factor, a ReLU;
+- a pair of DequantizeLinear and QuantizeLinear for any other change of grid, where no operation may read codes;
 - a float operation between DequantizeLinear and QuantizeLinear, where its rounding is known (`has_kernel`);
 - a table, which Gather looks codes up in.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from synq.engines.onnxruntime_functions import has_kernel
 from synq.engines.program import Elementwise
+from synq.engines.standard_arithmetic import GATE
 from synq.export.qdq.graph import QuantizedGraph
 
 KINDS: dict[str, tuple[str, int]] = {
@@ -39,6 +41,9 @@ def write_function(graph: QuantizedGraph, step: Elementwise, table: Tensor) -> N
         table: (quant_max + 1,), the output code of each code of its input, limited.
     """
     source, name, label = step.inputs[0], graph.name(step.output), step.layer or step.output
+    if not graph.form.computes_codes:
+        _write_in_floats(graph, step, table)
+        return
     codes = torch.arange(float(len(table)))
     low, high = int(table.min()), int(table.max())
     if torch.equal(table, codes.clamp(low, high)):
@@ -56,6 +61,17 @@ def write_function(graph: QuantizedGraph, step: Elementwise, table: Tensor) -> N
         graph.node("Gather", [values, indices], name, label, axis=0)
 
 
+def _write_in_floats(graph: QuantizedGraph, step: Elementwise, table: Tensor) -> None:
+    """Append the nodes of a function for an engine that computes nothing on codes."""
+    same_grid = graph.grids.get(step.output) == graph.grids[step.inputs[0]]
+    if step.function != "identity":
+        _write_kernel(graph, step)
+    elif same_grid and torch.equal(table, torch.arange(float(len(table)))):
+        graph.rename(step.output, step.inputs[0])
+    else:
+        graph.quantize(graph.floats(step.inputs[0]), step.output, (step.low, step.high))
+
+
 def _write_kernel(graph: QuantizedGraph, step: Elementwise) -> None:
     x, name, label, limits = (
         graph.floats(step.inputs[0]),
@@ -65,6 +81,13 @@ def _write_kernel(graph: QuantizedGraph, step: Elementwise) -> None:
     )
     if step.function == "silu":
         gate = graph.node("Sigmoid", [x], graph.unique(f"{name}.gate"), f"{label}.sigmoid")
+        if graph.form.batch:  # QNN: each operation between a pair
+            pair = (
+                graph.constant(f"{name}.gate.scale", np.float32(GATE.scale)),
+                graph.constant(f"{name}.gate.zero_point", graph.code(GATE.zero_point)),
+            )
+            codes = graph.node("QuantizeLinear", (gate, *pair), graph.unique(f"{gate}.codes"), f"{gate}.quantize")
+            gate = graph.node("DequantizeLinear", (codes, *pair), graph.unique(f"{codes}.float"), f"{gate}.dequantize")
         graph.finish("Mul", [x, gate], step, limits)
     elif step.function == "affine":
         _write_affine(graph, step)

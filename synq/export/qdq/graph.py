@@ -1,10 +1,12 @@
 """A growing ONNX graph of quantized values.
 
-A value with a grid exists in two forms: its codes, UINT8, and the floats that DequantizeLinear makes of them. A float
-operation reads the floats and is followed by QuantizeLinear; engines replace such a group by one integer kernel.
+A value with a grid exists in two forms: its codes, and the floats that DequantizeLinear makes of them. A float
+operation reads the floats and is followed by QuantizeLinear; engines replace such a group by one integer kernel. What
+else a file may have is in `QdqForm`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,41 @@ from synq.common.names import unique_name
 from synq.engines.program import Grid, Step
 
 CODE_MAX = 255
-"""Largest code of UINT8, the type of all activations."""
+"""Largest code of a byte, the type of all activations."""
+SIGNED_ZERO = 128
+"""Code of a program that is 0 in INT8."""
 BASE_OPSET = 13
 """The first operator set with one scale per channel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QdqForm:
+    """The form of Q/DQ that an engine asks for.
+
+    Attributes:
+        signed: Whether the codes of activations are INT8, those of the program minus 128; else UINT8.
+        computes_codes: Whether operations between QuantizeLinear and DequantizeLinear, such as a Clip, run on integers.
+        fuses_limits: Without these, whether the engine folds a float Relu or Clip into the operation before it.
+        float_bias: Whether biases are floats and not INT32.
+        int4: Whether weights of at most 4 bits are INT4.
+        casts_int4: Whether a Cast to INT8 follows them, for engines without kernels for them.
+        batch: N of the images; 0 for any.
+    """
+
+    signed: bool = False
+    computes_codes: bool = True
+    fuses_limits: bool = False
+    float_bias: bool = False
+    int4: bool = True
+    casts_int4: bool = True
+    batch: int = 0
+
+
+FORMS = {
+    "tensorrt": QdqForm(signed=True, computes_codes=False, fuses_limits=True, float_bias=True, int4=False),
+    "qnn": QdqForm(computes_codes=False, casts_int4=False, batch=1),
+}
+"""Of the targets that need another form than ONNX Runtime and OpenVINO."""
 
 
 class QuantizedGraph:
@@ -27,10 +61,11 @@ class QuantizedGraph:
     Args:
         names: Names of values in the graph, where they are not those of the program.
         grids: Of each value that holds codes.
+        form: What the engine asks for.
     """
 
-    def __init__(self, names: Mapping[str, str], grids: Mapping[str, Grid]) -> None:
-        self.grids = grids
+    def __init__(self, names: Mapping[str, str], grids: Mapping[str, Grid], form: QdqForm | None = None) -> None:
+        self.grids, self.form = grids, form or QdqForm()
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.opset = BASE_OPSET
@@ -83,7 +118,11 @@ class QuantizedGraph:
         """Return the names of new constants with the grid of a value."""
         grid, name = self.grids[value], self.name(value)
         scale = self.constant(f"{name}.scale", np.float32(grid.scale))
-        return scale, self.constant(f"{name}.zero_point", np.uint8(grid.zero_point))
+        return scale, self.constant(f"{name}.zero_point", self.code(grid.zero_point))
+
+    def code(self, code: int) -> np.generic:
+        """Return a code of the program in the type of the file."""
+        return np.int8(code - SIGNED_ZERO) if self.form.signed else np.uint8(code)
 
     def floats(self, value: str) -> str:
         """Return the name of the floats of a value, made by DequantizeLinear at their first use."""
@@ -105,10 +144,31 @@ class QuantizedGraph:
             name: Name of the codes; by default that of the value.
         """
         limits, name = limits or (0, self.grids[value].quant_max), name or self.name(value)
+        if limits != (0, CODE_MAX) and not self.form.computes_codes:
+            self._quantize_limited(floats, value, limits, name)
+            return
         output = name if limits == (0, CODE_MAX) else self.unique(f"{name}.saturated")
         self.node("QuantizeLinear", (floats, *self.scale_and_zero_point(value)), output, f"{name}.quantize")
         if output != name:
             self.limit(output, name, limits)
+
+    def _quantize_limited(self, floats: str, value: str, limits: tuple[int, int], name: str) -> None:
+        """Limit floats, which have been rounded before unless the engine folds the limits into the operation."""
+        grid = self.grids[value]
+        pair = self.scale_and_zero_point(value)
+        if not self.form.fuses_limits:
+            codes = self.node("QuantizeLinear", (floats, *pair), self.unique(f"{name}.saturated"), f"{name}.saturate")
+            floats = self.node("DequantizeLinear", (codes, *pair), self.unique(f"{codes}.float"), f"{name}.widen")
+        limited = self.unique(f"{name}.limited")
+        if limits == (grid.zero_point, CODE_MAX):
+            self.node("Relu", (floats,), limited, f"{name}.relu")
+        else:
+            ends = [
+                self.constant(f"{name}.{end}", np.float32((limit - grid.zero_point) * np.float32(grid.scale)))
+                for end, limit in zip(("low", "high"), limits, strict=True)
+            ]
+            self.node("Clip", (floats, *ends), limited, f"{name}.clip")
+        self.node("QuantizeLinear", (limited, *pair), name, f"{name}.quantize")
 
     def limit(self, codes: str, name: str, limits: tuple[int, int]) -> None:
         """Make codes from others, limited to a smallest and a largest one."""

@@ -80,7 +80,7 @@ def write_step(
             write_function(graph, step, table(arithmetic, step))
         case Limited():
             _write_limited(graph, step)
-        case Pad() if step.inputs[0] in graph.grids:
+        case Pad() if step.inputs[0] in graph.grids and graph.form.computes_codes:
             _write_pad(graph, step)
         case Movement():
             _write_movement(graph, step)
@@ -181,6 +181,9 @@ def _write_dense(graph: QuantizedGraph, step: Dense, pack_two_bits: bool, rows: 
         inputs = (graph.floats(step.inputs[0]), *_parameters(graph, step, pack_two_bits))
         graph.finish("Gemm", inputs, step, (step.low, step.high), transB=1)
         return
+    if not graph.form.computes_codes:
+        _write_dense_in_floats(graph, step, pack_two_bits, rows)
+        return
     name, label = graph.name(step.output), step.layer or step.output
     shape = graph.constant(f"{name}.rows", np.array((-1, features[1]), np.int64))
     codes = graph.node("Reshape", (graph.name(step.inputs[0]), shape), graph.unique(f"{name}.input"), f"{label}.input")
@@ -197,28 +200,55 @@ def _write_dense(graph: QuantizedGraph, step: Dense, pack_two_bits: bool, rows: 
     graph.node("Reshape", (flat, shape), name, f"{label}.output")
 
 
+def _write_dense_in_floats(graph: QuantizedGraph, step: Dense, pack_two_bits: bool, rows: tuple[int, ...]) -> None:
+    """Write the same for an engine that computes nothing on codes: each Reshape is between a pair of nodes, too."""
+    name, label, source = graph.name(step.output), step.layer or step.output, step.inputs[0]
+    features = (len(step.weight), step.weight.shape[1])
+    shape = graph.constant(f"{name}.rows", np.array((-1, features[1]), np.int64))
+    pair = graph.scale_and_zero_point(source)
+    reshaped = graph.node("Reshape", (graph.floats(source), shape), graph.unique(f"{name}.input"), f"{label}.input")
+    codes = graph.node("QuantizeLinear", (reshaped, *pair), graph.unique(f"{name}.input.codes"), f"{label}.quantize")
+    x = graph.node("DequantizeLinear", (codes, *pair), graph.unique(f"{codes}.float"), f"{label}.dequantize")
+    output = graph.unique(f"{name}.float")
+    graph.node("Gemm", (x, *_parameters(graph, step, pack_two_bits)), output, label, transB=1)
+    shape = graph.constant(f"{name}.shape", np.array((-1, *rows, features[0]), np.int64))
+    if step.output not in graph.grids:
+        graph.node("Reshape", (output, shape), name, f"{label}.output")
+        return
+    flat = graph.unique(f"{name}.rows")
+    graph.quantize(output, step.output, (step.low, step.high), name=flat)
+    pair = graph.scale_and_zero_point(step.output)
+    values = graph.node("DequantizeLinear", (flat, *pair), graph.unique(f"{flat}.float"), f"{flat}.dequantize")
+    reshaped = graph.node("Reshape", (values, shape), graph.unique(f"{name}.reshaped"), f"{label}.output")
+    graph.node("QuantizeLinear", (reshaped, *pair), name, f"{name}.quantize")
+
+
 def _parameters(graph: QuantizedGraph, step: Layer, pack_two_bits: bool) -> tuple[str, str]:
     """Return the names of the floats of a weight and a bias, which engines fold into the layer."""
     label = step.layer or graph.name(step.output)
     codes: npt.NDArray[np.int8] = step.weight.cpu().numpy().astype(np.int8)
     weight_scale = step.weight_scale.cpu().numpy().astype(np.float32)
-    zero_point = 0
+    zero_point, is_int4 = 0, False
     if step.weight_bits <= PACKED_BITS and pack_two_bits and codes.size % 4 == 0:
         weight, zero_point = _quarter_bytes(graph, label, codes)
-    elif step.weight_bits <= INT4_BITS:
-        stored, name = graph.packed_constant(f"{label}.weight", codes), f"{label}.weight.cast"
-        # DequantizeLinear of INT4 keeps ONNX Runtime from fusing the layer; a Cast is folded when the file is loaded.
-        weight = graph.node("Cast", [stored], graph.unique(f"{name}.output"), name, to=TensorProto.INT8)
+    elif step.weight_bits <= INT4_BITS and graph.form.int4:
+        weight, name = graph.packed_constant(f"{label}.weight", codes), f"{label}.weight.cast"
+        is_int4 = not graph.form.casts_int4
+        if graph.form.casts_int4:
+            # DequantizeLinear of INT4 keeps ONNX Runtime from fusing the layer; a Cast is folded when the file is
+            # loaded.
+            weight = graph.node("Cast", [weight], graph.unique(f"{name}.output"), name, to=TensorProto.INT8)
     else:
         weight = graph.constant(f"{label}.weight", codes)
-    bias = graph.constant(f"{label}.bias", step.bias.cpu().numpy().astype(np.int32))
-    bias_scale = np.float32(graph.grids[step.inputs[0]].scale) * weight_scale
-    return (
-        _dequantized_parameter(
-            graph, f"{label}.weight", weight, weight_scale, np.full(len(codes), zero_point, np.int8)
-        ),
-        _dequantized_parameter(graph, f"{label}.bias", bias, bias_scale, np.zeros(len(codes), np.int32)),
+    weight = _dequantized_parameter(
+        graph, f"{label}.weight", weight, weight_scale, None if is_int4 else np.full(len(codes), zero_point, np.int8)
     )
+    bias_codes = step.bias.cpu().numpy().astype(np.int32)
+    bias_scale = np.float32(graph.grids[step.inputs[0]].scale) * weight_scale
+    if graph.form.float_bias:
+        return weight, graph.constant(f"{label}.bias", bias_codes.astype(np.float32) * bias_scale)
+    bias = graph.constant(f"{label}.bias", bias_codes)
+    return weight, _dequantized_parameter(graph, f"{label}.bias", bias, bias_scale, np.zeros(len(codes), np.int32))
 
 
 def _dequantized_parameter(
@@ -226,10 +256,12 @@ def _dequantized_parameter(
     name: str,
     codes: str,
     scale: npt.NDArray[np.float32],
-    zero_points: npt.NDArray[np.int8] | npt.NDArray[np.int32],
+    zero_points: npt.NDArray[Any] | None,
 ) -> str:
-    """Append DequantizeLinear with one scale per output channel."""
-    inputs = (codes, graph.constant(f"{name}.scale", scale), graph.constant(f"{name}.zero_point", zero_points))
+    """Append DequantizeLinear with one scale per output channel; without zero points they are 0."""
+    inputs = [codes, graph.constant(f"{name}.scale", scale)]
+    if zero_points is not None:
+        inputs.append(graph.constant(f"{name}.zero_point", zero_points))
     return graph.node("DequantizeLinear", inputs, graph.unique(f"{name}.dequantized"), f"{name}.dequantize", axis=0)
 
 

@@ -30,12 +30,14 @@ def export_target(folder: Path, program: Program, form: TargetFormat, check: Che
 
     Raises:
         ExportRejectedError: If the file differs from the simulation by more than its engine promises.
-        ValueError, OSError: If it cannot be written.
+        ValueError, OSError: If it cannot be written; ValueError also if it breaks a published rule of an engine that
+            does not run here.
     """
     content = form.write(program)
+    _check_rules(content, program.target, form)
     comparisons = check(form.file, form.open(content, 0))
     kernels: dict[str, int] = {}
-    if form.format == "onnx":
+    if form.format == "onnx" and not form.checked_for:
         from synq.export.kernels import count_kernels
 
         integers, floats = count_kernels(content)
@@ -43,6 +45,21 @@ def export_target(folder: Path, program: Program, form: TargetFormat, check: Che
     path = folder / form.file
     write_bytes_atomic(path, content)
     return metadata_of(path, form.format, content, comparisons, container=program.target, **kernels), content
+
+
+def _check_rules(content: bytes, target: str, form: TargetFormat) -> None:
+    """Raise ValueError if a file for an engine that does not run here breaks one of its published rules."""
+    if not form.checked_for:
+        return
+    import onnx
+
+    from synq.export.conformance import violations
+
+    if found := violations(onnx.load_from_string(content), target):  # type: ignore[arg-type]
+        raise ValueError(
+            f"{form.file} must keep the published rules of {form.checked_for}, but breaks {len(found)} of them: "
+            f"{found[0]}. Set `quant.target` to onnxruntime, which has a form for each operation"
+        )
 
 
 def target_latencies(

@@ -36,6 +36,8 @@ class TargetFormat:
         open: Opens content in the engine with its default options.
         bit_equal: Whether every logit must be the simulation's to the last bit.
         agreement: Else the smallest percentage of images with the same class that may be asked for.
+        checked_for: Name of the engine that does not run here, whose published rules the file must keep; "" if the
+            engine that verifies the file is the one that it is for.
     """
 
     file: str
@@ -48,6 +50,7 @@ class TargetFormat:
     open: Opener
     bit_equal: bool = True
     agreement: float = 100.0
+    checked_for: str = ""
 
     def tolerance(self, given: Tolerance) -> Tolerance:
         """Return the tolerance of a verification: no stricter than what the engine can promise."""
@@ -107,6 +110,18 @@ def _float_onnx(graph: fx.GraphModule, program: Program) -> bytes:
 
 def _in_onnxruntime(content: bytes, threads: int) -> Engine:
     return engine_of(open_session(content, threads))
+
+
+def _by_the_standard(content: bytes, threads: int, *, batch: int = 0) -> Engine:
+    """Open an ONNX file in ONNX Runtime without graph optimizations: each node is computed as the standard defines it.
+
+    Args:
+        content: The file.
+        threads: Threads of one operation; 0: the engine's default.
+        batch: Number of images that the file fixes; 0: any.
+    """
+    run = engine_of(open_session(content, threads, optimizes=False))
+    return (lambda images: torch.cat([run(part) for part in images.split(batch)])) if batch else run
 
 
 def in_openvino(content: bytes, threads: int, *, precision: str = "f32") -> Engine:
@@ -226,6 +241,22 @@ FORMATS: dict[str, TargetFormat] = {
         open=in_openvino,
         bit_equal=False,
         agreement=99.0,
+    ),
+    "tensorrt": _ONNX(
+        engine="ONNX Runtime without graph optimizations",
+        packages=("onnx", "onnxruntime", "onnxscript", "ml_dtypes"),
+        open=_by_the_standard,
+        bit_equal=False,
+        agreement=99.0,
+        checked_for="TensorRT",
+    ),
+    "qnn": _ONNX(
+        engine="ONNX Runtime without graph optimizations",
+        packages=("onnx", "onnxruntime", "onnxscript", "ml_dtypes"),
+        open=partial(_by_the_standard, batch=1),
+        bit_equal=False,
+        agreement=99.0,
+        checked_for="QNN HTP",
     ),
     "litert": TargetFormat(
         file="model.tflite",
