@@ -71,6 +71,15 @@ def test_a_network_is_one_delegate() -> None:
     assert [delegate.id for delegate in plan.delegates] == ["XnnpackBackend"]
 
 
+def test_pools_and_reshapes_run_on_codes() -> None:
+    """Only the image and the logits are converted: an operator that XNNPACK runs in float has a conversion around."""
+    program, _ = lowered("resnet", "executorch")
+    module = QuantizedModule(program)
+    exported = torch.export.export(module.eval(), (torch.zeros(1, *program.shapes[program.image]),), strict=True)
+    called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert not any("relu" in name for name in called)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -201,15 +201,21 @@ def _rounded(real: Tensor, grid: Grid) -> Tensor:
 
 
 def _quantized(step: Step, real: Tensor, grid: Grid) -> Tensor:
-    """Return the codes of a real output, limited by what XNNPACK fuses into the operator."""
+    """Return the codes of a real output, limited by what XNNPACK fuses into the operator.
+
+    Where the limits are those of int8, rounding saturates there. A ReLU too many would cost time: after a pool or a
+    reshape it is not fused, and the operator would run in float.
+    """
     low, high = 0, OFFSET + INT8[1]
     if isinstance(step, Limited):
         low, high = step.low, step.high
     elif isinstance(step, Quantize):
         high = grid.quant_max
+    if (low, high) == (0, OFFSET + INT8[1]):
+        return _rounded(real, grid)
     if (low, high) == (grid.zero_point, OFFSET + INT8[1]):
         real = F.relu(real)
-    elif (low, high) != (0, OFFSET + INT8[1]):
+    else:
         smallest, largest = ((code - grid.zero_point) * grid.scale for code in (low, high))
         real = F.hardtanh(real, smallest, largest)
     return _rounded(real, grid)
