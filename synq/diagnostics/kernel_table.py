@@ -15,7 +15,7 @@ from synq.quant.student import Student
 COLUMNS = ("layer", "operation", "kernel", "runs", "weight_bits", "input_bits", "output_bits", "reason")
 HEADINGS = {"weight_bits": "W", "input_bits": "in", "output_bits": "out", "reason": "why"}
 """Short headings of the table; in and out are the bits of the codes that are read and made."""
-INSPECT_TARGETS = (*TARGETS, *PUBLISHED)
+INSPECT_TARGETS = TARGETS
 """Values of the option ``--target``: engines whose files SynQ writes, and those of which only rules are published."""
 CONFORMS, BREAKS = "conforms", "breaks a rule"
 """Values of ``runs`` by published rules."""
@@ -62,7 +62,7 @@ def kernel_table(
     """
     if quant.target == RESEARCH:
         return {}
-    if rules:
+    if rules := rules or (quant.target if quant.target in PUBLISHED else ""):
         return _by_rules(student, quant, input_size, rules)
     try:
         program, incomplete = surveyed_program(student.net, quant, input_size)
@@ -135,7 +135,7 @@ def _by_rules(student: Student, quant: QuantConfig, input_size: tuple[int, int, 
             "reason": _first(by_step.get(found.output, [])),
             "output": found.output,
         }
-        for found in step_forms(program)
+        for found in step_forms(replace(program, target="onnxruntime"))  # of these, what no engine decides
     ]
     return _table(PUBLISHED[rules], rows, (CONFORMS, BREAKS), measured=False, incomplete="", general=general)
 

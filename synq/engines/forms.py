@@ -177,6 +177,8 @@ def _form(program: Program, step: Step) -> KernelForm:
 
 def _clip(program: Program, step: Limited) -> str:
     """Return that a second kernel limits the codes of a step; "" if none has to."""
+    if step.output not in program.grids:  # fused into a sum, in floats
+        return ""
     grid = program.grids[step.output]
     if grid.bits == 8 or program.target == "executorch":
         return ""
