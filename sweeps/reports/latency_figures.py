@@ -26,13 +26,12 @@ def accuracy_over_latency(standings: Sequence[Standing]) -> list[Block]:
     """Return a figure of top-1 against the latency relative to float, and a table of the same points.
 
     Each setting with a stable latency (``synq export``) is a point, and so is each float network. Below `LEAST_TRIALS`
-    settings there is no figure; without a latency only the reason. The engine's own quantizer is no point: no record
+    settings there is no figure, and without any latency nothing. The engine's own quantizer is no point: no record
     has its accuracy.
     """
     rows = [standing.row for standing in standings if standing.row["latency_ratio"] is not None]
     if not rows:
-        reason = "no run has a stable latency: export the runs to compare" if standings else "no trial is completed"
-        return [Gap(title=TITLE, reason=reason)]
+        return []
     points = [*_floats(rows), *(_point(row) for row in rows)]
     caption = (
         f"{len(rows)} exported settings, and the float network of each model: latency of one image in the engine of "
