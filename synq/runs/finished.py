@@ -13,6 +13,7 @@ from synq.common.error_text import one_line
 from synq.config.run import RunConfig, config_digest, config_from_dict, make_absolute, with_overrides
 from synq.quant.student import Student, build_student
 from synq.runs.record import RunRecord, read_record
+from synq.runs.reuse import STUDENT_FILE, check_student
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.run_sets import set_names, set_store
 from synq.synthesis.store import SetStore
@@ -86,11 +87,12 @@ def open_run(
             "or of a version of SynQ or PyTorch that traces the teacher in another way"
         )
     student = build_student(teacher, config.quant)
-    weights = path / "student.safetensors"
+    weights = path / STUDENT_FILE
     if not weights.is_file():
         raise FileNotFoundError(
             f"`RUN` must hold student.safetensors, but {path} does not: run it again in another folder"
         )
+    check_student(path, record)
     try:
         state = load_file(weights)
     except (SafetensorError, OSError) as error:

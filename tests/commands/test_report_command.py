@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from support.made_sweeps import made_sweep
+from support.sealed import edit
 from synq.commands.export import main as export
 from synq.commands.report import main as report
 from synq.commands.show import main as show
@@ -85,9 +86,8 @@ def test_show_prints_the_verdict(folder: Path, tmp_path: Path, capsys: pytest.Ca
         assert " ".join(line.split()) in " ".join(text.split())
     assert "and 1 more, in trials.csv" in text and "\x1b" not in text
     record = sorted((folder / "records").glob("*.json"))[0]
-    (tmp_path / "t.json").write_text(
-        record.read_text().replace('"reason": ""', '"reason": "\\u001b[2J"').replace("completed", "failed", 1)
-    )
+    shutil.copy(record, tmp_path / "t.json")
+    edit(tmp_path / "t.json", lambda content: content.update(status="failed", reason="\x1b[2J"))
     assert show([str(tmp_path / "t.json")]) == 0
     assert "\x1b" not in capsys.readouterr().out
     assert show([str(record)]) == 0

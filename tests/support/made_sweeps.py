@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from synq.common.files import write_json_atomic
+from synq.common.digests import write_sealed_json
 from synq.config.run import RunConfig, config_digest, config_to_dict, with_overrides
 from synq.runs.record import RunRecord, write_record
 from synq.sweeps.space import DEFAULT_SPACE, Dimension
@@ -63,7 +63,7 @@ def made_sweep(
         "num_trials": trials,
     }
     space = [asdict(one) for one in dimensions()]
-    write_json_atomic(
+    write_sealed_json(
         folder / "sweep.json",
         {
             "format": FORMAT,
@@ -90,7 +90,7 @@ def made_sweep(
                 trial=trial, group=group, stage="search", index=index, params=params, config=config,
                 config_digest=config_digest(config), history=history,
             )  # fmt: skip
-            write_json_atomic(folder / "plans" / f"{trial}.json", plan_values(plan))
+            write_sealed_json(folder / "plans" / f"{trial}.json", plan_values(plan))
             write_record(
                 folder / "records" / f"{trial}.json",
                 _record(config, trial, model, status, value, number * trials + index, draw),
