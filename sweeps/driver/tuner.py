@@ -19,6 +19,7 @@ from synq.common.text_tables import plural
 from synq.config.plugins import SYNTHESIS_METHOD, unversioned
 from synq.config.run import RunConfig
 from synq.runs.record import RunRecord
+from synq.teacher.trust import trusting
 
 from ..leaderboard.settings import searched_in
 from ..reports import PAGE
@@ -155,7 +156,8 @@ def _report(spec: SweepSpec, ledger: Ledger) -> str:
     try:
         from ..reports.make import make_report
 
-        written = make_report([spec.output_dir])
+        with trusting([group.base.teacher.spec for group in spec.groups]):  # the spec of the sweep names them
+            written = make_report([spec.output_dir])
         for path in written if spec.address else ():
             ledger.folder.send(str(path.relative_to(spec.output_dir)))
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # also from the teacher's code, and on Ctrl-C

@@ -24,6 +24,7 @@ from synq.finetune.augment import flip_shift
 from synq.network.tracing import with_features
 from synq.quant.integer_form import integer_form
 from synq.quant.student import build_student
+from synq.runs.finished import check_code
 from synq.runs.record import RunRecord
 from synq.runs.reuse import STUDENT_FILE, check_student
 from synq.synthesis.dataset import SyntheticSet, tensor_bytes
@@ -171,6 +172,7 @@ class ViewSet:
     """The views of one teacher's held-out images, and the teacher's logits on them."""
 
     def __init__(self, trial: Trial, sweep: Path, output: Path, views: Sequence[str], bn_only: bool) -> None:
+        check_code(trial.record, trial.config, trial.folder / "record.json")
         self.teacher: Teacher = load_teacher(trial.config.teacher)
         self.cache = output / "logits"
         synthesis = replace(trial.config.synthesis, num_images=trial.config.evaluation.heldout_images)

@@ -19,6 +19,7 @@ from synq.synthesis.run_sets import set_names, set_store
 from synq.synthesis.store import SetStore
 from synq.teacher.preprocessing import stored_rule
 from synq.teacher.teacher import Teacher, load_teacher
+from synq.teacher.trust import check_trusted
 
 MAX_REASON = 300
 """Characters of a reason that PyTorch gives, which may list every tensor."""
@@ -68,7 +69,7 @@ def open_run(
 
     Raises:
         FileNotFoundError: The folder has no finished run.
-        ValueError: A file is damaged, or the teacher's weights are not those of the run.
+        ValueError: A file is damaged, the teacher's weights are not those of the run, or its code may not run.
     """
     path = finished_folder(folder)
     record = read_record(path / "record.json")
@@ -80,7 +81,9 @@ def open_run(
             "or run these settings anew"
         )
     config = make_absolute(with_overrides(config, path_overrides or {}))
-    teacher = teacher or with_rule_of(record, load_teacher(config.teacher))
+    if teacher is None:
+        check_code(record, config, path / "record.json", named=(path_overrides or {}).get("teacher.spec"))
+        teacher = with_rule_of(record, load_teacher(config.teacher))
     if teacher.digest != record.teacher.get("digest"):
         raise ValueError(
             f"`RUN` must be of the current weights of teacher {config.teacher.spec}, but {path} is of other weights, "
@@ -106,6 +109,22 @@ def open_run(
         reason = one_line(error)[:MAX_REASON]
         raise ValueError(f"`RUN` must hold a student of its teacher, but {weights} is none: {reason}") from error
     return Run(folder=path, record=record, config=config, teacher=teacher, student=student)
+
+
+def check_code(record: RunRecord, config: RunConfig, source: str | Path, *, named: str | None = None) -> None:
+    """Check that the code that makes the teacher of a run may run, see `synq.teacher.trust`.
+
+    Args:
+        record: The run's record.
+        config: Its settings, with the current paths.
+        source: Its file, for the message.
+        named: The spec that the user gave; None without one.
+
+    Raises:
+        ValueError: It may not.
+    """
+    if named is None:
+        check_trusted(config.teacher.spec, record.teacher.get("code"), source)
 
 
 def with_rule_of(record: RunRecord, teacher: Teacher) -> Teacher:

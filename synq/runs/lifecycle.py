@@ -32,6 +32,7 @@ from synq.runs.tuning_effect import harm_warnings, rounding_warnings, tuning_cha
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.run_sets import set_warnings
 from synq.teacher.teacher import Teacher
+from synq.teacher.trust import code_mark
 
 LARGE_KL = 0.5
 """KL to the teacher, in nats, from which on mixed precision is suggested."""
@@ -102,6 +103,7 @@ def blank_record(
         "mean": list(teacher.mean),
         "std": list(teacher.std),
         "preprocessing": None if teacher.preprocessing is None else asdict(teacher.preprocessing),
+        **({"code": mark} if (mark := code_mark(teacher.spec)) else {}),
         "cam": {"node": cam.node, "kind": cam.kind, "reason": cam.reason},
     }
     warnings = []

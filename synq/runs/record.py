@@ -41,8 +41,8 @@ class RunRecord:
     data_seed: int = 0
     """Seed of the synthetic set."""
     teacher: dict[str, Any] = field(default_factory=dict)
-    """The teacher's spec, digest, name, num_classes, input_size, mean, std and activation map (cam), and by which rule
-    image files are resized for it (preprocessing; None is the default rule)."""
+    """The teacher's spec, digest, name, num_classes, input_size, mean, std and activation map (cam), by which rule
+    image files are resized for it (preprocessing; None is the default rule), and the mark of a user's code (code)."""
     model: str = ""
     """The teacher's short name."""
     weight_bits: int = 0
