@@ -1,12 +1,13 @@
 """Fields inside the tables and lists of a record, each of the kind that its readers expect. Standard library only."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
 from synq.config.parsing import shown
 
-LARGEST = 1e300
+LARGEST = sys.float_info.max
 """Largest absolute value of a number."""
 _ROW_FIELDS = {"name": str, "role": str, "kind": str, "bits": int, "numel": int}
 

@@ -92,7 +92,7 @@ def test_show_prints_the_verdict(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert "\x1b" not in capsys.readouterr().out
     assert show([str(record)]) == 0
     text = capsys.readouterr().out
-    assert "a drop of" in text and "± 0.63 (standard error, paired by image)" in " ".join(text.split())
+    assert "a drop of" in text and "± 0.64 (standard error, paired by image)" in " ".join(text.split())
 
 
 def test_an_unfinished_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

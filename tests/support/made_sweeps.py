@@ -102,7 +102,7 @@ def _record(
     config: RunConfig, trial: str, model: str, status: Any, value: float, place: int, draw: random.Random
 ) -> RunRecord:
     done = status == "completed"
-    top1 = round(91 - 40 * value + draw.random(), 2)
+    top1 = round(91 - 40 * value + draw.random(), 1)
     begun = BEGIN + timedelta(seconds=30 * (place // 4))
     return RunRecord(
         status=status,
@@ -114,8 +114,8 @@ def _record(
         model=model,
         weight_bits=config.quant.weight_bits,
         act_bits=config.quant.act_bits,
-        protocol="A",
-        act_points="relu",
+        protocol=config.protocol,
+        act_points=config.quant.points,
         objective="synthetic",
         objective_value=value if done or status == "pruned" else None,
         fidelity={"kl": value, "agreement": 95.0} if done else {},
@@ -125,7 +125,7 @@ def _record(
         top1=top1 if done else None,
         drop=91.0 - top1 if done else None,
         num_eval=1000 if done else None,
-        lost=30 if done else None,
+        lost=10 + round(10 * (91 - top1)) if done else None,
         gained=10 if done else None,
         size_bytes=1000.0 * config.quant.weight_bits if done else None,
         bitops=1e8 * config.quant.weight_bits**2 if done else None,
