@@ -44,7 +44,7 @@ def test_a_failed_report_does_not_fail_the_sweep(tmp_path: Path, monkeypatch: py
     from synq.sweeps.driver.tuner import _is_drawn, _report
 
     folder = made_sweep(tmp_path, trials=1, bits=("W4A4",))
-    spec = SimpleNamespace(output_dir=folder, address="")
+    spec = SimpleNamespace(output_dir=folder, address="", groups=())
     assert not _is_drawn(spec)  # type: ignore[arg-type]
     assert _report(spec, None) == f"{folder}/report.html"  # type: ignore[arg-type]
     assert _is_drawn(spec)  # type: ignore[arg-type]
