@@ -17,7 +17,7 @@ from synq.verification.export_files import verify_export, verify_packed
 from synq.verification.findings import Findings
 from synq.verification.run_files import same_results, verify_record, verify_run
 
-from .leaderboard.ranking import Run, disagreement, read_run
+from .leaderboard.ranking import RANK_COLUMNS, Run, disagreement, read_run
 from .leaderboard.tables import Tables
 from .state.plans import read_plan, read_sweep_file
 
@@ -125,8 +125,7 @@ def _sweep(root: Path, findings: Findings, deep: bool) -> list[Run]:
     for folder in sorted((root / "store").glob("*/")):
         if not folder.suffix and folder.name != "locks":
             findings.check(folder, partial(load_set, folder))
-    if "finished" in about:
-        _tables(root, {path.stem: record for path, record in records.items()}, findings)
+    _tables(root, {path.stem: record for path, record in records.items()}, findings, is_whole="finished" in about)
     return _runs(records)
 
 
@@ -148,8 +147,8 @@ def _verify_copy(root: Path, path: Path, record: RunRecord, findings: Findings) 
         findings.add(path, f"differs from {copy}: {differing}")
 
 
-def _tables(root: Path, records: Mapping[str, RunRecord | None], findings: Findings) -> None:
-    """Compare the tables of a finished sweep with its records."""
+def _tables(root: Path, records: Mapping[str, RunRecord | None], findings: Findings, *, is_whole: bool = True) -> None:
+    """Compare the tables of a sweep with its records; those of a running one may lag by some trials."""
     tables = Tables()
     for name, record in records.items():
         if record is not None:
@@ -158,18 +157,30 @@ def _tables(root: Path, records: Mapping[str, RunRecord | None], findings: Findi
         path = root / name
         if path.is_file():
             findings.num_checked += 1
-            _compare(path, rows, findings)
+            _compare(path, rows, findings, is_whole)
 
 
-def _compare(path: Path, rows: Sequence[Mapping[str, object]], findings: Findings) -> None:
-    found = _rows(path, findings)
+def _compare(path: Path, rows: Sequence[Mapping[str, object]], findings: Findings, is_whole: bool) -> None:
+    found, left_out = _rows(path, findings), set[str]()
     if len(found) != len(rows):
-        findings.add(path, f"has {len(found)} rows, but its records give {len(rows)}: {_AGAIN}")
+        if is_whole:
+            findings.add(path, f"has {len(found)} rows, but its records give {len(rows)}: {_AGAIN}")
+            return
+        left_out = {*RANK_COLUMNS, "num_seeds", "num_failed"}
+    unknown = {*(found[0] if found else ())} - {*(rows[0] if rows else ())}
+    if unknown:
+        findings.add(path, f"has the column {min(unknown)}, which its records do not give: {_AGAIN}")
         return
-    for number, (row, wanted) in enumerate(zip(found, rows, strict=True), 2):
+    key = "trial" if path.name == TABLES[0] else "config_digest"
+    by_key = {str(row[key]): row for row in rows}
+    for number, row in enumerate(found, 2):
+        wanted = rows[number - 2] if len(found) == len(rows) else by_key.get(row.get(key) or "", {})
+        if not wanted:
+            findings.add(path, f"line {number} is of no record: {_AGAIN}")
+            return
         for name, text in row.items():
             value = wanted.get(name)
-            if name in wanted and not _is_cell(text, value):
+            if name in wanted and name not in left_out and not _is_cell(text, value):
                 findings.add(
                     path, f"line {number} has {name} = {text or 'empty'}, but its records give {value}: {_AGAIN}"
                 )
@@ -195,7 +206,7 @@ def _rows(path: Path, findings: Findings) -> list[dict[str, str]]:
 
     try:
         return read()
-    except csv.Error as error:
+    except (csv.Error, UnicodeDecodeError) as error:
         findings.add(path, f"is no table: {error}")
         return []
 

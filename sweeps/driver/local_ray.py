@@ -19,8 +19,48 @@ POLL_SECONDS = 0.5
 """Seconds between two checks of Ray's processes while it starts."""
 
 
+STOP_SECONDS = 5.0
+"""Seconds that Ray has to stop after one of its processes died."""
+WATCH_SECONDS = 2.0
+"""The same while a sweep runs."""
+
+
 class _DaemonDiedError(BaseException):
-    """A process of Ray died while Ray started; not an Exception, which Ray's loops would catch and go on waiting."""
+    """A process of Ray died; not an Exception, which Ray's loops would catch and go on waiting."""
+
+
+class LocalRayDiedError(RuntimeError):
+    """A process of the Ray that this process started died: no machine can come back, and Ray would wait for one."""
+
+
+@contextmanager
+def local_ray(**options: Any) -> Iterator[None]:
+    """Start Ray on this machine, and stop it after the ``with`` block.
+
+    Args:
+        options: Arguments of `ray.init`.
+
+    Raises:
+        OSError: Ray did not start.
+        LocalRayDiedError: One of its processes died in the block; only in the main thread, see `_watching`.
+    """
+    import ray
+
+    before = _children()
+    start_local_ray(**options)
+    try:
+        with _watching(before, WATCH_SECONDS):
+            yield
+    except _DaemonDiedError as error:
+        _end(before)
+        stop = threading.Thread(target=ray.shutdown, daemon=True)  # it may wait for the dead process
+        stop.start()
+        stop.join(timeout=STOP_SECONDS)
+        raise LocalRayDiedError(f"Ray ended on this machine: {error}") from None
+    except BaseException:
+        ray.shutdown()
+        raise
+    ray.shutdown()
 
 
 def start_local_ray(**options: Any) -> None:
@@ -58,7 +98,7 @@ def _advice() -> str:
 
 
 @contextmanager
-def _watching(before: dict[int, tuple[str, str]]) -> Iterator[None]:
+def _watching(before: dict[int, tuple[str, str]], seconds: float = POLL_SECONDS) -> Iterator[None]:
     """Raise `_DaemonDiedError` in the ``with`` block as soon as a new child of this process among `DAEMONS` is dead.
 
     Ray itself waits for its whole limit, whether or not the process that it waits for still exists. Nothing is watched
@@ -73,7 +113,7 @@ def _watching(before: dict[int, tuple[str, str]]) -> Iterator[None]:
 
     def poll() -> None:
         seen: dict[int, str] = {}
-        while not is_over.wait(POLL_SECONDS):
+        while not is_over.wait(seconds):
             now = _children()
             seen |= {pid: name for pid, (name, _) in now.items() if pid not in before and name in DAEMONS}
             dead = [name for pid, name in seen.items() if pid not in now or now[pid][1] == "Z"]

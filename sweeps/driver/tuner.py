@@ -34,6 +34,7 @@ from .callback import SweepCallback, SweepStopper
 from .cluster import check_shared, cluster
 from .dashboard import study_storage
 from .group_search import check_sampler
+from .local_ray import LocalRayDiedError
 from .progress import Progress, print_leaderboard
 from .searcher import SweepSearcher
 from .stop_reason import StopReason
@@ -99,6 +100,10 @@ def _run(spec: SweepSpec, ledger: Ledger, quiet: bool, on_trial: Callable[[RunRe
             ledger.write_tables()
             progress.log(f"interrupted; the tables are in {where}, the same command resumes")
             return INTERRUPTED
+        except LocalRayDiedError as error:
+            ledger.write_tables()
+            progress.log(f"stopped: {error}; the same command goes on")
+            return NO_RESULT
     if stop_reason.storage:
         raise OSError(f"{stop_reason.storage}; once that is fixed, the same command resumes")
     ledger.write_tables()
