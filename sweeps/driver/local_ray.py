@@ -48,18 +48,20 @@ def local_ray(**options: Any) -> Iterator[None]:
 
     before = _children()
     start_local_ray(**options)
+    died: list[str] = []
     try:
-        with _watching(before, WATCH_SECONDS):
+        with _watching(before, WATCH_SECONDS) as died:
             yield
-    except _DaemonDiedError as error:
+    except BaseException as error:
+        if not died:
+            ray.shutdown()
+            raise
         _end(before)
         stop = threading.Thread(target=ray.shutdown, daemon=True)  # it may wait for the dead process
         stop.start()
         stop.join(timeout=STOP_SECONDS)
-        raise LocalRayDiedError(f"Ray ended on this machine: {error}") from None
-    except BaseException:
-        ray.shutdown()
-        raise
+        # Raised inside a call of Ray's compiled code, `_DaemonDiedError` becomes a SystemError.
+        raise LocalRayDiedError(f"Ray ended on this machine: its process {died[0]} died") from error
     ray.shutdown()
 
 
@@ -98,14 +100,14 @@ def _advice() -> str:
 
 
 @contextmanager
-def _watching(before: dict[int, tuple[str, str]], seconds: float = POLL_SECONDS) -> Iterator[None]:
+def _watching(before: dict[int, tuple[str, str]], seconds: float = POLL_SECONDS) -> Iterator[list[str]]:
     """Raise `_DaemonDiedError` in the ``with`` block as soon as a new child of this process among `DAEMONS` is dead.
 
     Ray itself waits for its whole limit, whether or not the process that it waits for still exists. Nothing is watched
     outside the main thread, to which Python delivers signals, and on systems without /proc.
     """
     if threading.current_thread() is not threading.main_thread() or not Path("/proc/self").exists():
-        yield
+        yield []
         return
     died: list[str] = []
     is_over = threading.Event()
@@ -130,7 +132,7 @@ def _watching(before: dict[int, tuple[str, str]], seconds: float = POLL_SECONDS)
     watcher = threading.Thread(target=poll, daemon=True)
     watcher.start()
     try:
-        yield
+        yield died
     finally:
         is_over.set()
         watcher.join()
