@@ -49,20 +49,23 @@ def local_ray(**options: Any) -> Iterator[None]:
     before = _children()
     start_local_ray(**options)
     died: list[str] = []
+    cause: BaseException | None = None
     try:
         with _watching(before, WATCH_SECONDS) as died:
             yield
-    except BaseException as error:
+    except BaseException as error:  # inside a call of Ray's compiled code, `_DaemonDiedError` becomes a SystemError
         if not died:
             ray.shutdown()
             raise
-        _end(before)
-        stop = threading.Thread(target=ray.shutdown, daemon=True)  # it may wait for the dead process
-        stop.start()
-        stop.join(timeout=STOP_SECONDS)
-        # Raised inside a call of Ray's compiled code, `_DaemonDiedError` becomes a SystemError.
-        raise LocalRayDiedError(f"Ray ended on this machine: its process {died[0]} died") from error
-    ray.shutdown()
+        cause = error
+    if not died:  # Ray Tune may have swallowed the error
+        ray.shutdown()
+        return
+    _end(before)
+    stop = threading.Thread(target=ray.shutdown, daemon=True)  # it may wait for the dead process
+    stop.start()
+    stop.join(timeout=STOP_SECONDS)
+    raise LocalRayDiedError(f"Ray ended on this machine: its process {died[0]} died") from cause
 
 
 def start_local_ray(**options: Any) -> None:

@@ -120,10 +120,8 @@ class Storage:
         probe = f".probe-{uuid.uuid4().hex}"
         try:
             self.put(b"probe", probe)
-            if self.read(probe) != b"probe":
-                raise OSError("an object must read back as written, but does not")
-            if probe not in self.names(""):
-                raise OSError("an object must be listed after it was written, but is not")
+            if self.read(probe) != b"probe" or probe not in self.names(""):
+                raise OSError("an object must be listed and read back as written, but is not")
             self.delete(probe)
         except OSError as error:
             text = f"`output_dir` must be writable, but got {self}: {one_line(error)}"

@@ -125,9 +125,7 @@ def setting_options() -> tuple[Option, ...]:
 
 def moved_options(function: Function) -> Function:
     """Add `--trust`, and an option for each setting that is a path, for files moved since the run."""
-    function = option("--trust", is_flag=True, is_common=False, help="run code that the record names, whoever made it")(
-        function
-    )
+    function = option("--trust", is_flag=True, is_common=False, help="run the code that the record names")(function)
     for key in reversed(PATH_SETTINGS):
         help = "new path, if it was moved since the run"
         function = option(f"--{key}", parameter_name(key), metavar="PATH", is_common=False, help=help)(function)

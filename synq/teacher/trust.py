@@ -21,7 +21,7 @@ from synq.teacher.sources import LIBRARIES
 KEY_FILE = "synq/key"
 """File of the user's key in $XDG_STATE_HOME, which is ~/.local/state by default."""
 _NAMED: ContextVar[frozenset[str] | None] = ContextVar("synq_named_code", default=frozenset())
-"""Specs that the user has named; None stands for all."""
+"""Specs that the user has named; None means all."""
 
 
 @contextmanager

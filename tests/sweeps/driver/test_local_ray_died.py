@@ -1,5 +1,6 @@
 """R4, R10: a process of the Ray that a sweep started dies in mid-sweep: one line, the tables, exit 1, no waiting."""
 
+import contextlib
 import subprocess
 import time
 from pathlib import Path
@@ -52,6 +53,11 @@ def test_r4_r10_an_error_of_compiled_code_has_the_same_meaning(daemon: Path) -> 
             wait()
         except BaseException as error:  # as Cython does with what is raised in a call of it
             raise SystemError("returned a result with an exception set") from error
+
+
+def test_r4_r10_an_error_that_is_swallowed_has_the_same_meaning(daemon: Path) -> None:
+    with pytest.raises(LocalRayDiedError, match=daemon.name), local_ray(), contextlib.suppress(BaseException):
+        wait()
 
 
 def test_r4_r10_a_block_that_ends_by_itself_stops_ray(daemon: Path) -> None:
