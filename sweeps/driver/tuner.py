@@ -39,8 +39,7 @@ from .progress import Progress, print_leaderboard
 from .searcher import SweepSearcher
 from .stop_reason import StopReason
 
-NO_RESULT = 1
-INTERRUPTED = 130
+NO_RESULT, INTERRUPTED = 1, 130
 REPORT_SECONDS = 60.0
 """Seconds without a result after which a line reports that work continues."""
 
@@ -335,9 +334,8 @@ def _name(trial: Trial) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM (sent by `ray job stop`), as on Ctrl-C, in the ``with`` block.
-
-    In another thread than the main one, which alone may set a handler, SIGTERM does what it did before.
+    """Raise KeyboardInterrupt on SIGTERM (sent by `ray job stop`), as on Ctrl-C, in the ``with`` block; only in the main
+    thread, which alone may set a handler.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

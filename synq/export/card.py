@@ -9,9 +9,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from synq import __version__
-from synq.config.identity import map_spec_path
 from synq.common.digests import write_sealed_json
 from synq.common.files import write_text_atomic
+from synq.config.identity import map_spec_path
 from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
 from synq.config.synthesis import OWN_IMAGES
 from synq.export.card_text import card_markdown

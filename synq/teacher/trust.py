@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
+from synq.config.plugins import TEACHER_SOURCE, is_added
 from synq.teacher.sources import LIBRARIES
 
 KEY_FILE = "synq/key"
@@ -81,8 +82,8 @@ def check_trusted(spec: str, mark: object, source: str | Path) -> None:
 
 
 def runs_code(spec: str) -> bool:
-    """Return whether a spec names a user's code, not a model of a library."""
-    return spec.partition(":")[0] not in LIBRARIES
+    """Return whether a spec names a user's code, not a model of a library or of an installed source."""
+    return spec.partition(":")[0] not in LIBRARIES and not is_added(TEACHER_SOURCE, spec)
 
 
 def _code(spec: str) -> list[Path]:
