@@ -334,9 +334,7 @@ def _name(trial: Trial) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM (sent by `ray job stop`), as on Ctrl-C, in the ``with`` block; only in the main
-    thread, which alone may set a handler.
-    """
+    """Raise KeyboardInterrupt on SIGTERM (sent by `ray job stop`) in the ``with`` block, in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
