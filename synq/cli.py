@@ -28,6 +28,7 @@ SECTIONS = {
     "read results": {
         "show": ("synq.commands.show", "summary of runs and sweeps in the terminal"),
         "leaderboard": ("synq.commands.leaderboard", "tables from records: merge, filter, compare"),
+        "verify": ("synq.commands.verify", "are files as they were written, do records and tables fit each other?"),
         "report": ("synq.commands.report", "HTML page of a run, a sweep, or a comparison of several"),
     },
     "check the machines": {

@@ -35,6 +35,7 @@ from synq.runs.lifecycle import (
     failure_recorded,
     finished_record,
     held_out_facts,
+    repair_config,
     save,
 )
 from synq.runs.record import RunRecord, run_folder, write_config
@@ -94,6 +95,7 @@ def run(
             check_own_images(config, teacher)
         finished = finished_record(folder / "record.json", teacher, measure.has_labels_of, accelerator)
         if finished is not None:
+            repair_config(folder, config, accelerator)
             return finished
         check_writable(folder)
         check_space(folder, config, teacher, accelerator)
@@ -153,7 +155,7 @@ def run(
         changed = share_changed(codes, weight_codes(student.net))
         facts = held_out_facts(heldout, teacher)
         record = complete_record(record, reference, rounded, final, history, timer.seconds, changed, facts)
-        save(folder, record, student.net, accelerator)
+        record = save(folder, record, student.net, accelerator)
         log.end(record)
         accelerator.wait_for_everyone()
         return record

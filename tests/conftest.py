@@ -36,6 +36,7 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "RAY_ADDRESS", "SYNQ_TRACEBACK"
     os.environ.pop(name, None)
 _RAY_FOLDER = tempfile.mkdtemp(prefix="sq")  # short: Ray puts sockets below it, whose paths may have 107 bytes
 os.environ["RAY_TMPDIR"] = _RAY_FOLDER
+os.environ["XDG_STATE_HOME"] = f"{_RAY_FOLDER}/state"  # the key of `synq.teacher.trust`
 
 ROOT = Path(__file__).resolve().parent.parent
 

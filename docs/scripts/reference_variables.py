@@ -19,6 +19,7 @@ VARIABLES = {
         "SYNQ_CACHE_DIR": "folder of a machine's local copies for a sweep in an object store; not shared by machines "
         "(default: `synq` in `XDG_CACHE_HOME`)",
         "XDG_CACHE_HOME": "cache folder of the user (default: `~/.cache`)",
+        "XDG_STATE_HOME": "folder of the key by which own code is known (default: `~/.local/state`)",
         "RAY_ADDRESS": "cluster that `synq sweep` and `synq check-cluster` join, from a machine of that cluster; "
         "without it they start Ray on this machine alone",
         "RAY_TMPDIR": "folder of Ray's session files (default: `/tmp`)",

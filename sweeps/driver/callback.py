@@ -16,6 +16,8 @@ from .progress import Progress
 from .stop_reason import StopReason
 
 UNSEEN = "its record is not visible here: output_dir must be on a file system that all machines share"
+WARN_SECONDS = 300.0
+"""Seconds after which a cluster that is still too small is reported again."""
 CHECK_SECONDS = 5.0
 """Seconds between two checks of the cluster's free resources and of the lease on the sweep's address."""
 
@@ -45,6 +47,7 @@ class SweepCallback(tune.Callback):
         self.failed = 0
         self._checked = 0.0
         self._shortage = ""
+        self._warned = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -61,7 +64,8 @@ class SweepCallback(tune.Callback):
             capacity(self.ledger.spec.search)
             self._shortage = ""
         except ValueError as error:  # machines have left; Ray waits for others without a message
-            if not self._shortage:
+            if not self._shortage or now - self._warned >= WARN_SECONDS:
+                self._warned = now
                 self.progress.log(f"no trial can be started: the cluster has shrunk ({error}); waiting for machines")
             self._shortage = str(error)
 

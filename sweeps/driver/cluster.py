@@ -15,7 +15,7 @@ from synq.common.files import write_text_atomic
 from synq.common.text_tables import plural
 
 from ..search_config import SearchConfig
-from .local_ray import start_local_ray
+from .local_ray import local_ray
 
 ROOT = Path(synq.__file__).resolve().parent.parent
 """Parent folder of the package `synq`: a checkout, or site-packages."""
@@ -102,15 +102,16 @@ def cluster(search: SearchConfig) -> Iterator[Capacity]:
         )
     _check_reachable(address or "")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address:
-        try:
-            ray.init(**quiet, **_for_workers())
-        except (ConnectionError, ValueError) as error:
-            raise ValueError(f"`RAY_ADDRESS` must name a running Ray cluster, but got {address!r}: {error}") from None
-    else:
+    if not address:
         # A trial that does not fit is rejected at once, not after the half minute that Ray may take to start.
         capacity(search, [this_machine(with_gpus=search.gpus_per_worker > 0)])
-        start_local_ray(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        with local_ray(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet):
+            yield capacity(search)
+        return
+    try:
+        ray.init(**quiet, **_for_workers())
+    except (ConnectionError, ValueError) as error:
+        raise ValueError(f"`RAY_ADDRESS` must name a running Ray cluster, but got {address!r}: {error}") from None
     try:
         yield capacity(search)
     finally:

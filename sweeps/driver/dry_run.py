@@ -25,7 +25,7 @@ from ..points import point_params
 from ..search_config import LISTED
 from ..space import base_values
 from ..spec import Group, SweepSpec, run_config
-from ..state.ledger import settled_budget
+from ..state.identity import settled_budget
 from ..state.plans import read_sweep_file
 from ..storage.object_store import open_storage
 from .cluster import Capacity, capacity, cluster, this_machine

@@ -19,8 +19,53 @@ POLL_SECONDS = 0.5
 """Seconds between two checks of Ray's processes while it starts."""
 
 
+STOP_SECONDS = 5.0
+"""Seconds that Ray has to stop after one of its processes died."""
+WATCH_SECONDS = 2.0
+"""The same while a sweep runs."""
+
+
 class _DaemonDiedError(BaseException):
-    """A process of Ray died while Ray started; not an Exception, which Ray's loops would catch and go on waiting."""
+    """A process of Ray died; not an Exception, which Ray's loops would catch and go on waiting."""
+
+
+class LocalRayDiedError(RuntimeError):
+    """A process of the Ray that this process started died: no machine can come back, and Ray would wait for one."""
+
+
+@contextmanager
+def local_ray(**options: Any) -> Iterator[None]:
+    """Start Ray on this machine, and stop it after the ``with`` block.
+
+    Args:
+        options: Arguments of `ray.init`.
+
+    Raises:
+        OSError: Ray did not start.
+        LocalRayDiedError: One of its processes died in the block; only in the main thread, see `_watching`.
+    """
+    import ray
+
+    before = _children()
+    start_local_ray(**options)
+    died: list[str] = []
+    cause: BaseException | None = None
+    try:
+        with _watching(before, WATCH_SECONDS) as died:
+            yield
+    except BaseException as error:  # inside a call of Ray's compiled code, `_DaemonDiedError` becomes a SystemError
+        if not died:
+            ray.shutdown()
+            raise
+        cause = error
+    if not died:  # Ray Tune may have swallowed the error
+        ray.shutdown()
+        return
+    _end(before)
+    stop = threading.Thread(target=ray.shutdown, daemon=True)  # it may wait for the dead process
+    stop.start()
+    stop.join(timeout=STOP_SECONDS)
+    raise LocalRayDiedError(f"Ray ended on this machine: its process {died[0]} died") from cause
 
 
 def start_local_ray(**options: Any) -> None:
@@ -58,14 +103,14 @@ def _advice() -> str:
 
 
 @contextmanager
-def _watching(before: dict[int, tuple[str, str]]) -> Iterator[None]:
+def _watching(before: dict[int, tuple[str, str]], seconds: float = POLL_SECONDS) -> Iterator[list[str]]:
     """Raise `_DaemonDiedError` in the ``with`` block as soon as a new child of this process among `DAEMONS` is dead.
 
     Ray itself waits for its whole limit, whether or not the process that it waits for still exists. Nothing is watched
     outside the main thread, to which Python delivers signals, and on systems without /proc.
     """
     if threading.current_thread() is not threading.main_thread() or not Path("/proc/self").exists():
-        yield
+        yield []
         return
     died: list[str] = []
     is_over = threading.Event()
@@ -73,7 +118,7 @@ def _watching(before: dict[int, tuple[str, str]]) -> Iterator[None]:
 
     def poll() -> None:
         seen: dict[int, str] = {}
-        while not is_over.wait(POLL_SECONDS):
+        while not is_over.wait(seconds):
             now = _children()
             seen |= {pid: name for pid, (name, _) in now.items() if pid not in before and name in DAEMONS}
             dead = [name for pid, name in seen.items() if pid not in now or now[pid][1] == "Z"]
@@ -90,7 +135,7 @@ def _watching(before: dict[int, tuple[str, str]]) -> Iterator[None]:
     watcher = threading.Thread(target=poll, daemon=True)
     watcher.start()
     try:
-        yield
+        yield died
     finally:
         is_over.set()
         watcher.join()

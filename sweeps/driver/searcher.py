@@ -19,7 +19,7 @@ from ..search_config import LISTED
 from ..space import base_values, value_of
 from ..spec import Group, SweepSpec, run_config
 from ..state.ledger import Ledger
-from ..state.plans import Plan
+from ..state.plans import REMOVE, Plan
 from .group_search import EPOCH, OBJECTIVE, STATUS, GroupSearch, num_startup
 
 MAX_PROPOSALS = 32
@@ -213,7 +213,7 @@ class SweepSearcher(Searcher):
         if config_digest(config) != plan.config_digest:
             raise ValueError(
                 f"`{self.ledger.root / 'plans' / plan.trial}.json` must be a plan of this sweep, but it is of another "
-                "run; remove it to have the trial proposed again"
+                f"run: {REMOVE}"
             )
         return replace(plan, config=config)
 

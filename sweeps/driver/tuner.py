@@ -19,6 +19,7 @@ from synq.common.text_tables import plural
 from synq.config.plugins import SYNTHESIS_METHOD, unversioned
 from synq.config.run import RunConfig
 from synq.runs.record import RunRecord
+from synq.teacher.trust import trusting
 
 from ..leaderboard.settings import searched_in
 from ..reports import PAGE
@@ -33,12 +34,12 @@ from .callback import SweepCallback, SweepStopper
 from .cluster import check_shared, cluster
 from .dashboard import study_storage
 from .group_search import check_sampler
+from .local_ray import LocalRayDiedError
 from .progress import Progress, print_leaderboard
 from .searcher import SweepSearcher
 from .stop_reason import StopReason
 
-NO_RESULT = 1
-INTERRUPTED = 130
+NO_RESULT, INTERRUPTED = 1, 130
 REPORT_SECONDS = 60.0
 """Seconds without a result after which a line reports that work continues."""
 
@@ -98,6 +99,10 @@ def _run(spec: SweepSpec, ledger: Ledger, quiet: bool, on_trial: Callable[[RunRe
             ledger.write_tables()
             progress.log(f"interrupted; the tables are in {where}, the same command resumes")
             return INTERRUPTED
+        except LocalRayDiedError as error:
+            ledger.write_tables()
+            progress.log(f"stopped: {error}; the same command goes on")
+            return NO_RESULT
     if stop_reason.storage:
         raise OSError(f"{stop_reason.storage}; once that is fixed, the same command resumes")
     ledger.write_tables()
@@ -155,7 +160,8 @@ def _report(spec: SweepSpec, ledger: Ledger) -> str:
     try:
         from ..reports.make import make_report
 
-        written = make_report([spec.output_dir])
+        with trusting([group.base.teacher.spec for group in spec.groups]):  # the spec of the sweep names them
+            written = make_report([spec.output_dir])
         for path in written if spec.address else ():
             ledger.folder.send(str(path.relative_to(spec.output_dir)))
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # also from the teacher's code, and on Ctrl-C
@@ -328,10 +334,7 @@ def _name(trial: Trial) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM (sent by `ray job stop`), as on Ctrl-C, in the ``with`` block.
-
-    In another thread than the main one, which alone may set a handler, SIGTERM does what it did before.
-    """
+    """Raise KeyboardInterrupt on SIGTERM (sent by `ray job stop`) in the ``with`` block, in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from synq.common.files import read_json
+from synq.common.digests import read_sealed_json
 from synq.common.text_tables import Row
 from synq.runs.record import RunRecord
 
@@ -31,7 +31,9 @@ def searched_settings(paths: Iterable[str | Path]) -> list[str]:
         ValueError: A sweep.json is damaged.
     """
     files = [Path(path) / "sweep.json" for path in paths]
-    return list(dict.fromkeys(name for file in files if file.is_file() for name in searched_in(read_json(file))))
+    return list(
+        dict.fromkeys(name for file in files if file.is_file() for name in searched_in(read_sealed_json(file)[0]))
+    )
 
 
 def varying_settings(records: Sequence[RunRecord]) -> list[str]:

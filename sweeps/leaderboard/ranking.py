@@ -17,10 +17,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from synq.common.notices import print_notice
 from synq.common.text_tables import Row, csv_line
 from synq.config.finetune import inactive_keys
 from synq.config.run import FinetuneConfig, RunConfig, config_digest, config_from_dict
 from synq.runs.record import DEPLOYED, RunRecord
+from synq.runs.record_checks import contradictions
 
 from ..stats import mean, std
 from .columns import LEADERBOARD_COLUMNS, RUN_COLUMNS, SETTINGS, TRIAL_COLUMNS, setting_cells
@@ -30,6 +32,10 @@ RANK_COLUMNS = ("rank", "best", "pareto_size", "pareto_bitops")
 """Columns of the leaderboard that depend on its other rows."""
 PLACED = LEADERBOARD_COLUMNS.index("best")
 """Index of the first of three columns that depend on the other rows."""
+COMPARED = ("objective_value", "top1", "top5", "teacher_top1", "rtn_top1", "size_bytes")
+"""Metrics that two runs of one setting and seed have in common."""
+SAME_RUN = 1e-4
+"""Largest relative or absolute difference of them that the order of sums on another machine may make."""
 PER_RUN = ("name", "finetune", "seed", "data_seed")
 """Keys of a configuration that differ between the runs of a sweep."""
 TRAINING = tuple(part.name for part in fields(FinetuneConfig) if part.name != "log_every")
@@ -135,6 +141,8 @@ class Run:
     """All settings of the run."""
     sort_key: tuple[Any, ...]
     """Sort key of trials.csv; for equal names the line decides, so that the order does not depend on reading."""
+    source: str
+    """Its file, or the name of its record, for messages."""
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -153,12 +161,17 @@ def read_run(record: RunRecord, source: str = "") -> Run:
 
     Args:
         record: The record.
-        source: Name of its file, for messages; by default the record's name is used.
+        source: Its file, for messages; a record from a file is checked, one of this process is not.
 
     Raises:
-        ValueError: The configuration is damaged.
+        ValueError: The configuration is damaged, or the record contradicts it or itself.
     """
     config, setting = read_setting(record.config, source or f"record {record.name}")
+    if source and (wrong := contradictions(record, config)):
+        raise ValueError(
+            f"`{source}` must fit its configuration and itself, but {'; '.join(wrong)}: move it out; a run without its "
+            "record is measured again"
+        )
     cells: Row = {column: getattr(record, column) for column in TRIAL_COLUMNS if hasattr(record, column)}
     trained = bool(record.config.get("finetune"))
     cells |= setting_cells(config.finetune, record.teacher.get("input_size")) if trained else dict.fromkeys(SETTINGS)
@@ -168,7 +181,7 @@ def read_run(record: RunRecord, source: str = "") -> Run:
     row = {column: cells[column] for column in TRIAL_COLUMNS}  # a KeyError for a column that nothing fills
     ranking, line = _ranking(record, config), csv_line(row.values())
     sort_key = (ranking.order()[:9], record.name, record.config_digest, record.started, line)
-    return Run(ranking, setting, row, line, read_settings(config, trained=trained), sort_key)
+    return Run(ranking, setting, row, line, read_settings(config, trained=trained), sort_key, source or record.name)
 
 
 def _ranking(record: RunRecord, config: RunConfig) -> Ranking:
@@ -266,11 +279,25 @@ def standings(runs: Iterable[Run]) -> list[Standing]:
     return rows
 
 
+def disagreement(one: Run, other: Run) -> str:
+    """Return the first metric in which two runs of one setting and seed differ by more than rounding; "" if in none."""
+    for name in COMPARED:
+        values = (one.row[name], other.row[name])
+        if None not in values and not math.isclose(*values, rel_tol=SAME_RUN, abs_tol=SAME_RUN):
+            return f"{name} {values[0]:.6g} and {values[1]:.6g}"
+    return ""
+
+
 def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int) -> Standing:
     by_seed: dict[tuple[int, int], Run] = {}
     # The whole content breaks ties between two records of one run, so that the order of reading does not matter.
     for run in sorted(runs, key=lambda run: (run.seeds, run.row["started"], run.row["host"], repr(run.row))):
-        by_seed.setdefault(run.seeds, run)  # a duplicate run (of merged sweeps) counts once
+        kept_run = by_seed.setdefault(run.seeds, run)  # a duplicate run (of merged sweeps) counts once
+        if differing := disagreement(kept_run, run):
+            print_notice(
+                f"warning: {kept_run.source} and {run.source} are of one setting and seed, but differ: {differing}; "
+                "the first is ranked; one is wrong, or they are of different machines or versions: `synq verify` both"
+            )
     first, kept = next(iter(by_seed.values())), [run.row for run in by_seed.values()]
     cells: Row = {**kept[0], **dict.fromkeys(RANK_COLUMNS)}
     cells |= {column: mean(run[column] for run in kept) for column in MEANS}

@@ -7,6 +7,7 @@ Columns: `columns.py`. Rows and their ranks: `ranking.py`. Incremental updates: 
 from collections.abc import Iterable
 from pathlib import Path
 
+from synq.common.faults import reading
 from synq.common.text_tables import Row, cell, to_csv
 from synq.runs.record import RunRecord, read_record
 
@@ -94,7 +95,8 @@ def read_tables(paths: Iterable[str | Path]) -> Tables:
     """
     tables = Tables()
     for file in record_files(paths):
-        tables.add(read_record(file), source=str(file))
+        with reading(file, "a run record"):
+            tables.add(read_record(file), source=str(file))
     return tables
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from synq.common.files import DamagedFileError
+from synq.common.notices import print_notice
 from synq.config.run import RunConfig
 from synq.diagnostics.probe import probe_run
 from synq.diagnostics.probe_parts import Probe
@@ -83,9 +85,17 @@ def run_tabs(
         path_overrides, num_images: As for ``run_page``.
         prefix: Prefix of the names of figures and tables, which are file names and URL fragments.
         teacher: As for ``run_page``.
+
+    Raises:
+        DamagedFileError: A file of the run is damaged, and there is no prefix; with one, a notice names it.
     """
     try:
         probe: Probe | str = probe_run(path, path_overrides, num_images, teacher)
+    except DamagedFileError as error:
+        if not prefix:  # a page of this run alone would be one of a damaged file
+            raise
+        print_notice(f"warning: {error}")
+        probe = str(error)
     except (Exception, SystemExit) as error:  # of the teacher's code; the page of the record is still made
         probe = " ".join(str(error).split()) or type(error).__name__
     if isinstance(probe, str):

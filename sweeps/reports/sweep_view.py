@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from synq.common.faults import reading
 from synq.runs.record import RunRecord, read_record
 
 from ..leaderboard.ranking import Standing
@@ -112,19 +113,22 @@ def read_sweep(path: str | Path) -> SweepView:
         if name in records:  # a folder with several sweeps
             name = str(file.relative_to(root).with_suffix(""))
         try:
-            record = read_record(file)
-            tables.add(record, name if about else None, source=str(file))  # a run in two folders counts once
+            with reading(file, "a run record"):
+                record = read_record(file)
+                tables.add(record, name if about else None, source=str(file))  # a run in two folders counts once
             records[name], paths[name] = record, file
         except (ValueError, FileNotFoundError) as error:
             unread.append(" ".join(str(error).split()))
     plans = {}
     for file in sorted((root / "plans").glob("*.json")) if about else []:
         try:
-            plan = read_plan(file)
+            with reading(file, "the plan of a trial"):
+                plan = read_plan(file)
             plans[plan.trial] = plan
         except (ValueError, FileNotFoundError) as error:
             unread.append(" ".join(str(error).split()))
-    space = tuple(Dimension(**{**one, "values": tuple(one["values"])}) for one in _dimensions(about))
+    with reading(root / "sweep.json", "a sweep"):
+        space = tuple(Dimension(**{**one, "values": tuple(one["values"])}) for one in _dimensions(about))
     name = about.get("search", {}).get("name") or root.resolve().name
     return SweepView(
         name=name,

@@ -1,12 +1,15 @@
 """The folder of a sweep, shared by all machines or copied from an address, and its locks for one driver."""
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from synq.common.files import write_json_atomic
+from synq.common.digests import write_sealed_json
+from synq.common.notices import print_notice
 
 from ..storage.lease import Lease
 from ..storage.object_store import Storage, open_storage
@@ -82,18 +85,18 @@ class SweepFolder:
         """Reason why the lease on the address was lost; "" while it is held, or without an address."""
         return self._lease.lost if self._lease is not None else ""
 
-    def write(self, name: str, value: object) -> None:
-        """Write a JSON file to the folder and to the address.
+    def write(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write a JSON file with its digest to the folder and to the address.
 
         Args:
             name: Name of the file in the folder.
-            value: JSON values.
+            values: JSON values, at least one.
 
         Raises:
             OSError: The folder has gone, the disk is full, or the store is not writable.
         """
         self.check_present()
-        write_json_atomic(self.root / name, value)
+        write_sealed_json(self.root / name, values)
         self.send(name)
 
     def send(self, name: str) -> None:
@@ -111,6 +114,20 @@ class SweepFolder:
         (self.root / name).unlink(missing_ok=True)
         if self.storage is not None:
             self.storage.delete(name)
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """Rename a damaged file, so that no reader takes it for one of the sweep; a notice names it.
+
+        Args:
+            name: Name of the file in the folder.
+            reason: What is wrong and what is done instead, for the notice.
+        """
+        path = self.root / name
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        if self.storage is not None:
+            self.storage.delete(name)
+        print_notice(f"warning: {reason}; the file is kept as {aside.name}")
 
     def check_present(self) -> None:
         """Raise if the folder has gone (an unmounted disk), rather than create a new one at its path.

@@ -14,7 +14,6 @@ For a sweep at an address (an object store), the folder is this machine's copy: 
 opened, and every file that is written is uploaded as well. Imports neither Ray nor torch.
 """
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -23,17 +22,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from synq.common.digests import write_sealed_json
 from synq.common.environment import environment
-from synq.common.files import read_json, write_json_atomic
-from synq.config.run import config_digest, config_to_dict
 from synq.runs.record import RunRecord, read_record, write_record
 
 from ..leaderboard.records import Tables
-from ..search_config import SearchConfig
 from ..space import BITS, value_of
 from ..spec import SweepSpec
 from .folder import SweepFolder
-from .plans import FORMAT, Plan, plan_values, read_plan, read_sweep_file, set_recipe, unfinished_record
+from .identity import check_identity, expected_identity, rebuilt_identity, settled_budget, stored_identity
+from .plans import Plan, plan_values, read_sweep_file, set_recipe, unfinished_record
+from .recovery import read_state
 from .trial_task import TrialTask
 
 TABLES = ("trials.csv", "leaderboard.csv")
@@ -73,12 +72,17 @@ class Ledger:
         """
         self.folder.take()
         try:
-            self._check_identity()
-            read = [read_plan(path) for path in (self.root / "plans").glob("*.json")]
-            for plan in sorted(read, key=lambda plan: (plan.group, plan.stage, plan.index, plan.trial)):
+            stored, reason = stored_identity(self.root)
+            if not reason:
+                check_identity(stored, self.spec)
+            plans, records = read_state(self.folder, self.spec)
+            if reason and (plans or records):
+                stored = rebuilt_identity(plans, records, self.spec, reason)
+            self._write_identity(stored)
+            for plan in sorted(plans.values(), key=lambda plan: (plan.group, plan.stage, plan.index, plan.trial)):
                 self._keep(plan)
-            for path in sorted((self.root / "records").glob("*.json")):
-                self._read_record(path)
+            for trial, record in records.items():
+                self._keep_record(trial, record)
         except BaseException:
             self.close()
             raise
@@ -87,13 +91,12 @@ class Ledger:
         """Release the locks of the folder."""
         self.folder.give_back()
 
-    def _read_record(self, path: Path) -> None:
-        record = read_record(path)
-        if record.status == "failed" and self.spec.search.retry_failed and path.stem in self.plans:
-            self.folder.remove(f"records/{path.name}")
+    def _keep_record(self, trial: str, record: RunRecord) -> None:
+        if record.status == "failed" and self.spec.search.retry_failed and trial in self.plans:
+            self.folder.remove(f"records/{trial}.json")
             return
-        self.records[path.stem] = record
-        self.tables.add(record, path.stem, source=str(path))
+        self.records[trial] = record
+        self.tables.add(record, trial, source=str(self.record_path(trial)))
 
     def know(self, group: str, facts: dict[str, Any], eval_digest: str, earlier_digest: str = "") -> None:
         """Register the teacher of a group, and reject records made with other files of the same name.
@@ -160,7 +163,7 @@ class Ledger:
 
     def ask_to_stop(self, trial: str) -> None:
         """Write the file that makes the workers of a trial stop; they check for it after each epoch."""
-        self.folder.write(f"plans/{trial}.stop", {})
+        self.folder.write(f"plans/{trial}.stop", {"stop": True})
 
     def group_plans(self, group: str, stage: str = "search") -> list[Plan]:
         """Return the plans of a group in the order in which they were proposed."""
@@ -177,7 +180,7 @@ class Ledger:
     def next_index(self, group: str) -> int:
         """Return the index of the next search trial of a group."""
         plans = self._by_group.get((group, "search"), {})
-        return plans[next(reversed(plans))].index + 1 if plans else 0
+        return max((plan.index for plan in plans.values()), default=-1) + 1
 
     def _keep(self, plan: Plan) -> None:
         self.plans[plan.trial] = plan
@@ -262,85 +265,19 @@ class Ledger:
 
     def finish(self) -> None:
         """Mark the sweep as finished, so that `--num-trials +N` then means N more trials than it has."""
-        stored = read_json(self.root / "sweep.json")
+        stored = read_sweep_file(self.root / "sweep.json")
         number = max(self.spec.search.trials, stored.get("finished", 0))
         self.folder.write("sweep.json", {**stored, "finished": number})
 
-    def _check_identity(self) -> None:
-        """Reject a folder that has another sweep, whose trials would be mixed with these, and write sweep.json.
-
-        Raises:
-            ValueError: The folder has another sweep, or records without sweep.json.
-        """
-        groups = {}
-        for group in self.spec.groups:
-            values = config_to_dict(group.base)
-            digest = config_digest(group.base)
-            groups[group.key] = {
-                "config_digest": digest,
-                "teacher": values["teacher"]["spec"],
-                "weights": values["teacher"]["weights"],
-            }
-            quant = group.base.quant
-            wide = quant.last_bits and quant.last_bits_for_input and quant.points == "relu"
-            if wide and self.spec.search.two_objectives:
-                # The bit-widths are searched, and at those of the base this setting may have no effect.
-                groups[group.key]["last_input"] = "wide"
-        search = self.spec.search
-        space: list[Any] = [asdict(dimension) for dimension in self.spec.dimensions]
-        if search.sampler == "points":  # more points may extend the ranges
-            space = sorted(dimension.name for dimension in self.spec.dimensions)
-        both = [search.objective, search.second_objective] if search.two_objectives else search.objective
-        expected = json.loads(json.dumps({"format": FORMAT, "objective": both, "groups": groups, "space": space}))
-        path = self.root / "sweep.json"
-        stored = read_sweep_file(path)
-        if stored:
-            for key in ("objective", "groups", "space"):
-                if _comparable(stored.get(key)) != _comparable(expected[key]):
-                    raise ValueError(
-                        f"`output_dir` must be new or hold the same sweep, but {self.root} holds one with other {key}; "
-                        "another `name` in the spec, or `--output-dir`, begins a new one"
-                    )
-        elif any((self.root / "records").iterdir()):
-            raise ValueError(
-                f"`output_dir` must be new or hold the same sweep, but {self.root} holds records without sweep.json"
-            )
+    def _write_identity(self, stored: Mapping[str, Any]) -> None:
+        """Resolve the number of trials and write sweep.json."""
         self.spec = replace(self.spec, search=settled_budget(self.spec.search, stored))
         finished = {"finished": stored["finished"]} if "finished" in stored else {}
         number = max(self.spec.search.trials, stored.get("search", {}).get("num_trials") or 0)
         # The two addresses may contain a password.
         values = {**asdict(self.spec.search), "num_trials": number, "output_dir": "", "study_storage": ""}
-        write_json_atomic(path, {**expected, **finished, "search": values})
-        self.folder.send(path.name)
-
-
-def settled_budget(search: SearchConfig, stored: Mapping[str, Any]) -> SearchConfig:
-    """Resolve "N more trials" to a number of trials; an interrupted extension is finished first, not extended.
-
-    Args:
-        search: Settings of the search, with `more_trials`.
-        stored: Content of the folder's sweep.json; {} for a new sweep.
-
-    Raises:
-        ValueError: More trials are requested for a new sweep.
-    """
-    if not search.more_trials:
-        return search
-    before = stored.get("search", {}).get("num_trials")
-    if before is None:
-        raise ValueError(f"`num_trials` must be a whole number for a new sweep, but got +{search.more_trials}")
-    number = before + (search.more_trials if stored.get("finished") == before else 0)
-    return replace(search, num_trials=number, more_trials=0)
-
-
-def _comparable(value: Any) -> Any:
-    """Return a value with each path reduced to its last part, so that a moved folder of weights is the same sweep.
-
-    The digest of the weights covers their content.
-    """
-    if isinstance(value, dict):
-        return {key: _comparable(part) for key, part in value.items()}
-    return value.rsplit("/", 1)[-1] if isinstance(value, str) else value
+        write_sealed_json(self.root / "sweep.json", {**expected_identity(self.spec), **finished, "search": values})
+        self.folder.send("sweep.json")
 
 
 def _finite(value: float | None) -> bool:

@@ -6,13 +6,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from synq.common.files import read_json
-from synq.config.parsing import check_format
+from synq.common.digests import read_sealed_json, report_unsealed
+from synq.config.parsing import check_format, shown
 from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
 from synq.runs.record import RunRecord
 
 FORMAT = 2
 """Version of the format of plans and of sweep.json."""
+REMOVE_SWEEP = "remove it; the command of the sweep makes it again if all plans and records fit its spec"
+"""What to do about a file that is no sweep.json."""
+REMOVE = "remove it; the plan is made again from the trial's record, or another trial is proposed"
+"""What to do about a file that is no plan."""
+_KINDS = {
+    "trial": str,
+    "group": str,
+    "stage": str,
+    "index": int,
+    "params": dict,
+    "config": dict,
+    "config_digest": str,
+    "history": list,
+}
 REASON_LENGTH = 500
 """Maximum length of the reason in a record, in characters."""
 
@@ -43,17 +57,32 @@ def read_plan(path: Path) -> Plan:
     """Read the plan of a trial from its file.
 
     Raises:
-        ValueError: The file is damaged or of another format version.
+        DamagedFileError: The file is no JSON, or differs from its digest.
+        ValueError: The file is no plan, that of another trial, or of another format version.
     """
-    content = read_json(path)
+    content, is_sealed = read_sealed_json(path)
     if isinstance(content, dict) and "format" in content:
         check_format(path, "the plan of a trial", content.pop("format"), FORMAT, "run the sweep again in a new folder")
     if not isinstance(content, dict) or set(content) != set(Plan.__dataclass_fields__):
-        raise ValueError(
-            f"`{path}` must hold the plan of a trial; remove it and its record to have the trial proposed again"
-        )
+        raise ValueError(f"`{path}` must hold the plan of a trial, but has other keys: {REMOVE}")
+    for name, kind in _KINDS.items():
+        if type(content[name]) is not kind:
+            raise ValueError(
+                f"`{path}` must hold the plan of a trial, but got {name} = {shown(content[name])}: {REMOVE}"
+            )
+    if content["trial"] != path.stem:
+        raise ValueError(f"`{path}` must hold the plan of its name, but it is that of {content['trial']}: {REMOVE}")
     config = config_from_dict(RunConfig, content["config"], source=str(path))
-    history = [(int(epoch), float(value)) for epoch, value in content["history"] if value is not None]
+    if not is_sealed:
+        if config_digest(config) != content["config_digest"]:
+            raise ValueError(f"`{path}` must have the configuration of its digest, but has another: {REMOVE}")
+        report_unsealed(path)
+    try:
+        history = [(int(epoch), float(value)) for epoch, value in content["history"] if value is not None]
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(
+            f"`{path}` must hold the plan of a trial, but got history = {shown(content['history'])}: {REMOVE}"
+        ) from None
     return Plan(**{**content, "config": config, "history": history})
 
 
@@ -61,16 +90,31 @@ def read_sweep_file(path: Path) -> dict[str, Any]:
     """Return the content of a sweep.json; {} if the file does not exist.
 
     Raises:
-        ValueError: The file is damaged or of another format version.
+        DamagedFileError: The file is no JSON, or differs from its digest.
+        ValueError: The file is not one of a sweep, or of another format version.
     """
     if not path.is_file():
         return {}
-    content = read_json(path)
+    content, is_sealed = read_sealed_json(path, REMOVE_SWEEP)
     if not isinstance(content, dict) or "format" not in content:
-        raise ValueError(f"`{path}` must hold a sweep's search and groups, but it does not")
+        raise ValueError(f"`{path}` must hold a sweep's search and groups, but it does not: {REMOVE_SWEEP}")
     cure = "another `name` in the spec, or `--output-dir`, begins a new sweep"
     check_format(path, "a sweep", content["format"], FORMAT, cure)
+    if found := _sweep_misfit(content):
+        raise ValueError(f"`{path}` must hold a sweep, but got {found}: {REMOVE_SWEEP}")
+    if not is_sealed:
+        report_unsealed(path)
     return content
+
+
+def _sweep_misfit(content: Mapping[str, Any]) -> str:
+    """Return the first field of a sweep.json that no reader expects, as "FIELD = VALUE"; "" without one."""
+    kinds = {"search": dict, "groups": dict, "space": list, "finished": int}
+    for name, kind in kinds.items():
+        if name in content and type(content[name]) is not kind:
+            return f"{name} = {shown(content[name])}"
+    number = content.get("search", {}).get("num_trials", 0)
+    return "" if type(number) is int else f"search.num_trials = {shown(number)}"
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:

@@ -45,12 +45,15 @@ def split_address(address: str) -> SplitResult:
     """Split an address into its parts.
 
     Raises:
-        ValueError: The text is not an address.
+        ValueError: The text is not an address, or has a part . or ..
     """
     if not is_address(address):
         raise ValueError(f"`output_dir` must be an address (scheme://...), but got {address!r}")
     try:
-        return urlsplit(address, allow_fragments=False)
+        parts = urlsplit(address, allow_fragments=False)
+        if {".", ".."} & set(unquote(parts.path).split("/")):
+            raise ValueError("it has a part . or .., which stores take for a name when they write, not when they list")
+        return parts
     except ValueError as error:
         raise ValueError(
             f"`output_dir` must be an address (scheme://...), but got one that cannot be read: {error}"

@@ -112,16 +112,16 @@ class Storage:
                 raise ValueError(f"`output_dir` must name an existing bucket, but got {self}")
 
     def check_writable(self) -> None:
-        """Write, read and remove a small object.
+        """Write, read, list and remove a small object.
 
         Raises:
-            OSError: One of the three failed.
+            OSError: One of the four failed.
         """
         probe = f".probe-{uuid.uuid4().hex}"
         try:
             self.put(b"probe", probe)
-            if self.read(probe) != b"probe":
-                raise OSError("an object must read back as written, but does not")
+            if self.read(probe) != b"probe" or probe not in self.names(""):
+                raise OSError("an object must be listed and read back as written, but is not")
             self.delete(probe)
         except OSError as error:
             text = f"`output_dir` must be writable, but got {self}: {one_line(error)}"

@@ -12,20 +12,22 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
-from synq.common.files import write_bytes_atomic
+from synq.common.digests import write_sealed
 from synq.common.seeding import make_generator
 from synq.config.run import EvaluationConfig, RunConfig
 from synq.engines.deployed import deployed_network
 from synq.evaluation.measure import Measure
 from synq.pipeline import run
 from synq.quant.student import build_student
-from synq.runs.record import run_folder
+from synq.runs.record import read_record, run_folder
+from synq.runs.reuse import STUDENT_FILE, check_student
 from synq.runtime import make_accelerator
 from synq.synthesis.run_sets import ensure_sets
 from synq.teacher.teacher import Teacher, load_teacher
 from synq.teacher.weight_files import read_weights
 
 from .fidelity_study import BATCH, VIEWS
+from .study_folder import stored_logits
 
 STUDY_VIEWS = ("plain", "noise_0.25", "noise_0.5", "mixup_0.5", "mixup_uniform", "cutmix_0.5", "fade_0.5", "boundary")
 """Views that were compared; those of the prediction are among them."""
@@ -92,7 +94,9 @@ class Network:
 def deployed_student(config: RunConfig, teacher: Teacher) -> nn.Module:
     """Return the student of a finished run in the form that is measured and exported."""
     student = build_student(teacher, config.quant)
-    student.net.load_state_dict(read_weights(run_folder(config) / "student.safetensors"))
+    folder = run_folder(config)
+    check_student(folder, read_record(folder / "record.json"))
+    student.net.load_state_dict(read_weights(folder / STUDENT_FILE))
     net: fx.GraphModule = student.net
     return deployed_network(net, config.quant, teacher.input_size)
 
@@ -112,8 +116,8 @@ def measured(student: Student, network: Network, cache: Path) -> dict[str, Tenso
         NonFiniteLossError: Fine-tuning diverged.
     """
     path = cache / f"{student.name}.safetensors"
-    if path.exists():
-        return safetensors.torch.load(path.read_bytes())
+    if (content := stored_logits(path)) is not None:
+        return safetensors.torch.load(content)
     run(student.config)
     form, views = deployed_student(student.config, network.teacher), network.views(student.config)
     found = {name: logits for name, logits in views.items() if name.startswith("t.")}
@@ -121,5 +125,5 @@ def measured(student: Student, network: Network, cache: Path) -> dict[str, Tenso
     found |= {"t.labeled": network.on_labeled, "s.labeled": network.labeled_logits(form)}
     found["labels"] = network.labeled.labels
     cache.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(path, safetensors.torch.save({name: x.contiguous() for name, x in found.items()}))
+    write_sealed(path, safetensors.torch.save({name: x.contiguous() for name, x in found.items()}))
     return found

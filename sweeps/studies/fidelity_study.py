@@ -14,10 +14,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor, fx
 
-from synq.common.files import write_bytes_atomic
+from synq.common.digests import write_sealed
 from synq.common.seeding import make_generator
 from synq.config.run import RunConfig, config_from_dict
 from synq.evaluation import fidelity, harder_views
@@ -25,7 +24,9 @@ from synq.finetune.augment import flip_shift
 from synq.network.tracing import with_features
 from synq.quant.integer_form import integer_form
 from synq.quant.student import build_student
+from synq.runs.finished import check_code
 from synq.runs.record import RunRecord
+from synq.runs.reuse import STUDENT_FILE, check_student
 from synq.synthesis.dataset import SyntheticSet, tensor_bytes
 from synq.synthesis.generate import ensure_set
 from synq.synthesis.run_sets import HELDOUT_SEED
@@ -35,6 +36,7 @@ from synq.teacher.teacher import Teacher, load_teacher
 from ..leaderboard.records import load_records
 from ..studies import perturbations
 from .rank_table import Values, table
+from .study_folder import stored_logits
 
 MEASURES: dict[str, fidelity.Measure] = {
     "kl": fidelity.kl,
@@ -170,6 +172,7 @@ class ViewSet:
     """The views of one teacher's held-out images, and the teacher's logits on them."""
 
     def __init__(self, trial: Trial, sweep: Path, output: Path, views: Sequence[str], bn_only: bool) -> None:
+        check_code(trial.record, trial.config, trial.folder / "record.json")
         self.teacher: Teacher = load_teacher(trial.config.teacher)
         self.cache = output / "logits"
         synthesis = replace(trial.config.synthesis, num_images=trial.config.evaluation.heldout_images)
@@ -203,7 +206,8 @@ class ViewSet:
         Raises:
             ValueError: The rebuilt student does not reproduce the KL of its record.
         """
-        weights = (trial.folder / "student.safetensors").read_bytes()
+        check_student(trial.folder, trial.record)
+        weights = (trial.folder / STUDENT_FILE).read_bytes()
         cached = self.cache / f"{trial.record.name}-{hashlib.sha256(weights).hexdigest()[:16]}-integers.safetensors"
         known = _read_cache(cached)
         missing = [name for name, digest in self.digests.items() if f"{digest}.logits" not in known]
@@ -218,7 +222,7 @@ class ViewSet:
                 expected = self.expected[name][1]
                 if features is not None and expected is not None:
                     known[f"{self.digests[name]}.features"] = perturbations.feature_distance(expected, features)
-            write_bytes_atomic(cached, safetensors.torch.save(known))
+            write_sealed(cached, safetensors.torch.save(known))
         values: Values = {}
         for name, digest in self.digests.items():
             teacher_logits, student_logits = self.expected[name][0], known[f"{digest}.logits"]
@@ -252,10 +256,8 @@ def _outputs(net: fx.GraphModule, images: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def _read_cache(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        return {}
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    content = stored_logits(path)
+    return {} if content is None else safetensors.torch.load(content)
 
 
 def study(

@@ -4,6 +4,9 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from synq.common.digests import read_sealed
+from synq.common.files import DamagedFileError
+from synq.common.notices import print_notice
 from synq.config.run import RunConfig, config_digest
 from synq.runs.record import RunRecord, read_record, run_folder
 
@@ -78,3 +81,19 @@ def with_finished(
             records[cell] = record
     ranks = {cell: number for number, cell in enumerate(order)}
     return dict(sorted(records.items(), key=lambda item: ranks.get(item[0], len(ranks))))
+
+
+def stored_logits(path: Path) -> bytes | None:
+    """Return the content of a file of logits of an earlier call; None without one, or, with a notice, a damaged one.
+
+    Args:
+        path: A file of `write_sealed`; one without a digest is of an earlier version and is computed again.
+    """
+    if not path.exists():
+        return None
+    try:
+        content, is_sealed = read_sealed(path)
+    except DamagedFileError as error:
+        print_notice(f"warning: {error}; it is computed again")
+        return None
+    return content if is_sealed else None

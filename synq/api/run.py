@@ -20,6 +20,7 @@ from synq.runtime import make_accelerator
 from synq.synthesis.dataset import SyntheticSet
 from synq.teacher.sources import MEMORY
 from synq.teacher.teacher import Teacher
+from synq.teacher.trust import trusting
 
 if TYPE_CHECKING:
     from synq.export.export import Container
@@ -245,7 +246,12 @@ class Run:
 
 @named_as_arguments
 def open_run(
-    path: str | Path, *, model: Model = None, dataset: Any = None, moved: Mapping[str, Any] | None = None
+    path: str | Path,
+    *,
+    model: Model = None,
+    dataset: Any = None,
+    moved: Mapping[str, Any] | None = None,
+    trust: bool = False,
 ) -> Run:
     """Open a finished run: its record, its teacher and its student.
 
@@ -255,12 +261,13 @@ def open_run(
         dataset: Labeled images of a run whose were in memory, which `evaluate` and `export` use; without them a file is
             verified on synthetic images only.
         moved: New paths of files that were moved since the run, by dotted key, such as {"teacher.weights": FILE}.
+        trust: Whether to run code that the record names and that is not known as that of a run of yours.
 
     Raises:
         FileNotFoundError: The folder has no finished run.
-        ValueError: A file is damaged, or the network is not the run's.
+        ValueError: A file is damaged, the network is not the run's, or its code may not run.
     """
-    with session(progress=True):
+    with session(progress=True), trusting(trust):
         folder = finished.finished_folder(path)
         record = read_record(folder / "record.json")
         config = config_from_dict(RunConfig, record.config, source=str(folder / "record.json"))
@@ -273,6 +280,8 @@ def open_run(
             )
         if not needs_model and model is not None:
             raise ValueError(f"`model` must be left out, because the run names its teacher: {config.teacher.spec}")
+        if not needs_model:
+            finished.check_code(record, config, folder / "record.json", named=(moved or {}).get("teacher.spec"))
         config, teacher = open_model(model, config)
         if teacher.digest != record.teacher.get("digest"):
             raise ValueError(
@@ -282,18 +291,19 @@ def open_run(
         return Run(folder, config, finished.with_rule_of(record, teacher), in_memory(dataset))
 
 
-def load_student(path: str | Path, *, model: Model = None) -> nn.Module:
+def load_student(path: str | Path, *, model: Model = None, trust: bool = False) -> nn.Module:
     """Return the student of a finished run, as `Run.student`.
 
     Args:
         path: As for `synq.open_run`.
         model: As for `synq.open_run`.
+        trust: As for `synq.open_run`.
 
     Raises:
         FileNotFoundError: As `synq.open_run`.
         ValueError: As `synq.open_run`.
     """
-    return open_run(path, model=model).student
+    return open_run(path, model=model, trust=trust).student
 
 
 __all__ = ["Export", "Recount", "Run", "RunRecord", "load_student", "open_run"]

@@ -1,6 +1,7 @@
 """`synq evaluate`: the student of a finished run on other labeled images, without any training."""
 
 from dataclasses import asdict
+from typing import Any
 
 import click
 
@@ -33,7 +34,7 @@ def command(
     num_images: int | None,
     batch_size: int | None,
     json_file: str | None,
-    **moved: str | None,
+    **moved: Any,
 ) -> None:
     """Count the correct predictions of a finished student, and of its teacher, on labeled images.
 
@@ -47,8 +48,10 @@ def command(
     from synq.runs.finished import open_run
     from synq.runs.recount import recount, recount_settings
     from synq.runtime import make_accelerator
+    from synq.teacher.trust import trusting
 
-    found = open_run(run, moved_paths(moved))
+    with trusting(moved["trust"]):
+        found = open_run(run, moved_paths(moved))
     settings = recount_settings(
         found.config, dataset=dataset, data_dir=data_dir, num_images=num_images, batch_size=batch_size
     )

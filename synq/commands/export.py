@@ -1,5 +1,7 @@
 """`synq export`: deployment files of the student of a finished run."""
 
+from typing import Any
+
 import click
 
 from synq.common.files import check_paths
@@ -78,7 +80,7 @@ def command(
     mean_difference: float,
     threads: int,
     rounds: int,
-    **moved: str | None,
+    **moved: Any,
 ) -> None:
     """Write the student of a finished run as ONNX (QDQ), packed safetensors and a torch.export program.
 
@@ -97,6 +99,7 @@ def command(
     from synq.export.timing import unstable_times
     from synq.export.verify import Tolerance
     from synq.runs.expected_agreement import agreement_line
+    from synq.teacher.trust import trusting
 
     options = ExportOptions(
         formats=formats,
@@ -107,7 +110,8 @@ def command(
         path_overrides=moved_paths(moved),
         progress=True,
     )
-    folder, record = export_run(run, out, options)
+    with trusting(moved["trust"]):
+        folder, record = export_run(run, out, options)
     print(to_text(file_rows(record.deployment), FILE_COLUMNS), end="")
     metrics = record.deployment
     if metrics.get("latency_ms") is None and metrics.get("latency_spread") is not None:

@@ -37,9 +37,7 @@ EXAMPLES = """\
     help="images on which the networks of a run are evaluated (default: by image size, so that it takes seconds)",
 )
 @moved_options
-def command(
-    paths: tuple[str, ...], output: str | None, runs: int | None, num_images: int | None, **moved: str | None
-) -> None:
+def command(paths: tuple[str, ...], output: str | None, runs: int | None, num_images: int | None, **moved: Any) -> None:
     """Write a self-contained HTML page and its plots as SVG and PNG.
 
     The plots are in FILE_figures/ next to FILE.html. A page is made from records and the files of the runs; nothing is
@@ -47,9 +45,11 @@ def command(
     """
     check_paths(paths)
     from synq.sweeps.reports.make import make_report
+    from synq.teacher.trust import trusting
 
     options: dict[str, Any] = {} if runs is None else {"runs": runs}
-    written = make_report(paths, output, path_overrides=moved_paths(moved), num_images=num_images, **options)
+    with trusting(moved["trust"]):
+        written = make_report(paths, output, path_overrides=moved_paths(moved), num_images=num_images, **options)
     print(f"{written[0]} and {len(written) - 1} plots" if len(written) > 1 else written[0])
 
 

@@ -4,15 +4,23 @@ import os
 import sys
 from collections.abc import Callable
 
-RUN_FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+from synq.common.error_text import first_line
+from synq.common.faults import fault_text
+
+RUN_FAILED, USER_ERROR, OWN_FAULT, INTERRUPTED = 1, 2, 70, 130
 
 
-def report_error(error: BaseException) -> None:
-    """Print one line on standard error; SYNQ_TRACEBACK=1 in the environment adds the traceback."""
+def report_error(error: BaseException, cause: BaseException | None = None) -> None:
+    """Print one line on standard error; SYNQ_TRACEBACK=1 in the environment adds the traceback.
+
+    Args:
+        error: The error, whose text is the line.
+        cause: The error whose traceback it is, if another one.
+    """
     if os.environ.get("SYNQ_TRACEBACK", "0") not in ("", "0"):
         import traceback
 
-        traceback.print_exception(error)
+        traceback.print_exception(cause or error)
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
         text = f"`{error.filename}` cannot be used: {error.strerror or text}"
@@ -33,7 +41,8 @@ def exit_code(
         failures: Returns the RuntimeErrors that are the failure of a run.
 
     Returns:
-        0 done, 1 a run failed, 2 the input was rejected, 130 interrupted.
+        0 done, 1 a run failed, 2 the input was rejected, 70 a fault of this program (the line names a log with the
+        traceback), 130 interrupted.
     """
     try:
         code = work() or 0
@@ -46,7 +55,7 @@ def exit_code(
         return USER_ERROR
     except ImportError as error:
         if (error.name or "").partition(".")[0] == "synq":  # a fault of ours, not of the environment
-            raise
+            return report_fault(error)
         report_error(ImportError(_import_reason(error)))
         return USER_ERROR
     except RuntimeError as error:
@@ -55,13 +64,31 @@ def exit_code(
         if isinstance(error, BrokenExecutor):
             reason = "a run's process died (too little memory?); the same command resumes, fewer `--jobs` need less"
             error = RuntimeError(reason)
+        elif is_out_of_memory(error):
+            error = RuntimeError(f"memory is full: {first_line(error)}")
         elif not isinstance(error, failures()):
-            raise
+            return report_fault(error)
         report_error(error)
         return RUN_FAILED
+    except MemoryError as error:
+        report_error(RuntimeError(f"memory is full: {first_line(error)}"))
+        return RUN_FAILED
+    except Exception as error:  # whatever a command did not expect
+        return report_fault(error)
     except KeyboardInterrupt:
         print("synq: interrupted" + ("; the same command resumes" if resumes else ""), file=sys.stderr, flush=True)
         return INTERRUPTED
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error is that of a full GPU (`torch.OutOfMemoryError`), without importing torch."""
+    return any(part.__name__ == "OutOfMemoryError" for part in type(error).__mro__)
+
+
+def report_fault(error: BaseException) -> int:
+    """Print one line about an error that nothing expected, with the log of its traceback; return `OWN_FAULT`."""
+    report_error(RuntimeError(fault_text(error)), cause=error)
+    return OWN_FAULT
 
 
 def _import_reason(error: BaseException) -> str:

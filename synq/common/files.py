@@ -14,6 +14,18 @@ from pathlib import Path
 from typing import Any
 
 
+class DamagedFileError(ValueError):
+    """A file is not as it was written; what can be made without it is made again by a resumed run or sweep.
+
+    Attributes:
+        path: The file, or its folder.
+    """
+
+    def __init__(self, text: str, path: str | Path = "") -> None:
+        super().__init__(text)
+        self.path = Path(path)
+
+
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:
     """Write `content` to `path` atomically: the file is either the old one or the complete new one.
 
@@ -74,32 +86,53 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 def write_json_atomic(path: str | Path, value: object) -> None:
     """Write strict JSON as `write_bytes_atomic` does: NaN and infinities become null, tuples become lists."""
-    write_text_atomic(path, json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
+    write_text_atomic(path, json.dumps(strict(value), indent=2, allow_nan=False) + "\n")
 
 
-def _strict(value: object) -> object:
+def strict(value: object) -> object:
+    """Return JSON values that every reader accepts: NaN and infinities become None, tuples lists, keys text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _strict(part) for key, part in value.items()}
+        return {str(key): strict(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(part) for part in value]
+        return [strict(part) for part in value]
     return value
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, cure: str = "") -> Any:
     """Read a JSON file.
+
+    Args:
+        path: The file.
+        cure: What to do if it is damaged, for the message.
 
     Raises:
         FileNotFoundError: The file is missing.
-        ValueError: The file is damaged; the message names it.
+        DamagedFileError: The file is no JSON; the message names it.
     """
+    return parse_json(path, Path(path).read_bytes(), cure)
+
+
+def parse_json(path: str | Path, content: bytes, cure: str = "") -> Any:
+    """Return the value of a JSON file that was read.
+
+    Args:
+        path: The file, for the message.
+        content: Its bytes.
+        cure: As for `read_json`.
+
+    Raises:
+        DamagedFileError: It is no JSON.
+    """
+    advice = f"; {cure}" if cure else ""
     try:
-        return json.loads(Path(path).read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        ours = Path(path).suffix == ".json"
-        advice = f"is damaged ({error}); remove it to have it made again" if ours else "does not"
-        raise ValueError(f"`{path}` must hold JSON, but it {advice}") from None
+        return json.loads(content)
+    except RecursionError:
+        raise DamagedFileError(f"`{path}` must hold JSON, but is nested too deeply{advice}", path) from None
+    except ValueError as error:  # of the syntax, the encoding, or a number of more digits than Python reads
+        found = f"it is damaged ({error}){advice}" if Path(path).suffix == ".json" else "it does not"
+        raise DamagedFileError(f"`{path}` must hold JSON, but {found}", path) from None
 
 
 def check_paths(paths: Iterable[str | Path], name: str = "PATH") -> None:

@@ -124,13 +124,14 @@ def setting_options() -> tuple[Option, ...]:
 
 
 def moved_options(function: Function) -> Function:
-    """Add an option for each setting that is a path, for files moved since the run."""
+    """Add `--trust`, and an option for each setting that is a path, for files moved since the run."""
+    function = option("--trust", is_flag=True, is_common=False, help="run the code that the record names")(function)
     for key in reversed(PATH_SETTINGS):
         help = "new path, if it was moved since the run"
         function = option(f"--{key}", parameter_name(key), metavar="PATH", is_common=False, help=help)(function)
     return function
 
 
-def moved_paths(moved: Mapping[str, str | None]) -> dict[str, str]:
+def moved_paths(moved: Mapping[str, Any]) -> dict[str, str]:
     """Return the values given to the options of `moved_options`, by dotted key."""
     return {key: path for key in PATH_SETTINGS if (path := moved[parameter_name(key)]) is not None}

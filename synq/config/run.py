@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from synq.common.digests import KEY, read_sealed_json
 from synq.config.file_kinds import read_as
 from synq.config.finetune import FinetuneConfig
 from synq.config.identity import DIGEST_FORMAT, config_digest, make_absolute
@@ -250,7 +251,7 @@ class RunConfig:
 def load_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read the settings of one run from a TOML or JSON file; missing keys have their defaults.
 
-    A `config.json` written by a run has every key, and the number of its format.
+    A `config.json` written by a run has every key, the number of its format, and its digest.
 
     Args:
         path: The file.
@@ -262,6 +263,8 @@ def load_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Ru
     """
     content = load_config(path)
     if Path(path).suffix == ".json" and ("format" in content or _is_incomplete(content)):
+        if KEY in content:
+            content, _ = read_sealed_json(path, f"take its line {KEY} out if the change is meant")
         cure = "write the settings into a new file and run it again"
         check_format(path, "the settings of a run", content.pop("format", None), DIGEST_FORMAT, cure)
     with read_as("run", content, path):

@@ -1,5 +1,6 @@
 """The model card of an exported student: card.json for programs, README.md for people."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from synq import __version__
-from synq.common.files import write_json_atomic, write_text_atomic
+from synq.common.digests import write_sealed_json
+from synq.common.files import write_text_atomic
 from synq.config.identity import map_spec_path
 from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
 from synq.config.synthesis import OWN_IMAGES
@@ -98,8 +100,10 @@ def write_card(folder: Path, values: Mapping[str, Any]) -> None:
     Raises:
         OSError: If a file cannot be written.
     """
-    write_json_atomic(folder / "card.json", dict(values))
-    write_text_atomic(folder / "README.md", card_markdown(values))
+    text = card_markdown(values)
+    write_text_atomic(folder / "README.md", text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_sealed_json(folder / "card.json", {**values, "readme_sha256": digest})
 
 
 def is_card(path: Path) -> bool:

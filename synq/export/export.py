@@ -250,7 +250,12 @@ def _write_files(
         file, models[name] = export_onnx(target / name, container, graph, check)
         files.append(file)
     if "packed" in formats:
-        about = {"config": record.config, "input_size": list(size), "num_classes": teacher.num_classes}
+        about = {
+            **_code_of(record),
+            "config": record.config,
+            "input_size": list(size),
+            "num_classes": teacher.num_classes,
+        }
         files.append(export_packed(target / "model.safetensors", form, student.net, about, check))
     if "torch" in formats:
         files.append(export_program(target / "model.pt2", integer_form(student.net, operations="torch"), size, check))
@@ -264,6 +269,10 @@ def _write_files(
             files = [with_latency(file, times) if file.name in times else file for file in files]
             metrics |= _speed(times[next(iter(models))], times[FLOAT])
     return metrics | _verification(files, check, options) | {"float_norms": len(channel_affines(form))}
+
+
+def _code_of(record: RunRecord) -> dict[str, Any]:
+    return {"code": record.teacher["code"]} if "code" in record.teacher else {}
 
 
 def _write_target_file(

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, fx
 
+from synq.common.faults import reading
 from synq.common.files import write_bytes_atomic
 from synq.config.parsing import check_format
 from synq.quant.integer_form import integer_form
@@ -108,8 +109,10 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     check_format(path, "a packed student", number, VERSION, "run it again and export it")
     if metadata.pop("digest", None) != _digest(tensors, metadata):
         raise ValueError(f"a packed student must match its digest, but {path} does not: its content was changed")
-    facts = {name: json.loads(metadata[name]) for name in ("layers", "activations", "norms", "about")}
-    return tensors, {**facts, "structure": metadata["structure"]}
+    with reading(path, "a packed student"):
+        facts = {name: json.loads(metadata[name]) for name in ("layers", "activations", "norms", "about")}
+        facts["structure"] = metadata["structure"]
+    return tensors, facts
 
 
 def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
@@ -125,7 +128,13 @@ def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
         ValueError: The file is damaged, of another version, or of another network.
     """
     tensors, facts = read_packed(path)
-    form = integer_form(student, empty=True)
+    with reading(path, "a packed student"):
+        return _filled(path, tensors, facts, integer_form(student, empty=True))
+
+
+def _filled(
+    path: str | Path, tensors: dict[str, Tensor], facts: dict[str, Any], form: fx.GraphModule
+) -> fx.GraphModule:
     layers, activations = integer_parts(form)
     found = [(name, bits, tuple(shape)) for name, bits, shape, _ in facts["layers"]]
     wanted = [(n, x.integer_weight.bits, tuple(x.integer_weight.codes.shape)) for n, x in layers.items()]
@@ -143,6 +152,7 @@ def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
             f"a packed student must fit its network, but {path} was written from a network that computes something else"
         )
     sizes = [shape[0] for _, _, shape in found]
+    _check_tensors(path, tensors, facts, sizes, [len(norm.gain) for norm in norms.values()])
     zero_points = iter(tensors["*.zero_point"].split(sizes))
     channels = [*sizes, *(len(norm.gain) for norm in norms.values())]
     shifted = [*(has_shift for *_, has_shift in facts["layers"]), *(True for _ in norms)]
@@ -167,6 +177,39 @@ def load_packed(path: str | Path, student: fx.GraphModule) -> fx.GraphModule:
         raise ValueError(f"a packed student must fit its network, but {path} has no {missing[0]}")
     form.load_state_dict({**form.state_dict(), **{name: tensors[name] for name in others}})
     return form
+
+
+def _check_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], sizes: list[int], norms: list[int]
+) -> None:
+    """Check type, length and values of the tensors that are read by position, and the scales of the activations.
+
+    Raises:
+        ValueError: One is missing or wrong; the message names it.
+    """
+    shifted = sum(size for size, (*_, has_shift) in zip(sizes, facts["layers"], strict=True) if has_shift)
+    wanted: dict[str, tuple[torch.dtype, int | None]] = {
+        "*.zero_point": (torch.int8, sum(sizes)),
+        "*.gain": (torch.float32, sum(sizes) + sum(norms)),
+        "*.shift": (torch.float32, shifted + sum(norms)),
+        **{f"{name}.codes": (torch.uint8, None) for name, *_ in facts["layers"]},
+    }
+    rule = f"`{path}` must hold a packed student, but"
+    for name, (dtype, length) in wanted.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise ValueError(f"{rule} it has no tensor {name}")
+        if tensor.dtype != dtype or tensor.ndim != 1 or (length is not None and len(tensor) != length):
+            shape = "any number of" if length is None else str(length)
+            raise ValueError(f"{rule} {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} {dtype}")
+        if dtype == torch.float32 and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{rule} {name} has NaN or infinity")
+    for name, _, scale, zero_point in facts["activations"]:
+        is_scale = isinstance(scale, int | float) and math.isfinite(scale) and scale > 0
+        if not is_scale or type(zero_point) is not int:
+            raise ValueError(
+                f"{rule} activation {name} has the scale {scale!r:.40} and the zero point {zero_point!r:.40}"
+            )
 
 
 def integer_parts(form: fx.GraphModule) -> tuple[dict[str, IntegerLayer], dict[str, IntegerActivation]]:

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, fx
 
+from synq.common.files import DamagedFileError
+from synq.common.notices import print_notice
 from synq.config.run import RunConfig
-from synq.finetune.checkpoints import load_prepared, save_prepared
+from synq.finetune.checkpoints import read_state, restore_prepared, save_prepared
 from synq.finetune.responses import TappedNetwork
 from synq.network.blocks import block_ends
 from synq.network.tracing import with_features
@@ -44,12 +47,13 @@ def prepare_networks(
         (teacher, student, report of `prepare_student`).
 
     Raises:
-        ValueError: As `prepare_student`, or `prepared` is damaged or has another identity.
+        ValueError: As `prepare_student`, or `prepared` has another identity. One that is damaged is made again.
     """
     for net in (teacher.graph, student.net):
         place(net, config.runtime, accelerator.device, teacher.input_size)
-    if exists_on_main(prepared):
-        reference, report = load_prepared(prepared, identity, student.net, teacher.graph)
+    found = _prepared_before(prepared, identity, student, teacher, accelerator) if exists_on_main(prepared) else None
+    if found is not None:
+        reference, report = found
     else:
         reference, report = prepare_student(
             student.net,
@@ -65,6 +69,22 @@ def prepare_networks(
             save_prepared(prepared, identity, student.net, None if reference is teacher.graph else reference, report)
     synchronize_parameters(student.net)  # GPUs may have summed the ranges in different orders
     return *_tapped(config, teacher, reference, student), report
+
+
+def _prepared_before(
+    path: Path, identity: str, student: Student, teacher: Teacher, accelerator: Accelerator
+) -> tuple[fx.GraphModule, dict[str, Any]] | None:
+    """Load a calibrated student; None, with a notice, if the file is damaged, on all processes if it is for one."""
+    state, reasons = None, [""]
+    try:
+        state = read_state(path, identity)
+    except DamagedFileError as error:
+        reasons = [str(error)]
+    reason = next(filter(None, gather_object(reasons) if accelerator.num_processes > 1 else reasons), "")
+    if reason or state is None:
+        print_notice(f"warning: {reason}; the student is calibrated again")
+        return None
+    return restore_prepared(state, path, student.net, teacher.graph)
 
 
 def aligned_blocks(config: RunConfig, teacher: Teacher) -> list[str]:

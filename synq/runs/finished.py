@@ -13,11 +13,13 @@ from synq.common.error_text import one_line
 from synq.config.run import RunConfig, config_digest, config_from_dict, make_absolute, with_overrides
 from synq.quant.student import Student, build_student
 from synq.runs.record import RunRecord, read_record
+from synq.runs.reuse import STUDENT_FILE, check_student
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.run_sets import set_names, set_store
 from synq.synthesis.store import SetStore
 from synq.teacher.preprocessing import stored_rule
 from synq.teacher.teacher import Teacher, load_teacher
+from synq.teacher.trust import check_trusted
 
 MAX_REASON = 300
 """Characters of a reason that PyTorch gives, which may list every tensor."""
@@ -67,7 +69,7 @@ def open_run(
 
     Raises:
         FileNotFoundError: The folder has no finished run.
-        ValueError: A file is damaged, or the teacher's weights are not those of the run.
+        ValueError: A file is damaged, the teacher's weights are not those of the run, or its code may not run.
     """
     path = finished_folder(folder)
     record = read_record(path / "record.json")
@@ -79,18 +81,21 @@ def open_run(
             "or run these settings anew"
         )
     config = make_absolute(with_overrides(config, path_overrides or {}))
-    teacher = teacher or with_rule_of(record, load_teacher(config.teacher))
+    if teacher is None:
+        check_code(record, config, path / "record.json", named=(path_overrides or {}).get("teacher.spec"))
+        teacher = with_rule_of(record, load_teacher(config.teacher))
     if teacher.digest != record.teacher.get("digest"):
         raise ValueError(
             f"`RUN` must be of the current weights of teacher {config.teacher.spec}, but {path} is of other weights, "
             "or of a version of SynQ or PyTorch that traces the teacher in another way"
         )
     student = build_student(teacher, config.quant)
-    weights = path / "student.safetensors"
+    weights = path / STUDENT_FILE
     if not weights.is_file():
         raise FileNotFoundError(
             f"`RUN` must hold student.safetensors, but {path} does not: run it again in another folder"
         )
+    check_student(path, record)
     try:
         state = load_file(weights)
     except (SafetensorError, OSError) as error:
@@ -104,6 +109,22 @@ def open_run(
         reason = one_line(error)[:MAX_REASON]
         raise ValueError(f"`RUN` must hold a student of its teacher, but {weights} is none: {reason}") from error
     return Run(folder=path, record=record, config=config, teacher=teacher, student=student)
+
+
+def check_code(record: RunRecord, config: RunConfig, source: str | Path, *, named: str | None = None) -> None:
+    """Check that the code that makes the teacher of a run may run, see `synq.teacher.trust`.
+
+    Args:
+        record: The run's record.
+        config: Its settings, with the current paths.
+        source: Its file, for the message.
+        named: The spec that the user gave; None without one.
+
+    Raises:
+        ValueError: It may not.
+    """
+    if named is None:
+        check_trusted(config.teacher.spec, record.teacher.get("code"), source)
 
 
 def with_rule_of(record: RunRecord, teacher: Teacher) -> Teacher:

@@ -1,5 +1,6 @@
 """The record of a run over its lifetime: created before fine-tuning, completed and written after it or on failure."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,21 +16,23 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from synq.common.environment import environment
-from synq.common.files import write_bytes_atomic
+from synq.common.files import DamagedFileError, write_bytes_atomic
 from synq.common.notices import print_notice
 from synq.common.statistics import drop_of
 from synq.common.text_tables import plural
-from synq.config.run import FinetuneConfig, RunConfig, config_digest, config_to_dict
+from synq.config.run import FinetuneConfig, RunConfig, config_digest, config_to_dict, load_run
 from synq.evaluation.harder_views import MAX_IMAGES, VIEWS
 from synq.evaluation.measure import Measurement
 from synq.finetune.loop import Epoch, NonFiniteLossError
 from synq.quant.student import Student
 from synq.runs.expected_agreement import HeldOut, expected_agreement, poor_warnings, worse_warnings
-from synq.runs.record import RunRecord, read_record, write_record
+from synq.runs.record import RunRecord, read_record, write_config, write_record
+from synq.runs.reuse import STUDENT_FILE, check_student
 from synq.runs.tuning_effect import harm_warnings, rounding_warnings, tuning_changes
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.run_sets import set_warnings
 from synq.teacher.teacher import Teacher
+from synq.teacher.trust import code_mark
 
 LARGE_KL = 0.5
 """KL to the teacher, in nats, from which on mixed precision is suggested."""
@@ -100,6 +103,7 @@ def blank_record(
         "mean": list(teacher.mean),
         "std": list(teacher.std),
         "preprocessing": None if teacher.preprocessing is None else asdict(teacher.preprocessing),
+        **({"code": mark} if (mark := code_mark(teacher.spec)) else {}),
         "cam": {"node": cam.node, "kind": cam.kind, "reason": cam.reason},
     }
     warnings = []
@@ -159,12 +163,16 @@ def failure_recorded(folder: Path, record: RunRecord, accelerator: Accelerator) 
         raise
 
 
-def save(folder: Path, record: RunRecord, student: nn.Module, accelerator: Accelerator) -> None:
-    """Write the student's `state_dict` and then the record, on the main process."""
+def save(folder: Path, record: RunRecord, student: nn.Module, accelerator: Accelerator) -> RunRecord:
+    """Write the student's `state_dict` and then the record, on the main process; return it, with the digest of it."""
+    digests: list[dict[str, str]] = [{}]
     if accelerator.is_main_process:
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in student.state_dict().items()}
-        write_bytes_atomic(folder / "student.safetensors", safetensors.torch.save(state))
-        write_record(folder / "record.json", record)
+        content = safetensors.torch.save(state)
+        digests = [{STUDENT_FILE: hashlib.sha256(content).hexdigest()}]
+        write_bytes_atomic(folder / STUDENT_FILE, content)
+        write_record(folder / "record.json", replace(record, files=digests[0]))
+    return replace(record, files=broadcast_object_list(digests)[0])
 
 
 def complete_record(
@@ -273,6 +281,8 @@ def finished_record(
 ) -> RunRecord | None:
     """Return the record of a completed run, as read by the main process, on all processes; None if there is none.
 
+    A run with a damaged record or student has none: a notice names the file, and it is made again from what is intact.
+
     Args:
         path: The record.
         teacher: The run's teacher.
@@ -282,7 +292,7 @@ def finished_record(
     Raises:
         ValueError: If the record belongs to another teacher or other labeled images.
     """
-    found = [read_record(path) if accelerator.is_main_process and path.exists() else None]
+    found = [_intact_record(path) if accelerator.is_main_process and path.exists() else None]
     record = broadcast_object_list(found)[0]
     if record is None:
         return None
@@ -296,3 +306,26 @@ def finished_record(
                 "Choose another output_dir or name"
             )
     return record if record.status == "completed" else None
+
+
+def _intact_record(path: Path) -> RunRecord | None:
+    try:
+        record = read_record(path)
+        if record.status == "completed":
+            check_student(path.parent, record)
+    except DamagedFileError as error:
+        print_notice(f"warning: {error}; the run goes on from its last intact state, and writes it again")
+        return None
+    return record
+
+
+def repair_config(folder: Path, config: RunConfig, accelerator: Accelerator) -> None:
+    """Write the settings of a finished run again, with a notice, if their file is damaged or missing."""
+    path = folder / "config.json"
+    if not accelerator.is_main_process:
+        return
+    try:
+        load_run(path)
+    except (ValueError, OSError) as error:
+        print_notice(f"warning: {error}; it is written again")
+        write_config(path, config)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from synq.common.files import read_json, write_json_atomic
+from synq.common.digests import read_sealed_json, report_unsealed, write_sealed_json
 from synq.common.statistics import drop_stderr, drop_text
 from synq.config.identity import DIGEST_FORMAT
-from synq.config.parsing import check_format
+from synq.config.parsing import check_format, shown
 from synq.config.quant import RESEARCH, end_bits, protocol_label
 from synq.config.run import RunConfig, config_digest, config_to_dict
+from synq.runs.record_fields import misfit
 
 SCHEMA_VERSION = 2
 DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms", "latency_ratio")
@@ -40,8 +41,8 @@ class RunRecord:
     data_seed: int = 0
     """Seed of the synthetic set."""
     teacher: dict[str, Any] = field(default_factory=dict)
-    """The teacher's spec, digest, name, num_classes, input_size, mean, std and activation map (cam), and by which rule
-    image files are resized for it (preprocessing; None is the default rule)."""
+    """The teacher's spec, digest, name, num_classes, input_size, mean, std and activation map (cam), by which rule
+    image files are resized for it (preprocessing; None is the default rule), and the mark of a user's code (code)."""
     model: str = ""
     """The teacher's short name."""
     weight_bits: int = 0
@@ -132,6 +133,9 @@ class RunRecord:
     expected_agreement: dict[str, Any] = field(default_factory=dict)
     """Agreement with the teacher expected on real images, in percent, with its interval and the evidence: what
     `synq.runs.expected_agreement` returns; empty in a run of an earlier version or one that did not complete."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the run's student by its file name; empty in a run of an earlier version or one that did not
+    complete."""
     student_of: str = ""
     """Name of the folder of the run that trained the student, if this one only measured it; "" if it trained it."""
 
@@ -149,13 +153,13 @@ class RunRecord:
 
 
 def write_config(path: str | Path, config: RunConfig) -> None:
-    """Write the resolved settings of a run as JSON, atomically; `load_run` reads them."""
-    write_json_atomic(path, {"format": DIGEST_FORMAT, **config_to_dict(config)})
+    """Write the resolved settings of a run as JSON with its digest, atomically; `load_run` reads them."""
+    write_sealed_json(path, {"format": DIGEST_FORMAT, **config_to_dict(config)})
 
 
 def write_record(path: str | Path, record: RunRecord) -> None:
-    """Write a record as JSON, atomically."""
-    write_json_atomic(path, {part.name: getattr(record, part.name) for part in dataclasses.fields(record)})
+    """Write a record as JSON with its digest, atomically."""
+    write_sealed_json(path, {part.name: getattr(record, part.name) for part in dataclasses.fields(record)})
 
 
 def read_record(path: str | Path) -> RunRecord:
@@ -163,9 +167,10 @@ def read_record(path: str | Path) -> RunRecord:
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The file is damaged, of another version, or not a record.
+        DamagedFileError: The file is no JSON, or differs from its digest.
+        ValueError: The file is of another version, or not a record.
     """
-    content = read_json(path)
+    content, is_sealed = read_sealed_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"`{path}` must hold a run record, but got a {type(content).__name__}")
     for key in ("schema_version", "config"):
@@ -178,7 +183,11 @@ def read_record(path: str | Path) -> RunRecord:
         raise ValueError(f"`{path}` must hold a run record, but got the unknown key {unknown[0]!r}")
     for name, value in content.items():
         if not _fits(types[name], value):
-            raise ValueError(f"`{path}` must hold a run record, but got {name} = {value!r:.80}")
+            raise ValueError(f"`{path}` must hold a run record, but got {name} = {shown(value)}")
+    if found := misfit(content):
+        raise ValueError(f"`{path}` must hold a run record, but got {found}")
+    if not is_sealed:
+        report_unsealed(path)
     return RunRecord(**content)
 
 

@@ -5,13 +5,15 @@ digest of a run, because a record holds one measurement. A run asked again with 
 separate folder and record, and takes over the student that another run of the same output folder has finished.
 """
 
-from contextlib import suppress
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from synq.common.digests import check_file
+from synq.common.files import DamagedFileError
+from synq.common.notices import print_notice
 from synq.config.run import RunConfig, config_digest, load_run
 from synq.finetune.loop import Epoch
 from synq.runs.record import RunRecord, read_record, run_folder
@@ -19,6 +21,7 @@ from synq.runtime import synchronize_parameters
 from synq.teacher.weight_files import read_weights
 
 STUDENT_FILE = "student.safetensors"
+CURE = "the command of the run makes it again from its checkpoint"
 
 
 def finished_student(config: RunConfig, teacher_digest: str, accelerator: Accelerator) -> tuple[Path, RunRecord] | None:
@@ -42,15 +45,34 @@ def _search(config: RunConfig, teacher_digest: str) -> tuple[Path, RunRecord] | 
         folder = file.parent
         if folder.name == own or not (folder / "record.json").is_file() or not (folder / STUDENT_FILE).is_file():
             continue
-        with suppress(ValueError, OSError):  # a damaged folder is that of another run, which its own start reports
+        try:
             if config_digest(load_run(file), with_evaluation=False) != wanted:
                 continue
             record = read_record(folder / "record.json")
             if record.status == "completed" and record.teacher.get("digest") == teacher_digest:
+                check_student(folder, record)
                 if not record.student_of:
                     return folder, record
                 measured_only = measured_only or (folder, record)
+        except DamagedFileError as error:
+            print_notice(f"warning: {error}; that run is not reused")
+        except (ValueError, OSError):  # of another run or version, which its own start reports
+            continue
     return measured_only
+
+
+def check_student(folder: Path, record: RunRecord) -> None:
+    """Compare the student's file with its digest in the record of a completed run.
+
+    Args:
+        folder: Folder of the run.
+        record: Its record; one of an earlier version has no digest, which a notice reports.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        DamagedFileError: The file is damaged or of another run.
+    """
+    check_file(folder / STUDENT_FILE, record.files, CURE)
 
 
 def take_student(source: Path, record: RunRecord, net: nn.Module, accelerator: Accelerator) -> list[Epoch]:

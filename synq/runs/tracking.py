@@ -10,7 +10,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from synq.common.files import read_json, write_json_atomic
+from synq.common.digests import read_sealed_json, write_sealed_json
+from synq.common.files import DamagedFileError
+from synq.common.notices import print_notice
 from synq.config.parsing import dotted_keys
 from synq.config.run import RunConfig
 from synq.finetune.schedule import lr_at, num_steps
@@ -76,7 +78,7 @@ class RunLog:
         if self.tracker == "none":
             return
         note = self.folder / NOTE_FILE
-        saved = read_json(note) if note.exists() else {}
+        saved = _saved(note) if note.exists() else {}
         is_resumed = saved.get("tracker") == self.tracker
         try:
             self._choose_mlflow_store()
@@ -92,7 +94,7 @@ class RunLog:
                 f"`runtime.tracker` must be one that can be opened here, but got {self.tracker}: {lines[0]}"
             ) from error
         if self.accelerator.is_main_process and not is_resumed:
-            write_json_atomic(note, {"tracker": self.tracker, "id": self._id()})
+            write_sealed_json(note, {"tracker": self.tracker, "id": self._id()})
 
     def epoch(self, epoch: dict[str, float]) -> None:
         """Log the mean loss terms of an epoch, its objective if measured, and the learning rate of its last step."""
@@ -161,3 +163,13 @@ def _flat(config: RunConfig) -> dict[str, Any]:
     values = {key: reduce(getattr, key.split("."), config) for key in dotted_keys(RunConfig)}
     plain = (str, int, float, type(None))
     return {key: value if isinstance(value, plain) else json.dumps(value) for key, value in values.items()}
+
+
+def _saved(note: Path) -> dict[str, Any]:
+    """Return tracker and id of an interrupted run; {} without them, and, with a notice, if the file is damaged."""
+    try:
+        content, _ = read_sealed_json(note)
+    except DamagedFileError as error:
+        print_notice(f"warning: {error}; the tracker gets a new run")
+        return {}
+    return content if isinstance(content, dict) and isinstance(content.get("id"), str) else {}

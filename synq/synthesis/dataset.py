@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from synq.common.files import read_json
+from synq.common.digests import read_sealed_json, report_unsealed
+from synq.common.files import DamagedFileError
 from synq.config.parsing import check_format
 
 FORMAT_VERSION = 2
@@ -73,14 +74,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise damage_error(path, str(error)) from None
 
 
-def damage_error(path: Path, what: str) -> ValueError:
-    """Return the ValueError for a damaged file or folder.
+def damage_error(path: Path, what: str) -> DamagedFileError:
+    """Return the error for a damaged file or folder.
 
     Args:
         path: The file or folder.
         what: Description of the damage.
     """
-    return ValueError(f"`{path}` must be intact, but got damage ({what}); remove it and run the same command again")
+    cure = "remove it and run the same command again"
+    return DamagedFileError(f"`{path}` must be intact, but got damage ({what}); {cure}", path)
 
 
 def load_set(path: Path) -> SyntheticSet:
@@ -95,7 +97,7 @@ def load_set(path: Path) -> SyntheticSet:
             cure.
     """
     try:
-        manifest = read_json(path / MANIFEST_FILE)
+        manifest, is_sealed = read_sealed_json(path / MANIFEST_FILE)
     except ValueError as error:
         raise damage_error(path, str(error)) from None
     if not isinstance(manifest, dict):
@@ -126,7 +128,20 @@ def load_set(path: Path) -> SyntheticSet:
     digest = set_digest(list(found))
     if whole != digest:
         raise damage_error(path, f"{MANIFEST_FILE} does not match the digests of its shards")
+    if not is_sealed:
+        if lacking := _misfit(manifest):
+            raise damage_error(path, f"{MANIFEST_FILE} has {lacking}")
+        report_unsealed(path / MANIFEST_FILE)
     return SyntheticSet(images=images, labels=labels, digest=digest, manifest=manifest, path=path)
+
+
+def _misfit(manifest: dict[str, Any]) -> str:
+    """Return what a manifest lacks for its readers, "" if nothing."""
+    for name, low, high in (("agreement", 0, 1), ("seconds", 0, 1e300), ("num_classes", 1, 2**31)):
+        value: Any = manifest.get(name)
+        if type(value) not in (int, float) or not low <= value <= high:
+            return f"{name} = {value!r:.80}"
+    return "" if isinstance(manifest.get("key"), str) else "no key"
 
 
 @lru_cache(maxsize=16)

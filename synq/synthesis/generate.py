@@ -3,17 +3,17 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import Timeout
 from torch import Tensor, nn
 
-from synq.common.files import read_json, write_json_atomic
+from synq.common.digests import read_sealed_json, report_unsealed, write_sealed_json
+from synq.common.files import DamagedFileError
+from synq.common.notices import print_notice
 from synq.common.progress import Bar, note, visible
 from synq.common.seeding import make_generator
 from synq.config.run import SynthesisConfig
@@ -24,6 +24,7 @@ from synq.synthesis.centers import center_targets, pack_statistics, split_evenly
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.inversion import TERMS, Inversion, invert
 from synq.synthesis.own_method import given_images
+from synq.synthesis.recovery import intact_set, try_lock, without_damage
 from synq.synthesis.start_noise import WHITE, StartNoise, fit_start
 from synq.synthesis.store import Purpose, SetStore, set_identity
 from synq.teacher.teacher import Teacher
@@ -98,7 +99,7 @@ def ensure_set(
     """
     pixels, size = teacher.pixel_range(), teacher.input_size
     key = store.key(teacher.digest, config, seed, input_size=size, purpose=purpose, pixel_range=pixels)
-    found = store.load(key)
+    found = intact_set(store, key)
     if found is None:
         if config.method == OWN_IMAGES:
             raise ValueError(f"`synthesis.source` must be read before its images are used, but {config.source} was not")
@@ -157,11 +158,16 @@ class _SetBuilder:
                 inversion, info = self._invert("centers", index, labels, center_config, None, bar)
                 self.store.write_part(files[index], pack_statistics(inversion.statistics), info)
 
-            self._build_parts(files, build_centers, [len(batch) for batch in batches], f"{self.purpose} centers")
-            if self.store.is_complete(self.key):
-                return
+            def read_centers() -> list[dict[str, ChannelStatistics]]:
+                self._build_parts(files, build_centers, [len(batch) for batch in batches], f"{self.purpose} centers")
+                if self.store.is_complete(self.key):
+                    return []
+                return [unpack_statistics(self.store.read_part(file)[0]) for file in files]
+
             try:
-                parts = [unpack_statistics(self.store.read_part(file)[0]) for file in files]
+                parts = without_damage(read_centers, files)
+                if self.store.is_complete(self.key):
+                    return
             except FileNotFoundError:
                 if self.store.is_complete(self.key):  # Another process has just finished the set and removed its parts.
                     return
@@ -180,10 +186,13 @@ class _SetBuilder:
             inversion, info = self._invert("shard", index, part, config, deep_targets, bar)
             self.store.write_part(files[index], {"images": inversion.images, "labels": inversion.labels}, info)
 
-        self._build_parts(files, build_shard, [len(shard) for shard in shards], f"{self.purpose} images")
-        with self.store.lock(self.key, "set"):
-            if not self.store.is_complete(self.key):
-                self.store.assemble(self.key, files, self._describe)
+        def assemble() -> None:
+            self._build_parts(files, build_shard, [len(shard) for shard in shards], f"{self.purpose} images")
+            with self.store.lock(self.key, "set"):
+                if not self.store.is_complete(self.key):
+                    self.store.assemble(self.key, files, self._describe)
+
+        without_damage(assemble, files)
 
     def _start(self, config: SynthesisConfig) -> StartNoise:
         """Return the initial noise; the first process fits and stores it, all others read it, so it is one per set."""
@@ -192,7 +201,9 @@ class _SetBuilder:
         if self._fitted is None:
             path = self.store.partial(self.key) / START_FILE
             with self.store.lock(self.key, "start"):
-                if not path.exists():
+                if path.exists():
+                    self._fitted = self._stored_start(path)
+                if self._fitted is None:
                     fitted = fit_start(
                         self.module,
                         self.teacher.input_size,
@@ -203,9 +214,20 @@ class _SetBuilder:
                         pixel_range=self.pixel_range,
                         device=self.device,
                     )
-                    write_json_atomic(path, asdict(fitted))
-                self._fitted = StartNoise.from_values(read_json(path))
-        return self._fitted
+                    write_sealed_json(path, asdict(fitted))
+                    self._fitted = self._stored_start(path)
+        return self._fitted or WHITE
+
+    def _stored_start(self, path: Path) -> StartNoise | None:
+        """Read the initial noise that was stored; None, with a notice, if its file is damaged."""
+        try:
+            values, is_sealed = read_sealed_json(path)
+        except DamagedFileError as error:
+            print_notice(f"warning: {error}; the initial noise is fitted again")
+            return None
+        if not is_sealed:
+            report_unsealed(path)
+        return StartNoise.from_values(values)
 
     def _files(self, kind: str, count: int) -> list[Path]:
         return [self.store.partial(self.key) / f"{kind}-{index:05d}.safetensors" for index in range(count)]
@@ -292,7 +314,7 @@ class _SetBuilder:
                             bar.initial += sizes[index]  # Not built here, so it must not count in the rate.
                             bar.update(sizes[index])
                         continue
-                    with _try_lock(self.store, self.key, files[index].stem) as acquired:
+                    with try_lock(self.store, self.key, files[index].stem) as acquired:
                         # Checked again under the lock: its last holder may have finished the shard or the whole set.
                         if acquired and not files[index].exists() and not self.store.is_complete(self.key):
                             build(index, bar)
@@ -322,18 +344,3 @@ class _SetBuilder:
             **({"start_noise": entries[0]["start_noise"]} if self.config.fits_start else {}),
             "seconds": round(sum(entry["seconds"] for entry in entries), 3),
         }
-
-
-@contextmanager
-def _try_lock(store: SetStore, key: str, part: str) -> Iterator[bool]:
-    """Acquire the lock of one part without blocking; yield whether it was acquired."""
-    lock = store.lock(key, part)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()

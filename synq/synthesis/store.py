@@ -13,7 +13,9 @@ from filelock import FileLock
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from synq.common.files import write_bytes_atomic, write_json_atomic
+from synq.common.digests import report_unsealed, write_sealed_json
+from synq.common.files import DamagedFileError, write_bytes_atomic
+from synq.common.notices import print_notice
 from synq.config.identity import map_spec_path
 from synq.config.run import SynthesisConfig, config_to_dict
 from synq.config.synthesis import OWN_IMAGES, PIXEL_METHODS
@@ -95,6 +97,7 @@ class SetStore:
 
     KEY/                  a finished set: images.safetensors, manifest.json; never modified
     KEY.partial/          finished shards of an unfinished set
+    KEY.damaged/          a set that differed from its digest, kept until the next one
     KEY.assembling/       a set that is being assembled; if the process is killed, the next one starts over
     locks/                one empty file per lock; the system releases the locks of a killed process
     """
@@ -144,6 +147,24 @@ class SetStore:
             raise damage_error(self.path(key), f"it is the set {loaded.manifest['key']} under another name")
         return loaded
 
+    def set_aside(self, key: str) -> None:
+        """Rename a damaged set, so that it is made again; a notice names it. An intact one stays.
+
+        Raises:
+            DamagedFileError: It is damaged, and the store cannot be written.
+        """
+        with self.lock(key, "set"):
+            try:
+                self.load(key)  # another process may have made it again
+            except DamagedFileError as error:
+                aside = self.root / f"{key}.damaged"
+                try:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(self.path(key), aside)
+                except OSError:
+                    raise error from None
+                print_notice(f"warning: {error}; it is kept as {aside} and made again")
+
     def lock(self, key: str, part: str) -> FileLock:
         """Return the file lock of one part of a set.
 
@@ -173,7 +194,8 @@ class SetStore:
             OSError: If the store cannot be written or the disk is full; the message names the file.
         """
         content = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        metadata = {"digest": _digest(content), "info": json.dumps(dict(info))}
+        text = json.dumps(dict(info))
+        metadata = {"digest": _digest(content), "info": text, "whole": _digest(content, text)}
         write_bytes_atomic(path, to_safetensors(content, metadata))
 
     def read_part(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -183,9 +205,13 @@ class SetStore:
             ValueError: If the part is damaged; the message names the file and the cure.
         """
         tensors, metadata = read_tensors(path)
-        if metadata.get("digest") != _digest(tensors):
+        text = metadata.get("info", "")
+        if "whole" not in metadata:  # of an earlier version, whose digest leaves the info out
+            report_unsealed(path)
+        expected = metadata.get("whole", metadata.get("digest"))
+        if expected != _digest(tensors, text if "whole" in metadata else ""):
             raise damage_error(path, "its content differs from its digest")
-        return tensors, json.loads(metadata["info"])
+        return tensors, json.loads(text)
 
     def assemble(
         self, key: str, shards: list[Path], describe: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
@@ -225,7 +251,7 @@ class SetStore:
                 **describe(entries),
                 "shards": entries,
             }
-            write_json_atomic(folder / MANIFEST_FILE, full)
+            write_sealed_json(folder / MANIFEST_FILE, full)
             os.replace(folder, self.path(key))
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -249,8 +275,8 @@ class SetStore:
                 lock.unlink(missing_ok=True)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(json.dumps([name, str(tensors[name].dtype), list(tensors[name].shape)]).encode())
         digest.update(tensor_bytes(tensors[name]))

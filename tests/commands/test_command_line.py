@@ -123,7 +123,7 @@ def test_only_the_main_process_reports_errors_and_help(
     assert capsys.readouterr() == ("", "")
 
 
-def test_bugs_have_a_traceback_and_interrupts_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bugs_and_interrupts_have_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     def fail(error: BaseException) -> None:
         raise error
 
@@ -132,8 +132,8 @@ def test_bugs_have_a_traceback_and_interrupts_an_exit_code(capsys: pytest.Captur
     assert exit_code(lambda: fail(KeyboardInterrupt()), resumes=True) == 130
     assert "the same command resumes" in capsys.readouterr().err
     assert exit_code(lambda: None) == 0
-    with pytest.raises(RuntimeError, match="bug"):
-        exit_code(lambda: fail(RuntimeError("bug")))
+    assert exit_code(lambda: fail(RuntimeError("bug"))) == 70
+    assert "RuntimeError: bug; please report it" in capsys.readouterr().err
     assert exit_code(lambda: fail(RecursionError("of a run")), failures=lambda: (RecursionError,)) == 1
     assert capsys.readouterr().err == "synq: error: of a run\n"
 
@@ -236,12 +236,12 @@ def test_packages_that_do_not_fit_together_are_one_line(capsys: pytest.CaptureFi
     assert "Please upgrade numpy to >= 2.0.2; `python -m pip check`" in line and "C extension" not in line
 
 
-def test_a_module_of_ours_that_is_missing_is_no_fault_of_the_environment() -> None:
+def test_a_module_of_ours_that_is_missing_is_no_fault_of_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         raise ModuleNotFoundError("No module named 'synq.absent'", name="synq.absent")
 
-    with pytest.raises(ModuleNotFoundError):
-        exit_code(work)
+    assert exit_code(work) == 70
+    assert "No module named 'synq.absent'; please report it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from support.made_sweeps import made_sweep
+from support.sealed import edit
 from synq.commands.export import main as export
 from synq.commands.report import main as report
 from synq.commands.show import main as show
@@ -43,7 +44,7 @@ def test_a_failed_report_does_not_fail_the_sweep(tmp_path: Path, monkeypatch: py
     from synq.sweeps.driver.tuner import _is_drawn, _report
 
     folder = made_sweep(tmp_path, trials=1, bits=("W4A4",))
-    spec = SimpleNamespace(output_dir=folder, address="")
+    spec = SimpleNamespace(output_dir=folder, address="", groups=())
     assert not _is_drawn(spec)  # type: ignore[arg-type]
     assert _report(spec, None) == f"{folder}/report.html"  # type: ignore[arg-type]
     assert _is_drawn(spec)  # type: ignore[arg-type]
@@ -85,14 +86,13 @@ def test_show_prints_the_verdict(folder: Path, tmp_path: Path, capsys: pytest.Ca
         assert " ".join(line.split()) in " ".join(text.split())
     assert "and 1 more, in trials.csv" in text and "\x1b" not in text
     record = sorted((folder / "records").glob("*.json"))[0]
-    (tmp_path / "t.json").write_text(
-        record.read_text().replace('"reason": ""', '"reason": "\\u001b[2J"').replace("completed", "failed", 1)
-    )
+    shutil.copy(record, tmp_path / "t.json")
+    edit(tmp_path / "t.json", lambda content: content.update(status="failed", reason="\x1b[2J"))
     assert show([str(tmp_path / "t.json")]) == 0
     assert "\x1b" not in capsys.readouterr().out
     assert show([str(record)]) == 0
     text = capsys.readouterr().out
-    assert "a drop of" in text and "± 0.63 (standard error, paired by image)" in " ".join(text.split())
+    assert "a drop of" in text and "± 0.64 (standard error, paired by image)" in " ".join(text.split())
 
 
 def test_an_unfinished_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from support.finetune_tools import CONFIG, images, labels, taps, train
+from support.sealed import flip
 from synq.config.run import FinetuneConfig
 from synq.finetune.loop import finetune
 
@@ -51,12 +52,27 @@ def test_a_checkpoint_of_another_teacher_or_set_is_refused(
         train(tiny_classifier, accelerator, checkpoint=file, identity="teacher b")
 
 
-def test_damaged_checkpoint_names_itself(tiny_classifier: nn.Module, accelerator: Accelerator, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_not_used(
+    tiny_classifier: nn.Module,
+    accelerator: Accelerator,
+    tmp_path: Path,
+    damage: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     file = tmp_path / "checkpoint.pt"
-    train(tiny_classifier, accelerator, checkpoint=file)
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"checkpoint must be readable, but .*checkpoint.pt is not"):
-        train(tiny_classifier, accelerator, checkpoint=file)
+    whole, _ = train(tiny_classifier, accelerator, checkpoint=file)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        flip(file, file.stat().st_size // 2)
+    seen: list[float] = []
+    again, _ = train(tiny_classifier, accelerator, checkpoint=file, on_epoch=lambda epoch: seen.append(epoch["epoch"]))
+    assert seen[0] == 1, "fine-tuning starts again"
+    state = again.net.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in whole.net.state_dict().items())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(file) in line and "starts again" in line and "weights_only" not in line
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Files of a run that are cut off, of another kind or changed: one line that names the file, and exit code 2."""
 
-import json
 import random
 import shutil
 from collections.abc import Callable
@@ -9,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from support.sealed import edit
 from synq.commands.export import main as export
+from synq.common.digests import file_digest
 
 Damage = Callable[[Path], object]
 
@@ -19,14 +20,12 @@ def _bytes(name: str, change: Callable[[bytes], bytes]) -> Damage:
 
 
 def _setting(*path: str, value: Any) -> Damage:
-    def change(run: Path) -> None:
-        content = part = json.loads((run / "record.json").read_text())
+    def change(content: dict[str, Any]) -> None:
         for key in path[:-1]:
-            part = part[key]
-        part[path[-1]] = value
-        (run / "record.json").write_text(json.dumps(content))
+            content = content[key]
+        content[path[-1]] = value
 
-    return change
+    return lambda run: edit(run / "record.json", change)
 
 
 def _garbage(content: bytes) -> bytes:
@@ -34,6 +33,7 @@ def _garbage(content: bytes) -> bytes:
 
 
 RECORD, STUDENT = "record.json", "student.safetensors"
+WRITTEN = "student.safetensors` must be as it was written"
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "record cut off": (_bytes(RECORD, lambda content: content[: len(content) // 2]), "must hold JSON"),
     "record empty": (_bytes(RECORD, lambda _: b""), "must hold JSON"),
@@ -48,14 +48,17 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "another seed": (_setting("config", "seed", value=77), "the settings with which it was run"),
     "student cut off": (
         _bytes(STUDENT, lambda content: content[: len(content) // 2]),
-        "student.safetensors is damaged",
+        WRITTEN,
     ),
-    "student of few bytes": (_bytes(STUDENT, lambda content: content[:7]), "student.safetensors is damaged"),
-    "student empty": (_bytes(STUDENT, lambda _: b""), "student.safetensors is damaged"),
-    "student of noise": (_bytes(STUDENT, _garbage), "student.safetensors is damaged"),
+    "student of few bytes": (
+        _bytes(STUDENT, lambda content: content[:7]),
+        WRITTEN,
+    ),
+    "student empty": (_bytes(STUDENT, lambda _: b""), WRITTEN),
+    "student of noise": (_bytes(STUDENT, _garbage), WRITTEN),
     "student with a damaged header": (
         _bytes(STUDENT, lambda content: content[:40] + _garbage(content[40:60]) + content[60:]),
-        "student.safetensors is damaged",
+        WRITTEN,
     ),
     "student missing": (lambda run: (run / STUDENT).unlink(), "must hold student.safetensors"),
 }
@@ -85,6 +88,7 @@ def test_a_student_of_another_network_is_named_with_what_differs(
     run = tmp_path / finished.name
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("export"))
     save_file({"other.weight": torch.zeros(3)}, run / STUDENT)
+    edit(run / RECORD, lambda content: content.update(files={STUDENT: file_digest(run / STUDENT)}))
     assert export([str(run), "--formats", "packed"]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "must hold a student of its teacher" in line and "Missing key(s)" in line

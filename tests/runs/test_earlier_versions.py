@@ -20,7 +20,8 @@ from synq import train
 from synq.commands.export import main as export
 from synq.commands.leaderboard import main as leaderboard
 from synq.commands.report import main as report
-from synq.common.files import read_json, write_json_atomic
+from synq.common.digests import KEY, write_sealed_json
+from synq.common.files import read_json
 from synq.config.run import RunConfig, config_to_dict, load_run
 from synq.export.packed import read_packed, save_packed
 from synq.finetune.checkpoints import load_prepared, save_prepared
@@ -37,7 +38,8 @@ EARLIER = "written by an earlier version of SynQ: "
 def rewrite(path: Path, **changes: Any) -> Path:
     """Change keys of a JSON file; None removes a key."""
     content = {**read_json(path), **changes}
-    write_json_atomic(path, {key: value for key, value in content.items() if value is not None})
+    del content[KEY]
+    write_sealed_json(path, {key: value for key, value in content.items() if value is not None})
     return path
 
 
@@ -113,5 +115,5 @@ def test_checkpoint(tmp_path: Path, format: int | None) -> None:
 
 
 def test_stored_set(tmp_path: Path) -> None:
-    write_json_atomic(tmp_path / MANIFEST_FILE, {"format_version": 1})
+    write_sealed_json(tmp_path / MANIFEST_FILE, {"format_version": 1})
     rejected(lambda: load_set(tmp_path), tmp_path, "remove it and run the same command again")

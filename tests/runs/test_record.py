@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from support.sealed import edit
 from synq.common.files import read_json
 from synq.config.run import RunConfig, config_from_dict, config_to_dict
 from synq.runs.record import RunRecord, read_record, summary_line, write_record
@@ -42,7 +43,12 @@ def test_numbers_that_are_none_are_null_in_strict_json(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     write_record(
         path,
-        _record(objective_value=math.nan, fidelity={"kl": math.inf}, loss_history=[{"kd": -math.inf, "n": (1, 2)}]),
+        _record(
+            objective_value=math.nan,
+            fidelity={"kl": math.inf},
+            loss_history=[{"kd": -math.inf}],
+            teacher={"input_size": (1, 2, 3)},
+        ),
     )
 
     def refuse(word: str) -> None:
@@ -50,7 +56,7 @@ def test_numbers_that_are_none_are_null_in_strict_json(tmp_path: Path) -> None:
 
     content = json.loads(path.read_text(), parse_constant=refuse)
     assert content["objective_value"] is None and content["fidelity"] == {"kl": None}
-    assert content["loss_history"] == [{"kd": None, "n": [1, 2]}]
+    assert content["loss_history"] == [{"kd": None}] and content["teacher"]["input_size"] == [1, 2, 3]
     assert read_record(path).objective_value is None
 
 
@@ -68,7 +74,7 @@ def test_numbers_that_are_none_are_null_in_strict_json(tmp_path: Path) -> None:
 def test_what_is_not_a_record_is_refused_by_name(tmp_path: Path, change: dict[str, object], message: str) -> None:
     path = tmp_path / "record.json"
     write_record(path, _record())
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    edit(path, lambda content: content.update(change))
     with pytest.raises(ValueError, match=r"record\.json` must hold a run record") as caught:
         read_record(path)
     assert message in str(caught.value)
@@ -78,8 +84,8 @@ def test_a_damaged_file_is_named_with_the_cure(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     for content in (b"", b'{"a": 1', b"\xff\xfe"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"record\.json` must hold JSON, but it is damaged .*remove it"):
-            read_json(path)
+        with pytest.raises(ValueError, match=r"record\.json` must hold JSON, but it is damaged .*; do this"):
+            read_json(path, "do this")
     path.write_text("[1]")
     with pytest.raises(ValueError, match="got a list"):
         read_record(path)

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from support.sealed import edit
 from synq import pipeline
 from synq.commands.evaluate import main
 from synq.common.notices import forget_notices
@@ -174,22 +175,27 @@ def test_m_5_the_run_that_trained_goes_before_those_that_measured(
     assert not (measured / "prepared.pt").exists() and (run_folder(fourth) / "prepared.pt").is_file()
 
 
-def test_m_5_a_damaged_student_is_named_with_what_to_do(config: RunConfig) -> None:
+def test_m_5_a_damaged_student_is_named_and_not_taken_over(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(config)
     file = run_folder(config) / "student.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"must hold the student of its run, but: .*; without that folder the student"):
-        run(with_overrides(config, {"evaluation.num_images": 32}))
+    assert run(with_overrides(config, {"evaluation.num_images": 32})).student_of == ""
+    assert f"`{file}` must be as it was written" in capsys.readouterr().err
 
 
 def test_m_5_the_rule_for_image_files_is_not_applied_to_arrays(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(finished, tmp_path / finished.name)
-    content = json.loads((folder / "record.json").read_text())
-    content["config"]["evaluation"] |= {"dataset": "imagefolder:/val", "resize_size": 40, "interpolation": "bicubic"}
-    content["config_digest"] = config_digest(config_from_dict(RunConfig, content["config"]))
-    (folder / "record.json").write_text(json.dumps(content))
+    changed = {"dataset": "imagefolder:/val", "resize_size": 40, "interpolation": "bicubic"}
+
+    def change(content: dict[str, Any]) -> None:
+        content["config"]["evaluation"] |= changed
+        content["config_digest"] = config_digest(config_from_dict(RunConfig, content["config"]))
+
+    edit(folder / "record.json", change)
     assert main([str(folder), "--dataset", _labeled_file(tmp_path / "mine.npz", 20, seed=3)]) == 0
     assert "20 images" in capsys.readouterr().out
 

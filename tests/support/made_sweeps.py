@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from synq.common.files import write_json_atomic
+from synq.common.digests import write_sealed_json
 from synq.config.run import RunConfig, config_digest, config_to_dict, with_overrides
 from synq.runs.record import RunRecord, write_record
 from synq.sweeps.space import DEFAULT_SPACE, Dimension
@@ -63,7 +63,7 @@ def made_sweep(
         "num_trials": trials,
     }
     space = [asdict(one) for one in dimensions()]
-    write_json_atomic(
+    write_sealed_json(
         folder / "sweep.json",
         {
             "format": FORMAT,
@@ -90,7 +90,7 @@ def made_sweep(
                 trial=trial, group=group, stage="search", index=index, params=params, config=config,
                 config_digest=config_digest(config), history=history,
             )  # fmt: skip
-            write_json_atomic(folder / "plans" / f"{trial}.json", plan_values(plan))
+            write_sealed_json(folder / "plans" / f"{trial}.json", plan_values(plan))
             write_record(
                 folder / "records" / f"{trial}.json",
                 _record(config, trial, model, status, value, number * trials + index, draw),
@@ -102,7 +102,7 @@ def _record(
     config: RunConfig, trial: str, model: str, status: Any, value: float, place: int, draw: random.Random
 ) -> RunRecord:
     done = status == "completed"
-    top1 = round(91 - 40 * value + draw.random(), 2)
+    top1 = round(91 - 40 * value + draw.random(), 1)
     begun = BEGIN + timedelta(seconds=30 * (place // 4))
     return RunRecord(
         status=status,
@@ -114,8 +114,8 @@ def _record(
         model=model,
         weight_bits=config.quant.weight_bits,
         act_bits=config.quant.act_bits,
-        protocol="A",
-        act_points="relu",
+        protocol=config.protocol,
+        act_points=config.quant.points,
         objective="synthetic",
         objective_value=value if done or status == "pruned" else None,
         fidelity={"kl": value, "agreement": 95.0} if done else {},
@@ -125,7 +125,7 @@ def _record(
         top1=top1 if done else None,
         drop=91.0 - top1 if done else None,
         num_eval=1000 if done else None,
-        lost=30 if done else None,
+        lost=10 + round(10 * (91 - top1)) if done else None,
         gained=10 if done else None,
         size_bytes=1000.0 * config.quant.weight_bits if done else None,
         bitops=1e8 * config.quant.weight_bits**2 if done else None,

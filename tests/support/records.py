@@ -37,7 +37,10 @@ def record(
         "heldout_digest": "hh",
         "total_seconds": 10.0,
     }
-    return RunRecord(**{**values, **fields})
+    values |= fields
+    both = (values["teacher_top1"], values["top1"])
+    values["drop"] = fields.get("drop", None if None in both else both[0] - both[1])
+    return RunRecord(**values)
 
 
 def folder_of(path: Path, records: list[RunRecord]) -> str:

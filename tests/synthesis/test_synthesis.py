@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from support.sealed import flip
 from synq.config.run import SynthesisConfig
 from synq.synthesis import generate as synthesis
 from synq.synthesis.generate import balanced_labels, ensure_set
@@ -230,17 +231,30 @@ def test_a_kill_while_putting_together(tmp_path: Path) -> None:
     assert len(made) == 14 and not left.exists()
 
 
-def test_damage_in_a_finished_shard_is_rejected_on_resume(tmp_path: Path) -> None:
+def test_a_damaged_shard_is_named_and_made_again_on_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = SetStore(tmp_path)
     config = SynthesisConfig(num_images=4, shard_size=4, iterations=1)
     key = store.key("7e" * 32, config, 0, input_size=(1, 9, 8), pixel_range=PIXELS)
     store.partial(key).mkdir(parents=True)
     file = store.partial(key) / "shard-00000.safetensors"
     file.write_bytes(b"not a shard")
-    with pytest.raises(ValueError, match=f"`{file}` must be intact.*remove it"):
-        ensure_set(tiny_teacher(), config, 0, store, progress=False)
-    file.unlink()
-    assert len(ensure_set(tiny_teacher(), config, 0, store, progress=False)) == 4
+    made = ensure_set(tiny_teacher(), config, 0, store, progress=False)
+    assert f"{file} differs from its digest; this part of the set is made again" in capsys.readouterr().err
+    undisturbed = ensure_set(tiny_teacher(), config, 0, SetStore(tmp_path / "other"), progress=False)
+    assert len(made) == 4 and made.digest == undisturbed.digest
+
+
+def test_a_damaged_set_is_set_aside_and_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, config = SetStore(tmp_path), SynthesisConfig(num_images=4, shard_size=2, iterations=1)
+    made = ensure_set(tiny_teacher(), config, 0, store, progress=False)
+    flip(made.path / "images.safetensors", -200)
+    again = ensure_set(tiny_teacher(), config, 0, store, progress=False)
+    assert again.digest == made.digest and (tmp_path / f"{made.path.name}.damaged").is_dir()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(made.path) in line and "shard 1" in line and "made again" in line
+    flip(made.path / "manifest.json", 30)
+    assert ensure_set(tiny_teacher(), config, 0, store, progress=False).digest == made.digest
+    assert "made again" in capsys.readouterr().err
 
 
 def test_unwritable_store_is_named(tmp_path: Path) -> None:

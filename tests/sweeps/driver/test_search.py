@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from support.sealed import edit
 from support.sweep_tools import TINY, tiny
 from synq.config.run import RunConfig
 from synq.sweeps.driver.progress import Progress
@@ -156,8 +157,6 @@ def test_an_interrupted_trial_keeps_its_epochs_and_their_rungs(opened: Any) -> N
 
 
 def test_an_interrupted_trial_uses_the_folders_of_today(opened: Any, tmp_path: Path) -> None:
-    import json
-
     first = opened()[0].suggest("x")
     (tmp_path / "sweep").rename(tmp_path / "moved")
     searcher, _, _ = opened(tmp_path / "moved")
@@ -166,9 +165,7 @@ def test_an_interrupted_trial_uses_the_folders_of_today(opened: Any, tmp_path: P
     assert again["config"]["finetune"] == first["config"]["finetune"]
     assert again["config"]["runtime"]["output_dir"] == str(tmp_path / "moved" / "runs")
     plan = tmp_path / "moved" / "plans" / f"{first['trial']}.json"
-    content = json.loads(plan.read_text())
-    content["config"]["seed"] += 1
-    plan.write_text(json.dumps(content))
+    edit(plan, lambda content: content["config"].update(seed=content["config"]["seed"] + 1))
     with pytest.raises(ValueError, match=f"{first['trial']}.json. must be a plan of this sweep"):
         opened(tmp_path / "moved")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from support.sealed import edit
 from support.sweep_tools import LR, rows, tiny
 from synq.commands.sweep import main
 from synq.sweeps.driver.cluster import check_shared, prepare_environment
@@ -202,16 +203,13 @@ def test_records_of_other_weights_or_images_are_refused(sweep: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_is_not_resumed_with_other_weights(local_ray: None, sweep: Path, tmp_path: Path) -> None:
-    import json
     import shutil
 
     from synq.sweeps.driver.tuner import run_sweep
 
     shutil.copytree(sweep, tmp_path / "copy")
     record = next((tmp_path / "copy" / "records").glob("*W3A3-t000.json"))
-    content = json.loads(record.read_text())
-    content["teacher"]["digest"] = "0" * 64
-    record.write_text(json.dumps(content))
+    edit(record, lambda content: content["teacher"].update(digest="0" * 64))
     with pytest.raises(ValueError, match=r"t000 in .* was made with other weights"):
         run_sweep(tiny(tmp_path / "copy", space=LR, num_trials=4, seeds=[0, 1]))
     assert len(list((tmp_path / "copy" / "records").iterdir())) == len(list((sweep / "records").iterdir()))

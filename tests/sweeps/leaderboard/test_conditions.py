@@ -12,7 +12,7 @@ from synq.sweeps.leaderboard.views import choose, parse_condition
 CHOICES = [record(0.1 + 0.2, overrides=bits(4)), record(0.5, overrides=bits(3), model="b net")]
 CHOICES += [
     record(0.7, overrides=bits(3, finetune__lowpass_cutoff=None), model="b net", top1=None, drop=None),
-    record(0.9, overrides=bits(8, quant__first_bits=6), drop=-1.5),
+    record(0.9, overrides=bits(8, quant__first_bits=6), teacher_top1=88.5),
 ]
 
 

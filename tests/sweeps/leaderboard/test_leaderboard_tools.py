@@ -25,7 +25,7 @@ def sweeps(tmp_path: Path) -> tuple[str, str]:
     """Two sweeps of two bit-widths: three seeds, two settings."""
     draw = random.Random(0)
     paths = []
-    for name in ("before", "after"):
+    for name, started in (("before", "2026-01-01T00:00:00+00:00"), ("after", "2026-01-02T00:00:00+00:00")):
         runs = [
             record(
                 draw.random(),
@@ -34,7 +34,7 @@ def sweeps(tmp_path: Path) -> tuple[str, str]:
                 top1=80 + 10 * draw.random(),
                 size_bytes=100 * width,
                 bitops=100 * width**2,
-                started=name,
+                started=started,
             )
             for width in (3, 4)
             for weight in (0.0, 20.0)

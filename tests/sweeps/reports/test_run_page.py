@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.sealed import edit
 from synq.commands.report import main as report
 from synq.config.run import RunConfig, with_overrides
 from synq.diagnostics.probe import _amplitude, _profile, probe_run
@@ -144,8 +145,8 @@ def test_missing_files_of_a_run_become_gaps(finished: Path, tmp_path: Path, caps
 
 
 def test_a_failed_run_has_its_reason_on_the_page(finished: Path, tmp_path: Path) -> None:
-    record = (finished / "record.json").read_text().replace('"status": "completed"', '"status": "failed"')
-    (tmp_path / "record.json").write_text(record.replace('"reason": ""', '"reason": "kd became nan"', 1))
+    shutil.copy(finished / "record.json", tmp_path)
+    edit(tmp_path / "record.json", lambda content: content.update(status="failed", reason="kd became nan"))
     page = run_page(tmp_path)
     assert page.verdict == ["The run failed: kd became nan."]
     assert isinstance(next(iter(page.figures())), Figure)

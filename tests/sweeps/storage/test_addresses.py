@@ -62,6 +62,9 @@ def test_transient_errors_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
         ("file://b/x", "hostname"),
         ("runs/x", "an address"),
         ("s3://[b/x", "cannot be read"),
+        ("s3://b/a/../c", "part . or .."),
+        ("s3://b/./c?region=a", "part . or .."),
+        ("memory://a/%2e%2e/c", "part . or .."),
         ("sftp://me:hidden@host/x", "password"),
     ],
 )

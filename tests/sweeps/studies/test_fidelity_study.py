@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from support.sealed import edit
 from synq.commands.fidelity_study import main
 from synq.common.exit_codes import USER_ERROR
 from synq.config.run import RunConfig, with_overrides
@@ -73,7 +74,7 @@ def test_the_door_studies_a_sweep(
     capsys.readouterr()
 
     damaged = next((tmp_path / "records").glob("t20.json"))
-    damaged.write_text(damaged.read_text().replace('"kl": ', '"kl": 1'))
+    edit(damaged, lambda content: content["fidelity"].update(kl=1 + content["fidelity"]["kl"]))
     assert main(words) == USER_ERROR
     assert "must hold the students of its records, but t20 has KL" in capsys.readouterr().err
 

@@ -1,0 +1,89 @@
+"""R4, R10: a process of the Ray that a sweep started dies in mid-sweep: one line, the tables, exit 1, no waiting."""
+
+import contextlib
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from support.sweep_tools import tiny
+from synq.sweeps.driver import local_ray as module
+from synq.sweeps.driver import tuner
+from synq.sweeps.driver.local_ray import LocalRayDiedError, local_ray
+from synq.sweeps.state.ledger import Ledger
+
+LIMIT = 30.0
+
+
+@pytest.fixture(params=["raylet", "gcs_server"])
+def daemon(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A real program of the name of Ray's process, started where Ray would start it."""
+    import ray
+
+    path = tmp_path / request.param
+    path.symlink_to("/bin/sleep")
+    started: list[subprocess.Popen[bytes]] = []
+    monkeypatch.setattr(module, "WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(ray, "init", lambda **options: started.append(subprocess.Popen([path, "1"])))
+    monkeypatch.setattr(ray, "shutdown", lambda: [process.wait() for process in started])
+    return path
+
+
+def wait() -> None:
+    """Wait as Ray's loops do, which catch every Exception."""
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end:
+        try:
+            time.sleep(0.05)
+        except Exception:
+            continue
+
+
+def test_r4_r10_the_death_ends_the_block_at_once(daemon: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(LocalRayDiedError, match=f"its process {daemon.name} died"), local_ray():
+        wait()
+    assert time.monotonic() - began < LIMIT / 2
+
+
+def test_r4_r10_an_error_of_compiled_code_has_the_same_meaning(daemon: Path) -> None:
+    with pytest.raises(LocalRayDiedError, match=daemon.name), local_ray():
+        try:
+            wait()
+        except BaseException as error:  # as Cython does with what is raised in a call of it
+            raise SystemError("returned a result with an exception set") from error
+
+
+def test_r4_r10_an_error_that_is_swallowed_has_the_same_meaning(daemon: Path) -> None:
+    with pytest.raises(LocalRayDiedError, match=daemon.name), local_ray(), contextlib.suppress(BaseException):
+        wait()
+
+
+def test_r4_r10_a_block_that_ends_by_itself_stops_ray(daemon: Path) -> None:
+    with local_ray():
+        pass
+    with pytest.raises(KeyError), local_ray():
+        raise KeyError
+
+
+def test_r4_r10_the_sweep_ends_with_one_line_and_its_tables(
+    daemon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tiny(tmp_path / "sweep", space={"finetune.lr": {"type": "choice", "values": [0.005]}}, num_trials=1)
+    monkeypatch.setattr(tuner, "check_shared", lambda folder: None)
+    monkeypatch.setattr(tuner, "_check_groups", lambda *_: wait())
+    monkeypatch.setattr("synq.sweeps.driver.cluster.capacity", lambda *_: _Capacity())
+    assert tuner.run_sweep(spec) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if daemon.name in line]
+    assert len(lines) == 1 and lines[0].endswith("the same command goes on")
+    assert (tmp_path / "sweep" / "trials.csv").is_file()
+    Ledger(spec).open()  # its lock was released
+
+
+class _Capacity:
+    note = ""
+    summary = "1 node"
+
+    def concurrent(self, search: object) -> int:
+        return 1
