@@ -177,8 +177,8 @@ def _cost(spec: SweepSpec, group: Group, records: list[RunRecord]) -> Cost:
         totals = [sum(part for stage, part in record.seconds.items() if stage != "synthesis") for record in timed]
         return Cost(synthesis=synthesis, trial=statistics.fmean(totals), source="trials as in this sweep's records")
     epochs = config.finetune.epochs
-    size = config.finetune.batch_size
-    trained = num_steps(config.synthesis.num_images, size) * size * epochs
+    batch = config.finetune.batch_size
+    trained = num_steps(config.synthesis.num_images, batch) * batch * epochs
     heldout = config.evaluation.heldout_images / images
     share = max(heldout, len(measure.reported) / images)
     # The small run has three measurements, half of each on held-out and half on labeled images.
