@@ -8,7 +8,7 @@ An engine runs on integers, so every tensor that depends on the image is put on 
     product, concatenation, average pool, any other function    a point
     max pool, reshape, slice, pad, transpose, nearest resize    none: values of one tensor, on its grid
 
-Each element of a chain is the only reader of the one before. The logits of a linear layer stay float where the engine
+Each element of a chain is the only reader of the one before; what returns its input may stand between them. The logits of a linear layer stay float where the engine
 returns floats. OpenVINO fuses a convolution into the sum that reads it, which clamps and does not round its output;
 TensorRT fuses one whose output is no point.
 """
@@ -240,8 +240,11 @@ def _chain(net: fx.GraphModule, node: fx.Node) -> Chain:
     if kind is OpKind.LAYER and (norm := norm_after(net, node)) is not None:
         chain.append(norm)
     if kind in (OpKind.LAYER, OpKind.NORM) or is_sum(node):
-        readers = value_readers(chain[-1])
-        chain += readers if len(readers) == 1 and is_rectifier(readers[0]) else []
+        between, readers = [], value_readers(chain[-1])
+        while len(readers) == 1 and _same_tensor(readers[0]) is not readers[0]:  # an identity, or a dropout at rest
+            between += readers
+            readers = value_readers(readers[0])
+        chain += [*between, *readers] if len(readers) == 1 and is_rectifier(readers[0]) else []
     return tuple(chain)
 
 
@@ -262,7 +265,11 @@ def _reached(net: fx.GraphModule, layers: list[fx.Node], *, backward: bool) -> s
 
 def _same_tensor(node: fx.Node) -> fx.Node:
     """Return the node whose output ``node`` returns unchanged (a dropout, an identity), which may be the same node."""
-    while is_passive(node) and value_inputs(node)[0].meta.get("shape") == node.meta.get("shape"):
+    while (
+        node.op.startswith("call_")
+        and is_passive(node)
+        and value_inputs(node)[0].meta.get("shape") == node.meta.get("shape")
+    ):
         (node,) = value_inputs(node)
     return node
 

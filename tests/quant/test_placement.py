@@ -60,6 +60,7 @@ def test_families_run_and_have_all_their_ranges(name: str, target: str) -> None:
         (lambda x: x.clamp(0, 3), True),
         (lambda x: torch.clamp(x, min=0.0), True),
         (lambda x: x.clamp_(min=0), True),
+        (lambda x: F.relu(F.dropout(x, 0.5, training=False)), True),
         (lambda x: torch.maximum(x, torch.zeros_like(x)), False),
         (nn.Hardtanh(), False),
         (lambda x: x.clamp(max=6), False),
@@ -83,6 +84,19 @@ def test_what_is_folded_into_a_layer_limits_its_codes_from_zero(activation: Any,
     assert ("conv" in found) is not folded
     if folded:
         assert int(list(found.values())[1].zero_point) == 0
+
+
+def test_a_batch_norm_and_its_activation_are_one_point_whatever_returns_its_input_between_them() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
+            self.drop, self.act = nn.Identity(), nn.ReLU6()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.act(self.drop(self.norm(self.conv(x)))).mean((2, 3)))
+
+    assert list(points_of(student_for(Net(), "litert").net)) == ["x", "act", "mean", "fc"]
 
 
 class Sums(nn.Module):
