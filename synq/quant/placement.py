@@ -8,9 +8,9 @@ An engine runs on integers, so every tensor that depends on the image is put on 
     product, concatenation, average pool, any other function    a point
     max pool, reshape, slice, pad, transpose, nearest resize    none: values of one tensor, on its grid
 
-Each element of a chain is the only reader of the one before; what returns its input may stand between them. The logits of a linear layer stay float where the engine
-returns floats. OpenVINO fuses a convolution into the sum that reads it, which clamps and does not round its output;
-TensorRT fuses one whose output is no point.
+Each element of a chain is the only reader of the one before, or of what returns that unchanged. The logits of a linear
+layer stay float where the engine returns floats. OpenVINO fuses a convolution into the sum that reads it, which clamps
+and does not round its output; TensorRT fuses one whose output is no point.
 """
 
 from collections.abc import Iterable
