@@ -13,11 +13,11 @@ CANDIDATES = (2, 3, 4, 5, 6, 7, 8)
 ACTIVATION_FACTOR = 4.0
 COMMON = (
     *TEACHER_SETTINGS,
-    *("quant.weight_bits", "quant.act_bits", "synthesis.num_images"),
+    *("quant.weight_bits", "quant.act_bits"),
     "runtime.output_dir",
 )
 EXAMPLES = """\
-  %(prog)s bundled:digits_resnet8 --activations          no larger, and no more bit operations, than now
+  %(prog)s bundled:digits_resnet8 --activations
   %(prog)s bundled:digits_resnet8 --quant.target onnxruntime --activations --latency-budget 1.02
   %(prog)s torchvision:resnet18 --max-bytes inf --max-bitops 2e10 --candidates 2 4 8"""
 
@@ -28,18 +28,17 @@ EXAMPLES = """\
 @option(
     "--max-bytes",
     type=FLOAT,
-    help="budget for the packed weights in bytes, without scales (default: size at the given bits; inf for no budget)",
+    help="bytes of the packed weights (default: those at the given bits; inf for no budget)",
 )
 @option(
     "--max-bitops",
     type=FLOAT,
-    help="budget for BitOps per image (default: with --activations the BitOps at the given bits, else no budget)",
+    help="BitOps of an image (default: with --activations those at the given bits)",
 )
 @option(
     "--latency-budget",
     metavar="RATIO|MS",
-    help="budget for the latency in the engine of quant.target, measured here: relative to the W8A8 file (1.05), or in "
-    "milliseconds (12ms)",
+    help="latency in the engine of quant.target, of that of W8A8 (1.05) or in ms (12ms)",
 )
 @option("--latency-threads", type=INT, default=1, help="threads of the engine for --latency-budget (default: 1)")
 @option(
@@ -54,7 +53,7 @@ EXAMPLES = """\
     "--activation-factor",
     type=FLOAT,
     default=ACTIVATION_FACTOR,
-    help="factor of the KL of activations; that of weights is 1 (default: 4)",
+    help="factor of the KL of activations (default: 4)",
 )
 def command(
     config: RunConfig,

@@ -208,7 +208,8 @@ def logits_chain(net: fx.GraphModule, chains: dict[fx.Node, Chain]) -> Chain | N
     node = next(node for node in net.graph.nodes if node.op == "output")
     while node not in chains:
         (node,) = value_inputs(node)
-        if len(value_readers(node)) > 1:
+        in_order = node in chains or is_passive(node) or {*traits_of(node).operators} == {"slice"}
+        if len(value_readers(node)) > 1 or not in_order:  # a flip joins parts, for which engines need codes
             return None
     chain = chains[node]
     return chain if isinstance(node_module(net, chain[0]), nn.Linear) and not is_rectifier(node) else None

@@ -59,7 +59,16 @@ def _teacher_misfits(teacher: Mapping[str, Any]) -> Iterator[str]:
 
 def _deployment_misfits(deployment: Mapping[str, Any]) -> Iterator[str]:
     for key, value in deployment.items():
-        if key not in ("files", "tolerance", "own_rounding", "machine", "exact", "engine", "conformance"):
+        if key not in (
+            "files",
+            "tolerance",
+            "own_rounding",
+            "machine",
+            "exact",
+            "engine",
+            "conformance",
+            "checked_for",
+        ):
             yield from _unless(_is_number_or_none, f"deployment.{key}", value)
     files = deployment.get("files", [])
     yield from _unless(_of_kind(list), "deployment.files", files)

@@ -96,6 +96,27 @@ def test_an_index_of_all_images_of_the_batch_moves_nothing() -> None:
 
 
 @pytest.mark.parametrize(
+    ("after", "floats"),
+    [
+        (lambda x: x[:, 1:], True),
+        (lambda x: x.view(-1, 4), True),
+        (lambda x: x.flip(1), False),
+        (lambda x: x.roll(1, 1), False),
+    ],
+)
+def test_logits_are_moved_as_codes_where_the_move_joins_parts(after: Callable[[Tensor], Tensor], floats: bool) -> None:
+    class Moved(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return after(super().forward(x))
+
+    torch.manual_seed(0)
+    net = placed(trained(Moved(lambda net, x: x)), SIZE, images())
+    program = lower(net, "onnxruntime", SIZE)
+    assert disagreements(net, program, images())[program.logits] < 1e-4
+    assert ([*program.layers()][-1].output not in program.grids) is floats
+
+
+@pytest.mark.parametrize(
     ("middle", "reason"),
     [
         (lambda net, x: x.softmax(1), "none for _softmax in layer .*: the operator is unknown"),

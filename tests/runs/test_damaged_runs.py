@@ -41,7 +41,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "record of zeros": (_bytes(RECORD, lambda content: bytes(len(content))), "must hold JSON"),
     "record a list": (_bytes(RECORD, lambda content: b"[" + content + b"]"), "must hold a run record, but got a list"),
     "record of another version": (_setting("schema_version", value=99), "run it again"),
-    "unknown target": (_setting("config", "quant", "target", value="tensorrt"), "`quant.target` must be one of"),
+    "unknown target": (_setting("config", "quant", "target", value="tpu"), "`quant.target` must be one of"),
     "a target that is no name": (_setting("config", "quant", "target", value=7), "`quant.target` must be one of"),
     "another target": (_setting("config", "quant", "target", value="litert"), "`quant.act_points` must be left out"),
     "other bits": (_setting("config", "quant", "weight_bits", value=7), "the settings with which it was run"),
