@@ -59,6 +59,7 @@ def test_float_islands_and_kernels_are_those_of_the_optimized_graph(name: str, a
     check(lowered(name, "onnxruntime", act_bits=act_bits)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "densenet", "excited", "one_channel", "branches"])
 def test_float_islands_of_whole_networks(name: str) -> None:
     make, size = NETS[name]
