@@ -21,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from support.sealed import flip
 from synq.config.run import SynthesisConfig
 from synq.synthesis import generate as synthesis
 from synq.synthesis.generate import balanced_labels, ensure_set
@@ -245,6 +244,8 @@ def test_a_damaged_shard_is_named_and_made_again_on_resume(tmp_path: Path, capsy
 
 
 def test_a_damaged_set_is_set_aside_and_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from support.sealed import flip  # not at the top: this file is also run as a script, without tests/ in its path
+
     store, config = SetStore(tmp_path), SynthesisConfig(num_images=4, shard_size=2, iterations=1)
     made = ensure_set(tiny_teacher(), config, 0, store, progress=False)
     flip(made.path / "images.safetensors", -200)

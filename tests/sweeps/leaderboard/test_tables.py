@@ -117,10 +117,12 @@ def many(number: int) -> Iterator[RunRecord]:
             "quant": {**template.config["quant"], "weight_bits": width},
             "finetune": {**template.config["finetune"], "lr": 1e-5 * (1 + i // 3)},
         }
+        top1 = 90 + draw.random()
         yield replace(
             template, name=f"t{i:05d}", config=config, config_digest=f"{i:016x}", seed=seed, data_seed=seed,
             weight_bits=width,
-            objective_value=draw.random(), top1=90 + draw.random(), size_bytes=width * 1000, bitops=width * 1e6 + i,
+            objective_value=draw.random(), top1=top1, teacher_top1=top1 + (template.drop or 0.0),
+            size_bytes=width * 1000, bitops=width * 1e6 + i,
         )  # fmt: skip
 
 
