@@ -87,6 +87,14 @@ FACTORS = {
 """Arguments of linear operators in which they are not linear."""
 MULTIPLIED = {"mul": ("self", "other"), "addcmul": ("tensor1", "tensor2")}
 """Arguments of linear operators of which at most one may be an activation: a product of two is not linear."""
+PRODUCTS = {
+    "mm": ("self", "mat2"),
+    "bmm": ("self", "mat2"),
+    "baddbmm": ("batch1", "batch2"),
+    "addmm": ("mat1", "mat2"),
+    "addbmm": ("batch1", "batch2"),
+}
+"""Arguments of matrix products, both of which are activations in attention; a constant in one is a weight."""
 BATCH_NORMS = _names(
     "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_no_update "
     "_batch_norm_with_update cudnn_batch_norm miopen_batch_norm"

@@ -36,6 +36,7 @@ from synq.network.aten_groups import (
     PADS,
     PASSIVE,
     PASSIVE_IF_ALL,
+    PRODUCTS,
     RESAMPLING_MOVES,
 )
 from synq.network.op_traits import OpKind, OpTraits
@@ -175,6 +176,8 @@ def _meaning(call: OperatorCall) -> OpTraits:
         return _choice(keeps_values=both)
     if name in LINEAR:
         return _sum(call, name)
+    if name in PRODUCTS and all(call.is_activation(call.argument(part)) for part in PRODUCTS[name]):
+        return OpTraits(kind=OpKind.PRODUCT)
     if name in NONLINEAR or call.is_pointwise:
         low, high = call.argument("min"), call.argument("max")
         zero_clamp = name in ("clamp", "clamp_min") and isinstance(low, int | float) and low == 0 and high is None
@@ -306,7 +309,11 @@ def in_sequence(before: Iterable[OpTraits], operator: OpTraits) -> OpTraits:
         return (operator_does and all(after)) or (passive and bool(inputs_do) and all(inputs_do))
 
     unknown = next((part for part in parts if part.kind is OpKind.UNKNOWN), None)
-    kind = max(part.kind for part in parts)
+    if operator.kind is OpKind.PRODUCT and any(part.kind > OpKind.STRUCTURAL for part in values):
+        unknown = OpTraits(
+            kind=OpKind.UNKNOWN, reason="it computes the inputs of a matrix product itself, which would stay float"
+        )
+    kind = max(part.kind for part in parts) if unknown is None else OpKind.UNKNOWN
     if kind is OpKind.PASSIVE and len(values) > 1:
         kind = OpKind.STRUCTURAL
     names = [name for part in values for name in part.operators]

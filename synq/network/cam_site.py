@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
+from synq.network.attention.token_map import TOKEN_MAP, locate_tokens
 from synq.network.gradcam import CamMethod, autograd_weights, closed_form_weights
 from synq.network.op_traits import (
     OpKind,
@@ -16,6 +17,7 @@ from synq.network.op_traits import (
     traits_of,
     value_inputs,
 )
+from synq.network.ops import products
 from synq.network.tracing import with_features
 
 _TRANSPOSING = {"permute", "transpose", "t"}
@@ -75,6 +77,23 @@ def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
         ValueError: If ``override`` names no node with an (N, C, H, W) output on the path from the image to the logits.
     """
     maps = _maps(traced)
+    # A map after the last attention is nearer to the logits than its tokens.
+    multiplied = products(traced)
+    order = {node: place for place, node in enumerate(traced.graph.nodes)}
+    before = bool(multiplied) and not any(order[node] > order[multiplied[-1]] for node in maps)
+    tokens = locate_tokens(traced) if override is None and before else None
+    if tokens is not None:
+        node, token_map = tokens
+        node.meta[TOKEN_MAP] = token_map
+        channels = node.meta["shape"][-1]
+        return CamSite(
+            node=node.name,
+            kind="autograd",
+            channels=channels,
+            height=token_map.height,
+            width=token_map.width,
+            reason=f"tokens, without the first {token_map.extra}" if token_map.extra else "tokens",
+        )
     # An attention map, of one channel, weights the positions of the map that is computed from the image.
     feature = max(reversed(maps), key=lambda node: node.meta["shape"][1], default=None)
     linear = None if feature is None else _only_classifier(traced, feature)

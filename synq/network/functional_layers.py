@@ -7,12 +7,18 @@ are usually written this way:
  -> bn: nn.BatchNorm2d with the same tensors, and act      bn(x), then bn.act
     conv: weight, bias, static_padding                     conv.static_padding(x), then F.conv2d(x, conv.weight, ...)
  -> conv: nn.Conv2d with the same tensors, static_padding  conv.static_padding(x), then conv(x)
+    conv: weight, gain                                     F.conv2d(x, standardized(conv.weight) * conv.gain, ...)
+ -> conv2d_layer: nn.Conv2d with the computed weight       conv2d_layer(x)
+
+A weight or bias that the forward pass computes from parameters alone (weight standardization, a bias in parts) is the
+same for every image. Its value becomes the parameter of the layer, as if it had been stored that way.
 """
 
 import inspect
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -41,6 +47,8 @@ def functions_as_layers(traced: fx.GraphModule) -> None:
             _norm_as_layer(traced, node)
         elif node.target in (F.conv2d, F.linear):
             _product_as_layer(traced, node)
+            if node.op == "call_function":
+                _computed_as_layer(traced, node, of_images)
 
 
 def replace_layer(net: fx.GraphModule, name: str, layer: nn.Module) -> None:
@@ -106,6 +114,66 @@ def _product_as_layer(traced: fx.GraphModule, node: fx.Node) -> None:
     elif repr(holder) != repr(made):  # a layer since an earlier call, which had other settings
         return
     _call_layer(node, name, call["input"])
+
+
+@torch.no_grad()
+def _computed_as_layer(traced: fx.GraphModule, node: fx.Node, of_images: set[fx.Node]) -> None:
+    """Rewrite a convolution or linear product whose weight or bias is computed from parameters alone."""
+    call: dict[str, Any] = {**_CONV_DEFAULTS, **dict(zip(_CONV_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+    sources = {field: call[field] for field in AFFINE if call[field] is not None}
+    computed = [source for source in sources.values() if isinstance(source, fx.Node) and source.op != "get_attr"]
+    known = all(isinstance(source, fx.Node) and source not in of_images for source in sources.values())
+    settings = [call[key] for key in ("stride", "padding", "dilation", "groups")]
+    if not computed or not known or any(isinstance(value, fx.Node) for value in settings):
+        return
+    values = _Constants(traced)
+    holder = nn.Module()
+    for field, source in sources.items():
+        value = values.of(source)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return
+        needs_gradient = any(p.requires_grad for p in traced.parameters())
+        holder.register_parameter(field, nn.Parameter(value.detach().clone(), requires_grad=needs_gradient))
+    if holder.get_parameter("weight").dim() != (4 if node.target is F.conv2d else 2):
+        return
+    made = _conv_of(holder, call) if node.target is F.conv2d else _linear_of(holder)
+    name = f"{node.name}_layer"
+    traced.add_submodule(name, _filled(made, holder))
+    _call_layer(node, name, call["input"])
+
+
+class _Constants:
+    """Values of the nodes of a graph that depend on parameters alone."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        self.traced = traced
+        self.values: dict[fx.Node, Any] = {}
+
+    def of(self, node: fx.Node) -> Any:
+        """Return the value of a node, computing those before it."""
+        pending = [node]
+        while pending:
+            last = pending[-1]
+            missing = [source for source in last.all_input_nodes if source not in self.values]
+            if missing:
+                pending += missing
+                continue
+            pending.pop()
+            if last not in self.values:
+                self.values[last] = self._compute(last)
+        return self.values[node]
+
+    def _compute(self, node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        target: Any = node.target
+        if node.op == "get_attr":
+            value: Any = self.traced
+            for part in target.split("."):
+                value = getattr(value, part)
+            return value
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return (self.traced.get_submodule(target) if node.op == "call_module" else target)(*args, **kwargs)
 
 
 def _conv_of(holder: nn.Module, call: dict[str, Any]) -> nn.Conv2d:

@@ -34,7 +34,9 @@ class OpKind(IntEnum):
     """Convolution or linear layer, whose weight is quantized."""
     NONLINEAR = 7
     """Non-linear function: its output is a new set of values, a quantization point."""
-    UNKNOWN = 8
+    PRODUCT = 8
+    """Matrix product of two activations, as in attention, both of which are quantized."""
+    UNKNOWN = 9
     """Cannot be quantized: a product with a weight that would stay float, random numbers, or an unknown operator."""
 
 

@@ -54,6 +54,15 @@ def classify(net: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
     return layers, nonlinear
 
 
+def products(net: fx.GraphModule) -> list[fx.Node]:
+    """Return the matrix products of two activations of a network, those of attention, in order of execution.
+
+    Args:
+        net: A graph from ``trace_classifier``.
+    """
+    return [node for node in net.graph.nodes if traits_of(node).kind is OpKind.PRODUCT]
+
+
 def value_sources(net: fx.GraphModule, points: Container[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
     """Return, for every activation, the quantization points that its values come from.
 

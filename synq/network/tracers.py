@@ -49,7 +49,29 @@ class LayerTracer(fx.Tracer):
 
     The graph has one input, the images: what a call ``net(images)`` leaves out has its default, as a constant. Hooks of
     the network itself and a forward pass that was set on the instance are part of the graph.
+
+    Args:
+        inlined: Functions that their library wraps for torch.fx (``torch.fx.wrap``), but whose operations are wanted.
     """
+
+    def __init__(self, inlined: frozenset[Callable[..., Any]] = frozenset()) -> None:
+        super().__init__()
+        self.inlined = inlined
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        name: str | None = None,
+        type_expr: Any = None,
+        proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
+    ) -> Any:
+        """Return a proxy of a new node, or for one of the inlined functions what it returns."""
+        if kind == "call_function" and target in self.inlined:
+            return target(*args, **kwargs)
+        return super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of ``root``; calls that torch.fx alone does not see are recorded too.
@@ -94,6 +116,8 @@ class LayerTracer(fx.Tracer):
         for kind in (nn.Conv2d, nn.Linear, nn.BatchNorm2d):
             if isinstance(m, kind) and type(m).forward is kind.forward:
                 return True
+        if isinstance(m, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+            return False  # made of layers, which are to be quantized
         # timm's linear layer overrides forward for TorchScript only; it computes what nn.Linear computes.
         if isinstance(m, nn.Linear) and (type(m).__module__, type(m).__name__) == ("timm.layers.linear", "Linear"):
             return True
@@ -108,10 +132,11 @@ class SizedTracer(LayerTracer):
 
     Args:
         sample: (N, C, H, W) images.
+        inlined: As for `LayerTracer`.
     """
 
-    def __init__(self, sample: Tensor) -> None:
-        super().__init__()
+    def __init__(self, sample: Tensor, inlined: frozenset[Callable[..., Any]] = frozenset()) -> None:
+        super().__init__(inlined)
         self.sample = sample
         self.values: dict[fx.Node, Any] = {}
         self._plain = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
@@ -163,6 +188,8 @@ class SizedTracer(LayerTracer):
 
 class _LayerProxy(fx.Proxy):
     """Proxy that records what overwrites its tensor: an assignment to a part, ``x += y`` and the like."""
+
+    is_nested = False  # PyTorch's transformer layers ask
 
     def __getattr__(self, k: str) -> Any:
         """Return an attribute of the tensor; one that is a tensor itself can be assigned to, too."""

@@ -8,6 +8,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from synq.common.error_text import first_line
 from synq.network.aliases import Aliases
+from synq.network.attention.decomposed import decompose_attention
+from synq.network.attention.token_map import TOKEN_MAP, write_as_map
 from synq.network.functional_layers import functions_as_layers
 from synq.network.normal_form import keep_image_axis, to_normal_form
 from synq.network.op_recorder import record_traits
@@ -49,6 +52,7 @@ class _ValueRecorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         n.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
+        n.meta["dtype"] = value.dtype if isinstance(value, Tensor) else None
         self.aliases.record(n, value)
         return value
 
@@ -76,11 +80,27 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
             (N, K) tensor; if a weight is computed from other tensors, or a layer has a hook.
     """
     module.eval()
-    name = type(module).__name__
     image_parameter(type(module).forward)
     check_plain_weights(module)
     sample = torch.zeros(2, *input_size, dtype=_first_dtype(module), device=_first_device(module))
-    graph = _trace(module, sample)
+    traced = _recorded_graph(module, sample, frozenset())
+    inlined = _opaque_functions(traced)
+    while inlined:
+        try:
+            traced = _recorded_graph(module, sample, inlined)
+        except ValueError:  # such a function may be wrapped because it cannot be traced
+            break
+        found = inlined | _opaque_functions(traced)
+        inlined = frozenset() if found == inlined else found
+    limit_slopes(traced)
+    drop_log_softmax(traced, sample)
+    return traced
+
+
+def _recorded_graph(module: nn.Module, sample: Tensor, inlined: frozenset[Callable[..., Any]]) -> fx.GraphModule:
+    """Return the graph of a classifier in normal form, with the traits of its operations."""
+    name, input_size = type(module).__name__, (sample.shape[1], sample.shape[2], sample.shape[3])
+    graph = _trace(module, sample, inlined)
     traced = fx.GraphModule(module, graph, class_name=name).eval()
     recorder = _ValueRecorder(traced)
     with accepting(name, input_size):
@@ -91,6 +111,9 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
         )
     _check_no_hooks(traced)
     to_normal_form(traced, recorder.aliases)
+    if decompose_attention(traced):
+        with accepting(name, input_size):
+            _ValueRecorder(traced).run(sample)
     functions_as_layers(traced)
     traced.graph.eliminate_dead_code()
     if not _accepts_one_image(traced, sample, logits):
@@ -99,21 +122,29 @@ def trace_classifier(module: nn.Module, input_size: tuple[int, int, int]) -> fx.
     _own_memory(traced)
     traced.recompile()
     record_traits(traced, sample)
-    limit_slopes(traced)
-    drop_log_softmax(traced, sample)
     return traced
 
 
-def _trace(module: nn.Module, sample: Tensor) -> fx.Graph:
+def _opaque_functions(traced: fx.GraphModule) -> frozenset[Callable[..., Any]]:
+    """Return the functions outside PyTorch that torch.fx recorded as one operation, which cannot be quantized."""
+    found = set()
+    for node in traced.graph.nodes:
+        opaque = node.op == "call_function" and isinstance(node.target, FunctionType)
+        if opaque and traits_of(node).kind is OpKind.UNKNOWN and not node.target.__module__.startswith("torch."):
+            found.add(node.target)
+    return frozenset(found)
+
+
+def _trace(module: nn.Module, sample: Tensor, inlined: frozenset[Callable[..., Any]]) -> fx.Graph:
     """Trace symbolically, or, if the code needs sizes, for images of the size of ``sample``."""
     try:
-        return LayerTracer().trace(module)
+        return LayerTracer(inlined).trace(module)
     except Exception as error:  # torch.fx raises many types, all with the same meaning for the user
         channels, height, width = sample.shape[1:]
         with accepting(type(module).__name__, (channels, height, width)):
             module(sample.clone())
         try:
-            return SizedTracer(sample).trace(module)
+            return SizedTracer(sample, inlined).trace(module)
         except Exception as second:  # this tracer knows the sizes, so only what it cannot trace is a fault
             raise trace_failure(type(module).__name__, second) from error
 
@@ -189,6 +220,11 @@ def with_features(traced: fx.GraphModule, node_name: str, others: Sequence[str] 
     if missing:
         raise ValueError(f"features must come from a node of the graph, but there is none called {missing[0]!r}")
     tapped = by_name[node_name]
+    token_map = next(node for node in traced.graph.nodes if node.name == node_name).meta.get(TOKEN_MAP)
+    if token_map is not None:
+        _, tapped = write_as_map(graph, tapped, token_map)
+        if logits is by_name[node_name]:
+            raise ValueError("features must come before the logits, but they are the logits")
     with graph.inserting_after(tapped):
         tap = graph.call_module("feature_tap", (tapped,))
     tapped.replace_all_uses_with(tap, delete_user_cb=lambda user: user is not tap)
@@ -205,6 +241,29 @@ def with_features(traced: fx.GraphModule, node_name: str, others: Sequence[str] 
         root.register_buffer(name, buffer)
     root.add_module("feature_tap", FeatureTap())
     return fx.GraphModule(root, graph, class_name=f"{type(traced).__name__}WithFeatures").eval()
+
+
+def with_outputs(traced: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """Return a network that also returns the outputs of nodes: (logits (N, K), outputs...).
+
+    Parameters and submodules are shared with ``traced``; no hook is installed.
+
+    Args:
+        traced: A graph of a teacher or a student.
+        names: Names of nodes.
+
+    Raises:
+        ValueError: If there is no such node.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    logits = graph.graph_copy(traced.graph, copies)
+    by_name = {node.name: copy for node, copy in copies.items()}
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise ValueError(f"features must come from a node of the graph, but there is none called {missing[0]!r}")
+    graph.output((logits, *(by_name[name] for name in names)))
+    return fx.GraphModule(traced, graph, class_name=f"{type(traced).__name__}WithOutputs").eval()
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from synq.config.quant import RESEARCH, QuantConfig
-from synq.network.ops import classify, value_sources
+from synq.network.op_traits import value_inputs
+from synq.network.ops import classify, products, value_sources
 from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import BitPatterns, layer_names
 from synq.quant.placement import target_points, with_same_grid
@@ -52,9 +53,24 @@ def quantized_activations(
     layers, nonlinear = classify(net)
     if quant.target != RESEARCH:
         return _by_target(net, layers, quant, names)
-    if quant.act_points == "relu":
+    if quant.act_points == "relu" and not reads_inputs(net):
         return _after_nonlinear(net, layers, nonlinear, quant, names)
-    return _before_layers(layers, quant, names)
+    points = _before_layers(layers, products(net), quant, names)
+    if quant.act_points == "relu":
+        points = {node: point for node, point in points.items() if not _precedes(node, layers)}
+    return points
+
+
+def reads_inputs(net: fx.GraphModule) -> bool:
+    """Return whether ``act_points`` "relu" means the inputs of layers and products, the image excepted.
+
+    That is the placement of the literature for attention: the output of a LayerNorm or softmax is a non-linear
+    function, and so is no value of a residual sum, which stays float.
+
+    Args:
+        net: A graph from ``trace_classifier``, its layers quantized or not.
+    """
+    return bool(products(net))
 
 
 def bits_and_notes(
@@ -129,15 +145,38 @@ def _after_nonlinear(
     }
 
 
-def _before_layers(layers: list[fx.Node], quant: QuantConfig, names: BitPatterns) -> dict[fx.Node, QuantizedTensor]:
-    """Return the quantized activations under act_points "inputs"."""
+def _precedes(node: fx.Node, layers: list[fx.Node]) -> bool:
+    """Return whether an activation is computed from the image by no layer."""
+    pending, seen = [node], {node}
+    while pending:
+        last = pending.pop()
+        if last in layers:
+            return False
+        new = [source for source in value_inputs(last) if source not in seen]
+        seen.update(new)
+        pending += new
+    return True
+
+
+def _before_layers(
+    layers: list[fx.Node], multiplied: list[fx.Node], quant: QuantConfig, names: BitPatterns
+) -> dict[fx.Node, QuantizedTensor]:
+    """Return the quantized activations under act_points "inputs": what layers and matrix products read."""
     input_bits = layer_bits(layers, quant.act_bits, quant.first_bits, quant.last_bits, names)
     read_by: dict[fx.Node, list[fx.Node]] = {}
     for node in layers:
         read_by.setdefault(tensor_inputs(node)[0], []).append(node)
+    for node in multiplied:
+        for source in dict.fromkeys(tensor_inputs(node)):
+            read_by.setdefault(source, []).append(node)
+    order = {node: place for place, node in enumerate(layers[0].graph.nodes)}
     points = {
-        source: QuantizedTensor(bits=max(input_bits[node] for node in readers), readers=readers)
-        for source, readers in read_by.items()
+        source: QuantizedTensor(
+            bits=(names.width(source.name) if {*readers} & {*multiplied} else None)
+            or max(input_bits.get(node, quant.act_bits) for node in readers),
+            readers=readers,
+        )
+        for source, readers in sorted(read_by.items(), key=lambda item: order[item[0]])
     }
     for node in layers:
         named, point = names.width(*layer_names(str(node.target))), points[tensor_inputs(node)[0]]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from synq.config.quant import RESEARCH, QuantConfig
+from synq.network.attention.token_map import TOKEN_MAP
 from synq.network.functional_layers import replace_layer
 from synq.network.op_traits import node_module
 from synq.network.ops import classify
@@ -24,7 +25,7 @@ from synq.quant.layers import (
     weight_limit,
 )
 from synq.quant.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
-from synq.quant.points import bits_and_notes, layer_bits, quantized_activations
+from synq.quant.points import bits_and_notes, layer_bits, quantized_activations, reads_inputs
 from synq.teacher.pixel_range import PixelRange
 from synq.teacher.teacher import Teacher
 
@@ -99,7 +100,7 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
             symmetric=point.symmetric,
         )
         quantizer = _insert_quantizer(net, node, point.readers, act_quantizer)
-        if quant.points != "inputs":
+        if quant.points != "inputs" and not reads_inputs(traced):
             taps[node.name] = quantizer.name
     net.graph.lint()
     net.recompile()
@@ -264,7 +265,8 @@ def _insert_quantizer(net: fx.GraphModule, node: fx.Node, users: list[fx.Node], 
     net.add_submodule(target, quantizer.eval())
     with net.graph.inserting_after(node):
         quantized = net.graph.call_module(target, (node,))
-    quantized.meta["shape"] = node.meta["shape"]  # not the traits: a quantizer is another operation
+    for key in {"shape", TOKEN_MAP} & node.meta.keys():  # not the traits: a quantizer is another operation
+        quantized.meta[key] = node.meta[key]
     for user in users:
         user.replace_input_with(node, quantized)
     return quantized

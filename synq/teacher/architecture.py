@@ -1,4 +1,4 @@
-"""What a network must be to serve as a teacher: a convolutional classifier with BatchNorm statistics."""
+"""What a network must be to serve as a teacher: a classifier of images with BatchNorm statistics."""
 
 import re
 
@@ -7,8 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.network.tracing import check_plain_weights
 
-_ATTENTION = re.compile(r"multihead|self_?attention|windowattention|transformer", re.IGNORECASE)
-_LIKELY_ATTENTION = re.compile(rf"{_ATTENTION.pattern}|attention|attn", re.IGNORECASE)
+_ATTENTION = re.compile(r"multihead|transformer|attention|attn", re.IGNORECASE)
 """Names that convolutional networks use too; in a network without BatchNorm they mean a transformer."""
 _OTHER_NORM = re.compile(r"(Layer|Group|Instance|RMS|Frozen\w*)\w*Norm")
 """Normalizations without running statistics of the data."""
@@ -41,7 +40,7 @@ def check_task(module: nn.Module, name: str) -> None:
 
 
 def check_architecture(module: nn.Module, name: str) -> None:
-    """Reject unsupported architectures: transformers, networks without BatchNorm statistics, parametrized weights.
+    """Reject unsupported architectures: networks without BatchNorm statistics, parametrized weights.
 
     Args:
         module: The classifier.
@@ -53,15 +52,15 @@ def check_architecture(module: nn.Module, name: str) -> None:
     check_plain_weights(module)
     modules = list(module.modules())
     norms = [part for part in modules if isinstance(part, _BatchNorm)]
-    pattern = _ATTENTION if norms else _LIKELY_ATTENTION
-    for part in modules:
-        if isinstance(part, nn.MultiheadAttention) or hasattr(part, "qkv") or _has_name(part, pattern):
-            raise ValueError(
-                f"teacher must be a convolutional network, but {name} is a transformer (it contains "
-                f"{type(part).__name__}), which is not supported yet; use one such as torchvision:resnet18"
-            )
     if any(part.running_mean is not None for part in norms):
         return
+    for part in modules:
+        if isinstance(part, nn.MultiheadAttention) or hasattr(part, "qkv") or _has_name(part, _ATTENTION):
+            raise ValueError(
+                f"teacher must have BatchNorm layers with running statistics, from which the images are synthesized, "
+                f"but {name} is a transformer without them (it contains {type(part).__name__}), which is not supported "
+                "yet; use one with BatchNorm, such as torchvision:resnet18 or timm:levit_128s"
+            )
     found = "whose BatchNorm layers keep none (track_running_stats=False)" if norms else "without BatchNorm layers"
     others = sorted({type(part).__name__ for part in modules if _OTHER_NORM.search(type(part).__name__)})
     found += f" (it has {', '.join(others)})" if others and not norms else ""

@@ -222,7 +222,6 @@ def test_a_product_as_a_function_is_a_layer_and_goes_all_the_way(made: Callable[
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("computed", r"computed in the forward pass \(by 'mul'\)"),
         ("fixed", "'part.blur' is a constant"),
         ("twice", "'part.weight' is a parameter that is not the weight of one layer"),
         ("scaled", "'part.weight' is a parameter that is not the weight of one layer"),
@@ -231,8 +230,6 @@ def test_a_product_as_a_function_is_a_layer_and_goes_all_the_way(made: Callable[
 def test_what_is_no_plain_product_stays_a_call_and_is_rejected(how: str, reason: str) -> None:
     def rest(net: Body, x: Tensor) -> Tensor:
         part: Any = net.part
-        if how == "computed":
-            return F.conv2d(x, part.weight * 2, part.bias)
         if how == "fixed":
             return F.conv2d(x, part.blur, groups=6)
         if how == "scaled":

@@ -148,7 +148,7 @@ def test_f_4_a_network_of_attention_without_batch_norm_is_a_transformer() -> Non
     class ChannelAttention(nn.Module):
         """A part of convolutional networks."""
 
-    with pytest.raises(ValueError, match=r"net is a transformer \(it contains ViTAttention\)"):
+    with pytest.raises(ValueError, match=r"net is a transformer without them \(it contains ViTAttention\)"):
         check_architecture(nn.Sequential(nn.Conv2d(3, 4, 4, 4), ViTAttention(), nn.LayerNorm(4)), "net")
     check_architecture(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), ChannelAttention()), "net")
     with pytest.raises(ValueError, match=r"got net, without BatchNorm layers \(it has GroupNorm\)"):

@@ -208,8 +208,9 @@ def test_digest_does_not_depend_on_the_file_format(make_config: Callable[..., Te
 
 def test_transformers_are_rejected_as_such() -> None:
     layer = nn.TransformerEncoderLayer(8, 2)
-    with pytest.raises(ValueError, match=r"is a transformer .*not supported yet"):
-        check_architecture(nn.Sequential(nn.BatchNorm2d(3), layer), "hybrid")
+    with pytest.raises(ValueError, match=r"is a transformer without them .*not supported yet"):
+        check_architecture(nn.Sequential(nn.Conv2d(3, 8, 1), layer), "net")
+    check_architecture(nn.Sequential(nn.BatchNorm2d(3), layer), "hybrid")
     with pytest.raises(ValueError, match="vit_b_16_random is a transformer"):
         load_teacher(TeacherConfig(spec="torchvision:vit_b_16", weights="random"))
 
