@@ -214,7 +214,7 @@ def _replace_by_layers(traced: fx.GraphModule, name: str, module: nn.MultiheadAt
         traced.set_submodule(name, holder)
     bias = module.in_proj_bias
     weights: dict[str, tuple[Tensor, Tensor | None]]
-    if one:  # the widths of one tensor are equal
+    if one:  # one tensor is query, key and value
         weights = {"in_proj": (module.in_proj_weight, bias)}
     else:
         biases: tuple[Tensor | None, ...] = (None, None, None) if bias is None else bias.chunk(3)
