@@ -4,11 +4,8 @@ from typing import Any
 
 from torch import fx
 
-from synq.network.op_traits import OpKind, is_passive, operation_name, traits_of
+from synq.network.op_traits import BATCH, OpKind, is_passive, operation_name, traits_of
 from synq.network.ops import classify
-
-_BATCH = 2
-"""Number of images for which the shapes of a graph were recorded."""
 
 
 def cut_nodes(traced: fx.GraphModule) -> list[fx.Node]:
@@ -116,7 +113,7 @@ def _is_size(node: fx.Node) -> bool:
         return False
     shape = node.all_input_nodes[0].meta.get("shape") or ()
     reads_sizes = operation_name(node) in ("size", "dim", "ndimension") or node.args[1:] in (("shape",), ("ndim",))
-    return bool(reads_sizes and shape[:1] == (_BATCH,))
+    return bool(reads_sizes and shape[:1] == (BATCH,))
 
 
 def _size_of(graph: fx.Graph, node: fx.Node, x: fx.Node) -> Any:

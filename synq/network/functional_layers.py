@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from synq.network.op_traits import node_value
+
 STATISTICS, AFFINE = ("running_mean", "running_var"), ("weight", "bias")
 _SIGNATURES = {F.batch_norm: inspect.signature(F.batch_norm)}
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -128,11 +130,11 @@ def _computed_as_layer(traced: fx.GraphModule, node: fx.Node, of_images: set[fx.
         return
     values = _Constants(traced)
     holder = nn.Module()
+    needs_gradient = any(p.requires_grad for p in traced.parameters())
     for field, source in sources.items():
         value = values.of(source)
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return
-        needs_gradient = any(p.requires_grad for p in traced.parameters())
         holder.register_parameter(field, nn.Parameter(value.detach().clone(), requires_grad=needs_gradient))
     if holder.get_parameter("weight").dim() != (4 if node.target is F.conv2d else 2):
         return
@@ -160,20 +162,8 @@ class _Constants:
                 continue
             pending.pop()
             if last not in self.values:
-                self.values[last] = self._compute(last)
+                self.values[last] = node_value(self.traced, last, self.values)
         return self.values[node]
-
-    def _compute(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
-        target: Any = node.target
-        if node.op == "get_attr":
-            value: Any = self.traced
-            for part in target.split("."):
-                value = getattr(value, part)
-            return value
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        return (self.traced.get_submodule(target) if node.op == "call_module" else target)(*args, **kwargs)
 
 
 def _conv_of(holder: nn.Module, call: dict[str, Any]) -> nn.Conv2d:

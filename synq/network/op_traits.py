@@ -6,11 +6,15 @@ operator of Python, a function of another library) execute the same operators, s
 Classification, block boundaries, the CAM location, cross-layer equalization and the cost account read these traits.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from torch import fx, nn
 
+BATCH = 2
+"""Number of images for which the shapes of a graph were recorded."""
 TRAITS = "traits"
 """Key of a node's ``meta`` under which `trace_classifier` stores its `OpTraits`."""
 
@@ -116,6 +120,26 @@ def is_average_pool(node: fx.Node) -> bool:
 def node_module(net: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """Return the submodule that a ``call_module`` node calls, else None."""
     return net.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def node_value(root: nn.Module, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Return the value of a node that is no input or output.
+
+    Args:
+        root: Module with the submodules and tensors of the graph.
+        node: The node.
+        values: Values of the nodes that it reads.
+    """
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    target: Any = node.target
+    if node.op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    if node.op == "call_function":
+        return target(*args, **kwargs)
+    value: Any = root
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value(*args, **kwargs) if node.op == "call_module" else value
 
 
 def operation_name(node: fx.Node) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from synq.network.op_traits import node_value
 from synq.network.recorded_calls import calls_recorded, compiled_functions_as_written
 
 
@@ -157,7 +158,7 @@ class SizedTracer(LayerTracer):
             self.values[node] = self.sample
         elif kind != "output":
             with torch.no_grad(), self._untraced():
-                self.values[node] = self._compute(node)
+                self.values[node] = node_value(self.root, node, self.values)
         return node
 
     @contextmanager
@@ -171,19 +172,6 @@ class SizedTracer(LayerTracer):
         finally:
             for name, method in traced.items():
                 setattr(nn.Module, name, method)
-
-    def _compute(self, node: fx.Node) -> Any:
-        args = fx.node.map_arg(node.args, self.values.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, self.values.__getitem__)
-        target: Any = node.target
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        if node.op == "call_function":
-            return target(*args, **kwargs)
-        value: Any = self.root
-        for part in target.split("."):
-            value = getattr(value, part)
-        return value(*args, **kwargs) if node.op == "call_module" else value
 
 
 class _LayerProxy(fx.Proxy):

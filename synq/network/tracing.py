@@ -222,9 +222,7 @@ def with_features(traced: fx.GraphModule, node_name: str, others: Sequence[str] 
     tapped = by_name[node_name]
     token_map = next(node for node in traced.graph.nodes if node.name == node_name).meta.get(TOKEN_MAP)
     if token_map is not None:
-        _, tapped = write_as_map(graph, tapped, token_map)
-        if logits is by_name[node_name]:
-            raise ValueError("features must come before the logits, but they are the logits")
+        tapped = write_as_map(graph, tapped, token_map)
     with graph.inserting_after(tapped):
         tap = graph.call_module("feature_tap", (tapped,))
     tapped.replace_all_uses_with(tap, delete_user_cb=lambda user: user is not tap)

@@ -91,6 +91,7 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
     act_names.check_all_fit()
     bits, notes = bits_and_notes(net, quant, points)
     taps = {}
+    taken_whole = quant.points != "inputs" and not reads_inputs(traced)  # by all readers of an activation
     for node, point in points.items():
         act_quantizer = ActQuantizer(
             point.bits,
@@ -100,7 +101,7 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
             symmetric=point.symmetric,
         )
         quantizer = _insert_quantizer(net, node, point.readers, act_quantizer)
-        if quant.points != "inputs" and not reads_inputs(traced):
+        if taken_whole:
             taps[node.name] = quantizer.name
     net.graph.lint()
     net.recompile()

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from synq.network.op_traits import OpKind, node_module, traits_of, value_inputs
+from synq.network.op_traits import BATCH, OpKind, node_module, traits_of, value_inputs
 
-BATCH = 2
-"""Number of images for which the shapes of a graph were recorded."""
 MOST_EXTRA_TOKENS = 16
 """Largest number of tokens that are no positions of the image: class and distillation token, registers."""
 TOKEN_MAP = "token_map"
@@ -62,7 +60,7 @@ def locate_tokens(traced: fx.GraphModule) -> tuple[fx.Node, TokenMap] | None:
     return None
 
 
-def write_as_map(graph: fx.Graph, tokens: fx.Node, token_map: TokenMap) -> tuple[fx.Node, fx.Node]:
+def write_as_map(graph: fx.Graph, tokens: fx.Node, token_map: TokenMap) -> fx.Node:
     """Insert the way from tokens to a feature map and back after a node, whose readers then read what comes back.
 
     Args:
@@ -71,7 +69,7 @@ def write_as_map(graph: fx.Graph, tokens: fx.Node, token_map: TokenMap) -> tuple
         token_map: Their layout.
 
     Returns:
-        The nodes of the feature map (N, C, H, W) and of the tensor that is turned back into tokens, still the same one.
+        The node of the feature map (N, C, H, W), which is turned back into tokens.
     """
     readers = list(tokens.users)
     with graph.inserting_after(tokens):
@@ -92,7 +90,7 @@ def write_as_map(graph: fx.Graph, tokens: fx.Node, token_map: TokenMap) -> tuple
     for reader in readers:
         reader.replace_input_with(tokens, result)
     graph.erase_node(anchor)
-    return features, whole
+    return whole
 
 
 def _after(tokens: torch.Tensor, extra: int) -> torch.Tensor:
