@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from synq.network.attention.token_map import TOKEN_MAP, locate_tokens
+from synq.network.attention.token_map import TOKEN_MAP, channels_are_last, locate_tokens
 from synq.network.gradcam import CamMethod, autograd_weights, closed_form_weights
 from synq.network.op_traits import (
     OpKind,
@@ -77,12 +77,12 @@ def locate_cam(traced: fx.GraphModule, override: str | None = None) -> CamSite:
         ValueError: If ``override`` names no node with an (N, C, H, W) output on the path from the image to the logits.
     """
     maps = _maps(traced)
-    # A map after the last attention is nearer to the logits than its tokens.
-    multiplied = products(traced)
     order = {node: place for place, node in enumerate(traced.graph.nodes)}
-    before = bool(multiplied) and not any(order[node] > order[multiplied[-1]] for node in maps)
-    tokens = locate_tokens(traced) if override is None and before else None
-    if tokens is not None:
+    tokens = None if override is not None else locate_tokens(traced)
+    # A map after the last tokens, or after the last attention, is nearer to the logits.
+    multiplied = products(traced)
+    last = order[multiplied[-1]] if multiplied else order[tokens[0]] if tokens else -1
+    if tokens is not None and not any(order[node] > last for node in maps):
         node, token_map = tokens
         node.meta[TOKEN_MAP] = token_map
         channels = node.meta["shape"][-1]
@@ -134,7 +134,11 @@ def _maps(traced: fx.GraphModule) -> list[fx.Node]:
             if source in seen or source.op == "placeholder":
                 continue
             seen.add(source)
-            if _is_map(source):
+            if len(source.meta.get("shape") or ()) == 4 and channels_are_last(traced, source):
+                # Tokens (N, H, W, C), which `locate_tokens` finds; after a global pool a row, on the way to the map.
+                if source.meta["shape"][1] * source.meta["shape"][2] == 1:
+                    pending.append(source)
+            elif _is_map(source):
                 found.add(_before_pool(source))
             else:
                 pending.append(source)
@@ -161,7 +165,8 @@ def _before_pool(node: fx.Node) -> fx.Node:
         if len(inputs) != 1 or not traits_of(previous).elementwise or inputs[0].meta.get("shape") != node.meta["shape"]:
             break
         (previous,) = inputs
-        if traits_of(previous).kind is OpKind.NONLINEAR and traits_of(node).kind is OpKind.NONLINEAR:
+        nonlinear = all(traits_of(each).kind is OpKind.NONLINEAR for each in (previous, node))
+        if nonlinear and traits_of(previous).elementwise:  # a normalization is none of the pool's functions
             first = previous
     return first
 

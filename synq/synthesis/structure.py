@@ -23,8 +23,8 @@ from synq.network.tracing import with_outputs
 
 HEAD_WEIGHT, ENTROPY_WEIGHT, VARIATION_WEIGHT = 0.05, 0.05, 0.002
 """Weights where a network has no batch-norm statistics, next to an `inception_weight` of 0.05."""
-MOST_TOKENS = 64
-"""Number of tokens, chosen at random in each step, whose maps and similarities are compared."""
+MOST_QUERIES, MOST_TOKENS = 16, 64
+"""Number of tokens, chosen at random in each step, whose maps are compared, and whose similarities are."""
 MOST_WINDOWS = 2
 """Number of windows of an image, chosen at random in each step, where attention is in windows."""
 C1, C2 = 1e-4, 9e-4
@@ -114,10 +114,11 @@ class StructureTerms:
         self.weights, self._generator = weights, generator
         self.sites = attention_sites(graph) if weights.heads or weights.entropy else []
         self.maps = [] if self.sites or not weights.entropy else _maps(graph)
-        scores = [site.scores for site in self.sites] if weights.heads else []
+        self._compared = [site for site in self.sites if site.heads > 1] if weights.heads else []
+        factors = [name for site in self._compared for name in (site.factors or (site.scores,))]
         gathered = [site.gathered for site in self.sites] if weights.entropy else []
-        self._num_scores = len(scores)
-        self.module: nn.Module = with_outputs(graph, [*scores, *gathered, *self.maps])
+        self._num_factors = len(factors)
+        self.module: nn.Module = with_outputs(graph, [*factors, *gathered, *self.maps])
 
     def __call__(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return logits (N, K) and the terms, scalars with gradient: heads, entropy, variation.
@@ -126,13 +127,11 @@ class StructureTerms:
             images: (N, C, H, W), of which `variation` is computed, too.
         """
         logits, *taps = self.module(images)
-        scores, tokens = taps[: self._num_scores], taps[self._num_scores :]
+        factors, tokens = iter(taps[: self._num_factors]), taps[self._num_factors :]
         zero = logits.new_zeros(())
-        with_heads = [site for site in self.sites if site.heads > 1] if scores else []
         disagreements = [
-            self._disagreement(values, site, len(images))
-            for values, site in zip(scores, self.sites, strict=False)
-            if site in with_heads
+            self._disagreement([next(factors) for _ in site.factors or (site.scores,)], site, len(images))
+            for site in self._compared
         ]
         sites: list[AttentionSite | None] = [*self.sites] if self.sites else [None] * len(tokens)
         entropies = [
@@ -151,33 +150,45 @@ class StructureTerms:
         weighted = weights.heads * terms["heads"] + weights.entropy * terms["entropy"]
         return weighted + weights.variation * terms["variation"]
 
-    def _disagreement(self, scores: Tensor, site: AttentionSite, count: int) -> Tensor:
-        """Return the mean of 1 - SSIM^2 over pairs of heads, for some queries and all keys."""
-        scores = self._some_windows(scores, count)[..., site.extra :, site.extra :]
-        return head_disagreement(scores[..., self._choice(scores.shape[-2], scores.device), :])
+    def _disagreement(self, factors: list[Tensor], site: AttentionSite, count: int) -> Tensor:
+        """Return the mean of 1 - SSIM^2 over pairs of heads, for some queries and all keys.
+
+        Only the scores of these queries are computed, from queries and keys: a second reader of all scores would cost
+        as much as the attention itself.
+        """
+        windows = self._windows(len(factors[0]), count)
+        first, *rest = (_of_windows(factor, windows, count) for factor in factors)
+        chosen = self._choice(site.tokens - site.extra, MOST_QUERIES)
+        rows = first.index_select(-2, (chosen + site.extra).to(first.device))
+        return head_disagreement((rows @ rest[0] if rest else rows)[..., site.extra :])
 
     def _negative_entropy(self, values: Tensor, site: AttentionSite | None, count: int) -> Tensor:
         """Return the negative entropy of the similarities of some tokens."""
         if site is None:
             tokens = values.flatten(2).transpose(1, 2) if values.dim() == 4 else values
         else:
-            values = self._some_windows(values, count)
-            tokens = values.mean(-3)[..., site.extra :, :] if values.dim() > 3 else values[..., site.extra :, :]
-        return negative_entropy(tokens[..., self._choice(tokens.shape[-2], tokens.device), :])
+            values = _of_windows(values, self._windows(len(values), count), count)
+            tokens = values.mean(-3) if site.heads > 1 else values
+            tokens = tokens[..., site.extra :, :]
+        chosen = self._choice(tokens.shape[-2], MOST_TOKENS)
+        return negative_entropy(tokens if len(chosen) == tokens.shape[-2] else tokens[..., chosen.to(tokens.device), :])
 
-    def _some_windows(self, values: Tensor, count: int) -> Tensor:
-        """Return (N, windows, ...), or (N, ...), of a tensor whose first axis counts the windows of all images."""
-        windows, rest = divmod(len(values), count)
+    def _windows(self, length: int, count: int) -> Tensor | None:
+        """Return the chosen windows of an image, where a first axis of `length` counts those of all images in a row."""
+        windows, rest = divmod(length, count)
         if windows < 2 or rest:
-            return values
-        whole = values.unflatten(0, (count, windows))
-        chosen = torch.randperm(windows, generator=self._generator)[:MOST_WINDOWS]
-        return whole[:, chosen.to(values.device)]
+            return None
+        return torch.randperm(windows, generator=self._generator)[:MOST_WINDOWS]
 
-    def _choice(self, tokens: int, device: torch.device) -> Tensor | slice:
-        if tokens <= MOST_TOKENS:
-            return slice(None)
-        return torch.randperm(tokens, generator=self._generator)[:MOST_TOKENS].to(device)
+    def _choice(self, tokens: int, most: int) -> Tensor:
+        return torch.randperm(tokens, generator=self._generator)[:most]
+
+
+def _of_windows(values: Tensor, windows: Tensor | None, count: int) -> Tensor:
+    """Return (N, windows, ...) of a tensor whose first axis counts the windows of N images, itself for None."""
+    if windows is None:
+        return values
+    return values.unflatten(0, (count, len(values) // count))[:, windows.to(values.device)]
 
 
 def head_disagreement(scores: Tensor) -> Tensor:
@@ -191,17 +202,22 @@ def head_disagreement(scores: Tensor) -> Tensor:
     Source: MimiQ (arXiv 2407.20021), with SSIM of Wang et al. (IEEE TIP 2004) over the whole map.
     """
     low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
-    maps = ((scores - low) / (high - low + 1e-6)).transpose(-2, -3)  # (..., queries, heads, keys)
+    maps = (scores - low) / (high - low + 1e-6)
     mean = maps.mean(-1, keepdim=True)
     centered = maps - mean
-    covariance = centered @ centered.transpose(-2, -1) / maps.shape[-1]
-    variance = covariance.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    across = mean.transpose(-2, -1)
-    luminance = (2 * mean * across + C1) / (mean.square() + across.square() + C1)
-    structure = (2 * covariance + C2) / (variance + variance.transpose(-2, -1) + C2)
-    heads = maps.shape[-2]
+    mean, variance = mean.squeeze(-1), centered.square().mean(-1)  # (..., heads, queries)
+    heads = scores.shape[-3]
     first, second = torch.triu_indices(heads, heads, 1, device=maps.device)
-    return 1 - (luminance * structure)[..., first, second].square().mean()
+
+    def of(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        return values.index_select(dim, first), values.index_select(dim, second)
+
+    # Products of pairs: a matrix product over so few heads is several times slower on a CPU.
+    one, other = of(centered, -3)
+    covariance = (one * other).mean(-1)
+    (mean_1, mean_2), (variance_1, variance_2) = of(mean, -2), of(variance, -2)
+    luminance = (2 * mean_1 * mean_2 + C1) / (mean_1.square() + mean_2.square() + C1)
+    return 1 - (luminance * (2 * covariance + C2) / (variance_1 + variance_2 + C2)).square().mean()
 
 
 def negative_entropy(tokens: Tensor) -> Tensor:
@@ -267,7 +283,7 @@ def _maps(graph: fx.GraphModule) -> list[str]:
 
 
 def _has_positions(node: fx.Node) -> bool:
-    shape = node.meta.get("shape") or ()
+    shape: tuple[int, ...] = node.meta.get("shape") or ()
     if shape[:1] != (BATCH,):
         return False
     return (len(shape) == 4 and shape[2] * shape[3] > 3) or (len(shape) == 3 and shape[1] > 3)

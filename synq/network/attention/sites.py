@@ -19,6 +19,8 @@ class AttentionSite:
 
     Attributes:
         scores: Name of the node of the product of queries and keys, (..., heads, T, S), not yet biased or masked.
+        factors: Names of the nodes of queries (..., heads, T, D) and transposed keys (..., heads, D, S) whose matrix
+            product it is; empty for another form of product.
         probabilities: Name of the node of the softmax of the scores, of the same shape.
         gathered: Name of the node of the product of probabilities and values, (..., heads, T, D).
         heads, tokens: Sizes of the axes; `tokens` is T.
@@ -26,6 +28,7 @@ class AttentionSite:
     """
 
     scores: str
+    factors: tuple[str, ...]
     probabilities: str
     gathered: str
     heads: int
@@ -54,6 +57,7 @@ def attention_sites(traced: fx.GraphModule) -> list[AttentionSite]:
             found.append(
                 AttentionSite(
                     scores=scores.name,
+                    factors=_factors(scores),
                     probabilities=softmax.name,
                     gathered=gathered.name,
                     heads=shape[-3] if len(shape) > 3 else 1,
@@ -63,6 +67,15 @@ def attention_sites(traced: fx.GraphModule) -> list[AttentionSite]:
             )
             break
     return found
+
+
+def _factors(scores: fx.Node) -> tuple[str, ...]:
+    sources = value_inputs(scores)
+    if len(sources) != 2:
+        return ()
+    left, right, made = (node.meta["shape"] for node in (*sources, scores))
+    is_product = (*left[:-1], right[-1]) == tuple(made) and (*left[:-2], left[-1]) == tuple(right[:-1])
+    return tuple(source.name for source in sources) if is_product and scores.args[:2] == tuple(sources) else ()
 
 
 def _upstream(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> fx.Node | None:

@@ -50,7 +50,7 @@ def locate_tokens(traced: fx.GraphModule) -> tuple[fx.Node, TokenMap] | None:
                 height, width = grid
                 token_map = TokenMap(extra=shape[1] - height * width, height=height, width=width, flat=True)
                 found.append((node, token_map))
-            elif len(shape) == 4 and _channels_are_last(traced, node):
+            elif len(shape) == 4 and channels_are_last(traced, node):
                 found.append((node, TokenMap(extra=0, height=shape[1], width=shape[2], flat=False)))
     slopes = _slopes(traced, [node for node, _ in found])
     for node, token_map in reversed(found):
@@ -125,13 +125,18 @@ def grid_of(tokens: int, grids: list[tuple[int, int]]) -> tuple[int, int] | None
     return (side, side) if side * side == tokens and side > 1 else None
 
 
-def _channels_are_last(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether a LayerNorm over the last axis reads a tensor of four axes."""
-    for reader in node.users:
-        if "native_layer_norm" not in traits_of(reader).operators:
+def channels_are_last(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether a tensor of four axes is made or read by a LayerNorm over its last axis.
+
+    Args:
+        traced: A graph from ``trace_classifier``.
+        node: One of its nodes, of four axes.
+    """
+    for norm in (node, *node.users):
+        if "native_layer_norm" not in traits_of(norm).operators:
             continue
-        module = node_module(traced, reader)
-        given = module.normalized_shape if isinstance(module, nn.LayerNorm) else reader.args[1:2]
+        module = node_module(traced, norm)
+        given = module.normalized_shape if isinstance(module, nn.LayerNorm) else norm.args[1:2]
         sizes = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
         if tuple(sizes) == (node.meta["shape"][-1],):
             return True
