@@ -136,15 +136,15 @@ class ConvNeXt(nn.Module):
     Source: A ConvNet for the 2020s (CVPR 2022).
     """
 
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 128), depth: int = 2) -> None:
+    def __init__(self, channels_of_stages: tuple[int, ...] = (32, 64, 128), depth: int = 2) -> None:
         super().__init__()
         parts: list[nn.Module] = []
-        for before, channels in zip((1, *widths), widths, strict=False):
+        for before, channels in zip((1, *channels_of_stages), channels_of_stages, strict=False):
             parts += [] if before == 1 else [nn.GroupNorm(1, before)]
             parts += [nn.Conv2d(before, channels, 2, 2), *(ConvNeXtBlock(channels) for _ in range(depth))]
         self.features = nn.Sequential(*parts)
-        self.norm = nn.LayerNorm(widths[-1])
-        self.head = nn.Linear(widths[-1], CLASSES)
+        self.norm = nn.LayerNorm(channels_of_stages[-1])
+        self.head = nn.Linear(channels_of_stages[-1], CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of normalized images."""

@@ -15,8 +15,8 @@ SYNTHESIS_METHODS = tuple(name for name in SYNTHESIS_METHOD.built_in if name != 
 
 STRUCTURE_WEIGHTS = ("head_weight", "entropy_weight", "variation_weight")
 """Weights of the terms of `synq.synthesis.structure`; None lets the network's structure decide."""
-BY_STRUCTURE = (*STRUCTURE_WEIGHTS, "shift_color")
-"""Settings that were added later; where they are None they are left out of digests, so that those of before stay."""
+ADDED_LATER = (*STRUCTURE_WEIGHTS, "shift_color")
+"""Settings that are left out of digests where they have their default, so that the digests of before stay."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +80,9 @@ class SynthesisConfig:
     augment: Literal["none", "flip_shift"] = "none"
     """Augmentation of the images in each optimizer step: random flip and shift. It needs several times the
     iterations."""
-    shift_color: bool | None = None
-    """Whether images are shifted at random in each optimizer step and get random colors, which fade to none. None: for
-    a network without BatchNorm statistics."""
+    shift_color: bool = False
+    """Whether images are shifted at random in each optimizer step and get random colors, which fade to none: for
+    networks that were trained with such augmentations. It needs several times the iterations."""
     head_weight: float | None = None
     """Weight of the disagreement of attention heads (1 - SSIM^2 of their maps). None: 0.05 for a network without
     BatchNorm statistics, else 0."""

@@ -11,7 +11,7 @@ from synq.diagnostics.kernel_table import kernel_summary, kernel_table
 from synq.engines.deployed import check_deployable
 from synq.export.export import missing_packages
 from synq.export.operation_check import unexportable_operations
-from synq.network.attention.sites import attention_sites
+from synq.network.attention.locations import locate_attention
 from synq.network.bn_stats import bn_targets
 from synq.network.op_traits import node_module
 from synq.quant.cost import FLOAT_BITS, TensorRow, float_bytes
@@ -49,7 +49,7 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig, rules: str =
     Raises:
         ValueError: As `kernel_table`.
     """
-    guides, cam, sites = bn_targets(teacher.graph), teacher.cam, attention_sites(teacher.graph)
+    guides, cam, attentions = bn_targets(teacher.graph), teacher.cam, locate_attention(teacher.graph)
     weights = [row for row in student.rows if row.role == "weight"]
     macs, float_size = sum(row.macs for row in weights), float_bytes(teacher.graph)
     return {
@@ -66,7 +66,7 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig, rules: str =
         },
         "synthesis": {
             "batch_norms": list(guides),
-            "attention": len(sites),
+            "attention": len(attentions),
             "channels": sum(len(target.mean) for target in guides.values()),
         },
         "cam": {

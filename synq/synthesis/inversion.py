@@ -100,10 +100,10 @@ def mirror_roll(images: Tensor, flip: bool, shift: tuple[int, int]) -> Tensor:
 
 
 def _draw_views(
-    config: SynthesisConfig, shifts_always: bool, iterations: int, height: int, width: int, generator: torch.Generator
+    config: SynthesisConfig, iterations: int, height: int, width: int, generator: torch.Generator
 ) -> list[tuple[bool, tuple[int, int]]]:
     """Draw the flips and shifts (rows, columns) of all steps as Python numbers, so that no step reads the device."""
-    if config.augment == "none" and not shifts_always:
+    if config.augment == "none" and not config.shift_color:
         return [(False, (0, 0))] * iterations
     most_flips = 2 if config.augment == "flip_shift" else 1
     flips = torch.randint(0, most_flips, (iterations,), generator=generator).tolist()
@@ -191,8 +191,7 @@ def invert(
     )
     labels = labels.to(device)
     module = module if structure is None else structure.module
-    colors = config.shift_color if config.shift_color is not None else not targets
-    views = _draw_views(config, colors, iterations, *input_size[1:], generator)
+    views = _draw_views(config, iterations, *input_size[1:], generator)
     swings = draw_swings(module, iterations, generator) if config.swings else []
     schedules = [_make_schedule(group.lr, config, iterations, device) for group in source.groups]
     groups = [
@@ -236,7 +235,7 @@ def invert(
                 swing.set_step(step)
                 images = source.images()
                 view = mirror_roll(images, flip, shift)
-                if colors:
+                if config.shift_color:
                     view = recolored(view, 1 - step / iterations, generator)
                 # A clone, because a teacher may normalize its input in place.
                 logits, looks = respond(view.clone() if view is images else view)

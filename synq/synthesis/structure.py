@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from synq.config.synthesis import SynthesisConfig
-from synq.network.attention.sites import AttentionSite, attention_sites
+from synq.network.attention.locations import AttentionNodes, locate_attention
 from synq.network.blocks import block_ends
 from synq.network.op_traits import BATCH, traits_of, value_inputs
 from synq.network.tracing import with_outputs
@@ -99,7 +99,7 @@ class StructureTerms:
 
     Attributes:
         module: Takes images (N, C, H, W); returns logits and the tapped tensors.
-        sites: The attention that is looked at.
+        attentions: The attention that is looked at.
         maps: Names of the nodes whose positions are looked at instead, where there is no attention.
     """
 
@@ -112,11 +112,11 @@ class StructureTerms:
             generator: CPU generator that chooses tokens.
         """
         self.weights, self._generator = weights, generator
-        self.sites = attention_sites(graph) if weights.heads or weights.entropy else []
-        self.maps = [] if self.sites or not weights.entropy else _maps(graph)
-        self._compared = [site for site in self.sites if site.heads > 1] if weights.heads else []
-        factors = [name for site in self._compared for name in (site.factors or (site.scores,))]
-        gathered = [site.gathered for site in self.sites] if weights.entropy else []
+        self.attentions = locate_attention(graph) if weights.heads or weights.entropy else []
+        self.maps = [] if self.attentions or not weights.entropy else _maps(graph)
+        self._compared = [attention for attention in self.attentions if attention.heads > 1] if weights.heads else []
+        factors = [name for attention in self._compared for name in (attention.factors or (attention.scores,))]
+        gathered = [attention.gathered for attention in self.attentions] if weights.entropy else []
         self._num_factors = len(factors)
         self.module: nn.Module = with_outputs(graph, [*factors, *gathered, *self.maps])
 
@@ -130,12 +130,15 @@ class StructureTerms:
         factors, tokens = iter(taps[: self._num_factors]), taps[self._num_factors :]
         zero = logits.new_zeros(())
         disagreements = [
-            self._disagreement([next(factors) for _ in site.factors or (site.scores,)], site, len(images))
-            for site in self._compared
+            self._disagreement(
+                [next(factors) for _ in attention.factors or (attention.scores,)], attention, len(images)
+            )
+            for attention in self._compared
         ]
-        sites: list[AttentionSite | None] = [*self.sites] if self.sites else [None] * len(tokens)
+        attentions: list[AttentionNodes | None] = [*self.attentions] if self.attentions else [None] * len(tokens)
         entropies = [
-            self._negative_entropy(values, site, len(images)) for values, site in zip(tokens, sites, strict=False)
+            self._negative_entropy(values, attention, len(images))
+            for values, attention in zip(tokens, attentions, strict=False)
         ]
         terms = {
             "heads": torch.stack(disagreements).mean() if disagreements else zero,
@@ -150,7 +153,7 @@ class StructureTerms:
         weighted = weights.heads * terms["heads"] + weights.entropy * terms["entropy"]
         return weighted + weights.variation * terms["variation"]
 
-    def _disagreement(self, factors: list[Tensor], site: AttentionSite, count: int) -> Tensor:
+    def _disagreement(self, factors: list[Tensor], attention: AttentionNodes, count: int) -> Tensor:
         """Return the mean of 1 - SSIM^2 over pairs of heads, for some queries and all keys.
 
         Only the scores of these queries are computed, from queries and keys: a second reader of all scores would cost
@@ -158,18 +161,18 @@ class StructureTerms:
         """
         windows = self._windows(len(factors[0]), count)
         first, *rest = (_of_windows(factor, windows, count) for factor in factors)
-        chosen = self._choice(site.tokens - site.extra, MOST_QUERIES)
-        rows = first.index_select(-2, (chosen + site.extra).to(first.device))
-        return head_disagreement((rows @ rest[0] if rest else rows)[..., site.extra :])
+        chosen = self._choice(attention.tokens - attention.extra, MOST_QUERIES)
+        rows = first.index_select(-2, (chosen + attention.extra).to(first.device))
+        return head_disagreement((rows @ rest[0] if rest else rows)[..., attention.extra :])
 
-    def _negative_entropy(self, values: Tensor, site: AttentionSite | None, count: int) -> Tensor:
+    def _negative_entropy(self, values: Tensor, attention: AttentionNodes | None, count: int) -> Tensor:
         """Return the negative entropy of the similarities of some tokens."""
-        if site is None:
+        if attention is None:
             tokens = values.flatten(2).transpose(1, 2) if values.dim() == 4 else values
         else:
             values = _of_windows(values, self._windows(len(values), count), count)
-            tokens = values.mean(-3) if site.heads > 1 else values
-            tokens = tokens[..., site.extra :, :]
+            tokens = values.mean(-3) if attention.heads > 1 else values
+            tokens = tokens[..., attention.extra :, :]
         chosen = self._choice(tokens.shape[-2], MOST_TOKENS)
         return negative_entropy(tokens if len(chosen) == tokens.shape[-2] else tokens[..., chosen.to(tokens.device), :])
 
@@ -192,7 +195,7 @@ def _of_windows(values: Tensor, windows: Tensor | None, count: int) -> Tensor:
 
 
 def head_disagreement(scores: Tensor) -> Tensor:
-    """Return the mean of 1 - SSIM^2 over all pairs of different heads: 0 if they look alike, or opposite.
+    """Return the mean of 1 - SSIM^2 over all pairs of different heads: 0 if they look the same, or opposite.
 
     The scores of a query are scaled to [0, 1] over its keys and compared, as one picture, with those of other heads.
 
@@ -224,7 +227,7 @@ def negative_entropy(tokens: Tensor) -> Tensor:
     """Return the mean of -0.5 log(2 pi e Var(s)) over images, s the cosines of all pairs of tokens.
 
     It is the negative differential entropy of a normal distribution of that variance: low where tokens of an image form
-    groups, as on a photograph, high where all are alike, as on noise.
+    groups, as on a photograph, high where all are equal, as on noise.
 
     Args:
         tokens: (..., T, D), at least two.
@@ -267,7 +270,7 @@ def recolored(images: Tensor, strength: float, generator: torch.Generator) -> Te
 
 
 def _maps(graph: fx.GraphModule) -> list[str]:
-    """Return the nodes whose positions take the place of tokens: residual sums, or the ends of blocks.
+    """Return the nodes whose positions take the place of tokens: residual sums, or the outputs of blocks.
 
     Where none has positions, none is returned.
     """

@@ -94,7 +94,7 @@ def _another_value(key: str, value: object) -> object:
         "quant.learned_steps": "activations",
         "quant.rounding": "nearest",
         "synthesis.start": "white",
-        "synthesis.shift_color": False,
+        "synthesis.shift_color": True,
         **{f"synthesis.{name}": 0.5 for name in STRUCTURE_WEIGHTS},
         "evaluation.resize_size": 256,
         "evaluation.interpolation": "bicubic",

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from synq.config.run import SynthesisConfig
-from synq.config.synthesis import BY_STRUCTURE, STRUCTURE_WEIGHTS
+from synq.config.synthesis import ADDED_LATER, STRUCTURE_WEIGHTS
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.store import SetStore, set_identity
 
@@ -56,7 +56,7 @@ OTHER_VALUES = {
     "schedule": "plateau",
     "swing_conv": False,
     "start": "white",
-    "shift_color": False,
+    "shift_color": True,
     **dict.fromkeys(STRUCTURE_WEIGHTS, 0.5),
 }
 
@@ -106,7 +106,7 @@ def test_key_covers_nothing_else() -> None:
         "center_weight",
         "center_depth",
         "source",
-        *BY_STRUCTURE,
+        *ADDED_LATER,
     }
     assert fields - set(identity["synthesis"]) == unused
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from synq.config.run import SynthesisConfig
-from synq.network.attention.sites import attention_sites
+from synq.network.attention.locations import locate_attention
 from synq.network.bn_stats import bn_targets
 from synq.network.tracing import trace_classifier
 from synq.synthesis.inversion import invert
@@ -84,7 +84,7 @@ def test_head_disagreement_is_that_of_a_plain_loop() -> None:
     assert torch.allclose(head_disagreement(scores), torch.stack(values).mean())
 
 
-def test_heads_that_look_alike_agree_and_opposite_ones_nearly() -> None:
+def test_heads_that_look_the_same_agree_and_opposite_ones_nearly() -> None:
     one = torch.rand(2, 1, 4, 16, generator=torch.Generator().manual_seed(0))
     assert float(head_disagreement(torch.cat([one, 3 * one + 1], 1))) == pytest.approx(0, abs=1e-4)
     other = torch.rand(2, 1, 4, 16, generator=torch.Generator().manual_seed(1))
@@ -99,9 +99,9 @@ def test_entropy_is_that_of_a_plain_loop_and_falls_with_groups_of_tokens() -> No
         cosines = torch.stack([F.cosine_similarity(a, b, dim=0) for a in image for b in image])
         expected.append(-0.5 * math.log(2 * math.pi * math.e * (float(cosines.var(correction=0)) + LEAST_VARIANCE)))
     assert float(negative_entropy(tokens)) == pytest.approx(sum(expected) / 2)
-    alike = torch.ones(1, 6, 4) + 0.01 * torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+    equal_tokens = torch.ones(1, 6, 4) + 0.01 * torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
     grouped = torch.eye(2).repeat_interleave(3, 0).repeat(1, 2)[None]
-    assert float(negative_entropy(grouped)) < float(negative_entropy(alike)) - 1
+    assert float(negative_entropy(grouped)) < float(negative_entropy(equal_tokens)) - 1
 
 
 def test_variation_of_known_images() -> None:
@@ -122,8 +122,8 @@ def test_colors_fade_and_are_one_factor_per_channel() -> None:
 
 
 def test_attention_is_found_with_its_class_token() -> None:
-    (site,) = attention_sites(trace_classifier(Attention().eval(), SIZE))
-    assert (site.heads, site.tokens, site.extra) == (2, 10, 1)
+    (attention,) = locate_attention(trace_classifier(Attention().eval(), SIZE))
+    assert (attention.heads, attention.tokens, attention.extra) == (2, 10, 1)
 
 
 @pytest.mark.parametrize("net", [Attention, Grouped])
@@ -138,14 +138,14 @@ def test_terms_come_with_the_logits_of_the_network(net: type[nn.Module]) -> None
     assert (heads > 0) == (net is Attention) and entropy != 0
     (gradient,) = torch.autograd.grad(terms.total(found), images)
     assert bool(gradient.abs().sum() > 0)
-    assert terms.sites == ([] if net is Grouped else terms.sites) and bool(terms.maps) == (net is Grouped)
+    assert terms.attentions == ([] if net is Grouped else terms.attentions) and bool(terms.maps) == (net is Grouped)
 
 
 def test_a_term_of_weight_0_is_not_computed() -> None:
     terms = _terms(Attention(), StructureWeights(heads=0.0, entropy=0.0, variation=1.0))
     _, found = terms(torch.randn(2, *SIZE))
     assert float(found["heads"]) == float(found["entropy"]) == 0 and float(found["variation"]) > 0
-    assert not terms.sites and not terms.maps
+    assert not terms.attentions and not terms.maps
 
 
 def test_weights_follow_the_structure_unless_given() -> None:
@@ -177,7 +177,7 @@ def test_synthesis_lowers_the_terms_and_finds_the_classes(net: type[nn.Module]) 
             labels,
             SIZE,
             bn_targets(module),
-            config=SynthesisConfig(iterations=iterations, inception_weight=0.2, shift_color=False),
+            config=SynthesisConfig(iterations=iterations, inception_weight=0.2),
             generator=torch.Generator().manual_seed(0),
             pixel_range=bounds,
             structure=_terms(module),

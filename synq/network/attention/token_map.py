@@ -107,7 +107,7 @@ def _is_layer_map(node: fx.Node) -> bool:
 
 
 def layer_grids(traced: fx.GraphModule) -> list[tuple[int, int]]:
-    """Return the heights and widths of the maps that the layers of a network compute, in order of execution."""
+    """Return the sizes (height, width) of the maps that the layers of a network compute, in order of execution."""
     return [node.meta["shape"][2:] for node in traced.graph.nodes if _is_layer_map(node)]
 
 

@@ -1,4 +1,4 @@
-"""Places of attention in a traced network: product of queries and keys, softmax, product with the values."""
+"""Location of attention in a traced network: product of queries and keys, softmax, product with the values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ MOST_STEPS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionSite:
+class AttentionNodes:
     """One attention of a traced network, whose tensors are (..., heads, T, S) or (..., heads, T, D).
 
     Attributes:
@@ -36,7 +36,7 @@ class AttentionSite:
     extra: int
 
 
-def attention_sites(traced: fx.GraphModule) -> list[AttentionSite]:
+def locate_attention(traced: fx.GraphModule) -> list[AttentionNodes]:
     """Return the attention of a network with several tokens on both sides, in order of execution.
 
     Args:
@@ -55,7 +55,7 @@ def attention_sites(traced: fx.GraphModule) -> list[AttentionSite]:
                 continue  # one query for all, or keys of another map
             grid = grid_of(shape[-1], grids)
             found.append(
-                AttentionSite(
+                AttentionNodes(
                     scores=scores.name,
                     factors=_factors(scores),
                     probabilities=softmax.name,
