@@ -36,8 +36,8 @@ from synq.export.export import ExportOptions, export_run
 from synq.export.operation_check import unexportable_operations
 from synq.mixed_precision.sensitivity import scan_quantizers
 from synq.network.bn_stats import bn_targets
-from synq.network.ops import products
 from synq.network.logits import logits_of
+from synq.network.ops import products
 from synq.pipeline import run
 from synq.quant.integer_form import integer_form
 from synq.quant.layers import quantizers_bypassed
@@ -76,8 +76,8 @@ def smoke_run(
     Returns:
         teacher, status ("works", "rejected" before any work, "fails" later), reason, seconds; for the stages that were
         reached also input, classes, parameters, layers, batch_norms, cam, exact (with quantizers bypassed, the
-        student's logits equal the teacher's bit for bit, those of attention the traced graph's), sqnr_db and agreement (percent) at W8A8, loss, bits, export,
-        note; and error, the exception that caused the failure.
+        student's logits equal the teacher's bit for bit, with attention those of the traced graph), sqnr_db and
+        agreement (percent) at W8A8, loss, bits, export, note; and error, the exception that caused the failure.
 
     Raises:
         ValueError: A format is unknown, or its packages are missing.
