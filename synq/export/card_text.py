@@ -235,6 +235,16 @@ def speed_text(metrics: Mapping[str, Any]) -> str:
     return f"{text}. {SLOW.format(integers=integers, total=integers + floats)}" if floats > integers else text
 
 
+def session_warning(entries: Mapping[str, str]) -> str:
+    """Return what a file that was verified with configuration entries of the session needs, in one sentence."""
+    named = ", ".join(f"{name} = {value}" for name, value in entries.items())
+    return (
+        "this processor has no VNNI, so that ONNX Runtime's default session saturates sums of 8-bit weights and "
+        f"computes another network: run the file with the session entry {named}, as it was verified, or make one that "
+        "needs none by `--quant.portable true`"
+    )
+
+
 def _verified(metrics: Mapping[str, Any]) -> str:
     tolerance, machine = metrics["tolerance"], metrics["machine"]
     margin = f" (where its two largest logits differ by more than {tolerance['margin']})" if tolerance["margin"] else ""
@@ -249,6 +259,8 @@ def _verified(metrics: Mapping[str, Any]) -> str:
                 f"against the published rules of {for_engine}, all kept; not run in it. As the ONNX standard defines "
                 f"the file, in {engine}: the student's class for {agreed:.2f} % of {images} images{where}"
             )
+        entries = metrics["files"][0].get("session_entries")
+        where += f"; {session_warning(entries)}" if entries else ""
         if metrics["exact"]:
             return f"in {engine}: every logit of {images} images bit-identical with the student{where}"
         return f"in {engine}: the student's class for {agreed:.2f} % of {images} images{where}"
@@ -282,10 +294,15 @@ def _examples(metrics: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[st
         return [_example_by_the_standard(files["onnx"], teacher["input_size"])]
     size = ", ".join(map(str, teacher["input_size"]))
     channels, height, width = teacher["input_size"]
+    entries = metrics["files"][0].get("session_entries") or {}
+    options = "".join(
+        ["options = onnxruntime.SessionOptions()\n"]
+        + [f'options.add_session_config_entry("{name}", "{value}")\n' for name, value in entries.items()]
+    )
     lines = {
         "onnx": (
-            "import numpy as np, onnxruntime\n\n"
-            f'session = onnxruntime.InferenceSession("{files.get("onnx")}")\n'
+            f"import numpy as np, onnxruntime\n\n{options if entries else ''}"
+            f'session = onnxruntime.InferenceSession("{files.get("onnx")}"{", options" if entries else ""})\n'
             f"images = np.zeros((1, {size}), np.float32)  # your images, normalized as above\n"
             '(logits,) = session.run(None, {"images": images})\n'
             "print(logits.argmax(1))"

@@ -52,6 +52,7 @@ class ExportedFile:
             too large to store it.
         latency_ratio: Median ratio of the latency to that of the float teacher, round by round; None as above.
         latency_spread: Interquartile range of the latency relative to its median, see `timing.py`.
+        session_entries: Configuration entries that a session of its engine needs on this processor.
     """
 
     name: str
@@ -65,6 +66,7 @@ class ExportedFile:
     latency_ms: float | None = None
     latency_ratio: float | None = None
     latency_spread: float | None = None
+    session_entries: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass

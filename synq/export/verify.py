@@ -1,8 +1,9 @@
 """Verify an exported file: run it and the student on the same images, and compare their logits."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -177,8 +178,24 @@ def compare(
     )
 
 
+def sums_saturate() -> bool:
+    """Return whether engines add products of 8 bits in 16 bits on this processor: an x86 without VNNI."""
+    flags = {flag for line in _cpu_lines() if line.startswith("flags") for flag in line.partition(":")[2].split()}
+    return bool(flags) and not flags & {"avx512_vnni", "avx_vnni", "avx10_1"}
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
 def open_session(
-    model: bytes, threads: int = 0, optimized: Path | None = None, *, optimizes: bool = True
+    model: bytes,
+    threads: int = 0,
+    optimized: Path | None = None,
+    *,
+    optimizes: bool = True,
+    entries: Mapping[str, str] = MappingProxyType({}),
 ) -> "onnxruntime.InferenceSession":
     """Return an ONNX Runtime session on the CPU.
 
@@ -187,6 +204,7 @@ def open_session(
         threads: Threads within an operation; 0: the default of ONNX Runtime.
         optimized: File to which ONNX Runtime writes the optimized graph; None: none.
         optimizes: Whether to apply the default graph optimizations; else each node runs as it is.
+        entries: Configuration entries of the session.
     """
     import onnxruntime
 
@@ -194,6 +212,8 @@ def open_session(
     if not optimizes:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3  # each optimized file gets a warning that it is specific to this machine
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
     if threads:
         options.intra_op_num_threads = threads
     if optimized is not None:

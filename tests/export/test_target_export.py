@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -16,16 +17,17 @@ from synq.commands.export import main
 from synq.config.quant import TARGETS
 from synq.config.run import RunConfig, with_overrides
 from synq.engines.deployed import deployed_network, program_of
+from synq.engines.program import Program
 from synq.engines.simulation import Simulation
 from synq.evaluation.measure import Measure
-from synq.export.card_text import SLOWER, card_markdown
+from synq.export.card_text import SLOWER, card_markdown, session_warning
 from synq.export.export import ExportOptions
 from synq.export.files import Checker, ExportRejectedError
 from synq.export.targets.export import export_target
 from synq.export.targets.formats import FORMATS, format_of, missing_note
-from synq.export.verify import Tolerance
+from synq.export.verify import Tolerance, engine_of, open_session
 from synq.pipeline import run
-from synq.runs.finished import open_run
+from synq.runs.finished import Run, open_run
 from synq.runs.record import read_record, run_folder
 
 
@@ -47,6 +49,23 @@ def exported(for_engine: Path) -> Path:
     return for_engine / "export"
 
 
+def _checker(opened: Run, program: Program) -> Checker:
+    """Return the comparison of files with the simulation of a program, on 64 images of noise."""
+    return Checker(
+        form=Simulation(program),
+        simulated=opened.student.net,
+        images={"synthetic": torch.randn(64, *opened.teacher.input_size)},
+        measure=Measure.prepare(
+            with_overrides(opened.config, {"evaluation.dataset": "none"}).evaluation,
+            opened.teacher,
+            Accelerator(cpu=True),
+            quant=opened.config.quant,
+        ),
+        tolerance=Tolerance(agreement=0, mean_difference=9),
+        exact=True,
+    )
+
+
 def test_the_file_is_the_student_to_the_last_bit(for_engine: Path, exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == {"model.onnx", "README.md", "card.json"}
     record = read_record(for_engine / "record.json")
@@ -58,10 +77,9 @@ def test_the_file_is_the_student_to_the_last_bit(for_engine: Path, exported: Pat
     assert record.act_points == "onnxruntime" and record.deployment["exact"]
     student = open_run(for_engine)
     images = torch.randn(7, *student.teacher.input_size, generator=torch.Generator().manual_seed(0))
-    session = onnxruntime.InferenceSession((exported / "model.onnx").read_bytes(), providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {"images": images.numpy()})
+    session = open_session((exported / "model.onnx").read_bytes(), entries=file["session_entries"])
     network = deployed_network(student.student.net, student.config.quant, student.teacher.input_size)
-    assert torch.equal(torch.from_numpy(logits), network(images))
+    assert torch.equal(engine_of(session)(images), network(images))
 
 
 def test_a_student_for_litert_is_its_file_to_the_last_bit(
@@ -184,21 +202,7 @@ def test_a_file_that_differs_in_one_bit_is_not_written(for_engine: Path, tmp_pat
     bias = first.bias.clone()
     bias[0] += 4000
     steps = tuple(replace(step, bias=bias) if step is first else step for step in program.steps)
-    from accelerate import Accelerator
-
-    check = Checker(
-        form=Simulation(program),
-        simulated=opened.student.net,
-        images={"synthetic": torch.randn(64, *opened.teacher.input_size)},
-        measure=Measure.prepare(
-            with_overrides(opened.config, {"evaluation.dataset": "none"}).evaluation,
-            opened.teacher,
-            Accelerator(cpu=True),
-            quant=opened.config.quant,
-        ),
-        tolerance=Tolerance(agreement=0, mean_difference=9),
-        exact=form.bit_equal,
-    )
+    check = _checker(opened, program)
     with pytest.raises(ExportRejectedError, match=r"model.onnx was not written: .*bit-identical"):
         export_target(tmp_path, replace(program, steps=steps), form, check)
     assert not list(tmp_path.iterdir())
@@ -259,3 +263,21 @@ def test_a_missing_package_is_named_before_the_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("synq.export.targets.formats.find_spec", lambda name: None if name == "executorch" else name)
     assert missing_note("executorch").endswith("executorch is needed: pip install 'synq[executorch]'")
     assert missing_note("onnxruntime") == missing_note("research") == ""
+
+
+def test_without_vnni_a_file_is_verified_with_the_entry_that_it_needs(
+    for_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine whose default session computes another network stands for one on such a processor."""
+    opened = open_run(for_engine)
+    program = program_of(opened.student.net, opened.config.quant, opened.teacher.input_size)
+    check = _checker(opened, program)
+    right = FORMATS["onnxruntime"]
+    form = replace(right, open=lambda content, threads: lambda batch: right.open(content, threads)(batch).flip(1))
+    monkeypatch.setattr("synq.export.targets.export.sums_saturate", lambda: False)
+    with pytest.raises(ExportRejectedError):
+        export_target(tmp_path, program, form, check)
+    monkeypatch.setattr("synq.export.targets.export.sums_saturate", lambda: True)
+    file, _ = export_target(tmp_path, program, form, check)
+    assert file.session_entries == right.session_entries and file.comparisons[0].identical == 64
+    assert "session.x64quantprecision = 1" in session_warning(file.session_entries)
