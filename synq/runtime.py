@@ -113,7 +113,7 @@ def to_layout(net: nn.Module, layout: torch.memory_format, input_size: tuple[int
     Returns:
         The memory format that the network has now.
     """
-    net.to(memory_format=layout)  # type: ignore[call-overload]
+    _arrange(net, layout)
     if layout is torch.channels_last:
         like = next(net.parameters())
         try:
@@ -121,8 +121,15 @@ def to_layout(net: nn.Module, layout: torch.memory_format, input_size: tuple[int
                 net(torch.zeros(2, *input_size, device=like.device, dtype=like.dtype))
         except RuntimeError:
             layout = torch.contiguous_format
-            net.to(memory_format=layout)  # type: ignore[call-overload]
+            _arrange(net, layout)
     return layout
+
+
+def _arrange(net: nn.Module, layout: torch.memory_format) -> None:
+    """Convert the tensors of four axes; `Module.to` fails at those of five, such as the masks of windows."""
+    for tensor in (*net.parameters(), *net.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=layout)
 
 
 def placed_copy(module: ModuleT, device: torch.device, input_size: tuple[int, int, int]) -> ModuleT:

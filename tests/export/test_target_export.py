@@ -11,7 +11,6 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-import onnxruntime
 
 from synq.commands.export import main
 from synq.config.quant import TARGETS

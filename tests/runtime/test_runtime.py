@@ -108,3 +108,13 @@ def test_a_thin_strided_point_learns() -> None:
     """In a process of its own, because what it is about ends the process."""
     done = subprocess.run([sys.executable, "-c", THIN_POINT], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "right", (done.returncode, done.stderr[-2000:])
+
+
+def test_tensors_of_five_axes_keep_their_layout() -> None:
+    """Such as the masks of shifted windows."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    net.register_buffer("mask", torch.zeros(1, 4, 1, 2, 2))
+    assert to_layout(net, torch.channels_last, (3, 8, 8)) is torch.channels_last
+    weight = net[0].weight
+    assert isinstance(weight, nn.Parameter) and weight.is_contiguous(memory_format=torch.channels_last)
+    assert net.mask.is_contiguous()
