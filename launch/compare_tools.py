@@ -25,10 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 import click
 import torch
-from accelerate import Accelerator
 from other_tools import OTHER_TOOLS, SIMULATION
 from result_files import NETWORKS, recipes
-from torch import Tensor
+from torch import Tensor, nn
 
 from synq.common.environment import environment
 from synq.common.exit_codes import leave
@@ -44,12 +43,13 @@ from synq.export.export import ExportOptions, export_run
 from synq.export.targets.formats import FORMATS
 from synq.export.timing import Latency, machine, run_latencies
 from synq.export.verify import IMAGES, Engine
-from synq.pipeline import run
-from synq.runs.finished import Run, open_run
+from synq.pipeline import check, prepare, run
 from synq.runs.record import run_folder
+from synq.runtime import make_accelerator
 from synq.sweeps.benchmarks.engine_files import FLOAT, File, files_of
 from synq.sweeps.benchmarks.engine_tools import own_file, own_tool
 from synq.sweeps.benchmarks.table import processor_features
+from synq.synthesis.run_sets import low_pass
 
 BITS = ((8, 8), (4, 4))
 BATCH = 64
@@ -137,15 +137,14 @@ def student_file(config: RunConfig, target: str) -> File:
     return File.of(target, content, partial(form.open, content))
 
 
-def makers(case: Case, target: str, opened: Run, images: Tensor) -> Iterator[tuple[str, Callable[[], File]]]:
+def makers(case: Case, target: str, network: nn.Module, images: Tensor) -> Iterator[tuple[str, Callable[[], File]]]:
     """Yield the name of each file of an engine, and what makes it.
 
     Args:
         case, target: What is compared.
-        opened: A run of the case.
-        images: (N, C, H, W), the synthetic images.
+        network: The float network.
+        images: (N, C, H, W), the synthetic images as a student gets them, low-pass filtered.
     """
-    network = opened.teacher.graph
     if target == SIMULATION or not FORMATS[target].checked_for:
         engine = "onnxruntime" if target == SIMULATION else target
         files, content = files_of(engine, network, images, ((8, 8),), 1)
@@ -170,24 +169,23 @@ def measured(case: Case, target: str, known: list[dict[str, Any]]) -> list[dict[
         case, target: What is compared.
         known: Rows that were measured before.
     """
-    at = {"quant.weight_bits": 8, "quant.act_bits": 8, "finetune.epochs": 0}
-    rounded = make_absolute(with_overrides(case.settings(target), at))
-    run(rounded)  # makes the images: no other time below has that of making them
-    opened = open_run(run_folder(rounded))
-    images, teacher = opened.synthetic_sets()[0].images, opened.teacher
-    measure = Measure.prepare(opened.config.evaluation, teacher, Accelerator(cpu=True), quant=opened.config.quant)
+    config = make_absolute(case.settings(target))
+    accelerator = make_accelerator(config.runtime)
+    teacher, measure = check(config, accelerator=accelerator)
+    train_set, _ = prepare(config, accelerator=accelerator, teacher=teacher)  # no time below has that of the images
+    images = low_pass(train_set.images, config, pixel_range=teacher.pixel_range())
     teacher_top1 = top1_of(teacher.graph, measure)
     rows: dict[str, dict[str, Any]] = {}
     files: dict[str, File] = {}
     have = {row["file"] for row in known}
-    for name, make in makers(case, target, opened, images):
+    for name, make in makers(case, target, teacher.graph, images):
         if name in have and name != FLOAT:
             continue
         started = time.process_time()
         files[name] = make()
         seconds = time.process_time() - started
         rows[name] = {
-            "network": case.network,
+            "model": teacher.name,
             "target": target,
             "file": name,
             "top1": top1_of(files[name].open(1), measure),
