@@ -149,6 +149,7 @@ def config_digest(config: object, *, with_seeds: bool = True, with_evaluation: b
     # Settings that were added later: left out where not given, so that the digests of earlier configurations stay.
     added = ("resize_size", "interpolation")
     left_out += [(values["evaluation"], key) for key in added if values["evaluation"][key] is None]
+    left_out += [] if quant["power_of_two_scales"] else [(quant, "power_of_two_scales")]
     left_out += [(values["synthesis"], "source")] if values["synthesis"]["source"] is None else []
     left_out += [] if with_evaluation else [(values, "evaluation")]
     left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]
