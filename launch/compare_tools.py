@@ -162,12 +162,13 @@ def makers(case: Case, target: str, network: nn.Module, images: Tensor) -> Itera
             yield f"SynQ {config.quant.label}{portable}", partial(student_file, config, target)
 
 
-def measured(case: Case, target: str, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row for each file of an engine that can be made here and is not known.
+def measured(case: Case, target: str, known: list[dict[str, Any]], only: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Return the known rows and one for each file of an engine that can be made here and is not known.
 
     Args:
         case, target: What is compared.
         known: Rows that were measured before.
+        only: Starts of the names of the files to make besides float; empty for all.
     """
     config = make_absolute(case.settings(target))
     accelerator = make_accelerator(config.runtime)
@@ -179,7 +180,7 @@ def measured(case: Case, target: str, known: list[dict[str, Any]]) -> list[dict[
     files: dict[str, File] = {}
     have = {row["file"] for row in known}
     for name, make in makers(case, target, teacher.graph, images):
-        if name in have and name != FLOAT:
+        if name != FLOAT and (name in have or (only and not name.startswith(only))):
             continue
         started = time.process_time()
         files[name] = make()
@@ -259,9 +260,12 @@ def table(folder: Path) -> str:
     metavar="TARGET",
     help="engines, or simulation for tools that make no file (default: the engines that are installed)",
 )
+@option("--only", several=True, metavar="NAME", help="files whose name begins so (default: all)")
 @option("--rounds", metavar="N", type=INT, default=21, help="rounds of the timing (default: 21)")
 @option("--seed", metavar="N", type=INT, default=0, help="seed of images and training (default: 0)")
-def command(output: str, data: str, network: str, targets: tuple[str, ...], rounds: int, seed: int) -> None:
+def command(
+    output: str, data: str, network: str, targets: tuple[str, ...], only: tuple[str, ...], rounds: int, seed: int
+) -> None:
     """Measure what OUTPUT does not have yet, and print the table of everything that it has."""
     folder = Path(output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -269,7 +273,7 @@ def command(output: str, data: str, network: str, targets: tuple[str, ...], roun
     case = Case(network=network, data=Path(data).resolve(), output=folder, seed=seed, rounds=rounds)
     for target in targets or [target for target, form in FORMATS.items() if not form.missing()]:
         path = folder / f"{target}.json"
-        write_json_atomic(path, measured(case, target, read_json(path) if path.exists() else []))
+        write_json_atomic(path, measured(case, target, read_json(path) if path.exists() else [], only))
     print(table(folder), end="")
 
 
