@@ -148,7 +148,8 @@ class QuantConfig:
         if self.power_of_two_scales and (self.target, self.learned_steps) != (OPENVINO, "none"):
             raise ValueError(
                 f"`quant.power_of_two_scales` must be false unless target is {OPENVINO}, whose sums it is for, and "
-                f"learned_steps is none, but got true with target {self.target} and learned_steps {self.learned_steps}"
+                f"learned_steps is none, but got true with target {self.target} and learned_steps "
+                f"{self.learned_steps}"
             )
 
     @property
