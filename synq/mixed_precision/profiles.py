@@ -104,7 +104,6 @@ def _in_openvino(content: bytes, images: Tensor, threads: int, rounds: int, name
 
 
 def _in_executorch(content: bytes, images: Tensor, threads: int, rounds: int, names: Sequence[str]) -> Iterator[Events]:
-    from executorch.devtools import Inspector
     from executorch.extension.pybindings import portable_lib
 
     if threads and portable_lib._threadpool_get_thread_count() != threads:
@@ -113,7 +112,9 @@ def _in_executorch(content: bytes, images: Tensor, threads: int, rounds: int, na
     for _ in range(WARMUP + rounds):
         module.forward([images])
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are no tensors to debug
+        warnings.simplefilter("ignore")  # that there are no tensors to debug, and of what it imports
+        from executorch.devtools import Inspector
+
         module.write_etdump_result_to_file(str(Path(folder) / "times"), str(Path(folder) / "tensors"))
         blocks = Inspector(etdump_path=str(Path(folder) / "times")).event_blocks
     found = [event for block in blocks for event in block.events if event.is_delegated_op and event.perf_data]
