@@ -178,7 +178,7 @@ class QuantConfig:
         return end_bits(self.target, self.first_bits, self.last_bits)
 
     def at_uniform_bits(self, bits: int) -> "QuantConfig":
-        """Return a configuration with the same quantization points and kind of scales, `bits` everywhere, else defaults.
+        """Return a configuration with the same quantization points and kind of scales, `bits` everywhere.
 
         Args:
             bits: Bit-width, 2 to 8, of the first and last layer too.

@@ -16,6 +16,7 @@ def profiled(target: str) -> tuple[Profile, Program]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the engine's own imports
 @pytest.mark.parametrize(
     ("target", "package", "source"), [("openvino", "openvino", "PERF_COUNT"), ("executorch", "executorch", "ETDump")]
 )
