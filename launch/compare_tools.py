@@ -128,10 +128,11 @@ def exact_engine(content: bytes) -> Engine:
 
 
 def student_file(config: RunConfig, target: str) -> File:
-    """Train a student, verify its file in the engine, and return the file."""
-    form = FORMATS[target]
-    run(config)
-    folder, record = export_run(run_folder(config), options=ExportOptions(rounds=0, progress=False))
+    """Train a student, verify its file in the engine, and return the file; one that was verified before is read."""
+    form, folder = FORMATS[target], run_folder(config) / "export"
+    record = run(config)
+    if not record.deployment:
+        folder, record = export_run(run_folder(config), options=ExportOptions(rounds=0, progress=False))
     (file,) = record.deployment["files"]
     content = (folder / file["name"]).read_bytes()
     return File.of(target, content, partial(form.open, content))
@@ -162,12 +163,14 @@ def makers(case: Case, target: str, network: nn.Module, images: Tensor) -> Itera
             yield f"SynQ {config.quant.label}{portable}", partial(student_file, config, target)
 
 
-def measured(case: Case, target: str, known: list[dict[str, Any]], only: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Return the known rows and one for each file of an engine that can be made here and is not known.
+def measure_files(case: Case, target: str, path: Path, only: tuple[str, ...] = ()) -> None:
+    """Add a row to a JSON file for each file of an engine that can be made here, one after another, then the times.
+
+    Rows that the JSON file has are kept: those with a time as they are, the others get one.
 
     Args:
         case, target: What is compared.
-        known: Rows that were measured before.
+        path: The JSON file.
         only: Starts of the names of the files to make besides float; empty for all.
     """
     config = make_absolute(case.settings(target))
@@ -176,15 +179,18 @@ def measured(case: Case, target: str, known: list[dict[str, Any]], only: tuple[s
     train_set, _ = prepare(config, accelerator=accelerator, teacher=teacher)  # no time below has that of the images
     images = low_pass(train_set.images, config, pixel_range=teacher.pixel_range())
     teacher_top1 = top1_of(teacher.graph, measure)
-    rows: dict[str, dict[str, Any]] = {}
+    timed = target != SIMULATION and not FORMATS[target].checked_for
+    rows = {row["file"]: row for row in read_json(path)} if path.exists() else {}
     files: dict[str, File] = {}
-    have = {row["file"] for row in known}
     for name, make in makers(case, target, teacher.graph, images):
-        if name != FLOAT and (name in have or (only and not name.startswith(only))):
+        is_done = name in rows and (not timed or "times_float" in rows[name])
+        if name != FLOAT and (is_done or (only and not name.startswith(only))):
             continue
         started = time.process_time()
         files[name] = make()
         seconds = time.process_time() - started
+        if name in rows:
+            continue
         rows[name] = {
             "model": teacher.name,
             "target": target,
@@ -199,10 +205,11 @@ def measured(case: Case, target: str, known: list[dict[str, Any]], only: tuple[s
         }
         if target == "onnxruntime":
             rows[name]["exact_top1"] = top1_of(exact_engine(files[name].content), measure)
-        print(rows[name], flush=True)
-    if target != SIMULATION and not FORMATS[target].checked_for:
-        _add_times(rows, files, images[:1], case.rounds)
-    return [*known, *(row for name, row in rows.items() if name not in have)]
+        write_json_atomic(path, list(rows.values()))
+    if timed:
+        found = {name: rows[name] for name in files if name != FLOAT or "times_float" not in rows[FLOAT]}
+        _add_times(found, files, images[:1], case.rounds)
+        write_json_atomic(path, list(rows.values()))
 
 
 def _add_times(rows: Mapping[str, dict[str, Any]], files: Mapping[str, File], image: Tensor, rounds: int) -> None:
@@ -272,8 +279,7 @@ def command(
     torch.set_num_threads(1)
     case = Case(network=network, data=Path(data).resolve(), output=folder, seed=seed, rounds=rounds)
     for target in targets or [target for target, form in FORMATS.items() if not form.missing()]:
-        path = folder / f"{target}.json"
-        write_json_atomic(path, measured(case, target, read_json(path) if path.exists() else [], only))
+        measure_files(case, target, folder / f"{target}.json", only)
     print(table(folder), end="")
 
 
