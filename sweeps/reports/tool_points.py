@@ -65,21 +65,14 @@ def _is_point(row: dict[str, Any]) -> bool:
 
 
 def _point(path: str | Path, row: Any) -> ToolPoint:
-    texts = {key: row.get(key) for key in ("model", "target", "file")} if isinstance(row, dict) else {}
-    numbers = {key: row.get(key) for key in ("top1", "times_float")} if isinstance(row, dict) else {}
-    faults = [key for key, value in texts.items() if not isinstance(value, str)]
-    faults += [key for key, value in numbers.items() if not _is_number(value)]
-    if not texts or faults or not 0 <= numbers["top1"] <= 100 or not numbers["times_float"] > 0:
-        raise ValueError(
-            "`tools` must name results of launch/compare_tools.py: a list of objects with model, target and file, a "
-            f"top1 in [0, 100] and a times_float above 0, but {path} has {str(row)[:120]}"
-        )
-    return ToolPoint(
-        model=texts["model"],
-        target=texts["target"],
-        name=texts["file"],
-        top1=float(numbers["top1"]),
-        latency_ratio=1 / float(numbers["times_float"]),
+    match row:
+        case {"model": str(model), "target": str(target), "file": str(name), "top1": top1, "times_float": times} if (
+            _is_number(top1) and _is_number(times) and 0 <= top1 <= 100 and times > 0
+        ):
+            return ToolPoint(model=model, target=target, name=name, top1=float(top1), latency_ratio=1 / float(times))
+    raise ValueError(
+        "`tools` must name results of launch/compare_tools.py: a list of objects with model, target and file, a top1 "
+        f"in [0, 100] and a times_float above 0, but {path} has {str(row)[:120]}"
     )
 
 
