@@ -122,7 +122,7 @@ def students(name: str, teacher: dict[str, Any], labeled: EvaluationConfig, outp
 
 
 @click.command("calibrate_agreement", cls=Command)
-@argument("output", metavar="OUTPUT", help="folder of the results")
+@argument("output", metavar="OUTPUT", help="folder of students, logits and results")
 @option("--networks", "folder", metavar="FOLDER", required=True, help="folder of the trained networks")
 @option("--fashion", metavar="FOLDER", default=".", help="folder of Fashion-MNIST's IDX files")
 @option("--cifar", metavar="FOLDER", default=".", help="folder of the CIFAR networks, teachers.py and test images")

@@ -154,7 +154,7 @@ def train(recipe: Recipe, pixels: Tensor, labels: Tensor, seed: int = 0) -> nn.M
 
 
 @click.command("calibration_networks", cls=Command)
-@argument("name", metavar="NAME", type=OneOf(*RECIPES), help="name of the network, of RECIPES")
+@argument("name", metavar="NAME", type=OneOf(*RECIPES), help=f"one of {', '.join(RECIPES)}")
 @argument("output", metavar="OUTPUT", help="folder of the weights")
 @option("--fashion", metavar="FOLDER", help="folder of Fashion-MNIST's IDX files")
 @option("--cifar", metavar="FILE", help="images x (N, 32, 32, 3) uint8 and labels y, in an .npz file")

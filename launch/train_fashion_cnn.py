@@ -85,7 +85,7 @@ def train(images: Tensor, labels: Tensor, seed: int, epochs: int) -> nn.Module:
 
 
 @click.command("train_fashion_cnn", cls=Command)
-@argument("folder", metavar="FOLDER", help="folder of the four IDX files of Fashion-MNIST, packed or not")
+@argument("folder", metavar="FOLDER", help="folder of Fashion-MNIST's IDX files")
 @option("--seed", type=INT, default=0, help="seed of weights and order (default: 0)")
 @option("--epochs", type=INT, default=3, help="passes over the images (default: 3)")
 @option("--images", type=INT, default=12000, help="training images, the first of the set (default: 12000)")

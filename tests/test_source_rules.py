@@ -79,6 +79,11 @@ def test_rules_of_a_file(path: Path) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and node.arg == "type" and isinstance(node.value, ast.Name):
             assert node.value.id != "bool", f"{name_of(path)}:{node.value.lineno}: `--flag False` would be true"
+        if isinstance(node, ast.Call) and name_of(path) != "synq/config/command_options.py":
+            called = ast.unparse(node.func)
+            assert called not in ("click.argument", "click.option"), (
+                f"{name_of(path)}:{node.lineno} must use {called[6:]} of command_options: a Command reads no other"
+            )
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{name_of(path)}:{node.lineno} swallows every exception"
 

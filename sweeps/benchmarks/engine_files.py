@@ -29,16 +29,18 @@ class File:
         size: In bytes.
         open: Threads -> what runs it.
         layers: Returns how many layers run with integers, and how many there are.
+        content: Its bytes; empty if it has no such form.
     """
 
     size: int
     open: Callable[[int], Engine]
     layers: Callable[[], Layers]
+    content: bytes = b""
 
     @classmethod
     def of(cls, target: str, content: bytes, opener: Callable[[int], Engine]) -> "File":
         """Return the file with a content."""
-        return cls(size=len(content), open=opener, layers=lambda: layers_in(target, content))
+        return cls(size=len(content), open=opener, layers=lambda: layers_in(target, content), content=content)
 
 
 def files_of(

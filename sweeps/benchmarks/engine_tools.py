@@ -41,7 +41,14 @@ def own_file(target: str, module: nn.Module, float_file: bytes, images: Tensor, 
     return made
 
 
-def _quantize_static(module: nn.Module, float_file: bytes, images: Tensor, batch: int) -> File:
+def quantize_statically(float_file: bytes, images: Tensor, *, reduce_range: bool = False) -> bytes:
+    """Return the ONNX file that ONNX Runtime's quantize_static makes.
+
+    Args:
+        float_file: The float network as ONNX.
+        images: (N, C, H, W) for the calibration.
+        reduce_range: Whether weights have 7 bits, as processors without VNNI need.
+    """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -63,11 +70,15 @@ def _quantize_static(module: nn.Module, float_file: bytes, images: Tensor, batch
             Images(),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
+            reduce_range=reduce_range,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
-        content = output.read_bytes()
-    return _file("onnxruntime", content)
+        return output.read_bytes()
+
+
+def _quantize_static(module: nn.Module, float_file: bytes, images: Tensor, batch: int) -> File:
+    return _file("onnxruntime", quantize_statically(float_file, images))
 
 
 def _nncf(module: nn.Module, float_file: bytes, images: Tensor, batch: int) -> File:

@@ -14,6 +14,7 @@ from .page import Page, write_page
 from .run_page import run_page
 from .sweep_page import MOST_RUNS, sweep_page
 from .sweep_view import is_run, read_sweep
+from .tool_points import ToolPoint, read_tools
 
 
 def make_report(
@@ -24,6 +25,7 @@ def make_report(
     path_overrides: Mapping[str, Any] | None = None,
     num_images: int | None = None,
     teacher: Teacher | None = None,
+    tools: Sequence[str | Path] = (),
 ) -> list[Path]:
     """Write the report of a run or a sweep, or a comparison of several.
 
@@ -34,6 +36,7 @@ def make_report(
         runs: As for ``sweep_page``.
         path_overrides, num_images: As for ``run_page``.
         teacher: As for ``run_page``, for the page of one run.
+        tools: Results of other quantization tools, for the page of one sweep, see ``read_tools``.
 
     Returns:
         The path of the page, then those of its figures.
@@ -56,7 +59,8 @@ def make_report(
         target = target / PAGE
     if target is not None and target.suffix not in (".html", ".htm"):
         raise ValueError(f"`output` must end in .html or be a folder, but got {output}")
-    page, default = _page(found, runs, path_overrides, num_images, teacher)
+    check_paths(tools, "tools")
+    page, default = _page(found, runs, path_overrides, num_images, teacher, read_tools(tools))
     return write_page(page, target or default)
 
 
@@ -66,8 +70,11 @@ def _page(
     path_overrides: Mapping[str, Any] | None,
     num_images: int | None,
     teacher: Teacher | None,
+    tools: Sequence[ToolPoint],
 ) -> tuple[Page, Path]:
     """Return the page and its default path."""
+    if tools and (len(paths) > 1 or is_run(paths[0]) or paths[0].is_file()):
+        raise ValueError("`tools` must come with the folder of one sweep, whose page has the figure of latencies")
     if len(paths) > 1:
         return comparison_page([read_sweep(path) for path in paths]), Path("comparison.html")
     path = paths[0]
@@ -78,4 +85,5 @@ def _page(
     if is_run(path):
         folder = path.parent if path.is_file() else path
         return run_page(folder, path_overrides, num_images, teacher), folder / PAGE
-    return sweep_page(read_sweep(path), runs=runs, path_overrides=path_overrides, num_images=num_images), path / PAGE
+    options = {"path_overrides": path_overrides, "num_images": num_images, "tools": tools}
+    return sweep_page(read_sweep(path), runs=runs, **options), path / PAGE

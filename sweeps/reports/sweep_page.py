@@ -25,6 +25,7 @@ from .summary import (
 )
 from .sweep_figures import pareto, timeline, trust
 from .sweep_view import SweepView
+from .tool_points import ToolPoint
 
 OMITTED = ("versions", "commit", "host", "heldout_digest", "set_digest")
 """Columns of trials.csv with the same value in almost all rows, left out of the page."""
@@ -40,6 +41,7 @@ def sweep_page(
     runs: int = MOST_RUNS,
     path_overrides: Mapping[str, Any] | None = None,
     num_images: int | None = None,
+    tools: Sequence[ToolPoint] = (),
 ) -> Page:
     """Return the page of a sweep.
 
@@ -48,6 +50,7 @@ def sweep_page(
         runs: Number of groups, from the top of the leaderboard, whose best run is analyzed, which loads networks and
             images.
         path_overrides, num_images: As for ``run_page``.
+        tools: As for ``accuracy_over_latency``.
     """
     standings = sweep.standings()
     trusted, notes = trust(by_ranking(sweep), searched=sweep.is_sweep)
@@ -63,7 +66,7 @@ def sweep_page(
                 *best_table(sweep, standings),
                 trusted,
                 *pareto(standings),
-                *accuracy_over_latency(standings),
+                *accuracy_over_latency(standings, tools),
             ],
         ),
         Tab(

@@ -36,8 +36,22 @@ EXAMPLES = """\
     metavar="N",
     help="images on which the networks of a run are evaluated (default: by image size, so that it takes seconds)",
 )
+@option(
+    "--tools",
+    several=True,
+    metavar="FILE.json",
+    help="results of launch/compare_tools.py: files of other quantization tools as points of the figure of accuracy "
+    "against latency of a sweep",
+)
 @moved_options
-def command(paths: tuple[str, ...], output: str | None, runs: int | None, num_images: int | None, **moved: Any) -> None:
+def command(
+    paths: tuple[str, ...],
+    output: str | None,
+    runs: int | None,
+    num_images: int | None,
+    tools: tuple[str, ...],
+    **moved: Any,
+) -> None:
     """Write a self-contained HTML page and its plots as SVG and PNG.
 
     The plots are in FILE_figures/ next to FILE.html. A page is made from records and the files of the runs; nothing is
@@ -49,7 +63,9 @@ def command(paths: tuple[str, ...], output: str | None, runs: int | None, num_im
 
     options: dict[str, Any] = {} if runs is None else {"runs": runs}
     with trusting(moved["trust"]):
-        written = make_report(paths, output, path_overrides=moved_paths(moved), num_images=num_images, **options)
+        written = make_report(
+            paths, output, path_overrides=moved_paths(moved), num_images=num_images, tools=tools, **options
+        )
     print(f"{written[0]} and {len(written) - 1} plots" if len(written) > 1 else written[0])
 
 

@@ -9,6 +9,8 @@ RESEARCH = "research"
 """Target of a student for no engine: `act_points` decides which tensors are quantized."""
 TARGETS = (RESEARCH, "onnxruntime", "openvino", "litert", "executorch", "tensorrt", "qnn")
 """Values of `QuantConfig.target`."""
+OPENVINO = "openvino"
+"""Target whose order of float operations in fused sums is not known."""
 BY_RULES = ("tensorrt", "qnn")
 """Engines that do not run here: their files keep the published rules, which are checked, and activations of 8 bits."""
 ACT_POINTS = ("relu", "inputs")
@@ -72,6 +74,9 @@ class QuantConfig:
     portable: bool = False
     """Whether weight codes stay within +-64 except in depthwise layers, so that x86 CPUs without VNNI, whose kernels
     add in 16 bits, compute the same (target onnxruntime or openvino)."""
+    power_of_two_scales: bool = False
+    """Whether the scales of activations are powers of two (target openvino), so that the order of float operations in
+    the sums of that engine changes fewer codes; coarser grids cost accuracy."""
     first_bits: int | None = None
     """Bit-width of the first layer's weights and input (under act_points relu the input image stays float); None uses
     weight_bits and act_bits (protocol A), or 8 for an engine."""
@@ -140,6 +145,12 @@ class QuantConfig:
                 f"`quant.portable` must be false unless target is {engines}, whose kernels it is for, but got true "
                 f"with target {self.target}"
             )
+        if self.power_of_two_scales and (self.target, self.learned_steps) != (OPENVINO, "none"):
+            raise ValueError(
+                f"`quant.power_of_two_scales` must be false unless target is {OPENVINO}, whose sums it is for, and "
+                f"learned_steps is none, but got true with target {self.target} and learned_steps "
+                f"{self.learned_steps}"
+            )
 
     @property
     def label(self) -> str:
@@ -167,7 +178,7 @@ class QuantConfig:
         return end_bits(self.target, self.first_bits, self.last_bits)
 
     def at_uniform_bits(self, bits: int) -> "QuantConfig":
-        """Return a configuration with the same quantization points and `bits` everywhere, its other settings defaults.
+        """Return a configuration with the same quantization points and kind of scales, `bits` everywhere.
 
         Args:
             bits: Bit-width, 2 to 8, of the first and last layer too.
@@ -181,6 +192,7 @@ class QuantConfig:
             act_points=self.act_points,
             target=self.target,
             portable=self.portable,
+            power_of_two_scales=self.power_of_two_scales,
         )
 
     @property

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synq.config.quant import RESEARCH, QuantConfig
+from synq.config.quant import BY_RULES, RESEARCH, QuantConfig
 from synq.config.run import RunConfig
 from synq.engines.deployed import program_of
 from synq.engines.program import Program
 from synq.export.targets.formats import TargetFormat, format_of
 from synq.mixed_precision.ilp import Key, Limit
 from synq.mixed_precision.layer_times import BASE_BITS, LayerTimes, file_times, measure_layers
+from synq.mixed_precision.profiles import layer_profile
 from synq.quant.student import build_student, observe_ranges
 from synq.teacher.teacher import Teacher
 
@@ -72,12 +73,12 @@ def latency_format(quant: QuantConfig) -> TargetFormat:
     """Return the format whose engine measures the latency.
 
     Raises:
-        ValueError: If the target is no engine, or a package is missing.
+        ValueError: If the target is no engine or one that does not run here, or a package is missing.
     """
-    if quant.target == RESEARCH:
+    if quant.target in (RESEARCH, *BY_RULES):
         raise ValueError(
-            f"`{NAME}` must have an engine to be measured in, but `quant.target` is {RESEARCH}: set it to onnxruntime, "
-            "openvino, litert or executorch"
+            f"`{NAME}` must have an engine to be measured in, but `quant.target` is {quant.target}: set it to "
+            "onnxruntime, openvino, litert or executorch"
         )
     return format_of(quant.target)
 
@@ -130,6 +131,7 @@ class MeasuredLatency:
         }
         found = file_times(contents, program, self.form, threads=self.budget.threads)
         predicted = self.times.predicted(self.base, chosen)
+        profile = layer_profile(contents[MIXED], program, self.form, threads=self.budget.threads)
         return {
             "target": config.quant.target,
             "engine": self.form.engine,
@@ -142,6 +144,8 @@ class MeasuredLatency:
             "measured_ms": found[MIXED],
             "measured_ratio": found[MIXED] / found[BASE],
             "steps": list(self.times.rows),
+            "profile_ms": profile.milliseconds,
+            "profile": profile.lines(),
         }
 
 
@@ -198,6 +202,7 @@ def latency_lines(found: Mapping[str, Any]) -> list[str]:
         f"chosen:  predicted {found['predicted_ms']:.4g} ms ({found['predicted_ratio']:.3f} of W8A8), measured "
         f"{found['measured_ms']:.4g} ms ({found['measured_ratio']:.3f})"
     )
+    lines += found["profile"]
     if found["measured_ms"] > found["budget_ms"]:
         lines.append(
             f"the measured file takes more than the budget of {found['budget_ms']:.4g} ms: give a lower --{NAME}"

@@ -22,6 +22,7 @@ from synq.quant.fake_quant import (
 )
 from synq.quant.lsq import clamp_to_grid, fake_quantize_learned, gradient_factor
 from synq.quant.observers import minmax_per_channel, weight_qparams
+from synq.quant.power_of_two import power_of_two_range
 
 WeightSteps = Literal["live", "stored", "learned"]
 """Where the scale of a weight comes from: its current range at every call, a buffer, or a parameter."""
@@ -138,6 +139,7 @@ class ActQuantizer(nn.Module):
             into the sum that reads it.
         headroom: Factor by which the range exceeds the observed one, >= 1.
         symmetric: Whether the zero_point is 2^(bits-1), so that codes minus it are signed with zero point 0.
+        power_of_two: Whether the scale is a power of two; not with ``symmetric`` or ``learned``.
 
     Raises:
         RuntimeError: In forward, if no range has been set.
@@ -153,9 +155,11 @@ class ActQuantizer(nn.Module):
         rounded: bool = True,
         headroom: float = 1.0,
         symmetric: bool = False,
+        power_of_two: bool = False,
     ) -> None:
         super().__init__()
         self.bits, self.rounded, self.headroom, self.symmetric = bits, rounded, headroom, symmetric
+        self.power_of_two = power_of_two
         self.quant_min, self.quant_max = quant_bounds(bits, signed=False)
         self.enabled = True
         self.learned = learned
@@ -164,7 +168,7 @@ class ActQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_range(self, low: float, high: float) -> None:
-        """Set scale and zero_point for the range [min(low, 0), max(high, 0)], or the symmetric one that includes it.
+        """Set scale and zero_point for the range [min(low, 0), max(high, 0)], or one of its kind that includes it.
 
         Raises:
             ValueError: If a bound is not finite.
@@ -172,6 +176,8 @@ class ActQuantizer(nn.Module):
         bounds = torch.tensor([low, high], dtype=torch.float32)
         if not bool(torch.isfinite(bounds).all()):
             raise ValueError(f"activation range must be finite, but got [{low}, {high}]")
+        if self.power_of_two:
+            bounds = torch.tensor(power_of_two_range(low, high, self.quant_max))
         choose = choose_centered_qparams if self.symmetric else choose_qparams
         scale, zero_point = choose(bounds[0], bounds[1], self.quant_min, self.quant_max)
         self.scale.copy_(scale)
@@ -217,6 +223,7 @@ class ActQuantizer(nn.Module):
             + (", learned" if self.learned else "")
             + ("" if self.rounded else ", not rounded")
             + (", symmetric" if self.symmetric else "")
+            + (", power of two" if self.power_of_two else "")
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:

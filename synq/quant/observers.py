@@ -136,7 +136,7 @@ class HistogramObserver:
                 self.counts[0] -= (values == 0).sum()
 
 
-def _quantization_errors(
+def quantization_errors(
     values: Tensor,
     weights: Tensor,
     lows: Tensor,
@@ -227,7 +227,7 @@ def mse_range(
         shrink_low = grid_low if low < 0 else torch.ones(1)
         shrink_high = grid_high if high > 0 else torch.ones(1)
         pairs = torch.cartesian_prod(shrink_low, shrink_high)
-        errors = _quantization_errors(
+        errors = quantization_errors(
             values,
             weights,
             pairs[:, 0] * (low / unit),

@@ -26,6 +26,7 @@ from synq.quant.layers import (
 )
 from synq.quant.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
 from synq.quant.points import bits_and_notes, layer_bits, quantized_activations, reads_inputs
+from synq.quant.power_of_two import mse_power_of_two_range
 from synq.teacher.pixel_range import PixelRange
 from synq.teacher.teacher import Teacher
 
@@ -99,6 +100,7 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
             rounded=point.rounded,
             headroom=point.headroom,
             symmetric=point.symmetric,
+            power_of_two=quant.power_of_two_scales,
         )
         quantizer = _insert_quantizer(net, node, point.readers, act_quantizer)
         if taken_whole:
@@ -198,6 +200,9 @@ def observe_ranges(
         for name, histogram in histograms.items():
             quantizer = net.get_submodule(name)
             assert isinstance(quantizer, ActQuantizer)
+            if quantizer.power_of_two:
+                ranges[name] = mse_power_of_two_range(histogram.counts, *ranges[name], quantizer.quant_max, norm)
+                continue
             bounds = (quantizer.quant_min, quantizer.quant_max)
             ranges[name] = mse_range(histogram.counts, *ranges[name], *bounds, norm=norm, symmetric=quantizer.symmetric)
     for name, (low, high) in ranges.items():

@@ -47,6 +47,7 @@ EVERYTHING_ON = with_overrides(
 
 NEEDED: dict[str, dict[str, object]] = {
     "quant.portable": {"quant.target": "openvino"},
+    "quant.power_of_two_scales": {"quant.target": "openvino", "quant.learned_steps": "none"},
     "synthesis.source": {"synthesis.method": "own_images", "synthesis.source": "folder:here"},
 }
 """What a setting is allowed with."""

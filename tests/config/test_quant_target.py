@@ -105,6 +105,8 @@ def test_the_digest_knows_engines_and_research_digests_are_fixed() -> None:
     assert len(points) == 2
     portable = {"quant.target": "openvino", "quant.portable": True}
     assert config_digest(with_overrides(base, portable)) not in digests.values()
+    coarser = {"quant.target": "openvino", "quant.power_of_two_scales": True}
+    assert config_digest(with_overrides(base, coarser)) not in digests.values()
     explicit = {"quant.target": "openvino", "quant.first_bits": 8, "quant.last_bits": 8}
     assert config_digest(with_overrides(base, explicit)) == digests["openvino"]
     four = {"quant.target": "openvino", "quant.first_bits": 4}
@@ -127,3 +129,19 @@ def test_the_protocol_of_a_record_has_the_bits_that_the_engine_sets(settings: di
     del record.config["quant"]["target"], record.config["quant"]["portable"]  # a record of an earlier version
     if "target" not in settings:
         assert run_protocol(record) == protocol
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"target": "litert"}, "litert and learned_steps none"),
+        ({"learned_steps": "all"}, "openvino and learned_steps all"),
+    ],
+)
+def test_power_of_two_scales_are_for_one_engine(settings: dict[str, Any], found: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"`quant.power_of_two_scales` must be false unless .* got true with target {found}$"
+    ):
+        QuantConfig(**{"target": "openvino", "power_of_two_scales": True, **settings})
+    kept = QuantConfig(target="openvino", power_of_two_scales=True).at_uniform_bits(8)
+    assert kept.power_of_two_scales and not QuantConfig(target="openvino").at_uniform_bits(8).power_of_two_scales

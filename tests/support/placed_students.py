@@ -15,10 +15,15 @@ def placed(
     *,
     weight_bits: int = 8,
     act_bits: int = 8,
+    portable: bool = False,
 ) -> fx.GraphModule:
-    """Return the student of a network for a target, with its ranges observed on ``images``."""
+    """Return the student of a network for a target, with its ranges observed on ``images``.
+
+    With ``portable`` the engine computes the same on processors without VNNI.
+    """
     traced = trace_classifier(module.eval().requires_grad_(False), size)
-    quant = QuantConfig(target=target, weight_bits=weight_bits, act_bits=act_bits)  # type: ignore[arg-type]
+    bits = {"weight_bits": weight_bits, "act_bits": act_bits}
+    quant = QuantConfig(target=target, portable=portable, **bits)  # type: ignore[arg-type]
     net = quantize_model(traced, quant).net
     observe_ranges(net, images, act_range="minmax")
     return net
