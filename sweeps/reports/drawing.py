@@ -4,9 +4,10 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
+import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,9 +18,12 @@ from synq.common.text_tables import plural
 
 from .page import Figure, Gap
 
+T = TypeVar("T")
 PIXELS_PER_INCH = 100
 WIDTH = 4.8
 """Width of a figure in inches: legible in half of a wide page and, scaled to three quarters, on a phone."""
+MOST_POINTS = 400
+"""Most dots, lines or bars of one kind in a plot; of more, some are drawn: a page of thousands must stay light."""
 LEAST_TRIALS = 9
 """Fewest completed trials for a figure or a number that relates settings, objective and accuracy."""
 COLORS = ("#0b6bcb", "#d1495b", "#2e8b57", "#b8860b", "#7a4fbf", "#4f5d73", "#008b8b", "#c06014")
@@ -77,6 +81,26 @@ def draw(
     except Exception as error:  # raised by Matplotlib for values that no axis can show
         text = " ".join(str(error).split())
         return Gap(title=title, reason=f"it could not be drawn ({type(error).__name__}: {text})")
+
+
+def thinned(items: Sequence[T], *keys: Sequence[float], most: int = MOST_POINTS) -> list[T]:
+    """Return all items, or of many a part, drawn at random with a fixed seed, in the same order.
+
+    Args:
+        items: What would be drawn.
+        keys: Numbers of the items; those with the lowest and the highest number are always kept.
+        most: Most items that are all kept.
+    """
+    if len(items) <= most:
+        return list(items)
+    extremes = {int(find(np.asarray(key, dtype=float))) for key in keys for find in (np.argmin, np.argmax)}
+    order = [i for i in np.random.default_rng(0).permutation(len(items)).tolist() if i not in extremes]
+    return [items[i] for i in sorted([*extremes, *order[: most - len(extremes)]])]
+
+
+def thinned_note(drawn: int, number: int) -> str:
+    """Return a note for a caption that only some of the items are drawn, "" if all are."""
+    return "" if drawn == number else f", of which {drawn} are drawn, at random"
 
 
 def too_few(number: int) -> str:
