@@ -11,6 +11,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
@@ -117,18 +118,18 @@ def finish(canvas: Canvas, name: str, title: str, caption: str, *, pixels: bool 
     """
     for axes in canvas.axes:
         _plain_numbers(axes)
-    files = {}
-    for ending, options in (
-        ("svg", {"metadata": {"Date": None, "Creator": None}}),
-        ("png", {"dpi": 2 * PIXELS_PER_INCH}),
-    ):
-        buffer = io.BytesIO()
-        canvas.savefig(buffer, format=ending, **options)  # type: ignore[arg-type]
-        files[ending] = buffer.getvalue()
-        canvas.set_layout_engine("none")  # the layout need not be computed again
+    # Laid out once and drawn once for each file: `savefig` draws twice, the first time for the layout only.
+    layout = canvas.get_layout_engine()
+    if layout is not None:
+        layout.execute(canvas)
+        canvas.set_layout_engine("none")
+    svg, png = io.BytesIO(), io.BytesIO()
+    FigureCanvasSVG(canvas).print_svg(svg, metadata={"Date": None, "Creator": None})
+    canvas.set_dpi(2 * PIXELS_PER_INCH)
+    FigureCanvasAgg(canvas).print_png(png)
     width = int(canvas.get_figwidth() * PIXELS_PER_INCH)
     return Figure(
-        name=name, title=title, caption=caption, svg=files["svg"], png=files["png"], width=width, pixels=pixels
+        name=name, title=title, caption=caption, svg=svg.getvalue(), png=png.getvalue(), width=width, pixels=pixels
     )
 
 

@@ -1,10 +1,11 @@
 """Importance of settings by fANOVA: the share of the objective's variance that each setting explains by itself.
 
-A random forest is fitted to the trials; the variance of its prediction over the whole search space is split exactly, tree
-by tree, into what each setting explains if all others are averaged out. Source: Hutter, Hoos, Leyton-Brown, "An Efficient
-Approach for Assessing Hyperparameter Importance", ICML 2014. The numbers are those of Optuna's ``FanovaImportanceEvaluator``
-(same forest, same measure of a choice: one column for each of its values); all intervals of a setting are summed at once
-instead of one walk through the tree for each, which takes minutes for thousands of trials.
+A random forest is fitted to the trials; the variance of its prediction over the whole search space is split exactly,
+tree by tree, into what each setting explains if all others are averaged out. Source: Hutter, Hoos, Leyton-Brown, "An
+Efficient Approach for Assessing Hyperparameter Importance", ICML 2014. The numbers are those of Optuna's
+``FanovaImportanceEvaluator`` (same forest, same measure of a choice: one column for each of its values); all intervals
+of a setting are summed at once instead of one walk through the tree for each, which takes minutes for thousands of
+trials.
 """
 
 from collections.abc import Sequence

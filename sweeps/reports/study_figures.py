@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
@@ -140,7 +141,7 @@ def _history(canvas: Canvas, done: Sequence[Trial], drawn: Sequence[Trial], obje
     best = (np.minimum if minimize else np.maximum).accumulate(values)
     axes.plot([trial.number for trial in drawn], [trial.value for trial in drawn], "o", markersize=4, label="trial")
     if len(drawn) < len(done):  # a step only where the best value changes
-        kept = np.flatnonzero(np.diff(best, prepend=np.nan) != 0).tolist() + [len(best) - 1]
+        kept = [*np.flatnonzero(np.diff(best, prepend=np.nan) != 0).tolist(), len(best) - 1]
         numbers, best = [numbers[i] for i in kept], best[kept]
     axes.step(numbers, best, where="post", label="best so far")
     axes.set(xlabel="trial", ylabel=objective)
@@ -217,8 +218,9 @@ def _parallel(
         choices = dimension.type == "choice" and len(shown) <= MOST_LABELS
         marks.append(shown if choices else [shown[0], shown[-1]])
     positions = np.arange(len(rows))
-    for i in np.argsort(shades):
-        axes.plot([row[i] for row in rows], positions, color=_shades()(shades[i]), linewidth=1, alpha=0.8)
+    order = np.argsort(shades)
+    points = np.stack([np.stack([row[order] for row in rows], 1), np.tile(positions, (len(order), 1))], 2)
+    axes.add_collection(LineCollection(list(points), colors=_shades()(shades[order]), linewidths=1, alpha=0.8))
     for place, name, ends in zip(positions, [objective, *varied], marks, strict=True):
         axes.axhline(float(place), color="#4f5d73", linewidth=0.8)
         axes.annotate(name, (0.5, place), (0, 5), textcoords="offset points", ha="center", **LABEL)

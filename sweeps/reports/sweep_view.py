@@ -12,7 +12,7 @@ from typing import Any
 from synq.common.faults import reading
 from synq.runs.record import RunRecord, read_record
 
-from ..leaderboard.ranking import Standing
+from ..leaderboard.ranking import Ranking, Standing
 from ..leaderboard.records import record_files
 from ..leaderboard.settings import searched_in
 from ..leaderboard.tables import Tables
@@ -33,6 +33,7 @@ class SweepView:
         records: Records of finished trials by name.
         tables: Tables of the records.
         paths: File of each record by name.
+        rankings: Ranking of each record by name.
         unread: Errors of records and plans that could not be read; they do not prevent the page.
     """
 
@@ -44,6 +45,7 @@ class SweepView:
     records: dict[str, RunRecord]
     tables: Tables
     paths: dict[str, Path]
+    rankings: dict[str, Ranking]
     unread: list[str] = field(default_factory=list)
 
     @property
@@ -107,7 +109,7 @@ def read_sweep(path: str | Path) -> SweepView:
     root = Path(path)
     about = _about(root / "sweep.json")
     unread: list[str] = []
-    records, paths, tables = {}, {}, Tables()
+    records, paths, rankings, tables = {}, {}, {}, Tables()
     for file in _record_files(root, may_be_empty=bool(about)):
         name = file.stem if file.parent.name == "records" else file.parent.name
         if name in records:  # a folder with several sweeps
@@ -115,8 +117,9 @@ def read_sweep(path: str | Path) -> SweepView:
         try:
             with reading(file, "a run record"):
                 record = read_record(file)
-                tables.add(record, name if about else None, source=str(file))  # a run in two folders counts once
-            records[name], paths[name] = record, file
+                # A run in two folders counts once.
+                run = tables.add(record, name if about else None, source=str(file))
+            records[name], paths[name], rankings[name] = record, file, run.ranking
         except (ValueError, FileNotFoundError) as error:
             unread.append(" ".join(str(error).split()))
     plans = {}
@@ -139,6 +142,7 @@ def read_sweep(path: str | Path) -> SweepView:
         records=records,
         tables=tables,
         paths=paths,
+        rankings=rankings,
         unread=unread,
     )
 

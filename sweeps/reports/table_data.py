@@ -12,12 +12,14 @@ PLAIN = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{0,9}[1-9])?")
 def table_data(rows: Iterable[tuple[bool, str, Sequence[tuple[str, str]]]], num_columns: int) -> str:
     """Return the rows of a table as JSON.
 
-    The keys are "columns", each with "numeric" (whether texts that read as numbers are numbers) and its values; "search",
-    the values of the extra search texts; "best", the numbers of the highlighted rows. Values are a list, or a list of
-    different ones, "of", and the place of each row's, "at". A number has the digits that are shown.
+    The keys are "columns", each with "numeric" (whether texts that read as numbers are numbers) and its values;
+    "search", the values of the extra search texts; "best", the numbers of the highlighted rows; "rows", the number of
+    rows. Values are a list, or a list of different ones, "of", and the place of each row's, "at". A number has the
+    digits that are shown.
 
     Args:
-        rows: (highlighted, extra search text, cells) of each row; a cell is its text and its number as text, "" for none.
+        rows: (highlighted, extra search text, cells) of each row; a cell is its text and its number as text, "" for
+            none.
         num_columns: Number of cells of a row.
     """
     kept = list(rows)

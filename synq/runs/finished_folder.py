@@ -1,4 +1,4 @@
-"""Where a finished run is: the folder of a run, of a record in it, or of a sweep's record of a trial. Loads no torch."""
+"""Where a finished run is, given its folder, its record, or a sweep's record of the trial. Loads no torch."""
 
 from contextlib import suppress
 from pathlib import Path

@@ -1,13 +1,13 @@
-"""Which changes of the core do its own tests notice: `python -m mutation.mutants_run --count 420 --seed 0`.
+"""Which changes of the core do its own tests notice: `python -m mutation.mutants_run --count 500 --seed 0`.
 
-From the folder tests. Works on a copy of the tree. For each module, some of its changes (`mutation_operators`) are drawn
-at random; each is written into the copy, and the module's own tests run until the first fails: those first that reach the
-changed line. A change that none notices is printed; it needs a test, or a reason in equivalents.toml.
+From the folder tests. Works on a copy of the tree. For each module, some of its changes (`mutation_operators`) are
+drawn at random; each is written into the copy, and the module's own tests run until the first fails: those first that
+reach the changed line. A change that none notices is printed; it needs a test, or a reason in equivalents.toml.
 
 Why a tool of ours: cosmic-ray and its kind start an interpreter for each change, and importing torch takes longer than
-these tests; here the imports are made once and each change is tested in a fork. mutmut 3 forks, too, but puts all changes
-into one module behind functions that choose, which torch.fx and torch.compile trace into, and changes neither the top of
-a module nor decorated functions.
+these tests; here the imports are made once and each change is tested in a fork. mutmut 3 forks, too, but puts all
+changes into one module behind functions that choose, which torch.fx and torch.compile trace into, and changes neither
+the top of a module nor decorated functions.
 """
 
 import argparse

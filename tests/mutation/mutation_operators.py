@@ -148,10 +148,13 @@ def _of_node(node: ast.AST) -> Iterator[str]:
         yield ""
     elif isinstance(node, ast.Return) and node.value is not None and ast.unparse(node.value) != "None":
         yield "return None"
-    elif isinstance(node, ast.Continue | ast.Break):
+    elif isinstance(node, ast.Continue | ast.Break | ast.Raise) or _is_call(node):
         yield "pass"
-    elif isinstance(node, ast.Raise) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
-        yield "pass"
+
+
+def _is_call(node: ast.AST) -> bool:
+    """Return whether a statement only calls something."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
 
 
 def _is_text(node: ast.BinOp | ast.AugAssign) -> bool:
