@@ -157,10 +157,11 @@ def _importance(
     whole = [trial for trial in done if varied.keys() <= trial.params.keys() and np.isfinite(trial.value)]
 
     def plot(canvas: Canvas) -> None:
-        parts = [_columns(varied[name], [trial.params[name] for trial in whole]) for name in varied]
+        names = sorted(varied)
+        parts = [_columns(varied[name], [trial.params[name] for trial in whole]) for name in names]
         columns, bounds = zip(*parts, strict=True)
         shares = main_effects(columns, bounds, np.array([trial.value for trial in whole])).tolist()
-        found = dict(sorted(zip(varied, shares, strict=True), key=lambda pair: -pair[1]))
+        found = dict(sorted(zip(names, shares, strict=True), key=lambda pair: -pair[1]))
         axes = canvas.subplots()
         bars = axes.barh(list(found), list(found.values()), height=0.6)
         axes.bar_label(bars, [f"{value:.2f}" for value in found.values()], padding=3)
