@@ -21,8 +21,8 @@ from pathlib import Path
 
 from support.ray_processes import DAEMONS, processes_of
 from support.sweep_tools import board, listed
-from synq.sweeps.storage import open_storage
 from synq.sweeps.storage.addresses import is_address
+from synq.sweeps.storage.object_store import open_storage
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("driver", "worker", *DAEMONS)
