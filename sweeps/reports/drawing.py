@@ -126,7 +126,9 @@ def finish(canvas: Canvas, name: str, title: str, caption: str, *, pixels: bool 
     svg, png = io.BytesIO(), io.BytesIO()
     FigureCanvasSVG(canvas).print_svg(svg, metadata={"Date": None, "Creator": None})
     canvas.set_dpi(2 * PIXELS_PER_INCH)
-    FigureCanvasAgg(canvas).print_png(png)
+    raster = FigureCanvasAgg(canvas)
+    raster.print_png(png)
+    vars(raster).pop("renderer", None)  # several MB of pixels, which a cycle of references would keep for a while
     width = int(canvas.get_figwidth() * PIXELS_PER_INCH)
     return Figure(
         name=name, title=title, caption=caption, svg=svg.getvalue(), png=png.getvalue(), width=width, pixels=pixels

@@ -5,7 +5,7 @@ Imports neither Ray, Optuna nor torch, and takes no lock.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,14 @@ def read_sweep(path: str | Path) -> SweepView:
     about = _about(root / "sweep.json")
     unread: list[str] = []
     records, paths, rankings, tables = {}, {}, {}, Tables()
+    parts: dict[str, Any] = {}
     for file in _record_files(root, may_be_empty=bool(about)):
         name = file.stem if file.parent.name == "records" else file.parent.name
         if name in records:  # a folder with several sweeps
             name = str(file.relative_to(root).with_suffix(""))
         try:
             with reading(file, "a run record"):
-                record = read_record(file)
+                record = _with_shared_parts(read_record(file), parts)
                 # A run in two folders counts once.
                 run = tables.add(record, name if about else None, source=str(file))
             records[name], paths[name], rankings[name] = record, file, run.ranking
@@ -145,6 +146,15 @@ def read_sweep(path: str | Path) -> SweepView:
         rankings=rankings,
         unread=unread,
     )
+
+
+def _with_shared_parts(record: RunRecord, parts: dict[str, Any]) -> RunRecord:
+    """Return a record whose parts are the objects of `parts` that equal them: most trials differ in few settings."""
+    shared = {}
+    for name in ("config", "versions", "teacher"):
+        values = getattr(record, name)
+        shared[name] = {key: parts.setdefault(f"{key} {value!r}", value) for key, value in values.items()}
+    return replace(record, **shared)
 
 
 def _about(path: Path) -> dict[str, Any]:
