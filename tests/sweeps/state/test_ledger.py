@@ -143,14 +143,14 @@ def test_tables_are_written_at_once_and_then_seldom(ledger: Ledger, monkeypatch:
 
 
 def test_the_task_of_a_plan_has_what_the_sweep_knows(tmp_path: Path) -> None:
-    ledger = opened(tmp_path / "sweep", gpus_per_worker=0.5, cpus_per_worker=3, workers_per_trial=2, max_failures=4)
+    ledger = opened(tmp_path / "sweep", gpus_per_worker=1.0, cpus_per_worker=3, workers_per_trial=2, max_failures=4)
     plan = planned(ledger, 0)
     assert ledger.task(plan).teacher == {} and ledger.task(plan).sets == ()
     ledger.know(plan.group, FACTS, "")
     task = ledger.task(plan)
     assert (task.trial, task.group, task.stage, task.config) == (plan.trial, plan.group, "search", plan.config)
     assert (task.config_digest, task.teacher, task.folder) == (plan.config_digest, FACTS, str(ledger.root))
-    assert (task.gpus, task.cpus, task.workers, task.max_failures) == (0.5, 3, 2, 4)
+    assert (task.gpus, task.cpus, task.workers, task.max_failures) == (1.0, 3, 2, 4)
     ledger.close()
 
 
