@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from synq.common.faults import reading
+from synq.common.notices import print_notice
 from synq.common.text_tables import Row, cell, to_csv
 from synq.runs.record import RunRecord, read_record
 
@@ -83,21 +84,36 @@ def load_record(path: Path) -> RunRecord:
     return record
 
 
-def read_tables(paths: Iterable[str | Path]) -> Tables:
+def read_tables(paths: Iterable[str | Path]) -> tuple[Tables, int]:
     """Read the records of sweeps and runs into tables, each record parsed once.
+
+    A record that is damaged, or contradicts itself, is left out and named by a notice, unless none remains.
 
     Args:
         paths: As for `record_files`.
 
+    Returns:
+        The tables, and the number of records that were left out.
+
     Raises:
         FileNotFoundError: A path does not exist or has no record.
-        ValueError: A record is damaged.
+        ValueError: No record can be read, or a path that is a record cannot.
     """
-    tables = Tables()
-    for file in record_files(paths):
-        with reading(file, "a run record"):
-            tables.add(read_record(file), source=str(file))
-    return tables
+    given = list(map(Path, paths))
+    tables, wrong = Tables(), []
+    for file in record_files(given):
+        try:
+            with reading(file, "a run record"):
+                tables.add(read_record(file), source=str(file))
+        except ValueError as error:
+            if file in given:
+                raise
+            wrong.append(error)
+    if wrong and not len(tables):
+        raise wrong[0]
+    for error in wrong:
+        print_notice(f"warning: left out: {error}")
+    return tables, len(wrong)
 
 
 def trial_rows(records: Iterable[RunRecord]) -> list[Row]:

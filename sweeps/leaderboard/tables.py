@@ -34,8 +34,8 @@ class Tables:
     def __len__(self) -> int:
         return len(self._runs)
 
-    def add(self, record: RunRecord, name: str | None = None, *, source: str = "") -> None:
-        """Add a record.
+    def add(self, record: RunRecord, name: str | None = None, *, source: str = "") -> Run:
+        """Add a record and return the part of it that the tables keep.
 
         Args:
             record: The record; its configuration is checked here.
@@ -53,6 +53,7 @@ class Tables:
         setting = _setting(run)
         self._settings.setdefault(setting, {})[key] = run
         self._changed[setting] = None
+        return run
 
     def discard(self, name: str) -> None:
         """Remove the record added under a name, if there is one."""

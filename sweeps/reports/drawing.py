@@ -4,12 +4,14 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
+import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
@@ -17,9 +19,12 @@ from synq.common.text_tables import plural
 
 from .page import Figure, Gap
 
+T = TypeVar("T")
 PIXELS_PER_INCH = 100
 WIDTH = 4.8
 """Width of a figure in inches: legible in half of a wide page and, scaled to three quarters, on a phone."""
+MOST_POINTS = 400
+"""Most dots, lines or bars of one kind in a plot; of more, some are drawn: a page of thousands must stay light."""
 LEAST_TRIALS = 9
 """Fewest completed trials for a figure or a number that relates settings, objective and accuracy."""
 COLORS = ("#0b6bcb", "#d1495b", "#2e8b57", "#b8860b", "#7a4fbf", "#4f5d73", "#008b8b", "#c06014")
@@ -79,6 +84,26 @@ def draw(
         return Gap(title=title, reason=f"it could not be drawn ({type(error).__name__}: {text})")
 
 
+def thinned(items: Sequence[T], *keys: Sequence[float], most: int = MOST_POINTS) -> list[T]:
+    """Return all items, or of many a part, drawn at random with a fixed seed, in the same order.
+
+    Args:
+        items: What would be drawn.
+        keys: Numbers of the items; those with the lowest and the highest number are always kept.
+        most: Most items that are all kept.
+    """
+    if len(items) <= most:
+        return list(items)
+    extremes = {int(find(np.asarray(key, dtype=float))) for key in keys for find in (np.argmin, np.argmax)}
+    order = [i for i in np.random.default_rng(0).permutation(len(items)).tolist() if i not in extremes]
+    return [items[i] for i in sorted([*extremes, *order[: most - len(extremes)]])]
+
+
+def thinned_note(drawn: int, number: int) -> str:
+    """Return a note for a caption that only some of the items are drawn, "" if all are."""
+    return "" if drawn == number else f", of which {drawn} are drawn, at random"
+
+
 def too_few(number: int) -> str:
     """Return the reason for a gap in place of a figure of fewer than LEAST_TRIALS trials."""
     return f"too few to judge: {plural(number, 'completed trial')}, and {LEAST_TRIALS} are needed"
@@ -93,18 +118,20 @@ def finish(canvas: Canvas, name: str, title: str, caption: str, *, pixels: bool 
     """
     for axes in canvas.axes:
         _plain_numbers(axes)
-    files = {}
-    for ending, options in (
-        ("svg", {"metadata": {"Date": None, "Creator": None}}),
-        ("png", {"dpi": 2 * PIXELS_PER_INCH}),
-    ):
-        buffer = io.BytesIO()
-        canvas.savefig(buffer, format=ending, **options)  # type: ignore[arg-type]
-        files[ending] = buffer.getvalue()
-        canvas.set_layout_engine("none")  # the layout need not be computed again
+    # Laid out once and drawn once for each file: `savefig` draws twice, the first time for the layout only.
+    layout = canvas.get_layout_engine()
+    if layout is not None:
+        layout.execute(canvas)
+        canvas.set_layout_engine("none")
+    svg, png = io.BytesIO(), io.BytesIO()
+    FigureCanvasSVG(canvas).print_svg(svg, metadata={"Date": None, "Creator": None})
+    canvas.set_dpi(2 * PIXELS_PER_INCH)
+    raster = FigureCanvasAgg(canvas)
+    raster.print_png(png)
+    vars(raster).pop("renderer", None)  # several MB of pixels, which a cycle of references would keep for a while
     width = int(canvas.get_figwidth() * PIXELS_PER_INCH)
     return Figure(
-        name=name, title=title, caption=caption, svg=files["svg"], png=files["png"], width=width, pixels=pixels
+        name=name, title=title, caption=caption, svg=svg.getvalue(), png=png.getvalue(), width=width, pixels=pixels
     )
 
 

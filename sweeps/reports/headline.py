@@ -9,7 +9,7 @@ from matplotlib.figure import Figure as Canvas
 from synq.runs.record import RunRecord
 
 from ..leaderboard.ranking import Standing
-from .drawing import COLORS, WIDTH, draw
+from .drawing import COLORS, WIDTH, draw, thinned
 from .page import Figure
 from .summary import label, leaders
 
@@ -70,6 +70,7 @@ def sweep_chart(standings: Sequence[Standing]) -> Figure | None:
             row = standing.row
             axes.axhline(place, color="#e5e9ee", linewidth=1, zorder=0)
             found = [value for value in others if value is not None]
+            found = thinned(found, found)
             axes.scatter(found, [place] * len(found), **OTHERS)
             if labeled:
                 axes.scatter([row["teacher_top1"]], [place], **TEACHER)

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from synq.common.files import check_paths
 from synq.config.parsing import between
-from synq.teacher.teacher import Teacher
 
 from ..reports import PAGE
 from .comparison_page import comparison_page
@@ -16,6 +15,9 @@ from .sweep_page import MOST_RUNS, sweep_page
 from .sweep_view import is_run, read_sweep
 from .tool_points import ToolPoint, read_tools
 
+if TYPE_CHECKING:
+    from synq.teacher.teacher import Teacher
+
 
 def make_report(
     paths: Sequence[str | Path],
@@ -24,7 +26,7 @@ def make_report(
     runs: int = MOST_RUNS,
     path_overrides: Mapping[str, Any] | None = None,
     num_images: int | None = None,
-    teacher: Teacher | None = None,
+    teacher: "Teacher | None" = None,
     tools: Sequence[str | Path] = (),
 ) -> list[Path]:
     """Write the report of a run or a sweep, or a comparison of several.
@@ -69,7 +71,7 @@ def _page(
     runs: int,
     path_overrides: Mapping[str, Any] | None,
     num_images: int | None,
-    teacher: Teacher | None,
+    teacher: "Teacher | None",
     tools: Sequence[ToolPoint],
 ) -> tuple[Page, Path]:
     """Return the page and its default path."""

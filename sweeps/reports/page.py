@@ -5,20 +5,33 @@ text, so that HTML in a name is shown as text.
 """
 
 import base64
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
 
 from synq.common.files import write_bytes_atomic, write_text_atomic
 from synq.common.text_tables import Row, plain
 
+from .table_data import table_data
+
 MOST_SVG_BYTES = 300_000
 """A figure whose SVG is larger is embedded as PNG; the separate SVG file is written anyway."""
+
+MOST_ROWS, PAGE_ROWS = 500, 100
+"""A table of more rows is shown in parts of PAGE_ROWS, whose rows the page's script makes from data."""
+MOST_PLOT_BYTES = 700_000
+"""A page with such a table embeds plots of at most about this size; what is above becomes PNG of few colors."""
+NUM_COLORS = 64
+"""Colors of such a plot."""
 
 MOST_NARROW_COLUMNS = 3
 """Most columns of a table that stays a table on a narrow screen."""
@@ -50,11 +63,16 @@ class Figure:
         """Return the figure with a prefix in its name, for a page that has several of its kind."""
         return replace(self, name=slug(f"{prefix}-{self.name}"))
 
-    @property
-    def source(self) -> str:
-        """The figure as a data URL for an `img` element, in which scripts do not run."""
-        kind, content = ("svg+xml", self.svg) if len(self.svg) <= MOST_SVG_BYTES else ("png", self.png)
-        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    def embedded(self) -> tuple[str, bytes]:
+        """Return the kind and the content of the image that a page embeds."""
+        return ("svg+xml", self.svg) if len(self.svg) <= MOST_SVG_BYTES else ("png", self.png)
+
+    def reduced(self) -> tuple[str, bytes]:
+        """Return the plot as a PNG of few colors, several times smaller."""
+        buffer = io.BytesIO()
+        image = Image.open(io.BytesIO(self.png)).convert("RGB")
+        image.quantize(NUM_COLORS, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+        return "png", buffer.getvalue()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +121,19 @@ class Table:
     def stacked(self) -> bool:
         """Whether its rows become cards on a narrow screen, since its columns would not fit."""
         return len(self.columns) > MOST_NARROW_COLUMNS
+
+    @property
+    def paged(self) -> bool:
+        """Whether it has so many rows that they are shown in parts."""
+        return len(self.rows) > MOST_ROWS
+
+    def data(self) -> Markup:
+        """Return all rows as JSON for the page's script, without a character that could end the element."""
+        return Markup(table_data(self.cells(), len(self.columns)).replace("<", "\\u003c").replace("&", "\\u0026"))
+
+    def shown(self) -> Iterator[tuple[bool, str, list[tuple[str, str]]]]:
+        """Yield the rows that the page has as markup, as `cells`: all, or of a table in parts the first part."""
+        return islice(self.cells(), PAGE_ROWS if self.paged else None)
 
     def cells(self) -> Iterator[tuple[bool, str, list[tuple[str, str]]]]:
         """Yield (highlighted, extra search text, cells) of each row.
@@ -211,7 +242,24 @@ def render(page: Page) -> str:
     environment.filters["css_text"] = _css_text
     assets = resources.files("synq.sweeps.reports") / "assets"
     style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    return environment.get_template("page.html").render(page=page, style=style, script=script)
+    return environment.get_template("page.html").render(page=page, style=style, script=script, sources=_sources(page))
+
+
+def _sources(page: Page) -> dict[str, str]:
+    """Return each figure, by name, as a data URL for an `img` element, in which scripts do not run."""
+    found = {figure.name: figure.embedded() for figure in page.figures()}
+    plots = [figure for figure in page.figures() if not figure.pixels]
+    if any(table.paged for table in page.tables()):
+        total = sum(len(found[figure.name][1]) for figure in plots)
+        for figure in sorted(plots, key=lambda figure: len(found[figure.name][1]), reverse=True):
+            before, after = found[figure.name], figure.reduced() if total > MOST_PLOT_BYTES else found[figure.name]
+            if len(after[1]) < len(before[1]):
+                found[figure.name] = after
+                total -= len(before[1]) - len(after[1])
+    return {
+        name: f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        for name, (kind, content) in found.items()
+    }
 
 
 def _css_text(text: str) -> str:

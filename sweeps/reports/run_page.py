@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from synq.common.files import DamagedFileError
 from synq.common.notices import print_notice
 from synq.config.run import RunConfig
-from synq.diagnostics.probe import probe_run
 from synq.diagnostics.probe_parts import Probe
+from synq.runs.finished_folder import finished_folder
 from synq.runs.record import RunRecord
-from synq.teacher.teacher import Teacher
 
 from .headline import run_chart
 from .image_figures import cam_overlays, image_grids, spectra
@@ -18,6 +17,9 @@ from .page import Block, Gap, Page, Tab, Table, Text
 from .run_figures import confusion, error_by_difficulty, layer_errors, losses, range_strips
 from .summary import foot, run_facts, run_label, run_verdict
 from .sweep_view import record_of
+
+if TYPE_CHECKING:
+    from synq.teacher.teacher import Teacher
 
 LAYER_COLUMNS = ("name", "kind", "role", "bits", "shape", "parameters", "numel", "macs", "bitops")
 LAYER_HEADINGS = {
@@ -40,7 +42,7 @@ def run_page(
     path: str | Path,
     path_overrides: Mapping[str, Any] | None = None,
     num_images: int | None = None,
-    teacher: Teacher | None = None,
+    teacher: "Teacher | None" = None,
 ) -> Page:
     """Return the page of a run.
 
@@ -75,7 +77,7 @@ def run_tabs(
     path_overrides: Mapping[str, Any] | None = None,
     num_images: int | None = None,
     prefix: str = "",
-    teacher: Teacher | None = None,
+    teacher: "Teacher | None" = None,
 ) -> list[Tab]:
     """Return the figures and tables of a run in tabs.
 
@@ -90,6 +92,9 @@ def run_tabs(
         DamagedFileError: A file of the run is damaged, and there is no prefix; with one, a notice names it.
     """
     try:
+        finished_folder(path)
+        from synq.diagnostics.probe import probe_run  # loads torch, which a page of records only does not need
+
         probe: Probe | str = probe_run(path, path_overrides, num_images, teacher)
     except DamagedFileError as error:
         if not prefix:  # a page of this run alone would be one of a damaged file

@@ -1,38 +1,52 @@
 """Figures of a search: history, importances, parallel coordinates, slices.
 
-No other file of the reports uses Optuna, which computes the importances. The study is rebuilt from plans and records,
-so that any sweep can have a page at any time, without Optuna's storage.
+The trials are those of plans and records, so that any sweep can have a page at any time, without Optuna's storage.
 """
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
-import optuna
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
 
 from synq.runs.record import RunRecord
 
 from ..space import Dimension, value_of
 from ..state.plans import Plan
-from .drawing import COLORS, LEAST_TRIALS, WIDTH, draw, panels, too_few
+from .drawing import COLORS, LEAST_TRIALS, WIDTH, draw, panels, thinned, thinned_note, too_few
+from .importance import main_effects
 from .page import Figure, Gap, slug
 
-STATES = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 OFF_MARGIN = 0.15
 """An optional range encodes "off" above its upper bound, by this fraction of the range."""
 LEAST_HISTORY = 2
 """Fewest trials for a history."""
 MOST_LABELS = 5
 """Most labels of choices on one axis of the parallel coordinates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Completed trial of a search.
+
+    Attributes:
+        number: Place of the trial among the finished ones, in order of proposal, from 0.
+        value: Its objective.
+        params: Its settings by short name, without those outside the ranges of the search space.
+        top1: Its top-1 in percent; None without labels.
+    """
+
+    number: int
+    value: float
+    params: Mapping[str, Any]
+    top1: float | None
 
 
 def study_figures(
@@ -52,8 +66,7 @@ def study_figures(
         minimize: Whether a lower objective is better.
         objective: Axis label of the objective.
     """
-    study = _study(dimensions, trials, minimize)
-    done = study.get_trials(states=[TrialState.COMPLETE])
+    done = _completed(dimensions, trials)
     searched = dict(zip(_names(dimensions), dimensions, strict=True))
     varied = {
         name: dimension
@@ -62,6 +75,8 @@ def study_figures(
     }
     suffix = slug(group)
     count = f"n = {len(done)} completed trials"
+    drawn = thinned(done, [trial.value for trial in done])
+    some = f"{count}{thinned_note(len(drawn), len(done))}"
     objective += ", lower is better" if minimize else ", higher is better"
     figures: list[Figure | Gap] = []
     if len(done) >= LEAST_HISTORY:
@@ -69,8 +84,8 @@ def study_figures(
             draw(
                 f"history-{suffix}",
                 "Optimization history",
-                f"Objective of each completed trial in order of proposal, and best value so far; {count}.",
-                lambda canvas: _history(canvas, done, objective, minimize),
+                f"Objective of each completed trial in order of proposal, and best value so far; {some}.",
+                lambda canvas: _history(canvas, done, drawn, objective, minimize),
             )
         )
     title = "Effect of the settings"
@@ -79,67 +94,74 @@ def study_figures(
     if not varied:
         return [*figures, Gap(title=title, reason="the completed trials do not differ in a searched setting")]
     figures += [
-        _importance(study, list(varied), f"importance-{suffix}", "Importance of the settings", count),
+        _importance(done, varied, f"importance-{suffix}", "Importance of the settings", count),
         draw(
             f"parallel-{suffix}",
             "Parallel coordinates",
             f"One line through the objective and the settings of each completed trial, strong color for a good "
-            f"objective; {count}.{_off_note(dimensions)}",
-            lambda canvas: _parallel(canvas, done, varied, objective, minimize),
+            f"objective; {some}.{_off_note(dimensions)}",
+            lambda canvas: _parallel(canvas, drawn, varied, objective, minimize),
             (WIDTH, 1.0 + 0.62 * (len(varied) + 1)),
         ),
         draw(
             f"slices-{suffix}",
             "Objective against each setting",
-            f"Objective against one setting at a time, with the others as sampled; color: order of the trials; {count} "
+            f"Objective against one setting at a time, with the others as sampled; color: order of the trials; {some} "
             f"(paper, Fig. 7).{_off_note(dimensions)}",
-            lambda canvas: _slices(canvas, done, varied, _objective, objective),
+            lambda canvas: _slices(canvas, drawn, varied, _objective, objective),
             _slices_size(len(varied)),
         ),
     ]
-    if all("top1" in trial.user_attrs for trial in done):
+    if all(trial.top1 is not None for trial in done):
         figures.append(
             draw(
                 f"slices-top1-{suffix}",
                 "Top-1 against each setting",
                 "The same for top-1 on the labeled images, which the search does not use unless its objective is "
-                f"`selection`; {count}.",
-                lambda canvas: _slices(canvas, done, varied, _top1, "top-1 [%]"),
+                f"`selection`; {some}.",
+                lambda canvas: _slices(canvas, drawn, varied, _top1, "top-1 [%]"),
                 _slices_size(len(varied)),
             )
         )
     return figures
 
 
-def _objective(trial: FrozenTrial) -> float:
-    assert trial.value is not None
+def _objective(trial: Trial) -> float:
     return trial.value
 
 
-def _top1(trial: FrozenTrial) -> float:
-    return float(trial.user_attrs["top1"])
+def _top1(trial: Trial) -> float:
+    assert trial.top1 is not None
+    return trial.top1
 
 
-def _history(canvas: Canvas, done: Sequence[FrozenTrial], objective: str, minimize: bool) -> None:
+def _history(canvas: Canvas, done: Sequence[Trial], drawn: Sequence[Trial], objective: str, minimize: bool) -> None:
     axes = canvas.subplots()
-    numbers, values = [trial.number for trial in done], [_objective(trial) for trial in done]
+    numbers, values = [trial.number for trial in done], [trial.value for trial in done]
     best = (np.minimum if minimize else np.maximum).accumulate(values)
-    axes.plot(numbers, values, "o", markersize=4, label="trial")
+    axes.plot([trial.number for trial in drawn], [trial.value for trial in drawn], "o", markersize=4, label="trial")
+    if len(drawn) < len(done):  # a step only where the best value changes
+        kept = [*np.flatnonzero(np.diff(best, prepend=np.nan) != 0).tolist(), len(best) - 1]
+        numbers, best = [numbers[i] for i in kept], best[kept]
     axes.step(numbers, best, where="post", label="best so far")
     axes.set(xlabel="trial", ylabel=objective)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     canvas.legend(loc="outside lower center", ncols=2)
 
 
-def _importance(study: optuna.Study, names: list[str], file: str, title: str, count: str) -> Figure | Gap:
-    if len({trial.value for trial in study.get_trials(states=[TrialState.COMPLETE])}) == 1:
+def _importance(
+    done: Sequence[Trial], varied: Mapping[str, Dimension], file: str, title: str, count: str
+) -> Figure | Gap:
+    if len({trial.value for trial in done}) == 1:
         return Gap(title=title, reason="all trials have the same objective")
+    whole = [trial for trial in done if varied.keys() <= trial.params.keys() and np.isfinite(trial.value)]
 
     def plot(canvas: Canvas) -> None:
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Optuna's experimental features
-            found = optuna.importance.get_param_importances(study, params=names, evaluator=evaluator)
+        names = sorted(varied)
+        parts = [_columns(varied[name], [trial.params[name] for trial in whole]) for name in names]
+        columns, bounds = zip(*parts, strict=True)
+        shares = main_effects(columns, bounds, np.array([trial.value for trial in whole])).tolist()
+        found = dict(sorted(zip(names, shares, strict=True), key=lambda pair: -pair[1]))
         axes = canvas.subplots()
         bars = axes.barh(list(found), list(found.values()), height=0.6)
         axes.bar_label(bars, [f"{value:.2f}" for value in found.values()], padding=3)
@@ -151,7 +173,16 @@ def _importance(study: optuna.Study, names: list[str], file: str, title: str, co
         "Share of the objective's variance that each setting explains individually (fANOVA, main effects only, "
         f"normalized to sum 1); {count}. Unreliable with fewer than about twenty trials."
     )
-    return draw(file, title, caption, plot, (WIDTH, 0.9 + 0.3 * len(names)))
+    return draw(file, title, caption, plot, (WIDTH, 0.9 + 0.3 * len(varied)))
+
+
+def _columns(dimension: Dimension, values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of a setting as columns of numbers, and the bounds of each column."""
+    if dimension.type == "choice":
+        choices = _choices(dimension)
+        columns = np.array([[float(repr(value) == repr(choice)) for choice in choices] for value in values])
+        return columns, np.tile([0.0, 1.0], (len(choices), 1))
+    return np.array(values, dtype=float)[:, None], np.array([_bounds(dimension)], dtype=float)
 
 
 def _shades() -> ListedColormap:
@@ -167,11 +198,11 @@ def _position(dimension: Dimension, value: Any) -> float:
 
 
 def _parallel(
-    canvas: Canvas, done: Sequence[FrozenTrial], varied: dict[str, Dimension], objective: str, minimize: bool
+    canvas: Canvas, done: Sequence[Trial], varied: dict[str, Dimension], objective: str, minimize: bool
 ) -> None:
     """Draw one horizontal axis for the objective and for each setting, below one another."""
     axes = canvas.subplots()
-    values = np.array([_objective(trial) for trial in done])
+    values = np.array([trial.value for trial in done])
     shades = values.argsort().argsort() / max(1, len(values) - 1)
     shades = 1 - shades if minimize else shades
     rows = [_shares(values)]
@@ -188,8 +219,9 @@ def _parallel(
         choices = dimension.type == "choice" and len(shown) <= MOST_LABELS
         marks.append(shown if choices else [shown[0], shown[-1]])
     positions = np.arange(len(rows))
-    for i in np.argsort(shades):
-        axes.plot([row[i] for row in rows], positions, color=_shades()(shades[i]), linewidth=1, alpha=0.8)
+    order = np.argsort(shades)
+    points = np.stack([np.stack([row[order] for row in rows], 1), np.tile(positions, (len(order), 1))], 2)
+    axes.add_collection(LineCollection(list(points), colors=_shades()(shades[order]), linewidths=1, alpha=0.8))
     for place, name, ends in zip(positions, [objective, *varied], marks, strict=True):
         axes.axhline(float(place), color="#4f5d73", linewidth=0.8)
         axes.annotate(name, (0.5, place), (0, 5), textcoords="offset points", ha="center", **LABEL)
@@ -218,9 +250,9 @@ def _slices_size(number: int) -> tuple[float, float]:
 
 def _slices(
     canvas: Canvas,
-    done: Sequence[FrozenTrial],
+    done: Sequence[Trial],
     varied: dict[str, Dimension],
-    target: Callable[[FrozenTrial], float],
+    target: Callable[[Trial], float],
     label: str,
 ) -> None:
     norm = Normalize(done[0].number, done[-1].number)
@@ -253,36 +285,32 @@ def _scale(axes: Axes, dimension: Dimension) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=dimension.type == "int"))
 
 
-def _study(dimensions: Sequence[Dimension], trials: Iterable[tuple[Plan, RunRecord]], minimize: bool) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="minimize" if minimize else "maximize")
-    ranges = dict(zip(_names(dimensions), map(_distribution, dimensions), strict=True))
+def _completed(dimensions: Sequence[Dimension], trials: Iterable[tuple[Plan, RunRecord]]) -> list[Trial]:
+    """Return the completed trials that have an objective, numbered among all that ended."""
+    names, found, number = _names(dimensions), [], 0
     for plan, record in trials:
-        values = [_value(dimension, value_of(plan.config, dimension.name)) for dimension in dimensions]
-        params = dict(zip(ranges, values, strict=True))
-        state = STATES[record.status]
-        if state == TrialState.COMPLETE and record.objective_value is None:
+        done = record.status == "completed"
+        if done and record.objective_value is None:
             continue
-        study.add_trial(_trial(params, ranges, state, plan, record))
-    return study
+        if done and record.objective_value is not None:
+            values = [_value(dimension, value_of(plan.config, dimension.name)) for dimension in dimensions]
+            # A sweep extended by listed points may have values outside the ranges of its search space.
+            params = {
+                name: value
+                for name, dimension, value in zip(names, dimensions, values, strict=True)
+                if _contains(dimension, value)
+            }
+            top1 = None if record.top1 is None else float(record.top1)
+            found.append(Trial(number=number, value=float(record.objective_value), params=params, top1=top1))
+        number += 1
+    return found
 
 
-def _trial(
-    params: dict[str, Any], ranges: dict[str, BaseDistribution], state: TrialState, plan: Plan, record: RunRecord
-) -> FrozenTrial:
-    # A sweep extended by listed points may have values outside the ranges of its search space.
-    kept = {
-        name: value for name, value in params.items() if ranges[name]._contains(ranges[name].to_internal_repr(value))
-    }
-    attributes = {"trial": plan.trial} | ({} if record.top1 is None else {"top1": record.top1})
-    return optuna.trial.create_trial(
-        state=state,
-        value=record.objective_value if state == TrialState.COMPLETE else None,
-        params=kept,
-        distributions={name: ranges[name] for name in kept},
-        user_attrs=attributes,
-        intermediate_values=dict(plan.history),
-    )
+def _contains(dimension: Dimension, value: Any) -> bool:
+    if dimension.type == "choice":
+        return any(repr(value) == repr(choice) for choice in _choices(dimension))
+    low, high = _bounds(dimension)
+    return low <= value <= high
 
 
 def _names(dimensions: Sequence[Dimension]) -> list[str]:
@@ -314,11 +342,11 @@ def _value(dimension: Dimension, value: Any) -> Any:
     return value
 
 
-def _distribution(dimension: Dimension) -> BaseDistribution:
-    if dimension.type == "choice":
-        return CategoricalDistribution(["none" if value is None else value for value in dimension.values])
+def _choices(dimension: Dimension) -> list[Any]:
+    return ["none" if value is None else value for value in dimension.values]
+
+
+def _bounds(dimension: Dimension) -> tuple[float, float]:
+    """Return the lowest and the highest number of a range, "off" included."""
     assert dimension.low is not None and dimension.high is not None
-    high = _off(dimension) if dimension.optional else dimension.high
-    if dimension.type == "int":
-        return IntDistribution(int(dimension.low), int(high), log=dimension.log)
-    return FloatDistribution(dimension.low, high, log=dimension.log)
+    return dimension.low, _off(dimension) if dimension.optional else dimension.high

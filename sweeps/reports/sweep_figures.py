@@ -14,10 +14,12 @@ from synq.runs.record import RunRecord
 
 from ..leaderboard.ranking import Standing
 from ..stats import rank_correlation
-from .drawing import COLORS, LEAST_TRIALS, WIDTH, draw, panels, too_few
+from .drawing import COLORS, LEAST_TRIALS, WIDTH, draw, panels, thinned, thinned_note, too_few
 from .page import Figure, Gap
 
 NUM_BOOTSTRAP = 2000
+BOOTSTRAP_BLOCK = 200_000
+"""Most values of the bootstrap samples that are ranked at once, a bound of the memory."""
 MOST_SERIES = 12
 """Most series in a legend."""
 MOST_LABELED_SERIES = 4
@@ -45,8 +47,13 @@ def rank_agreement(trials: Sequence[tuple[float, float]], *, minimize: bool) -> 
     scores = -scores if minimize else scores
     if scores.min() == scores.max() or top1.min() == top1.max():
         return None
-    drawn = np.random.default_rng(0).integers(0, len(top1), (NUM_BOOTSTRAP, len(top1)))
-    low, high = np.quantile(rank_correlation(scores[drawn], top1[drawn]), [0.025, 0.975])
+    random = np.random.default_rng(0)
+    rows = max(1, BOOTSTRAP_BLOCK // len(top1))
+    samples = []
+    for begin in range(0, NUM_BOOTSTRAP, rows):
+        drawn = random.integers(0, len(top1), (min(rows, NUM_BOOTSTRAP - begin), len(top1)))
+        samples.append(rank_correlation(scores[drawn], top1[drawn]))
+    low, high = np.quantile(np.concatenate(samples), [0.025, 0.975])
     return float(rank_correlation(scores[None], top1[None])[0]), float(low), float(high)
 
 
@@ -88,8 +95,10 @@ def trust(groups: Mapping[str, Sequence[RunRecord]], *, searched: bool) -> tuple
             f"the higher top-1); top-1 varies by {spread:.2f} percentage points: {_conclusion(found)}."
         )
 
+    parts = {name: thinned(pairs, *zip(*pairs, strict=True)) for name, pairs in labeled.items()}
+
     def plot(canvas: Canvas) -> None:
-        for axes, (name, pairs) in zip(panels(canvas, len(labeled)), labeled.items(), strict=True):
+        for axes, (name, pairs) in zip(panels(canvas, len(labeled)), parts.items(), strict=True):
             axes.scatter([value for value, _ in pairs], [top1 for _, top1 in pairs], s=16, alpha=0.7)
             axes.set_title(titles[name], fontsize=8)
             better = "lower" if kinds[name] == "synthetic" else "higher"
@@ -103,6 +112,8 @@ def trust(groups: Mapping[str, Sequence[RunRecord]], *, searched: bool) -> tuple
         "the dots then fall from left to right. A low rho with almost constant top-1 only means that the settings are "
         "equally good."
     ) + (f" Groups left out, since they have fewer than {LEAST_TRIALS} such trials: {len(few)}." if few else "")
+    number, shown = (sum(map(len, some.values())) for some in (labeled, parts))
+    caption += f" There are {number} trials{thinned_note(shown, number)}." if shown < number else ""
     return draw("trust", title, caption, plot, (WIDTH, 0.3 + 2.9 * -(-len(labeled) // 2))), notes
 
 
@@ -130,14 +141,16 @@ def pareto(standings: Sequence[Standing]) -> list[Figure | Gap]:
     series: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         series[f"{row['model']} {row['protocol']} {row['act_points']}"].append(row)
+    parts = {name: thinned(part, [row[value] for row in part]) for name, part in series.items()}
+    number = sum(map(len, parts.values()))
 
     def plot(canvas: Canvas) -> None:
         named_axis = False
         for axes, (column, (axis_label, unit)) in zip(panels(canvas, 2, sharey=True), UNITS.items(), strict=True):
             for i, (name, part) in enumerate(series.items()):
-                known = [row for row in part if row[column] is not None]
+                known, shown = ([row for row in some if row[column] is not None] for some in (part, parts[name]))
                 color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-                costs, values = [row[column] / unit for row in known], [row[value] for row in known]
+                costs, values = [row[column] / unit for row in shown], [row[value] for row in shown]
                 named = column == "size_bytes" and i < MOST_SERIES
                 series_label = f"{name} (n = {len(known)})" if named else None
                 axes.scatter(costs, values, s=14, alpha=0.45, color=color, marker=marker, label=series_label)
@@ -153,7 +166,7 @@ def pareto(standings: Sequence[Standing]) -> list[Figure | Gap]:
         canvas.legend(loc="outside lower center", fontsize=8)
 
     caption = (
-        f"One mark for each of {len(rows)} settings of the leaderboard "
+        f"One mark for each of {len(rows)} settings of the leaderboard{thinned_note(number, len(rows))} "
         f"({'mean over seeds' if by_top1 else 'no labels: the objective instead of accuracy'}); lines: Pareto front of "
         "the settings of rank 1 with the same model, protocol and act_points."
         + (f" The legend has the first {MOST_SERIES} of {len(series)} series." if len(series) > MOST_SERIES else "")
@@ -201,19 +214,16 @@ def timeline(records: Iterable[RunRecord]) -> Figure | Gap:
     def plot(canvas: Canvas) -> None:
         axes = canvas.subplots()
         for i, (_, lane) in enumerate(lanes[:MOST_LANES]):
+            bars: dict[str, list[tuple[float, float]]] = defaultdict(list)
             for begun, ended, status in lane:
-                axes.barh(
-                    i,
-                    (ended - begun) / 60,
-                    left=(begun - first) / 60,
-                    height=0.7,
-                    color=STATUS_COLORS[status],
-                    edgecolor="white",
-                    linewidth=0.4,
-                )
+                bars[status].append(((begun - first) / 60, (ended - begun) / 60))
+            for status, part in bars.items():  # all bars of a color are one object: a sweep may have thousands
+                color = STATUS_COLORS[status]
+                axes.broken_barh(part, (i - 0.35, 0.7), facecolors=color, edgecolors="white", linewidth=0.4)
         starts = [i for i in range(len(lanes[:MOST_LANES])) if i == 0 or lanes[i][0] != lanes[i - 1][0]]
         axes.set_yticks(starts, [f"{lanes[i][0]}\n{devices[lanes[i][0]]}".rstrip() for i in starts])
         axes.invert_yaxis()
+        axes.set_xlim(left=0)
         axes.set_xlabel("minutes since the first trial began")
         shown = {status for _, lane in lanes for *_, status in lane}
         for status in [name for name in STATUS_COLORS if name in shown]:

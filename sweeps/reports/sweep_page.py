@@ -7,7 +7,7 @@ from synq.common.text_tables import Row, plural
 from synq.runs.record import RunRecord
 
 from ..leaderboard.columns import PAGE_COLUMNS, TRIAL_COLUMNS, keys, page_texts
-from ..leaderboard.ranking import Ranking, Standing, read_run
+from ..leaderboard.ranking import Ranking, Standing
 from ..leaderboard.settings import best_columns, constants_text, shown_columns
 from .headline import overall, sweep_chart
 from .latency_figures import accuracy_over_latency
@@ -135,7 +135,7 @@ def by_ranking(sweep: SweepView) -> dict[str, list[RunRecord]]:
     for name, record in sweep.records.items():
         searched = not sweep.is_sweep or (name in sweep.plans and sweep.plans[name].stage == "search")
         if record.status == "completed" and searched:
-            found.setdefault(read_run(record, str(sweep.paths[name])).ranking, []).append(record)
+            found.setdefault(sweep.rankings[name], []).append(record)
     groups: dict[str, list[RunRecord]] = {}
     for ranking in sorted(found, key=Ranking.order):
         base = f"{ranking.model} W{ranking.weight_bits}A{ranking.act_bits} {ranking.protocol} {ranking.act_points}"

@@ -5,14 +5,14 @@ Imports neither Ray, Optuna nor torch, and takes no lock.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from synq.common.faults import reading
 from synq.runs.record import RunRecord, read_record
 
-from ..leaderboard.ranking import Standing
+from ..leaderboard.ranking import Ranking, Standing
 from ..leaderboard.records import record_files
 from ..leaderboard.settings import searched_in
 from ..leaderboard.tables import Tables
@@ -33,6 +33,7 @@ class SweepView:
         records: Records of finished trials by name.
         tables: Tables of the records.
         paths: File of each record by name.
+        rankings: Ranking of each record by name.
         unread: Errors of records and plans that could not be read; they do not prevent the page.
     """
 
@@ -44,6 +45,7 @@ class SweepView:
     records: dict[str, RunRecord]
     tables: Tables
     paths: dict[str, Path]
+    rankings: dict[str, Ranking]
     unread: list[str] = field(default_factory=list)
 
     @property
@@ -107,16 +109,18 @@ def read_sweep(path: str | Path) -> SweepView:
     root = Path(path)
     about = _about(root / "sweep.json")
     unread: list[str] = []
-    records, paths, tables = {}, {}, Tables()
+    records, paths, rankings, tables = {}, {}, {}, Tables()
+    parts: dict[str, Any] = {}
     for file in _record_files(root, may_be_empty=bool(about)):
         name = file.stem if file.parent.name == "records" else file.parent.name
         if name in records:  # a folder with several sweeps
             name = str(file.relative_to(root).with_suffix(""))
         try:
             with reading(file, "a run record"):
-                record = read_record(file)
-                tables.add(record, name if about else None, source=str(file))  # a run in two folders counts once
-            records[name], paths[name] = record, file
+                record = _with_shared_parts(read_record(file), parts)
+                # A run in two folders counts once.
+                run = tables.add(record, name if about else None, source=str(file))
+            records[name], paths[name], rankings[name] = record, file, run.ranking
         except (ValueError, FileNotFoundError) as error:
             unread.append(" ".join(str(error).split()))
     plans = {}
@@ -139,8 +143,18 @@ def read_sweep(path: str | Path) -> SweepView:
         records=records,
         tables=tables,
         paths=paths,
+        rankings=rankings,
         unread=unread,
     )
+
+
+def _with_shared_parts(record: RunRecord, parts: dict[str, Any]) -> RunRecord:
+    """Return a record whose parts are the objects of `parts` that equal them: most trials differ in few settings."""
+    shared = {}
+    for name in ("config", "versions", "teacher"):
+        values = getattr(record, name)
+        shared[name] = {key: parts.setdefault(f"{key} {value!r}", value) for key, value in values.items()}
+    return replace(record, **shared)
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from synq.common.digests import read_sealed_json, report_unsealed
 from synq.config.parsing import check_format, shown
-from synq.config.run import RunConfig, config_digest, config_from_dict, config_to_dict
+from synq.config.run import RunConfig, config_digest, config_to_dict
 from synq.runs.record import RunRecord
+
+from ..leaderboard.ranking import read_setting
 
 FORMAT = 2
 """Version of the format of plans and of sweep.json."""
@@ -72,7 +74,7 @@ def read_plan(path: Path) -> Plan:
             )
     if content["trial"] != path.stem:
         raise ValueError(f"`{path}` must hold the plan of its name, but it is that of {content['trial']}: {REMOVE}")
-    config = config_from_dict(RunConfig, content["config"], source=str(path))
+    config, _ = read_setting(content["config"], source=str(path))  # what trials share is parsed once
     if not is_sealed:
         if config_digest(config) != content["config_digest"]:
             raise ValueError(f"`{path}` must have the configuration of its digest, but has another: {REMOVE}")

@@ -14,6 +14,7 @@ from synq.api.session import named_as_arguments, session
 from synq.config.run import PATH_SETTINGS, RunConfig, config_from_dict, with_overrides
 from synq.evaluation.labeled_memory import in_memory, is_in_memory, labeled_in_memory
 from synq.runs import finished
+from synq.runs.finished_folder import finished_folder
 from synq.runs.record import RunRecord, read_record, summary_line
 from synq.runs.recount import Recount, recount, recount_settings
 from synq.runtime import make_accelerator
@@ -268,7 +269,7 @@ def open_run(
         ValueError: A file is damaged, the network is not the run's, or its code may not run.
     """
     with session(progress=True), trusting(trust):
-        folder = finished.finished_folder(path)
+        folder = finished_folder(path)
         record = read_record(folder / "record.json")
         config = config_from_dict(RunConfig, record.config, source=str(folder / "record.json"))
         config = with_overrides(config, dict(moved or {}))

@@ -21,8 +21,10 @@ EXAMPLES = """\
   %(prog)s runs/demo --print --format markdown --columns rank,model,weight_bits,act_bits,top1_mean,top1_std
   %(prog)s runs/before runs/after --compare --output-dir comparison"""
 
+EXIT_CODES = "0 done, 1 a damaged record was left out, 2 input rejected, 130 interrupted"
 
-@click.command("leaderboard", cls=Command, examples=EXAMPLES, exit_codes="0 done, 2 input rejected, 130 interrupted")
+
+@click.command("leaderboard", cls=Command, examples=EXAMPLES, exit_codes=EXIT_CODES)
 @argument("paths", nargs=-1, required=True, metavar="PATH", help="folder of a sweep or a run, or a record file")
 @option("--output-dir", metavar="DIR", help="folder for the tables; needed for more than one PATH (default: PATH)")
 @option(
@@ -64,7 +66,7 @@ def command(
     columns: str | None,
     prints: bool,
     sort: str | None,
-) -> None:
+) -> int:
     """Rebuild the tables of sweeps from their records; several sweeps become one pair of tables.
 
     Every setting that varies is a column: params.KEY in the files, under a short heading in a terminal.
@@ -79,9 +81,9 @@ def command(
     if compares and sort:
         raise ValueError(f"`sort` must be left out with `compare`, but got {sort}")
     if compares:
-        _compare(paths, where, output_dir, kind, columns)
-    else:
-        _rebuild(paths, where, output_dir, kind, columns, sort, prints=prints, ranks_together=single_ranking)
+        return 1 if _compare(paths, where, output_dir, kind, columns) else 0
+    left_out = _rebuild(paths, where, output_dir, kind, columns, sort, prints=prints, ranks_together=single_ranking)
+    return 1 if left_out else 0
 
 
 def _rebuild(
@@ -94,8 +96,8 @@ def _rebuild(
     *,
     prints: bool,
     ranks_together: bool,
-) -> None:
-    """Write one leaderboard of all paths, or print selected rows of it."""
+) -> int:
+    """Write one leaderboard of all paths, or print selected rows of it; return the number of records left out."""
     from synq.common.files import write_text_atomic
     from synq.common.text_tables import to_csv, to_markdown, to_text
     from synq.sweeps.leaderboard.columns import TERMINAL_COLUMNS, headings, keys
@@ -122,7 +124,7 @@ def _rebuild(
     folder = Path(output_dir or paths[0])
     if writes and chosen and any((folder / name).exists() for name in ("records", "record.json")):
         raise ValueError(f"`output_dir` must be another folder than a sweep's where rows are chosen, but got {folder}")
-    tables = read_tables(paths)
+    tables, left_out = read_tables(paths)
     known = tables.standings()
     standings = choose(known, conditions)
     check_chosen(standings, known, conditions)
@@ -160,12 +162,13 @@ def _rebuild(
     elif printed:
         as_text = to_csv if kind == "csv" else to_markdown
         _show(as_text(rows, columns or every))
+    return left_out
 
 
 def _compare(
     paths: Sequence[str], where: Sequence[str], output_dir: str | None, kind: str | None, column_names: str | None
-) -> None:
-    """Print the best rows of each path; also write them if a folder is given."""
+) -> int:
+    """Print the best rows of each path, also write them if a folder is given; return the number of records left out."""
     from synq.common.files import write_text_atomic
     from synq.common.text_tables import to_csv, to_markdown, to_text
     from synq.sweeps.leaderboard.columns import COMPARE_COLUMNS, COMPARE_SHOWN, COMPARE_TABLE, headings
@@ -181,7 +184,8 @@ def _compare(
     labels = [os.path.basename(os.path.normpath(path)) for path in paths]
     if len(set(labels)) < len(labels):
         labels = list(paths)
-    known = {label: read_tables([path]).standings() for label, path in zip(labels, paths, strict=True)}
+    read = {label: read_tables([path]) for label, path in zip(labels, paths, strict=True)}
+    known = {label: tables.standings() for label, (tables, _) in read.items()}
     chosen = {label: choose(rows, conditions) for label, rows in known.items()}
     check_chosen([*chain(*chosen.values())], [*chain(*known.values())], conditions)
     lines = compare(chosen)
@@ -202,6 +206,7 @@ def _compare(
     else:
         as_text = to_text if kind is None else to_markdown
         _show(as_text(readable, short, heads))
+    return sum(left_out for _, left_out in read.values())
 
 
 def _columns(text: str | None) -> list[str]:

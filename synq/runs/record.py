@@ -176,7 +176,7 @@ def read_record(path: str | Path) -> RunRecord:
     for key in ("schema_version", "config"):
         if key not in content:
             raise ValueError(f"`{path}` must hold a run record, but it has no {key}")
-    check_format(path, "a run record", content["schema_version"], SCHEMA_VERSION, "run it again")
+    check_format(path, "a run record", content["schema_version"], SCHEMA_VERSION, "remove it and run it again")
     types = _record_types()
     unknown = sorted(set(content) - set(types))
     if unknown:

@@ -28,8 +28,6 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 RANDOM = "random"
 MEMORY = "memory"
 """Source of a network that was a Python object, not a file."""
-LIBRARIES = ("bundled", "torchvision", "timm", "pytorchcv", MEMORY)
-"""Sources that run no code of a user."""
 
 
 @dataclass(frozen=True, kw_only=True)

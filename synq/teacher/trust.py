@@ -17,7 +17,6 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from synq.config.plugins import TEACHER_SOURCE, is_added
-from synq.teacher.sources import LIBRARIES
 
 KEY_FILE = "synq/key"
 """File of the user's key in $XDG_STATE_HOME, which is ~/.local/state by default."""
@@ -83,7 +82,7 @@ def check_trusted(spec: str, mark: object, source: str | Path) -> None:
 
 def runs_code(spec: str) -> bool:
     """Return whether a spec names a user's code, not a model of a library or of an installed source."""
-    return spec.partition(":")[0] not in LIBRARIES and not is_added(TEACHER_SOURCE, spec)
+    return spec.partition(":")[0] not in TEACHER_SOURCE.built_in and not is_added(TEACHER_SOURCE, spec)
 
 
 def _code(spec: str) -> list[Path]:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from support import reference
 from synq.losses import (
@@ -274,3 +275,18 @@ def test_block_terms_enter_the_loss_by_their_weight() -> None:
     )
     assert float(terms["features"]) == 1.0
     torch.testing.assert_close(loss - plain, torch.tensor(3.0))
+
+
+def test_the_defaults_of_the_weights_are_the_papers_equation() -> None:
+    plain = LossWeights(ce_weight=0.1, cam_weight=20.0, difficulty_threshold=0.5)
+    assert (plain.kd_weight, plain.kd_temperature, plain.feature_weight, plain.top2) == (1.0, 1.0, 0.0, False)
+
+
+def test_the_floor_of_the_difficulty_is_the_spacing_at_one() -> None:
+    labels = torch.tensor([0])
+    assert float(inception_loss(torch.tensor([[200.0, 0.0]]), labels, 0.5)) == 0.0
+    # 1 - p = 4.1e-8 is below the floor of 1e-7.
+    found = float(inception_loss(torch.tensor([[17.0, 0.0]], dtype=torch.float64), labels, 0.5))
+    assert found == pytest.approx(1e-7**0.5 * math.log1p(math.exp(-17)), rel=1e-3, abs=0)
+    even = torch.tensor([[0.0, 0.0]])
+    assert float(inception_loss(even, labels, 0.5) / F.cross_entropy(even, labels)) == pytest.approx(0.5**0.5)

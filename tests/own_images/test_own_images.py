@@ -93,7 +93,7 @@ def test_a_run_on_own_images_has_its_own_protocol_and_ranking(pixels: np.ndarray
     from synq.sweeps.leaderboard.views import single_ranking
 
     with pytest.raises(ValueError, match="protocol"):
-        single_ranking(read_tables([tmp_path]).standings())
+        single_ranking(read_tables([tmp_path])[0].standings())
     assert quantize(pixels, tmp_path, dataset=labeled()).record == own.record, "found again"
     exported = own.export(formats=["packed"])
     card = (exported.folder / "README.md").read_text()

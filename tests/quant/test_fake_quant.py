@@ -9,9 +9,12 @@ from support import reference
 from synq.quant.fake_quant import (
     SCALE_EPS,
     _gradient_band,
+    choose_centered_qparams,
     choose_qparams,
+    choose_symmetric_qparams,
     dequantize,
     fake_quantize,
+    fake_quantize_rectified,
     quant_bounds,
     quantize,
 )
@@ -218,3 +221,37 @@ def test_compiled_form_is_the_eager_one(axis: int | None) -> None:
 
     for got, wanted in zip(run(True), run(False), strict=True):
         assert torch.equal(got, wanted)
+
+
+def test_symmetric_qparams_worked_numbers() -> None:
+    scale, zero_point = choose_symmetric_qparams(torch.tensor([-1.0, -3.0, 0.0]), torch.tensor([2.0, 1.0, 0.0]), 127)
+    assert scale.tolist() == pytest.approx([2 / 127, 3 / 127, 1e-8], rel=1e-6)
+    assert zero_point.dtype == torch.int32 and zero_point.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("quant_min", "quant_max", "scale", "zero_point"),
+    [(0, 255, 2 / 127, 128), (0, 15, 2 / 7, 8), (2, 9, 2 / 3, 6)],
+)
+def test_centered_qparams_worked_numbers(quant_min: int, quant_max: int, scale: float, zero_point: int) -> None:
+    found = choose_centered_qparams(torch.tensor([-1.0]), torch.tensor([2.0]), quant_min, quant_max)
+    assert found[0].item() == pytest.approx(scale, rel=1e-6)
+    assert found[1].dtype == torch.int32 and found[1].item() == zero_point
+    assert quant_max - found[1].item() == (quant_max - quant_min) // 2, "as many codes above zero as below, or one less"
+
+
+def test_the_rectified_form_is_that_of_a_relu_before() -> None:
+    scale = torch.tensor(0.25)
+    x = torch.tensor([-1.0, -0.1, 0.0, 0.1, 0.13, 0.5, 0.88, 3.7, 3.9, 9.0])
+    values, gradients = [], []
+    for form in (
+        lambda x: fake_quantize_rectified(x, scale, 15),
+        lambda x: fake_quantize(x.relu(), scale, torch.tensor(0, dtype=torch.int32), 0, 15),
+    ):
+        leaf = x.clone().requires_grad_(True)
+        out = form(leaf)
+        out.sum().backward()
+        values.append(out.detach())
+        gradients.append(leaf.grad)
+    assert torch.equal(*values) and torch.equal(*gradients)
+    assert gradients[0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 0, 0]

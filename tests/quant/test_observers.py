@@ -1,6 +1,7 @@
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -214,3 +215,38 @@ def test_weight_ratio_of_channels_without_error_is_one() -> None:
         mse_weight_ratio(weight, 1)
     with pytest.raises(ValueError, match="`mse_norm` must"):
         mse_weight_ratio(weight, 4, norm=-1.0)
+
+
+def test_histogram_of_doubles_is_counted_in_doubles() -> None:
+    assert len(HistogramObserver(0.0, 1.0).counts) == 2048
+    histogram = HistogramObserver(-1.0, 1.0, bins=2)
+    histogram.update(torch.tensor([-1e-12, -0.5, 0.5], dtype=torch.float64) + 0.0)
+    assert histogram.counts.tolist() == [2, 1]
+    shifted = HistogramObserver(0.0, 2.0, bins=2)
+    shifted.update(torch.tensor([1 - 1e-12, 1 - 1e-12, 1.5], dtype=torch.float64))
+    assert shifted.counts.tolist() == [2, 1], "1 - 1e-12 is 1 in float32, in the second bin"
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ranges_below_one_are_clipped_too(sign: int) -> None:
+    counts = torch.zeros(900)
+    counts[:100], counts[-1] = 1000.0, 1.0  # up to 0.1, and one value at 0.9
+    edges = (0.0, 0.9) if sign > 0 else (-0.9, 0.0)
+    low, high = mse_range(counts if sign > 0 else counts.flip(0), *edges, 0, 3)
+    assert (low == 0 and 0.05 < high < 0.3) if sign > 0 else (high == 0 and -0.3 < low < -0.05)
+
+
+@pytest.mark.parametrize(("limit", "norm"), [(1, 2.4), (7, 1.0)])
+def test_weight_ratio_of_a_symmetric_grid_is_the_best_of_all(limit: int, norm: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 40, generator=generator)
+    weight[4:] = -weight[4:].abs()  # of one sign
+    weight[:, 0] = -6.0
+    found = mse_weight_ratio(weight, 4, norm, limit=limit)
+    for channel, ratio in zip(weight.double().numpy(), found.tolist(), strict=True):
+        errors = {}
+        for candidate in (1 - 0.02 * np.arange(41)).round(2):
+            step = candidate * np.abs(channel).max() / limit
+            errors[candidate] = (np.abs(np.clip(np.rint(channel / step), -limit, limit) * step - channel) ** norm).sum()
+        assert errors[min(errors, key=lambda one: abs(one - ratio))] == pytest.approx(min(errors.values()), rel=1e-4)
+    assert float(found[:4].min()) < 1 and float(found[4:].min()) < 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from support.made_sweeps import made_sweep
-from synq.sweeps.reports.page import write_page
+from synq.sweeps.reports.page import Page, Tab, Table, write_page
 from synq.sweeps.reports.sweep_page import sweep_page
 from synq.sweeps.reports.sweep_view import read_sweep
 
@@ -16,6 +16,15 @@ HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script> $x^2$"
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
+SCROLLED = """async () => {
+  const box = document.querySelector("#table-many .scroll"), times = [];
+  for (let i = 0; i < 30; i++) {
+    box.scrollTop += 40;
+    times.push(await new Promise(requestAnimationFrame));
+  }
+  const steps = times.slice(1).map((time, i) => time - times[i]).sort((a, b) => a - b);
+  return steps[Math.floor(steps.length / 2)] / 1000;
+}"""
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian package chromium)"),
@@ -238,4 +247,33 @@ def test_a_page_of_a_thousand_trials_opens_in_two_seconds(browser: Any, tmp_path
     page.get_by_role("tab", name="Trials").click()
     page.locator("#table-trials input").fill("w3a3 status=failed")
     assert page.locator("#table-trials output").inner_text() == "50 of 1000" and not problems
+    page.close()
+
+
+def test_a_table_of_thousands_is_shown_in_parts(browser: Any, tmp_path: Path) -> None:
+    rows = [{"name": f"row {i}", "value": (i * 7919) % 5000 / 8} for i in range(5000)]
+    table = Table(name="many", title="Many", caption="", columns=("name", "value"), rows=rows)
+    tabs = [Tab(title="First", blocks=[table]), Tab(title="Second", blocks=[])]
+    path = write_page(Page(title="P", verdict=["V"], facts=[], tabs=tabs, foot="F"), tmp_path / "many.html")[0]
+    page, problems = open_page(browser, path, DESKTOP)
+    cells = page.locator("#table-many tbody tr td:nth-child(2)")
+    place = page.locator("#table-many .pages output")
+
+    def numbers() -> list[float]:
+        return [float(text) for text in cells.all_inner_texts()]
+
+    first = [row["value"] for row in rows[:100]]
+    assert numbers() == pytest.approx(first, rel=1e-3) and place.inner_text() == "rows 1 to 100 of 5000"
+    page.get_by_role("button", name="Next").click()
+    assert numbers() == pytest.approx([row["value"] for row in rows[100:200]], rel=1e-3)
+    page.locator("#table-many th[data-column=value] button").click()
+    assert numbers() == pytest.approx([i / 8 for i in range(100)], rel=1e-3)
+    page.get_by_role("button", name="Last").click()
+    assert place.inner_text() == "rows 4901 to 5000 of 5000" and numbers()[-1] == pytest.approx(4999 / 8, rel=1e-3)
+    page.locator("#table-many input").fill("value<2")
+    assert place.inner_text() == "rows 1 to 16 of 16" and numbers() == pytest.approx([i / 8 for i in range(16)])
+    page.locator("#table-many input").fill("row 4711")
+    assert page.locator("#table-many tbody tr").all_inner_texts()[0].startswith("row 4711")
+    frames = page.evaluate(SCROLLED)
+    assert frames < 0.1 and not problems, "no frame takes a tenth of a second while the table is scrolled"
     page.close()
