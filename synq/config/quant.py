@@ -72,6 +72,9 @@ class QuantConfig:
     portable: bool = False
     """Whether weight codes stay within +-64 except in depthwise layers, so that x86 CPUs without VNNI, whose kernels
     add in 16 bits, compute the same (target onnxruntime or openvino)."""
+    float_attention: bool = False
+    """Whether the two matrix products of attention stay in floats, so that only layers with a weight are quantized
+    (target onnxruntime)."""
     first_bits: int | None = None
     """Bit-width of the first layer's weights and input (under act_points relu the input image stays float); None uses
     weight_bits and act_bits (protocol A), or 8 for an engine."""

@@ -14,19 +14,21 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from synq.engines.aten.arithmetic import ARITHMETIC
+from synq.engines.aten.builder import Builder
 from synq.engines.aten.capture import BATCH, Captured, capture, layer_of, markers, nodes_in_order
+from synq.engines.aten.floats import FLOATS
 from synq.engines.aten.layers import LayerWeight, batch_norm, convolution, dense
-from synq.engines.aten.moves import MOVES
+from synq.engines.aten.moves import MOVES, TURNING
 from synq.engines.aten.pointwise import POINTWISE
 from synq.engines.aten.pools import POOLS
 from synq.engines.aten.symbols import (
     UNIT,
-    Builder,
     Call,
     Codes,
     OperatorRejectedError,
     Pending,
     Symbol,
+    Turned,
     made,
     quantized_image,
 )
@@ -35,6 +37,7 @@ from synq.engines.kernels import check_kernels
 from synq.engines.program import Convolution, Elementwise, Grid, Pad, Program, Rejected, Step, Sum
 from synq.network.aten_groups import CONSTANTS
 from synq.quant.fake_quant import SCALE_EPS
+from synq.quant.float_trunk import FLOAT_TRUNKS, has_float_trunk
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer
 
 IMAGE, LOGITS = "images", "logits"
@@ -44,6 +47,7 @@ _LOWERINGS: dict[str, Callable[[Builder, Call], Any]] = {
     **ARITHMETIC,
     **POINTWISE,
     **POOLS,
+    **FLOATS,
     "conv2d": convolution,
     "linear": dense,
     "_native_batch_norm_legit_no_training": batch_norm,
@@ -103,7 +107,8 @@ def _lowered(
     unobserved = [name for name, quantizer in captured.quantizers.items() if not quantizer.has_range]
     if unobserved:
         raise ValueError(f"activation ranges must be observed, but {unobserved[0]} has none: call observe_ranges first")
-    builder = Builder(target=target, largest_code=largest_code)
+    trunk = target in FLOAT_TRUNKS and has_float_trunk(net)
+    builder = Builder(target=target, largest_code=largest_code, float_trunk=trunk)
     lowering, end = _Lowering(captured, builder, survey=survey), ""
     try:
         logits = lowering.run(input_size)
@@ -160,7 +165,7 @@ class _Lowering:
             return LayerWeight(args[1], self.captured.layers[args[1]])
         if node.target is markers().activation:
             return self._quantized(args[0], args[1])
-        symbols = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Pending | Codes)]
+        symbols = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Pending | Codes | Turned)]
         function: Any = node.target
         name = function._schema.name.split("::")[1]
         if not symbols and not any(isinstance(leaf, LayerWeight) for leaf in tree_leaves((args, kwargs))):
@@ -182,11 +187,14 @@ class _Lowering:
         try:
             if call.name not in _LOWERINGS:
                 self.builder.reject(call, "the operator is unknown to it")
+            if call.name not in TURNING and any(isinstance(symbol, Turned) for symbol in symbols):
+                self.builder.reject(call, "its input has the axis of the images in another place than the first")
             return _LOWERINGS[call.name](self.builder, call)
         except OperatorRejectedError as error:
             if not self.survey:
                 raise
-            results = self._rejected(call, symbols, error)
+            plain = [symbol.symbol if isinstance(symbol, Turned) else symbol for symbol in symbols]
+            results = self._rejected(call, plain, error)
             return results if isinstance(node.meta["val"], list | tuple) else results[0]
 
     def _rejected(self, call: Call, symbols: list[Symbol], error: OperatorRejectedError) -> list[Pending]:
@@ -208,7 +216,7 @@ class _Lowering:
     def _quantized(self, value: Any, module: str) -> Symbol:
         """Return the codes that a quantizer makes of its input."""
         name = module.removeprefix(ACT_QUANTIZERS)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | Turned):
             raise ValueError(f"a quantizer must read an activation, but {name} reads a constant")
         quantizer = self.captured.quantizers[module]
         grid = grid_of(quantizer)

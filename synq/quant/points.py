@@ -10,6 +10,7 @@ from synq.network.op_traits import value_inputs
 from synq.network.ops import classify, products, value_sources
 from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import BitPatterns, layer_names
+from synq.quant.float_trunk import has_float_trunk, trunk_points
 from synq.quant.placement import target_points, with_same_grid
 
 NOT_ROUNDED = "clamped, not rounded"
@@ -78,7 +79,8 @@ def bits_and_notes(
 ) -> tuple[dict[fx.Node, int], dict[fx.Node, str]]:
     """Return the bit-width of each activation that is on a grid, and notes, for the cost of a student.
 
-    For an engine a step has the bit-width of its last node, and what moves values that of the tensor they come from.
+    For an engine a step has the bit-width of its last node, and what moves values that of the tensor they come from;
+    with a trunk of floats only the points have one.
 
     Args:
         net: The graph of `quantized_activations`, before quantizers are inserted.
@@ -87,7 +89,7 @@ def bits_and_notes(
     """
     bits = {node: point.bits for node, point in points.items()}
     notes = {node: NOT_ROUNDED for node, point in points.items() if not point.rounded}
-    if quant.target == RESEARCH:
+    if quant.target == RESEARCH or has_float_trunk(net):
         return bits, notes
     for node, carrier in with_same_grid(net).items():
         if carrier in points:
@@ -113,6 +115,11 @@ def _by_target(
     net: fx.GraphModule, layers: list[fx.Node], quant: QuantConfig, names: BitPatterns
 ) -> dict[fx.Node, QuantizedTensor]:
     """Return the quantized activations of a student for an engine."""
+    if has_float_trunk(net):
+        return {
+            point.node: QuantizedTensor(bits=point.bits, readers=point.readers, at_end=point.at_end)
+            for point in trunk_points(net, layers, quant, names)
+        }
     return {
         point.node: QuantizedTensor(
             bits=point.bits,

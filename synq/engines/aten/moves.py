@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synq.engines.aten.builder import Builder
 from synq.engines.aten.capture import BATCH
-from synq.engines.aten.symbols import Builder, Call, Codes, Symbol, moved
+from synq.engines.aten.symbols import Call, Codes, Symbol, Turned, moved
+from synq.engines.float_program import FloatConcatenation
 from synq.engines.program import Concatenation, NearestResize, Pad, Reshape, Slice, Transpose
 
 LARGEST_PIECES = 64
@@ -63,6 +65,9 @@ def side_by_side(builder: Builder, pieces: list[Codes], axis: int) -> Codes:
     low, high = min(piece.low for piece in pieces), max(piece.high for piece in pieces)
     name = builder.unique(f"{first.name}.concatenation")
     inputs = tuple(piece.name for piece in pieces)
+    if first.grid is None:
+        joined = FloatConcatenation(inputs=inputs, output=name, layer=first.name, axis=axis)
+        return builder.add(joined, shape, None)
     step = Concatenation(inputs=inputs, output=name, layer=first.name, axis=axis, low=low, high=high)
     return builder.add(step, shape, first.grid, low, high)
 
@@ -107,26 +112,59 @@ def broadcast(builder: Builder, call: Call, codes: Codes, shape: tuple[int, ...]
     return codes
 
 
-def view(builder: Builder, call: Call) -> Symbol:
+def view(builder: Builder, call: Call) -> Symbol | Turned:
     """Lower every reshape that keeps images apart."""
+    if call.name == "squeeze" and isinstance(call.args[0], Turned):
+        return _squeezed(builder, call, call.args[0])
     symbol = _operand(builder, call)
     _check_images(builder, call)
     return moved(symbol, call.shape, lambda codes: reshaped(builder, codes, call.shape))
 
 
-def permute(builder: Builder, call: Call) -> Symbol:
-    """Lower a permutation of the axes after N."""
+def permute(builder: Builder, call: Call) -> Symbol | Turned:
+    """Lower a permutation of axes; where N is not the first afterwards, what reads the result has to choose from it."""
+    operand = call.args[0]
+    dims = call.argument("dims")
+    if isinstance(operand, Turned):
+        return turned(builder, operand.symbol, [operand.axes[int(a) % len(operand.axes)] for a in dims])
     symbol = _operand(builder, call)
-    rank = len(symbol.shape) + 1
-    axes = [int(a) % rank for a in call.argument("dims")]
-    _check_images(builder, call)
+    return turned(builder, symbol, [int(a) % (len(symbol.shape) + 1) for a in dims])
+
+
+def turned(builder: Builder, symbol: Symbol, axes: Sequence[int]) -> Symbol | Turned:
+    """Return a value with its axes in another order."""
     if axes[0] != 0:
-        builder.reject(call, "it moves the axis of the images")
-    return moved(symbol, call.shape, lambda codes: transposed(builder, codes, axes))
+        return Turned(symbol=symbol, axes=tuple(axes))
+    shape = tuple(symbol.shape[a - 1] for a in axes[1:])
+    return moved(symbol, shape, lambda codes: transposed(builder, codes, axes))
 
 
-def slice_axis(builder: Builder, call: Call) -> Symbol:
+def _squeezed(builder: Builder, call: Call, value: Turned) -> Symbol | Turned:
+    """Return a turned value without some axes of size 1."""
+    given = call.argument("dim")
+    dropped = {value.axes[int(d) % len(value.axes)] for d in ([given] if isinstance(given, int) else given)}
+    if 0 in dropped or any(value.symbol.shape[axis - 1] != 1 for axis in dropped):
+        builder.reject(call, "it drops an axis with several positions")
+    kept = [axis for axis in range(len(value.axes)) if axis not in dropped]
+    shape = tuple(value.symbol.shape[axis - 1] for axis in kept[1:])
+    symbol = moved(value.symbol, shape, lambda codes: reshaped(builder, codes, shape))
+    return turned(builder, symbol, [kept.index(axis) for axis in value.axes if axis in kept])
+
+
+def _slice_of_turned(builder: Builder, call: Call, value: Turned) -> Turned:
+    axis = value.axes[int(call.argument("dim") or 0) % len(value.axes)]
+    _check_axis(builder, call, axis)
+    size = value.symbol.shape[axis - 1]
+    start, stop, step = slice(call.argument("start"), call.argument("end"), call.argument("step")).indices(size)
+    shape = _with(value.symbol.shape, axis, len(range(start, stop, step)))
+    symbol = moved(value.symbol, shape, lambda codes: sliced(builder, codes, axis, start, stop, step))
+    return Turned(symbol=symbol, axes=value.axes)
+
+
+def slice_axis(builder: Builder, call: Call) -> Symbol | Turned:
     """Lower a slice with constant ends."""
+    if isinstance(call.args[0], Turned):
+        return _slice_of_turned(builder, call, call.args[0])
     symbol, axis = _operand(builder, call), _axis(builder, call)
     size = (call.shapes[0][0], *symbol.shape)[axis]
     start, stop, step = slice(call.argument("start"), call.argument("end"), call.argument("step")).indices(size)
@@ -280,8 +318,10 @@ def put(builder: Builder, call: Call) -> Symbol:
     return side_by_side(builder, parts, axis)
 
 
-def same(builder: Builder, call: Call) -> Symbol:
+def same(builder: Builder, call: Call) -> Symbol | Turned:
     """Lower what returns its input: a copy, a dropout at rest, a conversion between types of floats."""
+    if isinstance(call.args[0], Turned):
+        return call.args[0]
     return _operand(builder, call, "src") if call.name == "copy" else _operand(builder, call)
 
 
@@ -332,3 +372,5 @@ MOVES: dict[str, Callable[[Builder, Call], Any]] = {
     "select": select,
 }
 """Lowering of each operator by its name."""
+TURNING = frozenset({"permute", "slice", "squeeze", "clone", "alias", "detach", "contiguous", "dropout"})
+"""Operators that read a value whose first axis is not N."""
