@@ -34,6 +34,7 @@ from synq.engines.aten.symbols import (
 )
 from synq.engines.checks import validate
 from synq.engines.kernels import check_kernels
+from synq.engines.narrowing import narrowed
 from synq.engines.program import Convolution, Elementwise, Grid, Pad, Program, Rejected, Step, Sum
 from synq.network.aten_groups import CONSTANTS
 from synq.quant.fake_quant import SCALE_EPS
@@ -118,6 +119,9 @@ def _lowered(
         logits, end = "", str(error)
     steps = _without_padding_steps(builder.steps, builder.shapes)
     steps = _needed(steps, logits) if logits else steps
+    shapes, grids = builder.shapes, builder.grids
+    if trunk:
+        steps, shapes, grids = narrowed(steps, shapes, grids)
     floats = {step.output for step in steps if isinstance(step, Convolution) and step.output not in builder.grids}
     steps = _with_unrounded(steps, lowering.unrounded | floats)
     names = {IMAGE, *(step.output for step in steps)}
@@ -126,8 +130,8 @@ def _lowered(
         image=IMAGE,
         logits=logits,
         steps=tuple(steps),
-        grids={name: grid for name, grid in builder.grids.items() if name in names},
-        shapes={name: shape for name, shape in builder.shapes.items() if name in names},
+        grids={name: grid for name, grid in grids.items() if name in names},
+        shapes={name: shape for name, shape in shapes.items() if name in names},
     )
     return program, end
 
