@@ -51,7 +51,7 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
         a: Float32.
         b, c: Float32 values, broadcast with a.
     """
-    return (a.double() * b + c).float()
+    return (a.double() * b).add_(c).float()
 
 
 class Arithmetic(ABC):

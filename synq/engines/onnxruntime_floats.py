@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synq.engines.arithmetic import fma
-from synq.engines.onnxruntime_functions import exponential, float32_number
+from synq.engines.onnxruntime_functions import CACHED, exponential, float32_number
 
 LEAST_FEATURES = 8
 """Number of values below which LayerNormalization sums in an order that is not known."""
@@ -49,6 +49,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         weight, bias: (n,) float32.
         eps: Added to the variance.
     """
+    rows = x.reshape(-1, x.shape[-1]).split(_cached_rows(x))
+    return torch.cat([_normalized(part, weight, bias, eps) for part in rows]).reshape(x.shape)
+
+
+def _cached_rows(x: Tensor) -> int:
+    return max(CACHED // x.shape[-1], 1)
+
+
+def _normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     count = x.shape[-1]
     centered = x - x.double().mean(-1, keepdim=True).float()
     whole = count // LANES * LANES
@@ -73,6 +82,11 @@ def softmax(x: Tensor, *, avx512: bool) -> Tensor:
         x: Float32.
         avx512: Whether the processor has AVX-512.
     """
+    rows = x.reshape(-1, x.shape[-1]).split(_cached_rows(x))
+    return torch.cat([_softmax(part, avx512=avx512) for part in rows]).reshape(x.shape)
+
+
+def _softmax(x: Tensor, *, avx512: bool) -> Tensor:
     powers = exponential((x - x.amax(-1, keepdim=True)).clamp(min=float32_number(_LOWEST[avx512])), _EXP)
     width = 2 * LANES if avx512 else LANES
     vectors = F.pad(powers, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width)).unbind(-2)
