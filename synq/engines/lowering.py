@@ -18,7 +18,7 @@ from synq.engines.aten.builder import Builder
 from synq.engines.aten.capture import BATCH, Captured, capture, layer_of, markers, nodes_in_order
 from synq.engines.aten.floats import FLOATS
 from synq.engines.aten.layers import LayerWeight, batch_norm, convolution, dense
-from synq.engines.aten.moves import MOVES, TURNING
+from synq.engines.aten.moves import MOVES
 from synq.engines.aten.pointwise import POINTWISE
 from synq.engines.aten.pools import POOLS
 from synq.engines.aten.symbols import (
@@ -32,13 +32,14 @@ from synq.engines.aten.symbols import (
     made,
     quantized_image,
 )
+from synq.engines.aten.turned import TURNED, permute
 from synq.engines.checks import validate
 from synq.engines.kernels import check_kernels
 from synq.engines.narrowing import narrowed
 from synq.engines.program import Convolution, Elementwise, Grid, Pad, Program, Rejected, Step, Sum
 from synq.network.aten_groups import CONSTANTS
 from synq.quant.fake_quant import SCALE_EPS
-from synq.quant.float_trunk import FLOAT_TRUNKS, has_float_trunk
+from synq.quant.float_trunk import FLOAT_TRUNKS, has_float_trunk, without_trunk
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer
 
 IMAGE, LOGITS = "images", "logits"
@@ -49,6 +50,7 @@ _LOWERINGS: dict[str, Callable[[Builder, Call], Any]] = {
     **POINTWISE,
     **POOLS,
     **FLOATS,
+    "permute": permute,
     "conv2d": convolution,
     "linear": dense,
     "_native_batch_norm_legit_no_training": batch_norm,
@@ -104,6 +106,8 @@ def survey(
 def _lowered(
     net: fx.GraphModule, target: str, input_size: tuple[int, int, int], largest_code: int, *, survey: bool
 ) -> tuple[Program, str]:
+    if has_float_trunk(net) and target not in FLOAT_TRUNKS:
+        raise ValueError(without_trunk(net, target))
     captured = capture(net, input_size)
     unobserved = [name for name, quantizer in captured.quantizers.items() if not quantizer.has_range]
     if unobserved:
@@ -189,10 +193,12 @@ class _Lowering:
             shapes=tuple(tuple(value.shape) for value in outputs),
         )
         try:
-            if call.name not in _LOWERINGS:
+            if call.name not in _LOWERINGS or (call.name in FLOATS and not self.builder.float_trunk):
                 self.builder.reject(call, "the operator is unknown to it")
-            if call.name not in TURNING and any(isinstance(symbol, Turned) for symbol in symbols):
-                self.builder.reject(call, "its input has the axis of the images in another place than the first")
+            if any(isinstance(symbol, Turned) for symbol in symbols):
+                if call.name not in TURNED:
+                    self.builder.reject(call, "its input has the axis of the images in another place than the first")
+                return TURNED[call.name](self.builder, call)
             return _LOWERINGS[call.name](self.builder, call)
         except OperatorRejectedError as error:
             if not self.survey:

@@ -10,6 +10,7 @@ So a linear layer that a layer or product reads is on a grid, and one that a sum
 Movements between the point and its reader are on codes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -50,7 +51,26 @@ def has_float_trunk(net: fx.GraphModule) -> bool:
     Args:
         net: A graph from ``trace_classifier``, its layers quantized or not.
     """
-    return bool(products(net)) or any(NORMS.intersection(traits_of(node).operators) for node in net.graph.nodes)
+    return bool(products(net)) or _has_norm(net)
+
+
+def _has_norm(net: fx.GraphModule) -> bool:
+    return any(NORMS.intersection(traits_of(node).operators) for node in net.graph.nodes)
+
+
+def without_trunk(net: fx.GraphModule, target: str) -> str:
+    """Return why an engine does not run a network, in one line.
+
+    Args:
+        net: With a trunk of floats.
+        target: Name of the engine, not one of `FLOAT_TRUNKS`.
+    """
+    kinds = {"attention": bool(products(net)), "LayerNorm": _has_norm(net)}
+    found = " and ".join(kind for kind, there in kinds.items() if there)
+    return (
+        f"`quant.target` must be {' or '.join(FLOAT_TRUNKS)} for a network with {found}, whose floats between integer "
+        f"layers are known for that engine only, but got {target}; research exports any network"
+    )
 
 
 def trunk_points(
@@ -87,6 +107,10 @@ def trunk_points(
         if isinstance(node_module(net, chain[0]), nn.Conv2d):
             readers_of[node] = list(node.users)
             bits_of.setdefault(node, BYTE_BITS)
+    for source in list(readers_of):  # of an output that several read, what is on its grid anyway
+        made = _grid_of(source)
+        if made is not source and made in readers_of and bits_of[made] == bits_of[source]:
+            del readers_of[source]
     points = []
     for node in net.graph.nodes:
         if node in readers_of:
@@ -102,6 +126,23 @@ def trunk_points(
     return points
 
 
+def moved_on_grid(net: fx.GraphModule, readers: Mapping[fx.Node, list[fx.Node]]) -> dict[fx.Node, fx.Node]:
+    """Return, for the activations that move values of a point, the point.
+
+    Args:
+        net: The graph of `trunk_points`, before quantizers are inserted.
+        readers: Readers of each point.
+    """
+    found: dict[fx.Node, fx.Node] = {}
+    for node in net.graph.nodes:
+        if node in readers or not node.op.startswith("call_") or not moves_one(node):
+            continue
+        (source,) = value_inputs(node)
+        if source in found or node in readers.get(source, ()):
+            found[node] = found.get(source, source)
+    return found
+
+
 def _made_at(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """Return where a tensor is made that movements without other readers bring to ``node``, and the first of these.
 
@@ -115,6 +156,12 @@ def _made_at(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
             break
         node, between = source, node
     return node, between
+
+
+def _grid_of(node: fx.Node) -> fx.Node:
+    while node.op.startswith("call_") and moves_one(node):
+        (node,) = value_inputs(node)
+    return node
 
 
 def _size(node: fx.Node) -> int:

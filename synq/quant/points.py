@@ -10,7 +10,7 @@ from synq.network.op_traits import value_inputs
 from synq.network.ops import classify, products, value_sources
 from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import BitPatterns, layer_names
-from synq.quant.float_trunk import has_float_trunk, trunk_points
+from synq.quant.float_trunk import has_float_trunk, moved_on_grid, trunk_points
 from synq.quant.placement import target_points, with_same_grid
 
 NOT_ROUNDED = "clamped, not rounded"
@@ -79,8 +79,7 @@ def bits_and_notes(
 ) -> tuple[dict[fx.Node, int], dict[fx.Node, str]]:
     """Return the bit-width of each activation that is on a grid, and notes, for the cost of a student.
 
-    For an engine a step has the bit-width of its last node, and what moves values that of the tensor they come from;
-    with a trunk of floats only the points have one.
+    For an engine a step has the bit-width of its last node, and what moves values that of the tensor they come from.
 
     Args:
         net: The graph of `quantized_activations`, before quantizers are inserted.
@@ -89,7 +88,12 @@ def bits_and_notes(
     """
     bits = {node: point.bits for node, point in points.items()}
     notes = {node: NOT_ROUNDED for node, point in points.items() if not point.rounded}
-    if quant.target == RESEARCH or has_float_trunk(net):
+    if quant.target == RESEARCH:
+        return bits, notes
+    if has_float_trunk(net):
+        moved = moved_on_grid(net, {node: point.readers for node, point in points.items()})
+        for node, source in moved.items():
+            bits[node], notes[node] = points[source].bits, f"on the grid of {source.name}"
         return bits, notes
     for node, carrier in with_same_grid(net).items():
         if carrier in points:

@@ -105,7 +105,7 @@ class Builder:
         if self.float_trunk and (grid is None or isinstance(template, FloatStep)):
             made = self._base_in_floats(pending, name if grid is None else f"{name}.float")
             if grid is not None:
-                step = Quantize(inputs=(made.name,), output=self.unique(name), layer=template.layer)
+                step = Quantize(inputs=(made.name,), output=self.unique(name), layer=name)
                 made = self.add(step, made.shape, grid, 0, grid.quant_max)
             for movement in pending.moves:
                 made = movement(made)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from synq.engines.aten.builder import Builder
 from synq.engines.aten.capture import BATCH
-from synq.engines.aten.symbols import Call, Codes, Symbol, Turned, moved
+from synq.engines.aten.symbols import Call, Codes, Symbol, moved
 from synq.engines.float_program import FloatConcatenation
 from synq.engines.program import Concatenation, NearestResize, Pad, Reshape, Slice, Transpose
 
@@ -112,59 +112,15 @@ def broadcast(builder: Builder, call: Call, codes: Codes, shape: tuple[int, ...]
     return codes
 
 
-def view(builder: Builder, call: Call) -> Symbol | Turned:
+def view(builder: Builder, call: Call) -> Symbol:
     """Lower every reshape that keeps images apart."""
-    if call.name == "squeeze" and isinstance(call.args[0], Turned):
-        return _squeezed(builder, call, call.args[0])
     symbol = _operand(builder, call)
     _check_images(builder, call)
     return moved(symbol, call.shape, lambda codes: reshaped(builder, codes, call.shape))
 
 
-def permute(builder: Builder, call: Call) -> Symbol | Turned:
-    """Lower a permutation of axes; where N is not the first afterwards, what reads the result has to choose from it."""
-    operand = call.args[0]
-    dims = call.argument("dims")
-    if isinstance(operand, Turned):
-        return turned(builder, operand.symbol, [operand.axes[int(a) % len(operand.axes)] for a in dims])
-    symbol = _operand(builder, call)
-    return turned(builder, symbol, [int(a) % (len(symbol.shape) + 1) for a in dims])
-
-
-def turned(builder: Builder, symbol: Symbol, axes: Sequence[int]) -> Symbol | Turned:
-    """Return a value with its axes in another order."""
-    if axes[0] != 0:
-        return Turned(symbol=symbol, axes=tuple(axes))
-    shape = tuple(symbol.shape[a - 1] for a in axes[1:])
-    return moved(symbol, shape, lambda codes: transposed(builder, codes, axes))
-
-
-def _squeezed(builder: Builder, call: Call, value: Turned) -> Symbol | Turned:
-    """Return a turned value without some axes of size 1."""
-    given = call.argument("dim")
-    dropped = {value.axes[int(d) % len(value.axes)] for d in ([given] if isinstance(given, int) else given)}
-    if 0 in dropped or any(value.symbol.shape[axis - 1] != 1 for axis in dropped):
-        builder.reject(call, "it drops an axis with several positions")
-    kept = [axis for axis in range(len(value.axes)) if axis not in dropped]
-    shape = tuple(value.symbol.shape[axis - 1] for axis in kept[1:])
-    symbol = moved(value.symbol, shape, lambda codes: reshaped(builder, codes, shape))
-    return turned(builder, symbol, [kept.index(axis) for axis in value.axes if axis in kept])
-
-
-def _slice_of_turned(builder: Builder, call: Call, value: Turned) -> Turned:
-    axis = value.axes[int(call.argument("dim") or 0) % len(value.axes)]
-    _check_axis(builder, call, axis)
-    size = value.symbol.shape[axis - 1]
-    start, stop, step = slice(call.argument("start"), call.argument("end"), call.argument("step")).indices(size)
-    shape = _with(value.symbol.shape, axis, len(range(start, stop, step)))
-    symbol = moved(value.symbol, shape, lambda codes: sliced(builder, codes, axis, start, stop, step))
-    return Turned(symbol=symbol, axes=value.axes)
-
-
-def slice_axis(builder: Builder, call: Call) -> Symbol | Turned:
+def slice_axis(builder: Builder, call: Call) -> Symbol:
     """Lower a slice with constant ends."""
-    if isinstance(call.args[0], Turned):
-        return _slice_of_turned(builder, call, call.args[0])
     symbol, axis = _operand(builder, call), _axis(builder, call)
     size = (call.shapes[0][0], *symbol.shape)[axis]
     start, stop, step = slice(call.argument("start"), call.argument("end"), call.argument("step")).indices(size)
@@ -318,10 +274,8 @@ def put(builder: Builder, call: Call) -> Symbol:
     return side_by_side(builder, parts, axis)
 
 
-def same(builder: Builder, call: Call) -> Symbol | Turned:
+def same(builder: Builder, call: Call) -> Symbol:
     """Lower what returns its input: a copy, a dropout at rest, a conversion between types of floats."""
-    if isinstance(call.args[0], Turned):
-        return call.args[0]
     return _operand(builder, call, "src") if call.name == "copy" else _operand(builder, call)
 
 
@@ -367,10 +321,7 @@ MOVES: dict[str, Callable[[Builder, Call], Any]] = {
     **dict.fromkeys(
         ("clone", "alias", "detach", "_to_copy", "lift_fresh_copy", "contiguous", "dropout", "copy", "positive"), same
     ),
-    "permute": permute,
     "slice": slice_axis,
     "select": select,
 }
 """Lowering of each operator by its name."""
-TURNING = frozenset({"permute", "slice", "squeeze", "clone", "alias", "detach", "contiguous", "dropout"})
-"""Operators that read a value whose first axis is not N."""
