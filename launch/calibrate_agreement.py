@@ -20,7 +20,7 @@ import torch
 from synq.common.exit_codes import leave
 from synq.common.text_tables import to_markdown
 from synq.config.command_line import Command
-from synq.config.command_options import option
+from synq.config.command_options import argument, option
 from synq.config.run import EvaluationConfig, RunConfig, with_overrides
 from synq.finetune.loop import NonFiniteLossError
 from synq.sweeps.studies.agreement_fit import COLUMNS, Errors, errors, fit, row_of, table
@@ -122,7 +122,7 @@ def students(name: str, teacher: dict[str, Any], labeled: EvaluationConfig, outp
 
 
 @click.command("calibrate_agreement", cls=Command)
-@click.argument("output")
+@argument("output", metavar="OUTPUT", help="folder of the results")
 @option("--networks", "folder", metavar="FOLDER", required=True, help="folder of the trained networks")
 @option("--fashion", metavar="FOLDER", default=".", help="folder of Fashion-MNIST's IDX files")
 @option("--cifar", metavar="FOLDER", default=".", help="folder of the CIFAR networks, teachers.py and test images")

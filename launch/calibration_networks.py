@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from synq.common.exit_codes import leave
 from synq.common.seeding import make_generator, seed_everything
 from synq.config.command_line import Command
-from synq.config.command_options import option
+from synq.config.command_options import OneOf, argument, option
 from synq.evaluation.labeled import load_labeled
 from synq.evaluation.labeled_arrays import read_idx
 from synq.evaluation.labeled_sources import digits_heldout_mask
@@ -154,8 +154,8 @@ def train(recipe: Recipe, pixels: Tensor, labels: Tensor, seed: int = 0) -> nn.M
 
 
 @click.command("calibration_networks", cls=Command)
-@click.argument("name", type=click.Choice(list(RECIPES)))
-@click.argument("output")
+@argument("name", metavar="NAME", type=OneOf(*RECIPES), help="name of the network, of RECIPES")
+@argument("output", metavar="OUTPUT", help="folder of the weights")
 @option("--fashion", metavar="FOLDER", help="folder of Fashion-MNIST's IDX files")
 @option("--cifar", metavar="FILE", help="images x (N, 32, 32, 3) uint8 and labels y, in an .npz file")
 def command(name: str, output: str, fashion: str | None, cifar: str | None) -> None:

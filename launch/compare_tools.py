@@ -28,7 +28,7 @@ from synq.common.exit_codes import leave
 from synq.common.files import read_json, write_json_atomic
 from synq.common.text_tables import to_markdown
 from synq.config.command_line import Command
-from synq.config.command_options import INT, OneOf, option
+from synq.config.command_options import INT, OneOf, argument, option
 from synq.config.quant import BY_RULES, RESEARCH, TARGETS
 from synq.config.run import RunConfig, make_absolute, with_overrides
 from synq.evaluation.measure import Measure
@@ -169,7 +169,7 @@ def table(output: Path) -> str:
 
 
 @click.command("compare_tools", cls=Command)
-@click.argument("output")
+@argument("output", metavar="OUTPUT", help="folder of the results")
 @option("--data", metavar="FOLDER", required=True, help="folder with the CIFAR-10 ResNet-20 and its labeled images")
 @option(
     "--targets",

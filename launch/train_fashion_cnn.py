@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from synq.common.exit_codes import leave
 from synq.common.seeding import make_generator, seed_everything
 from synq.config.command_line import Command
-from synq.config.command_options import INT, option
+from synq.config.command_options import INT, argument, option
 from synq.evaluation.labeled_arrays import read_idx
 
 MEAN, STD = 0.286, 0.353
@@ -85,7 +85,7 @@ def train(images: Tensor, labels: Tensor, seed: int, epochs: int) -> nn.Module:
 
 
 @click.command("train_fashion_cnn", cls=Command)
-@click.argument("folder")
+@argument("folder", metavar="FOLDER", help="folder of the four IDX files of Fashion-MNIST, packed or not")
 @option("--seed", type=INT, default=0, help="seed of weights and order (default: 0)")
 @option("--epochs", type=INT, default=3, help="passes over the images (default: 3)")
 @option("--images", type=INT, default=12000, help="training images, the first of the set (default: 12000)")

@@ -45,6 +45,7 @@ from synq.runtime import check_compilable, dtype_of, exists_on_main, make_accele
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.own_method import own_method
 from synq.synthesis.run_sets import check_space, ensure_sets, low_pass
+from synq.teacher.architecture import statistics_note
 from synq.teacher.pixel_range import PixelRange
 from synq.teacher.teacher import Teacher, load_teacher
 
@@ -172,6 +173,8 @@ def _trained_before(
         rest = config if found is None else with_overrides(config, {"finetune.epochs": 0})
         number = len(measure.reported) + len(measure.chosen)
         try:
+            if note := statistics_note(teacher.module):
+                print_notice(note)
             print_notice(forecast_line(config, forecast(rest, teacher, student, number, accelerator)))
         except Exception as error:  # a probe may fail as any training step, for want of memory for example
             failure = error

@@ -1,7 +1,9 @@
 """The runtime of a run: process group, device, dtype, memory format, compilation."""
 
+import copy
 import os
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +25,8 @@ from synq.quant.layers import quantizers_bypassed
 
 TRACKER_PACKAGES = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "mlflow": is_mlflow_available}
 """Tracker -> function that returns whether its package is installed. Accelerate would only warn, and log nothing."""
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def check_tracker(tracker: str) -> None:
@@ -119,6 +123,19 @@ def to_layout(net: nn.Module, layout: torch.memory_format, input_size: tuple[int
             layout = torch.contiguous_format
             net.to(memory_format=layout)  # type: ignore[call-overload]
     return layout
+
+
+def placed_copy(module: ModuleT, device: torch.device, input_size: tuple[int, int, int]) -> ModuleT:
+    """Return a frozen copy of a network on a device, in eval mode and the layout that is faster there.
+
+    Args:
+        module: The network; it stays where and as it is.
+        device: Device of the copy.
+        input_size: (C, H, W).
+    """
+    placed = copy.deepcopy(module).eval().requires_grad_(False).to(device)
+    to_layout(placed, torch.channels_last, input_size)
+    return placed
 
 
 def check_compilable(config: RunConfig, cam: CamSite, device: torch.device) -> None:

@@ -11,6 +11,7 @@ from synq.config.finetune import inactive_keys
 from synq.config.parsing import config_to_dict, with_overrides
 from synq.config.plugins import KINDS, Kind, is_added, is_file, versioned
 from synq.config.quant import RESEARCH, end_bits
+from synq.config.synthesis import BY_STRUCTURE
 
 T = TypeVar("T")
 DIGEST_FORMAT = 5
@@ -149,7 +150,7 @@ def config_digest(config: object, *, with_seeds: bool = True, with_evaluation: b
     # Settings that were added later: left out where not given, so that the digests of earlier configurations stay.
     added = ("resize_size", "interpolation")
     left_out += [(values["evaluation"], key) for key in added if values["evaluation"][key] is None]
-    left_out += [(values["synthesis"], "source")] if values["synthesis"]["source"] is None else []
+    left_out += [(values["synthesis"], key) for key in ("source", *BY_STRUCTURE) if values["synthesis"][key] is None]
     left_out += [] if with_evaluation else [(values, "evaluation")]
     left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]
     for table, key in left_out:

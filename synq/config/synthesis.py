@@ -13,6 +13,11 @@ OWN_IMAGES = "own_images"
 SYNTHESIS_METHODS = tuple(name for name in SYNTHESIS_METHOD.built_in if name != OWN_IMAGES)
 """Methods of SynQ that make images."""
 
+STRUCTURE_WEIGHTS = ("head_weight", "entropy_weight", "variation_weight")
+"""Weights of the terms of `synq.synthesis.structure`; None lets the network's structure decide."""
+BY_STRUCTURE = (*STRUCTURE_WEIGHTS, "shift_color")
+"""Settings that were added later; where they are None they are left out of digests, so that those of before stay."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SynthesisConfig:
@@ -75,6 +80,17 @@ class SynthesisConfig:
     augment: Literal["none", "flip_shift"] = "none"
     """Augmentation of the images in each optimizer step: random flip and shift. It needs several times the
     iterations."""
+    shift_color: bool | None = None
+    """Whether images are shifted at random in each optimizer step and get random colors, which fade to none. None: for
+    a network without BatchNorm statistics."""
+    head_weight: float | None = None
+    """Weight of the disagreement of attention heads (1 - SSIM^2 of their maps). None: 0.05 for a network without
+    BatchNorm statistics, else 0."""
+    entropy_weight: float | None = None
+    """Weight of the negative entropy of the similarity of tokens, or of positions where there is no attention. None:
+    0.05 for a network without BatchNorm statistics, else 0."""
+    variation_weight: float | None = None
+    """Weight of the total variation of the pixels. None: 0.002 for a network without BatchNorm statistics, else 0."""
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -106,6 +122,9 @@ class SynthesisConfig:
         one_of("synthesis.schedule", self.schedule, ("cosine", "plateau"))
         one_of("synthesis.bns_form", self.bns_form, ("std_sum", "var_mean"))
         one_of("synthesis.augment", self.augment, ("none", "flip_shift"))
+        for name in STRUCTURE_WEIGHTS:
+            if (weight := getattr(self, name)) is not None:
+                between(f"synthesis.{name}", weight, 0)
 
     @property
     def is_added(self) -> bool:

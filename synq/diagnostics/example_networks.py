@@ -122,7 +122,7 @@ def audio() -> nn.Module:
 
 
 def no_norm() -> nn.Module:
-    """Return a network without batch norm, which synthesis cannot use."""
+    """Return a network without batch norm: images are synthesized from its labels and positions alone."""
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), *_head(16))
 
 

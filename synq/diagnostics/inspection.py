@@ -11,6 +11,7 @@ from synq.diagnostics.kernel_table import kernel_summary, kernel_table
 from synq.engines.deployed import check_deployable
 from synq.export.export import missing_packages
 from synq.export.operation_check import unexportable_operations
+from synq.network.attention.sites import attention_sites
 from synq.network.bn_stats import bn_targets
 from synq.network.op_traits import node_module
 from synq.quant.cost import FLOAT_BITS, TensorRow, float_bytes
@@ -38,16 +39,17 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig, rules: str =
         rules: Engine whose published rules the file is checked against; "" for none.
 
     Returns:
-        ``teacher`` (source, digest, input, classes, parameters, bytes), ``synthesis`` (the batch norms that guide it),
-        ``cam``, ``student`` (bits, bytes, MACs, BitOps, and BitOps of the float model), ``onnx`` (whether
-        ``synq export`` can write the file, ONNX or that of the engine, and if not, or if not checked, why), ``kernels``
+        ``teacher`` (source, digest, input, classes, parameters, bytes), ``synthesis`` (the batch norms that guide it,
+        and the number of attentions, which do so where there are none), ``cam``, ``student`` (bits, bytes, MACs,
+        BitOps, and BitOps of the float model), ``onnx`` (whether ``synq export`` can write the file, ONNX or that of
+        the engine, and if not, or if not checked, why), ``kernels``
         (as `kernel_table`; empty under target research) and ``layers``: one row with COLUMNS for each node of the
         graph, in order of execution.
 
     Raises:
         ValueError: As `kernel_table`.
     """
-    guides, cam = bn_targets(teacher.graph), teacher.cam
+    guides, cam, sites = bn_targets(teacher.graph), teacher.cam, attention_sites(teacher.graph)
     weights = [row for row in student.rows if row.role == "weight"]
     macs, float_size = sum(row.macs for row in weights), float_bytes(teacher.graph)
     return {
@@ -64,6 +66,7 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig, rules: str =
         },
         "synthesis": {
             "batch_norms": list(guides),
+            "attention": len(sites),
             "channels": sum(len(target.mean) for target in guides.values()),
         },
         "cam": {
@@ -114,7 +117,7 @@ def summary(found: dict[str, Any]) -> str:
             f"{teacher['classes']} classes"
         ),
         "images": f"{size}, normalized (x - {_numbers(teacher['mean'])}) / {_numbers(teacher['std'])}",
-        "synthesis": f"guided by {len(norms['batch_norms'])} batch norms of {norms['channels']:,} channels",
+        "synthesis": f"guided by {_guides(norms)}",
         "map": f"{at}; {cam['reason']}",
         "student": (
             f"{student['bits']}{named}, protocol {protocol}, {points} {student['act_points']}: "
@@ -149,6 +152,14 @@ def _onnx(teacher: Teacher, student: Student, quant: QuantConfig) -> dict[str, A
         return {"exportable": None, "reason": reason}
     lines = unexportable_operations(integer_form(student.net, empty=True))
     return {"exportable": not lines, "reason": f"cannot be exported: {'; '.join(lines)}" if lines else ""}
+
+
+def _guides(found: dict[str, Any]) -> str:
+    if found["batch_norms"]:
+        return f"{len(found['batch_norms'])} batch norms of {found['channels']:,} channels"
+    count = found["attention"]
+    seen = f"{count} attention{'s' if count > 1 else ''}" if count else "the positions of its maps"
+    return f"labels and {seen}, without BatchNorm statistics"
 
 
 def _layers(teacher: Teacher, student: Student, guides: set[str]) -> list[Row]:

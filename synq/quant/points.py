@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from synq.config.quant import RESEARCH, QuantConfig
-from synq.network.op_traits import value_inputs
+from synq.network.op_traits import OpKind, traits_of, value_inputs
 from synq.network.ops import classify, products, value_sources
 from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import BitPatterns, layer_names
@@ -66,12 +66,13 @@ def reads_inputs(net: fx.GraphModule) -> bool:
     """Return whether ``act_points`` "relu" means the inputs of layers and products, the image excepted.
 
     That is the placement of the literature for attention: the output of a LayerNorm or softmax is a non-linear
-    function, and so is no value of a residual sum, which stays float.
+    function, and so is no value of a residual sum, which stays float. Networks without BatchNorm have it, too, whose
+    normalizations are non-linear functions.
 
     Args:
         net: A graph from ``trace_classifier``, its layers quantized or not.
     """
-    return bool(products(net))
+    return bool(products(net)) or not any(traits_of(node).kind is OpKind.NORM for node in net.graph.nodes)
 
 
 def bits_and_notes(

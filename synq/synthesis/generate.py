@@ -1,6 +1,5 @@
 """Synthesis of the images of a teacher, in shards that several processes share and that an interrupted run resumes."""
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from synq.common.digests import read_sealed_json, report_unsealed, write_sealed_json
 from synq.common.files import DamagedFileError
@@ -19,14 +18,15 @@ from synq.common.seeding import make_generator
 from synq.config.run import SynthesisConfig
 from synq.config.synthesis import OWN_IMAGES
 from synq.network.bn_stats import ChannelStatistics, bn_targets
-from synq.runtime import to_layout
+from synq.runtime import placed_copy
 from synq.synthesis.centers import center_targets, pack_statistics, split_evenly, unpack_statistics
 from synq.synthesis.dataset import SyntheticSet
-from synq.synthesis.inversion import TERMS, Inversion, invert
+from synq.synthesis.inversion import Inversion, invert
 from synq.synthesis.own_method import given_images
 from synq.synthesis.recovery import intact_set, try_lock, without_damage
 from synq.synthesis.start_noise import WHITE, StartNoise, fit_start
 from synq.synthesis.store import Purpose, SetStore, set_identity
+from synq.synthesis.structure import StructureTerms, check_method, structure_weights
 from synq.teacher.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -135,11 +135,12 @@ class _SetBuilder:
         self.world_size: int = accelerator.num_processes if accelerator else 1
         self.device = accelerator.device if accelerator else (device or torch.device("cpu"))
         self.is_shown: bool = progress and (accelerator is None or accelerator.is_local_main_process)
-        # A copy, because the teacher stays on the CPU; convolutions are faster in channels_last on CPU and GPU.
-        module: nn.Module = copy.deepcopy(teacher.module)
-        self.module = module.eval().requires_grad_(False).to(self.device)
-        to_layout(self.module, torch.channels_last, teacher.input_size)
+        self.module = placed_copy(teacher.module, self.device, teacher.input_size)
         self.targets = bn_targets(self.module)
+        check_method(config, bool(self.targets), teacher.name)
+        weights = structure_weights(config, bool(self.targets))
+        self._graph = placed_copy(teacher.graph, self.device, teacher.input_size) if weights.any else None
+        self._weights = weights
         self._fitted: StartNoise | None = None
 
     def build(self) -> None:
@@ -196,7 +197,7 @@ class _SetBuilder:
 
     def _start(self, config: SynthesisConfig) -> StartNoise:
         """Return the initial noise; the first process fits and stores it, all others read it, so it is one per set."""
-        if not config.fits_start:
+        if not config.fits_start or not self.targets:
             return WHITE
         if self._fitted is None:
             path = self.store.partial(self.key) / START_FILE
@@ -252,7 +253,7 @@ class _SetBuilder:
 
         started = time.perf_counter()
         try:
-            if config.fits_start and self._fitted is None:
+            if config.fits_start and self.targets and self._fitted is None:
                 note(bar, "fitting the initial noise")
             start = self._start(config)
             generator = make_generator("synthesis", self.seed, self.purpose, kind, index)
@@ -268,6 +269,7 @@ class _SetBuilder:
                 center_targets=deep_targets,
                 start=start,
                 pixel_range=self.pixel_range,
+                structure=None if self._graph is None else StructureTerms(self._graph, self._weights, generator),
                 device=self.device,
                 on_iteration=None if bar.disable else show,
             )
@@ -339,7 +341,7 @@ class _SetBuilder:
             "teacher_name": teacher.name,
             "num_images": sum(counts),
             "num_classes": teacher.num_classes,
-            "terms": {name: mean_of([entry["terms"][name] for entry in entries]) for name in TERMS},
+            "terms": {name: mean_of([entry["terms"][name] for entry in entries]) for name in entries[0]["terms"]},
             "agreement": mean_of([entry["agreement"] for entry in entries]),
             **({"start_noise": entries[0]["start_noise"]} if self.config.fits_start else {}),
             "seconds": round(sum(entry["seconds"] for entry in entries), 3),

@@ -1,4 +1,7 @@
-"""Model inversion: optimize one shard of images, by any method, to match the batch-norm statistics of a classifier."""
+"""Model inversion: optimize one shard of images, by any method, to match the batch-norm statistics of a classifier.
+
+A classifier without such statistics has the terms of its structure instead (`synq.synthesis.structure`).
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,6 +15,7 @@ from synq.losses import inception_loss
 from synq.network.bn_stats import BatchNormInputs, ChannelStatistics, bns_loss
 from synq.synthesis.image_sources import GivenImages, ParameterGroup, make_source
 from synq.synthesis.start_noise import WHITE, StartNoise
+from synq.synthesis.structure import StructureTerms, recolored
 from synq.synthesis.swing import SwingConvolutions, draw_swings
 from synq.teacher.pixel_range import PixelRange
 
@@ -19,7 +23,6 @@ SHIFT_PARTS = 8
 """The random shift is at most 1/8 of the image's side: 4 pixels at 32, 28 at 224."""
 PLATEAU_THRESHOLD = 1e-4
 """Relative threshold: a loss below best * (1 - threshold) counts as an improvement."""
-TERMS = ("total", "inception", "bns", "centers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +34,8 @@ class Inversion:
     labels: Tensor
     """Shape (N,), int64: the assigned labels, or the teacher's predictions if the method assigns none."""
     terms: dict[str, float]
-    """Loss terms of the final images without augmentation: total, inception, bns, centers."""
+    """Loss terms of the final images without augmentation: total, inception, bns, centers, and those of the structure
+    if there are any: heads, entropy, variation."""
     num_agree: int
     """Number of images whose label is the teacher's top-1 prediction."""
     history: Tensor
@@ -96,12 +100,13 @@ def mirror_roll(images: Tensor, flip: bool, shift: tuple[int, int]) -> Tensor:
 
 
 def _draw_views(
-    augment: str, iterations: int, height: int, width: int, generator: torch.Generator
+    config: SynthesisConfig, shifts_always: bool, iterations: int, height: int, width: int, generator: torch.Generator
 ) -> list[tuple[bool, tuple[int, int]]]:
     """Draw the flips and shifts (rows, columns) of all steps as Python numbers, so that no step reads the device."""
-    if augment == "none":
+    if config.augment == "none" and not shifts_always:
         return [(False, (0, 0))] * iterations
-    flips = torch.randint(0, 2, (iterations,), generator=generator).tolist()
+    most_flips = 2 if config.augment == "flip_shift" else 1
+    flips = torch.randint(0, most_flips, (iterations,), generator=generator).tolist()
     limits = (height // SHIFT_PARTS, width // SHIFT_PARTS)
     shifts = [torch.randint(-most, most + 1, (iterations,), generator=generator).tolist() for most in limits]
     return [(bool(flip), (down, right)) for flip, down, right in zip(flips, *shifts, strict=True)]
@@ -126,6 +131,7 @@ def invert(
     center_targets: Mapping[str, ChannelStatistics] | None = None,
     start: StartNoise = WHITE,
     pixel_range: PixelRange | None = None,
+    structure: StructureTerms | None = None,
     device: torch.device | None = None,
     on_iteration: Callable[[int, Tensor], None] | None = None,
 ) -> Inversion:
@@ -133,6 +139,7 @@ def invert(
 
     L = inception_weight * mean_i (1 - p_i)^gamma CE_i
         + bns_weight * BNS(targets) + center_weight * bns_weight * BNS(center_targets)
+        + head_weight * H + entropy_weight * E + variation_weight * V
 
     The first term is absent for zeroq and gaussian, which assign no labels; gaussian does no step at all. All learning
     rates of a method follow the same schedule. The cosine schedule is ours: over a few hundred iterations the plateau
@@ -147,7 +154,7 @@ def invert(
         module: The teacher in eval mode, on `device`. Its parameters get no gradient and are not changed.
         labels: Shape (N,), int64: the target class of each image.
         input_size: Channels, height, width in pixels.
-        targets: Target batch-norm statistics by layer, on `device`.
+        targets: Target batch-norm statistics by layer, on `device`; empty for a teacher without.
         config: Method, loss weights, learning rates, augmentation.
         generator: CPU generator for the initial values, the augmentation, the swing shifts and the noise of a
             conditional generator.
@@ -156,6 +163,8 @@ def invert(
         center_targets: Second set of target statistics for some of the layers, on `device`; None for no second target.
         start: Distribution of the initial pixels: the result of `fit_start`, or white noise. Generators ignore it.
         pixel_range: Range of normalized pixels, which no image leaves at any step; None for no bounds.
+        structure: The teacher with terms of its structure, on `device`, which is run instead of `module`; None for no
+            such terms.
         device: Device to compute on; None means the CPU.
         on_iteration: Callback after each step with the number of finished steps and the loss (a scalar on the device).
 
@@ -181,7 +190,9 @@ def invert(
         )
     )
     labels = labels.to(device)
-    views = _draw_views(config.augment, iterations, *input_size[1:], generator)
+    module = module if structure is None else structure.module
+    colors = config.shift_color if config.shift_color is not None else not targets
+    views = _draw_views(config, colors, iterations, *input_size[1:], generator)
     swings = draw_swings(module, iterations, generator) if config.swings else []
     schedules = [_make_schedule(group.lr, config, iterations, device) for group in source.groups]
     groups = [
@@ -196,20 +207,28 @@ def invert(
         parameter.grad = buffer
     history = torch.zeros(iterations, device=device)
 
-    def terms_of(logits: Tensor, statistics: Mapping[str, ChannelStatistics]) -> dict[str, Tensor]:
+    def respond(images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return (module(images), {}) if structure is None else structure(images)
+
+    def terms_of(
+        logits: Tensor, statistics: Mapping[str, ChannelStatistics], looks: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         gamma = config.hard_sample_gamma if config.assigns_labels else 0.0
+        nothing = torch.zeros((), device=device)
         terms = {
             "inception": inception_loss(logits, labels, gamma).mean(),
-            "bns": bns_loss(statistics, targets, config.bns_form),
-            "centers": torch.zeros((), device=device),
+            "bns": bns_loss(statistics, targets, config.bns_form) if targets else nothing,
+            "centers": nothing,
         }
         total = config.bns_weight * terms["bns"]
+        if structure is not None:
+            total = total + structure.total(looks)
         if config.assigns_labels:
             total = config.inception_weight * terms["inception"] + total
         if center_targets:
             terms["centers"] = bns_loss(statistics, center_targets, config.bns_form)
             total = total + config.center_weight * config.bns_weight * terms["centers"]
-        return {"total": total, **terms}
+        return {"total": total, **terms, **looks}
 
     with BatchNormInputs(module) as inputs:
         with SwingConvolutions(module, swings) as swing:
@@ -217,9 +236,11 @@ def invert(
                 swing.set_step(step)
                 images = source.images()
                 view = mirror_roll(images, flip, shift)
+                if colors:
+                    view = recolored(view, 1 - step / iterations, generator)
                 # A clone, because a teacher may normalize its input in place.
-                logits = module(view.clone() if view is images else view)
-                loss = terms_of(logits, inputs.take())["total"]
+                logits, looks = respond(view.clone() if view is images else view)
+                loss = terms_of(logits, inputs.take(), looks)["total"]
                 # grad instead of backward, which would accumulate gradients in the teacher's parameters. Copied into
                 # buffers, because the fused step needs gradient and parameter in the same memory format.
                 for buffer, gradient in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
@@ -235,10 +256,10 @@ def invert(
                     on_iteration(step + 1, loss)
         with torch.no_grad():
             images = source.images()
-            logits = module(images.clone())
+            logits, looks = respond(images.clone())
             statistics = inputs.take()
             labels = labels if config.assigns_labels else logits.argmax(1)
-            terms = {name: value.item() for name, value in terms_of(logits, statistics).items()}
+            terms = {name: value.item() for name, value in terms_of(logits, statistics, looks).items()}
     result = images.detach().to("cpu", memory_format=torch.contiguous_format)
     _check_finite({**terms, "pixels": result.sum().item()}, source.groups if iterations else [])
     return Inversion(

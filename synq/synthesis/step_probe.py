@@ -1,6 +1,5 @@
 """Cost of synthesis, measured on a few images and steps of a teacher."""
 
-import copy
 import time
 from dataclasses import dataclass, replace
 
@@ -11,9 +10,10 @@ from synq.common.seeding import make_generator
 from synq.config.run import SynthesisConfig
 from synq.config.synthesis import OWN_IMAGES
 from synq.network.bn_stats import bn_targets
-from synq.runtime import to_layout
+from synq.runtime import placed_copy
 from synq.synthesis.inversion import invert
 from synq.synthesis.start_noise import USUAL_EVALUATIONS, enough_probes
+from synq.synthesis.structure import StructureTerms, structure_weights
 from synq.teacher.teacher import Teacher
 
 FEW, MORE = 4, 32
@@ -40,9 +40,10 @@ def probe_synthesis(teacher: Teacher, config: SynthesisConfig, device: torch.dev
         config: Settings of the synthesis.
         device: Device to compute on.
     """
-    module: nn.Module = copy.deepcopy(teacher.module).eval().requires_grad_(False).to(device)
-    to_layout(module, torch.channels_last, teacher.input_size)
+    module = placed_copy(teacher.module, device, teacher.input_size)
     targets = bn_targets(module)
+    weights = structure_weights(config, bool(targets))
+    graph = placed_copy(teacher.graph, device, teacher.input_size) if weights.any else None
     method = "inversion" if config.is_added else config.method  # of the user's method nothing is known
     plain = replace(config, start="white", calib_centers=False, method=method)
 
@@ -59,6 +60,7 @@ def probe_synthesis(teacher: Teacher, config: SynthesisConfig, device: torch.dev
             generator=generator,
             iterations=iterations,
             pixel_range=teacher.pixel_range(),
+            structure=None if graph is None else StructureTerms(graph, weights, generator),
             device=device,
         )
         return time.perf_counter() - started

@@ -18,7 +18,7 @@ from synq.common.files import DamagedFileError, write_bytes_atomic
 from synq.common.notices import print_notice
 from synq.config.identity import map_spec_path
 from synq.config.run import SynthesisConfig, config_to_dict
-from synq.config.synthesis import OWN_IMAGES, PIXEL_METHODS
+from synq.config.synthesis import BY_STRUCTURE, OWN_IMAGES, PIXEL_METHODS
 from synq.synthesis.dataset import (
     DATA_FILE,
     FORMAT_VERSION,
@@ -64,6 +64,7 @@ def set_identity(
         pixel_range: Range of normalized pixels; None for images without bounds.
     """
     settings = config_to_dict(config) | {"swing_conv": config.swings}
+    not_given = {name for name in BY_STRUCTURE if settings[name] is None}
     unused = set() if config.method in ("gdfq", "genie") else set(GENERATOR_FIELDS)
     if not config.calib_centers:
         unused |= set(CENTER_FIELDS)
@@ -80,7 +81,7 @@ def set_identity(
         settings["source"] = map_spec_path(str(config.source), os.path.basename)
     else:
         unused.add("source")
-    settings = {name: value for name, value in settings.items() if name not in unused}
+    settings = {name: value for name, value in settings.items() if name not in unused | not_given}
     return {
         "format_version": FORMAT_VERSION,
         "teacher_digest": teacher_digest,

@@ -1,4 +1,4 @@
-"""What a network must be to serve as a teacher: a classifier of images with BatchNorm statistics."""
+"""What a network must be to serve as a teacher: a classifier of single images, with plain weights."""
 
 import re
 
@@ -7,8 +7,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.network.tracing import check_plain_weights
 
-_ATTENTION = re.compile(r"multihead|transformer|attention|attn", re.IGNORECASE)
-"""Names that convolutional networks use too; in a network without BatchNorm they mean a transformer."""
 _OTHER_NORM = re.compile(r"(Layer|Group|Instance|RMS|Frozen\w*)\w*Norm")
 """Normalizations without running statistics of the data."""
 _TASKS = {
@@ -40,7 +38,7 @@ def check_task(module: nn.Module, name: str) -> None:
 
 
 def check_architecture(module: nn.Module, name: str) -> None:
-    """Reject unsupported architectures: networks without BatchNorm statistics, parametrized weights.
+    """Reject unsupported architectures: BatchNorm without running statistics, parametrized weights.
 
     Args:
         module: The classifier.
@@ -50,25 +48,26 @@ def check_architecture(module: nn.Module, name: str) -> None:
         ValueError: If the architecture is unsupported; the message names the reason and an alternative.
     """
     check_plain_weights(module)
-    modules = list(module.modules())
-    norms = [part for part in modules if isinstance(part, _BatchNorm)]
-    if any(part.running_mean is not None for part in norms):
-        return
-    for part in modules:
-        if isinstance(part, nn.MultiheadAttention) or hasattr(part, "qkv") or _has_name(part, _ATTENTION):
-            raise ValueError(
-                f"teacher must have BatchNorm layers with running statistics, from which the images are synthesized, "
-                f"but {name} is a transformer without them (it contains {type(part).__name__}), which is not supported "
-                "yet; use one with BatchNorm, such as torchvision:resnet18 or timm:levit_128s"
-            )
-    found = "whose BatchNorm layers keep none (track_running_stats=False)" if norms else "without BatchNorm layers"
-    others = sorted({type(part).__name__ for part in modules if _OTHER_NORM.search(type(part).__name__)})
-    found += f" (it has {', '.join(others)})" if others and not norms else ""
-    raise ValueError(
-        f"teacher must have BatchNorm layers with running statistics, but got {name}, {found}: the images are "
-        "synthesized from these statistics. If BatchNorm was folded into the convolutions, load the unfolded model"
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    if norms and not any(part.running_mean is not None for part in norms):
+        raise ValueError(
+            f"teacher must have BatchNorm layers with running statistics, or none, but those of {name} keep none "
+            "(track_running_stats=False), so that the logits of an image depend on the others of its batch"
+        )
+
+
+def statistics_note(module: nn.Module) -> str:
+    """Return one sentence on what guides the synthesis of a classifier without BatchNorm statistics, "" for others.
+
+    Args:
+        module: The classifier.
+    """
+    parts = list(module.modules())
+    if any(isinstance(part, _BatchNorm) for part in parts):
+        return ""
+    others = sorted({type(part).__name__ for part in parts if _OTHER_NORM.search(type(part).__name__)})
+    norms = f"{', '.join(others)} and " if others else ""
+    return (
+        f"no BatchNorm statistics ({norms}no running means): images are synthesized from labels, attention and tokens; "
+        "if BatchNorm was folded into the convolutions, load the unfolded model"
     )
-
-
-def _has_name(part: nn.Module, pattern: re.Pattern[str]) -> bool:
-    return pattern.search(type(part).__name__) is not None

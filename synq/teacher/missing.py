@@ -57,10 +57,11 @@ def check_given(config: TeacherConfig, source: SourceModel) -> InputFormat:
 
 
 def _is_trained(module: nn.Module) -> bool:
+    """Return whether BatchNorm statistics show training; a network without any counts as trained."""
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     kept = [(part.running_mean, part.running_var) for part in norms]
     known = [(mean, var) for mean, var in kept if mean is not None and var is not None]
-    return any(bool((mean != 0).any()) or bool((var != 1).any()) for mean, var in known)
+    return not known or any(bool((mean != 0).any()) or bool((var != 1).any()) for mean, var in known)
 
 
 def _message(config: TeacherConfig, source: SourceModel, missing: list[str]) -> str:

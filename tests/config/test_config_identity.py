@@ -14,6 +14,7 @@ from synq.config.run import (
     config_to_dict,
     with_overrides,
 )
+from synq.config.synthesis import STRUCTURE_WEIGHTS
 
 DECIDES_NOTHING = {
     "name",
@@ -93,6 +94,8 @@ def _another_value(key: str, value: object) -> object:
         "quant.learned_steps": "activations",
         "quant.rounding": "nearest",
         "synthesis.start": "white",
+        "synthesis.shift_color": False,
+        **{f"synthesis.{name}": 0.5 for name in STRUCTURE_WEIGHTS},
         "evaluation.resize_size": 256,
         "evaluation.interpolation": "bicubic",
     }

@@ -128,7 +128,7 @@ def test_the_command_prints_tables_or_json(capsys: pytest.CaptureFixture[str]) -
     [
         (["nosuch"], "`teacher.spec` must read SOURCE:NAME"),
         (["--quant.weight_bits", "9"], "must be a whole number in"),
-        (["torchvision:vit_b_16", "--teacher.weights", "random"], "is a transformer"),
+        (["synq.diagnostics.example_networks:audio", "--teacher.weights", "random"], "`teacher.input_size`"),
     ],
 )
 def test_input_that_a_run_rejects_is_rejected(

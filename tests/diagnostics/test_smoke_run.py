@@ -110,22 +110,22 @@ def test_the_page_is_markdown_with_every_row(tmp_path: Path) -> None:
         "smoke-run",
         "--all",
         "--only",
-        "example_networks:no_norm",
+        "example_networks:branching",
         "example_networks:audio",
         "--page",
         str(target),
     ]
     assert run(args) == 0
     text = target.read_text()
-    assert ("| audio |" in text and "| no\\_norm |" in text) or "| no_norm |" in text
-    assert text.count("| rejected |") == 2 and "without BatchNorm layers" in text
+    assert "| audio |" in text and "| branching |" in text
+    assert text.count("| rejected |") == 2 and "traceable by torch.fx" in text
     worked: Row = {"teacher": "a|b", "group": "G", "status": "works", "reason": "", "seconds": 1.0, "sqnr_db": math.inf}
     assert "## G" in page([worked]) and "a\\|b" in page([worked])
 
 
 def test_an_unexpected_result_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     listed = tmp_path / "list.json"
-    network = {"spec": f"{OWN}no_norm"}
+    network = {"spec": f"{OWN}branching"}
     listed.write_text(
         json.dumps({"input_size": [3, 8, 8], "num_classes": 10, "groups": [{"title": "T", "networks": [network]}]})
     )
@@ -138,7 +138,7 @@ def test_a_process_that_crashes_is_a_row_and_the_others_continue(tmp_path: Path)
     path = tmp_path / "dies.py"
     path.write_text("import os\ndef die():\n    os.abort()\n")
     facts = {"weights": "random", "input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    specs = [f"{path}:die", f"{OWN}no_norm", f"{OWN}no_norm"]
+    specs = [f"{path}:die", f"{OWN}branching", f"{OWN}branching"]
     entries = [Entry(teacher=TeacherConfig(spec=spec, **facts), group="T") for spec in specs]  # type: ignore[arg-type]
     rows = dict(surviving_crashes(smoke_run_entry, dict(enumerate(entries)), 2, crashed_row))
     assert [rows[number]["status"] for number in range(3)] == ["fails", "rejected", "rejected"]
@@ -150,7 +150,7 @@ def test_a_process_that_crashes_is_a_row_and_the_others_continue(tmp_path: Path)
     ("args", "message"),
     [
         (["nosuch"], "`teacher.spec` must read SOURCE:NAME"),
-        (["torchvision:vit_b_16", "--teacher.weights", "random"], "is a transformer"),
+        ([f"{OWN}audio", "--teacher.weights", "random"], "`teacher.input_size`"),
         (["--all", "--quant.weight_bits", "3"], "`--all` must be given without settings"),
         (["--only", "resnet"], "`only` must be left out without `--all`"),
         (["--finetune.lr", "5"], "`finetune` must be left out: a smoke run sets it"),

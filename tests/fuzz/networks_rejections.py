@@ -53,7 +53,6 @@ TRUTHS: tuple[tuple[str, Callable[[Network, nn.Module], bool]], ...] = (
     ("classify each image by itself", lambda network, _: False),
     ("return the same logits", lambda network, _: False),
     ("must accept images", lambda network, _: False),
-    ("without BatchNorm", lambda network, _: "atchNorm" not in network.source),
     ("deterministic", lambda network, _: "Fractional" in network.source),
     ("for one image", lambda network, module: not _keeps_one_image(network, module)),
     ("any batch size", lambda network, _: False),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from support.engine_nets import float_reads
+from support.standard_models import has_vnni
 from synq.config.quant import BY_RULES, PORTABLE_TARGETS, TARGETS
 from synq.config.run import QuantConfig
 from synq.engines.deployed import program_of
@@ -67,7 +68,10 @@ def file_fault(teacher: Teacher, rng: random.Random, observed: Tensor) -> tuple[
         What is wrong, "" if nothing is; and the number of files, 0 if the engine has no form for an operation.
     """
     target = rng.choice([name for name in ("onnxruntime", "litert") if not FORMATS[name].missing()])
-    quant = QuantConfig(target=target, weight_bits=rng.choice((4, 8)), act_bits=rng.choice((4, 8)))  # type: ignore[arg-type]
+    # Without VNNI the kernels of full 8-bit weights saturate in 16 bits; the portable form is for such a processor.
+    portable = target in PORTABLE_TARGETS and not has_vnni()
+    bits = {"weight_bits": rng.choice((4, 8)), "act_bits": rng.choice((4, 8))}
+    quant = QuantConfig(target=target, portable=portable, **bits)  # type: ignore[arg-type]
     student = build_student(teacher, quant)
     observe_ranges(student.net, observed, act_range="minmax", image_range=teacher.pixel_range())
     try:

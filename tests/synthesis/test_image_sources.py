@@ -214,7 +214,7 @@ def test_inversion_is_bit_for_bit_the_plain_loop_on_pixels(tiny_classifier: nn.M
     pixels = torch.randn((15, *SIZE), generator=generator).contiguous(memory_format=torch.channels_last)
     pixels.requires_grad_()
     pixels.grad = torch.empty_like(pixels)
-    views = _draw_views("flip_shift", 12, *SIZE[1:], generator)
+    views = _draw_views(SynthesisConfig(augment="flip_shift"), False, 12, *SIZE[1:], generator)
     rate = torch.tensor(0.5)
     optimizer = torch.optim.Adam([pixels], lr=rate, fused=True)
     history = []

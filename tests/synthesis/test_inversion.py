@@ -58,7 +58,7 @@ def test_follows_a_plain_adam_with_a_plain_schedule(schedule: str) -> None:
     )
     generator = torch.Generator().manual_seed(0)
     images = torch.randn((6, *SIZE), generator=generator)
-    views = _draw_views("flip_shift", 12, *SIZE[1:], generator)
+    views = _draw_views(SynthesisConfig(augment="flip_shift"), False, 12, *SIZE[1:], generator)
     images.requires_grad_()
     optimizer = torch.optim.Adam([images], lr=1.0, fused=False, foreach=False)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12) if schedule == "cosine" else None
@@ -241,9 +241,11 @@ def test_views_keep_every_pixel() -> None:
     assert torch.equal(mirror_roll(x, True, (0, 0)), x.flip(-1))
     assert torch.equal(mirror_roll(x, False, (1, -2))[0, :, 1, 0], x[0, :, 0, 2])
     assert sorted(mirror_roll(x, True, (1, 2)).flatten().tolist()) == sorted(x.flatten().tolist())
-    views = _draw_views("flip_shift", 400, 32, 16, torch.Generator().manual_seed(0))
+    views = _draw_views(SynthesisConfig(augment="flip_shift"), False, 400, 32, 16, torch.Generator().manual_seed(0))
     assert {flip for flip, _ in views} == {False, True}
     assert {down for _, (down, _) in views} == set(range(-4, 5)) and {right for _, (_, right) in views} == set(
         range(-2, 3)
     )
-    assert _draw_views("none", 2, 32, 32, torch.Generator()) == [(False, (0, 0))] * 2
+    assert _draw_views(SynthesisConfig(), False, 2, 32, 32, torch.Generator()) == [(False, (0, 0))] * 2
+    shifted = _draw_views(SynthesisConfig(), True, 400, 32, 16, torch.Generator().manual_seed(0))
+    assert not any(flip for flip, _ in shifted) and len({shift for _, shift in shifted}) > 30

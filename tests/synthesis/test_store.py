@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from synq.config.run import SynthesisConfig
+from synq.config.synthesis import BY_STRUCTURE, STRUCTURE_WEIGHTS
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.store import SetStore, set_identity
 
@@ -55,6 +56,8 @@ OTHER_VALUES = {
     "schedule": "plateau",
     "swing_conv": False,
     "start": "white",
+    "shift_color": False,
+    **dict.fromkeys(STRUCTURE_WEIGHTS, 0.5),
 }
 
 
@@ -103,6 +106,7 @@ def test_key_covers_nothing_else() -> None:
         "center_weight",
         "center_depth",
         "source",
+        *BY_STRUCTURE,
     }
     assert fields - set(identity["synthesis"]) == unused
 

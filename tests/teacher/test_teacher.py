@@ -19,7 +19,7 @@ from support.tiny_model import SIZE, trained_state
 from synq.config.run import TeacherConfig
 from synq.evaluation.labeled import load_labeled
 from synq.network.tracing import trace_classifier
-from synq.teacher.architecture import check_architecture
+from synq.teacher.architecture import check_architecture, statistics_note
 from synq.teacher.teacher import load_teacher, weight_digest
 
 # --- the bundled teacher ---
@@ -206,13 +206,13 @@ def test_digest_does_not_depend_on_the_file_format(make_config: Callable[..., Te
 # --- architectures that are rejected ---
 
 
-def test_transformers_are_rejected_as_such() -> None:
+def test_networks_without_batch_norm_are_accepted_and_said_to_be() -> None:
     layer = nn.TransformerEncoderLayer(8, 2)
-    with pytest.raises(ValueError, match=r"is a transformer without them .*not supported yet"):
-        check_architecture(nn.Sequential(nn.Conv2d(3, 8, 1), layer), "net")
-    check_architecture(nn.Sequential(nn.BatchNorm2d(3), layer), "hybrid")
-    with pytest.raises(ValueError, match="vit_b_16_random is a transformer"):
-        load_teacher(TeacherConfig(spec="torchvision:vit_b_16", weights="random"))
+    for norms in ([], [nn.BatchNorm2d(3)]):
+        check_architecture(nn.Sequential(*norms, nn.Conv2d(3, 8, 1), layer), "net")
+    assert "LayerNorm and no running means" in statistics_note(nn.Sequential(nn.Conv2d(3, 8, 1), layer))
+    assert statistics_note(nn.Sequential(nn.BatchNorm2d(3), layer)) == ""
+    assert "load the unfolded model" in statistics_note(nn.Conv2d(3, 8, 1))
 
 
 def test_batchnorm_without_statistics_is_rejected() -> None:

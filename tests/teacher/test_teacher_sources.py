@@ -50,7 +50,6 @@ def test_weight_stem_distinguishes_two_teachers_of_one_factory(
         ("divides", "must be callable without arguments .* raised ZeroDivisionError: division by zero"),
         ("Drops", "must be deterministic in eval mode"),
         ("weight_normed", r"weight of layer '5' is computed .* remove the parametrization first"),
-        ("no_norm", r"must have BatchNorm layers .*no_norm_random, without BatchNorm"),
     ],
 )
 def test_bad_factories(make_config: Callable[..., TeacherConfig], factory: str, message: str) -> None:

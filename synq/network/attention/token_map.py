@@ -39,14 +39,14 @@ def locate_tokens(traced: fx.GraphModule) -> tuple[fx.Node, TokenMap] | None:
     Args:
         traced: A graph from ``trace_classifier``.
     """
-    grids = [n.meta["shape"][2:] for n in traced.graph.nodes if _is_layer_map(n)]
+    grids = layer_grids(traced)
     found = []
     for node in traced.graph.nodes:
         if node.op.startswith("call_") and traits_of(node).operators == ("add",) and len(value_inputs(node)) == 2:
             shape = node.meta["shape"]
             if shape[:1] != (BATCH,):  # windows, or groups of tokens, of all images in a row
                 continue
-            if len(shape) == 3 and (grid := _grid(shape[1], grids)) is not None:
+            if len(shape) == 3 and (grid := grid_of(shape[1], grids)) is not None:
                 height, width = grid
                 token_map = TokenMap(extra=shape[1] - height * width, height=height, width=width, flat=True)
                 found.append((node, token_map))
@@ -106,8 +106,18 @@ def _is_layer_map(node: fx.Node) -> bool:
     return len(shape) == 4 and traits_of(node).kind is OpKind.LAYER and shape[2] * shape[3] > 1
 
 
-def _grid(tokens: int, grids: list[tuple[int, int]]) -> tuple[int, int] | None:
-    """Return the size of the map of ``tokens``: that of a layer's output, or a square."""
+def layer_grids(traced: fx.GraphModule) -> list[tuple[int, int]]:
+    """Return the heights and widths of the maps that the layers of a network compute, in order of execution."""
+    return [node.meta["shape"][2:] for node in traced.graph.nodes if _is_layer_map(node)]
+
+
+def grid_of(tokens: int, grids: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """Return height and width of the map that a number of tokens are, with some extra ones; None if they are none.
+
+    Args:
+        tokens: Number of tokens, at most `MOST_EXTRA_TOKENS` of which are no positions.
+        grids: Of `layer_grids`; a square is a map, too.
+    """
     fitting = [g for g in grids if 0 <= tokens - g[0] * g[1] <= min(MOST_EXTRA_TOKENS, tokens // 4)]
     if fitting:
         return max(fitting, key=lambda grid: grid[0] * grid[1])
