@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from synq.config.quant import FLOAT_TRUNKS
 from synq.engines.float_program import FloatStep, MatrixProduct
 from synq.engines.program import (
     AveragePool,
@@ -30,7 +31,6 @@ from synq.engines.program import (
     Step,
     Sum,
 )
-from synq.quant.float_trunk import FLOAT_TRUNKS
 
 
 def float32(value: float, like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from synq.config.quant import FLOAT_TRUNKS
 from synq.engines.aten.arithmetic import ARITHMETIC
 from synq.engines.aten.builder import Builder
 from synq.engines.aten.capture import BATCH, Captured, capture, layer_of, markers, nodes_in_order
@@ -39,7 +40,7 @@ from synq.engines.narrowing import narrowed
 from synq.engines.program import Convolution, Elementwise, Grid, Pad, Program, Rejected, Step, Sum
 from synq.network.aten_groups import CONSTANTS
 from synq.quant.fake_quant import SCALE_EPS
-from synq.quant.float_trunk import FLOAT_TRUNKS, has_float_trunk, without_trunk
+from synq.quant.float_trunk import has_float_trunk, without_trunk
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer
 
 IMAGE, LOGITS = "images", "logits"

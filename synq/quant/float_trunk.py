@@ -15,15 +15,13 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from synq.config.quant import BYTE_BITS, QuantConfig
+from synq.config.quant import BYTE_BITS, FLOAT_TRUNKS, QuantConfig
 from synq.network.op_traits import OpKind, node_module, traits_of, value_inputs
 from synq.network.ops import products
 from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import BitPatterns
 from synq.quant.placement import moves_one, step_chains, value_readers
 
-FLOAT_TRUNKS = ("onnxruntime",)
-"""Engines whose float kernels between integer ones are known."""
 NORMS = frozenset({"native_layer_norm"})
 """Operators that, like matrix products of two activations, make a network one with a trunk of floats."""
 
