@@ -19,10 +19,10 @@ from synq.engines.program import Grid
 
 
 def in_engine(kind: str, *inputs: Tensor, **attributes: Any) -> Tensor:
-    """Run one operation in ONNX Runtime; the inputs after the first two are constants."""
+    """Run one operation in ONNX Runtime; the inputs after the first are constants."""
     names = ["a", "b", "c"][: len(inputs)]
-    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape) for name, x in zip(names, inputs[:1])]
-    constants = [numpy_helper.from_array(x.numpy(), name) for name, x in zip(names[1:], inputs[1:])]
+    infos = [helper.make_tensor_value_info("a", TensorProto.FLOAT, inputs[0].shape)]
+    constants = [numpy_helper.from_array(x.numpy(), name) for name, x in zip(names[1:], inputs[1:], strict=True)]
     node = helper.make_node(kind, names, ["y"], **attributes)
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     graph = helper.make_graph([node], "g", infos, [output], initializer=constants)

@@ -52,5 +52,5 @@ def test_bits_by_name() -> None:
 
 
 def test_attention_in_floats_is_for_the_engine_that_has_it() -> None:
-    with pytest.raises(ValueError, match="`quant.float_attention` must be false unless target is onnxruntime"):
+    with pytest.raises(ValueError, match=r"`quant\.float_attention` must be false unless target is onnxruntime"):
         QuantConfig(target="litert", float_attention=True)
