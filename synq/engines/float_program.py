@@ -73,7 +73,7 @@ class Softmax(FloatStep):
 
 @dataclass(frozen=True, kw_only=True)
 class FloatMean(FloatStep):
-    """Mean over the last axis, which is dropped."""
+    """Mean over the last axis but one, which is dropped: (..., T, C) -> (..., C), C > 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ fl() rounds to float32; sums are float32 in the order that is given here, each m
     Softmax             e = exp(max(x - max, lowest)); lanes summed in order, a missing value 0: 16 with AVX-512, then
                         lane_j + lane_(j+8), else 8; neighbors twice, then both halves; y = fl(e fl(1 / sum))
     MatMul              fma(a_k, b_k, .) in the order of k from 0, in blocks whose sums are added; several rows
-    GlobalAveragePool   values added one by one, then divided by their number
+    mean                MatMul with fl(1 / n): the order of ReduceMean and GlobalAveragePool depends on sizes
 
 float32 ``torch.sqrt`` is not correctly rounded on CPUs, so that the root is taken in float64. Sources: ONNX Runtime's
 ``onnxruntime/core/mlas/lib`` (compute.cpp, sgemm.cpp and its kernels for AVX-512) and
@@ -125,12 +125,16 @@ def _depth_of_blocks(depth: int, columns: int) -> int:
 
 
 def mean(x: Tensor) -> Tensor:
-    """Return the mean of x over its last axis, which is dropped."""
-    values = x.unbind(-1)
-    total = torch.zeros_like(values[0])
-    for value in values:
-        total = total + value
-    return total / torch.tensor(float(len(values)), dtype=torch.float32, device=x.device)
+    """Return the mean of x (..., T, C) over T, as a matrix product with `mean_weights`, C > 1."""
+    return matrix_product(mean_weights(x.shape[-2]).to(x.device), x)[..., 0, :]
+
+
+def mean_weights(count: int) -> Tensor:
+    """Return the matrix (2, count) whose product with a matrix has its mean over rows, twice.
+
+    Single rows have another order of sums, and ReduceMean and GlobalAveragePool one that depends on sizes.
+    """
+    return torch.full((2, count), float32_number(1 / count))
 
 
 def has_avx512() -> bool:

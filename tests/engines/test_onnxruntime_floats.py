@@ -67,10 +67,12 @@ def test_matrix_products_of_floats_are_those_of_the_engine(rows: int, depth: int
     assert torch.equal(floats.matrix_product(a, b), in_engine("MatMul", a, b))
 
 
-@pytest.mark.parametrize(("tokens", "channels"), [(197, 192), (49, 768), (10, 33), (1, 8)])
+@pytest.mark.parametrize(("tokens", "channels"), [(197, 192), (49, 768), (10, 33), (1, 8), (3136, 2)])
 def test_means_are_those_of_the_engine(tokens: int, channels: int) -> None:
-    x = normal(4, channels, tokens)
-    assert torch.equal(floats.mean(x), in_engine("GlobalAveragePool", x.unsqueeze(-1)).flatten(1))
+    x = normal(4, tokens, channels)
+    weights = floats.mean_weights(tokens).expand(4, -1, -1).contiguous()
+    assert torch.equal(floats.mean(x), in_engine("MatMul", weights, x)[:, 0])
+    assert torch.allclose(floats.mean(x), x.mean(1), rtol=1e-4, atol=1e-6)
 
 
 def test_products_of_codes_are_exact() -> None:

@@ -151,10 +151,12 @@ def mean(builder: Builder, call: Call, symbol: Any, axes: list[int]) -> Symbol:
     """Return the mean over axes >= 1 in floats."""
     x = builder.floats(call, symbol)
     kept = [axis for axis in range(1, len(x.shape) + 1) if axis not in axes]
-    sizes = [tuple(x.shape[axis - 1] for axis in part) for part in (kept, axes)]
-    rows, count = (int(torch.tensor(part).prod()) for part in sizes)
-    ordered = reshaped(builder, transposed(builder, x, [0, *kept, *axes]), (rows, count))
-    result = made(FloatMean(inputs=(ordered.name,), output="", layer=call.layer), (rows,))
+    sizes = [[x.shape[axis - 1] for axis in part] for part in (axes, kept)]
+    count, rest = (math.prod(part) for part in sizes)
+    if rest == 1:
+        builder.reject(call, "it takes the mean of all values of an image")
+    ordered = reshaped(builder, transposed(builder, x, [0, *axes, *kept]), (count, rest))
+    result = made(FloatMean(inputs=(ordered.name,), output="", layer=call.layer), (rest,))
     return moved(result, call.shape, lambda value: reshaped(builder, value, call.shape))
 
 

@@ -17,6 +17,7 @@ from synq.engines.float_program import (
     MatrixProduct,
     Softmax,
 )
+from synq.engines.onnxruntime_floats import mean_weights
 from synq.export.qdq.functions import KINDS, attributes
 from synq.export.qdq.graph import QuantizedGraph
 
@@ -28,12 +29,13 @@ def write_product(graph: QuantizedGraph, step: MatrixProduct) -> None:
     graph.finish("MatMul", [graph.floats(value) for value in step.inputs], step, (step.low, step.high))
 
 
-def write_floats(graph: QuantizedGraph, step: FloatStep) -> None:
+def write_floats(graph: QuantizedGraph, step: FloatStep, rows: tuple[int, ...]) -> None:
     """Append the nodes of a step on floats.
 
     Args:
         graph: The graph, with the values that the step reads.
         step: The step.
+        rows: Sizes of the axes of its first input between N and the last one.
 
     Raises:
         TypeError: If the kind of the step is not known.
@@ -53,7 +55,7 @@ def write_floats(graph: QuantizedGraph, step: FloatStep) -> None:
         case Softmax():
             graph.finish("Softmax", inputs, step, None, axis=-1)
         case FloatMean():
-            _write_mean(graph, step)
+            _write_mean(graph, step, rows[-1])
         case FloatConcatenation():
             graph.finish("Concat", inputs, step, None, axis=step.axis)
         case _ if type(step) in _PLAIN:
@@ -83,13 +85,10 @@ def _write_function(graph: QuantizedGraph, step: FloatFunction) -> None:
             graph.finish(kind, [x], step, None, **attributes(step.function, step.arguments))
 
 
-def _write_mean(graph: QuantizedGraph, step: FloatMean) -> None:
-    """Write a mean over the last axis as a pool: ReduceMean adds in an order that is not known."""
+def _write_mean(graph: QuantizedGraph, step: FloatMean, count: int) -> None:
+    """Write a mean as a matrix product of two rows, whose order of sums is known, and take the first."""
     (x,), name, label = [graph.name(value) for value in step.inputs], graph.name(step.output), step.layer or step.output
-    for kind, part, shape in (("Reshape", "map", (0, 0, -1, 1)), ("GlobalAveragePool", "mean", ()), ("", "", (0, -1))):
-        if kind == "GlobalAveragePool":
-            x = graph.node(kind, [x], graph.unique(f"{name}.{part}"), f"{label}.{part}")
-        else:
-            numbers = graph.constant(f"{name}.shape", np.array(shape, np.int64))
-            output = graph.unique(f"{name}.{part}") if kind else name
-            x = graph.node("Reshape", [x, numbers], output, f"{label}.{part or 'output'}")
+    weights = graph.constant(f"{name}.weights", _floats(mean_weights(count)))
+    rows = graph.node("MatMul", [weights, x], graph.unique(f"{name}.rows"), f"{label}.rows")
+    first = graph.constant(f"{name}.first", np.int64(0))
+    graph.node("Gather", [rows, first], name, label, axis=-2)

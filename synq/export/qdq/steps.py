@@ -83,7 +83,7 @@ def write_step(
         case MatrixProduct():
             write_product(graph, step)
         case FloatStep():
-            write_floats(graph, step)
+            write_floats(graph, step, rows)
         case Limited():
             _write_limited(graph, step)
         case Pad() if step.inputs[0] in graph.grids and graph.form.computes_codes:
