@@ -45,6 +45,11 @@ from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer
 
 IMAGE, LOGITS = "images", "logits"
 """Names of the input and output of programs."""
+MERGED = {
+    *("view", "_unsafe_view", "reshape", "flatten", "unflatten", "unsqueeze", "permute", "clone", "alias", "detach"),
+    *("contiguous", "dropout", "linear", "layer_norm", "_softmax", "matmul", "add", "sub", "mul", "div", *POINTWISE),
+}
+"""Operators that work on the last axes only, and so may read windows or tokens of all images along the first axis."""
 _LOWERINGS: dict[str, Callable[[Builder, Call], Any]] = {
     **MOVES,
     **ARITHMETIC,
@@ -184,7 +189,9 @@ class _Lowering:
             assert isinstance(first, fx.Node)
             return function(torch.zeros(first.meta["val"].shape), *args[1:], **kwargs)
         outputs = [value for value in tree_leaves(node.meta["val"]) if isinstance(value, Tensor)]
+        sources = [source for source in node.all_input_nodes if isinstance(self.values[source], Pending | Codes)]
         call = Call(
+            merged=any(source.meta["val"].shape[0] != BATCH for source in sources),
             operator=function,
             args=args,
             kwargs=kwargs,
@@ -200,6 +207,8 @@ class _Lowering:
                 if call.name not in TURNED:
                     self.builder.reject(call, "its input has the axis of the images in another place than the first")
                 return TURNED[call.name](self.builder, call)
+            if call.merged and call.name not in MERGED:
+                self.builder.reject(call, "its input has windows or tokens of all images along one axis")
             return _LOWERINGS[call.name](self.builder, call)
         except OperatorRejectedError as error:
             if not self.survey:

@@ -297,7 +297,8 @@ def _check_axis(builder: Builder, call: Call, axis: int) -> None:
 
 
 def _check_images(builder: Builder, call: Call) -> None:
-    if not call.shapes[0] or call.shapes[0][0] != BATCH:
+    first = call.shapes[0][0] if call.shapes[0] else 1
+    if first % BATCH or (first != BATCH and not builder.float_trunk):
         builder.reject(call, "it mixes the images of a batch")
 
 

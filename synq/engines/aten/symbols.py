@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from synq.engines.aten.capture import BATCH
 from synq.engines.program import Elementwise, Grid, Quantize, Step
 from synq.network.aten_traits import OperatorCall
 from synq.quant.fake_quant import quantize
@@ -72,10 +73,12 @@ class Turned:
     Attributes:
         symbol: The value, N first.
         axes: Axis of the value (0 is N) at each place.
+        merged: Whether axis 0 is N with the first axis of the value, see `Call`; the others count from 1 after it.
     """
 
     symbol: Symbol
     axes: tuple[int, ...]
+    merged: bool = False
 
 
 UNIT = Grid(scale=1 / 128, zero_point=128, quant_max=255)
@@ -104,15 +107,19 @@ class Call(OperatorCall):
     Attributes:
         layer: Name of the layer or node that it comes from.
         shapes: Of its outputs, with N.
+        merged: Whether its first operand has windows or tokens of all images along its first axis: as a symbol it has
+            an axis more.
     """
 
     layer: str
     shapes: tuple[tuple[int, ...], ...]
+    merged: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of its first output, without N."""
-        return self.shapes[0][1:]
+        """Shape of its first output, without N; an axis of windows of all images becomes one of each image."""
+        first, *others = self.shapes[0]
+        return tuple(others) if first == BATCH else (first // BATCH, *others)
 
     def numbers(self, name: str, length: int = 2) -> tuple[int, ...]:
         """Return an argument that is one number or a list of ``length`` numbers as ``length`` numbers."""

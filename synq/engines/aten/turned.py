@@ -6,6 +6,7 @@ A program has N first everywhere: the choice is made on the value before the per
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from synq.engines.aten.builder import Builder
@@ -17,26 +18,29 @@ def permute(builder: Builder, call: Call) -> Symbol | Turned:
     """Lower a permutation of axes."""
     operand, dims = call.args[0], [int(axis) for axis in call.argument("dims")]
     if not isinstance(operand, Turned):
-        operand = Turned(symbol=operand, axes=tuple(range(len(operand.shape) + 1)))
-    return _in_order(builder, operand.symbol, [operand.axes[axis % len(operand.axes)] for axis in dims])
+        operand = Turned(symbol=operand, axes=tuple(range(len(dims))), merged=call.merged)
+    return _in_order(builder, operand, operand.symbol, [operand.axes[axis % len(dims)] for axis in dims])
 
 
-def _in_order(builder: Builder, symbol: Symbol, axes: Sequence[int]) -> Symbol | Turned:
+def _in_order(builder: Builder, value: Turned, symbol: Symbol, axes: Sequence[int]) -> Symbol | Turned:
+    """Return a symbol with its axes in another order, numbered as those of ``value``."""
     if axes[0] != 0:
-        return Turned(symbol=symbol, axes=tuple(axes))
-    shape = tuple(symbol.shape[axis - 1] for axis in axes[1:])
-    return moved(symbol, shape, lambda codes: transposed(builder, codes, axes))
+        return replace(value, symbol=symbol, axes=tuple(axes))
+    order = (0, 1, *(axis + 1 for axis in axes[1:])) if value.merged else tuple(axes)
+    shape = tuple(symbol.shape[axis - 1] for axis in order[1:])
+    return moved(symbol, shape, lambda codes: transposed(builder, codes, order))
 
 
 def _squeeze(builder: Builder, call: Call) -> Symbol | Turned:
     value, given = call.args[0], call.argument("dim")
     dropped = {value.axes[int(axis) % len(value.axes)] for axis in ([given] if isinstance(given, int) else given)}
-    if 0 in dropped or any(value.symbol.shape[axis - 1] != 1 for axis in dropped):
+    places = [axis - 1 + value.merged for axis in dropped]
+    if 0 in dropped or any(value.symbol.shape[place] != 1 for place in places):
         builder.reject(call, "it drops an axis with several positions")
     kept = [axis for axis in range(len(value.axes)) if axis not in dropped]
-    shape = tuple(value.symbol.shape[axis - 1] for axis in kept[1:])
+    shape = tuple(size for place, size in enumerate(value.symbol.shape) if place not in places)
     symbol = moved(value.symbol, shape, lambda codes: reshaped(builder, codes, shape))
-    return _in_order(builder, symbol, [kept.index(axis) for axis in value.axes if axis in kept])
+    return _in_order(builder, value, symbol, [kept.index(axis) for axis in value.axes if axis in kept])
 
 
 def _slice(builder: Builder, call: Call) -> Turned:
@@ -44,12 +48,12 @@ def _slice(builder: Builder, call: Call) -> Turned:
     axis = value.axes[int(call.argument("dim") or 0) % len(value.axes)]
     if axis == 0:
         builder.reject(call, "it works on the axis of the images")
-    shape = value.symbol.shape
+    axis, shape = axis + value.merged, value.symbol.shape
     ends = slice(call.argument("start"), call.argument("end"), call.argument("step"))
     start, stop, step = ends.indices(shape[axis - 1])
     shape = (*shape[: axis - 1], len(range(start, stop, step)), *shape[axis:])
     symbol = moved(value.symbol, shape, lambda codes: sliced(builder, codes, axis, start, stop, step))
-    return Turned(symbol=symbol, axes=value.axes)
+    return replace(value, symbol=symbol)
 
 
 def _same(builder: Builder, call: Call) -> Any:
