@@ -144,7 +144,7 @@ def _cpu() -> str:
 
 
 def _instructions() -> str:
-    """Return the widest vector instructions of an x86 processor, which decide the bits of a softmax, and VNNI; or ""."""
+    """Return the widest vector instructions of an x86 processor, which decide a softmax's bits, and VNNI; or ""."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     flags = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
