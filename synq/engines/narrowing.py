@@ -68,23 +68,23 @@ def _replaced(
         return None
     shape = shapes[layer.output]
     features = shape[-1]
-    places = torch.arange(int(torch.tensor(shape).prod())).reshape(1, *shape)
+    positions = torch.arange(int(torch.tensor(shape).prod())).reshape(1, *shape)
     for move in moves:
         assert isinstance(move, Reshape | Slice | Transpose)
-        places = moved(move, places, None)
-    places = places[0]
-    read = (places % features).unique()
+        positions = moved(move, positions, None)
+    positions = positions[0]
+    read = (positions % features).unique()
     first, count = int(read[0]), len(read)
     if count == features or int(read[-1]) - first + 1 != count:
         return None
-    places = places // features * count + places % features - first
-    view = _as_view(places, (*shape[:-1], count))
+    positions = positions // features * count + positions % features - first
+    view = _as_view(positions, (*shape[:-1], count))
     if view is None:
         return None
     last = moves[-1].output
     rows = slice(first, first + count)
     parts = {"weight": layer.weight[rows], "weight_scale": layer.weight_scale[rows], "bias": layer.bias[rows]}
-    made, final = (*shape[:-1], count), tuple(places.shape)
+    made, final = (*shape[:-1], count), tuple(positions.shape)
     whole, axes = view
     if whole == made == final:
         return [(replace(layer, **parts, output=last), final)]  # type: ignore[arg-type]
@@ -101,28 +101,28 @@ def _replaced(
     return steps
 
 
-def _as_view(places: Tensor, source: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _as_view(positions: Tensor, source: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Return the shape and the order of axes by which a tensor becomes another with the same values; None if it cannot.
 
     Args:
-        places: At each position of the other tensor the flat position in the tensor.
+        positions: At each position of the other tensor the flat position in the tensor.
         source: Shape of the tensor.
     """
     strides = []
-    for axis, size in enumerate(places.shape):
-        steps = places.diff(dim=axis).unique() if size > 1 else torch.tensor([0])
+    for axis, size in enumerate(positions.shape):
+        steps = positions.diff(dim=axis).unique() if size > 1 else torch.tensor([0])
         if len(steps) != 1:
             return None
         strides.append(int(steps[0]))
-    if int(places.flatten()[0]) != 0 or places.numel() != int(torch.tensor(source).prod()):
+    if int(positions.flatten()[0]) != 0 or positions.numel() != int(torch.tensor(source).prod()):
         return None
     # An axis of one position may be anywhere: in front of the next one, so that the order stays.
     for axis in range(len(strides) - 1, -1, -1):
-        if places.shape[axis] == 1:
+        if positions.shape[axis] == 1:
             after = axis + 1 < len(strides)
-            strides[axis] = strides[axis + 1] * places.shape[axis + 1] if after else 1
+            strides[axis] = strides[axis + 1] * positions.shape[axis + 1] if after else 1
     order = sorted(range(len(strides)), key=lambda axis: (-strides[axis], axis))
-    whole = tuple(places.shape[axis] for axis in order)
+    whole = tuple(positions.shape[axis] for axis in order)
     ends = [strides[axis] for axis in order]
     dense = all(large == small * size for (large, small), size in zip(pairwise(ends), whole[1:], strict=True))
     if not dense or ends[-1] != 1:

@@ -34,11 +34,11 @@ def _in_order(builder: Builder, value: Turned, symbol: Symbol, axes: Sequence[in
 def _squeeze(builder: Builder, call: Call) -> Symbol | Turned:
     value, given = call.args[0], call.argument("dim")
     dropped = {value.axes[int(axis) % len(value.axes)] for axis in ([given] if isinstance(given, int) else given)}
-    places = [axis - 1 + value.merged for axis in dropped]
-    if 0 in dropped or any(value.symbol.shape[place] != 1 for place in places):
+    positions = [axis - 1 + value.merged for axis in dropped]
+    if 0 in dropped or any(value.symbol.shape[place] != 1 for place in positions):
         builder.reject(call, "it drops an axis with several positions")
     kept = [axis for axis in range(len(value.axes)) if axis not in dropped]
-    shape = tuple(size for place, size in enumerate(value.symbol.shape) if place not in places)
+    shape = tuple(size for place, size in enumerate(value.symbol.shape) if place not in positions)
     symbol = moved(value.symbol, shape, lambda codes: reshaped(builder, codes, shape))
     return _in_order(builder, value, symbol, [kept.index(axis) for axis in value.axes if axis in kept])
 
