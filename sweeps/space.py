@@ -10,7 +10,7 @@ from synq.config.run import RunConfig, parse_bits
 IDENTITY = (
     *("quant.weight_bits", "quant.act_bits", "quant.first_bits", "quant.last_bits"),
     *("quant.last_bits_for_input", "quant.layer_weight_bits", "quant.layer_act_bits", "quant.act_points"),
-    *("quant.target", "quant.portable"),
+    *("quant.target", "quant.portable", "quant.float_attention"),
 )
 """Settings that determine the ranking of a run; they cannot be searched."""
 

@@ -22,7 +22,9 @@ PREFIX = "params."
 """Start of the key of a column with a setting."""
 PARTS = ("synthesis.", "quant.", "reconstruction.", "finetune.")
 """Parts of a configuration whose settings get a column if they vary between the rows of a table."""
-WITHOUT_COLUMN = (*(key for key in IDENTITY if key != "quant.portable"), "finetune.log_every")
+WITH_COLUMN = ("quant.portable", "quant.float_attention")
+"""Settings of `IDENTITY` that get such a column."""
+WITHOUT_COLUMN = (*(key for key in IDENTITY if key not in WITH_COLUMN), "finetune.log_every")
 """Settings of these parts without such a column: bits, points and target have one anyway, one has no effect."""
 KEYS = tuple(key for key in dotted_keys(RunConfig) if "." in key)
 """Dotted keys of all settings; name and seeds belong to a run, not to a row of a leaderboard."""

@@ -139,6 +139,7 @@ def config_digest(config: object, *, with_seeds: bool = True, with_evaluation: b
     else:
         left_out += [(quant, "act_points")]
         quant["rules"] = ENGINE_RULES
+    left_out += [] if quant["float_attention"] else [(quant, "float_attention")]  # added later
     if (
         quant["target"] != RESEARCH
         or quant["act_points"] == "inputs"

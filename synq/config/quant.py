@@ -17,6 +17,8 @@ ACT_POINTS = ("relu", "inputs")
 """Values of `QuantConfig.act_points`."""
 PORTABLE_TARGETS = ("onnxruntime", "openvino")
 """Engines whose kernels for x86 add in 16 bits where a CPU has no VNNI."""
+FLOAT_TRUNKS = ("onnxruntime",)
+"""Engines whose float kernels between integer ones are known, for networks with LayerNorm or attention."""
 BYTE_BITS = 8
 """Bit-width of the activations between layers that no layer reads: an engine stores each code in a byte."""
 END_BITS = 8
@@ -77,6 +79,9 @@ class QuantConfig:
     power_of_two_scales: bool = False
     """Whether the scales of activations are powers of two (target openvino), so that the order of float operations in
     the sums of that engine changes fewer codes; coarser grids cost accuracy."""
+    float_attention: bool = False
+    """Whether the two matrix products of attention stay in floats, so that only layers with a weight are quantized
+    (target onnxruntime)."""
     first_bits: int | None = None
     """Bit-width of the first layer's weights and input (under act_points relu the input image stays float); None uses
     weight_bits and act_bits (protocol A), or 8 for an engine."""
@@ -139,6 +144,11 @@ class QuantConfig:
             acts = {name: bits for name, bits in bit_widths.items() if "weight" not in name}
             for name, bits in acts.items():
                 require(f"quant.{name}", rule, bits, bits == BYTE_BITS)
+        if self.float_attention and self.target not in FLOAT_TRUNKS:
+            raise ValueError(
+                f"`quant.float_attention` must be false unless target is {' or '.join(FLOAT_TRUNKS)}, but got true "
+                f"with target {self.target}"
+            )
         if self.portable and self.target not in PORTABLE_TARGETS:
             engines = " or ".join(PORTABLE_TARGETS)
             raise ValueError(
@@ -166,11 +176,17 @@ class QuantConfig:
     def points(self) -> str:
         """Return what decides which tensors are quantized, and how: act_points, or the target, for a record.
 
-        "relu", "inputs", "onnxruntime", "onnxruntime portable".
+        "relu", "inputs", "onnxruntime", "onnxruntime portable", "onnxruntime float_attention".
         """
         if self.target == RESEARCH:
             return self.act_points
-        return f"{self.target} portable" if self.portable else self.target
+        return " ".join(
+            [
+                self.target,
+                *(["portable"] if self.portable else []),
+                *(["float_attention"] if self.float_attention else []),
+            ]
+        )
 
     @property
     def end_bits(self) -> tuple[int | None, int | None]:
@@ -193,6 +209,7 @@ class QuantConfig:
             target=self.target,
             portable=self.portable,
             power_of_two_scales=self.power_of_two_scales,
+            float_attention=self.float_attention,
         )
 
     @property

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from synq.config.quant import FLOAT_TRUNKS
+from synq.engines.float_program import FloatStep, MatrixProduct
 from synq.engines.program import (
     AveragePool,
     Concatenation,
@@ -26,6 +28,7 @@ from synq.engines.program import (
     Product,
     Program,
     Quantize,
+    Step,
     Sum,
 )
 
@@ -48,7 +51,7 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
         a: Float32.
         b, c: Float32 values, broadcast with a.
     """
-    return (a.double() * b + c).float()
+    return (a.double() * b).add_(c).float()
 
 
 class Arithmetic(ABC):
@@ -152,6 +155,33 @@ class Arithmetic(ABC):
             step: The function.
             codes: (quant_max + 1,), 0, 1, ... quant_max of the input's grid.
         """
+
+    def matrix_product(self, step: MatrixProduct, a: Tensor, b: Tensor) -> Tensor:
+        """Return the codes of a matrix product of two activations, or floats where its output has no grid.
+
+        Args:
+            step: The product.
+            a: (..., M, K) codes.
+            b: (..., K, N) codes.
+
+        Raises:
+            ValueError: If the engine's arithmetic of it is not known.
+        """
+        raise self._unknown(step)
+
+    def float_step(self, step: FloatStep, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the floats of a step on floats.
+
+        Raises:
+            ValueError: If the engine's arithmetic of it is not known.
+        """
+        raise self._unknown(step)
+
+    def _unknown(self, step: Step) -> ValueError:
+        return ValueError(
+            f"`quant.target` must be {' or '.join(FLOAT_TRUNKS)} for a network with {type(step).__name__}, but got "
+            f"{self.program.target} for `{step.layer}`; research exports any network"
+        )
 
     def is_rounded(self, value: str) -> bool:
         """Return whether a value holds codes, and not the floats that a sum reads limited but not rounded."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from synq.engines.float_program import FloatStep, LayerNorm, MatrixProduct
 from synq.engines.program import (
     Concatenation,
     Convolution,
@@ -55,6 +56,10 @@ def _faults(program: Program, step: Step, known: set[str]) -> Iterator[str]:
     if isinstance(step, Quantize):
         if inputs != [None] or grid is None:
             yield "map floats to codes"
+    elif isinstance(step, FloatStep):
+        if grid is not None or any(given is not None for given in inputs):
+            yield "map floats to floats"
+        yield from _float_faults(program, step)
     elif isinstance(step, Movement):
         if any(given != grid for given in inputs):
             yield f"keep the grid, but reads {inputs[0]} and makes {grid}"
@@ -68,6 +73,10 @@ def _faults(program: Program, step: Step, known: set[str]) -> Iterator[str]:
         yield f"add values of one shape, but they have {[shapes[name] for name in step.inputs]}"
     if isinstance(step, Concatenation) and step.axis < 1:
         yield "leave the axis of the images alone"
+    if isinstance(step, MatrixProduct):
+        first, second = (shapes[name] for name in step.inputs)
+        if first[:-2] != second[:-2] or first[-1] != second[-2]:
+            yield f"multiply matrices that fit, but they are {first} and {second}"
     if isinstance(step, Layer):
         yield from _layer_faults(program, step)
 
@@ -75,6 +84,11 @@ def _faults(program: Program, step: Step, known: set[str]) -> Iterator[str]:
 def _is_fused(step: Step, place: int) -> bool:
     """Return whether a step is a sum into which the engine fuses the layer that makes its input."""
     return isinstance(step, Sum) and step.unrounded == place
+
+
+def _float_faults(program: Program, step: FloatStep) -> Iterator[str]:
+    if isinstance(step, LayerNorm) and step.weight.shape != step.bias.shape != program.shapes[step.output][-1:]:
+        yield f"have a weight and a bias for each feature, but they are {step.weight.shape} and {step.bias.shape}"
 
 
 def _layer_faults(program: Program, step: Layer) -> Iterator[str]:

@@ -8,6 +8,7 @@ time of a function, which is that of a table where XNNPACK has made one at load.
 from dataclasses import dataclass
 from typing import Literal
 
+from synq.engines.float_program import FloatFunction, FloatStep, MatrixProduct
 from synq.engines.kernels import steps_without_kernel
 from synq.engines.onnxruntime_functions import has_kernel
 from synq.engines.program import (
@@ -51,6 +52,8 @@ LITERT_TABLES = frozenset(
 """Functions of which XNNPACK makes a table when LiteRT loads a file."""
 EXECUTORCH_FLOATS = frozenset({"silu", "hardsigmoid", "affine"})
 """Functions of several operators, which ExecuTorch computes in floats; of a single one XNNPACK makes a table."""
+TRUNK = "residual sums, LayerNorm, softmax and functions such as GELU stay in floats"
+"""Why a step on floats is."""
 _KERNELS: dict[type[Step], str] = {
     Dense: "integer matrix product",
     Sum: "integer sum",
@@ -126,7 +129,7 @@ def step_forms(program: Program) -> list[StepForm]:
 
 def _operation(program: Program, step: Step) -> str:
     match step:
-        case Elementwise():
+        case Elementwise() | FloatFunction():
             return step.function
         case Rejected():
             return step.operator
@@ -152,8 +155,14 @@ def _form(program: Program, step: Step) -> KernelForm:
             return KernelForm(name="floats to codes", runs="edge")
         case Dequantize():
             return KernelForm(name="codes to floats", runs="edge")
+        case Movement() if step.output not in program.grids and _is_on_trunk(program, step):
+            return KernelForm(name="floats moved", runs="float", reason=TRUNK)
         case Movement():
             return KernelForm(name="codes moved", runs="integer")
+        case MatrixProduct():
+            return KernelForm(name="integer product of activations", runs="integer", reason=_clip(program, step))
+        case FloatStep():
+            return KernelForm(name="float trunk", runs="float", reason=TRUNK)
         case Elementwise():
             return _function(program, step)
         case Concatenation() if program.target == "openvino":
@@ -169,10 +178,16 @@ def _form(program: Program, step: Step) -> KernelForm:
             reason = f"fused into the convolution before it, whose result is not rounded ({engine})"
             return KernelForm(name="integer sum", runs="integer", reason=reason)
         case Dense() if step.output not in program.grids:
-            return KernelForm(name=_KERNELS[Dense], runs="integer", reason="its sums become the float logits at once")
+            reader = "float logits" if step.output == program.logits else "floats of the trunk"
+            return KernelForm(name=_KERNELS[Dense], runs="integer", reason=f"its sums become the {reader} at once")
         case Limited() if type(step) in _KERNELS:
             return KernelForm(name=_KERNELS[type(step)], runs="integer", reason=_clip(program, step))
     raise TypeError(f"no kernel is known for {type(step).__name__}")
+
+
+def _is_on_trunk(program: Program, step: Step) -> bool:
+    """Return whether a step is not among those that move logits."""
+    return any(isinstance(reader, FloatStep | Quantize) for reader in program.readers(step.output))
 
 
 def _clip(program: Program, step: Limited) -> str:

@@ -13,37 +13,50 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from synq.config.quant import FLOAT_TRUNKS
 from synq.engines.aten.arithmetic import ARITHMETIC
+from synq.engines.aten.builder import Builder
 from synq.engines.aten.capture import BATCH, Captured, capture, layer_of, markers, nodes_in_order
+from synq.engines.aten.floats import FLOATS
 from synq.engines.aten.layers import LayerWeight, batch_norm, convolution, dense
 from synq.engines.aten.moves import MOVES
 from synq.engines.aten.pointwise import POINTWISE
 from synq.engines.aten.pools import POOLS
 from synq.engines.aten.symbols import (
     UNIT,
-    Builder,
     Call,
     Codes,
     OperatorRejectedError,
     Pending,
     Symbol,
+    Turned,
     made,
     quantized_image,
 )
+from synq.engines.aten.turned import TURNED, permute
 from synq.engines.checks import validate
 from synq.engines.kernels import check_kernels
+from synq.engines.narrowing import narrowed
 from synq.engines.program import Convolution, Elementwise, Grid, Pad, Program, Rejected, Step, Sum
 from synq.network.aten_groups import CONSTANTS
 from synq.quant.fake_quant import SCALE_EPS
+from synq.quant.float_trunk import has_float_trunk, without_trunk
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer
 
 IMAGE, LOGITS = "images", "logits"
 """Names of the input and output of programs."""
+MERGED = {
+    *("view", "_unsafe_view", "reshape", "flatten", "unflatten", "unsqueeze", "permute", "clone", "alias", "detach"),
+    *("contiguous", "dropout", "linear", "layer_norm", "_softmax", "matmul", "add", "sub", "mul", "div", *POINTWISE),
+}
+"""Operators that work on the last axes only, and so may read windows or tokens of all images along the first axis."""
 _LOWERINGS: dict[str, Callable[[Builder, Call], Any]] = {
     **MOVES,
     **ARITHMETIC,
     **POINTWISE,
     **POOLS,
+    **FLOATS,
+    "permute": permute,
     "conv2d": convolution,
     "linear": dense,
     "_native_batch_norm_legit_no_training": batch_norm,
@@ -99,11 +112,14 @@ def survey(
 def _lowered(
     net: fx.GraphModule, target: str, input_size: tuple[int, int, int], largest_code: int, *, survey: bool
 ) -> tuple[Program, str]:
+    if has_float_trunk(net) and target not in FLOAT_TRUNKS:
+        raise ValueError(without_trunk(net, target))
     captured = capture(net, input_size)
     unobserved = [name for name, quantizer in captured.quantizers.items() if not quantizer.has_range]
     if unobserved:
         raise ValueError(f"activation ranges must be observed, but {unobserved[0]} has none: call observe_ranges first")
-    builder = Builder(target=target, largest_code=largest_code)
+    trunk = target in FLOAT_TRUNKS and has_float_trunk(net)
+    builder = Builder(target=target, largest_code=largest_code, float_trunk=trunk)
     lowering, end = _Lowering(captured, builder, survey=survey), ""
     try:
         logits = lowering.run(input_size)
@@ -113,6 +129,9 @@ def _lowered(
         logits, end = "", str(error)
     steps = _without_padding_steps(builder.steps, builder.shapes)
     steps = _needed(steps, logits) if logits else steps
+    shapes, grids = builder.shapes, builder.grids
+    if trunk:
+        steps, shapes, grids = narrowed(steps, shapes, grids)
     floats = {step.output for step in steps if isinstance(step, Convolution) and step.output not in builder.grids}
     steps = _with_unrounded(steps, lowering.unrounded | floats)
     names = {IMAGE, *(step.output for step in steps)}
@@ -121,8 +140,8 @@ def _lowered(
         image=IMAGE,
         logits=logits,
         steps=tuple(steps),
-        grids={name: grid for name, grid in builder.grids.items() if name in names},
-        shapes={name: shape for name, shape in builder.shapes.items() if name in names},
+        grids={name: grid for name, grid in grids.items() if name in names},
+        shapes={name: shape for name, shape in shapes.items() if name in names},
     )
     return program, end
 
@@ -160,7 +179,7 @@ class _Lowering:
             return LayerWeight(args[1], self.captured.layers[args[1]])
         if node.target is markers().activation:
             return self._quantized(args[0], args[1])
-        symbols = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Pending | Codes)]
+        symbols = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Pending | Codes | Turned)]
         function: Any = node.target
         name = function._schema.name.split("::")[1]
         if not symbols and not any(isinstance(leaf, LayerWeight) for leaf in tree_leaves((args, kwargs))):
@@ -170,7 +189,9 @@ class _Lowering:
             assert isinstance(first, fx.Node)
             return function(torch.zeros(first.meta["val"].shape), *args[1:], **kwargs)
         outputs = [value for value in tree_leaves(node.meta["val"]) if isinstance(value, Tensor)]
+        sources = [source for source in node.all_input_nodes if isinstance(self.values[source], Pending | Codes)]
         call = Call(
+            merged=any(source.meta["val"].shape[0] != BATCH for source in sources),
             operator=function,
             args=args,
             kwargs=kwargs,
@@ -180,13 +201,20 @@ class _Lowering:
             shapes=tuple(tuple(value.shape) for value in outputs),
         )
         try:
-            if call.name not in _LOWERINGS:
+            if call.name not in _LOWERINGS or (call.name in FLOATS and not self.builder.float_trunk):
                 self.builder.reject(call, "the operator is unknown to it")
+            if any(isinstance(symbol, Turned) for symbol in symbols):
+                if call.name not in TURNED:
+                    self.builder.reject(call, "its input has the axis of the images in another place than the first")
+                return TURNED[call.name](self.builder, call)
+            if call.merged and call.name not in MERGED:
+                self.builder.reject(call, "its input has windows or tokens of all images along one axis")
             return _LOWERINGS[call.name](self.builder, call)
         except OperatorRejectedError as error:
             if not self.survey:
                 raise
-            results = self._rejected(call, symbols, error)
+            plain = [symbol.symbol if isinstance(symbol, Turned) else symbol for symbol in symbols]
+            results = self._rejected(call, plain, error)
             return results if isinstance(node.meta["val"], list | tuple) else results[0]
 
     def _rejected(self, call: Call, symbols: list[Symbol], error: OperatorRejectedError) -> list[Pending]:
@@ -208,7 +236,7 @@ class _Lowering:
     def _quantized(self, value: Any, module: str) -> Symbol:
         """Return the codes that a quantizer makes of its input."""
         name = module.removeprefix(ACT_QUANTIZERS)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | Turned):
             raise ValueError(f"a quantizer must read an activation, but {name} reads a constant")
         quantizer = self.captured.quantizers[module]
         grid = grid_of(quantizer)

@@ -6,6 +6,8 @@ bit-equal with ONNX Runtime 1.32.0 on processors with AVX-512 VNNI (`tests/engin
     QuantizeLinear            rint(fl(x / s)) + z
     QLinearConv, QGemm        rint(fl(fl(acc) m)) + z_y,                  m = fl(fl(s_x s_w) / s_y)
     QGemm, floats out         fl(fl(acc) fl(s_x s_w))
+    QLinearMatMul             rint(fl(fl(acc) m)) + z_y of two activations, m = fl(fl(s_a s_b) / s_y)
+    MatMulIntegerToFloat      fl(fl(acc) fl(s_a s_b))
     QLinearAdd                rint(fma(A, r_a, fma(B, r_b, f))),          r = fl(s / s_y), A the first input,
                               f = fl(z_y - fma(r_a, z_a, fl(r_b z_b)))
     QLinearMul                rint(fl(fl((A - z_a)(B - z_b) r) + z_y)),   r = fl(fl(s_a s_b) / s_y)
@@ -16,8 +18,8 @@ bit-equal with ONNX Runtime 1.32.0 on processors with AVX-512 VNNI (`tests/engin
 
 Two of them add the zero point before they round, so that ties fall the other way where it is odd. On ARM, sums and
 pools use fixed-point multipliers and round differently; processors without VNNI saturate sums of 8-bit weights in 16
-bits. The sources are ONNX Runtime's ``onnxruntime/core/mlas/lib`` (quantize, qladd, qlmul, qlgavgpool) and
-``onnxruntime/contrib_ops/cpu/quantization``.
+bits. Steps on floats are in `onnxruntime_floats.py`. The sources are ONNX Runtime's ``onnxruntime/core/mlas/lib``
+(quantize, qladd, qlmul, qlgavgpool) and ``onnxruntime/contrib_ops/cpu/quantization``.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from synq.engines import onnxruntime_floats as floats
 from synq.engines.arithmetic import Arithmetic, float32, fma
+from synq.engines.exact_sums import FLOAT32_WHOLE
+from synq.engines.float_program import (
+    FloatConcatenation,
+    FloatConstant,
+    FloatFunction,
+    FloatMatrixProduct,
+    FloatMean,
+    FloatProduct,
+    FloatStep,
+    FloatSum,
+    LayerNorm,
+    MatrixProduct,
+    Softmax,
+)
 from synq.engines.onnxruntime_functions import native_values
 from synq.engines.program import (
     AveragePool,
@@ -58,6 +75,7 @@ class OnnxRuntimeArithmetic(Arithmetic):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self.reject_unrounded_sums()
+        self.avx512 = floats.has_avx512()
         for step in program.steps:
             if isinstance(step, Convolution) and step.output not in program.grids:
                 raise ValueError(
@@ -124,6 +142,52 @@ class OnnxRuntimeArithmetic(Arithmetic):
     def elementwise(self, step: Elementwise, codes: Tensor) -> Tensor:
         own, grid = self.grid(step.inputs[0]), self.grid(step.output)
         return quantized(native_values(step, dequantized(codes, own)), grid)
+
+    def matrix_product(self, step: MatrixProduct, a: Tensor, b: Tensor) -> Tensor:
+        grid_a, grid_b = (self.grid(value) for value in step.inputs)
+        total = exact_product(a - grid_a.zero_point, b - grid_b.zero_point, (grid_a, grid_b)).float()
+        scale = float32(grid_a.scale, total) * float32(grid_b.scale, total)
+        if not self.has_grid(step.output):
+            return total * scale
+        grid = self.grid(step.output)
+        return torch.round(total * (scale / float32(grid.scale, total))) + grid.zero_point
+
+    def float_step(self, step: FloatStep, inputs: Sequence[Tensor]) -> Tensor:
+        x = inputs[0]
+        match step:
+            case FloatSum():
+                return x + inputs[1]
+            case FloatProduct():
+                return x * inputs[1]
+            case FloatConstant():
+                constant = step.constant.to(x.device)
+                return x + constant if step.operation == "add" else x * constant
+            case FloatFunction():
+                return native_values(Elementwise(**vars(step)), x)
+            case LayerNorm():
+                return floats.layer_norm(x, step.weight.to(x.device), step.bias.to(x.device), step.eps)
+            case Softmax():
+                return floats.softmax(x, avx512=self.avx512)
+            case FloatMean():
+                return floats.mean(x)
+            case FloatConcatenation():
+                return torch.cat(list(inputs), dim=step.axis)
+            case FloatMatrixProduct():
+                return floats.matrix_product(x, inputs[1])
+        raise TypeError(f"no arithmetic for {type(step).__name__}")
+
+
+def exact_product(a: Tensor, b: Tensor, grids: tuple[Grid, Grid]) -> Tensor:
+    """Return the matrix product of whole numbers, exactly: in float32 where no sum can exceed 2^24.
+
+    Args:
+        a: (..., M, K) codes minus their zero point.
+        b: (..., K, N), too.
+        grids: Of the codes.
+    """
+    first, second = (max(grid.zero_point, grid.quant_max - grid.zero_point) for grid in grids)
+    fits = a.shape[-1] * first * second <= FLOAT32_WHOLE and a.device.type == "cpu"
+    return a @ b if fits else a.double() @ b.double()
 
 
 def quantized(x: Tensor, grid: Grid) -> Tensor:

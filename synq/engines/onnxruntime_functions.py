@@ -47,6 +47,9 @@ _ERF_LARGE = (
 )
 _ERF_EXP = (1.38319808e-3, 8.37550033e-3, 4.16689515e-2, 1.66664466e-1, 4.99999851e-1, 1.0, 1.0)
 
+CACHED = 2**15
+"""Values that a function reads at a time, so that what it computes in between stays in the cache of the processor."""
+
 
 def native_values(step: Elementwise, x: Tensor) -> Tensor:
     """Return the float32 outputs of a function, as its kernel computes them if it has one, else the exact ones.
@@ -58,7 +61,10 @@ def native_values(step: Elementwise, x: Tensor) -> Tensor:
     Raises:
         ValueError: If the function is not known.
     """
-    return _KERNELS[step.function](x, **step.arguments) if has_kernel(step) else exact_values(step, x)
+    if not has_kernel(step):
+        return exact_values(step, x)
+    parts = [_KERNELS[step.function](part, **step.arguments) for part in x.flatten().split(CACHED)]
+    return torch.cat(parts).reshape(x.shape)
 
 
 def has_kernel(step: Elementwise) -> bool:
@@ -69,6 +75,20 @@ def has_kernel(step: Elementwise) -> bool:
 def float32_number(value: float) -> float:
     """Return a number rounded to float32."""
     return float(np.float32(value))
+
+
+def exponential(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """Return an approximation of exp(x): ``2^m P(x - m ln 2)`` with m the nearest whole number to x / ln 2.
+
+    Args:
+        x: Float32.
+        coefficients: Of P, the highest power first.
+    """
+    magic = 12582912.0  # 1.5 * 2^23: adding it rounds to a whole number
+    exponent = fma(x, float32_number(1.44269504), magic) - magic
+    rest = fma(exponent, float32_number(-0.693145752), x)
+    rest = fma(exponent, float32_number(-1.42860677e-6), rest)
+    return (_horner(rest, coefficients).double() * torch.pow(2.0, exponent.double())).float()
 
 
 def _horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
@@ -97,19 +117,11 @@ def _hardsigmoid(x: Tensor) -> Tensor:
     return (x * float32_number(1 / 6) + 0.5).clamp(0.0, 1.0)
 
 
-def _times_two_to(x: Tensor, exponent: Tensor) -> Tensor:
-    return (x.double() * torch.pow(2.0, exponent.double())).float()
-
-
 def _erf(x: Tensor) -> Tensor:
     size = x.abs().clamp(max=float32_number(3.925))
     small = fma(_horner(size * size, _ERF_SMALL), size, size)
     power = -fma(_horner(size, _ERF_LARGE), size, size)
-    magic = 12582912.0  # 1.5 * 2^23: adding it rounds to a whole number
-    exponent = fma(power, float32_number(1.44269504), magic) - magic
-    rest = fma(exponent, float32_number(-0.693145752), power)
-    rest = fma(exponent, float32_number(-1.42860677e-6), rest)
-    large = 1.0 - _times_two_to(_horner(rest, _ERF_EXP), exponent)
+    large = 1.0 - exponential(power, _ERF_EXP)
     return torch.where(size <= 0.921875, small, large).copysign(x)
 
 
@@ -143,3 +155,5 @@ _KERNELS: dict[str, Callable[..., Tensor]] = {
     "affine": _affine,
 }
 """Float32 values and the arguments of the function -> float32 values."""
+KERNEL_FUNCTIONS = frozenset({*_KERNELS, "relu", "relu6"})
+"""Functions that are known exactly in floats, where no code makes them a table."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from synq.engines.arithmetic import Arithmetic, table
 from synq.engines.exact_sums import ExactSums
+from synq.engines.float_program import FloatStep, MatrixProduct
 from synq.engines.onnxruntime_arithmetic import OnnxRuntimeArithmetic
 from synq.engines.openvino_arithmetic import OpenVinoArithmetic
 from synq.engines.program import (
@@ -135,6 +136,10 @@ class Simulation(nn.Module):
                 return arithmetic.sum(step, x, inputs[1])
             case Product():
                 return arithmetic.product(step, x, inputs[1])
+            case MatrixProduct():
+                return arithmetic.matrix_product(step, x, inputs[1])
+            case FloatStep():
+                return arithmetic.float_step(step, inputs)
             case Concatenation():
                 return arithmetic.concatenation(step, inputs)
             case GlobalAveragePool():

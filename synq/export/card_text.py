@@ -250,7 +250,8 @@ def _verified(metrics: Mapping[str, Any]) -> str:
     margin = f" (where its two largest logits differ by more than {tolerance['margin']})" if tolerance["margin"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     threads = plural(machine["threads"], "thread") if machine["threads"] else "all threads"
-    where = f"; on {markdown_cell(machine['cpu'])}, {threads}, {versions}"
+    processor = ", ".join(part for part in (markdown_cell(machine["cpu"]), machine.get("instructions", "")) if part)
+    where = f"; on {processor}, {threads}, {versions}"
     if "engine" in metrics:
         engine, agreed = metrics["engine"], min(found["agreement_all"] for found in metrics["files"][0]["comparisons"])
         images = sum(found["images"] for found in metrics["files"][0]["comparisons"])

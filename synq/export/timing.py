@@ -127,12 +127,12 @@ def unstable_times(spread: float) -> str:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Return processor, threads (None: the engine's default) and versions of engines, for the record.
+    """Return processor, its instruction set, threads (None: the engine's default) and versions, for the record.
 
     Args:
         threads: As for `latencies`.
     """
-    return {"cpu": _cpu(), "threads": threads or None, "versions": _versions()}
+    return {"cpu": _cpu(), "instructions": _instructions(), "threads": threads or None, "versions": _versions()}
 
 
 def _cpu() -> str:
@@ -141,6 +141,16 @@ def _cpu() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _instructions() -> str:
+    """Return the widest vector instructions of an x86 processor, which decide a softmax's bits, and VNNI; or ""."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+    widest = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
+    vnni = "with VNNI" if flags & {"avx512_vnni", "avx_vnni"} else "without VNNI"
+    return f"{widest} {vnni}" if widest else ""
 
 
 def _versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from synq.network.op_traits import OpKind, traits_of, value_inputs
 from synq.network.ops import classify, products, value_sources
 from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import BitPatterns, layer_names
+from synq.quant.float_trunk import has_float_trunk, moved_on_grid, trunk_points
 from synq.quant.placement import target_points, with_same_grid
 
 NOT_ROUNDED = "clamped, not rounded"
@@ -90,6 +91,11 @@ def bits_and_notes(
     notes = {node: NOT_ROUNDED for node, point in points.items() if not point.rounded}
     if quant.target == RESEARCH:
         return bits, notes
+    if has_float_trunk(net):
+        moved = moved_on_grid(net, {node: point.readers for node, point in points.items()})
+        for node, source in moved.items():
+            bits[node], notes[node] = points[source].bits, f"on the grid of {source.name}"
+        return bits, notes
     for node, carrier in with_same_grid(net).items():
         if carrier in points:
             bits[node], notes[node] = points[carrier].bits, f"on the grid of {carrier.name}"
@@ -114,6 +120,11 @@ def _by_target(
     net: fx.GraphModule, layers: list[fx.Node], quant: QuantConfig, names: BitPatterns
 ) -> dict[fx.Node, QuantizedTensor]:
     """Return the quantized activations of a student for an engine."""
+    if has_float_trunk(net):
+        return {
+            point.node: QuantizedTensor(bits=point.bits, readers=point.readers, at_end=point.at_end)
+            for point in trunk_points(net, layers, quant, names)
+        }
     return {
         point.node: QuantizedTensor(
             bits=point.bits,

@@ -15,6 +15,7 @@ from synq.network.op_traits import node_module
 from synq.network.ops import classify
 from synq.quant.bit_patterns import BitPatterns
 from synq.quant.cost import TensorRow, account, packed_bytes
+from synq.quant.float_trunk import has_float_trunk
 from synq.quant.layers import (
     ACT_QUANTIZERS,
     ActQuantizer,
@@ -92,7 +93,8 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
     act_names.check_all_fit()
     bits, notes = bits_and_notes(net, quant, points)
     taps = {}
-    taken_whole = quant.points != "inputs" and not reads_inputs(traced)  # by all readers of an activation
+    # by all readers of an activation
+    taken_whole = quant.points != "inputs" and not reads_inputs(traced) and not has_float_trunk(traced)
     for node, point in points.items():
         act_quantizer = ActQuantizer(
             point.bits,

@@ -48,6 +48,7 @@ EVERYTHING_ON = with_overrides(
 NEEDED: dict[str, dict[str, object]] = {
     "quant.portable": {"quant.target": "openvino"},
     "quant.power_of_two_scales": {"quant.target": "openvino", "quant.learned_steps": "none"},
+    "quant.float_attention": {"quant.target": "onnxruntime"},
     "synthesis.source": {"synthesis.method": "own_images", "synthesis.source": "folder:here"},
 }
 """What a setting is allowed with."""

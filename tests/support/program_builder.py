@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synq.engines import program as p
+from synq.engines.float_program import LayerNorm, MatrixProduct, Softmax
 from synq.engines.functions import FUNCTIONS
 
 SAMPLE = 4
@@ -147,6 +148,20 @@ class ProgramBuilder:
     def product(self, a: str, b: str) -> str:
         sample = self.samples[a] * self.samples[b]
         return self.add(p.Product, [a, b], sample, self.grid_of(sample, self.act_bits))
+
+    def matrix_product(self, a: str, b: str, *, floats: bool = False) -> str:
+        sample = self.samples[a] @ self.samples[b]
+        output = None if floats else self.grid_of(sample, self.act_bits)
+        return self.add(MatrixProduct, [a, b], sample, output)
+
+    def softmax(self, value: str) -> str:
+        return self.add(Softmax, [value], self.samples[value].softmax(-1), None)
+
+    def layer_norm(self, value: str) -> str:
+        count = self.shape(value)[-1]
+        weight, bias = torch.randn(count, generator=self.random), torch.randn(count, generator=self.random)
+        sample = F.layer_norm(self.samples[value], (count,), weight, bias)
+        return self.add(LayerNorm, [value], sample, None, weight=weight, bias=bias, eps=1e-5)
 
     def concatenation(self, values: Sequence[str], axis: int = 1) -> str:
         sample = torch.cat([self.samples[value] for value in values], dim=axis)

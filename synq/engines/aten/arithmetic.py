@@ -7,10 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synq.engines.aten.layers import affine_by_constant, is_layer_result
+from synq.engines.aten.builder import Builder, without_batch
+from synq.engines.aten.floats import combined, in_floats, joined, with_constants
+from synq.engines.aten.layers import affine_by_constant, folds_into, is_layer_result
 from synq.engines.aten.moves import broadcast, padded, reshaped, sliced
-from synq.engines.aten.symbols import Builder, Call, Codes, Pending, Symbol, made, without_batch
+from synq.engines.aten.symbols import Call, Codes, Pending, Symbol, made
+from synq.engines.float_program import FloatProduct, FloatSum
 from synq.engines.program import Concatenation, Elementwise, Grid, Product, Sum
+
+_ZERO = torch.zeros((), dtype=torch.float64)
 
 
 def add(builder: Builder, call: Call) -> Any:
@@ -25,6 +30,9 @@ def add(builder: Builder, call: Call) -> Any:
             (second, signs[1], first, signs[0]) if _is_constant(first) else (first, signs[0], second, signs[1])
         )
         return _with_constant(builder, call, symbol, sign, other_sign * _tensor(constant))
+    if in_floats(builder, first, second):
+        second = second if signs[1] == 1.0 else _with_constant(builder, call, second, signs[1], _ZERO)
+        return combined(builder, call, FloatSum, first, second)
     operands = [builder.addend(call, operand) for operand in (first, second)]
     if operands[0] == operands[1] and signs == (1.0, -1.0):
         builder.reject(call, "it subtracts an activation from itself")
@@ -40,7 +48,9 @@ def multiply(builder: Builder, call: Call) -> Any:
     first, second = call.argument("self"), call.argument("other")
     if _is_constant(first) or _is_constant(second):
         symbol, constant = (second, first) if _is_constant(first) else (first, second)
-        return _with_constant(builder, call, symbol, _tensor(constant), torch.zeros((), dtype=torch.float64))
+        return _with_constant(builder, call, symbol, _tensor(constant), _ZERO)
+    if in_floats(builder, first, second):
+        return combined(builder, call, FloatProduct, first, second)
     operands = [builder.codes(call, operand) for operand in (first, second)]
     if len(operands[0].shape) != len(operands[1].shape):
         builder.reject(call, "it multiplies tensors with different numbers of axes")
@@ -52,12 +62,12 @@ def divide(builder: Builder, call: Call) -> Any:
     symbol, divisor = call.argument("self"), call.argument("other")
     if _is_constant(symbol) or not _is_constant(divisor) or call.argument("rounding_mode") is not None:
         builder.reject(call, "it divides by an activation, or rounds")
-    return _with_constant(builder, call, symbol, 1.0 / _tensor(divisor), torch.zeros((), dtype=torch.float64))
+    return _with_constant(builder, call, symbol, 1.0 / _tensor(divisor), _ZERO)
 
 
 def negate(builder: Builder, call: Call) -> Any:
     """Lower -x."""
-    return _with_constant(builder, call, call.argument("self"), -1.0, torch.zeros((), dtype=torch.float64))
+    return _with_constant(builder, call, call.argument("self"), -1.0, _ZERO)
 
 
 def concatenate(builder: Builder, call: Call) -> Any:
@@ -66,9 +76,14 @@ def concatenate(builder: Builder, call: Call) -> Any:
     axis = int(call.argument("dim") or 0) % rank
     if axis == 0:
         builder.reject(call, "it works on the axis of the images")
+    given = call.argument("tensors")
+    if in_floats(builder, *(operand for operand in given if not isinstance(operand, Tensor))):
+        return joined(builder, call, given, axis)
+    if builder.float_trunk and any(isinstance(operand, Tensor) and bool(operand.any()) for operand in given):
+        return joined(builder, call, given, axis)
     parts: list[Codes] = []
     zeros = [0]  # after each part; before the first one
-    for operand in call.argument("tensors"):
+    for operand in given:
         if isinstance(operand, Tensor):
             if bool(operand.any()):
                 builder.reject(call, "one of its tensors is a constant that is not zero")
@@ -115,6 +130,8 @@ def _with_constant(builder: Builder, call: Call, symbol: Any, factor: Any, offse
         builder.reject(call, "a constant has more positions than the activation")
     factor, offset = (without_batch(call, builder, t, rank) for t in (factor, offset))
     factor, offset = (t.flatten()[:1].reshape(()) if bool((t == t.flatten()[0]).all()) else t for t in (factor, offset))
+    if builder.float_trunk and not folds_into(symbol, factor, offset):
+        return with_constants(builder, call, symbol, factor, offset)
     if factor.ndim == 0 and offset.ndim == 0 and not is_layer_result(symbol):
         return _element_wise(builder, call, symbol, float(factor), float(offset))
     result = affine_by_constant(builder, call, symbol, factor, offset, call.shape)

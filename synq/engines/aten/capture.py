@@ -23,7 +23,7 @@ KEPT = frozenset(
     {"conv2d", "linear", "batch_norm", "prelu", "celu", "hardswish", "hardsigmoid", "silu", "mish", "softplus"}
     | {"log_sigmoid", "square", "softshrink", "hardshrink"}
     | {"adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d", "upsample_nearest2d", "_upsample_nearest_exact2d"}
-    | {"pad", "roll", "select_scatter"}
+    | {"pad", "roll", "select_scatter", "layer_norm", "matmul"}
 )
 """Operators that are not decomposed, because a step of a program has their form."""
 

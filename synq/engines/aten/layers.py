@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synq.engines.aten.builder import Builder, without_batch
 from synq.engines.aten.moves import reshaped, transposed
-from synq.engines.aten.symbols import Builder, Call, Codes, Pending, Symbol, made, without_batch
+from synq.engines.aten.symbols import Call, Codes, Pending, Symbol, made
 from synq.engines.program import Convolution, Dense, Layer
 from synq.quant.integer_form import codes_of
 from synq.quant.layers import QuantConv2d, QuantLinear
@@ -145,6 +146,23 @@ def channel_axis(symbol: Any) -> int:
 def is_layer_result(symbol: Any) -> bool:
     """Return whether factors and offsets can be folded into the layer whose result this is."""
     return isinstance(symbol, Pending) and isinstance(symbol.template, Layer) and not symbol.is_clamped
+
+
+def folds_into(symbol: Any, factor: Tensor, offset: Tensor) -> bool:
+    """Return whether constants that broadcast with the result of a layer can be folded into it.
+
+    Args:
+        symbol: The result, or another symbol.
+        factor, offset: With all axes of the result, N first, or with none.
+    """
+    if not is_layer_result(symbol):
+        return False
+    channels = channel_axis(symbol)
+    for constant in (factor, offset):
+        others = constant.numel() if constant.ndim == 0 else constant.numel() // constant.shape[channels]
+        if others > 1:
+            return False
+    return not symbol.moves or max(factor.numel(), offset.numel()) == 1
 
 
 def _is_foldable(symbol: Pending, axis: int, count: int) -> bool:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synq.engines.aten.builder import Builder
 from synq.engines.aten.capture import BATCH
-from synq.engines.aten.symbols import Builder, Call, Codes, Symbol, moved
+from synq.engines.aten.symbols import Call, Codes, Symbol, moved
+from synq.engines.float_program import FloatConcatenation
 from synq.engines.program import Concatenation, NearestResize, Pad, Reshape, Slice, Transpose
 
 LARGEST_PIECES = 64
@@ -63,6 +65,9 @@ def side_by_side(builder: Builder, pieces: list[Codes], axis: int) -> Codes:
     low, high = min(piece.low for piece in pieces), max(piece.high for piece in pieces)
     name = builder.unique(f"{first.name}.concatenation")
     inputs = tuple(piece.name for piece in pieces)
+    if first.grid is None:
+        joined = FloatConcatenation(inputs=inputs, output=name, layer=first.name, axis=axis)
+        return builder.add(joined, shape, None)
     step = Concatenation(inputs=inputs, output=name, layer=first.name, axis=axis, low=low, high=high)
     return builder.add(step, shape, first.grid, low, high)
 
@@ -112,17 +117,6 @@ def view(builder: Builder, call: Call) -> Symbol:
     symbol = _operand(builder, call)
     _check_images(builder, call)
     return moved(symbol, call.shape, lambda codes: reshaped(builder, codes, call.shape))
-
-
-def permute(builder: Builder, call: Call) -> Symbol:
-    """Lower a permutation of the axes after N."""
-    symbol = _operand(builder, call)
-    rank = len(symbol.shape) + 1
-    axes = [int(a) % rank for a in call.argument("dims")]
-    _check_images(builder, call)
-    if axes[0] != 0:
-        builder.reject(call, "it moves the axis of the images")
-    return moved(symbol, call.shape, lambda codes: transposed(builder, codes, axes))
 
 
 def slice_axis(builder: Builder, call: Call) -> Symbol:
@@ -303,7 +297,8 @@ def _check_axis(builder: Builder, call: Call, axis: int) -> None:
 
 
 def _check_images(builder: Builder, call: Call) -> None:
-    if not call.shapes[0] or call.shapes[0][0] != BATCH:
+    first = call.shapes[0][0] if call.shapes[0] else 1
+    if first % BATCH or (first != BATCH and not builder.float_trunk):
         builder.reject(call, "it mixes the images of a batch")
 
 
@@ -327,7 +322,6 @@ MOVES: dict[str, Callable[[Builder, Call], Any]] = {
     **dict.fromkeys(
         ("clone", "alias", "detach", "_to_copy", "lift_fresh_copy", "contiguous", "dropout", "copy", "positive"), same
     ),
-    "permute": permute,
     "slice": slice_axis,
     "select": select,
 }

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from synq.engines.aten.symbols import Builder, Call, Codes, Symbol, limits, made
+from synq.engines.aten import floats
+from synq.engines.aten.builder import Builder
+from synq.engines.aten.symbols import Call, Codes, Symbol, limits, made
 from synq.engines.program import Elementwise
 
 _BOUNDS: dict[str, Callable[[Call], tuple[Any, Any]]] = {
@@ -42,6 +44,8 @@ def clamp(builder: Builder, call: Call) -> Symbol:
             builder.reject(call, "it excludes zero, after a movement of unrounded values")
         return first.clamped(low, high)  # type: ignore[no-any-return]
     if first.grid is None:
+        if builder.float_trunk:
+            return floats.clamped(builder, call, first, low, high)
         builder.reject(call, "it reads logits")
     codes = limits(first.grid, low, high)
     if codes[0] <= first.low and first.high <= codes[1]:
@@ -52,7 +56,6 @@ def clamp(builder: Builder, call: Call) -> Symbol:
 
 def function(builder: Builder, call: Call) -> Symbol:
     """Lower a function of single values."""
-    codes = builder.codes(call, call.args[0])
     arguments = {name: float(call.argument(name)) for name in FUNCTIONS.get(call.name, ())}
     name = call.name
     if name == "gelu" and call.argument("approximate") == "tanh":
@@ -72,6 +75,9 @@ def function(builder: Builder, call: Call) -> Symbol:
         if not isinstance(slope, Tensor) or slope.numel() != 1:
             builder.reject(call, "it has a slope for each channel; one slope for all has a form")
         name, arguments = "leaky_relu", {"negative_slope": float(slope)}
+    if floats.in_floats(builder, call.args[0]):
+        return floats.function(builder, call, call.args[0], name, arguments)
+    codes = builder.codes(call, call.args[0])
     step = Elementwise(inputs=(codes.name,), output="", layer=call.layer, function=name, arguments=arguments)
     return made(step, codes.shape)
 

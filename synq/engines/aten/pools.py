@@ -7,8 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from synq.engines.aten.builder import Builder
+from synq.engines.aten.floats import in_floats
+from synq.engines.aten.floats import mean as float_mean
 from synq.engines.aten.moves import chosen, padded, reshaped, transposed
-from synq.engines.aten.symbols import Builder, Call, Codes, Symbol, made, moved
+from synq.engines.aten.symbols import Call, Codes, Symbol, made, moved
 from synq.engines.program import AveragePool, Convolution, GlobalAveragePool, MaxPool
 
 Windows = tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int]]
@@ -20,12 +23,15 @@ a `Pad` before the pool adds it. Measured in OpenVINO 2026.4.1."""
 
 def mean(builder: Builder, call: Call) -> Symbol:
     """Lower a mean over axes after N."""
-    codes = builder.codes(call, call.argument("self"))
-    rank = len(codes.shape) + 1
+    symbol = call.argument("self")
+    rank = len(symbol.shape) + 1
     given = call.argument("dim")
     axes = sorted({int(axis) % rank for axis in given}) if given else list(range(rank))
     if axes[0] == 0:
         builder.reject(call, "it takes the mean over images")
+    if in_floats(builder, symbol):
+        return float_mean(builder, call, symbol, axes)
+    codes = builder.codes(call, symbol)
     return _global_mean(builder, call, codes, axes)
 
 
@@ -45,6 +51,8 @@ def _global_mean(builder: Builder, call: Call, codes: Codes, axes: list[int]) ->
 
 def adaptive_average(builder: Builder, call: Call) -> Symbol:
     """Lower an average pool with a given output size, whose windows must have one size."""
+    if in_floats(builder, call.argument("self")) and call.shape[1:] == (1, 1):
+        return float_mean(builder, call, call.argument("self"), [2, 3])
     codes = builder.codes(call, call.argument("self"))
     if call.shape[1:] == (1, 1):
         return _global_mean(builder, call, codes, [2, 3])

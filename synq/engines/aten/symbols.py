@@ -2,29 +2,15 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from synq.engines.aten.capture import BATCH
-from synq.engines.aten.folding import folded
-from synq.engines.program import (
-    Convolution,
-    Dequantize,
-    Elementwise,
-    Grid,
-    Layer,
-    Limited,
-    Movement,
-    Quantize,
-    Rejected,
-    Step,
-)
+from synq.engines.program import Elementwise, Grid, Quantize, Step
 from synq.network.aten_traits import OperatorCall
 from synq.quant.fake_quant import quantize
-from synq.quant.placement import FLOAT_BRANCHES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +64,23 @@ class Pending:
 
 
 Symbol = Codes | Pending
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turned:
+    """A value with its axes in an order in which N is not the first: views of it are taken from the value itself.
+
+    Attributes:
+        symbol: The value, N first.
+        axes: Axis of the value (0 is N) at each place.
+        merged: Whether axis 0 is N with the first axis of the value, see `Call`; the others count from 1 after it.
+    """
+
+    symbol: Symbol
+    axes: tuple[int, ...]
+    merged: bool = False
+
+
 UNIT = Grid(scale=1 / 128, zero_point=128, quant_max=255)
 """Grid of a rejected result in a survey, where nothing rounds it: any other would do."""
 
@@ -104,136 +107,25 @@ class Call(OperatorCall):
     Attributes:
         layer: Name of the layer or node that it comes from.
         shapes: Of its outputs, with N.
+        merged: Whether its first operand has windows or tokens of all images along its first axis: as a symbol it has
+            an axis more.
     """
 
     layer: str
     shapes: tuple[tuple[int, ...], ...]
+    merged: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of its first output, without N."""
-        return self.shapes[0][1:]
+        """Shape of its first output, without N; an axis of windows of all images becomes one of each image."""
+        first, *others = self.shapes[0]
+        return tuple(others) if first == BATCH else (first // BATCH, *others)
 
     def numbers(self, name: str, length: int = 2) -> tuple[int, ...]:
         """Return an argument that is one number or a list of ``length`` numbers as ``length`` numbers."""
         value = self.argument(name)
         values = [value] if isinstance(value, int) else list(value)
         return tuple(int(v) for v in (values * length if len(values) == 1 else values))
-
-
-@dataclass
-class Builder:
-    """The program so far.
-
-    Attributes:
-        target: Name of the engine.
-        largest_code: Of the weights of BatchNorms that become layers.
-        steps, grids, shapes: As in `Program`.
-        input_size: (C, H, W) of one image.
-    """
-
-    target: str
-    largest_code: int
-    steps: list[Step] = field(default_factory=list)
-    grids: dict[str, Grid] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    makers: dict[str, Step] = field(default_factory=dict)
-
-    def reject(self, call: Call, reason: str) -> NoReturn:
-        """Raise the error of an operator without a form."""
-        raise OperatorRejectedError(self.target, call, reason)
-
-    def unique(self, wanted: str) -> str:
-        """Return ``wanted``, with a number appended if a value has this name."""
-        name, count = wanted, 0
-        while name in self.shapes:
-            count += 1
-            name = f"{wanted}_{count}"
-        return name
-
-    def add(self, step: Step, shape: tuple[int, ...], grid: Grid | None, low: int = 0, high: int = 0) -> Codes:
-        """Append a step, and return the value that it makes."""
-        self.steps.append(step)
-        self.makers[step.output] = step
-        self.shapes[step.output] = shape
-        if grid is not None:
-            self.grids[step.output] = grid
-        return Codes(name=step.output, shape=shape, grid=grid, low=low, high=high)
-
-    def move(self, source: Codes, template: Movement, shape: tuple[int, ...], *, adds_zeros: bool = False) -> Codes:
-        """Append a movement of ``source``, whose inputs and output are filled in."""
-        suffix = type(template).__name__.lower()
-        name, layer = self.unique(f"{source.name}.{suffix}"), template.layer or source.name
-        step = replace(template, inputs=(source.name,), output=name, layer=layer)
-        low, high = source.low, source.high
-        if adds_zeros and source.grid is not None:
-            low, high = min(low, source.grid.zero_point), max(high, source.grid.zero_point)
-        return self.add(step, shape, source.grid, low, high)
-
-    def round(self, pending: Pending, grid: Grid | None, name: str) -> Codes:
-        """Append the step of a result, and the movements after it; return the value on ``grid``, or in floats."""
-        template = pending.template
-        changes: dict[str, Any] = {"output": self.unique(name)}
-        if isinstance(template, Layer):
-            assert pending.factor is not None and pending.offset is not None
-            source = self.grids[template.inputs[0]]
-            changes |= folded(template, pending.factor, pending.offset, source, grid)
-        low, high = (0, 0) if grid is None else limits(grid, *pending.bounds)
-        if isinstance(template, Limited):
-            changes |= {"low": low, "high": high}
-        made = self.add(replace(template, **changes), pending.made_shape, grid, low, high)
-        for movement in pending.moves:
-            made = movement(made)
-        return made
-
-    def codes(self, call: Call, symbol: Any) -> Codes:
-        """Return the codes of an operand; the result of a choice between codes is on their grid.
-
-        Raises:
-            ValueError: If a result is read that no quantizer has rounded, or a constant.
-        """
-        if isinstance(symbol, Codes):
-            return symbol
-        if not isinstance(symbol, Pending):
-            self.reject(call, "it reads a constant tensor where it must read an activation")
-        grid = UNIT if isinstance(symbol.template, Rejected) else self.kept_grid(symbol)
-        if grid is None:
-            self.reject(call, f"it reads {type(symbol.template).__name__} {symbol.template.layer!r} before a quantizer")
-        return self.round(symbol, grid, symbol.template.layer)
-
-    def addend(self, call: Call, symbol: Any) -> Codes:
-        """Return an operand of a sum: codes, or the floats of a convolution that its engine fuses into the sum.
-
-        Raises:
-            ValueError: As `codes`.
-        """
-        fusable = isinstance(symbol, Pending) and isinstance(symbol.template, Convolution)
-        if self.target in FLOAT_BRANCHES and fusable and not symbol.is_clamped and not symbol.moves:
-            return self.round(symbol, None, symbol.template.layer)
-        return self.codes(call, symbol)
-
-    def kept_grid(self, pending: Pending) -> Grid | None:
-        """Return the grid of the inputs if the result needs no other one: it was only clamped, or put side by side."""
-        template = pending.template
-        grids = {self.grids.get(name) for name in template.inputs}
-        grid = grids.pop()
-        if grids or grid is None or not (is_choice(template) or type(template).__name__ == "Concatenation"):
-            return None
-        low, high = limits(grid, *pending.bounds)
-        for code, bound, end in ((low, pending.bounds[0], 0), (high, pending.bounds[1], grid.quant_max)):
-            value = grid.scale * (code - grid.zero_point)
-            if code != end and abs(value - bound) > 1e-6 * abs(bound):
-                return None
-        return grid
-
-    def finished(self, symbol: Symbol, name: str) -> Codes:
-        """Return the logits in floats."""
-        if isinstance(symbol, Pending):
-            return self.round(symbol, None, name)
-        if symbol.grid is None:
-            return symbol
-        step = Dequantize(inputs=(symbol.name,), output=self.unique(name), layer=name)
-        return self.add(step, symbol.shape, None)
 
 
 def is_choice(step: Step) -> bool:
@@ -264,17 +156,3 @@ def moved(symbol: Symbol, shape: tuple[int, ...], movement: Callable[[Codes], Co
     if isinstance(symbol, Codes):
         return movement(symbol)
     return replace(symbol, shape=shape, moves=(*symbol.moves, movement))
-
-
-def without_batch(call: Call, builder: Builder, constant: Tensor, rank: int) -> Tensor:
-    """Return a constant operand for one image: of ``rank`` axes, the first of size 1.
-
-    Raises:
-        ValueError: If it differs from image to image.
-    """
-    shaped = constant.detach().reshape((1,) * (rank - constant.ndim) + tuple(constant.shape))
-    if shaped.shape[0] == BATCH:
-        if not bool((shaped == shaped[:1]).all()):
-            builder.reject(call, "a constant depends on the image's position in the batch")
-        shaped = shaped[:1]
-    return shaped

@@ -8,6 +8,7 @@ A function of codes is one of these, in this order:
 - a table, which Gather looks codes up in.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -94,13 +95,14 @@ def _write_kernel(graph: QuantizedGraph, step: Elementwise) -> None:
     else:
         kind, opset = KINDS[step.function]
         graph.need_opset(opset)
-        graph.finish(kind, [x], step, limits, **_attributes(step))
+        graph.finish(kind, [x], step, limits, **attributes(step.function, step.arguments))
 
 
-def _attributes(step: Elementwise) -> dict[str, Any]:
-    match step.function:
+def attributes(function: str, arguments: Mapping[str, float]) -> dict[str, Any]:
+    """Return the attributes of the node of a function."""
+    match function:
         case "leaky_relu":
-            return {"alpha": step.arguments.get("negative_slope", 0.01)}
+            return {"alpha": arguments.get("negative_slope", 0.01)}
         case "hardsigmoid":
             return {"alpha": 1 / 6, "beta": 0.5}
         case "gelu_tanh":

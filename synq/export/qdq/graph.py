@@ -180,13 +180,21 @@ class QuantizedGraph:
     def finish(
         self, kind: str, inputs: Sequence[str], step: Step, limits: tuple[int, int] | None, **attributes: Any
     ) -> None:
-        """Append the float operation of a step and quantize its output, if that has a grid."""
+        """Append the float operation of a step and quantize its output, if that has a grid.
+
+        Args:
+            kind: The operation.
+            inputs: Names of the values that it reads.
+            step: The step.
+            limits: Smallest and largest code; None for a movement, whose codes are within those of its input.
+            attributes: Of the node.
+        """
         if step.output not in self.grids:
             self.node(kind, inputs, self.name(step.output), step.layer or step.output, **attributes)
             return
         output = self.unique(f"{self.name(step.output)}.float")
         self.node(kind, inputs, output, step.layer or step.output, **attributes)
-        self.quantize(output, step.output, limits)
+        self.quantize(output, step.output, (0, CODE_MAX) if limits is None else limits)
 
     def model(self, graph_name: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> onnx.ModelProto:
         """Return the model of all nodes, with the lowest operator set that suffices."""

@@ -7,6 +7,7 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from synq.engines.arithmetic import Arithmetic, table
+from synq.engines.float_program import FloatStep, MatrixProduct
 from synq.engines.program import (
     AveragePool,
     Concatenation,
@@ -29,6 +30,7 @@ from synq.engines.program import (
     Sum,
     Transpose,
 )
+from synq.export.qdq.floats import write_floats, write_product
 from synq.export.qdq.functions import write_function
 from synq.export.qdq.graph import QuantizedGraph
 
@@ -78,6 +80,10 @@ def write_step(
             _write_dense(graph, step, pack_two_bits, rows)
         case Elementwise():
             write_function(graph, step, table(arithmetic, step))
+        case MatrixProduct():
+            write_product(graph, step)
+        case FloatStep():
+            write_floats(graph, step, rows)
         case Limited():
             _write_limited(graph, step)
         case Pad() if step.inputs[0] in graph.grids and graph.form.computes_codes:
