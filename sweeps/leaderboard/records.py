@@ -111,8 +111,8 @@ def read_tables(paths: Iterable[str | Path]) -> tuple[Tables, int]:
             wrong.append(error)
     if wrong and not len(tables):
         raise wrong[0]
-    for error in wrong:
-        print_notice(f"warning: left out: {error}")
+    for left_out in wrong:
+        print_notice(f"warning: left out: {left_out}")
     return tables, len(wrong)
 
 

@@ -87,5 +87,5 @@ def _page(
     if is_run(path):
         folder = path.parent if path.is_file() else path
         return run_page(folder, path_overrides, num_images, teacher), folder / PAGE
-    options = {"path_overrides": path_overrides, "num_images": num_images, "tools": tools}
-    return sweep_page(read_sweep(path), runs=runs, **options), path / PAGE
+    page = sweep_page(read_sweep(path), runs=runs, path_overrides=path_overrides, num_images=num_images, tools=tools)
+    return page, path / PAGE

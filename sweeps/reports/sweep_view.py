@@ -150,7 +150,7 @@ def read_sweep(path: str | Path) -> SweepView:
 
 def _with_shared_parts(record: RunRecord, parts: dict[str, Any]) -> RunRecord:
     """Return a record whose parts are the objects of `parts` that equal them: most trials differ in few settings."""
-    shared = {}
+    shared: dict[str, Any] = {}
     for name in ("config", "versions", "teacher"):
         values = getattr(record, name)
         shared[name] = {key: parts.setdefault(f"{key} {value!r}", value) for key, value in values.items()}
