@@ -3,7 +3,7 @@
     python launch/compare_tools.py OUTPUT --data FOLDER [--network NAME] [--targets onnxruntime litert ...]
 
 A CIFAR ResNet-20 of FOLDER is quantized for each engine that is installed, from the same synthetic images and no
-others: by the engine's own tool and others that are installed (8 bits where their name says nothing else, their
+others: by the engine's own tool and others that are installed (8 bits where their name has nothing else, their
 defaults, no training), and by this project at W8A8 and W4A4. Each file is then run in the engine on all labeled
 images, and timed next to float, in turns. OUTPUT keeps one JSON file for each engine, to which rows are added, so that
 engines and tools which need separate environments fill one table; it is printed at the end.

@@ -1,7 +1,7 @@
 """Quantization tools that make no file for one engine only, or a second one for it: rows of `compare_tools.py`.
 
 Each gets the float network, its ONNX file and the images, and is used with its own defaults for 8 bits where its name
-says nothing else. A tool without a file that an engine here runs is measured in its own simulation in PyTorch.
+has nothing else. A tool without a file that an engine here runs is measured in its own simulation in PyTorch.
 """
 
 import tempfile

@@ -337,9 +337,7 @@ def _off_note(dimensions: Sequence[Dimension]) -> str:
 
 
 def _value(dimension: Dimension, value: Any) -> Any:
-    if value is None:
-        return _off(dimension) if dimension.optional else "none"
-    return value
+    return value if value is not None else _off(dimension) if dimension.optional else "none"
 
 
 def _choices(dimension: Dimension) -> list[Any]:

@@ -40,7 +40,7 @@ EXAMPLES = """\
     "--tools",
     several=True,
     metavar="FILE.json",
-    help="results of launch/compare_tools.py: files of other quantization tools as points of the figure of accuracy "
+    help="results of launch/compare_tools.py: files of other quantization tools as points of the chart of accuracy "
     "against latency of a sweep",
 )
 @moved_options

@@ -1,7 +1,7 @@
 """Linear layers without the features that nothing reads, and short ways from a layer to the axes that its reader wants.
 
 Attention computes query, key and value as one linear layer and takes a third of its features each, on a grid of its
-own. A program has one layer for each of them: with only the features that are read, behind them at most one `Reshape`
+own. A program has one layer for each of them: with only the features that are read, after them at most one `Reshape`
 and one `Transpose`, whatever the network writes in between.
 """
 

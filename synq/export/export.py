@@ -25,7 +25,6 @@ from synq.engines.deployed import deployed_network
 from synq.engines.simulation import Simulation
 from synq.evaluation.measure import Measure
 from synq.export.card import card_values, readable_record, siblings_of, write_card
-from synq.export.card_text import session_warning
 from synq.export.exactness import inexact_steps
 from synq.export.files import Checker, ExportedFile, export_onnx, export_packed, export_program
 from synq.export.out_folder import check_out_folder, draft_of, publish
@@ -283,8 +282,6 @@ def _write_target_file(
     assert isinstance(check.form, Simulation)
     program = check.form.program
     file, content = export_target(folder, program, form, check)
-    if file.session_entries:
-        print_notice(f"warning: {session_warning(file.session_entries)}")
     metrics = _sizes(student, teacher, [file])
     if options.with_float:
         float_file = form.write_float(teacher.graph, program)

@@ -23,7 +23,7 @@ from synq.export.targets.formats import TargetFormat, image_size
 OTHER = "other steps"
 ROUNDS, WARMUP = 25, 3
 XNNPACK_LAYERS = ("Convolution", "Fully Connected", "Deconvolution")
-"""First words of the names of XNNPACK's operators with weights."""
+"""Beginnings of the names of XNNPACK's operators with weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,9 @@ from types import MappingProxyType
 from torch import Tensor
 
 from synq.common.files import write_bytes_atomic
+from synq.common.notices import print_notice
 from synq.engines.program import Program
+from synq.export.card_text import session_warning
 from synq.export.files import Checker, ExportedFile, ExportRejectedError, metadata_of
 from synq.export.targets.formats import TargetFormat
 from synq.export.timing import Latency, run_latencies
@@ -46,6 +48,7 @@ def export_target(folder: Path, program: Program, form: TargetFormat, check: Che
             raise
         entries = form.session_entries
         comparisons = check(form.file, form.opener(entries)(content, 0))
+        print_notice(f"warning: {session_warning(entries)}")
     kernels: dict[str, int] = {}
     if form.format == "onnx" and not form.checked_for:
         from synq.export.kernels import count_kernels
