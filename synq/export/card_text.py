@@ -260,7 +260,7 @@ def _verified(metrics: Mapping[str, Any]) -> str:
                 f"against the published rules of {for_engine}, all kept; not run in it. As the ONNX standard defines "
                 f"the file, in {engine}: the student's class for {agreed:.2f} % of {images} images{where}"
             )
-        entries = metrics["files"][0].get("session_entries")
+        entries = next(iter(metrics["files"]), {}).get("session_entries")
         where += f"; {session_warning(entries)}" if entries else ""
         if metrics["exact"]:
             return f"in {engine}: every logit of {images} images bit-identical with the student{where}"
@@ -295,7 +295,7 @@ def _examples(metrics: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[st
         return [_example_by_the_standard(files["onnx"], teacher["input_size"])]
     size = ", ".join(map(str, teacher["input_size"]))
     channels, height, width = teacher["input_size"]
-    entries = metrics["files"][0].get("session_entries") or {}
+    entries = next(iter(metrics["files"]), {}).get("session_entries") or {}
     options = "".join(
         ["options = onnxruntime.SessionOptions()\n"]
         + [f'options.add_session_config_entry("{name}", "{value}")\n' for name, value in entries.items()]

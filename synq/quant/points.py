@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from torch import fx
 
 from synq.config.quant import RESEARCH, QuantConfig
-from synq.network.op_traits import OpKind, traits_of, value_inputs
+from synq.network.op_traits import traits_of, value_inputs
 from synq.network.ops import classify, products, value_sources
 from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import BitPatterns, layer_names
 from synq.quant.float_trunk import has_float_trunk, moved_on_grid, trunk_points
 from synq.quant.placement import target_points, with_same_grid
 
+NORMS = frozenset({"native_layer_norm", "native_group_norm", "_fused_rms_norm"})
+"""Operators that normalize by the values of an image."""
 NOT_ROUNDED = "clamped, not rounded"
 """Note on a tensor that an engine clamps to its range and adds without rounding it."""
 
@@ -66,13 +68,13 @@ def reads_inputs(net: fx.GraphModule) -> bool:
     """Return whether ``act_points`` "relu" means the inputs of layers and products, the image excepted.
 
     That is the placement of the literature for attention: the output of a LayerNorm or softmax is a non-linear
-    function, and so is no value of a residual sum, which stays float. Networks without BatchNorm have it, too, whose
-    normalizations are non-linear functions.
+    function, and so is no value of a residual sum, which stays float. So have networks with normalizations by the values
+    of an image, which are non-linear functions, too.
 
     Args:
         net: A graph from ``trace_classifier``, its layers quantized or not.
     """
-    return bool(products(net)) or not any(traits_of(node).kind is OpKind.NORM for node in net.graph.nodes)
+    return bool(products(net)) or any(NORMS.intersection(traits_of(node).operators) for node in net.graph.nodes)
 
 
 def bits_and_notes(

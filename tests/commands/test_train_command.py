@@ -119,7 +119,6 @@ OWN = "--teacher.spec net.py:make --teacher.input_size 1 16 16 --teacher.mean 0.
         ("--teacher.spec bundled:digits_resnet9", "digits_resnet8"),
         ("--teacher.spec net.py:make --teacher.weights absent.pth", "absent.pth"),
         (f"{OWN} --teacher.weights nan.safetensors", "NaN"),
-        (f"{OWN} --teacher.weights random", "BatchNorm"),
         ("--evaluation.dataset npz:absent.npz", "absent.npz"),
         ("--finetune.batch_size 64", "`finetune.batch_size` must be <= `synthesis.num_images` (32)"),
     ],

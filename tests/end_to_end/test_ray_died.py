@@ -15,6 +15,7 @@ LIMIT = 45.0
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("daemon", DAEMONS)
 def test_r4_r10_a_sweep_whose_ray_died_ends_in_one_line_and_goes_on_by_the_same_command(
     daemon: str, start: Start, tmp_path: Path, undisturbed: list[dict[str, str]]

@@ -104,7 +104,3 @@ def test_a_whole_run_and_its_packed_file(tmp_path: Path) -> None:
     assert run.metrics["agreement"] >= 90
     run.export(tmp_path / "out", formats=["packed"])
     assert list((tmp_path / "out").rglob("model.safetensors"))
-    with pytest.raises(ValueError, match="research"):
-        synq.quantize(
-            net(), input_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3, output_dir=tmp_path / "b", progress=False
-        )
