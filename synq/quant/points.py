@@ -68,8 +68,8 @@ def reads_inputs(net: fx.GraphModule) -> bool:
     """Return whether ``act_points`` "relu" means the inputs of layers and products, the image excepted.
 
     That is the placement of the literature for attention: the output of a LayerNorm or softmax is a non-linear
-    function, and so is no value of a residual sum, which stays float. So have networks with normalizations by the values
-    of an image, which are non-linear functions, too.
+    function, and so is no value of a residual sum, which stays float. So have networks with normalizations by the
+    values of an image, which are non-linear functions, too.
 
     Args:
         net: A graph from ``trace_classifier``, its layers quantized or not.

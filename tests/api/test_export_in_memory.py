@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 import synq
 from support.api_tools import SMALL, labeled
-
-onnxruntime = pytest.importorskip("onnxruntime")
-
 from synq.export.targets.formats import PRECISE_SUMS
 from synq.export.verify import open_session, sums_saturate
+
+pytest.importorskip("onnxruntime")
 
 
 class Block(nn.Module):

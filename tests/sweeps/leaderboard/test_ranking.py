@@ -182,10 +182,9 @@ def test_runs_share_a_row_exactly_if_the_digest_of_their_setting_is_the_same() -
         same = config_digest(config, with_seeds=False) == digest
         assert (read_setting(config_to_dict(config))[1] == key) is same, (name, value)
         seen[same].add(name)
+    for_targets = {"quant.power_of_two_scales", "quant.float_attention"}
     own = {"synthesis.source", "finetune.own_weight"}
-    both = (
-        {"teacher.mean", "teacher.std", "quant.portable"} | own | {"quant.power_of_two_scales", "quant.float_attention"}
-    )  # these go with others
+    both = {"teacher.mean", "teacher.std", "quant.portable"} | own | for_targets  # these go with others
     assert seen[True] | seen[False] == set(dotted_keys(RunConfig)) - both
     assert {"seed", "data_seed", "name", "finetune.log_every", "runtime.device"} <= seen[True]
     assert {"finetune.lr", "quant.act_bits", "runtime.precision", "synthesis.lr"} <= seen[False]
