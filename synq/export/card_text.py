@@ -235,6 +235,12 @@ def speed_text(metrics: Mapping[str, Any]) -> str:
     return f"{text}. {SLOW.format(integers=integers, total=integers + floats)}" if floats > integers else text
 
 
+def _session_entries(metrics: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the configuration entries that the first file's session needs where it was verified."""
+    files: Sequence[Mapping[str, Any]] = metrics["files"]
+    return files[0].get("session_entries") or {} if files else {}
+
+
 def session_warning(entries: Mapping[str, str]) -> str:
     """Return what a file that was verified with configuration entries of the session needs, in one sentence."""
     named = ", ".join(f"{name} = {value}" for name, value in entries.items())
@@ -260,7 +266,7 @@ def _verified(metrics: Mapping[str, Any]) -> str:
                 f"against the published rules of {for_engine}, all kept; not run in it. As the ONNX standard defines "
                 f"the file, in {engine}: the student's class for {agreed:.2f} % of {images} images{where}"
             )
-        entries = next(iter(metrics["files"]), {}).get("session_entries")
+        entries = _session_entries(metrics)
         where += f"; {session_warning(entries)}" if entries else ""
         if metrics["exact"]:
             return f"in {engine}: every logit of {images} images bit-identical with the student{where}"
@@ -295,7 +301,7 @@ def _examples(metrics: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[st
         return [_example_by_the_standard(files["onnx"], teacher["input_size"])]
     size = ", ".join(map(str, teacher["input_size"]))
     channels, height, width = teacher["input_size"]
-    entries = next(iter(metrics["files"]), {}).get("session_entries") or {}
+    entries = _session_entries(metrics)
     options = "".join(
         ["options = onnxruntime.SessionOptions()\n"]
         + [f'options.add_session_config_entry("{name}", "{value}")\n' for name, value in entries.items()]
