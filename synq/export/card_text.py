@@ -236,7 +236,6 @@ def speed_text(metrics: Mapping[str, Any]) -> str:
 
 
 def _session_entries(metrics: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return the configuration entries that the first file's session needs where it was verified."""
     files: Sequence[Mapping[str, Any]] = metrics["files"]
     return files[0].get("session_entries") or {} if files else {}
 
@@ -302,10 +301,8 @@ def _examples(metrics: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[st
     size = ", ".join(map(str, teacher["input_size"]))
     channels, height, width = teacher["input_size"]
     entries = _session_entries(metrics)
-    options = "".join(
-        ["options = onnxruntime.SessionOptions()\n"]
-        + [f'options.add_session_config_entry("{name}", "{value}")\n' for name, value in entries.items()]
-    )
+    added = (f'options.add_session_config_entry("{name}", "{value}")\n' for name, value in entries.items())
+    options = "".join(["options = onnxruntime.SessionOptions()\n", *added])
     lines = {
         "onnx": (
             f"import numpy as np, onnxruntime\n\n{options if entries else ''}"
