@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from synq.common.processor import processor_flags, processor_name
+
 from .timing import Spread
 
 
@@ -99,11 +101,6 @@ def machine(context: Context) -> dict[str, Any]:
     }
 
 
-def processor_name() -> str:
-    """Return the processor's name as the operating system reports it."""
-    return _cpu_fact("model name") or platform.processor() or platform.machine()
-
-
 FEATURES = {
     "AVX2": ("avx2",),
     "AVX-512": ("avx512f",),
@@ -116,14 +113,5 @@ FEATURES = {
 
 def processor_features() -> list[str]:
     """Return which of `FEATURES` the processor has; empty where they are unknown."""
-    flags = set(_cpu_fact("flags").split())
+    flags = processor_flags()
     return [name for name, shown in FEATURES.items() if flags.intersection(shown)]
-
-
-def _cpu_fact(key: str) -> str:
-    """Return a fact about the first processor as Linux reports it, "" without it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.partition(":")[2].strip() for line in file if line.startswith(key)), "")
-    except OSError:
-        return ""

@@ -1,18 +1,17 @@
 """Latency of ONNX models in ONNX Runtime on the CPU, taken in turns, with its spread."""
 
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from synq.common.processor import VNNI_FLAGS, processor_flags, processor_name
 from synq.export.verify import IMAGES, open_session
 
 MAX_SPREAD = 0.2
@@ -132,25 +131,19 @@ def machine(threads: int) -> dict[str, Any]:
     Args:
         threads: As for `latencies`.
     """
-    return {"cpu": _cpu(), "instructions": _instructions(), "threads": threads or None, "versions": _versions()}
-
-
-def _cpu() -> str:
-    """Return the model name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return {
+        "cpu": processor_name(),
+        "instructions": _instructions(),
+        "threads": threads or None,
+        "versions": _versions(),
+    }
 
 
 def _instructions() -> str:
     """Return the widest vector instructions of an x86 processor, which decide a softmax's bits, and VNNI; or ""."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    flags = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+    flags = processor_flags()
     widest = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
-    vnni = "with VNNI" if flags & {"avx512_vnni", "avx_vnni"} else "without VNNI"
-    return f"{widest} {vnni}" if widest else ""
+    return f"{widest} {'with' if flags & VNNI_FLAGS else 'without'} VNNI" if widest else ""
 
 
 def _versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from synq.common.processor import VNNI_FLAGS, processor_flags
 from synq.config.parsing import between
 
 if TYPE_CHECKING:
@@ -180,13 +181,8 @@ def compare(
 
 def sums_saturate() -> bool:
     """Return whether engines add products of 8 bits in 16 bits on this processor: an x86 without VNNI."""
-    flags = {flag for line in _cpu_lines() if line.startswith("flags") for flag in line.partition(":")[2].split()}
-    return bool(flags) and not flags & {"avx512_vnni", "avx_vnni", "avx10_1"}
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    flags = processor_flags()
+    return bool(flags) and not flags & VNNI_FLAGS
 
 
 def open_session(

@@ -2,8 +2,6 @@
 `pytest.importorskip("onnx")`.
 """
 
-from pathlib import Path
-
 import numpy as np
 import onnxruntime
 import torch
@@ -11,6 +9,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from support.program_builder import ProgramBuilder
+from synq.common.processor import VNNI_FLAGS, processor_flags
 from synq.engines.program import Program
 from synq.engines.simulation import Simulation
 from synq.export.standard_onnx import LOGITS, standard_onnx
@@ -67,8 +66,7 @@ def differing(
 
 def has_vnni() -> bool:
     """Whether the processor adds four products of 8 bits in 32 bits, without saturation in between."""
-    info = Path("/proc/cpuinfo")
-    return info.exists() and "vnni" in info.read_text(encoding="utf-8")
+    return bool(processor_flags() & VNNI_FLAGS)
 
 
 def resnet_program(weight_bits: int, act_bits: int, seed: int = 0, width: int = 8, size: int = 32) -> Program:
