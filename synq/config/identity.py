@@ -151,7 +151,7 @@ def config_digest(config: object, *, with_seeds: bool = True, with_evaluation: b
     # Settings that were added later: left out where not given, so that the digests of earlier configurations stay.
     added = ("resize_size", "interpolation")
     left_out += [(values["evaluation"], key) for key in added if values["evaluation"][key] is None]
-    left_out += [] if quant["power_of_two_scales"] else [(quant, "power_of_two_scales")]
+    left_out += [(quant, key) for key in ("power_of_two_scales", "scale_shift") if not quant[key]]
     left_out += [
         (values["synthesis"], key) for key in ("source", *ADDED_LATER) if values["synthesis"][key] in (None, False)
     ]

@@ -111,6 +111,9 @@ class QuantConfig:
     equalization: bool = False
     """Whether cross-layer equalization rescales the channels between two convolutions before rounding; the function
     stays the same."""
+    scale_shift: bool = False
+    """Whether the channels of each LayerNorm that only linear layers read get one range before rounding, by its affine
+    and their weights; the function stays the same. Kept if the KL to the teacher falls."""
     bn_correction: bool = False
     """Whether batch-norm scale and shift are re-estimated after rounding, so that activations have the teacher's
     statistics; kept if the KL to the teacher falls."""

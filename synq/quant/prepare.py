@@ -10,6 +10,7 @@ from synq.quant.adaround import reconstruct
 from synq.quant.bn_correction import correct_statistics
 from synq.quant.equalization import equalize
 from synq.quant.keep_best import Synchronize
+from synq.quant.scale_shift import find_sites, scale_shift
 from synq.quant.student import observe_ranges
 from synq.teacher.pixel_range import PixelRange
 
@@ -27,7 +28,7 @@ def prepare_student(
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
     """Calibrate a student, in place, and apply the configured steps before fine-tuning.
 
-    quantize_model [-> equalize] -> observe ranges [-> learn the rounding] [-> correct statistics]
+    quantize_model [-> equalize] [-> scale shift] -> observe ranges [-> learn the rounding] [-> correct statistics]
 
     Statistics are corrected last, because they compensate for the remaining rounding errors.
 
@@ -44,8 +45,8 @@ def prepare_student(
 
     Returns:
         The float network that the student approximates tensor by tensor: the teacher, or a copy with the channel scales
-        of the student. And the reports of the applied steps, by name ("equalization", "reconstruction",
-        "bn_correction"), for the record.
+        of the student. And the reports of the applied steps, by name ("equalization", "scale_shift",
+        "reconstruction", "bn_correction"), for the record.
 
     Raises:
         ValueError: As ``observe_ranges``.
@@ -64,7 +65,9 @@ def prepare_student(
     report: dict[str, Any] = {}
     if quant.equalization:
         reference, report["equalization"] = equalize(net, teacher, calib, observe, synchronize)
-    else:
+    if quant.scale_shift and find_sites(reference):
+        reference, report["scale_shift"] = scale_shift(net, reference, calib, observe, synchronize)
+    if not report:
         observe(net)
     if quant.rounding == "adaround":
         learned = reconstruct(
