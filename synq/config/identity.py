@@ -152,6 +152,7 @@ def config_digest(config: object, *, with_seeds: bool = True, with_evaluation: b
     added = ("resize_size", "interpolation")
     left_out += [(values["evaluation"], key) for key in added if values["evaluation"][key] is None]
     left_out += [(quant, key) for key in ("power_of_two_scales", "scale_shift") if not quant[key]]
+    left_out += [(quant, "softmax")] if quant["softmax"] == "uniform" else []
     left_out += [
         (values["synthesis"], key) for key in ("source", *ADDED_LATER) if values["synthesis"][key] in (None, False)
     ]

@@ -104,6 +104,8 @@ class QuantConfig:
     """Range of the weights per output channel: minmax, or mse (clipped to minimize the quantization error)."""
     act_range: Literal["minmax", "mse"] = "mse"
     """Range of each activation tensor: minmax, or mse (clipped to minimize the quantization error)."""
+    softmax: Literal["uniform", "log"] = "uniform"
+    """Grid of the softmax of attention: uniform, or log (powers of 2 or of its square root; target research only)."""
     mse_norm: float = 2.4
     """Exponent p of the quantization error |x - x_q|^p that range mse minimizes."""
     calib_images: int = 256
@@ -136,6 +138,10 @@ class QuantConfig:
         one_of("quant.rounding", self.rounding, ("nearest", "adaround"))
         one_of("quant.weight_range", self.weight_range, ("minmax", "mse"))
         one_of("quant.act_range", self.act_range, ("minmax", "mse"))
+        one_of("quant.softmax", self.softmax, ("uniform", "log"))
+        if self.target != RESEARCH:
+            rule = f"be uniform for target {self.target}, which has no kernel for logarithms"
+            require("quant.softmax", rule, self.softmax, self.softmax == "uniform")
         between("quant.mse_norm", self.mse_norm, 1, 8)
         between("quant.calib_images", self.calib_images, 1)
         if self.target != RESEARCH:
@@ -213,6 +219,7 @@ class QuantConfig:
             portable=self.portable,
             power_of_two_scales=self.power_of_two_scales,
             float_attention=self.float_attention,
+            softmax=self.softmax,
         )
 
     @property

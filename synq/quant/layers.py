@@ -190,8 +190,9 @@ class ActQuantizer(nn.Module):
             return x
         if not self.has_range:
             raise RuntimeError("activation ranges must be observed before the student runs: call observe_ranges first")
-        if self.learned:
-            return self.learned_forward(x)
+        return self.learned_forward(x) if self.learned else self._quantized(x)
+
+    def _quantized(self, x: Tensor) -> Tensor:
         if not self.rounded:
             return clamp_to_grid(x, self.scale.float(), self.zero_point, self.quant_min, self.quant_max)
         return fake_quantize(x, self.scale.float(), self.zero_point, self.quant_min, self.quant_max)

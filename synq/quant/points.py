@@ -1,12 +1,13 @@
 """Quantized activations of a student: which tensors, at which bit-width, and who reads them quantized."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from synq.config.quant import RESEARCH, QuantConfig
-from synq.network.op_traits import traits_of, value_inputs
+from synq.network.attention.locations import locate_attention
+from synq.network.op_traits import is_passive, traits_of, value_inputs
 from synq.network.ops import classify, products, value_sources
 from synq.network.tracing import tensor_inputs
 from synq.quant.bit_patterns import BitPatterns, layer_names
@@ -30,6 +31,7 @@ class QuantizedTensor:
         at_end: Whether its bit-width is that of the first or last layer, by its place.
         headroom: Factor by which its range exceeds the observed one.
         symmetric: Whether the values of its grid are symmetric around 0.
+        logarithmic: Whether the values of its grid are powers, as for the softmax of attention.
     """
 
     bits: int
@@ -38,6 +40,7 @@ class QuantizedTensor:
     headroom: float = 1.0
     at_end: bool = False
     symmetric: bool = False
+    logarithmic: bool = False
 
 
 def quantized_activations(
@@ -59,9 +62,23 @@ def quantized_activations(
     if quant.act_points == "relu" and not reads_inputs(net):
         return _after_nonlinear(net, layers, nonlinear, quant, names)
     points = _before_layers(layers, products(net), quant, names)
+    if quant.softmax == "log":
+        points |= {node: replace(points[node], logarithmic=True) for node in _probabilities(net) if node in points}
     if quant.act_points == "relu":
         points = {node: point for node, point in points.items() if not _precedes(node, layers)}
     return points
+
+
+def _probabilities(net: fx.GraphModule) -> set[fx.Node]:
+    """Return the softmax of each attention, and what only reshapes or returns it."""
+    by_name = {node.name: node for node in net.graph.nodes}
+    pending = [by_name[attention.probabilities] for attention in locate_attention(net)]
+    found: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        found.add(node)
+        pending += [user for user in node.users if is_passive(user) and user not in found]
+    return found
 
 
 def reads_inputs(net: fx.GraphModule) -> bool:

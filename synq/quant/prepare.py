@@ -10,8 +10,8 @@ from synq.quant.adaround import reconstruct
 from synq.quant.bn_correction import correct_statistics
 from synq.quant.equalization import equalize
 from synq.quant.keep_best import Synchronize
-from synq.quant.scale_shift import find_sites, scale_shift
 from synq.quant.student import observe_ranges
+from synq.quant.transformer.scale_shift import find_sites, scale_shift
 from synq.teacher.pixel_range import PixelRange
 
 

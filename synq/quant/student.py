@@ -26,8 +26,9 @@ from synq.quant.layers import (
     weight_limit,
 )
 from synq.quant.observers import HistogramObserver, RangeObserver, mse_range, mse_weight_ratio
-from synq.quant.points import bits_and_notes, layer_bits, quantized_activations, reads_inputs
+from synq.quant.points import QuantizedTensor, bits_and_notes, layer_bits, quantized_activations, reads_inputs
 from synq.quant.power_of_two import mse_power_of_two_range
+from synq.quant.transformer.log_quantizer import LogQuantizer
 from synq.teacher.pixel_range import PixelRange
 from synq.teacher.teacher import Teacher
 
@@ -96,15 +97,7 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
     # by all readers of an activation
     taken_whole = quant.points != "inputs" and not reads_inputs(traced) and not has_float_trunk(traced)
     for node, point in points.items():
-        act_quantizer = ActQuantizer(
-            point.bits,
-            learned=quant.learned_steps != "none",
-            rounded=point.rounded,
-            headroom=point.headroom,
-            symmetric=point.symmetric,
-            power_of_two=quant.power_of_two_scales,
-        )
-        quantizer = _insert_quantizer(net, node, point.readers, act_quantizer)
+        quantizer = _insert_quantizer(net, node, point.readers, _act_quantizer(point, quant))
         if taken_whole:
             taps[node.name] = quantizer.name
     net.graph.lint()
@@ -119,6 +112,20 @@ def quantize_model(traced: fx.GraphModule, quant: QuantConfig, *, cam_node: str 
         size_bytes=packed_bytes(net),
         bitops=sum(row.bitops for row in rows),
         at_ends=frozenset(node.name for node, point in points.items() if point.at_end),
+    )
+
+
+def _act_quantizer(point: QuantizedTensor, quant: QuantConfig) -> ActQuantizer:
+    learned = quant.learned_steps != "none"
+    if point.logarithmic:
+        return LogQuantizer(point.bits, learned=learned)
+    return ActQuantizer(
+        point.bits,
+        learned=learned,
+        rounded=point.rounded,
+        headroom=point.headroom,
+        symmetric=point.symmetric,
+        power_of_two=quant.power_of_two_scales,
     )
 
 
@@ -202,6 +209,9 @@ def observe_ranges(
         for name, histogram in histograms.items():
             quantizer = net.get_submodule(name)
             assert isinstance(quantizer, ActQuantizer)
+            if isinstance(quantizer, LogQuantizer):
+                quantizer.fit_step(histogram, norm)
+                continue
             if quantizer.power_of_two:
                 ranges[name] = mse_power_of_two_range(histogram.counts, *ranges[name], quantizer.quant_max, norm)
                 continue

@@ -12,8 +12,16 @@ from synq.config.run import QuantConfig, RunConfig, config_digest, with_override
 from synq.network.logits import logits_of
 from synq.network.tracing import trace_classifier
 from synq.quant.layers import quantizers_bypassed
-from synq.quant.scale_shift import LARGEST, Shift, find_sites, norm_ranges, scale_shift, shift_of, shift_site
 from synq.quant.student import observe_ranges, quantize_model
+from synq.quant.transformer.scale_shift import (
+    LARGEST,
+    Shift,
+    find_sites,
+    norm_ranges,
+    scale_shift,
+    shift_of,
+    shift_site,
+)
 
 
 def images(number: int = 16, seed: int = 1) -> Tensor:

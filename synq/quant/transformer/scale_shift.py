@@ -7,7 +7,7 @@
 
 The function of the network does not change. LayerNorm does not equalize its channels: the largest has often ten times
 the range of the median, and with one scale for the whole tensor it leaves the others a few codes. After the change all
-have the same center and the same width; what is left of the ratios is in the columns of W, whose rows have a scale each.
+have the same center and the same width; the ratios are in the columns of W then, whose rows have a scale each.
 
 Source: RepQ-ViT (Li et al., ICCV 2023), section 3.2. There r and b follow from per-channel scales and zero points of
 one bit-width; here from the ranges, which is the same without the rounding of the zero points. Ours: a smaller exponent

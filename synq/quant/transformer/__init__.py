@@ -1,0 +1,1 @@
+"""Quantization of what only transformers have: LayerNorms that linear layers read, and the softmax of attention."""
