@@ -6,7 +6,7 @@ variable h(V) in [0, 1]:
     w^(V) = s clamp(floor(w / s) + h(V), quant_min - zero_point, quant_max - zero_point)
     h(V)  = clamp(1.2 sigmoid(V) - 0.1, 0, 1)
     loss  = mean over images and positions of sum over channels (y_student - y_teacher)^2
-            + rounding_weight sum (1 - |2 h - 1|^beta)
+            + rounding_weight sum (1 - |2 h - 1|^beta)              channels and positions: ``block_metric.py``
 
 V is initialized so that h is the fractional part of w / s, hence w^ = w. The second term is added after ``warmup``;
 beta decreases linearly, which drives each h to 0 or 1. Finally h is rounded, and the weight is moved within ``REACH``
@@ -39,6 +39,7 @@ from synq.network.blocks import block_ends, segment
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer, QuantConv2d, QuantLinear
 from synq.quant.lsq import keep_positive
 from synq.quant.soft_rounding import SoftRounding
+from synq.quant.transformer.block_metric import BlockMetric, block_metrics
 
 CACHE_BATCH = 128
 """Images per forward pass without gradients."""
@@ -120,12 +121,14 @@ def reconstruct(
     results: list[BlockResult] = []
     done: set[Tensor] = set()
     bar = Bar(total=len(ends) * config.iterations, desc="rounding", unit="step", **visible(progress, leave=None))
-    for number, end in enumerate(ends):
+    metrics = block_metrics(teacher_graph, ends)
+    for number, (end, metric) in enumerate(zip(ends, metrics, strict=True)):
         part = segment(student_net, cuts[number], cuts[number + 1])
         target = _run_batched(segment(teacher_graph, starts[number], end), teacher_in)
         block = _Block(part, done)
         generators = (make_generator("rounding", seed, number), make_generator("drop", seed, number, device=device))
-        results.append(_learn(end.name, block, teacher_in, student_in, target, config, generators, bar.update))
+        learned = _learn(end.name, block, teacher_in, student_in, target, metric, config, generators, bar.update)
+        results.append(learned)
         done.update(block.roundings)
         teacher_in = target  # first, so that the previous tensor is freed before the next one is allocated
         student_in = _run_batched(part, student_in)
@@ -202,12 +205,13 @@ def _learn(
     teacher_in: Tensor,
     student_in: Tensor,
     target: Tensor,
+    metric: BlockMetric,
     config: ReconstructionConfig,
     generators: tuple[torch.Generator, torch.Generator],
     tick: Callable[[], object],
 ) -> BlockResult:
     """Optimize one block, and keep the result if its error decreased."""
-    before = _error(block.part, student_in, target)
+    before = _error(block.part, student_in, target, metric)
     order, chance = generators
 
     def drop(whole: Tensor, quantized: Tensor) -> Tensor:
@@ -229,7 +233,7 @@ def _learn(
         with torch.enable_grad():
             same = teacher_in is student_in  # the first block reads the images: nothing to mix
             output = runner.run(student_in[rows] if same else drop(teacher_in[rows], student_in[rows]))
-            loss = _distance(output, target[rows])
+            loss = metric(output, target[rows])
             beta = _beta(step, config)
             if beta is not None:
                 variables = (rounding.soft_rounding() for rounding in block.roundings.values())
@@ -241,7 +245,7 @@ def _learn(
         optimizer.step()
         tick()
     changed, undo = block.changed(), block.apply()
-    after = _error(block.part, student_in, target)
+    after = _error(block.part, student_in, target, metric)
     kept = after < before
     if not kept:
         undo()
@@ -274,15 +278,10 @@ def _beta(step: int, config: ReconstructionConfig) -> float | None:
     return config.beta_start + (config.beta_end - config.beta_start) * progress
 
 
-def _distance(output: Tensor, target: Tensor) -> Tensor:
-    """Return the squared distance of two tensors (N, C, ...), summed over channels and averaged over the rest."""
-    return (output - target).square().sum(1).mean()
-
-
 @torch.no_grad()
-def _error(part: nn.Module, inputs: Tensor, target: Tensor) -> float:
+def _error(part: nn.Module, inputs: Tensor, target: Tensor, metric: BlockMetric) -> float:
     pairs = zip(inputs.split(CACHE_BATCH), target.split(CACHE_BATCH), strict=True)
-    sums = [_distance(part(x), y).double() * len(x) for x, y in pairs]
+    sums = [metric(part(x), y).double() * len(x) for x, y in pairs]
     return float(torch.stack(sums).sum()) / len(inputs)
 
 

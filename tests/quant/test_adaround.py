@@ -28,7 +28,6 @@ from synq.quant.adaround import (
     ReconstructionReport,
     _beta,
     _Block,
-    _distance,
     _SoftBlockRunner,
     drop_back,
     reconstruct,
@@ -38,6 +37,7 @@ from synq.quant.fake_quant import quantize
 from synq.quant.layers import ActQuantizer, effective_weight
 from synq.quant.soft_rounding import REACH, SoftRounding
 from synq.quant.student import observe_ranges, quantize_model
+from synq.quant.transformer.block_metric import BlockMetric
 from synq.teacher.teacher import load_teacher
 
 
@@ -84,7 +84,7 @@ def test_the_student_comes_nearer_to_the_teacher_on_other_images(learned: dict[s
 def test_the_last_error_of_the_report_is_that_of_the_whole_student(learned: dict[str, Any]) -> None:
     with torch.no_grad():
         images = learned["images"]
-        error = float(_distance(learned["student"](images), learned["teacher"](images)))
+        error = float(BlockMetric()(learned["student"](images), learned["teacher"](images)))
     assert learned["report"].blocks[-1].error_after == pytest.approx(error, rel=1e-4)
 
 

@@ -21,7 +21,8 @@ from support.adaround_tools import (
     within_reach,
 )
 from synq.network.blocks import block_ends, segment
-from synq.quant.adaround import _Block, _distance, reconstruct, student_cuts
+from synq.quant.adaround import _Block, reconstruct, student_cuts
+from synq.quant.transformer.block_metric import BlockMetric
 
 Points = Literal["relu", "inputs"]
 
@@ -80,12 +81,12 @@ def test_any_graph(net: type[nn.Module], ends: list[str], act_points: Points) ->
             whole = part(whole)
             seen |= set(layers_of(part))
         assert torch.equal(whole, student(images)) and seen == set(layers_of(student))
-        before = float(_distance(student(images), traced(images)))
+        before = float(BlockMetric()(student(images), traced(images)))
     report = reconstruct(student, traced, images, replace(QUICK, drop_prob=0.0), seed=0, device=CPU)
     assert [block.block for block in report.blocks] == ends
     assert sum(block.kept for block in report.blocks) >= len(ends) - (2 if net is Tied else 1)
     with torch.no_grad():
-        assert float(_distance(student(images), traced(images))) < before
+        assert float(BlockMetric()(student(images), traced(images))) < before
     learned: set[nn.Module] = set()
     for block, start, end in zip(report.blocks, cuts, cuts[1:], strict=False):
         for layer in set(layers_of(segment(student, start, end)).values()) - learned:

@@ -52,9 +52,9 @@ def locate_tokens(traced: fx.GraphModule) -> tuple[fx.Node, TokenMap] | None:
                 found.append((node, token_map))
             elif len(shape) == 4 and channels_are_last(traced, node):
                 found.append((node, TokenMap(extra=0, height=shape[1], width=shape[2], flat=False)))
-    slopes = _slopes(traced, [node for node, _ in found])
+    slope_of = slopes(traced, [node for node, _ in found])
     for node, token_map in reversed(found):
-        slope = slopes[node][:, token_map.extra :] if token_map.flat else slopes[node]
+        slope = slope_of[node][:, token_map.extra :] if token_map.flat else slope_of[node]
         if bool(slope.any()) and token_map.height * token_map.width > 1:
             return node, token_map
     return None
@@ -143,8 +143,16 @@ def channels_are_last(traced: fx.GraphModule, node: fx.Node) -> bool:
     return False
 
 
-def _slopes(traced: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, torch.Tensor]:
-    """Return the gradient of a random combination of the logits with respect to the outputs of nodes."""
+def slopes(traced: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, torch.Tensor]:
+    """Return the gradient of a random combination of the logits with respect to the outputs of nodes.
+
+    Args:
+        traced: A graph from ``trace_classifier``.
+        nodes: Some of its nodes.
+
+    Returns:
+        For each node a tensor of the shape of its output for `BATCH` images; zero where the logits do not depend on it.
+    """
     if not nodes:
         return {}
     image = next(node for node in traced.graph.nodes if node.op == "placeholder")

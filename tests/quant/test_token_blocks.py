@@ -1,0 +1,63 @@
+"""Learned rounding of transformers: the axis of the channels, the positions that are read, and a lower divergence."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from support.adaround_tools import CPU, QUICK
+from support.token_nets import SIZE, TokenNet, spread
+from synq.config.run import QuantConfig
+from synq.network.blocks import block_ends
+from synq.network.logits import logits_of
+from synq.network.tracing import trace_classifier
+from synq.quant.adaround import reconstruct
+from synq.quant.keep_best import mean_kl
+from synq.quant.student import observe_ranges, quantize_model
+from synq.quant.transformer.block_metric import BlockMetric, block_metrics
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, *SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def test_distances_by_hand() -> None:
+    maps = torch.zeros(2, 3, 2, 2)
+    maps[0, :, 0, 0] = 2.0  # three channels of one of eight positions
+    assert float(BlockMetric()(maps, torch.zeros_like(maps))) == 12 / 8
+    tokens = torch.zeros(2, 5, 3)
+    tokens[1, 4], tokens[1, 0, 0] = 2.0, 1.0
+    assert float(BlockMetric(channel_axis=-1)(tokens, torch.zeros_like(tokens))) == pytest.approx(13 / 10)
+    first = torch.tensor([True, False, False, False, False])
+    assert float(BlockMetric(channel_axis=-1, is_read=first)(tokens, torch.zeros_like(tokens))) == 1 / 2
+
+
+def test_behind_the_last_attention_only_the_class_token_is_read() -> None:
+    for token in (True, False):
+        traced = trace_classifier(spread(TokenNet(depth=2, token=token)), SIZE)
+        ends = block_ends(traced)
+        shapes = [end.meta["shape"] for end in ends]
+        assert shapes == [(2, 16 + token, 24)] * 5 + [(2, 5)]
+        metrics = block_metrics(traced, ends)
+        assert [metric.channel_axis for metric in metrics] == [-1] * 5 + [1]
+        counts = [17 if m.is_read is None else int(m.is_read.sum()) for m in metrics[:5]]
+        assert counts == ([17, 17, 17, 1, 1] if token else [17] * 5)
+        if token:
+            assert all(bool(m.is_read[0]) for m in metrics[3:5] if m.is_read is not None)
+
+
+def test_feature_maps_have_the_channels_first() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(576, 5))
+    traced = trace_classifier(net.eval(), SIZE)
+    assert all(m.channel_axis == 1 and m.is_read is None for m in block_metrics(traced, block_ends(traced)))
+
+
+def test_the_whole_network_comes_nearer_on_other_images() -> None:
+    traced = trace_classifier(spread(TokenNet()), SIZE)
+    quant = QuantConfig(weight_bits=3, act_bits=8, rounding="adaround")
+    student = quantize_model(traced, quant)
+    observe_ranges(student.net, images(64), act_range="mse")
+    others = images(64, seed=5)
+    before = mean_kl(logits_of(traced, others), student.net, others)
+    report = reconstruct(student.net, traced, images(64), QUICK, seed=0, device=CPU)
+    assert all(block.kept for block in report.blocks)
+    assert mean_kl(logits_of(traced, others), student.net, others) < 0.8 * before
