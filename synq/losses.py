@@ -147,6 +147,43 @@ def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tens
     return torch.stack(parts).mean(dim=0)
 
 
+STRUCTURE_C = 9e-4
+"""C2 of SSIM, (0.03)^2: two channels that hardly vary over the positions count as alike."""
+
+
+def attention_loss(student_heads: Sequence[Tensor], teacher_heads: Sequence[Tensor]) -> Tensor:
+    """Return 1 - the structural similarity of what attention gathers, the mean over layers, heads and channels.
+
+    For each channel of each head, over the T positions: (2 cov(s, t) + C) / (var(s) + var(t) + C). Equal outputs have
+    the loss 0, also if they differ by a constant; opposite ones about 2.
+
+    Args:
+        student_heads: Outputs of attention, (N, heads, T, D) each, the heads of all windows of an image on one axis.
+        teacher_heads: The same shapes, detached here.
+
+    Returns:
+        (N,) in [0, 2].
+
+    Raises:
+        ValueError: If there is no attention, or their numbers differ.
+
+    Source: MimiQ (arXiv 2407.20021), section 4.2: its structural distillation of heads.
+    """
+    if not teacher_heads or len(student_heads) != len(teacher_heads):
+        raise ValueError(
+            f"attention alignment needs as many attentions of the student as of the teacher, at least one, but got "
+            f"{len(student_heads)} and {len(teacher_heads)}"
+        )
+    parts = []
+    for student, teacher in zip(student_heads, teacher_heads, strict=True):
+        s, t = (_wide(x) - _wide(x).mean(-2, keepdim=True) for x in (student, teacher.detach()))
+        covariance = (s * t).mean(-2)
+        variances = s.square().mean(-2) + t.square().mean(-2)
+        similarity = (2 * covariance + STRUCTURE_C) / (variances + STRUCTURE_C)
+        parts.append(1 - similarity.flatten(1).mean(1))
+    return torch.stack(parts).mean(0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossWeights:
     """Weights of the terms of :func:`synq_loss`, the distillation temperature and the difficulty threshold.
@@ -162,6 +199,8 @@ class LossWeights:
     """lambda_CAM, weight of the squared distance between the class activation maps."""
     feature_weight: float = 0.0
     """Weight of the feature alignment."""
+    attention_weight: float = 0.0
+    """Weight of the structural similarity of attention."""
     kd_temperature: float = 1.0
     """Temperature T of the distillation loss, > 0; 1 is the paper's equation."""
     difficulty_threshold: float
@@ -180,10 +219,13 @@ def synq_loss(
     *,
     student_blocks: Sequence[Tensor] = (),
     teacher_blocks: Sequence[Tensor] = (),
+    student_heads: Sequence[Tensor] = (),
+    teacher_heads: Sequence[Tensor] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of synthesis-aware fine-tuning, a mean over all N images, and its terms.
 
-        L = 1/N sum_i [ kd_weight KD_i + ce_weight 1{delta_i <= tau} CE_i + cam_weight CAM_i + feature_weight FA_i ]
+        L = 1/N sum_i [ kd_weight KD_i + ce_weight 1{delta_i <= tau} CE_i + cam_weight CAM_i + feature_weight FA_i
+                          + attention_weight AA_i ]
 
     N counts all images, kept or not, so that the average over equal parts of a batch is the loss of the batch, as in
     DDP's averaging of gradients.
@@ -197,10 +239,12 @@ def synq_loss(
         weights: Weights of the terms, T and tau.
         student_blocks: Block outputs (N, C, H, W) of the student for feature alignment; may be empty.
         teacher_blocks: Block outputs of the teacher, of the same shapes.
+        student_heads: Outputs of the student's attention, as for `attention_loss`; may be empty.
+        teacher_heads: Those of the teacher, of the same shapes.
 
     Returns:
-        ``(loss, terms)``: the scalar to differentiate, and detached scalars "kd", "ce", "cam", "features" (unweighted
-        means over N) and "kept" (share of images with delta <= tau).
+        ``(loss, terms)``: the scalar to differentiate, and detached scalars "kd", "ce", "cam", "features", "attention"
+        (unweighted means over N) and "kept" (share of images with delta <= tau).
 
     Raises:
         ValueError: if only one of the maps is given.
@@ -219,12 +263,15 @@ def synq_loss(
         terms["cam"] = cam_loss(teacher_map, student_map).mean()
     if teacher_blocks:
         terms["features"] = feature_loss(student_blocks, teacher_blocks).mean()
+    if teacher_heads:
+        terms["attention"] = attention_loss(student_heads, teacher_heads).mean()
     loss = torch.zeros_like(kd)
     weight_of = {
         "kd": weights.kd_weight,
         "ce": weights.ce_weight,
         "cam": weights.cam_weight,
         "features": weights.feature_weight,
+        "attention": weights.attention_weight,
     }
     for name, weight in weight_of.items():
         if weight != 0 and name in terms:

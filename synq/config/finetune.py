@@ -54,6 +54,9 @@ class FinetuneConfig:
     ReLU)."""
     feature_weight: float = 0.0
     """Weight of the relative squared distance between the block outputs of teacher and student; 0 disables the term."""
+    attention_weight: float = 0.0
+    """Weight of 1 - the structural similarity of what each attention head of teacher and student gathers; 0 disables
+    the term, as does a network without attention."""
     perturb_weight: float = 0.0
     """Weight lambda_P of the distillation loss on perturbed images, made harder for the student by one signed gradient
     step; 0 disables the term."""
@@ -96,6 +99,7 @@ class FinetuneConfig:
             "ce_weight",
             "cam_weight",
             "feature_weight",
+            "attention_weight",
             "perturb_weight",
             "perturb_size",
             "own_weight",
@@ -118,6 +122,7 @@ class FinetuneConfig:
             self.ce_weight,
             self.cam_weight,
             self.feature_weight,
+            self.attention_weight,
             self.perturb_weight,
             self.own_weight,
         )
@@ -169,6 +174,7 @@ def inactive_keys(finetune: Mapping[str, Any], learned_steps: str) -> set[str]:
         "own_term": has_own,
         "own_weight": has_own,
         "perturb_size": finetune["perturb_weight"] != 0,
+        "attention_weight": finetune["attention_weight"] != 0,
         "cam_method": finetune["cam_weight"] != 0,
         "hard_labels": finetune["ce_weight"] != 0,
         "step_lr_factor": learned_steps != "none",

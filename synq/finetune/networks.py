@@ -13,6 +13,7 @@ from synq.common.notices import print_notice
 from synq.config.run import RunConfig
 from synq.finetune.checkpoints import read_state, restore_prepared, save_prepared
 from synq.finetune.responses import TappedNetwork
+from synq.network.attention.locations import locate_attention
 from synq.network.blocks import block_ends
 from synq.network.tracing import with_features
 from synq.quant.fusion import fuse_rectified
@@ -107,11 +108,16 @@ def _tapped(
     cam, student_node = teacher.cam, student.cam_node
     if cam.kind == "none":  # the tap still needs a tensor: the input image costs nothing and is never read
         cam, student_node = replace(cam, node=_input_node(teacher.graph)), _input_node(student.net)
-    blocks = aligned_blocks(config, teacher)
-    teacher_net = with_features(reference, cam.node, blocks)
-    student_net = with_features(student.net, student_node, [student.taps.get(name, name) for name in blocks])
+    attentions = locate_attention(teacher.graph) if config.finetune.attention_weight > 0 else []
+    others = [*aligned_blocks(config, teacher), *(attention.gathered for attention in attentions)]
+    teacher_net = with_features(reference, cam.node, others)
+    student_net = with_features(student.net, student_node, [student.taps.get(name, name) for name in others])
     fuse_rectified(student_net)
-    return TappedNetwork(net=teacher_net, cam_site=cam), TappedNetwork(net=student_net, cam_site=cam)
+    extra = tuple(attention.extra for attention in attentions)
+    return (
+        TappedNetwork(net=teacher_net, cam_site=cam, extra_tokens=extra),
+        TappedNetwork(net=student_net, cam_site=cam, extra_tokens=extra),
+    )
 
 
 def _input_node(net: fx.GraphModule) -> str:

@@ -29,18 +29,23 @@ class Response(NamedTuple):
     blocks: tuple[Tensor, ...] = ()
     """Outputs of the network's blocks, (N, C, H, W) each, for feature alignment."""
 
+    heads: tuple[Tensor, ...] = ()
+    """What the heads of each attention gather at the positions of the image, (N, windows x heads, T, D) each."""
+
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor, in a fixed order."""
         yield self.logits
         if self.cam is not None:
             yield self.cam
         yield from self.blocks
+        yield from self.heads
 
     def rebuilt(self, tensors: list[Tensor]) -> "Response":
         """Return a response of the same parts with other tensors, in the order of `tensors`."""
         rest = list(tensors)
         logits = rest.pop(0)
-        return Response(logits, None if self.cam is None else rest.pop(0), tuple(rest))
+        cam = None if self.cam is None else rest.pop(0)
+        return Response(logits, cam, tuple(rest[: len(self.blocks)]), tuple(rest[len(self.blocks) :]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +57,15 @@ class TappedNetwork:
         cam_site: Layer whose output the maps weight, and how the channel weights are computed.
         method: Method of the class activation maps.
         with_cam: Whether to compute the maps.
+        extra_tokens: For each of the last outputs of ``net``, which are those of attention, the number of its tokens,
+            the first ones, that are no positions.
     """
 
     net: fx.GraphModule
     cam_site: CamSite
     method: CamMethod = "gradcam"
     with_cam: bool = True
+    extra_tokens: tuple[int, ...] = ()
 
     @property
     def differentiates(self) -> bool:
@@ -66,8 +74,15 @@ class TappedNetwork:
 
     def response(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Response:
         """Return the response for given outputs of ``net``, with maps (N, H, W) of the classes ``labels`` (N,)."""
-        logits, features, *blocks = outputs
-        return Response(logits, self._map(logits, features, labels) if self.with_cam else None, tuple(blocks))
+        logits, features, *others = outputs
+        count = len(others) - len(self.extra_tokens)
+        # Windows of an image are rows of the tensor: one row for an image, which a cache can look up.
+        heads = (
+            _by_image(x[..., extra:, :], len(logits))
+            for x, extra in zip(others[count:], self.extra_tokens, strict=True)
+        )
+        cam = self._map(logits, features, labels) if self.with_cam else None
+        return Response(logits, cam, tuple(others[:count]), tuple(heads))
 
     def _map(self, logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
         cam_site = self.cam_site
@@ -79,6 +94,11 @@ class TappedNetwork:
             gradient = closed_form_weights(weight, labels, cam_site.channels, cam_site.cells, area)[:, :, None, None]
         alpha = cam_weights(features, gradient, self.method)
         return cam_map(features, alpha, rectified=self.method != "cam")
+
+
+def _by_image(heads: Tensor, images: int) -> Tensor:
+    """Return (N W, ..., T, D), W windows of each image in a row, as (N, W ..., T, D)."""
+    return heads.reshape(images, -1, *heads.shape[-2:])
 
 
 def teacher_response(teacher: TappedNetwork, images: Tensor, labels: Tensor) -> Response:

@@ -17,6 +17,7 @@ def loss_weights(config: FinetuneConfig) -> LossWeights:
         ce_weight=config.ce_weight,
         cam_weight=config.cam_weight,
         feature_weight=config.feature_weight,
+        attention_weight=config.attention_weight,
         kd_temperature=config.kd_temperature,
         difficulty_threshold=config.difficulty_threshold,
         top2=config.hard_labels == "top2",
@@ -50,7 +51,7 @@ def training_loss(
     count = len(images)
     # One forward pass for both: DDP averages the gradients of one forward pass only.
     outputs = model(images if harder is None else torch.cat([images, harder[0]]))
-    clean = outputs if harder is None else tuple(output[:count] for output in outputs)
+    clean = outputs if harder is None else tuple(output[: len(output) // 2] for output in outputs)
     response = student.response(clean, labels)
     loss, terms = synq_loss(
         response.logits,
@@ -61,6 +62,8 @@ def training_loss(
         loss_weights(config),
         student_blocks=response.blocks,
         teacher_blocks=target.blocks,
+        student_heads=response.heads,
+        teacher_heads=target.heads,
     )
     if (term := own_term(config)) is not None:
         inputs = LossInputs(
