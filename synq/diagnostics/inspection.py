@@ -8,6 +8,7 @@ from synq.common.text_tables import Row
 from synq.config.quant import ACT_POINTS, BY_RULES, RESEARCH, protocol_label
 from synq.config.run import QuantConfig
 from synq.diagnostics.kernel_table import kernel_summary, kernel_table
+from synq.diagnostics.transformer_grids import grids_line, transformer_grids
 from synq.engines.deployed import check_deployable
 from synq.export.export import missing_packages
 from synq.export.operation_check import unexportable_operations
@@ -41,7 +42,8 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig, rules: str =
     Returns:
         ``teacher`` (source, digest, input, classes, parameters, bytes), ``synthesis`` (the batch norms that guide it,
         and the number of attentions, which do so where there are none), ``cam``, ``student`` (bits, bytes, MACs,
-        BitOps, and BitOps of the float model), ``onnx`` (whether ``synq export`` can write the file, ONNX or that of
+        BitOps, and BitOps of the float model), ``transformer`` (as
+        `transformer_grids`), ``onnx`` (whether ``synq export`` can write the file, ONNX or that of
         the engine, and if not, or if not checked, why), ``kernels``
         (as `kernel_table`; empty under target research) and ``layers``: one row with COLUMNS for each node of the
         graph, in order of execution.
@@ -87,6 +89,7 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig, rules: str =
             "bitops": student.bitops,
             "float_bitops": macs * FLOAT_BITS**2,
         },
+        "transformer": transformer_grids(teacher.graph, student, quant),
         "onnx": _onnx(teacher, student, quant),
         "kernels": kernel_table(student, quant, teacher.input_size, rules),
         "layers": _layers(teacher, student, set(guides)),
@@ -126,11 +129,12 @@ def summary(found: dict[str, Any]) -> str:
             f"({student['bitops'] / student['float_bitops']:.3f} of float)"
         ),
         "float": "outputs of " + ", ".join(f"{n} {kind}" for kind, n in floats.items()) if floats else "nothing",
+        "grids": grids_line(found["transformer"]),
         file: found["onnx"]["reason"] or f"every operation can be exported{_checked_note(student['act_points'])}",
     }
     if line := kernel_summary(found["kernels"]):
         lines["kernels"] = line
-    return "".join(f"{name:<10} {text}\n" for name, text in lines.items())
+    return "".join(f"{name:<10} {text}\n" for name, text in lines.items() if text)
 
 
 def _checked_note(points: str) -> str:
