@@ -28,63 +28,13 @@ from synq.common.exit_codes import leave
 from synq.common.seeding import make_generator, seed_everything
 from synq.config.command_line import Command
 from synq.config.command_options import INT, OneOf, argument, option
+from synq.teacher.small_vit import vision_transformer
 
 PEAK_LR = 1e-3
 BATCH_SIZE = 128
 CLASSES = 10
 SIDE = 28
 """Of the images, in pixels."""
-
-
-class Attention(nn.Module):
-    """Self-attention with one layer for query, key and value: (N, T, C) -> (N, T, C)."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what each token gathers from all."""
-        count, tokens, channels = x.shape
-        query, key, value = self.qkv(x).reshape(count, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        gathered = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(gathered.transpose(1, 2).reshape(count, tokens, channels))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block: attention, then a perceptron of four times the channels."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.attention = Attention(channels, heads)
-        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the tokens (N, T, C) after both residual sums."""
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class ViT(nn.Module):
-    """A vision transformer with a class token: (N, 1, 28, 28) -> logits (N, 10)."""
-
-    def __init__(self, channels: int = 96, depth: int = 6, heads: int = 3, patch: int = 4) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(1, channels, patch, patch)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, channels))
-        self.positions = nn.Parameter(torch.randn(1, (SIDE // patch) ** 2 + 1, channels) * 0.02)
-        self.blocks = nn.Sequential(*(Block(channels, heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(channels)
-        self.head = nn.Linear(channels, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of normalized images."""
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.positions
-        return self.head(self.norm(self.blocks(x))[:, 0])
 
 
 class CompactTransformer(nn.Module):
@@ -153,7 +103,7 @@ class ConvNeXt(nn.Module):
 
 def vit() -> nn.Module:
     """Return the untrained vision transformer."""
-    return ViT()
+    return vision_transformer(96, 6, 3, classes=CLASSES, input_size=(1, SIDE, SIDE), patch=4)
 
 
 def cct() -> nn.Module:

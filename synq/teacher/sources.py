@@ -4,7 +4,7 @@ import copy
 import importlib
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from synq.config.run import TeacherConfig
 from synq.teacher.cifar_resnet import cifar_resnet
 from synq.teacher.input_format import input_format
 from synq.teacher.preprocessing import Preprocessing, timm_rule, torchvision_rule
+from synq.teacher.small_vit import vision_transformer
 from synq.teacher.user_code import added_function, called, made_by_user, slug, unknown
 from synq.teacher.weight_files import is_weight_file, load_weights
 from synq.teacher.wrappers import check_layers, unwrap_parts, unwrapped
@@ -96,7 +97,7 @@ def _bundled(name: str, config: TeacherConfig) -> SourceModel:
     except SafetensorError as error:
         raise ValueError(f"the bundled teacher {path} must be readable, but is damaged ({error}); reinstall") from error
     channels, height, width = (int(part) for part in metadata["input_size"].split(","))
-    module = cifar_resnet(int(metadata["depth"]), int(metadata["num_classes"]), channels, int(metadata["width"]))
+    module = _bundled_network(metadata, (channels, height, width))
     if config.weights is None:
         load_weights(module, path)
     return SourceModel(
@@ -108,6 +109,14 @@ def _bundled(name: str, config: TeacherConfig) -> SourceModel:
         std=tuple(float(part) for part in metadata["std"].split(",")),
         default_dataset=metadata["dataset"],
     )
+
+
+def _bundled_network(metadata: Mapping[str, str], input_size: tuple[int, int, int]) -> nn.Module:
+    depth, width, classes = (int(metadata[key]) for key in ("depth", "width", "num_classes"))
+    if "heads" not in metadata:
+        return cifar_resnet(depth, classes, input_size[0], width)
+    heads, patch = int(metadata["heads"]), int(metadata["patch"])
+    return vision_transformer(width, depth, heads, classes=classes, input_size=input_size, patch=patch)
 
 
 def _torchvision(name: str, config: TeacherConfig) -> SourceModel:
