@@ -43,7 +43,10 @@ def test_logits_by_hand() -> None:
 
 
 def test_sizes_that_do_not_fit() -> None:
-    for channels, patch, message in ((13, 2, "multiple of the 3 heads, but got 13"), (12, 5, "divide height and width")):
+    for channels, patch, message in (
+        (13, 2, "multiple of the 3 heads, but got 13"),
+        (12, 5, "divide height and width"),
+    ):
         with pytest.raises(ValueError, match=message):
             vision_transformer(channels, 1, 3, classes=4, input_size=(1, 16, 16), patch=patch)
 

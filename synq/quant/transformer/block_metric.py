@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from synq.network.attention.token_map import channels_are_last, slopes
+from synq.network.op_traits import is_passive
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,5 +56,14 @@ def block_metrics(traced: fx.GraphModule, ends: Sequence[fx.Node]) -> list[Block
 
 
 def _has_tokens(traced: fx.GraphModule, node: fx.Node) -> bool:
-    axes = len(node.meta["shape"])
-    return axes == 3 or (axes == 4 and channels_are_last(traced, node))
+    """Return whether the channels of a node are its last axis, perhaps known from a LayerNorm behind a reshape."""
+    shape = node.meta["shape"]
+    if len(shape) != 4:
+        return len(shape) == 3
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if channels_are_last(traced, current):
+            return True
+        pending += [user for user in current.users if is_passive(user) and user.meta["shape"][-1:] == shape[-1:]]
+    return False
