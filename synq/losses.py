@@ -148,7 +148,7 @@ def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tens
 
 
 STRUCTURE_C = 9e-4
-"""C2 of SSIM, (0.03)^2: two channels that hardly vary over the positions count as alike."""
+"""C2 of SSIM, (0.03)^2: two channels that hardly vary over the positions count as equal."""
 
 
 def attention_loss(student_heads: Sequence[Tensor], teacher_heads: Sequence[Tensor]) -> Tensor:

@@ -9,11 +9,11 @@ from synq.network.op_traits import node_module, traits_of
 from synq.quant.layers import ActQuantizer
 from synq.quant.student import Student
 from synq.quant.transformer.log_quantizer import LogQuantizer
-from synq.quant.transformer.scale_shift import find_sites
+from synq.quant.transformer.scale_shift import locate_norms
 
 
 def transformer_grids(traced: fx.GraphModule, student: Student, quant: QuantConfig) -> dict[str, Any]:
-    """Return the LayerNorms that can get one range, and the quantized activations behind a softmax or GELU.
+    """Return the LayerNorms that can get one range, and the quantized outputs of softmax and GELU.
 
     Args:
         traced: The teacher's graph.
@@ -39,7 +39,7 @@ def transformer_grids(traced: fx.GraphModule, student: Student, quant: QuantConf
         symmetric = symmetric or quantizer.symmetric
         for kind, operator in (("softmax", "_softmax"), ("gelu", "gelu")):
             found[kind] += [source] if operator in operators.get(source, set()) else []
-    norms = [site.norm for site in find_sites(traced)]
+    norms = [location.norm for location in locate_norms(traced)]
     return {"layer_norms": norms, "scale_shift": quant.scale_shift, **found, "symmetric": symmetric}
 
 

@@ -43,6 +43,7 @@ from synq.quant.integer_layers import (
 )
 from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.quant.placement import norm_after
+from synq.quant.transformer.log_quantizer import LogQuantizer
 
 
 @torch.no_grad()
@@ -84,7 +85,7 @@ def integer_form(net: fx.GraphModule, *, operations: Operations = "plain", empty
         if isinstance(module, ActQuantizer):
             if not module.has_range and not empty:
                 raise RuntimeError("activation ranges must be observed before conversion to the integer form")
-            if not module.rounded:  # clamped floats, as in the student
+            if not module.rounded or isinstance(module, LogQuantizer):  # floats, as in the student
                 continue
             activation = IntegerActivation(module, operations)
             form.set_submodule(name, activation)

@@ -11,7 +11,8 @@ from synq.quant.bn_correction import correct_statistics
 from synq.quant.equalization import equalize
 from synq.quant.keep_best import Synchronize
 from synq.quant.student import observe_ranges
-from synq.quant.transformer.scale_shift import find_sites, scale_shift
+from synq.quant.transformer.log_quantizer import LogQuantizer, keep_best_grid
+from synq.quant.transformer.scale_shift import locate_norms, scale_shift
 from synq.teacher.pixel_range import PixelRange
 
 
@@ -28,7 +29,8 @@ def prepare_student(
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
     """Calibrate a student, in place, and apply the configured steps before fine-tuning.
 
-    quantize_model [-> equalize] [-> scale shift] -> observe ranges [-> learn the rounding] [-> correct statistics]
+    quantize_model [-> equalize] [-> grid of softmax] [-> scale shift] -> observe ranges [-> learn the rounding]
+    [-> correct statistics]
 
     Statistics are corrected last, because they compensate for the remaining rounding errors.
 
@@ -45,7 +47,7 @@ def prepare_student(
 
     Returns:
         The float network that the student approximates tensor by tensor: the teacher, or a copy with the channel scales
-        of the student. And the reports of the applied steps, by name ("equalization", "scale_shift",
+        of the student. And the reports of the applied steps, by name ("equalization", "softmax", "scale_shift",
         "reconstruction", "bn_correction"), for the record.
 
     Raises:
@@ -65,7 +67,9 @@ def prepare_student(
     report: dict[str, Any] = {}
     if quant.equalization:
         reference, report["equalization"] = equalize(net, teacher, calib, observe, synchronize)
-    if quant.scale_shift and find_sites(reference):
+    if quant.softmax == "log" and any(isinstance(module, LogQuantizer) for module in net.modules()):
+        report["softmax"] = keep_best_grid(net, reference, calib, observe, synchronize)
+    if quant.scale_shift and locate_norms(reference):
         reference, report["scale_shift"] = scale_shift(net, reference, calib, observe, synchronize)
     if not report:
         observe(net)

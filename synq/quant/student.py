@@ -209,7 +209,7 @@ def observe_ranges(
         for name, histogram in histograms.items():
             quantizer = net.get_submodule(name)
             assert isinstance(quantizer, ActQuantizer)
-            if isinstance(quantizer, LogQuantizer):
+            if isinstance(quantizer, LogQuantizer) and quantizer.is_logarithmic:
                 quantizer.fit_step(histogram, norm)
                 continue
             if quantizer.power_of_two:

@@ -75,7 +75,7 @@ def vision_transformer(
     Raises:
         ValueError: If an argument is outside its range.
 
-    Source: Dosovitskiy et al., An Image is Worth 16x16 Words, ICLR 2021; LayerNorm before each part.
+    Source: Dosovitskiy et al., ICLR 2021; LayerNorm before each part.
     """
     for name, value, low in (("depth", depth, 1), ("heads", heads, 1), ("classes", classes, 2), ("patch", patch, 1)):
         if value < low:

@@ -1,26 +1,30 @@
 """The logarithmic grid of the softmax of attention: its codes, its step, its gradients, and where it is."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 import synq
 from support.token_nets import SIZE, Joined, Module, Separate, TokenNet, spread
 from synq.config.run import QuantConfig, RunConfig, config_digest, with_overrides
+from synq.network.logits import logits_of
 from synq.network.tracing import trace_classifier
+from synq.quant.integer_form import integer_form
+from synq.quant.keep_best import mean_kl
 from synq.quant.layers import ActQuantizer
 from synq.quant.observers import HistogramObserver
 from synq.quant.student import observe_ranges, quantize_model
-from synq.quant.transformer.log_quantizer import LogQuantizer
+from synq.quant.transformer.log_quantizer import OCTAVES, STEPS, LogQuantizer, keep_best_grid
 
 
 def quantizer(bits: int = 4, high: float = 1.0, step: float = 1.0, *, learned: bool = False) -> LogQuantizer:
     made = LogQuantizer(bits, learned=learned)
     made.set_range(0.0, high)
-    made.step.fill_(step)
+    made.set_step(step)
     return made
 
 
@@ -43,9 +47,8 @@ def test_values_by_hand(bits: int, step: float, high: float) -> None:
 
 
 def test_the_step_is_that_with_the_smaller_error() -> None:
-    for values, wanted in ((torch.logspace(-9, 0, 2000, base=2), 0.5), (torch.logspace(-40, -6, 2000, base=2), 1.0)):
-        # Against the scale 1: with 6 bits half octaves reach down to 2^-31, with 3 bits to 2^-3.
-        bits = 6 if wanted == 0.5 else 4
+    for values, wanted in ((torch.logspace(-6, 0, 2000, base=2), 0.5), (torch.logspace(-13, -8, 2000, base=2), 1.0)):
+        bits = 4  # half octaves reach down to 2^-7, whole ones to 2^-14
         histogram = HistogramObserver(0.0, 1.0, bins=2**16)
         histogram.update(values)
         made = quantizer(bits)
@@ -84,6 +87,41 @@ def test_exactly_the_softmax_of_attention_is_logarithmic(attention: type, points
     assert len(values) <= 32
 
 
+def observe(net: fx.GraphModule) -> None:
+    observe_ranges(net, images(), act_range="mse")
+
+
+@pytest.mark.parametrize(("bits", "count"), [(3, 1), (4, 2), (6, 4), (8, 6)])
+def test_small_steps_need_codes(bits: int, count: int) -> None:
+    assert sum(step == 1.0 or step * (2**bits - 1) >= OCTAVES for step in STEPS) == count
+    histogram = HistogramObserver(0.0, 1.0, bins=2**12)
+    histogram.update(torch.linspace(0.6, 1.0, 500))
+    made = quantizer(bits)
+    made.fit_step(histogram, 2.0)
+    assert float(made.step) == {3: 1.0, 4: 0.5, 6: 0.125, 8: 0.03125}[bits]
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_the_grid_with_the_smaller_divergence_is_kept_and_the_integer_form_has_it(bits: int) -> None:
+    traced = trace_classifier(spread(TokenNet()), SIZE)
+    quant = QuantConfig(softmax="log", weight_bits=8, act_bits=8, layer_act_bits={"softmax*": bits})
+    student = quantize_model(traced, quant)
+    report = keep_best_grid(student.net, traced, images(), observe)
+    assert set(report["kl"]) == {"uniform", "log"} and report["kept"] == min(report["kl"], key=report["kl"].__getitem__)
+    assert mean_kl(logits_of(traced, images()), student.net, images()) == report["kl"][report["kept"]]
+    for step in (0.0, 1.0):
+        for module in student.net.modules():
+            if isinstance(module, LogQuantizer):
+                module.set_step(step)
+        observe(student.net)
+        uniform = quantize_model(traced, replace(quant, softmax="uniform"))
+        observe(uniform.net)
+        same = torch.equal(logits_of(uniform.net, images()), logits_of(student.net, images()))
+        assert same == (step == 0.0), "without a step the grid is that of any other activation"
+        form = integer_form(student.net)
+        torch.testing.assert_close(form(images()), student.net(images()), rtol=1e-4, atol=1e-4)
+
+
 def images() -> Tensor:
     return torch.randn(8, *SIZE, generator=torch.Generator().manual_seed(1))
 
@@ -109,6 +147,6 @@ def test_a_run_with_learned_rounding_trains_and_its_files_are_verified(tmp_path:
         spread(TokenNet()), weight_bits=4, act_bits=4, input_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3,
         config=settings, output_dir=tmp_path, progress=False,
     )  # fmt: skip
-    assert {"scale_shift", "reconstruction"} <= {*run.record.rounding}
+    assert {"softmax", "scale_shift", "reconstruction"} <= {*run.record.rounding}
     run.export(tmp_path / "out", formats=["packed", "onnx", "torch"])
     assert list((tmp_path / "out").rglob("model.safetensors"))

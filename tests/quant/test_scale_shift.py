@@ -1,4 +1,4 @@
-"""Scale shift of LayerNorms: the right sites, the same function, one range for all channels, kept only if it helps."""
+"""Scale shift of LayerNorms: the right places, the same function, one range for all channels, kept only if it helps."""
 
 import copy
 
@@ -16,11 +16,11 @@ from synq.quant.student import observe_ranges, quantize_model
 from synq.quant.transformer.scale_shift import (
     LARGEST,
     Shift,
-    find_sites,
+    locate_norms,
     norm_ranges,
     scale_shift,
+    shift_norm,
     shift_of,
-    shift_site,
 )
 
 
@@ -55,13 +55,13 @@ def plant(net: fx.GraphModule, norm: str, readers: list[str], channel: int, fact
     ],
 )
 def test_norms_that_only_linear_layers_read_are_found(attention: type[nn.Module], readers: tuple[str, ...]) -> None:
-    found = find_sites(traced(TokenNet(attention)))
-    assert [(site.norm, {*site.consumers}) for site in found] == [
+    found = locate_norms(traced(TokenNet(attention)))
+    assert [(location.norm, {*location.consumers}) for location in found] == [
         ("blocks.0.norm1", {*readers}),
         ("blocks.0.norm2", {"blocks.0.mlp.0"}),
         ("norm", {"head"}),
     ]
-    assert all(site.shifts for site in found)
+    assert all(location.shifts for location in found)
 
 
 class TwoReaders(nn.Module):
@@ -79,31 +79,31 @@ class TwoReaders(nn.Module):
 
 
 def test_a_norm_that_something_else_reads_is_no_site() -> None:
-    assert find_sites(traced(TwoReaders())) == []
+    assert locate_norms(traced(TwoReaders())) == []
 
 
 @pytest.mark.parametrize("attention", [Joined, Separate, Module])
 def test_any_factors_and_offsets_leave_the_function_as_it_is(attention: type[nn.Module]) -> None:
     net = traced(TokenNet(attention))
     changed, generator = copy.deepcopy(net), torch.Generator().manual_seed(3)
-    for site in find_sites(net):
+    for location in locate_norms(net):
         before = {name: tensor.clone() for name, tensor in changed.state_dict().items()}
         factor = torch.rand(24, generator=generator, dtype=torch.float64) * 4 + 0.1
-        shift_site(changed, site, Shift(factor=factor, offset=torch.randn(24, generator=generator).double()))
+        shift_norm(changed, location, Shift(factor=factor, offset=torch.randn(24, generator=generator).double()))
         after = changed.state_dict()
-        names = [f"{name}.{part}" for name in (site.norm, *site.consumers) for part in ("weight", "bias")]
+        names = [f"{name}.{part}" for name in (location.norm, *location.consumers) for part in ("weight", "bias")]
         assert {name for name in after if not torch.equal(after[name], before[name])} == {*names}
         torch.testing.assert_close(changed(images(4)), net(images(4)), rtol=1e-10, atol=1e-10)
 
 
 def test_all_channels_get_one_range() -> None:
     net = traced(TokenNet())
-    sites = find_sites(net)
+    locations = locate_norms(net)
     changed = copy.deepcopy(net)
-    for site, (low, high) in zip(sites, norm_ranges(net, sites, images(), batch_size=5), strict=True):
+    for location, (low, high) in zip(locations, norm_ranges(net, locations, images(), batch_size=5), strict=True):
         assert (high - low).max() > 1.3 * (high - low).min()
-        shift_site(changed, site, shift_of(low, high))
-    for low, high in norm_ranges(changed, sites, images()):
+        shift_norm(changed, location, shift_of(low, high))
+    for low, high in norm_ranges(changed, locations, images()):
         torch.testing.assert_close(low, low[:1].expand_as(low), rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(high, high[:1].expand_as(high), rtol=1e-8, atol=1e-8)
 
@@ -116,7 +116,7 @@ def test_factors_and_offsets_by_hand() -> None:
     half = shift_of(low, high, 0.5)
     torch.testing.assert_close(half.factor, torch.tensor([0.5, 2.0]).double().pow(0.25))
     positive = shift_of(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 8.0]), shifts=False)
-    torch.testing.assert_close(positive.factor, torch.tensor([0.5, 2.0]).double())  # widths 2 and 8, from zero
+    torch.testing.assert_close(positive.factor, torch.tensor([0.5, 2.0]).double())  # spans 2 and 8, from zero
     assert torch.equal(positive.offset, torch.zeros(2).double())
     extreme = shift_of(torch.tensor([0.0, 0.0, 5.0, 0.0]), torch.tensor([1.0, 1e9, 5.0, 1.0]))
     torch.testing.assert_close(extreme.factor, torch.tensor([1.0, LARGEST, 1.0, 1.0]).double())
@@ -159,7 +159,7 @@ class Padded(nn.Module):
 
 def test_a_norm_whose_change_is_not_exact_is_left_out() -> None:
     net = traced(Padded())
-    assert [site.norm for site in find_sites(net)] == ["norm"]
+    assert [location.norm for location in locate_norms(net)] == ["norm"]
     student = quantize_model(net, QuantConfig(weight_bits=8, act_bits=4, act_points="inputs"))
     reference, report = scale_shift(student.net, net, images(), observe)
     assert report["left_out"] == ["norm"] and report["kept"] == "none" and reference is net
@@ -174,11 +174,11 @@ def test_without_a_bias_channels_are_scaled_only() -> None:
             self.head = nn.Linear(24, 5, bias=False)
 
     net = traced(NoBias())
-    site = find_sites(net)[-1]
-    assert site.consumers == ("head",) and not site.shifts
+    location = locate_norms(net)[-1]
+    assert location.consumers == ("head",) and not location.shifts
     changed = copy.deepcopy(net)
-    low, high = norm_ranges(net, [site], images())[0]
-    shift_site(changed, site, shift_of(low, high, shifts=False))
+    low, high = norm_ranges(net, [location], images())[0]
+    shift_norm(changed, location, shift_of(low, high, shifts=False))
     torch.testing.assert_close(changed(images(4)), net(images(4)), rtol=1e-10, atol=1e-10)
     assert not torch.equal(changed.get_submodule("head").weight, net.get_submodule("head").weight)
 

@@ -56,7 +56,7 @@ def block_metrics(traced: fx.GraphModule, ends: Sequence[fx.Node]) -> list[Block
 
 
 def _has_tokens(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether the channels of a node are its last axis, perhaps known from a LayerNorm behind a reshape."""
+    """Return whether the channels of a node are its last axis, perhaps known from a LayerNorm after a reshape."""
     shape = node.meta["shape"]
     if len(shape) != 4:
         return len(shape) == 3

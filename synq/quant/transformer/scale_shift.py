@@ -7,10 +7,10 @@
 
 The function of the network does not change. LayerNorm does not equalize its channels: the largest has often ten times
 the range of the median, and with one scale for the whole tensor it leaves the others a few codes. After the change all
-have the same center and the same width; the ratios are in the columns of W then, whose rows have a scale each.
+have the same center and the same span; the ratios are in the columns of W then, whose rows have a scale each.
 
 Source: RepQ-ViT (Li et al., ICCV 2023), section 3.2. There r and b follow from per-channel scales and zero points of
-one bit-width; here from the ranges, which is the same without the rounding of the zero points. Ours: a smaller exponent
+one bit-span; here from the ranges, which is the same without the rounding of the zero points. Ours: a smaller exponent
 as a further candidate, the choice by the KL divergence, and the check that the function stays the same.
 """
 
@@ -38,7 +38,7 @@ SAME = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class NormSite:
+class NormLocation:
     """A LayerNorm whose output only linear layers read.
 
     Attributes:
@@ -62,7 +62,7 @@ class Shift:
     offset: Tensor
 
 
-def find_sites(traced: fx.GraphModule) -> list[NormSite]:
+def locate_norms(traced: fx.GraphModule) -> list[NormLocation]:
     """Return the LayerNorms whose output can be scaled and shifted, in order of execution.
 
     Between a LayerNorm and its readers are only operations that move values and keep the channels as the last axis. All
@@ -87,7 +87,7 @@ def find_sites(traced: fx.GraphModule) -> list[NormSite]:
         if not layers or not is_unshared(node, norm) or not all(is_unshared(n, layer) for n, layer in layers.items()):
             continue
         found.append(
-            NormSite(
+            NormLocation(
                 norm=str(node.target),
                 node=node.name,
                 consumers=tuple(str(reader.target) for reader in layers),
@@ -120,20 +120,20 @@ def _linear_readers(traced: fx.GraphModule, norm: fx.Node, channels: int) -> dic
 
 @torch.no_grad()
 def norm_ranges(
-    traced: fx.GraphModule, sites: Sequence[NormSite], images: Tensor, batch_size: int = 64
+    traced: fx.GraphModule, locations: Sequence[NormLocation], images: Tensor, batch_size: int = 64
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return the smallest and largest value of each channel over images and positions, each (C,), for each site.
+    """Return the smallest and largest value of each channel over images and positions, each (C,), for each location.
 
     Args:
-        traced: The float network in which the sites were found.
-        sites: From `find_sites`.
+        traced: The float network in which the locations were found.
+        locations: From `locate_norms`.
         images: (N, C, H, W) on the device of ``traced``.
         batch_size: Images per forward pass.
     """
-    recorder = _RangeRecorder(traced, {site.node for site in sites})
+    recorder = _RangeRecorder(traced, {location.node for location in locations})
     for batch in images.split(batch_size):
         recorder.run(batch)
-    return [recorder.ranges[site.node] for site in sites]
+    return [recorder.ranges[location.node] for location in locations]
 
 
 class _RangeRecorder(fx.Interpreter):
@@ -155,11 +155,11 @@ class _RangeRecorder(fx.Interpreter):
 def shift_of(low: Tensor, high: Tensor, strength: float = 1.0, *, shifts: bool = True) -> Shift:
     """Return factor and offset that give channels with the ranges [low, high] one range.
 
-    factor r_c = (width_c / median width)^strength, and offset b_c such that all centers of (y + b) / r are the mean of
-    the centers of y / r. Without ``shifts`` b is 0, and width_c is that of the range extended to zero, which every grid
+    factor r_c = (span_c / median span)^strength, and offset b_c such that all centers of (y + b) / r are the mean of
+    the centers of y / r. Without ``shifts`` b is 0, and span_c is that of the range extended to zero, which every grid
     represents. A channel that is constant keeps the factor 1.
 
-    Ranges [0, 2] and [-4, 0], strength 1: widths 2 and 4, their median in logarithms 2.83, so r is (0.71, 1.41); y / r
+    Ranges [0, 2] and [-4, 0], strength 1: spans 2 and 4, their median in logarithms 2.83, so r is (0.71, 1.41); y / r
     has the centers 1.41 and -1.41, so b is (-1, 2): both are [-1.41, 1.41] then.
 
     Args:
@@ -173,11 +173,11 @@ def shift_of(low: Tensor, high: Tensor, strength: float = 1.0, *, shifts: bool =
     low, high = low.double(), high.double()
     if not shifts:
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    widths = high - low
-    alive = torch.isfinite(widths) & (widths > 0)
-    factor = torch.ones_like(widths)
+    spans = high - low
+    alive = torch.isfinite(spans) & (spans > 0)
+    factor = torch.ones_like(spans)
     if alive.any():
-        logs = strength * widths[alive].log()
+        logs = strength * spans[alive].log()
         middle = logs.sort().values[[(len(logs) - 1) // 2, len(logs) // 2]].mean()
         bound = math.log(LARGEST)
         factor[alive] = (logs - middle).clamp(-bound, bound).exp()
@@ -187,20 +187,20 @@ def shift_of(low: Tensor, high: Tensor, strength: float = 1.0, *, shifts: bool =
 
 
 @torch.no_grad()
-def shift_site(net: fx.GraphModule, site: NormSite, shift: Shift) -> None:
-    """Move scale and shift of one site from the LayerNorm to its readers, in place, computed in float64."""
-    norm = net.get_submodule(site.norm)
+def shift_norm(net: fx.GraphModule, location: NormLocation, shift: Shift) -> None:
+    """Move scale and shift of one location from the LayerNorm to its readers, in place, computed in float64."""
+    norm = net.get_submodule(location.norm)
     assert isinstance(norm, nn.LayerNorm)
     norm.weight.copy_(norm.weight.double() / shift.factor.to(norm.weight.device))
-    if site.shifts:
+    if location.shifts:
         norm.bias.copy_((norm.bias.double() + shift.offset.to(norm.bias.device)) / shift.factor.to(norm.bias.device))
     elif norm.bias is not None:
         norm.bias.copy_(norm.bias.double() / shift.factor.to(norm.bias.device))
-    for name in site.consumers:
+    for name in location.consumers:
         layer = net.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         weight = layer.weight.double()
-        if site.shifts:
+        if location.shifts:
             layer.bias.copy_(layer.bias.double() - weight @ shift.offset.to(weight.device))
         layer.weight.copy_(weight * shift.factor.to(weight.device))
 
@@ -215,8 +215,8 @@ def scale_shift(
     """Scale and shift the LayerNorms of a quantized student, in place, where that brings it closer to the teacher.
 
     Candidates are no change and each of `STRENGTHS`; the one with the smallest mean KL(teacher || student) on
-    ``images``, measured with newly observed ranges, is kept. A site at which the float network does not stay the same
-    (within `SAME`) is left out.
+    ``images``, measured with newly observed ranges, is kept. A LayerNorm at which the float network does not stay the
+    same (within `SAME`) is left out.
 
     Args:
         net: Network of a student from ``quantize_model(teacher, ...)``.
@@ -228,48 +228,51 @@ def scale_shift(
     Returns:
         The float network that the student approximates tensor by tensor: the teacher, or a copy with the same changes,
         whose logits are the same up to rounding errors. And a report with "kept" (the choice), "kl" (mean KL of each
-        choice, in nats), "left_out" (names of LayerNorms whose change was not exact) and "norms": for each site the
-        ratio of the largest to the median width of its channels, before.
+        choice, in nats), "left_out" (names of LayerNorms whose change was not exact) and "norms": for each location the
+        ratio of the largest to the median span of its channels, before.
     """
-    sites = find_sites(teacher)
-    ranges = dict(zip(sites, norm_ranges(teacher, sites, images), strict=True))
-    few, all_sites = images[:8], sites
-    sites = [site for site in all_sites if _is_exact(teacher, site, shift_of(*ranges[site], shifts=site.shifts), few)]
+    found = locate_norms(teacher)
+    ranges = dict(zip(found, norm_ranges(teacher, found, images), strict=True))
+
+    def shifts(location: NormLocation, strength: float) -> Shift:
+        return shift_of(*ranges[location], strength, shifts=location.shifts)
+
+    locations = [location for location in found if _is_exact(teacher, location, shifts(location, 1.0), images[:8])]
     choices: dict[str, list[Shift]] = {"none": []}
-    for strength in STRENGTHS if sites else ():
-        choices[str(strength)] = [shift_of(*ranges[site], strength, shifts=site.shifts) for site in sites]
+    for strength in STRENGTHS if locations else ():
+        choices[str(strength)] = [shifts(location, strength) for location in locations]
 
     def change(name: str) -> None:
-        _shift(net, sites, choices[name])
+        _shift(net, locations, choices[name])
         observe(net)
 
     wanted = logits_of(teacher, images)
     kept, costs = keep_best(
         net, {name: partial(change, name) for name in choices}, lambda: mean_kl(wanted, net, images), synchronize
     )
-    reference = teacher if kept == "none" else _shift(copy.deepcopy(teacher), sites, choices[kept])
+    reference = teacher if kept == "none" else _shift(copy.deepcopy(teacher), locations, choices[kept])
     return reference, {
         "kept": kept,
         "kl": costs,
-        "left_out": [site.norm for site in all_sites if site not in sites],
-        "norms": [{"norm": site.norm, "spread": _spread(*ranges[site])} for site in sites],
+        "left_out": [location.norm for location in found if location not in locations],
+        "norms": [{"norm": location.norm, "spread": _spread(*ranges[location])} for location in locations],
     }
 
 
-def _shift(net: fx.GraphModule, sites: Sequence[NormSite], shifts: Sequence[Shift]) -> fx.GraphModule:
-    for site, shift in zip(sites, shifts, strict=bool(shifts)):
-        shift_site(net, site, shift)
+def _shift(net: fx.GraphModule, locations: Sequence[NormLocation], shifts: Sequence[Shift]) -> fx.GraphModule:
+    for location, shift in zip(locations, shifts, strict=bool(shifts)):
+        shift_norm(net, location, shift)
     return net
 
 
-def _is_exact(teacher: fx.GraphModule, site: NormSite, shift: Shift, images: Tensor) -> bool:
-    """Return whether a copy of the network with one site changed has the same logits for ``images``."""
+def _is_exact(teacher: fx.GraphModule, location: NormLocation, shift: Shift, images: Tensor) -> bool:
+    """Return whether a copy of the network with one location changed has the same logits for ``images``."""
     wanted = logits_of(teacher, images)
-    found = logits_of(_shift(copy.deepcopy(teacher), [site], [shift]), images)
+    found = logits_of(_shift(copy.deepcopy(teacher), [location], [shift]), images)
     return float((found - wanted).abs().max()) <= SAME * float(wanted.abs().max())
 
 
 def _spread(low: Tensor, high: Tensor) -> float:
-    """Return the ratio of the largest to the median width of channels; 1 if all are constant."""
-    widths = high - low
-    return float(widths.max() / widths.median()) if bool(widths.median() > 0) else 1.0
+    """Return the ratio of the largest to the median span of channels; 1 if all are constant."""
+    spans = high - low
+    return float(spans.max() / spans.median()) if bool(spans.median() > 0) else 1.0
