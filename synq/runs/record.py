@@ -123,7 +123,7 @@ class RunRecord:
     rtn_gained: int | None = None
     """As `gained`, before fine-tuning."""
     rounding: dict[str, Any] = field(default_factory=dict)
-    """Reports of equalization, batch-norm correction and AdaRound, if they were done before fine-tuning."""
+    """Reports of equalization, grid of softmax, scale shift, AdaRound and batch-norm correction, where done."""
     deployment: dict[str, Any] = field(default_factory=dict)
     """Exported files: sizes in bytes, latency in milliseconds per image on a CPU, comparison with the student; empty
     before an export."""
