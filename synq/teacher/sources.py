@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from synq.common.error_text import one_line
-from synq.config.identity import WEIGHT_SUFFIXES
+from synq.config.identity import WEIGHT_SUFFIXES, hub_folder
 from synq.config.plugins import TEACHER_SOURCE, is_added, known, parsed
 from synq.config.run import TeacherConfig
 from synq.teacher.cifar_resnet import cifar_resnet
+from synq.teacher.hugging_face import load_hugging_face
 from synq.teacher.input_format import input_format
 from synq.teacher.preprocessing import Preprocessing, timm_rule, torchvision_rule
 from synq.teacher.user_code import added_function, called, made_by_user, slug, unknown
@@ -66,12 +67,14 @@ def build_source(config: TeacherConfig) -> SourceModel:
         "torchvision": _torchvision,
         "timm": _timm,
         "pytorchcv": _pytorchcv,
+        "hf": _hugging_face,
         MEMORY: _memory,
     }
     added = known(TEACHER_SOURCE)
     if not rest:
         more = "".join(f", {name}:MODEL" for name in added)
-        forms = f"bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME{more}, FILE.py:FACTORY or MODULE:FACTORY"
+        libraries = "bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, hf:NAME"
+        forms = f"{libraries}{more}, FILE.py:FACTORY or MODULE:FACTORY"
         raise ValueError(f"`teacher.spec` must have the form {forms}, but got {config.spec!r}")
     # A factory may initialize weights randomly: every process and every run must get the same weights.
     with torch.random.fork_rng(devices=[]):
@@ -210,6 +213,26 @@ def _pytorchcv(name: str, config: TeacherConfig) -> SourceModel:
         name=slug("pytorchcv", name, Path(file).stem if file else config.weights or ""),
         num_classes=getattr(module, "num_classes", None),
         input_size=(getattr(module, "in_channels", 3), int(size[0]), int(size[1])) if size else None,
+    )
+
+
+def _hugging_face(name: str, config: TeacherConfig) -> SourceModel:
+    file = _file_or_random("hf", config)
+    module: Any
+    module, known = load_hugging_face(
+        name, random=config.weights is not None, input_size=config.input_size, num_classes=config.num_classes
+    )
+    if file:
+        load_weights(module, file)
+    label = Path(file).stem if file else config.weights or ""
+    return SourceModel(
+        module=module,
+        name=slug("hf", Path(name).name if hub_folder(name) else name, label),
+        num_classes=int(module.config.num_labels),
+        input_size=known.input_size,
+        mean=known.mean,
+        std=known.std,
+        preprocessing=known.rule,
     )
 
 
