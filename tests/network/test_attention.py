@@ -209,3 +209,11 @@ def test_attention_whose_heads_are_mixed_is_found() -> None:
     assert (found.heads, found.tokens, found.extra) == (HEADS, TOKENS + 1, 1)
     names = {node.name: node for node in graph.graph.nodes}
     assert "_softmax" in traits_of(names[found.probabilities]).operators
+
+
+def test_a_classifier_of_zeros_hides_no_tokens() -> None:
+    net = Hybrid(joined)
+    nn.init.zeros_(net.fc.weight)
+    graph = traced(net)
+    sums = [node.name for node in graph.graph.nodes if traits_of(node).operators == ("add",)]
+    assert locate_cam(graph).node == sums[-1]
