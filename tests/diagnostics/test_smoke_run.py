@@ -8,6 +8,7 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from synq.cli import run
+from synq.common.notices import forget_notices
 from synq.common.text_tables import Row
 from synq.config.run import RunConfig, RuntimeConfig, TeacherConfig
 from synq.diagnostics.architectures import OWN, Entry, crashed_row, page, read_list, smoke_run_entry
@@ -187,3 +188,10 @@ def test_results_in_a_file_are_kept_and_faults_tried_again(tmp_path: Path, capsy
     file.write_text("nonsense\n" + file.read_text())
     assert run(args) == 2
     assert "line 1 of" in capsys.readouterr().err
+
+
+def test_no_advice_about_the_miniature(capsys: pytest.CaptureFixture[str]) -> None:
+    (entry,) = read_list(["convolutional_head"])
+    forget_notices()
+    check(smoke_run_entry(entry, 1), entry)
+    assert "synthesis" not in capsys.readouterr().err
