@@ -26,7 +26,7 @@ from synq.config.command_line import Command
 from synq.config.command_options import INT, OneOf, argument, option
 from synq.evaluation.labeled import LabeledSet, load_labeled
 from synq.teacher.cifar_resnet import cifar_resnet
-from synq.teacher.small_vit import vision_transformer
+from synq.teacher.networks.small_vit import vision_transformer
 
 INPUT_SIZE = (1, 16, 16)
 NUM_CLASSES = 10

@@ -28,7 +28,7 @@ from synq.common.exit_codes import leave
 from synq.common.seeding import make_generator, seed_everything
 from synq.config.command_line import Command
 from synq.config.command_options import INT, OneOf, argument, option
-from synq.teacher.small_vit import vision_transformer
+from synq.teacher.networks.small_vit import vision_transformer
 
 PEAK_LR = 1e-3
 BATCH_SIZE = 128

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import click
 
@@ -44,6 +45,9 @@ EXAMPLES = """\
     "--all packed)",
 )
 @option("--page", metavar="FILE", help="write the table of --all as Markdown")
+@option(
+    "--results", metavar="FILE", help="with --all: append each result to FILE; those in it that were as listed are kept"
+)
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -53,6 +57,7 @@ def command(
     jobs: int,
     formats: tuple[str, ...],
     page: str | None,
+    results: str | None,
 ) -> int:
     """Run the whole pipeline in miniature on TEACHER, from eight synthetic images to verified files, in about a minute.
 
@@ -65,8 +70,8 @@ def command(
         between("jobs", jobs, 1)
         if given := [*(f"--config {file}" for file in ctx.obj.files), *(f"--{key}" for key in ctx.obj.overrides)]:
             raise ValueError(f"`--all` must be given without settings and TEACHER, but got {' '.join(given)}")
-        return _all(only, jobs, formats or ("packed",), page)
-    for name, value in (("only", " ".join(only)), ("page", page)):
+        return _all(only, jobs, formats or ("packed",), page, results)
+    for name, value in (("only", " ".join(only)), ("page", page), ("results", results)):
         if value:
             raise ValueError(f"`{name}` must be left out without `--all`, but got {value!r}")
     for part in IGNORED:
@@ -104,25 +109,39 @@ def _formats() -> tuple[str, ...]:
     return ("packed",) if missing else ("onnx", "packed")
 
 
-def _all(only: Sequence[str], jobs: int, formats: Sequence[str], page_file: str | None) -> int:
+def _all(only: Sequence[str], jobs: int, formats: Sequence[str], page_file: str | None, results: str | None) -> int:
     from synq.common.files import write_text_atomic
     from synq.common.progress import passing_bar
-    from synq.diagnostics.architectures import crashed_row, page, read_list, smoke_run_entry, summary_lines
+    from synq.diagnostics.architectures import (
+        crashed_row,
+        page,
+        read_list,
+        read_results,
+        smoke_run_entry,
+        summary_lines,
+        write_result,
+    )
     from synq.sweeps.studies.pool import surviving_crashes, threads_each
 
-    entries = dict(enumerate(read_list(only)))
+    listed = read_list(only)
+    file = None if results is None else Path(results)
+    rows = {} if file is None else read_results(file, listed, formats)
+    if rows:
+        print(f"synq: {len(rows)} of {len(listed)} networks are in {results}", flush=True)
+    entries = {number: entry for number, entry in enumerate(listed) if number not in rows}
     work: Callable[..., dict] = partial(
         smoke_run_entry, threads=threads_each(jobs) if jobs > 1 else None, formats=formats
     )  # type: ignore[type-arg]
-    rows = {}
     with passing_bar(len(entries), "networks", "network", is_shown=True) as bar:
         for number, row in surviving_crashes(work, entries, jobs, crashed_row):
             rows[number] = row
+            if file is not None:
+                write_result(file, entries[number], formats, row)
             note = "" if row["as_listed"] else ", NOT AS LISTED"
             bar.clear()  # the printed line replaces the bar, which is drawn again below
             print(f"{row['teacher']}: {row['status']}{note}, {row['seconds']:.0f} s {row['reason']}", flush=True)
             bar.update()
-    ordered = [rows[number] for number in entries]
+    ordered = [rows[number] for number in range(len(listed))]
     print(summary_lines(ordered), flush=True)
     if page_file:
         write_text_atomic(page_file, page(ordered))

@@ -48,13 +48,25 @@ def absolute_path(path: str) -> str:
     return path if "://" in path else os.path.abspath(expanded)
 
 
+def hub_folder(name: str) -> str | None:
+    """Return the folder that a model of Hugging Face is in, or None for a name on the hub.
+
+    Args:
+        name: What follows ``hf:``. It is a path if it starts like one, or is a folder that exists.
+    """
+    path = os.path.expandvars(os.path.expanduser(name))
+    return path if path.startswith(("/", "./", "../")) or path in (".", "..") or os.path.isdir(path) else None
+
+
 def map_spec_path(spec: str, function: Callable[[str], str]) -> str:
     """Apply `function` to the file path inside a spec, if there is one.
 
-    npz:FILE, imagefolder:PATH, folder:PATH, FILE.py:FACTORY and the name of a weights file hold a path; bundled:NAME,
-    digits or IMAGENET1K_V1 do not.
+    npz:FILE, imagefolder:PATH, folder:PATH, hf:FOLDER, FILE.py:FACTORY and the name of a weights file hold a path;
+    bundled:NAME, digits, IMAGENET1K_V1 or a name on Hugging Face's hub do not.
     """
     source, _, rest = spec.partition(":")
+    if source == "hf" and rest:
+        return f"hf:{function(rest)}" if hub_folder(rest) is not None else spec
     if source in ("npz", "imagefolder", "folder") and rest:
         return f"{source}:{function(rest)}"
     path, _, factory = spec.rpartition(":")
@@ -94,8 +106,8 @@ def resolved(kind: Kind, value: str) -> str:
 def make_absolute(config: T) -> T:
     """Return a copy whose file paths are absolute, relative to the current folder (a trial runs in a separate folder).
 
-    Covers weights files, FILE.py:FACTORY, npz:FILE, imagefolder:PATH and every folder; addresses (s3://...) stay. What
-    a user added (`synq.config.plugins`) gets its version.
+    Covers weights files, FILE.py:FACTORY, hf:FOLDER, npz:FILE, imagefolder:PATH and every folder; addresses (s3://...)
+    stay. What a user added (`synq.config.plugins`) gets its version.
 
     Raises:
         ValueError: As `versioned`.

@@ -52,7 +52,7 @@ SYNTHESIS_METHOD = Kind(
 TEACHER_SOURCE = Kind(
     "teacher.spec",
     "synq.teacher_source",
-    ("bundled", "torchvision", "timm", "pytorchcv", "memory"),
+    ("bundled", "torchvision", "timm", "pytorchcv", "hf", "memory"),
     has_text=True,
     forms=("FILE.py:FACTORY", "MODULE:FACTORY"),
 )

@@ -37,7 +37,4 @@ def hub_hint(name: str) -> str:
     Args:
         name: Name of the model on the hub, such as microsoft/resnet-50.
     """
-    return (
-        "a model of Hugging Face is loaded by a function in a file, FILE.py:net, such as `def net(): return "
-        f"transformers.AutoModelForImageClassification.from_pretrained({name!r})`"
-    )
+    return f"a model of Hugging Face is hf:{name}, or hf:FOLDER (pip install transformers)"

@@ -1,6 +1,7 @@
 """List of architectures for `synq smoke-run --all`, and tables of the results. Does not import torch."""
 
 import importlib.resources
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from synq.common.environment import environment
 from synq.common.text_tables import Row, to_markdown, to_text
-from synq.config.parsing import config_from_dict, load_config
+from synq.config.parsing import config_from_dict, config_to_dict, load_config
 from synq.config.run import RunConfig, RuntimeConfig, TeacherConfig
 
 OWN = "synq.diagnostics.example_networks:"
@@ -47,6 +48,11 @@ class Entry:
     teacher: TeacherConfig
     group: str
     rejected: str = ""
+
+    @property
+    def key(self) -> str:
+        """Return what identifies the architecture in a file of results."""
+        return json.dumps(config_to_dict(self.teacher), sort_keys=True)
 
     def agrees(self, row: Row) -> bool:
         """Return whether the result is the expected one."""
@@ -93,6 +99,7 @@ def smoke_run_entry(entry: Entry, threads: int | None = None, formats: Sequence[
     config = RunConfig(teacher=entry.teacher, runtime=RuntimeConfig(device="cpu", num_threads=threads))
     row = smoke_run_in_scratch(config, formats)
     row.pop("error", None)  # an exception may not be picklable
+    row["commit"] = environment()["commit"]
     return {**row, "group": entry.group, "as_listed": entry.agrees(row)}
 
 
@@ -106,6 +113,57 @@ def smoke_run_in_scratch(
 
     with tempfile.TemporaryDirectory(prefix="synq-smoke-run-") as folder:
         return smoke_run(config, Path(folder), on_stage, formats)
+
+
+def read_results(file: Path, entries: Sequence[Entry], formats: Sequence[str]) -> dict[int, Row]:
+    """Return the results of a file by the number of their architecture; the last of each counts.
+
+    A result counts only with the same settings and formats, whatever its commit, and only if it is as listed: faults
+    are tried again. The last line may be incomplete, of a process that was killed.
+
+    Args:
+        file: Lines as of `write_result`; a file that does not exist has none.
+        entries: The architectures.
+        formats: Formats that are exported.
+
+    Raises:
+        ValueError: A line before the last is no result.
+    """
+    lines = file.read_text().splitlines() if file.is_file() else []
+    found: dict[str, Row] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            stored = json.loads(line)
+            if stored["formats"] == list(formats):
+                found[stored["key"]] = stored["row"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"`results` must be a file of this command, but line {number} of {file} is none"
+            ) from error
+    kept = {number: found[entry.key] for number, entry in enumerate(entries) if entry.key in found}
+    return {
+        number: {**row, "group": entries[number].group, "as_listed": True}
+        for number, row in kept.items()
+        if entries[number].agrees(row)
+    }
+
+
+def write_result(file: Path, entry: Entry, formats: Sequence[str], row: Row) -> None:
+    """Append the result of an architecture to a file, as one line of JSON.
+
+    Args:
+        file: The file, made if there is none; an incomplete last line is removed.
+        entry: The architecture.
+        formats: Formats that were exported.
+        row: Of `smoke_run_entry`.
+    """
+    line = json.dumps({"key": entry.key, "formats": list(formats), "row": row})
+    with file.open("a+b") as stream:
+        stream.seek(0)
+        stream.truncate(stream.read().rfind(b"\n") + 1)
+        stream.write(f"{line}\n".encode())
 
 
 def crashed_row(entry: Entry) -> Row:
@@ -128,6 +186,7 @@ def page(rows: Sequence[Row]) -> str:
     """Return a Markdown page with the results, one table for each group."""
     about = environment()
     versions = ", ".join(f"{name} {version}" for name, version in sorted(about["versions"].items()))
+    commits = list(dict.fromkeys(row.get("commit") or about["commit"] for row in rows))
     lines = [
         "# Architectures that were tried",
         "",
@@ -143,7 +202,7 @@ def page(rows: Sequence[Row]) -> str:
         "works, not how well.",
         "`synq smoke-run TEACHER` does the same with your network.",
         "",
-        f"Commit {about['commit']}, {versions}.",
+        f"Commit{'s' if len(commits) > 1 else ''} {', '.join(map(str, commits))}; {versions}.",
     ]
     for group in dict.fromkeys(row["group"] for row in rows):
         of_group = [shown(row) for row in rows if row["group"] == group]

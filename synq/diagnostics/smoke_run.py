@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from synq.common.notices import muted
 from synq.config.quant import RESEARCH
 from synq.config.run import (
     EvaluationConfig,
@@ -106,13 +107,15 @@ def smoke_run(
         on_stage("synthesis, fine-tuning, evaluation")
         small = _miniature(config, folder)
         placed = replace(teacher, graph=copy.deepcopy(teacher.graph))  # the run moves it to its device
-        record = run(small, teacher=placed)
+        with muted():  # eight images of two steps are unfinished on purpose: advice about them would mislead
+            record = run(small, teacher=placed)
         row |= {"bits": config.quant.label, "loss": record.loss_history[-1]["loss"]}
         on_stage("W8A8")
         row |= _at_eight_bits(teacher, config.quant, _images(small, teacher))
         if exported_as:
             on_stage("export")
-            _, exported = export_run(run_folder(small), options=options, teacher=teacher)
+            with muted():
+                _, exported = export_run(run_folder(small), options=options, teacher=teacher)
             row["export"] = ", ".join(file["container"] or file["format"] for file in exported.deployment["files"])
         if not row["exact"]:
             row["reason"] = "with quantizers bypassed, the student differs from the teacher"

@@ -206,9 +206,35 @@ class _LayerProxy(fx.Proxy):
 
 
 class _SizedProxy(_LayerProxy):
-    """Proxy of a tensor whose sizes are known, except for the number of images."""
+    """Proxy of a tensor whose sizes are known, except for the number of images.
+
+    The graph reads the dtype where it runs, because the network may run in another; two dtypes that are equal here are
+    equal there.
+    """
 
     tracer: SizedTracer
+    __hash__ = fx.Proxy.__hash__
+
+    @property
+    def dtype(self) -> Any:
+        return self.tracer.create_proxy("call_function", getattr, (self, "dtype"), {})
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the tensor itself for its own dtype, read from another tensor: such a cast changes nothing."""
+        given = [*args, *kwargs.values()]
+        if len(given) == 1 and isinstance(given[0], fx.Proxy) and set(kwargs) <= {"dtype"} and self.dtype == given[0]:
+            return self
+        return self.tracer.create_proxy("call_method", "to", (self, *args), kwargs)
+
+    def __eq__(self, other: object) -> Any:
+        if isinstance(own := self.tracer.values[self.node], torch.dtype):
+            return own == (self.tracer.values[other.node] if isinstance(other, fx.Proxy) else other)
+        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+
+    def __ne__(self, other: object) -> Any:
+        if isinstance(self.tracer.values[self.node], torch.dtype):
+            return not self == other
+        return self.tracer.create_proxy("call_function", operator.ne, (self, other), {})
 
     @property
     def shape(self) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ import copy
 import importlib
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from synq.common.error_text import one_line
-from synq.config.identity import WEIGHT_SUFFIXES
+from synq.config.identity import WEIGHT_SUFFIXES, hub_folder
 from synq.config.plugins import TEACHER_SOURCE, is_added, known, parsed
 from synq.config.run import TeacherConfig
-from synq.teacher.cifar_resnet import cifar_resnet
+from synq.teacher.hugging_face import load_hugging_face
 from synq.teacher.input_format import input_format
+from synq.teacher.networks.bundled import bundled_network
 from synq.teacher.preprocessing import Preprocessing, timm_rule, torchvision_rule
-from synq.teacher.small_vit import vision_transformer
 from synq.teacher.user_code import added_function, called, made_by_user, slug, unknown
 from synq.teacher.weight_files import is_weight_file, load_weights
 from synq.teacher.wrappers import check_layers, unwrap_parts, unwrapped
@@ -67,12 +67,14 @@ def build_source(config: TeacherConfig) -> SourceModel:
         "torchvision": _torchvision,
         "timm": _timm,
         "pytorchcv": _pytorchcv,
+        "hf": _hugging_face,
         MEMORY: _memory,
     }
     added = known(TEACHER_SOURCE)
     if not rest:
         more = "".join(f", {name}:MODEL" for name in added)
-        forms = f"bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME{more}, FILE.py:FACTORY or MODULE:FACTORY"
+        libraries = "bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, hf:NAME"
+        forms = f"{libraries}{more}, FILE.py:FACTORY or MODULE:FACTORY"
         raise ValueError(f"`teacher.spec` must have the form {forms}, but got {config.spec!r}")
     # A factory may initialize weights randomly: every process and every run must get the same weights.
     with torch.random.fork_rng(devices=[]):
@@ -97,7 +99,7 @@ def _bundled(name: str, config: TeacherConfig) -> SourceModel:
     except SafetensorError as error:
         raise ValueError(f"the bundled teacher {path} must be readable, but is damaged ({error}); reinstall") from error
     channels, height, width = (int(part) for part in metadata["input_size"].split(","))
-    module = _bundled_network(metadata, (channels, height, width))
+    module = bundled_network(metadata)
     if config.weights is None:
         load_weights(module, path)
     return SourceModel(
@@ -109,14 +111,6 @@ def _bundled(name: str, config: TeacherConfig) -> SourceModel:
         std=tuple(float(part) for part in metadata["std"].split(",")),
         default_dataset=metadata["dataset"],
     )
-
-
-def _bundled_network(metadata: Mapping[str, str], input_size: tuple[int, int, int]) -> nn.Module:
-    depth, width, classes = (int(metadata[key]) for key in ("depth", "width", "num_classes"))
-    if "heads" not in metadata:
-        return cifar_resnet(depth, classes, input_size[0], width)
-    heads, patch = int(metadata["heads"]), int(metadata["patch"])
-    return vision_transformer(width, depth, heads, classes=classes, input_size=input_size, patch=patch)
 
 
 def _torchvision(name: str, config: TeacherConfig) -> SourceModel:
@@ -219,6 +213,26 @@ def _pytorchcv(name: str, config: TeacherConfig) -> SourceModel:
         name=slug("pytorchcv", name, Path(file).stem if file else config.weights or ""),
         num_classes=getattr(module, "num_classes", None),
         input_size=(getattr(module, "in_channels", 3), int(size[0]), int(size[1])) if size else None,
+    )
+
+
+def _hugging_face(name: str, config: TeacherConfig) -> SourceModel:
+    file = _file_or_random("hf", config)
+    module: Any
+    module, known = load_hugging_face(
+        name, random=config.weights is not None, input_size=config.input_size, num_classes=config.num_classes
+    )
+    if file:
+        load_weights(module, file)
+    label = Path(file).stem if file else config.weights or ""
+    return SourceModel(
+        module=module,
+        name=slug("hf", Path(name).name if hub_folder(name) else name, label),
+        num_classes=int(module.config.num_labels),
+        input_size=known.input_size,
+        mean=known.mean,
+        std=known.std,
+        preprocessing=known.rule,
     )
 
 

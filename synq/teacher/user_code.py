@@ -26,7 +26,7 @@ from synq.config.spec_hints import hub_hint
 from synq.teacher.process_state import process_state_kept
 from synq.teacher.wrappers import check_layers, unwrapped
 
-_HUBS = ("hf", "hub", "hf_hub", "hf-hub", "huggingface", "transformers")
+_HUBS = ("hub", "hf_hub", "hf-hub", "huggingface", "transformers")
 _FAILURES = (Exception, SystemExit)
 """What a user's code may raise; SystemExit comes from a script that parses arguments, or from ``sys.exit``."""
 _SIBLINGS: set[str] = set()

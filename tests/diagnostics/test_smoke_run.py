@@ -8,6 +8,7 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from synq.cli import run
+from synq.common.notices import forget_notices
 from synq.common.text_tables import Row
 from synq.config.run import RunConfig, RuntimeConfig, TeacherConfig
 from synq.diagnostics.architectures import OWN, Entry, crashed_row, page, read_list, smoke_run_entry
@@ -160,3 +161,37 @@ def test_a_process_that_crashes_is_a_row_and_the_others_continue(tmp_path: Path)
 def test_bad_arguments_are_rejected(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["smoke-run", *args]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_results_in_a_file_are_kept_and_faults_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, target = tmp_path / "results.jsonl", tmp_path / "page.md"
+    names = [OWN + name for name in ("convolutional_head", "branching", "audio")]
+    args = ["smoke-run", "--all", "--only", *names, "--results", str(file)]
+    assert run(args) == 0
+    lines = file.read_text().splitlines()
+    assert len(lines) == len(names)
+    fault = json.loads(lines[0])  # the first one is one that works
+    fault["row"] |= {"status": "fails", "reason": "killed"}
+    kept = json.loads(lines[1])
+    kept["row"]["commit"] = "0123abcd"
+    file.write_text("\n".join([json.dumps(fault), json.dumps(kept), lines[2][:40]]))  # killed while it wrote
+    capsys.readouterr()
+    assert run([*args, "--page", str(target)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"synq: 1 of 3 networks are in {file}\n") and "convolutional_head: works" in printed
+    assert [json.loads(line)["row"]["status"] for line in file.read_text().splitlines()] == [
+        *("fails", "rejected"),
+        *("works", "rejected"),
+    ]
+    page_text = target.read_text()
+    assert "0123abcd" in page_text and "killed" not in page_text and "| audio |" in page_text
+    file.write_text("nonsense\n" + file.read_text())
+    assert run(args) == 2
+    assert "line 1 of" in capsys.readouterr().err
+
+
+def test_no_advice_about_the_miniature(capsys: pytest.CaptureFixture[str]) -> None:
+    (entry,) = read_list(["convolutional_head"])
+    forget_notices()
+    check(smoke_run_entry(entry, 1), entry)
+    assert "synthesis" not in capsys.readouterr().err

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from synq.network.attention.locations import locate_attention
 from synq.network.cam_site import locate_cam
 from synq.network.op_traits import OpKind, traits_of
 from synq.network.ops import classify, products
@@ -189,3 +190,30 @@ def test_the_map_of_tokens_is_that_of_the_last_sum_on_which_the_logits_depend(cl
     assert features.shape == (2, WIDTH, 4, 4) and torch.allclose(logits, graph(images), atol=1e-6)
     weight = graph.get_submodule("fc").weight[1]
     assert torch.allclose(slope, (weight / 16).view(1, -1, 1, 1).expand_as(slope), atol=1e-6)  # type: ignore[operator, union-attr]
+
+
+def talking(net: nn.Module, x: Tensor) -> Tensor:
+    """Attention whose heads are mixed before and after the softmax, as in CaiT."""
+    q, k, v = net.heads(x)  # type: ignore[operator]
+    scores = net.before((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[operator]
+    mixed = net.after(scores.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[operator]
+    return net.proj((mixed @ v).transpose(1, 2).flatten(2))  # type: ignore[operator]
+
+
+def test_attention_whose_heads_are_mixed_is_found() -> None:
+    parts: dict[str, nn.Module] = {name: nn.Linear(HEADS, HEADS) for name in ("before", "after")}
+    graph = traced(Hybrid(talking, parts, class_token=True))
+    (found,) = locate_attention(graph)
+    scores, gathered = products(graph)
+    assert (found.scores, found.gathered) == (scores.name, gathered.name)
+    assert (found.heads, found.tokens, found.extra) == (HEADS, TOKENS + 1, 1)
+    names = {node.name: node for node in graph.graph.nodes}
+    assert "_softmax" in traits_of(names[found.probabilities]).operators
+
+
+def test_a_classifier_of_zeros_hides_no_tokens() -> None:
+    net = Hybrid(joined)
+    nn.init.zeros_(net.fc.weight)
+    graph = traced(net)
+    sums = [node.name for node in graph.graph.nodes if traits_of(node).operators == ("add",)]
+    assert locate_cam(graph).node == sums[-1]

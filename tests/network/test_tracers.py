@@ -1,5 +1,6 @@
 """Networks whose code reads the size of a feature: traced with real tensors, and only if symbolic tracing fails."""
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -116,3 +117,34 @@ def test_modules_compute_as_ever_afterwards() -> None:
     with pytest.raises(Exception, match="control flow"):
         SizedTracer(torch.zeros(2, *SIZE)).trace(Net(lambda x: x if x.sum() > 0 else -x))
     assert (nn.Module.__call__, nn.Module.__getattr__) == before
+
+
+class Casting(nn.Module):
+    """Cast to the dtype of a layer and refuse others, as networks of transformers do; branch on a size before."""
+
+    def __init__(self, to: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.conv, self.fc, self.dtype_of_feature = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), to
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] != 8 or x.dtype != self.conv.weight.dtype or not x.dtype == self.conv.bias.dtype:
+            raise ValueError("another size or dtype was expected")
+        x = self.conv(x.to(self.conv.weight.dtype)).mean((2, 3))
+        return self.fc(
+            x.to(dtype=self.fc.weight.dtype) if self.dtype_of_feature is None else x.to(self.dtype_of_feature)
+        )
+
+
+def test_code_may_compare_dtypes_and_a_cast_to_the_own_one_is_no_operation() -> None:
+    net = Casting().eval()
+    traced = trace_classifier(net, (3, 8, 8))
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(traced(images), net(images))
+    assert not [node for node in traced.graph.nodes if node.target in ("to", getattr)]
+    wide = copy.deepcopy(traced).double()
+    assert wide(images.double()).dtype == torch.float64
+
+
+def test_a_cast_to_a_given_dtype_stays() -> None:
+    traced = trace_classifier(Casting(torch.float32).eval(), (3, 8, 8))
+    assert [node.args[1] for node in traced.graph.nodes if node.target == "to"] == [torch.float32]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from synq.config.run import TeacherConfig
 from synq.network.attention.locations import locate_attention
-from synq.teacher.small_vit import VisionTransformer, vision_transformer
+from synq.teacher.networks.small_vit import VisionTransformer, vision_transformer
 from synq.teacher.teacher import load_teacher
 
 

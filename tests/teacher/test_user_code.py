@@ -247,9 +247,8 @@ def test_bugs_5_what_depends_on_the_other_images_is_rejected(
         ("net.pth", "a weight file goes to `--teacher.weights`"),
         ("net.ckpt", "a weight file goes to `--teacher.weights`"),
         ("nets.py", "name the function that returns the network: nets.py:FUNCTION"),
-        ("microsoft/resnet-50", "AutoModelForImageClassification.from_pretrained('microsoft/resnet-50')"),
-        ("hf:microsoft/resnet-50", "AutoModelForImageClassification.from_pretrained('microsoft/resnet-50')"),
-        ("transformers:google/vit", "a model of Hugging Face is loaded by a function in a file"),
+        ("microsoft/resnet-50", "a model of Hugging Face is hf:microsoft/resnet-50, or hf:FOLDER"),
+        ("transformers:google/vit", "a model of Hugging Face is hf:google/vit, or hf:FOLDER"),
     ],
 )
 def test_f_3_and_f_8_what_stands_for_a_teacher_is_explained(

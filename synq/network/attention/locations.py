@@ -79,7 +79,10 @@ def _factors(scores: fx.Node) -> tuple[str, ...]:
 
 
 def _upstream(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> fx.Node | None:
-    """Return the nearest node above one that is wanted, through operations that are neither layers nor products."""
+    """Return the nearest node above one that is wanted, through operations that are neither layers nor products.
+
+    Layers that mix the heads of each pair of tokens (talking heads, as in CaiT) are passed through.
+    """
     pending, seen = [(node, 0)], {node}
     while pending:
         current, steps = pending.pop(0)
@@ -87,7 +90,8 @@ def _upstream(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> fx.Node | Non
             return current
         if current is node and wanted(current) and traits_of(node).kind is not OpKind.PRODUCT:
             return current
-        stops = current is not node and traits_of(current).kind in (OpKind.LAYER, OpKind.PRODUCT)
+        kind = traits_of(current).kind
+        stops = current is not node and (kind is OpKind.PRODUCT or (kind is OpKind.LAYER and not _mixes_heads(current)))
         if stops or steps == MOST_STEPS:
             continue
         for source in value_inputs(current):
@@ -95,3 +99,11 @@ def _upstream(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> fx.Node | Non
                 seen.add(source)
                 pending.append((source, steps + 1))
     return None
+
+
+def _mixes_heads(layer: fx.Node) -> bool:
+    """Return whether a layer computes scores (N, T, T, heads) from such, each from the heads of one pair of tokens."""
+    sources = value_inputs(layer)
+    shape = layer.meta["shape"]
+    same = len(sources) == 1 and tuple(sources[0].meta["shape"]) == tuple(shape)
+    return same and len(shape) == 4 and shape[1] == shape[2]

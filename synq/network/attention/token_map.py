@@ -53,6 +53,8 @@ def locate_tokens(traced: fx.GraphModule) -> tuple[fx.Node, TokenMap] | None:
             elif len(shape) == 4 and channels_are_last(traced, node):
                 found.append((node, TokenMap(extra=0, height=shape[1], width=shape[2], flat=False)))
     slope_of = slopes(traced, [node for node, _ in found])
+    if found and not any(bool(slope.any()) for slope in slope_of.values()):
+        return found[-1]  # an untrained classifier of zeros, whose logits depend on nothing
     for node, token_map in reversed(found):
         slope = slope_of[node][:, token_map.extra :] if token_map.flat else slope_of[node]
         if bool(slope.any()) and token_map.height * token_map.width > 1:

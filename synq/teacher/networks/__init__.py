@@ -1,0 +1,1 @@
+"""Architectures of bundled teachers."""
