@@ -98,15 +98,14 @@ def _bundled(name: str, config: TeacherConfig) -> SourceModel:
             metadata = file.metadata()
     except SafetensorError as error:
         raise ValueError(f"the bundled teacher {path} must be readable, but is damaged ({error}); reinstall") from error
-    channels, height, width = (int(part) for part in metadata["input_size"].split(","))
-    module = bundled_network(metadata)
+    module, input_size = bundled_network(metadata)
     if config.weights is None:
         load_weights(module, path)
     return SourceModel(
         module=module,
         name=slug(name, config.weights or ""),
         num_classes=int(metadata["num_classes"]),
-        input_size=(channels, height, width),
+        input_size=input_size,
         mean=tuple(float(part) for part in metadata["mean"].split(",")),
         std=tuple(float(part) for part in metadata["std"].split(",")),
         default_dataset=metadata["dataset"],

@@ -46,12 +46,13 @@ def test_bundled_teacher_reaches_the_accuracy_in_its_metadata() -> None:
     assert {"command", "seed", "dataset", "mean", "std"} <= facts.keys()
 
 
-def test_bundled_training_is_deterministic(root: Path) -> None:
+@pytest.mark.parametrize(("network", "weight"), [("digits_resnet8", "conv1.weight"), ("digits_vit", "head.weight")])
+def test_bundled_training_is_deterministic(root: Path, network: str, weight: str) -> None:
     train = runpy.run_path(str(root / "launch" / "train_bundled_teacher.py"))["train"]
     data = load_labeled("digits:train", (1, 16, 16), (0.3,), (0.3,), num_classes=10, limit=128)
-    first, second, other = (train(data, seed, epochs=1).state_dict() for seed in (0, 0, 1))
+    first, second, other = (train(network, data, seed, epochs=1).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+    assert not torch.equal(first[weight], other[weight])
 
 
 def test_bundled_unknown_name_names_the_nearest() -> None:
