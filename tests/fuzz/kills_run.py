@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("driver", "worker", *DAEMONS)
 HANG_SECONDS = 60.0
 """Longest time from the death of Ray to the end of the driver."""
+ANEW = "one more attempt"
+"""Where Ray dies while it starts, it is started once more, and the sweep does not end."""
 LIMIT_SECONDS = 900.0
 """Longest time of one start."""
 MOST_STARTS = 20
@@ -93,7 +95,7 @@ def one_start(words: list[str], log: Path, kind: str, after: float, rng: random.
                 if found:
                     os.kill(rng.choice(found), signal.SIGKILL)
                     killed = now
-            if killed and kind in DAEMONS and now - killed > HANG_SECONDS:
+            if killed and kind in DAEMONS and now - killed > HANG_SECONDS and ANEW not in log.read_text():
                 return True, f"hangs for more than {HANG_SECONDS:.0f} s after its {kind} was killed"
             if now - began > LIMIT_SECONDS:
                 return bool(killed), f"is not finished after {LIMIT_SECONDS:.0f} s"

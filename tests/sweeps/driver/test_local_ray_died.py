@@ -1,6 +1,8 @@
 """R4, R10: a process of the Ray that a sweep started dies in mid-sweep: one line, the tables, exit 1, no waiting."""
 
 import contextlib
+import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.sweep_tools import tiny
+from synq.common.notices import forget_notices
 from synq.sweeps.driver import local_ray as module
 from synq.sweeps.driver import tuner
 from synq.sweeps.driver.local_ray import LocalRayDiedError, local_ray
@@ -47,17 +50,46 @@ def test_r4_r10_the_death_ends_the_block_at_once(daemon: Path) -> None:
     assert time.monotonic() - began < LIMIT / 2
 
 
-def test_r4_r10_an_error_of_compiled_code_has_the_same_meaning(daemon: Path) -> None:
+def test_r4_r10_an_interrupt_of_compiled_code_has_the_same_meaning(daemon: Path) -> None:
     with pytest.raises(LocalRayDiedError, match=daemon.name), local_ray():
         try:
             wait()
-        except BaseException as error:  # as Cython does with what is raised in a call of it
-            raise SystemError("returned a result with an exception set") from error
+        except KeyboardInterrupt:  # as Ray does with what a signal handler raises in a call of it
+            raise KeyboardInterrupt from None
 
 
 def test_r4_r10_an_error_that_is_swallowed_has_the_same_meaning(daemon: Path) -> None:
     with pytest.raises(LocalRayDiedError, match=daemon.name), local_ray(), contextlib.suppress(BaseException):
         wait()
+
+
+def test_r4_r10_a_block_that_goes_on_is_interrupted_again(daemon: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REPEAT_SECONDS", 0.2)
+    began = time.monotonic()
+    with pytest.raises(LocalRayDiedError, match=daemon.name), local_ray():
+        for _ in range(2):
+            with contextlib.suppress(BaseException):
+                wait()
+        wait()
+    assert time.monotonic() - began < LIMIT / 2
+
+
+def test_r4_r10_a_call_that_runs_no_signal_handler_does_not_hold_the_process(
+    daemon: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "REPEAT_SECONDS", 0.1)
+    monkeypatch.setattr(module, "STUCK_SECONDS", 0.3)
+    forget_notices()
+    child = os.fork()
+    if child == 0:
+        with local_ray():  # the signal waits, as in compiled code that asks Ray's head
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+            time.sleep(LIMIT)
+        os._exit(99)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert daemon.name in line and line.endswith("the same command goes on")
 
 
 def test_r4_r10_a_block_that_ends_by_itself_stops_ray(daemon: Path) -> None:
