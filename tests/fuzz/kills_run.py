@@ -30,6 +30,8 @@ HANG_SECONDS = 60.0
 """Longest time from the death of Ray to the end of the driver."""
 ANEW = "one more attempt"
 """Where Ray dies while it starts, it is started once more, and the sweep does not end."""
+NOT_STARTED = "Ray must start on this machine, but it did not"
+"""On a machine that is too busy for Ray; the sweep ends with this line, and the next start goes on."""
 LIMIT_SECONDS = 900.0
 """Longest time of one start."""
 MOST_STARTS = 20
@@ -102,6 +104,8 @@ def one_start(words: list[str], log: Path, kind: str, after: float, rng: random.
             time.sleep(0.05)
     finally:
         end_group(process)
+    if process.returncode == 2 and NOT_STARTED in log.read_text():
+        return bool(killed), ""
     allowed = {"driver": (-signal.SIGKILL,), "worker": (0,)}.get(kind, (0, 1)) if killed else (0,)
     if process.returncode not in allowed:
         return bool(killed), f"ended with {process.returncode} after its {kind} was killed: {log.read_text()[-600:]}"
@@ -158,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
                 end = (log.read_text().rstrip().splitlines() or [""])[-1]
                 what = f"{kind} killed {after:.1f} s after the start" if done else "undisturbed"
                 print(f"{'FAULT ' if fault else ''}sweep {sweeps}, {what}: {fault or end}"[:400], flush=True)
-                if not fault and (not done or kind == "worker"):  # it is finished
+                not_started = NOT_STARTED in log.read_text()
+                if not fault and not not_started and (not done or kind == "worker"):  # it is finished
                     break
             if board_of(place, folder) != wanted:
                 faults += 1
