@@ -1,5 +1,6 @@
 """The lease on a folder: which driver is rejected, what is taken over, and when a holder detects that it was lost."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -194,6 +195,8 @@ def test_a_holder_that_cannot_renew_has_lost(
     monkeypatch.undo()
     time.sleep(0.3)  # renewals would succeed again, but another driver may have written meanwhile
     assert "must stay writable" in lease.lost and "the network is down" in lease.lost
+    lease.release()
+    assert store.read(NAME) is not None, "a lease that was lost expires: another driver may watch it"
 
 
 def test_a_short_fault_is_survived(store: Storage, make: Callable[..., Lease], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,3 +228,8 @@ def test_a_renewal_that_hangs_counts_as_lost(make: Callable[..., Lease], monkeyp
 def test_inconsistent_times_are_rejected(store: Storage) -> None:
     with pytest.raises(ValueError, match=r"`stale_after` must be more than twice `every`, but got 30 and 20"):
         Lease(store, every=20.0, stale_after=30.0)
+
+
+def test_drivers_of_all_versions_have_the_same_times() -> None:
+    parameters = inspect.signature(Lease).parameters
+    assert [parameters[name].default for name in ("every", "stale_after")] == [20.0, 90.0]
