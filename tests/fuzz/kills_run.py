@@ -2,6 +2,7 @@
 
 A sweep over listed points runs until it is finished; in between, at random moments, its driver, a worker, the raylet or
 the head process is killed, and the same command starts again. Then a new sweep begins, until there were enough kills.
+Moments are drawn in seconds of processor time of all processes of the sweep, so that other work does not move them.
 Of each finished sweep the leaderboard must equal the undisturbed one, no record may have been written twice, and no
 start may hang: neither for more than 60 s after its Ray was killed, nor beyond its limit. Prints a line for each kill
 and fault and a summary; ends with 1 if there is a fault. With `--s3`, the sweep is at an address of moto's server.
@@ -19,7 +20,7 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
-from support.ray_processes import DAEMONS, processes_of
+from support.ray_processes import DAEMONS, processes_of, processor_seconds
 from support.sweep_tools import board, listed
 from synq.sweeps.storage.addresses import is_address
 from synq.sweeps.storage.object_store import open_storage
@@ -34,10 +35,12 @@ NOT_STARTED = "Ray must start on this machine, but it did not"
 """On a machine that is too busy for Ray; the sweep ends with this line, and the next start goes on."""
 LIMIT_SECONDS = 900.0
 """Longest time of one start."""
+NEVER = float("inf")
 MOST_STARTS = 20
 """Most starts of one sweep, the last of them undisturbed."""
-LATEST = 1.2
-"""Latest kill, in times of an undisturbed sweep after the start."""
+LATEST = 1.0
+"""Latest kill, in times of the processor time of an undisturbed sweep."""
+POLL_SECONDS = 0.2
 
 
 def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -80,36 +83,41 @@ def board_of(place: str, scratch: Path) -> list[dict[str, str]]:
     return board(scratch)
 
 
-def one_start(words: list[str], log: Path, kind: str, after: float, rng: random.Random) -> tuple[bool, str]:
-    """Start the sweep, kill one of its processes after some seconds, and wait for its end.
+def one_start(words: list[str], log: Path, kind: str, after: float, rng: random.Random) -> tuple[float, bool, str]:
+    """Start the sweep, kill one of its processes after some processor seconds, and wait for its end.
 
     Returns:
-        Whether the kill was done, and a fault, "" for none.
+        Processor seconds until the kill or the end, whether the kill was done, and a fault, "" for none.
     """
     process = start(words, log)
     began = time.monotonic()
-    killed = 0.0
+    killed = used = 0.0
     try:
         while process.poll() is None:
             now = time.monotonic()
-            if not killed and now - began >= after:
+            used = used if killed else max(used, processor_seconds(process.pid))
+            if not killed and used >= after:
                 found = [process.pid] if kind == "driver" else processes_of(process.pid, kind)
                 if found:
                     os.kill(rng.choice(found), signal.SIGKILL)
                     killed = now
             if killed and kind in DAEMONS and now - killed > HANG_SECONDS and ANEW not in log.read_text():
-                return True, f"hangs for more than {HANG_SECONDS:.0f} s after its {kind} was killed"
+                return used, True, f"hangs for more than {HANG_SECONDS:.0f} s after its {kind} was killed"
             if now - began > LIMIT_SECONDS:
-                return bool(killed), f"is not finished after {LIMIT_SECONDS:.0f} s"
-            time.sleep(0.05)
+                return used, bool(killed), f"is not finished after {LIMIT_SECONDS:.0f} s"
+            time.sleep(POLL_SECONDS)
     finally:
         end_group(process)
     if process.returncode == 2 and NOT_STARTED in log.read_text():
-        return bool(killed), ""
+        return used, bool(killed), ""
     allowed = {"driver": (-signal.SIGKILL,), "worker": (0,)}.get(kind, (0, 1)) if killed else (0,)
     if process.returncode not in allowed:
-        return bool(killed), f"ended with {process.returncode} after its {kind} was killed: {log.read_text()[-600:]}"
-    return bool(killed), ""
+        return (
+            used,
+            bool(killed),
+            f"ended with {process.returncode} after its {kind} was killed: {log.read_text()[-600:]}",
+        )
+    return used, bool(killed), ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,9 +145,9 @@ def main(argv: list[str] | None = None) -> int:
 
             boto3.client("s3", endpoint_url=address).create_bucket(Bucket="kills")
         log, first = folder / "log", str(folder / "undisturbed")
-        one_start([spec, "--output-dir", first], log, "driver", LIMIT_SECONDS, rng)
-        wanted, usual = board_of(first, folder), time.monotonic() - began
-        print(f"undisturbed: {len(wanted)} rows, {usual:.0f} s", flush=True)
+        usual, _, _ = one_start([spec, "--output-dir", first], log, "driver", NEVER, rng)
+        wanted = board_of(first, folder)
+        print(f"undisturbed: {len(wanted)} rows, {usual:.0f} processor seconds", flush=True)
         sweeps = 0
         while kills.total() < args.count:
             place = f"s3://kills/sweep{sweeps}?endpoint_override={address}" if address else str(folder / f"s{sweeps}")
@@ -148,19 +156,16 @@ def main(argv: list[str] | None = None) -> int:
             for number in range(MOST_STARTS):
                 before = content(place)
                 is_last = number == MOST_STARTS - 1 or kills.total() >= args.count
-                kind, after = rng.choice(KINDS), LIMIT_SECONDS if is_last else rng.uniform(1.0, LATEST * usual)
+                kind, after = rng.choice(KINDS), NEVER if is_last else rng.uniform(1.0, LATEST * usual)
                 log.unlink(missing_ok=True)
-                since = time.monotonic()
-                done, fault = one_start(words, log, kind, after, rng)
-                if not number and not done:  # on a machine that other work keeps busy, seconds change
-                    usual = min(usual, time.monotonic() - since)
+                used, done, fault = one_start(words, log, kind, after, rng)
                 kills[kind] += done
                 now = content(place)
                 again = [name for name in before if name.endswith(".json") and before[name] != now.get(name)]
                 fault = fault or (f"records written again: {again}" if again else "")
                 faults += bool(fault)
                 end = (log.read_text().rstrip().splitlines() or [""])[-1]
-                what = f"{kind} killed {after:.1f} s after the start" if done else "undisturbed"
+                what = f"{kind} killed after {used:.1f} processor seconds" if done else "undisturbed"
                 print(f"{'FAULT ' if fault else ''}sweep {sweeps}, {what}: {fault or end}"[:400], flush=True)
                 not_started = NOT_STARTED in log.read_text()
                 if not fault and not not_started and (not done or kind == "worker"):  # it is finished
