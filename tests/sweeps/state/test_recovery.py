@@ -118,9 +118,12 @@ def test_r5_sweep_json_is_made_again_where_all_files_fit(
 def test_r5_sweep_json_is_not_made_again_for_another_spec(spec: SweepSpec, tmp_path: Path) -> None:
     (spec.output_dir / "sweep.json").unlink()
     base = {**TINY["base"], "finetune": {"epochs": 3, "batch_size": 16}}
-    with pytest.raises(ValueError, match=r"new or hold the same sweep.*t000.*are none of this sweep"):
-        states(tiny(tmp_path / "sweep", **{**KEYS, "base": base}))
-    assert not (spec.output_dir / "sweep.json").exists()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"new or hold the same sweep.*t000.*are none of this sweep"):
+            states(tiny(tmp_path / "sweep", **{**KEYS, "base": base}))
+        assert not (spec.output_dir / "sweep.json").exists()
+        for path in (spec.output_dir / "records").iterdir():  # also where no trial has ended
+            path.unlink()
 
 
 @pytest.mark.parametrize("advice", ["start the spec that they are of", "move them out", "another `--output-dir`"])

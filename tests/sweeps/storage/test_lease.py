@@ -233,3 +233,12 @@ def test_inconsistent_times_are_rejected(store: Storage) -> None:
 def test_drivers_of_all_versions_have_the_same_times() -> None:
     parameters = inspect.signature(Lease).parameters
     assert [parameters[name].default for name in ("every", "stale_after")] == [20.0, 90.0]
+
+
+def test_the_start_time_is_that_of_a_process_that_runs() -> None:
+    started = lease_module._start_time(os.getpid())
+    assert started.isdecimal() and started == lease_module._start_time(os.getpid())
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert lease_module._start_time(process.pid) == "ended"  # a zombie
+    assert lease_module._start_time(process.pid) == "ended"
