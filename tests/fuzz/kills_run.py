@@ -31,8 +31,8 @@ HANG_SECONDS = 60.0
 """Longest time from the death of Ray to the end of the driver."""
 ANEW = "one more attempt"
 """Where Ray dies while it starts, it is started once more, and the sweep does not end."""
-NOT_STARTED = "Ray must start on this machine, but it did not"
-"""On a machine that is too busy for Ray; the sweep ends with this line, and the next start goes on."""
+TOO_BUSY = ("Ray must start on this machine, but it did not", "stopped: the memory is full")
+"""Ends on a machine whose processors or memory are too busy for Ray; the next start goes on."""
 LIMIT_SECONDS = 900.0
 """Longest time of one start."""
 NEVER = float("inf")
@@ -63,6 +63,12 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
         return
     finally:
         process.wait()
+
+
+def is_too_busy(log: Path) -> bool:
+    """Return whether a start ended for want of the machine's time or memory."""
+    text = log.read_text()
+    return any(end in text for end in TOO_BUSY)
 
 
 def content(place: str) -> dict[str, bytes]:
@@ -108,7 +114,7 @@ def one_start(words: list[str], log: Path, kind: str, after: float, rng: random.
             time.sleep(POLL_SECONDS)
     finally:
         end_group(process)
-    if process.returncode == 2 and NOT_STARTED in log.read_text():
+    if process.returncode in (1, 2) and is_too_busy(log):
         return used, bool(killed), ""
     allowed = {"driver": (-signal.SIGKILL,), "worker": (0,)}.get(kind, (0, 1)) if killed else (0,)
     if process.returncode not in allowed:
@@ -148,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         usual, _, _ = one_start([spec, "--output-dir", first], log, "driver", NEVER, rng)
         wanted = board_of(first, folder)
         print(f"undisturbed: {len(wanted)} rows, {usual:.0f} processor seconds", flush=True)
-        sweeps = 0
+        sweeps = busy = 0
         while kills.total() < args.count:
             place = f"s3://kills/sweep{sweeps}?endpoint_override={address}" if address else str(folder / f"s{sweeps}")
             words, kind = [spec, "--output-dir", place], ""
@@ -167,14 +173,17 @@ def main(argv: list[str] | None = None) -> int:
                 end = (log.read_text().rstrip().splitlines() or [""])[-1]
                 what = f"{kind} killed after {used:.1f} processor seconds" if done else "undisturbed"
                 print(f"{'FAULT ' if fault else ''}sweep {sweeps}, {what}: {fault or end}"[:400], flush=True)
-                not_started = NOT_STARTED in log.read_text()
-                if not fault and not not_started and (not done or kind == "worker"):  # it is finished
+                busy += is_too_busy(log)
+                if not fault and not is_too_busy(log) and (not done or kind == "worker"):  # it is finished
                     break
             if board_of(place, folder) != wanted:
                 faults += 1
                 print(f"FAULT sweep {sweeps}: its leaderboard differs from the undisturbed one", flush=True)
     seconds = time.monotonic() - began
-    print(f"{kills.total()} kills {dict(kills)}, seed {args.seed}, {sweeps} sweeps: {faults} faults, {seconds:.0f} s")
+    print(
+        f"{kills.total()} kills {dict(kills)}, seed {args.seed}, {sweeps} sweeps: {faults} faults, "
+        f"{busy} starts ended on a busy machine, {seconds:.0f} s"
+    )
     return 1 if faults else 0
 
 

@@ -113,6 +113,27 @@ def test_r4_r10_the_sweep_ends_with_one_line_and_its_tables(
     Ledger(spec).open()  # its lock was released
 
 
+@pytest.mark.parametrize("daemon", ["raylet"], indirect=True)
+def test_a_worker_that_was_ended_for_memory_while_it_started_stops_the_sweep_with_one_line(
+    daemon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray.exceptions import OutOfMemoryError
+
+    def ended(*_: object) -> None:  # as in ray.air.execution._internal.actor_manager
+        raise RuntimeError("Caught unexpected exception: 2 worker(s) were killed") from OutOfMemoryError("full")
+
+    spec = tiny(tmp_path / "sweep", space={"finetune.lr": {"type": "choice", "values": [0.005]}}, num_trials=1)
+    monkeypatch.setattr(tuner, "check_shared", lambda folder: None)
+    monkeypatch.setattr(tuner, "_check_groups", lambda *_: None)
+    monkeypatch.setattr(tuner, "_make_sets", lambda *_: None)
+    monkeypatch.setattr(tuner, "_tune", ended)
+    monkeypatch.setattr("synq.sweeps.driver.cluster.capacity", lambda *_: _Capacity())
+    assert tuner.run_sweep(spec) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "stopped" in line]
+    assert "the memory is full" in line and line.endswith("the same command goes on")
+    Ledger(spec).open()  # its lock was released
+
+
 class _Capacity:
     note = ""
     summary = "1 node"
