@@ -1,4 +1,4 @@
-"""The reason to stop a sweep before all of its trials have ended, and its interruption. Imports neither Ray nor torch."""
+"""The reason to stop a sweep before all trials have ended, and its interruption. Imports neither Ray nor torch."""
 
 import signal
 import threading
