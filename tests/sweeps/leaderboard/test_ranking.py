@@ -11,8 +11,9 @@ import pytest
 from support.records import record
 from synq.config.parsing import dotted_keys
 from synq.config.run import RunConfig, config_digest, config_to_dict, with_overrides
-from synq.sweeps.leaderboard.ranking import Ranking, read_run, read_setting
+from synq.sweeps.leaderboard.ranking import Ranking, disagreement, read_run, read_setting
 from synq.sweeps.leaderboard.records import leaderboard_rows, trial_rows
+from synq.sweeps.leaderboard.tables import Tables
 
 
 def test_the_first_row_of_each_ranking_is_marked() -> None:
@@ -65,6 +66,21 @@ def test_a_damaged_configuration_is_named_with_its_key_and_file(part: str, value
     with pytest.raises(ValueError, match=name) as caught:
         read_setting({**config_to_dict(RunConfig()), part: value}, "the_file.json")
     assert "the_file.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "text"),
+    [(0.0, 5e-5, ""), (1000.0, 1000.05, ""), (0.0, 2e-4, "objective_value 0 and 0.0002"), (1000.0, 1000.5, "1000.5")],
+)
+def test_runs_of_one_setting_agree_but_for_rounding(one: float, other: float, text: str) -> None:
+    found = disagreement(read_run(record(one)), read_run(record(other)))
+    assert (text in found) if text else not found
+
+
+def test_a_cell_is_that_of_a_column_or_of_any_setting() -> None:
+    (standing,) = Tables([record(0.1, overrides={"finetune.lr": 0.004})]).standings()
+    assert (standing.cell("rank"), standing.cell("model")) == (1, "net")
+    assert float(standing.cell("params.finetune.lr")) == 0.004
 
 
 def front_by_definition(rows: Sequence[dict[str, Any]], cost: str, sign: int = 1) -> list[int | None]:
