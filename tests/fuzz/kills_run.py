@@ -151,7 +151,12 @@ def main(argv: list[str] | None = None) -> int:
 
             boto3.client("s3", endpoint_url=address).create_bucket(Bucket="kills")
         log, first = folder / "log", str(folder / "undisturbed")
-        usual, _, _ = one_start([spec, "--output-dir", first], log, "driver", NEVER, rng)
+        for _ in range(MOST_STARTS):  # on a busy machine Ray may not start
+            usual, _, fault = one_start([spec, "--output-dir", first], log, "driver", NEVER, rng)
+            if fault:
+                parser.error(fault)
+            if "leaderboard.csv" in content(first) and not is_too_busy(log):
+                break
         wanted = board_of(first, folder)
         print(f"undisturbed: {len(wanted)} rows, {usual:.0f} processor seconds", flush=True)
         sweeps = busy = 0
