@@ -204,6 +204,7 @@ def test_every_file_of_a_sweep_at_an_address_is_sent_there(tmp_path: Path, monke
     far = tmp_path / "far"
     ledger = Ledger(spec_from_dict({**TINY, **KEYS, "name": "tiny", "output_dir": far.as_uri()}))
     ledger.open()
+    assert (far / "sweep.json").read_bytes() == (ledger.root / "sweep.json").read_bytes()
     ledger.settle(planned(ledger, 0).trial, status="failed", reason="it died", history=[], seconds=1.0)
     ledger.finish()
     files = {path.relative_to(ledger.root): path.read_bytes() for path in ledger.root.rglob("*.json")}
