@@ -201,8 +201,13 @@ def _is_cell(text: str, value: object) -> bool:
 
 def _rows(path: Path, findings: Findings) -> list[dict[str, str]]:
     def read() -> list[dict[str, str]]:
+        rows: list[dict[str, str]] = []
         with path.open(newline="", encoding="utf-8") as file:
-            return [dict(row) for row in csv.DictReader(file)]
+            for row in csv.DictReader(file):
+                if None in row or None in row.values():  # cells without a heading, or headings without a cell
+                    raise csv.Error(f"line {len(rows) + 2} has another number of cells than the heading")
+                rows.append(dict(row))
+        return rows
 
     try:
         return read()

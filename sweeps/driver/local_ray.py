@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from synq.common.error_text import first_line
+from synq.common.exit_codes import RUN_FAILED
 from synq.common.notices import print_notice
 
 ATTEMPTS = 2
@@ -22,11 +23,19 @@ POLL_SECONDS = 0.5
 STOP_SECONDS = 5.0
 """Seconds that Ray has to stop after one of its processes died."""
 WATCH_SECONDS = 2.0
-"""The same while a sweep runs."""
+"""Seconds between two checks of Ray's processes while a sweep runs."""
+REPEAT_SECONDS = 4.0
+"""Seconds after which the main thread is interrupted again, if it goes on."""
+STUCK_SECONDS = 12.0
+"""Seconds after the death of a process of Ray when the main thread is given up: some of Ray's calls do not return."""
 
 
-class _DaemonDiedError(BaseException):
-    """A process of Ray died; not an Exception, which Ray's loops would catch and go on waiting."""
+class _DaemonDiedError(KeyboardInterrupt):
+    """A process of Ray died; not an Exception, which Ray's loops would catch and go on waiting.
+
+    Of the exceptions of a signal handler, Ray's compiled calls pass on KeyboardInterrupt alone, as a new one. Any other
+    is lost, and `ray.wait` waits until its limit.
+    """
 
 
 class LocalRayDiedError(RuntimeError):
@@ -51,9 +60,9 @@ def local_ray(**options: Any) -> Iterator[None]:
     died: list[str] = []
     cause: BaseException | None = None
     try:
-        with _watching(before, WATCH_SECONDS) as died:
+        with _watching(before, WATCH_SECONDS, must_end=True) as died:
             yield
-    except BaseException as error:  # inside a call of Ray's compiled code, `_DaemonDiedError` becomes a SystemError
+    except BaseException as error:
         if not died:
             ray.shutdown()
             raise
@@ -81,11 +90,14 @@ def start_local_ray(**options: Any) -> None:
 
     for attempt in range(ATTEMPTS):
         before, started = _children(), time.monotonic()
+        died: list[str] = []
         try:
-            with _watching(before):
+            with _watching(before) as died:
                 ray.init(address="local", **options)
             return
-        except (Exception, _DaemonDiedError) as error:  # Ray raises a bare Exception if its processes do not start
+        except BaseException as error:  # Ray raises a bare Exception if its processes do not start
+            if not died and not isinstance(error, Exception):
+                raise
             _end(before)
             ray.shutdown()
             reason = f"{first_line(error).rstrip('. ')} (after {time.monotonic() - started:.0f} s)"
@@ -103,11 +115,22 @@ def _advice() -> str:
 
 
 @contextmanager
-def _watching(before: dict[int, tuple[str, str]], seconds: float = POLL_SECONDS) -> Iterator[list[str]]:
+def _watching(
+    before: dict[int, tuple[str, str]], seconds: float = POLL_SECONDS, *, must_end: bool = False
+) -> Iterator[list[str]]:
     """Raise `_DaemonDiedError` in the ``with`` block as soon as a new child of this process among `DAEMONS` is dead.
 
     Ray itself waits for its whole limit, whether or not the process that it waits for still exists. Nothing is watched
     outside the main thread, to which Python delivers signals, and on systems without /proc.
+
+    Args:
+        before: Children that existed before Ray was started.
+        seconds: Seconds between two checks.
+        must_end: End this process with exit code 1 if the block is not left in `STUCK_SECONDS`. Calls that ask Ray's
+            head do not return once it is dead, run no signal handler, and end the process after a minute themselves.
+
+    Yields:
+        A list to which the name of the dead process is added.
     """
     if threading.current_thread() is not threading.main_thread() or not Path("/proc/self").exists():
         yield []
@@ -124,8 +147,19 @@ def _watching(before: dict[int, tuple[str, str]], seconds: float = POLL_SECONDS)
             dead = [name for pid, name in seen.items() if pid not in now or now[pid][1] == "Z"]
             if dead:
                 died.append(dead[0])
-                signal.pthread_kill(main, signal.SIGUSR1)
+                interrupt()
                 return
+
+    def interrupt() -> None:
+        noticed = time.monotonic()
+        while True:
+            signal.pthread_kill(main, signal.SIGUSR1)
+            if is_over.wait(REPEAT_SECONDS):
+                return
+            if must_end and time.monotonic() - noticed > STUCK_SECONDS:
+                _end(before)
+                print_notice(f"Ray ended on this machine: its process {died[0]} died; the same command goes on")
+                os._exit(RUN_FAILED)
 
     def stop(number: int, frame: Any) -> None:
         if not is_over.is_set():

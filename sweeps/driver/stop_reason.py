@@ -1,7 +1,11 @@
-"""The reason to stop a sweep before all of its trials have ended. Imports neither Ray nor torch."""
+"""The reason to stop a sweep before all trials have ended, and its interruption. Imports neither Ray nor torch."""
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -22,3 +26,20 @@ class StopReason:
 
     def __bool__(self) -> bool:
         return bool(self.failed or self.storage)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM (sent by `ray job stop`) in the ``with`` block, in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

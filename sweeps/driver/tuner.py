@@ -1,12 +1,9 @@
 """Run a sweep: make each synthetic set once, run the trials with Ray Tune, and keep the tables up to date."""
 
 import shutil
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
+from synq.common.exit_codes import is_out_of_memory
 from synq.common.text_tables import plural
 from synq.config.plugins import SYNTHESIS_METHOD, unversioned
 from synq.config.run import RunConfig
@@ -37,7 +35,7 @@ from .group_search import check_sampler
 from .local_ray import LocalRayDiedError
 from .progress import Progress, print_leaderboard
 from .searcher import SweepSearcher
-from .stop_reason import StopReason
+from .stop_reason import StopReason, interruptible
 
 NO_RESULT, INTERRUPTED = 1, 130
 REPORT_SECONDS = 60.0
@@ -85,7 +83,7 @@ def _run(spec: SweepSpec, ledger: Ledger, quiet: bool, on_trial: Callable[[RunRe
             progress.log(f"{done}, {finished if was_finished else interrupted}")
         try:
             if searcher.num_left():
-                with cluster(spec.search) as capacity, _interruptible():  # Ray sets a handler, too
+                with cluster(spec.search) as capacity, interruptible():  # Ray sets a handler, too
                     if capacity.note:
                         progress.log(capacity.note)
                     progress.slots = capacity.concurrent(spec.search)
@@ -102,6 +100,15 @@ def _run(spec: SweepSpec, ledger: Ledger, quiet: bool, on_trial: Callable[[RunRe
         except LocalRayDiedError as error:
             ledger.write_tables()
             progress.log(f"stopped: {error}; the same command goes on")
+            return NO_RESULT
+        except RuntimeError as error:  # Ray Tune expects no worker to be ended for memory while it starts
+            if not is_out_of_memory(error.__cause__ or error):
+                raise
+            ledger.write_tables()
+            progress.log(
+                "stopped: the memory is full, and Ray ended a trial's worker that was starting: end other work, or set "
+                "`max_concurrent` lower; the same command goes on"
+            )
             return NO_RESULT
     if stop_reason.storage:
         raise OSError(f"{stop_reason.storage}; once that is fixed, the same command resumes")
@@ -330,20 +337,3 @@ def _tune(
 
 def _name(trial: Trial) -> str:
     return trial_name(trial.config)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM (sent by `ray job stop`) in the ``with`` block, in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

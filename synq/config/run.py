@@ -264,7 +264,7 @@ def load_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Ru
     content = load_config(path)
     if Path(path).suffix == ".json" and ("format" in content or _is_incomplete(content)):
         if KEY in content:
-            content, _ = read_sealed_json(path, f"take its line {KEY} out if the change is meant")
+            content, _ = read_sealed_json(path, f"take its last key, {KEY}, out if the change is meant")
         cure = "write the settings into a new file and run it again"
         check_format(path, "the settings of a run", content.pop("format", None), DIGEST_FORMAT, cure)
     with read_as("run", content, path):

@@ -46,7 +46,10 @@ TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gradcam": ("synq/network/gradcam.py", ("tests/network/test_gradcam.py",)),
     "bn_stats": ("synq/network/bn_stats.py", ("tests/network/test_bn_stats.py",)),
     "integer_form": ("synq/quant/integer_form.py", ("tests/quant/test_integer_form.py",)),
-    "ranking": ("sweeps/leaderboard/ranking.py", (f"{SWEEPS}/leaderboard/test_ranking.py",)),
+    "ranking": (
+        "sweeps/leaderboard/ranking.py",
+        tuple(f"{SWEEPS}/leaderboard/test_{name}.py" for name in ("ranking", "tables", "leaderboard")),
+    ),
     "lease": ("sweeps/storage/lease.py", (f"{SWEEPS}/storage/test_lease.py",)),
     "ledger": (
         "sweeps/state/ledger.py",

@@ -1,5 +1,7 @@
 """Batch-norm statistics: values and gradients against slow reference functions, hooks, pooling."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_sums_over_large_images_keep_their_digits(shape: tuple[int, ...]) -> Non
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("used", ["all", "output", "statistics"])
+@pytest.mark.parametrize("used", ["all", "output", "statistics", "mean", "variance"])
 def test_fused_layer_has_the_gradient_of_layer_and_statistics_apart(
     layout: torch.memory_format, affine: bool, used: str
 ) -> None:
@@ -84,6 +86,8 @@ def test_fused_layer_has_the_gradient_of_layer_and_statistics_apart(
     target = {"": ChannelStatistics(torch.ones(5).double(), torch.ones(5).double(), 1e-3, 0)}
 
     def loss(out: torch.Tensor, statistics: dict[str, ChannelStatistics]) -> torch.Tensor:
+        if used in ("mean", "variance"):
+            return getattr(statistics[""], used).square().sum()
         by_output = (out * pull).square().sum() if used != "statistics" else 0.0
         return by_output + (bns_loss(statistics, target, "std_sum") if used != "output" else 0.0)
 
@@ -97,6 +101,50 @@ def test_fused_layer_has_the_gradient_of_layer_and_statistics_apart(
     torch.testing.assert_close(fused, wanted)
 
 
+def test_fused_layer_whose_output_has_no_gradient_gives_none() -> None:
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> None:
+            return None
+
+    layer = nn.BatchNorm2d(2).eval().requires_grad_(False)
+    x = torch.ones(1, 2, 3, 3, requires_grad=True)
+    with BatchNormInputs(layer):
+        Cut.apply(layer(x)).sum().backward()
+    assert x.grad is None
+
+
+def test_the_kernel_is_chosen_by_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both give the same values; each is the faster one for its layout."""
+    calls: list[int] = []
+    kernel = torch.batch_norm_update_stats
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return kernel(*args)
+
+    monkeypatch.setattr(torch, "batch_norm_update_stats", counted)
+    x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(6))
+    apart = channel_moments(x)
+    assert not calls
+    together = channel_moments(x.contiguous(memory_format=torch.channels_last))
+    assert len(calls) == 1
+    torch.testing.assert_close(together, apart)
+
+
+def test_the_kernel_of_gpus_has_the_same_moments() -> None:
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(6))
+    for found, wanted in zip(channel_moments(x.as_subclass(OnGpu)), channel_moments(x), strict=True):
+        torch.testing.assert_close(found.as_subclass(torch.Tensor), wanted)
+
+
 def test_layers_that_learn_or_compute_their_own_way_keep_their_forward() -> None:
     class Doubled(nn.BatchNorm2d):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -104,6 +152,7 @@ def test_layers_that_learn_or_compute_their_own_way_keep_their_forward() -> None
 
     net = nn.Sequential(Doubled(2), nn.BatchNorm2d(2), nn.BatchNorm2d(2)).eval()
     net[0].requires_grad_(False)
+    net[1].bias.requires_grad_(False)
     net[2].requires_grad_(False)
     x = torch.randn(3, 2, 4, 4)
     wanted = net(x)
@@ -162,6 +211,10 @@ def test_no_hook_remains() -> None:  # trap 5
         net(torch.randn(2, 5, 8, 8))
     assert _num_hooks(net) == 0
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    net.requires_grad_()  # with hooks instead of another forward
+    with BatchNormInputs(net):
+        assert _num_hooks(net) == 2
+    assert _num_hooks(net) == 0
 
 
 def test_a_layer_used_twice_is_pooled() -> None:
@@ -208,6 +261,8 @@ def test_bns_loss_in_numbers() -> None:
     assert bns_loss(found, goal, "var_mean").item() == pytest.approx((5 + 9) / 2)
     with pytest.raises(ValueError, match="share at least one"):
         bns_loss({"c": found["a"]}, goal, "std_sum")
+    with pytest.raises(ValueError, match="one of std_sum, var_mean, but got sum"):
+        bns_loss(found, goal, "sum")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", ["std_sum", "var_mean"])
@@ -280,3 +335,8 @@ def test_pooled_batches_are_one_forward_pass() -> None:  # trap 8, end to end
         torch.testing.assert_close(pooled[name].mean, one.mean, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(pooled[name].variance, one.variance, rtol=1e-5, atol=1e-6)
         assert pooled[name].num_values == one.num_values
+
+
+def test_pooling_stays_on_the_device() -> None:
+    one = ChannelStatistics(torch.ones(3, device="meta"), torch.ones(3, device="meta"), 0.0, 4)
+    assert pool_layers([{"a": one}, {"a": one}])["a"].mean.device.type == "meta"

@@ -168,6 +168,12 @@ def test_gradcam_plus_plus_stays_bounded_where_features_are_signed() -> None:
         assert float(weight) == pytest.approx(49 * slope / 2)
 
 
+def test_gradcam_plus_plus_of_a_zero_gradient_is_zero() -> None:
+    features = torch.ones(1, 2, 2, 2)
+    gradient = torch.tensor([0.0, 0.5])[None, :, None, None]
+    assert cam_weights(features, gradient, "gradcam++").tolist() == [[0.0, 0.5]]
+
+
 def test_a_cam_has_no_relu() -> None:
     features, alpha = torch.ones(1, 1, 2, 2), torch.tensor([[-2.0]])
     assert cam_map(features, alpha).unique().tolist() == [0.0]

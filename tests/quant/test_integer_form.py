@@ -13,6 +13,7 @@ from support.integer_students import images, student
 from support.small_nets import SIZE, Dense, Residual, depthwise, plain
 from synq.config.run import QuantConfig
 from synq.export.packed import load_packed, read_packed, save_packed
+from synq.network.average_pools import ScaledAveragePool
 from synq.network.tracing import trace_classifier
 from synq.quant.integer_form import codes_of, integer_form
 from synq.quant.integer_layers import ChannelAffine, IntegerConv2d, IntegerLinear
@@ -98,6 +99,36 @@ def test_parts_that_are_called_twice_stay_shared(act_points: Literal["relu", "in
     made = student(Shared(), 4, act_points)
     form = integer_form(made.net)
     assert sum(isinstance(m, ChannelAffine) for m in form.modules()) == 2
+    assert near(form(images()), made.net(images()))
+
+
+class HalfShared(nn.Module):
+    """A convolution that is called before two batch norms, and a batch norm that is called after two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.first, self.second = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.one, self.other, self.norm = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.second(self.shared(torch.relu(self.first(self.shared(x))))))
+        x = torch.relu(self.norm(self.other(torch.relu(self.norm(self.one(x))))))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_part_that_is_called_twice_is_not_folded_into_one_that_is_called_once() -> None:
+    made = student(HalfShared(), 8)
+    form = integer_form(made.net)
+    assert sum(isinstance(m, ChannelAffine) for m in form.modules()) == 3
+    assert near(form(images()), made.net(images()))
+
+
+def test_padded_average_pools_have_the_form_that_exporters_keep() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(3, 1, 1), nn.AdaptiveAvgPool2d(1))
+    made = student(net.extend([nn.Flatten(), nn.Linear(4, 5)]))
+    form = integer_form(made.net)
+    assert sum(isinstance(m, ScaledAveragePool) for m in form.modules()) == 1
     assert near(form(images()), made.net(images()))
 
 

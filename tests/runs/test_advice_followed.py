@@ -16,9 +16,9 @@ from support.sealed import edit
 from synq.commands.export import main as export
 from synq.commands.leaderboard import main as leaderboard
 from synq.common.digests import read_sealed, write_sealed
-from synq.config.run import RunConfig, with_overrides
+from synq.config.run import RunConfig, load_run, with_overrides
 from synq.pipeline import run
-from synq.runs.record import RunRecord, read_record, run_folder
+from synq.runs.record import RunRecord, read_record, run_folder, write_config
 
 FIGURES = ("top1", "rtn_top1", "teacher_top1", "fidelity", "objective_value", "codes_changed", "files", "set_digest")
 
@@ -146,3 +146,14 @@ def test_a_run_without_its_student_is_run_again_in_another_folder(
     other = with_overrides(config, {"runtime.output_dir": str(tmp_path / "other")})
     assert figures(run(other)) == figures(whole)
     assert export([str(run_folder(other)), "--formats", "packed"]) == 0
+
+
+def test_settings_that_were_changed_on_purpose_are_read_without_their_digest(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    write_config(path, RunConfig())
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 5', 1))
+    with pytest.raises(ValueError, match="take its last key, file_digest, out if the change is meant"):
+        load_run(path)
+    text, _, _ = path.read_text().rpartition(',\n  "file_digest"')
+    path.write_text(text + "\n}\n")
+    assert load_run(path) == replace(RunConfig(), seed=5)

@@ -1,5 +1,6 @@
 """Processes of a sweep that a test started: its driver's workers, raylet and head, found below the driver only."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,3 +42,15 @@ def processes_of(driver: int, kind: str) -> list[int]:
         if name == kind or (kind == "worker" and line.startswith(WORKER)):
             found.append(pid)
     return sorted(found)
+
+
+def processor_seconds(driver: int) -> float:
+    """Return the processor time of a driver and of all processes below it that still run, in seconds."""
+    ticks = 0
+    for pid in (driver, *below(driver)):
+        try:
+            _, _, tail = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")
+        except OSError:
+            continue
+        ticks += sum(int(part) for part in tail.split()[11:13])
+    return ticks / os.sysconf("SC_CLK_TCK")

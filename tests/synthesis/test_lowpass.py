@@ -1,3 +1,6 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +8,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from support import reference
-from synq.synthesis.lowpass import cutoff_in_bins, gaussian_gain, gaussian_lowpass
+from synq.synthesis import lowpass
+from synq.synthesis.lowpass import (
+    LARGE_SET_BYTES,
+    check_lowpass_space,
+    cutoff_in_bins,
+    gaussian_gain,
+    gaussian_lowpass,
+    lowpass_set,
+)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -98,3 +109,44 @@ def test_rejects_a_cutoff_that_is_not_positive(cutoff: float) -> None:
 def test_rejects_an_unknown_unit() -> None:
     with pytest.raises(ValueError, match="one of 'bins', 'nyquist', but got 'pixels'"):
         cutoff_in_bins(1.0, "pixels", 8, 8)
+
+
+def test_the_gain_has_the_global_dtype_by_default() -> None:
+    assert gaussian_gain(8, 8, 2.0).dtype == torch.float32
+
+
+def test_the_result_is_written_where_the_caller_wants_it() -> None:
+    x = randn(5, 3, 8, 8)
+    place = torch.zeros_like(x)
+    assert gaussian_lowpass(x, 2.0, batch=2, out=place) is place
+    assert torch.equal(place, gaussian_lowpass(x, 2.0))
+
+
+def test_a_large_set_is_filtered_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LARGE_SET_BYTES // (4 * 3 * 32 * 32) == 21_845
+    images = randn(70, 1, 4, 4, dtype=torch.float32)
+    wanted, files = gaussian_lowpass(images, 1.5), []
+    in_file = lowpass.scratch_tensor
+
+    def noted(*args: Any) -> Tensor:
+        files.append(args)
+        return in_file(*args)
+
+    monkeypatch.setattr(lowpass, "scratch_tensor", noted)
+    for limit, folder, number in ((images.nbytes + 1, tmp_path, 0), (images.nbytes, tmp_path, 1), (1, None, 0)):
+        files.clear()
+        monkeypatch.setattr(lowpass, "LARGE_SET_BYTES", limit)
+        assert torch.equal(lowpass_set(images, 1.5, folder), wanted)
+        assert len(files) == number
+
+
+def test_the_space_of_a_large_set_is_that_of_its_float32_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Path, int, int]] = []
+    monkeypatch.setattr(lowpass, "check_space", lambda *args: asked.append(args))
+    size = 10 * 3 * 8 * 8 * 4
+    for limit in (size + 1, size, size - 1):
+        monkeypatch.setattr(lowpass, "LARGE_SET_BYTES", limit)
+        check_lowpass_space(tmp_path, 10, (3, 8, 8), 2)
+    assert asked == [(tmp_path, size, 2)] * 2

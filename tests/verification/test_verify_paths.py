@@ -138,6 +138,12 @@ def test_a_sweep(tmp_path: Path, capsys: Capture) -> None:
         table.write_text(text.replace(",91.0,", ",91.5,").replace(",91,", ",91.5,"))
         assert any(f"`{table}`: line 2" in line for line in findings(capsys, str(table)))
         assert any(str(table) in line for line in findings(capsys, str(sweep)))
+        lines = text.splitlines(keepends=True)
+        for number in (0, 1):  # a flipped comma joins two cells
+            joined = [*lines[:number], lines[number].replace(",", "$", 1), *lines[number + 1 :]]
+            table.write_text("".join(joined))
+            assert any("another number of cells than the heading" in line for line in findings(capsys, str(sweep)))
+            assert any(f"`{table}`: is no table" in line for line in findings(capsys, str(table)))
         table.write_text(text)
     shutil.copy(first, second)
     assert any(f"`{second}`: is the record of {first.stem}" in line for line in findings(capsys, str(sweep)))

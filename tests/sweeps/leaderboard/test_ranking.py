@@ -11,8 +11,9 @@ import pytest
 from support.records import record
 from synq.config.parsing import dotted_keys
 from synq.config.run import RunConfig, config_digest, config_to_dict, with_overrides
-from synq.sweeps.leaderboard.ranking import read_setting
+from synq.sweeps.leaderboard.ranking import Ranking, disagreement, read_run, read_setting
 from synq.sweeps.leaderboard.records import leaderboard_rows, trial_rows
+from synq.sweeps.leaderboard.tables import Tables
 
 
 def test_the_first_row_of_each_ranking_is_marked() -> None:
@@ -25,6 +26,61 @@ def test_the_first_row_of_each_ranking_is_marked() -> None:
     assert [(row["weight_bits"], row["lr"], row["best"]) for row in rows] == [
         (bits, lr, int(lr == 1)) for bits in (4, 3) for lr in (1, 2, 3)
     ]
+
+
+def test_higher_bit_widths_come_first_of_activations_too() -> None:
+    widths = [(4, 4), (4, 8), (8, 4), (8, 8)]
+    runs = [record(0.1, overrides={"quant.weight_bits": w, "quant.act_bits": a}) for w, a in widths]
+    edges = [
+        record(0.1, overrides={"quant.weight_bits": 3, "quant.first_bits": e, "quant.last_bits": 9 - e}) for e in (4, 5)
+    ]
+    rows = leaderboard_rows([*edges, *runs])
+    assert [(row["weight_bits"], row["act_bits"]) for row in rows[:4]] == widths[::-1]
+    assert [row["first_bits"] for row in rows[4:]] == [5, 4]
+
+
+def test_the_parts_of_the_key_of_a_ranking() -> None:
+    key = read_run(record(0.1)).ranking
+    assert key.group() + key.measure() == tuple(key)
+    assert Ranking._fields[len(key.group())] == "teacher_digest"
+
+
+def test_a_ranking_names_what_its_objective_was_measured_on() -> None:
+    labels = {
+        "evaluation.dataset": "npz:folder/lab.npz",
+        "evaluation.num_images": 50,
+        "evaluation.selection_fraction": 0.25,
+    }
+    one = read_run(record(0.1, overrides=labels, heldout_digest="h", eval_digest="e")).ranking
+    assert one.measure() == ("aa", "e", "h", "", "", "", "kl")
+    chosen = {**labels, "evaluation.objective": "selection"}
+    other = read_run(record(50.0, overrides=chosen, heldout_digest="h", eval_digest="e")).ranking
+    assert other.measure() == ("aa", "e", "", "lab.npz", "50", "0.25", "")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "name"),
+    [("seed", "1", "seed"), ("data_seed", 1.0, "data_seed"), ("finetune", {"lr": "x"}, "finetune.lr")],
+)
+def test_a_damaged_configuration_is_named_with_its_key_and_file(part: str, value: object, name: str) -> None:
+    with pytest.raises(ValueError, match=name) as caught:
+        read_setting({**config_to_dict(RunConfig()), part: value}, "the_file.json")
+    assert "the_file.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "text"),
+    [(0.0, 5e-5, ""), (1000.0, 1000.05, ""), (0.0, 2e-4, "objective_value 0 and 0.0002"), (1000.0, 1000.5, "1000.5")],
+)
+def test_runs_of_one_setting_agree_but_for_rounding(one: float, other: float, text: str) -> None:
+    found = disagreement(read_run(record(one)), read_run(record(other)))
+    assert (text in found) if text else not found
+
+
+def test_a_cell_is_that_of_a_column_or_of_any_setting() -> None:
+    (standing,) = Tables([record(0.1, overrides={"finetune.lr": 0.004})]).standings()
+    assert (standing.cell("rank"), standing.cell("model")) == (1, "net")
+    assert float(standing.cell("params.finetune.lr")) == 0.004
 
 
 def front_by_definition(rows: Sequence[dict[str, Any]], cost: str, sign: int = 1) -> list[int | None]:

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from support.sweep_tools import rows, tiny
+from support.sweep_tools import TINY, rows, tiny
 from synq.config.run import config_digest, config_to_dict, with_overrides
 from synq.runs.record import RunRecord, read_record, write_record
 from synq.sweeps.spec import SweepSpec
+from synq.sweeps.spec_file import spec_from_dict
 from synq.sweeps.state.ledger import Ledger
 from synq.sweeps.state.plans import Plan, read_plan, read_sweep_file
+from synq.sweeps.storage.lease import Lease
 
 SPACE = {"finetune.lr": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
 KEYS: dict[str, Any] = {"space": SPACE, "num_trials": 3, "sampler": "random", "bits": ["W8A8"]}
@@ -194,3 +196,18 @@ def test_a_finished_sweep_knows_its_number_of_trials(tmp_path: Path) -> None:
     smaller.close()
     assert read_sweep_file(path)["finished"] == 3, "the larger number stays"
     assert read_sweep_file(path)["search"]["num_trials"] == 3
+
+
+def test_every_file_of_a_sweep_at_an_address_is_sent_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNQ_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setitem(Lease.__init__.__kwdefaults__, "settle", 0.0)
+    far = tmp_path / "far"
+    ledger = Ledger(spec_from_dict({**TINY, **KEYS, "name": "tiny", "output_dir": far.as_uri()}))
+    ledger.open()
+    assert (far / "sweep.json").read_bytes() == (ledger.root / "sweep.json").read_bytes()
+    ledger.settle(planned(ledger, 0).trial, status="failed", reason="it died", history=[], seconds=1.0)
+    ledger.finish()
+    files = {path.relative_to(ledger.root): path.read_bytes() for path in ledger.root.rglob("*.json")}
+    files |= {Path(name): (ledger.root / name).read_bytes() for name in ("trials.csv", "leaderboard.csv")}
+    assert len(files) == 5 and all((far / name).read_bytes() == content for name, content in files.items())
+    ledger.close()

@@ -1,6 +1,7 @@
 """A sweep's driver reads its folder: what is damaged is named and made again, and a name is given to one trial only."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,45 @@ def test_r5_sweep_json_is_made_again_where_all_files_fit(
 def test_r5_sweep_json_is_not_made_again_for_another_spec(spec: SweepSpec, tmp_path: Path) -> None:
     (spec.output_dir / "sweep.json").unlink()
     base = {**TINY["base"], "finetune": {"epochs": 3, "batch_size": 16}}
-    with pytest.raises(ValueError, match=r"new or hold the same sweep.*t000.*are none of this sweep"):
-        states(tiny(tmp_path / "sweep", **{**KEYS, "base": base}))
-    assert not (spec.output_dir / "sweep.json").exists()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"new or hold the same sweep.*t000.*are none of this sweep"):
+            states(tiny(tmp_path / "sweep", **{**KEYS, "base": base}))
+        assert not (spec.output_dir / "sweep.json").exists()
+        for path in (spec.output_dir / "records").iterdir():  # also where no trial has ended
+            path.unlink()
+
+
+@pytest.mark.parametrize("advice", ["start the spec that they are of", "move them out", "another `--output-dir`"])
+def test_r5_the_advice_about_files_of_another_spec_helps(advice: str, spec: SweepSpec, tmp_path: Path) -> None:
+    before = states(spec)
+    (spec.output_dir / "sweep.json").unlink()
+    keys = {**KEYS, "base": {**TINY["base"], "finetune": {"epochs": 3, "batch_size": 16}}}
+    with pytest.raises(ValueError, match=advice):
+        states(tiny(tmp_path / "sweep", **keys))
+    if advice.startswith("start"):
+        assert states(spec) == before
+        return
+    if advice.startswith("move"):
+        for name in ("plans", "records"):
+            shutil.move(spec.output_dir / name, tmp_path / name)
+    folder = tmp_path / ("sweep" if advice.startswith("move") else "other")
+    assert states(tiny(folder, **keys)) == ({}, {})
+
+
+def test_r5_the_advice_about_a_record_of_other_settings_helps(spec: SweepSpec, tmp_path: Path) -> None:
+    (trial, *others), _ = states(spec)
+    config = read_plan(spec.output_dir / "plans" / f"{trial}.json").config
+    (spec.output_dir / "plans" / f"{trial}.json").unlink()
+    path = spec.output_dir / "records" / f"{trial}.json"
+    write_record(path, completed(trial, replace(config, finetune=replace(config.finetune, epochs=7)), 0.1))
+    with pytest.raises(ValueError, match=f"{trial} in .* has no plan, .*: move the record out of the sweep"):
+        states(spec)
+    shutil.move(path, tmp_path)
+    ledger = opened(spec)
+    searcher = SweepSearcher(ledger.spec, ledger)
+    assert sorted(ledger.plans) == sorted(others) and searcher.num_left() == 1
+    assert searcher.suggest("again")["trial"] not in others
+    ledger.close()
 
 
 def test_r5_the_advice_about_a_plan_of_another_trial_helps(spec: SweepSpec) -> None:

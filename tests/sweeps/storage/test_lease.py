@@ -1,5 +1,6 @@
 """The lease on a folder: which driver is rejected, what is taken over, and when a holder detects that it was lost."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -194,6 +195,8 @@ def test_a_holder_that_cannot_renew_has_lost(
     monkeypatch.undo()
     time.sleep(0.3)  # renewals would succeed again, but another driver may have written meanwhile
     assert "must stay writable" in lease.lost and "the network is down" in lease.lost
+    lease.release()
+    assert store.read(NAME) is not None, "a lease that was lost expires: another driver may watch it"
 
 
 def test_a_short_fault_is_survived(store: Storage, make: Callable[..., Lease], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,3 +228,17 @@ def test_a_renewal_that_hangs_counts_as_lost(make: Callable[..., Lease], monkeyp
 def test_inconsistent_times_are_rejected(store: Storage) -> None:
     with pytest.raises(ValueError, match=r"`stale_after` must be more than twice `every`, but got 30 and 20"):
         Lease(store, every=20.0, stale_after=30.0)
+
+
+def test_drivers_of_all_versions_have_the_same_times() -> None:
+    parameters = inspect.signature(Lease).parameters
+    assert [parameters[name].default for name in ("every", "stale_after")] == [20.0, 90.0]
+
+
+def test_the_start_time_is_that_of_a_process_that_runs() -> None:
+    started = lease_module._start_time(os.getpid())
+    assert started.isdecimal() and started == lease_module._start_time(os.getpid())
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert lease_module._start_time(process.pid) == "ended"  # a zombie
+    assert lease_module._start_time(process.pid) == "ended"
