@@ -12,6 +12,7 @@ OpenVINO 2026.4.1):
 - Limits of codes, for activations below 8 bits or folded ReLUs whose zero point is not 0, are a Clip *after*
   QuantizeLinear, on codes; before it, the layer stays in float.
 - Depthwise convolutions have a multiple of 16 channels: for ONNX Runtime, others get channels of zeros.
+- A convolution of an image with a stride reads blocks of pixels as channels: for ONNX Runtime.
 - MaxPool, Reshape and other movements are between DequantizeLinear and QuantizeLinear of one grid, Pad is on codes.
 
 Files for TensorRT and QNN have the forms of their published rules (`synq.export.conformance`) instead: no operation on
@@ -23,6 +24,7 @@ The graph computes the program in the order of its steps; `OnnxRuntimeArithmetic
 import onnx
 from onnx import TensorProto, helper
 
+from synq.engines.image_blocks import with_image_blocks
 from synq.engines.program import Program
 from synq.engines.simulation import ARITHMETICS
 from synq.export.qdq.graph import FORMS, QdqForm, QuantizedGraph
@@ -65,7 +67,7 @@ def onnx_with_owners(program: Program, *, pack_two_bits: bool = False) -> tuple[
         ValueError: If a function has no nodes.
     """
     if program.target == "onnxruntime":
-        program = with_whole_blocks(program)
+        program = with_image_blocks(with_whole_blocks(program))
     owners: dict[str, str] = {}
     arithmetic = ARITHMETICS[program.target](program)
     form = FORMS.get(program.target, QdqForm())
