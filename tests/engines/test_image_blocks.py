@@ -105,6 +105,18 @@ def test_a_stem_of_an_ordinary_size_reads_blocks() -> None:
     assert any(isinstance(step, SpaceToDepth) for step in with_image_blocks(program).steps)
 
 
+def test_nodes_that_make_blocks_belong_to_the_convolution() -> None:
+    pytest.importorskip("onnx")
+    from synq.export.standard_onnx import onnx_with_owners
+
+    program = _program((7, 7), 2, (3, 3, 3, 3), size=(3, 96, 96))
+    (layer, _) = [step for step in program.steps if isinstance(step, Convolution)]
+    model, owners = onnx_with_owners(program)
+    assert set(owners.values()) == {step.output for step in program.steps}
+    assert {node.name for node in model.graph.node} == set(owners)
+    assert [owners[node.name] for node in model.graph.node if "blocks" in node.name] == [layer.output] * 6
+
+
 def test_groups_and_dilation_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_blocks, "MIN_SAVED_READS", 1)
     program = _program((3, 3), 2, (1, 1, 1, 1))
