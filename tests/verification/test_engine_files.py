@@ -16,6 +16,7 @@ from synq.pipeline import run
 from synq.runs.record import run_folder
 
 Capture = pytest.CaptureFixture[str]
+pytestmark = pytest.mark.filterwarnings("ignore")  # of imports of ExecuTorch
 
 
 @pytest.fixture(scope="module", params=FORMATS)
