@@ -51,7 +51,7 @@ from synq.sweeps.benchmarks.engine_tools import own_file, own_tool
 from synq.sweeps.benchmarks.table import processor_features
 from synq.synthesis.run_sets import low_pass
 
-BITS = ((8, 8), (4, 4))
+BITS = ((8, 8), (4, 8), (4, 4))
 BATCH = 64
 NOT_TIMED = "not run"
 COLUMNS = ("engine", "file", "top-1 %", "exact", "drop", "times float", "quartiles", "layers", "KiB", "seconds")

@@ -244,6 +244,19 @@ class NearestResize(Movement):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpaceToDepth(Movement):
+    """The pixels of each block of b x d pixels become channels: (N, C, H, W) to (N, b * d * C, H / b, W / d).
+
+    Channel (i * d + j) * C + c is channel c of the pixel in row i and column j of the block.
+
+    Attributes:
+        block: Its rows b and columns d.
+    """
+
+    block: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Program:
     """A student as steps on codes.
 

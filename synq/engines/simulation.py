@@ -35,6 +35,7 @@ from synq.engines.program import (
     Quantize,
     Reshape,
     Slice,
+    SpaceToDepth,
     Step,
     Sum,
     Transpose,
@@ -185,4 +186,8 @@ def moved(step: Movement, x: Tensor, grid: Grid | None) -> Tensor:
             return F.pad(x, sides, value=0.0 if grid is None else float(grid.zero_point))
         case NearestResize():
             return x.repeat_interleave(step.factors[0], dim=-2).repeat_interleave(step.factors[1], dim=-1)
+        case SpaceToDepth(block=(rows, columns)):
+            channels, height, width = x.shape[1:]
+            parts = x.reshape(-1, channels, height // rows, rows, width // columns, columns).permute(0, 3, 5, 1, 2, 4)
+            return parts.reshape(-1, channels * rows * columns, height // rows, width // columns)
     raise TypeError(f"no movement for {type(step).__name__}")

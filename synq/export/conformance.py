@@ -45,18 +45,20 @@ class _Graph:
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self.makers: dict[str, NodeProto] = {name: node for node in model.graph.node for name in node.output}
         self.readers: dict[str, list[NodeProto]] = {}
-        for node in model.graph.node:
+        self._fixed = {"", *self.constants}
+        for node in model.graph.node:  # each after those that make its inputs, as the standard demands
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
+            if self._fixed.issuperset(node.input):
+                self._fixed.update(node.output)
 
     def nodes(self, *kinds: str) -> Iterator[NodeProto]:
         """Yield the nodes of some kinds."""
         return (node for node in self.proto.node if node.op_type in kinds)
 
     def is_constant(self, name: str) -> bool:
-        """Return whether a value does not depend on the image."""
-        node = self.makers.get(name)
-        return name in self.constants or (node is not None and all(self.is_constant(part) for part in node.input))
+        """Return whether a value does not depend on the image; an input that is left out ("") does not."""
+        return name in self._fixed
 
     def array(self, name: str) -> npt.NDArray[Any] | None:
         """Return a constant of the file, or None if the value is computed."""

@@ -12,6 +12,7 @@ OpenVINO 2026.4.1):
 - Limits of codes, for activations below 8 bits or folded ReLUs whose zero point is not 0, are a Clip *after*
   QuantizeLinear, on codes; before it, the layer stays in float.
 - Depthwise convolutions have a multiple of 16 channels: for ONNX Runtime, others get channels of zeros.
+- A convolution of an image with a stride reads blocks of pixels as channels: for ONNX Runtime.
 - MaxPool, Reshape and other movements are between DequantizeLinear and QuantizeLinear of one grid, Pad is on codes.
 
 Files for TensorRT and QNN have the forms of their published rules (`synq.export.conformance`) instead: no operation on
@@ -23,6 +24,7 @@ The graph computes the program in the order of its steps; `OnnxRuntimeArithmetic
 import onnx
 from onnx import TensorProto, helper
 
+from synq.engines.image_blocks import with_image_blocks
 from synq.engines.program import Program
 from synq.engines.simulation import ARITHMETICS
 from synq.export.qdq.graph import FORMS, QdqForm, QuantizedGraph
@@ -59,22 +61,26 @@ def onnx_with_owners(program: Program, *, pack_two_bits: bool = False) -> tuple[
         pack_two_bits: See there.
 
     Returns:
-        The model, and the output of the step by the name of the node.
+        The model, and the output of the step by the name of the node; a node of a step that was added here belongs to
+        the next one of the program.
 
     Raises:
         ValueError: If a function has no nodes.
     """
+    given = set(program.shapes)
     if program.target == "onnxruntime":
-        program = with_whole_blocks(program)
+        program = with_image_blocks(with_whole_blocks(program))
     owners: dict[str, str] = {}
     arithmetic = ARITHMETICS[program.target](program)
     form = FORMS.get(program.target, QdqForm())
     graph = QuantizedGraph({program.image: IMAGES, program.logits: LOGITS}, program.grids, form)
+    owned = 0
     for step in program.steps:
         rows = program.shapes[step.inputs[0]][:-1]
-        before = len(graph.nodes)
         write_step(graph, step, arithmetic, rows, pack_two_bits=pack_two_bits)
-        owners |= {node.name: step.output for node in graph.nodes[before:]}
+        if step.output in given:
+            owners |= {node.name: step.output for node in graph.nodes[owned:]}
+            owned = len(graph.nodes)
     ends = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, [form.batch or "N", *program.shapes[value]])
         for name, value in ((IMAGES, program.image), (LOGITS, program.logits))

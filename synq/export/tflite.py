@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from synq.engines.image_blocks import with_image_blocks
 from synq.engines.kernels import check_kernels, unsupported
 from synq.engines.program import (
     AveragePool,
@@ -37,13 +38,14 @@ from synq.engines.program import (
     Quantize,
     Reshape,
     Slice,
+    SpaceToDepth,
     Step,
     Sum,
     Transpose,
 )
 from synq.engines.windows import same_padding
 from synq.engines.xnnpack_arithmetic import pool_as_convolution
-from synq.export.mobile.channels_last import memory_axes, memory_axis, reshape_moves, transpose_moves
+from synq.export.mobile.channels_last import memory_axes, memory_axis, memory_shape, reshape_moves, transpose_moves
 from synq.export.mobile.emitter import OFFSET, Emitter
 from synq.export.mobile.functions import emit_function
 from synq.export.mobile.ranges import check_ratio, kernel_weight_scale
@@ -71,7 +73,7 @@ def write_tflite(program: Program, *, floats: bool = False) -> bytes:
 
 class _Writer(Emitter):
     def __init__(self, program: Program, floats: bool) -> None:
-        super().__init__(program, floats)
+        super().__init__(program if floats else with_image_blocks(program, rows=False), floats)
         self.kinds: dict[type[Step], Callable[[Any], None]] = {
             Quantize: self.quantize,
             Dequantize: self.dequantize,
@@ -89,6 +91,7 @@ class _Writer(Emitter):
             Slice: self.slice,
             Pad: self.pad,
             NearestResize: self.nearest_resize,
+            SpaceToDepth: self.space_to_depth,
         }
 
     def write(self) -> bytes:
@@ -258,6 +261,11 @@ class _Writer(Emitter):
         _, height, width = self.program.shapes[step.output]
         inputs = [*self.inputs(step), self.numbers([height, width])]
         self.emit(step, "RESIZE_NEAREST_NEIGHBOR", inputs, 3, "ResizeNearestNeighbor", halfPixelCenters=True)
+
+    def space_to_depth(self, step: SpaceToDepth) -> None:
+        assert step.block[0] == 1, "columns of one row are next to each other in memory, so that nothing moves"
+        shape = memory_shape(self.program.shapes[step.output])
+        self.moved(step, [("reshape", (-1, *shape))])
 
 
 def _pool_values(step: MaxPool | AveragePool, padding: int) -> dict[str, Any]:

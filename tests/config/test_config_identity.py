@@ -73,6 +73,7 @@ def _another_value(key: str, value: object) -> object:
         "synthesis.bns_form": "var_mean",
         "synthesis.augment": "flip_shift",
         "quant.act_points": "inputs",
+        "quant.softmax": "log",
         "quant.target": "litert",
         "quant.weight_range": "mse",
         "quant.act_range": "minmax",

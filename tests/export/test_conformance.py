@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from support.program_builder import ProgramBuilder  # noqa: E402
 from synq.engines.program import Grid  # noqa: E402
-from synq.export.conformance import violations  # noqa: E402
+from synq.export.conformance import Engine, violations  # noqa: E402
 from synq.export.standard_onnx import standard_onnx  # noqa: E402
 
 
@@ -131,3 +131,18 @@ def test_a_broken_rule_is_named(target: str, change: Callable[[onnx.ModelProto],
 def test_other_targets_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"`target` must be one of tensorrt, qnn, but got litert"):
         violations(_standard(), "litert")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "qnn"])
+def test_deep_graphs_whose_values_have_two_readers(engine: Engine) -> None:
+    """A search from the last value back to the image must neither recurse nor visit a value twice."""
+    nodes = [helper.make_node("Add", [f"v{i}", f"v{i}"], [f"v{i + 1}"], name=f"add{i}") for i in range(2000)]
+    nodes.append(helper.make_node("QuantizeLinear", ["v2000", "scale"], ["codes"], name="q"))
+    ends = [
+        helper.make_tensor_value_info(name, kind, [1, 4])
+        for name, kind in (("v0", TensorProto.FLOAT), ("codes", TensorProto.UINT8))
+    ]
+    scale = numpy_helper.from_array(np.float32(1), "scale")
+    graph = helper.make_graph(nodes, "deep", ends[:1], ends[1:], initializer=[scale])
+    found = violations(helper.make_model(graph), engine)
+    assert any(line.startswith("q: ") for line in found) == (engine == "tensorrt")  # UINT8, which only it rejects

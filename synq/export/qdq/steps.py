@@ -26,6 +26,7 @@ from synq.engines.program import (
     Quantize,
     Reshape,
     Slice,
+    SpaceToDepth,
     Step,
     Sum,
     Transpose,
@@ -88,6 +89,8 @@ def write_step(
             _write_limited(graph, step)
         case Pad() if step.inputs[0] in graph.grids and graph.form.computes_codes:
             _write_pad(graph, step)
+        case SpaceToDepth():
+            _write_blocks(graph, step, rows)
         case Movement():
             _write_movement(graph, step)
         case _:
@@ -171,6 +174,34 @@ def _write_pad(graph: QuantizedGraph, step: Pad) -> None:
     pads = graph.constant(f"{name}.pads", np.array((*step.before, *step.after), np.int64))
     zero = graph.constant(f"{name}.padding", np.uint8(graph.grids[step.output].zero_point))
     graph.node("Pad", (graph.name(step.inputs[0]), pads, zero), name, step.layer or step.output)
+
+
+def _write_blocks(graph: QuantizedGraph, step: SpaceToDepth, rows: tuple[int, ...]) -> None:
+    """Make channels of the pixels of each block, on codes, moving one axis at a time.
+
+    ONNX Runtime moves one axis ten times as fast as both, and 1.23 has no SpaceToDepth of UINT8.
+
+    Args:
+        graph: The graph.
+        step: The step.
+        rows: Channels and height of its input.
+    """
+    name, (down, across) = graph.name(step.output), step.block
+    (channels, height), codes = rows, graph.name(step.inputs[0])
+    moves: tuple[tuple[str, list[int]], ...] = (
+        ("rows", [0, channels, height // down, down, -1]),
+        ("rows.moved", [0, 3, 1, 2, 4]),
+        ("columns", [0, down, channels, height // down, -1, across]),
+        ("columns.moved", [0, 1, 5, 2, 3, 4]),
+        ("channels", [0, channels * down * across, height // down, -1]),
+    )
+    for part, numbers in moves:
+        output, label = graph.unique(f"{name}.{part}"), f"{name}.{part}"
+        if part.endswith("moved"):
+            codes = graph.node("Transpose", [codes], output, label, perm=numbers)
+        else:
+            shape = graph.constant(f"{label}.shape", np.array(numbers, np.int64))
+            codes = graph.node("Reshape", [codes, shape], name if part == "channels" else output, label)
 
 
 def _write_dense(graph: QuantizedGraph, step: Dense, pack_two_bits: bool, rows: tuple[int, ...]) -> None:
