@@ -20,7 +20,6 @@ COMMON = (
     *(
         "teacher.num_classes",
         "teacher.output",
-        "teacher.cam_layer",
         "quant.weight_bits",
         "quant.act_bits",
         "quant.act_points",
@@ -45,9 +44,7 @@ EXAMPLES = """\
     "--all packed)",
 )
 @option("--page", metavar="FILE", help="write the table of --all as Markdown")
-@option(
-    "--results", metavar="FILE", help="with --all: append each result to FILE; those in it that were as listed are kept"
-)
+@option("--results", metavar="FILE", help="with --all: keep each result in FILE; the same command goes on")
 @click.pass_context
 def command(
     ctx: click.Context,
