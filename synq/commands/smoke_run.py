@@ -20,6 +20,7 @@ COMMON = (
     *(
         "teacher.num_classes",
         "teacher.output",
+        "teacher.cam_layer",
         "quant.weight_bits",
         "quant.act_bits",
         "quant.act_points",
@@ -34,8 +35,8 @@ EXAMPLES = """\
 @click.command("smoke-run", cls=Command, settings="run", common=COMMON, examples=EXAMPLES)
 @config_option
 @option("--all", "run_all", is_flag=True, help="run the architectures of the list instead of TEACHER")
-@option("--only", several=True, metavar="TEXT", help="with --all: only architectures whose name contains a TEXT")
-@option("--jobs", type=INT, default=1, help="concurrent architectures, which share the CPU cores (default: 1)")
+@option("--only", several=True, metavar="TEXT", help="with --all: architectures whose name has a TEXT")
+@option("--jobs", type=INT, default=1, help="concurrent architectures (default: 1)")
 @option(
     "--formats",
     several=True,
@@ -44,7 +45,7 @@ EXAMPLES = """\
     "--all packed)",
 )
 @option("--page", metavar="FILE", help="write the table of --all as Markdown")
-@option("--results", metavar="FILE", help="with --all: keep each result in FILE; the same command goes on")
+@option("--results", metavar="FILE", help="with --all: keep results in FILE, go on from them")
 @click.pass_context
 def command(
     ctx: click.Context,
