@@ -84,6 +84,7 @@ def test_the_summary_has_a_line_for_each_part(teacher: Teacher) -> None:
     assert "756 k MACs" in lines["student"] and "7 Conv2d" in lines["float"]
 
 
+@pytest.mark.slow
 def test_the_command_and_the_function_have_the_same_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = tmp_path / "run.toml"
     for text, options, given in (

@@ -18,9 +18,13 @@ from synq.runs.record import summary_line
     ("target", "settings"),
     [
         ("onnxruntime", {"quant.portable": True, "finetune.feature_weight": 1.0}),
-        ("openvino", {"quant.learned_steps": "all", "quant.weight_range": "mse"}),
-        ("litert", {"quant.rounding": "adaround", "quant.equalization": True, "quant.bn_correction": True}),
-        ("executorch", {"quant.act_bits": 4, "quant.last_bits": 4}),
+        pytest.param("openvino", {"quant.learned_steps": "all", "quant.weight_range": "mse"}, marks=pytest.mark.slow),
+        pytest.param(
+            "litert",
+            {"quant.rounding": "adaround", "quant.equalization": True, "quant.bn_correction": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("executorch", {"quant.act_bits": 4, "quant.last_bits": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_for_an_engine_is_recorded_under_its_name(

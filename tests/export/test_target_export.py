@@ -116,6 +116,7 @@ def test_a_student_for_openvino_agrees_with_its_file(tmp_path: Path, tiny_settin
     assert "in OpenVINO: the student's class for" in (folder / "export/README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "engine"), [("tensorrt", "TensorRT"), ("qnn", "QNN HTP")])
 def test_a_student_for_an_engine_that_does_not_run_here(
     target: str,
