@@ -43,11 +43,13 @@ class Entry:
         teacher: How the network is loaded.
         group: Title of its group.
         rejected: Part of the error message if the network must be rejected; "" if it must work.
+        fails: Part of the error message if it is known to fail later, during the run; "" otherwise.
     """
 
     teacher: TeacherConfig
     group: str
     rejected: str = ""
+    fails: str = ""
 
     @property
     def key(self) -> str:
@@ -58,6 +60,8 @@ class Entry:
         """Return whether the result is the expected one."""
         if self.rejected:
             return row["status"] == "rejected" and self.rejected in row["reason"]
+        if self.fails:
+            return row["status"] == "fails" and self.fails in row["reason"]
         return bool(row["status"] == "works")
 
 
@@ -72,13 +76,13 @@ def read_list(only: Sequence[str] = ()) -> list[Entry]:
     for group in content["groups"]:
         for network in group["networks"]:
             given = {"spec": network} if isinstance(network, str) else dict(network)
-            rejected = given.pop("rejected", "")
+            rejected, fails = given.pop("rejected", ""), given.pop("fails", "")
             size = given.setdefault("input_size", group.get("input_size", content["input_size"]))
             given |= {"weights": "random", "mean": [HALF] * size[0], "std": [HALF] * size[0]}
             if not given["spec"].startswith(OWN):
                 given["num_classes"] = content["num_classes"]
             teacher = config_from_dict(TeacherConfig, given, source=str(LIST))
-            entries.append(Entry(teacher=teacher, group=group["title"], rejected=rejected))
+            entries.append(Entry(teacher=teacher, group=group["title"], rejected=rejected, fails=fails))
     kept = [entry for entry in entries if not only or any(text in entry.teacher.spec for text in only)]
     if not kept:
         raise ValueError(f"`only` must be part of a name in {LIST.name}, but got {' '.join(only)}")

@@ -100,13 +100,13 @@ BATCH_NORMS = _names(
     "_batch_norm_with_update cudnn_batch_norm miopen_batch_norm"
 )
 NONLINEAR = _names(
-    "hardswish glu log_sigmoid_forward _softmax _log_softmax _safe_softmax _prelu_kernel prod var std var_mean "
-    "std_mean norm linalg_vector_norm linalg__powsum logsumexp logcumsumexp _logcumsumexp cumprod native_group_norm "
-    "native_layer_norm _fused_rms_norm renorm dist floor_divide _add_relu rrelu_with_noise argmax argmin any all "
-    "count_nonzero bucketize searchsorted isin argsort scatter_reduce index_reduce"
+    "leaky_relu hardswish glu log_sigmoid_forward _softmax _log_softmax _safe_softmax _prelu_kernel prod var std "
+    "var_mean std_mean norm linalg_vector_norm linalg__powsum logsumexp logcumsumexp _logcumsumexp cumprod "
+    "native_group_norm native_layer_norm _fused_rms_norm renorm dist floor_divide _add_relu rrelu_with_noise argmax "
+    "argmin any all count_nonzero bucketize searchsorted isin argsort scatter_reduce index_reduce"
 )
 """Non-linear functions that PyTorch does not tag as element-wise; those that it tags are non-linear unless listed."""
-ELEMENTWISE = _names("hardswish _prelu_kernel log_sigmoid_forward floor_divide rrelu_with_noise _add_relu")
-"""Element-wise functions without PyTorch's tag."""
+ELEMENTWISE = _names("leaky_relu hardswish _prelu_kernel log_sigmoid_forward floor_divide rrelu_with_noise _add_relu")
+"""Element-wise functions without PyTorch's tag; leaky_relu has none in torch 2.11."""
 HOMOGENEOUS = _names("relu leaky_relu rrelu_with_noise _prelu_kernel abs neg mul div")
 """f(s x) = s f(x) for s > 0, element by element."""

@@ -219,6 +219,17 @@ class _SizedProxy(_LayerProxy):
     def dtype(self) -> Any:
         return self.tracer.create_proxy("call_function", getattr, (self, "dtype"), {})
 
+    @property
+    def device(self) -> Any:
+        return self.tracer.create_proxy("call_function", getattr, (self, "device"), {})
+
+    def __getattr__(self, k: str) -> Any:
+        """Return an attribute as it is for a plain tensor; the type of a device is that of this machine, as a text."""
+        value = self.tracer.values.get(self.node)
+        if isinstance(value, torch.device) and k == "type":
+            return value.type
+        return super().__getattr__(k)
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Return the tensor itself for its own dtype, read from another tensor: such a cast changes nothing."""
         given = [*args, *kwargs.values()]

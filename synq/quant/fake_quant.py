@@ -175,6 +175,19 @@ def fake_quantize_rectified(x: Tensor, scale: Tensor, quant_max: int) -> Tensor:
     return rounded
 
 
+def times_scale(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``codes`` times ``scale`` in ``dtype``, in place of the codes in eager mode.
+
+    What torch.compile traces must be a new tensor: in torch 2.11.0 an autograd.Function that returns what an operation
+    has returned of its input (an in-place product, ``to`` of the same dtype) passes zeros back for every gradient,
+    without an error; in 2.15.0 it does not. The compiler fuses the product.
+    """
+    if not torch.compiler.is_compiling():
+        return codes.mul_(scale).to(dtype)
+    product = codes * scale
+    return product if product.dtype == dtype else product.to(dtype)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Compute ``s clamp(round(x / s), low, high)`` for broadcastable s, low and high, in fusible operations."""
 
@@ -184,7 +197,7 @@ class _FakeQuantize(torch.autograd.Function):
         steps = (x.to(work) * (1.0 / scale).to(work)).round_()
         kept = torch.clamp(steps, low, high)
         ctx.save_for_backward(kept == steps)
-        return kept.mul_(scale).to(x.dtype)
+        return times_scale(kept, scale, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:

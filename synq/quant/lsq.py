@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from synq.quant.fake_quant import SCALE_EPS, _broadcast_to_axis, _gradient_band
+from synq.quant.fake_quant import SCALE_EPS, _broadcast_to_axis, _gradient_band, times_scale
 
 SMALLEST_STEP = 1 / 64
 """A learned step is kept at or above this share of its first value."""
@@ -121,7 +121,7 @@ class _LearnedScale(torch.autograd.Function):
         ctx.factor = factor
         work = torch.promote_types(x.dtype, torch.float32)
         steps = (x.to(work) * (1.0 / step).to(work)).round_()
-        return torch.clamp(steps, low, high).mul_(step).to(x.dtype)
+        return times_scale(torch.clamp(steps, low, high), step, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:

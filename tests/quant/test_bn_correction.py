@@ -168,7 +168,7 @@ def test_example_of_the_docstring_and_bounds() -> None:
     """m = 0, v = 1, g = 1, b = 0: teacher (1, 2), student (3, 4); a ratio beyond the bounds; channels dead in one
     of the two.
     """
-    net = nn.Sequential(nn.BatchNorm2d(4, eps=0.0), nn.Flatten(), nn.Linear(4, 2, bias=False)).double().eval()
+    net = nn.Sequential(nn.BatchNorm2d(4, eps=1e-300), nn.Flatten(), nn.Linear(4, 2, bias=False)).double().eval()
     traced = trace_classifier(net.requires_grad_(False), (4, 1, 1))
     x = torch.tensor([[7.0, 101.0, 5.0, 1.0], [-1.0, -99.0, 5.0, -1.0]], dtype=torch.float64).view(2, 4, 1, 1)
     goal = (torch.tensor([1.0, 1.0, 2.0, 3.0]).double(), torch.tensor([4.0, 1.0, 9.0, 0.0]).double())
