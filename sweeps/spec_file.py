@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from synq.config.file_kinds import read_as
-from synq.config.identity import absolute_path, resolved
+from synq.config.identity import absolute_path, map_spec_path, resolved
 from synq.config.key_tables import nested_keys
 from synq.config.nearest import unknown_key
 from synq.config.parsing import dotted_keys, one_of, require, shown
@@ -329,7 +329,7 @@ def _group(search: SearchConfig, base: dict[str, Any], model: ModelEntry, target
         data_dir = os.environ.get("SYNQ_DATA_DIR") or "data"
         config = replace(config, evaluation=replace(config.evaluation, data_dir=data_dir))
     config = make_absolute(config)
-    spec = unversioned(TEACHER_SOURCE, config.teacher.spec)
+    spec = map_spec_path(unversioned(TEACHER_SOURCE, config.teacher.spec), os.path.basename)
     spec = spec.rpartition(":")[2] if ".py:" in spec else spec.removeprefix("bundled:")
     name = model.name or _identifier(spec)
     return Group(model=name, base=config, named=model.name, all_bits=search.two_objectives)

@@ -123,6 +123,9 @@ def _all(only: Sequence[str], jobs: int, formats: Sequence[str], page_file: str 
 
     listed = read_list(only)
     file = None if results is None else Path(results)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("ab").close()  # one that cannot be written is an error now, not after the first network
     rows = {} if file is None else read_results(file, listed, formats)
     if rows:
         print(f"synq: {len(rows)} of {len(listed)} networks are in {results}", flush=True)

@@ -73,27 +73,37 @@ class TappedNetwork:
         return self.with_cam and self.cam_site.differentiates(self.method)
 
     def response(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Response:
-        """Return the response for given outputs of ``net``, with maps (N, H, W) of the classes ``labels`` (N,)."""
-        logits, features, *others = outputs
+        """Return the response for given outputs of ``net``, with maps (N, H, W) of the classes ``labels`` (N,).
+
+        The outputs may be those of more images, the first N of which count.
+        """
+        cam = self._map(outputs[0], outputs[1], labels) if self.with_cam else None
+        total = len(outputs[0])
+        logits, _, *others = (_first(output, len(output) * len(labels) // total) for output in outputs)
         count = len(others) - len(self.extra_tokens)
         # Windows of an image are rows of the tensor: one row for an image, which a cache can look up.
         heads = (
             _by_image(x[..., extra:, :], len(logits))
             for x, extra in zip(others[count:], self.extra_tokens, strict=True)
         )
-        cam = self._map(logits, features, labels) if self.with_cam else None
         return Response(logits, cam, tuple(others[:count]), tuple(heads))
 
     def _map(self, logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        cam_site = self.cam_site
+        cam_site, count = self.cam_site, len(labels)
         if self.differentiates:
-            gradient = logit_gradient(logits, features, labels, retain_graph=True)
+            # The gradient of all rows: no logit depends on a copy of the first ones.
+            gradient = _first(logit_gradient(_first(logits, count), features, labels, retain_graph=True), count)
         else:
             weight = effective_weight(self.net.get_submodule(cam_site.linear or "")).flatten(1)
             area = cam_site.height * cam_site.width
             gradient = closed_form_weights(weight, labels, cam_site.channels, cam_site.cells, area)[:, :, None, None]
+        features = _first(features, count)
         alpha = cam_weights(features, gradient, self.method)
         return cam_map(features, alpha, rectified=self.method != "cam")
+
+
+def _first(tensor: Tensor, count: int) -> Tensor:
+    return tensor if len(tensor) == count else tensor[:count]
 
 
 def _by_image(heads: Tensor, images: int) -> Tensor:

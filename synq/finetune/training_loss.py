@@ -51,8 +51,7 @@ def training_loss(
     count = len(images)
     # One forward pass for both: DDP averages the gradients of one forward pass only.
     outputs = model(images if harder is None else torch.cat([images, harder[0]]))
-    clean = outputs if harder is None else tuple(output[: len(output) // 2] for output in outputs)
-    response = student.response(clean, labels)
+    response = student.response(outputs, labels)
     loss, terms = synq_loss(
         response.logits,
         response.cam,

@@ -12,6 +12,9 @@ from torch import Tensor, fx, nn
 from synq.network.op_traits import node_value
 from synq.network.recorded_calls import calls_recorded, compiled_functions_as_written
 
+NAMED_CASTS = ("float", "double", "half", "bfloat16")
+"""Methods of tensors that cast to the dtype of their name."""
+
 
 def image_parameter(forward: Callable[..., Any]) -> inspect.Parameter:
     """Return the parameter of a forward pass that a call ``net(images)`` fills.
@@ -209,7 +212,7 @@ class _SizedProxy(_LayerProxy):
     """Proxy of a tensor whose sizes are known, except for the number of images.
 
     The graph reads the dtype where it runs, because the network may run in another; two dtypes that are equal here are
-    equal there.
+    equal there, unless the code names one of them.
     """
 
     tracer: SizedTracer
@@ -231,9 +234,15 @@ class _SizedProxy(_LayerProxy):
         return super().__getattr__(k)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the tensor itself for its own dtype, read from another tensor: such a cast changes nothing."""
+        """Return the tensor itself for its own dtype, read from another tensor: such a cast changes nothing.
+
+        It stays where the code names the dtype of one of the two, as in ``softmax(x, -1, dtype=torch.float32)``.
+        """
         given = [*args, *kwargs.values()]
-        if len(given) == 1 and isinstance(given[0], fx.Proxy) and set(kwargs) <= {"dtype"} and self.dtype == given[0]:
+        is_same = (
+            len(given) == 1 and isinstance(given[0], fx.Proxy) and set(kwargs) <= {"dtype"} and self.dtype == given[0]
+        )
+        if is_same and all(_has_network_dtype(self.tracer.root, node) for node in (self.node, given[0].node)):
             return self
         return self.tracer.create_proxy("call_method", "to", (self, *args), kwargs)
 
@@ -272,3 +281,20 @@ class _SizedProxy(_LayerProxy):
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
+
+
+def _has_network_dtype(root: nn.Module, node: fx.Node) -> bool:
+    """Return whether the dtype of a tensor follows that of the network, because no code above it names one."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current.op == "call_module" and any(True for _ in root.get_submodule(str(current.target)).parameters()):
+            continue  # a layer computes in the dtype of its weights
+        given = [*current.args, *current.kwargs.values()]
+        if any(isinstance(value, torch.dtype) for value in given) or current.target in NAMED_CASTS:
+            return False
+        casts = current.op == "call_method" and current.target in ("to", "type", "type_as") and len(given) > 1
+        sources = [given[1]] if casts and isinstance(given[1], fx.Node) else current.all_input_nodes
+        pending += [source for source in sources if source not in seen]
+        seen.update(sources)
+    return True

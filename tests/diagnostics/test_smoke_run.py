@@ -192,6 +192,17 @@ def test_results_in_a_file_are_kept_and_faults_tried_again(tmp_path: Path, capsy
     assert "line 1 of" in capsys.readouterr().err
 
 
+def test_results_that_cannot_be_kept_are_an_error_before_the_first_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["smoke-run", "--all", "--only", OWN + "audio", "--results"]  # rejected at once
+    assert run([*args, str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert str(tmp_path) in printed.err and "audio" not in printed.out
+    assert run([*args, str(tmp_path / "new" / "results.jsonl")]) == 0
+    assert (tmp_path / "new" / "results.jsonl").read_text().count("\n") == 1
+
+
 def test_no_advice_about_the_miniature(capsys: pytest.CaptureFixture[str]) -> None:
     (entry,) = read_list(["convolutional_head"])
     forget_notices()

@@ -15,6 +15,7 @@ from synq.config.run import FinetuneConfig, RunConfig, config_digest, with_overr
 from synq.finetune.loop import finetune
 from synq.finetune.networks import prepare_networks
 from synq.finetune.responses import TappedNetwork, teacher_response
+from synq.finetune.training_loss import harder_images, training_loss
 from synq.losses import STRUCTURE_C, attention_loss
 from synq.network.cam_site import locate_cam
 from synq.network.tracing import trace_classifier
@@ -72,6 +73,22 @@ def test_fine_tuning_brings_attention_nearer(tmp_path: Path, token: bool) -> Non
     history = finetune(student, teacher, images(16), labels, settings, accelerator=Accelerator(cpu=True), seed=0)
     assert 0 < history[-1]["attention"] < 0.8 * history[0]["attention"]
     assert history[-1]["loss"] == pytest.approx(history[-1]["attention"], rel=1e-6)
+
+
+def test_harder_images_in_the_same_pass_change_no_other_term(tmp_path: Path) -> None:
+    """Also where maps need a backward pass, as with a class token: no logit depends on a part of the feature map."""
+    student, teacher = networks(TokenNet(token=True), tmp_path, **{"finetune.attention_weight": 1.0})
+    assert student.differentiates
+    x, labels = images(4), torch.arange(4)
+    settings = FinetuneConfig(cam_weight=1.0, attention_weight=1.0, perturb_weight=0.5)
+    target = teacher_response(teacher, x, labels)
+    _, wanted = training_loss(student.net, student, target, x, labels, settings)
+    harder = harder_images(student, teacher, x, labels, 0.1)
+    loss, terms = training_loss(student.net, student, target, x, labels, settings, harder)
+    assert {*terms} - {*wanted} == {"perturbed"} and wanted["cam"] > 0
+    for name, value in wanted.items():
+        torch.testing.assert_close(terms[name], value)
+    loss.backward()
 
 
 def test_without_the_weight_attention_is_not_tapped(tmp_path: Path) -> None:

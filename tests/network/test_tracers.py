@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from synq.config.run import QuantConfig, TeacherConfig
+from synq.network.attention.locations import locate_attention
 from synq.network.tracers import LayerTracer, SizedTracer
 from synq.network.tracing import trace_classifier
 from synq.quant.student import observe_ranges, quantize_model
@@ -149,3 +150,32 @@ def test_code_may_compare_dtypes_and_a_cast_to_the_own_one_is_no_operation() -> 
 def test_a_cast_to_a_given_dtype_stays() -> None:
     traced = trace_classifier(Casting(torch.float32).eval(), (3, 8, 8))
     assert [node.args[1] for node in traced.graph.nodes if node.target == "to"] == [torch.float32]
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda x, like: x.softmax(-1, dtype=torch.float32).to(like.dtype),
+        lambda x, like: x.float().softmax(-1).to(dtype=like.dtype),
+        lambda x, like: x.to(torch.float32).softmax(-1).type_as(like).to(like.dtype),
+    ],
+)
+def test_a_cast_back_from_a_named_dtype_stays(scores: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 2, 2), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[2] != 8:
+                raise ValueError("another size was expected")
+            tokens = self.conv(x).flatten(2).transpose(1, 2)
+            mixed = scores(tokens @ tokens.transpose(1, 2), tokens) @ tokens
+            return self.fc(mixed.to(tokens.dtype).mean(1))
+
+    net = Attention().eval()
+    traced, images = trace_classifier(net, (3, 8, 8)), torch.randn(2, 3, 8, 8)
+    assert torch.equal(traced(images), net(images))
+    wide = copy.deepcopy(traced).double()
+    assert torch.equal(wide(images.double()), net.double()(images.double()))
+    assert len(locate_attention(traced)) == 1

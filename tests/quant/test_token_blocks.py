@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from support.adaround_tools import CPU, QUICK
 from support.token_nets import SIZE, TokenNet, spread
 from synq.config.run import QuantConfig
+from synq.network.attention.token_map import slopes
 from synq.network.blocks import block_ends
 from synq.network.tracing import trace_classifier
 from synq.quant.adaround import reconstruct
@@ -41,6 +42,25 @@ def test_behind_the_last_attention_only_the_class_token_is_read() -> None:
         assert counts == ([17, 17, 17, 1, 1] if token else [17] * 5)
         if token:
             assert all(bool(m.is_read[0]) for m in metrics[3:5] if m.is_read is not None)
+
+
+class Largest(TokenNet):
+    """A vision transformer that reads the largest value of each channel, which is at other positions in each image."""
+
+    def __init__(self) -> None:
+        super().__init__(token=False, width=6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        return self.head(self.norm(self.blocks(x + self.positions)).amax(1))
+
+
+def test_positions_that_are_chosen_by_their_values_all_count() -> None:
+    traced = trace_classifier(spread(Largest()), SIZE)
+    ends = block_ends(traced)
+    slope = slopes(traced, [ends[2]])[ends[2]]
+    assert ends[2].meta["shape"] == (2, 16, 6) and not bool((slope != 0).any(-1).any(0).all()), "some in no image"
+    assert all(metric.is_read is None for metric in block_metrics(traced, ends))
 
 
 class Squares(nn.Module):

@@ -88,3 +88,19 @@ def test_recipes(path: Path) -> None:
     runs = plan_recipe(make_absolute(recipe.base()), recipe.seeds)
     assert recipe.name == path.stem and path.stem.endswith(f"_{recipe.bits.lower()}") and len(runs) >= 3
     assert "teacher" in tomllib.loads(path.read_text())
+
+
+def test_a_group_of_a_hugging_face_folder_is_named_by_the_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is: the files of a sweep may be moved, and a long path is no name."""
+    deep = tmp_path / "deep" / "vit"
+    deep.mkdir(parents=True)
+    file = tmp_path / "spec.toml"
+    file.write_text(
+        f"bits = ['W4A4']\nmodels = ['hf:./deep/vit', {{spec = 'hf:{deep}', name = 'other'}}, 'hf:a/b-1']\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    groups = load_spec(file).groups
+    assert [group.key for group in groups] == ["hf_vit-W4A4", "other-W4A4", "hf_a_b_1-W4A4"]
+    assert [group.base.teacher.spec for group in groups] == [f"hf:{deep}", f"hf:{deep}", "hf:a/b-1"]

@@ -49,8 +49,10 @@ def block_metrics(traced: fx.GraphModule, ends: Sequence[fx.Node]) -> list[Block
         if end not in slope_of:
             metrics.append(BlockMetric())
             continue
-        is_read = (slope_of[end] != 0).any(-1).any(0)
-        some = bool(is_read.any()) and not bool(is_read.all())
+        reads = (slope_of[end] != 0).any(-1)
+        is_read = reads[0]
+        # Positions that differ between images are chosen by their values, as by a largest value: each is read by some.
+        some = bool((reads == is_read).all()) and bool(is_read.any()) and not bool(is_read.all())
         metrics.append(BlockMetric(channel_axis=-1, is_read=is_read if some else None))
     return metrics
 
