@@ -105,8 +105,8 @@ class QuantConfig:
     act_range: Literal["minmax", "mse"] = "mse"
     """Range of each activation tensor: minmax, or mse (clipped to minimize the quantization error)."""
     softmax: Literal["uniform", "log"] = "uniform"
-    """Grid of the softmax of attention: uniform, or log (powers of 2 or of a root of it; target research only), kept if
-    the KL to the teacher falls, which it does at 4 bits and hardly at 8."""
+    """Grid of the softmax of attention: uniform, or log (powers of 2 or, under act_range mse, of a root of it; target
+    research only), kept if the KL to the teacher falls, which it does at 4 bits and hardly at 8."""
     mse_norm: float = 2.4
     """Exponent p of the quantization error |x - x_q|^p that range mse minimizes."""
     calib_images: int = 256
