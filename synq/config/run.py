@@ -75,11 +75,11 @@ class TeacherConfig:
     input_size: tuple[int, int, int] | None = None
     """Input size as channels, height and width in pixels; None reads it from the model."""
     mean: tuple[float, ...] | None = None
-    """Mean per channel, on the scale 0..1, of the normalization that the teacher was trained with; None reads it from
-    the model. Never guessed."""
+    """Mean per channel, or one for all, on the scale 0..1, of the normalization that the teacher was trained with; None
+    reads it from the model. Never guessed."""
     std: tuple[float, ...] | None = None
-    """Standard deviation per channel, on the scale 0..1, of that normalization; None reads it from the model. Never
-    guessed."""
+    """Standard deviation per channel, or one for all, on the scale 0..1, of that normalization; None reads it from the
+    model. Never guessed."""
     cam_layer: str | None = None
     """Module or graph node whose output class activation maps are computed from; None finds it from the structure of
     the model."""
@@ -101,7 +101,10 @@ class TeacherConfig:
             _require("teacher.input_size", rule, size, math.prod(size) <= MAX_INPUT)
         _require("teacher.std", "be given exactly when `teacher.mean` is", std, (mean is None) == (std is None))
         if mean is not None and std is not None:
-            channels = size[0] if size is not None else len(mean)
+            channels = size[0] if size is not None else max(len(mean), len(std))
+            mean, std = (values * channels if len(values) == 1 else values for values in (mean, std))
+            object.__setattr__(self, "mean", mean)  # one value is that of all channels
+            object.__setattr__(self, "std", std)
             _require("teacher.mean", f"hold one finite number per channel ({channels})", mean, _finite(mean, channels))
             rule = "be on the scale of images in [0, 1] (divide values for pixels in 0..255 by 255)"
             _require("teacher.mean", rule, mean, all(abs(part) <= 1 for part in mean))

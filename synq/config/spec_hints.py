@@ -1,5 +1,6 @@
 """What a `teacher.spec` without a source probably means, for its error message. Standard library only."""
 
+import os
 import re
 
 from synq.config.identity import WEIGHT_SUFFIXES
@@ -24,6 +25,8 @@ def spec_hint(spec: str) -> str:
         return "; a weight file goes to `--teacher.weights`, and TEACHER names its network: SOURCE:NAME or FILE.py:NAME"
     if lower.endswith(".py"):
         return f"; name the function that returns the network: {spec}:FUNCTION"
+    if os.path.isfile(os.path.join(spec, "config.json")):
+        return f"; the folder looks like one of Hugging Face: did you mean hf:{spec}?"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
         return f"; {hub_hint(spec)}"
     if re.fullmatch(r"[\w.-]+", spec):

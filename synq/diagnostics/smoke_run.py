@@ -35,6 +35,7 @@ from synq.engines.deployed import check_deployable
 from synq.evaluation.fidelity import sqnr_db
 from synq.export.export import ExportOptions, export_run
 from synq.export.operation_check import unexportable_operations
+from synq.export.targets.formats import missing_note
 from synq.mixed_precision.sensitivity import scan_quantizers
 from synq.network.bn_stats import bn_targets
 from synq.network.logits import logits_of
@@ -72,7 +73,8 @@ def smoke_run(
         config: Only `teacher`, `quant` and `runtime` are used.
         folder: An empty folder for all files.
         on_stage: Called with the name of each stage as it begins.
-        formats: Formats to export; writing and verifying ONNX takes longer than everything else.
+        formats: Formats to export under target research; writing and verifying ONNX takes longer than everything else.
+            For an engine its one file is written and verified, if the engine is installed.
 
     Returns:
         teacher, status ("works", "rejected" before any work, "fails" later), reason, seconds; for the stages that were
@@ -83,7 +85,8 @@ def smoke_run(
     Raises:
         ValueError: A format is unknown, or its packages are missing.
     """
-    options = ExportOptions(formats=formats, rounds=0, with_float=False)
+    is_research = config.quant.target == RESEARCH
+    options = ExportOptions(formats=formats if is_research else (), rounds=0, with_float=False)
     started = time.perf_counter()
     row: dict[str, Any] = {"teacher": config.teacher.spec, "status": REJECTED, "reason": ""}
     if config.runtime.num_threads is not None:
@@ -94,7 +97,7 @@ def smoke_run(
         row |= _teacher_properties(teacher)
         student = build_student(teacher, config.quant)
         check_deployable(student.net, config.quant, teacher.input_size)
-        exported_as = formats if config.quant.target == RESEARCH else ()  # those formats are not an engine's
+        exported_as = formats if is_research else ()  # those formats are not an engine's
         if "onnx" in exported_as and (lines := unexportable_operations(integer_form(student.net, empty=True))):
             raise ValueError(f"`formats` must not have onnx for this network: {'; '.join(lines)}")
         row["status"] = FAILED
@@ -112,7 +115,10 @@ def smoke_run(
         row |= {"bits": config.quant.label, "loss": record.loss_history[-1]["loss"]}
         on_stage("W8A8")
         row |= _at_eight_bits(teacher, config.quant, _images(small, teacher))
-        if exported_as:
+        note = "" if is_research else missing_note(config.quant.target)
+        if note:
+            row["export"] = f"not tried: {note}"
+        elif exported_as or not is_research:
             on_stage("export")
             with muted():
                 _, exported = export_run(run_folder(small), options=options, teacher=teacher)

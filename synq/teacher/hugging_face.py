@@ -14,6 +14,8 @@ from synq.teacher.input_format import InputFormat, input_format
 
 PROCESSOR = "preprocessor_config.json"
 """File of a folder that states how images are prepared."""
+LONGEST_REASON = 240
+"""Characters of the library's text that an error repeats."""
 
 
 def load_hugging_face(
@@ -101,7 +103,8 @@ def _explained(name: str, folder: str | None) -> Iterator[None]:
                 f"hf:{name} must be available for download, but got {type(error).__name__}: {one_line(error)}; without "
                 "a network, give the path of a folder that save_pretrained wrote, as hf:./FOLDER"
             ) from error
+        reason = one_line(error)  # some list every configuration that the library knows
+        reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
         raise ValueError(
-            f"`teacher.spec` must name a classifier of images that transformers loads, but hf:{name} raised "
-            f"{one_line(error)}"
+            f"`teacher.spec` must name a classifier of images that transformers loads, but hf:{name} raised {reason}"
         ) from error

@@ -48,6 +48,7 @@ def check_given(config: TeacherConfig, source: SourceModel) -> InputFormat:
     if missing:
         raise ValueError(_message(config, source, missing))
     assert input_size is not None and mean is not None and std is not None
+    mean, std = (values * input_size[0] if len(values) == 1 else values for values in (mean, std))
     for field, values in (("mean", mean), ("std", std)):
         if len(values) != input_size[0]:
             raise ValueError(f"`teacher.{field}` must have {input_size[0]} values, one per channel, but got {values}")

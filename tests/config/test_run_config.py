@@ -298,3 +298,12 @@ def test_f_16_every_unknown_key_is_told_near_or_known_ones(tables: dict[str, obj
     with pytest.raises(ValueError, match="must be a known key, but got an unknown one") as caught:
         config_from_dict(RunConfig, tables)
     assert hint in str(caught.value)
+
+
+def test_one_mean_and_std_are_those_of_all_channels() -> None:
+    config = TeacherConfig(input_size=(3, 8, 8), mean=(0.5,), std=(0.25,))
+    assert (config.mean, config.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert TeacherConfig(mean=(0.1, 0.2, 0.3), std=(0.25,)).std == (0.25, 0.25, 0.25)
+    assert TeacherConfig(mean=(0.5,), std=(0.25,)).mean == (0.5,), "the number of channels is not known yet"
+    with pytest.raises(ValueError, match=r"one finite number per channel \(3\)"):
+        TeacherConfig(input_size=(3, 8, 8), mean=(0.5, 0.5), std=(0.25,))

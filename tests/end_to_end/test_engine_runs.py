@@ -10,6 +10,7 @@ import pytest
 from synq.cli import run as run_command
 from synq.config.run import RunConfig, TeacherConfig, with_overrides
 from synq.diagnostics.smoke_run import smoke_run
+from synq.export.targets.formats import TargetFormat
 from synq.pipeline import run
 from synq.runs.record import summary_line
 
@@ -65,9 +66,19 @@ def test_inspect_prints_the_grid_of_every_tensor(capsys: pytest.CaptureFixture[s
     assert "W4A4, protocol B (8/8), target litert: " in text and "float      nothing" in text
 
 
-def test_a_smoke_run_for_an_engine_checks_everything_but_the_files(config: RunConfig, tmp_path: Path) -> None:
+def test_a_smoke_run_for_an_engine_verifies_its_file(config: RunConfig, tmp_path: Path) -> None:
+    row = smoke_run(with_overrides(config, {"quant.target": "onnxruntime", "quant.act_bits": 8}), tmp_path)
+    assert row["status"] == "works" and row["exact"] and row["sqnr_db"] > 20, row["reason"]
+    assert row["export"] == "onnxruntime" and list(tmp_path.rglob("model.onnx"))
+
+
+def test_a_smoke_run_without_the_engine_writes_no_file_and_reports_it(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TargetFormat, "missing", lambda _: ["openvino"])
     row = smoke_run(with_overrides(config, {"quant.target": "openvino"}), tmp_path)
-    assert row["status"] == "works" and row["exact"] and row["sqnr_db"] > 20 and "export" not in row
+    assert row["status"] == "works" and row["exact"] and row["sqnr_db"] > 20
+    assert row["export"].startswith("not tried: ") and "openvino is needed" in row["export"]
 
 
 NO_FORM = """

@@ -63,6 +63,11 @@ def test_a_folder_is_the_network_that_was_saved(vit: tuple[Path, nn.Module]) -> 
     assert teacher.preprocessing.resize_size == (32, 32) and teacher.preprocessing.crop_mode == "squash"
 
 
+def test_one_given_mean_is_that_of_all_channels_of_the_network(vit: tuple[Path, nn.Module]) -> None:
+    teacher = load_teacher(TeacherConfig(spec=f"hf:{vit[0]}", mean=(0.3,), std=(0.2,)))
+    assert (teacher.mean, teacher.std) == ((0.3,) * 3, (0.2,) * 3)
+
+
 @pytest.mark.parametrize("kind", ["ConvNext", "ResNet"])
 def test_networks_of_other_kinds(hf: Any, kind: str, tmp_path: Path) -> None:
     sizes = {"hidden_sizes": [8, 12], "depths": [1, 1], "num_labels": 5}
@@ -139,6 +144,14 @@ def test_what_is_no_classifier_is_one_line(
     assert run(["inspect", f"hf:{tmp_path}"]) == 2
     error = capsys.readouterr().err
     assert "must name a classifier of images that transformers loads" in error and error.count("\n") == 1
+    assert len(error) < 600
+
+
+def test_a_folder_without_its_source_is_recognized(
+    vit: tuple[Path, nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["inspect", str(vit[0])]) == 2
+    assert f"did you mean hf:{vit[0]}?" in capsys.readouterr().err
 
 
 def test_a_folder_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
