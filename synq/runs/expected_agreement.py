@@ -174,13 +174,25 @@ def worse_warnings(field: Mapping[str, Any]) -> list[str]:
     if not field:
         return []
     before, after = (field[name].get("agreement") for name in ("rtn_views", "views"))
-    if before is None or after is None or before - after < MIN_LOSS:
+    if before is None or after is None or before - after < _least_loss(before, after, field):
         return []
     return [
         f"fine-tuning probably made the student worse: on blends of held-out images it agrees with its teacher for "
         f"{after:.1f} %, the rounded student for {before:.1f} %; `--finetune.epochs 0` keeps the rounded one, a lower "
         "`finetune.lr` changes it less"
     ]
+
+
+def _least_loss(before: float, after: float, field: Mapping[str, Any]) -> float:
+    """Return the loss, in percentage points, from which on fine-tuning counts as harm.
+
+    With fewer images than the calibration had, at least two standard errors of a difference: of 16, one is 6 points.
+    The views of an image are not independent, so only images are counted.
+    """
+    images, share = field["heldout"]["images"], (before + after) / 200
+    if images >= MIN_IMAGES:
+        return MIN_LOSS
+    return max(MIN_LOSS, 200 * math.sqrt(2 * share * (1 - share) / max(images, 1)))
 
 
 def doubts(field: Mapping[str, Any]) -> list[str]:

@@ -168,6 +168,10 @@ def test_words_of_the_command_line() -> None:
     [
         ("--finetune.lr", "`finetune.lr` must be given one value, but got none"),
         ("--finetune.train_bn --seed 1", "`finetune.train_bn` must be given one value, but got none"),
+        (
+            "--name one bundled:digits_vit",
+            "but got one bundled:digits_vit; what has no option, such as TEACHER, goes before",
+        ),
         ("--seed 1 2", "`seed` must be given one value, but got 1 2"),
         ("--seed=1 seed=1", "each setting must read --KEY VALUE, but got seed=1"),
         ("--sed 1", "`sed` must be a known key, but got an unknown one; did you mean `seed`?"),

@@ -54,6 +54,12 @@ def test_a_destroyed_student_is_poor_and_worse_than_the_rounded_one() -> None:
     assert "worse" in worse and "12.0 %" in worse and "97.0 %" in worse and "`--finetune.epochs 0`" in worse
 
 
+def test_a_difference_of_one_image_is_no_harm() -> None:
+    few = replace(USUAL, images=16)
+    assert not any("worse" in text for text in doubts(_field(100.0, 93.8, few)))
+    assert any("worse" in text for text in doubts(_field(100.0, 50.0, few)))
+
+
 def test_a_student_slightly_worse_than_the_rounded_one_is_named_where_neither_is_poor() -> None:
     (worse,) = doubts(_field(99.0, 99.0 - module.MIN_LOSS - 0.1))
     assert "the rounded student for 99.0 %" in worse
