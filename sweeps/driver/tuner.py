@@ -144,6 +144,9 @@ def _conclude(
         progress.log(f"{where}/{PAGE}" if is_drawn else _report(spec, ledger))
     if progress.account():
         progress.log(progress.account())
+    if ledger.records and not progress.quiet:
+        export = "" if spec.address else f"; `synq export {where}/runs/RUN` writes the file of a run"
+        progress.log(f"next: `synq show {where}` prints these tables again{export}")
     listed = spec.search.sampler in LISTED
     for key in sorted(searcher.exhausted):
         found, invalid = ledger.num_plans(key), searcher.invalid.get(key)
