@@ -276,10 +276,8 @@ def _read(hint: Any, args: list[str], name: str) -> Any:
             raise ValueError(f"`{name}` must have no name twice, but got {' '.join(args)}")
         return {key: _read(typing.get_args(kind)[1], [value], f"{name}.{key}") for key, _, value in pairs}
     if len(args) != 1:
-        first = (
-            "; what has no option, such as TEACHER, goes before all options" if any(":" in x for x in args[1:]) else ""
-        )
-        raise ValueError(f"`{name}` must be given one value, but got {' '.join(args) or 'none'}{first}")
+        cure = "; TEACHER, which has no option, goes first" if ":" in " ".join(args[1:]) else ""
+        raise ValueError(f"`{name}` must be given one value, but got {' '.join(args) or 'none'}{cure}")
     arg = args[0]
     readers: dict[Any, Callable[[str], Any]] = {bool: _read_bool, int: int, float: float}
     try:

@@ -170,7 +170,7 @@ def test_words_of_the_command_line() -> None:
         ("--finetune.train_bn --seed 1", "`finetune.train_bn` must be given one value, but got none"),
         (
             "--name one bundled:digits_vit",
-            "but got one bundled:digits_vit; what has no option, such as TEACHER, goes before",
+            "but got one bundled:digits_vit; TEACHER, which has no option, goes first",
         ),
         ("--seed 1 2", "`seed` must be given one value, but got 1 2"),
         ("--seed=1 seed=1", "each setting must read --KEY VALUE, but got seed=1"),

@@ -40,6 +40,11 @@ num_images = 64
 """Stands in for the demo, so that the literal commands need no further words."""
 
 
+NOT_READY = "No available agent to submit job, please try again later"
+"""What a head replies whose dashboard is there before its agent, on a busy machine; a user does what it asks for."""
+ATTEMPTS = 5
+
+
 @dataclass(frozen=True)
 class Head:
     """A running head, started in a project."""
@@ -52,9 +57,19 @@ class Head:
     def submit(self, *words: str) -> str:
         """Run `ray job submit WORDS` in the project and return what it printed."""
         command = [str(Path(sys.executable).parent / "ray"), "job", "submit", *words]
-        done = subprocess.run(
-            command, cwd=self.project, env=self.environment, capture_output=True, text=True, timeout=180, check=False
-        )
+        for _ in range(ATTEMPTS):
+            done = subprocess.run(
+                command,
+                cwd=self.project,
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=180,
+                check=False,
+            )
+            if NOT_READY not in done.stdout + done.stderr:
+                break
+            time.sleep(3)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
