@@ -133,11 +133,7 @@ def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tens
 
     Source: feature alignment of HAST (CVPR 2023); the relative form is ours.
     """
-    if not teacher_blocks or len(student_blocks) != len(teacher_blocks):
-        raise ValueError(
-            f"feature alignment needs as many blocks of the student as of the teacher, at least one, but got "
-            f"{len(student_blocks)} and {len(teacher_blocks)}"
-        )
+    _check_counts("feature alignment", "blocks", student_blocks, teacher_blocks)
     parts = []
     for student, teacher in zip(student_blocks, teacher_blocks, strict=True):
         target = _wide(teacher.detach()).flatten(1)
@@ -145,6 +141,14 @@ def feature_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tens
         gap = (_wide(student).flatten(1) - target).square().sum(dim=1)
         parts.append(torch.where(size > 0, gap / size.where(size > 0, torch.ones_like(size)), torch.zeros_like(gap)))
     return torch.stack(parts).mean(dim=0)
+
+
+def _check_counts(term: str, what: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
+    if not teacher or len(student) != len(teacher):
+        raise ValueError(
+            f"{term} needs as many {what} of the student as of the teacher, at least one, but got {len(student)} and "
+            f"{len(teacher)}"
+        )
 
 
 STRUCTURE_C = 9e-4
@@ -169,11 +173,7 @@ def attention_loss(student_heads: Sequence[Tensor], teacher_heads: Sequence[Tens
 
     Source: MimiQ (arXiv 2407.20021), section 4.2: its structural distillation of heads.
     """
-    if not teacher_heads or len(student_heads) != len(teacher_heads):
-        raise ValueError(
-            f"attention alignment needs as many attentions of the student as of the teacher, at least one, but got "
-            f"{len(student_heads)} and {len(teacher_heads)}"
-        )
+    _check_counts("attention alignment", "attentions", student_heads, teacher_heads)
     parts = []
     for student, teacher in zip(student_heads, teacher_heads, strict=True):
         s, t = (_wide(x) - _wide(x).mean(-2, keepdim=True) for x in (student, teacher.detach()))
