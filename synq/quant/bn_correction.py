@@ -14,9 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.network.bn_stats import channel_moments, pool_statistics
-from synq.network.logits import logits_of
 from synq.network.op_traits import node_module
-from synq.quant.keep_best import Synchronize, keep_best, mean_kl
+from synq.quant.keep_best import Synchronize, keep_closest
 
 LARGEST_RATIO = 2.0
 """Largest factor by which the scale of a batch norm grows or shrinks."""
@@ -73,8 +72,7 @@ def correct_statistics(
     changes = {"none": lambda: None}
     for name, with_deviation in (("mean", False), ("mean and deviation", True)):
         changes[name] = partial(correct_layers, net, targets, measured.split(batch_size), with_deviation=with_deviation)
-    wanted = logits_of(reference, judged, batch_size)
-    kept, costs = keep_best(net, changes, lambda: mean_kl(wanted, net, judged, batch_size), synchronize)
+    kept, costs = keep_closest(net, reference, judged, changes, synchronize, batch_size)
     return {**report, "kept": kept, "kl": costs}
 
 

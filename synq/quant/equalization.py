@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from synq.network.logits import logits_of
 from synq.network.op_traits import is_passive, node_module, traits_of, value_inputs
 from synq.network.tracing import tensor_inputs
-from synq.quant.keep_best import Synchronize, keep_best, mean_kl
+from synq.quant.keep_best import Synchronize, keep_closest
 from synq.quant.layers import ActQuantizer
 
 STRENGTHS = (0.5, 1.0)
@@ -275,9 +274,8 @@ def equalize(
         _scale(net, pairs, scales[name])
         observe(net)
 
-    wanted = logits_of(teacher, images)
     changes = {name: partial(change, name) for name in scales}
-    kept, costs = keep_best(net, changes, lambda: mean_kl(wanted, net, images), synchronize)
+    kept, costs = keep_closest(net, teacher, images, changes, synchronize)
     reference = teacher if kept == "none" else _scale(copy.deepcopy(teacher), pairs, scales[kept])
     rows = [
         {

@@ -54,5 +54,30 @@ def keep_best(
     return best, costs
 
 
+def keep_closest(
+    net: nn.Module,
+    reference: nn.Module,
+    images: Tensor,
+    changes: Mapping[str, Callable[[], object]],
+    synchronize: Synchronize = dict,
+    batch_size: int = 64,
+) -> tuple[str, dict[str, float]]:
+    """Keep the change of ``net`` with the smallest mean KL(reference || net) on images, see `keep_best`.
+
+    Args:
+        net: Changed in place, parameters and buffers only.
+        reference: Float network, (N, C, H, W) -> logits (N, K); not modified.
+        images: (N, C, H, W) on the device of both.
+        changes: Functions that change ``net``, by name.
+        synchronize: Returns the same costs on all processes.
+        batch_size: Images per forward pass.
+
+    Returns:
+        (name of the change that is kept, mean KL of each in nats, by name).
+    """
+    wanted = logits_of(reference, images, batch_size)
+    return keep_best(net, changes, lambda: mean_kl(wanted, net, images, batch_size), synchronize)
+
+
 def _copied(net: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from synq.network.logits import logits_of
 from synq.quant.fake_quant import SCALE_EPS
-from synq.quant.keep_best import Synchronize, keep_best, mean_kl
+from synq.quant.keep_best import Synchronize, keep_closest
 from synq.quant.layers import ACT_QUANTIZERS, ActQuantizer
 from synq.quant.observers import HistogramObserver
 
@@ -138,9 +137,8 @@ def keep_best_grid(
             quantizer.set_step(step)
         observe(net)
 
-    wanted = logits_of(teacher, images)
     changes = {"uniform": partial(change, UNIFORM), "log": partial(change, STEPS[0])}
-    kept, costs = keep_best(net, changes, lambda: mean_kl(wanted, net, images), synchronize)
+    kept, costs = keep_closest(net, teacher, images, changes, synchronize)
     steps = {name.removeprefix(ACT_QUANTIZERS): float(q.step) for name, q in quantizers.items()}
     return {"kept": kept, "kl": costs, "steps": steps}
 

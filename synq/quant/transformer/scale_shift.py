@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 
 from synq.network.logits import logits_of
 from synq.network.op_traits import OpKind, node_module, traits_of, value_inputs
-from synq.quant.keep_best import Synchronize, keep_best, mean_kl
+from synq.quant.keep_best import Synchronize, keep_closest
 
 STRENGTHS = (0.5, 1.0)
 """Candidate exponents of the factors r."""
@@ -246,10 +246,8 @@ def scale_shift(
         _shift(net, locations, choices[name])
         observe(net)
 
-    wanted = logits_of(teacher, images)
-    kept, costs = keep_best(
-        net, {name: partial(change, name) for name in choices}, lambda: mean_kl(wanted, net, images), synchronize
-    )
+    changes = {name: partial(change, name) for name in choices}
+    kept, costs = keep_closest(net, teacher, images, changes, synchronize)
     reference = teacher if kept == "none" else _shift(copy.deepcopy(teacher), locations, choices[kept])
     return reference, {
         "kept": kept,
