@@ -76,8 +76,10 @@ def _is_work(folder: Path) -> bool:
     return (folder / "records").is_dir() or any((folder / name).is_file() for name in names)
 
 
-def _run(folder: Path, findings: Findings, deep: bool, *, with_sets: bool = True) -> list[Run]:
-    verify_run(folder, findings, deep=deep, with_sets=with_sets)
+def _run(
+    folder: Path, findings: Findings, deep: bool, *, with_sets: bool = True, is_stopped: bool = False
+) -> list[Run]:
+    verify_run(folder, findings, deep=deep, with_sets=with_sets, is_stopped=is_stopped)
     path, record = folder / "record.json", None
     if path.is_file():
         try:
@@ -120,8 +122,10 @@ def _sweep(root: Path, findings: Findings, deep: bool) -> list[Run]:
         elif plan is not None and plan.config_digest != record.config_digest:
             findings.add(path, f"is of another run than its plan, with config_digest {record.config_digest}")
         _verify_copy(root, path, record, findings)
+    read = [record for record in records.values() if record is not None]
+    stopped = {f"{record.config.get('name')}-{record.config_digest}" for record in read if record.status != "completed"}
     for folder in sorted((root / "runs").glob("*/")):
-        _run(folder, findings, deep, with_sets=False)
+        _run(folder, findings, deep, with_sets=False, is_stopped=folder.name in stopped)
     for folder in sorted((root / "store").glob("*/")):
         if not folder.suffix and folder.name != "locks":
             findings.check(folder, partial(load_set, folder))

@@ -85,7 +85,7 @@ def short_help(command: Described, program: str, config: RunConfig, width: int |
     lines += _definitions([*options, (flag, more)], width)
     if command.common:
         lines += ["", f"settings used most, of {len(dotted_keys(RunConfig))}, with their [default]:"]
-        lines += _definitions(settings_rows(config, command.common), width, one_line=True)
+        lines += _definitions(settings_rows(config, command.common, choices_first=True), width, one_line=True)
     return "\n".join([*lines, *_closing(command, program)])
 
 
@@ -179,8 +179,14 @@ def _cut(text: str, room: int) -> str:
     return f"{start}{end}"
 
 
-def settings_rows(config: RunConfig, keys: Iterable[str]) -> list[tuple[str, str]]:
-    """Return (option with its type, docstring and value in `config`) of each setting, given by dotted key."""
+def settings_rows(config: RunConfig, keys: Iterable[str], *, choices_first: bool = False) -> list[tuple[str, str]]:
+    """Return (option with its type, docstring and value in `config`) of each setting, given by dotted key.
+
+    Args:
+        config: The run.
+        keys: The settings.
+        choices_first: Whether choices come before the docstring, where a line is too short for both.
+    """
     docs, hints = field_docs(RunConfig), _hints(RunConfig)
     rows = []
     for key in keys:
@@ -189,6 +195,8 @@ def settings_rows(config: RunConfig, keys: Iterable[str]) -> list[tuple[str, str
         for part in key.split("."):
             value = getattr(value, part)
         parts = [f"{doc} " if (doc := docs[key]) else "", f"One of {choices}. " if choices else ""]
+        if choices_first:
+            parts.reverse()
         default = name.rpartition("|")[2] if value is None else _text(value)
         rows.append((f"--{key} {name}", f"{''.join(parts)}(default: {default})"))
     return rows

@@ -70,7 +70,7 @@ class QuantConfig:
     act_bits: int = 4
     """Bit-width of the activations, 2 to 8; for an engine of those that a layer reads, others between layers have 8."""
     target: Literal["research", "onnxruntime", "openvino", "litert", "executorch", "tensorrt", "qnn"] = "research"
-    """Engine that is to run the student. It decides which activations are quantized (every tensor that depends on the
+    """Engine that runs the student. It decides which activations are quantized (every tensor that depends on the
     image) and makes weights symmetric. research: act_points decides, weights are asymmetric. Files for tensorrt and qnn
     are checked against the published rules of these engines, not run in them."""
     portable: bool = False

@@ -64,12 +64,12 @@ class TeacherConfig:
     """The pre-trained classifier to quantize."""
 
     spec: str = "bundled:digits_resnet8"
-    """Which model: bundled:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME, hf:FOLDER or hf:NAME (Hugging Face
-    transformers), FILE.py:FACTORY, PACKAGE.MODULE:FACTORY, or SOURCE:MODEL of a source that synq.teacher_source or an
-    entry point of synq.teacher_sources registers (@VERSION is added to SOURCE)."""
+    """FILE.py:FACTORY, torchvision:NAME, timm:NAME, hf:FOLDER or hf:NAME (Hugging Face transformers), pytorchcv:NAME,
+    bundled:NAME, PACKAGE.MODULE:FACTORY, or SOURCE:MODEL of a source that synq.teacher_source or an entry point of
+    synq.teacher_sources registers (@VERSION is added to SOURCE)."""
     weights: str | None = None
-    """Weights file (.safetensors, a file of torch.save, or the .index.json of a sharded set), a weights name of
-    torchvision such as IMAGENET1K_V1, or random (untrained); None takes those of the source."""
+    """Weights file, a name of torchvision such as IMAGENET1K_V1, or random (untrained); None takes those of the source.
+    A file is .safetensors, of torch.save, or the .index.json of a sharded set."""
     num_classes: int | None = None
     """Number of classes; None reads it from the model."""
     input_size: tuple[int, int, int] | None = None

@@ -26,7 +26,9 @@ COMPARED = ("top1", "rtn_top1", "teacher_top1", "top5", "drop", "objective_value
 """Metrics that two records of one run must have in common."""
 
 
-def verify_run(folder: Path, findings: Findings, *, deep: bool = False, with_sets: bool = True) -> None:
+def verify_run(
+    folder: Path, findings: Findings, *, deep: bool = False, with_sets: bool = True, is_stopped: bool = False
+) -> None:
     """Check the files of a run, finished or not.
 
     Args:
@@ -34,6 +36,7 @@ def verify_run(folder: Path, findings: Findings, *, deep: bool = False, with_set
         findings: Takes what is wrong.
         deep: Whether to measure the student again.
         with_sets: Whether to check its synthetic images as well.
+        is_stopped: Whether it is known to have ended without a record, as a pruned trial of a sweep.
     """
     for name in STATES:
         if (path := folder / name).is_file():
@@ -41,7 +44,8 @@ def verify_run(folder: Path, findings: Findings, *, deep: bool = False, with_set
     file = folder / "config.json"
     config = findings.check(file, lambda: load_run(file)) if file.is_file() else None
     if not (folder / "record.json").is_file():
-        findings.skipped.append(f"`{folder}` is not finished: it has no record.json")
+        if not is_stopped:
+            findings.skipped.append(f"`{folder}` is not finished: it has no record.json")
         return
     record = verify_record(folder / "record.json", findings)
     if record is None:

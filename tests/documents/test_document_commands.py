@@ -101,6 +101,24 @@ def test_a_command_in_a_document_is_known(
             assert (ROOT / arg).exists(), f"{arg} does not exist"
 
 
+def examples_of_help(name: str) -> list[tuple[str, list[str]]]:
+    """Return the commands among the examples of a command's help, without the remarks two spaces behind them."""
+    command = GROUP.get_command(None, name)  # type: ignore[arg-type]
+    assert isinstance(command, Command)
+    text = command.examples.replace("%(prog)s", f"synq {name}").replace("\\\n", " ")
+    lines = [re.sub(r"(?<=\S)\s{2,}.*", "", line.strip()) for line in text.splitlines()]
+    return [call for line in lines if line for call in commands_in(line)]
+
+
+@pytest.mark.parametrize("name", GROUP.modules)
+def test_the_examples_of_a_help_are_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    calls = examples_of_help(name)
+    assert any(called == name for called, _ in calls)
+    for called, args in calls:
+        read(called, args)
+
+
 def test_every_page_with_commands_is_seen() -> None:
     assert len(SHELL) > 60 and len({path for path, *_ in SHELL}) > 15
     names = {name for _, name, _ in SHELL}

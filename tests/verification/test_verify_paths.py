@@ -15,7 +15,8 @@ from synq.commands.export import main as export
 from synq.commands.leaderboard import main as leaderboard
 from synq.commands.verify import main as verify
 from synq.common.notices import forget_notices
-from synq.runs.record import write_record
+from synq.config.run import RunConfig, config_from_dict
+from synq.runs.record import read_record, write_config, write_record
 
 Capture = pytest.CaptureFixture[str]
 
@@ -151,6 +152,20 @@ def test_a_sweep(tmp_path: Path, capsys: Capture) -> None:
     assert any(f"`{first}`: has no plan" in line for line in findings(capsys, str(sweep)))
     (sweep / "plans" / second.name).write_text("")
     assert any(f"`{sweep / 'plans' / second.name}` must hold JSON" in line for line in findings(capsys, str(sweep)))
+
+
+def test_a_pruned_trial_of_a_sweep_is_no_unfinished_run(tmp_path: Path, capsys: Capture) -> None:
+    sweep = made_sweep(tmp_path / "sweep", trials=5)
+    folders = {}
+    for path in sorted((sweep / "records").glob("*.json"))[2:4]:
+        trial = read_record(path)
+        folder = sweep / "runs" / f"{trial.config['name']}-{trial.config_digest}"
+        write_config(folder / "config.json", config_from_dict(RunConfig, trial.config))
+        folders[trial.status] = folder
+    forget_notices()
+    assert verify([str(sweep)]) == 0
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "is not finished" in line]
+    assert f"`{folders['completed']}`" in note and folders["pruned"].name not in note
 
 
 @pytest.mark.parametrize("command", [verify, printed], ids=["verify", "leaderboard"])
