@@ -1,4 +1,4 @@
-"""Figures of a run's images: synthetic images, their spectra, class activation maps.
+"""Figures of a run's images: synthetic images, their spectra, class activation maps, attention.
 
 Each function takes plain arrays, or the reason why there are none, and returns a figure or a gap with the reason.
 """
@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from synq.diagnostics.probe_parts import ImageGrid, Maps, Spectra
+from synq.diagnostics.probe_parts import SIMILARITY_BINS, Attention, ImageGrid, Maps, Spectra
 
 from .drawing import WIDTH, draw, panels
 from .page import Figure, Gap
@@ -106,6 +106,51 @@ def cam_overlays(found: Maps | str) -> Figure | Gap:
     title = "Class activation maps"
     if isinstance(found, str):
         return Gap(title=title, reason=found)
+    caption = (
+        f"Grad-CAM of the label on {len(found.images)} {found.source}, not normalized, large values bright, one color "
+        "scale per column. The maps of a fine-tuned student should resemble the teacher's more than those before "
+        "fine-tuning do."
+    )
+    return _overlays("cam", title, caption, found)
+
+
+def attention_figures(found: Attention | str | None) -> list[Figure | Gap]:
+    """Return figures of attention as maps and of the similarities of tokens; none for a network without attention."""
+    title = "Attention"
+    if found is None:
+        return []
+    if isinstance(found, str):
+        return [Gap(title=title, reason=found)]
+    counts = ", ".join(f"{name} n = {count}" for name, count in found.counts.items())
+    centers = np.linspace(-1, 1, SIMILARITY_BINS + 1)[:-1] + 1 / SIMILARITY_BINS
+
+    def plot(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        for name, shares in found.similarities.items():
+            axes.plot(centers, 100 * shares, label=name, linestyle="--" if name == "Gaussian noise" else "-")
+        axes.set(xlabel="cosine between two tokens of an image", ylabel="pairs [%]", xlim=(-1, 1), ylim=(0, None))
+        axes.legend()
+
+    caption = (
+        "Tokens that the teacher's attention gathers. On images with distinct things tokens form groups, and the curve "
+        f"is wide; on noise it is narrow. {counts}."
+    )
+    maps: Figure | Gap = (
+        Gap(title=title, reason=found.maps)
+        if isinstance(found.maps, str)
+        else _overlays(
+            "attention",
+            title,
+            f"Share of each position in {found.place}, on {len(found.maps.images)} {found.maps.source}, large values "
+            "bright, one color scale per column.",
+            found.maps,
+        )
+    )
+    return [maps, draw("token-similarity", "Similarity of tokens", caption, plot)]
+
+
+def _overlays(name: str, title: str, caption: str, found: Maps) -> Figure:
+    """Draw images in the first row, and below them the maps of each network over the images."""
     number, names = len(found.images), list(found.maps)
     top = np.maximum(np.max([found.maps[name].max(axis=(1, 2)) for name in names], axis=0), 1e-12)
 
@@ -128,9 +173,5 @@ def cam_overlays(found: Maps | str) -> Figure | Gap:
                 if column == 0:
                     axes.set_ylabel(name.replace(" to ", " to\n"))
 
-    caption = (
-        f"Grad-CAM of the label on {number} {found.source}, not normalized, large values bright, one color scale per "
-        "column. The maps of a fine-tuned student should resemble the teacher's more than those before fine-tuning do."
-    )
     tile = (WIDTH - 0.5) / number
-    return draw("cam", title, caption, plot, (WIDTH, 0.4 + tile * (len(names) + 1)), pixels=True)
+    return draw(name, title, caption, plot, (WIDTH, 0.4 + tile * (len(names) + 1)), pixels=True)

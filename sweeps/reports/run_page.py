@@ -12,7 +12,7 @@ from synq.runs.finished_folder import finished_folder
 from synq.runs.record import RunRecord
 
 from .headline import run_chart
-from .image_figures import cam_overlays, image_grids, spectra
+from .image_figures import attention_figures, cam_overlays, image_grids, spectra
 from .page import Block, Gap, Page, Tab, Table, Text
 from .run_figures import confusion, error_by_difficulty, layer_errors, losses, range_strips
 from .summary import foot, run_facts, run_label, run_verdict
@@ -115,6 +115,7 @@ def run_tabs(
             "Images": [*image_grids(probe.images, _filter_text(settings)), *spectra(probe.spectra)],
             "Predictions": [
                 cam_overlays(probe.maps),
+                *attention_figures(probe.attention),
                 error_by_difficulty(
                     probe.predictions, settings["difficulty_threshold"], uses_labels=settings["ce_weight"] > 0
                 ),

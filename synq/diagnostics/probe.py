@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from synq.diagnostics.activation_recorder import ActivationRecorder
+from synq.diagnostics.attention_maps import attention_of, attention_site, token_similarities
+from synq.diagnostics.layer_errors import layer_errors, range_counts
 from synq.diagnostics.probe_parts import (
-    NUM_BINS,
-    REACH,
+    Attention,
     ImageGrid,
     LayerError,
     Maps,
@@ -29,12 +29,10 @@ from synq.diagnostics.probe_parts import (
     RangeCount,
     Spectra,
 )
-from synq.evaluation.fidelity import sqnr_db
 from synq.evaluation.measure import Measure
 from synq.finetune.responses import TappedNetwork, teacher_response
 from synq.network.logits import logits_of
 from synq.network.tracing import with_features
-from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear
 from synq.quant.prepare import prepare_student
 from synq.quant.student import Student, build_student
 from synq.runs.finished import Run, open_run
@@ -82,6 +80,7 @@ def probe_run(
         spectra=_or_reason(data.spectra),
         predictions=_or_reason(data.predictions),
         maps=_or_reason(data.maps),
+        attention=_or_reason(data.attention),
         layers=_or_reason(data.layers),
         ranges=_or_reason(data.ranges),
     )
@@ -168,8 +167,8 @@ class ReportData:
             clipped=float(((before < 0) | (before > 1)).mean()),
         )
 
-    def spectra(self) -> Spectra:
-        """Return amplitude spectra of synthetic, filtered and, if there are any, labeled images."""
+    def _kinds(self) -> dict[str, Tensor]:
+        """Return synthetic, filtered and, if there are any, labeled images by name."""
         images, _ = self._sets[1]
         images = images[_spread(torch.arange(len(images)), self.num_images)]
         kinds = {"synthetic": images, "filtered": low_pass(images, self.config, pixel_range=self.teacher.pixel_range())}
@@ -178,8 +177,13 @@ class ReportData:
         labeled = self._labeled
         if labeled is not None:
             kinds["labeled (used only in this plot)"] = labeled[0]
+        return kinds
+
+    def spectra(self) -> Spectra:
+        """Return amplitude spectra of synthetic, filtered and, if there are any, labeled images."""
+        kinds = self._kinds()
         amplitudes = {name: _amplitude(part) for name, part in kinds.items()}
-        settings, (height, width) = self.config.finetune, images.shape[2:]
+        settings, (height, width) = self.config.finetune, kinds["synthetic"].shape[2:]
         cutoff = settings.lowpass_cutoff
         return Spectra(
             amplitudes=amplitudes,
@@ -203,19 +207,23 @@ class ReportData:
             difficulty=(1 - confidence).numpy(),
         )
 
+    @functools.cached_property
+    def _map_images(self) -> tuple[str, Tensor, Tensor]:
+        """Return source, images and labels of the maps: the first image of some classes."""
+        source, _, images, labels = self._evaluation_images
+        first_rows = [int((labels == label).nonzero()[0, 0]) for label in labels.unique()]
+        rows = torch.tensor(first_rows)[_spread(torch.arange(len(first_rows)), NUM_MAPS)]
+        return source, images[rows], labels[rows]
+
     def maps(self) -> Maps:
         """Return class activation maps of the teacher, the student before fine-tuning, and the student."""
         cam_site = self.teacher.cam
         if cam_site.kind == "none":
             raise ValueError(f"this network has no class activation map: {cam_site.reason}")
-        source, _, images, labels = self._evaluation_images
-        first_rows = [int((labels == label).nonzero()[0, 0]) for label in labels.unique()]
-        rows = torch.tensor(first_rows)[_spread(torch.arange(len(first_rows)), NUM_MAPS)]
-        images, labels = images[rows], labels[rows]
-        rounded = self._rounded()
+        source, images, labels = self._map_images
         networks = {
             "teacher": (self.teacher.graph, cam_site.node),
-            "rounded to nearest": (rounded.net, rounded.cam_node),
+            "rounded to nearest": (self._rounded.net, self._rounded.cam_node),
             "student": (self.student.net, self.student.cam_node),
         }
         maps = {}
@@ -225,6 +233,40 @@ class ReportData:
             maps[name] = found.numpy()
         return Maps(source=source, images=self._to_pixels(images).clip(0, 1), labels=labels.numpy(), maps=maps)
 
+    def attention(self) -> Attention | None:
+        """Return maps of attention and similarities of tokens, None for a network without attention."""
+        graph = self.teacher.graph
+        maps: Maps | str
+        place = ""
+        try:
+            site = attention_site(graph)
+        except ValueError as error:
+            maps = str(error)
+        else:
+            if site is None:
+                return None
+            source, images, labels = self._map_images
+            name = site.nodes.probabilities
+            students = {"rounded to nearest": self._rounded, "student": self.student}
+            networks = {
+                "teacher": (graph, name),
+                **{key: (one.net, one.taps.get(name, name)) for key, one in students.items()},
+            }
+            found = attention_of(networks, site, images)
+            pixels = self._to_pixels(images).clip(0, 1)
+            maps = Maps(source=source, images=pixels, labels=labels.numpy(), maps=found)
+            place = site.text
+        few = {name: part[_spread(torch.arange(len(part)), LAYER_IMAGES)] for name, part in self._kinds().items()}
+        noise = torch.randn(next(iter(few.values())).shape, generator=torch.Generator().manual_seed(0))
+        few["Gaussian noise"] = self.teacher.pixel_range().clamp_(noise)
+        return Attention(
+            maps=maps,
+            place=place,
+            similarities={name: token_similarities(graph, part) for name, part in few.items()},
+            counts={name: len(part) for name, part in few.items()},
+        )
+
+    @functools.cached_property
     def _rounded(self) -> Student:
         """Return the student before fine-tuning: rounded to nearest, same bits, ranges from the same observers."""
         plain = replace(
@@ -247,60 +289,11 @@ class ReportData:
         """Return the SQNR of each convolutional and linear layer."""
         if self.config.quant.equalization:
             raise ValueError("the student's channels are scaled differently from the teacher's (quant.equalization)")
-        kinds = (nn.Conv2d, nn.Linear)
-        teacher, student = ActivationRecorder(self.teacher.graph, kinds), ActivationRecorder(self.student.net, kinds)
-        powers: dict[str, Tensor] = {}
-        for images in self._layer_images():
-            reference = teacher(images)
-            for name, output in student(images).items():
-                target = reference[name].double()
-                sums = torch.stack([target.square().sum(), (target - output.double()).square().sum()])
-                powers[name] = powers.get(name, 0) + sums
-        errors = []
-        for name, (signal, noise) in powers.items():
-            layer, original = self.student.net.get_submodule(name), self.teacher.graph.get_submodule(name)
-            assert isinstance(layer, QuantConv2d | QuantLinear) and isinstance(original.weight, Tensor)
-            rounded = layer.weight_quantizer(layer.weight)
-            errors.append(
-                LayerError(
-                    name=name,
-                    bits=layer.weight_quantizer.bits,
-                    weight_db=sqnr_db(original.weight, rounded.detach()),
-                    output_db=math.inf if noise == 0 else float(10 * torch.log10(signal / noise)),
-                )
-            )
-        return errors
+        return layer_errors(self.teacher.graph, self.student.net, self._layer_images())
 
     def ranges(self) -> list[RangeCount]:
         """Return a histogram of the input of each activation quantizer."""
-        recorder = ActivationRecorder(self.student.net, ActQuantizer, inputs=True)
-        found: dict[str, tuple[Tensor, int, int]] = {}
-        for images in self._layer_images():
-            for name, values in recorder(images).items():
-                low, high = self._range(name)
-                reach, step = REACH * max(-low, high), (high - low) / (2 ** self._quantizer(name).bits - 1)
-                # Values up to half a step outside the range round to its first or last code and are not clipped.
-                outside = int(((values < low - step / 2) | (values > high + step / 2)).sum())
-                counts = torch.histc(values.double().clamp(-reach, reach), NUM_BINS, -reach, reach)
-                before = found.get(name, (torch.zeros_like(counts), 0, 0))
-                found[name] = (before[0] + counts, before[1] + outside, before[2] + values.numel())
-        ranges = []
-        for name, (counts, outside, number) in found.items():
-            low, high = self._range(name)
-            bits, shares = self._quantizer(name).bits, (counts / number).numpy()
-            ranges.append(RangeCount(name=name, bits=bits, low=low, high=high, shares=shares, clipped=outside / number))
-        return ranges
-
-    def _quantizer(self, name: str) -> ActQuantizer:
-        quantizer = self.student.net.get_submodule(name)
-        assert isinstance(quantizer, ActQuantizer)
-        return quantizer
-
-    def _range(self, name: str) -> tuple[float, float]:
-        """Return the smallest and largest value that a quantizer represents."""
-        quantizer = self._quantizer(name)
-        scale, zero = float(quantizer.scale), int(quantizer.zero_point)
-        return scale * (quantizer.quant_min - zero), scale * (quantizer.quant_max - zero)
+        return range_counts(self.student.net, self._layer_images())
 
     def _to_pixels(self, images: Tensor) -> np.ndarray:
         """Return normalized images (N, C, H, W) as pixel values (N, H, W, 3), black 0 and white 1.

@@ -7,6 +7,8 @@ import numpy as np
 from synq.runs.record import RunRecord
 
 NUM_BINS = 60
+SIMILARITY_BINS = 50
+"""Bins of the histogram of the similarities of tokens over [-1, 1]."""
 REACH = 1.5
 """Histograms of an activation quantizer's input extend to this multiple of the range's largest absolute bound."""
 
@@ -69,12 +71,12 @@ class Predictions:
 
 @dataclass(frozen=True, kw_only=True)
 class Maps:
-    """Class activation maps of several networks on the same images.
+    """Maps of several networks on the same images: class activation maps, or attention.
 
     Attributes:
         source: Description of the images.
         images: Pixel values (N, H, W, 1 or 3) in [0, 1].
-        labels: Classes (N,) that the maps explain.
+        labels: Classes (N,) of the images, which class activation maps explain.
         maps: Maps (N, h, w), not normalized, by name of the network.
     """
 
@@ -82,6 +84,23 @@ class Maps:
     images: np.ndarray
     labels: np.ndarray
     maps: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Attention of several networks on the same images, and the similarities of the teacher's tokens.
+
+    Attributes:
+        maps: What each position gets of the attention, by name of the network, or why there are no maps.
+        place: Which attention the maps are of, for a caption.
+        similarities: Histogram of the cosines of tokens over [-1, 1], as shares, by name of a set of images.
+        counts: Number of images by name of the set.
+    """
+
+    maps: Maps | str
+    place: str
+    similarities: dict[str, np.ndarray]
+    counts: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +143,16 @@ class RangeCount:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Measurements on a finished run; one that could not be made is a string with the reason."""
+    """Measurements on a finished run; one that could not be made is a string with the reason.
+
+    `attention` is None for a network without.
+    """
 
     record: RunRecord
     images: ImageGrid | str
     spectra: Spectra | str
     predictions: Predictions | str
     maps: Maps | str
+    attention: Attention | str | None
     layers: list[LayerError] | str
     ranges: list[RangeCount] | str
