@@ -149,7 +149,7 @@ def attention_figures(found: Attention | str | None) -> list[Figure | Gap]:
     return [maps, draw("token-similarity", "Similarity of tokens", caption, plot)]
 
 
-def _overlays(name: str, title: str, caption: str, found: Maps) -> Figure:
+def _overlays(name: str, title: str, caption: str, found: Maps) -> Figure | Gap:
     """Draw images in the first row, and below them the maps of each network over the images."""
     number, names = len(found.images), list(found.maps)
     top = np.maximum(np.max([found.maps[name].max(axis=(1, 2)) for name in names], axis=0), 1e-12)

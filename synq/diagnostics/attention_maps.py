@@ -18,7 +18,7 @@ BATCH_SIZE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionSite:
+class ShownAttention:
     """The attention of a traced network that is shown: the last one over all positions of the image.
 
     Attributes:
@@ -40,7 +40,7 @@ class AttentionSite:
         return f"attention {self.index} of {self.count}, of {whose}, mean over {self.nodes.heads} heads"
 
 
-def attention_site(traced: fx.GraphModule) -> AttentionSite | None:
+def shown_attention(traced: fx.GraphModule) -> ShownAttention | None:
     """Return the attention of a network that is shown, None if it has no attention.
 
     Args:
@@ -55,7 +55,7 @@ def attention_site(traced: fx.GraphModule) -> AttentionSite | None:
     for number, nodes in reversed(list(enumerate(found, 1))):
         grid = grid_of(nodes.tokens, grids)
         if grid is not None and by_name[nodes.scores].meta["shape"][0] == BATCH:
-            return AttentionSite(nodes=nodes, height=grid[0], width=grid[1], index=number, count=len(found))
+            return ShownAttention(nodes=nodes, height=grid[0], width=grid[1], index=number, count=len(found))
     if found:
         raise ValueError("attention of this network is in windows, so that there is no map of the whole image")
     return None
@@ -63,7 +63,7 @@ def attention_site(traced: fx.GraphModule) -> AttentionSite | None:
 
 @torch.no_grad()
 def attention_of(
-    networks: Mapping[str, tuple[fx.GraphModule, str]], site: AttentionSite, images: Tensor
+    networks: Mapping[str, tuple[fx.GraphModule, str]], shown: ShownAttention, images: Tensor
 ) -> dict[str, np.ndarray]:
     """Return by network what the image's positions get of its attention, the mean over heads.
 
@@ -71,7 +71,7 @@ def attention_of(
 
     Args:
         networks: By name a network and its node of the softmax (N, heads, T, T).
-        site: The attention.
+        shown: The attention.
         images: (N, C, H, W), normalized.
 
     Returns:
@@ -79,13 +79,13 @@ def attention_of(
     """
     maps = {}
     for name, (net, node) in networks.items():
-        tapped, extra = with_outputs(net, [node]), site.nodes.extra
+        tapped, extra = with_outputs(net, [node]), shown.nodes.extra
         parts = []
         for batch in images.split(BATCH_SIZE):
             _, probabilities = tapped(batch)
-            heads = probabilities if site.nodes.heads > 1 else probabilities.unsqueeze(-3)
+            heads = probabilities if shown.nodes.heads > 1 else probabilities.unsqueeze(-3)
             received = heads[..., 0, extra:] if extra else heads.mean(-2)
-            parts.append(received.mean(-2).reshape(len(batch), site.height, site.width))
+            parts.append(received.mean(-2).reshape(len(batch), shown.height, shown.width))
         maps[name] = torch.cat(parts).double().numpy()
     return maps
 

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from synq.diagnostics.attention_maps import attention_of, attention_site, token_similarities
+from synq.diagnostics.attention_maps import attention_of, shown_attention, token_similarities
 from synq.diagnostics.layer_errors import layer_errors, range_counts
 from synq.diagnostics.probe_parts import (
     Attention,
@@ -239,23 +239,23 @@ class ReportData:
         maps: Maps | str
         place = ""
         try:
-            site = attention_site(graph)
+            shown = shown_attention(graph)
         except ValueError as error:
             maps = str(error)
         else:
-            if site is None:
+            if shown is None:
                 return None
             source, images, labels = self._map_images
-            name = site.nodes.probabilities
+            name = shown.nodes.probabilities
             students = {"rounded to nearest": self._rounded, "student": self.student}
             networks = {
                 "teacher": (graph, name),
                 **{key: (one.net, one.taps.get(name, name)) for key, one in students.items()},
             }
-            found = attention_of(networks, site, images)
+            found = attention_of(networks, shown, images)
             pixels = self._to_pixels(images).clip(0, 1)
             maps = Maps(source=source, images=pixels, labels=labels.numpy(), maps=found)
-            place = site.text
+            place = shown.text
         few = {name: part[_spread(torch.arange(len(part)), LAYER_IMAGES)] for name, part in self._kinds().items()}
         noise = torch.randn(next(iter(few.values())).shape, generator=torch.Generator().manual_seed(0))
         few["Gaussian noise"] = self.teacher.pixel_range().clamp_(noise)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from support.token_nets import SIZE, Joined, TokenNet, spread
 from synq.config.run import RunConfig, with_overrides
-from synq.diagnostics.attention_maps import attention_of, attention_site, token_similarities
+from synq.diagnostics.attention_maps import attention_of, shown_attention, token_similarities
 from synq.diagnostics.probe import probe_run
 from synq.network.tracing import trace_classifier
 from synq.pipeline import run
@@ -37,11 +37,11 @@ class Windows(nn.Module):
 def test_the_map_is_what_the_positions_get(extra: int) -> None:
     net = spread(TokenNet(token=bool(extra), depth=2))
     traced = trace_classifier(net, SIZE)
-    site = attention_site(traced)
-    assert site is not None and site.nodes.extra == extra and site.index == site.count
+    shown = shown_attention(traced)
+    assert shown is not None and shown.nodes.extra == extra and shown.index == shown.count
     images = torch.randn(3, *SIZE)
-    maps = attention_of({"teacher": (traced, site.nodes.probabilities)}, site, images)["teacher"]
-    assert maps.shape == (3, site.height, site.width) and (maps > 0).all()
+    maps = attention_of({"teacher": (traced, shown.nodes.probabilities)}, shown, images)["teacher"]
+    assert maps.shape == (3, shown.height, shown.width) and (maps > 0).all()
     captured: list[Tensor] = []
     attention = net.blocks[-1].attention
     assert isinstance(attention, Joined)
@@ -57,7 +57,7 @@ def test_the_map_is_what_the_positions_get(extra: int) -> None:
 def test_windows_have_no_map_of_the_image_but_similarities() -> None:
     traced = trace_classifier(Windows().eval(), SIZE)
     with pytest.raises(ValueError, match="in windows"):
-        attention_site(traced)
+        shown_attention(traced)
     shares = token_similarities(traced, torch.randn(4, *SIZE))
     assert shares.shape == (50,) and shares.sum() == pytest.approx(1) and (shares >= 0).all()
 
@@ -67,7 +67,7 @@ def test_equal_tokens_are_wholly_similar_and_no_attention_is_none() -> None:
     nn.init.zeros_(net.positions)
     shares = token_similarities(trace_classifier(net, SIZE), torch.full((2, *SIZE), 0.5))
     assert shares[-1] == pytest.approx(1)
-    assert attention_site(trace_classifier(nn.Sequential(nn.Flatten(), nn.Linear(768, 4)).eval(), SIZE)) is None
+    assert shown_attention(trace_classifier(nn.Sequential(nn.Flatten(), nn.Linear(768, 4)).eval(), SIZE)) is None
 
 
 @pytest.mark.slow
