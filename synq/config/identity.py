@@ -121,6 +121,11 @@ def make_absolute(config: T) -> T:
     return with_overrides(config, specs | _changed(values, FOLDERS, absolute_path))
 
 
+def not_given(value: Any) -> bool:
+    """Return whether a setting that was added later has its default, None or False; a weight of 0 is a choice."""
+    return value is None or value is False
+
+
 def config_digest(config: object, *, with_seeds: bool = True, with_evaluation: bool = True) -> str:
     """Return the digest of everything in a `RunConfig` that determines its result, 16 hexadecimal digits.
 
@@ -165,9 +170,7 @@ def config_digest(config: object, *, with_seeds: bool = True, with_evaluation: b
     left_out += [(values["evaluation"], key) for key in added if values["evaluation"][key] is None]
     left_out += [(quant, key) for key in ("power_of_two_scales", "scale_shift") if not quant[key]]
     left_out += [(quant, "softmax")] if quant["softmax"] == "uniform" else []
-    left_out += [
-        (values["synthesis"], key) for key in ("source", *ADDED_LATER) if values["synthesis"][key] in (None, False)
-    ]
+    left_out += [(values["synthesis"], key) for key in ("source", *ADDED_LATER) if not_given(values["synthesis"][key])]
     left_out += [] if with_evaluation else [(values, "evaluation")]
     left_out += [] if with_seeds else [(values, "seed"), (values, "data_seed")]
     for table, key in left_out:

@@ -16,7 +16,7 @@ from torch import Tensor
 from synq.common.digests import report_unsealed, write_sealed_json
 from synq.common.files import DamagedFileError, write_bytes_atomic
 from synq.common.notices import print_notice
-from synq.config.identity import map_spec_path
+from synq.config.identity import map_spec_path, not_given
 from synq.config.run import SynthesisConfig, config_to_dict
 from synq.config.synthesis import ADDED_LATER, OWN_IMAGES, PIXEL_METHODS
 from synq.synthesis.dataset import (
@@ -64,7 +64,7 @@ def set_identity(
         pixel_range: Range of normalized pixels; None for images without bounds.
     """
     settings = config_to_dict(config) | {"swing_conv": config.swings}
-    not_given = {name for name in ADDED_LATER if settings[name] in (None, False)}
+    left_out = {name for name in ADDED_LATER if not_given(settings[name])}
     unused = set() if config.method in ("gdfq", "genie") else set(GENERATOR_FIELDS)
     if not config.calib_centers:
         unused |= set(CENTER_FIELDS)
@@ -81,7 +81,7 @@ def set_identity(
         settings["source"] = map_spec_path(str(config.source), os.path.basename)
     else:
         unused.add("source")
-    settings = {name: value for name, value in settings.items() if name not in unused | not_given}
+    settings = {name: value for name, value in settings.items() if name not in unused | left_out}
     return {
         "format_version": FORMAT_VERSION,
         "teacher_digest": teacher_digest,

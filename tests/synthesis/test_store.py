@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from synq.config.run import SynthesisConfig
+from synq.config.run import RunConfig, SynthesisConfig, config_digest, with_overrides
 from synq.config.synthesis import ADDED_LATER, STRUCTURE_WEIGHTS
 from synq.synthesis.dataset import SyntheticSet
 from synq.synthesis.store import SetStore, set_identity
@@ -78,6 +78,15 @@ def test_key_covers_every_setting_of_synthesis(tmp_path: Path) -> None:
     own = dataclasses.replace(CONFIG, method="own_images", source="folder:/here/photos")
     moved, other = (dataclasses.replace(own, source=f"folder:/there/{name}") for name in ("photos", "others"))
     assert _key(store, config=own) == _key(store, config=moved) != _key(store, config=other)
+
+
+@pytest.mark.parametrize("name", STRUCTURE_WEIGHTS)
+def test_a_weight_of_zero_is_another_set_than_one_that_the_structure_chooses(name: str, tmp_path: Path) -> None:
+    """It was taken for "not given" once, so that images of an ablation were those of the full method."""
+    off, on = dataclasses.replace(CONFIG, **{name: 0.0}), dataclasses.replace(CONFIG, **{name: 0.05})
+    assert len({_key(SetStore(tmp_path), config=config) for config in (CONFIG, off, on)}) == 3
+    configs = [with_overrides(RunConfig(), {f"synthesis.{name}": value}) for value in (None, 0.0, 0.05)]
+    assert len({config_digest(config) for config in configs}) == 3
 
 
 def test_key_covers_teacher_seed_purpose_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
