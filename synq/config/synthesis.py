@@ -15,7 +15,7 @@ SYNTHESIS_METHODS = tuple(name for name in SYNTHESIS_METHOD.built_in if name != 
 
 STRUCTURE_WEIGHTS = ("head_weight", "entropy_weight", "variation_weight")
 """Weights of the terms of `synq.synthesis.structure`; None lets the network's structure decide."""
-ADDED_LATER = (*STRUCTURE_WEIGHTS, "shift_color")
+ADDED_LATER = (*STRUCTURE_WEIGHTS, "prior_weight", "shift_color", "low_first")
 """Settings that are left out of digests where they have their default, so that the digests of before stay."""
 
 
@@ -91,6 +91,12 @@ class SynthesisConfig:
     0.05 for a network without BatchNorm statistics, else 0."""
     variation_weight: float | None = None
     """Weight of the total variation of the pixels. None: 0.002 for a network without BatchNorm statistics, else 0."""
+    prior_weight: float | None = None
+    """Weight of the distance of attention from random maps of one to five blobs, different for each image and head of
+    the deeper half. None: 0."""
+    low_first: bool = False
+    """Whether images have low frequencies alone at first: up to 0.2 of the Nyquist frequency, then 0.3, 0.4, 0.5 and
+    0.6, each for a fifth of the iterations. Only for optimized pixels."""
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -122,7 +128,13 @@ class SynthesisConfig:
         one_of("synthesis.schedule", self.schedule, ("cosine", "plateau"))
         one_of("synthesis.bns_form", self.bns_form, ("std_sum", "var_mean"))
         one_of("synthesis.augment", self.augment, ("none", "flip_shift"))
-        for name in STRUCTURE_WEIGHTS:
+        require(
+            "synthesis.low_first",
+            f"be false unless synthesis.method is one of {', '.join(PIXEL_METHODS)}",
+            self.low_first,
+            not self.low_first or self.method in PIXEL_METHODS,
+        )
+        for name in (*STRUCTURE_WEIGHTS, "prior_weight"):
             if (weight := getattr(self, name)) is not None:
                 between(f"synthesis.{name}", weight, 0)
 

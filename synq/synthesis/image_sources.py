@@ -8,6 +8,7 @@ from torch import Tensor
 
 from synq.config.run import SynthesisConfig
 from synq.synthesis.generators import ImageGenerator
+from synq.synthesis.lowpass import StagedLowpass
 from synq.synthesis.start_noise import WHITE, StartNoise
 from synq.teacher.pixel_range import PixelRange
 
@@ -42,8 +43,12 @@ class ImageSource(Protocol):
         """
         ...
 
-    def constrain(self) -> None:
-        """Bring parameters back to where images are possible, after each step of the optimizer."""
+    def constrain(self, done: float) -> None:
+        """Bring parameters back to where images are possible, after each step of the optimizer.
+
+        Args:
+            done: Fraction of the steps that are done, in (0, 1].
+        """
         ...
 
 
@@ -67,6 +72,9 @@ class PixelSource:
     ) -> None:
         pixels = start.apply(torch.randn((num_images, *input_size), generator=generator))
         self._range = pixel_range
+        self._stages = StagedLowpass(*input_size[1:], device) if config.low_first else None
+        if self._stages is not None:
+            pixels = self._stages(pixels.to(device), 0.0).cpu()
         if pixel_range is not None:
             pixel_range.clamp_(pixels)
         self._pixels = pixels.to(device, memory_format=torch.channels_last).requires_grad_()
@@ -75,7 +83,10 @@ class PixelSource:
     def images(self) -> Tensor:
         return self._pixels
 
-    def constrain(self) -> None:
+    def constrain(self, done: float) -> None:
+        if self._stages is not None:
+            with torch.no_grad():
+                self._pixels.copy_(self._stages(self._pixels, done))
         if self._range is not None:
             self._range.clamp_(self._pixels)
 
@@ -90,7 +101,7 @@ class GivenImages:
     def images(self) -> Tensor:
         return self._images
 
-    def constrain(self) -> None:
+    def constrain(self, done: float) -> None:
         """Do nothing: there is no step."""
 
 
@@ -123,7 +134,7 @@ class LatentSource:
     def images(self) -> Tensor:
         return _clamped(self._network(self._latents), self._range)
 
-    def constrain(self) -> None:
+    def constrain(self, done: float) -> None:
         """Do nothing: the parameters are not pixels, and the images are clamped where they are made."""
 
 
@@ -165,7 +176,7 @@ class GeneratorSource:
         images = self._network(noise.to(self._rows.device, non_blocking=True), self._rows)
         return _clamped(images, self._range)
 
-    def constrain(self) -> None:
+    def constrain(self, done: float) -> None:
         """Do nothing: the parameters are not pixels, and the images are clamped where they are made."""
 
 

@@ -35,7 +35,7 @@ class Inversion:
     """Shape (N,), int64: the assigned labels, or the teacher's predictions if the method assigns none."""
     terms: dict[str, float]
     """Loss terms of the final images without augmentation: total, inception, bns, centers, and those of the structure
-    if there are any: heads, entropy, variation."""
+    if there are any: heads, entropy, prior, variation."""
     num_agree: int
     """Number of images whose label is the teacher's top-1 prediction."""
     history: Tensor
@@ -139,7 +139,7 @@ def invert(
 
     L = inception_weight * mean_i (1 - p_i)^gamma CE_i
         + bns_weight * BNS(targets) + center_weight * bns_weight * BNS(center_targets)
-        + head_weight * H + entropy_weight * E + variation_weight * V
+        + head_weight * H + entropy_weight * E + prior_weight * P + variation_weight * V
 
     The first term is absent for zeroq and gaussian, which assign no labels; gaussian does no step at all. All learning
     rates of a method follow the same schedule. The cosine schedule is ours: over a few hundred iterations the plateau
@@ -247,7 +247,7 @@ def invert(
                 loss = loss.detach()
                 assert optimizer is not None
                 optimizer.step()
-                source.constrain()
+                source.constrain((step + 1) / iterations)
                 for schedule in schedules:
                     schedule.step(loss)
                 history[step] = loss

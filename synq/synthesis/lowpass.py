@@ -86,6 +86,36 @@ def gaussian_gain(
     return gain.to(device=device, dtype=dtype or torch.get_default_dtype())
 
 
+STAGES = (0.2, 0.3, 0.4, 0.5, 0.6)
+"""Radii of `StagedLowpass`, as fractions of the Nyquist frequency."""
+
+
+class StagedLowpass:
+    """Ideal low-pass filter whose radius grows in five equal stages: low frequencies are optimized first.
+
+    Unlike the Gaussian filter it can be applied after every step: what it has let pass, it lets pass again unchanged.
+    """
+
+    def __init__(self, height: int, width: int, device: torch.device) -> None:
+        """Make the filter for images of a size in pixels."""
+        self._size = height, width
+        rows = torch.fft.fftfreq(height, dtype=torch.float64) * height
+        cols = torch.fft.rfftfreq(width, dtype=torch.float64) * width
+        distance = (rows[:, None] ** 2 + cols[None, :] ** 2).sqrt()
+        nyquist = min(height, width) / 2
+        self._gains = [(distance <= radius * nyquist).to(device, torch.float32) for radius in STAGES]
+
+    def __call__(self, x: Tensor, done: float) -> Tensor:
+        """Return images (N, C, H, W) without frequencies beyond the radius of the stage.
+
+        Args:
+            x: Images, floating point.
+            done: Fraction of the steps that are done, in [0, 1].
+        """
+        gain = self._gains[min(int(done * len(STAGES)), len(STAGES) - 1)]
+        return torch.fft.irfft2(torch.fft.rfft2(x) * gain.to(x.dtype), s=self._size)
+
+
 @torch.no_grad()
 def gaussian_lowpass(x: Tensor, cutoff_bins: float, batch: int = 512, out: Tensor | None = None) -> Tensor:
     """Apply the Gaussian low-pass filter to images; the mean of each channel is preserved.

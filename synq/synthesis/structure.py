@@ -20,6 +20,7 @@ from synq.network.attention.locations import AttentionNodes, locate_attention
 from synq.network.blocks import block_ends
 from synq.network.op_traits import BATCH, traits_of, value_inputs
 from synq.network.tracing import with_outputs
+from synq.synthesis.attention_prior import AttentionPrior
 
 HEAD_WEIGHT, ENTROPY_WEIGHT, VARIATION_WEIGHT = 0.05, 0.05, 0.002
 """Weights where a network has no batch-norm statistics, next to an `inception_weight` of 0.05."""
@@ -42,11 +43,12 @@ class StructureWeights:
     heads: float
     entropy: float
     variation: float
+    prior: float = 0.0
 
     @property
     def any(self) -> bool:
         """Whether a term is on."""
-        return max(self.heads, self.entropy, self.variation) > 0
+        return max(self.heads, self.entropy, self.variation, self.prior) > 0
 
 
 def structure_weights(config: SynthesisConfig, has_statistics: bool) -> StructureWeights:
@@ -60,6 +62,7 @@ def structure_weights(config: SynthesisConfig, has_statistics: bool) -> Structur
         heads=_chosen(config.head_weight, HEAD_WEIGHT, has_statistics),
         entropy=_chosen(config.entropy_weight, ENTROPY_WEIGHT, has_statistics),
         variation=_chosen(config.variation_weight, VARIATION_WEIGHT, has_statistics),
+        prior=config.prior_weight or 0.0,
     )
 
 
@@ -118,15 +121,19 @@ class StructureTerms:
         factors = [name for attention in self._compared for name in (attention.factors or (attention.scores,))]
         gathered = [attention.gathered for attention in self.attentions] if weights.entropy else []
         self._num_factors = len(factors)
-        self.module: nn.Module = with_outputs(graph, [*factors, *gathered, *self.maps])
+        self._prior = AttentionPrior(graph, generator) if weights.prior else None
+        prior = self._prior.names if self._prior is not None else []
+        self._num_prior = len(prior)
+        self.module: nn.Module = with_outputs(graph, [*prior, *factors, *gathered, *self.maps])
 
     def __call__(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return logits (N, K) and the terms, scalars with gradient: heads, entropy, variation.
+        """Return logits (N, K) and the terms, scalars with gradient: heads, entropy, prior, variation.
 
         Args:
             images: (N, C, H, W), of which `variation` is computed, too.
         """
-        logits, *taps = self.module(images)
+        logits, *outputs = self.module(images)
+        probabilities, taps = outputs[: self._num_prior], outputs[self._num_prior :]
         factors, tokens = iter(taps[: self._num_factors]), taps[self._num_factors :]
         zero = logits.new_zeros(())
         disagreements = [
@@ -143,6 +150,7 @@ class StructureTerms:
         terms = {
             "heads": torch.stack(disagreements).mean() if disagreements else zero,
             "entropy": torch.stack(entropies).mean() if entropies else zero,
+            "prior": self._prior(probabilities) if self._prior is not None and probabilities else zero,
             "variation": variation(images) if self.weights.variation else zero,
         }
         return logits, terms
@@ -150,7 +158,7 @@ class StructureTerms:
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """Return the weighted sum of the terms."""
         weights = self.weights
-        weighted = weights.heads * terms["heads"] + weights.entropy * terms["entropy"]
+        weighted = weights.heads * terms["heads"] + weights.entropy * terms["entropy"] + weights.prior * terms["prior"]
         return weighted + weights.variation * terms["variation"]
 
     def _disagreement(self, factors: list[Tensor], attention: AttentionNodes, count: int) -> Tensor:

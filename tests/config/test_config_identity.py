@@ -98,6 +98,7 @@ def _another_value(key: str, value: object) -> object:
         "quant.rounding": "nearest",
         "synthesis.start": "white",
         "synthesis.shift_color": True,
+        "synthesis.prior_weight": 0.5,
         **{f"synthesis.{name}": 0.5 for name in STRUCTURE_WEIGHTS},
         "evaluation.resize_size": 256,
         "evaluation.interpolation": "bicubic",

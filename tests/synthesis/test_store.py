@@ -57,7 +57,7 @@ OTHER_VALUES = {
     "swing_conv": False,
     "start": "white",
     "shift_color": True,
-    **dict.fromkeys(STRUCTURE_WEIGHTS, 0.5),
+    **dict.fromkeys((*STRUCTURE_WEIGHTS, "prior_weight"), 0.5),
 }
 
 
@@ -66,7 +66,7 @@ def test_key_covers_every_setting_of_synthesis(tmp_path: Path) -> None:
     store = SetStore(tmp_path)
     base = dataclasses.replace(CONFIG, method="genie", calib_centers=True)
     keys = {_key(store, config=base)}
-    fields = [field for field in dataclasses.fields(SynthesisConfig) if field.name != "source"]
+    fields = [field for field in dataclasses.fields(SynthesisConfig) if field.name not in ("source", "low_first")]
     for field in fields:
         value = getattr(base, field.name)
         if field.name in OTHER_VALUES:
@@ -75,12 +75,13 @@ def test_key_covers_every_setting_of_synthesis(tmp_path: Path) -> None:
             other = value + 1 if isinstance(value, int) else 0.75 * value + 0.1
         keys.add(_key(store, config=dataclasses.replace(base, **{field.name: other})))
     assert len(keys) == len(fields) + 1
+    assert _key(store, config=CONFIG) != _key(store, config=dataclasses.replace(CONFIG, low_first=True))
     own = dataclasses.replace(CONFIG, method="own_images", source="folder:/here/photos")
     moved, other = (dataclasses.replace(own, source=f"folder:/there/{name}") for name in ("photos", "others"))
     assert _key(store, config=own) == _key(store, config=moved) != _key(store, config=other)
 
 
-@pytest.mark.parametrize("name", STRUCTURE_WEIGHTS)
+@pytest.mark.parametrize("name", [*STRUCTURE_WEIGHTS, "prior_weight"])
 def test_a_weight_of_zero_is_another_set_than_one_that_the_structure_chooses(name: str, tmp_path: Path) -> None:
     """It was taken for "not given" once, so that images of an ablation were those of the full method."""
     off, on = dataclasses.replace(CONFIG, **{name: 0.0}), dataclasses.replace(CONFIG, **{name: 0.05})

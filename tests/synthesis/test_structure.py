@@ -133,7 +133,7 @@ def test_terms_come_with_the_logits_of_the_network(net: type[nn.Module]) -> None
     terms = _terms(module)
     logits, found = terms(images.requires_grad_())
     assert torch.allclose(logits, module(images), atol=1e-5)
-    assert set(found) == {"heads", "entropy", "variation"}
+    assert set(found) == {"heads", "entropy", "prior", "variation"}
     heads, entropy = (float(found[name].detach()) for name in ("heads", "entropy"))
     assert (heads > 0) == (net is Attention) and entropy != 0
     (gradient,) = torch.autograd.grad(terms.total(found), images)

@@ -1,0 +1,84 @@
+"""Random maps that attention is to look like during synthesis: a few blobs, as the things on a photograph.
+
+Source: attention priors of SARDFQ, here on normalized maps.
+"""
+
+import torch
+from torch import Tensor, fx
+
+from synq.network.attention.locations import AttentionNodes, locate_attention
+from synq.network.attention.token_map import grid_of, layer_grids
+from synq.network.op_traits import BATCH
+
+MOST_BLOBS = 5
+LEAST_WIDTH, MOST_WIDTH = 0.05, 0.25
+"""Bounds of the standard deviation of a blob, as fractions of the side of the map."""
+
+
+class AttentionPrior:
+    """Distance of the attention of the deeper half of a network from random maps, which are drawn once.
+
+    Attributes:
+        names: Nodes of the network whose outputs, the softmax (N, heads, T, T), are compared.
+    """
+
+    def __init__(self, graph: fx.GraphModule, generator: torch.Generator) -> None:
+        """Find the attention over all positions of the image.
+
+        Args:
+            graph: A graph from ``trace_classifier``.
+            generator: CPU generator that draws the maps.
+        """
+        found = locate_attention(graph)
+        by_name = {node.name: node for node in graph.graph.nodes}
+        grids = layer_grids(graph)
+        self._chosen: list[tuple[float, AttentionNodes, tuple[int, int]]] = []
+        for number, nodes in enumerate(found, 1):
+            grid = grid_of(nodes.tokens, grids)
+            if number > len(found) // 2 and grid is not None and by_name[nodes.scores].meta["shape"][0] == BATCH:
+                self._chosen.append((number / len(found), nodes, grid))
+        self.names = [nodes.probabilities for _, nodes, _ in self._chosen]
+        self._generator = generator
+        self._maps: list[Tensor] = []
+
+    def __call__(self, probabilities: list[Tensor]) -> Tensor:
+        """Return the mean over attention, weighted by its depth, of the squared distance, a scalar with gradient.
+
+        Args:
+            probabilities: (N, heads, T, T) of each of ``names``.
+        """
+        if not self._maps or len(self._maps[0]) != len(probabilities[0]):
+            self._maps = [
+                random_maps(len(values), nodes.heads, *grid, self._generator).to(values.device)
+                for values, (_, nodes, grid) in zip(probabilities, self._chosen, strict=True)
+            ]
+        total = probabilities[0].new_zeros(())
+        for values, maps, (depth, nodes, _) in zip(probabilities, self._maps, self._chosen, strict=True):
+            heads = values if nodes.heads > 1 else values.unsqueeze(-3)
+            received = heads[..., 0, nodes.extra :] if nodes.extra else heads.mean(-2)
+            share = received / (received.mean(-1, keepdim=True) + 1e-12)
+            total = total + depth * (share - maps.to(share.dtype)).square().mean()
+        return total / sum(depth for depth, *_ in self._chosen)
+
+
+def random_maps(count: int, heads: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Return random mixtures of one to five normal distributions, (count, heads, height * width), each of mean 1.
+
+    Args:
+        count: Number of images.
+        heads: Maps of an image.
+        height: Rows of a map.
+        width: Columns of a map.
+        generator: CPU generator.
+    """
+    shape = (count, heads, MOST_BLOBS, 1, 1)
+    number = torch.randint(1, MOST_BLOBS + 1, shape[:2], generator=generator)[..., None, None, None]
+    top, left, weight, spread = (torch.rand(shape, generator=generator) for _ in range(4))
+    width_of_blob = LEAST_WIDTH + (MOST_WIDTH - LEAST_WIDTH) * spread
+    rows = (torch.arange(height)[:, None] + 0.5) / height
+    columns = (torch.arange(width)[None, :] + 0.5) / width
+    squared = (rows - top).square() + (columns - left).square()
+    blobs = (0.2 + weight) * (-squared / (2 * width_of_blob.square())).exp()
+    is_used = torch.arange(MOST_BLOBS)[:, None, None] < number
+    maps = (blobs * is_used).sum(2).flatten(2)
+    return maps / maps.mean(-1, keepdim=True).clamp_min(1e-6)
