@@ -3,7 +3,9 @@
 The rows of its table share the teacher, labeled images and seeds:
 
     ptq        the students of the recipe's runs before fine-tuning; needs no run
+    naive      rounding to nearest on uniform grids, no preparation and no fine-tuning
     noise      Gaussian noise instead of the synthetic images
+    real       real images, as many as the recipe's synthetic ones: the ceiling
     inputs     quantized inputs of every layer, the image included, instead of quantized non-linearities
     recipe     the setting itself
     published  a published result, from the recipe's file; never measured here
@@ -18,7 +20,7 @@ from typing import Any
 
 from synq.common.files import write_text_atomic
 from synq.common.text_tables import to_csv, to_markdown
-from synq.config.parsing import between, require
+from synq.config.parsing import require
 from synq.config.run import (
     EvaluationConfig,
     FinetuneConfig,
@@ -31,21 +33,33 @@ from synq.config.run import (
     parse_bits,
     with_overrides,
 )
+from synq.config.synthesis import OWN_IMAGES
 from synq.runs.record import RunRecord
 
 from ..leaderboard.columns import RECIPE_TABLE, headings, keys
-from ..stats import mean, pooled_stderr, std
+from ..stats import mean, std
 from .ablation import format_value
+from .expected import RECIPE, Cell, Expected, Published
 from .settings_file import check_rows, check_seeds, read_part, read_settings
 
-Cell = tuple[str, int]
-PTQ, RECIPE = "ptq", "recipe"
+PTQ = "ptq"
+NAIVE, REAL = "naive", "real"
 ROWS: dict[str, Mapping[str, Any]] = {
+    NAIVE: {
+        "quant.softmax": "uniform",
+        "quant.scale_shift": False,
+        "quant.equalization": False,
+        "quant.bn_correction": False,
+        "quant.rounding": "nearest",
+        "finetune.epochs": 0,
+        "finetune.warmup_epochs": 0.0,
+    },
     "noise": {"synthesis.method": "gaussian"},
+    REAL: {"synthesis.method": OWN_IMAGES},
     "inputs": {"quant.act_points": "inputs"},
     RECIPE: {},
 }
-"""Rows that are runs, and their overrides over the recipe."""
+"""Rows that are runs, and their overrides over the recipe; the images of ``REAL`` are those of its file."""
 SHOWN = (
     "row", "protocol", "act_points", "bits", "num_seeds", "teacher_top1", "top1_mean", "drop_mean", "seconds_mean",
     "set_seconds_mean", "source",
@@ -55,59 +69,6 @@ NOTE = """\
 top-1: mean ± standard deviation over the seeds. Drop: teacher minus student, ± its standard error, paired on the same
 images. Seconds of one run without its synthetic images, and of making these, in this run or in an earlier one.
 """
-TOLERANCE = 3
-"""A measurement agrees with the expected result within so many standard errors."""
-ROUNDING = 0.005
-"""Largest rounding error of a number with two decimals."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Expected:
-    """Expected result of the recipe's row; every key is required. Numbers in percent unless stated otherwise."""
-
-    top1: float
-    """Mean over the seeds."""
-    std: float
-    """Sample standard deviation over the seeds; 0 for one seed."""
-    drop: float
-    """Mean of teacher minus student, in percentage points."""
-    images: int
-    """Number of labeled images it was measured on."""
-    teacher_top1: float
-    """Top-1 of the teacher on them."""
-    seeds: tuple[int, ...]
-    """Seeds that were run."""
-    commit: str
-    """Commit of the code."""
-    hardware: str
-    """Description of the machine."""
-    minutes: float
-    """Minutes for all seeds of the row."""
-
-    def __post_init__(self) -> None:
-        for name in ("top1", "teacher_top1"):
-            between(f"expected.{name}", getattr(self, name), 0, 100)
-        between("expected.drop", self.drop, -100, 100)
-        between("expected.std", self.std, 0)
-        between("expected.images", self.images, 1)
-        between("expected.minutes", self.minutes, 0)
-        check_seeds(self.seeds)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Published:
-    """A published result at the same bit-widths."""
-
-    top1: float
-    """Published top-1, in percent."""
-    teacher_top1: float
-    """Top-1 of the teacher in the publication, in percent."""
-    source: str
-    """Publication and table."""
-
-    def __post_init__(self) -> None:
-        for name in ("top1", "teacher_top1"):
-            between(f"published.{name}", getattr(self, name), 0, 100)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +97,8 @@ class Recipe:
     """Expected result, if known."""
     published: Published | None = None
     """Published result, if any."""
+    real_images: str | None = None
+    """Unlabeled real images for the row real, as `synthesis.source`; None leaves that row out."""
 
     def __post_init__(self) -> None:
         parse_bits(self.bits)
@@ -175,31 +138,46 @@ def load_recipe(path: str | Path) -> Recipe:
     return recipe
 
 
-def plan(base: RunConfig, seeds: Sequence[int], rows: Sequence[str] | None = None) -> dict[Cell, RunConfig]:
+def plan(
+    base: RunConfig, seeds: Sequence[int], rows: Sequence[str] | None = None, real_images: str | None = None
+) -> dict[Cell, RunConfig]:
     """Return the run of every (row, seed); a seed drives both the synthetic set and the fine-tuning.
 
     Args:
         base: The run of the recipe's row.
         seeds: The seeds.
         rows: Rows to run; by default all that differ from the recipe, and the recipe.
+        real_images: `Recipe.real_images`.
 
     Raises:
-        ValueError: A named row would equal the recipe, or a list is empty or has an unknown entry.
+        ValueError: A named row would equal the recipe or ptq, or has no images, or a list is empty or has an unknown
+            entry.
     """
     check_seeds(seeds)
     check_rows(list(ROWS) if rows is None else rows, ROWS)
-    redundant = [row for row in ROWS if row != RECIPE and with_overrides(base, ROWS[row]) == base]
+    if real_images is None:
+        require("real_images", f"be given where there is a row {REAL}", real_images, REAL not in (rows or ()))
+    redundant = [row for row in ROWS if row not in (RECIPE, REAL) and _is_redundant(row, base)]
     for row in set(redundant).intersection(rows or ()):
         for key, value in ROWS[row].items():
             require(key, f"be another one where there is a row {row} (choose other `rows`)", value, False)
     # Named activations only exist with the `act_points` of the recipe.
-    invalid = ["inputs"] if base.quant.layer_act_bits else []
+    invalid = [*(["inputs"] if base.quant.layer_act_bits else []), *([REAL] if real_images is None else [])]
     order = [row for row in ROWS if row in (rows or set(ROWS).difference(redundant, invalid))]
+    source = {REAL: {"synthesis.source": real_images}}
     return {
-        (row, seed): with_overrides(base, {**ROWS[row], "seed": seed, "data_seed": seed})
+        (row, seed): with_overrides(base, {**ROWS[row], **source.get(row, {}), "seed": seed, "data_seed": seed})
         for row in order
         for seed in seeds
     }
+
+
+def _is_redundant(row: str, base: RunConfig) -> bool:
+    """Return whether a row would equal the recipe, or naive its row ptq, which needs no run."""
+    changes = ROWS[row]
+    if row == NAIVE:
+        changes = {key: value for key, value in changes.items() if not key.startswith("finetune.")}
+    return with_overrides(base, changes) == base
 
 
 def table(records: Mapping[Cell, RunRecord], published: Published | None = None) -> list[dict[str, Any]]:
@@ -259,45 +237,6 @@ def _before_finetuning(record: RunRecord) -> RunRecord:
         gained=record.rtn_gained,
         total_seconds=None if total is None else total - record.seconds.get("finetune", 0.0),
     )
-
-
-def compare(expected: Expected, records: Mapping[Cell, RunRecord], same_settings: bool = True) -> str:
-    """Return one line that compares the recipe's row with its expected result.
-
-    It agrees within 3 standard errors of the difference of two means over seeds (`stats.pooled_stderr`) plus the
-    rounding error of the expected top-1. Results of other settings, images or teachers are not compared.
-
-    Args:
-        expected: The expected result.
-        records: The runs, by (row, seed).
-        same_settings: Whether the runs use the file's settings unchanged.
-    """
-    runs = [record for (row, _), record in records.items() if row == RECIPE]
-    where = f"commit {expected.commit}, {expected.hardware}"
-    head = f"expected {format_value(expected.top1, spread=expected.std)} ({where})"
-    top1 = mean(record.top1 for record in runs)
-    if top1 is None:
-        return f"{head}, not measured"
-    spread = std(record.top1 for record in runs)
-    measured = f"measured {format_value(top1, spread=spread)}"
-    images, teacher = runs[0].num_eval, runs[0].teacher_top1
-    stderr = pooled_stderr((expected.std, len(expected.seeds)), (spread or 0.0, len(runs)))
-    reasons = (
-        (same_settings, "the settings were changed"),
-        (images == expected.images, f"it is on {images} images and not on {expected.images}"),
-        (
-            teacher is not None and abs(teacher - expected.teacher_top1) <= ROUNDING + 1e-9,
-            f"the teacher has {format_value(teacher)} and not {expected.teacher_top1:.2f}",
-        ),
-        (stderr is not None, "one seed each has no standard error"),
-    )
-    for holds, reason in reasons:
-        if not holds:
-            return f"{measured}; not comparable with the {head} of the file, because {reason}"
-    assert stderr is not None
-    within = abs(top1 - expected.top1) <= TOLERANCE * stderr + ROUNDING
-    verdict = f"{'within' if within else 'OUTSIDE'} {TOLERANCE} standard errors"
-    return f"{head}, {measured}: {verdict} ({TOLERANCE * stderr:.2f})"
 
 
 def markdown(lines: Sequence[Mapping[str, Any]], comparison: str = "") -> str:

@@ -34,11 +34,11 @@ EXAMPLES = """\
     "--rows",
     several=True,
     metavar="ROW",
-    help="some of: noise inputs recipe (default: the recipe and all baselines that differ from it)",
+    help="some of: naive noise real inputs recipe (default: the recipe and all baselines that differ from it)",
 )
 @option("--jobs", type=INT, default=1, help="concurrent runs, which share the CPU cores (default: 1)")
 def command(spec: str, seeds: tuple[int, ...], rows: tuple[str, ...], jobs: int, overrides: dict[str, Any]) -> None:
-    """Run a recipe on its seeds and print a table with the baselines: round to nearest, noise images, low-bit inputs.
+    """Run a recipe on its seeds and print a table with the baselines: round to nearest, noise, real images.
 
     Settings of `synq train` override those of the recipe, such as folders and device; if a setting changes the results,
     they are not compared with the expected metrics of the file. Tables of all finished runs of the recipe are written
@@ -47,20 +47,21 @@ def command(spec: str, seeds: tuple[int, ...], rows: tuple[str, ...], jobs: int,
     are not repeated.
     """
     from synq.runs.record import summary_line
+    from synq.sweeps.studies.expected import compare
     from synq.sweeps.studies.pool import run_all
-    from synq.sweeps.studies.recipes import compare, load_recipe, markdown, plan, table, write_tables
+    from synq.sweeps.studies.recipes import load_recipe, markdown, plan, table, write_tables
     from synq.sweeps.studies.settings_file import check_overrides
     from synq.sweeps.studies.study_folder import same_result, same_teacher, tables_folder, with_finished
 
     recipe = load_recipe(spec)
     written = recipe.base()
     base = make_absolute(with_overrides(written, check_overrides(overrides)))
-    runs = plan(base, seeds or recipe.seeds, list(rows) or None)
+    runs = plan(base, seeds or recipe.seeds, list(rows) or None, recipe.real_images)
     records = run_all(
         runs, jobs, lambda cell, record: print(f"{cell[0]} seed {cell[1]}: {summary_line(record)}", flush=True)
     )
     all_seeds = dict.fromkeys([*recipe.seeds, *seeds])
-    records = with_finished(runs, records, plan(base, list(all_seeds)))
+    records = with_finished(runs, records, plan(base, list(all_seeds), None, recipe.real_images))
     its_own = same_teacher(written, base)  # other networks have no expectation in this file
     lines = table(records, recipe.published if its_own else None)
     comparison = ""

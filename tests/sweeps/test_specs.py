@@ -85,7 +85,7 @@ def test_the_ablation_of_the_real_network_is_the_single_run_at_its_budget() -> N
 @pytest.mark.parametrize("path", _files("recipes"), ids=lambda path: path.stem)
 def test_recipes(path: Path) -> None:
     recipe = load_recipe(path)
-    runs = plan_recipe(make_absolute(recipe.base()), recipe.seeds)
+    runs = plan_recipe(make_absolute(recipe.base()), recipe.seeds, None, recipe.real_images)
     assert recipe.name == path.stem and path.stem.endswith(f"_{recipe.bits.lower()}") and len(runs) >= 3
     assert "teacher" in tomllib.loads(path.read_text())
 

@@ -14,7 +14,8 @@ from synq.config.parsing import parse_bits
 from synq.config.run import config_to_dict, with_overrides
 from synq.runs.record import RunRecord, read_record
 from synq.sweeps.leaderboard.columns import RECIPE_TABLE, keys
-from synq.sweeps.studies.recipes import Expected, Published, compare, load_recipe, markdown, plan, table
+from synq.sweeps.studies.expected import Expected, Published, compare
+from synq.sweeps.studies.recipes import load_recipe, markdown, plan, table
 from synq.sweeps.studies.study_folder import same_result
 
 ONE_THREAD = ("--runtime.device", "cpu", "--runtime.num_threads", "1")
