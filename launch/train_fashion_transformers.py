@@ -1,16 +1,19 @@
 """Train small networks without BatchNorm on Fashion-MNIST, to quantize them without its images.
 
     python launch/train_fashion_transformers.py NETWORK FOLDER [--seed 0] [--epochs 3] [--images 60000] [--output FILE]
+        [--unlabeled FILE.npz]
 
 NETWORK is vit (patches of 4 pixels, attention by F.scaled_dot_product_attention), swin (windows of 7), convnext, or cct
 (convolutions for patches, attention by nn.MultiheadAttention, a pool of the sequence). FOLDER holds the four IDX files
-of Fashion-MNIST, as for launch/train_fashion_cnn.py. It prints the command that quantizes the network. The same seed
-gives the same weights on the same machine and versions.
+of Fashion-MNIST, as for launch/train_fashion_cnn.py. It prints the command that quantizes the network. --unlabeled also
+writes real images without labels, for synthesis.method own_images and real_images of a recipe. The same seed gives the
+same weights on the same machine and versions.
 """
 
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import click
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -35,6 +39,8 @@ BATCH_SIZE = 128
 CLASSES = 10
 SIDE = 28
 """Of the images, in pixels."""
+UNLABELED = 2048
+"""Number of real images that are written without their labels."""
 
 
 class CompactTransformer(nn.Module):
@@ -143,7 +149,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, seed: int, epochs: i
     steps = len(images) // BATCH_SIZE
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=epochs * steps, pct_start=0.2)
     for epoch in range(epochs):
-        total = 0.0
+        total, started = 0.0, time.process_time()
         for rows in torch.randperm(len(images), generator=generator)[: steps * BATCH_SIZE].split(BATCH_SIZE):
             batch = images[rows]
             if bool(torch.rand((), generator=generator) < 0.5):
@@ -155,7 +161,8 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, seed: int, epochs: i
             optimizer.step()
             schedule.step()
             total += float(loss.detach())
-        print(f"epoch {epoch + 1}/{epochs} loss {total / steps:.4f}", flush=True)
+        seconds = time.process_time() - started
+        print(f"epoch {epoch + 1}/{epochs} loss {total / steps:.4f}, {seconds:.0f} s of one thread", flush=True)
     return model.eval()
 
 
@@ -166,10 +173,16 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, seed: int, epochs: i
 @option("--epochs", type=INT, default=3, help="passes over the images (default: 3)")
 @option("--images", type=INT, default=60000, help="training images, the first of the set (default: 60000)")
 @option("--output", metavar="FILE", default=None, help="file of the weights (default: fashion_NETWORK.safetensors)")
-def command(network: str, folder: str, seed: int, epochs: int, images: int, output: str | None) -> None:
+@option("--unlabeled", metavar="FILE", default=None, help=f"write the first {UNLABELED:,} training images, an NPZ file")
+def command(
+    network: str, folder: str, seed: int, epochs: int, images: int, output: str | None, unlabeled: str | None
+) -> None:
     """Train a small network without BatchNorm on Fashion-MNIST."""
     torch.set_num_threads(1)  # the order of summation depends on the number of threads
     pixels, labels = load_part(Path(folder), "train")
+    if unlabeled is not None:
+        values = ((pixels[:UNLABELED, 0] * STD + MEAN) * 255).round().clamp(0, 255)
+        np.savez_compressed(unlabeled, x=values.to(torch.uint8).numpy())
     seed_everything(seed)
     model = train(NETWORKS[network](), pixels[:images], labels[:images], seed, epochs)
     test, expected = load_part(Path(folder), "t10k")

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from synq.commands.recipe import main
 from synq.config.run import with_overrides
+from synq.runs.record import read_record
 from synq.sweeps.studies.recipes import load_recipe, plan
 
 FILE = """
@@ -48,3 +51,22 @@ def test_naive_and_real_are_rows_where_they_differ_and_have_images(tmp_path: Pat
     learned = with_overrides(base, {"quant.rounding": "adaround", "quant.softmax": "log"})
     naive = plan(learned, [0])["naive", 0]
     assert (naive.quant, naive.finetune.epochs, naive.synthesis) == (base.quant, 0, base.synthesis)
+
+
+def test_the_row_of_real_images_is_run_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("IMAGES", str(tmp_path))
+    np.savez(tmp_path / "own.npz", x=np.random.default_rng(0).integers(0, 256, (40, 16, 16), np.uint8))
+    file = tmp_path / "mine.toml"
+    small = "[evaluation]\nheldout_images = 8\nnum_images = 64\n[synthesis]\nshard_size = 8\niterations = 1"
+    text = FILE.replace("npz:own.npz", "npz:${IMAGES}/own.npz").replace("[synthesis]", small)
+    file.write_text(text.replace("warmup_epochs", "cam_weight"))
+    args = [str(file), "--seeds", "4", "--rows", "real", "--runtime.output_dir", str(tmp_path / "out")]
+    assert main([*args, "--runtime.device", "cpu", "--runtime.num_threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "| real | A own_images | relu | W3A3 | 1 |" in out
+    (path,) = tmp_path.glob("out/mine-*/record.json")
+    record = read_record(path)
+    assert record.protocol == "A own_images" and record.config["synthesis"]["source"].endswith("own.npz")
+    assert "real seed 4" in out and "| recipe |" not in out, "what was not run has no row"
