@@ -71,7 +71,7 @@ def test_rules_of_a_file(path: Path) -> None:
     assert ast.get_docstring(tree), f"{name_of(path)} does not say what it is"
     for node in tree.body:
         call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-        if ast.unparse(node).startswith("sys.path.insert("):  # a script that is run by its path may need it
+        if call and ast.unparse(node).startswith("sys.path.insert("):  # a script that is run by its path may need it
             continue
         assert not call and not isinstance(node, ast.For | ast.While | ast.With), (
             f"{name_of(path)}:{node.lineno} works at import"
@@ -79,10 +79,10 @@ def test_rules_of_a_file(path: Path) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and node.arg == "type" and isinstance(node.value, ast.Name):
             assert node.value.id != "bool", f"{name_of(path)}:{node.value.lineno}: `--flag False` would be true"
-        if isinstance(node, ast.Call) and name_of(path) != "synq/config/command_options.py":
-            called = ast.unparse(node.func)
-            assert called not in ("click.argument", "click.option"), (
-                f"{name_of(path)}:{node.lineno} must use {called[6:]} of command_options: a Command reads no other"
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and name_of(path) != "synq/config/command_options.py":
+            assert not (called.attr in ("argument", "option") and ast.unparse(called.value) == "click"), (
+                f"{name_of(path)}:{called.lineno} must use {called.attr} of command_options: a Command reads no other"
             )
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{name_of(path)}:{node.lineno} swallows every exception"
