@@ -35,7 +35,7 @@ from synq.config.command_options import INT, OneOf, argument, option
 from synq.teacher.networks.small_vit import vision_transformer
 
 PEAK_LR = 1e-3
-BATCH_SIZE = 128
+BATCH_SIZE = 64
 CLASSES = 10
 SIDE = 28
 """Of the images, in pixels."""

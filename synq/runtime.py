@@ -173,9 +173,11 @@ def synchronize_parameters(net: nn.Module) -> None:
     """Broadcast the main process's parameters and buffers, which include learned step sizes and ranges.
 
     GPUs sum in different orders, so values computed on each process may differ; they must be equal for the whole run.
+    Modules that hold a buffer as a Python number, too, read it again as from a file.
     """
     for tensor in (*net.parameters(), *net.buffers()):
         broadcast(tensor.detach())
+    net.load_state_dict(net.state_dict())
 
 
 def exists_on_main(path: Path) -> bool:

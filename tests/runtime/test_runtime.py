@@ -11,7 +11,8 @@ from synq.config.run import QuantConfig, RuntimeConfig
 from synq.network.tracing import trace_classifier
 from synq.quant.layers import QuantConv2d
 from synq.quant.student import quantize_model
-from synq.runtime import layout_of, place, to_layout
+from synq.quant.transformer.log_quantizer import LogQuantizer
+from synq.runtime import layout_of, place, synchronize_parameters, to_layout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -118,3 +119,16 @@ def test_tensors_of_five_axes_keep_their_layout() -> None:
     weight = net[0].weight
     assert isinstance(weight, nn.Parameter) and weight.is_contiguous(memory_format=torch.channels_last)
     assert net.mask.is_contiguous()
+
+
+def test_what_a_module_holds_as_a_number_is_that_of_the_main_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step of a logarithmic grid is a buffer and a number; processes may have chosen different ones."""
+    quantizer = LogQuantizer(4)
+    quantizer.set_step(0.5)
+
+    def from_main(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(1.0) if tensor.ndim == 0 and tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr("synq.runtime.broadcast", from_main)
+    synchronize_parameters(quantizer)
+    assert float(quantizer.step) == 1.0 == quantizer.octaves
