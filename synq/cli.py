@@ -30,6 +30,7 @@ SECTIONS = {
         "leaderboard": ("synq.commands.leaderboard", "tables from records: merge, filter, compare"),
         "verify": ("synq.commands.verify", "are files as they were written, do records and tables fit each other?"),
         "report": ("synq.commands.report", "HTML page of a run, a sweep, or a comparison of several"),
+        "serve": ("synq.commands.serve", "the same pages in a browser while a sweep runs"),
     },
     "check the machines": {
         "check-cluster": ("synq.commands.check_cluster", "check that a Ray cluster can run a sweep"),

@@ -61,6 +61,7 @@ SWEEPS = (
     "workers",
     "studies",
     "reports",
+    "live",
     "driver",
     "doctor",
     "benchmarks",

@@ -1,11 +1,13 @@
 """`synq sweep`: hyperparameter search over models, bit-widths and settings, with a leaderboard."""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from synq.config.command_line import Command
 from synq.config.command_options import FLOAT, INT, argument, option
+from synq.config.parsing import between
 
 EXAMPLES = """\
   %(prog)s                                              a small demo of the classifier that ships with SynQ
@@ -36,9 +38,16 @@ EXAMPLES = """\
 )
 @option("--retry-failed", is_flag=True, help="run failed trials again")
 @option("--no-report", is_flag=True, help="do not write report.html")
+@option("--serve", metavar="PORT", type=INT, help="show the page in a browser while the sweep runs; 0: any free port")
 @option("--dry-run", is_flag=True, help="print the planned trials, their resources and estimated time, and stop")
 def command(
-    spec: str | None, num_trials: str | None, retry_failed: bool, no_report: bool, dry_run: bool, **given: Any
+    spec: str | None,
+    num_trials: str | None,
+    retry_failed: bool,
+    no_report: bool,
+    serve: int | None,
+    dry_run: bool,
+    **given: Any,
 ) -> int:
     """Search over models, bit-widths and settings and rank the results.
 
@@ -54,6 +63,10 @@ def command(
     from synq.sweeps.spec_file import DEMO_SPEC, load_spec
 
     resolved = load_spec(DEMO_SPEC if spec is None else spec, options, root=output_root())
+    if serve is not None:
+        between("serve", serve, 0, 65535)
+        if resolved.address:
+            raise ValueError(f"`serve` must come with a folder of this machine, but the sweep is at {resolved.address}")
     prepare_environment()
     if dry_run:
         from synq.sweeps.driver.dry_run import print_preview
@@ -62,7 +75,13 @@ def command(
         return 0
     from synq.sweeps.driver.tuner import run_sweep
 
-    return run_sweep(resolved)
+    if serve is None:
+        return run_sweep(resolved)
+    from synq.sweeps.live.child import live_page
+
+    with live_page(Path(resolved.output_dir), serve) as url:
+        print(f"live page: {url}", flush=True)
+        return run_sweep(resolved)
 
 
 main = command.run

@@ -65,6 +65,12 @@ class LossMeter:
         means = {name: float(value) / self.steps for name, value in self.sums.items()}
         for name, value in sorted(means.items(), key=lambda item: item[0] == "loss"):
             if not math.isfinite(value):
+                if self.epoch == 0 and self.steps == 1:  # no update yet: no learning rate helps
+                    raise NonFiniteLossError(
+                        f"{name} is {value} before the first update: with so few bits the student itself gives it, as "
+                        "a division by a value that is rounded to zero does. Raise quant.act_bits, or bits of single "
+                        "tensors by quant.layer_act_bits"
+                    )
                 raise NonFiniteLossError(
                     f"{name} became {value} in epoch {self.epoch + 1}, step <= {self.steps}. "
                     "Lower finetune.lr, or the weight of this term"
@@ -256,8 +262,9 @@ def finetune(
         generator = make_generator("augment", seed, epoch)
         for step, batch in enumerate(epoch_batches(len(images), config.batch_size, seed, epoch)):
             lr = lr_at(epoch * steps_per_epoch + step, steps_per_epoch, config)
-            # One host synchronization in log_every steps; the last step is read before the weights are saved.
-            check = (step + 1) % config.log_every == 0 or step + 1 == steps_per_epoch
+            # One host synchronization in log_every steps; the last step is read before the weights are saved, and the
+            # first of all before any update, where something else is at fault than the learning rate.
+            check = (step + 1) % config.log_every == 0 or step + 1 == steps_per_epoch or epoch == step == 0
             training_step(training, batch, lr, generator, meter, check=check)
             if check:
                 note(bar, meter.summary)

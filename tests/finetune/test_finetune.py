@@ -127,7 +127,16 @@ def test_non_finite_terms_stop_with_their_name(
             bias = next(m for m in student.net.modules() if isinstance(m, QuantLinear)).bias
             bias.requires_grad_(True).register_hook(lambda g: g * math.inf)
     config = dataclasses.replace(CONFIG, log_every=1, **options)
-    with pytest.raises(NonFiniteLossError, match=rf"^{term} became (nan|inf) in epoch 1, step"):
+    with pytest.raises(NonFiniteLossError, match=rf"^{term} is (nan|inf) before the first update: .*quant.act_bits"):
+        finetune(student, teacher, images(), labels(), config, accelerator=accelerator, seed=0)
+
+
+def test_a_loss_that_training_makes_non_finite_names_the_learning_rate(
+    tiny_classifier: nn.Module, accelerator: Accelerator
+) -> None:
+    student, teacher = networks(tiny_classifier)
+    config = dataclasses.replace(CONFIG, log_every=1, lr=1e30, grad_clip=None)
+    with pytest.raises(NonFiniteLossError, match=r" became (nan|inf) in epoch \d, step <= \d+\. Lower finetune.lr"):
         finetune(student, teacher, images(), labels(), config, accelerator=accelerator, seed=0)
 
 
