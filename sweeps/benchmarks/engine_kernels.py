@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Layers = tuple[int, int]
 """Layers that run with integers, and all layers."""
 DELEGATE = "DELEGATE"
-"""Name of an operator of LiteRT that stands for those handed to XNNPACK."""
+"""Name of the operator of LiteRT that runs those handed to XNNPACK."""
 
 
 def layers_in(target: str, content: bytes) -> Layers:
