@@ -7,7 +7,7 @@ l and h are the values of the smallest and largest code of an output's grid, i t
     image                rint(fl(fl(clamp(x, l, h) i) + fl(-l i)))
     layer                v = fl(fl(acc fl(s_x s_w)) + fl(bias s_x s_w)), the bias not in acc;  rint(fma(v, i, z))
     convolution fused    its own output is limited to its grid's range and not rounded (`Sum.unrounded`);
-    into a sum           z_b = 0, as after a ReLU: in steps u = s_b of the other input, l_c, h_c, i_c of its own grid:
+    into a sum           z_b = 0, as after a ReLU: in steps u = s_b of the other input, l_c, h_c, i_c of its grid:
                            f = fl(i_c fl(fl(fl(h_c / u) - fl(l_c / u)) / 255)),  t = fl(clamp(fl(v f)) + B),
                            rint(fma(t, fl(255 / fl(fl(h / u) - fl(l / u))), z))
                          else t = fl(clamp(v, l_c, h_c) + fl((B - z_b) s_b));  rint(fma(t, i, z))
