@@ -4,9 +4,10 @@
 
 A CIFAR ResNet-20 of FOLDER is quantized for each engine that is installed, from the same synthetic images and no
 others: by the engine's own tool and others that are installed (8 bits where their name has nothing else, their
-defaults, no training), and by this project at W8A8 and W4A4. Each file is then run in the engine on all labeled
-images, and timed next to float, in turns. OUTPUT keeps one JSON file for each engine, to which rows are added, so that
-engines and tools which need separate environments fill one table; it is printed at the end.
+defaults, no training), and by this project at W8A8, W4A8 and W4A4. With --real the tools also get that many of the
+labeled images, without their labels, instead: what they lose by having no data. Each file is then run in the engine on
+all labeled images, and timed next to float, in turns. OUTPUT keeps one JSON file for each engine, to which rows are
+added, so that engines and tools which need separate environments fill one table; it is printed at the end.
 
 On a processor without VNNI the students for ONNX Runtime and OpenVINO are the portable ones, and "exact" is the top-1
 of a file with ONNX Runtime's session entry that adds without saturation: what the same file has on other processors.
@@ -51,6 +52,8 @@ from synq.sweeps.benchmarks.engine_tools import own_file, own_tool
 from synq.sweeps.benchmarks.table import processor_features
 from synq.synthesis.run_sets import low_pass
 
+Maker = tuple[str, Callable[[], File]]
+"""Name of a file, and what makes it."""
 BITS = ((8, 8), (4, 8), (4, 4))
 BATCH = 64
 NOT_TIMED = "not run"
@@ -67,6 +70,9 @@ class Case:
         output: Folder of the results.
         seed: Of images and training.
         rounds: Of the timing.
+        num_images, iterations: Of the synthesis.
+        store: Folder of the synthetic images, which other runs may share; None for one in `output`.
+        real: Number of labeled images for other files of the same tools.
     """
 
     network: str
@@ -74,6 +80,10 @@ class Case:
     output: Path
     seed: int
     rounds: int
+    num_images: int = 256
+    iterations: int = 50
+    store: Path | None = None
+    real: int = 0
 
     def settings(self, target: str) -> RunConfig:
         """Return the settings of every run for a target but the bits.
@@ -90,10 +100,10 @@ class Case:
             "teacher.spec": f"{self.data / 'teachers.py'}:{network.name}",
             "teacher.weights": str(weights),
             "evaluation.dataset": f"npz:{images}",
-            "synthesis.num_images": 256,
-            "synthesis.iterations": 50,
+            "synthesis.num_images": self.num_images,
+            "synthesis.iterations": self.iterations,
             "runtime.output_dir": str(self.output / target),
-            "runtime.store_dir": str(self.output / "images"),
+            "runtime.store_dir": str(self.store or self.output / "images"),
             "runtime.device": "cpu",
             "runtime.progress": False,
             "quant.target": RESEARCH if target == SIMULATION else target,
@@ -138,23 +148,38 @@ def student_file(config: RunConfig, target: str) -> File:
     return File.of(target, content, partial(form.open, content))
 
 
-def makers(case: Case, target: str, network: nn.Module, images: Tensor) -> Iterator[tuple[str, Callable[[], File]]]:
+def tool_makers(target: str, network: nn.Module, content: bytes, images: Tensor, suffix: str) -> Iterator[Maker]:
+    """Yield the name of each file of other tools for an engine, and what makes it.
+
+    Args:
+        target: The engine.
+        network, content: The float network, and its file.
+        images: (N, C, H, W) for the calibration.
+        suffix: End of the names.
+    """
+    if target != SIMULATION and (tool := own_tool(target)):
+        yield tool + suffix, lambda: own_file(target, network, content, images, 1)
+    for name, other in OTHER_TOOLS.get(target, {}).items():
+        if other.is_installed:
+            yield name + suffix, partial(other.make, network, content, images)
+
+
+def makers(case: Case, target: str, network: nn.Module, images: Tensor, real: Tensor) -> Iterator[Maker]:
     """Yield the name of each file of an engine, and what makes it.
 
     Args:
         case, target: What is compared.
         network: The float network.
         images: (N, C, H, W), the synthetic images as a student gets them, low-pass filtered.
+        real: (M, C, H, W), real images for other files of the tools; may be empty.
     """
     if target == SIMULATION or not FORMATS[target].checked_for:
         engine = "onnxruntime" if target == SIMULATION else target
         files, content = files_of(engine, network, images, ((8, 8),), 1)
         yield FLOAT, lambda: files[FLOAT]
-        if target != SIMULATION and (tool := own_tool(target)):
-            yield tool, lambda: own_file(target, network, content, images, 1)
-        for name, other in OTHER_TOOLS.get(target, {}).items():
-            if other.is_installed:
-                yield name, partial(other.make, network, content, images)
+        yield from tool_makers(target, network, content, images, "")
+        if len(real):
+            yield from tool_makers(target, network, content, real, f", {len(real)} real images")
     for weight_bits, act_bits in () if target == SIMULATION else BITS:
         if target not in BY_RULES or act_bits == BYTE_BITS:
             bits = {"quant.weight_bits": weight_bits, "quant.act_bits": act_bits}
@@ -182,7 +207,9 @@ def measure_files(case: Case, target: str, path: Path, only: tuple[str, ...] = (
     timed = target != SIMULATION and not FORMATS[target].checked_for
     rows = {row["file"]: row for row in read_json(path)} if path.exists() else {}
     files: dict[str, File] = {}
-    for name, make in makers(case, target, teacher.graph, images):
+    assert measure.labeled is not None
+    real, _ = measure.labeled.batch(measure.reported[: case.real])
+    for name, make in makers(case, target, teacher.graph, images, real):
         is_done = name in rows and (not timed or "times_float" in rows[name])
         if name != FLOAT and (is_done or (only and not name.startswith(only))):
             continue
@@ -201,6 +228,7 @@ def measure_files(case: Case, target: str, path: Path, only: tuple[str, ...] = (
             "bytes": files[name].size,
             "seconds": seconds,
             "seed": case.seed,
+            "synthesis": f"{case.num_images} x {case.iterations}",
             "machine": {**machine(1), "features": processor_features(), "commit": environment()["commit"]},
         }
         if target == "onnxruntime":
@@ -270,14 +298,25 @@ def table(folder: Path) -> str:
 @option("--only", several=True, metavar="NAME", help="files whose name begins so (default: all)")
 @option("--rounds", metavar="N", type=INT, default=21, help="rounds of the timing (default: 21)")
 @option("--seed", metavar="N", type=INT, default=0, help="seed of images and training (default: 0)")
+@option("--num-images", metavar="N", type=INT, default=256, help="synthetic images (default: 256)")
+@option("--iterations", metavar="N", type=INT, default=50, help="iterations of the synthesis (default: 50)")
+@option("--store", metavar="FOLDER", default=None, help="folder of the synthetic images (default: OUTPUT/images)")
+@option("--real", metavar="N", type=INT, default=0, help="labeled images for a second file of each tool (default: 0)")
 def command(
-    output: str, data: str, network: str, targets: tuple[str, ...], only: tuple[str, ...], rounds: int, seed: int
+    output: str,
+    data: str,
+    network: str,
+    targets: tuple[str, ...],
+    only: tuple[str, ...],
+    store: str | None,
+    **numbers: int,
 ) -> None:
     """Measure what OUTPUT does not have yet, and print the table of everything that it has."""
     folder = Path(output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    case = Case(network=network, data=Path(data).resolve(), output=folder, seed=seed, rounds=rounds)
+    images = Path(store).resolve() if store else None
+    case = Case(network=network, data=Path(data).resolve(), output=folder, store=images, **numbers)
     for target in targets or [target for target, form in FORMATS.items() if not form.missing()]:
         measure_files(case, target, folder / f"{target}.json", only)
     print(table(folder), end="")

@@ -50,8 +50,8 @@ def _simulation(network: nn.Module) -> File:
     return File(size=0, open=lambda threads: network, layers=lambda: (0, 0))
 
 
-def _reduced_range(module: nn.Module, float_file: bytes, images: Tensor) -> File:
-    return _onnx_file(quantize_statically(float_file, images, reduce_range=True))
+def _quantize_static(module: nn.Module, float_file: bytes, images: Tensor, **options: bool) -> File:
+    return _onnx_file(quantize_statically(float_file, images, **options))
 
 
 def _quantize_dynamic(module: nn.Module, float_file: bytes, images: Tensor) -> File:
@@ -107,7 +107,12 @@ def _neural_compressor(module: nn.Module, float_file: bytes, images: Tensor) -> 
 
 OTHER_TOOLS: dict[str, dict[str, OtherTool]] = {
     "onnxruntime": {
-        "quantize_static, reduce_range": OtherTool(package="onnxruntime", make=_reduced_range),
+        "quantize_static, reduce_range": OtherTool(
+            package="onnxruntime", make=partial(_quantize_static, reduce_range=True)
+        ),
+        "quantize_static, float logits": OtherTool(
+            package="onnxruntime", make=partial(_quantize_static, float_logits=True)
+        ),
         "quantize_dynamic": OtherTool(package="onnxruntime", make=_quantize_dynamic),
         "NNCF (ONNX)": OtherTool(package="nncf", make=_nncf_onnx),
         "AIMET int8": OtherTool(package="aimet_onnx", make=partial(_aimet, kind="int8")),

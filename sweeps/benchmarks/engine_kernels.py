@@ -2,7 +2,7 @@
 
 ONNX Runtime writes its optimized graph, OpenVINO its execution graph. LiteRT and ExecuTorch hand operators to XNNPACK,
 which picks its kernel by the type of the tensors: an operator with an int8 input that was handed over is an integer
-one.
+one. LiteRT hands them over in several parts where XNNPACK does not take what is between them.
 """
 
 import json
@@ -11,13 +11,15 @@ import tempfile
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import openvino
 
 Layers = tuple[int, int]
 """Layers that run with integers, and all layers."""
+DELEGATE = "DELEGATE"
+"""Name of the operator of LiteRT that runs those handed to XNNPACK."""
 
 
 def layers_in(target: str, content: bytes) -> Layers:
@@ -66,11 +68,32 @@ def _in_litert(content: bytes) -> Layers:
     )
     graph = model.subgraphs[0]
     codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
-    inputs = [graph.tensors[op.inputs[0]].type for op in graph.operators if codes[op.opcodeIndex] in kinds]
-    operators = [fact["op_name"] for fact in interpreter._get_ops_details()]
-    if operators.count("DELEGATE") != 1:  # some operator may run elsewhere
-        return 0, len(inputs)
-    return sum(kind == schema.TensorType.INT8 for kind in inputs), len(inputs)
+    layers = [op for op in graph.operators if codes[op.opcodeIndex] in kinds]
+    delegated = delegated_tensors(interpreter._get_ops_details())
+    integers = [
+        graph.tensors[op.inputs[0]].type == schema.TensorType.INT8 and set(op.outputs) <= delegated for op in layers
+    ]
+    return sum(integers), len(layers)
+
+
+def delegated_tensors(operators: list[dict[str, Any]]) -> set[int]:
+    """Return the tensors that delegates compute: what leads from the inputs of each to its outputs.
+
+    Args:
+        operators: Of an interpreter of LiteRT; it lists the operators of the file, those handed over among them, then
+            the delegates. What XNNPACK does not take, such as a slice with a stride, separates one from the next.
+    """
+    sources = {int(out): op["inputs"] for op in operators if op["op_name"] != DELEGATE for out in op["outputs"]}
+    found: set[int] = set()
+    for delegate in (op for op in operators if op["op_name"] == DELEGATE):
+        given = {int(tensor) for tensor in delegate["inputs"]}
+        left = [int(tensor) for tensor in delegate["outputs"]]
+        while left:
+            tensor = left.pop()
+            if tensor not in found and tensor not in given and tensor in sources:
+                found.add(tensor)
+                left += map(int, sources[tensor])
+    return found
 
 
 def _in_executorch(content: bytes) -> Layers:

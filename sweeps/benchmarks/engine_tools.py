@@ -41,13 +41,17 @@ def own_file(target: str, module: nn.Module, float_file: bytes, images: Tensor, 
     return made
 
 
-def quantize_statically(float_file: bytes, images: Tensor, *, reduce_range: bool = False) -> bytes:
+def quantize_statically(
+    float_file: bytes, images: Tensor, *, reduce_range: bool = False, float_logits: bool = False
+) -> bytes:
     """Return the ONNX file that ONNX Runtime's quantize_static makes.
 
     Args:
         float_file: The float network as ONNX.
         images: (N, C, H, W) for the calibration.
         reduce_range: Whether weights have 7 bits, as processors without VNNI need.
+        float_logits: Whether outputs of linear layers stay floats, as in a student's file; else logits are limited to
+            the range of those of the images.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -73,6 +77,7 @@ def quantize_statically(float_file: bytes, images: Tensor, *, reduce_range: bool
             reduce_range=reduce_range,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]} if float_logits else None,
         )
         return output.read_bytes()
 

@@ -17,7 +17,7 @@ T = TypeVar("T")
 DIGEST_FORMAT = 5
 """Format of digests, and of `config.json`. Raise it with every change of a key or default that makes an old
 configuration mean another run."""
-ENGINE_RULES = 3
+ENGINE_RULES = 4
 """Version of the rules by which an engine's students are built and computed: which tensors are on a grid, at how many
 bits, and the engine's arithmetic. Raise it with every change of them, so that no finished student of earlier rules is
 taken for one of today's."""

@@ -13,6 +13,7 @@ from synq.commands.bench import ENGINES, NETWORKS
 from synq.export.targets.formats import FORMATS
 from synq.sweeps.benchmarks import engines
 from synq.sweeps.benchmarks.engine_files import FLOAT, files_of
+from synq.sweeps.benchmarks.engine_kernels import delegated_tensors
 from synq.sweeps.benchmarks.engine_tools import TOOLS, own_file, own_tool
 from synq.sweeps.benchmarks.subjects import Kind, classifier
 from synq.sweeps.benchmarks.table import Context, processor_features
@@ -48,6 +49,36 @@ def test_float_student_and_own_tool_are_one_network() -> None:
         assert float((found - expected).abs().max()) < difference * float(expected.std()), name
     layers = {name: file.layers() for name, file in files.items()}
     assert layers == {FLOAT: (0, 3), "W8A8": (3, 3), "W4A4": (3, 3), "own": (3, 3)}
+
+
+class _Strided(nn.Module):
+    """A slice with a stride, which XNNPACK does not take, between layers: LiteRT has several delegates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.second(x) + x[:, :, ::2, ::2])
+        return self.last(x.mean((2, 3)))
+
+
+def test_layers_in_several_delegates_of_litert_are_counted() -> None:
+    pytest.importorskip("ai_edge_litert")
+    torch.manual_seed(0)
+    files, _ = files_of("litert", _Strided().eval(), torch.randn(8, 3, 16, 16), ((8, 8),), 1)
+    assert {name: file.layers() for name, file in files.items()} == {FLOAT: (0, 3), "W8A8": (3, 3)}
+
+
+def test_a_layer_outside_of_the_delegates_is_no_integer_layer() -> None:
+    def operator(name: str, inputs: list[int], outputs: list[int]) -> dict[str, object]:
+        return {"op_name": name, "inputs": inputs, "outputs": outputs}
+
+    chain = [operator("CONV_2D", [tensor, 10 + tensor], [tensor + 1]) for tensor in range(5)]
+    delegates = [operator("DELEGATE", [0, 10, 11], [2]), operator("DELEGATE", [3, 13], [4])]
+    assert delegated_tensors(chain + delegates) == {1, 2, 4}
+    assert delegated_tensors(chain) == set()
 
 
 def test_a_row_for_each_file_and_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
