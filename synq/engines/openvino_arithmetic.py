@@ -39,9 +39,12 @@ class OpenVinoArithmetic(StandardArithmetic):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program)
-        sums = [step for step in program.steps if isinstance(step, Sum) and step.unrounded is not None]
-        others = {step.inputs[step.unrounded]: self.grid(step.inputs[1 - step.unrounded]) for step in sums}  # type: ignore[operator]
-        self._units = {value: grid.scale for value, grid in others.items() if grid.zero_point == 0}
+        self._units: dict[str, float] = {}  # step of the other input of a sum, by the branch that is fused into it
+        for step in program.steps:
+            if isinstance(step, Sum) and step.unrounded is not None:
+                other = self.grid(step.inputs[1 - step.unrounded])
+                if other.zero_point == 0:
+                    self._units[step.inputs[step.unrounded]] = other.scale
 
     def rounded(self, values: Tensor, grid: Grid) -> Tensor:
         """Return ``rint(fma(v, i, z))`` of floats, not limited."""
