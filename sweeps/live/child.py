@@ -2,7 +2,7 @@
 
     python -m synq.sweeps.live.child FOLDER HOST PORT
 
-Drawing a page takes a second of a processor, which the driver needs for its trials; the process has a low priority.
+Drawing a page takes seconds of a processor, which the driver needs for its trials; the process has a low priority.
 """
 
 import os
@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .server import LOOPBACK, LiveServer
-
-PRIORITY = 10
+from .server import LOOPBACK, PRIORITY, LiveServer
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from ..reports.summary import foot, run_facts, run_verdict
 from ..reports.sweep_page import sweep_page
 from ..reports.sweep_view import is_run, read_sweep, record_of
 
-LEAST_SECONDS = 5.0
-"""Shortest time between two drawings of a page, so that a sweep of short trials has its processors for itself."""
+LEAST_SECONDS, REST = 5.0, 3.0
+"""Shortest time between two drawings of a page, and the same in times of the last drawing, so that a sweep of short
+trials has its processors for itself."""
 POLL_SECONDS = 2
 """Time between two questions of the browser for a newer page."""
 FILES = ("sweep.json", "record.json", "config.json", "checkpoint.pt")
@@ -58,6 +59,9 @@ STYLE = """
 class LivePage:
     """The page of one sweep or run; safe to be read by several threads.
 
+    A page is drawn in the background, and until it is done the last one is shown: drawing takes seconds, and minutes
+    where the sweep needs its processors.
+
     Attributes:
         path: Folder of the sweep or the run, which may not exist yet.
     """
@@ -65,31 +69,48 @@ class LivePage:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._version, self._text, self._html, self._drawn = "", "", b"", -LEAST_SECONDS
+        self._version, self._text = "", "the page is being drawn"
+        self._html = _with_strip(render(_waiting(path, "The page is being drawn.")), "", self._text).encode()
+        self._next, self._thread = 0.0, threading.Thread()
 
     def state(self) -> dict[str, str]:
-        """Return version of the page and one line of progress, after a new drawing if there is something new."""
+        """Return version of the page and one line of progress; begin a new drawing if there is something new."""
         with self._lock:
-            self._refresh()
+            self._begin()
             return {"version": self._version, "text": self._text}
 
     def html(self) -> bytes:
         """Return the page as UTF-8."""
         with self._lock:
-            self._refresh()
+            self._begin()
             return self._html
 
-    def _refresh(self) -> None:
-        now = time.monotonic()
-        if self._html and now - self._drawn < LEAST_SECONDS:
+    def _begin(self) -> None:
+        if self._thread.is_alive() or time.monotonic() < self._next:
             return
         version = version_of(self.path)
-        if version == self._version:
-            return
-        page, text = _page(self.path)
-        self._version, self._text = version, text
-        self._html = _with_strip(render(page), version, text).encode()
-        self._drawn = time.monotonic()
+        if version != self._version:
+            self._thread = threading.Thread(target=self._draw, args=(version,), daemon=True)
+            self._thread.start()
+
+    def _draw(self, version: str) -> None:
+        started = time.monotonic()
+        with _DRAWING:
+            try:
+                page, text = _page(self.path)
+                content = render(page)
+            except Exception as error:  # whatever is damaged, the server goes on and the page names it
+                text = "the page cannot be drawn"
+                content = render(_waiting(self.path, " ".join(str(error).split()) or type(error).__name__))
+        now = time.monotonic()
+        with self._lock:
+            self._version, self._text = version, text
+            self._html = _with_strip(content, version, text).encode()
+            self._next = now + max(LEAST_SECONDS, REST * (now - started))
+
+
+_DRAWING = threading.Lock()
+"""Held while a page is drawn: the style of plots is one of the whole process."""
 
 
 def version_of(path: Path) -> str:
@@ -98,16 +119,16 @@ def version_of(path: Path) -> str:
     for file in sorted(_files(path)):
         try:
             status = file.stat()
-        except FileNotFoundError:  # replaced right now
+        except OSError:  # replaced or removed right now
             continue
-        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def _files(path: Path) -> Iterator[Path]:
     yield from (path / name for name in FILES)
-    for folder in ("records", "plans"):
-        yield from (path / folder).glob("*.json")
+    for pattern in ("records/*.json", "plans/*.json", "*/record.json", "*/records/*.json"):  # or a folder of several
+        yield from path.glob(pattern)
 
 
 def _page(path: Path) -> tuple[Page, str]:
@@ -117,7 +138,9 @@ def _page(path: Path) -> tuple[Page, str]:
             return _run(path)
         sweep = read_sweep(path)
     except (FileNotFoundError, ValueError) as error:  # nothing is there yet, or a file is damaged: the page reports it
-        return _waiting(path, " ".join(str(error).split())), "waiting for the first trial"
+        is_there = (path / "sweep.json").is_file()
+        text = "the page cannot be drawn" if is_there else "waiting for the first trial"
+        return _waiting(path, " ".join(str(error).split())), text
     text = f"{plural(len(sweep.records), 'trial')} ended, {len(sweep.running)} without a result"
     return sweep_page(sweep, runs=0), text
 

@@ -1,17 +1,24 @@
 """A read-only server of live pages: GET and HEAD of a few addresses, no file of the disk by its name."""
 
+import errno
 import ipaddress
 import socket
+import sys
 from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from .pages import LivePage, index_page, state_text
 
 LOOPBACK = "127.0.0.1"
 PORT = 8321
 """Default port."""
+PRIORITY = 10
+"""Niceness of a process that serves pages next to work."""
+REQUEST_SECONDS = 30
+"""Time after which a connection without a request is closed."""
 POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -41,15 +48,19 @@ class LiveServer(ThreadingHTTPServer):
             ValueError: The address cannot be listened on.
         """
         self.pages = [LivePage(path) for path in paths]
-        self.local_only = _is_loopback(host)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
+        except socket.gaierror as error:
+            raise ValueError(f"`host` must be an address of this machine, but got {host} ({error.strerror})") from None
         except (OSError, OverflowError) as error:
+            if getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+                raise ValueError(f"`host` must be an address of this machine, but got {host}") from None
             reason = getattr(error, "strerror", None) or str(error)
             raise ValueError(
                 f"`port` must be free on the address {host}, but {port} is not ({reason}); choose another, or 0 for any"
             ) from None
+        self.local_only = _is_loopback(str(self.server_address[0]))
 
     @property
     def url(self) -> str:
@@ -64,9 +75,15 @@ class LiveServer(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Stay silent about a browser that has left while its page was drawn; report everything else."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: LiveServer
+    timeout = REQUEST_SECONDS
     server_version = "SynQ"
     sys_version = ""
 
@@ -86,6 +103,11 @@ class _Handler(BaseHTTPRequestHandler):
         number = int(parts[0]) if parts[0].isascii() and parts[0].isdigit() and len(parts[0]) < 6 else len(pages)
         if number >= len(pages) or parts[1:] not in ([], ["state"]):
             self.send_error(HTTPStatus.NOT_FOUND)
+        elif not parts[1:] and len(pages) > 1 and not self.path.partition("?")[0].endswith("/"):
+            self.send_response(HTTPStatus.MOVED_PERMANENTLY)  # the page asks for its state next to it
+            self.send_header("Location", f"/{number}/")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif parts[1:]:
             self._reply(state_text(pages[number]), "application/json")
         else:

@@ -54,8 +54,8 @@ ROWS: dict[str, Mapping[str, Any]] = {
         "finetune.epochs": 0,
         "finetune.warmup_epochs": 0.0,
     },
-    "noise": {"synthesis.method": "gaussian"},
-    REAL: {"synthesis.method": OWN_IMAGES},
+    "noise": {"synthesis.method": "gaussian", "synthesis.low_first": False},
+    REAL: {"synthesis.method": OWN_IMAGES, "synthesis.low_first": False},
     "inputs": {"quant.act_points": "inputs"},
     RECIPE: {},
 }

@@ -1,5 +1,6 @@
 """`synq serve`: the pages of sweeps and runs in a browser while they run."""
 
+import os
 from pathlib import Path
 
 import click
@@ -14,7 +15,9 @@ EXAMPLES = """\
   ssh -L 8321:localhost:8321 HOST          on your own machine, for a sweep on HOST"""
 
 
-@click.command("serve", cls=Command, examples=EXAMPLES, exit_codes="0 ended by Ctrl-C, 2 input rejected")
+@click.command(
+    "serve", cls=Command, examples=EXAMPLES, exit_codes="0 never by itself, 2 input rejected, 130 interrupted"
+)
 @argument("paths", nargs=-1, required=True, metavar="PATH", help="folder of a sweep or a run; it may not exist yet")
 @option("--port", type=INT, metavar="N", default=8321, help="port; 0 for any free one (default: 8321)")
 @option(
@@ -27,20 +30,20 @@ EXAMPLES = """\
 def command(paths: tuple[str, ...], port: int, host: str) -> None:
     """Show leaderboard, trials and plots in a browser, and draw them again as trials end.
 
-    Read-only: pages are made from records, nothing is written, no network is loaded and no code of yours is run.
+    Read-only: pages are made from records, nothing is written, no network is loaded and no code of yours is run. The
+    process has a low priority.
     """
     between("port", port, 0, 65535)
     for path in paths:
         if "://" in path or Path(path).is_file():
             raise ValueError(f"`PATH` must be the folder of a sweep or a run, but got {path}")
-    from synq.sweeps.live.server import LiveServer
+    from synq.sweeps.live.server import PRIORITY, LiveServer
 
+    os.nice(PRIORITY)
     server = LiveServer([Path(path) for path in paths], host, port)
     print(f"{server.url} shows {', '.join(paths)}; Ctrl-C ends it", flush=True)
     try:
         server.serve_forever()
-    except KeyboardInterrupt:
-        print()
     finally:
         server.server_close()
 

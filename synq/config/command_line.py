@@ -239,6 +239,8 @@ class Command(click.Command):
         flags = {key_of(name): name for param in self.own_options for name in param.opts}
         if not self.settings:
             hint = nearest(flag, flags.values()) or f"; {self.advice}"
+            if hint.endswith("?") and self.advice != "see --help":  # a similar name may be another thing
+                hint += f" {self.advice[:1].upper()}{self.advice[1:]}"
             return f"`{flag}` must be an option of this command, but is not{hint}"
         key, keys = key_of(flag), dotted_keys(RunConfig)
         hint = nearest(key, [*flags, *keys])

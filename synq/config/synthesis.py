@@ -95,8 +95,8 @@ class SynthesisConfig:
     """Weight of the distance of attention from random maps of one to five blobs, different for each image and head of
     the deeper half. None: 0."""
     low_first: bool = False
-    """Whether images have low frequencies alone at first: up to 0.2 of the Nyquist frequency, then 0.3, 0.4, 0.5 and
-    0.6, each for a fifth of the iterations. Only for optimized pixels."""
+    """Whether images have low frequencies alone at first: up to 0.2 of the Nyquist frequency of each axis, then 0.3,
+    0.4, 0.5 and 0.6, each for a fifth of the iterations. Only for optimized pixels."""
 
     def __post_init__(self) -> None:
         for name, low in (

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from synq.diagnostics.probe_parts import SIMILARITY_BINS
-from synq.network.attention.locations import AttentionNodes, locate_attention
+from synq.network.attention.locations import AttentionNodes, is_of_image, locate_attention
 from synq.network.attention.token_map import grid_of, layer_grids
-from synq.network.op_traits import BATCH
 from synq.network.tracing import with_outputs
 
 BATCH_SIZE = 16
@@ -54,7 +53,7 @@ def shown_attention(traced: fx.GraphModule) -> ShownAttention | None:
     grids = layer_grids(traced)
     for number, nodes in reversed(list(enumerate(found, 1))):
         grid = grid_of(nodes.tokens, grids)
-        if grid is not None and by_name[nodes.scores].meta["shape"][0] == BATCH:
+        if grid is not None and is_of_image(by_name[nodes.scores].meta["shape"]):
             return ShownAttention(nodes=nodes, height=grid[0], width=grid[1], index=number, count=len(found))
     if found:
         raise ValueError("attention of this network is in windows, so that there is no map of the whole image")
@@ -83,7 +82,7 @@ def attention_of(
         parts = []
         for batch in images.split(BATCH_SIZE):
             _, probabilities = tapped(batch)
-            heads = probabilities if shown.nodes.heads > 1 else probabilities.unsqueeze(-3)
+            heads = probabilities if probabilities.dim() == 4 else probabilities.unsqueeze(-3)
             received = heads[..., 0, extra:] if extra else heads.mean(-2)
             parts.append(received.mean(-2).reshape(len(batch), shown.height, shown.width))
         maps[name] = torch.cat(parts).double().numpy()

@@ -6,9 +6,8 @@ Source: attention priors of SARDFQ, here on normalized maps.
 import torch
 from torch import Tensor, fx
 
-from synq.network.attention.locations import AttentionNodes, locate_attention
+from synq.network.attention.locations import AttentionNodes, is_of_image, locate_attention
 from synq.network.attention.token_map import grid_of, layer_grids
-from synq.network.op_traits import BATCH
 
 MOST_BLOBS = 5
 LEAST_WIDTH, MOST_WIDTH = 0.05, 0.25
@@ -35,7 +34,8 @@ class AttentionPrior:
         self._chosen: list[tuple[float, AttentionNodes, tuple[int, int]]] = []
         for number, nodes in enumerate(found, 1):
             grid = grid_of(nodes.tokens, grids)
-            if number > len(found) // 2 and grid is not None and by_name[nodes.scores].meta["shape"][0] == BATCH:
+            shape = by_name[nodes.scores].meta["shape"]
+            if number > len(found) // 2 and grid is not None and is_of_image(shape):
                 self._chosen.append((number / len(found), nodes, grid))
         self.names = [nodes.probabilities for _, nodes, _ in self._chosen]
         self._generator = generator
@@ -54,7 +54,7 @@ class AttentionPrior:
             ]
         total = probabilities[0].new_zeros(())
         for values, maps, (depth, nodes, _) in zip(probabilities, self._maps, self._chosen, strict=True):
-            heads = values if nodes.heads > 1 else values.unsqueeze(-3)
+            heads = values if values.dim() == 4 else values.unsqueeze(-3)
             received = heads[..., 0, nodes.extra :] if nodes.extra else heads.mean(-2)
             share = received / (received.mean(-1, keepdim=True) + 1e-12)
             total = total + depth * (share - maps.to(share.dtype)).square().mean()
@@ -80,5 +80,5 @@ def random_maps(count: int, heads: int, height: int, width: int, generator: torc
     squared = (rows - top).square() + (columns - left).square()
     blobs = (0.2 + weight) * (-squared / (2 * width_of_blob.square())).exp()
     is_used = torch.arange(MOST_BLOBS)[:, None, None] < number
-    maps = (blobs * is_used).sum(2).flatten(2)
-    return maps / maps.mean(-1, keepdim=True).clamp_min(1e-6)
+    maps = (blobs * is_used).sum(2).flatten(2) + 1e-6  # a blob between the positions of a tiny map would give zeros
+    return maps / maps.mean(-1, keepdim=True)

@@ -99,11 +99,12 @@ class StagedLowpass:
     def __init__(self, height: int, width: int, device: torch.device) -> None:
         """Make the filter for images of a size in pixels."""
         self._size = height, width
-        rows = torch.fft.fftfreq(height, dtype=torch.float64) * height
-        cols = torch.fft.rfftfreq(width, dtype=torch.float64) * width
+        rows = torch.fft.fftfreq(height, dtype=torch.float64) * 2  # fractions of each axis' Nyquist frequency
+        cols = torch.fft.rfftfreq(width, dtype=torch.float64) * 2
         distance = (rows[:, None] ** 2 + cols[None, :] ** 2).sqrt()
-        nyquist = min(height, width) / 2
-        self._gains = [(distance <= radius * nyquist).to(device, torch.float32) for radius in STAGES]
+        # The last stage lets the lowest frequency of each axis pass, on however few pixels.
+        radii = [*STAGES[:-1], max(STAGES[-1], 2 / min(height, width))]
+        self._gains = [(distance <= radius + 1e-9).to(device, torch.float32) for radius in radii]
 
     def __call__(self, x: Tensor, done: float) -> Tensor:
         """Return images (N, C, H, W) without frequencies beyond the radius of the stage.

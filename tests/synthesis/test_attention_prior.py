@@ -1,11 +1,14 @@
 """Attention that is to look like blobs, and low frequencies first."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from support.token_nets import SIZE, TokenNet, spread
 from synq.config.run import SynthesisConfig
+from synq.network.attention.locations import is_of_image
 from synq.network.tracing import trace_classifier
 from synq.synthesis.attention_prior import AttentionPrior, random_maps
 from synq.synthesis.inversion import Inversion, invert
@@ -49,6 +52,24 @@ def test_a_map_is_its_own_optimum() -> None:
     assert float(prior([torch.full((3, 2, 17, 17), 1 / 17)])) > 0.1
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_each_image_has_its_own_maps(heads: int) -> None:
+    """Also where a single head has an axis of its own."""
+    graph = trace_classifier(spread(TokenNet(depth=1)), SIZE)
+    together = AttentionPrior(graph, torch.Generator().manual_seed(0))
+    together._chosen = [(1.0, dataclasses.replace(together._chosen[0][1], heads=heads), (4, 4))]
+    values = torch.rand(3, heads, 17, 17, generator=torch.Generator().manual_seed(1))
+    total = float(together([values]))
+    maps = together._maps[0]
+    share = values[:, :, 0, 1:] / values[:, :, 0, 1:].mean(-1, keepdim=True)
+    assert total == pytest.approx(float((share - maps.reshape(3, heads, 16)).square().mean()), rel=1e-5)
+
+
+def test_attention_over_windows_is_left_alone() -> None:
+    assert is_of_image((2, 3, 16, 16)) and is_of_image((2, 16, 16))
+    assert not is_of_image((2, 4, 3, 16, 16)) and not is_of_image((8, 3, 16, 16))
+
+
 def test_random_maps_have_one_to_five_blobs_and_mean_one() -> None:
     maps = random_maps(50, 4, 14, 14, torch.Generator().manual_seed(0))
     assert maps.shape == (50, 4, 196) and (maps >= 0).all()
@@ -66,6 +87,8 @@ def test_low_frequencies_come_first_and_stay() -> None:
         assert torch.allclose(once, lowpass(once, stage / len(STAGES)), atol=1e-5), "passed again unchanged"
         assert torch.allclose(once.mean((-2, -1)), noise.mean((-2, -1)), atol=1e-5)
         shares.append(float(once.var() / noise.var()))
+    small = StagedLowpass(3, 7, torch.device("cpu"))(torch.randn(1, 1, 3, 7), 1.0)
+    assert float(small.std(-1).min()) > 0 and float(small.std(-2).min()) > 0, "not constant, however few pixels"
     assert shares == sorted(shares) and shares[0] == pytest.approx(torch.pi * 0.2**2 / 4, rel=0.3)
     assert torch.equal(lowpass(noise, 1.0), lowpass(noise, 0.8))
 

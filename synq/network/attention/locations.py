@@ -36,6 +36,14 @@ class AttentionNodes:
     extra: int
 
 
+def is_of_image(shape: tuple[int, ...]) -> bool:
+    """Return whether scores of this shape, for a batch of two, are over one image: (N, heads, T, T) or (N, T, T).
+
+    Those over windows have the windows of all images on the first axis, or on a further axis.
+    """
+    return len(shape) <= 4 and shape[0] == BATCH
+
+
 def locate_attention(traced: fx.GraphModule) -> list[AttentionNodes]:
     """Return the attention of a network with several tokens on both sides, in order of execution.
 

@@ -290,6 +290,6 @@ def test_a_wrong_word_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["spec.toml", "--seeds", "3"]) == 2
     assert capsys.readouterr().err.strip().splitlines() == [
-        "synq: error: `--seeds` must be an option of this command, but is not; everything else is set in the "
-        "spec (see --help and docs/how-to/sweep.md)"
+        "synq: error: `--seeds` must be an option of this command, but is not; did you mean `--serve`? Everything else "
+        "is set in the spec (see --help and docs/how-to/sweep.md)"
     ]

@@ -20,6 +20,7 @@ pytestmark = [
 def test_a_page_is_drawn_anew_where_its_reader_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sync_api = pytest.importorskip("playwright.sync_api")
     monkeypatch.setattr(pages, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(pages, "REST", 0.0)
     folder = made_sweep(tmp_path / "made", trials=6)
     last = sorted((folder / "records").glob("*.json"))[-1]
     content = last.read_bytes()

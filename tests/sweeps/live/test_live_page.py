@@ -49,31 +49,47 @@ def ask(
     return reply.status, text, reply.headers
 
 
+def settled(server: LiveServer, number: int = 0, *, before: str = "") -> dict[str, str]:
+    """Return the state of a page once it is drawn, as of another version than ``before``."""
+    ends = time.monotonic() + 120
+    while time.monotonic() < ends:
+        state: dict[str, str] = json.loads(ask(server, f"/{number}/state")[1])
+        if state["version"] not in ("", before):
+            return state
+        time.sleep(0.05)
+    raise AssertionError("the page is not drawn")
+
+
 def test_a_page_is_drawn_again_when_a_trial_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(pages, "REST", 0.0)
     folder = tmp_path / "made"
     with served(folder) as server:
-        assert "No result yet" in ask(server, "/")[1], "the folder does not exist yet"
-        made_sweep(folder, trials=6)
-        left_out = sorted((folder / "records").glob("*.json"))[0]
+        waiting = settled(server)
+        assert waiting["text"] == "waiting for the first trial", "the folder does not exist yet"
+        assert "No result yet" in ask(server, "/")[1]
+        made_sweep(tmp_path / "elsewhere", trials=6)
+        left_out = sorted((tmp_path / "elsewhere" / "records").glob("*.json"))[0]
         content = left_out.read_bytes()
         left_out.unlink()
-        first = json.loads(ask(server, "/state")[1])
+        (tmp_path / "elsewhere").rename(folder)
+        left_out = folder / "records" / left_out.name
+        first = settled(server, before=waiting["version"])
         assert first["text"] == "11 trials ended, 1 without a result"
         status, text, headers = ask(server, "/")
         assert status == 200 and f'data-version="{first["version"]}"' in text and "Leaderboard" in text
         assert headers["Cache-Control"] == "no-store" and "default-src 'none'" in headers["Content-Security-Policy"]
         assert json.loads(ask(server, "/state")[1]) == first, "nothing has changed"
         left_out.write_bytes(content)
-        second = json.loads(ask(server, "/0/state")[1])
+        second = settled(server, before=first["version"])
         assert second["version"] != first["version"] and second["text"] == "12 trials ended, 0 without a result"
         assert left_out.stem in ask(server, "/")[1]
 
 
 def test_drawings_are_some_seconds_apart(tmp_path: Path) -> None:
     folder = made_sweep(tmp_path / "made", trials=2, bits=("W4A4",))
-    page = pages.LivePage(folder)
-    version = page.state()["version"]
+    with served(folder) as server:
+        page, version = server.pages[0], settled(server)["version"]
     sorted((folder / "records").glob("*.json"))[0].unlink()
     assert page.state()["version"] == version, "drawn a moment ago"
     assert pages.version_of(folder) != version
@@ -84,12 +100,32 @@ def test_a_damaged_record_is_named_and_the_page_stays(tmp_path: Path) -> None:
     damaged = sorted((folder / "records").glob("*.json"))[0]
     damaged.write_text("{")
     with served(folder) as server:
-        status, text, _ = ask(server, "/")
-        assert status == 200 and damaged.name in text and "3 trials ended" in text
+        assert settled(server)["text"].startswith("3 trials ended")
+        assert damaged.name in ask(server, "/")[1]
         (folder / "sweep.json").write_text("{")
     with served(folder) as server:
-        status, text, _ = ask(server, "/")
-        assert status == 200 and "sweep.json" in text
+        assert settled(server)["text"] == "the page cannot be drawn"
+        assert "sweep.json" in ask(server, "/")[1]
+
+
+def test_a_fault_while_drawing_is_shown_and_the_server_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise KeyError("nosuch")
+
+    folder = made_sweep(tmp_path / "made", trials=2, bits=("W4A4",))
+    monkeypatch.setattr(pages, "sweep_page", fail)
+    with served(folder) as server:
+        assert settled(server)["text"] == "the page cannot be drawn" and "nosuch" in ask(server, "/")[1]
+
+
+def test_a_folder_of_runs_is_drawn_again_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(pages, "REST", 0.0)
+    write_record(tmp_path / "run-a" / "record.json", record(0.1))
+    with served(tmp_path) as server:
+        first = settled(server)
+        write_record(tmp_path / "run-b" / "record.json", record(0.2, seed=1))
+        assert settled(server, before=first["version"])["text"].startswith("2 trials ended")
 
 
 def test_runs_and_several_folders(tmp_path: Path) -> None:
@@ -98,10 +134,13 @@ def test_runs_and_several_folders(tmp_path: Path) -> None:
     (tmp_path / "run-b").mkdir()
     (tmp_path / "run-b" / "config.json").write_text("{}")
     with served(finished, tmp_path / "run-b", tmp_path / "<b>") as server:
+        for number in range(3):
+            settled(server, number)
         status, text, _ = ask(server, "/")
         assert status == 200 and "run-a" in text and "&lt;b&gt;" in text and 'href="2/"' in text
         assert "completed" in ask(server, "/0/state")[1] and "Settings" in ask(server, "/0/")[1]
         assert "not finished" in ask(server, "/1/")[1]
+        assert (ask(server, "/1")[0], ask(server, "/1")[2]["Location"]) == (301, "/1/")
         for path in ("/3/", "/0/record.json", "/../record.json", "/0/../../etc/passwd", "/x", "/0/state/x"):
             assert ask(server, path)[0] == 404
 
@@ -122,6 +161,8 @@ def test_input_that_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with served(tmp_path) as server:
         assert serve([str(tmp_path), "--port", str(server.server_port)]) == 2
         assert f"`port` must be free on the address 127.0.0.1, but {server.server_port}" in capsys.readouterr().err
+    assert serve([str(tmp_path), "--host", "192.0.2.1"]) == 2
+    assert "`host` must be an address of this machine, but got 192.0.2.1" in capsys.readouterr().err
     assert serve([str(tmp_path), "--port", "70000"]) == 2 and "65535" in capsys.readouterr().err
     assert serve(["s3://bucket/sweep"]) == 2 and "`PATH` must be the folder" in capsys.readouterr().err
     assert sweep(["--serve", "0", "--output-dir", "s3://bucket/sweep"]) == 2
@@ -131,7 +172,7 @@ def test_input_that_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def is_served(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):
         return False
     return True
 
