@@ -1,46 +1,26 @@
 """Attention of a network as maps over the image, and how similar its tokens are, for the report of a run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from synq.diagnostics.probe_parts import SIMILARITY_BINS
-from synq.network.attention.locations import AttentionNodes, is_of_image, locate_attention
-from synq.network.attention.token_map import grid_of, layer_grids
+from synq.network.attention.locations import (
+    ImageAttention,
+    attention_of_images,
+    attention_received,
+    locate_attention,
+)
 from synq.network.tracing import with_outputs
 
 BATCH_SIZE = 16
 """Images per forward pass: the maps of all heads are in memory."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShownAttention:
-    """The attention of a traced network that is shown: the last one over all positions of the image.
-
-    Attributes:
-        nodes: The attention.
-        height, width: Size of the map that its tokens are, without the extra ones.
-        index, count: Place of the attention among all, from 1, and their number.
-    """
-
-    nodes: AttentionNodes
-    height: int
-    width: int
-    index: int
-    count: int
-
-    @property
-    def text(self) -> str:
-        """Which attention it is, for a caption."""
-        whose = "the class token" if self.nodes.extra else "all queries"
-        return f"attention {self.index} of {self.count}, of {whose}, mean over {self.nodes.heads} heads"
-
-
-def shown_attention(traced: fx.GraphModule) -> ShownAttention | None:
-    """Return the attention of a network that is shown, None if it has no attention.
+def shown_attention(traced: fx.GraphModule) -> ImageAttention | None:
+    """Return the attention of a network that is shown, the last one over an image; None if it has no attention.
 
     Args:
         traced: A graph from ``trace_classifier``.
@@ -48,21 +28,21 @@ def shown_attention(traced: fx.GraphModule) -> ShownAttention | None:
     Raises:
         ValueError: No attention of the network is over the positions of one image, but all are over windows.
     """
-    found = locate_attention(traced)
-    by_name = {node.name: node for node in traced.graph.nodes}
-    grids = layer_grids(traced)
-    for number, nodes in reversed(list(enumerate(found, 1))):
-        grid = grid_of(nodes.tokens, grids)
-        if grid is not None and is_of_image(by_name[nodes.scores].meta["shape"]):
-            return ShownAttention(nodes=nodes, height=grid[0], width=grid[1], index=number, count=len(found))
-    if found:
+    found = attention_of_images(traced)
+    if not found and locate_attention(traced):
         raise ValueError("attention of this network is in windows, so that there is no map of the whole image")
-    return None
+    return found[-1] if found else None
+
+
+def place_of(shown: ImageAttention) -> str:
+    """Return which attention it is, for a caption."""
+    whose = "the class token" if shown.nodes.extra else "all queries"
+    return f"the attention at {100 * shown.depth:.0f} % of the depth, of {whose}, mean over {shown.nodes.heads} heads"
 
 
 @torch.no_grad()
 def attention_of(
-    networks: Mapping[str, tuple[fx.GraphModule, str]], shown: ShownAttention, images: Tensor
+    networks: Mapping[str, tuple[fx.GraphModule, str]], shown: ImageAttention, images: Tensor
 ) -> dict[str, np.ndarray]:
     """Return by network what the image's positions get of its attention, the mean over heads.
 
@@ -74,17 +54,14 @@ def attention_of(
         images: (N, C, H, W), normalized.
 
     Returns:
-        Maps (N, height, width), each of sum 1 at most.
+        Maps (N, height, width) of its grid, each of sum 1 at most.
     """
     maps = {}
     for name, (net, node) in networks.items():
-        tapped, extra = with_outputs(net, [node]), shown.nodes.extra
-        parts = []
+        tapped, parts = with_outputs(net, [node]), []
         for batch in images.split(BATCH_SIZE):
-            _, probabilities = tapped(batch)
-            heads = probabilities if probabilities.dim() == 4 else probabilities.unsqueeze(-3)
-            received = heads[..., 0, extra:] if extra else heads.mean(-2)
-            parts.append(received.mean(-2).reshape(len(batch), shown.height, shown.width))
+            received = attention_received(tapped(batch)[1], shown.nodes.extra)
+            parts.append(received.mean(-2).reshape(len(batch), *shown.grid))
         maps[name] = torch.cat(parts).double().numpy()
     return maps
 

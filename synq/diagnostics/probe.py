@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from synq.diagnostics.attention_maps import attention_of, shown_attention, token_similarities
+from synq.diagnostics.attention_maps import attention_of, place_of, shown_attention, token_similarities
 from synq.diagnostics.layer_errors import layer_errors, range_counts
 from synq.diagnostics.probe_parts import (
     Attention,
@@ -255,7 +255,7 @@ class ReportData:
             found = attention_of(networks, shown, images)
             pixels = self._to_pixels(images).clip(0, 1)
             maps = Maps(source=source, images=pixels, labels=labels.numpy(), maps=found)
-            place = shown.text
+            place = place_of(shown)
         few = {name: part[_spread(torch.arange(len(part)), LAYER_IMAGES)] for name, part in self._kinds().items()}
         noise = torch.randn(next(iter(few.values())).shape, generator=torch.Generator().manual_seed(0))
         few["Gaussian noise"] = self.teacher.pixel_range().clamp_(noise)

@@ -6,8 +6,7 @@ Source: attention priors of SARDFQ, here on normalized maps.
 import torch
 from torch import Tensor, fx
 
-from synq.network.attention.locations import AttentionNodes, is_of_image, locate_attention
-from synq.network.attention.token_map import grid_of, layer_grids
+from synq.network.attention.locations import attention_of_images, attention_received
 
 MOST_BLOBS = 5
 LEAST_WIDTH, MOST_WIDTH = 0.05, 0.25
@@ -28,16 +27,8 @@ class AttentionPrior:
             graph: A graph from ``trace_classifier``.
             generator: CPU generator that draws the maps.
         """
-        found = locate_attention(graph)
-        by_name = {node.name: node for node in graph.graph.nodes}
-        grids = layer_grids(graph)
-        self._chosen: list[tuple[float, AttentionNodes, tuple[int, int]]] = []
-        for number, nodes in enumerate(found, 1):
-            grid = grid_of(nodes.tokens, grids)
-            shape = by_name[nodes.scores].meta["shape"]
-            if number > len(found) // 2 and grid is not None and is_of_image(shape):
-                self._chosen.append((number / len(found), nodes, grid))
-        self.names = [nodes.probabilities for _, nodes, _ in self._chosen]
+        self._chosen = [one for one in attention_of_images(graph) if one.depth > 0.5]
+        self.names = [one.nodes.probabilities for one in self._chosen]
         self._generator = generator
         self._maps: list[Tensor] = []
 
@@ -49,16 +40,15 @@ class AttentionPrior:
         """
         if not self._maps or len(self._maps[0]) != len(probabilities[0]):
             self._maps = [
-                random_maps(len(values), nodes.heads, *grid, self._generator).to(values.device)
-                for values, (_, nodes, grid) in zip(probabilities, self._chosen, strict=True)
+                random_maps(len(values), one.nodes.heads, *one.grid, self._generator).to(values.device)
+                for values, one in zip(probabilities, self._chosen, strict=True)
             ]
         total = probabilities[0].new_zeros(())
-        for values, maps, (depth, nodes, _) in zip(probabilities, self._maps, self._chosen, strict=True):
-            heads = values if values.dim() == 4 else values.unsqueeze(-3)
-            received = heads[..., 0, nodes.extra :] if nodes.extra else heads.mean(-2)
+        for values, maps, one in zip(probabilities, self._maps, self._chosen, strict=True):
+            received = attention_received(values, one.nodes.extra)
             share = received / (received.mean(-1, keepdim=True) + 1e-12)
-            total = total + depth * (share - maps.to(share.dtype)).square().mean()
-        return total / sum(depth for depth, *_ in self._chosen)
+            total = total + one.depth * (share - maps.to(share.dtype)).square().mean()
+        return total / sum(one.depth for one in self._chosen)
 
 
 def random_maps(count: int, heads: int, height: int, width: int, generator: torch.Generator) -> Tensor:

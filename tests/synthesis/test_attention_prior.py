@@ -8,7 +8,6 @@ from torch import nn
 
 from support.token_nets import SIZE, TokenNet, spread
 from synq.config.run import SynthesisConfig
-from synq.network.attention.locations import is_of_image
 from synq.network.tracing import trace_classifier
 from synq.synthesis.attention_prior import AttentionPrior, random_maps
 from synq.synthesis.inversion import Inversion, invert
@@ -57,17 +56,13 @@ def test_each_image_has_its_own_maps(heads: int) -> None:
     """Also where a single head has an axis of its own."""
     graph = trace_classifier(spread(TokenNet(depth=1)), SIZE)
     together = AttentionPrior(graph, torch.Generator().manual_seed(0))
-    together._chosen = [(1.0, dataclasses.replace(together._chosen[0][1], heads=heads), (4, 4))]
+    chosen = together._chosen[0]
+    together._chosen = [dataclasses.replace(chosen, nodes=dataclasses.replace(chosen.nodes, heads=heads))]
     values = torch.rand(3, heads, 17, 17, generator=torch.Generator().manual_seed(1))
     total = float(together([values]))
     maps = together._maps[0]
     share = values[:, :, 0, 1:] / values[:, :, 0, 1:].mean(-1, keepdim=True)
     assert total == pytest.approx(float((share - maps.reshape(3, heads, 16)).square().mean()), rel=1e-5)
-
-
-def test_attention_over_windows_is_left_alone() -> None:
-    assert is_of_image((2, 3, 16, 16)) and is_of_image((2, 16, 16))
-    assert not is_of_image((2, 4, 3, 16, 16)) and not is_of_image((8, 3, 16, 16))
 
 
 def test_random_maps_have_one_to_five_blobs_and_mean_one() -> None:

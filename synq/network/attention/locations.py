@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from synq.network.attention.token_map import grid_of, layer_grids
 from synq.network.op_traits import BATCH, OpKind, traits_of, value_inputs
@@ -34,14 +34,6 @@ class AttentionNodes:
     heads: int
     tokens: int
     extra: int
-
-
-def is_of_image(shape: tuple[int, ...]) -> bool:
-    """Return whether scores of this shape, for a batch of two, are over one image: (N, heads, T, T) or (N, T, T).
-
-    Those over windows have the windows of all images on the first axis, or on a further axis.
-    """
-    return len(shape) <= 4 and shape[0] == BATCH
 
 
 def locate_attention(traced: fx.GraphModule) -> list[AttentionNodes]:
@@ -75,6 +67,53 @@ def locate_attention(traced: fx.GraphModule) -> list[AttentionNodes]:
             )
             break
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageAttention:
+    """Attention over all positions of an image.
+
+    Attributes:
+        nodes: The attention.
+        grid: Height and width of the map that its tokens are, without the extra ones.
+        depth: Its place among all attention of the network, in (0, 1].
+    """
+
+    nodes: AttentionNodes
+    grid: tuple[int, int]
+    depth: float
+
+
+def attention_of_images(traced: fx.GraphModule) -> list[ImageAttention]:
+    """Return the attention that is over all positions of an image, not over windows, in order of execution.
+
+    Args:
+        traced: A graph from ``trace_classifier``.
+    """
+    found = locate_attention(traced)
+    by_name = {node.name: node for node in traced.graph.nodes}
+    grids = layer_grids(traced)
+    chosen = []
+    for number, nodes in enumerate(found, 1):
+        shape, grid = by_name[nodes.scores].meta["shape"], grid_of(nodes.tokens, grids)
+        # Scores over windows have the windows of all images on the first axis, or on a further one.
+        if grid is not None and len(shape) <= 4 and shape[0] == BATCH:
+            chosen.append(ImageAttention(nodes=nodes, grid=grid, depth=number / len(found)))
+    return chosen
+
+
+def attention_received(probabilities: Tensor, extra: int) -> Tensor:
+    """Return what each position gets: of the first extra token, the class token, or else the mean over all queries.
+
+    Args:
+        probabilities: (N, heads, T, T) or (N, T, T).
+        extra: Number of tokens, the first ones, that are no positions.
+
+    Returns:
+        (N, heads, T - extra).
+    """
+    heads = probabilities if probabilities.dim() == 4 else probabilities.unsqueeze(-3)
+    return heads[..., 0, extra:] if extra else heads.mean(-2)
 
 
 def _factors(scores: fx.Node) -> tuple[str, ...]:

@@ -16,18 +16,21 @@ from synq.pipeline import run
 from synq.runs.record import run_folder
 from synq.sweeps.reports.image_figures import attention_figures
 from synq.sweeps.reports.page import Figure, Gap
+from synq.synthesis.attention_prior import AttentionPrior
 
 
 class Windows(nn.Module):
-    """Attention of one head inside four windows of 4 x 4 positions, then the mean over all."""
+    """Attention of one head inside four windows of 4 x 4 positions, in rows or on an axis, then the mean over all."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_rows: bool) -> None:
         super().__init__()
+        self.in_rows = in_rows
         self.stem, self.qkv, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 24), nn.Linear(8, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[0]
-        tokens = self.stem(x).reshape(n, 8, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1).reshape(n * 4, 16, 8)
+        tokens = self.stem(x).reshape(n, 8, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1).reshape(n, 4, 1, 16, 8)
+        tokens = tokens.reshape(n * 4, 16, 8) if self.in_rows else tokens
         q, k, v = self.qkv(tokens).chunk(3, -1)
         mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v
         return self.head(mixed.reshape(n, 64, 8).mean(1))
@@ -38,10 +41,10 @@ def test_the_map_is_what_the_positions_get(extra: int) -> None:
     net = spread(TokenNet(token=bool(extra), depth=2))
     traced = trace_classifier(net, SIZE)
     shown = shown_attention(traced)
-    assert shown is not None and shown.nodes.extra == extra and shown.index == shown.count
+    assert shown is not None and shown.nodes.extra == extra and shown.depth == 1
     images = torch.randn(3, *SIZE)
     maps = attention_of({"teacher": (traced, shown.nodes.probabilities)}, shown, images)["teacher"]
-    assert maps.shape == (3, shown.height, shown.width) and (maps > 0).all()
+    assert maps.shape == (3, *shown.grid) and (maps > 0).all()
     captured: list[Tensor] = []
     attention = net.blocks[-1].attention
     assert isinstance(attention, Joined)
@@ -54,8 +57,10 @@ def test_the_map_is_what_the_positions_get(extra: int) -> None:
     assert np.allclose(maps.reshape(3, -1), wanted.detach().numpy(), atol=1e-6)
 
 
-def test_windows_have_no_map_of_the_image_but_similarities() -> None:
-    traced = trace_classifier(Windows().eval(), SIZE)
+@pytest.mark.parametrize("in_rows", [True, False])
+def test_windows_have_no_map_of_the_image_but_similarities(in_rows: bool) -> None:
+    traced = trace_classifier(Windows(in_rows=in_rows).eval(), SIZE)
+    assert AttentionPrior(traced, torch.Generator()).names == []
     with pytest.raises(ValueError, match="in windows"):
         shown_attention(traced)
     shares = token_similarities(traced, torch.randn(4, *SIZE))
