@@ -170,7 +170,10 @@ class _Program:
             (value, row, column) for row, (terms, _, _) in enumerate(self.rows) for column, value in terms.items()
         ]
         values, at, columns = zip(*entries, strict=True)
-        matrix = sparse.csr_array((values, (at, columns)), shape=(len(self.rows), self.size))
+        indices = np.array(
+            [at, columns], np.int32
+        )  # SciPy 1.11 to 1.13 hand them on as they are to HiGHS, which has int
+        matrix = sparse.csr_array((values, tuple(indices)), shape=(len(self.rows), self.size))
         lows, highs = [low for _, low, _ in self.rows], [high for _, _, high in self.rows]
         with _quiet():
             found = optimize.milp(
