@@ -39,8 +39,8 @@ def command(paths: tuple[str, ...], port: int, host: str) -> None:
             raise ValueError(f"`PATH` must be the folder of a sweep or a run, but got {path}")
     from synq.sweeps.live.server import PRIORITY, LiveServer
 
-    os.nice(PRIORITY)
     server = LiveServer([Path(path) for path in paths], host, port)
+    os.nice(PRIORITY)  # of this process, only once it serves
     print(f"{server.url} shows {', '.join(paths)}; Ctrl-C ends it", flush=True)
     try:
         server.serve_forever()
