@@ -94,17 +94,17 @@ def _run(spec: SweepSpec, ledger: Ledger, quiet: bool, on_trial: Callable[[RunRe
                     _make_sets(spec, ledger, progress)
                     _tune(spec, ledger, searcher, progress, stop_reason)
         except KeyboardInterrupt:
-            ledger.write_tables()
+            ledger.end_early()
             progress.log(f"interrupted; the tables are in {where}, the same command resumes")
             return INTERRUPTED
         except LocalRayDiedError as error:
-            ledger.write_tables()
+            ledger.end_early()
             progress.log(f"stopped: {error}; the same command goes on")
             return NO_RESULT
         except RuntimeError as error:  # Ray Tune expects no worker to be ended for memory while it starts
             if not is_out_of_memory(error.__cause__ or error):
                 raise
-            ledger.write_tables()
+            ledger.end_early()
             progress.log(
                 "stopped: the memory is full, and Ray ended a trial's worker that was starting: end other work, or set "
                 "`max_concurrent` lower; the same command goes on"

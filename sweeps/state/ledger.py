@@ -24,6 +24,7 @@ from typing import Any
 
 from synq.common.digests import write_sealed_json
 from synq.common.environment import environment
+from synq.common.files import DamagedFileError
 from synq.runs.record import RunRecord, read_record, write_record
 
 from ..leaderboard.records import Tables
@@ -238,6 +239,23 @@ class Ledger:
         if time.monotonic() >= self._tables_due:
             self.write_tables()
         return record
+
+    def end_early(self) -> None:
+        """Add the records of trials that ended while the driver was being stopped, and rewrite the tables.
+
+        A trial writes its record before Ray Tune reports to the driver that it has ended.
+        """
+        for trial in sorted(self.plans.keys() - self.records.keys()):
+            name = f"records/{trial}.json"
+            if self.folder.fetch(name):
+                try:
+                    record = read_record(self.record_path(trial))
+                except DamagedFileError as error:
+                    self.folder.set_aside(name, f"{error}; its trial goes on from the folder of its run")
+                    continue
+                self.records[trial] = record
+                self.tables.add(record, trial)
+        self.write_tables()
 
     def write_tables(self) -> None:
         """Rewrite trials.csv and leaderboard.csv."""

@@ -10,6 +10,7 @@ import pytest
 from support.sweep_tools import TINY, rows, tiny
 from synq.config.run import config_digest, config_to_dict, with_overrides
 from synq.runs.record import RunRecord, read_record, write_record
+from synq.sweeps.leaderboard.records import Tables
 from synq.sweeps.spec import SweepSpec
 from synq.sweeps.spec_file import spec_from_dict
 from synq.sweeps.state.ledger import Ledger
@@ -124,6 +125,19 @@ def test_a_trial_that_wrote_a_record_has_it_and_another_gets_one(ledger: Ledger)
     assert (silent.objective_value, silent.started, silent.host) == (None, "", "")
     ledger.write_tables()
     assert {row["trial"] for row in rows(ledger.root / "trials.csv")} == set(ledger.records)
+
+
+def test_a_trial_that_ended_while_the_driver_was_stopped_is_in_the_tables(ledger: Ledger) -> None:
+    ended, damaged, running = (planned(ledger, index) for index in range(3))
+    for plan in (ended, damaged):
+        recorded(ledger, plan, 0.25)
+        del ledger.records[plan.trial]
+    ledger.tables = Tables()  # as it is before the driver hears of either
+    path = ledger.record_path(damaged.trial)
+    path.write_text(path.read_text().replace("0.25", "0.75"))
+    ledger.end_early()
+    assert [row["trial"] for row in rows(ledger.root / "trials.csv")] == [ended.trial]
+    assert not path.exists() and running.trial not in ledger.records
 
 
 def test_tables_are_written_at_once_and_then_seldom(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
