@@ -5,9 +5,10 @@
 Labeled images enter in `Measure` alone, and only to count correct predictions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -58,6 +59,7 @@ def run(
     on_checkpoint: Callable[[Path], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     teacher: Teacher | None = None,
+    budget: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Run all stages, or resume an interrupted run; return the record of a completed run unchanged.
 
@@ -76,6 +78,7 @@ def run(
             not measured for it.
         teacher: The result of `load_teacher(config.teacher)` if already loaded; its graph is moved to the run's device.
             None loads it.
+        budget: How the settings were chosen, for the record: what `Budget.values` returns; None where the user did.
 
     Returns:
         The record, on every process.
@@ -135,7 +138,8 @@ def run(
             rounding=rounding,
             rounded=rounded,
         )
-        record = replace(record, evaluation=measure.labeled.describe() if measure.labeled is not None else {})
+        described = {} if measure.labeled is None else measure.labeled.describe()
+        record = replace(record, evaluation=described, budget=dict(budget or {}))
         if accelerator.is_main_process:
             write_config(folder / "config.json", config)
 
@@ -194,8 +198,15 @@ def _is_of(found: tuple[Path, RunRecord] | None, train_set: SyntheticSet, accele
     return True
 
 
-def check(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple[Teacher, Measure]:
+def check(
+    config: RunConfig, *, accelerator: Accelerator | None = None, teacher: Teacher | None = None
+) -> tuple[Teacher, Measure]:
     """Load everything a run needs except its synthetic images, to report invalid input before hours of synthesis.
+
+    Args:
+        config: The run.
+        accelerator: Process group; None makes one from `config.runtime`.
+        teacher: As for `run`.
 
     Returns:
         The teacher, and the measurement with its labeled images.
@@ -205,7 +216,7 @@ def check(config: RunConfig, *, accelerator: Accelerator | None = None) -> tuple
         OSError: As `run`.
     """
     config = make_absolute(config)
-    return _open(config, accelerator or make_accelerator(config.runtime), None)[:2]
+    return _open(config, accelerator or make_accelerator(config.runtime), teacher)[:2]
 
 
 def prepare(

@@ -12,14 +12,16 @@ if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from synq.common.exit_codes import INTERRUPTED, RUN_FAILED, USER_ERROR, leave, report_error
-from synq.config.command_line import Command
-from synq.config.command_options import config_option
+from synq.config.budget import budget_keys
+from synq.config.command_line import Command, GivenSettings
+from synq.config.command_options import budget_options, config_option
 from synq.config.finetune import SWITCHED_OFF
+from synq.config.parsing import load_config
 from synq.config.run import RunConfig, make_absolute
 
 if TYPE_CHECKING:
@@ -43,14 +45,23 @@ EXAMPLES = """\
 
 @click.command("train", cls=Command, settings="run", common=COMMON, examples=EXAMPLES, resumes=True)
 @config_option
-def command(config: RunConfig) -> int:
+@budget_options
+def command(config: RunConfig, quality: str | None, max_minutes: float | None) -> int:
     """Quantize a classifier without any data: synthesize images, train a low-bit student on them, and evaluate it.
 
     Settings come from --config FILE (TOML or JSON, with the keys below) and are overridden on the command line; TEACHER
     is --teacher.spec. The same command started again resumes a run that was stopped, and returns at once if the run is
-    finished.
+    finished. How many images and steps it takes is chosen by --quality, unless the settings say it.
     """
-    return on_every_process(config, lambda accelerator: _run(config, accelerator))
+    given: GivenSettings = click.get_current_context().obj
+    chosen = budget_keys(given.overrides, *map(load_config, given.files))
+
+    def work(accelerator: "Accelerator") -> tuple[list[str], list[str]]:
+        from synq.budget import budgeted
+
+        return _run(*budgeted(config, quality, max_minutes, chosen, accelerator=accelerator), accelerator)
+
+    return on_every_process(config, work)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run(argv, PROGRAM)
 
 
-def _run(config: RunConfig, accelerator: "Accelerator") -> tuple[list[str], list[str]]:
+def _run(config: RunConfig, budget: dict[str, Any], accelerator: "Accelerator") -> tuple[list[str], list[str]]:
     from synq.common.notices import print_notice, was_printed
     from synq.export.targets.formats import missing_note
     from synq.pipeline import run
@@ -69,7 +80,7 @@ def _run(config: RunConfig, accelerator: "Accelerator") -> tuple[list[str], list
     before = file.stat().st_mtime_ns if file.exists() else None
     if missing := missing_note(config.quant.target):
         print_notice(missing)
-    record = run(config, accelerator=accelerator)
+    record = run(config, accelerator=accelerator, budget=budget)
     done = "finished before, nothing to do: " if before == file.stat().st_mtime_ns else ""
     notes = [*(note for note in closing_notes(record) if not was_printed(note)), f"{done}{file.parent}"]
     return [summary_line(record)], notes

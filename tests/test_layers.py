@@ -37,6 +37,7 @@ PACKAGES = (
     "own_images",
     "runs",
     "pipeline",
+    "budget",
     "export",
     "mixed_precision",
     "verification",

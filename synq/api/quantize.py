@@ -10,7 +10,8 @@ from synq import pipeline
 from synq.api.models import Model, open_model, teacher_arguments, working_copy
 from synq.api.run import Run
 from synq.api.session import named_as_arguments, session
-from synq.api.settings import Config, chosen_num_images, settings_of
+from synq.api.settings import Config, budget_keys_of, chosen_num_images, settings_of
+from synq.budget import budgeted
 from synq.common.notices import print_notice
 from synq.common.progress import Progress
 from synq.common.text_tables import to_text
@@ -27,6 +28,7 @@ from synq.teacher.teacher import Teacher
 Target = Literal["research", "onnxruntime", "openvino", "litert", "executorch", "tensorrt", "qnn"]
 InspectTarget = Target
 Device = Literal["auto", "cpu", "cuda"]
+Quality = Literal["draft", "standard", "best"]
 MANY = 2**31
 """Number of training images until those of the user are counted."""
 
@@ -46,6 +48,8 @@ def quantize(
     images: Any = None,
     dataset: Any = None,
     config: Config = None,
+    quality: Quality | None = None,
+    max_minutes: float | None = None,
     num_images: int | None = None,
     epochs: int | None = None,
     seed: int | None = None,
@@ -88,6 +92,10 @@ def quantize(
             (image, label), or a `DataLoader`. Images are uint8, or float in [0, 1] and not normalized.
         config: All other settings: a `RunConfig`, a .toml or .json file, or a mapping with its keys, such as
             {"finetune.lr": 1e-3} or {"synthesis": {"iterations": 50}}. Arguments of the call go before it.
+        quality: draft, standard or best: chooses numbers of images, iterations and epochs from what rounding alone
+            loses. By default standard, unless an argument or `config` says how many images or steps there are, as a
+            `RunConfig` always does.
+        max_minutes: Longest time of the run by its forecast; fewer images where `quality` takes longer.
         num_images: Number of training images; with `images`, all of them unless it or `config` chooses fewer.
         epochs: Passes over them.
         seed: Seed of fine-tuning and of the synthetic images.
@@ -119,6 +127,7 @@ def quantize(
         },
     )
     number = None if images is None else num_images if num_images is not None else chosen_num_images(config)
+    chosen = budget_keys_of(config, {"synthesis.num_images": num_images, "finetune.epochs": epochs})
     with session(progress=progress):
         labeled = in_memory(dataset)
         with labeled_in_memory(labeled) as spec, unlabeled_in_memory(images) as source:
@@ -127,7 +136,8 @@ def quantize(
             settings, teacher = _open(model, settings, preprocessing, config)
             if missing := missing_note(settings.quant.target):
                 print_notice(missing)
-            record = pipeline.run(settings, teacher=working_copy(teacher), on_progress=on_progress)
+            settings, budget = budgeted(settings, quality, max_minutes, chosen, teacher=working_copy(teacher))
+            record = pipeline.run(settings, teacher=working_copy(teacher), on_progress=on_progress, budget=budget)
             for note in closing_notes(record):
                 print_notice(note)
             return Run(run_folder(settings), settings, teacher, labeled if is_in_memory(spec) else None)
@@ -144,6 +154,7 @@ def synthesize(
     std: Sequence[float] | float | None = None,
     preprocessing: object = None,
     config: Config = None,
+    quality: Quality | None = None,
     seed: int | None = None,
     device: Device | None = None,
     output_dir: str | Path | None = None,
@@ -160,6 +171,7 @@ def synthesize(
         std: See `quantize`.
         preprocessing: See `quantize`.
         config: See `quantize`.
+        quality: See `quantize`.
         seed: Seed of the images.
         device: See `quantize`.
         output_dir: Folder whose subfolder store/ has the images.
@@ -180,8 +192,10 @@ def synthesize(
             "evaluation.dataset": "none",
         },
     )
+    chosen = budget_keys_of(config, {"synthesis.num_images": num_images})
     with session(progress=progress):
         settings, teacher = _open(model, settings, preprocessing, config)
+        settings, _ = budgeted(settings, quality, None, chosen, teacher=working_copy(teacher))
         return pipeline.prepare(settings, teacher=working_copy(teacher))[0]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from synq.config.budget import BUDGET_KEYS, budget_keys
 from synq.config.finetune import check_own_weight, has_own_weight
 from synq.config.key_tables import merged_keys, nested_keys
 from synq.config.parsing import config_from_dict, load_config, with_overrides
@@ -69,6 +70,19 @@ def chosen_num_images(config: Config) -> Any:
         number = config.synthesis.num_images
         return None if number == RunConfig().synthesis.num_images else number
     return _written(config).get("synthesis", {}).get("num_images")
+
+
+def budget_keys_of(config: Config, arguments: Mapping[str, Any]) -> set[str]:
+    """Return the keys of the budget that a call chooses.
+
+    Args:
+        config: As for `settings_of`; a `RunConfig` chooses all.
+        arguments: Values by dotted key; None for those that were not given.
+    """
+    given = {key: value for key, value in arguments.items() if value is not None}
+    if isinstance(config, RunConfig):
+        return set(BUDGET_KEYS)
+    return budget_keys(_written(config), given)
 
 
 def _built(config: Config, given: Mapping[str, Any]) -> RunConfig:

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from synq.config.command_line import Command
-from synq.config.command_options import OneOf, config_option, option
+from synq.config.budget import budget_keys
+from synq.config.command_line import Command, GivenSettings
+from synq.config.command_options import OneOf, budget_options, config_option, option
+from synq.config.parsing import load_config
 from synq.config.run import RunConfig
 from synq.synthesis.calibration_scripts import SCRIPTS
 from synq.train import TEACHER_SETTINGS, on_every_process
@@ -28,6 +30,7 @@ EXAMPLES = """\
 
 @click.command("synthesize", cls=Command, settings="run", common=COMMON, examples=EXAMPLES, resumes=True)
 @config_option
+@budget_options
 @option(
     "--npz",
     metavar="FILE.npz",
@@ -44,11 +47,19 @@ EXAMPLES = """\
     help=f"also write the images as another quantizer reads them, with a script: {', '.join(TOOLS)}",
 )
 @option("--folder", metavar="FOLDER", rule="name a folder", help="output folder of --for (calibration-TOOL)")
-def command(config: RunConfig, npz: str | None, tool: str | None, folder: str | None) -> int:
+def command(
+    config: RunConfig,
+    quality: str | None,
+    max_minutes: float | None,
+    npz: str | None,
+    tool: str | None,
+    folder: str | None,
+) -> int:
     """Synthesize the training and held-out images of a run, and stop.
 
     `synq train` with the same settings finds them in the store. All settings of a run are accepted; the images depend
-    on teacher, synthesis, data_seed and evaluation.heldout_images.
+    on teacher, synthesis, data_seed and evaluation.heldout_images. As in `synq train`, --quality chooses how many there
+    are, unless the settings say it.
     """
     if npz is not None and not npz.endswith(".npz"):
         raise ValueError(f"`npz` must name a file that ends in .npz, but got {npz!r}")
@@ -58,13 +69,18 @@ def command(config: RunConfig, npz: str | None, tool: str | None, folder: str | 
     if output.exists() and not output.is_dir():
         raise ValueError(f"`folder` must be a folder, but {output} is a file; choose another name")
 
+    given: GivenSettings = click.get_current_context().obj
+    keys = budget_keys(given.overrides, *map(load_config, given.files))
+
     def work(accelerator: "Accelerator") -> tuple[list[str], list[str]]:
+        from synq.budget import budgeted
         from synq.pipeline import prepare
         from synq.synthesis.calibration import write_calibration
         from synq.synthesis.npz import write_npz
         from synq.teacher.teacher import load_teacher
 
-        sets = prepare(config, accelerator=accelerator)
+        chosen, _ = budgeted(config, quality, max_minutes, keys, accelerator=accelerator)
+        sets = prepare(chosen, accelerator=accelerator)
         lines = [f"{part.path} | {len(part.labels)} images" for part in sets]
         if npz is not None and accelerator.is_main_process:
             write_npz(npz, sets[0], load_teacher(config.teacher))

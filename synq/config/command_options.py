@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from synq.config.budget import QUALITIES
 from synq.config.parsing import dotted_keys, one_of
 from synq.config.run import PATH_SETTINGS, RunConfig
 
@@ -121,6 +122,24 @@ def setting_options() -> tuple[Option, ...]:
     """Return one option for each setting of a run; whether it takes several values is for its reader to check."""
     kind: dict[str, Any] = {"several": True, "type": click.UNPROCESSED, "rule": "be given one value"}
     return tuple(Option([f"--{key}", parameter_name(key)], **kind) for key in dotted_keys(RunConfig))
+
+
+def budget_options(function: Function) -> Function:
+    """Add `--quality` and `--max-minutes`, which choose the budget of a run."""
+    function = option(
+        "--max-minutes",
+        metavar="N",
+        type=FLOAT,
+        help="longest time of the run by its forecast; fewer images where the quality takes longer",
+    )(function)
+    return option(
+        "--quality",
+        metavar="NAME",
+        type=OneOf(*QUALITIES),
+        rule=f"be one of {', '.join(QUALITIES)}",
+        help=f"choose images and steps from what rounding alone loses: {', '.join(QUALITIES)} (default: standard, "
+        "unless a setting says how many images or steps there are)",
+    )(function)
 
 
 def moved_options(function: Function) -> Function:

@@ -56,6 +56,18 @@ class Forecast:
         return self.synthesis + self.finetune + self.measure
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """What parts of a run cost on this machine, whatever their number."""
+
+    synthesis: StepCost
+    """One pass of the synthesis for one image."""
+    training: StepCost
+    """One training step for one image."""
+    inference: float
+    """Seconds of one image in a measurement."""
+
+
 def forecast(
     config: RunConfig, teacher: Teacher, student: Student, num_labeled: int, accelerator: Accelerator
 ) -> Forecast:
@@ -68,9 +80,38 @@ def forecast(
         num_labeled: Number of labeled images.
         accelerator: Process group, which shares the work.
     """
-    device, processes = accelerator.device, accelerator.num_processes
-    step = probe_synthesis(teacher, config.synthesis, device)
-    training, inference = _probe_student(config, teacher, student, device)
+    costs = probe(config, teacher, student, accelerator)
+    return estimate(config, teacher, student, num_labeled, accelerator, costs)
+
+
+def probe(config: RunConfig, teacher: Teacher, student: Student, accelerator: Accelerator) -> Costs:
+    """Measure what an image costs in each part of a run; it takes some seconds and changes nothing.
+
+    Args:
+        config: The run.
+        teacher: Its teacher.
+        student: Its student, not calibrated.
+        accelerator: Process group, which gives the device.
+    """
+    synthesis = probe_synthesis(teacher, config.synthesis, accelerator.device)
+    training, inference = _probe_student(config, teacher, student, accelerator.device)
+    return Costs(synthesis=synthesis, training=training, inference=inference)
+
+
+def estimate(
+    config: RunConfig, teacher: Teacher, student: Student, num_labeled: int, accelerator: Accelerator, costs: Costs
+) -> Forecast:
+    """Return the forecast of a run from what its parts cost.
+
+    Args:
+        config: The run.
+        teacher: Its teacher.
+        student: Its student, not calibrated.
+        num_labeled: Number of labeled images.
+        accelerator: Process group, which shares the work.
+        costs: From `probe`, of a run that differs in number of images, iterations and epochs at most.
+    """
+    processes, step, training, inference = accelerator.num_processes, costs.synthesis, costs.training, costs.inference
     store, passes, images = set_store(config), 0, 0
     for settings, seed, purpose in set_requests(config):
         key = store.key(

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from synq.evaluation.fidelity import kl
-from synq.evaluation.harder_views import MAX_IMAGES, VIEWS, HarderViews
+from synq.evaluation.harder_views import MAX_IMAGES, MAX_REPEATED_SIDE, MIN_IMAGES, VIEWS, HarderViews
 from synq.sweeps.studies.fidelity_study import VIEWS as STUDIED
 from synq.sweeps.studies.fidelity_study import make_generator
 
@@ -53,6 +53,16 @@ def test_they_are_those_that_the_prediction_was_calibrated_on() -> None:
 def test_a_larger_set_costs_no_more() -> None:
     images, labels = _set(MAX_IMAGES + 5)
     assert HarderViews(images, labels).view("mixup_0.5").shape[0] == MAX_IMAGES
+
+
+def test_images_of_a_small_set_are_blended_with_several_partners() -> None:
+    images, labels = _set(MIN_IMAGES)
+    view = HarderViews(images, labels).view("mixup_0.5")
+    assert len(view) == MAX_IMAGES
+    assert len({tuple(image.flatten().tolist()) for image in view}) > 2 * MIN_IMAGES
+    assert len(HarderViews(images[1:], labels[1:]).view("mixup_0.5")) == MIN_IMAGES - 1
+    large = torch.zeros(MIN_IMAGES, 1, 2, MAX_REPEATED_SIDE + 1)
+    assert len(HarderViews(large, labels).view("mixup_0.5")) == MIN_IMAGES
 
 
 @pytest.mark.parametrize("batch_size", [7, 256])

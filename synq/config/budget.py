@@ -1,0 +1,68 @@
+"""The ladder of budgets that a quality chooses from: numbers of images, iterations and epochs. Standard library only.
+
+The choice itself, which needs the network, is `synq.budget`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from synq.config.key_tables import nested_keys
+
+BUDGET_KEYS = (
+    "synthesis.num_images",
+    "synthesis.iterations",
+    "finetune.epochs",
+    "finetune.batch_size",
+    "evaluation.heldout_images",
+)
+"""Settings that a quality chooses."""
+HELDOUT_IMAGES = 64
+"""Held-out images of every rung: the smallest training set is as large, so they cost at most half of the synthesis."""
+BATCH_SIZE = 16
+"""Smallest number of images per optimizer step: with few images, the number of steps decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """A step of the ladder."""
+
+    num_images: int
+    """Training images."""
+    iterations: int
+    """Iterations of the synthesis."""
+    epochs: int
+    """Passes over the training images."""
+    enough_for: float
+    """Largest KL in nats of the rounded student for which `standard` chooses this rung."""
+
+
+LADDER = (
+    Rung(64, 50, 15, 0.02),
+    Rung(128, 50, 15, 0.5),
+    Rung(256, 50, 15, 1.0),
+    Rung(512, 50, 20, 2.0),
+    Rung(1024, 100, 20, math.inf),
+    Rung(2048, 100, 20, math.inf),
+)
+"""Budgets from cheap to costly."""
+QUALITIES = {"draft": -1, "standard": 0, "best": 2}
+"""Name of a quality, and how many rungs above `standard` it is."""
+DEFAULT_QUALITY = "standard"
+
+
+def budget_keys(*given: Mapping[str, Any]) -> set[str]:
+    """Return those of `BUDGET_KEYS` that tables of settings have, nested or by dotted key.
+
+    Args:
+        given: Tables of settings as a user wrote them.
+    """
+    tables = [nested_keys(part, "settings") for part in given]
+    return {key for key in BUDGET_KEYS if any(_has(table, key.split(".")) for table in tables)}
+
+
+def _has(table: Mapping[str, Any], parts: Iterable[str]) -> bool:
+    first, *rest = parts
+    below = table.get(first)
+    return first in table if not rest else isinstance(below, Mapping) and _has(below, rest)
