@@ -69,7 +69,7 @@ def test_a_student_slightly_worse_than_the_rounded_one_is_named_where_neither_is
 @pytest.mark.parametrize(
     ("heldout", "reason"),
     [
-        (replace(USUAL, images=64), "there are 64 held-out images and it takes"),
+        (replace(USUAL, images=63), "there are 63 held-out images and it takes"),
         (replace(USUAL, classes=1000), "calibrated up to 100 classes, and the teacher has 1000"),
         (replace(USUAL, side=224), "images of 32 pixels, and the teacher's have 224"),
         (replace(USUAL, shown=0.2), "the teacher classifies only 20 %"),
@@ -103,7 +103,7 @@ def test_a_run_records_it_and_changes_nothing_else(config: RunConfig, tmp_path: 
     field = read_record(run_folder(config) / "record.json").expected_agreement
     assert field == record.expected_agreement and field["heldout"]["images"] == 16
     assert 0 <= field["views"]["agreement"] <= 100 and field["rtn_views"]["kl"] >= 0
-    assert "it takes 200" in agreement_line(field), "16 held-out images prove nothing"
+    assert "it takes 64" in agreement_line(field), "16 held-out images prove nothing"
 
 
 def test_the_command_and_the_card_print_it(

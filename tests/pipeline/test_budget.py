@@ -1,0 +1,134 @@
+"""The budget that a quality chooses: more images the more rounding alone loses, within a time limit, and on record."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+import synq
+from synq import train
+from synq.budget import Budget, budgeted, plan_budget
+from synq.config.budget import BUDGET_KEYS, LADDER, budget_keys
+from synq.config.run import RunConfig, with_overrides
+from synq.teacher.teacher import Teacher, load_teacher
+
+FAST = {"synthesis.iterations": 4, "evaluation.heldout_images": 16}
+"""Kept as they are, so that the probe takes less than a second."""
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return load_teacher(RunConfig().teacher)
+
+
+@pytest.fixture
+def base(tmp_path: Any) -> RunConfig:
+    return with_overrides(
+        RunConfig(),
+        {
+            **FAST,
+            "synthesis.start": "white",
+            "runtime.output_dir": str(tmp_path),
+            "runtime.progress": False,
+            "evaluation.dataset": "none",
+        },
+    )
+
+
+def planned(
+    base: RunConfig, teacher: Teacher, accelerator: Accelerator, bits: int, quality: str, **more: Any
+) -> Budget:
+    config = with_overrides(base, {"quant.weight_bits": bits, "quant.act_bits": bits})
+    return plan_budget(config, quality, given=FAST, accelerator=accelerator, teacher=teacher, **more)
+
+
+def test_the_ladder_rises() -> None:
+    for below, above in itertools.pairwise(LADDER):
+        assert below.num_images < above.num_images and below.iterations <= above.iterations
+        assert below.enough_for <= above.enough_for
+
+
+def test_fewer_bits_get_more_images(base: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:
+    high, low = (planned(base, teacher, accelerator, bits, "standard") for bits in (8, 2))
+    assert high.rounded_kl < 0.01 < 1 < low.rounded_kl
+    assert high.rung == 0 and high.config.synthesis.num_images == LADDER[0].num_images
+    assert low.rung > 2 and low.config.synthesis.num_images == LADDER[low.rung].num_images
+    assert low.config.finetune.epochs == LADDER[low.rung].epochs and not low.shortened
+    assert low.config.synthesis.iterations == 4, "what was given is kept"
+    assert planned(base, teacher, accelerator, 2, "standard") == low, "the same settings choose the same"
+
+
+def test_a_quality_is_some_rungs_up_or_down(base: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:
+    draft, standard, best = (planned(base, teacher, accelerator, 3, name) for name in ("draft", "standard", "best"))
+    assert draft.rung == standard.rung - 1 and best.rung == standard.rung + 2
+    assert (
+        f"so {best.config.synthesis.num_images} images x 4 iterations" in best.line() and "quality best" in best.line()
+    )
+
+
+def test_a_time_limit_takes_a_lower_rung(base: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:
+    from synq.quant.student import build_student
+    from synq.runs.forecast import estimate, probe
+
+    config = with_overrides(base, {"quant.weight_bits": 2, "quant.act_bits": 2})
+    student = build_student(teacher, config.quant)
+    costs = probe(config, teacher, student, accelerator)
+    least = with_overrides(config, {"synthesis.num_images": LADDER[1].num_images})
+    minutes = estimate(least, teacher, student, 0, accelerator, costs).seconds / 60
+    found = planned(base, teacher, accelerator, 2, "best", max_minutes=2 * minutes)
+    assert found.shortened and found.rung < len(LADDER) - 1 and "time limit" in found.line()
+    with pytest.raises(
+        ValueError, match=r"`max_minutes` must leave time for the smallest budget, about .*, but got 1e-"
+    ):
+        planned(base, teacher, accelerator, 2, "best", max_minutes=1e-9)
+
+
+def test_a_batch_is_no_larger_than_the_images_that_were_given(
+    base: RunConfig, teacher: Teacher, accelerator: Accelerator
+) -> None:
+    config = with_overrides(base, {"synthesis.num_images": 8, "finetune.batch_size": 8})
+    given = {*FAST, "synthesis.num_images"}
+    found = plan_budget(config, "best", given=given, accelerator=accelerator, teacher=teacher).config
+    assert (found.synthesis.num_images, found.finetune.batch_size) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("tables", "keys"),
+    [
+        ([{"finetune.lr": 0.1}, {"synthesis": {"lr": 0.1}}], set()),
+        ([{"finetune.epochs": 0}, {"synthesis": {"num_images": 8}}], {"finetune.epochs", "synthesis.num_images"}),
+        ([{"evaluation": {"heldout_images": 16}, "name": "a"}], {"evaluation.heldout_images"}),
+    ],
+)
+def test_which_settings_are_of_the_budget(tables: list[Mapping[str, Any]], keys: set[str]) -> None:
+    assert budget_keys(*tables) == keys
+
+
+def test_settings_that_were_given_are_no_budget_unless_a_quality_is(base: RunConfig) -> None:
+    assert budgeted(base, None, None, set(BUDGET_KEYS)) == (base, {})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--quality", "good"], "`quality` must be one of draft, standard, best, but got 'good'"),
+        (["--max-minutes", "0"], "`max_minutes` must be a finite number > 0, but got 0"),
+        (["--max-minutes", "soon"], "`max-minutes` must be a number, but got 'soon'"),
+    ],
+)
+def test_bad_input(words: list[str], message: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*words, "--runtime.output_dir", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.rglob("record.json"))
+
+
+def test_a_run_records_its_budget(tmp_path: Any) -> None:
+    config = {**FAST, "synthesis.start": "white", "finetune.epochs": 1, "evaluation.num_images": 64}
+    place: dict[str, Any] = {"output_dir": tmp_path, "progress": False}
+    run = synq.quantize(None, 8, 8, config=config, quality="draft", target="research", **place)
+    assert run.record.budget["quality"] == "draft" and run.record.budget["rung"] == 0
+    assert run.config.synthesis.num_images == LADDER[0].num_images and run.config.synthesis.iterations == 4
+    again = synq.quantize(config=replace(run.config, name="again"), **place)
+    assert again.record.budget == {} and again.record.set_digest == run.record.set_digest
