@@ -51,7 +51,7 @@ def command(config: RunConfig, quality: str | None, max_minutes: float | None) -
 
     Settings come from --config FILE (TOML or JSON, with the keys below) and are overridden on the command line; TEACHER
     is --teacher.spec. The same command started again resumes a run that was stopped, and returns at once if the run is
-    finished. How many images and steps it takes is chosen by --quality, unless the settings say it.
+    finished. How many images and steps it takes is chosen by --quality, unless the settings do.
     """
     given: GivenSettings = click.get_current_context().obj
     chosen = budget_keys(given.overrides, *map(load_config, given.files))

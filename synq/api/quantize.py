@@ -93,7 +93,7 @@ def quantize(
         config: All other settings: a `RunConfig`, a .toml or .json file, or a mapping with its keys, such as
             {"finetune.lr": 1e-3} or {"synthesis": {"iterations": 50}}. Arguments of the call go before it.
         quality: draft, standard or best: chooses numbers of images, iterations and epochs from what rounding alone
-            loses. By default standard, unless an argument or `config` says how many images or steps there are, as a
+            loses. By default standard, unless an argument or `config` sets a number of images or steps, as a
             `RunConfig` always does.
         max_minutes: Longest time of the run by its forecast; fewer images where `quality` takes longer.
         num_images: Number of training images; with `images`, all of them unless it or `config` chooses fewer.

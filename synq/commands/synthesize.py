@@ -59,7 +59,7 @@ def command(
 
     `synq train` with the same settings finds them in the store. All settings of a run are accepted; the images depend
     on teacher, synthesis, data_seed and evaluation.heldout_images. As in `synq train`, --quality chooses how many there
-    are, unless the settings say it.
+    are, unless the settings do.
     """
     if npz is not None and not npz.endswith(".npz"):
         raise ValueError(f"`npz` must name a file that ends in .npz, but got {npz!r}")

@@ -138,7 +138,7 @@ def budget_options(function: Function) -> Function:
         type=OneOf(*QUALITIES),
         rule=f"be one of {', '.join(QUALITIES)}",
         help=f"choose images and steps from what rounding alone loses: {', '.join(QUALITIES)} (default: standard, "
-        "unless a setting says how many images or steps there are)",
+        "unless a setting gives a number of images or steps)",
     )(function)
 
 

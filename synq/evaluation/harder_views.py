@@ -91,7 +91,10 @@ class HarderViews:
         count = len(self.images)
         if MIN_IMAGES <= count < MAX_IMAGES and max(self.images.shape[2:]) <= MAX_REPEATED_SIDE:
             rows = torch.arange(MAX_IMAGES) % count
-            self.images, self.labels = self.images[rows.to(self.images.device)], self.labels[rows.to(self.labels.device)]
+            self.images, self.labels = (
+                self.images[rows.to(self.images.device)],
+                self.labels[rows.to(self.labels.device)],
+            )
         self.images, self.labels = self.images[:MAX_IMAGES], self.labels[:MAX_IMAGES]
 
     def view(self, name: str) -> Tensor:
