@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 
 from synq.common.notices import print_notice
 from synq.common.text_tables import duration
-from synq.config.budget import BATCH_SIZE, DEFAULT_QUALITY, HELDOUT_IMAGES, LADDER, QUALITIES
+from synq.config.budget import DEFAULT_QUALITY, HELDOUT_IMAGES, LADDER, QUALITIES
 from synq.config.parsing import between, one_of
 from synq.config.run import RunConfig, make_absolute, with_overrides
 from synq.config.synthesis import OWN_IMAGES
@@ -167,7 +167,7 @@ def _on_rung(config: RunConfig, index: int, kept: Collection[str], accelerator: 
         "synthesis.num_images": rung.num_images,
         "synthesis.iterations": rung.iterations,
         "finetune.epochs": rung.epochs,
-        "finetune.batch_size": math.ceil(BATCH_SIZE / processes) * processes,
+        "finetune.batch_size": math.ceil(rung.batch_size / processes) * processes,
         "evaluation.heldout_images": HELDOUT_IMAGES,
     }
     chosen = {key: value for key, value in values.items() if key not in kept}

@@ -106,11 +106,16 @@ def calibration_data(source):
 
 
 def main(source, output):
-    from ai_edge_quantizer import quantizer, recipe
+    from ai_edge_quantizer import calibrator, quantizer, recipe, recipe_manager
+    from ai_edge_quantizer.utils import qsv_utils
 
-    quantized = quantizer.Quantizer(source, recipe.static_wi8_ai8())
-    calibration = quantized.calibrate(calibration_data(source))
-    quantized.quantize(calibration).export_model(output, overwrite=True)
+    # Quantizer.calibrate takes a moving average of each image's extremes, and cuts what most images exceed.
+    settings, manager = recipe.static_wi8_ai8(), recipe_manager.RecipeManager()
+    manager.load_quantization_recipe(settings)
+    ranges = calibrator.Calibrator(source, qsv_update_func=qsv_utils.min_max_update)
+    ranges.calibrate(calibration_data(source), manager)
+    quantized = quantizer.Quantizer(source, settings)
+    quantized.quantize(ranges.get_model_qsvs()).export_model(output, overwrite=True)
 
 
 if __name__ == "__main__":

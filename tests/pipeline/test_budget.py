@@ -47,15 +47,16 @@ def planned(
 
 def test_the_ladder_rises() -> None:
     for below, above in itertools.pairwise(LADDER):
-        assert below.num_images < above.num_images and below.iterations <= above.iterations
-        assert below.enough_for <= above.enough_for
+        assert below.num_images <= above.num_images and below.iterations <= above.iterations
+        assert below.num_images * below.epochs < above.num_images * above.epochs
+        assert below.enough_for <= above.enough_for and below.num_images >= below.batch_size
 
 
 def test_fewer_bits_get_more_images(base: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:
     high, low = (planned(base, teacher, accelerator, bits, "standard") for bits in (8, 2))
     assert high.rounded_kl < 0.01 < 1 < low.rounded_kl
     assert high.rung == 0 and high.config.synthesis.num_images == LADDER[0].num_images
-    assert low.rung > 2 and low.config.synthesis.num_images == LADDER[low.rung].num_images
+    assert low.rung > 1 and low.config.synthesis.num_images == LADDER[low.rung].num_images
     assert low.config.finetune.epochs == LADDER[low.rung].epochs and not low.shortened
     assert low.config.synthesis.iterations == 4, "what was given is kept"
     assert planned(base, teacher, accelerator, 2, "standard") == low, "the same settings choose the same"
