@@ -44,7 +44,7 @@ def _description(module: nn.Module) -> tuple[Hashable, ...]:
         functions = tuple(node.target for node in module.graph.nodes if node.op == "call_function")
         return "graph", module.code, functions
     own = ((name, value) for name, value in sorted(fields.items()) if name not in _FIELDS)
-    kind: Hashable = type(module)
+    kind: Any = type(module)
     return kind, tuple((name, _plain(value)) for name, value in own)
 
 
