@@ -177,6 +177,7 @@ def layer_of(node: fx.Node) -> str:
     return names[-1] if names else node.name
 
 
+@cache
 def _decompositions() -> dict[Any, Any]:
     table = torch.export.default_decompositions()
     return {operator: rule for operator, rule in table.items() if not _is_kept(operator)}
