@@ -32,13 +32,13 @@ class Net(nn.Module):
         return self.fc(x.flatten(1))
 
 
-def student(seed: int, target: str = "onnxruntime") -> fx.GraphModule:
+def student(seed: int) -> fx.GraphModule:
     torch.manual_seed(seed)
     net = Net()
     for norm in (net.norm, net.last):
         nn.init.uniform_(norm.running_mean)  # type: ignore[arg-type]
         nn.init.uniform_(norm.weight, 0.5, 1.5)
-    return placed(net, SIZE, IMAGES, target, weight_bits=4 + seed, act_bits=4)
+    return placed(net, SIZE, IMAGES, weight_bits=4 + seed, act_bits=4)
 
 
 @pytest.fixture(autouse=True)
@@ -49,22 +49,26 @@ def none_kept(monkeypatch: pytest.MonkeyPatch) -> dict[object, object]:
     return forms
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "litert"])
-def test_a_graph_of_before_has_the_values_of_the_student(target: str, none_kept: dict[object, object]) -> None:
-    first, second = student(0, target), student(1, target)
-    fresh = [Simulation(lower(net, target, SIZE))(IMAGES) for net in (second, first)]
+def test_a_graph_of_before_has_the_values_of_the_student(none_kept: dict[object, object]) -> None:
+    first, second = student(0), student(1)
+    fresh = [Simulation(lower(net, "onnxruntime", SIZE))(IMAGES) for net in (second, first)]
     assert len(none_kept) == 1, "one graph for both"
     none_kept.clear()
-    again = Simulation(lower(first, target, SIZE))(IMAGES)
+    again = Simulation(lower(first, "onnxruntime", SIZE))(IMAGES)
     assert torch.equal(again, fresh[1]) and not torch.equal(fresh[0], fresh[1])
 
 
-def test_the_memory_format_of_a_run_is_no_part_of_it(none_kept: dict[object, object]) -> None:
+def test_the_memory_format_of_a_run_is_no_part_of_it_and_the_last_graphs_are_kept(
+    none_kept: dict[object, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = student(0)
     wanted = lower(net, "onnxruntime", SIZE)
     found = lower(net.to(memory_format=torch.channels_last), "onnxruntime", SIZE)
     assert len(none_kept) == 1
     assert torch.equal(Simulation(found)(IMAGES), Simulation(wanted)(IMAGES))
+    monkeypatch.setattr(module, "MOST_FORMS", 1)
+    capture(net, (3, 9, 9))
+    assert [key[0] for key in none_kept] == [(3, 9, 9)]  # type: ignore[index]
 
 
 def _stride(net: fx.GraphModule) -> None:
@@ -104,11 +108,3 @@ def test_what_cannot_be_compared_is_captured_each_time(none_kept: dict[object, o
     assert capture_key(hooked, SIZE) is not None
     hooked.get_submodule("pool").register_forward_hook(lambda module, inputs, output: output)
     assert capture_key(hooked, SIZE) is None and capture_key(training.train(), SIZE) is None
-
-
-def test_only_the_last_graphs_are_kept(monkeypatch: pytest.MonkeyPatch, none_kept: dict[object, object]) -> None:
-    monkeypatch.setattr(module, "MOST_FORMS", 1)
-    net = student(0)
-    capture(net, SIZE)
-    capture(net, (3, 9, 9))
-    assert [key[0] for key in none_kept] == [(3, 9, 9)]  # type: ignore[index]
