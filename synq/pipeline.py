@@ -21,6 +21,7 @@ from synq.config.plugins import check_version, settings_in
 from synq.config.run import RunConfig, make_absolute, with_overrides
 from synq.engines.deployed import check_deployable
 from synq.evaluation.measure import Measure
+from synq.finetune.attention_settings import attention_note
 from synq.finetune.loop import Epoch, finetune
 from synq.finetune.networks import aligned_blocks, prepare_networks
 from synq.finetune.own_term import check_own_term
@@ -249,6 +250,8 @@ def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) 
         config.finetune, teacher.num_classes, device=accelerator.device, with_maps=teacher.cam.kind != "none"
     )
     aligned_blocks(config, teacher)
+    if note := attention_note(config, teacher.graph, teacher.name):
+        print_notice(note)
     measure = Measure.prepare(
         config.evaluation, teacher, accelerator, quant=config.quant, progress=config.runtime.progress
     )

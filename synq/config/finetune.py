@@ -56,7 +56,7 @@ class FinetuneConfig:
     """Weight of the relative squared distance between the block outputs of teacher and student; 0 disables the term."""
     attention_weight: float = 0.0
     """Weight of 1 - the structural similarity of what each attention head of teacher and student gathers; 0 disables
-    the term, as does a network without attention."""
+    the term, as does a network without attention, with a notice."""
     perturb_weight: float = 0.0
     """Weight lambda_P of the distillation loss on perturbed images, made harder for the student by one signed gradient
     step; 0 disables the term."""

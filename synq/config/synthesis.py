@@ -93,7 +93,7 @@ class SynthesisConfig:
     """Weight of the total variation of the pixels. None: 0.002 for a network without BatchNorm statistics, else 0."""
     prior_weight: float | None = None
     """Weight of the distance of attention from random maps of one to five blobs, different for each image and head of
-    the deeper half. None: 0."""
+    the deeper half. None: 0. Without such attention it does nothing, with a notice."""
     low_first: bool = False
     """Whether images have low frequencies alone at first: up to 0.2 of the Nyquist frequency of each axis, then 0.3,
     0.4, 0.5 and 0.6, each for a fifth of the iterations. Only for optimized pixels."""

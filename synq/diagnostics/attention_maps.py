@@ -12,6 +12,7 @@ from synq.network.attention.locations import (
     attention_of_images,
     attention_received,
     locate_attention,
+    softmaxes,
 )
 from synq.network.tracing import with_outputs
 
@@ -26,11 +27,14 @@ def shown_attention(traced: fx.GraphModule) -> ImageAttention | None:
         traced: A graph from ``trace_classifier``.
 
     Raises:
-        ValueError: No attention of the network is over the positions of one image, but all are over windows.
+        ValueError: No attention of the network is over the positions of one image, but all are over windows, or of
+            several images together.
     """
     found = attention_of_images(traced)
     if not found and locate_attention(traced):
         raise ValueError("attention of this network is in windows, so that there is no map of the whole image")
+    if not found and softmaxes(traced):
+        raise ValueError("no axis of this network's attention keeps images apart, so that there is no map of one image")
     return found[-1] if found else None
 
 
@@ -49,7 +53,7 @@ def attention_of(
     With extra tokens, it is the attention of the first one, the class token; else the mean over all queries.
 
     Args:
-        networks: By name a network and its node of the softmax (N, heads, T, T).
+        networks: By name a network and its node of the softmax (..., T, T).
         shown: The attention.
         images: (N, C, H, W), normalized.
 
@@ -60,7 +64,7 @@ def attention_of(
     for name, (net, node) in networks.items():
         tapped, parts = with_outputs(net, [node]), []
         for batch in images.split(BATCH_SIZE):
-            received = attention_received(tapped(batch)[1], shown.nodes.extra)
+            received = attention_received(tapped(batch)[1], shown.nodes)
             parts.append(received.mean(-2).reshape(len(batch), *shown.grid))
         maps[name] = torch.cat(parts).double().numpy()
     return maps
@@ -83,7 +87,7 @@ def token_similarities(traced: fx.GraphModule, images: Tensor) -> np.ndarray:
     for batch in images.split(BATCH_SIZE):
         _, *gathered = tapped(batch)
         for values, attention in zip(gathered, attentions, strict=True):
-            tokens = (values.mean(-3) if attention.heads > 1 else values)[..., attention.extra :, :]
+            tokens = attention.by_image(values).mean(-3)[..., attention.extra :, :]
             normed = nn.functional.normalize(tokens.double(), dim=-1)
             cosines = normed @ normed.transpose(-2, -1)
             different = ~torch.eye(cosines.shape[-1], dtype=torch.bool)

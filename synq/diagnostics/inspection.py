@@ -12,7 +12,7 @@ from synq.diagnostics.transformer_grids import grids_line, transformer_grids
 from synq.engines.deployed import check_deployable
 from synq.export.export import missing_packages
 from synq.export.operation_check import unexportable_operations
-from synq.network.attention.locations import locate_attention
+from synq.network.attention.locations import locate_attention, softmaxes
 from synq.network.bn_stats import bn_targets
 from synq.network.op_traits import node_module
 from synq.quant.cost import FLOAT_BITS, TensorRow, float_bytes
@@ -41,8 +41,8 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig, rules: str =
 
     Returns:
         ``teacher`` (source, digest, input, classes, parameters, bytes), ``synthesis`` (the batch norms that guide it,
-        and the number of attentions, which do so where there are none), ``cam``, ``student`` (bits, bytes, MACs,
-        BitOps, and BitOps of the float model), ``transformer`` (as
+        the number of attentions, which do so where there are none, and of those in which no axis keeps images apart),
+        ``cam``, ``student`` (bits, bytes, MACs, BitOps, and BitOps of the float model), ``transformer`` (as
         `transformer_grids`), ``onnx`` (whether ``synq export`` can write the file, ONNX or that of
         the engine, and if not, or if not checked, why), ``kernels``
         (as `kernel_table`; empty under target research) and ``layers``: one row with COLUMNS for each node of the
@@ -69,6 +69,7 @@ def inspect(teacher: Teacher, student: Student, quant: QuantConfig, rules: str =
         "synthesis": {
             "batch_norms": list(guides),
             "attention": len(attentions),
+            "attention_left_out": len(softmaxes(teacher.graph)) - len(attentions),
             "channels": sum(len(target.mean) for target in guides.values()),
         },
         "cam": {
@@ -163,6 +164,8 @@ def _guides(found: dict[str, Any]) -> str:
         return f"{len(found['batch_norms'])} batch norms of {found['channels']:,} channels"
     count = found["attention"]
     seen = f"{count} attention{'s' if count > 1 else ''}" if count else "the positions of its maps"
+    left_out = found["attention_left_out"]
+    seen += f" ({left_out} more left out, in which no axis keeps the images of a batch apart)" if left_out else ""
     return f"labels and {seen}, without BatchNorm statistics"
 
 

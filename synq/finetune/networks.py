@@ -108,15 +108,14 @@ def _tapped(
     cam, student_node = teacher.cam, student.cam_node
     if cam.kind == "none":  # the tap still needs a tensor: the input image costs nothing and is never read
         cam, student_node = replace(cam, node=_input_node(teacher.graph)), _input_node(student.net)
-    attentions = locate_attention(teacher.graph) if config.finetune.attention_weight > 0 else []
+    attentions = tuple(locate_attention(teacher.graph)) if config.finetune.attention_weight > 0 else ()
     others = [*aligned_blocks(config, teacher), *(attention.gathered for attention in attentions)]
     teacher_net = with_features(reference, cam.node, others)
     student_net = with_features(student.net, student_node, [student.taps.get(name, name) for name in others])
     fuse_rectified(student_net)
-    extra = tuple(attention.extra for attention in attentions)
     return (
-        TappedNetwork(net=teacher_net, cam_site=cam, extra_tokens=extra),
-        TappedNetwork(net=student_net, cam_site=cam, extra_tokens=extra),
+        TappedNetwork(net=teacher_net, cam_site=cam, attentions=attentions),
+        TappedNetwork(net=student_net, cam_site=cam, attentions=attentions),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from synq.common.progress import passing_bar
+from synq.network.attention.locations import AttentionNodes
 from synq.network.cam_site import CamSite
 from synq.network.gradcam import CamMethod, cam_map, cam_weights, closed_form_weights, logit_gradient
 from synq.quant.layers import effective_weight
@@ -57,15 +58,14 @@ class TappedNetwork:
         cam_site: Layer whose output the maps weight, and how the channel weights are computed.
         method: Method of the class activation maps.
         with_cam: Whether to compute the maps.
-        extra_tokens: For each of the last outputs of ``net``, which are those of attention, the number of its tokens,
-            the first ones, that are no positions.
+        attentions: What the last outputs of ``net`` are gathered by.
     """
 
     net: fx.GraphModule
     cam_site: CamSite
     method: CamMethod = "gradcam"
     with_cam: bool = True
-    extra_tokens: tuple[int, ...] = ()
+    attentions: tuple[AttentionNodes, ...] = ()
 
     @property
     def differentiates(self) -> bool:
@@ -78,15 +78,13 @@ class TappedNetwork:
         The outputs may be those of more images, the first N of which count.
         """
         cam = self._map(outputs[0], outputs[1], labels) if self.with_cam else None
-        total = len(outputs[0])
-        logits, _, *others = (_first(output, len(output) * len(labels) // total) for output in outputs)
-        count = len(others) - len(self.extra_tokens)
-        # Windows of an image are rows of the tensor: one row for an image, which a cache can look up.
+        count = len(outputs) - len(self.attentions)
+        logits, _, *blocks = (_first(output, len(labels)) for output in outputs[:count])
         heads = (
-            _by_image(x[..., extra:, :], len(logits))
-            for x, extra in zip(others[count:], self.extra_tokens, strict=True)
+            _first(_heads_of(x, attention), len(labels))
+            for x, attention in zip(outputs[count:], self.attentions, strict=True)
         )
-        return Response(logits, cam, tuple(others[:count]), tuple(heads))
+        return Response(logits, cam, tuple(blocks), tuple(heads))
 
     def _map(self, logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
         cam_site, count = self.cam_site, len(labels)
@@ -106,9 +104,9 @@ def _first(tensor: Tensor, count: int) -> Tensor:
     return tensor if len(tensor) == count else tensor[:count]
 
 
-def _by_image(heads: Tensor, images: int) -> Tensor:
-    """Return (N W, ..., T, D), W windows of each image in a row, as (N, W ..., T, D)."""
-    return heads.reshape(images, -1, *heads.shape[-2:])
+def _heads_of(gathered: Tensor, attention: AttentionNodes) -> Tensor:
+    """Return (N, windows x heads, T, D) at the positions of the image: one row for an image, for a cache to look up."""
+    return attention.by_image(gathered).flatten(1, 2)[..., attention.extra :, :]
 
 
 def teacher_response(teacher: TappedNetwork, images: Tensor, labels: Tensor) -> Response:

@@ -92,10 +92,12 @@ def calls_recorded(module: nn.Module) -> Iterator[None]:
 def _namespaces(module: nn.Module) -> list[dict[str, Any]]:
     """Return the global names of the code of a network, PyTorch's left out."""
     found: dict[int, dict[str, Any]] = {}
-    for part in module.modules():
-        functions = [value for value in vars(part).values() if isinstance(value, FunctionType)]
-        functions += [f for kind in type(part).__mro__ for f in vars(kind).values() if isinstance(f, FunctionType)]
-        for function in functions:
+    parts = list(module.modules())
+    kinds = dict.fromkeys(kind for part in parts for kind in type(part).__mro__)  # each once: all have many in common
+    for fields in (*map(vars, parts), *map(vars, kinds)):
+        for function in fields.values():
+            if not isinstance(function, FunctionType):
+                continue
             for code in (function, inspect.unwrap(function)):
                 space = code.__globals__
                 if str(space.get("__name__", "")).partition(".")[0] != "torch":

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from synq.config.quant import RESEARCH, QuantConfig
-from synq.network.attention.locations import locate_attention
+from synq.network.attention.locations import softmaxes
 from synq.network.op_traits import is_passive, traits_of, value_inputs
 from synq.network.ops import classify, products, value_sources
 from synq.network.tracing import tensor_inputs
@@ -72,7 +72,7 @@ def quantized_activations(
 def _probabilities(net: fx.GraphModule) -> set[fx.Node]:
     """Return the softmax of each attention, and what only reshapes or returns it."""
     by_name = {node.name: node for node in net.graph.nodes}
-    pending = [by_name[attention.probabilities] for attention in locate_attention(net)]
+    pending = [by_name[name] for name in softmaxes(net)]
     found: set[fx.Node] = set()
     while pending:
         node = pending.pop()

@@ -17,7 +17,7 @@ class AttentionPrior:
     """Distance of the attention of the deeper half of a network from random maps, which are drawn once.
 
     Attributes:
-        names: Nodes of the network whose outputs, the softmax (N, heads, T, T), are compared.
+        names: Nodes of the network whose outputs, the softmax (..., T, T), are compared.
     """
 
     def __init__(self, graph: fx.GraphModule, generator: torch.Generator) -> None:
@@ -36,17 +36,17 @@ class AttentionPrior:
         """Return the mean over attention, weighted by its depth, of the squared distance, a scalar with gradient.
 
         Args:
-            probabilities: (N, heads, T, T) of each of ``names``.
+            probabilities: (..., T, T) of each of ``names``.
         """
-        if not self._maps or len(self._maps[0]) != len(probabilities[0]):
+        received = [attention_received(p, one.nodes) for p, one in zip(probabilities, self._chosen, strict=True)]
+        if not self._maps or len(self._maps[0]) != len(received[0]):
             self._maps = [
                 random_maps(len(values), one.nodes.heads, *one.grid, self._generator).to(values.device)
-                for values, one in zip(probabilities, self._chosen, strict=True)
+                for values, one in zip(received, self._chosen, strict=True)
             ]
         total = probabilities[0].new_zeros(())
-        for values, maps, one in zip(probabilities, self._maps, self._chosen, strict=True):
-            received = attention_received(values, one.nodes.extra)
-            share = received / (received.mean(-1, keepdim=True) + 1e-12)
+        for values, maps, one in zip(received, self._maps, self._chosen, strict=True):
+            share = values / (values.mean(-1, keepdim=True) + 1e-12)
             total = total + one.depth * (share - maps.to(share.dtype)).square().mean()
         return total / sum(one.depth for one in self._chosen)
 

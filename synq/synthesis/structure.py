@@ -137,15 +137,12 @@ class StructureTerms:
         factors, tokens = iter(taps[: self._num_factors]), taps[self._num_factors :]
         zero = logits.new_zeros(())
         disagreements = [
-            self._disagreement(
-                [next(factors) for _ in attention.factors or (attention.scores,)], attention, len(images)
-            )
+            self._disagreement([next(factors) for _ in attention.factors or (attention.scores,)], attention)
             for attention in self._compared
         ]
         attentions: list[AttentionNodes | None] = [*self.attentions] if self.attentions else [None] * len(tokens)
         entropies = [
-            self._negative_entropy(values, attention, len(images))
-            for values, attention in zip(tokens, attentions, strict=False)
+            self._negative_entropy(values, attention) for values, attention in zip(tokens, attentions, strict=False)
         ]
         terms = {
             "heads": torch.stack(disagreements).mean() if disagreements else zero,
@@ -161,45 +158,42 @@ class StructureTerms:
         weighted = weights.heads * terms["heads"] + weights.entropy * terms["entropy"] + weights.prior * terms["prior"]
         return weighted + weights.variation * terms["variation"]
 
-    def _disagreement(self, factors: list[Tensor], attention: AttentionNodes, count: int) -> Tensor:
+    def _disagreement(self, factors: list[Tensor], attention: AttentionNodes) -> Tensor:
         """Return the mean of 1 - SSIM^2 over pairs of heads, for some queries and all keys.
 
         Only the scores of these queries are computed, from queries and keys: a second reader of all scores would cost
         as much as the attention itself.
         """
-        windows = self._windows(len(factors[0]), count)
-        first, *rest = (_of_windows(factor, windows, count) for factor in factors)
+        windows = self._windows(attention)
+        first, *rest = (_of_windows(factor, windows, attention) for factor in factors)
         chosen = self._choice(attention.tokens - attention.extra, MOST_QUERIES)
         rows = first.index_select(-2, (chosen + attention.extra).to(first.device))
         return head_disagreement((rows @ rest[0] if rest else rows)[..., attention.extra :])
 
-    def _negative_entropy(self, values: Tensor, attention: AttentionNodes | None, count: int) -> Tensor:
+    def _negative_entropy(self, values: Tensor, attention: AttentionNodes | None) -> Tensor:
         """Return the negative entropy of the similarities of some tokens."""
         if attention is None:
             tokens = values.flatten(2).transpose(1, 2) if values.dim() == 4 else values
         else:
-            values = _of_windows(values, self._windows(len(values), count), count)
-            tokens = values.mean(-3) if attention.heads > 1 else values
-            tokens = tokens[..., attention.extra :, :]
+            values = _of_windows(values, self._windows(attention), attention)
+            tokens = values.mean(-3)[..., attention.extra :, :]
         chosen = self._choice(tokens.shape[-2], MOST_TOKENS)
         return negative_entropy(tokens if len(chosen) == tokens.shape[-2] else tokens[..., chosen.to(tokens.device), :])
 
-    def _windows(self, length: int, count: int) -> Tensor | None:
-        """Return the chosen windows of an image, where a first axis of `length` counts those of all images in a row."""
-        windows, rest = divmod(length, count)
-        if windows < 2 or rest:
+    def _windows(self, attention: AttentionNodes) -> Tensor | None:
+        """Return the chosen windows of an image, None for attention over all of it."""
+        if attention.windows < 2:
             return None
-        return torch.randperm(windows, generator=self._generator)[:MOST_WINDOWS]
+        return torch.randperm(attention.windows, generator=self._generator)[:MOST_WINDOWS]
 
     def _choice(self, tokens: int, most: int) -> Tensor:
         return torch.randperm(tokens, generator=self._generator)[:most]
 
 
-def _of_windows(values: Tensor, windows: Tensor | None, count: int) -> Tensor:
-    """Return (N, windows, ...) of a tensor whose first axis counts the windows of N images, itself for None."""
-    if windows is None:
-        return values
-    return values.unflatten(0, (count, len(values) // count))[:, windows.to(values.device)]
+def _of_windows(values: Tensor, windows: Tensor | None, attention: AttentionNodes) -> Tensor:
+    """Return (N, windows, heads, ...) of a tensor of an attention with some of its windows, all for None."""
+    by_image = attention.by_image(values)
+    return by_image if windows is None else by_image[:, windows.to(values.device)]
 
 
 def head_disagreement(scores: Tensor) -> Tensor:

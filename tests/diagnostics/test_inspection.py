@@ -11,7 +11,7 @@ from torch import nn
 import synq
 from synq.cli import run
 from synq.config.run import QuantConfig, TeacherConfig
-from synq.diagnostics.inspection import CAM_NOTE, SYNTHESIS_NOTE, inspect, summary
+from synq.diagnostics.inspection import CAM_NOTE, SYNTHESIS_NOTE, _guides, inspect, summary
 from synq.quant.student import build_student
 from synq.teacher.teacher import Teacher, load_teacher
 
@@ -50,6 +50,13 @@ def test_every_operation_has_a_row_with_its_bits(teacher: Teacher) -> None:
     assert [row["node"] for row in rows.values() if CAM_NOTE in row["note"]] == ["relu_6"]
     guides = [name for name, module in teacher.module.named_modules() if isinstance(module, nn.BatchNorm2d)]
     assert sum(SYNTHESIS_NOTE in row["note"] for row in rows.values()) == len(guides)
+
+
+def test_attention_that_is_left_out_is_said_to_be() -> None:
+    found = {"batch_norms": [], "attention": 3, "attention_left_out": 0}
+    assert _guides(found) == "labels and 3 attentions, without BatchNorm statistics"
+    said = _guides({**found, "attention_left_out": 1})
+    assert "3 attentions (1 more left out, in which no axis keeps the images of a batch apart)" in said
 
 
 def test_a_layer_called_twice_counts_its_parameters_once_and_its_macs_twice(tmp_path: Path) -> None:

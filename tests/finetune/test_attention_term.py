@@ -17,6 +17,8 @@ from synq.finetune.networks import prepare_networks
 from synq.finetune.responses import TappedNetwork, teacher_response
 from synq.finetune.training_loss import harder_images, training_loss
 from synq.losses import STRUCTURE_C, attention_loss
+from synq.network.attention.image_axis import ImageAxis
+from synq.network.attention.locations import AttentionNodes
 from synq.network.cam_site import locate_cam
 from synq.network.tracing import trace_classifier
 from synq.quant.student import quantize_model
@@ -93,7 +95,7 @@ def test_harder_images_in_the_same_pass_change_no_other_term(tmp_path: Path) -> 
 
 def test_without_the_weight_attention_is_not_tapped(tmp_path: Path) -> None:
     student, teacher = networks(TokenNet(), tmp_path)
-    assert student.extra_tokens == teacher.extra_tokens == ()
+    assert student.attentions == teacher.attentions == ()
     with torch.no_grad():
         assert len(teacher.net(images(2))) == 2
 
@@ -102,7 +104,10 @@ def test_windows_of_an_image_are_heads_of_one_row() -> None:
     logits, features = torch.zeros(2, 5), torch.zeros(2, 3, 4, 4)
     windows = torch.arange(2 * 4 * 3 * 6 * 2.0).reshape(8, 3, 6, 2)  # 2 images of 4 windows
     site = SimpleNamespace(differentiates=lambda method: False)
-    network = TappedNetwork(net=None, cam_site=site, with_cam=False, extra_tokens=(0, 2))  # type: ignore[arg-type]
+    nodes = {"scores": "", "factors": (), "probabilities": "", "gathered": "", "heads": 3, "tokens": 6, "windows": 4}
+    place = ImageAxis(axis=0, inner=4, heads_axis=1)
+    attentions = tuple(AttentionNodes(**nodes, extra=extra, images=place) for extra in (0, 2))  # type: ignore[arg-type]
+    network = TappedNetwork(net=None, cam_site=site, with_cam=False, attentions=attentions)  # type: ignore[arg-type]
     block = torch.ones(2, 1)
     response = network.response((logits, features, block, windows, windows), torch.zeros(2, dtype=torch.int64))
     assert response.blocks == (block,)

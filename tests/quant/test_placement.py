@@ -31,9 +31,18 @@ def test_nothing_reads_a_float(name: str, target: str) -> None:
     assert float_reads(student_for(NETS[name][0](), target).net, target) == []
 
 
-@pytest.mark.parametrize("target", ["openvino", "executorch"])
 @pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "densenet121"]
+    ("name", "target"),
+    [
+        *(("resnet18", "openvino"), ("mobilenet_v2", "executorch")),
+        *(("mobilenet_v3_small", "openvino"), ("shufflenet_v2_x0_5", "executorch")),
+        pytest.param("resnet18", "executorch", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", "openvino", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v3_small", "executorch", marks=pytest.mark.slow),
+        pytest.param("shufflenet_v2_x0_5", "openvino", marks=pytest.mark.slow),
+        pytest.param("densenet121", "openvino", marks=pytest.mark.slow),  # "dense" of NETS is the quick one
+        pytest.param("densenet121", "executorch", marks=pytest.mark.slow),
+    ],
 )
 def test_families_run_and_have_all_their_ranges(name: str, target: str) -> None:
     models = pytest.importorskip("torchvision.models")

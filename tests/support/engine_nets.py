@@ -1,5 +1,6 @@
 """Small networks with what an engine computes in steps, and students of them for an engine."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -105,13 +106,25 @@ NETS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 """By name, a maker and the quantized nodes where the logits are quantized too; "" if they always are."""
 
 
+_KEPT: dict[tuple[type, tuple[int, int, int]], tuple[fx.GraphModule, Tensor]] = {}
+"""Traces of `NETS`, which many tests read, and the random state after each."""
+
+
 def traced(net: nn.Module, size: tuple[int, int, int] = SIZE) -> fx.GraphModule:
     """Trace a network; two of one kind have the same parameters."""
+    key = (type(net), size)
+    if key in _KEPT:
+        graph, state = _KEPT[key]
+        torch.set_rng_state(state)
+        return copy.deepcopy(graph)
     torch.manual_seed(0)
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.reset_parameters()
-    return trace_classifier(trained(net), size)
+    graph = trace_classifier(trained(net), size)
+    if any(make is type(net) for make, _ in NETS.values()):
+        _KEPT[key] = copy.deepcopy(graph), torch.get_rng_state()
+    return graph
 
 
 def student_for(net: nn.Module, target: str, *, size: tuple[int, int, int] = SIZE, **options: Any) -> Student:

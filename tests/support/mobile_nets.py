@@ -1,11 +1,14 @@
 """Small networks of the kinds that run on phones, as students of a target and their programs."""
 
-import torch
-from torch import Tensor, nn
+from functools import cache
 
-from support.placed_students import placed
+import torch
+from torch import Tensor, fx, nn
+
+from support.placed_students import placed_graph
 from synq.engines.lowering import lower
 from synq.engines.program import Program
+from synq.network.tracing import trace_classifier
 
 SIZE = (3, 32, 32)
 
@@ -130,6 +133,14 @@ def lowered(
         weight_bits, act_bits: Bit-widths.
         count: Of images.
     """
+    graph, images = _traced(name, count)
+    student = placed_graph(graph, images, target, weight_bits=weight_bits, act_bits=act_bits)
+    return lower(student, target, SIZE), images
+
+
+@cache
+def _traced(name: str, count: int) -> tuple[fx.GraphModule, Tensor]:
+    """A network with random weights, traced once for all engines and widths, and its images."""
     with torch.random.fork_rng():
         torch.manual_seed(len(name))
         net = nn.Sequential(*NETS[name]())
@@ -138,5 +149,4 @@ def lowered(
                 module.running_mean.uniform_(-0.3, 0.3)
                 module.running_var.uniform_(0.5, 1.5)
         images = torch.randn(count, *SIZE)
-    student = placed(net, SIZE, images, target, weight_bits=weight_bits, act_bits=act_bits)
-    return lower(student, target, SIZE), images
+    return trace_classifier(net.eval().requires_grad_(False), SIZE), images

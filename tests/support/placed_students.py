@@ -22,6 +22,19 @@ def placed(
     With ``portable`` the engine computes the same on processors without VNNI.
     """
     traced = trace_classifier(module.eval().requires_grad_(False), size)
+    return placed_graph(traced, images, target, weight_bits=weight_bits, act_bits=act_bits, portable=portable)
+
+
+def placed_graph(
+    traced: fx.GraphModule,
+    images: Tensor,
+    target: str = "onnxruntime",
+    *,
+    weight_bits: int = 8,
+    act_bits: int = 8,
+    portable: bool = False,
+) -> fx.GraphModule:
+    """Return the student of a traced network, which stays as it is: see `placed`."""
     bits = {"weight_bits": weight_bits, "act_bits": act_bits}
     quant = QuantConfig(target=target, portable=portable, **bits)  # type: ignore[arg-type]
     net = quantize_model(traced, quant).net

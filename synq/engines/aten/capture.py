@@ -5,7 +5,7 @@ quantizer is one operator with the name of its module, and so is the weight of a
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
+from synq.engines.aten.capture_key import capture_key
 from synq.network.trace_errors import first_line
 from synq.quant.layers import ActQuantizer, QuantConv2d, QuantLinear
 
@@ -45,6 +46,28 @@ class Captured:
     image: str
     quantizers: dict[str, ActQuantizer]
     layers: dict[str, QuantConv2d | QuantLinear]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a captured graph is without the tensors of one student.
+
+    Attributes:
+        graph: As in `Captured`.
+        image: As in `Captured`.
+        names: Names of the tensors of a student by placeholder.
+        constants: Tensors by name that are no student's, but made by its forward pass from numbers.
+    """
+
+    graph: fx.Graph
+    image: str
+    names: dict[str, str]
+    constants: dict[str, Tensor]
+
+
+MOST_FORMS = 32
+"""Number of captured graphs that are kept, of those used last; each is some hundred nodes without values."""
+_FORMS: dict[Hashable, _Form] = {}
 
 
 @dataclass(frozen=True)
@@ -96,12 +119,34 @@ def capture(net: fx.GraphModule, input_size: tuple[int, int, int]) -> Captured:
     student = copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
     quantizers = {name: module for name, module in student.named_modules() if isinstance(module, ActQuantizer)}
     layers = {name: module for name, module in student.named_modules() if isinstance(module, QuantConv2d | QuantLinear)}
-    marked = copy.deepcopy(student)
+    # One memory format, whatever the run has: a graph depends on it.
+    marked = copy.deepcopy(student).to(memory_format=torch.contiguous_format)
     for name in quantizers:
         marked.set_submodule(name, _Marked(markers().activation, name))
     for name in layers:
         layer = marked.get_submodule(name)
         layer.weight_quantizer = _Marked(markers().weight, name)
+    key = capture_key(marked.eval(), input_size)
+    form = _exported(marked, input_size) if key is None or key not in _FORMS else _FORMS.pop(key)
+    if key is not None:
+        _FORMS[key] = form  # the last one used is the last to go
+        if len(_FORMS) > MOST_FORMS:
+            del _FORMS[next(iter(_FORMS))]
+    held = {**_tensors(marked), **form.constants}
+    return Captured(
+        graph=form.graph,
+        constants={placeholder: held[name].detach() for placeholder, name in form.names.items()},
+        image=form.image,
+        quantizers=quantizers,
+        layers=layers,
+    )
+
+
+def _tensors(net: nn.Module) -> dict[str, Tensor]:
+    return {**dict(net.named_parameters(remove_duplicate=False)), **dict(net.named_buffers(remove_duplicate=False))}
+
+
+def _exported(marked: nn.Module, input_size: tuple[int, int, int]) -> _Form:
     try:
         exported = torch.export.export(marked, (torch.zeros(BATCH, *input_size),), strict=False)
         exported = exported.run_decompositions(_decompositions())
@@ -112,16 +157,16 @@ def capture(net: fx.GraphModule, input_size: tuple[int, int, int]) -> Captured:
             "to research, which exports any network"
         ) from error
     signature = exported.graph_signature
-    held: dict[str, Any] = {**exported.state_dict, **exported.constants}
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names |= signature.inputs_to_lifted_tensor_constants
     (image,) = signature.user_inputs
-    return Captured(
+    own = _tensors(marked)
+    held: dict[str, Any] = {**exported.state_dict, **exported.constants}
+    return _Form(
         graph=exported.graph,
-        constants={placeholder: held[name].detach() for placeholder, name in names.items()},
         image=str(image),
-        quantizers=quantizers,
-        layers=layers,
+        names=names,
+        constants={name: held[name] for name in names.values() if name not in own},
     )
 
 
@@ -132,6 +177,7 @@ def layer_of(node: fx.Node) -> str:
     return names[-1] if names else node.name
 
 
+@cache
 def _decompositions() -> dict[Any, Any]:
     table = torch.export.default_decompositions()
     return {operator: rule for operator, rule in table.items() if not _is_kept(operator)}

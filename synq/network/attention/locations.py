@@ -1,12 +1,14 @@
 """Location of attention in a traced network: product of queries and keys, softmax, product with the values."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from synq.network.attention.image_axis import ImageAxis, image_axes
 from synq.network.attention.token_map import grid_of, layer_grids
-from synq.network.op_traits import BATCH, OpKind, traits_of, value_inputs
+from synq.network.op_traits import BATCH, OpKind, node_module, traits_of, value_inputs
 from synq.network.ops import products
 
 MOST_STEPS = 12
@@ -15,16 +17,20 @@ MOST_STEPS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionNodes:
-    """One attention of a traced network, whose tensors are (..., heads, T, S) or (..., heads, T, D).
+    """One attention of a traced network, whose tensors are (..., T, S) or (..., T, D).
+
+    Images, heads and windows are the leading axes, in an order of each network's own: see `by_image`.
 
     Attributes:
-        scores: Name of the node of the product of queries and keys, (..., heads, T, S), not yet biased or masked.
-        factors: Names of the nodes of queries (..., heads, T, D) and transposed keys (..., heads, D, S) whose matrix
-            product it is; empty for another form of product.
+        scores: Name of the node of the product of queries and keys, (..., T, S), not yet biased or masked.
+        factors: Names of the nodes of queries (..., T, D) and transposed keys (..., D, S) whose matrix product it is;
+            empty for another form of product.
         probabilities: Name of the node of the softmax of the scores, of the same shape.
-        gathered: Name of the node of the product of probabilities and values, (..., heads, T, D).
-        heads, tokens: Sizes of the axes; `tokens` is T.
+        gathered: Name of the node of the product of probabilities and values, (..., T, D).
+        heads, tokens: Numbers of both; `tokens` is T.
+        windows: Number of parts of an image whose tokens see each other only; 1 for attention over all of it.
         extra: Number of tokens, the first ones, that are no positions of the image.
+        images: Where the images and heads are among the leading axes.
     """
 
     scores: str
@@ -33,16 +39,102 @@ class AttentionNodes:
     gathered: str
     heads: int
     tokens: int
+    windows: int
     extra: int
+    images: ImageAxis
+
+    def by_image(self, values: Tensor) -> Tensor:
+        """Return a tensor of this attention, (..., T, D), as (N, windows, heads, T, D): one row for each image.
+
+        Args:
+            values: Scores, probabilities, gathered values, queries or keys of any number of images.
+        """
+        return self.images.by_image(values, math.prod(values.shape[:-2]) // (self.windows * self.heads))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    scores: fx.Node
+    softmax: fx.Node
+    gathered: fx.Node
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.scores.name, self.softmax.name, self.gathered.name
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether images and heads are on the same axes in all steps, by their sizes."""
+        leading = self.scores.meta["shape"][:-2]
+        return leading == self.softmax.meta["shape"][:-2] == self.gathered.meta["shape"][:-2]
+
+
+def softmaxes(traced: fx.GraphModule) -> list[str]:
+    """Return the names of the softmax nodes of all attention, also of that which `locate_attention` leaves out.
+
+    Args:
+        traced: A graph from ``trace_classifier``, its layers quantized or not.
+    """
+    return [steps.softmax.name for steps in _steps(traced)]
 
 
 def locate_attention(traced: fx.GraphModule) -> list[AttentionNodes]:
     """Return the attention of a network with several tokens on both sides, in order of execution.
 
+    Left out is attention in which no axis keeps the images apart from its scores to its output, as if tokens of several
+    images saw each other: nothing in it is of one image.
+
     Args:
         traced: A graph from ``trace_classifier``.
     """
-    grids = layer_grids(traced)
+    steps = [one for one in _steps(traced) if one.is_aligned]
+    grids, axes = layer_grids(traced), image_axes(traced, [one.names for one in steps])
+    return [_nodes(traced, one, found, grids) for one, found in zip(steps, axes, strict=True) if found is not None]
+
+
+def _nodes(
+    traced: fx.GraphModule, steps: _Steps, place: tuple[int, int], grids: list[tuple[int, int]]
+) -> AttentionNodes:
+    axis, inner = place
+    *leading, tokens, keys = steps.scores.meta["shape"]
+    wanted = _heads_joined(traced, steps.gathered)
+    others = [number for number in range(len(leading)) if number != axis]
+    fitting = [number for number in others if leading[number] == wanted] or others
+    heads_axis = fitting[-1] if fitting else None
+    per_image = leading[axis] // BATCH
+    shares = len(leading) == 1 and per_image > 1 and wanted == per_image
+    heads = per_image if shares else 1 if heads_axis is None else leading[heads_axis]
+    windows = math.prod(leading) // BATCH // heads
+    grid = grid_of(tokens, grids)
+    return AttentionNodes(
+        scores=steps.scores.name,
+        factors=_factors(steps.scores),
+        probabilities=steps.softmax.name,
+        gathered=steps.gathered.name,
+        heads=heads,
+        tokens=tokens,
+        windows=windows,
+        extra=keys - grid[0] * grid[1] if grid is not None and windows == 1 else 0,
+        images=ImageAxis(axis=axis, inner=inner, heads_axis=heads_axis, shares_heads=shares),
+    )
+
+
+def _heads_joined(traced: fx.GraphModule, gathered: fx.Node) -> int | None:
+    """Return how many heads the layer reads that joins them, None where something else is between."""
+    pending, shape = [gathered], gathered.meta["shape"]
+    while pending:
+        for user in pending.pop().users:
+            layer = node_module(traced, user)
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                joined = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+                heads, rest = divmod(joined, shape[-1])
+                return heads if heads and not rest else None
+            if traits_of(user).keeps_values and math.prod(user.meta.get("shape") or ()) == math.prod(shape):
+                pending.append(user)
+    return None
+
+
+def _steps(traced: fx.GraphModule) -> list[_Steps]:
     found = []
     for gathered in products(traced):
         for source in value_inputs(gathered):
@@ -53,18 +145,7 @@ def locate_attention(traced: fx.GraphModule) -> list[AttentionNodes]:
             shape = scores.meta["shape"]
             if len(shape) < 3 or shape[-1] != shape[-2] or shape[-1] < 2 or len(gathered.meta["shape"]) != len(shape):
                 continue  # one query for all, or keys of another map
-            grid = grid_of(shape[-1], grids)
-            found.append(
-                AttentionNodes(
-                    scores=scores.name,
-                    factors=_factors(scores),
-                    probabilities=softmax.name,
-                    gathered=gathered.name,
-                    heads=shape[-3] if len(shape) > 3 else 1,
-                    tokens=shape[-2],
-                    extra=shape[-1] - grid[0] * grid[1] if grid is not None and shape[0] == BATCH else 0,
-                )
-            )
+            found.append(_Steps(scores, softmax, gathered))
             break
     return found
 
@@ -90,30 +171,27 @@ def attention_of_images(traced: fx.GraphModule) -> list[ImageAttention]:
     Args:
         traced: A graph from ``trace_classifier``.
     """
-    found = locate_attention(traced)
-    by_name = {node.name: node for node in traced.graph.nodes}
-    grids = layer_grids(traced)
+    found, grids = locate_attention(traced), layer_grids(traced)
     chosen = []
     for number, nodes in enumerate(found, 1):
-        shape, grid = by_name[nodes.scores].meta["shape"], grid_of(nodes.tokens, grids)
-        # Scores over windows have the windows of all images on the first axis, or on a further one.
-        if grid is not None and len(shape) <= 4 and shape[0] == BATCH:
+        grid = grid_of(nodes.tokens, grids)
+        if grid is not None and nodes.windows == 1:
             chosen.append(ImageAttention(nodes=nodes, grid=grid, depth=number / len(found)))
     return chosen
 
 
-def attention_received(probabilities: Tensor, extra: int) -> Tensor:
+def attention_received(probabilities: Tensor, nodes: AttentionNodes) -> Tensor:
     """Return what each position gets: of the first extra token, the class token, or else the mean over all queries.
 
     Args:
-        probabilities: (N, heads, T, T) or (N, T, T).
-        extra: Number of tokens, the first ones, that are no positions.
+        probabilities: Softmax (..., T, T) of an attention over all positions of the image.
+        nodes: The attention.
 
     Returns:
         (N, heads, T - extra).
     """
-    heads = probabilities if probabilities.dim() == 4 else probabilities.unsqueeze(-3)
-    return heads[..., 0, extra:] if extra else heads.mean(-2)
+    heads = nodes.by_image(probabilities)[:, 0]
+    return heads[..., 0, nodes.extra :] if nodes.extra else heads.mean(-2)
 
 
 def _factors(scores: fx.Node) -> tuple[str, ...]:
