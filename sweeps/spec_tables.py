@@ -1,5 +1,7 @@
 """Parsing of tables of a spec file: the search space and the points to try first; what a user adds in them."""
 
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -7,7 +9,7 @@ from typing import Any, Literal
 from synq.config.finetune import OWN_WEIGHT, check_own_weight
 from synq.config.identity import resolved
 from synq.config.nearest import key_hint, unknown_key
-from synq.config.parsing import config_from_dict, require
+from synq.config.parsing import config_from_dict, require, shown
 from synq.config.plugins import LOSS_TERM, SYNTHESIS_METHOD, check_elsewhere, settings_in
 
 from .points import Point
@@ -19,6 +21,29 @@ def read_table(value: Any, name: str) -> dict[str, Any]:
     """Return a copy of a mapping and its nested tables; raise ValueError if `value` is not a mapping."""
     require(name, "be a table of keys", value, isinstance(value, Mapping))
     return {key: dict(part) if isinstance(part, Mapping) else part for key, part in value.items()}
+
+
+def expanded(value: Any, name: str = "") -> Any:
+    """Return a value with environment variables ($NAME, ${NAME}) in its texts replaced.
+
+    Args:
+        value: A text, list or table of a spec.
+        name: Its key, for messages.
+
+    Raises:
+        ValueError: A variable is not set.
+    """
+    if isinstance(value, Mapping):
+        return {key: expanded(part, f"{name}.{key}" if name else key) for key, part in value.items()}
+    if isinstance(value, list):
+        return [expanded(part, name) for part in value]
+    if not isinstance(value, str) or "$" not in value:
+        return value
+    full = os.path.expandvars(value)
+    missing = re.search(r"\$\{?(\w+)\}?", full)
+    if missing:
+        raise ValueError(f"`{name}` must name set environment variables, but got {shown(value)} (set {missing[1]})")
+    return full
 
 
 def read_points(entries: Any, *, two_objectives: bool = False) -> tuple[Point, ...]:

@@ -3,6 +3,7 @@
 import math
 import random
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from synq.config.plugins import SAMPLER, is_added
 
+from ..constraints import SEARCHED, Constraint
 from ..search_config import LISTED, SAMPLERS
 from ..space import Dimension, sample
 from ..spec import SweepSpec
@@ -42,6 +44,7 @@ class GroupSearch(OptunaSearch):
         num_startup: int,
         study_name: str,
         storage: BaseStorage | None = None,
+        constraints: Sequence[Constraint] = (),
     ) -> None:
         """Start an empty search.
 
@@ -54,6 +57,8 @@ class GroupSearch(OptunaSearch):
             num_startup: Number of random trials before tpe and gp use results; also the population size of nsga2.
             study_name: Name of the Optuna study.
             storage: Storage of the study; None keeps it in memory.
+            constraints: Bounds on the results of trials. Those on `SEARCHED` are passed to Optuna, whose samplers tpe,
+                gp and nsga2 avoid settings that violate them.
 
         Raises:
             ValueError: As `own_sampler`.
@@ -62,6 +67,7 @@ class GroupSearch(OptunaSearch):
         self.sampler_name, self.seed_text, self.num_startup = sampler, seed, num_startup
         self.is_own = is_added(SAMPLER, sampler)
         self.reported: dict[str, set[int]] = {}
+        self.constraints = [one for one in constraints if one.name in SEARCHED]
         self.metrics = [OBJECTIVE, *([second_objective] if second_objective != "none" else [])]
         modes = ["min" if minimize else "max", "min"][: len(self.metrics)]
         self.directions = tuple("minimize" if mode == "min" else "maximize" for mode in modes)
@@ -149,6 +155,8 @@ class GroupSearch(OptunaSearch):
         values = [result.get(metric) for metric in self.metrics]
         status = "failed" if error or not result else result.get(STATUS, "pruned")
         if status == "completed" and all(map(is_finite, values)):
+            for one in self.constraints:  # of every completed trial, as GPSampler needs them
+                self._ot_trials[trial_id].set_constraint(one.name, one.excess(result.get(one.name)))
             self.study.tell(self._ot_trials[trial_id], [float(value) for value in values if value is not None])
         elif status == "pruned":
             self.on_trial_result(trial_id, result)
@@ -181,15 +189,18 @@ class GroupSearch(OptunaSearch):
 
 
 def check_sampler(spec: SweepSpec) -> None:
-    """Let the sampler of a user propose settings in a scratch study, so that it fails before anything is computed.
+    """Check that Optuna supports what a sweep asks for, before anything is computed.
 
-    Args:
-        spec: The sweep; one with a sampler of SynQ passes.
+    The sampler of a user proposes settings in a scratch study.
 
     Raises:
-        ValueError: As `own_sampler` and `GroupSearch.propose`.
+        ValueError: As `own_sampler` and `GroupSearch.propose`, or Optuna is too old for constraints.
     """
     search = spec.search
+    if spec.constraints and not hasattr(optuna.trial.Trial, "set_constraint"):
+        raise ValueError(
+            f"`constraints` must come with Optuna 5.0 or newer, but got {optuna.__version__}: pip install -U optuna"
+        )
     if search.has_own_sampler:
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # a new study is no news for the user
         scratch = GroupSearch(

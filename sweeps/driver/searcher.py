@@ -14,6 +14,7 @@ from ray.tune.search import Searcher
 
 from synq.config.run import RunConfig, config_digest, config_to_dict
 
+from ..constraints import SEARCHED
 from ..points import Point, grid, point_params, read_earlier, warm_points
 from ..search_config import LISTED
 from ..space import base_values, value_of
@@ -42,6 +43,7 @@ class SweepSearcher(Searcher):
                 num_startup=num_startup(spec),
                 study_name=study_name(spec, group),
                 storage=storage,
+                constraints=spec.constraints,
             )
             for group in spec.groups
         }
@@ -237,7 +239,7 @@ class SweepSearcher(Searcher):
             search.attach(plan.trial, plan.params, plan.trial)
             for epoch, value in plan.history:
                 search.on_trial_result(plan.trial, {EPOCH: epoch, OBJECTIVE: value})
-            result = {metric: getattr(record, metric) for metric in search.metrics}
+            result = {metric: getattr(record, metric) for metric in {*search.metrics, *SEARCHED}}
             search.on_trial_complete(
                 plan.trial, result if record.status == "pruned" else {**result, STATUS: record.status}
             )

@@ -54,14 +54,14 @@ class SweepResult:
         """One row per trial: the columns of trials.csv, and `params.KEY` for every searched setting."""
         from synq.sweeps.leaderboard.frames import trial_frame
 
-        return trial_frame(self._records, self._settings)
+        return trial_frame(self._records, self._settings, self._view.constraints)
 
     @functools.cached_property
     def leaderboard(self) -> "DataFrame":
         """One row per setting, ranked: the columns of leaderboard.csv, and `params.KEY` for every searched setting."""
         from synq.sweeps.leaderboard.frames import leaderboard_frame
 
-        return leaderboard_frame(self._records, self._settings)
+        return leaderboard_frame(self._records, self._settings, self._view.constraints)
 
     @property
     def groups(self) -> list[str]:
@@ -71,12 +71,15 @@ class SweepResult:
     def best(self, group: str | None = None, *, model: Any = None) -> "Run":
         """Return the best run of a group: of its first setting on the leaderboard, the first seed.
 
+        It satisfies the constraints of the sweep.
+
         Args:
             group: One of `groups`; None takes the only one.
             model: As for `synq.open_run`.
 
         Raises:
-            ValueError: There are several groups and none was chosen, or the group has no completed trial.
+            ValueError: There are several groups and none was chosen, or the group has no completed trial that satisfies
+                the constraints.
         """
         from synq.api.run import open_run
 
@@ -89,6 +92,11 @@ class SweepResult:
         digests = {plan.config_digest for plan in self._view.plans.values() if plan.group == chosen}
         for standing in self._view.standings():
             digest = standing.row["config_digest"]
+            if digest in digests and standing.is_violating:
+                raise ValueError(
+                    f"`constraints` must be satisfied by a trial of {chosen}, but the first in rank has "
+                    f"{standing.row['violates']}: see `leaderboard`"
+                )
             if digest in digests:
                 name = next(key for key, record in self._view.records.items() if record.config_digest == digest)
                 return open_run(self._view.paths[name], model=model)
