@@ -37,7 +37,7 @@ from synq.config.run import (
 from .constraints import Constraint, read_constraints
 from .points import Point, completed, grid_size, listed_dimensions, point_params
 from .search_config import DEFAULT_TRIALS, LISTED, SearchConfig
-from .space import BITS, Dimension, base_values, with_bits
+from .space import BITS, Dimension, base_values, existing, in_order, point_where_it_exists, with_bits
 from .spec import Group, SweepSpec
 from .spec_tables import (
     check_added,
@@ -213,6 +213,7 @@ def resolve_spec(written: SpecFile, *, root: str | Path = "") -> SweepSpec:
         default_trials = len(points)
     elif search.two_objectives:
         space = (Dimension(name=BITS, type="choice", values=written.bits), *space)
+    space = in_order(space)
     if search.sampler == "grid":
         default_trials = grid_size(space)
     search = replace(search, num_trials=search.num_trials or default_trials)
@@ -240,9 +241,10 @@ def check_spec(spec: SweepSpec) -> None:
         )
     check_added(spec)
     for group, dimension in itertools.product(spec.groups, spec.dimensions):
+        others = point_where_it_exists(spec.dimensions, dimension)
         for value in dimension.edges():
             try:
-                with_overrides(group.base, with_bits({dimension.name: value}))
+                with_overrides(group.base, with_bits({**others, dimension.name: value}))
             except ValueError as error:
                 raise ValueError(
                     f"`space.{dimension.name}` must lie within the valid range of the setting: {error}"
@@ -252,6 +254,12 @@ def check_spec(spec: SweepSpec) -> None:
         for number, point in enumerate(spec.points, start=1):
             if point_params(spec.dimensions, {**base, **point}) is None:
                 raise ValueError(f"`points` must lie in the search space, but got {shown(point)} (number {number})")
+            known = existing(spec.dimensions, {**base, **point})
+            if absent := sorted(name for name in point if name not in known and point[name] != base[name]):
+                raise ValueError(
+                    f"`points` must name settings that exist together, but got {absent[0]} where its `when` does not "
+                    f"hold (number {number})"
+                )
 
 
 def _entries(value: Any, name: str) -> list[Any]:

@@ -12,6 +12,7 @@ from synq.config.nearest import key_hint, unknown_key
 from synq.config.parsing import config_from_dict, require, shown
 from synq.config.plugins import LOSS_TERM, SYNTHESIS_METHOD, check_elsewhere, settings_in
 
+from .conditions import When, read_when
 from .points import Point
 from .space import BITS, DEFAULT_SPACE, IDENTITY, METHOD, Dimension, setting_names
 from .spec import SweepSpec
@@ -121,8 +122,9 @@ def _dimension(name: str, table: Any) -> Dimension:
     values = read_table(table, f"space.{name}")
     known = tuple(_Range.__dataclass_fields__)
     for key in values:
-        if key not in (*known, "values"):
-            raise unknown_key(f"space.{name}.{key}", key, (*known, "values"))
+        if key not in (*known, "values", "when"):
+            raise unknown_key(f"space.{name}.{key}", key, (*known, "values", "when"))
+    when = read_when(values.pop("when", {}), f"space.{name}.when")
     choices = values.pop("values", [])
     require(f"space.{name}.values", "be a list", choices, isinstance(choices, list))
     require(f"space.{name}.type", "be given (float, int or choice)", values.get("type"), "type" in values)
@@ -130,7 +132,7 @@ def _dimension(name: str, table: Any) -> Dimension:
         parsed = config_from_dict(_Range, values)
     except ValueError as error:
         raise ValueError(f"[space.{name}] {error}") from None
-    return Dimension(name=name, values=tuple(choices), **{key: getattr(parsed, key) for key in known})
+    return Dimension(name=name, values=tuple(choices), when=when, **{key: getattr(parsed, key) for key in known})
 
 
 def default_space(base: Mapping[str, Any]) -> tuple[tuple[Dimension, ...], dict[str, Any]]:
@@ -155,13 +157,23 @@ def resolved_points(points: Iterable[Point]) -> tuple[Point, ...]:
 
 
 def resolved_space(dimensions: Iterable[Dimension]) -> tuple[Dimension, ...]:
-    """Return dimensions whose synthesis methods are `resolved`."""
+    """Return dimensions whose synthesis methods are `resolved`, also in conditions."""
     return tuple(
-        replace(one, values=tuple(resolved(SYNTHESIS_METHOD, value) if isinstance(value, str) else value
-                                  for value in one.values))
-        if one.name == METHOD else one
+        replace(
+            one,
+            values=_resolved_methods(one.values) if one.name == METHOD else one.values,
+            when=tuple(map(_resolved_condition, one.when)),
+        )
         for one in dimensions
-    )  # fmt: skip
+    )
+
+
+def _resolved_condition(condition: When) -> When:
+    return replace(condition, values=_resolved_methods(condition.values)) if condition.name == METHOD else condition
+
+
+def _resolved_methods(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(resolved(SYNTHESIS_METHOD, value) if isinstance(value, str) else value for value in values)
 
 
 def check_added(spec: SweepSpec) -> None:

@@ -17,7 +17,7 @@ from synq.config.run import RunConfig, config_digest, config_to_dict
 from ..constraints import SEARCHED
 from ..points import Point, grid, point_params, read_earlier, warm_points
 from ..search_config import LISTED
-from ..space import base_values, value_of
+from ..space import base_values, existing, value_of
 from ..spec import Group, SweepSpec, run_config
 from ..state.ledger import Ledger
 from ..state.plans import REMOVE, Plan
@@ -189,7 +189,8 @@ class SweepSearcher(Searcher):
             # Every search starts with the settings of the spec, as a baseline.
             points = chain(listed, [base], warm) if point_params(dimensions, base) is not None else chain(listed, warm)
         done = {_frozen(plan.params) for plan in plans}  # skipped without building their runs, which takes longer
-        return (point for point in points if _frozen(point_params(dimensions, point) or {}) not in done)
+        known = (point for point in points if _frozen(point_params(dimensions, point) or {}) not in done)
+        return (existing(dimensions, point) for point in known)
 
     def _finals(self, key: str) -> Iterator[Plan]:
         """Yield the re-runs of a group's best settings that have not started; none before its search has ended."""

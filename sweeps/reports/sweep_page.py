@@ -166,6 +166,7 @@ def _search(sweep: SweepView) -> list[Block]:
             sweep.search_trials(group),
             minimize=search["objective"] == "synthetic",
             objective=f"{search['objective']} objective",
+            constraints=sweep.constraints,
         )
     return blocks
 

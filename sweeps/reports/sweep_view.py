@@ -17,7 +17,7 @@ from ..leaderboard.ranking import Ranking, Standing
 from ..leaderboard.records import record_files
 from ..leaderboard.settings import searched_in
 from ..leaderboard.tables import Tables
-from ..space import Dimension
+from ..space import Dimension, dimension_from
 from ..state.plans import Plan, read_plan, read_sweep_file
 
 
@@ -140,7 +140,7 @@ def read_sweep(path: str | Path) -> SweepView:
         except (ValueError, FileNotFoundError) as error:
             unread.append(" ".join(str(error).split()))
     with reading(root / "sweep.json", "a sweep"):
-        space = tuple(Dimension(**{**one, "values": tuple(one["values"])}) for one in _dimensions(about))
+        space = tuple(map(dimension_from, _dimensions(about)))
     name = about.get("search", {}).get("name") or root.resolve().name
     return SweepView(
         name=name,

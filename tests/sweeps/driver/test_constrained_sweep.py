@@ -67,3 +67,24 @@ def test_a_bound_on_drop_needs_labels(local_ray: None, tmp_path: Path) -> None:
     model = {"spec": "bundled:digits_resnet8", "dataset": "none"}
     with pytest.raises(ValueError, match=r"`constraints.drop` must be left out without labeled images"):
         run_sweep(tiny(tmp_path, **TWO, models=[model], constraints={"drop": 2}))
+
+
+def test_a_sweep_with_a_setting_that_exists_only_sometimes(local_ray: None, tmp_path: Path) -> None:
+    from synq.sweeps.driver.tuner import run_sweep
+    from synq.sweeps.reports.make import make_report
+
+    space = {
+        "finetune.perturb_weight": {"type": "choice", "values": [0.0, 1.0]},
+        "finetune.perturb_size": {"type": "float", "low": 0.01, "high": 0.1, "when": {"finetune.perturb_weight": 1.0}},
+    }
+    keys = {"bits": ["W3A3"], "scheduler": "none", "max_concurrent": 1, "space": space}
+    assert run_sweep(tiny(tmp_path, **keys, num_trials=5)) == 0
+    assert run_sweep(tiny(tmp_path, **keys, num_trials=9)) == 0, "a resume replays what exists"
+    trials = rows(tmp_path / "trials.csv")
+    sizes = {row["params.finetune.perturb_weight"]: set() for row in trials}  # type: dict[str, set[str]]
+    for row in trials:
+        sizes[row["params.finetune.perturb_weight"]].add(row["params.finetune.perturb_size"])
+    assert sizes["0"] == {"0.02"}, "that of the base, run once"
+    assert len(sizes["1"]) == 8
+    make_report([tmp_path], runs=0)
+    assert "Measured where they exist" in (tmp_path / "report.html").read_text()

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from synq.sweeps.conditions import When
 from synq.sweeps.constraints import Constraint
 from synq.sweeps.space import Dimension
 
@@ -13,7 +14,7 @@ def group_search(**keys: Any) -> Any:
 
     dimensions = (Dimension(name="finetune.lr", type="float", low=1e-4, high=1e-1, log=True),)
     values = {"minimize": True, "sampler": "tpe", "seed": "s", "num_startup": 2, "study_name": "x", **keys}
-    return GroupSearch(dimensions, **values)
+    return GroupSearch(values.pop("dimensions", dimensions), **values)
 
 
 def test_optuna_hears_how_each_trial_ended() -> None:
@@ -111,3 +112,28 @@ def test_a_sampler_avoids_what_violates() -> None:
 def test_a_measurement_of_the_export_is_no_constraint_of_the_search() -> None:
     search = group_search(constraints=(Constraint(name="latency_ms", max=1.0),))
     assert [trial.constraints for trial in run_search(search, 2, lambda lr: 1.0)] == [{}, {}]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_a_setting_is_proposed_exactly_where_it_exists_and_a_replay_gives_it_again(sampler: str) -> None:
+    dimensions = (
+        Dimension(name="finetune.perturb_weight", type="choice", values=(0.0, 1.0)),
+        Dimension(
+            name="finetune.perturb_size", type="float", low=0.01, high=0.1,
+            when=(When(name="finetune.perturb_weight", sign=">", values=(0.0,)),),
+        ),
+    )  # fmt: skip
+    search, again = (group_search(dimensions=dimensions, sampler=sampler) for _ in range(2))
+    seen = []
+    for number in range(12):
+        point, params = search.propose(f"p{number}", number)
+        assert ("finetune.perturb_size" in point) == (point["finetune.perturb_weight"] == 1.0)
+        search.accept(f"p{number}", f"t{number}", f"trial-{number}")
+        again.attach(f"t{number}", params, f"trial-{number}")
+        for one in (search, again):
+            value = point.get("finetune.perturb_size", 0.05)
+            one.on_trial_complete(f"t{number}", {"objective_value": value, "status": "completed"})
+        seen.append(params)
+    assert {len(params) for params in seen} == {1, 2}
+    assert [trial.params for trial in again.study.get_trials()] == seen
+    assert again.propose("p", 12) == search.propose("p", 12), "a restarted driver goes on as one that was not stopped"
