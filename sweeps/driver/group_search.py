@@ -19,6 +19,7 @@ from ..search_config import LISTED, SAMPLERS
 from ..space import Dimension, sample
 from ..spec import SweepSpec
 from .own_sampler import SamplerInputs, check_proposal, own_sampler, proposal_error
+from .stopping import check_terminator
 
 OBJECTIVE = "objective_value"
 EPOCH = "epoch"
@@ -67,6 +68,8 @@ class GroupSearch(OptunaSearch):
         self.sampler_name, self.seed_text, self.num_startup = sampler, seed, num_startup
         self.is_own = is_added(SAMPLER, sampler)
         self.reported: dict[str, set[int]] = {}
+        self.num_completed = 0
+        """Number of completed trials that were reported."""
         self.constraints = [one for one in constraints if one.name in SEARCHED]
         self.metrics = [OBJECTIVE, *([second_objective] if second_objective != "none" else [])]
         modes = ["min" if minimize else "max", "min"][: len(self.metrics)]
@@ -158,6 +161,7 @@ class GroupSearch(OptunaSearch):
             for one in self.constraints:  # of every completed trial, as GPSampler needs them
                 self._ot_trials[trial_id].set_constraint(one.name, one.excess(result.get(one.name)))
             self.study.tell(self._ot_trials[trial_id], [float(value) for value in values if value is not None])
+            self.num_completed += 1
         elif status == "pruned":
             self.on_trial_result(trial_id, result)
             self.study.tell(self._ot_trials[trial_id], state=TrialState.PRUNED)
@@ -197,6 +201,7 @@ def check_sampler(spec: SweepSpec) -> None:
         ValueError: As `own_sampler` and `GroupSearch.propose`, or Optuna is too old for constraints.
     """
     search = spec.search
+    check_terminator(search)
     if spec.constraints and not hasattr(optuna.trial.Trial, "set_constraint"):
         raise ValueError(
             f"`constraints` must come with Optuna 5.0 or newer, but got {optuna.__version__}: pip install -U optuna"

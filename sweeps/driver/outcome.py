@@ -1,6 +1,7 @@
 """What the driver says about the groups of a sweep at its end. Imports neither Ray nor torch."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from synq.common.text_tables import plural
 
@@ -10,7 +11,7 @@ from ..state.ledger import Ledger
 
 
 def group_lines(ledger: Ledger, exhausted: set[str], invalid: Mapping[str, str]) -> list[str]:
-    """Return lines about groups whose space is exhausted, and about those without a result.
+    """Return lines about groups whose search ended early, and about those without a result.
 
     Args:
         ledger: Trials of the sweep.
@@ -23,6 +24,7 @@ def group_lines(ledger: Ledger, exhausted: set[str], invalid: Mapping[str, str])
         why = f"; others are invalid together, for example: {invalid[key]}" if key in invalid else ""
         number = ledger.num_plans(key)
         lines.append(f"{key}: the {'list' if listed else 'search'} has only {number} different settings{why}")
+    lines += [stopped_line(key, one) for key, one in ledger.stopped.items()]
     for group in spec.groups:
         results = [record for plan in ledger.group_plans(group.key) if (record := ledger.result(plan)) is not None]
         if results and not ledger.best(group.key):
@@ -34,6 +36,16 @@ def group_lines(ledger: Ledger, exhausted: set[str], invalid: Mapping[str, str])
     if empty := without_result(ledger):
         lines.append(f"no trial was completed in {', '.join(empty)}; the lines above or trials.csv have the reason")
     return lines
+
+
+def stopped_line(group: str, stopped: Mapping[str, Any]) -> str:
+    """Return the line about a group whose search `stop_when` has ended.
+
+    Args:
+        group: Key of the group.
+        stopped: Its entry of `Ledger.stopped`.
+    """
+    return f"{group}: search ended after {stopped['after']} of {stopped['num_trials']} trials, {stopped['reason']}"
 
 
 def without_result(ledger: Ledger) -> list[str]:

@@ -22,6 +22,7 @@ from ..spec import Group, SweepSpec, run_config
 from ..state.ledger import Ledger
 from ..state.plans import REMOVE, Plan
 from .group_search import EPOCH, OBJECTIVE, STATUS, GroupSearch, num_startup
+from .stopping import why_stop
 
 MAX_PROPOSALS = 32
 """Consecutive proposals that repeat a known run or are invalid, after which the space counts as exhausted."""
@@ -50,6 +51,8 @@ class SweepSearcher(Searcher):
         self.groups = {group.key: group for group in spec.groups}
         self.turn = 0
         self.exhausted: set[str] = set()
+        self.checked: dict[str, int] = {}
+        """By group, the number of completed trials at the last check of `stop_when`."""
         self.invalid: dict[str, str] = {}
         """By group, the error of the last invalid proposal."""
         self.limit = spec.search.max_concurrent
@@ -109,7 +112,7 @@ class SweepSearcher(Searcher):
         """Return the number of known trials without a record; 0 when the sweep is finished."""
         left = len(self.interrupted) + len(self.live)
         for key in self.groups:
-            if key not in self.exhausted:
+            if not self._has_ended(key):
                 left += max(0, self.spec.search.trials - self.ledger.num_plans(key))
         return left + sum(1 for key in self.groups for _ in self._finals(key))
 
@@ -137,9 +140,20 @@ class SweepSearcher(Searcher):
             self.ledger.add_plan(final)
         return final
 
+    def _has_ended(self, key: str) -> bool:
+        """Return whether a group gets no more trials although its budget is not spent."""
+        if key in self.exhausted or key in self.ledger.stopped:
+            return True
+        number = self.searches[key].num_completed
+        if self.checked.get(key) != number:
+            self.checked[key] = number
+            if reason := why_stop(self.searches[key].study, self.spec.search):
+                self.ledger.stop_group(key, reason)
+        return key in self.ledger.stopped
+
     def _new(self, trial_id: str, group: Group) -> Plan | None:
         """Return a new run of a group; None if its budget is spent or the space is exhausted."""
-        if self.ledger.num_plans(group.key) >= self.spec.search.trials or group.key in self.exhausted:
+        if self.ledger.num_plans(group.key) >= self.spec.search.trials or self._has_ended(group.key):
             return None
         index = self.ledger.next_index(group.key)
         search, name = self.searches[group.key], f"{group.key}-t{index:03d}"
@@ -196,7 +210,7 @@ class SweepSearcher(Searcher):
         """Yield the re-runs of a group's best settings that have not started; none before its search has ended."""
         search = self.spec.search
         has_ended = self.ledger.num_open(key) == 0
-        if not has_ended or not (self.ledger.num_plans(key) >= search.trials or key in self.exhausted):
+        if not has_ended or not (self.ledger.num_plans(key) >= search.trials or self._has_ended(key)):
             return
         for best in self.ledger.best(key, search.final_top_k):
             overrides = self._overrides(best)

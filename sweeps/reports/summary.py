@@ -118,6 +118,10 @@ def sweep_verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
         )
     if not lines:
         lines.append("No trial is completed yet.")
+    lines += [
+        f"The search of {key} ended after {one['after']} of {one['num_trials']} trials, {one['reason']}."
+        for key, one in sweep.about.get("stopped", {}).items()
+    ]
     lines += constraint_lines(sweep.constraints, standings)
     failed = sum(record.status == "failed" for record in sweep.records.values())
     if failed:

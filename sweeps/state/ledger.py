@@ -57,6 +57,8 @@ class Ledger:
         """Names of the synthetic sets in the store, by the settings that determine them (`set_recipe`)."""
         self.earlier: list[RunRecord] | None = None
         """Records of the earlier sweeps from which the search starts; None until they are read."""
+        self.stopped: dict[str, dict[str, Any]] = {}
+        """Groups whose search `stop_when` has ended, with the `reason` and the budget, `num_trials`, at that time."""
         self.tables = Tables(constraints=spec.constraints)
         self._by_group: dict[tuple[str, str], dict[str, Plan]] = {}
         self._environment: dict[str, Any] | None = None
@@ -287,6 +289,20 @@ class Ledger:
         has_result = record is not None and record.status == "completed" and _finite(record.objective_value)
         return record if has_result else None
 
+    def stop_group(self, group: str, reason: str) -> None:
+        """End the search of a group before its budget is spent.
+
+        The decision is kept, because trials that were running then end later and might change it: a resumed sweep goes
+        on with the group only if its budget was raised, or `stop_when` is budget.
+        """
+        self.stopped[group] = {
+            "reason": reason,
+            "num_trials": self.spec.search.trials,
+            "after": self.num_plans(group),
+        }
+        stored = read_sweep_file(self.root / "sweep.json")
+        self.folder.write("sweep.json", {**stored, "stopped": self.stopped})
+
     def finish(self) -> None:
         """Mark the sweep as finished, so that `--num-trials +N` then means N more trials than it has."""
         stored = read_sweep_file(self.root / "sweep.json")
@@ -297,10 +313,15 @@ class Ledger:
         """Resolve the number of trials and write sweep.json."""
         self.spec = replace(self.spec, search=settled_budget(self.spec.search, stored))
         finished = {"finished": stored["finished"]} if "finished" in stored else {}
+        search = self.spec.search
+        if search.stop_when != "budget":
+            known = stored.get("stopped", {}).items()
+            self.stopped = {key: one for key, one in known if one["num_trials"] >= search.trials}
         number = max(self.spec.search.trials, stored.get("search", {}).get("num_trials") or 0)
         # The two addresses may contain a password.
         values = {**asdict(self.spec.search), "num_trials": number, "output_dir": "", "study_storage": ""}
         bounds = {"constraints": constraint_values(self.spec.constraints)} if self.spec.constraints else {}
+        bounds |= {"stopped": self.stopped} if self.stopped else {}
         content = {**expected_identity(self.spec), **bounds, **finished, "search": values}
         write_sealed_json(self.root / "sweep.json", content)
         self.folder.send("sweep.json")
