@@ -51,9 +51,10 @@ class SearchConfig:
     final_top_k: int = 1
     """Number of the best settings of each (model, bits) to run on `seeds`."""
     sampler: str = "tpe"
-    """How settings are proposed: by Optuna (tpe, random, gp, nsga2), every combination of the space (grid), only the
-    listed [[points]] (points), or a function of yours: FILE.py:FUNCTION, MODULE:FUNCTION, or a name that synq.sampler
-    or an entry point of synq.samplers registers; @VERSION is added. It is called with synq.SamplerInputs and returns an
+    """How settings are proposed: by Optuna (tpe, random, gp, nsga2; cmaes with the package cmaes; auto, AutoSampler of
+    OptunaHub, with the package optunahub), every combination of the space (grid), only the listed [[points]] (points),
+    or a function of yours: FILE.py:FUNCTION, MODULE:FUNCTION, or a name that synq.sampler or an entry point of
+    synq.samplers registers; @VERSION is added. It is called with synq.SamplerInputs and returns an
     optuna.samplers.BaseSampler."""
     sampler_seed: int = 0
     """Seed of the proposals."""
@@ -124,6 +125,7 @@ class SearchConfig:
         if self.two_objectives:
             rule = "be none with a `second_objective`: a Pareto front has no rank of early values"
             require("scheduler", rule, self.scheduler, self.scheduler == "none")
+            require("sampler", "be another with a `second_objective`", self.sampler, self.sampler != "cmaes")
             rule = "be budget with a `second_objective`: the gain of a front is not bounded"
             require("stop_when", rule, self.stop_when, self.stop_when == "budget")
         if self.sampler in LISTED:

@@ -15,10 +15,11 @@ from ray.tune.search.optuna import OptunaSearch
 from synq.config.plugins import SAMPLER, is_added
 
 from ..constraints import SEARCHED, Constraint
-from ..search_config import LISTED, SAMPLERS
+from ..search_config import LISTED
 from ..space import Dimension, sample
 from ..spec import SweepSpec
 from .own_sampler import SamplerInputs, check_proposal, own_sampler, proposal_error
+from .samplers import REMEMBERING, check_installed, make_sampler
 from .stopping import check_terminator
 
 OBJECTIVE = "objective_value"
@@ -53,9 +54,9 @@ class GroupSearch(OptunaSearch):
             dimensions: The search space.
             minimize: Whether a lower objective is better.
             second_objective: Field of a trial's result that is also minimized; none for a single objective.
-            sampler: One of `SAMPLERS`, or a function of the user; those of `LISTED` only take what is enqueued.
+            sampler: The name of a sampler, or a function of the user; those of `LISTED` only take what is enqueued.
             seed: Seed of the random numbers of every proposal, as text.
-            num_startup: Number of random trials before tpe and gp use results; also the population size of nsga2.
+            num_startup: Number of random trials before results are used; also the population size of nsga2.
             study_name: Name of the Optuna study.
             storage: Storage of the study; None keeps it in memory.
             constraints: Bounds on the results of trials. Those on `SEARCHED` are passed to Optuna, whose samplers tpe,
@@ -67,6 +68,7 @@ class GroupSearch(OptunaSearch):
         self.dimensions = dimensions
         self.sampler_name, self.seed_text, self.num_startup = sampler, seed, num_startup
         self.is_own = is_added(SAMPLER, sampler)
+        self.draws_always = self.is_own or sampler in REMEMBERING
         self.reported: dict[str, set[int]] = {}
         self.num_completed = 0
         """Number of completed trials that were reported."""
@@ -103,17 +105,22 @@ class GroupSearch(OptunaSearch):
             ValueError: The sampler is the user's, and fails or proposes settings outside the space.
         """
         self.study.sampler = self._sampler_of(number, blind=blind)
-        with warnings.catch_warnings():  # of proposals that take more than a second, as with a Gaussian process
-            warnings.filterwarnings("ignore", "Define-by-run function", UserWarning)
-            suggestion: Any = self._suggested(trial_id)
+        suggestion = self._suggested(trial_id)
         params = dict(self._ot_trials[trial_id].params)
         if self.is_own:
             check_proposal(self.sampler_name, self.dimensions, params)
         return suggestion["overrides"], params
 
-    def _suggested(self, trial_id: str) -> Any:
+    def _suggested(self, trial_id: str, *, draw: bool = False) -> Any:
         try:
-            return self.suggest(trial_id)
+            with warnings.catch_warnings():
+                # Of proposals that take more than a second, as with a Gaussian process.
+                warnings.filterwarnings("ignore", "Define-by-run function", UserWarning)
+                if self.sampler_name == "auto":  # its code passes options that are deprecated
+                    warnings.simplefilter("ignore", FutureWarning)
+                if draw:  # where all values are given, Optuna does not
+                    self._ot_trials[trial_id].relative_params  # noqa: B018
+                return self.suggest(trial_id)
         except Exception as error:  # a user's sampler may raise anything
             if not self.is_own:
                 raise
@@ -126,11 +133,12 @@ class GroupSearch(OptunaSearch):
 
     def attach(self, trial_id: str, params: dict[str, Any], trial: str) -> None:
         """Add a trial with given parameters to the study, as if it had just been proposed."""
-        # NSGA-II, and perhaps a user's, records the generation of each trial as it draws; others would draw in vain.
-        if self.sampler_name != "nsga2" and not self.is_own:
+        # NSGA-II, CMA-ES and perhaps a user's record the generation of each trial as they draw; others draw in vain.
+        if not self.draws_always:
             self.study.sampler = optuna.samplers.RandomSampler(seed=0)
         self.study.enqueue_trial(params)
-        self._suggested(trial_id)
+        self._ot_trials[trial_id] = self.study.ask()
+        self._suggested(trial_id, draw=self.draws_always)
         self._ot_trials[trial_id].set_user_attr("trial", trial)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -178,18 +186,7 @@ class GroupSearch(OptunaSearch):
                 seed=seed, num_startup=self.num_startup, dimensions=self.dimensions, directions=self.directions
             )
             return own_sampler(self.sampler_name, inputs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            if self.sampler_name == "gp":
-                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.num_startup)
-            if self.sampler_name == "nsga2":
-                return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, self.num_startup))
-            if self.sampler_name != "tpe":
-                raise ValueError(f"`sampler` must be one of {', '.join(SAMPLERS)}, but got {self.sampler_name}")
-            # group: conditional settings are modeled separately; constant_liar: running trials count as weak.
-            return optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=self.num_startup
-            )
+        return make_sampler(self.sampler_name, self.dimensions, seed=seed, num_startup=self.num_startup)
 
 
 def check_sampler(spec: SweepSpec) -> None:
@@ -202,6 +199,7 @@ def check_sampler(spec: SweepSpec) -> None:
     """
     search = spec.search
     check_terminator(search)
+    check_installed(search.sampler, spec.dimensions)
     if spec.constraints and not hasattr(optuna.trial.Trial, "set_constraint"):
         raise ValueError(
             f"`constraints` must come with Optuna 5.0 or newer, but got {optuna.__version__}: pip install -U optuna"

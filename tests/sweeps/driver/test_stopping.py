@@ -99,7 +99,8 @@ def complete(searcher: Any, ledger: Ledger, name: str, value: float) -> str:
 
     record = RunRecord(
         name=plan.trial, config=config_to_dict(plan.config), config_digest=plan.config_digest, model="net",
-        seed=plan.config.seed, data_seed=plan.config.data_seed, weight_bits=3, act_bits=3, protocol="A", act_points="relu", objective="synthetic", objective_value=value,
+        seed=plan.config.seed, data_seed=plan.config.data_seed,
+        weight_bits=3, act_bits=3, protocol="A", act_points="relu", objective="synthetic", objective_value=value,
     )  # fmt: skip
     write_record(ledger.record_path(plan.trial), record)
     ledger.settle(plan.trial, status="completed", reason="", history=[], seconds=1.0)
