@@ -56,7 +56,7 @@ def read_when(value: Any, where: str) -> tuple[When, ...]:
 def _when(name: str, value: Any, where: str) -> When:
     match = re.fullmatch(r"\s*(<=|>=|!=|<|>)\s*(.+?)\s*", value) if isinstance(value, str) else None
     if match is None:
-        values = tuple(value) if isinstance(value, list) else (value,)
+        values = tuple("none" if one is None else one for one in (value if isinstance(value, list) else [value]))
         require(where, "hold at least one value", value, len(values) > 0)
         return When(name=name, values=values)
     sign: Any = match[1]

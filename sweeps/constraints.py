@@ -5,6 +5,7 @@ resumed with other bounds ranks all its trials by those, and its search is rebui
 """
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,12 +89,18 @@ def _constraint(name: str, value: Any) -> Constraint:
     for key, bound in bounds.items():
         if key not in ("max", "min"):
             raise unknown_key(f"{where}.{key}", key, ("max", "min"))
-        is_number = isinstance(bound, int | float) and not isinstance(bound, bool) and math.isfinite(bound)
-        require(f"{where}.{key}" if isinstance(value, Mapping) else where, "be a finite number", bound, is_number)
+        key_name = f"{where}.{key}" if isinstance(value, Mapping) else where
+        require(key_name, "be a finite number", bound, _is_finite(bound))
     found = Constraint(name=name, **{key: float(bound) for key, bound in bounds.items()})
     if found.max is not None and found.min is not None:
         require(f"{where}.min", "be at most max", found.min, found.min <= found.max)
     return found
+
+
+def _is_finite(bound: Any) -> bool:
+    if not isinstance(bound, int | float) or isinstance(bound, bool):
+        return False
+    return abs(bound) <= sys.float_info.max  # also of a whole number that no float can hold
 
 
 def constraint_values(constraints: Iterable[Constraint]) -> dict[str, dict[str, float]]:

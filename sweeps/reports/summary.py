@@ -142,7 +142,7 @@ def constraint_lines(constraints: Sequence[Constraint], standings: Sequence[Stan
     violating = [standing for standing in standings if standing.is_violating]
     bounds = constraints_text(constraints)
     lines = [
-        f"{standing.row['violates']}: no setting of {label(standing)} satisfies the constraints, so none is best."
+        f"{label(standing)}: no setting satisfies the constraints ({standing.row['violates']}), so none is best."
         for standing in violating
         if standing.row["rank"] == 1
     ]

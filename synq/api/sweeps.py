@@ -90,16 +90,19 @@ class SweepResult:
         if chosen not in self.groups:
             raise ValueError(f"`group` must be one of {choices}, but got {chosen!r}")
         digests = {plan.config_digest for plan in self._view.plans.values() if plan.group == chosen}
+        violated: list[str] = []
         for standing in self._view.standings():
             digest = standing.row["config_digest"]
             if digest in digests and standing.is_violating:
-                raise ValueError(
-                    f"`constraints` must be satisfied by a trial of {chosen}, but the first in rank has "
-                    f"{standing.row['violates']}: see `leaderboard`"
-                )
-            if digest in digests:
+                violated.append(standing.row["violates"])
+            elif digest in digests:
                 name = next(key for key, record in self._view.records.items() if record.config_digest == digest)
                 return open_run(self._view.paths[name], model=model)
+        if violated:
+            raise ValueError(
+                f"`constraints` must be satisfied by a trial of {chosen}, but the first one has {violated[0]}: see "
+                "`leaderboard`"
+            )
         raise ValueError(f"`group` must have a completed trial, but {chosen} has none: see `trials`")
 
     def report(self, output: str | Path | None = None) -> Path:
@@ -159,7 +162,7 @@ def run(
     Raises:
         ValueError: Invalid input, before anything is computed.
         OSError: A file, the storage or Ray failed.
-        SweepFailedError: A group has no completed trial, or too many failed.
+        SweepFailedError: A group has no completed trial, no trial satisfies the constraints, or too many failed.
         KeyboardInterrupt: It was interrupted; the same call resumes it.
     """
     with _environment(), muted(not progress):
@@ -237,7 +240,12 @@ def _plain(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def _reason(folder: Path) -> str:
     """Return why a sweep failed, with the reason of a failed trial."""
+    from synq.sweeps.constraints import constraints_text
+
     result = SweepResult(folder)
     failed = [record for record in result._records if record.status == "failed"]
-    why = f"{failed[-1].name}: {failed[-1].reason}" if failed else "no trial was completed"
-    return f"the sweep in {folder} has no result in a group, or too many failed trials ({len(failed)}); {why}"
+    bounds = constraints_text(result._view.constraints)
+    none = "no trial satisfies them" if bounds and len(failed) < len(result._records) else "no trial was completed"
+    why = f"{failed[-1].name}: {failed[-1].reason}" if failed else none
+    bounded = f", none that satisfies {bounds}" if bounds else ""
+    return f"the sweep in {folder} has no result in a group{bounded}, or too many failed trials ({len(failed)}); {why}"

@@ -57,7 +57,14 @@ def test_the_best_row_satisfies_the_bound_and_a_resume_may_change_it(
     assert {row["pareto_size"] for row in wide} == {"0"} and {row["best"] for row in wide} == {"0"}
     assert [row["trial"] for row in rows(tmp_path / "trials.csv")] == [row["trial"] for row in before], "nothing is run"
 
+    import synq
+
+    assert synq.sweeps.open(tmp_path).best().record.weight_bits == 4, "8 bits come first, but violate the bound"
     assert run_sweep(tiny(tmp_path, **TWO, constraints={"size_bytes": 1})) == 1
+    with pytest.raises(
+        ValueError, match=r"`constraints` must be satisfied by a trial of digits_resnet8, but the first"
+    ):
+        synq.sweeps.open(tmp_path).best()
     assert "satisfies the constraints size_bytes <= 1" in capsys.readouterr().out
 
 
