@@ -1,4 +1,4 @@
-"""What the driver says about the groups of a sweep at its end. Imports neither Ray nor torch."""
+"""Lines of the driver about the groups of a sweep at its end. Imports neither Ray nor torch."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -37,7 +37,7 @@ def check_terminator(search: SearchConfig) -> None:
 def why_stop(study: optuna.Study, search: SearchConfig) -> str:
     """Return why the search of a group should propose no more trials; "" if it should go on.
 
-    The answer depends on the trials only, so a resumed sweep decides as one that was not stopped.
+    The decision depends on the trials only, so a resumed sweep decides as one that was not stopped.
 
     Args:
         study: The study of the group.

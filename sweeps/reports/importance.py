@@ -83,15 +83,15 @@ def sampled_effects(
 
 def _between(setting: np.ndarray, predicted: np.ndarray) -> float:
     present = ~np.isnan(setting)
-    found, answers = setting[present], predicted[present]
+    found, outputs = setting[present], predicted[present]
     levels, bins = np.unique(found, return_inverse=True)
     if len(levels) > NUM_BINS:
         bins = np.searchsorted(np.quantile(found, np.linspace(0, 1, NUM_BINS + 1)[1:-1]), found)
     sizes = np.bincount(bins)
     if len(sizes) < 2 or sizes.min() < 2:
         return 0.0
-    means = np.bincount(bins, weights=answers) / sizes
-    within = np.bincount(bins, weights=(answers - means[bins]) ** 2) / (sizes - 1)
+    means = np.bincount(bins, weights=outputs) / sizes
+    within = np.bincount(bins, weights=(outputs - means[bins]) ** 2) / (sizes - 1)
     chance = float(np.average(within / sizes, weights=sizes))
     return max(0.0, _variance(means, sizes) - chance) * float(present.mean())
 

@@ -21,7 +21,7 @@ from .importance import main_effects, sampled_effects
 OFF_MARGIN = 0.15
 """An optional range encodes "off" above its upper bound, by this fraction of the range."""
 ABSENT = "(absent)"
-"""Stands for the value of a choice that does not exist in a trial; it equals none of them."""
+"""Placeholder of a choice that does not exist in a trial; it equals none of its values."""
 NUM_POINTS = 10_000
 """Random points of a space over which the importances of settings that exist only sometimes are averaged."""
 
@@ -191,10 +191,10 @@ def _filled(dimension: Dimension, name: str, trials: Sequence[Trial]) -> list[An
 
 def _numbers(dimension: Dimension, name: str, points: Sequence[Trial]) -> np.ndarray:
     """Return the values of a setting as numbers, a choice by its index; NaN where it does not exist."""
-    places = {repr(value): place for place, value in enumerate(_choices(dimension))}
+    indices = {repr(value): index for index, value in enumerate(_choices(dimension))}
     found = [trial.params.get(name, math.nan) for trial in points]
     is_choice = dimension.type == "choice"
-    return np.array([places.get(repr(value), math.nan) if is_choice else value for value in found], dtype=float)
+    return np.array([indices.get(repr(value), math.nan) if is_choice else value for value in found], dtype=float)
 
 
 def _values(name: str, trials: Sequence[Trial]) -> list[Any]:
