@@ -14,7 +14,7 @@ from synq.runs.record import RunRecord
 
 from .leaderboard.columns import SETTINGS
 from .leaderboard.records import leaderboard_rows, load_records
-from .space import BITS, Dimension, value_at, value_of
+from .space import BITS, Dimension, existing, value_at, value_of
 
 Point = dict[str, Any]
 
@@ -25,24 +25,41 @@ def grid_size(dimensions: Sequence[Dimension]) -> int:
     Raises:
         ValueError: A dimension is a range without steps.
     """
-    return math.prod(len(dimension.listed()) for dimension in dimensions)
+    named = {condition.name for dimension in dimensions for condition in dimension.when}
+    tied = [dimension for dimension in dimensions if dimension.when or dimension.name in named]
+    free = [dimension for dimension in dimensions if dimension not in tied]
+    return sum(1 for _ in grid(tied)) * math.prod(len(dimension.listed()) for dimension in free)
 
 
 def grid(dimensions: Sequence[Dimension]) -> Iterator[Point]:
-    """Yield every combination of values lazily, the last dimension changing fastest."""
-    values = [dimension.listed() for dimension in dimensions]
-    for number in range(math.prod(map(len, values))):
-        point: Point = {}
-        for dimension, choices in zip(reversed(dimensions), reversed(values), strict=True):
-            number, digit = divmod(number, len(choices))
-            point[dimension.name] = choices[digit]
-        yield {dimension.name: point[dimension.name] for dimension in dimensions}
+    """Yield every combination of values lazily, the last dimension changing fastest.
+
+    A dimension that does not exist in a combination is missing in it.
+    """
+    yield from _grid(dimensions, [dimension.listed() for dimension in dimensions], {})
+
+
+def _grid(dimensions: Sequence[Dimension], values: Sequence[Sequence[Any]], start: Point) -> Iterator[Point]:
+    if not dimensions:
+        yield start
+    elif not dimensions[0].exists(start):
+        yield from _grid(dimensions[1:], values[1:], start)
+    else:
+        for value in values[0]:
+            yield from _grid(dimensions[1:], values[1:], {**start, dimensions[0].name: value})
 
 
 def point_params(dimensions: Sequence[Dimension], point: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the search's parameters for a point; None if it is outside the space."""
+    """Return the search's parameters for a point; None if it is outside the space.
+
+    Values of dimensions that do not exist in it are not looked at.
+    """
     params: dict[str, Any] = {}
+    values: Point = {}
     for dimension in dimensions:
+        if not dimension.exists(values):
+            continue
+        values[dimension.name] = point[dimension.name]
         found = dimension.point(point[dimension.name])
         if found is None:
             return None
@@ -105,8 +122,8 @@ def warm_points(
     for *_, digest in sorted(rows):
         record = by_digest[digest]
         point = {dimension.name: _converted(record, dimension.name, base) for dimension in dimensions}
-        if point_params(dimensions, point) is not None and point not in points:
-            points.append(point)
+        if point_params(dimensions, point) is not None and (known := existing(dimensions, point)) not in points:
+            points.append(known)
     return points[:top_k]
 
 

@@ -13,6 +13,7 @@ SAMPLERS = SAMPLER.built_in
 LISTED = ("grid", "points")
 """Samplers whose trials are all known from the start."""
 OBJECTIVES = ("synthetic", "selection")
+STOPS = ("budget", "no_gain", "stagnation")
 SECOND_OBJECTIVES = ("none", "size_bytes", "bitops")
 
 
@@ -27,6 +28,14 @@ class SearchConfig:
     num_trials: int | None = None
     """Number of trials of each group, including pruned and failed ones, without re-runs on `seeds`; none: 8, or the
     size of the grid or list."""
+    stop_when: Literal["budget", "no_gain", "stagnation"] = "budget"
+    """When the search of a group ends: budget (after num_trials), or earlier, by the evaluators of Optuna's terminator:
+    no_gain (after 20 completed trials or more, once the best can improve by less than `min_gain`, as a bound on the
+    regret of a Gaussian process has it) or stagnation (no better trial among the last `patience` completed ones)."""
+    min_gain: float = 0.05
+    """Improvement, as a share of the best objective so far, below which `no_gain` ends a search."""
+    patience: int = 20
+    """Number of completed trials without a better one after which `stagnation` ends a search."""
     more_trials: int = 0
     """Trials of each group in addition to those of the finished sweep in the folder (--num-trials +N on the command
     line)."""
@@ -42,9 +51,10 @@ class SearchConfig:
     final_top_k: int = 1
     """Number of the best settings of each (model, bits) to run on `seeds`."""
     sampler: str = "tpe"
-    """How settings are proposed: by Optuna (tpe, random, gp, nsga2), every combination of the space (grid), only the
-    listed [[points]] (points), or a function of yours: FILE.py:FUNCTION, MODULE:FUNCTION, or a name that synq.sampler
-    or an entry point of synq.samplers registers; @VERSION is added. It is called with synq.SamplerInputs and returns an
+    """How settings are proposed: by Optuna (tpe, random, gp, nsga2; cmaes with the package cmaes; auto, AutoSampler of
+    OptunaHub, with the package optunahub), every combination of the space (grid), only the listed [[points]] (points),
+    or a function of yours: FILE.py:FUNCTION, MODULE:FUNCTION, or a name that synq.sampler or an entry point of
+    synq.samplers registers; @VERSION is added. It is called with synq.SamplerInputs and returns an
     optuna.samplers.BaseSampler."""
     sampler_seed: int = 0
     """Seed of the proposals."""
@@ -90,6 +100,7 @@ class SearchConfig:
             ("max_failed_trials", 1),
             ("sampler_seed", 0),
             ("warm_start_top_k", 1),
+            ("patience", 1),
             ("workers_per_trial", 1),
         ):
             between(name, getattr(self, name), low)
@@ -97,12 +108,14 @@ class SearchConfig:
             if getattr(self, name) is not None:
                 between(name, getattr(self, name), 1)
         between("reduction_factor", self.reduction_factor, 1, open_low=True)
+        between("min_gain", self.min_gain, 0, open_low=True)
         seeds = len(set(self.seeds)) == len(self.seeds) and all(seed >= 0 for seed in self.seeds)
         require("seeds", "be different numbers >= 0", self.seeds, seeds)
         for name, choices in (
             ("objective", OBJECTIVES),
             ("second_objective", SECOND_OBJECTIVES),
             ("scheduler", ("asha", "none")),
+            ("stop_when", STOPS),
         ):
             one_of(name, getattr(self, name), choices)
         check_known(SAMPLER, self.sampler)
@@ -112,6 +125,12 @@ class SearchConfig:
         if self.two_objectives:
             rule = "be none with a `second_objective`: a Pareto front has no rank of early values"
             require("scheduler", rule, self.scheduler, self.scheduler == "none")
+            require("sampler", "be another with a `second_objective`", self.sampler, self.sampler != "cmaes")
+            rule = "be budget with a `second_objective`: the gain of a front is not bounded"
+            require("stop_when", rule, self.stop_when, self.stop_when == "budget")
+        if self.sampler in LISTED:
+            rule = "be budget for sampler grid or points, whose trials are known"
+            require("stop_when", rule, self.stop_when, self.stop_when == "budget")
 
     def _check_resources(self) -> None:
         cpus, gpus = self.cpus_per_worker, self.gpus_per_worker

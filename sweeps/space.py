@@ -1,11 +1,14 @@
 """The search space of a sweep: searched settings and their ranges. Imports neither Ray nor Optuna."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
+from synq.config.nearest import key_hint
 from synq.config.parsing import between, dotted_keys, one_of, require
 from synq.config.run import RunConfig, parse_bits
+
+from .conditions import When
 
 IDENTITY = (
     *("quant.weight_bits", "quant.act_bits", "quant.first_bits", "quant.last_bits"),
@@ -61,6 +64,9 @@ class Dimension:
     """The choices; "none" is None."""
     optional: bool = False
     """Whether None (the idea disabled) is tried in addition to the range."""
+    when: tuple[When, ...] = ()
+    """Conditions under which the setting is searched at all; elsewhere it has the value of [base]. A table: for each of
+    one or more other searched settings a value, a list of values, or a comparison such as "> 0" or "!= none"."""
 
     def __post_init__(self) -> None:
         where = f"space.{self.name}"
@@ -86,6 +92,10 @@ class Dimension:
             for key in ("low", "high", "step"):
                 value = getattr(self, key)
                 require(f"{where}.{key}", "be a whole number for type int", value, value is None or value % 1 == 0)
+
+    def exists(self, values: Mapping[str, Any]) -> bool:
+        """Return whether the setting is searched, given the values of the dimensions before it that exist."""
+        return all(one.name in values and one.holds(values[one.name]) for one in self.when)
 
     def suggest(self, trial: Suggester) -> Any:
         """Return a value chosen by the search; None only if `optional`."""
@@ -143,7 +153,94 @@ class Dimension:
 
 def sample(dimensions: Sequence[Dimension], trial: Suggester) -> dict[str, Any]:
     """Return one point of the search space as dotted overrides. Not a closure, because searchers are pickled."""
-    return {"overrides": {dimension.name: dimension.suggest(trial) for dimension in dimensions}}
+    overrides: dict[str, Any] = {}
+    for dimension in dimensions:
+        if dimension.exists(overrides):
+            overrides[dimension.name] = dimension.suggest(trial)
+    return {"overrides": overrides}
+
+
+def existing(dimensions: Iterable[Dimension], point: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a point for those dimensions that exist in it.
+
+    Args:
+        dimensions: The search space, each dimension after those that its conditions name.
+        point: A value for each dimension.
+    """
+    found: dict[str, Any] = {}
+    for dimension in dimensions:
+        if dimension.exists(found):
+            found[dimension.name] = point[dimension.name]
+    return found
+
+
+def in_order(dimensions: Sequence[Dimension]) -> tuple[Dimension, ...]:
+    """Return dimensions in their order, but each after those that its conditions name.
+
+    Raises:
+        ValueError: A condition names a setting that is not searched, holds for none of its values, or for itself.
+    """
+    names = {dimension.name for dimension in dimensions}
+    found: dict[str, Dimension] = {}
+    left = list(dimensions)
+    while left:
+        ready = next((one for one in left if all(condition.name in found for condition in one.when)), None)
+        first = ready or left[0]
+        for condition in first.when:
+            where = f"space.{first.name}.when"
+            if condition.name not in names:
+                hint = key_hint(condition.name, sorted(names))
+                raise ValueError(f"`{where}` must name other searched settings, but got {condition.name!r}{hint}")
+            if ready is not None:
+                _some_value(condition, found[condition.name], where)
+            elif condition.name not in found:
+                raise ValueError(f"`{where}` must not depend on the setting itself, but got {condition}")
+        found[first.name] = first
+        left.remove(first)
+    return tuple(found.values())
+
+
+def _some_value(condition: When, other: Dimension, where: str) -> Any:
+    """Return a value of a dimension that satisfies a condition; raise ValueError if there is none."""
+    inside = [value for value in condition.values if other.point(value) is not None]
+    middle = [] if other.low is None or other.high is None else [(other.low + other.high) / 2]
+    for value in (*other.edges(), *inside, *middle):
+        if condition.holds(value):
+            return None if value == "none" else value
+    raise ValueError(f"`{where}` must hold for a value of {other.name}, but got {condition}")
+
+
+def point_where_it_exists(dimensions: Sequence[Dimension], dimension: Dimension) -> dict[str, Any]:
+    """Return values of other dimensions with which a dimension exists.
+
+    Raises:
+        ValueError: Its conditions exclude each other.
+    """
+    by_name = {one.name: one for one in dimensions}
+    values: dict[str, Any] = {}
+    waiting = list(dimension.when)
+    while waiting:
+        condition = waiting.pop(0)
+        other = by_name[condition.name]
+        values.setdefault(other.name, _some_value(condition, other, f"space.{dimension.name}.when"))
+        waiting += other.when
+    point = {one.name: values[one.name] for one in dimensions if one.name in values}
+    if not dimension.exists(existing([one for one in dimensions if one.name in values], point)):
+        conditions = "; ".join(map(str, dimension.when))
+        raise ValueError(f"`space.{dimension.name}.when` must hold together, but got {conditions}")
+    return point
+
+
+def dimension_from(values: Mapping[str, Any]) -> Dimension:
+    """Read a dimension from the plain values that `dimension_values` returns."""
+    conditions = tuple(When(**{**one, "values": tuple(one["values"])}) for one in values.get("when", ()))
+    return Dimension(**{**values, "values": tuple(values["values"]), "when": conditions})
+
+
+def dimension_values(dimension: Dimension) -> dict[str, Any]:
+    """Return a dimension as plain values, without `when` where it always exists."""
+    values = asdict(dimension)
+    return values if dimension.when else {key: value for key, value in values.items() if key != "when"}
 
 
 def value_of(config: RunConfig, name: str) -> Any:

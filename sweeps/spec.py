@@ -13,6 +13,7 @@ from typing import Any
 from synq.config.parsing import require
 from synq.config.run import RunConfig, with_overrides
 
+from .constraints import Constraint
 from .search_config import SearchConfig
 from .space import BITS, Dimension, with_bits
 from .storage.addresses import is_address, local_copy
@@ -50,6 +51,8 @@ class SweepSpec:
     """The search space, the same for every group."""
     points: tuple[dict[str, Any], ...] = ()
     """Settings to try first, in this order, as dotted overrides; a setting missing in a point is that of the base."""
+    constraints: tuple[Constraint, ...] = ()
+    """Bounds that settings must satisfy to be ranked among the first."""
 
     @property
     def output_dir(self) -> Path:

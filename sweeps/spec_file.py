@@ -34,13 +34,15 @@ from synq.config.run import (
     with_overrides,
 )
 
+from .constraints import Constraint, read_constraints
 from .points import Point, completed, grid_size, listed_dimensions, point_params
 from .search_config import DEFAULT_TRIALS, LISTED, SearchConfig
-from .space import BITS, Dimension, base_values, with_bits
+from .space import BITS, Dimension, base_values, existing, in_order, point_where_it_exists, with_bits
 from .spec import Group, SweepSpec
 from .spec_tables import (
     check_added,
     default_space,
+    expanded,
     read_points,
     read_space,
     read_table,
@@ -50,7 +52,7 @@ from .spec_tables import (
 from .storage.addresses import is_address
 
 DEMO_SPEC = Path(__file__).parent / "specs" / "demo.toml"
-TABLES = ("models", "bits", "targets", "base", "space", "points")
+TABLES = ("models", "bits", "targets", "base", "space", "points", "constraints")
 """Keys of a spec in addition to those of `SearchConfig`."""
 MODEL_KEYS = ("name", "dataset", "base")
 """Keys of an entry of `models` in addition to those of `TeacherConfig`."""
@@ -94,6 +96,8 @@ class SpecFile:
     """The search space; None if the spec has no [space]."""
     points: tuple[Point, ...] = ()
     """Settings to try first, as dotted overrides."""
+    constraints: tuple[Constraint, ...] = ()
+    """Bounds on metrics of the students; settings that violate one are avoided, and ranked after all others."""
 
     def __post_init__(self) -> None:
         search, only_points = self.search, self.search.sampler == "points"
@@ -163,13 +167,15 @@ def parse_spec(mapping: Mapping[str, Any]) -> SpecFile:
     for key in mapping:
         if key not in known:
             raise unknown_key(key, key, [*known, *(f"base.{setting}" for setting in dotted_keys(RunConfig))])
-    content = _expand(mapping, "")
+    content = expanded(mapping)
     search = config_from_dict(SearchConfig, {key: value for key, value in content.items() if key not in TABLES})
     tables: dict[str, Any] = {}
     if "base" in content:
         tables["base"] = _read_base(content["base"], "base")
     if "points" in content:
         tables["points"] = read_points(content["points"], two_objectives=search.two_objectives)
+    if "constraints" in content:
+        tables["constraints"] = read_constraints(content["constraints"])
     if "space" in content:
         tables["space"] = read_space(content["space"])
     if "models" in content:
@@ -207,10 +213,13 @@ def resolve_spec(written: SpecFile, *, root: str | Path = "") -> SweepSpec:
         default_trials = len(points)
     elif search.two_objectives:
         space = (Dimension(name=BITS, type="choice", values=written.bits), *space)
+    space = in_order(space)
     if search.sampler == "grid":
         default_trials = grid_size(space)
     search = replace(search, num_trials=search.num_trials or default_trials)
-    return SweepSpec(search=search, groups=tuple(groups), dimensions=space, points=points)
+    return SweepSpec(
+        search=search, groups=tuple(groups), dimensions=space, points=points, constraints=written.constraints
+    )
 
 
 def check_spec(spec: SweepSpec) -> None:
@@ -232,9 +241,10 @@ def check_spec(spec: SweepSpec) -> None:
         )
     check_added(spec)
     for group, dimension in itertools.product(spec.groups, spec.dimensions):
+        others = point_where_it_exists(spec.dimensions, dimension)
         for value in dimension.edges():
             try:
-                with_overrides(group.base, with_bits({dimension.name: value}))
+                with_overrides(group.base, with_bits({**others, dimension.name: value}))
             except ValueError as error:
                 raise ValueError(
                     f"`space.{dimension.name}` must lie within the valid range of the setting: {error}"
@@ -244,21 +254,12 @@ def check_spec(spec: SweepSpec) -> None:
         for number, point in enumerate(spec.points, start=1):
             if point_params(spec.dimensions, {**base, **point}) is None:
                 raise ValueError(f"`points` must lie in the search space, but got {shown(point)} (number {number})")
-
-
-def _expand(value: Any, name: str) -> Any:
-    """Replace environment variables ($NAME, ${NAME}) in every text; raise ValueError if one is not set."""
-    if isinstance(value, Mapping):
-        return {key: _expand(part, f"{name}.{key}" if name else key) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_expand(part, name) for part in value]
-    if not isinstance(value, str) or "$" not in value:
-        return value
-    full = os.path.expandvars(value)
-    missing = re.search(r"\$\{?(\w+)\}?", full)
-    if missing:
-        raise ValueError(f"`{name}` must name set environment variables, but got {shown(value)} (set {missing[1]})")
-    return full
+            known = existing(spec.dimensions, {**base, **point})
+            if absent := sorted(name for name in point if name not in known and point[name] != base[name]):
+                raise ValueError(
+                    f"`points` must name settings that exist together, but got {absent[0]} where its `when` does not "
+                    f"hold (number {number})"
+                )
 
 
 def _entries(value: Any, name: str) -> list[Any]:

@@ -1,5 +1,7 @@
 """Parsing of tables of a spec file: the search space and the points to try first; what a user adds in them."""
 
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -7,9 +9,10 @@ from typing import Any, Literal
 from synq.config.finetune import OWN_WEIGHT, check_own_weight
 from synq.config.identity import resolved
 from synq.config.nearest import key_hint, unknown_key
-from synq.config.parsing import config_from_dict, require
+from synq.config.parsing import config_from_dict, require, shown
 from synq.config.plugins import LOSS_TERM, SYNTHESIS_METHOD, check_elsewhere, settings_in
 
+from .conditions import When, read_when
 from .points import Point
 from .space import BITS, DEFAULT_SPACE, IDENTITY, METHOD, Dimension, setting_names
 from .spec import SweepSpec
@@ -19,6 +22,29 @@ def read_table(value: Any, name: str) -> dict[str, Any]:
     """Return a copy of a mapping and its nested tables; raise ValueError if `value` is not a mapping."""
     require(name, "be a table of keys", value, isinstance(value, Mapping))
     return {key: dict(part) if isinstance(part, Mapping) else part for key, part in value.items()}
+
+
+def expanded(value: Any, name: str = "") -> Any:
+    """Return a value with environment variables ($NAME, ${NAME}) in its texts replaced.
+
+    Args:
+        value: A text, list or table of a spec.
+        name: Its key, for messages.
+
+    Raises:
+        ValueError: A variable is not set.
+    """
+    if isinstance(value, Mapping):
+        return {key: expanded(part, f"{name}.{key}" if name else key) for key, part in value.items()}
+    if isinstance(value, list):
+        return [expanded(part, name) for part in value]
+    if not isinstance(value, str) or "$" not in value:
+        return value
+    full = os.path.expandvars(value)
+    missing = re.search(r"\$\{?(\w+)\}?", full)
+    if missing:
+        raise ValueError(f"`{name}` must name set environment variables, but got {shown(value)} (set {missing[1]})")
+    return full
 
 
 def read_points(entries: Any, *, two_objectives: bool = False) -> tuple[Point, ...]:
@@ -96,8 +122,9 @@ def _dimension(name: str, table: Any) -> Dimension:
     values = read_table(table, f"space.{name}")
     known = tuple(_Range.__dataclass_fields__)
     for key in values:
-        if key not in (*known, "values"):
-            raise unknown_key(f"space.{name}.{key}", key, (*known, "values"))
+        if key not in (*known, "values", "when"):
+            raise unknown_key(f"space.{name}.{key}", key, (*known, "values", "when"))
+    when = read_when(values.pop("when", {}), f"space.{name}.when")
     choices = values.pop("values", [])
     require(f"space.{name}.values", "be a list", choices, isinstance(choices, list))
     require(f"space.{name}.type", "be given (float, int or choice)", values.get("type"), "type" in values)
@@ -105,7 +132,7 @@ def _dimension(name: str, table: Any) -> Dimension:
         parsed = config_from_dict(_Range, values)
     except ValueError as error:
         raise ValueError(f"[space.{name}] {error}") from None
-    return Dimension(name=name, values=tuple(choices), **{key: getattr(parsed, key) for key in known})
+    return Dimension(name=name, values=tuple(choices), when=when, **{key: getattr(parsed, key) for key in known})
 
 
 def default_space(base: Mapping[str, Any]) -> tuple[tuple[Dimension, ...], dict[str, Any]]:
@@ -130,13 +157,23 @@ def resolved_points(points: Iterable[Point]) -> tuple[Point, ...]:
 
 
 def resolved_space(dimensions: Iterable[Dimension]) -> tuple[Dimension, ...]:
-    """Return dimensions whose synthesis methods are `resolved`."""
+    """Return dimensions whose synthesis methods are `resolved`, also in conditions."""
     return tuple(
-        replace(one, values=tuple(resolved(SYNTHESIS_METHOD, value) if isinstance(value, str) else value
-                                  for value in one.values))
-        if one.name == METHOD else one
+        replace(
+            one,
+            values=_resolved_methods(one.values) if one.name == METHOD else one.values,
+            when=tuple(map(_resolved_condition, one.when)),
+        )
         for one in dimensions
-    )  # fmt: skip
+    )
+
+
+def _resolved_condition(condition: When) -> When:
+    return replace(condition, values=_resolved_methods(condition.values)) if condition.name == METHOD else condition
+
+
+def _resolved_methods(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(resolved(SYNTHESIS_METHOD, value) if isinstance(value, str) else value for value in values)
 
 
 def check_added(spec: SweepSpec) -> None:

@@ -17,6 +17,7 @@ from synq.verification.export_files import verify_export, verify_packed
 from synq.verification.findings import Findings
 from synq.verification.run_files import same_results, verify_record, verify_run
 
+from .constraints import constraints_of
 from .leaderboard.ranking import RANK_COLUMNS, Run, disagreement, read_run
 from .leaderboard.tables import Tables
 from .state.plans import read_plan, read_sweep_file
@@ -153,7 +154,7 @@ def _verify_copy(root: Path, path: Path, record: RunRecord, findings: Findings) 
 
 def _tables(root: Path, records: Mapping[str, RunRecord | None], findings: Findings, *, is_whole: bool = True) -> None:
     """Compare the tables of a sweep with its records; those of a running one may lag by some trials."""
-    tables = Tables()
+    tables = Tables(constraints=constraints_of([root]))
     for name, record in records.items():
         if record is not None:
             tables.add(record, name)

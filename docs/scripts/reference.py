@@ -23,6 +23,7 @@ from synq.config.command_help import GROUPS, field_docs, settings_rows  # noqa: 
 from synq.config.command_line import Command  # noqa: E402
 from synq.config.parsing import dotted_keys  # noqa: E402
 from synq.config.run import RunConfig  # noqa: E402
+from synq.sweeps.constraints import CONSTRAINED  # noqa: E402
 from synq.sweeps.leaderboard.columns import (  # noqa: E402
     ABLATION_TABLE,
     BEST_TABLE,
@@ -74,6 +75,12 @@ optional = true          # also tried: none, the filter switched off
 [space."quant.act_range"]
 type = "choice"
 values = ["minmax", "mse"]
+
+[space."finetune.perturb_size"]
+type = "float"
+low = 0.01
+high = 0.1
+when = {"finetune.perturb_weight" = "> 0"}   # exists only where this one, also searched, is above 0
 ```
 
 """
@@ -81,6 +88,9 @@ SPEC_NOTES = """
 Not searched: bit-widths (groups, `bits`; a dimension with `second_objective`), engines (groups, `targets`),
 `quant.act_points` and the other settings that decide a ranking, and `synthesis.*` other than `synthesis.method`, since
 a sweep makes its synthetic sets before its trials.
+
+`[constraints]` bounds metrics of the students: CONSTRAINED. A number is the largest
+value; a table has `max`, `min` or both ([what they do](../how-to/sweep.md#bounds-on-size-cost-latency-or-drop)).
 
 `[[points]]` hold settings by the same names, `"finetune.lr" = 0.01`; what a point leaves out has the value of `[base]`.
 
@@ -112,7 +122,8 @@ of the best one. Failed seeds are counted (`num_failed`), not averaged.
 
 - `protocol` is A where all layers are low-bit with static ranges, else B ([more](../concepts.md#protocols)).
 - `pareto_size`, `pareto_bitops` are 1 where no row measured in the same way, at any bit-width, is at least as good in
-  mean objective and in size (BitOps) and better in one.
+  mean objective and in size (BitOps) and better in one; rows that violate a constraint do not count.
+- `violates` is empty without `[constraints]`. Rows where it is not come after all others, and have `best` 0.
 - `layer_bits` reads `conv1=W8 relu_3=A8`; `last_bits=weights_only` where `quant.last_bits_for_input` is off.
 - `num_data_seeds` is 1 with `num_seeds` above 1 where `data_seed` was fixed: `top1_std` then lacks a part.
 - `size_bytes` counts the packed tensors, `packed_bytes` the whole exported file with its header.
@@ -198,7 +209,9 @@ def spec_page() -> str:
     lines += [table(("key of a table below `[space]`", ""), rows), "The default space:\n"]
     rows = [(f"`{name}`", ", ".join(f"{key} {value}" for key, value in keys.items()))
             for name, keys in DEFAULT_SPACE.items()]  # fmt: skip
-    return "\n".join([*lines, table(("setting", "range"), rows)]) + SPEC_NOTES
+    return "\n".join([*lines, table(("setting", "range"), rows)]) + SPEC_NOTES.replace(
+        "CONSTRAINED", ", ".join(f"`{name}`" for name in CONSTRAINED)
+    )
 
 
 def toml(value: object) -> str:

@@ -12,6 +12,7 @@ from ..state.trial_task import trial_name
 from ..workers.trial import STORAGE
 from .cluster import capacity
 from .group_search import EPOCH, OBJECTIVE, STATUS, is_finite
+from .outcome import stopped_line
 from .progress import Progress
 from .stop_reason import StopReason
 
@@ -46,6 +47,8 @@ class SweepCallback(tune.Callback):
         self.started: dict[str, float] = {}
         self.failed = 0
         self._checked = 0.0
+        self._stopped = set(ledger.stopped)
+        """Groups whose end was printed."""
         self._shortage = ""
         self._warned = 0.0
 
@@ -53,7 +56,10 @@ class SweepCallback(tune.Callback):
         return {}
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Check, every `CHECK_SECONDS`, the used resources and whether this driver still has the lease."""
+        """Print ended searches; every `CHECK_SECONDS`, check the used resources and the lease of this driver."""
+        for key in self.ledger.stopped.keys() - self._stopped:
+            self._stopped.add(key)
+            self.progress.log(stopped_line(key, self.ledger.stopped[key]))
         now = time.monotonic()
         if now - self._checked < CHECK_SECONDS:
             return

@@ -20,10 +20,11 @@ from synq.synthesis.dataset import MANIFEST_FILE
 from synq.synthesis.run_sets import set_names, set_store
 from synq.synthesis.start_noise import USUAL_EVALUATIONS, enough_probes
 
+from ..constraints import constraints_text
 from ..leaderboard.records import load_records
 from ..points import point_params
 from ..search_config import LISTED
-from ..space import base_values
+from ..space import Dimension, base_values
 from ..spec import Group, SweepSpec, run_config
 from ..state.identity import settled_budget
 from ..state.plans import read_sweep_file
@@ -82,7 +83,11 @@ def print_preview(spec: SweepSpec) -> None:
             f"  {group.key}: {search.trials} by {unversioned(SAMPLER, search.sampler)} ({first}), "
             f"{_early(spec, group)}, about {duration(costs[group.key].trial)} each"
         )
-    print(f"  space: {', '.join(dimension.name for dimension in spec.dimensions) or 'none'}")
+    print(f"  space: {', '.join(map(_dimension, spec.dimensions)) or 'none'}")
+    if spec.constraints:
+        print(f"  constraints: {constraints_text(spec.constraints)}")
+    if search.stop_when != "budget":
+        print(f"  each search may end earlier: stop_when {search.stop_when}")
     reruns = _reruns(spec)
     if reruns:
         print(
@@ -109,6 +114,11 @@ def print_preview(spec: SweepSpec) -> None:
     concurrent_sets = min(len(sets_needed(spec)), slots * search.workers_per_trial)
     sources = ", ".join(sorted({cost.source for cost in costs.values()}))
     print(f"\nabout {duration(sets / concurrent_sets + trials)} in all, if no trial is stopped early ({sources})")
+
+
+def _dimension(dimension: Dimension) -> str:
+    conditions = " and ".join(map(str, dimension.when))
+    return f"{dimension.name} (where {conditions})" if conditions else dimension.name
 
 
 def _capacity(spec: SweepSpec) -> Capacity:

@@ -3,6 +3,7 @@
 import math
 import random
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,13 @@ from ray.tune.search.optuna import OptunaSearch
 
 from synq.config.plugins import SAMPLER, is_added
 
-from ..search_config import LISTED, SAMPLERS
+from ..constraints import SEARCHED, Constraint
+from ..search_config import LISTED
 from ..space import Dimension, sample
 from ..spec import SweepSpec
 from .own_sampler import SamplerInputs, check_proposal, own_sampler, proposal_error
+from .samplers import REMEMBERING, check_installed, make_sampler
+from .stopping import check_terminator
 
 OBJECTIVE = "objective_value"
 EPOCH = "epoch"
@@ -42,6 +46,7 @@ class GroupSearch(OptunaSearch):
         num_startup: int,
         study_name: str,
         storage: BaseStorage | None = None,
+        constraints: Sequence[Constraint] = (),
     ) -> None:
         """Start an empty search.
 
@@ -49,11 +54,13 @@ class GroupSearch(OptunaSearch):
             dimensions: The search space.
             minimize: Whether a lower objective is better.
             second_objective: Field of a trial's result that is also minimized; none for a single objective.
-            sampler: One of `SAMPLERS`, or a function of the user; those of `LISTED` only take what is enqueued.
+            sampler: The name of a sampler, or a function of the user; those of `LISTED` only take what is enqueued.
             seed: Seed of the random numbers of every proposal, as text.
-            num_startup: Number of random trials before tpe and gp use results; also the population size of nsga2.
+            num_startup: Number of random trials before results are used; also the population size of nsga2.
             study_name: Name of the Optuna study.
             storage: Storage of the study; None keeps it in memory.
+            constraints: Bounds on the results of trials. Those on `SEARCHED` are passed to Optuna, whose samplers tpe,
+                gp and nsga2 avoid settings that violate them.
 
         Raises:
             ValueError: As `own_sampler`.
@@ -61,7 +68,11 @@ class GroupSearch(OptunaSearch):
         self.dimensions = dimensions
         self.sampler_name, self.seed_text, self.num_startup = sampler, seed, num_startup
         self.is_own = is_added(SAMPLER, sampler)
+        self.draws_always = self.is_own or sampler in REMEMBERING
         self.reported: dict[str, set[int]] = {}
+        self.num_completed = 0
+        """Number of completed trials that were reported."""
+        self.constraints = [one for one in constraints if one.name in SEARCHED]
         self.metrics = [OBJECTIVE, *([second_objective] if second_objective != "none" else [])]
         modes = ["min" if minimize else "max", "min"][: len(self.metrics)]
         self.directions = tuple("minimize" if mode == "min" else "maximize" for mode in modes)
@@ -94,17 +105,22 @@ class GroupSearch(OptunaSearch):
             ValueError: The sampler is the user's, and fails or proposes settings outside the space.
         """
         self.study.sampler = self._sampler_of(number, blind=blind)
-        with warnings.catch_warnings():  # of proposals that take more than a second, as with a Gaussian process
-            warnings.filterwarnings("ignore", "Define-by-run function", UserWarning)
-            suggestion: Any = self._suggested(trial_id)
+        suggestion = self._suggested(trial_id)
         params = dict(self._ot_trials[trial_id].params)
         if self.is_own:
             check_proposal(self.sampler_name, self.dimensions, params)
         return suggestion["overrides"], params
 
-    def _suggested(self, trial_id: str) -> Any:
+    def _suggested(self, trial_id: str, *, draw: bool = False) -> Any:
         try:
-            return self.suggest(trial_id)
+            with warnings.catch_warnings():
+                # Of proposals that take more than a second, as with a Gaussian process.
+                warnings.filterwarnings("ignore", "Define-by-run function", UserWarning)
+                if self.sampler_name == "auto":  # its code passes options that are deprecated
+                    warnings.simplefilter("ignore", FutureWarning)
+                if draw:  # where all values are given, Optuna does not
+                    self._ot_trials[trial_id].relative_params  # noqa: B018
+                return self.suggest(trial_id)
         except Exception as error:  # a user's sampler may raise anything
             if not self.is_own:
                 raise
@@ -117,11 +133,12 @@ class GroupSearch(OptunaSearch):
 
     def attach(self, trial_id: str, params: dict[str, Any], trial: str) -> None:
         """Add a trial with given parameters to the study, as if it had just been proposed."""
-        # NSGA-II, and perhaps a user's, records the generation of each trial as it draws; others would draw in vain.
-        if self.sampler_name != "nsga2" and not self.is_own:
+        # NSGA-II, CMA-ES and perhaps a user's record the generation of each trial as they draw; others draw in vain.
+        if not self.draws_always:
             self.study.sampler = optuna.samplers.RandomSampler(seed=0)
         self.study.enqueue_trial(params)
-        self._suggested(trial_id)
+        self._ot_trials[trial_id] = self.study.ask()
+        self._suggested(trial_id, draw=self.draws_always)
         self._ot_trials[trial_id].set_user_attr("trial", trial)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -149,7 +166,10 @@ class GroupSearch(OptunaSearch):
         values = [result.get(metric) for metric in self.metrics]
         status = "failed" if error or not result else result.get(STATUS, "pruned")
         if status == "completed" and all(map(is_finite, values)):
+            for one in self.constraints:  # of every completed trial, as GPSampler needs them
+                self._ot_trials[trial_id].set_constraint(one.name, one.excess(result.get(one.name)))
             self.study.tell(self._ot_trials[trial_id], [float(value) for value in values if value is not None])
+            self.num_completed += 1
         elif status == "pruned":
             self.on_trial_result(trial_id, result)
             self.study.tell(self._ot_trials[trial_id], state=TrialState.PRUNED)
@@ -166,30 +186,24 @@ class GroupSearch(OptunaSearch):
                 seed=seed, num_startup=self.num_startup, dimensions=self.dimensions, directions=self.directions
             )
             return own_sampler(self.sampler_name, inputs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            if self.sampler_name == "gp":
-                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.num_startup)
-            if self.sampler_name == "nsga2":
-                return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, self.num_startup))
-            if self.sampler_name != "tpe":
-                raise ValueError(f"`sampler` must be one of {', '.join(SAMPLERS)}, but got {self.sampler_name}")
-            # group: conditional settings are modeled separately; constant_liar: running trials count as weak.
-            return optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=self.num_startup
-            )
+        return make_sampler(self.sampler_name, self.dimensions, seed=seed, num_startup=self.num_startup)
 
 
 def check_sampler(spec: SweepSpec) -> None:
-    """Let the sampler of a user propose settings in a scratch study, so that it fails before anything is computed.
+    """Check that Optuna supports what a sweep asks for, before anything is computed.
 
-    Args:
-        spec: The sweep; one with a sampler of SynQ passes.
+    The sampler of a user proposes settings in a scratch study.
 
     Raises:
-        ValueError: As `own_sampler` and `GroupSearch.propose`.
+        ValueError: As `own_sampler` and `GroupSearch.propose`, or Optuna is too old for constraints.
     """
     search = spec.search
+    check_terminator(search)
+    check_installed(search.sampler, spec.dimensions)
+    if spec.constraints and not hasattr(optuna.trial.Trial, "set_constraint"):
+        raise ValueError(
+            f"`constraints` must come with Optuna 5.0 or newer, but got {optuna.__version__}: pip install -U optuna"
+        )
     if search.has_own_sampler:
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # a new study is no news for the user
         scratch = GroupSearch(

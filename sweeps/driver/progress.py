@@ -14,6 +14,7 @@ from rich.table import Table
 
 from synq.runs.record import RunRecord, summary_line
 
+from ..constraints import Constraint, record_violations
 from ..leaderboard.columns import SWEEP_COLUMNS
 from ..leaderboard.ranking import Standing
 from ..leaderboard.records import cell
@@ -46,6 +47,7 @@ class Progress:
         live: bool | None = None,
         quiet: bool = False,
         on_trial: Callable[[RunRecord], None] | None = None,
+        constraints: Sequence[Constraint] = (),
     ) -> None:
         """Create the display.
 
@@ -54,8 +56,10 @@ class Progress:
             live: Whether to show a live table; None does so on a terminal.
             quiet: Whether to print nothing.
             on_trial: Called with the record of each ended trial.
+            constraints: Bounds that the best trial satisfies.
         """
         self.total, self.quiet, self.on_trial = total, quiet, on_trial
+        self.constraints = constraints
         self.started = time.monotonic()
         self.done_before = 0
         self.num_ended = 0
@@ -124,6 +128,8 @@ class Progress:
             if record.status == "completed"
             else f"{record.status}: {record.reason}"
         )
+        if violated := record_violations(self.constraints, record):
+            outcome += f" | violates {violated}"
         self.log(f"[{self.num_ended}/{self.total}] {trial}{value} | {outcome}{tail}")
         if self.on_trial is not None:
             self.on_trial(record)
@@ -155,7 +161,7 @@ class Progress:
         group = self.groups.setdefault(name, GroupState())
         group.counts[record.status] += 1
         value = record.objective_value
-        if record.status == "completed" and value is not None:
+        if record.status == "completed" and value is not None and not record_violations(self.constraints, record):
             better = value < group.best if record.objective == "synthetic" else value > group.best
             if better or not group.best_trial:
                 group.best, group.best_trial, group.top1 = value, trial, record.top1
@@ -198,7 +204,7 @@ def print_leaderboard(standings: Sequence[Standing], searched: Iterable[str] = (
     """
     watched = sys.stdout.isatty() if live is None else live
     settings = [standing.settings for standing in standings]
-    columns = shown_columns(SWEEP_COLUMNS, settings)
+    columns = shown_columns(SWEEP_COLUMNS, settings, violated=any(one.is_violating for one in standings))
     texts = [[_short(standing.cell(column.key)) for column in columns] for standing in standings]
     heads = [column.heading for column in columns]
     if constants := constants_text(settings, searched):
@@ -206,7 +212,7 @@ def print_leaderboard(standings: Sequence[Standing], searched: Iterable[str] = (
     if watched:
         table = Table(*heads)
         for standing, cells in zip(standings, texts, strict=True):
-            table.add_row(*cells, style="bold" if standing.row["rank"] == 1 else None)
+            table.add_row(*cells, style="bold" if standing.row["best"] == 1 else None)
         Console().print(table)
         return
     sizes = [max(len(line[i]) for line in [heads, *texts]) for i in range(len(heads))]

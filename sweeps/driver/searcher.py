@@ -14,13 +14,15 @@ from ray.tune.search import Searcher
 
 from synq.config.run import RunConfig, config_digest, config_to_dict
 
+from ..constraints import SEARCHED
 from ..points import Point, grid, point_params, read_earlier, warm_points
 from ..search_config import LISTED
-from ..space import base_values, value_of
+from ..space import base_values, existing, value_of
 from ..spec import Group, SweepSpec, run_config
 from ..state.ledger import Ledger
 from ..state.plans import REMOVE, Plan
 from .group_search import EPOCH, OBJECTIVE, STATUS, GroupSearch, num_startup
+from .stopping import why_stop
 
 MAX_PROPOSALS = 32
 """Consecutive proposals that repeat a known run or are invalid, after which the space counts as exhausted."""
@@ -42,12 +44,15 @@ class SweepSearcher(Searcher):
                 num_startup=num_startup(spec),
                 study_name=study_name(spec, group),
                 storage=storage,
+                constraints=spec.constraints,
             )
             for group in spec.groups
         }
         self.groups = {group.key: group for group in spec.groups}
         self.turn = 0
         self.exhausted: set[str] = set()
+        self.checked: dict[str, int] = {}
+        """By group, the number of completed trials at the last check of `stop_when`."""
         self.invalid: dict[str, str] = {}
         """By group, the error of the last invalid proposal."""
         self.limit = spec.search.max_concurrent
@@ -107,7 +112,7 @@ class SweepSearcher(Searcher):
         """Return the number of known trials without a record; 0 when the sweep is finished."""
         left = len(self.interrupted) + len(self.live)
         for key in self.groups:
-            if key not in self.exhausted:
+            if not self._has_ended(key):
                 left += max(0, self.spec.search.trials - self.ledger.num_plans(key))
         return left + sum(1 for key in self.groups for _ in self._finals(key))
 
@@ -135,9 +140,20 @@ class SweepSearcher(Searcher):
             self.ledger.add_plan(final)
         return final
 
+    def _has_ended(self, key: str) -> bool:
+        """Return whether a group gets no more trials although its budget is not spent."""
+        if key in self.exhausted or key in self.ledger.stopped:
+            return True
+        number = self.searches[key].num_completed
+        if self.checked.get(key) != number:
+            self.checked[key] = number
+            if reason := why_stop(self.searches[key].study, self.spec.search):
+                self.ledger.stop_group(key, reason)
+        return key in self.ledger.stopped
+
     def _new(self, trial_id: str, group: Group) -> Plan | None:
         """Return a new run of a group; None if its budget is spent or the space is exhausted."""
-        if self.ledger.num_plans(group.key) >= self.spec.search.trials or group.key in self.exhausted:
+        if self.ledger.num_plans(group.key) >= self.spec.search.trials or self._has_ended(group.key):
             return None
         index = self.ledger.next_index(group.key)
         search, name = self.searches[group.key], f"{group.key}-t{index:03d}"
@@ -187,13 +203,14 @@ class SweepSearcher(Searcher):
             # Every search starts with the settings of the spec, as a baseline.
             points = chain(listed, [base], warm) if point_params(dimensions, base) is not None else chain(listed, warm)
         done = {_frozen(plan.params) for plan in plans}  # skipped without building their runs, which takes longer
-        return (point for point in points if _frozen(point_params(dimensions, point) or {}) not in done)
+        known = (point for point in points if _frozen(point_params(dimensions, point) or {}) not in done)
+        return (existing(dimensions, point) for point in known)
 
     def _finals(self, key: str) -> Iterator[Plan]:
         """Yield the re-runs of a group's best settings that have not started; none before its search has ended."""
         search = self.spec.search
         has_ended = self.ledger.num_open(key) == 0
-        if not has_ended or not (self.ledger.num_plans(key) >= search.trials or key in self.exhausted):
+        if not has_ended or not (self.ledger.num_plans(key) >= search.trials or self._has_ended(key)):
             return
         for best in self.ledger.best(key, search.final_top_k):
             overrides = self._overrides(best)
@@ -237,7 +254,7 @@ class SweepSearcher(Searcher):
             search.attach(plan.trial, plan.params, plan.trial)
             for epoch, value in plan.history:
                 search.on_trial_result(plan.trial, {EPOCH: epoch, OBJECTIVE: value})
-            result = {metric: getattr(record, metric) for metric in search.metrics}
+            result = {metric: getattr(record, metric) for metric in {*search.metrics, *SEARCHED}}
             search.on_trial_complete(
                 plan.trial, result if record.status == "pruned" else {**result, STATUS: record.status}
             )

@@ -19,9 +19,9 @@ from synq.config.run import RunConfig
 from synq.runs.record import RunRecord
 from synq.teacher.trust import trusting
 
+from ..constraints import constraints_text
 from ..leaderboard.settings import searched_in
 from ..reports import PAGE
-from ..search_config import LISTED
 from ..space import METHOD
 from ..spec import Group, SweepSpec, run_config
 from ..state.ledger import Ledger
@@ -33,6 +33,7 @@ from .cluster import check_shared, cluster
 from .dashboard import study_storage
 from .group_search import check_sampler
 from .local_ray import LocalRayDiedError
+from .outcome import group_lines, is_success
 from .progress import Progress, print_leaderboard
 from .searcher import SweepSearcher
 from .stop_reason import StopReason, interruptible
@@ -51,8 +52,8 @@ def run_sweep(spec: SweepSpec, *, quiet: bool = False, on_trial: Callable[[RunRe
         on_trial: Called with the record of each ended trial.
 
     Returns:
-        Exit code: 0 if every group has a completed trial, 1 if one has none or too many trials failed, 130 if
-        interrupted (the same command resumes).
+        Exit code: 0 if every group has a completed trial, 1 if one has none, no trial of any satisfies the constraints
+        or too many failed, 130 if interrupted (the same command resumes).
 
     Raises:
         ValueError: Invalid input, before anything is computed.
@@ -71,11 +72,13 @@ def run_sweep(spec: SweepSpec, *, quiet: bool = False, on_trial: Callable[[RunRe
 def _run(spec: SweepSpec, ledger: Ledger, quiet: bool, on_trial: Callable[[RunRecord], None] | None) -> int:
     searcher, stop_reason = SweepSearcher(spec, ledger, study_storage(spec)), StopReason()
     was_finished = not searcher.num_left()
-    with Progress(searcher.num_total(), quiet=quiet, on_trial=on_trial) as progress:
+    with Progress(searcher.num_total(), quiet=quiet, on_trial=on_trial, constraints=spec.constraints) as progress:
         progress.known(ledger.records)
         where = spec.address or spec.output_dir
         size = f"{plural(len(spec.groups), 'group')} x {plural(spec.search.trials, 'trial')}"
         progress.log(f"sweep {spec.search.name} in {where}: {size}")
+        if spec.constraints:
+            progress.log(f"constraints: {constraints_text(spec.constraints)}")
         if ledger.plans:
             done = f"{len(ledger.records)} trials are there already"
             interrupted = f"{len(searcher.interrupted)} were interrupted"
@@ -147,15 +150,9 @@ def _conclude(
     if ledger.records and not progress.quiet:
         export = "" if spec.address else f"; `synq export {where}/runs/RUN` writes the file of a run"
         progress.log(f"next: `synq show {where}` prints these tables again{export}")
-    listed = spec.search.sampler in LISTED
-    for key in sorted(searcher.exhausted):
-        found, invalid = ledger.num_plans(key), searcher.invalid.get(key)
-        why = f"; others are invalid together, for example: {invalid}" if invalid else ""
-        progress.log(f"{key}: the {'list' if listed else 'search'} has only {found} different settings{why}")
-    empty = [group.key for group in spec.groups if not ledger.best(group.key)]
-    if empty:
-        progress.log(f"no trial was completed in {', '.join(empty)}; the lines above or trials.csv have the reason")
-    return NO_RESULT if empty or stop_reason.failed else 0
+    for line in group_lines(ledger, searcher.exhausted, searcher.invalid):
+        progress.log(line)
+    return NO_RESULT if stop_reason.failed or not is_success(ledger) else 0
 
 
 def _is_drawn(spec: SweepSpec) -> bool:
@@ -194,6 +191,8 @@ def _check_groups(spec: SweepSpec, ledger: Ledger) -> None:
         group, facts = waiting[ready], reply["teacher"]
         facts = {**facts, "name": group.named or facts["name"]}
         ledger.know(group.key, facts, reply["eval_digest"], reply["earlier_digest"])
+        if not reply["eval_digest"] and any(one.name == "drop" for one in spec.constraints):
+            raise ValueError(f"`constraints.drop` must be left out without labeled images, but {group.key} has none")
 
 
 def _remote(spec: SweepSpec, function: Callable[..., dict[str, Any]]) -> Any:

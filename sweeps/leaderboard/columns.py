@@ -176,6 +176,8 @@ RUN_COLUMNS = (
         is_text=True),
     Column("latency_ratio", "latency of the exported student relative to that of the float model", _BOTH,
         "latency ratio", over_seeds="mean"),
+    Column("violates", "bounds of [constraints] that it violates: metric, value, bound; such rows are ranked last",
+        _EVERYWHERE, is_text=True),
 )  # fmt: skip
 """Columns of trials.csv and leaderboard.csv."""
 

@@ -11,6 +11,7 @@ from synq.common.digests import read_sealed_json
 from synq.common.text_tables import Row
 from synq.runs.record import RunRecord
 
+from ..constraints import Constraint, constraints_of
 from ..space import value_at
 from .columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 from .records import load_records
@@ -49,20 +50,24 @@ def value_of(record: RunRecord, key: str) -> Any:
         return None
 
 
-def trial_frame(records: Sequence[RunRecord], settings: Sequence[str]) -> "DataFrame":
+def trial_frame(
+    records: Sequence[RunRecord], settings: Sequence[str], constraints: Sequence[Constraint] = ()
+) -> "DataFrame":
     """Return one row per run: the columns of trials.csv, and one for each of `settings`."""
     by_name: dict[tuple[Any, ...], RunRecord] = {_key(record.name, record): record for record in records}
-    rows = Tables(records).trial_rows()
+    rows = Tables(records, constraints).trial_rows()
     return _frame(rows, TRIAL_COLUMNS, settings, lambda row: by_name.get((row["trial"], row["config_digest"])))
 
 
-def leaderboard_frame(records: Sequence[RunRecord], settings: Sequence[str]) -> "DataFrame":
+def leaderboard_frame(
+    records: Sequence[RunRecord], settings: Sequence[str], constraints: Sequence[Constraint] = ()
+) -> "DataFrame":
     """Return one row per setting with a completed run: the columns of leaderboard.csv, and one for each of `settings`.
 
     Rows are sorted as in leaderboard.csv: within each ranking, the best first.
     """
     by_digest = {record.config_digest: record for record in records}
-    rows = Tables(records).leaderboard_rows()
+    rows = Tables(records, constraints).leaderboard_rows()
     return _frame(rows, LEADERBOARD_COLUMNS, settings, lambda row: by_digest.get(row["config_digest"]))
 
 
@@ -82,7 +87,7 @@ def leaderboard(*paths: str | Path) -> "DataFrame":
     if not paths:
         raise ValueError("`paths` must name sweeps or runs, but got none")
     records = load_records(paths)
-    return leaderboard_frame(records, all_settings(paths, records))
+    return leaderboard_frame(records, all_settings(paths, records), constraints_of(paths))
 
 
 def all_settings(paths: Iterable[str | Path], records: Sequence[RunRecord]) -> list[str]:

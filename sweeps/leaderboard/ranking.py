@@ -3,9 +3,11 @@
 Ranks restart for everything that must not be compared (`Ranking`): model and its weights (`teacher_digest`), bit-widths
 (those of the first and last layer too), protocol, act_points, objective, the images and the fidelity measure of the
 objective, and the labeled images. Within a ranking a row is one setting; its runs differ in their seeds only. Settings
-measured on more seeds come first, because one lucky seed is no evidence; then the better mean objective. `pareto_size`
-and `pareto_bitops` compare across bit-widths: 1 if no other row measured in the same way is at least as good in mean
-objective and size (bit operations) and better in one of them. `columns.py` describes the columns.
+measured on more seeds come first, because one lucky seed is no evidence; then the better mean objective. Rows that
+violate a constraint of their sweep come after all that do not, and none of them is best. `pareto_size` and
+`pareto_bitops` compare across bit-widths: 1 if no other row measured in the same way that satisfies the constraints is
+at least as good in mean objective and size (bit operations) and better in one of them. `columns.py` describes the
+columns.
 """
 
 import functools
@@ -24,6 +26,7 @@ from synq.config.run import FinetuneConfig, RunConfig, config_digest, config_fro
 from synq.runs.record import DEPLOYED, RunRecord
 from synq.runs.record_checks import contradictions
 
+from ..constraints import Constraint, violations
 from ..stats import mean, std
 from .columns import LEADERBOARD_COLUMNS, RUN_COLUMNS, SETTINGS, TRIAL_COLUMNS, setting_cells
 from .settings import PREFIX, Values, read_settings, setting_cell, value_of
@@ -156,12 +159,13 @@ class Run:
         return self.row["status"] == "completed" and value is not None and math.isfinite(value)
 
 
-def read_run(record: RunRecord, source: str = "") -> Run:
+def read_run(record: RunRecord, source: str = "", constraints: Sequence[Constraint] = ()) -> Run:
     """Return the part of a record that the tables need.
 
     Args:
         record: The record.
         source: Its file, for messages; a record from a file is checked, one of this process is not.
+        constraints: Those of its sweep.
 
     Raises:
         ValueError: The configuration is damaged, or the record contradicts it or itself.
@@ -178,6 +182,7 @@ def read_run(record: RunRecord, source: str = "") -> Run:
     versions = " ".join(f"{name}={version}" for name, version in sorted(record.versions.items()))
     cells |= {"trial": record.name, "seconds": record.total_seconds, "versions": versions}
     cells |= {column: record.deployment.get(column) for column in DEPLOYED}
+    cells["violates"] = violations(constraints, cells)
     row = {column: cells[column] for column in TRIAL_COLUMNS}  # a KeyError for a column that nothing fills
     ranking, line = _ranking(record, config), csv_line(row.values())
     sort_key = (ranking.order()[:9], record.name, record.config_digest, record.started, line)
@@ -234,7 +239,12 @@ class Standing:
 
     def sort_key(self) -> tuple[Any, ...]:
         """Return the sort key within a ranking; the text breaks ties."""
-        return (-self.row["num_seeds"], self.cost, self.row["config_digest"], self.head)
+        return (self.is_violating, -self.row["num_seeds"], self.cost, self.row["config_digest"], self.head)
+
+    @property
+    def is_violating(self) -> bool:
+        """Whether the row violates a constraint of its sweep."""
+        return bool(self.row["violates"])
 
     def cell(self, column: str) -> Any:
         """Return the cell of a column of leaderboard.csv, or of any setting as `params.KEY`."""
@@ -249,7 +259,7 @@ class Standing:
         return f"{row['rank']},{self.head},{row['best']},{size},{bitops}{self.tail}"
 
 
-def standings(runs: Iterable[Run]) -> list[Standing]:
+def standings(runs: Iterable[Run], constraints: Sequence[Constraint] = ()) -> list[Standing]:
     """Return the rows of one setting: one for each ranking in which it has a result.
 
     `Column.over_seeds` defines the cell of a column for several completed runs; "first" is the run with the lowest
@@ -258,6 +268,7 @@ def standings(runs: Iterable[Run]) -> list[Standing]:
 
     Args:
         runs: The runs of one setting.
+        constraints: Bounds on the cells of a row, so on the means over seeds.
     """
     results: dict[Ranking, list[Run]] = defaultdict(list)
     failed = []
@@ -275,7 +286,7 @@ def standings(runs: Iterable[Run]) -> list[Standing]:
             if run.ranking.teacher_digest in ("", teacher) and run.ranking.fidelity_measure == measure
         }
         done = {run.seeds for other, group in results.items() if other.teacher_digest == teacher for run in group}
-        rows.append(_standing(ranking, members, len(lost - done)))
+        rows.append(_standing(ranking, members, len(lost - done), constraints))
     return rows
 
 
@@ -288,7 +299,7 @@ def disagreement(one: Run, other: Run) -> str:
     return ""
 
 
-def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int) -> Standing:
+def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int, constraints: Sequence[Constraint]) -> Standing:
     by_seed: dict[tuple[int, int], Run] = {}
     # The whole content breaks ties between two records of one run, so that the order of reading does not matter.
     for run in sorted(runs, key=lambda run: (run.seeds, run.row["started"], run.row["host"], repr(run.row))):
@@ -314,5 +325,6 @@ def _standing(ranking: Ranking, runs: Sequence[Run], num_failed: int) -> Standin
         "teacher_digest": ranking.teacher_digest[:16],
         "fidelity_measure": ranking.fidelity_measure,
     }
+    cells["violates"] = violations(constraints, cells)
     row = {column: cells[column] for column in LEADERBOARD_COLUMNS}  # a KeyError for a column that nothing fills
     return Standing(ranking, row, std(run["objective_value"] for run in kept), first.settings)

@@ -12,6 +12,7 @@ from synq.common.notices import print_notice
 from synq.common.text_tables import Row, cell, to_csv
 from synq.runs.record import RunRecord, read_record
 
+from ..constraints import constraints_of
 from .ranking import read_setting
 from .tables import Tables
 
@@ -87,7 +88,8 @@ def load_record(path: Path) -> RunRecord:
 def read_tables(paths: Iterable[str | Path]) -> tuple[Tables, int]:
     """Read the records of sweeps and runs into tables, each record parsed once.
 
-    A record that is damaged, or contradicts itself, is left out and named by a notice, unless none remains.
+    A record that is damaged, or contradicts itself, is left out and named by a notice, unless none remains. Rows are
+    ranked by the constraints of the sweeps, `constraints_of`.
 
     Args:
         paths: As for `record_files`.
@@ -100,7 +102,7 @@ def read_tables(paths: Iterable[str | Path]) -> tuple[Tables, int]:
         ValueError: No record can be read, or a path that is a record cannot.
     """
     given = list(map(Path, paths))
-    tables, wrong = Tables(), []
+    tables, wrong = Tables(constraints=constraints_of(given)), []
     for file in record_files(given):
         try:
             with reading(file, "a run record"):

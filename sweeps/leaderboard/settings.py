@@ -30,6 +30,8 @@ KEYS = tuple(key for key in dotted_keys(RunConfig) if "." in key)
 """Dotted keys of all settings; name and seeds belong to a run, not to a row of a leaderboard."""
 COLUMN_KEYS = tuple(key for key in KEYS if key.startswith(PARTS) and key not in WITHOUT_COLUMN)
 """Settings that get a column if they vary."""
+VIOLATES = "violates"
+"""Column that is only shown where it is not empty."""
 UNKNOWN = ""
 """Value of a setting that a record does not have."""
 SPELLINGS = {
@@ -147,15 +149,16 @@ def searched_in(about: Mapping[str, Any]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name in _INDEX]  # not the bit-widths of two objectives
 
 
-def shown_columns(keys: Collection[str], rows: Sequence[Values]) -> list[Column]:
+def shown_columns(keys: Collection[str], rows: Sequence[Values], *, violated: bool = False) -> list[Column]:
     """Return the columns of a table that is read, not parsed: of the settings only those that vary between its rows.
 
     Args:
         keys: The usual columns, keys of `RUN_COLUMNS`.
         rows: The settings of its rows.
+        violated: Whether a row violates a constraint, so that the column `violates` is not empty.
     """
     changing = _changing(rows)
-    usual = [column for column in RUN_COLUMNS if column.key in keys]
+    usual = [column for column in RUN_COLUMNS if column.key in keys and (violated or column.key != VIOLATES)]
     kept = [column for column in usual if column.key not in SETTINGS or f"finetune.{column.key}" in changing]
     indices = [number for number, column in enumerate(usual) if column.key in SETTINGS]
     left = sum(column in kept for column in usual[: max(indices, default=len(usual) - 1) + 1])

@@ -1,7 +1,7 @@
 """Incremental trials.csv and leaderboard.csv: each record is parsed once, rewriting the files is cheap."""
 
 import math
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from synq.common.files import write_text_atomic
 from synq.common.text_tables import Row, csv_line
 from synq.runs.record import RunRecord
 
+from ..constraints import Constraint
 from .columns import LEADERBOARD_COLUMNS, TRIAL_COLUMNS
 from .ranking import Ranking, Run, Standing, read_run, standings
 from .settings import PREFIX, Values, line_of, setting_cells_of, varying
@@ -21,8 +22,14 @@ class Tables:
     the same way. The records themselves are not kept.
     """
 
-    def __init__(self, records: Iterable[RunRecord] = ()) -> None:
-        """Create tables of some records; equal ones count once."""
+    def __init__(self, records: Iterable[RunRecord] = (), constraints: Sequence[Constraint] = ()) -> None:
+        """Create tables of some records; equal ones count once.
+
+        Args:
+            records: The records.
+            constraints: Bounds; rows that violate one are ranked last.
+        """
+        self.constraints = tuple(constraints)
         self._runs: dict[Hashable, Run] = {}
         self._settings: dict[Hashable, dict[Hashable, Run]] = {}
         self._rows: dict[Hashable, list[Standing]] = {}
@@ -46,7 +53,7 @@ class Tables:
         Raises:
             ValueError: The configuration is damaged.
         """
-        run = read_run(record, source)
+        run = read_run(record, source, self.constraints)
         key = (tuple(run.row.values()), run.ranking, run.setting) if name is None else name
         self._remove(key)
         self._runs[key] = run
@@ -126,7 +133,7 @@ class Tables:
             if not runs:
                 del self._settings[setting]
                 continue
-            self._rows[setting] = standings(runs.values())
+            self._rows[setting] = standings(runs.values(), self.constraints)
             for new in self._rows[setting]:
                 self._rankings.setdefault(new.ranking, {})[setting] = new
                 rankings[new.ranking] = None
@@ -134,7 +141,7 @@ class Tables:
         for ranking in rankings:
             rows = dict(sorted(self._rankings.pop(ranking).items(), key=lambda item: item[1].sort_key()))
             for rank, standing in enumerate(rows.values(), start=1):
-                standing.row |= {"rank": rank, "best": int(rank == 1)}
+                standing.row |= {"rank": rank, "best": int(rank == 1 and not standing.is_violating)}
             if rows:
                 self._rankings[ranking] = rows
         for family in {ranking.family(): None for ranking in rankings}:
@@ -155,7 +162,8 @@ def _setting(run: Run) -> tuple[Any, ...]:
 def mark_front(rows: Iterable[Standing], column: str, mark: str) -> None:
     """Set `mark` to 1 for rows on the Pareto front of mean objective and `column`, else 0; None if `column` is unknown.
 
-    A row is on the front if no other is at least as good in both and better in one: two tied rows are both on it.
+    A row is on the front if no other is at least as good in both and better in one: two tied rows are both on it. Rows
+    that violate a constraint are neither on it nor compared.
 
     Args:
         rows: Comparable rows.
@@ -167,7 +175,7 @@ def mark_front(rows: Iterable[Standing], column: str, mark: str) -> None:
         price = standing.row[column]
         known = price is not None and math.isfinite(price)
         standing.row[mark] = 0 if known else None
-        if known:
+        if known and not standing.is_violating:
             points.append((price, standing.cost, number, standing.row))
     best_cost, best_price = math.inf, math.inf
     for price, cost, _, row in sorted(points):

@@ -159,7 +159,7 @@ def single_ranking(rows: Sequence[Standing]) -> list[Row]:
             f"`single_ranking` must be given rows that can be compared, but got {differences(rankings)}; "
             "narrow them by --where"
         )
-    return [{**rows[i].row, "rank": i + 1, "best": int(i == 0)} for i in range(len(rows))]
+    return [{**rows[i].row, "rank": i + 1, "best": int(i == 0 and not rows[i].is_violating)} for i in range(len(rows))]
 
 
 def differences(rankings: Iterable[Ranking]) -> str:
@@ -188,7 +188,8 @@ def compare(tables: Mapping[str, Sequence[Standing]]) -> list[Row]:
     best: dict[Ranking, dict[str, Standing]] = {}
     for path, rows in tables.items():
         for standing in rows:
-            best.setdefault(standing.ranking, {}).setdefault(path, standing)
+            if not standing.is_violating:
+                best.setdefault(standing.ranking, {}).setdefault(path, standing)
     first = next(iter(tables))
     keys = varying(standing.settings for found in best.values() for standing in found.values())
     lines = []

@@ -68,10 +68,12 @@ def _names(sweeps: Sequence[SweepView]) -> list[str]:
 
 
 def _best(tables: Mapping[str, Sequence[Standing]]) -> dict[Ranking, dict[str, Standing]]:
-    """Return the first row of each sweep in each ranking."""
+    """Return the best row of each sweep in each ranking."""
     best: dict[Ranking, dict[str, Standing]] = {}
     for name, rows in tables.items():
         for standing in rows:
+            if standing.is_violating:
+                continue
             best.setdefault(standing.ranking, {}).setdefault(name, standing)
     return dict(sorted(best.items(), key=lambda item: item[0].order()))
 

@@ -6,6 +6,8 @@ Efficient Approach for Assessing Hyperparameter Importance", ICML 2014. The numb
 ``FanovaImportanceEvaluator`` (same forest, same measure of a choice: one column for each of its values); all intervals
 of a setting are summed at once instead of one walk through the tree for each, which takes minutes for thousands of
 trials.
+
+`sampled_effects` does the same for spaces in which settings exist only sometimes, whose points fill no box.
 """
 
 from collections.abc import Sequence
@@ -15,6 +17,8 @@ import numpy as np
 
 NUM_TREES = 64
 MAX_DEPTH = 64
+NUM_BINS = 20
+"""Intervals of a setting's range over which a main effect is averaged."""
 
 
 def main_effects(
@@ -35,10 +39,7 @@ def main_effects(
     Raises:
         ValueError: No tree of the forest has any variance.
     """
-    from sklearn.ensemble import RandomForestRegressor  # takes a second to import
-
-    forest = RandomForestRegressor(n_estimators=NUM_TREES, max_depth=MAX_DEPTH, random_state=seed)
-    forest.fit(np.concatenate(columns, axis=1), values)
+    forest = _fitted(np.concatenate(columns, axis=1), values, seed)
     space = np.concatenate(bounds).astype(float)
     ends = np.cumsum([part.shape[1] for part in columns])
     groups = [list(range(end - part.shape[1], end)) for end, part in zip(ends, columns, strict=True)]
@@ -55,6 +56,50 @@ def main_effects(
         raise ValueError("no tree of the forest has any variance")
     mean = np.mean(shares, axis=0)
     return np.asarray(mean / mean.sum()) if mean.sum() > 0 else mean
+
+
+def sampled_effects(
+    inputs: np.ndarray, values: np.ndarray, points: np.ndarray, settings: Sequence[np.ndarray], *, seed: int = 0
+) -> np.ndarray:
+    """Return the variance that each setting explains individually over given random points of a search space.
+
+    By the law of total variance, a setting that exists in a part of the space explains the variance of its main effect
+    there, times the probability of that part. A main effect is the mean prediction of a random forest in each of
+    `NUM_BINS` intervals of equal probability; the variance that the means have by chance is subtracted.
+
+    Args:
+        inputs: (n, columns) settings of the trials as numbers.
+        values: (n,) objective.
+        points: (m, columns) random points of the space.
+        settings: For each setting its value at each point, as a number: (m,); NaN where it does not exist.
+        seed: Seed of the forest.
+
+    Returns:
+        (number of settings,) variances, in units of `values` squared.
+    """
+    predicted = _fitted(inputs, values, seed).predict(points)
+    return np.array([_between(one, predicted) for one in settings])
+
+
+def _between(setting: np.ndarray, predicted: np.ndarray) -> float:
+    present = ~np.isnan(setting)
+    found, outputs = setting[present], predicted[present]
+    levels, bins = np.unique(found, return_inverse=True)
+    if len(levels) > NUM_BINS:
+        bins = np.searchsorted(np.quantile(found, np.linspace(0, 1, NUM_BINS + 1)[1:-1]), found)
+    sizes = np.bincount(bins)
+    if len(sizes) < 2 or sizes.min() < 2:
+        return 0.0
+    means = np.bincount(bins, weights=outputs) / sizes
+    within = np.bincount(bins, weights=(outputs - means[bins]) ** 2) / (sizes - 1)
+    chance = float(np.average(within / sizes, weights=sizes))
+    return max(0.0, _variance(means, sizes) - chance) * float(present.mean())
+
+
+def _fitted(inputs: np.ndarray, values: np.ndarray, seed: int) -> Any:
+    from sklearn.ensemble import RandomForestRegressor  # takes a second to import
+
+    return RandomForestRegressor(n_estimators=NUM_TREES, max_depth=MAX_DEPTH, random_state=seed).fit(inputs, values)
 
 
 def _boxes(tree: Any, space: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,7 +4,6 @@ The trials are those of plans and records, so that any sweep can have a page at 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -18,35 +17,17 @@ from matplotlib.ticker import MaxNLocator
 
 from synq.runs.record import RunRecord
 
-from ..space import Dimension, value_of
+from ..constraints import Constraint, constraints_text
+from ..space import Dimension
 from ..state.plans import Plan
 from .drawing import COLORS, LEAST_TRIALS, WIDTH, draw, panels, thinned, thinned_note, too_few
-from .importance import main_effects
 from .page import Figure, Gap, slug
+from .study_trials import Trial, completed, importances, off_note, short_names
 
-OFF_MARGIN = 0.15
-"""An optional range encodes "off" above its upper bound, by this fraction of the range."""
 LEAST_HISTORY = 2
 """Fewest trials for a history."""
 MOST_LABELS = 5
 """Most labels of choices on one axis of the parallel coordinates."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """Completed trial of a search.
-
-    Attributes:
-        number: Place of the trial among the finished ones, in order of proposal, from 0.
-        value: Its objective.
-        params: Its settings by short name, without those outside the ranges of the search space.
-        top1: Its top-1 in percent; None without labels.
-    """
-
-    number: int
-    value: float
-    params: Mapping[str, Any]
-    top1: float | None
 
 
 def study_figures(
@@ -56,6 +37,7 @@ def study_figures(
     *,
     minimize: bool,
     objective: str,
+    constraints: Sequence[Constraint] = (),
 ) -> list[Figure | Gap]:
     """Return history, importances, parallel coordinates and slices of one group's search.
 
@@ -65,9 +47,10 @@ def study_figures(
         trials: The finished trials of the group.
         minimize: Whether a lower objective is better.
         objective: Axis label of the objective.
+        constraints: Bounds that the best trial satisfies.
     """
-    done = _completed(dimensions, trials)
-    searched = dict(zip(_names(dimensions), dimensions, strict=True))
+    done = completed(dimensions, trials, constraints)
+    searched = dict(zip(short_names(dimensions), dimensions, strict=True))
     varied = {
         name: dimension
         for name, dimension in searched.items()
@@ -84,7 +67,8 @@ def study_figures(
             draw(
                 f"history-{suffix}",
                 "Optimization history",
-                f"Objective of each completed trial in order of proposal, and best value so far; {some}.",
+                f"Objective of each completed trial in order of proposal, and best value so far; {some}."
+                + (f" Best: of trials that satisfy {constraints_text(constraints)}." if constraints else ""),
                 lambda canvas: _history(canvas, done, drawn, objective, minimize),
             )
         )
@@ -99,7 +83,7 @@ def study_figures(
             f"parallel-{suffix}",
             "Parallel coordinates",
             f"One line through the objective and the settings of each completed trial, strong color for a good "
-            f"objective; {some}.{_off_note(dimensions)}",
+            f"objective; {some}.{off_note(dimensions)}",
             lambda canvas: _parallel(canvas, drawn, varied, objective, minimize),
             (WIDTH, 1.0 + 0.62 * (len(varied) + 1)),
         ),
@@ -107,7 +91,7 @@ def study_figures(
             f"slices-{suffix}",
             "Objective against each setting",
             f"Objective against one setting at a time, with the others as sampled; color: order of the trials; {some} "
-            f"(paper, Fig. 7).{_off_note(dimensions)}",
+            f"(paper, Fig. 7).{off_note(dimensions)}",
             lambda canvas: _slices(canvas, drawn, varied, _objective, objective),
             _slices_size(len(varied)),
         ),
@@ -137,8 +121,11 @@ def _top1(trial: Trial) -> float:
 
 def _history(canvas: Canvas, done: Sequence[Trial], drawn: Sequence[Trial], objective: str, minimize: bool) -> None:
     axes = canvas.subplots()
-    numbers, values = [trial.number for trial in done], [trial.value for trial in done]
-    best = (np.minimum if minimize else np.maximum).accumulate(values)
+    numbers = [trial.number for trial in done]
+    never = np.inf if minimize else -np.inf
+    counted = [trial.value if trial.is_feasible else never for trial in done]
+    best = (np.minimum if minimize else np.maximum).accumulate(counted)
+    best[np.isinf(best)] = np.nan
     axes.plot([trial.number for trial in drawn], [trial.value for trial in drawn], "o", markersize=4, label="trial")
     if len(drawn) < len(done):  # a step only where the best value changes
         kept = [*np.flatnonzero(np.diff(best, prepend=np.nan) != 0).tolist(), len(best) - 1]
@@ -154,14 +141,10 @@ def _importance(
 ) -> Figure | Gap:
     if len({trial.value for trial in done}) == 1:
         return Gap(title=title, reason="all trials have the same objective")
-    whole = [trial for trial in done if varied.keys() <= trial.params.keys() and np.isfinite(trial.value)]
 
     def plot(canvas: Canvas) -> None:
-        names = sorted(varied)
-        parts = [_columns(varied[name], [trial.params[name] for trial in whole]) for name in names]
-        columns, bounds = zip(*parts, strict=True)
-        shares = main_effects(columns, bounds, np.array([trial.value for trial in whole])).tolist()
-        found = dict(sorted(zip(names, shares, strict=True), key=lambda pair: -pair[1]))
+        shares = importances(varied, [trial for trial in done if np.isfinite(trial.value)])
+        found = dict(sorted(shares.items(), key=lambda pair: -pair[1]))
         axes = canvas.subplots()
         bars = axes.barh(list(found), list(found.values()), height=0.6)
         axes.bar_label(bars, [f"{value:.2f}" for value in found.values()], padding=3)
@@ -169,20 +152,15 @@ def _importance(
         axes.set(xlabel="share of the objective's variance", xlim=(0, 1.12))
         axes.grid(axis="y", visible=False)
 
+    conditional = [name for name, dimension in varied.items() if dimension.when]
     caption = (
         "Share of the objective's variance that each setting explains individually (fANOVA, main effects only, "
         f"normalized to sum 1); {count}. Unreliable with fewer than about twenty trials."
     )
+    if conditional:
+        who = ", ".join(conditional)
+        caption += f" Measured where they exist, times the share of the search space in which they do: {who}."
     return draw(file, title, caption, plot, (WIDTH, 0.9 + 0.3 * len(varied)))
-
-
-def _columns(dimension: Dimension, values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values of a setting as columns of numbers, and the bounds of each column."""
-    if dimension.type == "choice":
-        choices = _choices(dimension)
-        columns = np.array([[float(repr(value) == repr(choice)) for choice in choices] for value in values])
-        return columns, np.tile([0.0, 1.0], (len(choices), 1))
-    return np.array(values, dtype=float)[:, None], np.array([_bounds(dimension)], dtype=float)
 
 
 def _shades() -> ListedColormap:
@@ -283,68 +261,3 @@ def _scale(axes: Axes, dimension: Dimension) -> None:
         axes.set_xscale("log")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=dimension.type == "int"))
-
-
-def _completed(dimensions: Sequence[Dimension], trials: Iterable[tuple[Plan, RunRecord]]) -> list[Trial]:
-    """Return the completed trials that have an objective, numbered among all that ended."""
-    names, found, number = _names(dimensions), [], 0
-    for plan, record in trials:
-        done = record.status == "completed"
-        if done and record.objective_value is None:
-            continue
-        if done and record.objective_value is not None:
-            values = [_value(dimension, value_of(plan.config, dimension.name)) for dimension in dimensions]
-            # A sweep extended by listed points may have values outside the ranges of its search space.
-            params = {
-                name: value
-                for name, dimension, value in zip(names, dimensions, values, strict=True)
-                if _contains(dimension, value)
-            }
-            top1 = None if record.top1 is None else float(record.top1)
-            found.append(Trial(number=number, value=float(record.objective_value), params=params, top1=top1))
-        number += 1
-    return found
-
-
-def _contains(dimension: Dimension, value: Any) -> bool:
-    if dimension.type == "choice":
-        return any(repr(value) == repr(choice) for choice in _choices(dimension))
-    low, high = _bounds(dimension)
-    return low <= value <= high
-
-
-def _names(dimensions: Sequence[Dimension]) -> list[str]:
-    """Return short names: the last part of each name if it is unique, else the whole name."""
-    last = [dimension.name.rpartition(".")[2] for dimension in dimensions]
-    return [
-        short if last.count(short) == 1 else dimension.name for short, dimension in zip(last, dimensions, strict=True)
-    ]
-
-
-def _off(dimension: Dimension) -> float | int:
-    """Return the number that encodes "off" in an optional range: slightly above its upper bound."""
-    assert dimension.low is not None and dimension.high is not None
-    if dimension.log:
-        off = dimension.high * (dimension.high / dimension.low) ** OFF_MARGIN
-    else:
-        off = dimension.high + OFF_MARGIN * (dimension.high - dimension.low)
-    return round(off) + 1 if dimension.type == "int" else float(f"{off:.3g}")
-
-
-def _off_note(dimensions: Sequence[Dimension]) -> str:
-    notes = [f"{dimension.name} {_off(dimension):g} means off" for dimension in dimensions if dimension.optional]
-    return f" {'; '.join(notes)}." if notes else ""
-
-
-def _value(dimension: Dimension, value: Any) -> Any:
-    return value if value is not None else _off(dimension) if dimension.optional else "none"
-
-
-def _choices(dimension: Dimension) -> list[Any]:
-    return ["none" if value is None else value for value in dimension.values]
-
-
-def _bounds(dimension: Dimension) -> tuple[float, float]:
-    """Return the lowest and the highest number of a range, "off" included."""
-    assert dimension.low is not None and dimension.high is not None
-    return dimension.low, _off(dimension) if dimension.optional else dimension.high

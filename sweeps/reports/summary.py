@@ -14,6 +14,7 @@ from synq.runs.expected_agreement import agreement_line
 from synq.runs.record import RunRecord, run_protocol
 from synq.runs.tuning_effect import effect_sentence
 
+from ..constraints import EXPORTED, Constraint, constraints_text
 from ..leaderboard.ranking import Standing
 from ..leaderboard.settings import best_columns
 from .sweep_view import SweepView
@@ -94,12 +95,12 @@ def label(standing: Standing) -> str:
 
 
 def leaders(standings: Sequence[Standing]) -> list[Standing]:
-    """Return the first row of each ranking."""
-    return [standing for standing in standings if standing.row["rank"] == 1]
+    """Return the best row of each ranking: the first, unless it violates a constraint."""
+    return [standing for standing in standings if standing.row["best"] == 1]
 
 
 def sweep_verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
-    """Return the result of a sweep in sentences: best settings, failures, unfinished trials."""
+    """Return the result of a sweep in sentences: best settings, constraints, failures, unfinished trials."""
     lines = []
     for standing in leaders(standings):
         row = standing.row
@@ -117,6 +118,11 @@ def sweep_verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
         )
     if not lines:
         lines.append("No trial is completed yet.")
+    lines += [
+        f"The search of {key} ended after {one['after']} of {one['num_trials']} trials, {one['reason']}."
+        for key, one in sweep.about.get("stopped", {}).items()
+    ]
+    lines += constraint_lines(sweep.constraints, standings)
     failed = sum(record.status == "failed" for record in sweep.records.values())
     if failed:
         lines.append(f"{plural(failed, 'trial')} failed; the tab Trials has the reasons.")
@@ -127,6 +133,31 @@ def sweep_verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
             "the same command."
         )
     return lines + [f"Not read: {text}" for text in sweep.unread]
+
+
+def constraint_lines(constraints: Sequence[Constraint], standings: Sequence[Standing]) -> list[str]:
+    """Return, in sentences, which rows violate the constraints, which rankings have no other, and what is not known."""
+    if not constraints:
+        return []
+    violating = [standing for standing in standings if standing.is_violating]
+    bounds = constraints_text(constraints)
+    lines = [
+        f"{label(standing)}: no setting satisfies the constraints ({standing.row['violates']}), so none is best."
+        for standing in violating
+        if standing.row["rank"] == 1
+    ]
+    count = f"{len(violating)} of {plural(len(standings), 'setting')}"
+    lines.append(f"Constraints: {bounds}. {count} violate them and are ranked after all others.")
+    for one in constraints:
+        unknown = sum(standing.row[one.name] is None for standing in standings)
+        if unknown:
+            cure = "; `synq export` of their runs measures it" if one.name in EXPORTED else ""
+            lines.append(
+                f"{one.name} is not known for {plural(unknown, 'setting')}, which count as satisfying it{cure}."
+            )
+        elif one.name == "drop":
+            lines.append("The bound on drop chooses settings by the labeled images on which top-1 is reported.")
+    return lines
 
 
 def _before(row: Mapping[str, Any]) -> str:
@@ -148,6 +179,7 @@ def sweep_facts(sweep: SweepView) -> list[tuple[str, str]]:
         ("objective", str(search.get("objective", ""))),
         ("sampler", str(search.get("sampler", ""))),
         ("scheduler", str(search.get("scheduler", ""))),
+        ("constraints", constraints_text(sweep.constraints)),
         ("time of all trials", f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"),
         ("machines", str(len(machines))),
     ]
@@ -155,7 +187,7 @@ def sweep_facts(sweep: SweepView) -> list[tuple[str, str]]:
 
 
 def best_rows(sweep: SweepView, standings: Sequence[Standing]) -> list[Row]:
-    """Return the first row of each ranking, with columns for its settings and its trial."""
+    """Return the best row of each ranking, with columns for its settings and its trial."""
     rows = []
     for standing in leaders(standings):
         name = run_of(sweep, standing)

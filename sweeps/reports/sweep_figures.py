@@ -153,7 +153,11 @@ def pareto(standings: Sequence[Standing]) -> list[Figure | Gap]:
                 costs, values = [row[column] / unit for row in shown], [row[value] for row in shown]
                 named = column == "size_bytes" and i < MOST_SERIES
                 series_label = f"{name} (n = {len(known)})" if named else None
-                axes.scatter(costs, values, s=14, alpha=0.45, color=color, marker=marker, label=series_label)
+                faces = ["none" if row["violates"] else color for row in shown]
+                axes.scatter(
+                    costs, values, s=14, alpha=0.45, facecolors=faces, edgecolors=color, marker=marker,
+                    label=series_label,
+                )  # fmt: skip
                 best = front(known, column, value, higher=by_top1 or part[0]["objective"] == "selection")
                 axes.plot([row[column] / unit for row in best], [row[value] for row in best], color=color, linewidth=1)
                 for row in best if len(series) <= MOST_LABELED_SERIES else ():
@@ -168,14 +172,15 @@ def pareto(standings: Sequence[Standing]) -> list[Figure | Gap]:
     caption = (
         f"One mark for each of {len(rows)} settings of the leaderboard{thinned_note(number, len(rows))} "
         f"({'mean over seeds' if by_top1 else 'no labels: the objective instead of accuracy'}); lines: Pareto front of "
-        "the settings of rank 1 with the same model, protocol and act_points."
+        "the best settings with the same model, protocol and act_points."
+        + (" Hollow marks violate a constraint." if any(row["violates"] for row in rows) else "")
         + (f" The legend has the first {MOST_SERIES} of {len(series)} series." if len(series) > MOST_SERIES else "")
     )
     return [draw("pareto", title, caption, plot, (WIDTH, 3.1 + 0.14 * min(len(series), MOST_SERIES)))]
 
 
 def front(rows: Iterable[Row], cost: str, value: str, *, higher: bool) -> list[Row]:
-    """Return the Pareto front of the rows of rank 1, cheapest first.
+    """Return the Pareto front of the best rows of the rankings, cheapest first.
 
     Args:
         rows: Rows of a leaderboard that are comparable except for their bits.
@@ -185,7 +190,7 @@ def front(rows: Iterable[Row], cost: str, value: str, *, higher: bool) -> list[R
     """
     sign = -1 if higher else 1
     best: list[Row] = []
-    for row in sorted((row for row in rows if row["rank"] == 1), key=lambda row: (row[cost], sign * row[value])):
+    for row in sorted((row for row in rows if row["best"] == 1), key=lambda row: (row[cost], sign * row[value])):
         if not best or sign * row[value] < sign * best[-1][value]:
             best.append(row)
     return best

@@ -29,7 +29,7 @@ from .tool_points import ToolPoint
 
 OMITTED = ("versions", "commit", "host", "heldout_digest", "set_digest")
 """Columns of trials.csv with the same value in almost all rows, left out of the page."""
-SEEN_FIRST = ("rank", "model", "weight_bits", "act_bits", "top1_mean", "drop")
+SEEN_FIRST = ("rank", "violates", "model", "weight_bits", "act_bits", "top1_mean", "drop")
 """Columns of the leaderboard that a screen shows without being scrolled sideways."""
 MOST_RUNS = 4
 """Number of groups whose best run is analyzed."""
@@ -90,7 +90,9 @@ def sweep_page(
 def leaderboard_table(name: str, title: str, caption: str, sweep: SweepView, standings: Sequence[Standing]) -> Table:
     """Return a leaderboard with a column for each setting that varies; the others are named in its caption."""
     settings = [standing.settings for standing in standings]
-    columns = sorted(shown_columns(PAGE_COLUMNS, settings), key=lambda column: column.key not in SEEN_FIRST)
+    columns = sorted(
+        shown_columns(PAGE_COLUMNS, settings, violated=True), key=lambda column: column.key not in SEEN_FIRST
+    )
     rows = [{column.key: standing.cell(column.key) for column in columns} for standing in standings]
     same = constants_text(settings, sweep.settings)
     return Table(
@@ -100,7 +102,7 @@ def leaderboard_table(name: str, title: str, caption: str, sweep: SweepView, sta
         columns=_filled(rows, keys(columns)),
         rows=rows,
         **page_texts(columns),
-        bold=[row["rank"] == 1 for row in rows],
+        bold=[standing.row["best"] == 1 for standing in standings],
     )
 
 
@@ -111,7 +113,7 @@ def _filled(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
 
 def best_table(sweep: SweepView, standings: Sequence[Standing]) -> list[Block]:
     """Return a table of the best setting of each ranking, or no block if there is none."""
-    caption = "The first row of each ranking: most seeds, then the best mean objective."
+    caption = "The best row of each ranking: most seeds, then the best mean objective."
     rows, columns = best_rows(sweep, standings), best_columns(sweep.settings)
     table = Table(
         name="best",
@@ -164,6 +166,7 @@ def _search(sweep: SweepView) -> list[Block]:
             sweep.search_trials(group),
             minimize=search["objective"] == "synthetic",
             objective=f"{search['objective']} objective",
+            constraints=sweep.constraints,
         )
     return blocks
 
@@ -175,7 +178,8 @@ def _trials(sweep: SweepView) -> list[Block]:
         if record.status == "failed"
     ]
     rows = sweep.tables.trial_rows()
-    shown = shown_columns([key for key in TRIAL_COLUMNS if key not in OMITTED], sweep.tables.settings())
+    usual = [key for key in TRIAL_COLUMNS if key not in OMITTED]
+    shown = shown_columns(usual, sweep.tables.settings(), violated=True)
     waiting = [{"trial": name, "epochs": len(sweep.plans[name].history)} for name in sweep.running]
     blocks: list[Block] = []
     if failures:

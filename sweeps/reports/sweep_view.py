@@ -12,11 +12,12 @@ from typing import Any
 from synq.common.faults import reading
 from synq.runs.record import RunRecord, read_record
 
+from ..constraints import Constraint, read_constraints
 from ..leaderboard.ranking import Ranking, Standing
 from ..leaderboard.records import record_files
 from ..leaderboard.settings import searched_in
 from ..leaderboard.tables import Tables
-from ..space import Dimension
+from ..space import Dimension, dimension_from
 from ..state.plans import Plan, read_plan, read_sweep_file
 
 
@@ -52,6 +53,11 @@ class SweepView:
     def is_sweep(self) -> bool:
         """Whether this is a sweep, not a folder of single runs."""
         return bool(self.about)
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """Constraints of the last start."""
+        return self.tables.constraints
 
     @property
     def running(self) -> list[str]:
@@ -109,7 +115,9 @@ def read_sweep(path: str | Path) -> SweepView:
     root = Path(path)
     about = _about(root / "sweep.json")
     unread: list[str] = []
-    records, paths, rankings, tables = {}, {}, {}, Tables()
+    with reading(root / "sweep.json", "a sweep"):
+        constraints = read_constraints(about.get("constraints", {}))
+    records, paths, rankings, tables = {}, {}, {}, Tables(constraints=constraints)
     parts: dict[str, Any] = {}
     for file in _record_files(root, may_be_empty=bool(about)):
         name = file.stem if file.parent.name == "records" else file.parent.name
@@ -132,7 +140,7 @@ def read_sweep(path: str | Path) -> SweepView:
         except (ValueError, FileNotFoundError) as error:
             unread.append(" ".join(str(error).split()))
     with reading(root / "sweep.json", "a sweep"):
-        space = tuple(Dimension(**{**one, "values": tuple(one["values"])}) for one in _dimensions(about))
+        space = tuple(map(dimension_from, _dimensions(about)))
     name = about.get("search", {}).get("name") or root.resolve().name
     return SweepView(
         name=name,

@@ -95,8 +95,8 @@ def _show_sweep(path: Path, console: Console) -> None:
 def _leaderboard(console: Console, standings: Sequence[Standing], searched: Sequence[str]) -> None:
     """Print the first rows of the leaderboard, with a column for each setting that varies between all its rows."""
     settings = [standing.settings for standing in standings]
-    columns = shown_columns(TERMINAL_COLUMNS, settings)
     first = standings[:MOST_ROWS]
+    columns = shown_columns(TERMINAL_COLUMNS, settings, violated=any(one.is_violating for one in first))
     rows = [
         {key: standing.cell(key) for key in keys(columns)} | {"protocol": protocol_of(standing.row)}
         for standing in first

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from synq.config.run import config_digest, config_to_dict
 from synq.runs.record import RunRecord
 
 from ..search_config import SearchConfig
+from ..space import dimension_values
 from ..spec import SweepSpec
 from .plans import FORMAT, Plan, read_sweep_file
 from .recovery import folder_of, misfits
@@ -66,7 +67,7 @@ def expected_identity(spec: SweepSpec) -> dict[str, Any]:
             # The bit-widths are searched, and at those of the base this setting may have no effect.
             groups[group.key]["last_input"] = "wide"
     search = spec.search
-    space: list[Any] = [asdict(dimension) for dimension in spec.dimensions]
+    space: list[Any] = [dimension_values(dimension) for dimension in spec.dimensions]
     if search.sampler == "points":  # more points may extend the ranges
         space = sorted(dimension.name for dimension in spec.dimensions)
     both = [search.objective, search.second_objective] if search.two_objectives else search.objective

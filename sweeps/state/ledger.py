@@ -27,6 +27,7 @@ from synq.common.environment import environment
 from synq.common.files import DamagedFileError
 from synq.runs.record import RunRecord, read_record, write_record
 
+from ..constraints import constraint_values, record_violations
 from ..leaderboard.records import Tables
 from ..space import BITS, value_of
 from ..spec import SweepSpec
@@ -56,7 +57,9 @@ class Ledger:
         """Names of the synthetic sets in the store, by the settings that determine them (`set_recipe`)."""
         self.earlier: list[RunRecord] | None = None
         """Records of the earlier sweeps from which the search starts; None until they are read."""
-        self.tables = Tables()
+        self.stopped: dict[str, dict[str, Any]] = {}
+        """Groups whose search `stop_when` has ended, with the `reason` and the budget, `num_trials`, at that time."""
+        self.tables = Tables(constraints=spec.constraints)
         self._by_group: dict[tuple[str, str], dict[str, Plan]] = {}
         self._environment: dict[str, Any] | None = None
         self._tables_due = 0.0
@@ -138,7 +141,6 @@ class Ledger:
             config=plan.config,
             config_digest=plan.config_digest,
             teacher=self.teachers.get(plan.group, {}),
-            second_objective=self.spec.search.second_objective,
             sets=tuple(self.sets.get(set_recipe(plan.config), [])),
             folder=str(self.root),
             address=self.spec.address,
@@ -268,18 +270,38 @@ class Ledger:
         self._tables_due = ended + (ended - started) / TABLE_SHARE
 
     def best(self, group: str, top_k: int = 1) -> list[Plan]:
-        """Return the plans of the `top_k` best completed search trials of a group, best first.
+        """Return the plans of the `top_k` best completed search trials of a group that satisfy the constraints.
 
-        If the search includes the bit-width, `top_k` plans are returned for each bit-width.
+        The best comes first. If the search includes the bit-width, `top_k` plans are returned for each bit-width.
         """
         sign = 1 if self.spec.search.minimize else -1
         scored: dict[str, list[tuple[float, int, Plan]]] = {}
         for plan in self.group_plans(group):
-            record = self.records.get(plan.trial)
-            if record is not None and record.status == "completed" and _finite(record.objective_value):
+            record = self.result(plan)
+            if record is not None and not record_violations(self.spec.constraints, record):
                 same_bits = scored.setdefault(value_of(plan.config, BITS), [])
                 same_bits.append((sign * float(record.objective_value or 0.0), plan.index, plan))
         return [plan for part in scored.values() for *_, plan in sorted(part, key=lambda item: item[:2])[:top_k]]
+
+    def result(self, plan: Plan) -> RunRecord | None:
+        """Return the record of a completed trial; None if it has not completed."""
+        record = self.records.get(plan.trial)
+        has_result = record is not None and record.status == "completed" and _finite(record.objective_value)
+        return record if has_result else None
+
+    def stop_group(self, group: str, reason: str) -> None:
+        """End the search of a group before its budget is spent.
+
+        The decision is kept, because trials that were running then end later and might change it: a resumed sweep goes
+        on with the group only if its budget was raised, or `stop_when` is budget.
+        """
+        self.stopped[group] = {
+            "reason": reason,
+            "num_trials": self.spec.search.trials,
+            "after": self.num_plans(group),
+        }
+        stored = read_sweep_file(self.root / "sweep.json")
+        self.folder.write("sweep.json", {**stored, "stopped": self.stopped})
 
     def finish(self) -> None:
         """Mark the sweep as finished, so that `--num-trials +N` then means N more trials than it has."""
@@ -291,10 +313,17 @@ class Ledger:
         """Resolve the number of trials and write sweep.json."""
         self.spec = replace(self.spec, search=settled_budget(self.spec.search, stored))
         finished = {"finished": stored["finished"]} if "finished" in stored else {}
+        search = self.spec.search
+        if search.stop_when != "budget":
+            known = stored.get("stopped", {}).items()
+            self.stopped = {key: one for key, one in known if one["num_trials"] >= search.trials}
         number = max(self.spec.search.trials, stored.get("search", {}).get("num_trials") or 0)
         # The two addresses may contain a password.
         values = {**asdict(self.spec.search), "num_trials": number, "output_dir": "", "study_storage": ""}
-        write_sealed_json(self.root / "sweep.json", {**expected_identity(self.spec), **finished, "search": values})
+        bounds = {"constraints": constraint_values(self.spec.constraints)} if self.spec.constraints else {}
+        bounds |= {"stopped": self.stopped} if self.stopped else {}
+        content = {**expected_identity(self.spec), **bounds, **finished, "search": values}
+        write_sealed_json(self.root / "sweep.json", content)
         self.folder.send("sweep.json")
 
 

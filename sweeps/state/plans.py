@@ -111,7 +111,7 @@ def read_sweep_file(path: Path) -> dict[str, Any]:
 
 def _sweep_misfit(content: Mapping[str, Any]) -> str:
     """Return the first field of a sweep.json that no reader expects, as "FIELD = VALUE"; "" without one."""
-    kinds = {"search": dict, "groups": dict, "space": list, "finished": int}
+    kinds = {"search": dict, "groups": dict, "space": list, "finished": int, "constraints": dict, "stopped": dict}
     for name, kind in kinds.items():
         if name in content and type(content[name]) is not kind:
             return f"{name} = {shown(content[name])}"

@@ -28,8 +28,6 @@ class TrialTask:
     """Digest of the config; a record with another digest belongs to another sweep."""
     teacher: dict[str, Any]
     """Known fields of the teacher (name, digest, input_size), for the record of a run that ends early."""
-    second_objective: Literal["none", "size_bytes", "bitops"]
-    """Field of the record that is reported and minimized next to the objective."""
     sets: tuple[str, ...]
     """Names of the synthetic sets in the store."""
     folder: str

@@ -28,6 +28,7 @@ from synq.finetune.loop import NonFiniteLossError
 from synq.runs.record import RunRecord, run_folder
 from synq.synthesis.run_sets import set_names, set_store, set_warnings
 
+from ..constraints import SEARCHED
 from ..state.plans import unfinished_record
 from ..state.trial_task import TrialTask
 from .workspace import Workspace, is_storage_error
@@ -83,9 +84,8 @@ def do_trial(task: TrialTask, report: Report, *, rank: int = 0) -> None:
         "epoch": config.finetune.epochs,
         "epochs": config.finetune.epochs,
         "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        **{name: getattr(record, name) for name in SEARCHED},
     }
-    if task.second_objective != "none":
-        metrics[task.second_objective] = getattr(record, task.second_objective)
     report_times(metrics)
 
 

@@ -54,14 +54,14 @@ class SweepResult:
         """One row per trial: the columns of trials.csv, and `params.KEY` for every searched setting."""
         from synq.sweeps.leaderboard.frames import trial_frame
 
-        return trial_frame(self._records, self._settings)
+        return trial_frame(self._records, self._settings, self._view.constraints)
 
     @functools.cached_property
     def leaderboard(self) -> "DataFrame":
         """One row per setting, ranked: the columns of leaderboard.csv, and `params.KEY` for every searched setting."""
         from synq.sweeps.leaderboard.frames import leaderboard_frame
 
-        return leaderboard_frame(self._records, self._settings)
+        return leaderboard_frame(self._records, self._settings, self._view.constraints)
 
     @property
     def groups(self) -> list[str]:
@@ -71,12 +71,15 @@ class SweepResult:
     def best(self, group: str | None = None, *, model: Any = None) -> "Run":
         """Return the best run of a group: of its first setting on the leaderboard, the first seed.
 
+        It satisfies the constraints of the sweep.
+
         Args:
             group: One of `groups`; None takes the only one.
             model: As for `synq.open_run`.
 
         Raises:
-            ValueError: There are several groups and none was chosen, or the group has no completed trial.
+            ValueError: There are several groups and none was chosen, or the group has no completed trial that satisfies
+                the constraints.
         """
         from synq.api.run import open_run
 
@@ -87,11 +90,19 @@ class SweepResult:
         if chosen not in self.groups:
             raise ValueError(f"`group` must be one of {choices}, but got {chosen!r}")
         digests = {plan.config_digest for plan in self._view.plans.values() if plan.group == chosen}
+        violated: list[str] = []
         for standing in self._view.standings():
             digest = standing.row["config_digest"]
-            if digest in digests:
+            if digest in digests and standing.is_violating:
+                violated.append(standing.row["violates"])
+            elif digest in digests:
                 name = next(key for key, record in self._view.records.items() if record.config_digest == digest)
                 return open_run(self._view.paths[name], model=model)
+        if violated:
+            raise ValueError(
+                f"`constraints` must be satisfied by a trial of {chosen}, but the first one has {violated[0]}: see "
+                "`leaderboard`"
+            )
         raise ValueError(f"`group` must have a completed trial, but {chosen} has none: see `trials`")
 
     def report(self, output: str | Path | None = None) -> Path:
@@ -151,7 +162,7 @@ def run(
     Raises:
         ValueError: Invalid input, before anything is computed.
         OSError: A file, the storage or Ray failed.
-        SweepFailedError: A group has no completed trial, or too many failed.
+        SweepFailedError: A group has no completed trial, no trial satisfies the constraints, or too many failed.
         KeyboardInterrupt: It was interrupted; the same call resumes it.
     """
     with _environment(), muted(not progress):
@@ -229,7 +240,12 @@ def _plain(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def _reason(folder: Path) -> str:
     """Return why a sweep failed, with the reason of a failed trial."""
+    from synq.sweeps.constraints import constraints_text
+
     result = SweepResult(folder)
     failed = [record for record in result._records if record.status == "failed"]
-    why = f"{failed[-1].name}: {failed[-1].reason}" if failed else "no trial was completed"
-    return f"the sweep in {folder} has no result in a group, or too many failed trials ({len(failed)}); {why}"
+    bounds = constraints_text(result._view.constraints)
+    none = "no trial satisfies them" if bounds and len(failed) < len(result._records) else "no trial was completed"
+    why = f"{failed[-1].name}: {failed[-1].reason}" if failed else none
+    bounded = f", none that satisfies {bounds}" if bounds else ""
+    return f"the sweep in {folder} has no result in a group{bounded}, or too many failed trials ({len(failed)}); {why}"

@@ -154,7 +154,7 @@ def _rebuild(
         print(note, file=sys.stderr if printed else sys.stdout)  # standard output has only the table
     if printed and kind is None:
         settings = [standing.settings for standing in standings]
-        usual = shown_columns(TERMINAL_COLUMNS, settings)
+        usual = shown_columns(TERMINAL_COLUMNS, settings, violated=any(one.is_violating for one in standings))
         named = rows if columns else [{**row, "protocol": protocol_of(row)} for row in rows]
         if not columns and (constants := constants_text(settings, searched_settings(paths))):
             _show(f"{constants}\n")

@@ -63,7 +63,7 @@ DATASET_SOURCE = Kind(
     has_text=True,
     forms=("FILE.py:FUNCTION",),
 )
-SAMPLER = Kind("sampler", "synq.sampler", ("tpe", "random", "gp", "nsga2", "grid", "points"))
+SAMPLER = Kind("sampler", "synq.sampler", ("tpe", "random", "gp", "cmaes", "nsga2", "auto", "grid", "points"))
 KINDS = (LOSS_TERM, SYNTHESIS_METHOD, TEACHER_SOURCE, DATASET_SOURCE, SAMPLER)
 """All kinds, settings of a run first."""
 

@@ -27,6 +27,8 @@ DIMENSION_KEYS = ("type", "low", "high", "log", "step", "values", "optional", "l
 TEACHER_KEYS = ("spec", "weights", "num_classes", "input_size", "mean", "std", "name", "dataset", "base", "cam_layer")
 BASE_PARTS = ("teacher", "synthesis", "quant", "finetune", "evaluation", "runtime", "reconstruction", "name", "other")
 MAX_NEST = 3000
+LATER = ("constraints", "stop_when", "min_gain", "patience")
+BOUNDED = ("size_bytes", "bitops", "drop", "latency_ms", "top1", "")
 
 
 def _odd(rng: random.Random) -> Any:
@@ -82,9 +84,35 @@ def _spec(rng: random.Random) -> dict[str, Any]:
     return spec
 
 
+def _add_later_keys(spec: dict[str, Any]) -> None:
+    """Add keys that came after the seeds of past faults, by draws that leave the files of those seeds as they were."""
+    rng = random.Random(f"later 31 {spec!r}")
+    if rng.random() > 0.4:
+        return
+    space = spec.get("space")
+    for table in space.values() if isinstance(space, dict) else ():
+        if isinstance(table, dict) and rng.random() < 0.5:
+            table["when"] = _odd(rng) if rng.random() < 0.1 else _table(rng, tuple(space), _condition)
+    if rng.random() < 0.5:
+        spec["constraints"] = _table(rng, BOUNDED, _bound)
+    for key in rng.sample(LATER, rng.choice((0, 0, 1, 2))):
+        spec[key] = _odd(rng)
+    if rng.random() < 0.2:
+        spec["sampler"] = rng.choice(("cmaes", "auto"))
+
+
+def _condition(rng: random.Random) -> Any:
+    return rng.choice((_number(rng), [_number(rng)], "> 0", "!= none", "<= nan", ">x", "<", f">= {_number(rng)!r:.9}"))
+
+
+def _bound(rng: random.Random) -> Any:
+    return _table(rng, ("max", "min", "mid"), _number) if rng.random() < 0.5 else _number(rng)
+
+
 def spec_file(rng: random.Random) -> tuple[str, bytes]:
     """Return the name and the bytes of a spec file."""
     spec = _spec(rng)
+    _add_later_keys(spec)
     if rng.random() < 0.02:
         deep = MAX_NEST * rng.choice((1, 40))
         text = f"bits = {'[' * deep}{']' * deep}" if rng.random() < 0.5 else f"bits = {'{a=' * deep}1{'}' * deep}"

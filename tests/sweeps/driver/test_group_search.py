@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from synq.sweeps.conditions import When
+from synq.sweeps.constraints import Constraint
 from synq.sweeps.space import Dimension
 
 
@@ -12,7 +14,7 @@ def group_search(**keys: Any) -> Any:
 
     dimensions = (Dimension(name="finetune.lr", type="float", low=1e-4, high=1e-1, log=True),)
     values = {"minimize": True, "sampler": "tpe", "seed": "s", "num_startup": 2, "study_name": "x", **keys}
-    return GroupSearch(dimensions, **values)
+    return GroupSearch(values.pop("dimensions", dimensions), **values)
 
 
 def test_optuna_hears_how_each_trial_ended() -> None:
@@ -74,3 +76,64 @@ def test_two_objectives_are_told_and_searched_together() -> None:
     )
     assert [trial.values for trial in trials[:2]] == [[0.1, 100.0], [1.1, 50.0]]
     assert len(search.study.best_trials) == 2
+
+
+def run_search(search: Any, trials: int, size: Any) -> list[Any]:
+    """Propose and end trials whose objective is their learning rate; returns Optuna's trials."""
+    for number in range(trials):
+        point, _ = search.propose(f"p{number}", number)
+        value = point["finetune.lr"]
+        search.accept(f"p{number}", f"t{number}", f"trial-{number}")
+        result = {"objective_value": value, "size_bytes": size(value), "drop": None, "status": "completed"}
+        search.on_trial_complete(f"t{number}", result)
+    return search.study.get_trials()
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "random"])
+def test_optuna_is_told_of_violations_and_its_best_trial_has_none(sampler: str) -> None:
+    bounds = (Constraint(name="size_bytes", max=100.0), Constraint(name="drop", max=1.0))
+    search = group_search(sampler=sampler, constraints=bounds)
+    trials = run_search(search, 5, lambda lr: 150.0 if lr < 0.01 else 50.0)
+    assert [trial.constraints["size_bytes"] > 0 for trial in trials] == [trial.value < 0.01 for trial in trials]
+    assert {trial.constraints["drop"] for trial in trials} == {0.0}, "what is not known violates nothing"
+    assert {trial.value < 0.01 for trial in trials} == {True, False}
+    assert search.study.best_value >= 0.01
+
+
+def test_a_sampler_avoids_what_violates() -> None:
+    """Without the bound TPE goes to the lowest learning rates, with it to the lowest that satisfy it."""
+    bounds = (Constraint(name="size_bytes", max=100.0),)
+    free = run_search(group_search(num_startup=5), 40, lambda lr: 50.0)
+    bounded = run_search(group_search(num_startup=5, constraints=bounds), 40, lambda lr: 150.0 if lr < 0.01 else 50.0)
+    shares = [sum(trial.value >= 0.01 for trial in trials[20:]) / 20 for trials in (free, bounded)]
+    assert shares[0] < 0.15 and shares[1] > 0.45, shares
+
+
+def test_a_measurement_of_the_export_is_no_constraint_of_the_search() -> None:
+    search = group_search(constraints=(Constraint(name="latency_ms", max=1.0),))
+    assert [trial.constraints for trial in run_search(search, 2, lambda lr: 1.0)] == [{}, {}]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_a_setting_is_proposed_exactly_where_it_exists_and_a_replay_gives_it_again(sampler: str) -> None:
+    dimensions = (
+        Dimension(name="finetune.perturb_weight", type="choice", values=(0.0, 1.0)),
+        Dimension(
+            name="finetune.perturb_size", type="float", low=0.01, high=0.1,
+            when=(When(name="finetune.perturb_weight", sign=">", values=(0.0,)),),
+        ),
+    )  # fmt: skip
+    search, again = (group_search(dimensions=dimensions, sampler=sampler) for _ in range(2))
+    seen = []
+    for number in range(12):
+        point, params = search.propose(f"p{number}", number)
+        assert ("finetune.perturb_size" in point) == (point["finetune.perturb_weight"] == 1.0)
+        search.accept(f"p{number}", f"t{number}", f"trial-{number}")
+        again.attach(f"t{number}", params, f"trial-{number}")
+        for one in (search, again):
+            value = point.get("finetune.perturb_size", 0.05)
+            one.on_trial_complete(f"t{number}", {"objective_value": value, "status": "completed"})
+        seen.append(params)
+    assert {len(params) for params in seen} == {1, 2}
+    assert [trial.params for trial in again.study.get_trials()] == seen
+    assert again.propose("p", 12) == search.propose("p", 12), "a restarted driver goes on as one that was not stopped"

@@ -140,7 +140,8 @@ def test_a_sampler_of_a_package_and_unknown_ones(tmp_path: Path, monkeypatch: py
         file.write_text(f'sampler = "{wrong}"\n')
         assert main([str(file), "--output-dir", str(tmp_path / "out")]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-        assert "`sampler` must be one of tpe, random, gp, nsga2, grid, points, acme, " in line and near in line
+        assert "`sampler` must be one of tpe, random, gp, cmaes, nsga2, auto, grid, points, acme, " in line
+        assert near in line
     assert not (tmp_path / "out").exists()
 
 

@@ -28,7 +28,6 @@ def make_task(**fields: Any) -> TrialTask:
         "config": RunConfig(),
         "config_digest": "aa",
         "teacher": {},
-        "second_objective": "none",
         "sets": (),
         "folder": "folder",
         "address": "",
@@ -43,7 +42,7 @@ def make_task(**fields: Any) -> TrialTask:
 def test_a_task_travels_as_plain_values_and_is_read_strictly() -> None:
     import json
 
-    task = make_task(sets=("a", "b"), teacher={"name": "net", "input_size": [1, 8, 8]}, second_objective="bitops")
+    task = make_task(sets=("a", "b"), teacher={"name": "net", "input_size": [1, 8, 8]})
     values = json.loads(json.dumps(task.to_dict()))
     assert TrialTask.from_dict(values) == task and TrialTask.from_dict(task.to_dict()) == task
     assert values["config"]["finetune"]["lr"] == task.config.finetune.lr

@@ -26,7 +26,7 @@ COLUMNS = (
     "set_digest, config_digest, commit, versions, device, seconds, num_data_seeds, first_bits, "
     "last_bits, teacher_digest, "
     "best, pareto_size, pareto_bitops, fidelity_measure, onnx_bytes, packed_bytes, latency_ms, "
-    "float_latency_ms, layer_bits, latency_ratio"
+    "float_latency_ms, layer_bits, latency_ratio, violates"
 )
 
 

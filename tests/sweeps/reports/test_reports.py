@@ -201,13 +201,13 @@ def test_a_folder_of_runs_has_a_page_without_a_search(folder: Path, tmp_path: Pa
     assert "are not trials of a search" in next(gap.reason for gap in _blocks(page, Gap) if gap.title == "Search")
 
 
-def test_the_pareto_front_has_only_rank_one_and_no_ties(sweep: SweepView) -> None:
+def test_the_pareto_front_has_only_best_rows_and_no_ties(sweep: SweepView) -> None:
     rows = [
-        {"rank": 1, "cost": 1, "top": 90.0},
-        {"rank": 1, "cost": 1, "top": 90.0},
-        {"rank": 1, "cost": 2, "top": 89.0},
+        {"best": 1, "cost": 1, "top": 90.0},
+        {"best": 1, "cost": 1, "top": 90.0},
+        {"best": 1, "cost": 2, "top": 89.0},
     ]
-    rows += [{"rank": 2, "cost": 1, "top": 99.0}, {"rank": 1, "cost": 3, "top": 91.0}]
+    rows += [{"best": 0, "cost": 1, "top": 99.0}, {"best": 1, "cost": 3, "top": 91.0}]
     assert [row["top"] for row in front(rows, "cost", "top", higher=True)] == [90.0, 91.0]
     assert [row["top"] for row in front(rows, "cost", "top", higher=False)] == [90.0, 89.0]
 
