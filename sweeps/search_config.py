@@ -7,6 +7,7 @@ from typing import Literal
 from synq.config.parsing import between, one_of, require
 from synq.config.plugins import SAMPLER, check_known, is_added
 from synq.config.run import MAX_NAME
+from synq.runs.record import FAILURES
 
 DEFAULT_TRIALS = 8
 SAMPLERS = SAMPLER.built_in
@@ -64,8 +65,8 @@ class SearchConfig:
     """Number of restarts, from its last epoch, of a trial whose worker died."""
     max_failed_trials: int = 10
     """Number of failed trials since the start of the sweep at which it stops: so many usually have one common cause."""
-    retry_failed: bool = False
-    """Whether to run trials again that failed in an earlier start."""
+    retry: tuple[Literal["failed", "diverged", "pre-empted", "lost"], ...] = ()
+    """Statuses of an earlier start whose trials are run again: failed, diverged, pre-empted, lost."""
     workers_per_trial: int = 1
     """Processes of one trial; several train its student together (DDP), on one machine or more."""
     cpus_per_worker: float = 1.0
@@ -105,6 +106,8 @@ class SearchConfig:
             ("scheduler", ("asha", "none")),
         ):
             one_of(name, getattr(self, name), choices)
+        for status in self.retry:
+            one_of("retry", status, FAILURES)
         check_known(SAMPLER, self.sampler)
         storage = self.study_storage in ("none", "journal") or "://" in self.study_storage
         require("study_storage", "be none, journal or the address of a database", self.study_storage, storage)

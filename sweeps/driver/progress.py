@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from synq.runs.record import RunRecord, summary_line
+from synq.runs.record import FAILURES, RunRecord, summary_line
 
 from ..leaderboard.columns import SWEEP_COLUMNS
 from ..leaderboard.ranking import Standing
 from ..leaderboard.records import cell
 from ..leaderboard.settings import constants_text, shown_columns
 
-ENDS = ("completed", "pruned", "failed")
+USUAL = ("completed", "pruned", "failed")
+"""Statuses with a column in the live table; the others get one where they occur."""
 
 
 @dataclass
@@ -175,11 +176,13 @@ class Progress:
         title += f", {self.usage}" if self.usage else ""
         title += f", GPU memory peak {self.peak_bytes / 2**30:.2f} GiB" if self.peak_bytes else ""
         table = Table(title=title, title_justify="left")
-        for heading in ("group", *ENDS, "best objective", "of", "top1"):
+        seen = {status for group in groups.values() for status in group.counts}
+        ends = (*USUAL, *(status for status in FAILURES if status in seen and status not in USUAL))
+        for heading in ("group", *ends, "best objective", "of", "top1"):
             table.add_column(heading)
         for name, group in groups.items():
             best = f"{group.best:.4g}" if group.best_trial else ""
-            counts = [str(group.counts[status]) for status in ENDS]
+            counts = [str(group.counts[status]) for status in ends]
             table.add_row(name, *counts, best, group.best_trial, "" if group.top1 is None else f"{group.top1:.2f}")
         for trial, state in running.items():
             table.add_row(trial, state)

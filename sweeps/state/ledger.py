@@ -5,7 +5,8 @@ Layout::
     sweep.json            search and groups of the sweep; a spec that differs is rejected
     plans/TRIAL.json      written when a trial is proposed: its settings, its config, later its objective per epoch
     plans/TRIAL.stop      requests a trial of several workers to stop
-    records/TRIAL.json    written when a trial has ended: completed, pruned or failed
+    records/TRIAL.json    written when a trial has ended, in whatever way
+    logs/TRIAL.log        what the trial printed
     runs/, store/         folders of the runs, and the synthetic sets
     trials.csv, leaderboard.csv
 
@@ -25,7 +26,7 @@ from typing import Any
 from synq.common.digests import write_sealed_json
 from synq.common.environment import environment
 from synq.common.files import DamagedFileError
-from synq.runs.record import RunRecord, read_record, write_record
+from synq.runs.record import RunRecord, Status, read_record, write_record
 
 from ..leaderboard.records import Tables
 from ..space import BITS, value_of
@@ -34,6 +35,7 @@ from .folder import SweepFolder
 from .identity import check_identity, expected_identity, rebuilt_identity, settled_budget, stored_identity
 from .plans import Plan, plan_values, read_sweep_file, set_recipe, unfinished_record
 from .recovery import read_state
+from .trial_log import TrialLog, last_host, log_name
 from .trial_task import TrialTask
 
 TABLES = ("trials.csv", "leaderboard.csv")
@@ -93,7 +95,7 @@ class Ledger:
         self.folder.give_back()
 
     def _keep_record(self, trial: str, record: RunRecord) -> None:
-        if record.status == "failed" and self.spec.search.retry_failed and trial in self.plans:
+        if record.status in self.spec.search.retry and trial in self.plans:
             self.folder.remove(f"records/{trial}.json")
             return
         self.records[trial] = record
@@ -191,7 +193,7 @@ class Ledger:
         self,
         trial: str,
         *,
-        status: str,
+        status: Status,
         reason: str,
         history: list[tuple[int, float]],
         seconds: float,
@@ -204,12 +206,12 @@ class Ledger:
 
         Args:
             trial: Name of the trial.
-            status: pruned or failed, for a trial that wrote no record.
+            status: Any but completed, for a trial that wrote no record.
             reason: Reason of that status.
             history: (epoch, objective) as reported.
             seconds: Duration of the trial in seconds.
             began: Start time in seconds since 1970; None if the trial reported nothing.
-            host: Machine of the trial; "" if it reported none.
+            host: Machine of the trial; "" if it reported none: it is then that of the log, if any.
 
         Returns:
             The record.
@@ -226,12 +228,13 @@ class Ledger:
             teacher = self.teachers.get(plan.group, {})
             values = {
                 **self._environment,
-                "host": host,
+                "host": host or last_host(self.root / log_name(trial)),
                 "started": "" if began is None else datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
                 "total_seconds": seconds,
                 "objective_value": history[-1][1] if history else None,
             }
             record = unfinished_record(plan.config, trial, status=status, reason=reason, teacher=teacher, values=values)
+            self._log_end(trial, f"{status}: {reason}")
             write_record(path, record)
             self.folder.send(f"records/{path.name}")
         self.records[trial] = record
@@ -239,6 +242,16 @@ class Ledger:
         if time.monotonic() >= self._tables_due:
             self.write_tables()
         return record
+
+    def _log_end(self, trial: str, text: str) -> None:
+        """Append the end of a trial that wrote no record to its log."""
+        name = log_name(trial)
+        if self.folder.storage is not None:
+            self.folder.storage.get(name, self.root / name)
+        with TrialLog(self.root / name) as log:
+            log.event(f"the driver: {text}")
+        if (self.root / name).is_file():
+            self.folder.send(name)
 
     def end_early(self) -> None:
         """Add the records of trials that ended while the driver was being stopped, and rewrite the tables.

@@ -9,9 +9,10 @@ from typing import Any, Literal
 from synq.common.digests import read_sealed_json, report_unsealed
 from synq.config.parsing import check_format, shown
 from synq.config.run import RunConfig, config_digest, config_to_dict
-from synq.runs.record import RunRecord
+from synq.runs.record import RunRecord, Status
 
 from ..leaderboard.ranking import read_setting
+from .trial_log import log_name
 
 FORMAT = 2
 """Version of the format of plans and of sweep.json."""
@@ -137,7 +138,7 @@ def unfinished_record(
     config: RunConfig,
     trial: str,
     *,
-    status: str,
+    status: Status,
     reason: str,
     teacher: Mapping[str, Any],
     values: Mapping[str, Any] | None = None,
@@ -147,13 +148,14 @@ def unfinished_record(
     Args:
         config: Config of the run.
         trial: Name of the trial.
-        status: pruned or failed.
+        status: Any but completed.
         reason: Reason of the status; line breaks become spaces, and it is cut after 500 characters.
         teacher: Known fields of the teacher (name, digest, input_size).
         values: Other known fields of the record.
     """
     quant, evaluation = config.quant, config.evaluation
     known = {
+        "log": log_name(trial),
         "status": status,
         "reason": " ".join(reason.split())[:REASON_LENGTH],
         "name": trial,

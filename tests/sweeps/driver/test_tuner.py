@@ -53,7 +53,9 @@ def test_ended_trials_stand_with_reason_and_only_completed_ones_rank(sweep: Path
     trials = rows(sweep / "trials.csv")
     ended = [row for row in trials if row["status"] != "completed"]
     assert {row["lr"] for row in ended} >= {"1e+20"} and all(row["reason"] for row in ended)
-    assert {row["status"] for row in ended} <= {"failed", "pruned"}
+    assert {row["status"] for row in ended} <= {"diverged", "pruned"}
+    logs = {row["status"]: (sweep / row["log"]).read_text() for row in trials}
+    assert "epoch 2/2: objective " in logs["completed"] and "NonFiniteLossError" in logs["diverged"]
     board = rows(sweep / "leaderboard.csv")
     assert tuple(board[0])[: len(LEADERBOARD_COLUMNS)] == LEADERBOARD_COLUMNS and "1e+20" not in {
         row["lr"] for row in board
@@ -123,7 +125,7 @@ def test_the_search_is_rebuilt_from_the_folder(sweep: Path) -> None:
     ledger.open()
     try:
         searcher = SweepSearcher(spec, ledger)
-        states = {"completed": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+        states = {"completed": "COMPLETE", "pruned": "PRUNED", "diverged": "FAIL"}
         for key, search in searcher.searches.items():
             told = {trial.user_attrs["trial"]: trial.state.name for trial in search.study.get_trials()}
             plans = ledger.group_plans(key)
