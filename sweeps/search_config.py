@@ -74,8 +74,9 @@ class SearchConfig:
     gpus_per_worker: float = 0.0
     """GPUs of each worker: 1, a fraction such as 0.25 (several trials then share a device), or 0 for the CPU."""
     study_storage: str = "none"
-    """Storage of the Optuna studies for optuna-dashboard: journal (optuna.journal in the sweep's folder), a database
-    such as sqlite:////tmp/studies.db, or none."""
+    """Storage of the Optuna studies for optuna-dashboard: journal (optuna.journal in the sweep's folder; one driver), a
+    database such as postgresql://USER@HOST/NAME or sqlite:////tmp/studies.db, through which several drivers may run the
+    sweep together, or none."""
     report: bool = True
     """Whether the sweep ends by writing a page, report.html in its folder; `synq report` makes it at any time."""
 
@@ -125,6 +126,11 @@ class SearchConfig:
         if self.workers_per_trial > 1:  # NCCL rejects two processes of one group on one device
             rule = "be 0 or 1 if a trial has several workers"
             require("gpus_per_worker", rule, gpus, gpus in (0, 1))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the studies are in a database, which several drivers may share."""
+        return "://" in self.study_storage
 
     @property
     def minimize(self) -> bool:

@@ -62,7 +62,7 @@ class SweepCallback(tune.Callback):
         if now - self._checked < CHECK_SECONDS:
             return
         self._checked = now
-        self.stop_reason.storage = self.stop_reason.storage or self.ledger.folder.lost
+        self.stop_reason.storage = self.stop_reason.storage or self.ledger.lost
         self.progress.usage = usage()
         try:
             capacity(self.ledger.spec.search)

@@ -129,6 +129,12 @@ class Progress:
         if self.on_trial is not None:
             self.on_trial(record)
 
+    def elsewhere(self, trial: str, record: RunRecord) -> None:
+        """Count a trial that another driver ran and print its end."""
+        self._count(trial, record)
+        outcome = summary_line(record).partition(" | ")[2]
+        self.log(f"[{self.num_ended}/{self.total}] {trial} | by another driver, on {record.host} | {outcome}")
+
     def worked(self, began: float | None, ended: float | None, gpu_bytes: int) -> None:
         """Record the start and end of a trial on its worker, and its peak GPU memory."""
         if began is not None and ended is not None:

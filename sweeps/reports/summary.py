@@ -126,7 +126,8 @@ def sweep_verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
     failed = failed_runs(sweep)
     if failed:
         counts = Counter(record.status for _, record in failed)
-        each = "" if set(counts) == {"failed"} else f" ({', '.join(f'{n} {name}' for name, n in counts.items())})"
+        parts = ", ".join(f"{counts[status]} {status}" for status in FAILURES if counts[status])
+        each = "" if set(counts) == {"failed"} else f" ({parts})"
         lines.append(f"{plural(len(failed), 'trial')} failed{each}; the tab Trials has the reasons.")
     if sweep.running:
         lines.append(

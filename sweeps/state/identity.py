@@ -110,6 +110,24 @@ def settled_budget(search: SearchConfig, stored: Mapping[str, Any]) -> SearchCon
     return replace(search, num_trials=number, more_trials=0)
 
 
+def settled_identity(spec: SweepSpec, stored: Mapping[str, Any]) -> tuple[SweepSpec, dict[str, Any]]:
+    """Return the sweep with its resolved number of trials, and the content of its sweep.json.
+
+    Args:
+        spec: The sweep.
+        stored: Content of sweep.json until now; {} for a new sweep.
+
+    Raises:
+        ValueError: As `settled_budget`.
+    """
+    spec = replace(spec, search=settled_budget(spec.search, stored))
+    finished = {"finished": stored["finished"]} if "finished" in stored else {}
+    number = max(spec.search.trials, stored.get("search", {}).get("num_trials") or 0)
+    # The two addresses may contain a password.
+    search = {**asdict(spec.search), "num_trials": number, "output_dir": "", "study_storage": ""}
+    return spec, {**expected_identity(spec), **finished, "search": search}
+
+
 def _comparable(value: Any) -> Any:
     """Return a value with each path reduced to its last part, so that a moved folder of weights is the same sweep.
 

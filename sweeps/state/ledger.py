@@ -18,7 +18,8 @@ opened, and every file that is written is uploaded as well. Imports neither Ray 
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,10 @@ from ..leaderboard.records import Tables
 from ..space import BITS, value_of
 from ..spec import SweepSpec
 from .folder import SweepFolder
-from .identity import check_identity, expected_identity, rebuilt_identity, settled_budget, stored_identity
-from .plans import Plan, plan_values, read_sweep_file, set_recipe, unfinished_record
+from .identity import check_identity, rebuilt_identity, settled_identity, stored_identity
+from .plans import Plan, in_order, plan_values, read_sweep_file, set_recipe, unfinished_record
 from .recovery import read_state
-from .trial_log import TrialLog, last_host, log_name
+from .trial_log import last_host, log_name
 from .trial_task import TrialTask
 
 TABLES = ("trials.csv", "leaderboard.csv")
@@ -73,7 +74,7 @@ class Ledger:
             ValueError: Another driver uses the folder, it has a different sweep, or a file in it is damaged.
             OSError: The folder is not writable.
         """
-        self.folder.take()
+        self._take()
         try:
             stored, reason = stored_identity(self.root)
             if not reason:
@@ -81,18 +82,61 @@ class Ledger:
             plans, records = read_state(self.folder, self.spec)
             if reason and (plans or records):
                 stored = rebuilt_identity(plans, records, self.spec, reason)
-            self._write_identity(stored)
-            for plan in sorted(plans.values(), key=lambda plan: (plan.group, plan.stage, plan.index, plan.trial)):
-                self._keep(plan)
-            for trial, record in records.items():
-                self._keep_record(trial, record)
+            self._begin(stored, plans, records)
         except BaseException:
             self.close()
             raise
 
+    def _take(self) -> None:
+        self.folder.take()
+
+    def _begin(self, stored: Mapping[str, Any], plans: dict[str, Plan], records: dict[str, RunRecord]) -> None:
+        """Begin with the state of the folder.
+
+        Args:
+            stored: Content of sweep.json; {} for a new sweep.
+            plans, records: As from `read_state`.
+        """
+        self._write_identity(stored)
+        for plan in in_order(plans.values()):
+            self._keep(plan)
+        for trial, record in records.items():
+            self._keep_record(trial, record)
+
     def close(self) -> None:
         """Release the locks of the folder."""
         self.folder.give_back()
+
+    @property
+    def lost(self) -> str:
+        """Reason why this driver must stop, because another one may run the sweep; "" while there is none."""
+        return self.folder.lost
+
+    def sync(self) -> list[Plan]:
+        """Read what other drivers have changed and return the plans; a sweep of one driver has none."""
+        return []
+
+    def freed(self) -> list[Plan]:
+        """Return the plans without a record that no living driver runs; a sweep of one driver knows them already."""
+        return []
+
+    def elsewhere(self, trial: str) -> bool:
+        """Return whether another living driver runs a trial."""
+        return False
+
+    def claim(self, plan: Plan) -> bool:
+        """Write a new plan, and return whether its trial is this driver's to run."""
+        self.add_plan(plan)
+        return True
+
+    def take_over(self, plan: Plan) -> bool:
+        """Write the plan of an interrupted trial, and return whether the trial is this driver's to run."""
+        self.add_plan(plan)
+        return True
+
+    def alone(self, what: str) -> AbstractContextManager[None]:
+        """Return a context in which no other driver of the sweep does `what`."""
+        return nullcontext()
 
     def _keep_record(self, trial: str, record: RunRecord) -> None:
         if record.status in self.spec.search.retry and trial in self.plans:
@@ -234,7 +278,7 @@ class Ledger:
                 "objective_value": history[-1][1] if history else None,
             }
             record = unfinished_record(plan.config, trial, status=status, reason=reason, teacher=teacher, values=values)
-            self._log_end(trial, f"{status}: {reason}")
+            self.folder.log_end(trial, f"{status}: {reason}")
             write_record(path, record)
             self.folder.send(f"records/{path.name}")
         self.records[trial] = record
@@ -242,16 +286,6 @@ class Ledger:
         if time.monotonic() >= self._tables_due:
             self.write_tables()
         return record
-
-    def _log_end(self, trial: str, text: str) -> None:
-        """Append the end of a trial that wrote no record to its log."""
-        name = log_name(trial)
-        if self.folder.storage is not None:
-            self.folder.storage.get(name, self.root / name)
-        with TrialLog(self.root / name) as log:
-            log.event(f"the driver: {text}")
-        if (self.root / name).is_file():
-            self.folder.send(name)
 
     def end_early(self) -> None:
         """Add the records of trials that ended while the driver was being stopped, and rewrite the tables.
@@ -302,12 +336,8 @@ class Ledger:
 
     def _write_identity(self, stored: Mapping[str, Any]) -> None:
         """Resolve the number of trials and write sweep.json."""
-        self.spec = replace(self.spec, search=settled_budget(self.spec.search, stored))
-        finished = {"finished": stored["finished"]} if "finished" in stored else {}
-        number = max(self.spec.search.trials, stored.get("search", {}).get("num_trials") or 0)
-        # The two addresses may contain a password.
-        values = {**asdict(self.spec.search), "num_trials": number, "output_dir": "", "study_storage": ""}
-        write_sealed_json(self.root / "sweep.json", {**expected_identity(self.spec), **finished, "search": values})
+        self.spec, values = settled_identity(self.spec, stored)
+        write_sealed_json(self.root / "sweep.json", values)
         self.folder.send("sweep.json")
 
 

@@ -1,7 +1,7 @@
 """Plans of proposed trials as files, and records of trials without a result. Imports neither Ray nor torch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +56,19 @@ class Plan:
     """(epoch, objective) as reported during the run."""
 
 
+def in_order(plans: Iterable[Plan]) -> list[Plan]:
+    """Return plans in the order in which they were proposed, group by group."""
+    return sorted(plans, key=lambda plan: (plan.group, plan.stage, plan.index, plan.trial))
+
+
+def new_plan(
+    trial: str, group: str, stage: Literal["search", "final"], index: int, params: dict[str, Any], config: RunConfig
+) -> Plan:
+    """Return the plan of a trial that has not started; the arguments are its fields."""
+    digest = config_digest(config)
+    return Plan(trial=trial, group=group, stage=stage, index=index, params=params, config=config, config_digest=digest)
+
+
 def read_plan(path: Path) -> Plan:
     """Read the plan of a trial from its file.
 
@@ -64,6 +77,23 @@ def read_plan(path: Path) -> Plan:
         ValueError: The file is no plan, that of another trial, or of another format version.
     """
     content, is_sealed = read_sealed_json(path)
+    plan = parse_plan(content, path, is_sealed=is_sealed)
+    if not is_sealed:
+        report_unsealed(path)
+    return plan
+
+
+def parse_plan(content: Any, path: Path, *, is_sealed: bool) -> Plan:
+    """Return the plan of a trial from the content of its file.
+
+    Args:
+        content: The JSON value, without its digest.
+        path: The file, for its name and for messages.
+        is_sealed: Whether the content has been compared with its digest.
+
+    Raises:
+        ValueError: The content is no plan, that of another trial, or of another format version.
+    """
     if isinstance(content, dict) and "format" in content:
         check_format(path, "the plan of a trial", content.pop("format"), FORMAT, "run the sweep again in a new folder")
     if not isinstance(content, dict) or set(content) != set(Plan.__dataclass_fields__):
@@ -76,10 +106,8 @@ def read_plan(path: Path) -> Plan:
     if content["trial"] != path.stem:
         raise ValueError(f"`{path}` must hold the plan of its name, but it is that of {content['trial']}: {REMOVE}")
     config, _ = read_setting(content["config"], source=str(path))  # what trials share is parsed once
-    if not is_sealed:
-        if config_digest(config) != content["config_digest"]:
-            raise ValueError(f"`{path}` must have the configuration of its digest, but has another: {REMOVE}")
-        report_unsealed(path)
+    if not is_sealed and config_digest(config) != content["config_digest"]:
+        raise ValueError(f"`{path}` must have the configuration of its digest, but has another: {REMOVE}")
     try:
         history = [(int(epoch), float(value)) for epoch, value in content["history"] if value is not None]
     except (ValueError, TypeError, OverflowError):

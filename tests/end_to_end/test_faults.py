@@ -128,7 +128,7 @@ def test_trials_that_die_or_ask_for_too_much_are_recorded_and_the_sweep_goes_on(
     assert ended["killer"]["host"] == ended["net"]["host"] != ""
     command = [sys.executable, "-m", "synq.cli", "show", str(tmp_path / "out")]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "2 trials failed (1 lost, 1 failed)" in shown and ended["killer"]["log"] in shown
+    assert "2 trials failed (1 failed, 1 lost)" in shown and ended["killer"]["log"] in shown
 
 
 @pytest.mark.slow

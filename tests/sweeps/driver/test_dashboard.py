@@ -29,15 +29,15 @@ def test_studies_of_another_sweep_are_not_overwritten(tmp_path: Path) -> None:
 
 def test_the_journal_lock_of_a_killed_driver_costs_no_time(tmp_path: Path) -> None:
     """Optuna 5.0.0 waits 30 seconds for the lock of a process that was killed while it wrote the journal."""
-    from synq.sweeps.driver.dashboard import study_storage
+    from synq.sweeps.driver.dashboard import journal
 
     spec = tiny(tmp_path, study_storage="journal")
     spec.output_dir.mkdir(parents=True, exist_ok=True)
     lock = spec.output_dir / "optuna.journal.lock"
     lock.symlink_to("optuna.journal")
-    study_storage(spec)
+    journal(spec)
     assert not lock.is_symlink()
     lock.symlink_to("optuna.journal")
     started = time.monotonic()
-    study_storage(spec)
+    journal(spec)
     assert time.monotonic() - started < 10

@@ -321,12 +321,16 @@ def test_a_record_of_another_run_is_no_record(opened: Any, tmp_path: Path, monke
 
 
 def test_a_password_stays_out_of_files_and_messages(opened: Any, tmp_path: Path) -> None:
-    from synq.sweeps.driver.dashboard import _without_password
+    from synq.sweeps.storage.databases import database_error, database_text
 
     address = "postgresql://me:secret@host/db"
     ledger = opened(tmp_path / "other", study_storage=address)[1]
     assert "secret" not in (ledger.root / "sweep.json").read_text()
-    assert (
-        _without_password(address) == "postgresql://me:...@host/db"
-        and _without_password("sqlite:////tmp/a.db") == "sqlite:////tmp/a.db"
-    )
+    for text, shown in {
+        address: "postgresql://me:...@host/db",
+        "postgresql://me:a:b/secret@host/db?password=secret": "postgresql://me:...@host/db",
+        "postgresql://host/db?user=me&password=secret": "postgresql://host/db",
+        "sqlite:////tmp/a.db": "sqlite:////tmp/a.db",
+    }.items():
+        assert database_text(text) == shown
+        assert "secret" not in database_error(ValueError(f"cannot parse {text}"), text), text

@@ -1,0 +1,124 @@
+"""Several drivers of one sweep against a real PostgreSQL: killed, joined, with folders of their own or one folder."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.databases import PASSWORD, postgresql, why_no_postgresql
+from support.sweep_tools import Start, board, finish, listed, rows, until, whole
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(why_no_postgresql()), reason=why_no_postgresql()),
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with postgresql() as address:
+        yield address
+
+
+def spec_of(folder: Path, address: str, name: str, head: str = "") -> str:
+    path = listed(folder, head=f'study_storage = "{address}"\nmax_concurrent = 1\n{head}')
+    path.write_text(path.read_text().replace('name = "tiny"', f'name = "{name}"'))
+    return str(path)
+
+
+def states(address: str, name: str) -> list[tuple[str, str]]:
+    """Name and state of the trials in the study of the sweep."""
+    import optuna
+
+    from synq.sweeps.storage.databases import engine_address
+
+    study = optuna.load_study(
+        study_name=f"{name}-digits_resnet8-W3A3", storage=optuna.storages.RDBStorage(engine_address(address))
+    )
+    return sorted((trial.user_attrs["trial"], trial.state.name) for trial in study.get_trials())
+
+
+def starts(*folders: Path) -> dict[str, int]:
+    """How often each trial was started, by its logs."""
+    logs = [path for folder in folders for path in folder.glob("logs/*.log")]
+    found: dict[str, int] = {}
+    for path in logs:
+        found[path.stem] = found.get(path.stem, 0) + path.read_text().count("starts\n")
+    return found
+
+
+def without_password(text: str, *folders: Path) -> None:
+    assert PASSWORD not in text
+    command = ["grep", "-rlaF", PASSWORD, *map(str, folders)]
+    assert not subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+TRIALS = [f"digits_resnet8-W3A3-t{index:03d}" for index in range(4)]
+
+
+def test_a_driver_finishes_what_a_killed_one_began_with_folders_of_their_own(
+    start: Start, tmp_path: Path, server: str, undisturbed: list[dict[str, str]]
+) -> None:
+    spec, one, two = spec_of(tmp_path, server, "killed"), tmp_path / "one", tmp_path / "two"
+    first = start(spec, "--output-dir", str(one))
+    until(lambda: len(list(one.glob("records/*.json"))) >= 1, first)
+    second = start(spec, "--output-dir", str(two))
+    until(lambda: bool(list(two.glob("runs/*/checkpoint.pt"))), second)
+    until(lambda: bool(list(one.glob("runs/*/checkpoint.pt"))), first)
+    os.killpg(first.pid, signal.SIGKILL)  # its trials, too, as where a machine is lost
+    printed = first.communicate()[0]
+    text = finish(second, 400)
+    assert board(two) == undisturbed and [row["trial"] for row in rows(two / "trials.csv")] == TRIALS
+    assert "by another driver, on " in text and states(server, "killed") == [(name, "COMPLETE") for name in TRIALS]
+    assert max(starts(one, two).values()) == 2 and sum(starts(one, two).values()) == 5, "one trial was begun again"
+    whole(two)
+    again = finish(start(spec, "--output-dir", str(one)), 200)
+    assert "4 trials are there already" in again and board(one) == undisturbed
+    assert (one / "trials.csv").read_text() == (two / "trials.csv").read_text()
+    without_password(printed + text + again, one, two)
+
+
+def test_two_drivers_with_one_folder_run_each_trial_once_and_end_together(
+    start: Start, tmp_path: Path, server: str, undisturbed: list[dict[str, str]]
+) -> None:
+    out = tmp_path / "out"
+    spec = spec_of(tmp_path, server, "together", "seeds = [0, 1]\n")
+    drivers = [start(spec, "--output-dir", str(out)) for _ in range(2)]
+    texts = [finish(driver, 400) for driver in drivers]
+    elsewhere = [len(re.findall("by another driver", text)) for text in texts]
+    assert sum(elsewhere) == 5 and min(elsewhere) >= 1, texts
+    assert len(starts(out)) == 5 and set(starts(out).values()) == {1}
+    assert [row["config_digest"] for row in board(out)] == [row["config_digest"] for row in undisturbed]
+    assert states(server, "together") == [(name, "COMPLETE") for name in TRIALS]
+    whole(out)
+    third = start(spec, "--output-dir", str(out), "--num-trials", "4")
+    assert "the sweep is finished" in finish(third, 200)
+    without_password("".join(texts), out)
+
+
+def test_a_wrong_password_and_a_server_that_is_not_there_are_one_line(
+    start: Start, tmp_path: Path, server: str
+) -> None:
+    for address in (server.replace(PASSWORD, "wrong-s3cret"), re.sub(r":\d+/", ":1/", server)):
+        spec = spec_of(tmp_path, address, "rejected")
+        process = start(spec, "--output-dir", str(tmp_path / "none"))
+        text, _ = process.communicate(timeout=100)
+        assert process.returncode == 2 and "`study_storage` must be a database that can be opened" in text, text
+        assert "s3cret" not in text and "Traceback" not in text
+        assert sum("study_storage" in line for line in text.splitlines()) == 1
+
+
+def test_the_python_driver_is_named_where_it_is_missing(tmp_path: Path, server: str) -> None:
+    spec = spec_of(tmp_path, server, "nodriver")
+    code = (
+        "import sys; sys.modules['psycopg'] = sys.modules['psycopg2'] = None\n"
+        f"sys.argv = ['synq', 'sweep', {spec!r}, '--output-dir', {str(tmp_path / 'o')!r}]\n"
+        "from synq.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and 'pip install -e ".[postgresql]"' in done.stderr, done.stderr
