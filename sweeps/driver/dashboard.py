@@ -39,7 +39,7 @@ def journal(spec: SweepSpec) -> BaseStorage | None:
 class StudyCopy:
     """A copy of the studies of a sweep in the database that its drivers share.
 
-    A trial is RUNNING there from its claim to its end. Whoever takes over the trial of a driver that has gone goes on
+    A trial is RUNNING there from its claim to its end. A driver that takes over a trial goes on
     with its row, and `complete` ends those whose end a driver did not write, so that none is RUNNING for ever.
     """
 

@@ -129,7 +129,7 @@ class SweepSearcher(Searcher):
     def complete_copy(self) -> None:
         """Write the ended trials that the copy of the studies lacks, for example because a driver was killed."""
         if self.copy is not None:
-            with self.ledger.alone("studies"):
+            with self.ledger.exclusive("studies"):
                 self.copy.read()
                 for key, search in self.searches.items():
                     self.copy.complete(key, search.study.get_trials(deepcopy=False))

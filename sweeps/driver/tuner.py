@@ -67,7 +67,7 @@ def run_sweep(spec: SweepSpec, *, quiet: bool = False, on_trial: Callable[[RunRe
 def _run(spec: SweepSpec, ledger: Ledger, quiet: bool, on_trial: Callable[[RunRecord], None] | None) -> int:
     stop_reason = StopReason()
     if spec.search.is_shared:
-        with ledger.alone("studies"):
+        with ledger.exclusive("studies"):
             copy = StudyCopy(spec)
         searcher = SweepSearcher(spec, ledger, copy=copy, stop_reason=stop_reason)
         searcher.complete_copy()
@@ -96,7 +96,7 @@ def _run(spec: SweepSpec, ledger: Ledger, quiet: bool, on_trial: Callable[[RunRe
                     if not spec.address:
                         check_shared(spec.output_dir)
                     _check_groups(spec, ledger)
-                    with ledger.alone("sets") if spec.address else nullcontext():
+                    with ledger.exclusive("sets") if spec.address else nullcontext():
                         make_all_sets(spec, ledger, progress)
                     _tune(spec, ledger, searcher, progress, stop_reason)
                     if not stop_reason:
@@ -148,7 +148,7 @@ def _conclude(
     where = spec.address or spec.output_dir
     progress.log(f"{where}/trials.csv\n{where}/leaderboard.csv")
     if spec.search.report and ledger.records:
-        with ledger.alone("report"):
+        with ledger.exclusive("report"):
             is_drawn = is_drawn or (spec.search.is_shared and _is_drawn(spec))  # by another driver
             if not is_drawn:
                 progress.log(f"drawing {PAGE} ...")

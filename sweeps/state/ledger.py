@@ -134,7 +134,7 @@ class Ledger:
         self.add_plan(plan)
         return True
 
-    def alone(self, what: str) -> AbstractContextManager[None]:
+    def exclusive(self, what: str) -> AbstractContextManager[None]:
         """Return a context in which no other driver of the sweep does `what`."""
         return nullcontext()
 

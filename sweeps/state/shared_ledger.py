@@ -125,7 +125,7 @@ class SharedLedger(Ledger):
         self.database.note(plan.trial, _text(plan))
         return True
 
-    def alone(self, what: str) -> AbstractContextManager[None]:
+    def exclusive(self, what: str) -> AbstractContextManager[None]:
         """Return a context in which no other driver of the sweep does `what`."""
         return self.database.lock(what)
 

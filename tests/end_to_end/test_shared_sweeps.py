@@ -25,8 +25,20 @@ def server() -> Iterator[str]:
         yield address
 
 
+EPOCHS = 6
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """The leaderboard of one driver without a database."""
+    folder = tmp_path_factory.mktemp("alone")
+    words = [str(listed(folder, epochs=EPOCHS)), "--output-dir", str(folder / "out")]
+    subprocess.run([sys.executable, str(root / "launch" / "sweep.py"), *words], check=True, timeout=500)
+    return board(folder / "out")
+
+
 def spec_of(folder: Path, address: str, name: str, head: str = "") -> str:
-    path = listed(folder, head=f'study_storage = "{address}"\nmax_concurrent = 1\n{head}')
+    path = listed(folder, epochs=EPOCHS, head=f'study_storage = "{address}"\nmax_concurrent = 1\n{head}')
     path.write_text(path.read_text().replace('name = "tiny"', f'name = "{name}"'))
     return str(path)
 
@@ -62,7 +74,7 @@ TRIALS = [f"digits_resnet8-W3A3-t{index:03d}" for index in range(4)]
 
 
 def test_a_driver_finishes_what_a_killed_one_began_with_folders_of_their_own(
-    start: Start, tmp_path: Path, server: str, undisturbed: list[dict[str, str]]
+    start: Start, tmp_path: Path, server: str, alone: list[dict[str, str]]
 ) -> None:
     spec, one, two = spec_of(tmp_path, server, "killed"), tmp_path / "one", tmp_path / "two"
     first = start(spec, "--output-dir", str(one))
@@ -73,18 +85,18 @@ def test_a_driver_finishes_what_a_killed_one_began_with_folders_of_their_own(
     os.killpg(first.pid, signal.SIGKILL)  # its trials, too, as where a machine is lost
     printed = first.communicate()[0]
     text = finish(second, 400)
-    assert board(two) == undisturbed and [row["trial"] for row in rows(two / "trials.csv")] == TRIALS
+    assert board(two) == alone and [row["trial"] for row in rows(two / "trials.csv")] == TRIALS
     assert "by another driver, on " in text and states(server, "killed") == [(name, "COMPLETE") for name in TRIALS]
     assert max(starts(one, two).values()) == 2 and sum(starts(one, two).values()) == 5, "one trial was begun again"
     whole(two)
     again = finish(start(spec, "--output-dir", str(one)), 200)
-    assert "4 trials are there already" in again and board(one) == undisturbed
+    assert "4 trials are there already" in again and board(one) == alone
     assert (one / "trials.csv").read_text() == (two / "trials.csv").read_text()
     without_password(printed + text + again, one, two)
 
 
 def test_two_drivers_with_one_folder_run_each_trial_once_and_end_together(
-    start: Start, tmp_path: Path, server: str, undisturbed: list[dict[str, str]]
+    start: Start, tmp_path: Path, server: str, alone: list[dict[str, str]]
 ) -> None:
     out = tmp_path / "out"
     spec = spec_of(tmp_path, server, "together", "seeds = [0, 1]\n")
@@ -93,7 +105,7 @@ def test_two_drivers_with_one_folder_run_each_trial_once_and_end_together(
     elsewhere = [len(re.findall("by another driver", text)) for text in texts]
     assert sum(elsewhere) == 5 and min(elsewhere) >= 1, texts
     assert len(starts(out)) == 5 and set(starts(out).values()) == {1}
-    assert [row["config_digest"] for row in board(out)] == [row["config_digest"] for row in undisturbed]
+    assert [row["config_digest"] for row in board(out)] == [row["config_digest"] for row in alone]
     assert states(server, "together") == [(name, "COMPLETE") for name in TRIALS]
     whole(out)
     third = start(spec, "--output-dir", str(out), "--num-trials", "4")
