@@ -1,6 +1,7 @@
 """Optuna storage of a sweep's studies, for optuna-dashboard: a copy of the ledger."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -13,6 +14,8 @@ from ..storage.databases import database_error, database_text, engine_address
 
 OWNER = "synq_sweep"
 """Attribute of a study: the name of its sweep."""
+FINISHED: Any = getattr(optuna.exceptions, "UpdateFinishedTrialError", RuntimeError)
+"""Error of a change to a trial that has ended, which Optuna 4.0 had no type for."""
 NAME = "trial"
 """Attribute of a trial: its name in the sweep."""
 
@@ -97,7 +100,7 @@ class StudyCopy:
         try:
             self._send(self._known[key], self._studies[key], trial, frozen)
         except Exception as error:  # SQLAlchemy and its drivers raise many types
-            if isinstance(error, optuna.exceptions.UpdateFinishedTrialError):  # another driver wrote its end just now
+            if isinstance(error, FINISHED):  # another driver wrote its end just now
                 return
             why = database_error(error.__cause__ or error, self._address)
             raise OSError(

@@ -10,7 +10,7 @@ from typing import Any
 
 def database_text(address: str) -> str:
     """Return the address of a database for messages: without its password and its options."""
-    plain = re.sub(r"(://[^/@]*?):[^/]*@", r"\1:...@", address)
+    plain = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:...@", address)
     return plain.partition("?")[0]
 
 
@@ -29,7 +29,7 @@ def database_error(error: BaseException, address: str) -> str:
         return 'its Python driver is not installed: pip install -e ".[postgresql]"'
     cause = getattr(error, "orig", None) or error
     line = " ".join(str(cause).strip().partition("\n")[0].split())
-    for secret in re.findall(r"://[^/@]*?:([^/]*)@", address) + re.findall(r"[?&]password=([^&]*)", address):
+    for secret in re.findall(r"://[^:/@]*:([^@]*)@", address) + re.findall(r"[?&]password=([^&]*)", address):
         line = line.replace(secret, "...") if secret else line
     return line[:400] or type(cause).__name__
 

@@ -15,6 +15,7 @@ from support.sweep_tools import Start, board, finish, listed, rows, until, whole
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(bool(why_no_postgresql()), reason=why_no_postgresql()),
 ]
 
@@ -29,11 +30,30 @@ EPOCHS = 6
 
 
 @pytest.fixture(scope="module")
-def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+def head() -> Iterator[str]:
+    """A Ray for the jobs of all drivers, as starting one for each takes longer than their trials."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "object_store_memory": 2**27, "include_dashboard": False},
+    )
+    yield str(cluster.address)
+    cluster.shutdown()
+
+
+@pytest.fixture
+def drive(start: Start, head: str) -> Start:
+    return lambda *words, **variables: start(*words, RAY_ADDRESS=head, **variables)
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path, head: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """The leaderboard of one driver without a database."""
     folder = tmp_path_factory.mktemp("alone")
     words = [str(listed(folder, epochs=EPOCHS)), "--output-dir", str(folder / "out")]
-    subprocess.run([sys.executable, str(root / "launch" / "sweep.py"), *words], check=True, timeout=500)
+    command = [sys.executable, str(root / "launch" / "sweep.py"), *words]
+    subprocess.run(command, check=True, timeout=600, env={**os.environ, "RAY_ADDRESS": head})
     return board(folder / "out")
 
 
@@ -74,14 +94,14 @@ TRIALS = [f"digits_resnet8-W3A3-t{index:03d}" for index in range(4)]
 
 
 def test_a_driver_finishes_what_a_killed_one_began_with_folders_of_their_own(
-    start: Start, tmp_path: Path, server: str, alone: list[dict[str, str]]
+    drive: Start, tmp_path: Path, server: str, alone: list[dict[str, str]]
 ) -> None:
     spec, one, two = spec_of(tmp_path, server, "killed"), tmp_path / "one", tmp_path / "two"
-    first = start(spec, "--output-dir", str(one))
-    until(lambda: len(list(one.glob("records/*.json"))) >= 1, first)
-    second = start(spec, "--output-dir", str(two))
-    until(lambda: bool(list(two.glob("runs/*/checkpoint.pt"))), second)
-    until(lambda: bool(list(one.glob("runs/*/checkpoint.pt"))), first)
+    first = drive(spec, "--output-dir", str(one))
+    until(lambda: len(list(one.glob("records/*.json"))) >= 1, first, 400)
+    second = drive(spec, "--output-dir", str(two))
+    until(lambda: bool(list(two.glob("runs/*/checkpoint.pt"))), second, 400)
+    until(lambda: bool(list(one.glob("runs/*/checkpoint.pt"))), first, 400)
     os.killpg(first.pid, signal.SIGKILL)  # its trials, too, as where a machine is lost
     printed = first.communicate()[0]
     text = finish(second, 400)
@@ -89,18 +109,18 @@ def test_a_driver_finishes_what_a_killed_one_began_with_folders_of_their_own(
     assert "by another driver, on " in text and states(server, "killed") == [(name, "COMPLETE") for name in TRIALS]
     assert max(starts(one, two).values()) == 2 and sum(starts(one, two).values()) == 5, "one trial was begun again"
     whole(two)
-    again = finish(start(spec, "--output-dir", str(one)), 200)
+    again = finish(drive(spec, "--output-dir", str(one)), 200)
     assert "4 trials are there already" in again and board(one) == alone
     assert (one / "trials.csv").read_text() == (two / "trials.csv").read_text()
     without_password(printed + text + again, one, two)
 
 
 def test_two_drivers_with_one_folder_run_each_trial_once_and_end_together(
-    start: Start, tmp_path: Path, server: str, alone: list[dict[str, str]]
+    drive: Start, tmp_path: Path, server: str, alone: list[dict[str, str]]
 ) -> None:
     out = tmp_path / "out"
     spec = spec_of(tmp_path, server, "together", "seeds = [0, 1]\n")
-    drivers = [start(spec, "--output-dir", str(out)) for _ in range(2)]
+    drivers = [drive(spec, "--output-dir", str(out)) for _ in range(2)]
     texts = [finish(driver, 400) for driver in drivers]
     elsewhere = [len(re.findall("by another driver", text)) for text in texts]
     assert sum(elsewhere) == 5 and min(elsewhere) >= 1, texts
@@ -108,7 +128,7 @@ def test_two_drivers_with_one_folder_run_each_trial_once_and_end_together(
     assert [row["config_digest"] for row in board(out)] == [row["config_digest"] for row in alone]
     assert states(server, "together") == [(name, "COMPLETE") for name in TRIALS]
     whole(out)
-    third = start(spec, "--output-dir", str(out), "--num-trials", "4")
+    third = drive(spec, "--output-dir", str(out), "--num-trials", "4")
     assert "the sweep is finished" in finish(third, 200)
     without_password("".join(texts), out)
 
@@ -118,7 +138,7 @@ def test_a_wrong_password_and_a_server_that_is_not_there_are_one_line(
 ) -> None:
     for address in (server.replace(PASSWORD, "wrong-s3cret"), re.sub(r":\d+/", ":1/", server)):
         spec = spec_of(tmp_path, address, "rejected")
-        process = start(spec, "--output-dir", str(tmp_path / "none"))
+        process = drive(spec, "--output-dir", str(tmp_path / "none"))
         text, _ = process.communicate(timeout=100)
         assert process.returncode == 2 and "`study_storage` must be a database that can be opened" in text, text
         assert "s3cret" not in text and "Traceback" not in text
