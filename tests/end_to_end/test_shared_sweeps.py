@@ -107,7 +107,8 @@ def test_a_driver_finishes_what_a_killed_one_began_with_folders_of_their_own(
     text = finish(second, 400)
     assert board(two) == alone and [row["trial"] for row in rows(two / "trials.csv")] == TRIALS
     assert "by another driver, on " in text and states(server, "killed") == [(name, "COMPLETE") for name in TRIALS]
-    assert max(starts(one, two).values()) == 2 and sum(starts(one, two).values()) == 5, "one trial was begun again"
+    begun = sorted(starts(one, two).values())
+    assert begun in ([1, 1, 1, 2], [1, 1, 1, 1]), "at most the trial that was killed is begun again"
     whole(two)
     again = finish(drive(spec, "--output-dir", str(one)), 200)
     assert "4 trials are there already" in again and board(one) == alone

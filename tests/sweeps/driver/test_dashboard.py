@@ -30,7 +30,7 @@ def test_studies_are_kept_and_one_of_no_sweep_is_not_overwritten(tmp_path: Path)
         (trial,) = study.trials
         assert (trial.state.name, trial.value, trial.intermediate_values) == ("COMPLETE", 1.0, {1: 2.0})
         optuna.create_study(study_name="mine-digits_resnet8-W3A3", storage=address)
-        with pytest.raises(ValueError, match="`study_storage` must have no other study of .* but got mine-"):
+        with pytest.raises(ValueError, match=r"`study_storage` must have no other study of .* but got mine-"):
             StudyCopy(tiny(tmp_path / "b", study_storage=address, name="mine"))
         with pytest.raises(ValueError, match="`study_storage` must be a database that can be opened"):
             StudyCopy(tiny(tmp_path / "c", study_storage="nosuch://x"))
