@@ -1,6 +1,8 @@
 """Optuna storage of a sweep's studies, for optuna-dashboard: a copy of the ledger."""
 
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import optuna
@@ -10,7 +12,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from ..spec import Group, SweepSpec
-from ..storage.databases import database_error, database_text, engine_address
+from ..storage.databases import attempt, database_error, database_text, engine_address
 
 OWNER = "synq_sweep"
 """Attribute of a study: the name of its sweep."""
@@ -57,7 +59,7 @@ class StudyCopy:
         """
         address = spec.search.study_storage
         try:
-            self._storage: BaseStorage = RDBStorage(engine_address(address))
+            self._storage: BaseStorage = RDBStorage(engine_address(address), engine_kwargs={"pool_pre_ping": True})
         except Exception as error:  # SQLAlchemy and its drivers raise many types
             raise ValueError(
                 f"`study_storage` must be a database that can be opened, but got {database_text(address)}: "
@@ -83,7 +85,7 @@ class StudyCopy:
     def read(self) -> None:
         """Read which trials the studies have, which other drivers change."""
         for key, study in self._studies.items():
-            trials = self._storage.get_all_trials(study, deepcopy=False)
+            trials = attempt(partial(self._storage.get_all_trials, study, deepcopy=False), self._address)
             self._known[key] = {trial.user_attrs[NAME]: trial for trial in trials if NAME in trial.user_attrs}
 
     def send(self, key: str, trial: str, frozen: FrozenTrial) -> None:
@@ -97,15 +99,8 @@ class StudyCopy:
         Raises:
             OSError: The database cannot be reached.
         """
-        try:
-            self._send(self._known[key], self._studies[key], trial, frozen)
-        except Exception as error:  # SQLAlchemy and its drivers raise many types
-            if isinstance(error, FINISHED):  # another driver wrote its end just now
-                return
-            why = database_error(error.__cause__ or error, self._address)
-            raise OSError(
-                f"`study_storage` must stay reachable, but {database_text(self._address)} is not: {why}"
-            ) from error
+        with suppress(FINISHED):  # another driver wrote its end just now
+            attempt(lambda: self._send(self._known[key], self._studies[key], trial, frozen), self._address)
 
     def complete(self, key: str, trials: Iterable[FrozenTrial]) -> None:
         """Write the ended trials of a group that the study lacks, or has as running; call `read` before.

@@ -66,7 +66,7 @@ class SharedLedger(Ledger):
         for row in known.values():
             self._owners[row.trial] = row.owner
         for plan in in_order(plans.values()):
-            self._send(plan, records.get(plan.trial), known.get(plan.trial))
+            self._send(plan, records.get(plan.trial), known)
         for row in [*known.values(), *self.database.changes()]:
             self._absorb(row)
         found = in_order(self.plans.values())
@@ -177,22 +177,34 @@ class SharedLedger(Ledger):
             self._owners.pop(trial, None)
             self.sync()
 
-    def _send(self, plan: Plan, record: RunRecord | None, row: SharedTrial | None) -> None:
-        """Add a trial of the folder to the database, if it lacks it or its record."""
+    def _send(self, plan: Plan, record: RunRecord | None, known: dict[str, SharedTrial]) -> None:
+        """Add a trial of the folder to the database, if it lacks it or its record.
+
+        Args:
+            plan, record: The trial.
+            known: Trials of the database, by name; those that another driver has added meanwhile are added.
+
+        Raises:
+            ValueError: The database has another trial of its name or its settings.
+        """
         text = "" if record is None else self._record_text(plan.trial)
-        if row is None:
+        if plan.trial not in known:
             stage = f"{plan.group} {plan.stage}"
-            if not self.database.add(plan.trial, stage, plan.config_digest, _text(plan), record=text, claim=False):
-                raise ValueError(
-                    f"`output_dir` must hold the sweep of `study_storage`, but {plan.trial} in {self.root} is not in "
-                    f"{self.database}, where another trial has its settings: choose another output_dir"
-                )
-        elif self._plan_of(row).config_digest != plan.config_digest:
+            if self.database.add(plan.trial, stage, plan.config_digest, _text(plan), record=text, claim=False):
+                return
+            known.update({row.trial: row for row in self.database.changes()})
+        row = known.get(plan.trial)
+        if row is None:
+            raise ValueError(
+                f"`output_dir` must hold the sweep of `study_storage`, but {plan.trial} in {self.root} is not in "
+                f"{self.database}, where another trial has its settings: choose another output_dir"
+            )
+        if self._plan_of(row).config_digest != plan.config_digest:
             raise ValueError(
                 f"`output_dir` must hold the sweep of `study_storage`, but {plan.trial} in {self.root} has other "
                 f"settings than in {self.database}: choose another output_dir"
             )
-        elif text and not row.record and not self.database.is_alive(row.owner):
+        if text and not row.record and not self.database.is_alive(row.owner):
             self.database.settle(plan.trial, row.plan, text, owner=row.owner)
 
     def _absorb(self, row: SharedTrial) -> Plan | None:

@@ -5,7 +5,13 @@ Imports SQLAlchemy, which comes with Optuna, only when called.
 
 import importlib.util
 import re
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 16.0)
+"""Seconds before each retry while a server cannot be reached: most of a minute, as its restart may take."""
 
 
 def database_text(address: str) -> str:
@@ -32,6 +38,33 @@ def database_error(error: BaseException, address: str) -> str:
     for secret in re.findall(r"://[^:/@]*:([^@]*)@", address) + re.findall(r"[?&]password=([^&]*)", address):
         line = line.replace(secret, "...") if secret else line
     return line[:400] or type(cause).__name__
+
+
+def attempt(function: Callable[[], T], address: str, pauses: Sequence[float] = PAUSES) -> T:
+    """Call a function of a database, again after each of some pauses while its server cannot be reached.
+
+    Args:
+        function: The function.
+        address: Address of the database, for the message.
+        pauses: Seconds before each retry.
+
+    Raises:
+        OSError: The last error of the connection, or another one of the database.
+    """
+    from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+
+    for pause in (*pauses, 0.0):
+        try:
+            return function()
+        except Exception as error:
+            cause = error if isinstance(error, SQLAlchemyError) else error.__cause__  # Optuna's have a cause
+            if not isinstance(cause, SQLAlchemyError):
+                raise
+            if not pause or not isinstance(cause, OperationalError | InterfaceError):
+                why = f"{database_text(address)} is not: {database_error(cause, address)}"
+                raise OSError(f"`study_storage` must stay reachable, but {why}") from error
+        time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
 def trial_tables() -> dict[str, Any]:

@@ -17,18 +17,16 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from .databases import database_error, database_text, engine_address, trial_tables
+from .databases import PAUSES, attempt, database_error, database_text, engine_address, trial_tables
 from .lease import pid_namespace, start_time
 
 T = TypeVar("T")
-PAUSES = (0.5, 1.0, 2.0, 4.0)
-"""Seconds before each retry after an error of the connection."""
 EVERY, STALE_AFTER = 20.0, 90.0
 """Seconds from one increment of a driver's counter to the next, and without one after which it is dead."""
 
@@ -304,23 +302,8 @@ class TrialDatabase:
                 return
             self._renewed = started
 
-    def _attempt(self, function: Callable[[], T], pauses: tuple[float, ...] = PAUSES) -> T:
-        """Call a function of the database, again after an error of the connection.
-
-        Raises:
-            OSError: The last error.
-        """
-        from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-
-        for pause in (*pauses, 0.0):
-            try:
-                return function()
-            except SQLAlchemyError as error:
-                if not pause or not isinstance(error, DBAPIError):
-                    why = database_error(error, self.address)
-                    raise OSError(f"`study_storage` must stay reachable, but {self} is not: {why}") from error
-            time.sleep(pause)
-        raise AssertionError("unreachable")
+    def _attempt(self, function: Callable[[], T], pauses: Sequence[float] = PAUSES) -> T:
+        return attempt(function, self.address, pauses)
 
 
 def _has_ended(about: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.databases import quick_sqlite
+from synq.sweeps.storage.databases import attempt
 from synq.sweeps.storage.trial_database import TrialDatabase
 
 Open = Callable[..., TrialDatabase]
@@ -152,3 +153,30 @@ def test_what_cannot_be_opened_or_reached_is_one_line_without_password(tmp_path:
     one = driver(every=0.05, stale_after=0.3)
     one._renewed -= 1
     assert one.lost.startswith("`study_storage` must stay reachable, but sqlite:///")
+
+
+def test_a_server_that_comes_back_is_waited_for_and_other_errors_are_not() -> None:
+    from sqlalchemy.exc import OperationalError, ProgrammingError
+
+    calls: list[float] = []
+
+    def restarts() -> str:
+        calls.append(time.monotonic())
+        if len(calls) < 3:
+            raise OperationalError("SELECT", {}, Exception("server closed the connection, password=s3cret"))
+        return "done"
+
+    assert attempt(restarts, "postgresql://me:s3cret@host/db", (0.01, 0.01)) == "done" and len(calls) == 3
+    calls.clear()
+    with pytest.raises(OSError, match=r"must stay reachable, but postgresql.* is not: server") as at:
+        attempt(restarts, "postgresql://me:s3cret@host/db", (0.01,))
+    assert "s3cret" not in str(at.value)
+
+    def denied() -> None:
+        calls.append(0.0)
+        raise RuntimeError("of Optuna") from ProgrammingError("SELECT", {}, Exception("permission denied"))
+
+    calls.clear()
+    with pytest.raises(OSError, match="permission denied"):
+        attempt(denied, "postgresql://host/db", (0.01, 0.01))
+    assert len(calls) == 1
