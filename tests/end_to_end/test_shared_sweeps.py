@@ -123,7 +123,7 @@ def test_two_drivers_with_one_folder_run_each_trial_once_and_end_together(
     out = tmp_path / "out"
     spec = spec_of(tmp_path, server, "together", "seeds = [0, 1]\n")
     drivers = [drive(spec, "--output-dir", str(out)) for _ in range(2)]
-    texts = [finish(driver, 400) for driver in drivers]
+    texts = [finish(driver, 800) for driver in drivers]
     elsewhere = [len(re.findall("by another driver", text)) for text in texts]
     assert sum(elsewhere) == 5 and min(elsewhere) >= 1, texts
     assert len(starts(out)) == 5 and set(starts(out).values()) == {1}
