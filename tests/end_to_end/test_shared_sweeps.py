@@ -135,12 +135,10 @@ def test_two_drivers_with_one_folder_run_each_trial_once_and_end_together(
     without_password("".join(texts), out)
 
 
-def test_a_wrong_password_and_a_server_that_is_not_there_are_one_line(
-    start: Start, tmp_path: Path, server: str
-) -> None:
+def test_a_wrong_password_and_an_absent_server_are_one_line(start: Start, tmp_path: Path, server: str) -> None:
     for address in (server.replace(PASSWORD, "wrong-s3cret"), re.sub(r":\d+/", ":1/", server)):
         spec = spec_of(tmp_path, address, "rejected")
-        process = drive(spec, "--output-dir", str(tmp_path / "none"))
+        process = start(spec, "--output-dir", str(tmp_path / "none"))
         text, _ = process.communicate(timeout=100)
         assert process.returncode == 2 and "`study_storage` must be a database that can be opened" in text, text
         assert "s3cret" not in text and "Traceback" not in text
