@@ -103,7 +103,7 @@ def test_a_driver_finishes_what_a_killed_one_began_with_folders_of_their_own(
     second = drive(spec, "--output-dir", str(two))
     until(lambda: "starts" in "".join(path.read_text() for path in two.glob("logs/*.log")), second, 400)
     os.killpg(first.pid, signal.SIGKILL)
-    printed = first.communicate()[0]
+    printed = first.communicate(timeout=60)[0]
     text = finish(second, 400)
     assert board(two) == alone and [row["trial"] for row in rows(two / "trials.csv")] == TRIALS
     assert re.search("[123] trials are there already, 0 were interrupted, 1 are run by other drivers", text), text
