@@ -7,6 +7,7 @@ from typing import Literal
 from synq.config.parsing import between, one_of, require
 from synq.config.plugins import SAMPLER, check_known, is_added
 from synq.config.run import MAX_NAME
+from synq.runs.record import FAILURES
 
 DEFAULT_TRIALS = 8
 SAMPLERS = SAMPLER.built_in
@@ -74,8 +75,8 @@ class SearchConfig:
     """Number of restarts, from its last epoch, of a trial whose worker died."""
     max_failed_trials: int = 10
     """Number of failed trials since the start of the sweep at which it stops: so many usually have one common cause."""
-    retry_failed: bool = False
-    """Whether to run trials again that failed in an earlier start."""
+    retry: tuple[Literal["failed", "diverged", "pre-empted", "lost"], ...] = ()
+    """Statuses of an earlier start whose trials are run again: failed, diverged, pre-empted, lost."""
     workers_per_trial: int = 1
     """Processes of one trial; several train its student together (DDP), on one machine or more."""
     cpus_per_worker: float = 1.0
@@ -83,8 +84,9 @@ class SearchConfig:
     gpus_per_worker: float = 0.0
     """GPUs of each worker: 1, a fraction such as 0.25 (several trials then share a device), or 0 for the CPU."""
     study_storage: str = "none"
-    """Storage of the Optuna studies for optuna-dashboard: journal (optuna.journal in the sweep's folder), a database
-    such as sqlite:////tmp/studies.db, or none."""
+    """Storage of the Optuna studies for optuna-dashboard: journal (optuna.journal in the sweep's folder; one driver), a
+    database such as postgresql://USER@HOST/NAME or sqlite:////tmp/studies.db, through which several drivers may run the
+    sweep together, or none."""
     report: bool = True
     """Whether the sweep ends by writing a page, report.html in its folder; `synq report` makes it at any time."""
 
@@ -118,6 +120,8 @@ class SearchConfig:
             ("stop_when", STOPS),
         ):
             one_of(name, getattr(self, name), choices)
+        for status in self.retry:
+            one_of("retry", status, FAILURES)
         check_known(SAMPLER, self.sampler)
         storage = self.study_storage in ("none", "journal") or "://" in self.study_storage
         require("study_storage", "be none, journal or the address of a database", self.study_storage, storage)
@@ -141,6 +145,11 @@ class SearchConfig:
         if self.workers_per_trial > 1:  # NCCL rejects two processes of one group on one device
             rule = "be 0 or 1 if a trial has several workers"
             require("gpus_per_worker", rule, gpus, gpus in (0, 1))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the studies are in a database, which several drivers may share."""
+        return "://" in self.study_storage
 
     @property
     def minimize(self) -> bool:

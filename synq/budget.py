@@ -1,7 +1,7 @@
 """The budget of a run: how many images, iterations and steps it takes, chosen from what rounding alone loses.
 
-More images help a student in proportion to what it has lost: at W8A8 nothing is left to gain, at W4A4 a hundred images
-do what a thousand do, and at W3A3 every doubling is worth its time (measured in docs/results/LOG.md). So a run of a
+At W8A8 rounding loses nothing, and a few images do; below that, more images and steps win back more of what was lost
+(measured in docs/results/LOG.md). So a run of a
 `quality` first makes its held-out images, rounds the student to nearest, and measures its KL to the teacher on them;
 that chooses a rung of `LADDER`. Nothing here reads a label, and the same settings choose the same rung again.
 """

@@ -87,7 +87,7 @@ def run(
     Raises:
         ValueError: Invalid input, before anything is written.
         OSError: A file cannot be read or written.
-        NonFiniteLossError: Fine-tuning diverged; a record with status "failed" was written.
+        NonFiniteLossError: Fine-tuning diverged; a record with status "diverged" was written.
     """
     config = make_absolute(config)
     accelerator = accelerator or make_accelerator(config.runtime)

@@ -198,7 +198,7 @@ def spec_page() -> str:
     docs, specials = field_docs(SearchConfig), {"num_trials": "8, or the whole grid or list", "name": "the file's name"}
     defaults = {name: getattr(SearchConfig(), name) for name in docs}
     rows = [(f"`{key}`", specials.get(key, f"`{toml(defaults[key])}`"), doc) for key, doc in docs.items()
-            if key not in ("more_trials", "retry_failed")]  # fmt: skip
+            if key not in ("more_trials", "retry")]  # fmt: skip
     lines += [table(("key", "default", ""), rows), "## Models, bit-widths, settings\n"]
     rows = [(f"`{key}`", doc) for key, doc in field_docs(SpecFile).items() if not key.startswith("search")]
     lines += [table(("key", ""), rows)]

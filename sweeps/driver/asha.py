@@ -42,13 +42,11 @@ class SweepScheduler(FIFOScheduler):
                     reduction_factor=spec.search.reduction_factor,
                     stop_last_trials=False,
                 )
-        no_controller: Any = None  # ASHA does not use it
+        self.fed: dict[str, set[int]] = {}
+        """Reported epochs of the trials that this driver does not run, by name."""
         for plan in ledger.plans.values():
-            if plan.stage == "search" and plan.trial in ledger.records and plan.group in self.inner:
-                trial: Any = SimpleNamespace(trial_id=plan.trial)
-                self.inner[plan.group].on_trial_add(no_controller, trial)
-                for epoch, value in plan.history:
-                    self.inner[plan.group].on_trial_result(no_controller, trial, {EPOCH: epoch, OBJECTIVE: value})
+            if plan.trial in ledger.records or ledger.elsewhere(plan.trial):
+                self.absorb(plan)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -57,11 +55,30 @@ class SweepScheduler(FIFOScheduler):
         """Return True: metric and mode are known from the spec."""
         return True
 
+    def absorb(self, plan: Plan) -> None:
+        """Add the reports of a trial that another driver runs to the rungs of its group, those that are not there."""
+        inner = self._scheduler(plan)
+        if inner is None:
+            return
+        no_controller: Any = None  # ASHA does not use it
+        trial: Any = SimpleNamespace(trial_id=plan.trial)
+        if plan.trial not in self.fed:
+            self.fed[plan.trial] = set()
+            inner.on_trial_add(no_controller, trial)
+        for epoch, value in plan.history:
+            if epoch not in self.fed[plan.trial]:
+                self.fed[plan.trial].add(epoch)
+                inner.on_trial_result(no_controller, trial, {EPOCH: epoch, OBJECTIVE: value})
+
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Add a trial to the rungs of its group; for a resumed one, replay its reports and ignore the decisions."""
         plan = self._plan(trial)
         inner = self._scheduler(plan)
         if inner is not None:
+            if self.fed.pop(plan.trial, None) is not None:  # another driver ran it, and has gone
+                for bracket in inner._brackets:
+                    for _, recorded in bracket._rungs:
+                        recorded.pop(plan.trial, None)
             inner.on_trial_add(tune_controller, trial)
             for epoch, value in plan.history:
                 inner.on_trial_result(tune_controller, trial, {EPOCH: epoch, OBJECTIVE: value})

@@ -7,8 +7,12 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
+from synq.common.text_tables import plural
+from synq.runs.record import FAILURES, Status
+
 from ..state.ledger import Ledger
 from ..state.trial_task import trial_name
+from ..workers.deaths import death_status
 from ..workers.trial import STORAGE
 from .cluster import capacity
 from .group_search import EPOCH, OBJECTIVE, STATUS, is_finite
@@ -64,7 +68,7 @@ class SweepCallback(tune.Callback):
         if now - self._checked < CHECK_SECONDS:
             return
         self._checked = now
-        self.stop_reason.storage = self.stop_reason.storage or self.ledger.folder.lost
+        self.stop_reason.storage = self.stop_reason.storage or self.ledger.lost
         self.progress.usage = usage()
         try:
             capacity(self.ledger.spec.search)
@@ -100,8 +104,8 @@ class SweepCallback(tune.Callback):
         self.progress.worked(last.get("began"), last.get("ended"), last.get("gpu_bytes", 0))
         if last.get(STATUS) == STORAGE:
             self.stop_reason.storage = self.stop_reason.storage or last["reason"]
-        elif STATUS in last:  # it ended by itself and wrote its record; "failed" only if that is not visible here
-            self._settle(trial, "failed", UNSEEN)
+        elif STATUS in last:  # it ended by itself and wrote its record; "lost" only if that is not visible here
+            self._settle(trial, "lost", UNSEEN)
         elif not self.stop_reason:  # else the sweep was stopped: the trial resumes when the sweep does
             epoch = last.get(EPOCH, 0)
             self._settle(trial, "pruned", f"stopped after epoch {epoch}: weak among the trials of its group")
@@ -110,9 +114,10 @@ class SweepCallback(tune.Callback):
         """Record a trial whose worker died too often."""
         error = trial.get_pickled_error() or trial.get_error() or "unknown"
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        self._settle(trial, "failed", f"the worker died {trial.num_failures} times: {lines[0]}")
+        reason = f"the worker died {plural(trial.num_failures, 'time')}: {' '.join(lines)}"
+        self._settle(trial, death_status(error), reason)
 
-    def _settle(self, trial: Trial, status: str, reason: str) -> None:
+    def _settle(self, trial: Trial, status: Status, reason: str) -> None:
         name = trial_name(trial.config)
         history = sorted(self.history.pop(name, {}).items())
         seconds = time.monotonic() - self.started.pop(name, time.monotonic())
@@ -122,7 +127,7 @@ class SweepCallback(tune.Callback):
         def settle() -> None:
             record = self.ledger.settle(name, status=status, reason=reason, history=history, seconds=seconds, **origin)
             self.progress.ended(name, record)
-            if record.status == "failed":
+            if record.status in FAILURES:
                 self.failed += 1
                 if self.failed >= self.ledger.spec.search.max_failed_trials:
                     self.stop_reason.failed = f"{self.failed} trials failed, the last one, {name}, by: {record.reason}"

@@ -31,7 +31,7 @@ from ..state.plans import read_sweep_file
 from ..storage.object_store import open_storage
 from .cluster import Capacity, capacity, cluster, this_machine
 from .group_search import check_sampler
-from .tuner import by_method, sets_needed
+from .synthetic_sets import by_method, sets_needed
 
 WARM_UP, CLOSER = (16, 2), (128, 16)
 """(images, synthesis iterations) of the small runs: the first only warms up, the second is measured if it was quick."""

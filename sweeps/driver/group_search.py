@@ -18,6 +18,7 @@ from ..constraints import SEARCHED, Constraint
 from ..search_config import LISTED
 from ..space import Dimension, sample
 from ..spec import SweepSpec
+from .dashboard import study_name
 from .own_sampler import SamplerInputs, check_proposal, own_sampler, proposal_error
 from .samplers import REMEMBERING, check_installed, make_sampler
 from .stopping import check_terminator
@@ -141,6 +142,23 @@ class GroupSearch(OptunaSearch):
         self._suggested(trial_id, draw=self.draws_always)
         self._ot_trials[trial_id].set_user_attr("trial", trial)
 
+    def has(self, trial_id: str) -> bool:
+        """Return whether a trial is in the study."""
+        return trial_id in self._ot_trials
+
+    def is_ended(self, trial_id: str) -> bool:
+        """Return whether the end of a trial was reported."""
+        return trial_id in self._completed_trials
+
+    def hand_over(self, trial: str, trial_id: str) -> None:
+        """Rename a running trial, which is then reported by another name."""
+        self._ot_trials[trial_id] = self._ot_trials.pop(trial)
+        self.reported[trial_id] = self.reported.pop(trial, set())
+
+    def frozen(self, trial_id: str) -> optuna.trial.FrozenTrial:
+        """Return the present state of a trial in the study."""
+        return self.study.get_trials(deepcopy=False)[self._ot_trials[trial_id].number]
+
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Report an intermediate objective to Optuna: once per epoch, finite values only."""
         epoch: Any = result.get(EPOCH)
@@ -216,6 +234,32 @@ def check_sampler(spec: SweepSpec) -> None:
             study_name="check",
         )
         scratch.propose("check", 0)
+
+
+def group_searches(spec: SweepSpec, storage: BaseStorage | None = None) -> dict[str, GroupSearch]:
+    """Return an empty search for each group of a sweep, by its key.
+
+    Args:
+        spec: The sweep.
+        storage: Storage of the studies; None keeps them in memory.
+
+    Raises:
+        ValueError: As `own_sampler`.
+    """
+    return {
+        group.key: GroupSearch(
+            spec.dimensions,
+            minimize=spec.search.minimize,
+            second_objective=spec.search.second_objective,
+            sampler=spec.search.sampler,
+            seed=f"{spec.search.sampler_seed}/{group.key}",
+            num_startup=num_startup(spec),
+            study_name=study_name(spec, group),
+            storage=storage,
+            constraints=spec.constraints,
+        )
+        for group in spec.groups
+    }
 
 
 def num_startup(spec: SweepSpec) -> int:

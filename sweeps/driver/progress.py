@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from synq.runs.record import RunRecord, summary_line
+from synq.runs.record import FAILURES, RunRecord, summary_line
 
 from ..constraints import Constraint, record_violations
 from ..leaderboard.columns import SWEEP_COLUMNS
@@ -20,7 +20,8 @@ from ..leaderboard.ranking import Standing
 from ..leaderboard.records import cell
 from ..leaderboard.settings import constants_text, shown_columns
 
-ENDS = ("completed", "pruned", "failed")
+USUAL = ("completed", "pruned", "failed")
+"""Statuses with a column in the live table; the others get one where they occur."""
 
 
 @dataclass
@@ -134,6 +135,12 @@ class Progress:
         if self.on_trial is not None:
             self.on_trial(record)
 
+    def elsewhere(self, trial: str, record: RunRecord) -> None:
+        """Count a trial that another driver ran and print its end."""
+        self._count(trial, record)
+        outcome = summary_line(record).partition(" | ")[2]
+        self.log(f"[{self.num_ended}/{self.total}] {trial} | by another driver, on {record.host} | {outcome}")
+
     def worked(self, began: float | None, ended: float | None, gpu_bytes: int) -> None:
         """Record the start and end of a trial on its worker, and its peak GPU memory."""
         if began is not None and ended is not None:
@@ -181,11 +188,13 @@ class Progress:
         title += f", {self.usage}" if self.usage else ""
         title += f", GPU memory peak {self.peak_bytes / 2**30:.2f} GiB" if self.peak_bytes else ""
         table = Table(title=title, title_justify="left")
-        for heading in ("group", *ENDS, "best objective", "of", "top1"):
+        seen = {status for group in groups.values() for status in group.counts}
+        ends = (*USUAL, *(status for status in FAILURES if status in seen and status not in USUAL))
+        for heading in ("group", *ends, "best objective", "of", "top1"):
             table.add_column(heading)
         for name, group in groups.items():
             best = f"{group.best:.4g}" if group.best_trial else ""
-            counts = [str(group.counts[status]) for status in ENDS]
+            counts = [str(group.counts[status]) for status in ends]
             table.add_row(name, *counts, best, group.best_trial, "" if group.top1 is None else f"{group.top1:.2f}")
         for trial, state in running.items():
             table.add_row(trial, state)

@@ -4,10 +4,11 @@ It has no persistent state: proposals are in the ledger's plans, results in its 
 from them when a driver starts again.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 from optuna.storages import BaseStorage
 from ray.tune.search import Searcher
@@ -20,10 +21,14 @@ from ..search_config import LISTED
 from ..space import base_values, existing, value_of
 from ..spec import Group, SweepSpec, run_config
 from ..state.ledger import Ledger
-from ..state.plans import REMOVE, Plan
-from .group_search import EPOCH, OBJECTIVE, STATUS, GroupSearch, num_startup
-from .stopping import why_stop
+from ..state.plans import REMOVE, Plan, new_plan
+from .dashboard import StudyCopy
+from .group_search import EPOCH, OBJECTIVE, STATUS, group_searches
+from .stop_reason import StopReason
+from .stopping import is_stopped
 
+SYNC_SECONDS = 1.0
+"""Minimum seconds between two looks at what the other drivers of a shared sweep have done."""
 MAX_PROPOSALS = 32
 """Consecutive proposals that repeat a known run or are invalid, after which the space counts as exhausted."""
 
@@ -31,30 +36,36 @@ MAX_PROPOSALS = 32
 class SweepSearcher(Searcher):
     """Choose the next trial: interrupted ones, then new ones of each group in turn, then the best on more seeds."""
 
-    def __init__(self, spec: SweepSpec, ledger: Ledger, storage: BaseStorage | None = None) -> None:
+    def __init__(
+        self,
+        spec: SweepSpec,
+        ledger: Ledger,
+        storage: BaseStorage | None = None,
+        *,
+        copy: StudyCopy | None = None,
+        stop_reason: StopReason | None = None,
+    ) -> None:
+        """Rebuild the searches from the ledger.
+
+        Args:
+            spec: The sweep.
+            ledger: Its ledger, opened.
+            storage: Storage of its studies; None keeps them in memory.
+            copy: A copy of the studies in the database that the drivers of the sweep share.
+            stop_reason: Gets the errors of the folder and of the database, instead of Ray Tune.
+        """
         super().__init__()
+        self.copy, self.stop_reason = copy, StopReason() if stop_reason is None else stop_reason
+        self.listeners: list[Callable[[Plan], None]] = []
+        """Called with each plan that another driver has changed."""
+        self._synced = 0.0
         self.spec, self.ledger = spec, ledger
-        self.searches = {
-            group.key: GroupSearch(
-                spec.dimensions,
-                minimize=spec.search.minimize,
-                second_objective=spec.search.second_objective,
-                sampler=spec.search.sampler,
-                seed=f"{spec.search.sampler_seed}/{group.key}",
-                num_startup=num_startup(spec),
-                study_name=study_name(spec, group),
-                storage=storage,
-                constraints=spec.constraints,
-            )
-            for group in spec.groups
-        }
+        self.searches = group_searches(spec, storage)
         self.groups = {group.key: group for group in spec.groups}
         self.turn = 0
         self.exhausted: set[str] = set()
-        self.checked: dict[str, int] = {}
-        """By group, the number of completed trials at the last check of `stop_when`."""
-        self.invalid: dict[str, str] = {}
-        """By group, the error of the last invalid proposal."""
+        self.checked: dict[str, int] = {}  # completed trials of each group at the last check of `stop_when`
+        self.invalid: dict[str, str] = {}  # error of the last invalid proposal of each group
         self.limit = spec.search.max_concurrent
         """Maximum number of concurrent trials; None leaves it to Ray Tune's resources."""
         self.live: dict[str, str] = {}
@@ -65,7 +76,7 @@ class SweepSearcher(Searcher):
         self.interrupted = [
             self._current(plan)
             for plan in ledger.plans.values()
-            if plan.trial not in ledger.records and plan.group in self.groups
+            if plan.trial not in ledger.records and plan.group in self.groups and not ledger.elsewhere(plan.trial)
         ]
         for key in self.groups:
             self._replay(key)
@@ -83,24 +94,67 @@ class SweepSearcher(Searcher):
         """Return the task of the next trial as plain values; None if it must wait, FINISHED after the last."""
         if self.limit is not None and len(self.live) >= self.limit:
             return None
-        plan = self._next(trial_id)
-        if plan is None:
-            return None if self._waiting() else Searcher.FINISHED
+        plans: list[Plan] = []
+        self.stop_reason.try_write(lambda: plans.extend(self._claimed(trial_id)))
+        if not plans:
+            return None if self._waiting() and not self.stop_reason else Searcher.FINISHED
+        (plan,) = plans
         self.live[trial_id] = plan.trial
         return self.ledger.task(plan).to_dict()
+
+    def _claimed(self, trial_id: str) -> list[Plan]:
+        """Return the plan of the next trial, which is this driver's; [] if there is none now."""
+        self.stop_reason.storage = self.stop_reason.storage or self.ledger.lost
+        if self.stop_reason:
+            return []
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
+        plan = self._next(trial_id)
+        if plan is not None and plan.stage == "search":
+            self._send(plan, trial_id)
+        return [] if plan is None else [plan]
+
+    def sync(self) -> None:
+        """Take over what other drivers have proposed and found, and the trials of those that have gone."""
+        for plan in self.ledger.sync():
+            if plan.group in self.groups:
+                self.known[plan.group].add(plan.config_digest)
+                self._absorb(plan)
+                for listener in self.listeners:
+                    listener(plan)
+        known = {plan.trial for plan in self.interrupted} | set(self.live.values())
+        self.interrupted += [
+            self._current(plan) for plan in self.ledger.freed() if plan.group in self.groups and plan.trial not in known
+        ]
+        self._synced = time.monotonic()
+
+    def complete_copy(self) -> None:
+        """Write the ended trials that the copy of the studies lacks, for example because a driver was killed."""
+        if self.copy is not None:
+            with self.ledger.exclusive("studies"):
+                self.copy.read()
+                for key, search in self.searches.items():
+                    self.copy.complete(key, search.study.get_trials(deepcopy=False))
+
+    def _send(self, plan: Plan, trial_id: str) -> None:
+        """Write a trial to the copy of its study."""
+        if self.copy is not None:
+            self.copy.send(plan.group, plan.trial, self.searches[plan.group].frozen(trial_id))
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass a result to the search of its group."""
         plan = self.ledger.plans[self.live[trial_id]]
         if plan.stage == "search":
             self.searches[plan.group].on_trial_result(trial_id, result)
+            self.stop_reason.try_write(lambda: self._send(plan, trial_id))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Pass the end of a trial to the search of its group."""
         name = self.live.pop(trial_id, None)
         plan = self.ledger.plans[name] if name is not None else None
-        if plan is not None and plan.stage == "search":
+        if plan is not None and plan.stage == "search" and not (self.stop_reason and STATUS not in (result or {})):
             self.searches[plan.group].on_trial_complete(trial_id, result, error)
+            self.stop_reason.try_write(lambda: self._send(plan, trial_id))
 
     def num_total(self) -> int:
         """Return the maximum number of trials of the sweep, including those that exist already."""
@@ -110,19 +164,26 @@ class SweepSearcher(Searcher):
 
     def num_left(self) -> int:
         """Return the number of known trials without a record; 0 when the sweep is finished."""
-        left = len(self.interrupted) + len(self.live)
+        plans = self.ledger.plans.values()
+        left = sum(plan.trial not in self.ledger.records and plan.group in self.groups for plan in plans)
         for key in self.groups:
             if not self._has_ended(key):
                 left += max(0, self.spec.search.trials - self.ledger.num_plans(key))
         return left + sum(1 for key in self.groups for _ in self._finals(key))
 
     def _next(self, trial_id: str) -> Plan | None:
-        if self.interrupted:
+        while self.interrupted:
             plan = self.interrupted.pop(0)
-            self.ledger.add_plan(plan)
+            if not self.ledger.take_over(plan):
+                continue
             if plan.stage == "search":
                 search = self.searches[plan.group]
-                search.attach(trial_id, plan.params, plan.trial)
+                if self.copy is not None:
+                    self.copy.read()
+                if search.has(plan.trial) and not search.is_ended(plan.trial):
+                    search.hand_over(plan.trial, trial_id)
+                else:
+                    search.attach(trial_id, plan.params, plan.trial)
                 for epoch, value in plan.history:
                     search.on_trial_result(trial_id, {EPOCH: epoch, OBJECTIVE: value})
             return plan
@@ -132,47 +193,64 @@ class SweepSearcher(Searcher):
             new = self._new(trial_id, self.groups[key])
             if new is not None:
                 self.turn = (self.turn + step + 1) % len(keys)
-                self.known[key].add(new.config_digest)
-                self.ledger.add_plan(new)
                 return new
-        final = next((plan for key in keys for plan in self._finals(key)), None)
-        if final is not None:
-            self.ledger.add_plan(final)
-        return final
+        for final in [plan for key in keys for plan in self._finals(key)]:
+            if self.ledger.claim(final):
+                return final
+        return None
 
     def _has_ended(self, key: str) -> bool:
         """Return whether a group gets no more trials although its budget is not spent."""
-        if key in self.exhausted or key in self.ledger.stopped:
-            return True
-        number = self.searches[key].num_completed
-        if self.checked.get(key) != number:
-            self.checked[key] = number
-            if reason := why_stop(self.searches[key].study, self.spec.search):
-                self.ledger.stop_group(key, reason)
-        return key in self.ledger.stopped
+        return key in self.exhausted or is_stopped(key, self.ledger, self.searches[key], self.checked)
 
     def _new(self, trial_id: str, group: Group) -> Plan | None:
         """Return a new run of a group; None if its budget is spent or the space is exhausted."""
-        if self.ledger.num_plans(group.key) >= self.spec.search.trials or self._has_ended(group.key):
+        if self._is_spent(group.key) or self._has_ended(group.key):
             return None
         index = self.ledger.next_index(group.key)
-        search, name = self.searches[group.key], f"{group.key}-t{index:03d}"
+        search = self.searches[group.key]
         for point in self.listed[group.key]:
             config = self._allowed(group, point)
             if config is not None:
                 params = point_params(self.spec.dimensions, point) or {}
-                search.attach(trial_id, params, name)
-                return _plan(name, group.key, "search", index, params, config)
+                plan = self._claim(group, params, config)
+                if plan is not None:
+                    search.attach(trial_id, params, plan.trial)
+                    return plan
+                if self._is_spent(group.key):
+                    return None
         for attempt in range(MAX_PROPOSALS if self.spec.search.sampler not in LISTED else 0):
             proposal = f"{trial_id}-{attempt}"
             number = index * MAX_PROPOSALS + attempt
             overrides, params = search.propose(proposal, number, blind=attempt >= MAX_PROPOSALS // 4)
             config = self._allowed(group, overrides)
-            if config is not None:
-                search.accept(proposal, trial_id, name)
-                return _plan(name, group.key, "search", index, params, config)
+            plan = None if config is None else self._claim(group, params, config)
+            if plan is not None:
+                search.accept(proposal, trial_id, plan.trial)
+                return plan
             search.on_trial_complete(proposal, error=True)
+            if self._is_spent(group.key):
+                return None
         self.exhausted.add(group.key)
+        return None
+
+    def _is_spent(self, key: str) -> bool:
+        return self.ledger.num_plans(key) >= self.spec.search.trials or key in self.exhausted
+
+    def _claim(self, group: Group, params: Point, config: RunConfig) -> Plan | None:
+        """Return the plan of a new run, which is this driver's; None if another driver has it, or the budget is spent.
+
+        A driver that is faster with another run takes the index only: this run then gets the next one.
+        """
+        while not self._is_spent(group.key):
+            index = self.ledger.next_index(group.key)
+            plan = new_plan(f"{group.key}-t{index:03d}", group.key, "search", index, params, config)
+            if self.ledger.claim(plan):
+                self.known[group.key].add(plan.config_digest)
+                return plan
+            self.sync()
+            if plan.config_digest in self.known[group.key]:
+                return None
         return None
 
     def _allowed(self, group: Group, point: Point) -> RunConfig | None:
@@ -218,7 +296,7 @@ class SweepSearcher(Searcher):
                 name = f"{key}-t{best.index:03d}-s{seed}"
                 if name not in self.ledger.plans:
                     config = run_config(self.spec, self.groups[key], overrides, seeds=(seed, seed))
-                    yield _plan(name, key, "final", best.index, best.params, config)
+                    yield new_plan(name, key, "final", best.index, best.params, config)
 
     def _overrides(self, plan: Plan) -> Point:
         return {dimension.name: value_of(plan.config, dimension.name) for dimension in self.spec.dimensions}
@@ -241,43 +319,30 @@ class SweepSearcher(Searcher):
 
     def _waiting(self) -> bool:
         """Return whether a running search trial may still lead to another trial."""
+        if any(self.ledger.elsewhere(trial) for trial in self.ledger.plans) or self.interrupted:
+            return True
         plans = [self.ledger.plans[name] for name in self.live.values()]
         return any(plan.stage == "search" and self._further_seeds(plan.group) for plan in plans)
 
     def _replay(self, key: str) -> None:
         """Replay the ledger's plans and records of a group into its search."""
         for plan in self.ledger.group_plans(key):
-            record = self.ledger.records.get(plan.trial)
-            if record is None or point_params(self.spec.dimensions, self._overrides(plan)) is None:
-                continue  # not ended, or from an earlier, longer list of points
-            search = self.searches[key]
+            if plan.trial in self.ledger.records or self.ledger.elsewhere(plan.trial):
+                self._absorb(plan)
+
+    def _absorb(self, plan: Plan) -> None:
+        """Replay the plan of a trial that this driver does not run, and its record, if any, into the search."""
+        if plan.stage != "search" or point_params(self.spec.dimensions, self._overrides(plan)) is None:
+            return  # the latter from an earlier, longer list of points
+        search, record = self.searches[plan.group], self.ledger.records.get(plan.trial)
+        if not search.has(plan.trial):
             search.attach(plan.trial, plan.params, plan.trial)
-            for epoch, value in plan.history:
-                search.on_trial_result(plan.trial, {EPOCH: epoch, OBJECTIVE: value})
-            result = {metric: getattr(record, metric) for metric in {*search.metrics, *SEARCHED}}
-            search.on_trial_complete(
-                plan.trial, result if record.status == "pruned" else {**result, STATUS: record.status}
-            )
-
-
-def study_name(spec: SweepSpec, group: Group) -> str:
-    """Return the name of a group's Optuna study."""
-    return f"{spec.search.name}-{group.key}"
-
-
-def _plan(
-    trial: str, group: str, stage: Literal["search", "final"], index: int, params: Point, config: RunConfig
-) -> Plan:
-    digest = config_digest(config)
-    return Plan(
-        trial=trial,
-        group=group,
-        stage=stage,
-        index=index,
-        params=params,
-        config=config,
-        config_digest=digest,
-    )
+        for epoch, value in plan.history:
+            search.on_trial_result(plan.trial, {EPOCH: epoch, OBJECTIVE: value})
+        if record is None:
+            return
+        result = {metric: getattr(record, metric) for metric in {*search.metrics, *SEARCHED}}
+        search.on_trial_complete(plan.trial, result if record.status == "pruned" else {**result, STATUS: record.status})
 
 
 def _frozen(params: Point) -> tuple[tuple[str, str], ...]:

@@ -22,7 +22,9 @@ class StopReason:
         try:
             write()
         except OSError as error:
-            self.storage = self.storage or f"`output_dir` must be writable, but got {error}"
+            text = str(error)
+            rule = "" if text.startswith("`") else "`output_dir` must be writable, but got "
+            self.storage = self.storage or f"{rule}{text}"
 
     def __bool__(self) -> bool:
         return bool(self.failed or self.storage)

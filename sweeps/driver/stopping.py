@@ -6,13 +6,17 @@ none of here; its evaluators are called on the trials that satisfy the constrain
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.search_space import intersection_search_space
 from optuna.trial import FrozenTrial, TrialState
 
 from ..search_config import SearchConfig
+
+if TYPE_CHECKING:
+    from ..state.ledger import Ledger
+    from .group_search import GroupSearch
 
 LEAST_TRIALS = 20
 """Fewest completed trials from which a bound on the gain is computed; Optuna's default."""
@@ -79,3 +83,19 @@ def _stagnation(trials: Sequence[FrozenTrial], direction: Any, search: SearchCon
         return ""
     left = BestValueStagnationEvaluator(search.patience).evaluate(list(trials), direction)
     return "" if left > 0 else f"no better trial among the last {search.patience} completed ones"
+
+
+def is_stopped(key: str, ledger: "Ledger", search: "GroupSearch", checked: dict[str, int]) -> bool:
+    """Return whether `stop_when` has ended the search of a group; a decision is kept in the ledger.
+
+    Args:
+        key: Key of the group.
+        ledger: Trials of the sweep.
+        search: Search of the group.
+        checked: By group, the number of completed trials at the last check; updated.
+    """
+    if key not in ledger.stopped and checked.get(key) != search.num_completed:
+        checked[key] = search.num_completed
+        if reason := why_stop(search.study, ledger.spec.search):
+            ledger.stop_group(key, reason)
+    return key in ledger.stopped

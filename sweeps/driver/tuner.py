@@ -3,44 +3,40 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import optuna
-import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
 from synq.common.exit_codes import is_out_of_memory
 from synq.common.text_tables import plural
-from synq.config.plugins import SYNTHESIS_METHOD, unversioned
-from synq.config.run import RunConfig
 from synq.runs.record import RunRecord
 from synq.teacher.trust import trusting
 
 from ..constraints import constraints_text
 from ..leaderboard.settings import searched_in
 from ..reports import PAGE
-from ..space import METHOD
-from ..spec import Group, SweepSpec, run_config
+from ..spec import SweepSpec, run_config
 from ..state.ledger import Ledger
-from ..state.plans import set_recipe
+from ..state.plans import Plan
+from ..state.shared_ledger import open_ledger
 from ..state.trial_task import trial_name
 from .asha import SweepScheduler
 from .callback import SweepCallback, SweepStopper
 from .cluster import check_shared, cluster
-from .dashboard import study_storage
+from .dashboard import StudyCopy, journal
 from .group_search import check_sampler
 from .local_ray import LocalRayDiedError
 from .outcome import group_lines, is_success
 from .progress import Progress, print_leaderboard
 from .searcher import SweepSearcher
 from .stop_reason import StopReason, interruptible
+from .synthetic_sets import make_all_sets, remote_function, replies
 
 NO_RESULT, INTERRUPTED = 1, 130
-REPORT_SECONDS = 60.0
-"""Seconds without a result after which a line reports that work continues."""
 
 
 def run_sweep(spec: SweepSpec, *, quiet: bool = False, on_trial: Callable[[RunRecord], None] | None = None) -> int:
@@ -61,7 +57,7 @@ def run_sweep(spec: SweepSpec, *, quiet: bool = False, on_trial: Callable[[RunRe
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_sampler(spec)
-    ledger = Ledger(spec)
+    ledger = open_ledger(spec)
     ledger.open()
     try:
         return _run(ledger.spec, ledger, quiet, on_trial)
@@ -70,7 +66,14 @@ def run_sweep(spec: SweepSpec, *, quiet: bool = False, on_trial: Callable[[RunRe
 
 
 def _run(spec: SweepSpec, ledger: Ledger, quiet: bool, on_trial: Callable[[RunRecord], None] | None) -> int:
-    searcher, stop_reason = SweepSearcher(spec, ledger, study_storage(spec)), StopReason()
+    stop_reason = StopReason()
+    if spec.search.is_shared:
+        with ledger.exclusive("studies"):
+            copy = StudyCopy(spec)
+        searcher = SweepSearcher(spec, ledger, copy=copy, stop_reason=stop_reason)
+        searcher.complete_copy()
+    else:
+        searcher = SweepSearcher(spec, ledger, journal(spec), stop_reason=stop_reason)
     was_finished = not searcher.num_left()
     with Progress(searcher.num_total(), quiet=quiet, on_trial=on_trial, constraints=spec.constraints) as progress:
         progress.known(ledger.records)
@@ -82,6 +85,8 @@ def _run(spec: SweepSpec, ledger: Ledger, quiet: bool, on_trial: Callable[[RunRe
         if ledger.plans:
             done = f"{len(ledger.records)} trials are there already"
             interrupted = f"{len(searcher.interrupted)} were interrupted"
+            if others := sum(map(ledger.elsewhere, ledger.plans)):
+                interrupted += f", {others} are run by other drivers"
             finished = "the sweep is finished; --num-trials +N adds N to each group"
             progress.log(f"{done}, {finished if was_finished else interrupted}")
         try:
@@ -94,8 +99,12 @@ def _run(spec: SweepSpec, ledger: Ledger, quiet: bool, on_trial: Callable[[RunRe
                     if not spec.address:
                         check_shared(spec.output_dir)
                     _check_groups(spec, ledger)
-                    _make_sets(spec, ledger, progress)
+                    with ledger.exclusive("sets") if spec.address else nullcontext():
+                        make_all_sets(spec, ledger, progress)
                     _tune(spec, ledger, searcher, progress, stop_reason)
+                    if not stop_reason:
+                        searcher.sync()
+                        searcher.complete_copy()
         except KeyboardInterrupt:
             ledger.end_early()
             progress.log(f"interrupted; the tables are in {where}, the same command resumes")
@@ -142,9 +151,11 @@ def _conclude(
     where = spec.address or spec.output_dir
     progress.log(f"{where}/trials.csv\n{where}/leaderboard.csv")
     if spec.search.report and ledger.records:
-        if not is_drawn:
-            progress.log(f"drawing {PAGE} ...")
-        progress.log(f"{where}/{PAGE}" if is_drawn else _report(spec, ledger))
+        with ledger.exclusive("report"):
+            is_drawn = is_drawn or (spec.search.is_shared and _is_drawn(spec))  # by another driver
+            if not is_drawn:
+                progress.log(f"drawing {PAGE} ...")
+            progress.log(f"{where}/{PAGE}" if is_drawn else _report(spec, ledger))
     if progress.account():
         progress.log(progress.account())
     if ledger.records and not progress.quiet:
@@ -185,120 +196,14 @@ def _check_groups(spec: SweepSpec, ledger: Ledger) -> None:
     """
     from ..workers.trial import check_run
 
-    check = _remote(spec, check_run)
+    check = remote_function(spec, check_run)
     waiting = {check.remote(run_config(spec, group, {})): group for group in spec.groups}
-    for ready, reply in _replies(waiting):
+    for ready, reply in replies(waiting):
         group, facts = waiting[ready], reply["teacher"]
         facts = {**facts, "name": group.named or facts["name"]}
         ledger.know(group.key, facts, reply["eval_digest"], reply["earlier_digest"])
         if not reply["eval_digest"] and any(one.name == "drop" for one in spec.constraints):
             raise ValueError(f"`constraints.drop` must be left out without labeled images, but {group.key} has none")
-
-
-def _remote(spec: SweepSpec, function: Callable[..., dict[str, Any]]) -> Any:
-    """Return a function as a Ray remote function with the resources of one worker of a trial."""
-    search = spec.search
-    return ray.remote(num_cpus=search.cpus_per_worker, num_gpus=search.gpus_per_worker, max_retries=2)(function)
-
-
-def _replies(tasks: Iterable[Any], waited: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield (Ray task, result) as tasks finish; the first error cancels the rest and is raised.
-
-    `waited` is called after each `REPORT_SECONDS` without a result.
-    """
-    waiting = list(tasks)
-    while waiting:
-        done, waiting = ray.wait(waiting, timeout=REPORT_SECONDS)
-        if not done:
-            waited()
-            continue
-        (ready,) = done
-        reply = ray.get(ready)
-        if "error" in reply:
-            for other in waiting:
-                ray.cancel(other, force=True)
-            raise ValueError(reply["error"])
-        yield ready, reply
-
-
-def sets_needed(spec: SweepSpec) -> dict[str, tuple[Group, RunConfig]]:
-    """Return the distinct (training, held-out) pairs of sets of the trials: recipe -> a group and run that use it."""
-    needed: dict[str, tuple[Group, RunConfig]] = {}
-    searched = [value for one in spec.dimensions if one.name == METHOD for value in one.values]
-    methods: list[dict[str, Any]] = [{METHOD: value} for value in searched] or [{}]
-    for group in spec.groups:
-        base = group.base
-        for seeds in dict.fromkeys([(base.seed, base.data_seed), *((seed, seed) for seed in spec.search.seeds)]):
-            for method in methods:
-                config = run_config(spec, group, method, seeds=seeds)
-                needed.setdefault(set_recipe(config), (group, config))
-    return needed
-
-
-def _make_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
-    """Make every set that the trials need, each once, as many concurrently as fit the cluster."""
-    from ..workers.trial import make_sets
-
-    needed = sets_needed(spec)
-    names = {
-        recipe: f"synthetic set {group.model}{by_method(spec, config)} seed {config.data_seed}"
-        for recipe, (group, config) in needed.items()
-    }
-    remote = _remote(spec, make_sets)
-    started = time.monotonic()
-    for name in names.values():
-        progress.running[name] = "being made"
-    progress.log(f"synthetic sets that the trials need: {len(needed)}; those that are not there are made first")
-
-    def waited() -> None:
-        if progress.live is None:  # else the live table shows it
-            progress.log(f"{len(progress.running)} synthetic sets not ready after {time.monotonic() - started:.0f} s")
-
-    def start(config: RunConfig) -> Any:
-        return remote.remote(config, str(spec.output_dir), spec.address)
-
-    for reply, recipe in _made(start, needed, waited, apart=spec.address != ""):
-        progress.running.pop(names[recipe], None)
-        ledger.sets[recipe] = reply["sets"]
-        group, config = needed[recipe]
-        model, seed = ledger.teachers[group.key]["name"], config.data_seed
-        what = f"ready after {time.monotonic() - started:.0f} s" if reply["made"] else "there already"
-        number, name = config.synthesis.num_images, f"{model}{by_method(spec, config)}"
-        progress.log(f"synthetic set of {name}, seed {seed}: {number} images, {what}")
-        for text in reply["warnings"]:
-            progress.log(f"warning: {text}")
-
-
-def by_method(spec: SweepSpec, config: RunConfig) -> str:
-    """Return the synthesis method of a run, for messages, where a sweep searches it; "" elsewhere."""
-    searched = any(dimension.name == METHOD for dimension in spec.dimensions)
-    return f" by {Path(unversioned(SYNTHESIS_METHOD, config.synthesis.method)).name}" if searched else ""
-
-
-def _made(
-    start: Callable[[RunConfig], Any],
-    needed: dict[str, tuple[Group, RunConfig]],
-    waited: Callable[[], None],
-    *,
-    apart: bool,
-) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield (result of `make_sets`, recipe) as the sets are made.
-
-    Args:
-        start: Starts the Ray task that makes the sets of a run.
-        needed: Runs by recipe.
-        waited: Called after each `REPORT_SECONDS` without a result.
-        apart: Whether machines share no folder, and so no lock: the held-out set, which all data seeds of a model
-            share, is then made with the first of them, before the others start.
-    """
-    first: dict[str, str] = {}
-    for recipe, (group, _) in needed.items():
-        first.setdefault(group.model, recipe)
-    rest = [recipe for recipe in needed if recipe not in first.values()]
-    for recipes in [list(first.values()), rest] if apart else [list(needed)]:
-        waiting = {start(needed[recipe][1]): recipe for recipe in recipes}
-        for ready, reply in _replies(waiting, waited):
-            yield reply, waiting[ready]
 
 
 def _tune(
@@ -313,12 +218,20 @@ def _tune(
     if search.workers_per_trial > 1:  # workers have separate resources; the trial only starts them, on the head
         resources = {"cpu": 0, "node:__internal_head__": 0.001}
         searcher.limit = progress.slots  # Ray Tune does not count the resources of the workers
+    scheduler = SweepScheduler(spec, ledger, stop_reason)
+
+    def changed(plan: Plan) -> None:
+        scheduler.absorb(plan)
+        if plan.trial in ledger.records:
+            progress.elsewhere(plan.trial, ledger.records[plan.trial])
+
+    searcher.listeners.append(changed)
     with tempfile.TemporaryDirectory(prefix="synq-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(run_trial, resources),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=SweepScheduler(spec, ledger, stop_reason),
+                scheduler=scheduler,
                 num_samples=searcher.num_total() + len(ledger.plans),
                 reuse_actors=True,
                 trial_name_creator=_name,
@@ -334,7 +247,8 @@ def _tune(
             ),
         )
         tuner.fit()
-    shutil.rmtree(spec.output_dir / "ray", ignore_errors=True)
+    if not any(map(ledger.elsewhere, ledger.plans)):  # else another driver may use it
+        shutil.rmtree(spec.output_dir / "ray", ignore_errors=True)
 
 
 def _name(trial: Trial) -> str:

@@ -107,8 +107,9 @@ _PRINTED = In.BOARD | In.TERMINAL | In.SWEEP | In.PAGE
 RUN_COLUMNS = (
     Column("rank", "place in its ranking, the best first", _PRINTED),
     Column("trial", "name of the run", In.TRIALS, is_text=True),
-    Column("status", "completed, failed, or pruned by the scheduler", In.TRIALS, is_text=True),
-    Column("reason", "why a run failed or was pruned", In.TRIALS, is_text=True),
+    Column("status", "completed, failed, diverged, pre-empted, lost, or pruned by the scheduler", In.TRIALS,
+        is_text=True),
+    Column("reason", "why a run was not completed", In.TRIALS, is_text=True),
     Column("model", "the teacher", _EVERYWHERE, is_text=True),
     Column("weight_bits", "bit-width of the weights", _EVERYWHERE, "W", "W", "bits"),
     Column("act_bits", "bit-width of the activations", _EVERYWHERE, "A", "A", "bits"),
@@ -176,6 +177,7 @@ RUN_COLUMNS = (
         is_text=True),
     Column("latency_ratio", "latency of the exported student relative to that of the float model", _BOTH,
         "latency ratio", over_seeds="mean"),
+    Column("log", "log file of the trial in the sweep's folder", In.TRIALS, is_text=True),
     Column("violates", "bounds of [constraints] that it violates: metric, value, bound; such rows are ranked last",
         _EVERYWHERE, is_text=True),
 )  # fmt: skip

@@ -3,6 +3,7 @@
 Imports neither torch nor Matplotlib.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -11,7 +12,7 @@ from synq.common.statistics import drop_text
 from synq.common.text_tables import Row, plural
 from synq.config.quant import first_last_label
 from synq.runs.expected_agreement import agreement_line
-from synq.runs.record import RunRecord, run_protocol
+from synq.runs.record import FAILURES, RunRecord, run_protocol
 from synq.runs.tuning_effect import effect_sentence
 
 from ..constraints import EXPORTED, Constraint, constraints_text
@@ -19,6 +20,10 @@ from ..leaderboard.ranking import Standing
 from ..leaderboard.settings import best_columns
 from .sweep_view import SweepView
 
+OUTCOMES = {"pruned": "was stopped early", "pre-empted": "was pre-empted", "lost": "was lost"}
+"""Endings of a run in a sentence, where they are not the status."""
+USUAL = ("completed", "pruned", "failed")
+"""Statuses that are counted in any sweep; the others where they occur."""
 OF = ("a drop of", "a gain of")
 """Nouns of `drop_text` in a sentence."""
 
@@ -31,8 +36,9 @@ def run_label(record: RunRecord) -> str:
 def run_verdict(record: RunRecord) -> list[str]:
     """Return the result of a run in sentences."""
     if record.status != "completed":
-        outcome = "was stopped early" if record.status == "pruned" else "failed"
-        return [f"The run {outcome}: {record.reason or 'no reason is recorded'}."]
+        outcome = OUTCOMES.get(record.status, record.status)
+        log = f" Its log: {record.log}." if record.log and record.status in FAILURES else ""
+        return [f"The run {outcome}: {record.reason or 'no reason is recorded'}.{log}"]
     lines = []
     if record.top1 is not None and record.teacher_top1 is not None and record.num_eval:
         error, drop = record.drop_stderr, record.teacher_top1 - record.top1
@@ -123,9 +129,12 @@ def sweep_verdict(sweep: SweepView, standings: Sequence[Standing]) -> list[str]:
         for key, one in sweep.about.get("stopped", {}).items()
     ]
     lines += constraint_lines(sweep.constraints, standings)
-    failed = sum(record.status == "failed" for record in sweep.records.values())
+    failed = failed_runs(sweep)
     if failed:
-        lines.append(f"{plural(failed, 'trial')} failed; the tab Trials has the reasons.")
+        counts = Counter(record.status for _, record in failed)
+        parts = ", ".join(f"{counts[status]} {status}" for status in FAILURES if counts[status])
+        each = "" if set(counts) == {"failed"} else f" ({parts})"
+        lines.append(f"{plural(len(failed), 'trial')} failed{each}; the tab Trials has the reasons.")
     if sweep.running:
         lines.append(
             f"{plural(len(sweep.running), 'trial')} {'is' if len(sweep.running) == 1 else 'are'} not finished: the "
@@ -160,16 +169,19 @@ def constraint_lines(constraints: Sequence[Constraint], standings: Sequence[Stan
     return lines
 
 
+def failed_runs(sweep: SweepView) -> list[tuple[str, RunRecord]]:
+    """Return the name and record of each run that ended without a result and was not stopped early."""
+    return [(name, record) for name, record in sweep.records.items() if record.status in FAILURES]
+
+
 def _before(row: Mapping[str, Any]) -> str:
     return "unknown before fine-tuning" if row["rtn_top1"] is None else f"{row['rtn_top1']:.2f} before fine-tuning"
 
 
 def sweep_facts(sweep: SweepView) -> list[tuple[str, str]]:
     """Return the facts at the head of a sweep's page, as pairs of name and value."""
-    counts = {
-        status: sum(record.status == status for record in sweep.records.values())
-        for status in ("completed", "pruned", "failed")
-    }
+    numbers = Counter(record.status for record in sweep.records.values())
+    counts = {name: numbers[name] for name in ("completed", "pruned", *FAILURES) if name in USUAL or numbers[name]}
     hours = sum(record.total_seconds or 0.0 for record in sweep.records.values()) / 3600
     machines = {record.host for record in sweep.records.values() if record.host}
     search = sweep.about.get("search", {})

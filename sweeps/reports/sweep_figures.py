@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 
 from synq.common.text_tables import Row
-from synq.runs.record import RunRecord
+from synq.runs.record import FAILURES, RunRecord
 
 from ..leaderboard.ranking import Standing
 from ..stats import rank_correlation
@@ -27,7 +27,11 @@ MOST_LABELED_SERIES = 4
 MOST_LANES = 40
 """Most lanes of a timeline."""
 UNITS = {"size_bytes": ("size of the parameters [KiB]", 1024.0), "bitops": ("BitOps per image [G]", 1e9)}
-STATUS_COLORS = {"completed": COLORS[0], "pruned": "#b9c3cf", "failed": COLORS[1]}
+STATUS_COLORS: dict[str, str] = {
+    "completed": COLORS[0],
+    "pruned": "#b9c3cf",
+    **dict(zip(FAILURES, COLORS[1:], strict=False)),
+}
 MARKERS = "osD^vPX*"
 
 

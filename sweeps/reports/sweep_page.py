@@ -16,6 +16,7 @@ from .run_page import run_tabs, settings_blocks
 from .study_figures import study_figures
 from .summary import (
     best_rows,
+    failed_runs,
     foot,
     label,
     leaders,
@@ -173,9 +174,15 @@ def _search(sweep: SweepView) -> list[Block]:
 
 def _trials(sweep: SweepView) -> list[Block]:
     failures = [
-        {"trial": name, "reason": record.reason, "seconds": record.total_seconds, "host": record.host}
-        for name, record in sweep.records.items()
-        if record.status == "failed"
+        {
+            "status": record.status,
+            "trial": name,
+            "reason": record.reason,
+            "seconds": record.total_seconds,
+            "host": record.host,
+            "log": record.log,
+        }
+        for name, record in failed_runs(sweep)
     ]
     rows = sweep.tables.trial_rows()
     usual = [key for key in TRIAL_COLUMNS if key not in OMITTED]
@@ -187,8 +194,8 @@ def _trials(sweep: SweepView) -> list[Block]:
             Table(
                 name="failures",
                 title="Failures",
-                caption="Failed trials with their reasons.",
-                columns=("trial", "reason", "seconds", "host"),
+                caption="Trials without a result, with their reasons; the log is in the folder of the sweep.",
+                columns=("status", "trial", "reason", "seconds", "host", "log"),
                 rows=failures,
             )
         )

@@ -19,6 +19,7 @@ from ..leaderboard.settings import best_columns, constants_text, shown_columns
 from ..leaderboard.views import protocol_of
 from .summary import (
     best_rows,
+    failed_runs,
     run_facts,
     run_label,
     run_verdict,
@@ -84,9 +85,9 @@ def _show_sweep(path: Path, console: Console) -> None:
         _table(console, [column.heading for column in columns], rows)
     if len(standings) > len(rows):
         _leaderboard(console, standings, sweep.settings)
-    failures = [(name, record.reason) for name, record in sweep.records.items() if record.status == "failed"]
+    failures = [(record.status, name, record.reason, record.host, record.log) for name, record in failed_runs(sweep)]
     if failures:
-        _table(console, ("failed trial", "reason"), failures[:MOST_FAILURES])
+        _table(console, ("status", "trial", "reason", "host", "log"), failures[:MOST_FAILURES])
     if len(failures) > MOST_FAILURES:
         console.print(f"and {len(failures) - MOST_FAILURES} more, in trials.csv")
     console.print(f"all settings: synq leaderboard {path} --print; figures: synq report {path}")

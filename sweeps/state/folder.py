@@ -1,5 +1,7 @@
 """The folder of a sweep, shared by all machines or copied from an address, and its locks for one driver."""
 
+import fcntl
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,6 +15,7 @@ from synq.common.notices import print_notice
 
 from ..storage.lease import Lease
 from ..storage.object_store import Storage, open_storage
+from .trial_log import TrialLog, log_name
 
 PARTS = ("plans", "records")
 LEFTOVER_SECONDS = 60.0
@@ -32,10 +35,14 @@ class SweepFolder:
         self.root, self.address = root, address
         self.storage: Storage | None = None
         self._lease: Lease | None = None
+        self._shared: int | None = None
         self._lock = FileLock(root / "sweep.lock")
 
-    def take(self) -> None:
+    def take(self, *, shared: bool = False) -> None:
         """Lock the folder and, for an address, download plans and records.
+
+        Args:
+            shared: Whether other drivers may use the folder, too, if they also share it.
 
         Raises:
             ValueError: Another sweep runs in the folder.
@@ -50,15 +57,19 @@ class SweepFolder:
         except OSError as error:
             raise OSError(f"`output_dir` must be writable, but got {self.root}: {error.strerror}") from error
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
+            if shared:
+                self._share()
+            else:
+                self._lock.acquire(timeout=0)
+        except (Timeout, BlockingIOError):
             raise ValueError(f"`output_dir` must not be in use, but another sweep runs in {self.root}") from None
         self._clear_leftovers()
         if self.storage is None:
             return
         try:
-            self._lease = Lease(self.storage)
-            self._lease.acquire(lambda text: print(text, flush=True))
+            if not shared:
+                self._lease = Lease(self.storage)
+                self._lease.acquire(lambda text: print(text, flush=True))
             self.storage.get_all(PARTS, self.root)
             if not self.storage.get("sweep.json", self.root / "sweep.json"):
                 (self.root / "sweep.json").unlink(missing_ok=True)
@@ -79,6 +90,23 @@ class SweepFolder:
         if self._lease is not None:
             self._lease.release()
         self._lock.release()
+        if self._shared is not None:
+            os.close(self._shared)
+            self._shared = None
+
+    def _share(self) -> None:
+        """Lock the folder against a driver that does not share it.
+
+        Raises:
+            BlockingIOError: There is one.
+        """
+        self._shared = os.open(self.root / "sweep.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._shared, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._shared)
+            self._shared = None
+            raise
 
     @property
     def lost(self) -> str:
@@ -114,6 +142,16 @@ class SweepFolder:
         (self.root / name).unlink(missing_ok=True)
         if self.storage is not None:
             self.storage.delete(name)
+
+    def log_end(self, trial: str, text: str) -> None:
+        """Append the end of a trial that wrote no record to its log."""
+        name = log_name(trial)
+        if self.storage is not None:
+            self.storage.get(name, self.root / name)
+        with TrialLog(self.root / name) as log:
+            log.event(f"the driver: {text}")
+        if (self.root / name).is_file():
+            self.send(name)
 
     def set_aside(self, name: str, reason: str) -> None:
         """Rename a damaged file, so that no reader takes it for one of the sweep; a notice names it.

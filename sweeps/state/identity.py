@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from synq.common.notices import print_notice
 from synq.config.run import config_digest, config_to_dict
 from synq.runs.record import RunRecord
 
+from ..constraints import constraint_values
 from ..search_config import SearchConfig
 from ..space import dimension_values
 from ..spec import SweepSpec
@@ -109,6 +110,25 @@ def settled_budget(search: SearchConfig, stored: Mapping[str, Any]) -> SearchCon
         raise ValueError(f"`num_trials` must be a whole number for a new sweep, but got +{search.more_trials}")
     number = before + (search.more_trials if stored.get("finished") == before else 0)
     return replace(search, num_trials=number, more_trials=0)
+
+
+def settled_identity(spec: SweepSpec, stored: Mapping[str, Any]) -> tuple[SweepSpec, dict[str, Any]]:
+    """Return the sweep with its resolved number of trials, and the content of its sweep.json.
+
+    Args:
+        spec: The sweep.
+        stored: Content of sweep.json until now; {} for a new sweep.
+
+    Raises:
+        ValueError: As `settled_budget`.
+    """
+    spec = replace(spec, search=settled_budget(spec.search, stored))
+    finished = {"finished": stored["finished"]} if "finished" in stored else {}
+    number = max(spec.search.trials, stored.get("search", {}).get("num_trials") or 0)
+    # The two addresses may contain a password.
+    search = {**asdict(spec.search), "num_trials": number, "output_dir": "", "study_storage": ""}
+    bounds = {"constraints": constraint_values(spec.constraints)} if spec.constraints else {}
+    return spec, {**expected_identity(spec), **bounds, **finished, "search": search}
 
 
 def _comparable(value: Any) -> Any:

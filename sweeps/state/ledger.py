@@ -5,7 +5,8 @@ Layout::
     sweep.json            search and groups of the sweep; a spec that differs is rejected
     plans/TRIAL.json      written when a trial is proposed: its settings, its config, later its objective per epoch
     plans/TRIAL.stop      requests a trial of several workers to stop
-    records/TRIAL.json    written when a trial has ended: completed, pruned or failed
+    records/TRIAL.json    written when a trial has ended, in whatever way
+    logs/TRIAL.log        what the trial printed
     runs/, store/         folders of the runs, and the synthetic sets
     trials.csv, leaderboard.csv
 
@@ -14,10 +15,10 @@ For a sweep at an address (an object store), the folder is this machine's copy: 
 opened, and every file that is written is uploaded as well. Imports neither Ray nor torch.
 """
 
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,16 @@ from typing import Any
 from synq.common.digests import write_sealed_json
 from synq.common.environment import environment
 from synq.common.files import DamagedFileError
-from synq.runs.record import RunRecord, read_record, write_record
+from synq.runs.record import RunRecord, Status, read_record, write_record
 
-from ..constraints import constraint_values, record_violations
 from ..leaderboard.records import Tables
-from ..space import BITS, value_of
 from ..spec import SweepSpec
+from .best_plans import best_plans, completed
 from .folder import SweepFolder
-from .identity import check_identity, expected_identity, rebuilt_identity, settled_budget, stored_identity
-from .plans import Plan, plan_values, read_sweep_file, set_recipe, unfinished_record
+from .identity import check_identity, rebuilt_identity, settled_identity, stored_identity
+from .plans import Plan, in_order, plan_values, read_sweep_file, set_recipe, unfinished_record
 from .recovery import read_state
+from .trial_log import last_host, log_name
 from .trial_task import TrialTask
 
 TABLES = ("trials.csv", "leaderboard.csv")
@@ -74,7 +75,7 @@ class Ledger:
             ValueError: Another driver uses the folder, it has a different sweep, or a file in it is damaged.
             OSError: The folder is not writable.
         """
-        self.folder.take()
+        self._take()
         try:
             stored, reason = stored_identity(self.root)
             if not reason:
@@ -82,21 +83,64 @@ class Ledger:
             plans, records = read_state(self.folder, self.spec)
             if reason and (plans or records):
                 stored = rebuilt_identity(plans, records, self.spec, reason)
-            self._write_identity(stored)
-            for plan in sorted(plans.values(), key=lambda plan: (plan.group, plan.stage, plan.index, plan.trial)):
-                self._keep(plan)
-            for trial, record in records.items():
-                self._keep_record(trial, record)
+            self._begin(stored, plans, records)
         except BaseException:
             self.close()
             raise
+
+    def _take(self) -> None:
+        self.folder.take()
+
+    def _begin(self, stored: Mapping[str, Any], plans: dict[str, Plan], records: dict[str, RunRecord]) -> None:
+        """Begin with the state of the folder.
+
+        Args:
+            stored: Content of sweep.json; {} for a new sweep.
+            plans, records: As from `read_state`.
+        """
+        self._write_identity(stored)
+        for plan in in_order(plans.values()):
+            self._keep(plan)
+        for trial, record in records.items():
+            self._keep_record(trial, record)
 
     def close(self) -> None:
         """Release the locks of the folder."""
         self.folder.give_back()
 
+    @property
+    def lost(self) -> str:
+        """Reason why this driver must stop, because another one may run the sweep; "" while there is none."""
+        return self.folder.lost
+
+    def sync(self) -> list[Plan]:
+        """Read what other drivers have changed and return the plans; a sweep of one driver has none."""
+        return []
+
+    def freed(self) -> list[Plan]:
+        """Return the plans without a record that no living driver runs; a sweep of one driver knows them already."""
+        return []
+
+    def elsewhere(self, trial: str) -> bool:
+        """Return whether another living driver runs a trial."""
+        return False
+
+    def claim(self, plan: Plan) -> bool:
+        """Write a new plan, and return whether its trial is this driver's to run."""
+        self.add_plan(plan)
+        return True
+
+    def take_over(self, plan: Plan) -> bool:
+        """Write the plan of an interrupted trial, and return whether the trial is this driver's to run."""
+        self.add_plan(plan)
+        return True
+
+    def exclusive(self, what: str) -> AbstractContextManager[None]:
+        """Return a context in which no other driver of the sweep does `what`."""
+        return nullcontext()
+
     def _keep_record(self, trial: str, record: RunRecord) -> None:
-        if record.status == "failed" and self.spec.search.retry_failed and trial in self.plans:
+        if record.status in self.spec.search.retry and trial in self.plans:
             self.folder.remove(f"records/{trial}.json")
             return
         self.records[trial] = record
@@ -193,7 +237,7 @@ class Ledger:
         self,
         trial: str,
         *,
-        status: str,
+        status: Status,
         reason: str,
         history: list[tuple[int, float]],
         seconds: float,
@@ -206,12 +250,12 @@ class Ledger:
 
         Args:
             trial: Name of the trial.
-            status: pruned or failed, for a trial that wrote no record.
+            status: Any but completed, for a trial that wrote no record.
             reason: Reason of that status.
             history: (epoch, objective) as reported.
             seconds: Duration of the trial in seconds.
             began: Start time in seconds since 1970; None if the trial reported nothing.
-            host: Machine of the trial; "" if it reported none.
+            host: Machine of the trial; "" if it reported none: it is then that of the log, if any.
 
         Returns:
             The record.
@@ -228,12 +272,13 @@ class Ledger:
             teacher = self.teachers.get(plan.group, {})
             values = {
                 **self._environment,
-                "host": host,
+                "host": host or last_host(self.root / log_name(trial)),
                 "started": "" if began is None else datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
                 "total_seconds": seconds,
                 "objective_value": history[-1][1] if history else None,
             }
             record = unfinished_record(plan.config, trial, status=status, reason=reason, teacher=teacher, values=values)
+            self.folder.log_end(trial, f"{status}: {reason}")
             write_record(path, record)
             self.folder.send(f"records/{path.name}")
         self.records[trial] = record
@@ -270,24 +315,12 @@ class Ledger:
         self._tables_due = ended + (ended - started) / TABLE_SHARE
 
     def best(self, group: str, top_k: int = 1) -> list[Plan]:
-        """Return the plans of the `top_k` best completed search trials of a group that satisfy the constraints.
-
-        The best comes first. If the search includes the bit-width, `top_k` plans are returned for each bit-width.
-        """
-        sign = 1 if self.spec.search.minimize else -1
-        scored: dict[str, list[tuple[float, int, Plan]]] = {}
-        for plan in self.group_plans(group):
-            record = self.result(plan)
-            if record is not None and not record_violations(self.spec.constraints, record):
-                same_bits = scored.setdefault(value_of(plan.config, BITS), [])
-                same_bits.append((sign * float(record.objective_value or 0.0), plan.index, plan))
-        return [plan for part in scored.values() for *_, plan in sorted(part, key=lambda item: item[:2])[:top_k]]
+        """Return the plans of the best completed search trials of a group, as `best_plans`."""
+        return best_plans(self.spec, self.group_plans(group), self.records, top_k)
 
     def result(self, plan: Plan) -> RunRecord | None:
         """Return the record of a completed trial; None if it has not completed."""
-        record = self.records.get(plan.trial)
-        has_result = record is not None and record.status == "completed" and _finite(record.objective_value)
-        return record if has_result else None
+        return completed(self.records.get(plan.trial))
 
     def stop_group(self, group: str, reason: str) -> None:
         """End the search of a group before its budget is spent.
@@ -295,11 +328,7 @@ class Ledger:
         The decision is kept, because trials that were running then end later and might change it: a resumed sweep goes
         on with the group only if its budget was raised, or `stop_when` is budget.
         """
-        self.stopped[group] = {
-            "reason": reason,
-            "num_trials": self.spec.search.trials,
-            "after": self.num_plans(group),
-        }
+        self.stopped[group] = {"reason": reason, "num_trials": self.spec.search.trials, "after": self.num_plans(group)}
         stored = read_sweep_file(self.root / "sweep.json")
         self.folder.write("sweep.json", {**stored, "stopped": self.stopped})
 
@@ -311,21 +340,11 @@ class Ledger:
 
     def _write_identity(self, stored: Mapping[str, Any]) -> None:
         """Resolve the number of trials and write sweep.json."""
-        self.spec = replace(self.spec, search=settled_budget(self.spec.search, stored))
-        finished = {"finished": stored["finished"]} if "finished" in stored else {}
+        self.spec, values = settled_identity(self.spec, stored)
         search = self.spec.search
         if search.stop_when != "budget":
             known = stored.get("stopped", {}).items()
             self.stopped = {key: one for key, one in known if one["num_trials"] >= search.trials}
-        number = max(self.spec.search.trials, stored.get("search", {}).get("num_trials") or 0)
-        # The two addresses may contain a password.
-        values = {**asdict(self.spec.search), "num_trials": number, "output_dir": "", "study_storage": ""}
-        bounds = {"constraints": constraint_values(self.spec.constraints)} if self.spec.constraints else {}
-        bounds |= {"stopped": self.stopped} if self.stopped else {}
-        content = {**expected_identity(self.spec), **bounds, **finished, "search": values}
-        write_sealed_json(self.root / "sweep.json", content)
+        values |= {"stopped": self.stopped} if self.stopped else {}
+        write_sealed_json(self.root / "sweep.json", values)
         self.folder.send("sweep.json")
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)

@@ -1,7 +1,7 @@
 """Plans of proposed trials as files, and records of trials without a result. Imports neither Ray nor torch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +9,10 @@ from typing import Any, Literal
 from synq.common.digests import read_sealed_json, report_unsealed
 from synq.config.parsing import check_format, shown
 from synq.config.run import RunConfig, config_digest, config_to_dict
-from synq.runs.record import RunRecord
+from synq.runs.record import RunRecord, Status
 
 from ..leaderboard.ranking import read_setting
+from .trial_log import log_name
 
 FORMAT = 2
 """Version of the format of plans and of sweep.json."""
@@ -55,6 +56,19 @@ class Plan:
     """(epoch, objective) as reported during the run."""
 
 
+def in_order(plans: Iterable[Plan]) -> list[Plan]:
+    """Return plans in the order in which they were proposed, group by group."""
+    return sorted(plans, key=lambda plan: (plan.group, plan.stage, plan.index, plan.trial))
+
+
+def new_plan(
+    trial: str, group: str, stage: Literal["search", "final"], index: int, params: dict[str, Any], config: RunConfig
+) -> Plan:
+    """Return the plan of a trial that has not started; the arguments are its fields."""
+    digest = config_digest(config)
+    return Plan(trial=trial, group=group, stage=stage, index=index, params=params, config=config, config_digest=digest)
+
+
 def read_plan(path: Path) -> Plan:
     """Read the plan of a trial from its file.
 
@@ -63,6 +77,23 @@ def read_plan(path: Path) -> Plan:
         ValueError: The file is no plan, that of another trial, or of another format version.
     """
     content, is_sealed = read_sealed_json(path)
+    plan = parse_plan(content, path, is_sealed=is_sealed)
+    if not is_sealed:
+        report_unsealed(path)
+    return plan
+
+
+def parse_plan(content: Any, path: Path, *, is_sealed: bool) -> Plan:
+    """Return the plan of a trial from the content of its file.
+
+    Args:
+        content: The JSON value, without its digest.
+        path: The file, for its name and for messages.
+        is_sealed: Whether the content has been compared with its digest.
+
+    Raises:
+        ValueError: The content is no plan, that of another trial, or of another format version.
+    """
     if isinstance(content, dict) and "format" in content:
         check_format(path, "the plan of a trial", content.pop("format"), FORMAT, "run the sweep again in a new folder")
     if not isinstance(content, dict) or set(content) != set(Plan.__dataclass_fields__):
@@ -75,10 +106,8 @@ def read_plan(path: Path) -> Plan:
     if content["trial"] != path.stem:
         raise ValueError(f"`{path}` must hold the plan of its name, but it is that of {content['trial']}: {REMOVE}")
     config, _ = read_setting(content["config"], source=str(path))  # what trials share is parsed once
-    if not is_sealed:
-        if config_digest(config) != content["config_digest"]:
-            raise ValueError(f"`{path}` must have the configuration of its digest, but has another: {REMOVE}")
-        report_unsealed(path)
+    if not is_sealed and config_digest(config) != content["config_digest"]:
+        raise ValueError(f"`{path}` must have the configuration of its digest, but has another: {REMOVE}")
     try:
         history = [(int(epoch), float(value)) for epoch, value in content["history"] if value is not None]
     except (ValueError, TypeError, OverflowError):
@@ -137,7 +166,7 @@ def unfinished_record(
     config: RunConfig,
     trial: str,
     *,
-    status: str,
+    status: Status,
     reason: str,
     teacher: Mapping[str, Any],
     values: Mapping[str, Any] | None = None,
@@ -147,13 +176,14 @@ def unfinished_record(
     Args:
         config: Config of the run.
         trial: Name of the trial.
-        status: pruned or failed.
+        status: Any but completed.
         reason: Reason of the status; line breaks become spaces, and it is cut after 500 characters.
         teacher: Known fields of the teacher (name, digest, input_size).
         values: Other known fields of the record.
     """
     quant, evaluation = config.quant, config.evaluation
     known = {
+        "log": log_name(trial),
         "status": status,
         "reason": " ".join(reason.split())[:REASON_LENGTH],
         "name": trial,

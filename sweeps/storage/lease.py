@@ -141,8 +141,8 @@ class Lease:
             "owner": self._owner,
             "host": platform.node(),
             "pid": os.getpid(),
-            "place": _pid_namespace(),
-            "birth": _start_time(os.getpid()),
+            "place": pid_namespace(),
+            "birth": start_time(os.getpid()),
             "beat": self._beat,
             "time": time.time(),
         }
@@ -151,9 +151,9 @@ class Lease:
     def _is_alive(self, content: bytes, log: Callable[[str], None] | None) -> bool:
         """Return whether the holder of a lease still runs, as far as this machine can determine."""
         holder = _holder(content)
-        namespace = _pid_namespace()
+        namespace = pid_namespace()
         same_namespace = bool(namespace) and holder.get("place") == namespace
-        if same_namespace and _start_time(holder["pid"]) not in ("unknown", holder.get("birth")):
+        if same_namespace and start_time(holder["pid"]) not in ("unknown", holder.get("birth")):
             return False
         if abs(_age(holder)) <= self._stale_after:
             return True
@@ -190,7 +190,7 @@ def _who(holder: dict[str, Any]) -> str:
     return f"host {holder.get('host', 'unknown')}, pid {holder['pid']}, last renewal {age:.0f} s ago"
 
 
-def _pid_namespace() -> str:
+def pid_namespace() -> str:
     """Return host, boot id and pid namespace, within which a pid is unique; "" if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -199,7 +199,7 @@ def _pid_namespace() -> str:
         return ""
 
 
-def _start_time(pid: int) -> str:
+def start_time(pid: int) -> str:
     """Return the start time of a process of this pid namespace, in clock ticks since boot, since pids are reused.
 
     Returns "ended" if it has ended, and "unknown" if its status is not readable.

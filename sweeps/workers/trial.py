@@ -14,6 +14,7 @@ import gc
 import os
 import platform
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -23,13 +24,15 @@ import torch
 
 from synq import pipeline
 from synq.common.environment import environment
+from synq.common.notices import forget_notices
 from synq.config.run import RunConfig
 from synq.finetune.loop import NonFiniteLossError
-from synq.runs.record import RunRecord, run_folder
+from synq.runs.record import FAILURES, RunRecord, Status, run_folder
 from synq.synthesis.run_sets import set_names, set_store, set_warnings
 
 from ..constraints import SEARCHED
 from ..state.plans import unfinished_record
+from ..state.trial_log import TrialLog, log_name, logged
 from ..state.trial_task import TrialTask
 from .workspace import Workspace, is_storage_error
 
@@ -67,10 +70,13 @@ def do_trial(task: TrialTask, report: Report, *, rank: int = 0) -> None:
         config = workspace.localize(task.config)
         record = workspace.record(task.trial, task.config_digest)
         if record is None:
-            record = _run(config, task, workspace, report_times, rank)
-            if rank == 0 or record.status == "failed":
+            with logged(workspace.log(task.trial, rank)) as log:
+                record = _run(config, task, workspace, report_times, log, rank)
+                log.event(f"{record.status}: {record.reason}" if record.reason else record.status)
+            workspace.keep_log(task.trial, rank)
+            if rank == 0 or record.status in FAILURES:
                 workspace.finish(record)
-            if wide and record.status == "failed":
+            if wide and record.status in FAILURES:
                 raise TrialFailedError(record.reason)
     except OSError as error:
         if wide or not is_storage_error(error):
@@ -138,7 +144,9 @@ def _as_reply(error: Exception) -> dict[str, Any]:
     return {"error": " ".join(str(error).split()) or type(error).__name__}
 
 
-def _run(config: RunConfig, task: TrialTask, workspace: Workspace, report: Report, rank: int = 0) -> RunRecord:
+def _run(
+    config: RunConfig, task: TrialTask, workspace: Workspace, report: Report, log: TrialLog, rank: int = 0
+) -> RunRecord:
     name, teacher = task.trial, task.teacher
     started, clock = datetime.now(UTC), time.perf_counter()
     folder = run_folder(config)
@@ -146,6 +154,8 @@ def _run(config: RunConfig, task: TrialTask, workspace: Workspace, report: Repor
     def on_epoch(epoch: dict[str, float]) -> None:
         workspace.check_present()  # a checkpoint must not create a new folder on an unmounted path
         value = epoch["objective_value"]
+        log.write(f"epoch {int(epoch['epoch'])}/{int(epoch['epochs'])}: objective {value:.6g}\n")
+        workspace.keep_log(task.trial, rank)
         report({"epoch": int(epoch["epoch"]), "epochs": int(epoch["epochs"]), "objective_value": value})
 
     try:
@@ -162,8 +172,11 @@ def _run(config: RunConfig, task: TrialTask, workspace: Workspace, report: Repor
             "total_seconds": time.perf_counter() - clock,
         }
         reason = f"{type(error).__name__}: {error}"
-        return unfinished_record(config, name, status="failed", reason=reason, teacher=teacher, values=values)
-    return replace(record, name=name, model=teacher.get("name", record.model))  # the spec may name the model
+        status: Status = "diverged" if isinstance(error, NonFiniteLossError) else "failed"
+        log.write(traceback.format_exc())
+        return unfinished_record(config, name, status=status, reason=reason, teacher=teacher, values=values)
+    # The spec may name the model.
+    return replace(record, name=name, model=teacher.get("name", record.model), log=log_name(name))
 
 
 def _may_be_of_other_worker(error: Exception) -> bool:
@@ -184,6 +197,7 @@ def _fresh_process(gpus: float = 0.0) -> None:
     """
     # Gives a stopped trial time to finish its writes before the next one starts.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
+    forget_notices()  # each trial has a log
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ from synq.common.environment import environment
 
 from ..state.plans import unfinished_record
 from ..state.trial_task import TrialTask
+from .deaths import death_status
 from .trial import STORAGE, do_trial
 from .workspace import Workspace, is_storage_error
 
@@ -61,7 +62,12 @@ def _give_up(task: TrialTask, workspace: Workspace, error: ray.train.TrainingFai
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
         reason = f"its workers failed {task.max_failures + 1} times: {lines[-1]}"
         record = unfinished_record(
-            task.config, task.trial, status="failed", reason=reason, teacher=task.teacher, values=environment()
+            task.config,
+            task.trial,
+            status=death_status(cause),
+            reason=reason,
+            teacher=task.teacher,
+            values=environment(),
         )
         workspace.finish(record)
     return {"status": record.status, "reason": record.reason, "epochs": 0}

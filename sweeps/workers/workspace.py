@@ -15,6 +15,7 @@ from synq.config.run import RunConfig
 from synq.runs.record import RunRecord, read_record, write_record
 from synq.synthesis.dataset import MANIFEST_FILE
 
+from ..state.trial_log import log_name
 from ..storage.addresses import local_copy
 from ..storage.object_store import Storage, open_storage
 
@@ -147,6 +148,26 @@ class Workspace:
         """Return whether the scheduler requested a stop of a trial."""
         name = f"plans/{trial}.stop"
         return self.storage.exists(name) if self.storage is not None else (self.root / name).exists()
+
+    @_with_storage_errors
+    def log(self, trial: str, rank: int = 0) -> Path:
+        """Return the path of a trial's log, with what an earlier start on any machine wrote.
+
+        Args:
+            trial: Name of the trial.
+            rank: Rank of this process among the trial's workers.
+        """
+        name = log_name(trial, rank)
+        if self.storage is not None:
+            self.storage.get(name, self.root / name)
+        return self.root / name
+
+    @_with_storage_errors
+    def keep_log(self, trial: str, rank: int = 0) -> None:
+        """Upload the log of a trial."""
+        name = log_name(trial, rank)
+        if self.storage is not None and (self.root / name).is_file():
+            self.storage.put(self.root / name, name)
 
     def _record_path(self, trial: str) -> Path:
         return self.root / "records" / f"{trial}.json"

@@ -4,12 +4,12 @@ import contextlib
 import functools
 import html
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synq.common.notices import muted
-from synq.runs.record import RunRecord
+from synq.runs.record import FAILURES, RunRecord
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -139,6 +139,7 @@ def run(
     num_trials: int | None = None,
     max_concurrent: int | None = None,
     report: bool | None = None,
+    retry: Sequence[str] = (),
     retry_failed: bool = False,
     progress: bool = True,
     on_trial: Callable[[RunRecord], None] | None = None,
@@ -155,7 +156,8 @@ def run(
         num_trials: Number of trials of each group; None takes that of the spec.
         max_concurrent: Maximum number of concurrent trials; None takes that of the spec.
         report: Whether to write report.html at the end; None takes that of the spec, by default true.
-        retry_failed: Whether to run trials again that failed in an earlier call.
+        retry: Statuses of an earlier call whose trials are run again: failed, diverged, pre-empted, lost.
+        retry_failed: Whether to run trials of all these statuses again.
         progress: Whether to print a line, or a live table, for each trial; False prints nothing.
         on_trial: Called with the record of each ended trial.
 
@@ -174,7 +176,7 @@ def run(
             "num_trials": num_trials,
             "max_concurrent": max_concurrent,
             "report": report,
-            "retry_failed": retry_failed,
+            "retry": list(FAILURES if retry_failed else retry) or None,
         }
         given = {key: value for key, value in options.items() if value is not None}
         if isinstance(spec, Mapping):
@@ -243,7 +245,7 @@ def _reason(folder: Path) -> str:
     from synq.sweeps.constraints import constraints_text
 
     result = SweepResult(folder)
-    failed = [record for record in result._records if record.status == "failed"]
+    failed = [record for record in result._records if record.status in FAILURES]
     bounds = constraints_text(result._view.constraints)
     none = "no trial satisfies them" if bounds and len(failed) < len(result._records) else "no trial was completed"
     why = f"{failed[-1].name}: {failed[-1].reason}" if failed else none

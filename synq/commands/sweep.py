@@ -37,13 +37,20 @@ EXAMPLES = """\
     type=FLOAT,
     help="GPUs of each process; fractions such as 0.25 share a GPU, 0 means CPU",
 )
-@option("--retry-failed", is_flag=True, help="run failed trials again")
+@option(
+    "--retry",
+    metavar="STATUS",
+    multiple=True,
+    help="run trials again that are failed, diverged, pre-empted or lost; several with commas",
+)
+@option("--retry-failed", is_flag=True, help="run all of these again")
 @option("--no-report", is_flag=True, help="do not write report.html")
 @option("--serve", metavar="PORT", type=INT, help="show the page in a browser while the sweep runs; 0: any free port")
 @option("--dry-run", is_flag=True, help="print the planned trials, their resources and estimated time, and stop")
 def command(
     spec: str | None,
     num_trials: str | None,
+    retry: tuple[str, ...],
     retry_failed: bool,
     no_report: bool,
     serve: int | None,
@@ -54,12 +61,15 @@ def command(
 
     The same command resumes a sweep that was stopped.
     """
+    from synq.runs.record import FAILURES
+
     options = {key: value for key, value in given.items() if value is not None}
     if num_trials is not None:
         if not num_trials.removeprefix("+").isdecimal():
             raise ValueError(f"`num-trials` must be a whole number N or +N, but got {num_trials!r}")
         options["more_trials" if num_trials.startswith("+") else "num_trials"] = int(num_trials)
-    options |= ({"retry_failed": True} if retry_failed else {}) | ({"report": False} if no_report else {})
+    again = list(FAILURES) if retry_failed else [one.strip() for text in retry for one in text.split(",")]
+    options |= ({"retry": again} if again else {}) | ({"report": False} if no_report else {})
     from synq.sweeps.driver.cluster import output_root, prepare_environment
     from synq.sweeps.spec_file import DEMO_SPEC, load_spec
 

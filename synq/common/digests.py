@@ -35,9 +35,14 @@ def write_sealed_json(path: str | Path, values: Mapping[str, Any]) -> None:
         path: The file.
         values: At least one key and value.
     """
+    write_text_atomic(path, sealed_text(values))
+
+
+def sealed_text(values: Mapping[str, Any]) -> str:
+    """Return the text of the file that `write_sealed_json` writes."""
     text = _as_text(strict(values))
     digest = hashlib.sha256(text.encode()).hexdigest()
-    write_text_atomic(path, f'{text.removesuffix(END)}{_START}{digest}"{END}\n')
+    return f'{text.removesuffix(END)}{_START}{digest}"{END}\n'
 
 
 def _as_text(content: object) -> str:

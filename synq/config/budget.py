@@ -22,6 +22,10 @@ HELDOUT_IMAGES = 64
 """Held-out images of every rung: the smallest training set is as large, so they cost at most half of the synthesis."""
 
 
+NOTHING_LOST = 0.02
+"""KL in nats of the rounded student up to which more images gain nothing: W8A8 has 0.001, W4A8 0.15."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rung:
     """A step of the ladder."""
@@ -39,15 +43,14 @@ class Rung:
 
 
 LADDER = (
-    Rung(64, 50, 15, 16, 0.02),
-    Rung(128, 50, 15, 16, 0.35),
-    Rung(256, 50, 15, 16, 1.0),
-    Rung(512, 50, 15, 16, 2.0),
+    Rung(64, 50, 15, 16, NOTHING_LOST),
+    Rung(128, 50, 15, 16, NOTHING_LOST),
     Rung(1024, 100, 15, 64, math.inf),
     Rung(1024, 100, 40, 64, math.inf),
 )
-"""Budgets from cheap to costly."""
-QUALITIES = {"draft": -1, "standard": 0, "best": 2}
+"""Budgets from cheap to costly. On the CIFAR-10 ResNet-20 at W4A4 the second drops 1.16 points and the third 0.82 (means
+of three seeds), in an eighth of the processor time; what lies between them was not better than the second."""
+QUALITIES = {"draft": -1, "standard": 0, "best": 1}
 """Name of a quality, and how many rungs above `standard` it is."""
 DEFAULT_QUALITY = "standard"
 

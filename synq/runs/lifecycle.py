@@ -154,12 +154,12 @@ def blank_record(
 
 @contextmanager
 def failure_recorded(folder: Path, record: RunRecord, accelerator: Accelerator) -> Iterator[None]:
-    """Write a record with status "failed" if fine-tuning in the ``with`` block diverges, and raise the error again."""
+    """Write a record of status "diverged" if fine-tuning in the ``with`` block diverges, and raise the error again."""
     try:
         yield
     except NonFiniteLossError as error:
         if accelerator.is_main_process:
-            write_record(folder / "record.json", replace(record, status="failed", reason=str(error)))
+            write_record(folder / "record.json", replace(record, status="diverged", reason=str(error)))
         raise
 
 

@@ -16,6 +16,10 @@ from synq.config.run import RunConfig, config_digest, config_to_dict
 from synq.runs.record_fields import misfit
 
 SCHEMA_VERSION = 2
+Status = Literal["completed", "failed", "diverged", "pre-empted", "lost", "pruned"]
+"""How a run ended; docs/how-to/resume.md has what sets each, and which are run again."""
+FAILURES: tuple[Status, ...] = ("failed", "diverged", "pre-empted", "lost")
+"""Statuses of a run that ended without a result, and was not stopped by the scheduler."""
 DEPLOYED = ("onnx_bytes", "packed_bytes", "latency_ms", "float_latency_ms", "latency_ratio")
 """Keys of `deployment` that are columns of the leaderboard; `synq export` fills them."""
 
@@ -26,10 +30,11 @@ class RunRecord:
 
     schema_version: int = SCHEMA_VERSION
     """Format of the record. Raise it with every change of the meaning of a field."""
-    status: Literal["completed", "failed", "pruned"] = "completed"
-    """How the run ended."""
+    status: Status = "completed"
+    """How the run ended: completed, failed (by an error), diverged (its loss was not finite), pre-empted (its machine
+    went away), lost (its process died, or its record is not visible) or pruned (stopped by the scheduler)."""
     reason: str = ""
-    """Why a run failed or was pruned."""
+    """Why a run was not completed."""
     name: str = ""
     """Name of the run."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -141,6 +146,8 @@ class RunRecord:
     whether a time limit shortened it; empty where the settings were given."""
     student_of: str = ""
     """Name of the folder of the run that trained the student, if this one only measured it; "" if it trained it."""
+    log: str = ""
+    """Log file of the trial in the sweep's folder; "" for a run outside of a sweep."""
 
     @property
     def seconds_without_sets(self) -> float | None:

@@ -42,7 +42,8 @@ NAMES = {
 ARGUMENTS = {
     "quantize": "model weight_bits act_bits target weights input_size mean std preprocessing images dataset config "
     "quality max_minutes num_images epochs seed device output_dir name progress on_progress",
-    "synthesize": "model num_images weights input_size mean std preprocessing config quality seed device output_dir progress",
+    "synthesize": "model num_images weights input_size mean std preprocessing config quality seed device output_dir "
+    "progress",
     "load_teacher": "model weights input_size mean std preprocessing config",
     "inspect": "model weight_bits act_bits target weights input_size mean std preprocessing config",
     "open_run": "path model dataset moved trust",

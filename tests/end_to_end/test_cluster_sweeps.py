@@ -75,6 +75,22 @@ def test_a_lost_machine_gives_its_trials_to_the_others(
         assert not list(out.glob("runs/*/checkpoint.pt")) and len(list(out.glob("runs/*/student.safetensors"))) == 4
 
 
+def test_trials_of_a_lost_machine_are_pre_empted_and_can_be_tried_again(
+    cluster: Callable[..., Any], start: Start, tmp_path: Path, undisturbed: list[dict[str, str]]
+) -> None:
+    machines = cluster({"num_cpus": 1}, {"num_cpus": 1})
+    out, spec = tmp_path / "out", str(listed(tmp_path, head="max_failures = 0\n"))
+    words = (spec, "--output-dir", str(out))
+    process = start(*words, RAY_ADDRESS=machines.address)
+    until(lambda: len(list(out.glob("runs/*/checkpoint.pt"))) == 2, process)
+    machines.remove_node(next(iter(machines.worker_nodes)), allow_graceful=False)
+    finish(process, 400)
+    (row,) = [row for row in rows(out / "trials.csv") if row["status"] != "completed"]
+    assert row["status"] == "pre-empted" and "node" in row["reason"] and row["host"], row
+    finish(start(*words, "--retry", "lost,pre-empted"), 400)
+    assert board(out) == undisturbed and (out / row["log"]).read_text().count("starts\n") == 2
+
+
 def test_a_sweep_at_an_address_outlives_every_local_copy(
     start: Start, tmp_path: Path, undisturbed: list[dict[str, str]]
 ) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,12 +116,19 @@ def test_trials_that_die_or_ask_for_too_much_are_recorded_and_the_sweep_goes_on(
     assert process.returncode == 1 and "no trial was completed in killer-W3A3, glutton-W3A3" in text
     ended = {row["trial"].partition("-")[0]: row for row in rows(tmp_path / "out" / "trials.csv")}
     assert {name: row["status"] for name, row in ended.items()} == {
-        "killer": "failed",
+        "killer": "lost",
         "glutton": "failed",
         "net": "completed",
     }
     assert ended["killer"]["reason"].startswith("the worker died 2 times")
     assert "memory" in ended["glutton"]["reason"]
+    logs = {name: (tmp_path / "out" / row["log"]).read_text() for name, row in ended.items()}
+    assert logs["killer"].count("starts\n") == 2 and "the driver: lost: the worker died 2 times" in logs["killer"]
+    assert "in glutton" in logs["glutton"] and "epoch 2/2: objective" in logs["net"]
+    assert ended["killer"]["host"] == ended["net"]["host"] != ""
+    command = [sys.executable, "-m", "synq.cli", "show", str(tmp_path / "out")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "2 trials failed (1 failed, 1 lost)" in shown and ended["killer"]["log"] in shown
 
 
 @pytest.mark.slow

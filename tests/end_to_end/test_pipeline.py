@@ -175,14 +175,14 @@ def test_no_epochs_is_round_to_nearest(config: RunConfig) -> None:
     assert record.top1 == record.rtn_top1 and record.fidelity == record.rtn_fidelity and record.kept_share is None
 
 
-def test_divergence_is_a_failed_record_and_an_error(config: RunConfig) -> None:
+def test_divergence_is_a_record_and_an_error(config: RunConfig) -> None:
     config = with_overrides(
         config, {"finetune.lr": 1e30, "finetune.grad_clip": None, "finetune.log_every": 1, "finetune.epochs": 4}
     )
     with pytest.raises(NonFiniteLossError):
         run(config)
     record = read_record(run_folder(config) / "record.json")
-    assert record.status == "failed" and "became" in record.reason and record.top1 is None
+    assert record.status == "diverged" and "became" in record.reason and record.top1 is None
 
 
 @pytest.mark.slow

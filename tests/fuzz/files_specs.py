@@ -19,7 +19,7 @@ ODD: tuple[Any, ...] = (
 TOP = (
     *("name", "output_dir", "num_trials", "more_trials", "objective", "second_objective", "seeds", "final_top_k"),
     *("sampler", "sampler_seed", "warm_start", "warm_start_top_k", "scheduler", "grace_epochs", "reduction_factor"),
-    *("max_concurrent", "max_failures", "retry_failed", "workers_per_trial", "cpus_per_worker", "gpus_per_worker"),
+    *("max_concurrent", "max_failures", "retry", "workers_per_trial", "cpus_per_worker", "gpus_per_worker"),
     *("study_storage", "report", "models", "bits", "base", "space", "points", "max_failed_trials", "unknown"),
 )
 SAMPLERS = ("tpe", "random", "gp", "nsga2", "grid", "points", "best")

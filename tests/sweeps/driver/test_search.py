@@ -17,6 +17,7 @@ from synq.sweeps.driver.progress import Progress
 from synq.sweeps.driver.stop_reason import StopReason
 from synq.sweeps.state.ledger import Ledger
 from synq.sweeps.state.plans import Plan
+from synq.sweeps.state.trial_log import TrialLog
 from synq.sweeps.state.trial_task import TrialTask
 
 
@@ -118,7 +119,7 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., tuple[Any, Ledger, Any]]]:
         ledger.close()
 
 
-def test_a_completed_trial_whose_record_cannot_be_seen_is_failed_not_weak(opened: Any) -> None:
+def test_a_completed_trial_whose_record_cannot_be_seen_is_lost_not_weak(opened: Any) -> None:
     searcher, ledger, callback = opened()
     config = searcher.suggest("x")
     last = {"status": "completed", "objective_value": 0.01, "epoch": 2, "epochs": 2}
@@ -126,7 +127,7 @@ def test_a_completed_trial_whose_record_cannot_be_seen_is_failed_not_weak(opened
     callback.on_trial_start(0, [], trial)
     callback.on_trial_complete(0, [], trial)
     record = ledger.records[config["trial"]]
-    assert record.status == "failed" and record.reason.startswith("its record is not visible here: output_dir must be")
+    assert record.status == "lost" and record.reason.startswith("its record is not visible here: output_dir must be")
 
 
 def test_an_interrupted_trial_keeps_its_epochs_and_their_rungs(opened: Any) -> None:
@@ -223,7 +224,9 @@ def test_the_name_that_the_spec_gives_a_model_stands_in_its_records(
     monkeypatch.setattr(trial.pipeline, "run", lambda *_, **__: RunRecord(model="digits_resnet8"))
     task = make_task(folder=str(tmp_path), teacher={"name": "my_net", "digest": "aa"})
     workspace = trial.Workspace(task.folder)
-    assert trial._run(task.config, task, workspace, print).model == "my_net"
+    with TrialLog(workspace.log(task.trial)) as log:
+        record = trial._run(task.config, task, workspace, print, log)
+    assert (record.model, record.log) == ("my_net", f"logs/{task.trial}.log")
 
 
 def test_the_console_command_does_not_wait_for_threads_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,12 +320,16 @@ def test_a_record_of_another_run_is_no_record(opened: Any, tmp_path: Path, monke
 
 
 def test_a_password_stays_out_of_files_and_messages(opened: Any, tmp_path: Path) -> None:
-    from synq.sweeps.driver.dashboard import _without_password
+    from synq.sweeps.storage.databases import database_error, database_text
 
     address = "postgresql://me:secret@host/db"
     ledger = opened(tmp_path / "other", study_storage=address)[1]
     assert "secret" not in (ledger.root / "sweep.json").read_text()
-    assert (
-        _without_password(address) == "postgresql://me:...@host/db"
-        and _without_password("sqlite:////tmp/a.db") == "sqlite:////tmp/a.db"
-    )
+    for text, shown in {
+        address: "postgresql://me:...@host/db",
+        "postgresql://me:a:b/secret@host/db?password=secret": "postgresql://me:...@host/db",
+        "postgresql://host/db?user=me&password=secret": "postgresql://host/db",
+        "sqlite:////tmp/a.db": "sqlite:////tmp/a.db",
+    }.items():
+        assert database_text(text) == shown
+        assert "secret" not in database_error(ValueError(f"cannot parse {text}"), text), text

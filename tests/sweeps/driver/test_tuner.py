@@ -53,7 +53,9 @@ def test_ended_trials_stand_with_reason_and_only_completed_ones_rank(sweep: Path
     trials = rows(sweep / "trials.csv")
     ended = [row for row in trials if row["status"] != "completed"]
     assert {row["lr"] for row in ended} >= {"1e+20"} and all(row["reason"] for row in ended)
-    assert {row["status"] for row in ended} <= {"failed", "pruned"}
+    assert {row["status"] for row in ended} <= {"diverged", "pruned"}
+    logs = {row["status"]: (sweep / row["log"]).read_text() for row in trials}
+    assert "epoch 2/2: objective " in logs["completed"] and "NonFiniteLossError" in logs["diverged"]
     board = rows(sweep / "leaderboard.csv")
     assert tuple(board[0])[: len(LEADERBOARD_COLUMNS)] == LEADERBOARD_COLUMNS and "1e+20" not in {
         row["lr"] for row in board
@@ -93,7 +95,7 @@ def test_a_finished_sweep_runs_nothing_again_and_a_larger_one_only_the_rest(
     before = {path: path.stat().st_mtime_ns for path in (sweep / "records").iterdir()}
     tables = {name: (sweep / name).read_bytes() for name in ("trials.csv", "leaderboard.csv")}
     keys = {"space": LR, "max_concurrent": 1, "seeds": [0, 1], "reduction_factor": 2}
-    monkeypatch.setattr(tuner, "_make_sets", lambda *_: pytest.fail("a finished sweep made sets"))
+    monkeypatch.setattr(tuner, "make_all_sets", lambda *_: pytest.fail("a finished sweep made sets"))
     assert tuner.run_sweep(tiny(sweep, num_trials=3, **keys)) == 0
     assert {path: path.stat().st_mtime_ns for path in (sweep / "records").iterdir()} == before
     assert {name: (sweep / name).read_bytes() for name in tables} == tables
@@ -102,16 +104,16 @@ def test_a_finished_sweep_runs_nothing_again_and_a_larger_one_only_the_rest(
 def test_a_long_wait_is_not_silent(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    import synq.sweeps.driver.tuner as tuner
+    import synq.sweeps.driver.synthetic_sets as synthetic_sets
 
     def slow() -> dict[str, str]:
         time.sleep(1)
         return {"sets": "made"}
 
-    monkeypatch.setattr(tuner, "REPORT_SECONDS", 0.1)
+    monkeypatch.setattr(synthetic_sets, "REPORT_SECONDS", 0.1)
     minutes: list[float] = []
     task = ray.remote(num_cpus=1)(slow).remote()
-    assert list(tuner._replies([task], lambda: minutes.append(time.monotonic()))) == [(task, {"sets": "made"})]
+    assert list(synthetic_sets.replies([task], lambda: minutes.append(time.monotonic()))) == [(task, {"sets": "made"})]
     assert len(minutes) >= 5
 
 
@@ -123,7 +125,7 @@ def test_the_search_is_rebuilt_from_the_folder(sweep: Path) -> None:
     ledger.open()
     try:
         searcher = SweepSearcher(spec, ledger)
-        states = {"completed": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+        states = {"completed": "COMPLETE", "pruned": "PRUNED", "diverged": "FAIL"}
         for key, search in searcher.searches.items():
             told = {trial.user_attrs["trial"]: trial.state.name for trial in search.study.get_trials()}
             plans = ledger.group_plans(key)

@@ -49,7 +49,7 @@ def test_the_columns_of_trials_csv_are_the_agreed_ones() -> None:
         "ce_weight, difficulty_threshold, lr, "
         "kept_share, set_digest, heldout_digest, config_digest, commit, versions, device, host, started, "
         "seconds, onnx_bytes, packed_bytes, "
-        "latency_ms, float_latency_ms, latency_ratio, violates"
+        "latency_ms, float_latency_ms, latency_ratio, log, violates"
     )
 
 

@@ -191,7 +191,10 @@ def test_a_failed_trial_is_run_again_only_where_it_is_asked_for(tmp_path: Path) 
     assert set(again.records) == {failed.trial, done.trial} and again.plans.keys() == ledger.plans.keys()
     assert len(again.tables) == 2
     again.close()
-    retried = opened(tmp_path / "sweep", retry_failed=True)
+    other = opened(tmp_path / "sweep", retry=["lost", "pre-empted"])
+    assert set(other.records) == {failed.trial, done.trial}
+    other.close()
+    retried = opened(tmp_path / "sweep", retry=["diverged", "failed"])
     assert set(retried.records) == {done.trial} and not retried.record_path(failed.trial).exists()
     retried.close()
 

@@ -119,15 +119,15 @@ def test_the_lease_of_a_killed_process_of_this_machine_is_taken_at_once(
 
 
 def test_a_reused_pid_is_another_process(store: Storage, make: Callable[..., Lease]) -> None:
-    _write(store, pid=os.getpid(), place=lease_module._pid_namespace(), birth="1")
+    _write(store, pid=os.getpid(), place=lease_module.pid_namespace(), birth="1")
     make(stale_after=90.0).acquire(pytest.fail)
 
 
 def test_a_process_with_unreadable_status_may_run(
     store: Storage, make: Callable[..., Lease], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease_module, "_start_time", lambda pid: "unknown")
-    _write(store, place=lease_module._pid_namespace(), birth="1")
+    monkeypatch.setattr(lease_module, "start_time", lambda pid: "unknown")
+    _write(store, place=lease_module.pid_namespace(), birth="1")
     with pytest.raises(ValueError, match="must not be in use"):
         make(stale_after=90.0).acquire()
 
@@ -236,9 +236,9 @@ def test_drivers_of_all_versions_have_the_same_times() -> None:
 
 
 def test_the_start_time_is_that_of_a_process_that_runs() -> None:
-    started = lease_module._start_time(os.getpid())
-    assert started.isdecimal() and started == lease_module._start_time(os.getpid())
+    started = lease_module.start_time(os.getpid())
+    assert started.isdecimal() and started == lease_module.start_time(os.getpid())
     with subprocess.Popen(["true"]) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert lease_module._start_time(process.pid) == "ended"  # a zombie
-    assert lease_module._start_time(process.pid) == "ended"
+        assert lease_module.start_time(process.pid) == "ended"  # a zombie
+    assert lease_module.start_time(process.pid) == "ended"

@@ -1,0 +1,28 @@
+"""How a trial ended whose workers died, by the error that Ray raises. Imports Ray, not torch."""
+
+import re
+
+import ray.exceptions
+
+from synq.runs.record import Status
+
+_MACHINE = re.compile(r"\bnode\b[^.]*\b(died|dead|removed|terminated|drained|preempt)|\bpreempt", re.IGNORECASE)
+"""Texts of Ray about a machine that has left the cluster."""
+
+
+def death_status(error: object) -> Status:
+    """Return the status of a trial by the last error of its workers.
+
+    Args:
+        error: An error of Ray; anything else is an error of the trial.
+
+    Returns:
+        pre-empted if its machine left the cluster, lost if its process died for another reason, such as `kill -9`; else
+        failed, also where Ray ended the process because the memory was full.
+    """
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    if isinstance(cause, ray.exceptions.NodeDiedError):
+        return "pre-empted"
+    if isinstance(cause, ray.exceptions.RayActorError):
+        return "pre-empted" if cause.preempted or _MACHINE.search(str(cause)) else "lost"
+    return "lost" if isinstance(cause, ray.exceptions.WorkerCrashedError) else "failed"
