@@ -32,7 +32,7 @@ TEACHER_SETTINGS = ("teacher.spec", "teacher.weights", "teacher.input_size", "te
 COMMON = (
     *TEACHER_SETTINGS,
     *("quant.weight_bits", "quant.act_bits", "quant.act_points", "quant.target"),
-    *("synthesis.num_images", "synthesis.iterations"),
+    *("synthesis.num_images",),
     *("finetune.epochs", "finetune.lr", *(f"finetune.{key}" for key, _ in SWITCHED_OFF.values())),
     *("evaluation.dataset", "runtime.output_dir", "seed"),
 )

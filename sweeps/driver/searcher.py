@@ -68,8 +68,7 @@ class SweepSearcher(Searcher):
         self.invalid: dict[str, str] = {}  # error of the last invalid proposal of each group
         self.limit = spec.search.max_concurrent
         """Maximum number of concurrent trials; None leaves it to Ray Tune's resources."""
-        self.live: dict[str, str] = {}
-        """Names of the running trials by Ray Tune's id."""
+        self.live: dict[str, str] = {}  # names of the running trials by Ray Tune's id
         plans = {key: ledger.group_plans(key) for key in self.groups}
         self.known = {key: {plan.config_digest for plan in plans[key]} for key in self.groups}
         self.listed = {key: self._list(group, plans[key]) for key, group in self.groups.items()}
@@ -200,8 +199,9 @@ class SweepSearcher(Searcher):
         return None
 
     def _has_ended(self, key: str) -> bool:
-        """Return whether a group gets no more trials although its budget is not spent."""
-        return key in self.exhausted or is_stopped(key, self.ledger, self.searches[key], self.checked)
+        """Return whether the search of a group has ended before its budget was spent."""
+        search = self.searches[key]
+        return key in self.exhausted or is_stopped(key, self.ledger, search.study, search.num_completed, self.checked)
 
     def _new(self, trial_id: str, group: Group) -> Plan | None:
         """Return a new run of a group; None if its budget is spent or the space is exhausted."""

@@ -6,17 +6,14 @@ none of here; its evaluators are called on the trials that satisfy the constrain
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from optuna.search_space import intersection_search_space
 from optuna.trial import FrozenTrial, TrialState
 
 from ..search_config import SearchConfig
-
-if TYPE_CHECKING:
-    from ..state.ledger import Ledger
-    from .group_search import GroupSearch
+from ..state.ledger import Ledger
 
 LEAST_TRIALS = 20
 """Fewest completed trials from which a bound on the gain is computed; Optuna's default."""
@@ -85,17 +82,18 @@ def _stagnation(trials: Sequence[FrozenTrial], direction: Any, search: SearchCon
     return "" if left > 0 else f"no better trial among the last {search.patience} completed ones"
 
 
-def is_stopped(key: str, ledger: "Ledger", search: "GroupSearch", checked: dict[str, int]) -> bool:
+def is_stopped(key: str, ledger: Ledger, study: optuna.Study, num_completed: int, checked: dict[str, int]) -> bool:
     """Return whether `stop_when` has ended the search of a group; a decision is kept in the ledger.
 
     Args:
         key: Key of the group.
         ledger: Trials of the sweep.
-        search: Search of the group.
-        checked: By group, the number of completed trials at the last check; updated.
+        study: The study of the group.
+        num_completed: Number of its completed trials.
+        checked: By group, that number at the last check; updated.
     """
-    if key not in ledger.stopped and checked.get(key) != search.num_completed:
-        checked[key] = search.num_completed
-        if reason := why_stop(search.study, ledger.spec.search):
+    if key not in ledger.stopped and checked.get(key) != num_completed:
+        checked[key] = num_completed
+        if reason := why_stop(study, ledger.spec.search):
             ledger.stop_group(key, reason)
     return key in ledger.stopped

@@ -21,8 +21,7 @@ EXAMPLES = """\
     cls=Command,
     examples=EXAMPLES,
     advice="everything else is set in the spec (see --help and docs/how-to/sweep.md)",
-    exit_codes="0 done, 1 a group has no completed trial, no trial satisfies the constraints or too many failed, "
-    "2 input rejected, 130 interrupted",
+    exit_codes="0 done, 1 a group without a result or too many failed, 2 input rejected, 130 interrupted",
     resumes=True,
 )
 @argument("spec", required=False, metavar="SPEC", help="a .toml or .json file (default: a small demo)")

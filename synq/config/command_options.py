@@ -130,15 +130,14 @@ def budget_options(function: Function) -> Function:
         "--max-minutes",
         metavar="N",
         type=FLOAT,
-        help="longest time of the run by its forecast; fewer images where the quality takes longer",
+        help="longest time of the run, by its forecast",
     )(function)
     return option(
         "--quality",
         metavar="NAME",
         type=OneOf(*QUALITIES),
         rule=f"be one of {', '.join(QUALITIES)}",
-        help=f"choose images and steps from what rounding alone loses: {', '.join(QUALITIES)} (default: standard, "
-        "unless a setting gives a number of images or steps)",
+        help="budget, if no setting gives one: draft, standard, best [standard]",
     )(function)
 
 

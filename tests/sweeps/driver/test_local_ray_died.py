@@ -125,7 +125,7 @@ def test_a_worker_that_was_ended_for_memory_while_it_started_stops_the_sweep_wit
     spec = tiny(tmp_path / "sweep", space={"finetune.lr": {"type": "choice", "values": [0.005]}}, num_trials=1)
     monkeypatch.setattr(tuner, "check_shared", lambda folder: None)
     monkeypatch.setattr(tuner, "_check_groups", lambda *_: None)
-    monkeypatch.setattr(tuner, "_make_sets", lambda *_: None)
+    monkeypatch.setattr(tuner, "make_all_sets", lambda *_: None)
     monkeypatch.setattr(tuner, "_tune", ended)
     monkeypatch.setattr("synq.sweeps.driver.cluster.capacity", lambda *_: _Capacity())
     assert tuner.run_sweep(spec) == 1

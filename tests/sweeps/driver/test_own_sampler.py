@@ -146,7 +146,7 @@ def test_a_sampler_of_a_package_and_unknown_ones(tmp_path: Path, monkeypatch: py
 
 
 def test_methods_of_synthesis_are_searched_with_one_set_each(tmp_path: Path) -> None:
-    from synq.sweeps.driver.tuner import sets_needed
+    from synq.sweeps.driver.synthetic_sets import sets_needed
     from synq.sweeps.space import METHOD
 
     (tmp_path / "mine.py").write_text("def images(inputs): ...\n")
