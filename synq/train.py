@@ -31,8 +31,7 @@ PROGRAM = "accelerate launch synq/train.py"
 TEACHER_SETTINGS = ("teacher.spec", "teacher.weights", "teacher.input_size", "teacher.mean", "teacher.std")
 COMMON = (
     *TEACHER_SETTINGS,
-    *("quant.weight_bits", "quant.act_bits", "quant.act_points", "quant.target"),
-    *("synthesis.num_images",),
+    *("quant.weight_bits", "quant.act_bits", "quant.target"),
     *("finetune.epochs", "finetune.lr", *(f"finetune.{key}" for key, _ in SWITCHED_OFF.values())),
     *("evaluation.dataset", "runtime.output_dir", "seed"),
 )

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 COMMON = (
     *TEACHER_SETTINGS,
-    *("synthesis.method", "synthesis.num_images", "synthesis.iterations", "synthesis.lr"),
-    *("data_seed", "evaluation.heldout_images", "runtime.output_dir", "runtime.store_dir"),
+    *("synthesis.method", "synthesis.num_images", "synthesis.iterations"),
+    *("data_seed", "runtime.output_dir"),
 )
 TOOLS = tuple(SCRIPTS)
 EXAMPLES = """\
