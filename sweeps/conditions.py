@@ -1,5 +1,6 @@
 """Conditions under which a setting of a search space exists, the key `when`. Imports neither Ray nor Optuna."""
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -54,15 +55,16 @@ def read_when(value: Any, where: str) -> tuple[When, ...]:
 
 
 def _when(name: str, value: Any, where: str) -> When:
-    match = re.fullmatch(r"\s*(<=|>=|!=|<|>)\s*(.+?)\s*", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"\s*(<=|>=|==|!=|<|>)\s*(.+?)\s*", value) if isinstance(value, str) else None
     if match is None:
         values = tuple("none" if one is None else one for one in (value if isinstance(value, list) else [value]))
         require(where, "hold at least one value", value, len(values) > 0)
         return When(name=name, values=values)
-    sign: Any = match[1]
+    sign: Any = "in" if match[1] == "==" else match[1]
     try:
         number: Any = float(match[2])
     except ValueError:
-        require(where, "compare with a number", value, sign == "!=")
-        number = match[2]
+        require(where, "compare with a number", value, sign in ("in", "!="))
+        number = {"true": True, "false": False}.get(match[2].lower(), match[2])
+    require(where, "compare with a finite number", value, not isinstance(number, float) or math.isfinite(number))
     return When(name=name, sign=sign, values=(number,))

@@ -7,26 +7,32 @@ that chooses a rung of `LADDER`. Nothing here reads a label, and the same settin
 """
 
 import copy
+import hashlib
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from synq.common.digests import read_sealed_json, write_sealed_json
+from synq.common.files import DamagedFileError
 from synq.common.notices import print_notice
 from synq.common.text_tables import duration
-from synq.config.budget import DEFAULT_QUALITY, HELDOUT_IMAGES, LADDER, QUALITIES
+from synq.config.budget import DEFAULT_QUALITY, HELDOUT_IMAGES, LADDER, QUALITIES, Rung
 from synq.config.parsing import between, one_of
-from synq.config.run import RunConfig, make_absolute, with_overrides
+from synq.config.run import RunConfig, config_digest, make_absolute, with_overrides
 from synq.config.synthesis import OWN_IMAGES
 from synq.evaluation.fidelity import kl
+from synq.evaluation.teacher_logits import TeacherLogits, fidelity
+from synq.finetune.schedule import local_batch_size
+from synq.own_images import check_own_images, ensure_own_images
 from synq.pipeline import check
 from synq.quant.student import Student, build_student, observe_ranges
 from synq.runs.forecast import Forecast, estimate, probe
-from synq.runtime import make_accelerator, place
+from synq.runtime import dtype_of, make_accelerator, place
 from synq.synthesis.generate import ensure_set
 from synq.synthesis.run_sets import low_pass, set_requests, set_store
 from synq.teacher.teacher import Teacher, load_teacher
@@ -82,7 +88,9 @@ def plan_budget(
 ) -> Budget:
     """Choose images, iterations and epochs of a run; a collective call of all processes.
 
-    The held-out images are made if the store lacks them; the run uses the same ones if it has as many iterations.
+    The held-out images are made if the store lacks them; the run uses the same ones if it has as many iterations. The
+    choice is kept in ``budgets/`` of the output folder, so that the same command resumes its run: under a time limit,
+    images that are there already would allow another one.
 
     Args:
         config: The run.
@@ -103,23 +111,37 @@ def plan_budget(
     config = make_absolute(config)
     kept = {*given, *(("synthesis.num_images",) if config.synthesis.method == OWN_IMAGES else ())}
     teacher = teacher or load_teacher(config.teacher)
-    first = _on_rung(config, 0, kept, accelerator)
-    _, measure = check(first, accelerator=accelerator, teacher=teacher)
+    rungs = [index for index, rung in enumerate(LADDER) if _holds_batch(config, rung, kept)] or [len(LADDER) - 1]
+    file = _file(config, f"{quality} {max_minutes} {sorted(kept)} {teacher.digest}")
+    if (known := _chosen_before(file, accelerator)) is not None:
+        return Budget(config=_on_rung(config, known["rung"], kept, accelerator), **known)
+    lowest = _on_rung(config, rungs[0], kept, accelerator)
+    local_batch_size(lowest.finetune.batch_size, accelerator.num_processes)
+    check_own_images(lowest, teacher)
+    _, measure = check(lowest, accelerator=accelerator, teacher=teacher)
+    ensure_own_images(lowest, teacher, accelerator)
     student = build_student(teacher, config.quant)
-    lost = _rounded_kl(first, teacher, student, accelerator)
-    enough = next(index for index, rung in enumerate(LADDER) if lost <= rung.enough_for)
-    wanted = max(0, min(len(LADDER) - 1, enough + QUALITIES[quality]))
-    chosen = wanted
     if max_minutes is not None:
         number = len(measure.reported) + len(measure.chosen)
-        chosen = _within(max_minutes, config, wanted, kept, teacher, student, number, accelerator)
-    return Budget(
-        config=_on_rung(config, chosen, kept, accelerator),
-        quality=quality,
-        rung=chosen,
-        rounded_kl=lost,
-        shortened=chosen < wanted,
+        allowed = _within(max_minutes, config, rungs, kept, teacher, student, number, accelerator)
+    else:
+        allowed = rungs
+    probed = {"synthesis.iterations": LADDER[0].iterations, "evaluation.heldout_images": HELDOUT_IMAGES}
+    lost = _rounded_kl(
+        with_overrides(config, {key: value for key, value in probed.items() if key not in kept}),
+        teacher,
+        student,
+        accelerator,
     )
+    enough = next(index for index, rung in enumerate(LADDER) if lost <= rung.enough_for)
+    wanted = max(0, min(len(LADDER) - 1, enough + QUALITIES[quality]))
+    wanted = next((index for index in rungs if index >= wanted), rungs[-1])
+    chosen = max(index for index in allowed if index <= max(wanted, allowed[0]))
+    values: dict[str, Any] = {"quality": quality, "rung": chosen, "rounded_kl": lost, "shortened": chosen < wanted}
+    if accelerator.is_main_process:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_sealed_json(file, values)
+    return Budget(config=_on_rung(config, chosen, kept, accelerator), **values)
 
 
 def budgeted(
@@ -172,8 +194,34 @@ def _on_rung(config: RunConfig, index: int, kept: Collection[str], accelerator: 
     }
     chosen = {key: value for key, value in values.items() if key not in kept}
     if "synthesis.num_images" in kept and "finetune.batch_size" in chosen:  # a batch has no image twice
-        chosen["finetune.batch_size"] = min(chosen["finetune.batch_size"], config.synthesis.num_images)
+        most = config.synthesis.num_images // processes * processes
+        chosen["finetune.batch_size"] = max(processes, min(chosen["finetune.batch_size"], most))
     return with_overrides(config, chosen)
+
+
+def _holds_batch(config: RunConfig, rung: Rung, kept: Collection[str]) -> bool:
+    """Return whether a rung has as many images as a batch that was given."""
+    given = "finetune.batch_size" in kept and "synthesis.num_images" not in kept
+    return not given or rung.num_images >= config.finetune.batch_size
+
+
+def _file(config: RunConfig, choice: str) -> Path:
+    """Return the path of the file that keeps a choice for these settings."""
+    digest = hashlib.sha256(f"{config_digest(config)} {choice}".encode()).hexdigest()[:16]
+    return Path(config.runtime.output_dir) / "budgets" / f"{digest}.json"
+
+
+def _chosen_before(file: Path, accelerator: Accelerator) -> dict[str, Any] | None:
+    """Return a choice that was kept, on every process; None if there is none, or its file is damaged."""
+    found: dict[str, Any] | None = None
+    if accelerator.is_main_process and file.exists():
+        try:
+            found, _ = read_sealed_json(file)
+        except DamagedFileError as error:
+            print_notice(f"warning: {error}; the budget is chosen again")
+    (found,) = broadcast_object_list([found])
+    names = {part.name for part in fields(Budget)} - {"config"}
+    return {key: value for key, value in found.items() if key in names} if found is not None else None
 
 
 def _rounded_kl(config: RunConfig, teacher: Teacher, student: Student, accelerator: Accelerator) -> float:
@@ -188,14 +236,16 @@ def _rounded_kl(config: RunConfig, teacher: Teacher, student: Student, accelerat
         accelerator=accelerator,
         progress=config.runtime.progress,
     )
-    images = low_pass(heldout.images, config, pixel_range=teacher.pixel_range()).to(accelerator.device)
+    images = low_pass(heldout.images, config, pixel_range=teacher.pixel_range())
+    images = images.to(accelerator.device, dtype_of(config.runtime))
     net, reference = copy.deepcopy(student.net), copy.deepcopy(teacher.graph)
     for part in (net, reference):
         place(part, config.runtime, accelerator.device, teacher.input_size)
     quant = config.quant
     observe_ranges(net, images, act_range=quant.act_range, weight_range=quant.weight_range, norm=quant.mse_norm)
-    with torch.no_grad():
-        value = float(kl(reference(images), net(images)).double().mean())
+    size = config.evaluation.batch_size
+    logits = TeacherLogits.compute(reference, images, batch_size=size, accelerator=accelerator)
+    value = fidelity(logits, net, {"kl": kl}, accelerator=accelerator)["kl"]
     value = broadcast_object_list([value if math.isfinite(value) else math.inf])[0]  # one choice for all processes
     return max(0.0, value)
 
@@ -203,14 +253,14 @@ def _rounded_kl(config: RunConfig, teacher: Teacher, student: Student, accelerat
 def _within(
     max_minutes: float,
     config: RunConfig,
-    wanted: int,
+    rungs: Sequence[int],
     kept: Collection[str],
     teacher: Teacher,
     student: Student,
     num_labeled: int,
     accelerator: Accelerator,
-) -> int:
-    """Return the highest rung up to `wanted` whose forecast takes at most `max_minutes`."""
+) -> list[int]:
+    """Return those of `rungs` whose forecast takes at most `max_minutes`, without the held-out images of the choice."""
     costs = probe(config, teacher, student, accelerator)
 
     def seconds(index: int) -> float:
@@ -219,10 +269,10 @@ def _within(
         )
         return found.seconds
 
-    fits = [index for index in range(wanted + 1) if seconds(index) <= 60 * max_minutes]
-    chosen, least = broadcast_object_list([max(fits, default=None), None if fits else seconds(0)])
-    if chosen is None:
+    allowed = [index for index in rungs if seconds(index) <= 60 * max_minutes]
+    allowed, least = broadcast_object_list([allowed, seconds(rungs[0])])
+    if not allowed:
         raise ValueError(
             f"`max_minutes` must leave time for the smallest budget, about {duration(least)}, but got {max_minutes:g}"
         )
-    return int(chosen)
+    return list(allowed)

@@ -113,6 +113,11 @@ class _Tee(io.TextIOBase):
         self._stream, self._log, self._line = stream, log, ""
 
     @property
+    def buffer(self) -> Any:
+        """The bytes of the original stream; what is written to them is not logged."""
+        return self._stream.buffer
+
+    @property
     def encoding(self) -> str:  # type: ignore[override]
         """Encoding of the original stream."""
         return getattr(self._stream, "encoding", None) or "utf-8"

@@ -127,7 +127,7 @@ def quantize(
         },
     )
     number = None if images is None else num_images if num_images is not None else chosen_num_images(config)
-    chosen = budget_keys_of(config, {"synthesis.num_images": num_images, "finetune.epochs": epochs})
+    chosen = budget_keys_of(config, {"synthesis.num_images": num_images, "finetune.epochs": epochs}, quality)
     with session(progress=progress):
         labeled = in_memory(dataset)
         with labeled_in_memory(labeled) as spec, unlabeled_in_memory(images) as source:
@@ -162,6 +162,8 @@ def synthesize(
 ) -> SyntheticSet:
     """Synthesize training images from a classifier, and its held-out ones; `quantize` finds both in the store.
 
+    Their number depends on the bits, which `config` may hold, unless `num_images` or `config` sets it.
+
     Args:
         model: As for `quantize`; so are all other arguments.
         num_images: Number of training images.
@@ -192,7 +194,7 @@ def synthesize(
             "evaluation.dataset": "none",
         },
     )
-    chosen = budget_keys_of(config, {"synthesis.num_images": num_images})
+    chosen = budget_keys_of(config, {"synthesis.num_images": num_images}, quality)
     with session(progress=progress):
         settings, teacher = _open(model, settings, preprocessing, config)
         settings, _ = budgeted(settings, quality, None, chosen, teacher=working_copy(teacher))

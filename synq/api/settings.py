@@ -72,16 +72,17 @@ def chosen_num_images(config: Config) -> Any:
     return _written(config).get("synthesis", {}).get("num_images")
 
 
-def budget_keys_of(config: Config, arguments: Mapping[str, Any]) -> set[str]:
+def budget_keys_of(config: Config, arguments: Mapping[str, Any], quality: str | None = None) -> set[str]:
     """Return the keys of the budget that a call chooses.
 
     Args:
-        config: As for `settings_of`; a `RunConfig` chooses all.
+        config: As for `settings_of`; a `RunConfig` chooses all, unless there is a `quality`.
         arguments: Values by dotted key; None for those that were not given.
+        quality: Name of the quality that the call asks for; None if it does not.
     """
     given = {key: value for key, value in arguments.items() if value is not None}
     if isinstance(config, RunConfig):
-        return set(BUDGET_KEYS)
+        return set(BUDGET_KEYS) if quality is None else budget_keys(given)
     return budget_keys(_written(config), given)
 
 

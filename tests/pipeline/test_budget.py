@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from accelerate import Accelerator
 
 import synq
 from synq import train
+from synq.api.settings import budget_keys_of
 from synq.budget import Budget, budgeted, plan_budget
+from synq.common.digests import write_sealed_json
 from synq.config.budget import BUDGET_KEYS, LADDER, budget_keys
 from synq.config.run import RunConfig, with_overrides
 from synq.teacher.teacher import Teacher, load_teacher
@@ -133,3 +136,44 @@ def test_a_run_records_its_budget(tmp_path: Any) -> None:
     assert run.config.synthesis.num_images == LADDER[0].num_images and run.config.synthesis.iterations == 4
     again = synq.quantize(config=replace(run.config, name="again"), **place)
     assert again.record.budget == {} and again.record.set_digest == run.record.set_digest
+
+
+def test_the_same_command_keeps_its_choice(base: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:
+    """Under a time limit, images that are there already would allow a higher rung, and so another run."""
+    found = planned(base, teacher, accelerator, 2, "best", max_minutes=600)
+    (file,) = (Path(base.runtime.output_dir) / "budgets").glob("*.json")
+    write_sealed_json(file, {**found.values(), "rung": 1})
+    assert planned(base, teacher, accelerator, 2, "best", max_minutes=600).rung == 1
+    file.write_text("{")
+    assert planned(base, teacher, accelerator, 2, "best", max_minutes=600) == found, "a damaged file is made again"
+
+
+def test_a_batch_that_was_given_excludes_smaller_sets(
+    base: RunConfig, teacher: Teacher, accelerator: Accelerator
+) -> None:
+    config = with_overrides(base, {"quant.weight_bits": 8, "quant.act_bits": 8, "finetune.batch_size": 256})
+    given = {*FAST, "finetune.batch_size"}
+    found = plan_budget(config, "draft", given=given, accelerator=accelerator, teacher=teacher)
+    assert found.config.finetune.batch_size == 256 <= found.config.synthesis.num_images
+
+
+def test_fp64_has_a_budget_too(base: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:
+    config = with_overrides(base, {"runtime.precision": "fp64"})
+    found = plan_budget(config, given=FAST, accelerator=accelerator, teacher=teacher)
+    assert 0 < found.rounded_kl < 10
+
+
+def test_own_images_that_are_absent_are_rejected_before_any_is_made(
+    base: RunConfig, teacher: Teacher, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    config = with_overrides(base, {"synthesis.method": "own_images", "synthesis.source": f"folder:{tmp_path / 'no'}"})
+    with pytest.raises((ValueError, OSError), match="no"):
+        plan_budget(config, given=FAST, accelerator=accelerator, teacher=teacher)
+    assert not (Path(base.runtime.output_dir) / "store").exists()
+
+
+def test_a_run_config_has_every_number_unless_a_quality_is_asked_for() -> None:
+    assert budget_keys_of(RunConfig(), {}) == set(BUDGET_KEYS)
+    assert budget_keys_of(RunConfig(), {"finetune.epochs": 2, "synthesis.num_images": None}, "best") == {
+        "finetune.epochs"
+    }

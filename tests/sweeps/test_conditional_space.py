@@ -50,6 +50,16 @@ def test_a_condition_is_a_value_a_list_or_a_comparison() -> None:
     assert When(name="x", values=(1,)).holds(True) is False, "True and 1 are different values"
 
 
+def test_a_comparison_reads_its_value_as_the_space_has_it() -> None:
+    (unlike,) = read_when({"quant.equalization": "!= true"}, "w")
+    assert unlike.holds(False) and not unlike.holds(True)
+    (equal,) = read_when({"quant.weight_bits": "== 4"}, "w")
+    assert equal.holds(4) and not equal.holds(3)
+    for text in ("> nan", "< inf"):
+        with pytest.raises(ValueError, match="finite"):
+            read_when({"finetune.lr": text}, "w")
+
+
 def test_a_setting_is_drawn_only_where_it_exists_and_has_the_value_of_the_base_elsewhere() -> None:
     spec = spec_from_dict({"space": SPACE})
     assert [dimension.name for dimension in spec.dimensions] == [WEIGHT, SIZE], "after what it depends on"

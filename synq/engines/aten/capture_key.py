@@ -12,6 +12,8 @@ from torch import fx, nn
 
 _FIELDS = frozenset(nn.Module().__dict__)
 """Fields of every module: tensors and children, which are listed by name, and hooks."""
+_STATELESS = frozenset(["", "torch", "_operator", "operator", "builtins", "math", "synq"])
+"""Packages whose functions depend on their arguments alone; "" has those of C extensions, such as torch's own."""
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -41,6 +43,8 @@ def _description(module: nn.Module) -> tuple[Hashable, ...]:
     if module.training or any(value for name, value in fields.items() if name.endswith("_hooks")):
         raise _UnknownValueError
     if isinstance(module, fx.GraphModule):
+        if "forward" in fields or not all(_is_stateless(node, module) for node in module.graph.nodes):
+            raise _UnknownValueError
         functions = tuple(node.target for node in module.graph.nodes if node.op == "call_function")
         return "graph", module.code, functions
     own = ((name, value) for name, value in sorted(fields.items()) if name not in _FIELDS)
@@ -48,7 +52,22 @@ def _description(module: nn.Module) -> tuple[Hashable, ...]:
     return kind, tuple((name, _plain(value)) for name, value in own)
 
 
+def _is_stateless(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Return whether a node depends on its arguments and on tensors alone, and on no variable of Python."""
+    if node.op == "get_attr":
+        owner: Any = module
+        for part in str(node.target).split("."):
+            owner = getattr(owner, part)
+        return isinstance(owner, torch.Tensor)
+    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return True
+    home = (getattr(node.target, "__module__", None) or "").partition(".")[0]
+    return home in _STATELESS
+
+
 def _plain(value: Any) -> Hashable:
+    if isinstance(value, float):
+        return float, repr(value)  # 0.0 and -0.0 are equal, and two NaN are not
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, list | tuple):
