@@ -44,7 +44,7 @@ def test_the_error_of_a_trial_is_known_before_ray_tune_has_copied_it(
     trial = Trial("none", stub=True, storage=storage)
     assert last_error(trial) == "unknown"
     Path(str(trial.local_path)).mkdir(parents=True)
-    trial.handle_error(died("The actor is dead because its node has died. Node Id: 0a"))
+    trial.handle_error(ray.exceptions.RayActorError(error_msg="The actor is dead because its node has died."))
     assert trial.get_pickled_error() is None, "the finding: Ray has not copied it"
     assert death_status(last_error(trial)) == "pre-empted"
     Path(str(trial.pickled_error_file)).write_bytes(b"damaged")
