@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import ray.exceptions
-from ray.train._internal.storage import StorageContext
 from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
+from ray.train._internal.storage import StorageContext
 from ray.tune.experiment import Trial
 
 from synq.sweeps.workers.deaths import death_status, last_error
