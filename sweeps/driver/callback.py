@@ -12,7 +12,7 @@ from synq.runs.record import FAILURES, Status
 
 from ..state.ledger import Ledger
 from ..state.trial_task import trial_name
-from ..workers.deaths import death_status
+from ..workers.deaths import death_status, last_error
 from ..workers.trial import STORAGE
 from .cluster import capacity
 from .group_search import EPOCH, OBJECTIVE, STATUS, is_finite
@@ -112,7 +112,7 @@ class SweepCallback(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Record a trial whose worker died too often."""
-        error = trial.get_pickled_error() or trial.get_error() or "unknown"
+        error = last_error(trial)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"the worker died {plural(trial.num_failures, 'time')}: {' '.join(lines)}"
         self._settle(trial, death_status(error), reason)

@@ -64,6 +64,8 @@ class Progress:
         self.started = time.monotonic()
         self.done_before = 0
         self.num_ended = 0
+        self.statuses: dict[str, str] = {}
+        """Status of each ended trial; one that another driver runs again ends more than once, and counts once."""
         self.groups: dict[str, GroupState] = {}
         self.seconds: deque[float] = deque(maxlen=50)
         """Durations of the last completed trials."""
@@ -163,9 +165,12 @@ class Progress:
 
     def _count(self, trial: str, record: RunRecord) -> "GroupState":
         """Count an ended trial in its group."""
-        self.num_ended += 1
         name = f"{record.model} W{record.weight_bits}A{record.act_bits}"
         group = self.groups.setdefault(name, GroupState())
+        if trial in self.statuses:
+            group.counts[self.statuses[trial]] -= 1
+        self.statuses[trial] = record.status
+        self.num_ended = len(self.statuses)
         group.counts[record.status] += 1
         value = record.objective_value
         if record.status == "completed" and value is not None and not record_violations(self.constraints, record):

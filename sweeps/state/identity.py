@@ -125,10 +125,23 @@ def settled_identity(spec: SweepSpec, stored: Mapping[str, Any]) -> tuple[SweepS
     spec = replace(spec, search=settled_budget(spec.search, stored))
     finished = {"finished": stored["finished"]} if "finished" in stored else {}
     number = max(spec.search.trials, stored.get("search", {}).get("num_trials") or 0)
+    ended = stopped_groups(spec.search, stored)
+    stopped = {"stopped": ended} if ended else {}
     # The two addresses may contain a password.
     search = {**asdict(spec.search), "num_trials": number, "output_dir": "", "study_storage": ""}
     bounds = {"constraints": constraint_values(spec.constraints)} if spec.constraints else {}
-    return spec, {**expected_identity(spec), **bounds, **finished, "search": search}
+    return spec, {**expected_identity(spec), **bounds, **finished, **stopped, "search": search}
+
+
+def stopped_groups(search: SearchConfig, stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the groups whose search `stop_when` has ended, without decisions that do not count (any more).
+
+    Args:
+        search: Settings of the search; one without `stop_when`, or with a larger budget, goes on.
+        stored: Content of sweep.json; {} for a new sweep.
+    """
+    known = {} if search.stop_when == "budget" else stored.get("stopped", {})
+    return {key: one for key, one in known.items() if one["num_trials"] >= search.trials}
 
 
 def _comparable(value: Any) -> Any:

@@ -341,10 +341,6 @@ class Ledger:
     def _write_identity(self, stored: Mapping[str, Any]) -> None:
         """Resolve the number of trials and write sweep.json."""
         self.spec, values = settled_identity(self.spec, stored)
-        search = self.spec.search
-        if search.stop_when != "budget":
-            known = stored.get("stopped", {}).items()
-            self.stopped = {key: one for key, one in known if one["num_trials"] >= search.trials}
-        values |= {"stopped": self.stopped} if self.stopped else {}
+        self.stopped = values.get("stopped", {})
         write_sealed_json(self.root / "sweep.json", values)
         self.folder.send("sweep.json")

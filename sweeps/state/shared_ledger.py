@@ -17,9 +17,9 @@ from synq.runs.record import RunRecord, Status, read_record
 
 from ..spec import SweepSpec
 from ..storage.trial_database import SharedTrial, TrialDatabase
-from .identity import check_identity, settled_identity
+from .identity import check_identity, settled_identity, stopped_groups
 from .ledger import Ledger
-from .plans import Plan, in_order, parse_plan, plan_values
+from .plans import Plan, in_order, parse_plan, plan_values, read_sweep_file
 
 
 class SharedLedger(Ledger):
@@ -39,6 +39,8 @@ class SharedLedger(Ledger):
         self._owners: dict[str, str] = {}
         self._texts: dict[str, int] = {}
         """Hash of the text of each record."""
+        self._changed: list[Plan] = []
+        """Plans that other drivers have changed and that `sync` has not returned yet."""
         self._is_open = False
 
     def _take(self) -> None:
@@ -93,8 +95,16 @@ class SharedLedger(Ledger):
 
     def sync(self) -> list[Plan]:
         """Read what other drivers have changed, and return the changed plans; `records` has their records."""
+        self._read()
+        if self.spec.search.stop_when != "budget":
+            self._adopt(self.database.agreed())
+        changed, self._changed = self._changed, []
+        return changed
+
+    def _read(self, but: str = "") -> None:
+        """Take over what other drivers have changed; `sync` returns it later, but for one trial."""
         found = [self._absorb(row) for row in self.database.changes()]
-        return [plan for plan in found if plan is not None]
+        self._changed += [plan for plan in found if plan is not None and plan.trial != but]
 
     def freed(self) -> list[Plan]:
         """Return the plans without a record that no living driver runs, in the order of proposal."""
@@ -111,6 +121,7 @@ class SharedLedger(Ledger):
     def claim(self, plan: Plan) -> bool:
         """Claim a new trial and write its plan; return False if another driver was first, with its name or settings."""
         if not self.database.add(plan.trial, f"{plan.group} {plan.stage}", plan.config_digest, _text(plan)):
+            self._read()  # who runs it, for `elsewhere`: else a driver without other trials would end
             return False
         self._owners[plan.trial] = self.database.owner
         self.add_plan(plan)
@@ -119,6 +130,7 @@ class SharedLedger(Ledger):
     def take_over(self, plan: Plan) -> bool:
         """Claim a trial that no living driver runs; return False if another driver was first."""
         if not self.database.take(plan.trial, self._owners.get(plan.trial, "")):
+            self._read()
             return False
         self._owners[plan.trial] = self.database.owner
         self.add_plan(plan)
@@ -153,13 +165,32 @@ class SharedLedger(Ledger):
             trial, status=status, reason=reason, history=history, seconds=seconds, began=began, host=host
         )
         self._store(trial)
-        return record
+        return self.records.get(trial, record)
 
     def end_early(self) -> None:
         """Add the records of trials that ended while the driver was being stopped, and rewrite the tables."""
         super().end_early()
         for trial in [trial for trial in self.records if self._owners.get(trial) == self.database.owner]:
             self._store(trial)
+
+    def stop_group(self, group: str, reason: str) -> None:
+        """End the search of a group before its budget is spent, for all drivers: the first decision counts."""
+        super().stop_group(group, reason)
+        mine = self.stopped[group]
+
+        def decide(agreed: dict[str, Any]) -> dict[str, Any]:
+            known = agreed.get("stopped", {})
+            is_first = known.get(group, {}).get("num_trials", 0) < mine["num_trials"]
+            return {**agreed, "stopped": {**known, group: mine}} if is_first else agreed
+
+        self._adopt(self.database.agree(decide))
+
+    def _adopt(self, agreed: Mapping[str, Any]) -> None:
+        """Take over the ends of searches on which the drivers agreed."""
+        stopped = {**self.stopped, **stopped_groups(self.spec.search, agreed)}
+        if stopped != self.stopped:
+            self.stopped = stopped
+            self.folder.write("sweep.json", {**read_sweep_file(self.root / "sweep.json"), "stopped": stopped})
 
     def finish(self) -> None:
         """Mark the sweep as finished."""
@@ -175,7 +206,7 @@ class SharedLedger(Ledger):
         else:
             self._forget(trial)
             self._owners.pop(trial, None)
-            self.sync()
+            self._read(but=trial)
 
     def _send(self, plan: Plan, record: RunRecord | None, known: dict[str, SharedTrial]) -> None:
         """Add a trial of the folder to the database, if it lacks it or its record.

@@ -118,6 +118,17 @@ class TrialDatabase:
 
         return self._attempt(change)
 
+    def agreed(self) -> dict[str, Any]:
+        """Return what all drivers agree on (the content of sweep.json); {} before the first has opened the sweep."""
+        sweeps = self._tables["sweeps"]
+
+        def read() -> Any:
+            with self._engine.connect() as connection:
+                return connection.execute(sweeps.select().where(sweeps.c.name == self.sweep)).one().identity
+
+        found: dict[str, Any] = json.loads(self._attempt(read) or "{}")
+        return found
+
     def changes(self) -> list[SharedTrial]:
         """Return the trials that have changed since the last call, all at the first one, in the order of changes."""
         trials = self._tables["trials"]

@@ -1,13 +1,30 @@
 """How a trial ended whose workers died, by the error that Ray raises. Imports Ray, not torch."""
 
 import re
+from contextlib import suppress
+from pathlib import Path
 
 import ray.exceptions
+from ray import cloudpickle
+from ray.tune.experiment import Trial
 
 from synq.runs.record import Status
 
 _MACHINE = re.compile(r"\bnode\b[^.]*\b(died|dead|removed|terminated|drained|preempt)|\bpreempt", re.IGNORECASE)
 """Texts of Ray about a machine that has left the cluster."""
+
+
+def last_error(trial: Trial) -> object:
+    """Return the last error of a trial: Ray's, or its text if it cannot be read, or "unknown".
+
+    Ray Tune writes it into a folder of the driver and copies that to the storage later, often after it has reported the
+    error; `Trial.get_error` only reads the copy.
+    """
+    with suppress(Exception):  # absent, or of a class that is not importable here
+        return cloudpickle.loads(Path(trial.pickled_error_file or "").read_bytes())
+    with suppress(OSError):
+        return Path(trial.error_file or "").read_text(encoding="utf-8")
+    return trial.get_pickled_error() or trial.get_error() or "unknown"
 
 
 def death_status(error: object) -> Status:

@@ -1,6 +1,7 @@
 """Several drivers of one sweep, with folders of their own or one folder, without Ray."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,25 @@ def test_two_drivers_share_the_trials_and_each_has_all_tables(join: Callable[...
     assert sorted(told(one, *complete)) == complete and told(two) == told(one)
 
 
+def test_a_driver_that_loses_the_race_for_the_last_trial_waits_for_it(join: Callable[..., Driver]) -> None:
+    one, two = join("a"), join("b")
+    for driver in (one, two) * 3:
+        started = driver.start()
+        assert started is not None
+        driver.end(started)
+    one.searcher.sync()
+    two.searcher.sync()
+    final = one.start()
+    assert final is not None
+    two.searcher._synced = time.monotonic()  # it has just looked
+    heard: list[str] = []
+    two.searcher.listeners.append(lambda plan: heard.append(plan.trial))
+    assert two.searcher.suggest("race") is None, "it does not end"
+    one.end(final)
+    two.searcher.sync()
+    assert set(heard) == {final[1]} and two.searcher.num_left() == 0
+
+
 def test_the_trials_of_a_killed_driver_go_on_elsewhere(join: Callable[..., Driver]) -> None:
     one, two = join("a"), join("b")
     first, second = one.start(), two.start()
@@ -183,7 +203,14 @@ def test_a_driver_that_was_counted_as_dead_changes_nothing(join: Callable[..., D
     taken = two.start()
     assert taken is not None and taken[1] == first[1]
     two.end(taken)
+    other = two.start()
+    assert other is not None
+    two.end(other)
     one.end(first, objective_value=5.0)
+    heard: list[str] = []
+    one.searcher.listeners.append(lambda plan: heard.append(plan.trial))
+    one.searcher.sync()
+    assert heard == [other[1]], "what it read as it was rejected"
     assert one.ledger.records[first[1]].objective_value == two.ledger.records[first[1]].objective_value == 0.001
     assert join("c").ledger.records[first[1]].objective_value == 0.001
 
@@ -271,3 +298,39 @@ def test_more_trials_are_agreed_on_once(tmp_path: Path) -> None:
     assert json.loads((three.ledger.root / "sweep.json").read_text())["finished"] == 2
     for driver in (two, three):
         driver.ledger.close()
+
+
+@pytest.mark.parametrize("lost", ["driver", "database"])
+def test_the_end_of_a_search_is_that_of_all_drivers_and_is_kept(tmp_path: Path, lost: str) -> None:
+    address = f"sqlite:///{tmp_path}/studies.db"
+    keys: dict[str, Any] = {
+        "sampler": "random", "points": [], "seeds": [], "space": SPACE, "num_trials": 9, "stop_when": "stagnation",
+    }  # fmt: skip
+    one, two = Driver(tmp_path / "a", address, **keys), Driver(tmp_path / "b", address, **keys)
+    group = NAMES[0].removesuffix("-t000")
+    one.ledger.stop_group(group, "first")
+    two.ledger.stop_group(group, "second")
+    assert two.ledger.stopped == one.ledger.stopped and one.ledger.stopped[group]["reason"] == "first"
+    three = Driver(tmp_path / "c", address, **keys)
+    assert three.start() is None and three.searcher.num_left() == 0
+    four = Driver(tmp_path / "d", address, **{**keys, "stop_when": "budget"})
+    assert four.searcher.num_left() == 9 and not four.ledger.stopped
+    for driver in (one, two, three, four):
+        driver.ledger.close()
+    if lost == "database":
+        address = f"sqlite:///{tmp_path}/other.db"
+        again = Driver(tmp_path / "b", address, **keys)
+        assert again.ledger.stopped[group]["reason"] == "first"
+    else:
+        again = Driver(tmp_path / "b", address, **keys)
+        assert not again.ledger.stopped, "a driver without `stop_when` has let the search go on"
+        again.ledger.stop_group(group, "again")
+        more = Driver(tmp_path / "a", address, **{**keys, "num_trials": 10})
+        assert not more.ledger.stopped, "a larger budget is decided anew"
+        more.ledger.stop_group(group, "with more")
+        again.searcher.sync()
+        assert again.ledger.stopped[group]["reason"] == "with more"
+        stored = json.loads((again.ledger.root / "sweep.json").read_text())
+        assert stored["stopped"] == more.ledger.stopped
+        more.ledger.close()
+    again.ledger.close()
