@@ -115,7 +115,7 @@ class SweepCallback(tune.Callback):
         error = last_error(trial)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"the worker died {plural(trial.num_failures, 'time')}: {' '.join(lines)}"
-        self._settle(trial, death_status(error), reason)
+        self._settle(trial, death_status(error, str((trial.last_result or {}).get("node_ip", ""))), reason)
 
     def _settle(self, trial: Trial, status: Status, reason: str) -> None:
         name = trial_name(trial.config)
