@@ -186,7 +186,7 @@ class SharedLedger(Ledger):
         self._adopt(self.database.agree(decide))
 
     def _adopt(self, agreed: Mapping[str, Any]) -> None:
-        """Take over the ends of searches on which the drivers agreed."""
+        """Take over the endings of searches on which the drivers agreed."""
         stopped = {**self.stopped, **stopped_groups(self.spec.search, agreed)}
         if stopped != self.stopped:
             self.stopped = stopped
