@@ -1,9 +1,9 @@
 """The budget of a run: how many images, iterations and steps it takes, chosen from what rounding alone loses.
 
 At W8A8 rounding loses nothing, and a few images do; below that, more images and steps win back more of what was lost
-(measured in docs/results/LOG.md). So a run of a
-`quality` first makes its held-out images, rounds the student to nearest, and measures its KL to the teacher on them;
-that chooses a rung of `LADDER`. Nothing here reads a label, and the same settings choose the same rung again.
+(measured in docs/results/LOG.md). So a run of a `quality` first makes its held-out images, rounds the student to
+nearest, and measures its KL to the teacher on them; that chooses a rung of `LADDER`. Nothing here reads a label, and
+the same settings choose the same rung again.
 """
 
 import copy
@@ -58,12 +58,7 @@ class Budget:
 
     def values(self) -> dict[str, Any]:
         """Return the evidence as a record has it."""
-        return {
-            "quality": self.quality,
-            "rung": self.rung,
-            "rounded_kl": self.rounded_kl,
-            "shortened": self.shortened,
-        }
+        return {name: getattr(self, name) for name in _evidence()}
 
     def line(self) -> str:
         """Return the choice and its reason in one line."""
@@ -75,6 +70,10 @@ class Budget:
         )
         limit = ", as many as the time limit allows" if self.shortened else ""
         return f"quality {self.quality}: {loses}, so {chosen}{limit}"
+
+
+def _evidence() -> list[str]:
+    return [part.name for part in fields(Budget) if part.name != "config"]
 
 
 def plan_budget(
@@ -112,7 +111,7 @@ def plan_budget(
     kept = {*given, *(("synthesis.num_images",) if config.synthesis.method == OWN_IMAGES else ())}
     teacher = teacher or load_teacher(config.teacher)
     rungs = [index for index, rung in enumerate(LADDER) if _holds_batch(config, rung, kept)] or [len(LADDER) - 1]
-    file = _file(config, f"{quality} {max_minutes} {sorted(kept)} {teacher.digest}")
+    file = _file(config, f"{quality} {max_minutes} {sorted(kept)} {teacher.digest} {LADDER}")
     if (known := _chosen_before(file, accelerator)) is not None:
         return Budget(config=_on_rung(config, known["rung"], kept, accelerator), **known)
     lowest = _on_rung(config, rungs[0], kept, accelerator)
@@ -220,8 +219,7 @@ def _chosen_before(file: Path, accelerator: Accelerator) -> dict[str, Any] | Non
         except DamagedFileError as error:
             print_notice(f"warning: {error}; the budget is chosen again")
     (found,) = broadcast_object_list([found])
-    names = {part.name for part in fields(Budget)} - {"config"}
-    return {key: value for key, value in found.items() if key in names} if found is not None else None
+    return {name: found[name] for name in _evidence()} if found is not None else None
 
 
 def _rounded_kl(config: RunConfig, teacher: Teacher, student: Student, accelerator: Accelerator) -> float:
