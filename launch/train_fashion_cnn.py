@@ -10,6 +10,7 @@ network. The same seed gives the same weights on the same machine and versions.
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
@@ -63,11 +64,11 @@ def load_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     return (images[:, None].float() / 255 - MEAN) / STD, labels.long()
 
 
-def train(images: Tensor, labels: Tensor, seed: int, epochs: int) -> nn.Module:
-    """Return the network after the last epoch of SGD with one cycle of the learning rate."""
+def train(make: Callable[[], nn.Module], images: Tensor, labels: Tensor, seed: int, epochs: int) -> nn.Module:
+    """Return a network after the last epoch of SGD with one cycle of the learning rate."""
     seed_everything(seed)
     generator = make_generator(seed, "fashion cnn")
-    model = FashionCNN().train()
+    model = make().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=PEAK_LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
     steps = len(images) // BATCH_SIZE
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=epochs * steps)
@@ -84,17 +85,23 @@ def train(images: Tensor, labels: Tensor, seed: int, epochs: int) -> nn.Module:
     return model.eval()
 
 
-@click.command("train_fashion_cnn", cls=Command)
-@argument("folder", metavar="FOLDER", help="folder of Fashion-MNIST's IDX files")
-@option("--seed", type=INT, default=0, help="seed of weights and order (default: 0)")
-@option("--epochs", type=INT, default=3, help="passes over the images (default: 3)")
-@option("--images", type=INT, default=12000, help="training images, the first of the set (default: 12000)")
-@option("--output", metavar="FILE", default="fashion_cnn.safetensors", help="file of the weights")
-def command(folder: str, seed: int, epochs: int, images: int, output: str) -> None:
-    """Train a small CNN on Fashion-MNIST."""
+def train_and_save(
+    make: Callable[[], nn.Module], spec: str, folder: str, seed: int, epochs: int, output: str, images: int
+) -> None:
+    """Train a network, save it, and print its top-1 on the test images and the command that quantizes it.
+
+    Args:
+        make: Factory of the network.
+        spec: The factory as a run names it, FILE.py:FUNCTION.
+        folder: Folder of Fashion-MNIST's IDX files.
+        seed: Seed of weights and order.
+        epochs: Passes over the images.
+        output: File of the weights.
+        images: Training images, the first of the set.
+    """
     torch.set_num_threads(1)  # the order of summation depends on the number of threads
     pixels, labels = load_part(Path(folder), "train")
-    model = train(pixels[:images], labels[:images], seed, epochs)
+    model = train(make, pixels[:images], labels[:images], seed, epochs)
     test, expected = load_part(Path(folder), "t10k")
     with torch.no_grad():
         correct = sum(
@@ -107,9 +114,20 @@ def command(folder: str, seed: int, epochs: int, images: int, output: str) -> No
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, file, metadata=metadata)
     print(f"top-1 {metadata['top1']} % ({correct} of {len(test)} test images): {file}")
-    args = ["synq", "train", "launch/train_fashion_cnn.py:FashionCNN", "--teacher.weights", str(file)]
+    args = ["synq", "train", spec, "--teacher.weights", str(file)]
     args += ["--teacher.input_size", "1,28,28", "--teacher.mean", str(MEAN), "--teacher.std", str(STD)]
     print(shlex.join([*args, "--evaluation.dataset", "fashion-mnist", "--evaluation.data_dir", folder]))
+
+
+@click.command("train_fashion_cnn", cls=Command)
+@argument("folder", metavar="FOLDER", help="folder of Fashion-MNIST's IDX files")
+@option("--seed", type=INT, default=0, help="seed of weights and order (default: 0)")
+@option("--epochs", type=INT, default=3, help="passes over the images (default: 3)")
+@option("--images", type=INT, default=12000, help="training images, the first of the set (default: 12000)")
+@option("--output", metavar="FILE", default="fashion_cnn.safetensors", help="file of the weights")
+def command(folder: str, seed: int, epochs: int, images: int, output: str) -> None:
+    """Train a small CNN on Fashion-MNIST."""
+    train_and_save(FashionCNN, "launch/train_fashion_cnn.py:FashionCNN", folder, seed, epochs, output, images)
 
 
 if __name__ == "__main__":
