@@ -86,7 +86,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 @click.command("train_fashion_networks", cls=Command)
-@argument("network", type=OneOf(tuple(NETWORKS)), metavar="NETWORK", help=", ".join(NETWORKS))
+@argument("network", type=OneOf(*NETWORKS), metavar="NETWORK", help=", ".join(NETWORKS))
 @argument("folder", metavar="FOLDER", help="folder of Fashion-MNIST's IDX files")
 @option("--seed", type=INT, default=0, help="seed of weights and order (default: 0)")
 @option("--epochs", type=INT, default=4, help="passes over the images (default: 4)")
