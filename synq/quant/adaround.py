@@ -255,18 +255,27 @@ def _learn(
 def drop_back(whole: Tensor, quantized: Tensor, probability: float, generator: torch.Generator) -> Tensor:
     """Return ``quantized`` with each value replaced by that of ``whole`` with ``probability`` (QDrop).
 
-    The random draw does not depend on the memory layout.
+    The random draw does not depend on the memory layout. A byte decides for each value, so that the probability is
+    rounded to a multiple of 1 / 256; drawing floats and `torch.where` took a third of a step on a CPU.
 
     Args:
-        whole: Unquantized tensor, any shape.
-        quantized: Quantized tensor of the same shape; the result has its memory layout.
+        whole: Unquantized tensor, any shape, finite.
+        quantized: Quantized tensor of the same shape, finite; the result has its memory layout.
         probability: In [0, 1].
         generator: On the device of both.
     """
-    if probability == 0.0:
+    limit = round(256 * probability)
+    if limit == 0:
         return quantized
-    draw = torch.rand(whole.shape, generator=generator, device=whole.device) < probability
-    return torch.where(torch.empty_like(quantized, dtype=torch.bool).copy_(draw), whole, quantized)
+    count, bounds = whole.numel(), torch.iinfo(torch.int64)
+    words = torch.randint(bounds.min, bounds.max, (-(-count // 8),), generator=generator, device=whole.device)
+    chosen = words.view(torch.uint8)[:count] <= limit - 1
+    if whole.dim() == 4:  # in the order in which images lie in memory
+        n, c, h, w = whole.shape
+        chosen = chosen.view(n, h, w, c).permute(0, 3, 1, 2)
+    else:
+        chosen = chosen.view(whole.shape)
+    return quantized.lerp(whole, chosen.to(whole.dtype))  # exact for weights of 0 and 1
 
 
 def _beta(step: int, config: ReconstructionConfig) -> float | None:
