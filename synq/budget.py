@@ -9,20 +9,31 @@ the same settings choose the same rung again.
 import copy
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from synq.common.digests import read_sealed_json, write_sealed_json
 from synq.common.files import DamagedFileError
 from synq.common.notices import print_notice
 from synq.common.text_tables import duration
-from synq.config.budget import DEFAULT_QUALITY, HELDOUT_IMAGES, LADDER, QUALITIES, Rung
+from synq.config.budget import (
+    BUDGET_KEYS,
+    DEFAULT_QUALITY,
+    HELDOUT_IMAGES,
+    LADDER,
+    QUALITIES,
+    RANGE_KEY,
+    ROUNDING_KEY,
+    Rung,
+)
 from synq.config.parsing import between, one_of
+from synq.config.quant import WEIGHT_RANGES
 from synq.config.run import RunConfig, config_digest, make_absolute, with_overrides
 from synq.config.synthesis import OWN_IMAGES
 from synq.evaluation.fidelity import kl
@@ -47,6 +58,7 @@ class Budget:
         quality: Name of the quality.
         rung: Index in `LADDER`.
         rounded_kl: KL in nats of the student that is only rounded, on the held-out images.
+        weight_range: Range of the weights that has this KL: the better one, unless it was given.
         shortened: Whether a time limit chose a lower rung than the quality.
     """
 
@@ -54,6 +66,7 @@ class Budget:
     quality: str
     rung: int
     rounded_kl: float
+    weight_range: str
     shortened: bool = False
 
     def values(self) -> dict[str, Any]:
@@ -69,7 +82,10 @@ class Budget:
             f"{config.finetune.epochs} epochs"
         )
         limit = ", as many as the time limit allows" if self.shortened else ""
-        return f"quality {self.quality}: {loses}, so {chosen}{limit}"
+        learned = ""
+        if config.quant.rounding == "adaround" and LADDER[self.rung].rounding_steps:
+            learned = ", and learned rounding (protocol B; `--quant.rounding nearest` leaves it out)"
+        return f"quality {self.quality}: {loses}, so {chosen}{limit}{learned}"
 
 
 def _evidence() -> list[str]:
@@ -96,7 +112,7 @@ def plan_budget(
         quality: draft, standard or best.
         max_minutes: Longest time of the run, by its forecast on this machine; None for no limit. It makes the choice
             depend on the machine.
-        given: Settings of `BUDGET_KEYS`, by dotted key, that keep their values.
+        given: Settings of `PLANNED_KEYS`, by dotted key, that keep their values.
         accelerator: Process group.
         teacher: The result of `load_teacher(config.teacher)` if already loaded; None loads it.
 
@@ -113,8 +129,9 @@ def plan_budget(
     rungs = [index for index, rung in enumerate(LADDER) if _holds_batch(config, rung, kept)] or [len(LADDER) - 1]
     file = _file(config, f"{quality} {max_minutes} {sorted(kept)} {teacher.digest} {LADDER}")
     if (known := _chosen_before(file, accelerator)) is not None:
-        return Budget(config=_on_rung(config, known["rung"], kept, accelerator), **known)
-    lowest = _on_rung(config, rungs[0], kept, accelerator)
+        config = with_overrides(config, {RANGE_KEY: known["weight_range"]})
+        return Budget(config=_on_rung(config, known["rung"], kept, accelerator, teacher), **known)
+    lowest = _on_rung(config, rungs[0], kept, accelerator, teacher)
     local_batch_size(lowest.finetune.batch_size, accelerator.num_processes)
     check_own_images(lowest, teacher)
     _, measure = check(lowest, accelerator=accelerator, teacher=teacher)
@@ -126,21 +143,24 @@ def plan_budget(
     else:
         allowed = rungs
     probed = {"synthesis.iterations": LADDER[0].iterations, "evaluation.heldout_images": HELDOUT_IMAGES}
-    lost = _rounded_kl(
-        with_overrides(config, {key: value for key, value in probed.items() if key not in kept}),
-        teacher,
-        student,
-        accelerator,
-    )
+    probed = {key: value for key, value in probed.items() if key not in kept}
+    ranges = {config.quant.weight_range} if RANGE_KEY in kept else WEIGHT_RANGES
+    losses = {
+        name: _rounded_kl(with_overrides(config, {**probed, RANGE_KEY: name}), teacher, student, accelerator)
+        for name in ranges
+    }
+    weight_range = min(losses, key=losses.__getitem__)
+    config, lost = with_overrides(config, {RANGE_KEY: weight_range}), losses[weight_range]
     enough = next(index for index, rung in enumerate(LADDER) if lost <= rung.enough_for)
     wanted = max(0, min(len(LADDER) - 1, enough + QUALITIES[quality]))
     wanted = next((index for index in rungs if index >= wanted), rungs[-1])
     chosen = max(index for index in allowed if index <= max(wanted, allowed[0]))
     values: dict[str, Any] = {"quality": quality, "rung": chosen, "rounded_kl": lost, "shortened": chosen < wanted}
+    values["weight_range"] = weight_range
     if accelerator.is_main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_sealed_json(file, values)
-    return Budget(config=_on_rung(config, chosen, kept, accelerator), **values)
+    return Budget(config=_on_rung(config, chosen, kept, accelerator, teacher), **values)
 
 
 def budgeted(
@@ -165,7 +185,7 @@ def budgeted(
     Raises:
         ValueError, OSError: As `plan_budget`.
     """
-    if given and quality is None and max_minutes is None:
+    if quality is None and max_minutes is None and not {*BUDGET_KEYS}.isdisjoint(given):
         return config, {}
     accelerator = accelerator or make_accelerator(config.runtime)
     budget = plan_budget(
@@ -181,7 +201,7 @@ def budgeted(
     return budget.config, budget.values()
 
 
-def _on_rung(config: RunConfig, index: int, kept: Collection[str], accelerator: Accelerator) -> RunConfig:
+def _on_rung(config: RunConfig, index: int, kept: Set[str], accelerator: Accelerator, teacher: Teacher) -> RunConfig:
     """Return the settings of a run on a rung of the ladder."""
     rung, processes = LADDER[index], accelerator.num_processes
     values: Mapping[str, Any] = {
@@ -190,12 +210,35 @@ def _on_rung(config: RunConfig, index: int, kept: Collection[str], accelerator: 
         "finetune.epochs": rung.epochs,
         "finetune.batch_size": math.ceil(rung.batch_size / processes) * processes,
         "evaluation.heldout_images": HELDOUT_IMAGES,
+        **(_learned_rounding(rung, teacher) if ROUNDING_KEY not in kept and _wants_it(config, rung, teacher) else {}),
     }
     chosen = {key: value for key, value in values.items() if key not in kept}
     if "synthesis.num_images" in kept and "finetune.batch_size" in chosen:  # a batch has no image twice
         most = config.synthesis.num_images // processes * processes
         chosen["finetune.batch_size"] = max(processes, min(chosen["finetune.batch_size"], most))
     return with_overrides(config, chosen)
+
+
+def _wants_it(config: RunConfig, rung: Rung, teacher: Teacher) -> bool:
+    """Return whether a run on a rung learns its rounding, which is what fine-tuning repairs badly.
+
+    Measured (docs/results/LOG.md): weights of 2 bits, where it is most of what was lost, and depthwise convolutions,
+    whose few weights each move a whole channel. A ResNet at 3 and 4 bits gains nothing.
+    """
+    depthwise = any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in teacher.graph.modules())
+    return rung.rounding_steps > 0 and (config.quant.weight_bits == 2 or depthwise)
+
+
+def _learned_rounding(rung: Rung, teacher: Teacher) -> dict[str, Any]:
+    """Return the settings of learned rounding, by dotted key, as the recipes have them but for the number of steps."""
+    _, height, width = teacher.input_size
+    return {
+        "quant.rounding": "adaround",
+        "reconstruction.iterations": rung.rounding_steps,
+        "reconstruction.step_lr": 1e-3,
+        # Outputs of a block are kept for all of them: as many floats as for the recipes' images of 32 pixels.
+        "reconstruction.images": min(1024, max(64, 1024 * 32 * 32 // (height * width))),
+    }
 
 
 def _holds_batch(config: RunConfig, rung: Rung, kept: Collection[str]) -> bool:
@@ -252,7 +295,7 @@ def _within(
     max_minutes: float,
     config: RunConfig,
     rungs: Sequence[int],
-    kept: Collection[str],
+    kept: Set[str],
     teacher: Teacher,
     student: Student,
     num_labeled: int,
@@ -263,7 +306,7 @@ def _within(
 
     def seconds(index: int) -> float:
         found: Forecast = estimate(
-            _on_rung(config, index, kept, accelerator), teacher, student, num_labeled, accelerator, costs
+            _on_rung(config, index, kept, accelerator, teacher), teacher, student, num_labeled, accelerator, costs
         )
         return found.seconds
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from synq.common.exit_codes import INTERRUPTED, RUN_FAILED, USER_ERROR, leave, report_error
-from synq.config.budget import budget_keys
+from synq.config.budget import planned_keys
 from synq.config.command_line import Command, GivenSettings
 from synq.config.command_options import budget_options, config_option
 from synq.config.finetune import SWITCHED_OFF
@@ -53,7 +53,7 @@ def command(config: RunConfig, quality: str | None, max_minutes: float | None) -
     finished. How many images and steps it takes is chosen by --quality, unless the settings do.
     """
     given: GivenSettings = click.get_current_context().obj
-    chosen = budget_keys(given.overrides, *map(load_config, given.files))
+    chosen = planned_keys(given.overrides, *map(load_config, given.files))
 
     def work(accelerator: "Accelerator") -> tuple[list[str], list[str]]:
         from synq.budget import budgeted

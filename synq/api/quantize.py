@@ -10,7 +10,7 @@ from synq import pipeline
 from synq.api.models import Model, open_model, teacher_arguments, working_copy
 from synq.api.run import Run
 from synq.api.session import named_as_arguments, session
-from synq.api.settings import Config, budget_keys_of, chosen_num_images, settings_of
+from synq.api.settings import Config, chosen_num_images, planned_keys_of, settings_of
 from synq.budget import budgeted
 from synq.common.notices import print_notice
 from synq.common.progress import Progress
@@ -127,7 +127,7 @@ def quantize(
         },
     )
     number = None if images is None else num_images if num_images is not None else chosen_num_images(config)
-    chosen = budget_keys_of(config, {"synthesis.num_images": num_images, "finetune.epochs": epochs}, quality)
+    chosen = planned_keys_of(config, {"synthesis.num_images": num_images, "finetune.epochs": epochs}, quality)
     with session(progress=progress):
         labeled = in_memory(dataset)
         with labeled_in_memory(labeled) as spec, unlabeled_in_memory(images) as source:
@@ -194,7 +194,7 @@ def synthesize(
             "evaluation.dataset": "none",
         },
     )
-    chosen = budget_keys_of(config, {"synthesis.num_images": num_images}, quality)
+    chosen = planned_keys_of(config, {"synthesis.num_images": num_images}, quality)
     with session(progress=progress):
         settings, teacher = _open(model, settings, preprocessing, config)
         settings, _ = budgeted(settings, quality, None, chosen, teacher=working_copy(teacher))

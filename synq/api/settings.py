@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from synq.config.budget import BUDGET_KEYS, budget_keys
+from synq.config.budget import PLANNED_KEYS, planned_keys
 from synq.config.finetune import check_own_weight, has_own_weight
 from synq.config.key_tables import merged_keys, nested_keys
 from synq.config.parsing import config_from_dict, load_config, with_overrides
@@ -72,8 +72,8 @@ def chosen_num_images(config: Config) -> Any:
     return _written(config).get("synthesis", {}).get("num_images")
 
 
-def budget_keys_of(config: Config, arguments: Mapping[str, Any], quality: str | None = None) -> set[str]:
-    """Return the keys of the budget that a call chooses.
+def planned_keys_of(config: Config, arguments: Mapping[str, Any], quality: str | None = None) -> set[str]:
+    """Return the keys of a plan that a call chooses.
 
     Args:
         config: As for `settings_of`; a `RunConfig` chooses all, unless there is a `quality`.
@@ -82,8 +82,8 @@ def budget_keys_of(config: Config, arguments: Mapping[str, Any], quality: str | 
     """
     given = {key: value for key, value in arguments.items() if value is not None}
     if isinstance(config, RunConfig):
-        return set(BUDGET_KEYS) if quality is None else budget_keys(given)
-    return budget_keys(_written(config), given)
+        return set(PLANNED_KEYS) if quality is None else planned_keys(given)
+    return planned_keys(_written(config), given)
 
 
 def _built(config: Config, given: Mapping[str, Any]) -> RunConfig:

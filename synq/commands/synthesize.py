@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from synq.config.budget import budget_keys
+from synq.config.budget import planned_keys
 from synq.config.command_line import Command, GivenSettings
 from synq.config.command_options import OneOf, budget_options, config_option, option
 from synq.config.parsing import load_config
@@ -70,7 +70,7 @@ def command(
         raise ValueError(f"`folder` must be a folder, but {output} is a file; choose another name")
 
     given: GivenSettings = click.get_current_context().obj
-    keys = budget_keys(given.overrides, *map(load_config, given.files))
+    keys = planned_keys(given.overrides, *map(load_config, given.files))
 
     def work(accelerator: "Accelerator") -> tuple[list[str], list[str]]:
         from synq.budget import budgeted

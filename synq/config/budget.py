@@ -17,7 +17,19 @@ BUDGET_KEYS = (
     "finetune.batch_size",
     "evaluation.heldout_images",
 )
-"""Settings that a quality chooses."""
+"""Settings that a quality chooses, and that decide whether there is one: giving one of them is choosing a budget."""
+RANGE_KEY, ROUNDING_KEY = "quant.weight_range", "quant.rounding"
+ROUNDING_KEYS = (
+    RANGE_KEY,
+    ROUNDING_KEY,
+    "reconstruction.iterations",
+    "reconstruction.batch_size",
+    "reconstruction.images",
+    "reconstruction.step_lr",
+)
+"""Settings of the rounding that a quality chooses, too, each unless it was given."""
+PLANNED_KEYS = (*BUDGET_KEYS, *ROUNDING_KEYS)
+"""All settings that a quality chooses."""
 HELDOUT_IMAGES = 64
 """Held-out images of every rung: the smallest training set is as large, so they cost at most half of the synthesis."""
 
@@ -38,15 +50,17 @@ class Rung:
     """Passes over the training images."""
     batch_size: int
     """Images per optimizer step: with few images the number of steps decides, and 16 give four times those of 64."""
+    rounding_steps: int
+    """Optimizer steps for each block of the learned rounding, of 32 images; 0 rounds to nearest."""
     enough_for: float
     """Largest KL in nats of the rounded student for which `standard` chooses this rung."""
 
 
 LADDER = (
-    Rung(64, 50, 15, 16, NOTHING_LOST),
-    Rung(128, 50, 15, 16, NOTHING_LOST),
-    Rung(1024, 100, 15, 64, math.inf),
-    Rung(1024, 100, 40, 64, math.inf),
+    Rung(64, 50, 15, 16, 0, NOTHING_LOST),
+    Rung(128, 50, 15, 16, 0, NOTHING_LOST),
+    Rung(1024, 100, 15, 64, 200, math.inf),
+    Rung(1024, 100, 40, 64, 500, math.inf),
 )
 """Budgets from cheap to costly. The CIFAR-10 ResNet-20 at W4A4 drops 1.16 points with the second and 0.82 with the next
 (three seeds), at an eighth of the processor time; what was tried between them was not better than the second.
@@ -56,14 +70,14 @@ QUALITIES = {"draft": -1, "standard": 0, "best": 1}
 DEFAULT_QUALITY = "standard"
 
 
-def budget_keys(*given: Mapping[str, Any]) -> set[str]:
-    """Return those of `BUDGET_KEYS` that tables of settings have, nested or by dotted key.
+def planned_keys(*given: Mapping[str, Any]) -> set[str]:
+    """Return those of `PLANNED_KEYS` that tables of settings have, nested or by dotted key.
 
     Args:
         given: Tables of settings as a user wrote them.
     """
     tables = [nested_keys(part, "settings") for part in given]
-    return {key for key in BUDGET_KEYS if any(_has(table, key.split(".")) for table in tables)}
+    return {key for key in PLANNED_KEYS if any(_has(table, key.split(".")) for table in tables)}
 
 
 def _has(table: Mapping[str, Any], parts: Iterable[str]) -> bool:

@@ -15,6 +15,8 @@ BY_RULES = ("tensorrt", "qnn")
 """Engines that do not run here: their files keep the published rules, which are checked, and activations of 8 bits."""
 ACT_POINTS = ("relu", "inputs")
 """Values of `QuantConfig.act_points`."""
+WEIGHT_RANGES = ("minmax", "mse")
+"""Values of `QuantConfig.weight_range`."""
 PORTABLE_TARGETS = ("onnxruntime", "openvino")
 """Engines whose kernels for x86 add in 16 bits where a CPU has no VNNI."""
 FLOAT_TRUNKS = ("onnxruntime",)
@@ -137,7 +139,7 @@ class QuantConfig:
         one_of("quant.act_points", self.act_points, ACT_POINTS)
         one_of("quant.learned_steps", self.learned_steps, ("none", "activations", "all"))
         one_of("quant.rounding", self.rounding, ("nearest", "adaround"))
-        one_of("quant.weight_range", self.weight_range, ("minmax", "mse"))
+        one_of("quant.weight_range", self.weight_range, WEIGHT_RANGES)
         one_of("quant.act_range", self.act_range, ("minmax", "mse"))
         one_of("quant.softmax", self.softmax, ("uniform", "log"))
         if self.target != RESEARCH:

@@ -25,6 +25,8 @@ SHORT_SECONDS = 1800.0
 """Seconds that the proposed budget takes at most, if a smaller number of images achieves it."""
 FEWEST_IMAGES = 128
 """Smallest number of training images that is proposed."""
+LEARNED_ROUNDING = 2.0
+"""Ratio of a step of learned rounding, over all blocks, to a training step: floats and codes of each activation."""
 FLOAT = 4
 """Bytes of a float32."""
 WORKING = 1.5
@@ -39,6 +41,8 @@ class Forecast:
 
     synthesis: float
     """Seconds of the synthetic sets that the store lacks."""
+    rounding: float
+    """Seconds of the learned rounding."""
     finetune: float
     """Seconds of the fine-tuning."""
     measure: float
@@ -53,7 +57,7 @@ class Forecast:
     @property
     def seconds(self) -> float:
         """Seconds of the whole run."""
-        return self.synthesis + self.finetune + self.measure
+        return self.synthesis + self.rounding + self.finetune + self.measure
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +141,7 @@ def estimate(
     weights = FLOAT * sum(tensor.numel() for tensor in student.net.state_dict().values())
     return Forecast(
         synthesis=step.seconds * passes / processes,
+        rounding=_rounding_seconds(config, training.seconds),
         finetune=training.seconds * trained / processes,
         measure=inference * measured / processes,
         memory=BASE_BYTES + WORKING * at_once + 8 * weights + pixels * config.synthesis.num_images,
@@ -145,12 +150,27 @@ def estimate(
     )
 
 
+def _rounding_seconds(config: RunConfig, training: float) -> float:
+    """Return the seconds of learned rounding, which every process does for itself.
+
+    Args:
+        config: The run.
+        training: Seconds of a training step for one image.
+    """
+    settings = config.reconstruction
+    if config.quant.rounding == "nearest":
+        return 0.0
+    batch = min(settings.batch_size, settings.images, config.synthesis.num_images)
+    return LEARNED_ROUNDING * training * settings.iterations * batch
+
+
 def forecast_line(config: RunConfig, found: Forecast) -> str:
     """Return the forecast in one line, with a smaller budget where the run takes hours."""
     parts = [
         f"{name} {duration(seconds)}"
         for name, seconds in (
             ("synthesis", found.synthesis),
+            ("learned rounding", found.rounding),
             ("fine-tuning", found.finetune),
             ("measurement", found.measure),
         )

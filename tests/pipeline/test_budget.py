@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from torch import fx, nn
 
 import synq
 from synq import train
-from synq.api.settings import budget_keys_of
-from synq.budget import Budget, budgeted, plan_budget
+from synq.api.settings import planned_keys_of
+from synq.budget import Budget, _learned_rounding, _wants_it, budgeted, plan_budget
 from synq.common.digests import write_sealed_json
-from synq.config.budget import BUDGET_KEYS, LADDER, budget_keys
+from synq.config.budget import BUDGET_KEYS, LADDER, PLANNED_KEYS, RANGE_KEY, ROUNDING_KEY, planned_keys
+from synq.config.quant import WEIGHT_RANGES
 from synq.config.run import RunConfig, with_overrides
 from synq.teacher.teacher import Teacher, load_teacher
 
@@ -73,6 +75,53 @@ def test_a_quality_is_some_rungs_up_or_down(base: RunConfig, teacher: Teacher, a
     )
 
 
+def test_what_loses_more_gets_learned_rounding_unless_a_rounding_was_given(
+    base: RunConfig, teacher: Teacher, accelerator: Accelerator
+) -> None:
+    high, draft, low = (
+        planned(base, teacher, accelerator, bits, name)
+        for bits, name in ((8, "standard"), (2, "draft"), (2, "standard"))
+    )
+    assert high.config.protocol == draft.config.protocol == "A"
+    assert planned(base, teacher, accelerator, 3, "standard").config.protocol == "A", "a ResNet at 3 bits gains nothing"
+    assert low.config.protocol == "B" and low.config.reconstruction.iterations == LADDER[low.rung].rounding_steps
+    assert "learned rounding (protocol B; `--quant.rounding nearest` leaves it out)" in low.line()
+    assert "learned rounding" not in draft.line()
+    config = with_overrides(base, {"quant.weight_bits": 2, "quant.act_bits": 2})
+    kept = plan_budget(config, given={*FAST, ROUNDING_KEY}, accelerator=accelerator, teacher=teacher)
+    assert kept.config.protocol == "A" and kept.rung == low.rung and "learned" not in kept.line()
+
+
+def test_the_weights_get_the_range_that_loses_less(base: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:
+    config = with_overrides(base, {"quant.weight_bits": 2, "quant.act_bits": 8})
+    found = plan_budget(config, "draft", given=FAST, accelerator=accelerator, teacher=teacher)
+    losses = {}
+    for name in WEIGHT_RANGES:
+        given = with_overrides(config, {RANGE_KEY: name})
+        one = plan_budget(given, "draft", given={*FAST, RANGE_KEY}, accelerator=accelerator, teacher=teacher)
+        assert one.weight_range == one.config.quant.weight_range == name
+        losses[name] = one.rounded_kl
+    assert found.weight_range == found.config.quant.weight_range == min(losses, key=losses.__getitem__)
+    assert found.rounded_kl == min(losses.values()) < max(losses.values())
+
+
+def test_depthwise_convolutions_get_learned_rounding_at_any_bits(teacher: Teacher) -> None:
+    config = with_overrides(RunConfig(), {"quant.weight_bits": 4})
+    plain = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(1, 4, 3, groups=1))
+    depthwise = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
+    found = [
+        _wants_it(config, LADDER[-1], replace(teacher, graph=fx.symbolic_trace(net))) for net in (plain, depthwise)
+    ]
+    assert found == [False, True]
+    assert not _wants_it(config, LADDER[0], replace(teacher, graph=fx.symbolic_trace(depthwise)))
+
+
+def test_images_of_learned_rounding_fit_the_memory_of_large_inputs(teacher: Teacher) -> None:
+    for side, images in ((28, 1024), (32, 1024), (64, 256), (224, 64)):
+        at = replace(teacher, input_size=(3, side, side))
+        assert _learned_rounding(LADDER[-1], at)["reconstruction.images"] == images
+
+
 def test_a_time_limit_takes_a_lower_rung(base: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:
     from synq.quant.student import build_student
     from synq.runs.forecast import estimate, probe
@@ -105,14 +154,16 @@ def test_a_batch_is_no_larger_than_the_images_that_were_given(
         ([{"finetune.lr": 0.1}, {"synthesis": {"lr": 0.1}}], set()),
         ([{"finetune.epochs": 0}, {"synthesis": {"num_images": 8}}], {"finetune.epochs", "synthesis.num_images"}),
         ([{"evaluation": {"heldout_images": 16}, "name": "a"}], {"evaluation.heldout_images"}),
+        ([{"quant": {"rounding": "nearest"}}, {"quant.weight_range": "mse"}], {RANGE_KEY, ROUNDING_KEY}),
     ],
 )
 def test_which_settings_are_of_the_budget(tables: list[Mapping[str, Any]], keys: set[str]) -> None:
-    assert budget_keys(*tables) == keys
+    assert planned_keys(*tables) == keys
 
 
 def test_settings_that_were_given_are_no_budget_unless_a_quality_is(base: RunConfig) -> None:
     assert budgeted(base, None, None, set(BUDGET_KEYS)) == (base, {})
+    assert budgeted(base, None, None, {ROUNDING_KEY, "finetune.epochs"}) == (base, {})
 
 
 @pytest.mark.parametrize(
@@ -173,7 +224,7 @@ def test_own_images_that_are_absent_are_rejected_before_any_is_made(
 
 
 def test_a_run_config_has_every_number_unless_a_quality_is_asked_for() -> None:
-    assert budget_keys_of(RunConfig(), {}) == set(BUDGET_KEYS)
-    assert budget_keys_of(RunConfig(), {"finetune.epochs": 2, "synthesis.num_images": None}, "best") == {
+    assert planned_keys_of(RunConfig(), {}) == set(PLANNED_KEYS)
+    assert planned_keys_of(RunConfig(), {"finetune.epochs": 2, "synthesis.num_images": None}, "best") == {
         "finetune.epochs"
     }

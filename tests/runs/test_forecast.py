@@ -13,20 +13,24 @@ from synq.common.text_tables import duration
 from synq.config.run import RunConfig, with_overrides
 from synq.pipeline import run
 from synq.quant.student import build_student
-from synq.runs.forecast import Forecast, forecast, forecast_line
+from synq.runs.forecast import LEARNED_ROUNDING, Forecast, estimate, forecast, forecast_line, probe
 from synq.synthesis.step_probe import num_passes, saved_bytes
 from synq.teacher.teacher import load_teacher
 
 
 def _found(**changes: float) -> Forecast:
-    values = {"synthesis": 10.0, "finetune": 5.0, "measure": 1.0, "memory": 2e9, "disk": 3e8, "free": 5e10}
-    return Forecast(**{**values, **changes})
+    values = {"synthesis": 10.0, "rounding": 0.0, "finetune": 5.0, "measure": 1.0}
+    return Forecast(**{**values, "memory": 2e9, "disk": 3e8, "free": 5e10, **changes})
 
 
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
         ({}, "about 16 s (synthesis 10 s, fine-tuning 5 s, measurement 1 s), 1.9 GB of memory per process, 0.3 GB"),
+        (
+            {"rounding": 70.0},
+            "about 86 s (synthesis 10 s, learned rounding 70 s, fine-tuning 5 s, measurement 1 s), ",
+        ),
         ({"synthesis": 0.0, "measure": 0.2}, "about 5 s, 1.9 GB"),
         ({"disk": 1e6}, "1 MB of disk (46.6 GB free)"),
         ({"synthesis": 30000.0}, "`--synthesis.num_images 128` takes about"),
@@ -56,7 +60,13 @@ def test_m_9_the_probe_counts_the_work_that_is_left(config: RunConfig, accelerat
     after = student.net.state_dict()
     assert all(torch.allclose(value, after[name], rtol=0, atol=0, equal_nan=True) for name, value in before.items())
     rest = forecast(with_overrides(config, {"finetune.epochs": 0}), teacher, student, 64, accelerator)
-    assert rest.finetune == 0
+    assert rest.finetune == 0 == rest.rounding
+    learned = with_overrides(
+        config, {"quant.rounding": "adaround", "reconstruction.iterations": 10, "reconstruction.images": 16}
+    )
+    costs = probe(learned, teacher, student, accelerator)
+    steps = estimate(learned, teacher, student, 64, accelerator, costs)
+    assert steps.rounding == pytest.approx(LEARNED_ROUNDING * 10 * 16 * costs.training.seconds)
     gaussian = with_overrides(config, {"synthesis.method": "gaussian"})
     size = teacher.input_size
     assert num_passes(gaussian.synthesis, 32, size, 10) == 0
