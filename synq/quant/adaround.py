@@ -268,8 +268,8 @@ def drop_back(whole: Tensor, quantized: Tensor, probability: float, generator: t
     if limit == 0:
         return quantized
     count, bounds = whole.numel(), torch.iinfo(torch.int64)
-    words = torch.randint(bounds.min, bounds.max, (-(-count // 8),), generator=generator, device=whole.device)
-    chosen = words.view(torch.uint8)[:count] <= limit - 1
+    draws = torch.randint(bounds.min, bounds.max, (-(-count // 8),), generator=generator, device=whole.device)
+    chosen = draws.view(torch.uint8)[:count] <= limit - 1
     if whole.dim() == 4:  # in the order in which images lie in memory
         n, c, h, w = whole.shape
         chosen = chosen.view(n, h, w, c).permute(0, 3, 1, 2)

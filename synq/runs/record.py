@@ -142,8 +142,8 @@ class RunRecord:
     """SHA-256 of the run's student by its file name; empty in a run of an earlier version or one that did not
     complete."""
     budget: dict[str, Any] = field(default_factory=dict)
-    """How the budget was chosen: quality, rung of the ladder, KL in nats of the student that is only rounded, and
-    whether a time limit shortened it; empty where the settings were given."""
+    """How the budget was chosen: quality, rung of the ladder, KL in nats of the student that is only rounded, the range
+    of the weights that has it, and whether a time limit shortened it; empty where the settings were given."""
     student_of: str = ""
     """Name of the folder of the run that trained the student, if this one only measured it; "" if it trained it."""
     log: str = ""
