@@ -23,6 +23,8 @@ from synq.common.files import DamagedFileError
 from synq.common.notices import print_notice
 from synq.common.text_tables import duration
 from synq.config.budget import (
+    BLEND_KEY,
+    BLENDED_ABOVE,
     BUDGET_KEYS,
     DEFAULT_QUALITY,
     HELDOUT_IMAGES,
@@ -129,8 +131,7 @@ def plan_budget(
     rungs = [index for index, rung in enumerate(LADDER) if _holds_batch(config, rung, kept)] or [len(LADDER) - 1]
     file = _file(config, f"{quality} {max_minutes} {sorted(kept)} {teacher.digest} {LADDER}")
     if (known := _chosen_before(file, accelerator)) is not None:
-        config = with_overrides(config, {RANGE_KEY: known["weight_range"]})
-        return Budget(config=_on_rung(config, known["rung"], kept, accelerator, teacher), **known)
+        return _planned(config, known, kept, accelerator, teacher)
     lowest = _on_rung(config, rungs[0], kept, accelerator, teacher)
     local_batch_size(lowest.finetune.batch_size, accelerator.num_processes)
     check_own_images(lowest, teacher)
@@ -160,7 +161,7 @@ def plan_budget(
     if accelerator.is_main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_sealed_json(file, values)
-    return Budget(config=_on_rung(config, chosen, kept, accelerator, teacher), **values)
+    return _planned(config, values, kept, accelerator, teacher)
 
 
 def budgeted(
@@ -199,6 +200,16 @@ def budgeted(
     if accelerator.is_main_process:
         print_notice(budget.line())
     return budget.config, budget.values()
+
+
+def _planned(
+    config: RunConfig, values: Mapping[str, Any], kept: Set[str], accelerator: Accelerator, teacher: Teacher
+) -> Budget:
+    """Return the budget that evidence chooses."""
+    config = with_overrides(config, {RANGE_KEY: values["weight_range"]})
+    blends = LADDER[values["rung"]].blends and values["rounded_kl"] > BLENDED_ABOVE and BLEND_KEY not in kept
+    planned = _on_rung(config, values["rung"], kept, accelerator, teacher)
+    return Budget(config=with_overrides(planned, {BLEND_KEY: "mixup"} if blends else {}), **values)
 
 
 def _on_rung(config: RunConfig, index: int, kept: Set[str], accelerator: Accelerator, teacher: Teacher) -> RunConfig:

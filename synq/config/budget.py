@@ -19,6 +19,7 @@ BUDGET_KEYS = (
 )
 """Settings that a quality chooses, and that decide whether there is one: giving one of them is choosing a budget."""
 RANGE_KEY, ROUNDING_KEY = "quant.weight_range", "quant.rounding"
+BLEND_KEY = "finetune.augment"
 ROUNDING_KEYS = (
     RANGE_KEY,
     ROUNDING_KEY,
@@ -28,7 +29,7 @@ ROUNDING_KEYS = (
     "reconstruction.step_lr",
 )
 """Settings of the rounding that a quality chooses, too, each unless it was given."""
-PLANNED_KEYS = (*BUDGET_KEYS, *ROUNDING_KEYS)
+PLANNED_KEYS = (*BUDGET_KEYS, *ROUNDING_KEYS, BLEND_KEY)
 """All settings that a quality chooses."""
 HELDOUT_IMAGES = 64
 """Held-out images of every rung: the smallest training set is as large, so they cost at most half of the synthesis."""
@@ -36,6 +37,10 @@ HELDOUT_IMAGES = 64
 
 NOTHING_LOST = 0.02
 """KL in nats of the rounded student up to which more images gain nothing: W8A8 has 0.001, W4A8 0.15."""
+
+
+BLENDED_ABOVE = 1.0
+"""KL in nats of the rounded student above which 40 epochs want blended batches: CIFAR's W4A4 has 0.3, its W3A3 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +57,17 @@ class Rung:
     """Images per optimizer step: with few images the number of steps decides, and 16 give four times those of 64."""
     rounding_steps: int
     """Optimizer steps for each block of the learned rounding, of 32 images; 0 rounds to nearest."""
+    blends: bool
+    """Whether batches are blended (mixup) where rounding alone loses more than `BLENDED_ABOVE`."""
     enough_for: float
     """Largest KL in nats of the rounded student for which `standard` chooses this rung."""
 
 
 LADDER = (
-    Rung(64, 50, 15, 16, 0, NOTHING_LOST),
-    Rung(128, 50, 15, 16, 0, NOTHING_LOST),
-    Rung(1024, 100, 15, 64, 200, math.inf),
-    Rung(1024, 100, 40, 64, 500, math.inf),
+    Rung(64, 50, 15, 16, 0, False, NOTHING_LOST),
+    Rung(128, 50, 15, 16, 0, False, NOTHING_LOST),
+    Rung(1024, 100, 15, 64, 200, False, math.inf),
+    Rung(1024, 100, 40, 64, 500, True, math.inf),
 )
 """Budgets from cheap to costly. The CIFAR-10 ResNet-20 at W4A4 drops 1.16 points with the second and 0.82 with the next
 (three seeds), at an eighth of the processor time; what was tried between them was not better than the second.

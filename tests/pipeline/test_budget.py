@@ -15,7 +15,16 @@ from synq import train
 from synq.api.settings import planned_keys_of
 from synq.budget import Budget, _learned_rounding, _wants_it, budgeted, plan_budget
 from synq.common.digests import write_sealed_json
-from synq.config.budget import BUDGET_KEYS, LADDER, PLANNED_KEYS, RANGE_KEY, ROUNDING_KEY, planned_keys
+from synq.config.budget import (
+    BLEND_KEY,
+    BLENDED_ABOVE,
+    BUDGET_KEYS,
+    LADDER,
+    PLANNED_KEYS,
+    RANGE_KEY,
+    ROUNDING_KEY,
+    planned_keys,
+)
 from synq.config.quant import WEIGHT_RANGES
 from synq.config.run import RunConfig, with_overrides
 from synq.teacher.teacher import Teacher, load_teacher
@@ -90,6 +99,20 @@ def test_what_loses_more_gets_learned_rounding_unless_a_rounding_was_given(
     config = with_overrides(base, {"quant.weight_bits": 2, "quant.act_bits": 2})
     kept = plan_budget(config, given={*FAST, ROUNDING_KEY}, accelerator=accelerator, teacher=teacher)
     assert kept.config.protocol == "A" and kept.rung == low.rung and "learned" not in kept.line()
+
+
+def test_many_epochs_get_blended_batches_where_much_was_lost(
+    base: RunConfig, teacher: Teacher, accelerator: Accelerator
+) -> None:
+    found = {
+        (bits, name): planned(base, teacher, accelerator, bits, name)
+        for bits, name in ((2, "best"), (2, "standard"), (4, "best"))
+    }
+    assert found[2, "best"].rounded_kl > BLENDED_ABOVE > found[4, "best"].rounded_kl
+    assert {key for key, budget in found.items() if budget.config.finetune.augment == "mixup"} == {(2, "best")}
+    config = with_overrides(base, {"quant.weight_bits": 2, "quant.act_bits": 2})
+    kept = plan_budget(config, "best", given={*FAST, BLEND_KEY}, accelerator=accelerator, teacher=teacher)
+    assert kept.config.finetune.augment == "none"
 
 
 def test_the_weights_get_the_range_that_loses_less(base: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:
