@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from synq.runs.next_step import next_step
+
 if TYPE_CHECKING:
     from synq.runs.record import RunRecord
 
@@ -203,6 +205,11 @@ def doubts(field: Mapping[str, Any]) -> list[str]:
 
 
 def closing_notes(record: "RunRecord") -> list[str]:
-    """Return what is printed after a run: its warnings, and the expected agreement of a completed one."""
+    """Return what is printed after a run: its warnings, the expected agreement of a completed one, and what would help.
+
+    Args:
+        record: The run.
+    """
     expected = [agreement_line(record.expected_agreement)] if record.status == "completed" else []
-    return [*(f"warning: {text}" for text in record.warnings), *expected]
+    proposals = [line] if (line := next_step(record)) else []
+    return [*(f"warning: {text}" for text in record.warnings), *expected, *proposals]
