@@ -56,7 +56,7 @@ class Plan:
     history: list[tuple[int, float]] = field(default_factory=list)
     """(epoch, objective) as reported during the run."""
     attempt: int = 1
-    """Number of the attempt, from 1: `--retry` begins the next one, and a record of an earlier attempt does not count."""
+    """Number of the attempt, from 1: `--retry` begins the next one, and records of earlier ones do not count."""
 
 
 def in_order(plans: Iterable[Plan]) -> list[Plan]:

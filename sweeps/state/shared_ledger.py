@@ -170,8 +170,8 @@ class SharedLedger(Ledger):
             return
         if self._refusals >= MAX_REFUSALS:
             raise OSError(
-                f"`study_storage` must accept trials, but {self.database} rejected {trial}, {self._refusals + 1} times, "
-                "and nothing in it explains why (was it restored from a copy, or its rows removed?)"
+                f"`study_storage` must accept trials, but {self.database} rejected {trial}, {MAX_REFUSALS + 1} times, and "
+                "nothing in it explains why (was it restored from a copy, or were rows removed?)"
             )
         time.sleep(PAUSES[self._refusals])
         self._refusals += 1
@@ -245,8 +245,8 @@ class SharedLedger(Ledger):
             return
         if self.database.find(trial) is None:
             raise OSError(
-                f"`study_storage` must keep the trials of the sweep, but {self.database} has lost {trial}; its record is "
-                f"in {self.root}, from where the next start adds it again"
+                f"`study_storage` must keep the trials of the sweep, but {self.database} has lost {trial}; its record "
+                f"is in {self.root}, from where the next start adds it again"
             )
         self._forget(trial)
         self._owners.pop(trial, None)
