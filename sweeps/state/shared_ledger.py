@@ -170,8 +170,8 @@ class SharedLedger(Ledger):
             return
         if self._refusals >= MAX_REFUSALS:
             raise OSError(
-                f"`study_storage` must accept trials, but {self.database} rejected {trial}, {MAX_REFUSALS + 1} times, and "
-                "nothing in it explains why (was it restored from a copy, or were rows removed?)"
+                f"`study_storage` must accept trials, but {self.database} rejected {trial}, {MAX_REFUSALS + 1} times, "
+                "and nothing in it explains why (was it restored from a copy, or were rows removed?)"
             )
         time.sleep(PAUSES[self._refusals])
         self._refusals += 1
