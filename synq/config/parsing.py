@@ -70,11 +70,13 @@ def between(name: str, value: float, low: float, high: float = math.inf, *, open
         is_finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number beyond the range of float
         is_finite = False
+    if is_finite and (low < value if open_low else low <= value) and value <= high:
+        return  # before the message is made, which takes longer
     if high < math.inf:
         rule = f"be a number in {'(' if open_low else '['}{low:g}, {high:g}]"
     else:
         rule = f"be a finite number {'>' if open_low else '>='} {low:g}"
-    require(name, rule, value, is_finite and (low < value if open_low else low <= value) and value <= high)
+    require(name, rule, value, False)
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
@@ -148,10 +150,18 @@ def _none_if_allowed(hint: Any, value: Any) -> Any:
     return None if types.NoneType in typing.get_args(hint) else value
 
 
+@functools.cache
+def _kind(hint: Any) -> tuple[bool, Any, tuple[Any, ...]]:
+    """Return whether a hint is a configuration class, and its origin and arguments."""
+    return dataclasses.is_dataclass(hint), typing.get_origin(hint), typing.get_args(hint)
+
+
 def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if type(value) is hint:  # the most frequent case
+        return value
+    is_part, origin, args = _kind(hint)
+    if is_part:
         return _build(typing.cast(type, hint), value, f"{name}.", root)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         (inner,) = (arg for arg in args if arg is not types.NoneType)
         return None if value is None else _convert(inner, value, name, root)
