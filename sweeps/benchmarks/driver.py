@@ -44,7 +44,7 @@ GOALS = {"milliseconds": 5.0, "ratio": 1.3, "memory": 1.2}
 
 
 def stub_trial(values: dict[str, Any]) -> None:
-    """Do what `run_trial` does to a driver, without training: a log, a report for each epoch, a record."""
+    """Do what `run_trial` does for a driver, without training: a log, a report for each epoch, a record."""
     from ray import tune
 
     task = TrialTask.from_dict(values)
@@ -263,7 +263,7 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="synq-scale-") as name:
         folder = Path(name)
         real_record(folder)
-        os.environ.update(SYNQ_STUB_SECONDS=str(seconds), PYTHONPATH=str(ROOT))
+        os.environ.update(SYNQ_STUB_SECONDS=str(seconds), PYTHONPATH=str(ROOT), RAY_TMPDIR=name)  # no other Ray's
         node: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": 2**27}
         cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         try:
