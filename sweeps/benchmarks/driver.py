@@ -35,7 +35,7 @@ from .launcher import ROOT, finish, start
 
 EPOCHS = 3
 RECORD = "record.json"
-"""File next to a sweep's folder: the record of a real run, which the records of the stubs are made from."""
+"""File in the folder of all sweeps: the record of a real run, from which the records of the stubs are made."""
 TRIALS = (100, 400)
 """Numbers of trials of `synq bench`."""
 MODULE = "synq.sweeps.benchmarks.driver"
@@ -59,7 +59,7 @@ def stub_trial(values: dict[str, Any]) -> None:
             log.write(f"epoch {epoch}/{EPOCHS}: objective {reported:.6g}\n")
             tune.report({"epoch": epoch, "epochs": EPOCHS, "objective_value": reported, "began": began})
         record = replace(
-            read_record(folder.parent / RECORD),
+            read_record(folder.parent.parent / RECORD),
             name=task.trial,
             config=config_to_dict(task.config),
             config_digest=task.config_digest,
@@ -163,7 +163,7 @@ def measure_driver(folder: Path, trials: int, **shape: Any) -> dict[str, Any]:
     """Run a sweep of stubs in this process, and return what its driver took.
 
     Args:
-        folder: A new folder, in one with the record of a real run.
+        folder: A new folder, in that with the record of a real run.
         trials: Number of trials.
         shape: Keys of `spec_values`.
 
@@ -310,14 +310,9 @@ def command(trials: tuple[int, ...], **options: Any) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
         place, number, limit, parts, chosen = sys.argv[2:]
-        from synq.sweeps.benchmarks import driver  # by its name, which the workers know
+        from . import driver  # by its name, which the workers know
 
-        print(
-            json.dumps(
-                driver.measure_driver(
-                    Path(place), int(number), groups=int(parts), concurrent=int(limit), sampler=chosen
-                )
-            )
-        )
+        shape = {"groups": int(parts), "concurrent": int(limit), "sampler": chosen}
+        print(json.dumps(driver.measure_driver(Path(place), int(number), **shape)))
     else:
         command.run()

@@ -20,7 +20,7 @@ from synq.runs.record import RunRecord, Status, read_record
 
 from ..spec import SweepSpec
 from ..storage.databases import PAUSES
-from ..storage.trial_database import MAX_REFUSALS, SharedTrial, TrialDatabase
+from ..storage.trial_database import MAX_REJECTIONS, SharedTrial, TrialDatabase
 from .identity import check_identity, merged_identity, settled_identity, stopped_groups
 from .ledger import Ledger
 from .plans import Plan, in_order, parse_plan, plan_values, read_plan, read_sweep_file
@@ -45,7 +45,7 @@ class SharedLedger(Ledger):
         """Hash of the text of each record."""
         self._changed: list[Plan] = []
         """Plans that other drivers have changed and that `sync` has not returned yet."""
-        self._refusals = 0
+        self._rejections = 0
         """Consecutive changes that the database rejected although nothing in it explains why."""
         self._is_open = False
 
@@ -133,9 +133,9 @@ class SharedLedger(Ledger):
         if not self.database.add(plan.trial, f"{plan.group} {plan.stage}", plan.config_digest, _text(plan)):
             self._read()  # who runs it, for `elsewhere`: else a driver without other trials would end
             same = {other.config_digest for other in self._by_group.get((plan.group, plan.stage), {}).values()}
-            self._count_refusal(plan.trial, is_explained=plan.trial in self.plans or plan.config_digest in same)
+            self._count_rejection(plan.trial, is_explained=plan.trial in self.plans or plan.config_digest in same)
             return False
-        self._refusals = 0
+        self._rejections = 0
         self._owners[plan.trial] = self.database.owner
         self.add_plan(plan)
         return True
@@ -148,9 +148,9 @@ class SharedLedger(Ledger):
         if not self.database.take(trial, owner):
             self._read()
             is_explained = trial in self.records or self._owners.get(trial, "") != owner
-            self._count_refusal(trial, is_explained=is_explained)
+            self._count_rejection(trial, is_explained=is_explained)
             return None
-        self._refusals = 0
+        self._rejections = 0
         self._owners[trial] = self.database.owner
         if (row := self.database.find(trial)) is not None:  # others may have run it since this driver last looked
             stored = self._plan_of(row)
@@ -159,22 +159,22 @@ class SharedLedger(Ledger):
         self.database.note(trial, _text(plan))
         return plan
 
-    def _count_refusal(self, trial: str, *, is_explained: bool) -> None:
+    def _count_rejection(self, trial: str, *, is_explained: bool) -> None:
         """Wait after a change that the database rejected although nothing in it explains why.
 
         Raises:
             OSError: It has done so too often.
         """
         if is_explained:
-            self._refusals = 0
+            self._rejections = 0
             return
-        if self._refusals >= MAX_REFUSALS:
+        if self._rejections >= MAX_REJECTIONS:
             raise OSError(
-                f"`study_storage` must accept trials, but {self.database} rejected {trial}, {MAX_REFUSALS + 1} times, "
+                f"`study_storage` must accept trials, but {self.database} rejected {trial} {MAX_REJECTIONS + 1} times, "
                 "and nothing in it explains why (was it restored from a copy, or were rows removed?)"
             )
-        time.sleep(PAUSES[self._refusals])
-        self._refusals += 1
+        time.sleep(PAUSES[self._rejections])
+        self._rejections += 1
 
     def exclusive(self, what: str) -> AbstractContextManager[None]:
         """Return a context in which no other driver of the sweep does `what`."""

@@ -29,7 +29,7 @@ from .lease import pid_namespace, start_time
 T = TypeVar("T")
 EVERY, STALE_AFTER = 20.0, 90.0
 """Seconds from one increment of a driver's counter to the next, and without one after which it is dead."""
-MAX_REFUSALS = 5
+MAX_REJECTIONS = 5
 """Consecutive changes that a database may reject although nothing in it explains why."""
 
 
@@ -252,7 +252,7 @@ class TrialDatabase:
         while (owner := self._attempt(holder)) != self.owner:
             if self.is_alive(owner):
                 time.sleep(0.5)
-            elif (tries := tries + 1) > MAX_REFUSALS:
+            elif (tries := tries + 1) > MAX_REJECTIONS:
                 raise OSError(f"`study_storage` must accept changes, but {self} keeps the lock {name} of a dead driver")
             else:
                 self._attempt(partial(take_over, owner))

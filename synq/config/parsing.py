@@ -72,11 +72,8 @@ def between(name: str, value: float, low: float, high: float = math.inf, *, open
         is_finite = False
     if is_finite and (low < value if open_low else low <= value) and value <= high:
         return  # before the message is made, which takes longer
-    if high < math.inf:
-        rule = f"be a number in {'(' if open_low else '['}{low:g}, {high:g}]"
-    else:
-        rule = f"be a finite number {'>' if open_low else '>='} {low:g}"
-    require(name, rule, value, False)
+    span = f"be a number in {'(' if open_low else '['}{low:g}, {high:g}]"
+    require(name, span if high < math.inf else f"be a finite number {'>' if open_low else '>='} {low:g}", value, False)
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
@@ -136,7 +133,8 @@ def _build(cls: type[T], mapping: Mapping[str, Any], prefix: str, root: type) ->
             raise unknown_key(f"{prefix}{key}", f"{prefix}{key}", [*_tables(root), *dotted_keys(root)])
         if value == "None" or (value == "none" and key not in getattr(cls, "NONE_IS_TEXT", ())):
             value = _none_if_allowed(fields[key], value)
-        values[key] = _convert(fields[key], value, f"{prefix}{key}", root)
+        hint = fields[key]
+        values[key] = value if type(value) is hint else _convert(hint, value, f"{prefix}{key}", root)
     return cls(**values)
 
 
@@ -150,18 +148,10 @@ def _none_if_allowed(hint: Any, value: Any) -> Any:
     return None if types.NoneType in typing.get_args(hint) else value
 
 
-@functools.cache
-def _kind(hint: Any) -> tuple[bool, Any, tuple[Any, ...]]:
-    """Return whether a hint is a configuration class, and its origin and arguments."""
-    return dataclasses.is_dataclass(hint), typing.get_origin(hint), typing.get_args(hint)
-
-
 def _convert(hint: Any, value: Any, name: str, root: type) -> Any:
-    if type(value) is hint:  # the most frequent case
-        return value
-    is_part, origin, args = _kind(hint)
-    if is_part:
+    if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, f"{name}.", root)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         (inner,) = (arg for arg in args if arg is not types.NoneType)
         return None if value is None else _convert(inner, value, name, root)

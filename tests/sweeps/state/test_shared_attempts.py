@@ -13,7 +13,7 @@ from support.sweep_tools import tiny
 from synq.sweeps.state import shared_ledger
 from synq.sweeps.state.ledger import Ledger
 from synq.sweeps.state.plans import read_plan
-from synq.sweeps.storage.trial_database import MAX_REFUSALS, TrialDatabase
+from synq.sweeps.storage.trial_database import MAX_REJECTIONS, TrialDatabase
 
 FIRST = NAMES[0]
 Join = Callable[..., Driver]
@@ -169,8 +169,8 @@ def test_a_database_that_rejects_trials_for_no_reason_ends_the_driver(
         f"FROM synq_trials WHERE trial = '{FIRST}'",
     )
     assert one.start() is None
-    assert f"must accept trials, but sqlite:///{tmp_path}/studies.db rejected {NAMES[1]}, 6 times" in one.stop.storage
-    assert len(no_pauses) == MAX_REFUSALS and one.searcher.suggest("next") == "FINISHED"
+    assert f"must accept trials, but sqlite:///{tmp_path}/studies.db rejected {NAMES[1]} 6 times" in one.stop.storage
+    assert len(no_pauses) == MAX_REJECTIONS and one.searcher.suggest("next") == "FINISHED"
 
 
 def test_a_trial_that_the_database_has_lost_keeps_its_record(join: Join, tmp_path: Path) -> None:
@@ -195,10 +195,10 @@ def test_a_waiting_trial_that_the_database_has_lost_ends_the_driver(
     leave(one)
     two.searcher.sync()
     execute(tmp_path / "studies.db", "DELETE FROM synq_trials")
-    for _ in range(MAX_REFUSALS):
+    for _ in range(MAX_REJECTIONS):
         two.searcher.interrupted[:] = list(two.ledger.freed())
         assert two.ledger.take_over(two.searcher.interrupted[0]) is None
-    with pytest.raises(OSError, match=f"rejected {FIRST}, 6 times, and nothing in it explains why"):
+    with pytest.raises(OSError, match=f"rejected {FIRST} 6 times, and nothing in it explains why"):
         two.ledger.take_over(two.searcher.interrupted[0])
 
 
