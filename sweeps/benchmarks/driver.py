@@ -37,10 +37,8 @@ EPOCHS = 3
 RECORD = "record.json"
 """File in the folder of all sweeps: the record of a real run, from which the records of the stubs are made."""
 TRIALS = (100, 400)
-"""Numbers of trials of `synq bench`."""
+"""Numbers of trials, the default."""
 MODULE = "synq.sweeps.benchmarks.driver"
-GOALS = {"milliseconds": 5.0, "ratio": 1.3, "memory": 1.2}
-"""Processor time of an event, how it may grow from the fewest to the most trials, and how the memory may."""
 
 
 def stub_trial(values: dict[str, Any]) -> None:
