@@ -16,8 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,8 @@ from .launcher import ROOT, finish, start
 EPOCHS = 3
 RECORD = "record.json"
 """File in the folder of all sweeps: the record of a real run, from which the records of the stubs are made."""
+SECONDS = "seconds"
+"""File next to it: the time that a stub takes."""
 TRIALS = (100, 400)
 """Numbers of trials, the default."""
 MODULE = "synq.sweeps.benchmarks.driver"
@@ -46,7 +47,8 @@ def stub_trial(values: dict[str, Any]) -> None:
     from ray import tune
 
     task = TrialTask.from_dict(values)
-    folder, seconds = Path(task.folder), float(os.environ["SYNQ_STUB_SECONDS"])
+    folder = Path(task.folder)
+    seconds = float((folder.parent.parent / SECONDS).read_text())
     began, lr = time.time(), task.config.finetune.lr
     value = 0.1 + 0.02 * abs(math.log(lr / 0.005)) + 0.01 * random.Random(task.config_digest).random()
     with TrialLog(folder / log_name(task.trial)) as log:
@@ -185,8 +187,7 @@ def measure_driver(folder: Path, trials: int, **shape: Any) -> dict[str, Any]:
         watch = Watch()
         watch.start()
         found.update(bytes_before=own_memory(), processor=-_processor_seconds(), clock=-time.monotonic())
-        with _profile():
-            original(*args)
+        original(*args)
         found["processor"] += _processor_seconds()
         found["clock"] += time.monotonic()
         found["bytes"] = watch.stop()
@@ -205,24 +206,6 @@ def measure_driver(folder: Path, trials: int, **shape: Any) -> dict[str, Any]:
         "files": sum(files.values()),
         "files_in": dict(files),
     }
-
-
-@contextmanager
-def _profile() -> Iterator[None]:
-    """Print where the time goes, by function, where the environment variable SYNQ_STUB_PROFILE names a file."""
-    path = os.environ.get("SYNQ_STUB_PROFILE")
-    if not path:
-        yield
-        return
-    import cProfile
-
-    profile = cProfile.Profile()
-    profile.enable()
-    try:
-        yield
-    finally:
-        profile.disable()
-        profile.dump_stats(path)
 
 
 def real_record(folder: Path) -> None:
@@ -261,7 +244,8 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="synq-scale-") as name:
         folder = Path(name)
         real_record(folder)
-        os.environ.update(SYNQ_STUB_SECONDS=str(seconds), PYTHONPATH=str(ROOT), RAY_TMPDIR=name)  # no other Ray's
+        (folder / SECONDS).write_text(str(seconds))
+        os.environ.update(PYTHONPATH=str(ROOT), RAY_TMPDIR=name)  # not the folder of another Ray
         node: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": 2**27}
         cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         try:
