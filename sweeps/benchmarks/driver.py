@@ -15,7 +15,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +103,7 @@ class Account:
     """Processor time of the functions of a driver that are called for events of trials, and the number of events."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
         self.events: Counter[str] = Counter()
         self._depth = 0
@@ -192,7 +192,7 @@ def measure_driver(folder: Path, trials: int, **shape: Any) -> dict[str, Any]:
         found["clock"] += time.monotonic()
         found["bytes"] = watch.stop()
 
-    tuner._tune = timed
+    tuner._tune = timed  # type: ignore[assignment]
     code = tuner.run_sweep(spec_from_dict(spec_values(folder, trials, **shape)))
     if code:
         raise RuntimeError(f"the sweep of stubs must exit with code 0, but exited with {code}")
@@ -201,7 +201,7 @@ def measure_driver(folder: Path, trials: int, **shape: Any) -> dict[str, Any]:
         **found,
         "trials": trials,
         "events": dict(account.events),
-        "own": dict(account.seconds.most_common()),
+        "own": dict(account.seconds),
         "calls": dict(account.calls),
         "files": sum(files.values()),
         "files_in": dict(files),
