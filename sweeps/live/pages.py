@@ -26,6 +26,8 @@ POLL_SECONDS = 2
 """Time between two questions of the browser for a newer page."""
 LAST_SECONDS = 30.0
 """Maximum time for the last drawing of a page that a browser shows."""
+WATCHED_SECONDS = 30.0
+"""Time since the last question of a browser after which none is there: on a busy machine they are far apart."""
 FILES = ("sweep.json", "record.json", "config.json", "checkpoint.pt")
 """Files next to the folders of records and plans whose change makes a page old."""
 NOTHING_YET = (
@@ -102,7 +104,7 @@ class LivePage:
             seconds: Maximum time; nothing is waited for without a browser.
         """
         started = time.monotonic()
-        if started - self._asked > 4 * POLL_SECONDS:
+        if started - self._asked > WATCHED_SECONDS:
             return
         while time.monotonic() - started < seconds:
             with self._lock:
