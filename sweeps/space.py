@@ -1,6 +1,8 @@
 """The search space of a sweep: searched settings and their ranges. Imports neither Ray nor Optuna."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -191,44 +193,68 @@ def in_order(dimensions: Sequence[Dimension]) -> tuple[Dimension, ...]:
             if condition.name not in names:
                 hint = key_hint(condition.name, sorted(names))
                 raise ValueError(f"`{where}` must name other searched settings, but got {condition.name!r}{hint}")
-            if ready is not None:
-                _some_value(condition, found[condition.name], where)
-            elif condition.name not in found:
+            if ready is not None and not _values_with([condition], found[condition.name]):
+                raise ValueError(f"`{where}` must hold for a value of {condition.name}, but got {condition}")
+            if condition.name not in found:
                 raise ValueError(f"`{where}` must not depend on the setting itself, but got {condition}")
         found[first.name] = first
         left.remove(first)
     return tuple(found.values())
 
 
-def _some_value(condition: When, other: Dimension, where: str) -> Any:
-    """Return a value of a dimension that satisfies a condition; raise ValueError if there is none."""
-    inside = [value for value in condition.values if other.point(value) is not None]
-    middle = [] if other.low is None or other.high is None else [(other.low + other.high) / 2]
-    for value in (*other.edges(), *inside, *middle):
-        if condition.holds(value):
-            return None if value == "none" else value
-    raise ValueError(f"`{where}` must hold for a value of {other.name}, but got {condition}")
+def _values_with(conditions: Sequence[When], other: Dimension) -> list[Any]:
+    """Return some values of a dimension that satisfy conditions on it; [] if there is none.
+
+    Conditions divide a range at the numbers that they name: tried are its bounds, these numbers, what is next to them
+    on the grid of a range with steps, and else one number between each two neighbors.
+    """
+    tried = list(other.edges())
+    if other.low is not None and other.high is not None:
+        named = [value for condition in conditions for value in condition.values]
+        numbers = [value for value in named if isinstance(value, int | float) and not isinstance(value, bool)]
+        step = other.step or (1 if other.type == "int" else None)
+        if step is None:
+            marks = sorted({other.low, other.high, *numbers})
+            tried += [*numbers, *((one + two) / 2 for one, two in itertools.pairwise(marks))]
+        else:
+            below = [math.floor((number - other.low) / step) for number in numbers]
+            counts = sorted({count + shift for count in below for shift in (-1, 0, 1, 2)})
+            grid = [float(f"{other.low + step * count:.6g}") for count in counts]
+            tried += [int(value) for value in grid] if other.type == "int" else grid
+    return [
+        value
+        for value in tried
+        if other.point(value) is not None and all(condition.holds(value) for condition in conditions)
+    ]
 
 
-def point_where_it_exists(dimensions: Sequence[Dimension], dimension: Dimension) -> dict[str, Any]:
-    """Return values of other dimensions with which a dimension exists.
+def points_where_it_exists(dimensions: Sequence[Dimension], dimension: Dimension) -> Iterator[dict[str, Any]]:
+    """Yield values of other dimensions with which a dimension exists: one point without any if it always does.
+
+    Its conditions, and those under which the settings that they name exist, must hold at once. Each is on one setting,
+    so that values of all these settings that satisfy the conditions on them are such a point, whichever they are.
 
     Raises:
-        ValueError: Its conditions exclude each other.
+        ValueError: Conditions exclude each other.
     """
     by_name = {one.name: one for one in dimensions}
-    values: dict[str, Any] = {}
-    waiting = list(dimension.when)
+    conditions: dict[str, list[When]] = {}
+    waiting, seen = [dimension], {dimension.name}
     while waiting:
-        condition = waiting.pop(0)
-        other = by_name[condition.name]
-        values.setdefault(other.name, _some_value(condition, other, f"space.{dimension.name}.when"))
-        waiting += other.when
-    point = {one.name: values[one.name] for one in dimensions if one.name in values}
-    if not dimension.exists(existing([one for one in dimensions if one.name in values], point)):
-        conditions = "; ".join(map(str, dimension.when))
-        raise ValueError(f"`space.{dimension.name}.when` must hold together, but got {conditions}")
-    return point
+        for condition in waiting.pop().when:
+            conditions.setdefault(condition.name, []).append(condition)
+            if condition.name not in seen:
+                seen.add(condition.name)
+                waiting.append(by_name[condition.name])
+    others = [one for one in dimensions if one.name in conditions]
+    choices = []
+    for other in others:
+        choices.append(_values_with(conditions[other.name], other))
+        if not choices[-1]:
+            texts = "; ".join(dict.fromkeys(map(str, conditions[other.name])))
+            raise ValueError(f"`space.{dimension.name}.when` must hold together, but got {texts}")
+    for values in itertools.product(*choices):
+        yield {other.name: value for other, value in zip(others, values, strict=True)}
 
 
 def dimension_from(values: Mapping[str, Any]) -> Dimension:

@@ -31,16 +31,16 @@ from synq.config.run import (
     load_config,
     make_absolute,
     parse_bits,
-    with_overrides,
 )
 
 from .constraints import Constraint, read_constraints
 from .points import Point, completed, grid_size, listed_dimensions, point_params
 from .search_config import DEFAULT_TRIALS, LISTED, SearchConfig
-from .space import BITS, Dimension, base_values, existing, in_order, point_where_it_exists, with_bits
+from .space import BITS, Dimension, base_values, existing, in_order
 from .spec import Group, SweepSpec
 from .spec_tables import (
     check_added,
+    check_edges,
     default_space,
     expanded,
     read_points,
@@ -241,14 +241,7 @@ def check_spec(spec: SweepSpec) -> None:
         )
     check_added(spec)
     for group, dimension in itertools.product(spec.groups, spec.dimensions):
-        others = point_where_it_exists(spec.dimensions, dimension)
-        for value in dimension.edges():
-            try:
-                with_overrides(group.base, with_bits({**others, dimension.name: value}))
-            except ValueError as error:
-                raise ValueError(
-                    f"`space.{dimension.name}` must lie within the valid range of the setting: {error}"
-                ) from None
+        check_edges(spec.dimensions, dimension, group.base)
     for group in spec.groups:
         base = base_values(spec.dimensions, group.base)
         for number, point in enumerate(spec.points, start=1):

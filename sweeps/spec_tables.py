@@ -1,8 +1,9 @@
 """Parsing of tables of a spec file: the search space and the points to try first; what a user adds in them."""
 
+import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,11 +12,24 @@ from synq.config.identity import resolved
 from synq.config.nearest import key_hint, unknown_key
 from synq.config.parsing import config_from_dict, require, shown
 from synq.config.plugins import LOSS_TERM, SYNTHESIS_METHOD, check_elsewhere, settings_in
+from synq.config.run import RunConfig, with_overrides
 
 from .conditions import When, read_when
 from .points import Point
-from .space import BITS, DEFAULT_SPACE, IDENTITY, METHOD, Dimension, setting_names
+from .space import (
+    BITS,
+    DEFAULT_SPACE,
+    IDENTITY,
+    METHOD,
+    Dimension,
+    points_where_it_exists,
+    setting_names,
+    with_bits,
+)
 from .spec import SweepSpec
+
+MAX_TRIED = 64
+"""Maximum number of values of other settings with which the edge of a setting is checked."""
 
 
 def read_table(value: Any, name: str) -> dict[str, Any]:
@@ -174,6 +188,31 @@ def _resolved_condition(condition: When) -> When:
 
 def _resolved_methods(values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(resolved(SYNTHESIS_METHOD, value) if isinstance(value, str) else value for value in values)
+
+
+def check_edges(dimensions: Sequence[Dimension], dimension: Dimension, base: RunConfig) -> None:
+    """Check that the edges of a dimension are valid settings where it exists, each with some values of the others.
+
+    Args:
+        dimensions: The search space.
+        dimension: One of it.
+        base: The run that it changes.
+
+    Raises:
+        ValueError: An edge is not.
+    """
+    points = list(itertools.islice(points_where_it_exists(dimensions, dimension), MAX_TRIED))
+    for value in dimension.edges():
+        first: ValueError | None = None
+        for others in points:
+            try:
+                with_overrides(base, with_bits({**others, dimension.name: value}))
+                break
+            except ValueError as error:
+                first = first or error
+        else:
+            rule = f"`space.{dimension.name}` must lie within the valid range of the setting"
+            raise ValueError(f"{rule}: {first}") from None
 
 
 def check_added(spec: SweepSpec) -> None:

@@ -15,7 +15,7 @@ from synq.common.files import write_text_atomic
 from synq.common.text_tables import plural
 
 from ..search_config import SearchConfig
-from .local_ray import local_ray
+from .local_ray import local_ray, own_sigterm
 
 ROOT = Path(synq.__file__).resolve().parent.parent
 """Parent folder of the package `synq`: a checkout, or site-packages."""
@@ -109,7 +109,8 @@ def cluster(search: SearchConfig) -> Iterator[Capacity]:
             yield capacity(search)
         return
     try:
-        ray.init(**quiet, **_for_workers())
+        with own_sigterm():
+            ray.init(**quiet, **_for_workers())
     except (ConnectionError, ValueError) as error:
         raise ValueError(f"`RAY_ADDRESS` must name a running Ray cluster, but got {address!r}: {error}") from None
     try:

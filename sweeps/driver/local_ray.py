@@ -92,18 +92,38 @@ def start_local_ray(**options: Any) -> None:
         before, started = _children(), time.monotonic()
         died: list[str] = []
         try:
-            with _watching(before) as died:
+            with _watching(before) as died, own_sigterm():
                 ray.init(address="local", **options)
             return
         except BaseException as error:  # Ray raises a bare Exception if its processes do not start
+            _end(before)
             if not died and not isinstance(error, Exception):
                 raise
-            _end(before)
             ray.shutdown()
             reason = f"{first_line(error).rstrip('. ')} (after {time.monotonic() - started:.0f} s)"
             if attempt + 1 < ATTEMPTS:
                 print_notice(f"Ray did not start on this machine: {reason}; one more attempt")
     raise OSError(f"Ray must start on this machine, but it did not in {ATTEMPTS} attempts: {reason}; {_advice()}")
+
+
+@contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM of this process while Ray starts or is joined.
+
+    Ray replaces it by one that raises SystemExit: its compiled calls lose that, and the driver has nothing to clean up.
+    """
+    from ray._private import utils
+
+    name = "set_sigterm_handler"
+    theirs = getattr(utils, name, None)
+    if theirs is None:
+        yield
+        return
+    setattr(utils, name, lambda handler: None)
+    try:
+        yield
+    finally:
+        setattr(utils, name, theirs)
 
 
 def _advice() -> str:
@@ -176,14 +196,18 @@ def _watching(
         signal.signal(signal.SIGUSR1, handler)
 
 
-def _children() -> dict[int, tuple[str, str]]:
-    """Return name and state of every child of this process by its id; Z is a dead one. Empty without /proc."""
+def _children(of: int = 0) -> dict[int, tuple[str, str]]:
+    """Return name and state of every child of a process by its id; Z is a dead one. Empty without /proc.
+
+    Args:
+        of: Id of the process; 0 for this one.
+    """
     found: dict[int, tuple[str, str]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it may have ended in the meantime
             head, _, tail = path.read_text().rpartition(")")  # a name may hold spaces and brackets
             state, parent = tail.split()[:2]
-            if int(parent) == os.getpid():
+            if int(parent) == (of or os.getpid()):
                 found[int(path.parent.name)] = (head.partition("(")[2], state)
     return found
 
@@ -200,8 +224,14 @@ def _is_of_ray(pid: int, name: str) -> bool:
 
 
 def _end(before: dict[int, tuple[str, str]]) -> None:
-    """Kill Ray's processes that were started since `before`, which a failed start does not end."""
-    for pid, (name, state) in _children().items():
-        if pid not in before and state != "Z" and _is_of_ray(pid, name):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    """Kill Ray's processes that were started since `before`, which a failed or interrupted start does not end.
+
+    The agents that the raylet starts would otherwise go on for a minute until they notice that it has gone.
+    """
+    children = {pid: name for pid, (name, state) in _children().items() if pid not in before and state != "Z"}
+    ending = [pid for pid, name in children.items() if _is_of_ray(pid, name)]
+    for pid in ending:  # grows by their children, children's children and so on
+        ending += _children(pid)
+    for pid in ending:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -172,8 +172,8 @@ class SweepSearcher(Searcher):
 
     def _next(self, trial_id: str) -> Plan | None:
         while self.interrupted:
-            plan = self.interrupted.pop(0)
-            if not self.ledger.take_over(plan):
+            plan = self.ledger.take_over(self.interrupted.pop(0))
+            if plan is None:
                 continue
             if plan.stage == "search":
                 search = self.searches[plan.group]

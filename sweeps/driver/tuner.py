@@ -91,7 +91,7 @@ def _run(spec: SweepSpec, ledger: Ledger, quiet: bool, on_trial: Callable[[RunRe
             progress.log(f"{done}, {finished if was_finished else interrupted}")
         try:
             if searcher.num_left():
-                with cluster(spec.search) as capacity, interruptible():  # Ray sets a handler, too
+                with interruptible(), cluster(spec.search) as capacity:
                     if capacity.note:
                         progress.log(capacity.note)
                     progress.slots = capacity.concurrent(spec.search)

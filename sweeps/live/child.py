@@ -42,7 +42,10 @@ def live_page(folder: Path, port: int) -> Iterator[str]:
 
 
 def serve_until_parent_ends(folder: Path, host: str, port: int) -> None:
-    """Serve a page until the standard input ends, which the system does as well when the parent is killed."""
+    """Serve a page until the standard input ends, which the system does as well when the parent is killed.
+
+    A browser that shows the page gets its last state, which may take some seconds.
+    """
     os.nice(PRIORITY)
     try:
         server = LiveServer([folder], host, port)
@@ -52,6 +55,8 @@ def serve_until_parent_ends(folder: Path, host: str, port: int) -> None:
     print(server.url, flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sys.stdin.read()
+    for page in server.pages:
+        page.finish()
     server.shutdown()
     server.server_close()
 

@@ -3,6 +3,7 @@
 import hashlib
 import html
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,16 @@ LEAST_SECONDS, REST = 5.0, 3.0
 trials has its processors for itself."""
 POLL_SECONDS = 2
 """Time between two questions of the browser for a newer page."""
+LAST_SECONDS = 30.0
+"""Maximum time for the last drawing of a page that a browser shows."""
+WATCHED_SECONDS = 30.0
+"""Time since the last question of a browser after which none is there: on a busy machine they are far apart."""
 FILES = ("sweep.json", "record.json", "config.json", "checkpoint.pt")
 """Files next to the folders of records and plans whose change makes a page old."""
+NOTHING_YET = (
+    "The first trial has not ended. Before trials start, the classifier is loaded and its synthetic images are made, "
+    "once for all trials. This page shows results as soon as there are any."
+)
 SCRIPT = """
 (() => {
   const strip = document.getElementById("live"), shown = strip.dataset.version;
@@ -72,10 +81,12 @@ class LivePage:
         self._version, self._text = "", "the page is being drawn"
         self._html = _with_strip(render(_waiting(path, "The page is being drawn.")), "", self._text).encode()
         self._next, self._thread = 0.0, threading.Thread()
+        self._asked, self._sent = -math.inf, ""
 
     def state(self) -> dict[str, str]:
         """Return version of the page and one line of progress; begin a new drawing if there is something new."""
         with self._lock:
+            self._asked = time.monotonic()
             self._begin()
             return {"version": self._version, "text": self._text}
 
@@ -83,7 +94,26 @@ class LivePage:
         """Return the page as UTF-8."""
         with self._lock:
             self._begin()
+            self._sent = self._version
             return self._html
+
+    def finish(self, seconds: float = LAST_SECONDS) -> None:
+        """Wait until a browser that shows this page has the last state of its files, so that it keeps that.
+
+        Args:
+            seconds: Maximum time; nothing is waited for without a browser.
+        """
+        started = time.monotonic()
+        if started - self._asked > WATCHED_SECONDS:
+            return
+        while time.monotonic() - started < seconds:
+            with self._lock:
+                self._next = 0.0
+                self._begin()
+                if not self._thread.is_alive() and self._sent == self._version:
+                    break
+            time.sleep(0.2)
+        time.sleep(POLL_SECONDS + 0.5)  # other browsers ask, too
 
     def _begin(self) -> None:
         if self._thread.is_alive() or time.monotonic() < self._next:
@@ -137,10 +167,10 @@ def _page(path: Path) -> tuple[Page, str]:
         if path.is_dir() and is_run(path):
             return _run(path)
         sweep = read_sweep(path)
-    except (FileNotFoundError, ValueError) as error:  # nothing is there yet, or a file is damaged: the page reports it
-        is_there = (path / "sweep.json").is_file()
-        text = "the page cannot be drawn" if is_there else "waiting for the first trial"
-        return _waiting(path, " ".join(str(error).split())), text
+    except FileNotFoundError:
+        return _waiting(path, NOTHING_YET), "waiting for the first trial"
+    except ValueError as error:  # a file is damaged: the page reports it
+        return _waiting(path, " ".join(str(error).split())), "the page cannot be drawn"
     text = f"{plural(len(sweep.records), 'trial')} ended, {len(sweep.running)} without a result"
     return sweep_page(sweep, runs=0), text
 

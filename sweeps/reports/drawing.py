@@ -4,7 +4,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import matplotlib
 import numpy as np
@@ -146,6 +146,14 @@ def _plain_numbers(axes: Axes) -> None:
             if narrow:
                 axis.set_major_locator(MaxNLocator(3))
                 axis.set_minor_locator(NullLocator())
+
+
+def cap_percent(axes: Axes, axis: Literal["x", "y"]) -> None:
+    """End an axis of percent a little after 100, where Matplotlib would go on to values that do not exist."""
+    low, high = axes.get_xlim() if axis == "x" else axes.get_ylim()
+    if low < 100 < high:
+        cap = min(high, 100 + 0.04 * (100 - low))
+        axes.set(**{f"{axis}lim": (low, cap)})
 
 
 def panels(canvas: Canvas, number: int, columns: int = 2, **options: Any) -> list[Axes]:

@@ -6,10 +6,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from synq.common.text_tables import plural
 from synq.runs.record import RunRecord
 
 from ..leaderboard.ranking import Standing
-from .drawing import COLORS, WIDTH, draw, thinned
+from .drawing import COLORS, WIDTH, cap_percent, draw, thinned
 from .page import Figure
 from .summary import label, leaders
 
@@ -87,8 +88,10 @@ def sweep_chart(standings: Sequence[Standing]) -> Figure | None:
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         canvas.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, columnspacing=1)
         _widen(axes)
+        if labeled:
+            cap_percent(axes, "x")
 
-    caption = f"Best setting of {len(best)} ranking{'' if len(best) == 1 else 's'}, {len(standings)} settings in total."
+    caption = f"Best setting of {plural(len(best), 'ranking')}, {plural(len(standings), 'setting')} in total."
     if not labeled:
         caption += " No labeled images: the objective instead of accuracy."
     return _drawn("Best settings", caption, plot, 1.0 + 0.45 * len(best))

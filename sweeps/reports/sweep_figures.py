@@ -14,7 +14,7 @@ from synq.runs.record import FAILURES, RunRecord
 
 from ..leaderboard.ranking import Standing
 from ..stats import rank_correlation
-from .drawing import COLORS, LEAST_TRIALS, WIDTH, draw, panels, thinned, thinned_note, too_few
+from .drawing import COLORS, LEAST_TRIALS, WIDTH, cap_percent, draw, panels, thinned, thinned_note, too_few
 from .page import Figure, Gap
 
 NUM_BOOTSTRAP = 2000
@@ -169,14 +169,16 @@ def pareto(standings: Sequence[Standing]) -> list[Figure | Gap]:
                     bits = f"W{row['weight_bits']}A{row['act_bits']}"
                     axes.annotate(bits, position, (4, 4), textcoords="offset points", fontsize=7, color=color)
             axes.set(xlabel=axis_label, ylabel="" if named_axis else label)
+            if by_top1:
+                cap_percent(axes, "y")
             axes.locator_params(axis="x", nbins=3)
             named_axis = True
         canvas.legend(loc="outside lower center", fontsize=8)
 
     caption = (
-        f"One mark for each of {len(rows)} settings of the leaderboard{thinned_note(number, len(rows))} "
+        f"One mark for each setting of the leaderboard, {len(rows)} in all{thinned_note(number, len(rows))} "
         f"({'mean over seeds' if by_top1 else 'no labels: the objective instead of accuracy'}); lines: Pareto front of "
-        "the best settings with the same model, protocol and act_points."
+        "the best settings with the same model, protocol and quantization points."
         + (" Hollow marks violate a constraint." if any(row["violates"] for row in rows) else "")
         + (f" The legend has the first {MOST_SERIES} of {len(series)} series." if len(series) > MOST_SERIES else "")
     )

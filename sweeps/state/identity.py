@@ -144,6 +144,17 @@ def stopped_groups(search: SearchConfig, stored: Mapping[str, Any]) -> dict[str,
     return {key: one for key, one in known.items() if one["num_trials"] >= search.trials}
 
 
+def merged_identity(agreed: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one content of sweep.json of that in the database and that in the folder, with the larger numbers."""
+    found = [one for one in (agreed, stored) if one]
+    if not found:
+        return {}
+    number = max(one.get("search", {}).get("num_trials") or 0 for one in found)
+    finished = [one["finished"] for one in found if "finished" in one]
+    merged = {**found[0], "search": {**found[0].get("search", {}), "num_trials": number}}
+    return {**merged, **({"finished": max(finished)} if finished else {})}
+
+
 def _comparable(value: Any) -> Any:
     """Return a value with each path reduced to its last part, so that a moved folder of weights is the same sweep.
 

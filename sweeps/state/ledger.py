@@ -130,10 +130,10 @@ class Ledger:
         self.add_plan(plan)
         return True
 
-    def take_over(self, plan: Plan) -> bool:
-        """Write the plan of an interrupted trial, and return whether the trial is this driver's to run."""
+    def take_over(self, plan: Plan) -> Plan | None:
+        """Write the plan of an interrupted trial and return it as it is now; None if it is not this driver's to run."""
         self.add_plan(plan)
-        return True
+        return plan
 
     def exclusive(self, what: str) -> AbstractContextManager[None]:
         """Return a context in which no other driver of the sweep does `what`."""
@@ -142,6 +142,7 @@ class Ledger:
     def _keep_record(self, trial: str, record: RunRecord) -> None:
         if record.status in self.spec.search.retry and trial in self.plans:
             self.folder.remove(f"records/{trial}.json")
+            self.add_plan(replace(self.plans[trial], attempt=self.plans[trial].attempt + 1))
             return
         self.records[trial] = record
         self.tables.add(record, trial, source=str(self.record_path(trial)))

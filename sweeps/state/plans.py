@@ -29,6 +29,7 @@ _KINDS = {
     "config": dict,
     "config_digest": str,
     "history": list,
+    "attempt": int,
 }
 REASON_LENGTH = 500
 """Maximum length of the reason in a record, in characters."""
@@ -54,6 +55,8 @@ class Plan:
     """Digest of the config."""
     history: list[tuple[int, float]] = field(default_factory=list)
     """(epoch, objective) as reported during the run."""
+    attempt: int = 1
+    """Number of the attempt, from 1: `--retry` begins the next one, and records of earlier ones do not count."""
 
 
 def in_order(plans: Iterable[Plan]) -> list[Plan]:
@@ -96,6 +99,8 @@ def parse_plan(content: Any, path: Path, *, is_sealed: bool) -> Plan:
     """
     if isinstance(content, dict) and "format" in content:
         check_format(path, "the plan of a trial", content.pop("format"), FORMAT, "run the sweep again in a new folder")
+    if isinstance(content, dict):
+        content = {"attempt": 1, **content}
     if not isinstance(content, dict) or set(content) != set(Plan.__dataclass_fields__):
         raise ValueError(f"`{path}` must hold the plan of a trial, but has other keys: {REMOVE}")
     for name, kind in _KINDS.items():
@@ -149,9 +154,11 @@ def _sweep_misfit(content: Mapping[str, Any]) -> str:
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
-    """Return a plan as JSON values for its file, with the config as nested dicts."""
+    """Return a plan as JSON values for its file: the config as nested dicts, `attempt` only after the first."""
     values = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
     params = {key: list(value) if isinstance(value, tuple) else value for key, value in plan.params.items()}
+    if plan.attempt == 1:
+        del values["attempt"]
     return {"format": FORMAT, **values, "params": params, "config": config_to_dict(plan.config)}
 
 

@@ -2,13 +2,16 @@
 
 The database has the text of every plan and record; a driver's folder has copies of all, so that its tables do. Folders
 may be one (a shared file system, an address) or several; the database decides where they differ. A folder's plans and
-records that the database lacks are added to it, so that the loss of the database, or of a folder, loses nothing.
+records that the database lacks are added to it, so that the loss of the database, or of a folder, loses nothing. The
+record of an earlier attempt than that of the database (`Plan.attempt`) is not: what `--retry` runs again stays so.
 Imports neither Ray nor torch.
 """
 
 import json
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from synq.common.digests import KEY, sealed_text
@@ -16,10 +19,11 @@ from synq.common.files import write_text_atomic
 from synq.runs.record import RunRecord, Status, read_record
 
 from ..spec import SweepSpec
-from ..storage.trial_database import SharedTrial, TrialDatabase
-from .identity import check_identity, settled_identity, stopped_groups
+from ..storage.databases import PAUSES
+from ..storage.trial_database import MAX_REJECTIONS, SharedTrial, TrialDatabase
+from .identity import check_identity, merged_identity, settled_identity, stopped_groups
 from .ledger import Ledger
-from .plans import Plan, in_order, parse_plan, plan_values, read_sweep_file
+from .plans import Plan, in_order, parse_plan, plan_values, read_plan, read_sweep_file
 
 
 class SharedLedger(Ledger):
@@ -41,6 +45,8 @@ class SharedLedger(Ledger):
         """Hash of the text of each record."""
         self._changed: list[Plan] = []
         """Plans that other drivers have changed and that `sync` has not returned yet."""
+        self._rejections = 0
+        """Consecutive changes that the database rejected although nothing in it explains why."""
         self._is_open = False
 
     def _take(self) -> None:
@@ -60,7 +66,7 @@ class SharedLedger(Ledger):
                         f"`study_storage` must have no other sweep of the same name, but got {spec.search.name} in "
                         f"{self.database}; choose another `name`"
                     ) from None
-            self.spec, values = settled_identity(spec, _merged(agreed, stored))
+            self.spec, values = settled_identity(spec, merged_identity(agreed, stored))
             return values
 
         self._write_identity(self.database.agree(decide))
@@ -77,9 +83,13 @@ class SharedLedger(Ledger):
         for plan in found:
             self._keep(plan)
         for trial, record in list(self.records.items()):
-            if record.status in spec.search.retry and self.database.reopen(trial, self._record_text(trial)):
+            if record.status not in spec.search.retry:
+                continue
+            plan = replace(self.plans[trial], attempt=self.plans[trial].attempt + 1)
+            if self.database.reopen(trial, _text(plan), self._record_text(trial)):
                 self._owners[trial] = ""
                 self._forget(trial)
+                self.add_plan(plan)
 
     def close(self) -> None:
         """Give back the trials of this driver that have not ended, and release the lock of the folder."""
@@ -122,20 +132,49 @@ class SharedLedger(Ledger):
         """Claim a new trial and write its plan; return False if another driver was first, with its name or settings."""
         if not self.database.add(plan.trial, f"{plan.group} {plan.stage}", plan.config_digest, _text(plan)):
             self._read()  # who runs it, for `elsewhere`: else a driver without other trials would end
+            same = {other.config_digest for other in self._by_group.get((plan.group, plan.stage), {}).values()}
+            self._count_rejection(plan.trial, is_explained=plan.trial in self.plans or plan.config_digest in same)
             return False
+        self._rejections = 0
         self._owners[plan.trial] = self.database.owner
         self.add_plan(plan)
         return True
 
-    def take_over(self, plan: Plan) -> bool:
-        """Claim a trial that no living driver runs; return False if another driver was first."""
-        if not self.database.take(plan.trial, self._owners.get(plan.trial, "")):
+    def take_over(self, plan: Plan) -> Plan | None:
+        """Claim a trial that no living driver runs, and return its plan as it is now; None if another was first."""
+        trial, owner = plan.trial, self._owners.get(plan.trial, "")
+        if self.database.is_alive(owner):  # it was faster, and this driver has read so
+            return None
+        if not self.database.take(trial, owner):
             self._read()
-            return False
-        self._owners[plan.trial] = self.database.owner
+            is_explained = trial in self.records or self._owners.get(trial, "") != owner
+            self._count_rejection(trial, is_explained=is_explained)
+            return None
+        self._rejections = 0
+        self._owners[trial] = self.database.owner
+        if (row := self.database.find(trial)) is not None:  # others may have run it since this driver last looked
+            stored = self._plan_of(row)
+            plan = replace(plan, attempt=stored.attempt, history=stored.history)
         self.add_plan(plan)
-        self.database.note(plan.trial, _text(plan))
-        return True
+        self.database.note(trial, _text(plan))
+        return plan
+
+    def _count_rejection(self, trial: str, *, is_explained: bool) -> None:
+        """Wait after a change that the database rejected although nothing in it explains why.
+
+        Raises:
+            OSError: It has done so too often.
+        """
+        if is_explained:
+            self._rejections = 0
+            return
+        if self._rejections >= MAX_REJECTIONS:
+            raise OSError(
+                f"`study_storage` must accept trials, but {self.database} rejected {trial} {MAX_REJECTIONS + 1} times, "
+                "and nothing in it explains why (was it restored from a copy, or were rows removed?)"
+            )
+        time.sleep(PAUSES[self._rejections])
+        self._rejections += 1
 
     def exclusive(self, what: str) -> AbstractContextManager[None]:
         """Return a context in which no other driver of the sweep does `what`."""
@@ -203,10 +242,15 @@ class SharedLedger(Ledger):
         self._texts[trial] = hash(text)
         if self.database.settle(trial, _text(self.plans[trial]), text):
             self._owners[trial] = ""
-        else:
-            self._forget(trial)
-            self._owners.pop(trial, None)
-            self._read(but=trial)
+            return
+        if self.database.find(trial) is None:
+            raise OSError(
+                f"`study_storage` must keep the trials of the sweep, but {self.database} has lost {trial}; its record "
+                f"is in {self.root}, from where the next start adds it again"
+            )
+        self._forget(trial)
+        self._owners.pop(trial, None)
+        self._read(but=trial)
 
     def _send(self, plan: Plan, record: RunRecord | None, known: dict[str, SharedTrial]) -> None:
         """Add a trial of the folder to the database, if it lacks it or its record.
@@ -230,13 +274,20 @@ class SharedLedger(Ledger):
                 f"`output_dir` must hold the sweep of `study_storage`, but {plan.trial} in {self.root} is not in "
                 f"{self.database}, where another trial has its settings: choose another output_dir"
             )
-        if self._plan_of(row).config_digest != plan.config_digest:
+        stored = self._plan_of(row)
+        if stored.config_digest != plan.config_digest:
             raise ValueError(
                 f"`output_dir` must hold the sweep of `study_storage`, but {plan.trial} in {self.root} has other "
                 f"settings than in {self.database}: choose another output_dir"
             )
-        if text and not row.record and not self.database.is_alive(row.owner):
-            self.database.settle(plan.trial, row.plan, text, owner=row.owner)
+        if plan.attempt > stored.attempt:  # the database was restored from an older copy
+            if not self.database.is_alive(row.owner):
+                self.database.replace(row, _text(plan), text)
+        elif plan.attempt < stored.attempt:
+            if read_plan(self.root / "plans" / f"{plan.trial}.json").attempt < stored.attempt:
+                self._texts[plan.trial] = hash(text)  # so that `_absorb` removes it
+        elif text and not row.record and not self.database.is_alive(row.owner):
+            self.database.replace(row, row.plan, text)
 
     def _absorb(self, row: SharedTrial) -> Plan | None:
         """Take over what the database has of a trial; return its plan if this driver did not know it."""
@@ -290,14 +341,3 @@ def open_ledger(spec: SweepSpec) -> Ledger:
 
 def _text(plan: Plan) -> str:
     return sealed_text(plan_values(plan))
-
-
-def _merged(agreed: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one content of sweep.json of that in the database and that in the folder, with the larger numbers."""
-    found = [one for one in (agreed, stored) if one]
-    if not found:
-        return {}
-    number = max(one.get("search", {}).get("num_trials") or 0 for one in found)
-    finished = [one["finished"] for one in found if "finished" in one]
-    merged = {**found[0], "search": {**found[0].get("search", {}), "num_trials": number}}
-    return {**merged, **({"finished": max(finished)} if finished else {})}

@@ -29,6 +29,8 @@ from .lease import pid_namespace, start_time
 T = TypeVar("T")
 EVERY, STALE_AFTER = 20.0, 90.0
 """Seconds from one increment of a driver's counter to the next, and without one after which it is dead."""
+MAX_REJECTIONS = 5
+"""Consecutive changes that a database may reject although nothing in it explains why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +169,18 @@ class TrialDatabase:
 
         return self._attempt(insert)
 
+    def find(self, trial: str) -> SharedTrial | None:
+        """Return a trial as it is now; None if the database has none of its name."""
+        trials = self._tables["trials"]
+
+        def read() -> Any:
+            query = trials.select().where((trials.c.sweep == self.sweep) & (trials.c.trial == trial))
+            with self._engine.connect() as connection:
+                return connection.execute(query).one_or_none()
+
+        row = self._attempt(read)
+        return None if row is None else SharedTrial(row.trial, row.owner, row.plan, row.record)
+
     def take(self, trial: str, owner: str) -> bool:
         """Claim a trial without a record that has `owner`, a dead driver or "" for none; return whether it was so."""
         return self._update(trial, {"owner": self.owner}, owner=owner, record="")
@@ -175,14 +189,23 @@ class TrialDatabase:
         """Store the plan of a trial of this driver; return whether it is one, and has not ended."""
         return self._update(trial, {"plan": plan}, owner=self.owner, record="")
 
-    def settle(self, trial: str, plan: str, record: str, owner: str | None = None) -> bool:
-        """Store the plan and record of an ended trial of `owner`, by default this driver; return whether it is one."""
-        values = {"plan": plan, "record": record, "owner": ""}
-        return self._update(trial, values, owner=self.owner if owner is None else owner, record="")
+    def settle(self, trial: str, plan: str, record: str) -> bool:
+        """Store the plan and record of an ended trial of this driver; return whether it is one."""
+        return self._update(trial, {"plan": plan, "record": record, "owner": ""}, owner=self.owner, record="")
 
-    def reopen(self, trial: str, record: str) -> bool:
-        """Remove the record of a trial, which is run again; return whether it had that record."""
-        return self._update(trial, {"record": "", "owner": ""}, record=record)
+    def replace(self, seen: SharedTrial, plan: str, record: str) -> bool:
+        """Store another plan and record of a trial that no driver runs; return whether it was still as it was seen.
+
+        Args:
+            seen: The trial as the caller has seen it.
+            plan, record: The new ones.
+        """
+        values = {"plan": plan, "record": record, "owner": ""}
+        return self._update(seen.trial, values, owner=seen.owner, plan=seen.plan, record=seen.record)
+
+    def reopen(self, trial: str, plan: str, record: str) -> bool:
+        """Remove the record of a trial, which is run again by a new plan; return whether it had that record."""
+        return self._update(trial, {"plan": plan, "record": "", "owner": ""}, record=record)
 
     def is_alive(self, owner: str) -> bool:
         """Return whether a driver lives, as far as this one can determine; a dead one never lives again."""
@@ -225,11 +248,14 @@ class TrialDatabase:
             with self._changing() as (connection, _):
                 connection.execute(locks.delete().where(where & (locks.c.owner == owner)))
 
+        tries = 0
         while (owner := self._attempt(holder)) != self.owner:
-            if not self.is_alive(owner):
-                self._attempt(partial(take_over, owner))
-            else:
+            if self.is_alive(owner):
                 time.sleep(0.5)
+            elif (tries := tries + 1) > MAX_REJECTIONS:
+                raise OSError(f"`study_storage` must accept changes, but {self} keeps the lock {name} of a dead driver")
+            else:
+                self._attempt(partial(take_over, owner))
         try:
             yield
         finally:

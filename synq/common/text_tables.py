@@ -1,6 +1,7 @@
 """Tables as text: CSV, Markdown and aligned columns. The output is deterministic, and untrusted cells are escaped."""
 
 import csv
+import functools
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +19,18 @@ def cell(value: Any) -> str:
     Numbers have up to 8 significant digits; None, NaN and infinity are empty. A spreadsheet would run a text that
     starts with = + - @ (after optional whitespace) as a formula, so such a text gets a leading apostrophe.
     """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return _text_cell(value)
     text = plain(value)
     return text if isinstance(value, int | float) or not text.startswith(("=", "+", "-", "@")) else f"'{text}"
+
+
+@functools.lru_cache(maxsize=4096)  # many rows have the same texts
+def _text_cell(value: str) -> str:
+    text = plain(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def plain(value: Any) -> str:

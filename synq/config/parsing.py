@@ -70,11 +70,10 @@ def between(name: str, value: float, low: float, high: float = math.inf, *, open
         is_finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number beyond the range of float
         is_finite = False
-    if high < math.inf:
-        rule = f"be a number in {'(' if open_low else '['}{low:g}, {high:g}]"
-    else:
-        rule = f"be a finite number {'>' if open_low else '>='} {low:g}"
-    require(name, rule, value, is_finite and (low < value if open_low else low <= value) and value <= high)
+    if is_finite and (low < value if open_low else low <= value) and value <= high:
+        return  # before the message is made, which takes longer
+    span = f"be a number in {'(' if open_low else '['}{low:g}, {high:g}]"
+    require(name, span if high < math.inf else f"be a finite number {'>' if open_low else '>='} {low:g}", value, False)
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
@@ -134,7 +133,8 @@ def _build(cls: type[T], mapping: Mapping[str, Any], prefix: str, root: type) ->
             raise unknown_key(f"{prefix}{key}", f"{prefix}{key}", [*_tables(root), *dotted_keys(root)])
         if value == "None" or (value == "none" and key not in getattr(cls, "NONE_IS_TEXT", ())):
             value = _none_if_allowed(fields[key], value)
-        values[key] = _convert(fields[key], value, f"{prefix}{key}", root)
+        hint = fields[key]
+        values[key] = value if type(value) is hint else _convert(hint, value, f"{prefix}{key}", root)
     return cls(**values)
 
 

@@ -208,17 +208,22 @@ def _record_types() -> dict[str, Any]:
 
 def _fits(hint: Any, value: object) -> bool:
     """Return whether a JSON value fits a field of type `hint`; of containers only the outer type is checked."""
+    kind, choices, is_optional = _kind(hint)
     if value is None:
-        return type(None) in typing.get_args(hint)
+        return is_optional
+    if choices:
+        return value in choices
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+@functools.cache
+def _kind(hint: Any) -> tuple[type, tuple[Any, ...], bool]:
+    """Return the outer type of a hint, its choices if it is a Literal, and whether None is allowed."""
+    args = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    kinds = (
-        [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        if type(None) in typing.get_args(hint)
-        else [hint]
-    )
-    kind = typing.get_origin(kinds[0]) or kinds[0]
-    return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+        return str, args, False
+    inner = next(kind for kind in args if kind is not type(None)) if type(None) in args else hint
+    return typing.get_origin(inner) or inner, (), type(None) in args
 
 
 def run_folder(config: RunConfig) -> Path:

@@ -91,7 +91,7 @@ def test_gradient_accumulation_of_the_launcher_is_refused(monkeypatch: pytest.Mo
         make_accelerator(config.runtime)
 
 
-def test_refusals_come_before_any_work(config: RunConfig, tmp_path: Path) -> None:
+def test_rejections_come_before_any_work(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no GPU") if not torch.cuda.is_available() else pytest.raises(ValueError):
         run(with_overrides(config, {"runtime.device": "cuda"}))
     blocked = tmp_path / "file"

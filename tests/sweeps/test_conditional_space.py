@@ -1,6 +1,8 @@
 """Settings that exist only under others: how conditions are read, sampled, listed, and how important they are."""
 
+import itertools
 import json
+import random
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,15 @@ from synq.config.run import config_digest
 from synq.sweeps.conditions import When, read_when
 from synq.sweeps.points import grid, grid_size, point_params
 from synq.sweeps.reports.study_trials import Trial, importances
-from synq.sweeps.space import Dimension, dimension_from, dimension_values, existing, in_order, sample
+from synq.sweeps.space import (
+    Dimension,
+    dimension_from,
+    dimension_values,
+    existing,
+    in_order,
+    points_where_it_exists,
+    sample,
+)
 from synq.sweeps.spec import run_config
 from synq.sweeps.spec_file import spec_from_dict
 
@@ -83,6 +93,79 @@ def test_a_chain_of_conditions_ends_where_its_first_link_does() -> None:
     assert existing(dimensions, {WEIGHT: 0.0, SIZE: 0.01, "finetune.cam_method": "cam"}) == {WEIGHT: 0.0}
     assert len(existing(dimensions, {WEIGHT: 1.0, SIZE: 0.05, "finetune.cam_method": "cam"})) == 3
     assert len(existing(dimensions, {WEIGHT: 1.0, SIZE: 0.06, "finetune.cam_method": "cam"})) == 2
+
+
+CAM, EPOCHS, WARMUP = "finetune.cam_weight", "finetune.epochs", "finetune.warmup_epochs"
+CHAINS: dict[str, dict[str, Any]] = {
+    "bounds from both sides": {
+        CAM: {"type": "float", "low": 0, "high": 10},
+        WEIGHT: {"type": "float", "low": 0.5, "high": 1, "when": {CAM: "> 2"}},
+        SIZE: {**SPACE[SIZE], "when": {WEIGHT: ">= 0.5", CAM: "< 8"}},
+    },
+    "the other way round": {
+        CAM: {"type": "float", "low": 0, "high": 10},
+        WEIGHT: {"type": "float", "low": 0.5, "high": 1, "when": {CAM: "< 8"}},
+        SIZE: {**SPACE[SIZE], "when": {CAM: "> 2", WEIGHT: ">= 0.5"}},
+    },
+    "a value between the edges of whole numbers": {
+        EPOCHS: {"type": "int", "low": 2, "high": 10, "step": 4},
+        WEIGHT: {"type": "float", "low": 0.5, "high": 1, "when": {EPOCHS: "> 3"}},
+        SIZE: {**SPACE[SIZE], "when": {WEIGHT: "<= 1", EPOCHS: "< 10"}},
+    },
+    "not none": {
+        "finetune.lowpass_cutoff": {"type": "float", "low": 0.4, "high": 1.6, "optional": True},
+        WEIGHT: {"type": "float", "low": 0.5, "high": 1, "when": {"finetune.lowpass_cutoff": "!= 0.4"}},
+        SIZE: {**SPACE[SIZE], "when": {WEIGHT: "<= 1", "finetune.lowpass_cutoff": "< 1.6"}},
+    },
+    "an edge that is valid with another value only": {
+        EPOCHS: {"type": "choice", "values": [2, 4]},
+        WARMUP: {"type": "float", "low": 0, "high": 3, "when": {EPOCHS: [2, 4]}},
+    },
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_conditions_that_hold_together_somewhere_are_accepted(name: str) -> None:
+    assert len(spec_from_dict({"space": CHAINS[name]}).dimensions) == len(CHAINS[name])
+
+
+def test_conditions_that_exclude_each_other_along_a_chain_are_rejected() -> None:
+    space = {**CHAINS["bounds from both sides"], SIZE: {**SPACE[SIZE], "when": {WEIGHT: ">= 0.5", CAM: "<= 2"}}}
+    message = "`space.finetune.perturb_size.when` must hold together, but got finetune.cam_weight <= 2.0; "
+    with pytest.raises(ValueError, match=message + "finetune.cam_weight > 2.0"):
+        spec_from_dict({"space": space})
+
+
+def test_a_point_is_found_exactly_where_one_exists() -> None:
+    """Against all values of random small spaces."""
+    draw = random.Random(0)
+    numbers = [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    found = 0
+    for _ in range(300):
+        low, step = draw.choice(numbers[:4]), draw.choice([1, 2, 3])
+        names = ["a", "b", "c"]
+        made = []
+        for index, name in enumerate(names):
+            when = tuple(
+                When(
+                    name=draw.choice(names[:index]), sign=draw.choice(["<", ">", "<=", ">=", "!=", "in"]), values=(one,)
+                )
+                for one in draw.sample(numbers, draw.randint(1, 2))
+                if index
+            )
+            made.append(Dimension(name=name, type="int", low=low, high=low + 2 * step, step=step, when=when))
+        grid = list(itertools.product(*(one.listed() for one in made)))
+        for dimension in made:
+            exists = any(dimension.name in existing(made, dict(zip(names, values, strict=True))) for values in grid)
+            try:
+                point = next(points_where_it_exists(made, dimension))
+            except ValueError:
+                assert not exists
+                continue
+            assert dimension.exists(point) and all(one.point(point[one.name]) for one in made if one.name in point)
+            assert exists
+            found += bool(point)
+    assert found > 100
 
 
 def test_a_grid_has_each_different_run_once() -> None:

@@ -179,7 +179,7 @@ def test_point_of_a_value(dimension: Dimension, value: Any, point: Any) -> None:
         ({"num_trials": 10**400}, "`num_trials` must be a finite number >= 1"),
     ],
 )
-def test_refusals_name_the_cure(mapping: dict[str, Any], words: str) -> None:
+def test_rejections_name_the_cure(mapping: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError) as error:
         spec_from_dict(mapping, source="some.toml")
     assert words in str(error.value) and str(error.value).startswith("some.toml: ") and "\n" not in str(error.value)

@@ -1,5 +1,7 @@
 """Start of Ray on this machine: what a dead or slow process of it leads to, and what is refused before it."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from support.sweep_tools import tiny
 from synq.common.notices import forget_notices
 from synq.sweeps.driver.cluster import cluster
 from synq.sweeps.driver.local_ray import start_local_ray
+from synq.sweeps.driver.stop_reason import interruptible
 
 LIMIT = 20.0
 """Seconds that the stand-in of Ray's start waits, as Ray itself waits for a process that no longer exists."""
@@ -152,3 +155,32 @@ def test_f_11_the_number_of_concurrent_trials_is_that_of_the_limit(tmp_path: Pat
     for limit, number in ((None, 8), (1, 1), (3, 3), (100, 8)):
         search = tiny(tmp_path, max_concurrent=limit).search if limit else tiny(tmp_path).search
         assert capacity(search, [node]).concurrent(search) == number
+
+
+def test_an_interrupt_while_ray_starts_ends_its_processes_and_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray._private import utils
+
+    program, agent = tmp_path / "raylet", tmp_path / "agent"
+    program.symlink_to("/bin/bash")  # a real program of the name of Ray's process, which starts an agent
+    started: list[subprocess.Popen[bytes]] = []
+
+    def interrupted(**options: Any) -> None:
+        utils.set_sigterm_handler(lambda number, frame: sys.exit(number))  # as Ray does first
+        started.append(subprocess.Popen([program, "-c", f"/bin/sleep 60 & echo $! > {agent}.pid; wait"]))
+        while not Path(f"{agent}.pid").exists() or not Path(f"{agent}.pid").read_text().strip():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        _wait(LIMIT)
+
+    monkeypatch.setattr(ray, "init", interrupted)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        start_local_ray()
+    assert [process.wait(5) for process in started] == [-9]
+    pid = int(Path(f"{agent}.pid").read_text())
+    end = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < end, "its agent outlives it, which takes a minute to notice"
+        time.sleep(0.05)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from synq.sweeps.conditions import When
-from synq.sweeps.driver.samplers import always_ranges, auto_sampler, check_installed
+from synq.sweeps.driver.samplers import KnownGroups, always_ranges, auto_sampler, check_installed
 from synq.sweeps.space import Dimension
 from synq.sweeps.spec_file import spec_from_dict
 
@@ -110,3 +110,19 @@ def test_the_auto_sampler_of_optunahub_proposes_where_its_code_can_be_loaded() -
         pytest.skip("OptunaHub has not been loaded on this machine, and cannot be")
     _, points = search("auto", 12)
     assert len({point["finetune.lr"] for point in points}) == 12
+
+
+def test_tpe_proposes_as_with_all_trials_of_optunas_own_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick, points = search("tpe", 40)
+    added: list[int] = []
+    parent = KnownGroups.__base__
+    assert parent is not None
+
+    def all_of_them(self: KnownGroups, study: Any, *args: Any, **options: Any) -> Any:
+        added.append(len(study.get_trials(deepcopy=False)))
+        return parent.calculate(self, study, *args, **options)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(KnownGroups, "calculate", all_of_them)
+    _, others = search("tpe", 40)
+    assert points == others and len({frozenset(trial.params) for trial in quick.study.trials}) == 4
+    assert max(added) >= 39, "the sampler asks it"

@@ -67,7 +67,8 @@ def test_a_page_is_drawn_again_when_a_trial_ends(tmp_path: Path, monkeypatch: py
     with served(folder) as server:
         waiting = settled(server)
         assert waiting["text"] == "waiting for the first trial", "the folder does not exist yet"
-        assert "No result yet" in ask(server, "/")[1]
+        shown = ask(server, "/")[1]
+        assert "The first trial has not ended" in shown and "must hold" not in shown, "no error of a command"
         made_sweep(tmp_path / "elsewhere", trials=6)
         left_out = sorted((tmp_path / "elsewhere" / "records").glob("*.json"))[0]
         content = left_out.read_bytes()
@@ -84,6 +85,35 @@ def test_a_page_is_drawn_again_when_a_trial_ends(tmp_path: Path, monkeypatch: py
         second = settled(server, before=first["version"])
         assert second["version"] != first["version"] and second["text"] == "12 trials ended, 0 without a result"
         assert left_out.stem in ask(server, "/")[1]
+
+
+def test_a_browser_keeps_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "POLL_SECONDS", 0.2)
+    folder = made_sweep(tmp_path / "made", trials=2, bits=("W4A4",))
+    with served(folder) as server:
+        page, first = server.pages[0], settled(server)
+        shown, is_over = [ask(server, "/")[1]], threading.Event()
+
+        def browse() -> None:
+            version = first["version"]
+            while not is_over.wait(0.05):
+                state = json.loads(ask(server, "/state")[1])
+                if state["version"] != version:
+                    version = state["version"]
+                    shown.append(ask(server, "/")[1])
+
+        browser = threading.Thread(target=browse)
+        browser.start()
+        last = sorted((folder / "records").glob("*.json"))[0]
+        last.unlink()  # a moment after the last drawing, as at the end of a sweep
+        page.finish(60)
+        is_over.set()
+        browser.join()
+        assert "1 trial ended, 1 without a result" in shown[-1] and pages.version_of(folder) in shown[-1]
+        page._asked -= 60
+        began = time.monotonic()
+        page.finish(60)
+        assert time.monotonic() - began < 0.1, "nobody looks"
 
 
 def test_drawings_are_some_seconds_apart(tmp_path: Path) -> None:

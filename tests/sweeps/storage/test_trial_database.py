@@ -48,7 +48,11 @@ def test_a_trial_is_claimed_and_ended_once(driver: Open) -> None:
     assert not one.settle("t0", "", "a second record") and not two.take("t0", one.owner)
     (row,) = two.changes()
     assert (row.owner, row.plan, row.record) == ("", "plan 0, epoch 2", "record 0")
-    assert not two.reopen("t0", "another record") and two.reopen("t0", "record 0") and one.take("t0", "")
+    assert (
+        not two.reopen("t0", "plan 1", "another record")
+        and two.reopen("t0", "plan 1", "record 0")
+        and one.take("t0", "")
+    )
     assert len(other.changes()) == 1
 
 
