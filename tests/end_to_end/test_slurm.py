@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from support.fake_slurm import calls, slurm_environment
 from synq.common.files import read_json
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SPEC = """
 name = "small"
@@ -77,6 +78,8 @@ def test_two_tasks_of_an_array_share_the_trials_of_one_database(tmp_path: Path, 
                     stderr=log,
                 )
             )
+        while "1 node" not in (tmp_path / f"log{number}").read_text() and tasks[-1].poll() is None:
+            time.sleep(1)  # one Ray starts at a time; Slurm's tasks are on machines of their own
     codes = [task.wait(timeout=500) for task in tasks]
     printed = "".join((tmp_path / f"log{number}").read_text() for number in range(2))
     assert codes == [0, 0], printed
