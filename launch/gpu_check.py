@@ -1,6 +1,6 @@
 """`.ci/gpu`: what a machine with a GPU can show of SynQ in eight minutes, as one JSON file and one page.
 
-Every part runs in a process of its own with a time limit; one that fails or is too slow does not stop the others. A
+Every part runs in a separate process with a time limit; one that fails or is too slow does not stop the others. A
 part that cannot run here, or for which no time is left, is in the page with the reason.
 """
 
@@ -69,7 +69,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run_part(name: str, device: str, size: str, folder: Path, left: float) -> dict[str, Any]:
-    """Run a part in a process of its own; its output goes to NAME.log.
+    """Run a part in a separate process; its output goes to NAME.log.
 
     Args:
         name: Name in `PARTS`.
@@ -79,9 +79,9 @@ def run_part(name: str, device: str, size: str, folder: Path, left: float) -> di
         left: Seconds that are left for all parts.
 
     Returns:
-        part, status (passed, failed or skipped), seconds, detail (a line) and figures.
+        part, status (passed, failed or skipped), seconds, detail (a line) and values.
     """
-    result: dict[str, Any] = {"part": name, "status": "skipped", "seconds": 0.0, "detail": "", "figures": {}}
+    result: dict[str, Any] = {"part": name, "status": "skipped", "seconds": 0.0, "detail": "", "values": {}}
     if left < LEAST_SECONDS:
         return result | {"detail": "no time left (--limit)"}
     limit, started = min(left, PARTS[name][1] if size == FULL else left), time.monotonic()
@@ -99,9 +99,9 @@ def run_part(name: str, device: str, size: str, folder: Path, left: float) -> di
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     last = lines[-1] if lines else ""
     if code == 0:
-        figures = json.loads(last)
-        detail = ", ".join(f"{key} {value}" for key, value in list(figures.items())[:4])
-        return result | {"status": "passed", "seconds": seconds, "detail": detail, "figures": figures}
+        values = json.loads(last)
+        detail = ", ".join(f"{key} {value}" for key, value in list(values.items())[:4])
+        return result | {"status": "passed", "seconds": seconds, "detail": detail, "values": values}
     if code == SKIPPED:
         return result | {"seconds": seconds, "detail": last}
     reason = f"took longer than {limit:.0f} s" if code is None else last or f"ended with code {code}"
@@ -133,9 +133,9 @@ def write_report(folder: Path, given: argparse.Namespace, results: list[dict[str
         *(f"| {one['part']} | {one['status']} | {one['seconds']} | {one['detail']} |" for one in results),
     ]
     for one in results:
-        if one["figures"]:
+        if one["values"]:
             lines += ["", f"## {one['part']}", "", "| | |", "| --- | --- |"]
-            lines += [f"| {key} | {value} |" for key, value in one["figures"].items()]
+            lines += [f"| {key} | {value} |" for key, value in one["values"].items()]
     (folder / "gpu.md").write_text("\n".join(lines) + "\n")
     print(f"{folder / 'gpu.json'}\n{folder / 'gpu.md'}", flush=True)
 

@@ -1,4 +1,4 @@
-"""The parts of `.ci/gpu`, each run in a process of its own: it prints one line of JSON, the figures, as its last line.
+"""The parts of `.ci/gpu`, each run in a separate process: its last line is a line of JSON, its values.
 
 Imports no Ray: a machine with PyTorch and the other packages of SynQ suffices.
 """
@@ -161,7 +161,7 @@ print(time.perf_counter() - started, flush=True)
 
 
 def students(device: str, size: str, folder: Path) -> dict[str, Any]:
-    """Train one student alone, then several at once in processes of their own, on one device."""
+    """Train one student alone, then several at once in separate processes, on one device."""
     count, epochs = (4, 30) if size == FULL else (2, 1)
     values: dict[str, Any] = {
         "synthesis.num_images": 512 if size == FULL else 32,
@@ -176,14 +176,14 @@ def students(device: str, size: str, folder: Path) -> dict[str, Any]:
         "runtime.output_dir": str(folder / "students"),
         "runtime.progress": False,
     }
-    alone = _together(values, ["alone"])
+    (single,) = _together(values, ["single"])
     several = _together(values, [f"student{number}" for number in range(count)])
     slowest = max(several)
     return {
         "students": count,
-        "seconds alone": round(alone[0], 2),
+        "seconds alone": round(single, 2),
         "seconds of the slowest of them together": round(slowest, 2),
-        "gain over one after another": round(count * alone[0] / slowest, 2),
+        "gain over one after another": round(count * single / slowest, 2),
     }
 
 
@@ -241,14 +241,14 @@ def main() -> int:
     given = parser.parse_args()
     started = time.perf_counter()
     try:
-        figures = PARTS[given.part][0](given.device, given.size, given.folder)
+        values = PARTS[given.part][0](given.device, given.size, given.folder)
     except SkippedError as reason:
         print(reason, flush=True)
         return SKIPPED
     except (RuntimeError, ValueError, OSError) as error:
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", flush=True)
         return 1
-    print(json.dumps({**figures, "seconds without imports": round(time.perf_counter() - started, 1)}), flush=True)
+    print(json.dumps({**values, "seconds without imports": round(time.perf_counter() - started, 1)}), flush=True)
     return 0
 
 

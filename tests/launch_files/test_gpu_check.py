@@ -74,7 +74,7 @@ def test_a_part_passes_is_skipped_fails_or_is_ended_and_the_page_has_all(
     results: list[dict[str, Any]] = [gpu_check.run_part(name, "cpu", gpu_parts.FULL, folder, 60.0) for name in names]
     results.append(gpu_check.run_part("good", "cpu", gpu_parts.FULL, folder, -1.0))
     assert [one["status"] for one in results] == ["passed", "skipped", "failed", "failed", "skipped"]
-    assert results[0]["figures"] == {"figure": 3, "other": "x"} and results[1]["detail"] == "needs what is not here"
+    assert results[0]["values"] == {"figure": 3, "other": "x"} and results[1]["detail"] == "needs what is not here"
     assert "ValueError: one reason" in results[2]["detail"] and "took longer than 2 s" in results[3]["detail"]
     assert results[4]["detail"] == "no time left (--limit)"
     gpu_check.write_report(folder, gpu_check._arguments(["--device", "cpu", "--quick"]), results)
@@ -115,4 +115,4 @@ def test_small_forms_of_the_parts_run_on_a_processor_without_ray(tmp_path: Path)
     parts = {one["part"]: one for one in json.loads((tmp_path / "out" / "gpu.json").read_text())["parts"]}
     skipped = {name for name, one in parts.items() if one["status"] == "skipped"}
     assert list(parts) == names and skipped == {"memory_fraction", "tests"}
-    assert parts["resnet20"]["figures"]["status"] == "completed" and parts["students"]["figures"]["students"] == 2
+    assert parts["resnet20"]["values"]["status"] == "completed" and parts["students"]["values"]["students"] == 2
