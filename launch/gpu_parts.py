@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +150,13 @@ TRAIN = """
 import json, sys, time
 from synq.config.run import RunConfig, with_overrides
 from synq.pipeline import run
-values = json.loads(sys.argv[1])
-run(with_overrides(RunConfig(), {**values, "name": "warm_up", "finetune.epochs": 1}))
+values, seed = json.loads(sys.argv[1]), int(sys.argv[2])
+run(with_overrides(RunConfig(), {**values, "name": f"warm_up{seed}", "seed": seed + 1000, "finetune.epochs": 1}))
 print("ready", flush=True)
 sys.stdin.readline()
 started = time.perf_counter()
-run(with_overrides(RunConfig(), {**values, "name": sys.argv[2]}))
+record = run(with_overrides(RunConfig(), {**values, "name": f"student{seed}", "seed": seed}))
+assert not record.student_of, "a student of other seeds must be trained, not taken over"
 print(time.perf_counter() - started, flush=True)
 """
 
@@ -176,8 +177,8 @@ def students(device: str, size: str, folder: Path) -> dict[str, Any]:
         "runtime.output_dir": str(folder / "students"),
         "runtime.progress": False,
     }
-    (single,) = _together(values, ["single"])
-    several = _together(values, [f"student{number}" for number in range(count)])
+    (single,) = _together(values, [0])
+    several = _together(values, range(1, count + 1))
     slowest = max(several)
     return {
         "students": count,
@@ -187,17 +188,17 @@ def students(device: str, size: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _together(values: dict[str, Any], names: list[str]) -> list[float]:
-    """Return the seconds of each run; all begin when all are ready."""
+def _together(values: dict[str, Any], seeds: Iterable[int]) -> list[float]:
+    """Return the seconds of a run of each seed; all begin when all are ready."""
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TRAIN, json.dumps(values), name],
+            [sys.executable, "-c", TRAIN, json.dumps(values), str(seed)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for name in names
+        for seed in seeds
     ]
     try:
         for process in processes:
@@ -206,7 +207,10 @@ def _together(values: dict[str, Any], names: list[str]) -> list[float]:
                 continue
             if not line:
                 raise RuntimeError(f"a student's process ended with code {process.wait()}")
-        return [float(process.communicate("go\n")[0].split()[-1]) for process in _all_started(processes)]
+        printed = [process.communicate()[0].split() for process in _all_started(processes)]
+        if codes := [process.returncode for process in processes if process.returncode != 0]:
+            raise RuntimeError(f"a student's process ended with code {codes[0]}")
+        return [float(words[-1]) for words in printed]
     finally:
         for process in processes:
             process.kill()

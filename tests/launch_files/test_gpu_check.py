@@ -115,4 +115,5 @@ def test_small_forms_of_the_parts_run_on_a_processor_without_ray(tmp_path: Path)
     parts = {one["part"]: one for one in json.loads((tmp_path / "out" / "gpu.json").read_text())["parts"]}
     skipped = {name for name, one in parts.items() if one["status"] == "skipped"}
     assert list(parts) == names and skipped == {"memory_fraction", "tests"}
+    assert "not trained again" not in (tmp_path / "out" / "students.log").read_text()
     assert parts["resnet20"]["values"]["status"] == "completed" and parts["students"]["values"]["students"] == 2
