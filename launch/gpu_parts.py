@@ -210,7 +210,7 @@ def _together(values: dict[str, Any], seeds: Iterable[int]) -> list[float]:
         printed = [process.communicate()[0].split() for process in _all_started(processes)]
         if codes := [process.returncode for process in processes if process.returncode != 0]:
             raise RuntimeError(f"a student's process ended with code {codes[0]}")
-        return [float(words[-1]) for words in printed]
+        return [float(fields[-1]) for fields in printed]
     finally:
         for process in processes:
             process.kill()
