@@ -42,8 +42,8 @@ from synq.evaluation.fidelity import kl
 from synq.evaluation.teacher_logits import TeacherLogits, fidelity
 from synq.finetune.schedule import local_batch_size
 from synq.own_images import check_own_images, ensure_own_images
-from synq.pipeline import check
-from synq.quant.student import Student, build_student, observe_ranges
+from synq.pipeline import open_inputs
+from synq.quant.student import Student, observe_ranges
 from synq.runs.forecast import Forecast, estimate, probe
 from synq.runtime import dtype_of, make_accelerator, place
 from synq.synthesis.generate import ensure_set
@@ -135,9 +135,8 @@ def plan_budget(
     lowest = _on_rung(config, rungs[0], kept, accelerator, teacher)
     local_batch_size(lowest.finetune.batch_size, accelerator.num_processes)
     check_own_images(lowest, teacher)
-    _, measure = check(lowest, accelerator=accelerator, teacher=teacher)
+    _, measure, student = open_inputs(lowest, accelerator, teacher)
     ensure_own_images(lowest, teacher, accelerator)
-    student = build_student(teacher, config.quant)
     if max_minutes is not None:
         number = len(measure.reported) + len(measure.chosen)
         allowed = _within(max_minutes, config, rungs, kept, teacher, student, number, accelerator)

@@ -96,7 +96,7 @@ def run(
     with RunLog(config, folder, accelerator) as log:
         local_batch_size(config.finetune.batch_size, accelerator.num_processes)
         with timer("teacher"):
-            teacher, measure, student = _open(config, accelerator, teacher)
+            teacher, measure, student = open_inputs(config, accelerator, teacher)
             check_own_images(config, teacher)
         finished = finished_record(folder / "record.json", teacher, measure.has_labels_of, accelerator)
         if finished is not None:
@@ -217,7 +217,7 @@ def check(
         OSError: As `run`.
     """
     config = make_absolute(config)
-    return _open(config, accelerator or make_accelerator(config.runtime), teacher)[:2]
+    return open_inputs(config, accelerator or make_accelerator(config.runtime), teacher)[:2]
 
 
 def prepare(
@@ -232,13 +232,25 @@ def prepare(
     """
     config = make_absolute(config)
     accelerator = accelerator or make_accelerator(config.runtime)
-    teacher = _open(config, accelerator, teacher)[0]
+    teacher = open_inputs(config, accelerator, teacher)[0]
     ensure_own_images(config, teacher, accelerator)
     return ensure_sets(config, teacher, accelerator)
 
 
-def _open(config: RunConfig, accelerator: Accelerator, teacher: Teacher | None) -> tuple[Teacher, Measure, Student]:
-    """Load the teacher, open the labeled images and build the student, which checks all input."""
+def open_inputs(
+    config: RunConfig, accelerator: Accelerator, teacher: Teacher | None
+) -> tuple[Teacher, Measure, Student]:
+    """Load the teacher, open the labeled images and build the student, which checks all input.
+
+    Args:
+        config: The run, with absolute paths.
+        accelerator: Process group.
+        teacher: As for `run`.
+
+    Raises:
+        ValueError: As `run`.
+        OSError: As `run`.
+    """
     teacher = teacher or load_teacher(config.teacher)
     if broadcast_object_list([teacher.digest])[0] != teacher.digest:
         raise ValueError("teacher.spec must give all processes the same network, but its weights differ between them")

@@ -110,7 +110,8 @@ def check_nccl(cluster: Cluster) -> Passed:
     """Check that a process group with a GPU each, spread over the nodes, reduces a tensor (NCCL)."""
     count = sum(_gpus(cluster).values())
     if count < 2:
-        raise SkippedError(f"needs 2 GPUs, but there is {count}")
+        more = "; `.ci/gpu` of a checkout checks NCCL with one" if count == 1 else ""
+        raise SkippedError(f"needs 2 GPUs, but there is {count}{more}")
     return _group(cluster, min(cluster.workers, count), gpu=True)
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from safetensors import SafetensorError, safe_open
 
+from synq.common.text_tables import duration
 from synq.config.plugins import SYNTHESIS_METHOD, unversioned
 from synq.config.run import RunConfig
 
@@ -62,6 +64,8 @@ def sets_needed(spec: SweepSpec) -> dict[str, tuple[Group, RunConfig]]:
 
 def make_all_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
     """Make every set that the trials need, each once, as many concurrently as fit the cluster."""
+    from synq.synthesis.run_sets import set_store  # imports torch, which is slow
+
     from ..workers.trial import make_sets
 
     needed = sets_needed(spec)
@@ -75,9 +79,15 @@ def make_all_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
         progress.running[name] = "being made"
     progress.log(f"synthetic sets that the trials need: {len(needed)}; those that are not there are made first")
 
+    begun, made = time.time(), set[str]()
+    stores = {set_store(config).root for _, config in needed.values()} if not spec.address else set()
+
     def waited() -> None:
         if progress.live is None:  # else the live table shows it
-            progress.log(f"{len(progress.running)} synthetic sets not ready after {time.monotonic() - started:.0f} s")
+            ready = sum(name not in progress.running for name in names.values())
+            counted = [one for recipe, one in needed.items() if names[recipe] in progress.running or recipe in made]
+            images = sum(images_since(store, begun) for store in stores), num_images(counted)
+            progress.log(waiting_line(ready, len(names), *images, time.monotonic() - started))
 
     def start(config: RunConfig) -> Any:
         return remote.remote(config, str(spec.output_dir), spec.address)
@@ -85,6 +95,8 @@ def make_all_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
     for reply, recipe in _made(start, needed, waited, apart=spec.address != ""):
         progress.running.pop(names[recipe], None)
         ledger.sets[recipe] = reply["sets"]
+        if reply["made"]:
+            made.add(recipe)
         group, config = needed[recipe]
         model, seed = ledger.teachers[group.key]["name"], config.data_seed
         what = f"ready after {time.monotonic() - started:.0f} s" if reply["made"] else "there already"
@@ -92,6 +104,50 @@ def make_all_sets(spec: SweepSpec, ledger: Ledger, progress: Progress) -> None:
         progress.log(f"synthetic set of {name}, seed {seed}: {number} images, {what}")
         for text in reply["warnings"]:
             progress.log(f"warning: {text}")
+
+
+def waiting_line(ready: int, total: int, images: int, all_images: int, seconds: float) -> str:
+    """Return the line that shows that sets are still being made, how far they are, and that nothing is wrong.
+
+    Args:
+        ready: Sets that are there.
+        total: Sets that the trials need.
+        images: Images that were made since the start, as far as they can be seen from here.
+        all_images: Images that are to be made, about.
+        seconds: Seconds since the start.
+    """
+    images = min(images, all_images)
+    seen = f", {images} of about {all_images} images" if images else ""
+    left = f", about {duration(seconds / images * (all_images - images))} left" if images else ""
+    return (
+        f"making synthetic images, which the trials wait for (this is normal; they are kept): {ready} of {total} sets"
+        f"{seen}, after {seconds:.0f} s{left}"
+    )
+
+
+def num_images(needed: Iterable[tuple[Group, RunConfig]]) -> int:
+    """Return the number of images of sets: those of training, and the held-out ones that all sets of a model share."""
+    needed = list(needed)
+    heldout = {group.model: config.evaluation.heldout_images for group, config in needed}
+    return sum(config.synthesis.num_images for _, config in needed) + sum(heldout.values())
+
+
+def images_since(store: Path, begun: float) -> int:
+    """Return how many images in a folder of sets, those of unfinished sets too, were made since a time.
+
+    Args:
+        store: Folder of the sets; 0 where it is not there.
+        begun: Seconds since 1970.
+    """
+    number = 0
+    for path in [*store.glob("*.partial/shard-*.safetensors"), *store.glob("*/images.safetensors")]:
+        try:
+            if path.stat().st_mtime >= begun:
+                with safe_open(path, framework="numpy") as file:
+                    number += file.get_slice("labels").get_shape()[0]
+        except (OSError, SafetensorError):  # the set was finished while its folder was read; damage is for its reader
+            continue
+    return number
 
 
 def by_method(spec: SweepSpec, config: RunConfig) -> str:

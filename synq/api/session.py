@@ -25,6 +25,7 @@ _OPTIONS = {
     r"`evaluation\.dataset`": "`dataset`",
     r"`--evaluation\.dataset`": "`dataset`",
     r"memory:\w+ does not define": "the network does not define",
+    r"set `finetune\.batch_size` to (\d+) or less": r"add config={'finetune.batch_size': \1}",
 }
 """Names of settings in messages, and what they are called in a call of the API."""
 

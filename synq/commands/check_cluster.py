@@ -27,7 +27,10 @@ EXAMPLES = """\
 def command(
     output_dir: str | None, workers: int, timeout: float, skip: tuple[str, ...], json_file: str | None
 ) -> int | None:
-    """Check nodes, clocks, the output folder, GPUs, process groups, small sweeps and recovery from a killed worker."""
+    """Check nodes, clocks, the output folder, GPUs, process groups, small sweeps and recovery from a killed worker.
+
+    What a single GPU can do, and how fast, `.ci/gpu` of a checkout shows, without Ray.
+    """
     from synq.sweeps.driver.cluster import prepare_environment
 
     prepare_environment()

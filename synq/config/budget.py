@@ -70,7 +70,7 @@ LADDER = (
     Rung(1024, 100, 40, 64, 500, True, math.inf),
 )
 """Budgets from cheap to costly. The CIFAR-10 ResNet-20 at W4A4 drops 1.16 points with the second and 0.82 with the next
-(three seeds), at an eighth of the processor time; what was tried between them was not better than the second.
+(three seeds), at a seventh of the processor time; what was tried between them was not better than the second.
 """
 QUALITIES = {"draft": -1, "standard": 0, "best": 1}
 """Name of a quality, and how many rungs above `standard` it is."""

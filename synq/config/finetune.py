@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from synq.config.default_notes import noted, require_setting
 from synq.config.parsing import between, one_of, require
 
 
@@ -110,7 +111,9 @@ class FinetuneConfig:
             between("finetune.ema_decay", self.ema_decay, 0, 0.999999)
         between("finetune.momentum", self.momentum, 0, 0.9999)
         between("finetune.step_factor", self.step_factor, 0, 1, open_low=True)
-        between("finetune.warmup_epochs", self.warmup_epochs, 0, max(self.epochs, 0))
+        between("finetune.warmup_epochs", self.warmup_epochs, 0)
+        rule = f"be at most `finetune.epochs` ({noted(self, 'epochs')})"
+        require_setting(self, "finetune.warmup_epochs", rule, self.warmup_epochs <= self.epochs)
         between("finetune.difficulty_threshold", self.difficulty_threshold, 0, 1)
         for name in ("grad_clip", "grad_clip_relative", "lowpass_cutoff"):
             if getattr(self, name) is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from synq.common.digests import KEY, read_sealed_json
+from synq.config.default_notes import noted, require_setting
 from synq.config.file_kinds import read_as
 from synq.config.finetune import FinetuneConfig
 from synq.config.identity import DIGEST_FORMAT, config_digest, make_absolute
@@ -99,7 +100,8 @@ class TeacherConfig:
             _require("teacher.input_size", "be three numbers >= 1 (channels, height, width)", size, is_valid)
             rule = f"have at most {MAX_INPUT:,} values (an image of 2,048 x 2,048 in color has 12,582,912)"
             _require("teacher.input_size", rule, size, math.prod(size) <= MAX_INPUT)
-        _require("teacher.std", "be given exactly when `teacher.mean` is", std, (mean is None) == (std is None))
+        rule = f"be given exactly when `teacher.mean` ({noted(self, 'mean')}) is"
+        require_setting(self, "teacher.std", rule, (mean is None) == (std is None), cure="give both, or neither")
         if mean is not None and std is not None:
             channels = size[0] if size is not None else max(len(mean), len(std))
             mean, std = (values * channels if len(values) == 1 else values for values in (mean, std))
@@ -247,8 +249,13 @@ class RunConfig:
         _between("seed", self.seed, 0, 2**63 - 1)
         _between("data_seed", self.data_seed, 0, 2**63 - 1)
         size, images = self.finetune.batch_size, self.synthesis.num_images
-        rule = f"be <= `synthesis.num_images` ({images}), because a batch has no image twice"
-        _require("finetune.batch_size", rule, size, self.finetune.epochs == 0 or size <= images)
+        number = noted(self.synthesis, "num_images")
+        rule = f"be <= `synthesis.num_images` ({number}), because a batch has no image twice"
+        cure = f"set `finetune.batch_size` to {images} or less"
+        if number.endswith("default"):
+            cure += f", or `synthesis.num_images` to {size} or more"
+        fits = self.finetune.epochs == 0 or size <= images
+        require_setting(self.finetune, "finetune.batch_size", rule, fits, cure=cure)
 
 
 def load_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:

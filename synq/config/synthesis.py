@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from synq.config.default_notes import noted, require_setting
 from synq.config.parsing import between, one_of, require
 from synq.config.plugins import SYNTHESIS_METHOD, check_known, is_added
 
@@ -116,13 +117,10 @@ class SynthesisConfig:
         between("synthesis.center_depth", self.center_depth, 0, 1)
         check_known(SYNTHESIS_METHOD, self.method)
         own = self.method == OWN_IMAGES
-        require(
-            "synthesis.source",
-            f"be given exactly for method {OWN_IMAGES}",
-            self.source,
-            (self.source is not None) == own,
-        )
-        rule = "be false for a method of yours, which gets no calibration centers"
+        method = noted(self, "method")
+        rule = f"be given exactly for method {OWN_IMAGES} (it is {method})"
+        require_setting(self, "synthesis.source", rule, (self.source is not None) == own)
+        rule = f"be false for a method of yours ({method}), which gets no calibration centers"
         require("synthesis.calib_centers", rule, self.calib_centers, not (self.calib_centers and self.is_added))
         one_of("synthesis.start", self.start, ("fitted", "white"))
         one_of("synthesis.schedule", self.schedule, ("cosine", "plateau"))
@@ -130,7 +128,7 @@ class SynthesisConfig:
         one_of("synthesis.augment", self.augment, ("none", "flip_shift"))
         require(
             "synthesis.low_first",
-            f"be false unless synthesis.method is one of {', '.join(PIXEL_METHODS)}",
+            f"be false unless `synthesis.method` ({method}) is one of {', '.join(PIXEL_METHODS)}",
             self.low_first,
             not self.low_first or self.method in PIXEL_METHODS,
         )

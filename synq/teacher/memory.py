@@ -13,7 +13,7 @@ from torch import nn
 from synq.common.error_text import one_line
 from synq.config.run import TeacherConfig
 from synq.teacher.input_format import input_format
-from synq.teacher.sources import MEMORY, SourceModel
+from synq.teacher.sources import MEMORY, RANDOM, SourceModel
 from synq.teacher.teacher import Teacher, load_teacher
 from synq.teacher.user_code import slug
 from synq.teacher.wrappers import check_layers, inside, unwrap_parts, unwrapped
@@ -52,9 +52,14 @@ def memory_teacher(model: object, config: TeacherConfig, preprocessing: object =
 
     Raises:
         ValueError: It is no network that can be copied, or none that can be a teacher (as `load_teacher`), or its
-            input size or normalization is unknown.
+            input size or normalization is unknown, or a weight file is given with it.
     """
     check_is_network(model)
+    if config.weights not in (None, RANDOM):
+        raise ValueError(
+            f"`teacher.weights` must be left out, or be {RANDOM!r}, where the model is a network in memory, but got "
+            f"{config.weights!r}: load that file into the network first (load_state_dict)"
+        )
     module: Any = model if isinstance(model, nn.Module) else getattr(model, "model")  # noqa: B009
     network = inside(module)
     known = input_format(model, preprocessing, config.input_size)

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from synq.common.text_tables import enumeration
 from synq.config.run import TeacherConfig
-from synq.teacher.sources import RANDOM, SourceModel
+from synq.teacher.sources import MEMORY, RANDOM, SourceModel
 
 InputFormat = tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]]
 SIZES = (32, 224, 28, 64, 96, 299)
@@ -36,11 +36,12 @@ def check_given(config: TeacherConfig, source: SourceModel) -> InputFormat:
         *(["`teacher.std`"] if std is None else []),
     ]
     if missing == ["`teacher.weights`"]:
-        cure = (
-            f"{config.weights} must contain trained weights"
-            if config.weights
-            else "give its weight file as `teacher.weights`"
-        )
+        if _in_memory(config):
+            cure = "load its weights into it first (load_state_dict)"
+        elif config.weights:
+            cure = f"{config.weights} must contain trained weights"
+        else:
+            cure = "give its weight file as `teacher.weights`"
         raise ValueError(
             f"teacher must be trained, but the BatchNorm statistics of {source.name} have their initial values; "
             f"{cure}, or set `--teacher.weights {RANDOM}` to use untrained weights on purpose"
@@ -57,6 +58,11 @@ def check_given(config: TeacherConfig, source: SourceModel) -> InputFormat:
     return input_size, mean, std
 
 
+def _in_memory(config: TeacherConfig) -> bool:
+    """Return whether the model is an object of the caller, which no weight file is loaded into."""
+    return config.spec.startswith(f"{MEMORY}:")
+
+
 def _is_trained(module: nn.Module) -> bool:
     """Return whether BatchNorm statistics show training; a network without any counts as trained."""
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
@@ -69,7 +75,10 @@ def _message(config: TeacherConfig, source: SourceModel, missing: list[str]) -> 
     """Return one message about everything that is missing."""
     parts = [f"{enumeration(missing)} must be given: {config.spec} does not define {'them' if missing[1:] else 'it'}"]
     if "`teacher.weights`" in missing:
-        given = f"{config.weights} holds none" if config.weights else "a file, or `random` to use them on purpose"
+        if _in_memory(config):
+            given = "load trained ones into it first (load_state_dict), or give `random` to use these on purpose"
+        else:
+            given = f"{config.weights} holds none" if config.weights else "a file, or `random` to use them on purpose"
         parts.append(f"weights: all BatchNorm statistics have their initial values ({given})")
     known = config.input_size or source.input_size
     channels = known[0] if known else _channels(source.module)

@@ -1,5 +1,6 @@
 """Networks that are given as objects: given back as they were, found again by their digest, or rejected by name."""
 
+import ast
 import copy
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from torch import nn
 
 import synq
 from support.api_tools import INPUT, RESEARCH, SIZE, GrayNet
+from synq.api.settings import settings_of
 from synq.teacher.process_state import _precisions, _set_precisions, process_settings_kept
 
 
@@ -147,9 +149,26 @@ def test_all_that_is_missing_is_asked_for_together() -> None:
     with pytest.raises(ValueError, match="`mean` and `std` must be given"):
         synq.quantize(GrayNet(), input_size=SIZE)
     untrained = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(ValueError, match="or set `weights='random'`"):
+    with pytest.raises(ValueError, match="or set `weights='random'`") as error:
         synq.quantize(untrained, **INPUT)
+    assert "load its weights into it first" in str(error.value) and "file" not in str(error.value)
+    with pytest.raises(ValueError, match="load trained ones into it first") as error:
+        synq.quantize(untrained)
+    assert "file" not in str(error.value)
     assert synq.load_teacher(untrained, weights="random", **INPUT).num_classes == 4
+
+
+def test_a_weight_file_is_not_ignored_beside_a_network_in_memory() -> None:
+    for call in (synq.quantize, synq.load_teacher, synq.inspect, synq.synthesize):
+        with pytest.raises(ValueError, match=r"`weights` must be left out, or be 'random', .* but got '.*best\.pth'"):
+            call(GrayNet(), weights="best.pth", **INPUT)
+
+
+def test_fewer_images_than_the_default_batch_name_an_argument_that_works() -> None:
+    with pytest.raises(ValueError, match="but got 64, the default: add config=") as error:
+        synq.quantize(GrayNet(), num_images=32, **INPUT)
+    advised = ast.literal_eval(str(error.value).rpartition("add config=")[2])
+    assert settings_of(advised, {"synthesis.num_images": 32}).finetune.batch_size == 32
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch.jit", "ignore::DeprecationWarning")

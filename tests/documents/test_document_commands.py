@@ -31,6 +31,8 @@ PAGES = [
 ]
 OTHERS = {
     *("--config_file", "--num_processes", "--cpu", "--working-dir", "--runtime-env-json"),  # accelerate, ray
+    *("--requeue", "--ip-address", "--env", "--num-nodes", "--use-spot"),  # Slurm, hostname, SkyPilot
+    *("--torch-backend", "--quick"),  # uv, .ci/gpu
     *("--head", "--check", "--strict", "--dist", "--help-all", "--help", "--flag"),
 }
 """Options in prose that belong to other programs, or to every command."""

@@ -198,7 +198,7 @@ def test_an_argument_may_make_the_settings_valid(tmp_path: Path) -> None:
     file.write_text("[finetune]\nbatch_size = 2000\n")
     for config in ({"finetune.batch_size": 2000}, file):
         assert settings_of(config, {"synthesis.num_images": 3000}).finetune.batch_size == 2000
-        with pytest.raises(ValueError, match=r"`finetune\.batch_size` must be <= `synthesis\.num_images` \(1024\)"):
+        with pytest.raises(ValueError, match=r"must be <= `synthesis\.num_images` \(1024, the default\)"):
             settings_of(config, {"seed": 1})
 
 

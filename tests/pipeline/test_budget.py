@@ -27,6 +27,7 @@ from synq.config.budget import (
 )
 from synq.config.quant import WEIGHT_RANGES
 from synq.config.run import RunConfig, with_overrides
+from synq.quant import student as quant_student
 from synq.teacher.teacher import Teacher, load_teacher
 
 FAST = {"synthesis.iterations": 4, "evaluation.heldout_images": 16}
@@ -74,6 +75,20 @@ def test_fewer_bits_get_more_images(base: RunConfig, teacher: Teacher, accelerat
     assert low.config.finetune.epochs == LADDER[low.rung].epochs and not low.shortened
     assert low.config.synthesis.iterations == 4, "what was given is kept"
     assert planned(base, teacher, accelerator, 2, "standard") == low, "the same settings choose the same"
+
+
+def test_the_student_is_built_once_to_check_and_to_choose(
+    base: RunConfig, teacher: Teacher, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, build = [], quant_student.quantize_model
+
+    def counted(*given: Any, **named: Any) -> quant_student.Student:
+        calls.append(given)
+        return build(*given, **named)
+
+    monkeypatch.setattr(quant_student, "quantize_model", counted)
+    planned(base, teacher, accelerator, 8, "standard")
+    assert len(calls) == 1
 
 
 def test_a_quality_is_some_rungs_up_or_down(base: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:
