@@ -10,7 +10,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def plan_budget(
     lowest = _on_rung(config, rungs[0], kept, accelerator, teacher)
     local_batch_size(lowest.finetune.batch_size, accelerator.num_processes)
     check_own_images(lowest, teacher)
-    _, measure, student = open_inputs(lowest, accelerator, teacher)
+    _, measure, student = open_inputs(replace(lowest, quant=config.quant), accelerator, teacher)  # rounded to nearest
     ensure_own_images(lowest, teacher, accelerator)
     if max_minutes is not None:
         number = len(measure.reported) + len(measure.chosen)
