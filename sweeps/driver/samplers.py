@@ -11,7 +11,6 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler
-from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace
 from optuna.trial import TrialState
 
 from synq.common.error_text import one_line
@@ -19,6 +18,9 @@ from synq.common.error_text import one_line
 from ..search_config import SAMPLERS
 from ..space import Dimension
 
+_Groups: Any = getattr(optuna.search_space, "group_decomposed", None)
+_Groups = getattr(_Groups, "_GroupDecomposedSearchSpace", object)
+"""Private to Optuna; where it is missing, only the proposals after thousands of trials take longer."""
 REMEMBERING = ("nsga2", "cmaes", "auto")
 """Samplers that mark each trial as they propose it, also one whose settings are given, such as that of a replay."""
 LEAST_RANGES = 2
@@ -76,11 +78,12 @@ def make_sampler(name: str, dimensions: Sequence[Dimension], *, seed: int, num_s
         tpe = optuna.samplers.TPESampler(
             seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=num_startup
         )
-        tpe._group_decomposed_search_space = KnownGroups(include_pruned=True)
+        if isinstance(getattr(tpe, "_group_decomposed_search_space", None), _Groups) and _Groups is not object:
+            tpe._group_decomposed_search_space = KnownGroups(include_pruned=True)
         return tpe
 
 
-class KnownGroups(_GroupDecomposedSearchSpace):
+class KnownGroups(_Groups):  # type: ignore[misc]
     """The groups of settings that exist together, as its parent finds them, but each set of settings is added once.
 
     A trial with the settings of an earlier one changes no group; adding all, for each proposal, takes most of the time

@@ -24,6 +24,7 @@ from support.sweep_tools import Start, finish, rows, until, whole, write_spec
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(3000),
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian package chromium)"),
     pytest.mark.skipif(bool(why_no_postgresql()), reason=why_no_postgresql()),
