@@ -59,5 +59,9 @@ def _proposals(record: "RunRecord", quant: dict[str, Any]) -> list[tuple[bool, s
             "bits by layer, from `synq mixed-precision --activations`",
             "at W4A4 0.2 to 1.1 points in the same bytes, for a scan of minutes",
         ),
-        (quality == "draft", "`--quality standard`", "at W4A4 0.3 points, for seven times the time"),
+        (
+            quality == "draft" and rounded > NOTHING_LOST,  # else the two choose the same
+            "`--quality standard`",
+            "at W4A4 0.3 points, for seven times the time",
+        ),
     ]
