@@ -98,14 +98,29 @@ def run_part(name: str, device: str, size: str, folder: Path, left: float) -> di
     seconds = round(time.monotonic() - started, 1)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     last = lines[-1] if lines else ""
-    if code == 0:
-        values = json.loads(last)
+    values = _values(lines)
+    if code == 0 and values is not None:
         detail = ", ".join(f"{key} {value}" for key, value in list(values.items())[:4])
         return result | {"status": "passed", "seconds": seconds, "detail": detail, "values": values}
     if code == SKIPPED:
         return result | {"seconds": seconds, "detail": last}
-    reason = f"took longer than {limit:.0f} s" if code is None else last or f"ended with code {code}"
+    if code == 0:
+        reason = "printed no values"
+    else:
+        reason = f"took longer than {limit:.0f} s" if code is None else last or f"ended with code {code}"
     return result | {"status": "failed", "seconds": seconds, "detail": f"{reason} ({log.name})"}
+
+
+def _values(lines: list[str]) -> dict[str, Any] | None:
+    """Return the last line that is a JSON object; None if there is none. Libraries may warn after it, at exit."""
+    for line in reversed(lines):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict):
+            return values
+    return None
 
 
 def write_report(folder: Path, given: argparse.Namespace, results: list[dict[str, Any]]) -> None:

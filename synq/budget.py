@@ -87,7 +87,10 @@ class Budget:
         learned = ""
         if config.quant.rounding == "adaround" and LADDER[self.rung].rounding_steps:
             learned = ", and learned rounding (protocol B; `--quant.rounding nearest` leaves it out)"
-        return f"quality {self.quality}: {loses}, so {chosen}{limit}{learned}"
+        blended = ""
+        if config.finetune.augment == "mixup" and LADDER[self.rung].blends and self.rounded_kl > BLENDED_ABOVE:
+            blended = " of blended images (`--finetune.augment none` leaves that out)"
+        return f"quality {self.quality}: {loses}, so {chosen}{blended}{limit}{learned}"
 
 
 def _evidence() -> list[str]:
@@ -272,7 +275,10 @@ def _chosen_before(file: Path, accelerator: Accelerator) -> dict[str, Any] | Non
         except DamagedFileError as error:
             print_notice(f"warning: {error}; the budget is chosen again")
     (found,) = broadcast_object_list([found])
-    return {name: found[name] for name in _evidence()} if found is not None else None
+    if found is None:
+        return None
+    values = {name: found[name] for name in _evidence()}
+    return {**values, "rounded_kl": math.inf} if values["rounded_kl"] is None else values  # JSON has no infinity
 
 
 def _rounded_kl(config: RunConfig, teacher: Teacher, student: Student, accelerator: Accelerator) -> float:

@@ -92,9 +92,11 @@ def quantize(
             (image, label), or a `DataLoader`. Images are uint8, or float in [0, 1] and not normalized.
         config: All other settings: a `RunConfig`, a .toml or .json file, or a mapping with its keys, such as
             {"finetune.lr": 1e-3} or {"synthesis": {"iterations": 50}}. Arguments of the call go before it.
-        quality: draft, standard or best: chooses numbers of images, iterations and epochs from what rounding alone
-            loses. By default standard, unless an argument or `config` sets a number of images or steps, as a
-            `RunConfig` always does.
+        quality: draft, standard or best: chooses numbers of images, iterations and epochs, how weights are rounded and
+            whether images are blended (`quant.weight_range`, `quant.rounding`, `finetune.augment`), from what rounding
+            alone loses. A mapping or file keeps what it sets; a `RunConfig`, which has every key, keeps none of these,
+            but arguments of the call are kept. By default standard, unless an argument or `config` sets a number of
+            images or steps, as a `RunConfig` always does.
         max_minutes: Longest time of the run by its forecast; fewer images where `quality` takes longer.
         num_images: Number of training images; with `images`, all of them unless it or `config` chooses fewer.
         epochs: Passes over them.

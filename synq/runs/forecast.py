@@ -190,13 +190,14 @@ def _smaller(config: RunConfig, found: Forecast) -> str:
     number = config.synthesis.num_images
     if found.seconds < LONG_SECONDS or number <= FEWEST_IMAGES:
         return ""
-    share = SHORT_SECONDS / (found.synthesis + found.finetune) if found.synthesis + found.finetune else 1.0
+    scaled = found.synthesis + found.finetune
+    share = max(0.0, SHORT_SECONDS - found.rounding) / scaled if scaled else 1.0
     images = max(FEWEST_IMAGES, int(number * share) // FEWEST_IMAGES * FEWEST_IMAGES)
     images = max(images, min(number, config.finetune.batch_size))
-    if images >= number:
-        return ""
     part = images / number
-    seconds = (found.synthesis + found.finetune) * part + found.measure
+    seconds = scaled * part + found.rounding + found.measure
+    if images >= number or seconds > found.seconds / 2:
+        return ""
     return f"; `--synthesis.num_images {images}` takes about {duration(seconds)}, for a first result"
 
 

@@ -1,5 +1,6 @@
 """What would help a student next: the settings that gave most on similar networks, with what they cost."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from synq.config.budget import BLENDED_ABOVE, NOTHING_LOST
@@ -34,6 +35,7 @@ def next_step(record: "RunRecord") -> str:
 def _proposals(record: "RunRecord", quant: dict[str, Any]) -> list[tuple[bool, str, str]]:
     """Return (whether it is for this run, what to set, what it gave at which cost), largest gain first."""
     quality, rounded = record.budget.get("quality"), record.budget.get("rounded_kl", 0.0)
+    rounded = math.inf if rounded is None else rounded  # JSON has no infinity
     weights, acts = record.weight_bits, record.act_bits
     uniform = not quant.get("layer_weight_bits") and not quant.get("layer_act_bits")
     return [
@@ -57,5 +59,9 @@ def _proposals(record: "RunRecord", quant: dict[str, Any]) -> list[tuple[bool, s
             "bits by layer, from `synq mixed-precision --activations`",
             "at W4A4 0.2 to 1.1 points in the same bytes, for a scan of minutes",
         ),
-        (quality == "draft", "`--quality standard`", "at W4A4 0.3 points, for eight times the time"),
+        (
+            quality == "draft" and rounded > NOTHING_LOST,  # else the two choose the same
+            "`--quality standard`",
+            "at W4A4 0.3 points, for seven times the time",
+        ),
     ]

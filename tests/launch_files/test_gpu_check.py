@@ -56,7 +56,9 @@ print("a line of the part")
 if name == "slow": time.sleep(60)
 if name == "absent": print("needs what is not here"); sys.exit(77)
 if name == "broken": print("ValueError: one reason"); sys.exit(1)
+if name == "silent": sys.exit(0)
 print('{"figure": 3, "other": "x"}')
+print("a warning of a library at exit", file=sys.stderr)
 """
 
 
@@ -68,11 +70,14 @@ def test_a_part_passes_is_skipped_fails_or_is_ended_and_the_page_has_all(
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 0)
     names = ("good", "absent", "broken", "slow")
-    monkeypatch.setattr(gpu_check, "PARTS", {name: (None, 2 if name == "slow" else 30) for name in names})
+    limits = {name: (None, 2 if name == "slow" else 30) for name in (*names, "silent")}
+    monkeypatch.setattr(gpu_check, "PARTS", limits)
     folder = tmp_path / "out"
     folder.mkdir()
     results: list[dict[str, Any]] = [gpu_check.run_part(name, "cpu", gpu_parts.FULL, folder, 60.0) for name in names]
     results.append(gpu_check.run_part("good", "cpu", gpu_parts.FULL, folder, -1.0))
+    silent = gpu_check.run_part("silent", "cpu", gpu_parts.FULL, folder, 60.0)
+    assert (silent["status"], silent["detail"]) == ("failed", "printed no values (silent.log)")
     assert [one["status"] for one in results] == ["passed", "skipped", "failed", "failed", "skipped"]
     assert results[0]["values"] == {"figure": 3, "other": "x"} and results[1]["detail"] == "needs what is not here"
     assert "ValueError: one reason" in results[2]["detail"] and "took longer than 2 s" in results[3]["detail"]

@@ -1,6 +1,7 @@
 """The budget that a quality chooses: more images the more rounding alone loses, within a time limit, and on record."""
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -125,9 +126,19 @@ def test_many_epochs_get_blended_batches_where_much_was_lost(
     }
     assert found[2, "best"].rounded_kl > BLENDED_ABOVE > found[4, "best"].rounded_kl
     assert {key for key, budget in found.items() if budget.config.finetune.augment == "mixup"} == {(2, "best")}
+    blended = {key for key, budget in found.items() if "`--finetune.augment none` leaves that out" in budget.line()}
+    assert blended == {(2, "best")}
     config = with_overrides(base, {"quant.weight_bits": 2, "quant.act_bits": 2})
     kept = plan_budget(config, "best", given={*FAST, BLEND_KEY}, accelerator=accelerator, teacher=teacher)
-    assert kept.config.finetune.augment == "none"
+    assert kept.config.finetune.augment == "none" and "blended" not in kept.line()
+
+
+def test_a_kl_that_is_not_finite_is_resumed(
+    base: RunConfig, teacher: Teacher, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("synq.budget.fidelity", lambda *_, **__: {"kl": math.nan})
+    first, again = (planned(base, teacher, accelerator, 2, "best") for _ in range(2))
+    assert first == again and first.rounded_kl == math.inf and first.line() == again.line()
 
 
 def test_the_weights_get_the_range_that_loses_less(base: RunConfig, teacher: Teacher, accelerator: Accelerator) -> None:

@@ -46,6 +46,12 @@ def test_m_9_the_line_names_time_memory_disk_and_a_smaller_budget(changes: dict[
 def test_m_9_no_smaller_budget_is_proposed_where_none_helps() -> None:
     small = with_overrides(RunConfig(), {"synthesis.num_images": 64, "finetune.batch_size": 64})
     assert "--synthesis" not in forecast_line(small, _found(measure=9000.0, synthesis=9000.0))
+    assert "--synthesis" not in forecast_line(RunConfig(), _found(rounding=9000.0))
+
+
+def test_m_9_a_smaller_budget_has_the_time_of_learned_rounding() -> None:
+    line = forecast_line(RunConfig(), _found(synthesis=8000.0, rounding=1200.0))
+    assert line.endswith(f"num_images 128` takes about {duration(8005.0 / 8 + 1200 + 1)}, for a first result")
 
 
 def test_m_9_the_probe_counts_the_work_that_is_left(config: RunConfig, accelerator: Accelerator) -> None:

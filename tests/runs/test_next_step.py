@@ -44,6 +44,16 @@ def test_proposals_are_for_the_run(record: RunRecord, proposals: list[str]) -> N
     assert line.count("; ") == max(0, len(proposals) - 1) and line.startswith("to lose less: ") == bool(proposals)
 
 
+def test_a_kl_that_is_not_finite_is_none_in_a_file() -> None:
+    record = replace(_record(3, 3, "standard"), budget={"quality": "standard", "rounded_kl": None})
+    assert "`--quality best`" in next_step(record)
+
+
+def test_standard_is_not_proposed_where_it_chooses_what_draft_did() -> None:
+    record = replace(_record(8, 8, "draft"), budget={"quality": "draft", "rounded_kl": 0.01})
+    assert next_step(record) == ""
+
+
 def test_the_line_ends_what_is_printed_after_a_run() -> None:
     record = _record(4, 4)
     assert closing_notes(record)[-1] == next_step(record)
