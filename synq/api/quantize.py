@@ -94,9 +94,9 @@ def quantize(
             {"finetune.lr": 1e-3} or {"synthesis": {"iterations": 50}}. Arguments of the call go before it.
         quality: draft, standard or best: chooses numbers of images, iterations and epochs, how weights are rounded and
             whether images are blended (`quant.weight_range`, `quant.rounding`, `finetune.augment`), from what rounding
-            alone loses. A mapping or file keeps what it sets; a `RunConfig`, which has every key, keeps none of these,
-            but arguments of the call are kept. By default standard, unless an argument or `config` sets a number of
-            images or steps, as a `RunConfig` always does.
+            alone loses. A mapping or file keeps what it sets, a `RunConfig` rounding and blending that are not the
+            defaults; arguments of the call are kept. By default standard, unless an argument or `config` sets a number
+            of images or steps, as a `RunConfig` always does.
         max_minutes: Longest time of the run by its forecast; fewer images where `quality` takes longer.
         num_images: Number of training images; with `images`, all of them unless it or `config` chooses fewer.
         epochs: Passes over them.

@@ -1,10 +1,11 @@
 """The settings of a call: a configuration as an object, a file or a mapping, with the arguments of the call."""
 
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from synq.config.budget import PLANNED_KEYS, planned_keys
+from synq.config.budget import BLEND_KEY, PLANNED_KEYS, ROUNDING_KEYS, planned_keys
 from synq.config.finetune import check_own_weight, has_own_weight
 from synq.config.key_tables import merged_keys, nested_keys
 from synq.config.parsing import config_from_dict, load_config, with_overrides
@@ -76,13 +77,18 @@ def planned_keys_of(config: Config, arguments: Mapping[str, Any], quality: str |
     """Return the keys of a plan that a call chooses.
 
     Args:
-        config: As for `settings_of`; a `RunConfig` chooses all, unless there is a `quality`.
+        config: As for `settings_of`; a `RunConfig` chooses all or, if there is a `quality`, rounding and blending that
+            are not the defaults.
         arguments: Values by dotted key; None for those that were not given.
         quality: Name of the quality that the call asks for; None if it does not.
     """
     given = {key: value for key, value in arguments.items() if value is not None}
     if isinstance(config, RunConfig):
-        return set(PLANNED_KEYS) if quality is None else planned_keys(given)
+        if quality is None:
+            return set(PLANNED_KEYS)
+        plain = RunConfig()
+        changed = {key for key in (*ROUNDING_KEYS, BLEND_KEY) if attrgetter(key)(config) != attrgetter(key)(plain)}
+        return planned_keys(given) | changed
     return planned_keys(_written(config), given)
 
 

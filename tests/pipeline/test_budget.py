@@ -272,6 +272,13 @@ def test_own_images_that_are_absent_are_rejected_before_any_is_made(
     assert not (Path(base.runtime.output_dir) / "store").exists()
 
 
+def test_a_run_config_keeps_its_rounding_when_a_quality_is_asked_for() -> None:
+    config = with_overrides(
+        RunConfig(), {"quant.weight_range": "mse", "finetune.augment": "mixup", "finetune.epochs": 2}
+    )
+    assert planned_keys_of(config, {}, "best") == {RANGE_KEY, BLEND_KEY}
+
+
 def test_a_run_config_has_every_number_unless_a_quality_is_asked_for() -> None:
     assert planned_keys_of(RunConfig(), {}) == set(PLANNED_KEYS)
     assert planned_keys_of(RunConfig(), {"finetune.epochs": 2, "synthesis.num_images": None}, "best") == {
