@@ -321,9 +321,10 @@ def _within(
     costs = probe(config, teacher, student, accelerator)
 
     def seconds(index: int) -> float:
-        found: Forecast = estimate(
-            _on_rung(config, index, kept, accelerator, teacher), teacher, student, num_labeled, accelerator, costs
-        )
+        most = _on_rung(config, index, kept, accelerator, teacher)
+        if LADDER[index].blends and BLEND_KEY not in kept:  # as it may be chosen once the KL is known
+            most = with_overrides(most, {BLEND_KEY: "mixup"})
+        found: Forecast = estimate(most, teacher, student, num_labeled, accelerator, costs)
         return found.seconds
 
     allowed = [index for index in rungs if seconds(index) <= 60 * max_minutes]

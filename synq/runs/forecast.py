@@ -131,6 +131,7 @@ def estimate(
             images += settings.num_images
     finetune, evaluation = config.finetune, config.evaluation
     trained = num_steps(config.synthesis.num_images, finetune.batch_size) * finetune.batch_size * finetune.epochs
+    teachers = inference if finetune.augment != "none" else 0.0  # the teacher's logits of each batch
     measured = 3 * (num_labeled + evaluation.heldout_images)
     measured += evaluation.heldout_images * finetune.epochs if evaluation.every_epoch else 0
     pixels = FLOAT * teacher.input_size[0] * teacher.input_size[1] * teacher.input_size[2]
@@ -142,7 +143,7 @@ def estimate(
     return Forecast(
         synthesis=step.seconds * passes / processes,
         rounding=_rounding_seconds(config, training.seconds),
-        finetune=training.seconds * trained / processes,
+        finetune=(training.seconds + teachers) * trained / processes,
         measure=inference * measured / processes,
         memory=BASE_BYTES + WORKING * at_once + 8 * weights + pixels * config.synthesis.num_images,
         disk=2 * pixels * images + 5 * weights,  # a set is assembled from its shards; a checkpoint has the moments, too

@@ -72,6 +72,8 @@ def test_m_9_the_probe_counts_the_work_that_is_left(config: RunConfig, accelerat
     )
     costs = probe(learned, teacher, student, accelerator)
     steps = estimate(learned, teacher, student, 64, accelerator, costs)
+    blended = estimate(with_overrides(config, {"finetune.augment": "mixup"}), teacher, student, 64, accelerator, costs)
+    assert blended.finetune / steps.finetune == pytest.approx(1 + costs.inference / costs.training.seconds)
     assert steps.rounding == pytest.approx(LEARNED_ROUNDING * 10 * 16 * costs.training.seconds)
     gaussian = with_overrides(config, {"synthesis.method": "gaussian"})
     size = teacher.input_size
