@@ -2,7 +2,7 @@
 
     python launch/train_fashion_networks.py NETWORK FOLDER [--seed 0] [--epochs 4] [--images 20000] [--output FILE]
 
-NETWORK is one of `NETWORKS`: torchvision's and timm's blocks in few channels, for images of 28 pixels. FOLDER holds the
+NETWORK is one of `NETWORKS`: torchvision's blocks in few channels, for images of 28 pixels. FOLDER holds the
 IDX files of Fashion-MNIST, as for `launch/train_fashion_cnn.py`. Each takes a few minutes of one thread, is saved with
 its top-1 on the test images, and the command that quantizes it is printed.
 """

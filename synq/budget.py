@@ -88,9 +88,14 @@ class Budget:
         if config.quant.rounding == "adaround" and LADDER[self.rung].rounding_steps:
             learned = ", and learned rounding (protocol B; `--quant.rounding nearest` leaves it out)"
         blended = ""
-        if config.finetune.augment == "mixup" and LADDER[self.rung].blends and self.rounded_kl > BLENDED_ABOVE:
+        if config.finetune.augment == "mixup" and _blends(self.rung, self.rounded_kl):
             blended = " of blended images (`--finetune.augment none` leaves that out)"
         return f"quality {self.quality}: {loses}, so {chosen}{blended}{limit}{learned}"
+
+
+def _blends(rung: int, rounded_kl: float) -> bool:
+    """Return whether the batches of a run on a rung are blended, unless its augmentation was given."""
+    return LADDER[rung].blends and rounded_kl > BLENDED_ABOVE
 
 
 def _evidence() -> list[str]:
@@ -209,7 +214,7 @@ def _planned(
 ) -> Budget:
     """Return the budget that evidence chooses."""
     config = with_overrides(config, {RANGE_KEY: values["weight_range"]})
-    blends = LADDER[values["rung"]].blends and values["rounded_kl"] > BLENDED_ABOVE and BLEND_KEY not in kept
+    blends = BLEND_KEY not in kept and _blends(values["rung"], values["rounded_kl"])
     planned = _on_rung(config, values["rung"], kept, accelerator, teacher)
     return Budget(config=with_overrides(planned, {BLEND_KEY: "mixup"} if blends else {}), **values)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.databases import PASSWORD, postgresql, why_no_postgresql
-from support.sweep_tools import Start, board, finish, listed, rows, until, whole
+from support.sweep_tools import Start, board, finish, listed, ray_head, rows, until, whole
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,14 +32,8 @@ EPOCHS = 6
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
     """A Ray for the jobs of all drivers, as starting one for each takes longer than their trials."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "object_store_memory": 2**27, "include_dashboard": False},
-    )
-    yield str(cluster.address)
-    cluster.shutdown()
+    with ray_head() as address:
+        yield address
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from support.databases import postgresql, why_no_postgresql
-from support.sweep_tools import Start, finish, rows, until, whole, write_spec
+from support.sweep_tools import Start, finish, ray_head, rows, until, whole, write_spec
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -115,14 +115,8 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "object_store_memory": 2**27, "include_dashboard": False},
-    )
-    yield str(cluster.address)
-    cluster.shutdown()
+    with ray_head() as address:
+        yield address
 
 
 def test_a_watched_sweep_is_killed_and_ends_on_two_drivers(

@@ -2,11 +2,12 @@
 its tables.
 """
 
+import contextlib
 import csv
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ TINY: dict[str, Any] = {
     },
 }
 LR = {"finetune.lr": {"type": "choice", "values": [0.005, 1e-8, 1e20]}}
+
+
+@contextlib.contextmanager
+def ray_head() -> Iterator[str]:
+    """A Ray of two cores without a dashboard, for the jobs of several drivers; its address."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "object_store_memory": 2**27, "include_dashboard": False},
+    )
+    try:
+        yield str(cluster.address)
+    finally:
+        cluster.shutdown()
 
 
 def tiny(folder: Path, **keys: Any) -> SweepSpec:
